@@ -1,0 +1,54 @@
+"""Self-supervised pretraining of Vision Transformers with register tokens: the public Python API.
+
+Names are looked up when they are first used, so that `import dinoreg` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dinoreg.models.classifier import VitRGTS
+    from dinoreg.models.vit import RegisterViT, Tokens
+    from dinoreg.models.zoo import load
+
+__version__ = "0.1.0"
+__all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "load", "pretrain"]
+
+_WHERE = {
+    "RegisterViT": "dinoreg.models.vit",
+    "Tokens": "dinoreg.models.vit",
+    "VitRGTS": "dinoreg.models.classifier",
+    "load": "dinoreg.models.zoo",
+}
+
+
+def pretrain(config: str | Path | None = None, **overrides: Any) -> Path:
+    """Train a register ViT; the same as `dinoreg pretrain CONFIG key=value …`.
+
+    config     a name in `configs/` ("vits14_reg4"), a YAML file, a run folder to resume, or None
+    overrides  the command line's keys: data="photos/", out="runs/a", steps=50_000; dotted ones as
+               **{"optim.lr": 1e-3}
+    returns    the run folder; `dinoreg.load` reads it
+    raises     UserError (a ValueError) for a wrong key or value, before anything is written
+    """
+    from dinoreg.config import load_config, require_complete
+    from dinoreg.train.loop import pretrain as run
+
+    resolved = load_config(config, overrides)
+    require_complete(resolved)
+    return Path(run(resolved))
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'dinoreg' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,10 @@
+"""`python -m dinoreg` is the command `dinoreg`."""
+
+from __future__ import annotations
+
+import sys
+
+from dinoreg.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""The command line: a verb, its arguments, and `key=value`.
+
+Every verb parses all it was given before it starts, so that a wrong key or value ends with one line and exit
+code 2 and nothing written. A failure at run time is one line, the log's path and exit code 1. The parts
+that do the work are imported inside the verbs: help and wrong spellings answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinoreg.errors import Interrupted, RunError, UserError
+
+OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a verb that is not a key of the config."""
+
+    name: str
+    hint: Any
+    default: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Verb:
+    usage: str
+    summary: str
+    run: Callable[[list[str]], None]
+    keys: tuple[Key, ...] = ()
+    details: str = ""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The verbs
+
+
+def _quickstart(arguments: list[str]) -> None:
+    values = _keys("quickstart", arguments, positional=0)[1]
+    with _running(values.get("out") or "runs/quickstart"):
+        from dinoreg.quickstart import quickstart
+
+        quickstart(values.get("out"), seed=values.get("seed", 0), overwrite=values.get("overwrite", False))
+
+
+def _pretrain(arguments: list[str]) -> None:
+    from dinoreg.config import load_config, require_complete
+
+    if not arguments or _is_key_value(arguments[0]):
+        raise UserError("pretrain: missing CONFIG, a name in configs/ or a YAML file; see dinoreg pretrain --help")
+    source, *overrides = arguments
+    stray = [argument for argument in overrides if "=" not in argument]
+    if stray:
+        raise UserError(f"pretrain: {stray[0]}: expected key=value")
+    config = load_config(source, overrides)
+    require_complete(config)
+    with _running(config.out):
+        from dinoreg.train.loop import pretrain
+
+        run = Path(pretrain(config))
+        from dinoreg.view.report import write_report
+
+        print(f"report: {write_report(run)}")
+
+
+def _report(arguments: list[str]) -> None:
+    runs, values = _keys("report", arguments, positional=None)
+    if not runs:
+        raise UserError("report: missing RUN, the folder of a run")
+    folders = [_run_folder("report", run) for run in runs]
+    with _running(None):
+        from dinoreg.view.report import compare_report, write_report
+
+        out = Path(values["out"]) if values.get("out") else None
+        single = len(folders) == 1 and out is None
+        print(f"report: {write_report(folders[0]) if single else compare_report(folders, out)}")
+
+
+def _inspect(arguments: list[str]) -> None:
+    values = _keys("inspect", arguments, positional=0)[1]
+    if values.get("data") is None:
+        raise UserError("inspect: missing data=, a folder of images, a list of paths, or scenes")
+    if values.get("sample", 1) < 1:
+        raise UserError(f"sample={values['sample']}: expected at least 1 image")
+    with _running(None):
+        from dinoreg.data.inspect import inspect_source, render_inspection
+
+        print(render_inspection(inspect_source(values["data"], sample=values.get("sample", 1000))))
+
+
+def _doctor(arguments: list[str]) -> None:
+    runs = _keys("doctor", arguments, positional=1)[0]
+    folder = _run_folder("doctor", runs[0]) if runs else None
+    from dinoreg.doctor import doctor
+
+    doctor(folder)
+
+
+_OUT = Key("out", str | None, "none", "folder to write to")
+VERBS: dict[str, Verb] = {
+    "quickstart": Verb(
+        "quickstart [out=FOLDER] [seed=0] [overwrite=false]",
+        "pretrain a tiny model on the embedded scenes, probe it, write the report: CPU, minutes, no data",
+        _quickstart,
+        (
+            Key("out", str | None, "none", "the run folder; none: runs/quickstart"),
+            Key("seed", int, "0", "of weights, data order, crops and masks"),
+            Key("overwrite", bool, "false", "delete what is in `out` first"),
+        ),
+    ),
+    "pretrain": Verb(
+        "pretrain CONFIG data=FOLDER out=FOLDER [key=value …]",
+        "train a register ViT on a folder of images; CONFIG is a name in configs/ or a YAML file",
+        _pretrain,
+        details="A run that ended early goes on with: dinoreg pretrain RUN resume=true",
+    ),
+    "report": Verb(
+        "report RUN… [out=FILE]",
+        "write the report of a run, or compare several",
+        _report,
+        (
+            Key(
+                "out",
+                str | None,
+                "none",
+                "the HTML file; none: report.html, in the run's folder if it is one run",
+            ),
+        ),
+    ),
+    "inspect": Verb(
+        "inspect data=FOLDER [sample=1000]",
+        "count, sizes, formats and unreadable files of a data source",
+        _inspect,
+        (
+            Key(
+                "data",
+                str | list[str] | None,
+                "none",
+                "as data= of pretrain: a folder, [several], a list, scenes",
+            ),
+            Key("sample", int, "1000", "images that are opened and decoded"),
+        ),
+    ),
+    "doctor": Verb(
+        "doctor [RUN]",
+        "what this machine has and what is missing for what; or what happened to a run",
+        _doctor,
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (0 done, 1 failed, 2 refused, 130 interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        _say(f"dinoreg: {_one_line(error)}")
+        return REFUSED
+    except Interrupted as stop:
+        _say(f"dinoreg: {_one_line(stop)}")
+        return 128 + stop.signal_number
+    except KeyboardInterrupt:
+        _say("dinoreg: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except RunError as error:
+        _say(f"dinoreg: {_one_line(error)}")
+        return FAILED
+    except Exception as error:
+        if os.environ.get("DINOREG_DEBUG") == "1":
+            traceback.print_exc()
+            _say(f"dinoreg: {_explain(error)}")
+        else:
+            _say(f"dinoreg: {_explain(error)} (DINOREG_DEBUG=1 shows the traceback)")
+        return FAILED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return OK
+    if arguments[0] in ("--version", "-V"):
+        from dinoreg import __version__
+
+        print(f"dinoreg {__version__}")
+        return OK
+    name, *rest = arguments
+    if name not in VERBS:
+        from dinoreg.config import nearest
+
+        raise UserError(f"{name}: unknown verb{nearest(name, VERBS)}; known: {', '.join(VERBS)}")
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(_verb_help(name))
+        return OK
+    for argument in rest:
+        if argument.startswith("-"):
+            raise UserError(f"{name}: {argument}: unknown option; options are written key=value")
+    VERBS[name].run(rest)
+    return OK
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def _is_key_value(argument: str) -> bool:
+    """Whether it reads as key=value; a path with "=" in it that exists is a path."""
+    key = argument.partition("=")[0]
+    return "=" in argument and "/" not in key and not Path(argument).exists()
+
+
+def _keys(verb: str, arguments: list[str], positional: int | None) -> tuple[list[str], dict[str, Any]]:
+    """The positional arguments (at most `positional`; None: any number) and the verb's own keys."""
+    known: Mapping[str, Key] = {key.name: key for key in VERBS[verb].keys}
+    plain: list[str] = []
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        if not _is_key_value(argument):
+            plain.append(argument)
+            continue
+        from dinoreg.config import nearest
+        from dinoreg.values import Text, convert
+
+        name, _, text = argument.partition("=")
+        if name not in known:
+            accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
+            raise UserError(f"{name}: unknown key of dinoreg {verb}{nearest(name, known)}{accepted}")
+        if name in values:
+            raise UserError(f"{name}: given twice")
+        values[name] = convert(Text(text), known[name].hint, name, "command line")
+    if positional is not None and len(plain) > positional:
+        raise UserError(f"{verb}: {plain[positional]}: unexpected; usage: dinoreg {VERBS[verb].usage}")
+    return plain, values
+
+
+def _run_folder(verb: str, text: str) -> Path:
+    folder = Path(text)
+    if not folder.is_dir():
+        raise UserError(f"{verb}: {folder}: no such folder; expected the folder of a run")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{verb}: {folder}: not a run folder (it has no config.yaml)")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How a command ends
+
+
+@contextmanager
+def _running(out: str | None) -> Iterator[None]:
+    """Around the work itself: failures name the log, an interruption says how to go on."""
+    log = Path(out) / "train.log" if out else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is None or not (Path(out) / "checkpoints" / "last").is_file():
+            raise
+        advice = f"interrupted; go on with: dinoreg pretrain {out} resume=true"
+        raise Interrupted(advice, signal.SIGINT) from None
+    except (UserError, Interrupted, BrokenPipeError):
+        raise
+    except RunError as error:
+        where = f" (log: {log})" if log is not None and log.is_file() else ""
+        raise RunError(f"{_one_line(error)}{where}") from error
+    except Exception as error:
+        if log is None or not (log.parent / "config.yaml").is_file():  # not (yet) a run's folder
+            raise
+        with open(log, "a") as file:
+            file.write(traceback.format_exc())
+        if os.environ.get("DINOREG_DEBUG") == "1":
+            traceback.print_exc()
+        raise RunError(f"{_explain(error)} (traceback: {log})") from error
+
+
+def _explain(error: BaseException) -> str:
+    from dinoreg.doctor import explain
+
+    return explain(error) or f"{type(error).__name__}: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Help
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        "dinoreg: self-supervised pretraining of Vision Transformers with register tokens\n\n"
+        f"usage: dinoreg VERB … key=value …\n\n{verbs}\n\n"
+        "dinoreg VERB --help lists a verb's keys; dinoreg --version prints the version."
+    )
+
+
+def _verb_help(name: str) -> str:
+    verb = VERBS[name]
+    rows = [(key.name, f"{_type(key.hint)} = {key.default}", key.meaning) for key in verb.keys]
+    lines = [f"usage: dinoreg {verb.usage}", "", verb.summary]
+    if verb.details:
+        lines += ["", verb.details]
+    if name == "pretrain":
+        from dinoreg.bundled import bundled
+        from dinoreg.config import describe
+
+        configs = sorted(path.stem for path in bundled("configs").glob("*.yaml"))
+        lines += ["", f"CONFIG: {', '.join(configs)}; a YAML file (ours or dinov2's); a run folder"]
+        rows = describe()
+        at = [key for key, _, _ in rows].index("init")
+        kind, meaning = next(row[1:] for row in rows if row[0] == "data.source")
+        rows.insert(at, ("data", kind, f"short for data.source: {meaning}"))
+    if rows:
+        lines += ["", "keys:", *_table(rows)]
+    return "\n".join(lines)
+
+
+def _type(hint: Any) -> str:
+    return (hint.__name__ if isinstance(hint, type) else str(hint)).replace("None", "none")
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    lines: list[str] = []
+    section = ""
+    for key, kind, meaning in rows:
+        if "." in key and key.partition(".")[0] != section:
+            section = key.partition(".")[0]
+            lines.append("")
+        lines.append(f"  {key:<{widths[0]}}  {kind:<{widths[1]}}  {meaning}".rstrip())
+    return lines

@@ -1,0 +1,176 @@
+"""Which patches of a global crop the student does not see (iBOT section 3, BEiT's block-wise masking).
+
+Half of the crops get a mask of overlapping rectangles, the others none. The hidden share is stratified
+over the masked crops of a step, so every batch has light and heavy masks. All draws are keyed by (seed,
+step, crop): a process that needs some crops of a step computes the masks of these only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoreg.errors import UserError
+
+_TRIES = 10  # rectangles tried before a mask is left short of its target
+_STREAM = 0x6D61736B73  # names this use of the seed, "masks"
+_ASSIGNMENT = 1 << 63  # the crop number, out of reach of real ones, under which the assignment is drawn
+_BLOCK = 16  # rectangles drawn at once; most masks need fewer
+
+
+class _Streams:
+    """The random streams of a step, one for each crop.
+
+    One generator is moved to the start of the stream asked for; a new one costs a third of a mask.
+    """
+
+    def __init__(self, seed: int, step: int) -> None:
+        self._step = step
+        self._philox = np.random.Philox(key=np.array([seed % 2**64, _STREAM], dtype=np.uint64))
+        self._start = self._philox.state
+        self._rng = np.random.Generator(self._philox)
+
+    def __getitem__(self, crop: int) -> np.random.Generator:
+        # The lowest counter word counts the draws of a stream, the others tell the streams apart.
+        self._start["state"]["counter"] = np.array([0, crop, self._step, 0], dtype=np.uint64)
+        self._philox.state = self._start
+        return self._rng
+
+
+def default_max_patches(image_size: int | tuple[int, int], patch_size: int) -> int:
+    """The largest rectangle, in patches: half of the image, rounded as the published runs did.
+
+    0.5 * height // patch_size * width // patch_size, from left to right: 98 for 224/16, 128 for 224/14, and
+    666 (not 684) for 518/14. The published runs are square; for a rectangle the height is the side that is
+    halved. For sizes that are whole numbers of patches this is (rows // 2) * columns, the default of
+    `block_masks`.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return int(0.5 * height // patch_size * width // patch_size)
+
+
+def _strata(num_crops: int, probability: float, ratio: tuple[float, float]) -> np.ndarray:
+    """Edges (n + 1,) of the n equal ranges of the hidden share, one for each of the n masked crops."""
+    if not 0 <= probability <= 1:
+        raise UserError(f"mask probability is {probability}; expected a number from 0 to 1")
+    if not 0 <= ratio[0] <= ratio[1] <= 1:
+        raise UserError(f"mask ratio is {ratio}; expected two rising numbers from 0 to 1")
+    return np.linspace(ratio[0], ratio[1], int(num_crops * probability) + 1)
+
+
+def mask_upper_bound(
+    num_crops: int,
+    grid: tuple[int, int],
+    probability: float = 0.5,
+    ratio: tuple[float, float] = (0.1, 0.5),
+    count: int | None = None,
+) -> int:
+    """A number of masked patches that `block_masks` never exceeds, for buffers of a fixed size.
+
+    count  bound any `count` of the num_crops masks together (one process's rows) instead of all of them
+    """
+    edges = _strata(num_crops, probability, ratio)
+    largest = [int(grid[0] * grid[1] * edge) for edge in edges[1:]]
+    return sum(largest if count is None else largest[max(0, len(largest) - count) :])
+
+
+def block_masks(
+    seed: int,
+    step: int,
+    num_crops: int,
+    grid: tuple[int, int],
+    probability: float = 0.5,
+    ratio: tuple[float, float] = (0.1, 0.5),
+    min_patches: int = 4,
+    max_patches: int | None = None,
+    aspect: float = 0.3,
+    first: int = 0,
+    count: int | None = None,
+) -> np.ndarray:
+    """Masks for the crops first..first+count of a step that has num_crops global crops over all processes.
+
+    seed, step    >= 0; with the crop's number they determine its mask
+    grid          (rows, columns) of patches, N = rows * columns
+    probability   int(num_crops * probability) crops, drawn at random, get a mask; the others get none
+    ratio         range of the hidden share: masked crop i of n draws from the i-th of n equal parts of it
+    min_patches   smallest rectangle; a rectangle that completes a mask may be smaller
+    max_patches   most patches one rectangle may add; default (rows // 2) * columns
+    aspect        rectangles are between `aspect` and 1 / `aspect` times as high as wide
+    returns       (count, N) bool, True = hidden; at most int(N * share) in a crop, a few less where no
+                  further rectangle fits
+    """
+    height, width = grid
+    if height < 1 or width < 1:
+        raise UserError(f"mask grid is {grid}; expected at least one row and one column of patches")
+    if not 0 < aspect <= 1:
+        raise UserError(f"mask aspect is {aspect}; expected a number above 0, at most 1")
+    count = num_crops - first if count is None else count
+    if not 0 <= first <= first + count <= num_crops:
+        raise UserError(f"mask rows {first} to {first + count} asked for; the step has {num_crops} crops")
+    max_patches = height // 2 * width if max_patches is None else max_patches
+    edges = _strata(num_crops, probability, ratio)
+    # Crop c draws from part stratum[c]; a number from n up leaves it unmasked.
+    streams = _Streams(seed, step)
+    stratum = streams[_ASSIGNMENT].permutation(num_crops)
+    masks = np.zeros((count, height, width), dtype=bool)
+    for row, mask in enumerate(masks):
+        i = stratum[first + row]
+        if i < len(edges) - 1:
+            rng = streams[first + row]
+            share = edges[i] + (edges[i + 1] - edges[i]) * rng.random()
+            _hide_blocks(mask, int(height * width * share), min_patches, max_patches, aspect, rng)
+    return masks.reshape(count, height * width)
+
+
+def _uniforms(rng: np.random.Generator) -> Iterator[list[float]]:
+    """Endless rows of four uniform numbers, drawn many at a time because each call has a fixed cost."""
+    while True:
+        yield from rng.random((_BLOCK, 4)).tolist()
+
+
+def _hide_blocks(
+    mask: np.ndarray, target: int, min_patches: int, max_patches: int, aspect: float, rng: np.random.Generator
+) -> None:
+    """Hide rectangles of `mask` (rows, columns) up to `target` cells or until ten tries in a row fail."""
+    height, width = mask.shape
+    log_aspect = math.log(aspect)
+    draws = _uniforms(rng)
+    hidden = 0
+    while hidden < target:
+        room = min(target - hidden, max_patches)
+        for _ in range(_TRIES):
+            u_area, u_aspect, u_top, u_left = next(draws)
+            # With less room than min_patches the range runs downwards: smaller rectangles complete the mask.
+            area = min_patches + (room - min_patches) * u_area
+            half_log = (0.5 - u_aspect) * log_aspect  # log of the square root of height / width
+            side = math.sqrt(area)
+            h, w = round(side * math.exp(half_log)), round(side * math.exp(-half_log))
+            if h >= height or w >= width:
+                continue
+            top, left = int(u_top * (height - h + 1)), int(u_left * (width - w + 1))
+            box = mask[top : top + h, left : left + w]
+            new = h * w - int(np.count_nonzero(box))
+            if 0 < new <= room:
+                box[...] = True
+                hidden += new
+                break
+        else:
+            return
+
+
+def mask_tensors(mask: np.ndarray | Tensor) -> tuple[Tensor, Tensor]:
+    """The masked patches as a list, for gathering tokens and for the patch loss.
+
+    mask     (C, N) bool   on the CPU, where counting the masked patches stalls no device
+    returns  indices (M,) int64 into the C*N flattened patches, rising; weights (M,) float32, 1 / (number of
+             masked patches of that crop), so that the weights of a masked crop sum to 1. M may be 0
+    """
+    hidden = torch.as_tensor(mask)
+    counts = hidden.sum(dim=-1, dtype=torch.int64)  # (C,)
+    indices = hidden.flatten().nonzero().squeeze(-1)
+    weights = counts.clamp_min(1).float().reciprocal().repeat_interleave(counts)
+    return indices, weights

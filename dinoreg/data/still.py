@@ -1,0 +1,44 @@
+"""Images as an evaluation sees them: short side resized, centre cropped, nothing random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoreg.data.decode import BadImage, decode
+from dinoreg.data.sources import Source
+
+
+def centre_crop(image: Tensor, size: int) -> Tensor:
+    """Resize the short side to `size` (antialiased bicubic) and crop the centre.
+
+    image   (C, H, W) uint8
+    returns (C, size, size) uint8
+    """
+    height, width = image.shape[1:]
+    scale = size / min(height, width)
+    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    if shape != (height, width):
+        image = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return image[:, top : top + size, left : left + size]
+
+
+def still_images(source: Source, indices: Iterable[int], size: int, in_channels: int = 3) -> tuple[Tensor, list[int]]:
+    """Centre crops of some images of a source; unreadable ones are left out.
+
+    returns (n, C, size, size) uint8, and the n indices that could be read
+    """
+    images, kept = [], []
+    for index in indices:
+        try:
+            images.append(centre_crop(decode(source.read(index), in_channels), size))
+        except (BadImage, OSError):
+            continue
+        kept.append(index)
+    if not images:
+        return torch.empty(0, in_channels, size, size, dtype=torch.uint8), []
+    return torch.stack(images), kept

@@ -1,0 +1,112 @@
+"""Teacher targets: Sinkhorn-Knopp (DINOv2 section 4, SwAV) and softmax centering (DINO section 3.1).
+
+Both turn teacher logits into target rows that sum to one and keep the batch from agreeing on few prototypes.
+They are functions of all rows of the effective batch: a caller that accumulates gradients passes the rows of
+all micro-batches at once. Rows of other processes enter through sums that are the identity on one process.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dinoreg.distributed import all_reduce_max, all_reduce_sum
+from dinoreg.losses.rows import pieces, rows_per_piece
+
+# A row whose largest logit lies more than this many temperatures below the largest logit of all rows is
+# lifted to that distance, so that exp() never empties it. Cosine logits (|logit| <= 1) at a temperature of
+# 0.04 lie within it: the largest of thousands is seldom negative.
+_MAX_DEPTH = 40.0
+
+
+def _working_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int = 3) -> Tensor:
+    """Assign rows to prototypes so that each row has mass 1 and each prototype about n / K.
+
+    logits        (n, K)  this process's teacher logits; n may be 0 and may differ between processes, which
+                          must all call at the same time (one max and `iterations` sums are exchanged)
+    teacher_temp  > 0, the same on all processes
+    iterations    >= 1
+    returns       (n, K)  float32 (float64 for float64 logits); every row sums to 1, prototypes are balanced
+                          only approximately, because the rows are normalised last
+
+    Each iteration divides every prototype by its mass over all rows of all processes, then every row by its
+    own sum. The constants of the published form (the total mass, 1/K, 1/n) scale all entries alike, so the
+    row step removes them: they are left out, and the number of rows need not be exchanged. The largest logit
+    of all processes is subtracted before exp(), which is neutral for the same reason; a maximum per process
+    would weigh the processes differently. A prototype whose mass underflows keeps targets of (almost) 0.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; Sinkhorn-Knopp needs at least 1")
+    num_rows, num_prototypes = logits.shape
+    dtype = _working_dtype(logits)
+    size = rows_per_piece(num_prototypes, logits.device)
+    targets = torch.empty(num_rows, num_prototypes, dtype=dtype, device=logits.device)
+    mass = torch.zeros(num_prototypes, dtype=dtype, device=logits.device)
+    smallest_mass = torch.finfo(dtype).tiny * 16
+
+    row_max = torch.empty(num_rows, 1, dtype=dtype, device=logits.device)
+    for rows in pieces(0, num_rows, size):
+        row_max[rows] = logits[rows].amax(dim=-1, keepdim=True)
+    largest = row_max.amax() if num_rows else torch.full((), -torch.inf, dtype=dtype, device=logits.device)
+    shift = torch.minimum(all_reduce_max(largest), row_max + _MAX_DEPTH * teacher_temp)  # (n, 1)
+
+    for rows in pieces(0, num_rows, size):
+        part = torch.sub(logits[rows], shift[rows], out=targets[rows])
+        part.mul_(1 / teacher_temp).exp_()
+        mass += part.sum(dim=0)
+
+    for _ in range(iterations):
+        scale = all_reduce_sum(mass).clamp_min(smallest_mass).reciprocal()  # (K,)
+        mass = torch.zeros_like(mass)
+        for rows in pieces(0, num_rows, size):
+            part = targets[rows].mul_(scale)
+            part.div_(part.sum(dim=-1, keepdim=True))
+            mass += part.sum(dim=0)
+    return targets
+
+
+@torch.no_grad()
+def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
+    """softmax((logits - center) / teacher_temp), row by row.
+
+    logits   (n, K)   teacher logits; n may be 0
+    center   (1, K)   running mean of the teacher's logits over the steps before this one
+    returns  (n, K)   float32 (float64 for float64 logits); every row sums to 1
+    """
+    targets = torch.empty(logits.shape, dtype=_working_dtype(logits), device=logits.device)
+    center = center.to(targets.dtype)
+    for rows in pieces(0, logits.shape[0], rows_per_piece(logits.shape[1], logits.device)):
+        part = torch.sub(logits[rows], center, out=targets[rows])
+        part.mul_(1 / teacher_temp)
+        part.sub_(part.amax(dim=-1, keepdim=True)).exp_()
+        part.div_(part.sum(dim=-1, keepdim=True))
+    return targets
+
+
+@torch.no_grad()
+def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9) -> Tensor:
+    """momentum * center + (1 - momentum) * the mean of the logits over the rows of all processes.
+
+    center   (1, K)   float32
+    logits   (n, K)   this step's teacher logits; n may be 0 and may differ between processes, which must
+                      all call at the same time (one sum is exchanged)
+    returns  (1, K)   a new tensor; equal to `center` if no process has a row
+
+    The result serves the NEXT step: the targets of a step see the statistics of the steps before it only, so
+    call this after `softmax_center`. Every row of every process counts the same; the reference averages its
+    patch centre within each process first.
+    """
+    num_prototypes = logits.shape[1]
+    sums = torch.zeros(num_prototypes + 1, dtype=center.dtype, device=logits.device)  # column sums, row count
+    for rows in pieces(0, logits.shape[0], rows_per_piece(num_prototypes, logits.device)):
+        sums[:-1] += logits[rows].sum(dim=0, dtype=center.dtype)
+    sums[-1] = logits.shape[0]
+    sums = all_reduce_sum(sums)
+    count = sums[-1]
+    mean = sums[:-1] / count.clamp_min(1)
+    return torch.where(count > 0, center * momentum + mean * (1 - momentum), center)

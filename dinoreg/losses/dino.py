@@ -1,0 +1,165 @@
+"""Cross-entropy of student logits and teacher targets, and DINO's loss on class tokens (DINO section 3.1).
+
+`soft_cross_entropy` is the one cross-entropy of the project, shared with the patch loss. It computes in
+float32, a cache-sized piece at a time, and keeps of the (n, K) matrix its gradient alone, in the precision of
+the logits: a float32 copy of the logits or of their softmax never exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoreg.losses.rows import pieces, rows_per_piece
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """Weighted sum of the rows' H = mass * logsumexp(z) - sum_k q_k z_k, z = logits / student_temp.
+
+    Rows are seen as (repeats, m, K): `repeats` blocks of m rows which all face the same m targets. Only the
+    logits get a gradient, w / student_temp * (mass * softmax(z) - q). The forward pass has softmax(z) at
+    hand and makes the gradient there: that costs one exp() of the matrix instead of two, and neither the
+    logits nor the (float32) targets must live until the backward pass, which only applies the upstream
+    gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        student_temp: float,
+        weights: Tensor | None,
+        target_shift: int,
+    ) -> Tensor:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        blocks = logits.unflatten(0, (-1, targets.shape[0])) if targets.shape[0] else logits[None]
+        repeats, num_targets, _ = blocks.shape
+        mass = targets.sum(dim=-1, dtype=dtype).roll(-target_shift)  # (m,), in the order of the logits' rows
+        if weights is None:
+            weights = torch.ones(1, dtype=dtype, device=logits.device).expand(repeats * num_targets)
+        row_weights = weights.to(dtype).view(repeats, num_targets, 1)
+        grad = None
+        if ctx.needs_input_grad[0]:
+            # Before the loss scale has been applied, gradients of 1e-8 are common: too small for float16.
+            grad_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+            grad = torch.empty(blocks.shape, dtype=grad_dtype, device=logits.device)
+        losses = torch.empty(repeats, num_targets, dtype=dtype, device=logits.device)
+        first, second = _scratch(blocks, dtype), _scratch(blocks, dtype)
+        for block, rows, target_rows in _tiles(blocks, target_shift):
+            x, q, w = blocks[block, rows], targets[target_rows], row_weights[block, rows]
+            scores, product = first[: x.shape[0], : x.shape[1]], second[: x.shape[0], : x.shape[1]]
+            largest = x.amax(dim=-1, keepdim=True).to(dtype)
+            torch.add(largest / -student_temp, x, alpha=1 / student_temp, out=scores)  # z - max z, one pass
+            expected = torch.mul(scores, q, out=product).sum(dim=-1)
+            total = scores.exp_().sum(dim=-1, keepdim=True)
+            losses[block, rows] = mass[rows] * total.log().squeeze(-1) - expected
+            if grad is not None:
+                w = w / student_temp
+                scores.mul_(mass[rows, None] * w / total)
+                torch.sub(scores, torch.mul(q, w, out=product), out=grad[block, rows])
+        ctx.save_for_backward(grad)
+        ctx.logits_dtype = logits.dtype
+        return (losses * row_weights.squeeze(-1)).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        # Not in place: the graph may be walked a second time.
+        scaled = torch.empty(grad.shape, dtype=ctx.logits_dtype, device=grad.device)
+        torch.mul(grad, upstream, out=scaled)
+        return scaled.flatten(0, 1), None, None, None, None
+
+
+def _tile_shape(blocks: Tensor) -> tuple[int, int]:
+    """How many (blocks, rows) to take at once: rows first, since the blocks share the targets of a row."""
+    repeats, num_targets, num_prototypes = blocks.shape
+    rows = min(max(1, num_targets), rows_per_piece(num_prototypes, blocks.device))
+    return min(max(1, repeats), rows_per_piece(num_prototypes * rows, blocks.device)), rows
+
+
+def _tiles(blocks: Tensor, target_shift: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices (of blocks, of rows, of targets) that cover all rows; in each the targets are consecutive."""
+    repeats, num_targets, _ = blocks.shape
+    num_blocks, num_rows = _tile_shape(blocks)
+    wrap = num_targets - target_shift  # the row which faces target 0
+    for start, stop, shift in ((0, wrap, target_shift), (wrap, num_targets, -wrap)):
+        for rows in pieces(start, stop, num_rows):
+            for block in pieces(0, repeats, num_blocks):
+                yield block, rows, slice(rows.start + shift, rows.stop + shift)
+
+
+def _scratch(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*_tile_shape(blocks), blocks.shape[-1], dtype=dtype, device=blocks.device)
+
+
+def soft_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    student_temp: float,
+    weights: Tensor | None = None,
+    target_shift: int = 0,
+) -> Tensor:
+    """sum_i w_i * H(q_i, s_i) with H(q, s) = -sum_k q_k * log_softmax(s / student_temp)_k.
+
+    logits        (n, K)   student logits; n may be 0, which gives 0 and an empty gradient
+    targets       (m, K)   n is a multiple of m: row i faces target (i + target_shift) mod m, so that a few
+                           targets serve several blocks of m rows. A target may have any mass (entries >= 0),
+                           for example q1 + q2 with mass 2, which is H(q1, s) + H(q2, s)
+    weights       (n,)     or None for all ones
+    target_shift  0..m-1
+    returns       ()       float32 (float64 for float64 logits), not divided by anything
+
+    Only the logits get a gradient, in their own dtype; there is no second derivative.
+    """
+    num_targets = targets.shape[0]
+    if logits.shape[1] != targets.shape[1] or logits.shape[0] % max(1, num_targets):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} do not fit targets {tuple(targets.shape)}: "
+            "expected equal widths and a whole number of logits rows for each target"
+        )
+    if num_targets == 0 and logits.shape[0]:
+        raise ValueError(f"no targets for {logits.shape[0]} rows of logits")
+    if weights is not None and weights.shape != logits.shape[:1]:
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit {logits.shape[0]} rows of logits")
+    if not 0 <= target_shift < max(1, num_targets):
+        raise ValueError(f"target_shift is {target_shift}; expected 0 to {max(1, num_targets) - 1}")
+    weights = None if weights is None else weights.detach()
+    return _SoftCrossEntropy.apply(logits, targets.detach(), student_temp, weights, target_shift)
+
+
+def dino_loss(
+    student_global: Tensor, student_local: Tensor | None, targets: Tensor, student_temp: float
+) -> tuple[Tensor, Tensor]:
+    """Every student crop predicts the teacher's view of the same image; a global crop only the other view's.
+
+    student_global  (2B, K)    logits, rows of view 1 first
+    student_local   (L*B, K)   logits, all images of local crop 1 first; None or no rows when L = 0
+    targets         (2B, K)    teacher targets in the same order as student_global: the two views are swapped
+                               HERE, so a caller must not swap them
+    returns         two () float32: the loss of the global crops and that of the local crops
+
+    The 2 global and 2L local pairs each weigh 1 / M, M = 2 + 2L, and a pair is a mean over the B images.
+    Without local crops M is 2 and the second value a plain 0 outside the graph; the reference clamps its
+    count of local pairs to at least 1 and would divide by 3, in a case that it cannot run.
+    """
+    batch_size = targets.shape[0] // 2
+    if targets.shape[0] != 2 * batch_size or batch_size == 0 or student_global.shape[0] != 2 * batch_size:
+        raise ValueError(
+            f"student_global {tuple(student_global.shape)} and targets {tuple(targets.shape)}: "
+            "expected the same even number of rows, two for each image"
+        )
+    num_local_rows = 0 if student_local is None else student_local.shape[0]
+    if num_local_rows % batch_size:
+        raise ValueError(f"student_local has {num_local_rows} rows; expected a multiple of {batch_size} images")
+    num_pairs = 2 + 2 * (num_local_rows // batch_size)
+    scale = 1 / (num_pairs * batch_size)
+    global_loss = scale * soft_cross_entropy(student_global, targets, student_temp, target_shift=batch_size)
+    if student_local is None or num_local_rows == 0:
+        return global_loss, torch.zeros_like(global_loss)
+    both_views = targets[:batch_size] + targets[batch_size:]  # (B, K), mass 2
+    return global_loss, scale * soft_cross_entropy(student_local, both_views, student_temp)

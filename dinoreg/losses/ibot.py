@@ -1,0 +1,22 @@
+"""iBOT's loss (iBOT section 3, DINOv2 section 4): predict the teacher's targets of the hidden patches."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dinoreg.losses.dino import soft_cross_entropy
+
+
+def ibot_loss(logits: Tensor, targets: Tensor, weights: Tensor, num_crops: int, student_temp: float) -> Tensor:
+    """The cross-entropy of masked patches, averaged within each crop, then over all crops.
+
+    logits     (M, K)   student logits of the masked patches of masked global crops
+    targets    (M, K)   teacher targets of the same patches, seen unmasked
+    weights    (M,)     1 / (number of masked patches of the patch's crop)
+    num_crops  > 0, all 2B global crops, the unmasked ones included: with half of the crops masked the value
+               is half of the mean over masked crops
+    returns    ()       float32; without masked patches 0, with an (empty) gradient for the logits
+    """
+    if num_crops < 1:
+        raise ValueError(f"num_crops is {num_crops}; expected the number of global crops, at least 1")
+    return soft_cross_entropy(logits, targets, student_temp, weights) / num_crops

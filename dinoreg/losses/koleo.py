@@ -1,0 +1,29 @@
+"""The KoLeo regulariser (Sablayrolles et al. 2019; DINOv2 section 4): spread the features of a batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
+    """-mean_i log of the distance between feature i and its nearest neighbour, on the unit sphere.
+
+    features  (B, D)   the student's class tokens of ONE global view, before the head: two views of an image
+                       are near by design, so views are never searched together
+    returns   ()       float32 whatever the input or autocast (float64 for float64), always finite
+
+    The gradient reaches both ends of a pair. Duplicates are finite: at distance 0 a term is
+    -log(eps * sqrt(D) + eps). With B < 2 there is no neighbour, and the value is 0 with a gradient of 0 (the
+    reference, where a lone feature finds itself, gives the value of a duplicate).
+    """
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    with torch.autocast(features.device.type, enabled=False):
+        x = F.normalize(features.to(dtype), dim=-1, eps=eps)
+        if x.shape[0] < 2:
+            return x.sum() * 0
+        with torch.no_grad():
+            nearest = (x @ x.mT).fill_diagonal_(-2).argmax(dim=-1)  # (B,)
+        # eps inside the norm keeps its gradient defined where two features coincide.
+        return -torch.log(F.pairwise_distance(x, x[nearest], eps=eps) + eps).mean()

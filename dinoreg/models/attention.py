@@ -1,0 +1,162 @@
+"""Multi-head attention over groups of crops, with interchangeable kernels (DINOv2 §5).
+
+Three backends compute the same numbers: `xformers` (one call for a packed batch, CUDA only), `sdpa`
+(PyTorch's fused kernel, once per group) and `plain` (matmul, softmax, matmul; on a CPU the quickest for
+short sequences). The sequence of one group is never mixed with that of another, nor one image with another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoreg.errors import UserError
+
+BACKENDS = ("auto", "xformers", "sdpa", "plain")
+
+# On a CPU, `plain` beats SDPA in low precision up to about this many tokens (SDPA's inner products miss the
+# quick low-precision kernels); in float32 SDPA is as quick or quicker at every length.
+PLAIN_MAX_TOKENS = 300
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+Shapes = tuple[tuple[int, int], ...]  # one (images, tokens) pair per group
+
+
+def check_backend(name: str) -> str:
+    """Return `name`; raises UserError if it is no backend, or is one that this machine can never run."""
+    if name not in BACKENDS:
+        raise UserError(f"attention={name!r} is not a backend; expected one of {', '.join(BACKENDS)}")
+    if name == "xformers" and not torch.cuda.is_available():
+        raise UserError("attention='xformers' needs a CUDA device and none is present; use auto, sdpa or plain")
+    return name
+
+
+def resolve_backend(
+    name: str,
+    device: torch.device,
+    num_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """The backend that `name` stands for: "xformers", "sdpa" or "plain".
+
+    num_tokens  length of the sequence; on a CPU it helps to decide between plain and sdpa (None: a short one)
+    dtype       of the queries; helps likewise, and xformers has kernels for some dtypes only
+    raises UserError if xformers is asked for by name and cannot run here
+    """
+    check_backend(name)
+    if name == "xformers":
+        if device.type != "cuda":
+            raise UserError(f"attention='xformers' runs on CUDA, but the model is on {device.type}")
+        problem = _xformers_problem(device, dtype)
+        if problem:
+            raise UserError(f"attention='xformers' cannot run here: {problem}; use auto or sdpa")
+        return name
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "sdpa" if _xformers_problem(device, dtype) else "xformers"
+    if device.type == "cpu" and dtype in LOW_PRECISION and (num_tokens or 0) <= PLAIN_MAX_TOKENS:
+        return "plain"
+    return "sdpa"
+
+
+@lru_cache(maxsize=16)
+def _xformers_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a small packed attention fails under xformers, or None. An import alone proves little: a build
+    made for another torch imports well and then finds no kernel."""
+    try:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        with torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            x = torch.ones(1, 24, 2, 64, device=device, dtype=dtype, requires_grad=True)
+            out = memory_efficient_attention(x, x, x, attn_bias=BlockDiagonalMask.from_seqlens([9, 15]))
+            out.sum().backward()
+    except Exception as error:  # whatever it raises, the answer is the same: not this backend
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would answer: autocast's where it is on, else that of `x`."""
+    return torch.get_autocast_dtype(x.device.type) if _autocast_on(x) else x.dtype
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which operations on `x` keep to the dtypes of their inputs."""
+    return torch.autocast(x.device.type, enabled=False) if _autocast_on(x) else nullcontext()
+
+
+def _autocast_on(x: Tensor) -> bool:
+    kind = x.device.type  # asking about a device without autocast, such as meta, is an error
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v, for every image and head.
+
+    q, k, v (B, T, heads, head_dim)
+    backend "xformers" | "sdpa" | "plain", as `resolve_backend` returns it
+    returns (B, T, heads, head_dim)
+    """
+    if backend == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return (attention_weights(q, k) @ v).transpose(1, 2)
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """The weights themselves: q, k (B, heads, T, head_dim) -> (B, heads, T, T), rows sum to one.
+
+    Outside autocast, softmax keeps the dtype of its input and PyTorch's kernels sum it in float32, so that
+    low precision loses only the rounding of the scores, with no float32 copy of them.
+    """
+    with without_autocast(q):
+        return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1), dim=-1)
+
+
+def attend_groups(qkv: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tensor:
+    """Attention of packed groups, each image to itself.
+
+    qkv      (S, 3, heads, head_dim)   S = sum of images * tokens over the groups
+    shapes   (images, tokens) of each group, in the order in which they are packed
+    backends one per group, as `resolve_backend` returns it
+    returns  (S, heads * head_dim)
+    """
+    if backends[0] == "xformers":  # a matter of the device, hence of all groups
+        return _attend_packed(qkv, shapes).flatten(1)
+    groups = qkv.split([images * tokens for images, tokens in shapes]) if len(shapes) > 1 else (qkv,)
+    outputs = []
+    for group, (images, tokens), backend in zip(groups, shapes, backends, strict=True):
+        q, k, v = group.unflatten(0, (images, tokens)).unbind(2)
+        outputs.append(attend(q, k, v, backend).flatten(2).flatten(0, 1))
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _attend_packed(qkv: Tensor, shapes: Shapes) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = qkv.unsqueeze(0).unbind(2)  # (1, S, heads, head_dim)
+    if len(shapes) == 1:  # plain batch: no mask needed
+        q, k, v = (x.unflatten(1, shapes[0]).squeeze(0) for x in (q, k, v))
+        return memory_efficient_attention(q, k, v).flatten(0, 1)
+    bias = _block_diagonal(shapes, qkv.device)
+    return memory_efficient_attention(q, k, v, attn_bias=bias).squeeze(0)
+
+
+@lru_cache(maxsize=64)
+def _block_diagonal(shapes: Shapes, device: torch.device) -> object:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    lengths = [tokens for images, tokens in shapes for _ in range(images)]
+    return BlockDiagonalMask.from_seqlens(lengths, device=device)

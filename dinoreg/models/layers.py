@@ -1,0 +1,276 @@
+"""The parts of a Vision Transformer block, with LayerScale and stochastic depth by batch subset (DINOv2 §5).
+
+Tokens reach a block as one matrix (S, D): all tokens of all images of all crop groups, one after the other.
+Token-wise layers run once over it, whatever the number of groups; attention and stochastic depth look at the
+groups' shapes. Parameter names are those of the published DINOv2 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoreg.errors import UserError
+from dinoreg.models.attention import Shapes, attend_groups, without_autocast
+
+NORM_EPS = 1e-6
+
+# Up to this rate a plain batch scales whole samples; above it, skipping the work of the dropped ones pays.
+SUBSET_MIN_RATE = 0.1
+
+
+def swiglu_hidden_dim(hidden_dim: int) -> int:
+    """Two thirds of the width an MLP would have, rounded up to a multiple of eight: 4 * 1536 -> 4096."""
+    return (int(hidden_dim * 2 / 3) + 7) // 8 * 8
+
+
+class PatchEmbed(nn.Module):
+    """One linear map per non-overlapping square patch. The weights are a convolution's, as published; the
+    product is a matrix multiplication, which is the same sum and quicker on a CPU."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> (B, N, D), patches row by row. Raises UserError where a size does not
+        divide."""
+        weight, size = self.proj.weight, self.patch_size
+        if images.ndim != 4 or images.shape[1] != weight.shape[1]:
+            raise UserError(f"images have shape {tuple(images.shape)}; expected (B, {weight.shape[1]}, H, W)")
+        batch, channels, height, width = images.shape
+        if height % size or width % size or not height or not width:
+            raise UserError(f"image size {height}x{width} is not a multiple of the patch size {size}")
+        rows, columns = height // size, width // size
+        patches = images.to(weight.dtype).reshape(batch, channels, rows, size, columns, size)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * size * size)
+        return F.linear(patches, weight.flatten(1), self.proj.bias)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (S, D) -> (S, D)."""
+        hidden = _dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return _dropout(self.fc2(hidden), self.dropout, self.training)
+
+
+class SwiGLU(nn.Module):
+    """SiLU-gated linear unit; the first half of `w12` is the gate. `hidden_dim` is the width *before* the
+    gate's two-thirds rule (`swiglu_hidden_dim`)."""
+
+    def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        gated = swiglu_hidden_dim(hidden_dim)
+        self.w12 = nn.Linear(dim, 2 * gated)
+        self.w3 = nn.Linear(gated, dim)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (S, D) -> (S, D)."""
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        hidden = _dropout(F.silu(gate) * value, self.dropout, self.training)
+        return _dropout(self.w3(hidden), self.dropout, self.training)
+
+
+FFN_KINDS: dict[str, type[Mlp] | type[SwiGLU]] = {"mlp": Mlp, "swiglu": SwiGLU}
+
+
+class LayerScale(nn.Module):
+    """Holds the per-channel factor of a residual; the block multiplies by it as it adds."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., D)."""
+        return x * self.gamma
+
+
+class Attention(nn.Module):
+    """Self-attention of packed groups. `head_dim * heads` may differ from `dim`."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim or dim // heads
+        self.qkv = nn.Linear(dim, 3 * heads * self.head_dim)
+        self.proj = nn.Linear(heads * self.head_dim, dim)
+        self.dropout = dropout
+
+    def project(self, x: Tensor) -> Tensor:
+        """x (..., D) -> queries, keys and values (..., 3, heads, head_dim)."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+
+    def forward(self, x: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tensor:
+        """x (S, D) -> (S, D)."""
+        return _dropout(self.proj(attend_groups(self.project(x), shapes, backends)), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and FFN, each with LayerScale and stochastic depth around its residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        ffn: str = "mlp",
+        hidden_dim: int | None = None,
+        layerscale: float | None = 1e-5,
+        drop_path: float = 0.0,
+        head_dim: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, heads, head_dim, dropout)
+        self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = FFN_KINDS[ffn](dim, 4 * dim if hidden_dim is None else hidden_dim, dropout)
+        self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
+
+    def forward(self, x: Tensor, shapes: Shapes, backends: Sequence[str], packed: bool = False) -> Tensor:
+        """x (S, D) -> (S, D).
+
+        shapes   (images, tokens) of each group
+        backends attention backend of each group
+        packed   the groups came as a list: stochastic depth skips samples whatever its rate
+        """
+        rate = self.drop_path if self.training else 0.0
+        gamma1, gamma2 = _gamma(self.ls1), _gamma(self.ls2)
+        if rate and (packed or rate > SUBSET_MIN_RATE):
+            kept = draw_kept(shapes, rate, x.device)
+            part = kept_shapes(shapes, kept)
+            y = self.attn(self.norm1(gather_samples(x, shapes, kept)), part, backends)
+            x = add_samples(x, y, gamma1, shapes, kept)
+            kept = draw_kept(shapes, rate, x.device)
+            y = self.mlp(self.norm2(gather_samples(x, shapes, kept)))
+            return add_samples(x, y, gamma2, shapes, kept)
+        y = self.attn(self.norm1(x), shapes, backends)
+        x = _add(x, y, gamma1, _sample_factors(shapes, rate, x) if rate else None)
+        y = self.mlp(self.norm2(x))
+        return _add(x, y, gamma2, _sample_factors(shapes, rate, x) if rate else None)
+
+
+def _dropout(x: Tensor, rate: float, training: bool) -> Tensor:
+    return F.dropout(x, rate, training) if rate and training else x
+
+
+def _gamma(scale: nn.Module) -> Tensor | None:
+    return scale.gamma if isinstance(scale, LayerScale) else None
+
+
+def _add(x: Tensor, y: Tensor, gamma: Tensor | None, factors: Tensor | None) -> Tensor:
+    """x + y * gamma * factors in one pass over the tokens."""
+    if factors is not None:
+        y = y * factors
+    # Outside autocast: on CUDA it would store a float32 copy of a low-precision y for the backward pass.
+    with without_autocast(x):
+        return torch.addcmul(x, y, gamma) if gamma is not None else x + y
+
+
+def _sample_factors(shapes: Shapes, rate: float, x: Tensor) -> Tensor:
+    """(S, 1): 1 / (1 - rate) for the tokens of samples that stay, 0 for the others."""
+    factors = [
+        x.new_empty(images).bernoulli_(1 - rate).div_(1 - rate).repeat_interleave(tokens) for images, tokens in shapes
+    ]
+    return torch.cat(factors).unsqueeze(1)
+
+
+def draw_kept(shapes: Shapes, rate: float, device: torch.device) -> list[Tensor]:
+    """For each group of b images the indices of the max(int(b * (1 - rate)), 1) that go through the
+    branch."""
+    return [torch.randperm(images, device=device)[: max(int(images * (1 - rate)), 1)] for images, _ in shapes]
+
+
+def kept_shapes(shapes: Shapes, kept: Sequence[Tensor]) -> Shapes:
+    return tuple((len(index), tokens) for (_, tokens), index in zip(shapes, kept, strict=True))
+
+
+def gather_samples(x: Tensor, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
+    """The tokens of the kept samples of every group: x (S, D) -> (S', D)."""
+    return _GatherSamples.apply(x, shapes, *kept)
+
+
+def add_samples(x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
+    """x (S, D) plus, at the kept samples, y (S', D) * gamma * (images / kept images): unbiased over the
+    draw."""
+    return _AddSamples.apply(x, y, gamma, shapes, *kept)
+
+
+def _views(shapes: Shapes, kept: Sequence[Tensor]) -> list[tuple[slice, slice, int]]:
+    """For each group: its rows among all tokens, its rows among the kept tokens, its number of images."""
+    rows, start, stop = [], 0, 0
+    for (images, tokens), index in zip(shapes, kept, strict=True):
+        here, there = images * tokens, len(index) * tokens
+        rows.append((slice(start, start + here), slice(stop, stop + there), images))
+        start, stop = start + here, stop + there
+    return rows
+
+
+class _GatherSamples(torch.autograd.Function):
+    # Written out because autograd's own composition (select, then concatenate) makes a second copy each way.
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shapes: Shapes, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.shapes = shapes
+        views = _views(shapes, kept)
+        out = x.new_empty(views[-1][1].stop, x.shape[1])
+        for (here, there, images), index in zip(views, kept, strict=True):
+            torch.index_select(x[here].view(images, -1), 0, index, out=out[there].view(len(index), -1))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        kept = ctx.saved_tensors
+        views = _views(ctx.shapes, kept)
+        out = grad.new_zeros(views[-1][0].stop, grad.shape[1])
+        for (here, there, images), index in zip(views, kept, strict=True):
+            out[here].view(images, -1).index_copy_(0, index, grad[there].contiguous().view(len(index), -1))
+        return out, None, *(None for _ in kept)
+
+
+class _AddSamples(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(y if gamma is not None else None, gamma, *kept)
+        ctx.shapes, ctx.dtype = shapes, y.dtype
+        out = x.clone(memory_format=torch.contiguous_format)
+        for (here, there, images), index in zip(_views(shapes, kept), kept, strict=True):
+            part = y[there] if gamma is None else y[there] * gamma
+            part = part.to(x.dtype).view(len(index), -1)
+            out[here].view(images, -1).index_add_(0, index, part, alpha=images / len(index))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad,) = grads
+        y, gamma, *kept = ctx.saved_tensors
+        grad = grad.contiguous()
+        views = _views(ctx.shapes, kept)
+        grad_y = grad.new_empty(views[-1][1].stop, grad.shape[1])
+        for (here, there, images), index in zip(views, kept, strict=True):
+            part = grad_y[there]
+            torch.index_select(grad[here].view(images, -1), 0, index, out=part.view(len(index), -1))
+            part.mul_(images / len(index))
+        grad_gamma = None
+        if gamma is not None:
+            grad_gamma = (grad_y * y).sum(0).to(gamma.dtype)
+            grad_y.mul_(gamma)
+        return grad, grad_y.to(ctx.dtype), grad_gamma, None, *(None for _ in kept)

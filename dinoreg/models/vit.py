@@ -1,0 +1,323 @@
+"""The encoder: a Vision Transformer with register tokens (Darcet et al. 2023), in DINOv2's arrangement.
+
+The sequence is always [class token, registers, patches]. Registers are learned, carry no position and are
+given up at the output; the class token and the patches carry a learned position that is resampled to the
+image's grid. Parameter names and shapes are those of the published DINOv2 weights, so that these load as
+they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dinoreg.errors import UserError
+from dinoreg.models.attention import Shapes, attention_weights, check_backend, compute_dtype, resolve_backend
+from dinoreg.models.layers import FFN_KINDS, NORM_EPS, Block, PatchEmbed
+
+POSITION_STD = 0.02
+TOKEN_STD = 1e-6  # class token and registers start as good as zero, yet not equal to one another
+
+
+class Tokens(NamedTuple):
+    """The encoder's output after the final norm, in sequence order."""
+
+    cls: Tensor  # (B, D)
+    registers: Tensor  # (B, R, D)
+    patches: Tensor  # (B, N, D), row by row
+
+
+def as_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
+    """`size` as (height, width); raises UserError unless it is one positive integer or two."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(extent, int) and extent > 0 for extent in pair):
+        raise UserError(f"{name}={size!r} is not a size; expected a positive integer or (height, width)")
+    return pair
+
+
+def resample_positions(
+    positions: Tensor,
+    grid: tuple[int, int],
+    target: tuple[int, int],
+    antialias: bool = True,
+    offset: float = 0.0,
+) -> Tensor:
+    """Bicubic resampling of patch positions from one grid to another, in float32.
+
+    positions (1, gh * gw, D)
+    antialias and offset: (True, 0) for models with registers; the published models without were trained with
+        (False, 0.1), where the offset enters the scale and so moves the sampling points a little
+    returns   (1, h * w, D), in the dtype that came in; the tensor itself where the grids agree
+    """
+    if grid == target:
+        return positions
+    dim = positions.shape[-1]
+    # A contiguous copy: the kernel for channels-last input has no antialiased backward as quick as this one.
+    image = positions.float().reshape(1, *grid, dim).permute(0, 3, 1, 2).contiguous()
+    if offset:
+        scale = [(new + offset) / old for new, old in zip(target, grid, strict=True)]
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
+    else:
+        image = F.interpolate(image, size=target, mode="bicubic", antialias=antialias)
+    if image.shape[-2:] != target:
+        raise UserError(f"position_offset={offset} turns grid {grid} into {tuple(image.shape[-2:])}, not {target}")
+    return image.flatten(2).transpose(1, 2).to(positions.dtype)
+
+
+class RegisterViT(nn.Module):
+    """Vision Transformer with register tokens.
+
+    image_size        native size in pixels, (height, width) or one for both: the size of the position grid.
+                      Images of other sizes are welcome, as long as the patch size divides them
+    ffn               "mlp" or "swiglu"; ffn_ratio is the hidden width of the MLP over `dim`
+    layerscale        start value of the residuals' channel factors; None or 0 leaves them out
+    drop_path         probability of skipping a residual branch while training, in every block alike, or
+                      (drop_path_uniform=False) growing linearly from 0 to it along the depth
+    antialias, position_offset   how positions are resampled, see `resample_positions`
+    init_std          standard deviation of every linear layer's start weights
+    attention         "auto" | "xformers" | "sdpa" | "plain"
+    checkpointing     recompute each block in the backward pass instead of keeping its activations
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int = 14,
+        dim: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        num_registers: int = 4,
+        ffn: str = "mlp",
+        ffn_ratio: float = 4.0,
+        layerscale: float | None = 1e-5,
+        drop_path: float = 0.0,
+        drop_path_uniform: bool = True,
+        in_channels: int = 3,
+        antialias: bool = True,
+        position_offset: float = 0.0,
+        init_std: float = 0.02,
+        attention: str = "auto",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        height, width = as_pair(image_size, "image_size")
+        if height % patch_size or width % patch_size:
+            raise UserError(f"image_size {height}x{width} is not a multiple of patch_size {patch_size}")
+        if dim % heads:
+            raise UserError(f"dim={dim} does not divide into heads={heads}")
+        if ffn not in FFN_KINDS:
+            raise UserError(f"ffn={ffn!r} is not known; expected one of {', '.join(FFN_KINDS)}")
+        if not 0 <= drop_path < 1:
+            raise UserError(f"drop_path={drop_path} is not a probability below 1")
+        if num_registers < 0 or depth < 1:
+            raise UserError(f"num_registers={num_registers} and depth={depth}: expected >= 0 and >= 1")
+
+        self.image_size = (height, width)
+        self.grid = (height // patch_size, width // patch_size)
+        self.patch_size, self.in_channels = patch_size, in_channels
+        self.dim, self.depth, self.heads, self.num_registers = dim, depth, heads, num_registers
+        self.ffn, self.ffn_ratio, self.layerscale = ffn, ffn_ratio, layerscale
+        self.antialias, self.position_offset, self.init_std = antialias, position_offset, init_std
+        self.attention_backend = check_backend(attention)
+        self.checkpointing = checkpointing
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], dim))
+        self.register_tokens = nn.Parameter(torch.empty(1, num_registers, dim)) if num_registers else None
+        self.mask_token = nn.Parameter(torch.empty(1, dim))
+        self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
+        rates = [drop_path * (1.0 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, ffn, int(dim * ffn_ratio), layerscale, drop_path=rate) for rate in rates
+        )
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the start weights (from torch's global generator). The patch embedding keeps a convolution's
+        own."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=self.init_std)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=POSITION_STD)
+        nn.init.normal_(self.cls_token, std=TOKEN_STD)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=TOKEN_STD)
+        nn.init.zeros_(self.mask_token)
+
+    def architecture(self) -> dict[str, Any]:
+        """The constructor's arguments that the weights depend on, fit for JSON:
+        `RegisterViT(**m.architecture())`. Choices of a run (stochastic depth, attention backend,
+        checkpointing) are not among them."""
+        return {
+            "image_size": list(self.image_size),
+            "patch_size": self.patch_size,
+            "dim": self.dim,
+            "depth": self.depth,
+            "heads": self.heads,
+            "num_registers": self.num_registers,
+            "ffn": self.ffn,
+            "ffn_ratio": self.ffn_ratio,
+            "layerscale": self.layerscale,
+            "in_channels": self.in_channels,
+            "antialias": self.antialias,
+            "position_offset": self.position_offset,
+            "init_std": self.init_std,
+        }
+
+    # ---------------------------------------------------------------- embedding
+
+    def embed(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Patchify, hide masked patches, add positions, then prepend the class and register tokens.
+
+        images  (B, C, H, W)   height and width divisible by the patch size
+        mask    (B, N) bool    True where a patch is replaced by the mask token (which then gets its position)
+        returns (B, T, D)      class token, registers, patches; registers carry no position
+        """
+        x = self.patch_embed(images)  # (B, N, D)
+        batch = x.shape[0]
+        target = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        if mask is not None:
+            if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
+                raise UserError(
+                    f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool {tuple(x.shape[:2])}"
+                )
+            x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        patch_positions = resample_positions(
+            self.pos_embed[:, 1:], self.grid, target, self.antialias, self.position_offset
+        )
+        tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)]
+        if self.register_tokens is not None:
+            tokens.append(self.register_tokens.expand(batch, -1, -1))
+        return torch.cat([*tokens, x + patch_positions], dim=1)
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        images: Tensor | Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Any:  # Tokens, or list[Tokens] for a list: mypy cannot tell callers which without overloads on Module
+        """Encode one batch, or several crop groups of different sizes in one pass.
+
+        images  (B, C, H, W), or a list of them, one per resolution
+        mask    (B, N) bool or None, or a list of these, one per group
+        returns Tokens, or a list of Tokens
+        """
+        if isinstance(images, Tensor):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise UserError("images are one tensor, so mask must be one tensor or None")
+            return self._encode([images], [mask], packed=False)[0]
+        masks = [None] * len(images) if mask is None else list(mask)
+        if not images or len(masks) != len(images):
+            raise UserError(f"{len(images)} groups of images came with {len(masks)} masks")
+        return self._encode(images, masks, packed=True)
+
+    def _encode(self, images: Sequence[Tensor], masks: Sequence[Tensor | None], packed: bool) -> list[Tokens]:
+        groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
+        x, shapes = _pack(groups)
+        x = self.norm(self._run(x, shapes, self.depth, packed))
+        first = 1 + self.num_registers
+        return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in _unpack(x, shapes)]
+
+    def _run(self, x: Tensor, shapes: Shapes, stop: int, packed: bool = False, start: int = 0) -> Tensor:
+        """Blocks start .. stop - 1 over packed tokens (S, D)."""
+        backends = self._backends(x, shapes)
+        for block in self.blocks[start:stop]:
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, shapes, backends, packed, use_reentrant=False)
+            else:
+                x = block(x, shapes, backends, packed)
+        return x
+
+    def _backends(self, x: Tensor, shapes: Shapes) -> tuple[str, ...]:
+        dtype = compute_dtype(x)
+        return tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
+
+    # ---------------------------------------------------------------- looking inside
+
+    def prenorm(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> tokens after the last block and before the final norm (B, T, D), where the
+        norms of artifact tokens are measured."""
+        x, shapes = _pack([self.embed(images)])
+        return _unpack(self._run(x, shapes, self.depth), shapes)[0]
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """Patch tokens of several blocks, in block order.
+
+        images  (B, C, H, W)
+        n       the last n blocks, or the indices of blocks from 0
+        reshape gives (B, D, H / p, W / p) instead of (B, N, D)
+        norm    applies the final norm to every block's output
+        returns a tuple of patch tokens, or of (patch tokens, class token (B, D)) pairs
+        """
+        chosen = set(range(self.depth - n, self.depth)) if isinstance(n, int) else {self._layer(i) for i in n}
+        if not chosen or min(chosen) < 0:
+            raise UserError(f"n={n!r}: the model has {self.depth} blocks, and at least one must be asked for")
+        x, shapes = _pack([self.embed(images)])
+        outputs: list[Any] = []
+        start = 0
+        for index in sorted(chosen):
+            x = self._run(x, shapes, index + 1, start=start)
+            start = index + 1
+            tokens = _unpack(self.norm(x) if norm else x, shapes)[0]
+            patches = tokens[:, 1 + self.num_registers :]
+            if reshape:
+                rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+                patches = patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+            outputs.append((patches, tokens[:, 0]) if return_class_token else patches)
+        return tuple(outputs)
+
+    def qkv(self, images: Tensor, layer: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of one block's attention, each (B, heads, T, head_dim).
+
+        images (B, C, H, W)
+        layer  index of the block, from 0, or from the end if negative
+        """
+        index = self._layer(layer)
+        x, shapes = _pack([self.embed(images)])
+        x = self._run(x, shapes, index)
+        block = self.blocks[index]
+        assert isinstance(block, Block)
+        parts = block.attn.project(block.norm1(x)).unflatten(0, shapes[0])  # (B, T, 3, heads, head_dim)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def attention(self, images: Tensor, layer: int = -1) -> Tensor:
+        """The attention weights of one block, (B, heads, T, T); rows (queries) sum to one.
+
+        Computed literally, in float32, whatever backend the model runs on.
+        """
+        q, k, _ = self.qkv(images, layer)
+        return attention_weights(q.float(), k.float())
+
+    def _layer(self, layer: int) -> int:
+        if not -self.depth <= layer < self.depth:
+            raise UserError(f"layer {layer} is out of range: the model has {self.depth} blocks")
+        return layer % self.depth
+
+
+def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
+    """Token groups (b, T, D) of different lengths as one (S, D), and their (b, T)."""
+    shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
+    flat = [group.flatten(0, 1) for group in groups]
+    return (torch.cat(flat) if len(flat) > 1 else flat[0]), shapes
+
+
+def _unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:
+    parts = x.split([images * tokens for images, tokens in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]

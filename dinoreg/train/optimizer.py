@@ -1,0 +1,111 @@
+"""AdamW over named parameter groups: layer-wise decay, no decay on norms and biases, a frozen last layer.
+
+The groups follow DINOv2: per submodule (backbone and each head), parameters with the same rate multiplier, decay
+multiplier and last-layer flag share one group.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from dinoreg.train.schedules import Now
+
+_TOKENS = ("pos_embed", "mask_token", "cls_token", "register_tokens")
+
+
+def lr_multiplier(name: str, depth: int, layer_decay: float, patch_embed_lr: float) -> float:
+    """Rate multiplier of a backbone parameter: layer_decay ** (depth + 1 - layer id), less for the patch embedding.
+
+    The layer id is 0 for tokens, positions and patch embedding, i + 1 for block i, depth + 1 for the final norm.
+    """
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block:
+        layer = int(block.group(1)) + 1
+    elif name in _TOKENS or name.startswith("patch_embed."):
+        layer = 0
+    else:
+        layer = depth + 1
+    multiplier = layer_decay ** (depth + 1 - layer)
+    return multiplier * patch_embed_lr if name.startswith("patch_embed.") else multiplier
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies: to all but biases, norms and LayerScale (registers and prototypes decay)."""
+    return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
+
+
+def parameter_groups(
+    student: nn.ModuleDict, depth: int, layer_decay: float, patch_embed_lr: float
+) -> list[dict[str, object]]:
+    """Groups for the optimizer: {"params", "names", "module", "lr_multiplier", "wd_multiplier", "last_layer"}."""
+    groups: dict[tuple[object, ...], dict[str, object]] = {}
+    for module_name, module in student.items():
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            lr = lr_multiplier(name, depth, layer_decay, patch_embed_lr) if module_name == "backbone" else 1.0
+            wd = 1.0 if decays(name) else 0.0
+            last_layer = "last_layer" in name
+            group = groups.setdefault(
+                (module_name, lr, wd, last_layer),
+                {
+                    "params": [],
+                    "names": [],
+                    "module": module_name,
+                    "lr_multiplier": lr,
+                    "wd_multiplier": wd,
+                    "last_layer": last_layer,
+                },
+            )
+            group["params"].append(parameter)  # type: ignore[attr-defined]
+            group["names"].append(f"{module_name}.{name}")  # type: ignore[attr-defined]
+    return list(groups.values())
+
+
+def build_optimizer(
+    student: nn.ModuleDict,
+    depth: int,
+    *,
+    layer_decay: float,
+    patch_embed_lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> torch.optim.AdamW:
+    """Fused AdamW; its rates are set every step by `set_rates`."""
+    groups = parameter_groups(student, depth, layer_decay, patch_embed_lr)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, now: Now) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = (now.last_layer_lr if group["last_layer"] else now.lr) * group["lr_multiplier"]
+        group["weight_decay"] = now.weight_decay * group["wd_multiplier"]
+
+
+def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
+    """Clip the gradient of the backbone and of each head on its own to `max_norm` (0: not at all).
+
+    returns {"grad_norm_backbone": (), …}  norms before clipping, on the device
+    """
+    norms = {}
+    for name, module in student.items():
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm, foreach=True)
+        norms[f"grad_norm_{name}"] = norm
+    return norms
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, accepted: Tensor) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, on every parameter.
+
+    accepted ()  1.0, or 0.0 for a step that was not finite, which leaves the teacher as it is
+    """
+    weight = (accepted * (1.0 - momentum)).float()
+    for average, current in zip(teacher.parameters(), student.parameters()):
+        average.lerp_(current, weight.to(average.dtype))

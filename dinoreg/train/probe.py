@@ -1,0 +1,113 @@
+"""How good are the features while the run goes on: k-NN on labelled images, effective rank without labels.
+
+The teacher's class tokens are taken on fixed, unaugmented images. k-NN is the DINO papers' weighted vote (recipe
+§7.2) with half of the images as the bank; RankMe (arXiv 2210.02885) needs no labels and is always there.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinoreg.config import Config
+from dinoreg.data.sources import ScenesSource, Source, labelled_folder, open_source
+from dinoreg.data.still import still_images
+from dinoreg.errors import UserError
+from dinoreg.metrics import knn_predict, rankme
+from dinoreg.runtime import autocast
+
+NEIGHBOURS = 20
+BATCH_SIZE = 128
+FIRST_PROBE_SCENE = 10_000_000  # far beyond the scenes that a run trains on
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed images to embed at every probe.
+
+    images  (n, C, H, W) uint8     labels  (n,) int64, or None: rank only
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    num_classes: int
+    mean: Tensor
+    std: Tensor
+
+    @torch.no_grad()
+    def measure(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+        """{"rankme", ["knn_top1"], "probe_time"} of a backbone in eval mode; fractions in [0, 1], seconds."""
+        started = time.perf_counter()
+        features = self.features(backbone, device, dtype)
+        result = {"rankme": rankme(features - features.mean(dim=0))}
+        if self.labels is not None:
+            half = len(features) // 2
+            votes = knn_predict(
+                features[:half],
+                self.labels[:half].to(device),
+                features[half:],
+                k=(NEIGHBOURS,),
+                num_classes=self.num_classes,
+            )
+            predicted = votes[NEIGHBOURS].argmax(dim=-1).cpu()
+            result["knn_top1"] = float((predicted == self.labels[half:]).float().mean())
+        return {**result, "probe_time": time.perf_counter() - started}
+
+    @torch.no_grad()
+    def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Class tokens (n, D), float32, on `device`."""
+        rows = []
+        for images in self.images.split(BATCH_SIZE):
+            pixels = (images.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
+            with autocast(device, dtype):
+                rows.append(backbone(pixels).cls.float())
+        return torch.cat(rows)
+
+
+def build_probe(config: Config, source: Source) -> Probe | None:
+    """The probe of a run: on `probe.data` if given, else label-free on images of the run's own source.
+
+    raises UserError when the labelled images cannot be used
+    """
+    if config.probe.every == 0:
+        return None
+    size, channels = config.crops.global_size, config.model.in_channels
+    count = config.probe.num_images
+    labels: np.ndarray | None = None
+    num_classes = 0
+    if config.probe.data is not None:
+        source, all_labels, class_names = _labelled(config.probe.data, count)
+        num_classes = len(class_names)
+        order = np.random.default_rng(0).permutation(len(all_labels))[:count]
+        images, kept = still_images(source, order.tolist(), size, channels)
+        labels = np.asarray(all_labels)[kept]
+        if len(kept) < 4 or len(set(labels[: len(kept) // 2])) < 2:
+            raise UserError(f"probe.data={config.probe.data}: expected at least 4 readable images of 2 classes")
+    else:
+        order = np.random.default_rng(0).permutation(len(source))[:count]
+        images, kept = still_images(source, order.tolist(), size, channels)
+        if len(kept) < 4:
+            return None
+    shape = (1, -1, 1, 1)
+    return Probe(
+        images,
+        None if labels is None else torch.from_numpy(labels).long(),
+        num_classes,
+        torch.tensor(config.augment.mean).view(shape),
+        torch.tensor(config.augment.std).view(shape),
+    )
+
+
+def _labelled(spec: str, count: int) -> tuple[Source, np.ndarray, list[str]]:
+    if spec == "scenes" or spec.startswith("scenes:"):
+        from dinoreg.data.scenes import CLASS_NAMES, label_of
+
+        source = open_source(spec if ":" in spec else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
+        assert isinstance(source, ScenesSource)
+        labels = [label_of(source.first + i, source.seed) for i in range(len(source))]
+        return source, np.array(labels), list(CLASS_NAMES)
+    return labelled_folder(spec)

@@ -1,0 +1,71 @@
+"""Learning rate, weight decay, teacher momentum and temperature as functions of the step (DINOv2's schedules).
+
+Warm-ups are inclusive: with w warm-up steps, step 0 has 0 and step w - 1 the peak. Cosines run from the end of
+the warm-up to the end of the run and stay at their final value beyond it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler
+
+
+@dataclass(frozen=True)
+class Now:
+    """The scheduled values of one step."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temp: float
+
+
+def linear(start: float, end: float, step: int, steps: int) -> float:
+    """Inclusive line: `start` at step 0, `end` from step `steps` - 1 on."""
+    if step >= steps - 1:
+        return end
+    return LinearParamScheduler(start, end)(step / (steps - 1))
+
+
+def cosine(start: float, end: float, step: int, steps: int) -> float:
+    """`start` at step 0, falling (or rising) to `end` at step `steps` and beyond."""
+    if step >= steps:
+        return end
+    return CosineParamScheduler(start, end)(step / steps)
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """All schedules of a run; lengths are given as fractions of `num_steps`."""
+
+    num_steps: int
+    peak_lr: float
+    final_lr: float
+    warmup: float
+    weight_decay: tuple[float, float]
+    momentum: tuple[float, float]
+    teacher_temp: tuple[float, float]
+    teacher_temp_warmup: float
+    freeze_last_layer: float
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.warmup * self.num_steps)
+
+    def at(self, step: int) -> Now:
+        warmup = self.warmup_steps
+        if step < warmup:
+            lr = linear(0.0, self.peak_lr, step, warmup)
+        else:
+            lr = cosine(self.peak_lr, min(self.final_lr, self.peak_lr), step - warmup, self.num_steps - warmup)
+        frozen = step < round(self.freeze_last_layer * self.num_steps)
+        temp_steps = round(self.teacher_temp_warmup * self.num_steps)
+        return Now(
+            lr=lr,
+            last_layer_lr=0.0 if frozen else lr,
+            weight_decay=cosine(*self.weight_decay, step, self.num_steps),
+            momentum=cosine(*self.momentum, step, self.num_steps),
+            teacher_temp=linear(*self.teacher_temp, step, temp_steps),
+        )

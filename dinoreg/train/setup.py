@@ -1,0 +1,172 @@
+"""From a config to everything a run needs. Whatever can be refused is refused here, before a file is written."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dinoreg import distributed
+from dinoreg.checkpoint import write_atomic
+from dinoreg.config import Config, load_config, to_yaml
+from dinoreg.data.batches import BatchLoader
+from dinoreg.data.sources import Source, open_source
+from dinoreg.errors import UserError
+from dinoreg.models.zoo import load_into
+from dinoreg.runtime import keep_freed_memory, pick_device, pick_precision
+from dinoreg.train.probe import Probe, build_probe
+from dinoreg.train.schedules import Schedules
+from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+
+# Sections that fix the shapes of a checkpoint: a resumed run may not change them.
+SHAPING = ("model", "head")
+
+
+@dataclass
+class Setup:
+    """A run that is ready to start; nothing has been written yet."""
+
+    config: Config
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    source: Source
+    probe: Probe | None
+    student: Networks
+    teacher: Networks
+    schedules: Schedules
+    notes: list[str]
+
+    @property
+    def num_steps(self) -> int:
+        return self.schedules.num_steps
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.config.batch_size * distributed.world_size()
+
+    def new_state(self) -> TrainState:
+        return build_state(self.config, self.student, self.teacher, self.device, self.dtype)
+
+    def batches(self, state: TrainState) -> BatchLoader:
+        """The endless loader of this run, from the samples on that `state` has reached."""
+        config = self.config
+        loader = BatchLoader(
+            self.source,
+            crops=config.crops,
+            augment=config.augment,
+            mask=config.mask,
+            patch_size=self.student.backbone.patch_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            workers=config.data.workers,
+            device=self.device,
+            position=state.position,
+            max_bad_fraction=config.data.max_bad_fraction,
+            max_pixels=config.data.max_pixels,
+            in_channels=config.model.in_channels,
+            prefetch=config.data.prefetch,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        loader.bad.update(state.history.get("bad", {}))
+        return loader
+
+
+def prepare(config: Config) -> Setup:
+    """Check a config against the machine, the data and the weights; UserError in one line when it cannot run."""
+    if not config.out:
+        raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
+    if config.data.source is None:
+        raise UserError("data: expected a folder of images, a list of paths, or scenes, as data=PATH")
+    out = Path(config.out)
+    _check_out(config, out)
+    device = pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    source = open_source(
+        config.data.source,
+        weights=config.data.weights,
+        root=config.data.root,
+        index_dir=config.data.index_dir,
+    )
+    num_steps = config.num_steps(len(source), distributed.world_size())
+    student, teacher = build_networks(config)
+    notes = [config.explain_lr(distributed.world_size())]
+    if config.init is not None:
+        notes.append(f"init: {load_into(student.backbone, config.init)}")
+        teacher.backbone.load_state_dict(student.backbone.state_dict())
+    schedule = config.schedule
+    schedules = Schedules(
+        num_steps=num_steps,
+        peak_lr=config.peak_lr(distributed.world_size()),
+        final_lr=schedule.final_lr,
+        warmup=schedule.warmup,
+        weight_decay=schedule.weight_decay,
+        momentum=schedule.momentum,
+        teacher_temp=schedule.teacher_temp,
+        teacher_temp_warmup=schedule.teacher_temp_warmup,
+        freeze_last_layer=schedule.freeze_last_layer,
+    )
+    return Setup(
+        config=config,
+        out=out,
+        device=device,
+        dtype=dtype,
+        source=source,
+        probe=build_probe(config, source),
+        student=student,
+        teacher=teacher,
+        schedules=schedules,
+        notes=notes,
+    )
+
+
+def _check_out(config: Config, out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out}: is a file, expected a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if config.overwrite:
+        if not (out / "config.yaml").is_file():
+            raise UserError(f"out={out}: holds something other than a run (no config.yaml); it is not overwritten")
+    elif config.resume:
+        _check_same_shapes(config, out)
+    else:
+        raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
+
+
+def _check_same_shapes(config: Config, out: Path) -> None:
+    """A run can only be resumed with the networks it was started with."""
+    path = out / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
+    before = load_config(path)
+    free = {
+        "model": {"drop_path", "drop_path_uniform", "attention", "checkpointing", "compile"},
+        "head": set(),
+    }
+    for section in SHAPING:
+        then, now = getattr(before, section), getattr(config, section)
+        for key in vars(now):
+            if key not in free[section] and getattr(then, key) != getattr(now, key):
+                raise UserError(
+                    f"{section}.{key}={getattr(now, key)}: the run in {out} has {getattr(then, key)}; "
+                    "a resumed run keeps its architecture"
+                )
+
+
+def claim_folder(setup: Setup) -> None:
+    """Make `out` this run's folder and write the resolved config there."""
+    if setup.config.overwrite and setup.out.is_dir():
+        shutil.rmtree(setup.out)
+    try:
+        setup.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(setup.out / "config.yaml", to_yaml(setup.config))
+    except OSError as error:
+        raise UserError(f"out={setup.out}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,161 @@
+"""What training carries from step to step: student, teacher, optimizer, centres, counters."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from dinoreg.config import Config
+from dinoreg.models.heads import PrototypeHead
+from dinoreg.models.vit import RegisterViT
+from dinoreg.models.zoo import build
+from dinoreg.train.optimizer import build_optimizer
+
+LARGEST_LOSS_SCALE = 2.0**16
+
+
+class Networks(nn.ModuleDict):
+    """A backbone and its prototype heads: {"backbone", "dino_head"} and, untied, "ibot_head"."""
+
+    backbone: RegisterViT
+    dino_head: PrototypeHead
+    ibot_head: PrototypeHead
+
+    @property
+    def head_of_patches(self) -> PrototypeHead:
+        """The head that patch tokens go through: their own, or the DINO head when tied."""
+        return self.ibot_head if "ibot_head" in self else self.dino_head
+
+
+@dataclass
+class TrainState:
+    """The whole state of a run; everything here is in a checkpoint.
+
+    centers    {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering)
+    loss_scale ()  multiplies the loss before the backward pass; moves in fp16 only
+    scale_age  ()  int32, finite steps since the scale last changed
+    rejected   ()  non-finite steps in a row, counted on the device
+    step       optimizer steps taken          position   samples drawn from the data
+    """
+
+    student: Networks
+    teacher: Networks
+    optimizer: torch.optim.Optimizer
+    centers: dict[str, Tensor]
+    loss_scale: Tensor
+    scale_age: Tensor
+    rejected: Tensor
+    step: int = 0
+    position: int = 0
+    rollbacks: int = 0
+    history: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Any]:
+        """The tensors of a checkpoint, by name, sharing memory with this state."""
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimizer": get_optimizer_state_dict(self.student, self.optimizer)["state"],
+            "centers": dict(self.centers),
+            "loss_scale": self.loss_scale,
+            "scale_age": self.scale_age,
+            "rejected": self.rejected,
+        }
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of a checkpoint: plain numbers and lists, kept as JSON."""
+        return {
+            "step": self.step,
+            "position": self.position,
+            "rollbacks": self.rollbacks,
+            "history": self.history,
+        }
+
+    def load(self, tensors: dict[str, Any], numbers: dict[str, Any]) -> None:
+        """Take over a checkpoint read into `tensors()` of this very state."""
+        self.student.load_state_dict(tensors["student"])
+        self.teacher.load_state_dict(tensors["teacher"])
+        groups = get_optimizer_state_dict(self.student, self.optimizer)["param_groups"]
+        set_optimizer_state_dict(self.student, self.optimizer, {"state": tensors["optimizer"], "param_groups": groups})
+        for name, center in tensors["centers"].items():
+            self.centers[name].copy_(center)
+        for name in ("loss_scale", "scale_age", "rejected"):
+            getattr(self, name).copy_(tensors[name])
+        self.step = numbers["step"]
+        self.position = numbers["position"]
+        self.rollbacks = max(self.rollbacks, numbers["rollbacks"])
+        self.history = numbers["history"]
+
+
+def build_backbone(config: Config) -> RegisterViT:
+    model = config.model
+    shape = {key: getattr(model, key) for key in ("dim", "depth", "heads", "ffn") if getattr(model, key) is not None}
+    return build(
+        model.name,
+        image_size=config.crops.global_size,
+        ffn_ratio=model.ffn_ratio,
+        layerscale=model.layerscale,
+        drop_path=model.drop_path,
+        drop_path_uniform=model.drop_path_uniform,
+        in_channels=model.in_channels,
+        antialias=model.antialias,
+        position_offset=model.position_offset,
+        init_std=model.init_std,
+        attention=model.attention,
+        checkpointing=model.checkpointing,
+        **shape,
+    )
+
+
+def build_networks(config: Config) -> tuple[Networks, Networks]:
+    """Student and teacher, on the CPU, with equal weights that depend on the seed alone."""
+    head = config.head
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        backbone = build_backbone(config)
+
+        def prototype_head(prototypes: int, bottleneck_dim: int) -> PrototypeHead:
+            return PrototypeHead(
+                backbone.dim, prototypes, head.hidden_dim, bottleneck_dim, head.layers, init_std=head.init_std
+            )
+
+        student = Networks({"backbone": backbone})
+        student["dino_head"] = prototype_head(head.prototypes, head.bottleneck_dim)
+        if head.separate:
+            student["ibot_head"] = prototype_head(
+                head.ibot_prototypes or head.prototypes, head.ibot_bottleneck_dim or head.bottleneck_dim
+            )
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    return student, teacher
+
+
+def build_state(
+    config: Config, student: Networks, teacher: Networks, device: torch.device, dtype: torch.dtype
+) -> TrainState:
+    """Step 0 of a run on `device`; `dtype` is the autocast dtype, of which fp16 needs loss scaling."""
+    student.to(device).train()
+    teacher.to(device)
+    optimizer = build_optimizer(
+        student,
+        student.backbone.depth,
+        layer_decay=config.optim.layer_decay,
+        patch_embed_lr=config.optim.patch_embed_lr,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+    )
+    heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}
+    fp16 = dtype == torch.float16
+    return TrainState(
+        student=student,
+        teacher=teacher,
+        optimizer=optimizer,
+        centers={name: torch.zeros(1, len(head.last_layer.weight_g), device=device) for name, head in heads.items()},
+        loss_scale=torch.tensor(LARGEST_LOSS_SCALE if fp16 else 1.0, device=device),
+        scale_age=torch.zeros((), dtype=torch.int32, device=device),
+        rejected=torch.zeros((), device=device),
+    )

@@ -1,0 +1,322 @@
+"""One optimizer step of DINOv2: teacher targets, student losses, their gradients, and the update.
+
+Losses and targets follow recipe §3 of the paper's method: the teacher sees clean global crops, the student masked
+global crops and clean local ones. A step computed in micro-batches has the statistics of the whole batch: targets are
+formed over all of it before the student starts, and KoLeo's neighbours are searched in all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dinoreg.config import LossConfig
+from dinoreg.data.batches import Batch
+from dinoreg.losses.centering import sinkhorn_knopp, softmax_center, update_center
+from dinoreg.losses.dino import dino_loss
+from dinoreg.losses.ibot import ibot_loss
+from dinoreg.losses.koleo import koleo_loss
+from dinoreg.runtime import autocast
+from dinoreg.train.optimizer import clip_gradients, set_rates, update_teacher
+from dinoreg.train.schedules import Now
+from dinoreg.train.state import TrainState
+
+# fp16 loss scaling, as in torch.amp: halve on overflow, double after this many finite steps.
+SCALE_GROWTH_STEPS = 2000
+SMALLEST_LOSS_SCALE = 1.0
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the student has to predict, all without gradient.
+
+    dino (2B, K)   rows of view 1, then of view 2; each sums to one
+    ibot (M, K')   one row per masked patch
+    features (2B, D)   the teacher's class tokens, float32
+    centers        the centres for the next step
+    """
+
+    dino: Tensor
+    ibot: Tensor
+    features: Tensor
+    centers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for logging; tensors stay on the device.
+
+    losses    {"dino_global", "dino_local", "ibot", "koleo", "total"}: as optimised, weights included
+    norms     {"grad_norm_backbone", …} before clipping
+    accepted  ()  1.0, or 0.0 when loss or gradient was not finite and nothing was changed
+    """
+
+    losses: dict[str, Tensor]
+    norms: dict[str, Tensor]
+    accepted: Tensor
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a batch: the global and local crops of some images, with their masked patches and targets."""
+
+    global_crops: Tensor  # (2b, C, H, W)
+    local_crops: Tensor | None  # (L·b, C, h, w)
+    mask: Tensor  # (2b, N)
+    mask_indices: Tensor  # (m,) into 2b·N
+    mask_weights: Tensor  # (m,)
+    rows: Tensor | None  # (2b,) rows of the whole batch's global crops; None: all
+    masked_rows: Tensor | None  # (m,) rows of the whole batch's masked patches; None: all
+
+    def of_crops(self, values: Tensor) -> Tensor:
+        """This part's rows of (2B, …)."""
+        return values if self.rows is None else values[self.rows]
+
+    def of_patches(self, values: Tensor) -> Tensor:
+        """This part's rows of (M, …)."""
+        return values if self.masked_rows is None else values[self.masked_rows]
+
+
+def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
+    """Cut a batch into `count` parts of equally many images, every view of an image in the same part."""
+    device = batch.global_crops.device
+    num_images = batch.global_crops.shape[0] // 2
+    num_patches = batch.mask.shape[1]
+    if count == 1:
+        yield MicroBatch(
+            batch.global_crops,
+            batch.local_crops,
+            batch.mask,
+            batch.mask_indices,
+            batch.mask_weights,
+            None,
+            None,
+        )
+        return
+    size = num_images // count
+    crop_of_patch = batch.mask_indices // num_patches
+    for part in range(count):
+        images = torch.arange(part * size, (part + 1) * size, device=device)
+        rows = torch.cat([images, images + num_images])
+        masked_rows = torch.isin(crop_of_patch, rows).nonzero()[:, 0]
+        own_row = torch.searchsorted(rows, crop_of_patch[masked_rows])
+        local_crops = None
+        if batch.local_crops is not None:
+            views = batch.local_crops.unflatten(0, (-1, num_images))
+            local_crops = views[:, part * size : (part + 1) * size].flatten(0, 1)
+        yield MicroBatch(
+            batch.global_crops[rows],
+            local_crops,
+            batch.mask[rows],
+            own_row * num_patches + batch.mask_indices[masked_rows] % num_patches,
+            batch.mask_weights[masked_rows],
+            rows,
+            masked_rows,
+        )
+
+
+def project(networks: nn.ModuleDict, cls_tokens: list[Tensor], patch_tokens: Tensor) -> tuple[Tensor, ...]:
+    """Logits of groups of class tokens (n, D) and of patch tokens (m, D): one call of a tied head, two of untied ones.
+
+    The pieces are split, not sliced: the gradient of a slice is a zero-filled copy of the whole.
+    """
+    sizes = [len(tokens) for tokens in cls_tokens]
+    if "ibot_head" in networks:
+        cls_logits = networks["dino_head"](torch.cat(cls_tokens))
+        return (*cls_logits.split(sizes), networks["ibot_head"](patch_tokens))
+    logits = networks["dino_head"](torch.cat([*cls_tokens, patch_tokens]))
+    return logits.split([*sizes, len(patch_tokens)])
+
+
+@torch.no_grad()
+def teacher_targets(
+    teacher: nn.ModuleDict,
+    batch: Batch,
+    centers: dict[str, Tensor],
+    teacher_temp: float,
+    loss: LossConfig,
+    dtype: torch.dtype,
+    accumulate: int = 1,
+) -> Targets:
+    """The teacher's prototype assignments of both views and of the masked patches, over the whole batch."""
+    device = batch.global_crops.device
+    cls_logits: list[Tensor] = []
+    patch_logits: list[Tensor] = []
+    features: list[Tensor] = []
+    parts = list(micro_batches(batch, accumulate))
+    for part in parts:
+        with autocast(device, dtype):
+            tokens = teacher["backbone"](part.global_crops)
+            patches = tokens.patches.flatten(0, 1)[part.mask_indices]
+            cls_part, patch_part = project(teacher, [tokens.cls], patches)
+        cls_logits.append(cls_part)
+        patch_logits.append(patch_part)
+        features.append(tokens.cls.float())
+    cls_all = _restore(cls_logits, [part.rows for part in parts])
+    patch_all = _restore(patch_logits, [part.masked_rows for part in parts])
+    if loss.centering == "sinkhorn":
+        dino = sinkhorn_knopp(cls_all, teacher_temp, loss.sinkhorn_iterations)
+        ibot = sinkhorn_knopp(patch_all, teacher_temp, loss.sinkhorn_iterations)
+        following = centers
+    else:
+        dino = softmax_center(cls_all, centers["dino"], teacher_temp)
+        ibot = softmax_center(patch_all, centers["ibot"], teacher_temp)
+        following = {
+            "dino": update_center(centers["dino"], cls_all, loss.center_momentum),
+            "ibot": update_center(centers["ibot"], patch_all, loss.center_momentum),
+        }
+    return Targets(dino, ibot, _restore(features, [part.rows for part in parts]), following)
+
+
+def _restore(pieces: list[Tensor], rows: list[Tensor | None]) -> Tensor:
+    """Put the rows of micro-batches back in the order of the batch."""
+    known = [row for row in rows if row is not None]
+    return torch.cat(pieces)[torch.cat(known).argsort()] if known else pieces[0]
+
+
+def student_losses(
+    student: nn.ModuleDict,
+    part: MicroBatch,
+    targets: Targets,
+    loss: LossConfig,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The unweighted DINO and iBOT losses of some images, and the student's global class tokens (2b, D)."""
+    groups = [part.global_crops] if part.local_crops is None else [part.global_crops, part.local_crops]
+    masks = [part.mask, None][: len(groups)]
+    with autocast(part.global_crops.device, dtype):
+        tokens = student["backbone"](groups, masks)
+        global_tokens, patches = tokens[0].cls, tokens[0].patches.flatten(0, 1)[part.mask_indices]
+        global_logits, *local_logits, patch_logits = project(student, [t.cls for t in tokens], patches)
+    dino_global, dino_local = dino_loss(
+        global_logits,
+        local_logits[0] if local_logits else None,
+        part.of_crops(targets.dino),
+        loss.student_temp,
+    )
+    ibot = ibot_loss(
+        patch_logits,
+        part.of_patches(targets.ibot),
+        part.mask_weights,
+        len(global_tokens),
+        loss.student_temp,
+    )
+    return {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}, global_tokens
+
+
+def koleo_of_views(features: Tensor) -> Tensor:
+    """KoLeo of view 1 plus KoLeo of view 2, (2B, D) crop-major: the two views of an image never meet."""
+    return koleo_loss(features[: len(features) // 2]) + koleo_loss(features[len(features) // 2 :])
+
+
+def backward(
+    state: TrainState,
+    batch: Batch,
+    targets: Targets,
+    loss: LossConfig,
+    dtype: torch.dtype,
+    accumulate: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Gradients of the total loss into the student; returns the weighted losses (detached).
+
+    With several micro-batches KoLeo needs the class tokens of all of them: they are computed once without gradient,
+    KoLeo's gradient with respect to them is taken, and each micro-batch's backward pass carries its part of it. Drop
+    path draws the same samples both times because every micro-batch seeds it anew.
+    """
+    weights = {"dino_global": loss.dino_weight, "dino_local": loss.dino_weight, "ibot": loss.ibot_weight}
+    parts = list(micro_batches(batch, accumulate))
+    totals: dict[str, Tensor] = {}
+    koleo_gradient: Tensor | None = None
+    if accumulate > 1 and loss.koleo_weight > 0:
+        features = _class_tokens(state.student, parts, dtype, seed).requires_grad_()
+        koleo = loss.koleo_weight * koleo_of_views(features)
+        (koleo_gradient,) = torch.autograd.grad(koleo, features)
+        totals["koleo"] = koleo.detach()
+    for index, part in enumerate(parts):
+        seed_step(seed, index)
+        losses, cls_tokens = student_losses(state.student, part, targets, loss, dtype)
+        share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
+        if accumulate == 1 and loss.koleo_weight > 0:
+            share["koleo"] = loss.koleo_weight * koleo_of_views(cls_tokens)
+        objective = torch.stack(list(share.values())).sum()
+        if koleo_gradient is not None:
+            objective = objective + (cls_tokens.float() * part.of_crops(koleo_gradient)).sum()
+        (objective * state.loss_scale).backward()
+        for name, value in share.items():
+            totals[name] = totals[name] + value.detach() if name in totals else value.detach()
+    totals["total"] = torch.stack(list(totals.values())).sum()
+    return totals
+
+
+@torch.no_grad()
+def _class_tokens(student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.dtype, seed: int) -> Tensor:
+    """The student's global class tokens (2B, D) float32, exactly as the passes with gradient will see them."""
+    tokens = []
+    for index, part in enumerate(parts):
+        seed_step(seed, index)
+        # The local crops take part so that drop path consumes the same random numbers in both passes.
+        groups = [part.global_crops] if part.local_crops is None else [part.global_crops, part.local_crops]
+        with autocast(part.global_crops.device, dtype):
+            tokens.append(student["backbone"](groups, [part.mask, None][: len(groups)])[0].cls.float())
+    return _restore(tokens, [part.rows for part in parts])
+
+
+def seed_step(seed: int, part: int = 0) -> None:
+    """Make the randomness inside the networks (drop path) a function of the seed, the step and the micro-batch."""
+    torch.manual_seed((seed * 1_000_003 + part) % 2**63)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    now: Now,
+    *,
+    loss: LossConfig,
+    dtype: torch.dtype,
+    clip_grad: float,
+    accumulate: int,
+    seed: int,
+) -> StepResult:
+    """One optimizer step. A step whose loss or gradient is not finite changes nothing but its counters.
+
+    Whether it is finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits.
+    """
+    targets = teacher_targets(state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate)
+    state.optimizer.zero_grad(set_to_none=True)
+    losses = backward(state, batch, targets, loss, dtype, accumulate, seed=seed * 2**32 + state.step)
+    if dtype == torch.float16:
+        _unscale(state)
+    norms = clip_gradients(state.student, clip_grad)
+    accepted = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all().float()
+
+    set_rates(state.optimizer, now)
+    # torch.amp's protocol: fused AdamW skips the update, moments and count included, where found_inf is 1.
+    state.optimizer.found_inf = 1.0 - accepted  # type: ignore[attr-defined]
+    state.optimizer.step()
+    update_teacher(state.teacher, state.student, now.momentum, accepted)
+    for name, center in targets.centers.items():
+        state.centers[name] = torch.where(accepted.bool(), center, state.centers[name])
+    if dtype == torch.float16:
+        _move_loss_scale(state, accepted)
+    state.rejected = (state.rejected + 1.0) * (1.0 - accepted)
+    state.step += 1
+    state.position = batch.position
+    return StepResult(losses, norms, accepted, targets)
+
+
+def _unscale(state: TrainState) -> None:
+    gradients = [p.grad for p in state.student.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, (1.0 / state.loss_scale))
+
+
+def _move_loss_scale(state: TrainState, accepted: Tensor) -> None:
+    grown = state.scale_age + 1 >= SCALE_GROWTH_STEPS
+    larger = torch.where(grown, state.loss_scale * 2.0, state.loss_scale)
+    smaller = (state.loss_scale * 0.5).clamp(min=SMALLEST_LOSS_SCALE)
+    state.loss_scale = torch.where(accepted.bool(), larger, smaller)
+    state.scale_age = torch.where(accepted.bool() & ~grown, state.scale_age + 1, 0)

@@ -1,0 +1,91 @@
+"""The pictures of a run for its report: PCA of patches, attention maps and crops, in `view/<step>/`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinoreg.config import load_config
+from dinoreg.data.batches import BatchLoader
+from dinoreg.data.sources import Source, open_source
+from dinoreg.data.still import still_images
+from dinoreg.models.zoo import load
+from dinoreg.view.attention import attention_sheet
+from dinoreg.view.crops import crop_sheet
+from dinoreg.view.pca import pca_sheet
+
+MIN_GRID = 16  # patches a side below which pictures are enlarged, so that the maps show something
+MAX_SIZE = 672
+
+
+def newest_teacher(run: Path) -> Path | None:
+    """The teacher file of the highest step of a run folder."""
+    return max((run / "teacher").glob("step_*.safetensors"), default=None, key=lambda path: path.stem)
+
+
+def write_pictures(run: Path, num_images: int = 8) -> list[Path]:
+    """Draw `pca.png`, `attention.png` and `crops.png` of the newest teacher on images of the run's own data.
+
+    returns the files, none when the run has no teacher yet; raises what reading data or weights raises
+    """
+    teacher = newest_teacher(run)
+    if teacher is None:
+        return []
+    config = load_config(run)
+    data = config.data
+    if data.source is None:
+        return []
+    index = Path(data.index_dir) if data.index_dir else None
+    source = open_source(data.source, weights=data.weights, root=data.root, index_dir=index)
+    model = load(teacher)
+    mean, std = config.augment.mean, config.augment.std
+    size = view_size(config.crops.global_size, model.patch_size)
+    images = spread_images(source, num_images, size, model.in_channels, mean, std)
+    folder = run / "view" / teacher.stem.removeprefix("step_")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    if len(images):
+        pca_sheet(model, images, mean, std).save(folder / "pca.png")
+        attention_sheet(model, images[:6], mean, std).save(folder / "attention.png")
+        written += [folder / "pca.png", folder / "attention.png"]
+    loader = BatchLoader(
+        source,
+        crops=config.crops,
+        augment=config.augment,
+        mask=config.mask,
+        patch_size=model.patch_size,
+        batch_size=min(6, config.batch_size),
+        seed=config.seed,
+        workers=0,
+        max_bad_fraction=1.0,
+        max_pixels=data.max_pixels,
+        in_channels=config.model.in_channels,
+    )
+    with loader:
+        crop_sheet(next(loader), mean, std, model.patch_size).save(folder / "crops.png")
+    return [*written, folder / "crops.png"]
+
+
+def view_size(global_size: int, patch_size: int) -> int:
+    """The picture size: that of training, or a whole multiple of it that gives a grid worth looking at."""
+    factor = max(1, math.ceil(MIN_GRID * patch_size / global_size))
+    return min(global_size * factor, max(global_size, MAX_SIZE // patch_size * patch_size))
+
+
+def spread_images(
+    source: Source,
+    count: int,
+    size: int,
+    in_channels: int,
+    mean: tuple[float, ...] | list[float],
+    std: tuple[float, ...] | list[float],
+) -> Tensor:
+    """Centre crops from all over a source, normalised: (up to count, C, size, size)."""
+    total = len(source)
+    picked = [total * (2 * number + 1) // (2 * count) for number in range(count)] if total > count else range(total)
+    pixels, _ = still_images(source, picked, size, in_channels)
+    scale, shift = (torch.tensor(list(values)).float()[:, None, None] for values in (std, mean))
+    return (pixels.float() / 255 - shift) / scale

@@ -1,0 +1,232 @@
+"""What a run folder holds, for people to see: every file may be missing, cut short or of another version."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One record of `eval/<step>/<dataset>.json`."""
+
+    step: int
+    dataset: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    baselines: dict[str, tuple[float, float, float]]  # name -> value, low, high
+    details: dict[str, Any]  # everything else in the record
+
+
+@dataclass
+class Run:
+    """A run folder in memory; empty fields stand for missing files."""
+
+    folder: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # by step
+    probe: list[dict[str, Any]] = field(default_factory=list)  # in-run probe, by step
+    events: list[dict[str, Any]] = field(default_factory=list)  # health diagnoses
+    probes: list[Probe] = field(default_factory=list)  # by step
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    pictures: dict[str, Path] = field(default_factory=dict)  # name -> PNG of the newest step that has it
+    parameters: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name or str(self.folder)
+
+    @property
+    def step(self) -> int:
+        """The last step anything is known of."""
+        known = [line["step"] for line in self.metrics[-1:] + self.probe[-1:]] + [self.status.get("step")]
+        return max((int(number(step)) for step in known if is_number(step)), default=0)
+
+    @property
+    def num_steps(self) -> int | None:
+        value = self.status.get("num_steps", self.config.get("steps"))
+        return int(number(value)) if is_number(value) else None
+
+    @property
+    def images_seen(self) -> int | None:
+        value = self.metrics[-1].get("images") if self.metrics else None
+        return int(number(value)) if is_number(value) else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time spent in steps: each line's step time holds for the steps since the line before."""
+        total, before = 0.0, 0
+        for line in self.metrics:
+            if not is_number(line.get("step_time")):
+                return None
+            total += line["step_time"] * (line["step"] - before)
+            before = line["step"]
+        return total if self.metrics else None
+
+    def series(self, key: str, x: str = "step") -> tuple[list[float], list[float]]:
+        """The finite values of a key of metrics.jsonl or probe.jsonl, against the step (or the images)."""
+        lines = [line for line in self.metrics + self.probe if key in line]
+        pairs = [(number(line.get(x)), number(line[key])) for line in lines]
+        kept = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+        return [a for a, _ in kept], [b for _, b in kept]
+
+    def last(self, key: str) -> float | None:
+        values = self.series(key)[1]
+        return values[-1] if values else None
+
+    def newest_probes(self) -> list[Probe]:
+        """The last record of each dataset."""
+        return list({probe.dataset: probe for probe in self.probes}.values())
+
+
+def read_run(folder: str | Path) -> Run:
+    """Everything a report shows of a run folder; unreadable pieces are left empty."""
+    path = Path(folder)
+    text = _text(path / "config.yaml")
+    run = Run(
+        folder=path,
+        config_text=text,
+        config=_yaml(text),
+        environment=_json(path / "environment.json"),
+        status=_json(path / "status.json"),
+        metrics=_by_step(_lines(path / "metrics.jsonl")),
+        probe=_by_step(_lines(path / "probe.jsonl")),
+        events=_lines(path / "health" / "events.jsonl"),
+        skipped=_lines(path / "skipped.jsonl"),
+        probes=_probes(path / "eval"),
+        pictures=_pictures(path / "view"),
+    )
+    for extra in sorted((path / "health").glob("*.json")):
+        content = _json(extra)
+        if "name" in content and "message" in content:
+            run.events.append(content)
+    teachers = sorted((path / "teacher").glob("step_*.safetensors"))
+    if teachers:
+        run.parameters = _parameters(teachers[-1])
+    return run
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any) -> float:
+    """A value of a JSON line as a float; NaN when it is not one ("nan", null, a list)."""
+    return float(value) if is_number(value) else math.nan
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"dim": 64}} -> {"model.dim": 64}"""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _yaml(text: str) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except Exception:  # the parser's and OmegaConf's errors have no common base; a broken file shows as text
+        return {}
+    return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(_text(path))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file with one a line; the line that a kill cut short is passed over."""
+    found = []
+    for line in _text(path).splitlines():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            found.append(content)
+    return found
+
+
+def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In order of the step; of several lines for one step, as after a resume, the last."""
+    kept = {line["step"]: line for line in lines if is_number(line.get("step"))}
+    return [kept[step] for step in sorted(kept)]
+
+
+def _probes(folder: Path) -> list[Probe]:
+    found = []
+    for path in sorted(folder.glob("*/*.json")):
+        content = _json(path)
+        if not path.parent.name.isdigit() or not is_number(content.get("value")):
+            continue
+        baselines = content.get("baselines")
+        found.append(
+            Probe(
+                step=int(path.parent.name),
+                dataset=str(content.get("dataset", path.stem)),
+                metric=str(content.get("metric", "score")),
+                **dict(zip(("value", "low", "high"), _interval(content))),
+                baselines={
+                    str(name): _interval(row)
+                    for name, row in (baselines.items() if isinstance(baselines, dict) else ())
+                    if isinstance(row, dict) and is_number(row.get("value"))
+                },
+                details={
+                    key: value
+                    for key, value in content.items()
+                    if key not in ("dataset", "metric", "value", "low", "high", "baselines")
+                },
+            )
+        )
+    return sorted(found, key=lambda probe: (probe.step, probe.dataset))
+
+
+def _interval(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    value = float(row["value"])
+    low, high = (float(row[key]) if is_number(row.get(key)) else value for key in ("low", "high"))
+    return value, low, high
+
+
+def _pictures(folder: Path) -> dict[str, Path]:
+    steps = sorted((path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
+    return {path.stem: path for step in steps for path in sorted(step.glob("*.png"))}
+
+
+def _parameters(path: Path) -> int | None:
+    """Parameters of the backbone, from the head of a teacher file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = [key for key in file.keys() if key.startswith("backbone.")]  # noqa: SIM118 - not a dict
+            shapes = [file.get_slice(name).get_shape() for name in names]
+    except (OSError, SafetensorError):
+        return None
+    return sum(math.prod(shape) for shape in shapes) or None

@@ -1,0 +1,243 @@
+"""The doctor: a machine and a run described in words, whatever is broken."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dinoreg import checkpoint, doctor, environment
+from dinoreg.errors import RunError
+
+Rows = list[tuple[str, str, str]]
+
+
+def rows_of(sections: list[doctor.Section], title: str) -> Rows:
+    return next(rows for name, rows in sections if name.startswith(title))
+
+
+def row(rows: Rows, name: str) -> tuple[str, str]:
+    return next((mark, text) for found, mark, text in rows if found == name)
+
+
+def break_import(monkeypatch: pytest.MonkeyPatch, package: str, error: Exception) -> None:
+    """Importing `package` raises `error`, as a broken installation does."""
+    real = builtins.__import__
+
+    def importing(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == package:
+            raise error
+        return real(name, *args, **kwargs)
+
+    def import_module(name: str) -> Any:
+        return importing(name)
+
+    monkeypatch.setattr(builtins, "__import__", importing)
+    monkeypatch.setattr(doctor.importlib, "import_module", import_module)
+
+
+# The environment
+
+
+def test_the_environment_is_plain_values_that_name_what_a_result_depends_on() -> None:
+    found = environment.environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found["packages"]["torch"] == environment.version("torch")
+    assert found["cores"] >= 1
+    assert found["memory_gib"] > 0.1
+    assert found["free_disk_gib"] >= 0
+    assert len(found["cuda"]) == torch.cuda.device_count()
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_the_environment_notes_allocator_and_thread_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "8000000000")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    variables = environment.environment()["variables"]
+    assert (variables["MALLOC_TRIM_THRESHOLD_"], variables["OMP_NUM_THREADS"]) == ("8000000000", "3")
+
+
+def test_free_disk_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
+    here = environment.free_disk_gib(tmp_path)
+    assert environment.free_disk_gib(tmp_path / "not" / "yet") == pytest.approx(here, abs=1)
+
+
+def test_a_package_that_is_not_installed_has_no_version() -> None:
+    assert environment.version("no-such-distribution-anywhere") is None
+
+
+# The machine
+
+
+def test_the_machine_is_described_section_by_section(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.doctor()
+    shown = capsys.readouterr().out
+    for heading in ("machine", "packages", "optional packages", "acceleration"):
+        assert heading in shown
+    assert f"torch        ok       {environment.version('torch')}" in shown
+
+
+def test_a_missing_optional_package_is_named_with_its_purpose_and_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: None)
+    rows = doctor._optional_rows()
+    assert len(rows) == len(doctor.OPTIONAL)
+    mark, text = row(rows, "pyarrow")
+    assert mark == "missing"
+    assert ".parquet" in text
+    assert "pip install 'dinoreg[data]'" in text
+
+
+def test_a_missing_core_package_is_a_problem_but_xformers_is_not() -> None:
+    found = {"packages": {"rich": None, "xformers": None}}
+    rows = doctor._package_rows(found)
+    assert row(rows, "rich") == ("problem", "not installed: pip install rich")
+    assert row(rows, "xformers")[0] == "missing"
+    assert "same numbers" in row(rows, "xformers")[1]
+
+
+def test_a_torchvision_of_another_build_is_a_problem_with_its_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = environment.environment()
+    break_import(monkeypatch, "torchvision", RuntimeError("operator torchvision::nms does not exist"))
+    mark, text = row(doctor._package_rows(found), "torchvision")
+    assert mark == "problem"
+    assert "torchvision::nms is missing" in text
+    assert "pip install --force-reinstall torch torchvision" in text
+    assert row(doctor._package_rows(found), "torch")[0] == "ok"
+
+
+def test_a_torch_that_cannot_be_imported_is_a_problem_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_import(monkeypatch, "torch", OSError("libcudart.so.13: cannot open shared object file"))
+    sections = doctor.examine_machine()
+    mark, text = row(rows_of(sections, "packages"), "torch")
+    assert mark == "problem"
+    assert "libcudart" in text
+
+
+def test_devices_are_listed_with_memory_and_precision() -> None:
+    gpu = {"name": "H100", "memory_gib": 79.6, "capability": "9.0", "bf16": True}
+    rows = doctor._acceleration_rows({"cuda": [gpu], "packages": {"xformers": "0.0.35"}})
+    assert row(rows, "cuda:0") == ("ok", "H100, 79.6 GiB, compute capability 9.0, bf16")
+    assert row(rows, "xformers") == ("ok", "used for attention on CUDA")
+    without = doctor._acceleration_rows({"cuda": [], "packages": {"xformers": "0.0.35"}})
+    assert row(without, "cuda")[0] == "missing"
+    assert "need CUDA" in row(without, "xformers")[1]
+
+
+def test_known_failures_are_explained_and_unknown_ones_are_not() -> None:
+    assert "pip install pyarrow2" in str(doctor.explain(ModuleNotFoundError("no", name="pyarrow2")))
+    assert "dinoreg[data]" in str(doctor.explain(ModuleNotFoundError("no", name="pyarrow")))
+    assert "batch_size" in str(doctor.explain(torch.OutOfMemoryError("CUDA out of memory")))
+    assert doctor.explain(KeyError("x")) is None
+    assert doctor.explain(ModuleNotFoundError("no", name="dinoreg.models.nowhere")) is None
+
+
+# A run
+
+
+def make_run(folder: Path, *steps: int, num_steps: int = 20) -> Path:
+    """A run folder with real, tiny checkpoints at `steps`."""
+    run = folder / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 1\n")
+    (run / "teacher").mkdir()
+    for step in steps:
+        checkpoint.save(run / "checkpoints", step, {"w": torch.full((3,), float(step))}, {"step": step}, keep=9)
+        (run / "teacher" / f"{checkpoint.step_name(step)}.safetensors").touch()
+    lines = [{"step": step, "total_loss": 10.0 - step, "images_per_second": 3.25} for step in range(1, 8)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status = {"phase": "running", "step": steps[-1] if steps else 0, "num_steps": num_steps}
+    (run / "status.json").write_text(json.dumps(status))
+    return run
+
+
+def test_a_whole_unfinished_run_says_how_far_it_got_and_how_to_go_on(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3, 6)
+    checkpoint.write_pointer(run / "checkpoints", "best", 3)
+    sections = doctor.examine_run(run)
+    progress = rows_of(sections, "run")
+    assert row(progress, "finished") == ("missing", "no: 6 of 20 steps are saved")
+    assert row(progress, "go on")[1] == f"dinoreg pretrain {run} resume=true"
+    assert row(progress, "last line")[1] == "step 7, total_loss 3, images_per_second 3.25"
+    checkpoints = rows_of(sections, "checkpoints")
+    assert checkpoints == [("step_0000003", "ok", "whole (best)"), ("step_0000006", "ok", "whole (last)")]
+    assert rows_of(sections, "health") == [("events", "ok", "none")]
+    assert rows_of(sections, "images") == [("unreadable", "ok", "none met")]
+
+
+def test_a_finished_run_needs_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 20)
+    (run / "status.json").write_text(json.dumps({"phase": "finished", "step": 20, "num_steps": 20}))
+    progress = rows_of(doctor.examine_run(run), "run")
+    assert row(progress, "finished") == ("ok", "20 of 20 steps")
+    assert "go on" not in {name for name, _, _ in progress}
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3, 6)
+    victim = max((run / "checkpoints" / "step_0000006").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(RunError):
+        checkpoint.verify(run / "checkpoints" / "step_0000006")
+    checkpoints = rows_of(doctor.examine_run(run), "checkpoints")
+    assert row(checkpoints, "step_0000003")[0] == "ok"
+    mark, text = row(checkpoints, "step_0000006")
+    assert mark == "problem"
+    assert victim.name in text
+    assert "the one before it" in text
+
+
+def test_a_missing_teacher_file_and_a_pointer_into_nothing_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    (run / "teacher" / "step_0000003.safetensors").unlink()
+    checkpoint.write_pointer(run / "checkpoints", "best", 5)
+    checkpoints = rows_of(doctor.examine_run(run), "checkpoints")
+    assert row(checkpoints, "step_0000003") == ("missing", "whole (last); its teacher file is missing")
+    assert row(checkpoints, "best") == ("problem", "points to step_0000005, which is not there")
+
+
+def test_health_events_are_told_once_each_with_their_remedy(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    (run / "health").mkdir()
+    event = {"name": "collapse", "message": "targets have no entropy", "remedy": "Lower the learning rate"}
+    lines = [json.dumps({"step": step, **event}) for step in (4, 5)]
+    (run / "health" / "events.jsonl").write_text("\n".join([*lines, '{"step": 6, "na']))
+    (run / "health" / "nonfinite.jsonl").write_text('{"step": 9, "sample_ids": [1]}\n')
+    health = rows_of(doctor.examine_run(run), "health")
+    assert row(health, "collapse") == (
+        "problem",
+        "step 5 (2 times): targets have no entropy. Lower the learning rate",
+    )
+    assert row(health, "non-finite steps") == ("problem", "1 were left out, the last at 9")
+
+
+def test_unreadable_images_are_counted_and_the_first_ones_listed(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    lines = [json.dumps({"name": f"{index}.jpg", "reason": "truncated"}) for index in range(7)]
+    (run / "skipped.jsonl").write_text("\n".join(lines) + "\n")
+    images = rows_of(doctor.examine_run(run), "images")
+    assert images[0][1:] == ("problem", f"7 skipped, listed in {run / 'skipped.jsonl'}")
+    assert [text for _, _, text in images[1:]] == [f"{index}.jpg: truncated" for index in range(5)]
+
+
+def test_a_run_that_died_with_a_traceback_shows_its_last_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    (run / "train.log").write_text('started\nTraceback (most recent call last)\n  File "x"\nKeyError: 1\n')
+    mark, text = row(rows_of(doctor.examine_run(run), "run"), "failure")
+    assert mark == "problem"
+    assert text.startswith("KeyError: 1 (traceback in")
+
+
+def test_an_empty_run_folder_is_described_without_a_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    doctor.doctor(tmp_path)
+    shown = capsys.readouterr().out
+    assert "nothing was saved yet" in shown
+    assert "metrics.jsonl is empty" in shown

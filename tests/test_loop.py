@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training import TINY, loss_trace, read_lines, tiny_config
+
+from dinoreg import checkpoint
+from dinoreg.errors import Interrupted, RunError, UserError
+from dinoreg.models.zoo import load
+from dinoreg.train import loop
+from dinoreg.train.loop import pretrain
+from dinoreg.train.setup import prepare
+
+
+def teacher_of(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(out / "teacher" / f"{checkpoint.step_name(step)}.safetensors")
+
+
+def test_a_run_leaves_the_folder_of_the_design(tmp_path: Path) -> None:
+    out = pretrain(tiny_config(tmp_path / "run", log__tensorboard=True, probe__every=4, probe__num_images=20))
+    for name in ("config.yaml", "environment.json", "train.log", "metrics.jsonl", "probe.jsonl", "status.json"):
+        assert (out / name).stat().st_size > 0, name
+    assert list(out.glob("events.*"))
+    assert checkpoint.read_pointer(out / "checkpoints", "last") == "step_0000008"
+    assert checkpoint.read_pointer(out / "checkpoints", "best") in ("step_0000004", "step_0000008")
+    assert checkpoint.verify(out / "checkpoints" / "step_0000008")["step"] == 8
+    lines = read_lines(out / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for key in (
+        "images total_loss dino_global_crops_loss dino_local_crops_loss ibot_loss koleo_loss lr wd mom teacher_temp "
+        "last_layer_lr grad_norm_backbone grad_norm_dino_head current_batch_size step_time data_time "
+        "images_per_second max_memory"
+    ).split():
+        assert key in lines[0], key
+    total = sum(lines[3][key] for key in lines[3] if key.endswith("_loss") and key != "total_loss")
+    assert lines[3]["total_loss"] == pytest.approx(total, rel=1e-6)
+    assert [line["step"] for line in read_lines(out / "probe.jsonl")] == [4, 8]
+    assert json.loads((out / "status.json").read_text())["phase"] == "finished"
+    model = load(out)
+    assert model(torch.zeros(1, 3, 32, 32)).registers.shape == (1, 4, 32)
+
+
+def test_the_same_config_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
+    one, two = pretrain(tiny_config(tmp_path / "a")), pretrain(tiny_config(tmp_path / "b", data__workers=3))
+    assert loss_trace(one) == loss_trace(two)
+    other = pretrain(tiny_config(tmp_path / "c", seed=1))
+    assert loss_trace(other)[0] != loss_trace(one)[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss__centering": "softmax"}, {"loss__centering": "sinkhorn", "precision": "bf16"}]
+)
+def test_a_run_stopped_and_resumed_equals_the_unbroken_one_bit_for_bit(tmp_path: Path, options: dict[str, str]) -> None:
+    whole = pretrain(tiny_config(tmp_path / "whole", **options))
+
+    class StopAtFive(loop.Signals):
+        @property
+        def received(self) -> int:
+            return signal.SIGTERM if len(read_lines(tmp_path / "parts" / "metrics.jsonl")) == 5 else 0
+
+        @received.setter
+        def received(self, value: int) -> None:
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Signals", StopAtFive)
+        with pytest.raises(Interrupted, match="SIGTERM after step 5 of 8"):
+            pretrain(tiny_config(tmp_path / "parts", **options))
+    parts = pretrain(tiny_config(tmp_path / "parts", resume=True, **options))
+    assert loss_trace(parts) == loss_trace(whole)
+    for name, value in teacher_of(whole, 8).items():
+        assert torch.equal(teacher_of(parts, 8)[name], value), name
+
+
+def test_a_finished_run_resumed_does_nothing_more(tmp_path: Path) -> None:
+    out = pretrain(tiny_config(tmp_path / "run"))
+    before = loss_trace(out)
+    pretrain(tiny_config(out, resume=True))
+    assert loss_trace(out) == before
+
+
+def test_a_longer_budget_goes_on_from_where_the_run_ended(tmp_path: Path) -> None:
+    out = pretrain(tiny_config(tmp_path / "run"))
+    before = loss_trace(out)
+    pretrain(tiny_config(out, resume=True, steps=10))
+    assert loss_trace(out)[:8] == before
+    assert [line[0] for line in loss_trace(out)] == list(range(1, 11))
+
+
+def test_resuming_in_an_empty_folder_starts_the_run(tmp_path: Path) -> None:
+    out = pretrain(tiny_config(tmp_path / "run", resume=True))
+    assert len(loss_trace(out)) == 8
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_the_same(tmp_path: Path) -> None:
+    whole = pretrain(tiny_config(tmp_path / "whole"))
+    out = pretrain(tiny_config(tmp_path / "run", steps=8, checkpoint__every=3))
+    newest = out / "checkpoints" / "step_0000008"
+    file = next(newest.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    pretrain(tiny_config(out, resume=True, checkpoint__every=3))
+    assert "step_0000008" in (out / "train.log").read_text()
+    assert loss_trace(out) == loss_trace(whole)
+
+
+def test_weights_of_a_run_start_another_in_student_and_teacher(tmp_path: Path) -> None:
+    first = pretrain(tiny_config(tmp_path / "first"))
+    setup = prepare(tiny_config(tmp_path / "second", init=str(first)))
+    expected = load(first).state_dict()
+    for networks in (setup.student, setup.teacher):
+        for name, value in networks.backbone.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+    assert "init:" in " ".join(setup.notes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__dim": 64}, "model.dim"),
+        ({"head__prototypes": 25}, "head.prototypes"),
+    ],
+)
+def test_a_resumed_run_keeps_its_architecture(tmp_path: Path, overrides: dict[str, int], message: str) -> None:
+    out = pretrain(tiny_config(tmp_path / "run", steps=1))
+    with pytest.raises(UserError, match=message):
+        pretrain(tiny_config(out, resume=True, **overrides))
+
+
+def test_overwrite_starts_anew_but_never_deletes_what_is_not_a_run(tmp_path: Path) -> None:
+    out = pretrain(tiny_config(tmp_path / "run", steps=2))
+    (out / "old").write_text("x")
+    pretrain(tiny_config(out, steps=1, overwrite=True))
+    assert not (out / "old").exists()
+    assert len(loss_trace(out)) == 1
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "me.jpg").write_text("x")
+    with pytest.raises(UserError, match="not overwritten"):
+        pretrain(tiny_config(photos, overwrite=True))
+    assert (photos / "me.jpg").exists()
+
+
+def test_accumulated_runs_follow_the_whole_batch(tmp_path: Path) -> None:
+    options = {"model__drop_path": 0.0, "steps": 4, "loss__centering": "sinkhorn"}
+    whole = loss_trace(pretrain(tiny_config(tmp_path / "whole", **options)))
+    parts = loss_trace(pretrain(tiny_config(tmp_path / "parts", optim__accumulate=3, **options)))
+    for one, two in zip(whole, parts):
+        assert two == pytest.approx(one, rel=2e-4, abs=1e-5)
+
+
+def test_untied_heads_and_activation_checkpointing_train(tmp_path: Path) -> None:
+    out = pretrain(
+        tiny_config(tmp_path / "run", head__separate=True, head__ibot_prototypes=20, model__checkpointing=True, steps=2)
+    )
+    assert teacher_of(out, 2)["ibot_head.last_layer.weight_g"].shape == (20, 1)
+    assert "grad_norm_ibot_head" in read_lines(out / "metrics.jsonl")[0]
+
+
+def test_a_disk_that_fills_up_ends_the_run_in_words_and_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.dcp.save
+
+    def full(*args: object, **kwargs: object) -> object:
+        if "0000004" in str(kwargs["checkpoint_id"]):
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    out = tmp_path / "run"
+    with pytest.raises(RunError, match="No space left on device"):
+        pretrain(tiny_config(out, checkpoint__every=2))
+    assert checkpoint.newest(out / "checkpoints")[0] == out / "checkpoints" / "step_0000002"
+
+
+def start(out: Path, steps: int) -> subprocess.Popen[bytes]:
+    """The tiny run as a process of its own, through the command line."""
+    keys = {**TINY, "steps": steps, "out": out, "checkpoint.every": 1, "resume": "true", "log.every": 1}
+    arguments = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
+    arguments = [argument.replace("=None", "=none") for argument in arguments]
+    path = out.parent / "plain.yaml"
+    path.write_text("batch_size: 6\n")
+    command = [sys.executable, "-m", "dinoreg", "pretrain", str(path), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+
+
+def steps_written(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text().count("\n") if path.is_file() else 0
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_instants_and_resume_leaves_the_unbroken_losses(tmp_path: Path) -> None:
+    """At least 20 kills; a checkpoint is written at every step, so that many of them hit one half written."""
+    num_steps, kills = 60, 20
+    whole = start(tmp_path / "whole", num_steps)
+    _, errors = whole.communicate(timeout=600)
+    assert whole.returncode == 0, errors.decode()
+
+    rng = random.Random(0)
+    out = tmp_path / "killed"
+    killed = torn = 0
+    for _ in range(200):
+        run = start(out, num_steps)
+        begun = steps_written(out)
+        # Let it take a step or two before the blow, then strike at any instant of the next.
+        while run.poll() is None and killed < kills and steps_written(out) < min(begun + 1, num_steps):
+            time.sleep(0.005)
+        if killed < kills and run.poll() is None:
+            time.sleep(rng.uniform(0.0, 0.15))
+            run.send_signal(signal.SIGKILL)
+        run.wait(timeout=600)
+        assert run.stderr is not None
+        errors = run.stderr.read()
+        run.stderr.close()
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL, errors.decode()
+        killed += 1
+        torn += bool(list((out / "checkpoints").glob(".unfinished-*")))
+    assert killed >= kills
+    assert torn >= 1, "no kill hit the writing of a checkpoint"
+    assert loss_trace(out) == loss_trace(tmp_path / "whole")
+    for name, value in teacher_of(tmp_path / "whole", num_steps).items():
+        assert torch.equal(teacher_of(out, num_steps)[name], value), name
+
+
+@pytest.mark.slow
+def test_a_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = start(out, 500)
+    while run.poll() is None and steps_written(out) < 2:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGTERM
+    assert b"resume=true" in errors
+    last = checkpoint.read_pointer(out / "checkpoints", "last")
+    assert last == checkpoint.step_name(steps_written(out))

@@ -1,0 +1,53 @@
+"""The smallest whole run, shared by the tests of the training loop: seconds on one core."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dinoreg.config import Config, load_config
+
+TINY = {
+    "model.name": "vitt8_reg4",
+    "model.dim": 32,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.drop_path": 0.2,
+    "model.layerscale": None,
+    "crops.global_size": 32,
+    "crops.local_size": 16,
+    "crops.num_local": 2,
+    "head.prototypes": 24,
+    "head.hidden_dim": 40,
+    "head.bottleneck_dim": 16,
+    "batch_size": 6,
+    "steps": 8,
+    "data.source": "scenes:count=50,size=40",
+    "data.workers": 1,
+    "log.every": 1,
+    "log.tensorboard": False,
+    "probe.every": 0,
+    "optim.lr": 1e-3,
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+def tiny_config(out: Path | str | None = None, **overrides: Any) -> Config:
+    """`overrides` by dotted key, with `__` for the dot."""
+    values = {**TINY, **{key.replace("__", "."): value for key, value in overrides.items()}}
+    return load_config(None, {**values, "out": None if out is None else str(out)})
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+LOSSES = ("total_loss", "dino_global_crops_loss", "dino_local_crops_loss", "ibot_loss", "koleo_loss")
+
+
+def loss_trace(out: Path) -> list[tuple[float, ...]]:
+    """Every step's losses and gradient norms, exactly as written."""
+    keys = ("step", *LOSSES, "grad_norm_backbone", "grad_norm_dino_head")
+    return [tuple(line[key] for key in keys) for line in read_lines(out / "metrics.jsonl")]
