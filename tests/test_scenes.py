@@ -309,7 +309,8 @@ def histogram_features(indices: range) -> np.ndarray:
 
 @pytest.mark.slow
 def test_colour_histograms_do_not_solve_the_classes() -> None:
-    """Logistic regression on 64-bin RGB histograms stays below 2.3 times chance on held-out scenes."""
+    """Palettes tell a third of the classes from the rest, so a histogram has to do better than chance and to miss
+    more than half of the held-out scenes."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
@@ -318,7 +319,7 @@ def test_colour_histograms_do_not_solve_the_classes() -> None:
     test = scale.transform(histogram_features(range(3000, 4500)))
     truth = np.array([scenes.label_of(i) for i in range(4500)])
     model = LogisticRegression(C=0.1, max_iter=200).fit(train, truth[:3000])
-    assert model.score(test, truth[3000:]) < 2.3 / NUM_CLASSES
+    assert 1 / NUM_CLASSES < model.score(test, truth[3000:]) < 0.5
 
 
 def test_the_data_modules_read_no_files() -> None:

@@ -18,6 +18,10 @@ from dinoreg.errors import UserError
 
 NUM_CLASSES = len(KINDS)
 UNITS = 64.0  # units along one side of the picture
+# Hue of each background, as surroundings have it: water and snow, meadow and foliage, sand and boards share one, so
+# that colours tell a third of the classes from the rest and no class from the three beside it.
+PALETTES = (0.58, 0.30, 0.30, 0.10, 0.10, 0.58)
+FLIPPED = 0.1  # share of textures whose light and dark change places
 USUAL_BACKGROUND = 0.85
 BULGE = 0.6  # how far an object's middle stands out, in radii
 FOCAL = 1.2 * UNITS  # focal length, units
@@ -117,14 +121,15 @@ def _colour(hue: float, chroma: float, luma: float) -> list[float]:
     return [luma + chroma * (value - grey) for value in wave]
 
 
-def _two_tone(draw: Draws, hue: float, contrast: tuple[float, float], flip: float) -> list[list[float]]:
-    """Two colours of clearly different brightness, the second usually darker; hues barely tell the class."""
-    base = hue + draw(-0.12, 0.12) if draw() < 0.2 else draw()
-    other = base + draw(-0.3, 0.3)
-    half = draw(*contrast) * (-1.0 if draw() < flip else 1.0)
+def _two_tone(draw: Draws, hue: float, contrast: tuple[float, float]) -> list[list[float]]:
+    """Two colours of a palette, of clearly different brightness, the second usually darker."""
+    base = hue + draw(-0.06, 0.06)
+    half = draw(*contrast) * (-1.0 if draw() < FLIPPED else 1.0)
     middle = draw(0.40, 0.62)
-    chroma = draw(0.04, 0.24)
-    return [_colour(base, chroma, middle + half), _colour(other, draw(0.04, 0.24), middle - half)]
+    return [
+        _colour(base, draw(0.08, 0.20), middle + half),
+        _colour(base + draw(-0.08, 0.08), draw(0.08, 0.20), middle - half),
+    ]
 
 
 def _place(draw: Draws, radius: float, taken: list[Pose]) -> tuple[float, float] | None:
@@ -147,9 +152,10 @@ def _thing(draw: Draws, label: int, x: float, y: float, radius: float, behind: f
         pose.mirror,
     )
     period = draw(6.2, 9.2) * min(max(radius / 20.0, 0.55), 1.5) ** 0.5
-    ground, pattern = _two_tone(draw, kind.hue, (0.15, 0.30), 0.2)
-    parts = _colour(draw(), draw(0.0, 0.2), draw(0.12, 0.9))
-    detail = _colour(draw(), draw(0.0, 0.2), draw(0.05, 0.35))
+    hue = PALETTES[kind.background] + 0.5  # what lives there stands out against it
+    ground, pattern = _two_tone(draw, hue, (0.15, 0.30))
+    parts = _colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.12, 0.9))
+    detail = _colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.05, 0.35))
     metres = kind.metres * draw(0.8, 1.25)
     bulge = BULGE * metres
     near = max(metres * FOCAL / radius - bulge, behind)
@@ -185,7 +191,7 @@ def plan(index: int, seed: int = 0) -> Plan:
         style=draw.several(3),
         frequency=1.0 / draw(5.5, 8.5),
         turn=draw(-0.45, 0.45),
-        colours=np.array(_two_tone(draw, background / len(BACKGROUNDS), (0.08, 0.18), 0.35), np.float32),
+        colours=np.array(_two_tone(draw, PALETTES[background], (0.08, 0.18)), np.float32),
         pan=(draw(-4.0, 4.0), draw(-4.0, 4.0)),
         far=deepest * draw(1.1, 1.8),
         light=(float(np.cos(angle)), float(np.sin(angle))),

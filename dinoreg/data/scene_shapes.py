@@ -39,7 +39,6 @@ class Kind(NamedTuple):
     background: int  # index into BACKGROUNDS
     turn: float  # it lies within this many radians of the upright
     metres: float  # half the length
-    hue: float  # centre of a mild palette, 0 to 1
 
 
 def circle(x: Array, y: Array, cx: float, cy: float, radius: float) -> Array:
@@ -212,16 +211,16 @@ ANY = np.pi  # turns freely
 UPRIGHT = 0.7  # about 40 degrees to either side
 
 KINDS: tuple[Kind, ...] = (
-    Kind("fish", fish, textures.scales, 0, UPRIGHT, 0.30, 0.58),
-    Kind("urchin", urchin, textures.rings, 0, ANY, 0.12, 0.80),
-    Kind("wasp", wasp, textures.stripes, 1, ANY, 0.08, 0.13),
-    Kind("flower", flower, textures.ribs, 1, ANY, 0.15, 0.92),
-    Kind("ladybird", ladybird, textures.rosettes, 2, ANY, 0.06, 0.02),
-    Kind("leaf", leaf, textures.veins, 2, ANY, 0.14, 0.33),
-    Kind("starfish", starfish, textures.dots, 3, ANY, 0.16, 0.06),
-    Kind("turtle", turtle, textures.scutes, 3, ANY, 0.40, 0.25),
-    Kind("doughnut", doughnut, textures.sprinkles, 4, ANY, 0.10, 0.97),
-    Kind("cart", cart, textures.panels, 4, UPRIGHT, 0.60, 0.65),
-    Kind("kite", kite, textures.checker, 5, ANY, 0.50, 0.45),
-    Kind("crystal", crystal, textures.facets, 5, ANY, 0.20, 0.52),
+    Kind("fish", fish, textures.scales, 0, UPRIGHT, 0.30),
+    Kind("urchin", urchin, textures.rings, 0, ANY, 0.12),
+    Kind("wasp", wasp, textures.stripes, 1, ANY, 0.08),
+    Kind("flower", flower, textures.ribs, 1, ANY, 0.15),
+    Kind("ladybird", ladybird, textures.rosettes, 2, ANY, 0.06),
+    Kind("leaf", leaf, textures.veins, 2, ANY, 0.14),
+    Kind("starfish", starfish, textures.dots, 3, ANY, 0.16),
+    Kind("turtle", turtle, textures.scutes, 3, ANY, 0.40),
+    Kind("doughnut", doughnut, textures.sprinkles, 4, ANY, 0.10),
+    Kind("cart", cart, textures.panels, 4, UPRIGHT, 0.60),
+    Kind("kite", kite, textures.checker, 5, ANY, 0.50),
+    Kind("crystal", crystal, textures.facets, 5, ANY, 0.20),
 )

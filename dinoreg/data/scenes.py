@@ -2,9 +2,9 @@
 
 A scene is a textured background and one to three objects. A class is what nature makes of one: a material,
 the parts that go with it, a form, and the surroundings where it is usually met, each with variation inside
-the class; colours, light and pose carry almost nothing. So whatever the crops of one picture share beyond
-photometry says something about the class, which is what DINO-style pretraining feeds on and what makes
-minutes of it on a CPU worth probing.
+the class; light and pose carry almost nothing, and colours, as in nature, go with the surroundings, so that they
+tell a third of the classes from the rest. What the crops of one picture share thus says something about the
+class, which is what DINO-style pretraining feeds on and what makes minutes of it on a CPU worth probing.
 
 `scene_plan` draws what is random, `scene_shapes` holds the forms, `scene_textures` materials and backgrounds.
 """

@@ -13,17 +13,17 @@ from dinoreg.data.sources import Source
 
 
 def centre_crop(image: Tensor, size: int) -> Tensor:
-    """Resize the short side to `size` (antialiased bicubic) and crop the centre.
+    """Resize the short side to `size` (antialiased bicubic) and crop the centre: torchvision's Resize and CenterCrop.
 
     image   (C, H, W) uint8
     returns (C, size, size) uint8
     """
     height, width = image.shape[1:]
-    scale = size / min(height, width)
-    shape = (max(size, round(height * scale)), max(size, round(width * scale)))
+    short = min(height, width)
+    shape = (size * height // short, size * width // short)
     if shape != (height, width):
         image = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
-    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
     return image[:, top : top + size, left : left + size]
 
 
