@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -116,6 +117,8 @@ def train(setup: Setup, state: TrainState, log: RunLog, signals: Signals) -> Non
                 )
     finally:
         batches.close()
+        with suppress(OSError):  # a full disk has been reported by then
+            write_skipped(setup, batches.bad)
 
 
 def every(period: int, step: int) -> bool:
