@@ -12,7 +12,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 
-
 @dataclass(frozen=True)
 class Probe:
     """One record of `eval/<step>/<dataset>.json`."""

@@ -1,0 +1,133 @@
+"""What a run writes down between steps: a line of metrics, left-out steps, diagnoses, probes."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoreg.data.batches import Batch
+from dinoreg.runtime import peak_memory
+from dinoreg.train.health import Diagnosis
+from dinoreg.train.log import RunLog
+from dinoreg.train.schedules import Now
+from dinoreg.train.setup import Setup
+from dinoreg.train.state import TrainState
+from dinoreg.train.step import StepResult
+
+
+def step_metrics(setup: Setup, state: TrainState, batch: Batch, result: StepResult, now: Now) -> dict[str, float | int]:
+    """The values of this very step, under dinov2's names; losses as they are optimised."""
+    losses = {
+        "total_loss": "total",
+        "dino_global_crops_loss": "dino_global",
+        "dino_local_crops_loss": "dino_local",
+        "ibot_loss": "ibot",
+        "koleo_loss": "koleo",
+    }
+    return {
+        "step": state.step,
+        "images": state.step * setup.global_batch_size,
+        **{name: float(result.losses[key]) for name, key in losses.items() if key in result.losses},
+        "lr": now.lr,
+        "wd": now.weight_decay,
+        "mom": now.momentum,
+        "teacher_temp": now.teacher_temp,
+        "last_layer_lr": now.last_layer_lr,
+        **{name: float(norm) for name, norm in result.norms.items()},
+        "current_batch_size": setup.config.batch_size,
+        "global_batch_size": setup.global_batch_size,
+        "pixel_std": float(batch.global_crops.std(dim=(0, 2, 3)).max()),
+        "max_memory": peak_memory(setup.device),
+        **({"loss_scale": float(state.loss_scale)} if setup.dtype == torch.float16 else {}),
+    }
+
+
+class Clock:
+    """Step and data times since the last line of metrics, and which steps were accepted."""
+
+    def __init__(self) -> None:
+        self.probing = 0.0  # seconds spent in probes since the run began
+        self.started = time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = time.perf_counter()
+        self._steps = 0
+        self._data = 0.0
+        self._paused = 0.0
+        self.steps: list[tuple[np.ndarray, Tensor]] = []
+
+    def add(self, batch: Batch, result: StepResult) -> None:
+        self._steps += 1
+        self._data += batch.data_time
+        self.steps.append((batch.sample_ids, result.accepted))
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training: probes, checkpoints."""
+        self._paused += seconds
+
+    def read(self, global_batch_size: int) -> dict[str, float]:
+        elapsed = time.perf_counter() - self._since - self._paused
+        step_time = elapsed / max(1, self._steps)
+        result = {
+            "step_time": step_time,
+            "data_time": self._data / max(1, self._steps),
+            "images_per_second": global_batch_size / step_time,
+        }
+        return result
+
+    def finish_window(self) -> list[tuple[np.ndarray, Tensor]]:
+        """Sample ids and acceptance of the steps since the last line; starts the next window."""
+        steps = self.steps
+        self._reset()
+        return steps
+
+
+def record_rejected(setup: Setup, log: RunLog, clock: Clock, state: TrainState) -> dict[str, int]:
+    """Name the samples of steps that were left out because they were not finite."""
+    steps = clock.finish_window()
+    accepted = torch.stack([flag for _, flag in steps]).tolist()
+    first = state.step - len(steps) + 1
+    rejected = 0
+    for offset, ((sample_ids, _), fine) in enumerate(zip(steps, accepted)):
+        if not fine:
+            rejected += 1
+            ids = [int(i) for i in sample_ids]
+            names = [setup.source.name(i) for i in ids]
+            log.append("health/nonfinite.jsonl", {"step": first + offset, "sample_ids": ids, "names": names})
+    overflow_is_normal = setup.dtype == torch.float16 and float(state.loss_scale) > 1.0
+    return {"nonfinite_steps": 0 if overflow_is_normal else rejected}
+
+
+def report_diagnoses(log: RunLog, step: int, diagnoses: list[Diagnosis]) -> None:
+    for found in diagnoses:
+        log.say(f"health: {found.name} at step {step}: {found.message}. {found.remedy}", logging.WARNING)
+        log.append(
+            "health/events.jsonl",
+            {"step": step, "name": found.name, "message": found.message, "remedy": found.remedy},
+        )
+
+
+def run_probe(setup: Setup, state: TrainState, log: RunLog, clock: Clock) -> bool:
+    """Probe the teacher; returns whether it is the best so far. Left out when it would take too much of the time."""
+    assert setup.probe is not None
+    elapsed = time.perf_counter() - clock.started
+    last = state.step == setup.num_steps
+    if not last and clock.probing > setup.config.probe.max_share * elapsed:
+        return False
+    values = setup.probe.measure(state.teacher.backbone, setup.device, setup.dtype)
+    clock.probing += values["probe_time"]
+    clock.pause(values["probe_time"])
+    log.append("probe.jsonl", {"step": state.step, **values})
+    metric = setup.config.probe.metric if setup.config.probe.metric in values else "rankme"
+    best = state.history.get("best")
+    shown = "  ".join(f"{key}: {value:.4g}" for key, value in values.items() if key != "probe_time")
+    log.say(f"probe at step {state.step}: {shown}")
+    if best is not None and best["metric"] == metric and best["value"] >= values[metric]:
+        return False
+    state.history["best"] = {"metric": metric, "value": values[metric], "step": state.step}
+    return True

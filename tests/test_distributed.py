@@ -1,0 +1,58 @@
+"""Reductions: the identity on one process, literal sums and maxima on two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dinoreg.distributed import all_reduce_max, all_reduce_sum, is_distributed, rank, world_size
+
+
+def test_one_process_is_rank_zero_of_one() -> None:
+    assert not is_distributed()
+    assert (rank(), world_size()) == (0, 1)
+
+
+@pytest.mark.parametrize("reduce", [all_reduce_sum, all_reduce_max])
+def test_on_one_process_a_reduction_is_the_tensor_itself(reduce: object) -> None:
+    tensor = torch.randn(3, 4)
+    assert reduce(tensor) is tensor  # type: ignore[operator]
+
+
+def _values(number: int) -> torch.Tensor:
+    return torch.randn(5, 3, generator=torch.Generator().manual_seed(number))
+
+
+def _one_of_two(number: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=2)
+    own = _values(number)
+    results = {
+        "place": torch.tensor([rank(), world_size(), int(is_distributed())]),
+        "sum": all_reduce_sum(own),
+        "max": all_reduce_max(own),
+        "transposed": all_reduce_sum(own.T),
+        "scalar": all_reduce_sum(torch.tensor(float(number + 1))),
+        "count": all_reduce_sum(torch.tensor([2**40 + number])),
+        "own": own,
+    }
+    torch.save(results, f"{folder}/{number}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_get_the_sum_and_the_maximum_and_keep_their_own(tmp_path: Path) -> None:
+    mp.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
+    first, second = _values(0), _values(1)
+    for number in range(2):
+        results = torch.load(tmp_path / f"{number}.pt")
+        assert results["place"].tolist() == [number, 2, 1]
+        assert torch.equal(results["sum"], first + second)
+        assert torch.equal(results["max"], torch.where(first > second, first, second))
+        assert torch.equal(results["transposed"], (first + second).T)
+        assert float(results["scalar"]) == 3.0
+        assert results["count"].tolist() == [2**41 + 1]
+        assert torch.equal(results["own"], _values(number))  # the input is left as it was

@@ -1,0 +1,165 @@
+"""`dinoreg quickstart`: its verdict, its three probes, and a whole one in small."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training import loss_trace, tiny_config
+
+from dinoreg import quickstart as module
+from dinoreg.config import Config
+from dinoreg.data.scenes import NUM_CLASSES
+from dinoreg.errors import UserError
+from dinoreg.eval.extract import ProbeRow
+from dinoreg.quickstart import probe_run, quickstart, verdict
+from dinoreg.train.loop import pretrain
+
+
+def row(low: float, high: float) -> ProbeRow:
+    return ProbeRow((low + high) / 2, low, high, C=1.0, n_train=9, n_test=9, num_classes=3, num_features=2, seconds=1.0)
+
+
+@pytest.mark.parametrize(
+    ("trained", "random_init", "pixels", "helps"),
+    [
+        ((0.50, 0.54), (0.40, 0.44), (0.30, 0.34), True),
+        ((0.50, 0.54), (0.40, 0.50), (0.30, 0.34), False),  # they touch
+        ((0.50, 0.54), (0.40, 0.44), (0.49, 0.53), False),  # better than one of the two only
+        ((0.50, 0.54), (0.52, 0.56), (0.30, 0.34), False),
+        ((0.20, 0.24), (0.40, 0.44), (0.30, 0.34), False),
+    ],
+)
+def test_pretraining_helps_only_if_its_interval_lies_above_both_others(
+    trained: tuple[float, float], random_init: tuple[float, float], pixels: tuple[float, float], helps: bool
+) -> None:
+    words = verdict(row(*trained), {"random init": row(*random_init), "raw pixels": row(*pixels)})
+    assert words.startswith("pretraining helps") == helps
+    assert words.startswith("no benefit shown") == (not helps)
+
+
+@pytest.fixture
+def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "NUM_TRAIN", 90)
+    monkeypatch.setattr(module, "NUM_TEST", 50)
+
+
+@pytest.mark.usefixtures("few_scenes")
+def test_the_three_probes_have_the_same_images_and_differ_in_their_features(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", steps=2, data__workers=0)
+    rows = probe_run(config, pretrain(config))
+    assert list(rows) == ["pretrained", "random init", "raw pixels"]
+    for each in rows.values():
+        assert (each.n_train, each.n_test, each.num_classes) == (90, 50, NUM_CLASSES)
+        assert 0 <= each.low <= each.accuracy <= each.high <= 1
+        assert each.accuracy * 50 == pytest.approx(round(each.accuracy * 50))
+        assert each.C > 0
+        assert each.seconds > 0
+    # Class token beside mean patch token; 32 pixels of three channels.
+    assert [each.num_features for each in rows.values()] == [64, 64, 3 * 32 * 32]
+
+
+@pytest.mark.usefixtures("few_scenes")
+def test_random_init_is_the_network_that_the_run_started_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that does not learn has the features of its own start, and so its very row."""
+    monkeypatch.setattr(module, "pixel_probe", lambda *args, **kwargs: row(0.1, 0.2))
+    config = tiny_config(tmp_path / "run", steps=1, seed=4, optim__lr=0.0, data__workers=0)
+    rows = probe_run(config, pretrain(config))
+    assert replace(rows["pretrained"], seconds=0.0) == replace(rows["random init"], seconds=0.0)
+
+
+@pytest.fixture
+def tiny_quickstart(monkeypatch: pytest.MonkeyPatch, few_scenes: None) -> None:
+    def tiny(name: str, overrides: dict[str, Any]) -> Config:
+        assert name == "quickstart"
+        return tiny_config(steps=4, data__workers=0, probe__every=2, probe__num_images=20, **overrides_of(overrides))
+
+    def overrides_of(overrides: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in overrides.items() if value is not False}
+
+    monkeypatch.setattr(module, "load_config", tiny)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tiny_quickstart")
+def test_a_whole_quickstart_trains_probes_prints_and_writes_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = quickstart(tmp_path / "run", seed=3)
+    assert out == tmp_path / "run"
+    assert len(loss_trace(out)) == 4
+    record = json.loads((out / "eval" / "0000004" / "scenes.json").read_text())
+    assert record["dataset"] == "scenes"
+    assert record["chance"] == pytest.approx(1 / NUM_CLASSES)
+    assert set(record["baselines"]) == {"random init", "raw pixels"}
+    shown = capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    for name, each in {"pretrained": record, **record["baselines"]}.items():
+        (line,) = [line for line in shown.splitlines() if name in line]
+        for number in (each["value"], each["low"], each["high"]):
+            assert f"{100 * number:.1f}" in line
+        assert f"{100 * each['value']:.1f}" in page
+    assert "minutes in all" in shown
+    assert "report.html" in shown.replace("\n", "")
+    assert ("pretraining helps" in shown) or ("no benefit shown" in shown)
+
+    # Once more on the finished run: it is not trained again, and nothing differs.
+    before = loss_trace(out)
+    assert quickstart(tmp_path / "run", seed=3) == out
+    assert loss_trace(out) == before
+    again = json.loads((out / "eval" / "0000004" / "scenes.json").read_text())
+    assert (again["value"], again["low"]) == (record["value"], record["low"])
+
+
+@pytest.mark.usefixtures("tiny_quickstart")
+def test_a_folder_of_something_else_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="out="):
+            quickstart(tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["letter.txt"]
+
+
+@pytest.mark.usefixtures("tiny_quickstart")
+def test_a_quickstart_that_was_stopped_goes_on_and_overwrite_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probes and report are left out here: what matters is how the run is taken up."""
+    given: list[tuple[bool, bool]] = []
+
+    def note(config: Config) -> Path:
+        given.append((config.resume, config.overwrite))
+        assert config.out is not None
+        out = Path(config.out)
+        out.mkdir(exist_ok=True)
+        (out / "config.yaml").write_text("seed: 0\n")
+        (out / "status.json").write_text('{"step": 4}')
+        return out
+
+    monkeypatch.setattr(module, "pretrain", note)
+    names = ("pretrained", "random init", "raw pixels")
+    monkeypatch.setattr(module, "probe_run", lambda config, out: {name: row(0.1, 0.2) for name in names})
+    monkeypatch.setattr(module, "write_report", lambda out: out / "report.html")
+    for overwrite in (False, False, True):
+        quickstart(tmp_path / "run", overwrite=overwrite)
+    assert given == [(False, False), (True, False), (False, True)]
+
+
+def test_the_scenes_of_the_probe_are_none_of_those_trained_on() -> None:
+    from dinoreg.config import load_config
+    from dinoreg.data.sources import ScenesSource, open_source
+    from dinoreg.train.probe import FIRST_PROBE_SCENE
+
+    config = load_config("quickstart")
+    assert config.data.source is not None
+    source = open_source(config.data.source)
+    assert isinstance(source, ScenesSource)
+    trained = np.array([source.first, source.first + len(source)])
+    in_run = np.array([FIRST_PROBE_SCENE, FIRST_PROBE_SCENE + config.probe.num_images])
+    at_end = np.array([module.FIRST_PROBE_SCENE, module.FIRST_PROBE_SCENE + module.NUM_TRAIN + module.NUM_TEST])
+    assert trained[1] <= in_run[0]
+    assert in_run[1] <= at_end[0]
