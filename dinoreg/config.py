@@ -206,7 +206,7 @@ def load_config(
             layer["data"] = {"source": layer["data"]}
         flat = _flatten(layer, Config, "", where)
         for group in EXCLUSIVE:
-            if any(flat.get(key) not in (None, False) for key in group):
+            if any(flat.get(key) is not None and flat[key] is not False for key in group):  # 0 is a value
                 unset = False if group == COMMAND_ONLY else None
                 values.update(dict.fromkeys(group, unset))
         values.update(flat)

@@ -428,3 +428,8 @@ def test_the_help_shows_defaults_as_one_would_type_them() -> None:
 def test_options_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ModelConfig().name = "vitb14_reg4"  # type: ignore[misc]
+
+
+def test_a_learning_rate_of_zero_is_a_learning_rate() -> None:
+    config = load_config(None, {"optim.lr": 0.0})
+    assert (config.optim.lr, config.optim.base_lr) == (0.0, None)
