@@ -22,6 +22,8 @@ from dinoreg.models.zoo import load
 from dinoreg.train.loop import pretrain
 from dinoreg.train.state import build_networks
 from dinoreg.view.report import write_report
+from dinoreg.view.run import read_run
+from dinoreg.view.verdict import verdict
 
 # Scenes are endless; the probe's lie far behind those a run trains on.
 FIRST_PROBE_SCENE = 20_000_000
@@ -46,7 +48,7 @@ def quickstart(out: str | Path | None = None, seed: int = 0, overwrite: bool = F
     record = probe_record("scenes", trained, rows)
     write_atomic(folder / "scenes.json", json.dumps(record, indent=1) + "\n")
     report = write_report(out)
-    _show(trained, rows, time.perf_counter() - started, report)
+    _show(trained, rows, verdict(read_run(out)).headline, time.perf_counter() - started, report)
     return out
 
 
@@ -74,14 +76,7 @@ def probe_run(config: Config, run: Path) -> dict[str, ProbeRow]:
     return rows
 
 
-def verdict(trained: ProbeRow, baselines: dict[str, ProbeRow]) -> str:
-    """In words: better than both baselines with the intervals apart, or no benefit."""
-    if all(trained.low > row.high for row in baselines.values()):
-        return "pretraining helps: its interval lies above those of both baselines"
-    return "no benefit shown: the intervals overlap"
-
-
-def _show(trained: ProbeRow, baselines: dict[str, ProbeRow], seconds: float, report: Path) -> None:
+def _show(trained: ProbeRow, baselines: dict[str, ProbeRow], headline: str, seconds: float, report: Path) -> None:
     console = Console()
     table = Table(
         title=f"Linear probe on {trained.n_test} held-out scenes, {len(CLASS_NAMES)} classes "
@@ -92,5 +87,5 @@ def _show(trained: ProbeRow, baselines: dict[str, ProbeRow], seconds: float, rep
     for name, row in {"pretrained": trained, **baselines}.items():
         table.add_row(name, f"{row.accuracy:.1%}", f"{row.low:.1%} to {row.high:.1%}")
     console.print(table)
-    console.print(f"{verdict(trained, baselines)}. {seconds / 60:.1f} minutes in all.", highlight=False)
+    console.print(f"{headline} {seconds / 60:.1f} minutes in all.", highlight=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)

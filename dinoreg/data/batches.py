@@ -464,7 +464,7 @@ class BatchLoader:
 
     def _count_bad(self, job: _Job, position: int) -> None:
         self.bad.update(job.bad)
-        seen = min(position, len(self.source))
+        seen = min(position + len(self.bad), len(self.source))  # a bad image is seen besides the one that replaced it
         allowed = max(BAD_ALLOWANCE, self.max_bad_fraction * seen) if self.max_bad_fraction > 0 else 0
         if len(self.bad) <= allowed:
             return

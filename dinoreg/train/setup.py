@@ -130,7 +130,8 @@ def prepare(config: Config) -> Setup:
 def _check_out(config: Config, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: is a file, expected a folder")
-    if not out.is_dir() or not any(out.iterdir()):
+    # A kill in the very first write leaves nothing but an unfinished file.
+    if not out.is_dir() or all(path.suffix == ".part" for path in out.iterdir()):
         return
     if config.overwrite:
         if not (out / "config.yaml").is_file():
