@@ -122,7 +122,7 @@ def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, An
     except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"checkpoint {final} could not be written: {_reason(error)}") from error
-    _retire(folder, keep)
+    retire(folder, keep)
     return final
 
 
@@ -197,7 +197,8 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _retire(folder: Path, keep: int) -> None:
+def retire(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` training states and the best."""
     best = read_pointer(folder, "best")
     for path in sorted(folder.glob("step_*"))[:-keep]:
         if path.name != best:

@@ -251,3 +251,11 @@ def test_a_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert b"resume=true" in errors
     last = checkpoint.read_pointer(out / "checkpoints", "last")
     assert last == checkpoint.step_name(steps_written(out))
+
+
+def test_every_training_state_that_is_kept_has_its_teacher_file(tmp_path: Path) -> None:
+    out = pretrain(tiny_config(tmp_path / "run", checkpoint__every=1, checkpoint__keep=1, probe__every=1))
+    states = {path.name for path in (out / "checkpoints").glob("step_*")}
+    assert states == {path.stem for path in (out / "teacher").glob("*.safetensors")}
+    assert checkpoint.read_pointer(out / "checkpoints", "best") in states
+    assert len(states) <= 2

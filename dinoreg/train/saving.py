@@ -32,6 +32,7 @@ def save(setup: Setup, state: TrainState, log: RunLog, batches: BatchLoader, bes
     checkpoint.save(folder, state.step, state.tensors(), state.numbers(), keep)
     if best:
         checkpoint.write_pointer(folder, "best", state.step)
+        checkpoint.retire(folder, keep)  # the former best
     checkpoint.retire_teachers(setup.out, keep)
     status(setup, state, "finished" if state.step == setup.num_steps else "running")
 
