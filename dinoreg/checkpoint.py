@@ -95,8 +95,10 @@ def read_pointer(folder: Path, name: str) -> str | None:
 # Training states
 
 
-def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, Any], keep: int) -> Path:
-    """Write `folder/step_…`, point `last` to it, and remove all but the newest `keep` and the best.
+def save(
+    folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, Any], keep: int, best: bool = False
+) -> Path:
+    """Write `folder/step_…`, point `last` (and `best`) to it, and remove all but the newest `keep` and the best.
 
     raises RunError when the disk is full or not writable; the previous checkpoint stays as it was
     """
@@ -119,10 +121,12 @@ def save(folder: Path, step: int, tensors: dict[str, Any], numbers: dict[str, An
         os.rename(aside, final)
         sync(folder)
         write_pointer(folder, "last", step)
+        if best:
+            write_pointer(folder, "best", step)
     except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"checkpoint {final} could not be written: {_reason(error)}") from error
-    retire(folder, keep)
+    _retire(folder, keep)
     return final
 
 
@@ -197,8 +201,7 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def retire(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` training states and the best."""
+def _retire(folder: Path, keep: int) -> None:
     best = read_pointer(folder, "best")
     for path in sorted(folder.glob("step_*"))[:-keep]:
         if path.name != best:

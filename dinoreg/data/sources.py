@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -31,23 +32,23 @@ class Group(NamedTuple):
     weight: float
 
 
-class Source:
+class Source(ABC):
     """Images by index, undecoded. Safe to read from many threads."""
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: int) -> bytes | np.ndarray:
         """A file's bytes, or pixels (H, W, C) uint8. Raises BadImage when the file cannot be read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """What a person calls this image: its path, or "scenes:17"."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when the images or their order do."""
-        raise NotImplementedError
 
     def groups(self) -> list[Group]:
         """How the indices are drawn; one group unless the source is a weighted mixture."""

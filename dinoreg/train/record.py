@@ -56,29 +56,26 @@ class Clock:
 
     def _reset(self) -> None:
         self._since = time.perf_counter()
-        self._steps = 0
         self._data = 0.0
         self._paused = 0.0
         self.steps: list[tuple[np.ndarray, Tensor]] = []
 
     def add(self, batch: Batch, result: StepResult) -> None:
-        self._steps += 1
         self._data += batch.data_time
         self.steps.append((batch.sample_ids, result.accepted))
 
     def pause(self, seconds: float) -> None:
-        """Leave out time that was not training: probes, checkpoints."""
+        """Leave out time that was not training: probes."""
         self._paused += seconds
 
     def read(self, global_batch_size: int) -> dict[str, float]:
         elapsed = time.perf_counter() - self._since - self._paused
-        step_time = elapsed / max(1, self._steps)
-        result = {
-            "step_time": step_time,
-            "data_time": self._data / max(1, self._steps),
-            "images_per_second": global_batch_size / step_time,
+        steps = max(1, len(self.steps))
+        return {
+            "step_time": elapsed / steps,
+            "data_time": self._data / steps,
+            "images_per_second": global_batch_size * steps / elapsed,
         }
-        return result
 
     def finish_window(self) -> list[tuple[np.ndarray, Tensor]]:
         """Sample ids and acceptance of the steps since the last line; starts the next window."""

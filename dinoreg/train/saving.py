@@ -24,15 +24,11 @@ FP16_GRACE = 16
 def save(setup: Setup, state: TrainState, log: RunLog, batches: BatchLoader, best: bool) -> None:
     """Training state, teacher file and the list of unreadable images; then `last` (and `best`) point to them."""
     log.flush()
-    folder = setup.out / "checkpoints"
     keep = setup.config.checkpoint.keep
     write_skipped(setup, batches.bad)
     write_teacher(setup, state)
     state.history |= {"source": setup.source.fingerprint(), "bad": dict(batches.bad)}
-    checkpoint.save(folder, state.step, state.tensors(), state.numbers(), keep)
-    if best:
-        checkpoint.write_pointer(folder, "best", state.step)
-        checkpoint.retire(folder, keep)  # the former best
+    checkpoint.save(setup.out / "checkpoints", state.step, state.tensors(), state.numbers(), keep, best)
     checkpoint.retire_teachers(setup.out, keep)
     status(setup, state, "finished" if state.step == setup.num_steps else "running")
 
