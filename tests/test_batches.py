@@ -67,6 +67,9 @@ class Pixels(Source):
     def name(self, index: int) -> str:
         return f"pixels:{index}"
 
+    def fingerprint(self) -> str:
+        return f"{self.count:016x}"
+
 
 @pytest.fixture
 def photos(photo_folder: Path) -> Source:
