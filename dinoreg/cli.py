@@ -199,7 +199,7 @@ def _dispatch(arguments: list[str]) -> int:
         return OK
     name, *rest = arguments
     if name not in VERBS:
-        from dinoreg.config import nearest
+        from dinoreg.keys import nearest
 
         raise UserError(f"{name}: unknown verb{nearest(name, VERBS)}; known: {', '.join(VERBS)}")
     if any(argument in ("-h", "--help") for argument in rest):
@@ -231,7 +231,7 @@ def _keys(verb: str, arguments: list[str], positional: int | None) -> tuple[list
         if not _is_key_value(argument):
             plain.append(argument)
             continue
-        from dinoreg.config import nearest
+        from dinoreg.keys import nearest
         from dinoreg.values import Text, convert
 
         name, _, text = argument.partition("=")
@@ -321,11 +321,12 @@ def _verb_help(name: str) -> str:
         lines += ["", verb.details]
     if name == "pretrain":
         from dinoreg.bundled import bundled
-        from dinoreg.config import describe
+        from dinoreg.config import Config
+        from dinoreg.keys import describe
 
         configs = sorted(path.stem for path in bundled("configs").glob("*.yaml"))
         lines += ["", f"CONFIG: {', '.join(configs)}; a YAML file (ours or dinov2's); a run folder"]
-        rows = describe()
+        rows = describe(Config)
         at = [key for key, _, _ in rows].index("init")
         kind, meaning = next(row[1:] for row in rows if row[0] == "data.source")
         rows.insert(at, ("data", kind, f"short for data.source: {meaning}"))

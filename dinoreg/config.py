@@ -8,14 +8,9 @@ never written back.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import inspect
-import io
 import logging
 import math
-import tokenize
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dinoreg.data.settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.errors import UserError
+from dinoreg.keys import build, flatten, nearest, nested, one_line, refuse_interpolation
 from dinoreg.options import (
     CheckpointConfig,
     DataConfig,
@@ -39,7 +35,6 @@ from dinoreg.options import (
     check,
     check_views,
 )
-from dinoreg.values import Text, convert
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +137,7 @@ def _check_model(config: Config) -> None:
     try:
         named = parse_name(config.model.name)
     except ValueError as error:
-        raise UserError(f"model.name={config.model.name}: {_one_line(error)}") from None
+        raise UserError(f"model.name={config.model.name}: {one_line(error)}") from None
     patch = int(named["patch_size"])
     sizes = {"crops.global_size": config.crops.global_size}
     if config.crops.num_local:
@@ -199,18 +194,18 @@ def load_config(
     if source is not None:
         path = find_config(source)
         layers.append((str(path), _read_yaml(path)))
-    layers.append(("command line", _nested(overrides)))
+    layers.append(("command line", nested(overrides, {"data": "data.source"})))
     values: dict[str, Any] = {}
     for where, layer in layers:
         if "data" in layer and not isinstance(layer["data"], Mapping):
             layer["data"] = {"source": layer["data"]}
-        flat = _flatten(layer, Config, "", where)
+        flat = flatten(layer, Config, where)
         for group in EXCLUSIVE:
             if any(flat.get(key) is not None and flat[key] is not False for key in group):  # 0 is a value
                 unset = False if group == COMMAND_ONLY else None
                 values.update(dict.fromkeys(group, unset))
         values.update(flat)
-    return _build(Config, "", values)
+    return build(Config, values)
 
 
 def to_yaml(config: Config) -> str:
@@ -258,11 +253,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         plain = OmegaConf.to_container(loaded, resolve=False)
     except Exception as error:  # a YAML error has no common base with those of OmegaConf
-        raise UserError(f"config {path}: not valid YAML ({_one_line(error)})") from None
+        raise UserError(f"config {path}: not valid YAML ({one_line(error)})") from None
     if not isinstance(loaded, DictConfig) or not isinstance(plain, dict):
         raise UserError(f"config {path}: expected keys and values")
     content: dict[str, Any] = {str(key): value for key, value in plain.items()}
-    _refuse_interpolation(content, str(path))
+    refuse_interpolation(content, str(path))
     from dinoreg.config_dinov2 import from_dinov2, is_dinov2
 
     if not is_dinov2(content):
@@ -270,140 +265,3 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     translation = from_dinov2(content)
     logger.warning("%s is a config of dinov2; read as\n%s", path, translation)
     return translation.config
-
-
-def _nested(overrides: Mapping[str, Any] | Iterable[str]) -> dict[str, Any]:
-    """{"optim.lr": 1} or ["optim.lr=1"] as {"optim": {"lr": 1}}."""
-    if not isinstance(overrides, Mapping):
-        pairs: dict[str, Any] = {}
-        for item in overrides:
-            key, separator, value = item.partition("=")
-            if not separator or not key:
-                raise UserError(f"{item}: expected key=value")
-            if key in pairs:
-                raise UserError(f"{key}: given twice")
-            pairs[key] = Text(value)
-        overrides = pairs
-    result: dict[str, Any] = {}
-    for key, value in overrides.items():
-        if key == "data" and not isinstance(value, Mapping):
-            key = "data.source"
-        *parents, leaf = key.split(".")
-        node = result
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if not isinstance(child, dict):
-                raise UserError(f"{key}: {parent} is a value already, not a section")
-            node = child
-        if isinstance(value, Mapping) and isinstance(node.get(leaf), dict):
-            node[leaf].update(value)
-        else:
-            node[leaf] = dict(value) if isinstance(value, Mapping) else value
-    _refuse_interpolation(result, "command line")
-    return result
-
-
-def _refuse_interpolation(node: Any, where: str) -> None:
-    # A config is data: it may not read the environment or other keys.
-    if isinstance(node, dict):
-        for value in node.values():
-            _refuse_interpolation(value, where)
-    elif isinstance(node, list):
-        for value in node:
-            _refuse_interpolation(value, where)
-    elif isinstance(node, str) and "${" in node:
-        raise UserError(f"{where}: {node}: ${{…}} is not allowed in a config")
-
-
-def _flatten(layer: Mapping[str, Any], cls: type, prefix: str, where: str) -> dict[str, Any]:
-    """{"optim": {"lr": 1}} as {"optim.lr": 1.0}: keys known, values of the declared types."""
-    hints = typing.get_type_hints(cls)
-    flat: dict[str, Any] = {}
-    for key, value in layer.items():
-        name = f"{prefix}{key}"
-        if key not in hints:
-            if isinstance(value, Mapping) and value:  # name the key itself, not just its section
-                name = f"{name}.{next(iter(value))}"
-            everywhere = [path for path, _, _ in describe()]
-            hint = nearest(name, everywhere) or nearest(str(key), everywhere)
-            raise UserError(f"{name}: unknown key ({where}){hint}")
-        section = hints[key] if dataclasses.is_dataclass(hints[key]) else None
-        if section is None:
-            if isinstance(value, Mapping):
-                raise UserError(f"{name}: is a value, not a section ({where})")
-            flat[name] = convert(value, hints[key], name, where)
-        elif isinstance(value, Mapping):
-            flat.update(_flatten(value, section, f"{name}.", where))
-        else:
-            raise UserError(f"{name}={value}: expected keys below it, such as {_first_key(section, name)} ({where})")
-    return flat
-
-
-def _first_key(section: type, prefix: str) -> str:
-    return f"{prefix}.{dataclasses.fields(section)[0].name}"
-
-
-def _build(cls: type, prefix: str, values: Mapping[str, Any]) -> Any:
-    arguments = {}
-    for key, hint in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(hint):
-            arguments[key] = _build(typing.cast(type, hint), f"{prefix}{key}.", values)
-        elif f"{prefix}{key}" in values:
-            arguments[key] = values[f"{prefix}{key}"]
-    return cls(**arguments)
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """ "; did you mean …?" for the closest of `known`, or nothing where none is close."""
-    known = list(known)
-    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not matches:  # a right name in the wrong section
-        leaf = key.rsplit(".", 1)[-1]
-        leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}
-        matches = [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)]
-    return f"; did you mean {matches[0]}?" if matches else ""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Help
-
-
-def describe(cls: type = Config, prefix: str = "") -> list[tuple[str, str, str]]:
-    """Every dotted key with its type and default and its comment: (key, "type = default", meaning)."""
-    comments = _comments(cls)
-    rows = []
-    for item in dataclasses.fields(cls):
-        section = item.default_factory
-        if isinstance(section, type) and dataclasses.is_dataclass(section):
-            rows += describe(section, f"{prefix}{item.name}.")
-        else:
-            kind = str(item.type).replace("None", "none")
-            rows.append((f"{prefix}{item.name}", f"{kind} = {_shown(item.default)}", comments.get(item.name, "")))
-    return rows
-
-
-def _shown(default: Any) -> str:
-    """A default as one would type it."""
-    if default is None or isinstance(default, bool):
-        return str(default).lower()
-    if isinstance(default, tuple):
-        return "[" + ", ".join(f"{item:.4g}" for item in default) + "]"
-    return str(default)
-
-
-def _comments(cls: type) -> dict[str, str]:
-    """The comment behind each field: the one place an option is explained."""
-    found: dict[str, str] = {}
-    name = ""
-    start_of_line = True
-    for token in tokenize.generate_tokens(io.StringIO(inspect.getsource(cls)).readline):
-        if token.type == tokenize.NAME and start_of_line:
-            name = token.string
-        if token.type == tokenize.COMMENT and name:
-            found.setdefault(name, token.string.lstrip("# "))
-        start_of_line = token.type in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT)
-    return found

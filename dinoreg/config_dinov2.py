@@ -108,9 +108,10 @@ class Translation:
 
 def is_dinov2(content: Mapping[str, Any]) -> bool:
     """Whether a YAML file's content is dinov2's: sections or keys that only dinov2 has, and none of ours."""
-    from dinoreg.config import describe
+    from dinoreg.config import Config
+    from dinoreg.keys import describe
 
-    ours = {key for key, _, _ in describe()}
+    ours = {key for key, _, _ in describe(Config)}
     if any(key in {path.partition(".")[0] for path in ours} - {"crops", "optim"} for key in content):
         return False
     if any(isinstance(content.get(key), Mapping) for key in _OWN_TOP_LEVEL):

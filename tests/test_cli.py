@@ -14,8 +14,9 @@ import pytest
 
 import dinoreg
 from dinoreg.cli import VERBS, main
-from dinoreg.config import Config, describe
+from dinoreg.config import Config
 from dinoreg.errors import Interrupted, RunError, UserError
+from dinoreg.keys import describe
 
 
 class Stage:
@@ -171,7 +172,7 @@ def test_the_help_of_pretrain_lists_every_key_with_type_default_and_meaning(
 ) -> None:
     assert main(["pretrain", "vits14_reg4", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for key, kind, meaning in describe():
+    for key, kind, meaning in describe(Config):
         assert any(line.startswith(f"  {key} ") and f" {kind} " in line and line.endswith(meaning) for line in lines)
     assert any("vits14_reg4" in line and line.startswith("CONFIG:") for line in lines)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dinoreg.config import Config, ModelConfig, describe, find_config, load_config, require_complete, to_yaml
+from dinoreg.config import Config, ModelConfig, find_config, load_config, require_complete, to_yaml
 from dinoreg.errors import UserError
+from dinoreg.keys import describe
 
 
 def write(folder: Path, text: str) -> Path:
@@ -391,7 +392,7 @@ def test_a_saved_config_reads_back_equal(config: Config, tmp_path: Path) -> None
 
 def test_a_saved_config_names_every_key_but_those_of_one_command() -> None:
     saved = to_yaml(dataclasses.replace(Config(), overwrite=True))
-    for key, _, _ in describe():
+    for key, _, _ in describe(Config):
         leaf = key.rpartition(".")[2]
         assert (f"{leaf}:" in saved) == (key not in ("resume", "overwrite")), key
 
@@ -410,7 +411,7 @@ def test_the_hash_depends_on_what_shapes_the_weights_and_on_nothing_else() -> No
 
 
 def test_every_option_has_a_type_a_default_and_a_meaning() -> None:
-    rows = describe()
+    rows = describe(Config)
     assert len({key for key, _, _ in rows}) == len(rows) > 80
     for key, kind, meaning in rows:
         assert " = " in kind, key
@@ -418,7 +419,7 @@ def test_every_option_has_a_type_a_default_and_a_meaning() -> None:
 
 
 def test_the_help_shows_defaults_as_one_would_type_them() -> None:
-    kinds = {key: kind for key, kind, _ in describe()}
+    kinds = {key: kind for key, kind, _ in describe(Config)}
     assert kinds["model.drop_path"] == "float = 0.3"
     assert kinds["optim.lr"] == "float | none = none"
     assert kinds["resume"] == "bool = false"
