@@ -21,6 +21,7 @@ from dinoreg.errors import UserError
 
 KINDS = "a folder, a list of paths (.txt .csv .tsv .parquet), scenes[:count=,size=,seed=]"
 _LISTS = (".txt", ".lst", ".csv", ".tsv", ".parquet")
+STAMPED_FILES = 50_000  # whose sizes and times are looked at when features are cached
 SCENES_CACHE_BYTES = 1 << 30  # rendered scenes kept in memory at most
 
 
@@ -50,6 +51,10 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when the images or their order do."""
 
+    def stamp(self) -> str:
+        """As `fingerprint`, and it also changes when images are replaced under their old names."""
+        return self.fingerprint()
+
     def groups(self) -> list[Group]:
         """How the indices are drawn; one group unless the source is a weighted mixture."""
         return [Group(0, len(self), 1.0)]
@@ -76,6 +81,18 @@ class PathSource(Source):
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self.paths.block).hexdigest()[:16]
+
+    def stamp(self) -> str:
+        """By sizes and times of change; of more than STAMPED_FILES files, of that many at equal distances."""
+        digest = hashlib.sha256(self.paths.block)
+        count = min(len(self), STAMPED_FILES)
+        for index in np.linspace(0, len(self) - 1, count).astype(np.int64):
+            try:
+                found = os.stat(self.name(int(index)))
+                digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode())
+            except OSError:
+                digest.update(b"missing ")
+        return digest.hexdigest()[:16]
 
 
 class ScenesSource(Source):

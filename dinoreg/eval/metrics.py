@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dinoreg.metrics import knn_predict, rankme
 
-__all__ = ["bootstrap_interval", "knn_predict", "mean_per_class_accuracy", "rankme", "top1"]
+__all__ = ["bootstrap_interval", "bootstrap_statistic", "knn_predict", "mean_per_class_accuracy", "rankme", "top1"]
 
 
 def top1(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -60,3 +62,28 @@ def _paired(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.n
     if predicted.shape != true.shape or true.ndim != 1 or true.size == 0:
         raise ValueError(f"predictions {predicted.shape} and labels {true.shape} must both be (n,) with n >= 1")
     return predicted, true
+
+
+def bootstrap_statistic(
+    count: int,
+    statistic: Callable[[np.ndarray], float],
+    confidence: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of any statistic of a set of images, such as mAP or mIoU.
+
+    statistic  weights (count,) int64, how often each image was drawn -> the statistic; NaN draws are left out
+    returns    (low, high)
+    """
+    if count < 1:
+        raise ValueError("the bootstrap needs at least one image")
+    rng = np.random.default_rng(seed)
+    values = np.array(
+        [statistic(np.bincount(rng.integers(0, count, size=count), minlength=count)) for _ in range(samples)]
+    )
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan")
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)

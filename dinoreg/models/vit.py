@@ -268,19 +268,32 @@ class RegisterViT(nn.Module):
         chosen = set(range(self.depth - n, self.depth)) if isinstance(n, int) else {self._layer(i) for i in n}
         if not chosen or min(chosen) < 0:
             raise UserError(f"n={n!r}: the model has {self.depth} blocks, and at least one must be asked for")
-        x, shapes = _pack([self.embed(images)])
         outputs: list[Any] = []
-        start = 0
-        for index in sorted(chosen):
-            x = self._run(x, shapes, index + 1, start=start)
-            start = index + 1
-            tokens = _unpack(self.norm(x) if norm else x, shapes)[0]
-            patches = tokens[:, 1 + self.num_registers :]
+        for tokens in self.intermediate_tokens(images, sorted(chosen), norm):
+            patches = tokens.patches
             if reshape:
                 rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
                 patches = patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
-            outputs.append((patches, tokens[:, 0]) if return_class_token else patches)
+            outputs.append((patches, tokens.cls) if return_class_token else patches)
         return tuple(outputs)
+
+    def intermediate_tokens(self, images: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
+        """All tokens after each of several blocks, in one pass.
+
+        images (B, C, H, W)
+        blocks indices from 0, ascending
+        norm   applies the final norm to every block's output
+        """
+        x, shapes = _pack([self.embed(images)])
+        first = 1 + self.num_registers
+        outputs: list[Tokens] = []
+        start = 0
+        for index in blocks:
+            x = self._run(x, shapes, index + 1, start=start)
+            start = index + 1
+            tokens = _unpack(self.norm(x) if norm else x, shapes)[0]
+            outputs.append(Tokens(tokens[:, 0], tokens[:, 1:first], tokens[:, first:]))
+        return outputs
 
     def qkv(self, images: Tensor, layer: int = -1) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of one block's attention, each (B, heads, T, head_dim).

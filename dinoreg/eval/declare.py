@@ -1,0 +1,210 @@
+"""How a dataset is declared: an `eval/NAME.py` with one `BENCHMARK`, the only place where its facts are written.
+
+The inside finds declarations by name or path and never imports them as packages; they import this module.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from dinoreg.bundled import bundled
+from dinoreg.errors import UserError
+from dinoreg.keys import nearest
+
+if TYPE_CHECKING:
+    from dinoreg.eval.data import Data
+
+# protocol: (module, title); each module has `evaluate(encoder, data, task, options, context) -> list[Row]`.
+PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "linear": ("dinoreg.eval.linear", "linear grid"),
+        "knn": ("dinoreg.eval.neighbours", "weighted k-NN"),
+        "logistic": ("dinoreg.eval.classification", "logistic regression"),
+        "multilabel": ("dinoreg.eval.multilabel", "multi-label logistic regression"),
+        "segmentation": ("dinoreg.eval.segmentation", "linear segmentation"),
+        "depth": ("dinoreg.eval.depth", "linear depth"),
+        "discovery": ("dinoreg.eval.discovery", "object discovery (LOST)"),
+        "detection": ("dinoreg.eval.detection", "linear patch detection"),
+        "flow": ("dinoreg.eval.flow", "optical flow"),
+        "few_shot": ("dinoreg.eval.few_shot", "few-shot and label efficiency"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Need:
+    """A path that must exist below the dataset's folder, and the archive that it comes out of."""
+
+    path: str
+    archive: str
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number that others reported, in the metric's usual unit (percent, metres, pixels).
+
+    model   whose; e.g. "DINOv2 ViT-S/14 (distilled)"
+    source  paper and table
+    differs what differs from our protocol, or ""
+    """
+
+    model: str
+    value: float
+    source: str
+    differs: str = ""
+    variant: str = ""  # of the protocol's rows, where several variants are published: "k = 20", "lin.4"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One protocol on a dataset.
+
+    protocol  a key of PROTOCOLS
+    read      (folder, options) -> Data with the splits this protocol uses; lists only, no pixels decoded;
+              UserError in one line for what is wrong with a file
+    metric    the headline: "top-1", "mean per class", "11-point mAP", "mIoU", "RMSE", "CorLoc", "AP50", "AP", "EPE"
+    counts    images of each split in the official data; differing counts warn, or fail with strict=true
+    options   protocol options that this dataset overrides, dotted without the section: {"resize": 256}
+    """
+
+    protocol: str
+    read: Callable[[Path, Mapping[str, Any]], Data]
+    metric: str
+    counts: Mapping[str, int] = field(default_factory=dict)
+    published: tuple[Published, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice of how a dataset is read, set as NAME.KEY=VALUE; its type is that of the default."""
+
+    name: str
+    default: bool | int | float | str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A dataset.
+
+    name      as in `dinoreg eval NAME`
+    folders   names that its folder may have below `root`; `root` itself is tried last
+    layouts   each a set of paths that together make the dataset readable; the first is the one that messages name
+    splits    in words, for the list: "3,680 / 3,669"
+    """
+
+    name: str
+    title: str
+    task: str
+    classes: int | None
+    splits: str
+    folders: tuple[str, ...]
+    layouts: tuple[tuple[Need, ...], ...]
+    tasks: tuple[Task, ...]
+    download: str
+    licence: str
+    options: tuple[Option, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    def find(self, root: str | Path) -> Path:
+        """The dataset's folder below `root`; UserError saying what is expected where."""
+        base = Path(root)
+        for folder in (*(base / name for name in self.folders), base):
+            if any(all((folder / need.path).exists() for need in layout) for layout in self.layouts):
+                return folder
+        folder, layout = self._closest(base)
+        missing = next(need for need in layout if not (folder / need.path).exists())
+        raise UserError(f"{self.name}: {folder / missing.path} is missing; it comes from {missing.archive}")
+
+    def _closest(self, base: Path) -> tuple[Path, tuple[Need, ...]]:
+        """The folder and layout of which most is there."""
+        best, most = (base / self.folders[0], self.layouts[0]), 0
+        for folder in (base / name for name in self.folders):
+            for layout in self.layouts:
+                present = sum((folder / need.path).exists() for need in layout)
+                if present > most:
+                    best, most = (folder, layout), present
+        return best
+
+    def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every option of the dataset with its value; UserError for an unknown one or a wrong type."""
+        from dinoreg.values import convert
+
+        known = {option.name: option for option in self.options}
+        for key in given:
+            if key not in known:
+                accepted = f"; accepted: {', '.join(known)}" if known else "; it has no options"
+                raise UserError(f"{self.name}.{key}: unknown option{nearest(key, known)}{accepted}")
+        return {
+            name: convert(given[name], type(option.default), f"{self.name}.{name}", "options")
+            if name in given
+            else option.default
+            for name, option in known.items()
+        }
+
+
+@lru_cache(maxsize=1)
+def benchmarks() -> dict[str, Benchmark]:
+    """Every shipped declaration, by name, in the order of the names of their files."""
+    found = {}
+    for path in sorted(bundled("eval").glob("*.py")):
+        benchmark = load_benchmark(path)
+        found[benchmark.name] = benchmark
+    return found
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """A shipped benchmark by name or alias, or one of the user's own by the path of its file."""
+    if name.endswith(".py"):
+        return load_benchmark(Path(name))
+    known = benchmarks()
+    for benchmark in known.values():
+        if name.lower() in (benchmark.name, *benchmark.aliases):
+            return benchmark
+    spellings = [spelling for each in known.values() for spelling in (each.name, *each.aliases)]
+    raise UserError(f"{name}: unknown dataset{nearest(name, spellings)}; known: {', '.join(known)}")
+
+
+def load_benchmark(path: Path) -> Benchmark:
+    """The `BENCHMARK` of a Python file. The file is run: it is the user's own code, as a config is not."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a Python file with a BENCHMARK")
+    name = f"dinoreg_declared_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
+    benchmark = getattr(module, "BENCHMARK", None)
+    if not isinstance(benchmark, Benchmark):
+        raise UserError(f"{path}: has no BENCHMARK of type dinoreg.eval.declare.Benchmark")
+    for task in benchmark.tasks:
+        if task.protocol not in PROTOCOLS:
+            known = ", ".join(PROTOCOLS)
+            raise UserError(
+                f"{path}: unknown protocol {task.protocol}{nearest(task.protocol, PROTOCOLS)}; known: {known}"
+            )
+    return benchmark
+
+
+def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
+    """Run a declaration as a script: `python eval/pets.py weights=… root=…`, the same as `dinoreg eval pets …`."""
+    from dinoreg.cli import main as command
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    path = sys.modules["__main__"].__file__ if arguments is None else None
+    raise SystemExit(command(["eval", str(path) if path else benchmark.name, *given]))

@@ -1,0 +1,69 @@
+"""A result that stands on its own: the number, how sure it is, how it came about, and what it is compared with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of one protocol on one dataset.
+
+    value, low, high  the figure and its 95 % bootstrap interval, in `unit`; shares lie in [0, 1]
+    variant           what distinguishes it in words: "k = 20", "11-point", "lin.4", "final, matched"
+    chosen_on         where hyper-parameters were chosen: "the official validation split", "a tenth of train, seed 0",
+                      "the reported split itself", or "" where nothing was chosen
+    settings          of the protocol: every option that was used, and what was chosen
+    details           further figures of the same predictions: {"micro": …, "macro": …}
+    n_train, n_test   images (or pairs) learnt from and scored
+    """
+
+    protocol: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    unit: str = "share"  # share (shown as %) | m | px
+    higher_is_better: bool = True
+    variant: str = ""
+    chosen_on: str = ""
+    seeds: tuple[int, ...] = (0,)
+    n_train: int = 0
+    n_test: int = 0
+    hours: float = 0.0
+    chance: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON's types only; NaN and infinity as text."""
+        return plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Row:
+        known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        known["seeds"] = tuple(known.get("seeds", (0,)))
+        for key in ("value", "low", "high"):
+            known[key] = float(known[key])
+        return cls(**known)
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What makes rows of two encoders comparable."""
+        return self.protocol, self.metric, self.variant
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if hasattr(value, "tolist"):  # a number or an array of NumPy or PyTorch
+        return plain(value.tolist())
+    return value
