@@ -51,6 +51,9 @@ TEST = [
     "scikit-learn>=1.4",
     "scikit-image>=0.23",
     "scipy>=1.11",
+    "torchmetrics>=1.4",
+    "h5py>=3.10",
+    "pycocotools>=2.0.8",
     "pyarrow>=15",
     "tifffile>=2024.1",
 ]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dinoreg.models.zoo import load
 
 __version__ = "0.1.0"
-__all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "load", "pretrain"]
+__all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "load", "pretrain"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
@@ -40,6 +40,20 @@ def pretrain(config: str | Path | None = None, **overrides: Any) -> Path:
     resolved = load_config(config, overrides)
     require_complete(resolved)
     return Path(run(resolved))
+
+
+def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
+    """Measure a backbone on a dataset; the same as `dinoreg eval DATASET weights=… key=value …`.
+
+    model    a RegisterViT, a ViT of timm or transformers, or whatever `weights=` takes: a run folder, a file, a name
+    dataset  a name of `dinoreg eval --list`, several with commas, "all", or the path of a labelled folder or CSV
+    options  the command line's keys: root="/datasets", out="runs/a", **{"knn.k": [20], "aircraft.crop_banner": False}
+    returns  dinoreg.eval.result.Result, or a list of them for several datasets; `.headline` is the figure
+    raises   UserError (a ValueError) for a wrong key, value, dataset or missing file, before anything is computed
+    """
+    from dinoreg.evaluation import evaluate_dataset
+
+    return evaluate_dataset(model, str(dataset), options)
 
 
 def __getattr__(name: str) -> Any:

@@ -34,11 +34,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Verb:
+    """flags are the options that start with dashes; all others are written key=value."""
+
     usage: str
     summary: str
     run: Callable[[list[str]], None]
     keys: tuple[Key, ...] = ()
     details: str = ""
+    flags: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -71,6 +74,25 @@ def _pretrain(arguments: list[str]) -> None:
         from dinoreg.view.report import write_report
 
         print(f"report: {write_report(run)}")
+
+
+def _eval(arguments: list[str]) -> None:
+    if "--list" in arguments:
+        from dinoreg.evaluation import list_datasets
+
+        list_datasets()
+        return
+    if not arguments or _is_key_value(arguments[0]):
+        raise UserError("eval: missing NAME, all, or the PATH of a labelled folder; see dinoreg eval --list")
+    names, *overrides = arguments
+    stray = [argument for argument in overrides if "=" not in argument]
+    if stray:
+        raise UserError(f"eval: {stray[0]}: expected key=value; several datasets are written NAME,NAME")
+    from dinoreg.evaluation import evaluate_command, read_request
+
+    request = read_request(overrides)
+    with _running(None):
+        evaluate_command([names] if Path(names).exists() else names.split(","), request)
 
 
 def _report(arguments: list[str]) -> None:
@@ -123,6 +145,14 @@ VERBS: dict[str, Verb] = {
         "train a register ViT on a folder of images; CONFIG is a name in configs/ or a YAML file",
         _pretrain,
         details="A run that ended early goes on with: dinoreg pretrain RUN resume=true",
+    ),
+    "eval": Verb(
+        "eval NAME[,NAME…]|all|PATH weights=… root=FOLDER [key=value …]",
+        "measure a backbone on benchmark datasets or on your own labelled images, beside two baselines",
+        _eval,
+        details="PATH is a folder with one subfolder per class, a CSV, images/ + masks/ or depth/, or an eval/*.py of "
+        "your own.\nA dataset's own options are written NAME.KEY=VALUE; dinoreg eval --list shows all datasets.",
+        flags=("--list",),
     ),
     "report": Verb(
         "report RUN… [out=FILE]",
@@ -206,7 +236,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(_verb_help(name))
         return OK
     for argument in rest:
-        if argument.startswith("-"):
+        if argument.startswith("-") and argument not in VERBS[name].flags:
             raise UserError(f"{name}: {argument}: unknown option; options are written key=value")
     VERBS[name].run(rest)
     return OK
@@ -330,6 +360,11 @@ def _verb_help(name: str) -> str:
         at = [key for key, _, _ in rows].index("init")
         kind, meaning = next(row[1:] for row in rows if row[0] == "data.source")
         rows.insert(at, ("data", kind, f"short for data.source: {meaning}"))
+    if name == "eval":
+        from dinoreg.eval.options import EvalOptions
+        from dinoreg.keys import describe
+
+        rows = describe(EvalOptions)
     if rows:
         lines += ["", "keys:", *_table(rows)]
     return "\n".join(lines)

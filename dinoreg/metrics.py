@@ -64,29 +64,38 @@ def knn_predict(
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise ValueError(f"k-NN labels span {int(labels.min())}..{int(labels.max())}, expected 0..{classes - 1}")
-    most = min(max(k), n)
     with torch.autocast(device.type, enabled=False):
-        bank = F.normalize(train_features.float(), dim=-1)  # (n, D)
-        votes: dict[int, list[Tensor]] = {each: [] for each in k}
-        for queries in test_features.to(device).split(chunk):
-            queries = F.normalize(queries.float(), dim=-1)
-            similarity, index = _nearest(bank, queries, most, train_chunk)  # (b, most), best first
-            weights = (similarity / temperature).softmax(dim=-1)
-            neighbours = labels[index]
-            for each in k:
-                scores = weights.new_zeros(len(queries), classes)
-                votes[each].append(scores.scatter_add_(1, neighbours[:, :each], weights[:, :each]))
-    return {each: torch.cat(rows) if rows else bank.new_zeros(0, classes) for each, rows in votes.items()}
+        similarity, index = nearest_neighbours(train_features, test_features, min(max(k), n), chunk, train_chunk)
+        weights = (similarity / temperature).softmax(dim=-1)  # (m, most), best first
+        votes = {}
+        for each in k:
+            scores = weights.new_zeros(len(weights), classes)
+            votes[each] = scores.scatter_add_(1, labels[index[:, :each]], weights[:, :each])
+    return votes
 
 
-def _nearest(bank: Tensor, queries: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
-    """The k largest inner products, best first, holding (b, chunk) of them at a time: ((b, k), (b, k))."""
-    best = queries.new_empty(len(queries), 0)
-    index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
-    for start in range(0, len(bank), chunk):
-        products = queries @ bank[start : start + chunk].mT
-        values, rows = products.topk(min(k, products.shape[1]), dim=1)
-        best, index = torch.cat([best, values], 1), torch.cat([index, rows + start], 1)
+@torch.no_grad()
+def nearest_neighbours(
+    train_features: Tensor, test_features: Tensor, k: int, chunk: int = 256, train_chunk: int = 65_536
+) -> tuple[Tensor, Tensor]:
+    """The k training features of greatest cosine to each test feature, best first.
+
+    train_features (n, D), test_features (m, D); either may be memory-mapped: chunks of rows are read, never all
+    returns        cosines (m, k) float32 and rows (m, k) int64, on the training features' device
+    """
+    device, m = train_features.device, len(test_features)
+    best = torch.empty(m, 0, device=device)
+    index = torch.empty(m, 0, dtype=torch.long, device=device)
+    for first in range(0, len(train_features), train_chunk):
+        bank = F.normalize(train_features[first : first + train_chunk].to(device).float(), dim=-1)
+        values, rows = [], []
+        for queries in test_features.split(chunk):
+            found = (F.normalize(queries.to(device).float(), dim=-1) @ bank.mT).topk(min(k, len(bank)), dim=1)
+            values.append(found.values)
+            rows.append(found.indices + first)
+        if not values:
+            break
+        best, index = torch.cat([best, torch.cat(values)], 1), torch.cat([index, torch.cat(rows)], 1)
         best, order = best.topk(min(k, best.shape[1]), dim=1)
         index = index.gather(1, order)
     return best, index

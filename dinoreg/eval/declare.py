@@ -169,8 +169,9 @@ def find_benchmark(name: str) -> Benchmark:
     for benchmark in known.values():
         if name.lower() in (benchmark.name, *benchmark.aliases):
             return benchmark
-    spellings = [spelling for each in known.values() for spelling in (each.name, *each.aliases)]
-    raise UserError(f"{name}: unknown dataset{nearest(name, spellings)}; known: {', '.join(known)}")
+    aliases = [alias for each in known.values() for alias in each.aliases]
+    hint = nearest(name, known) or nearest(name, aliases)
+    raise UserError(f"{name}: unknown dataset{hint}; known: {', '.join(known)}")
 
 
 def load_benchmark(path: Path) -> Benchmark:

@@ -167,8 +167,11 @@ class NativeEncoder(_ModuleEncoder):
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
-        with _seeded(seed):
-            return self._like(RegisterViT(**self.module.architecture()))
+        # LayerScale at 1: started at 1e-5, as for training, it leaves the class token a constant, which anything beats.
+        options = self.module.architecture()
+        options["layerscale"] = 1.0 if options["layerscale"] else None
+        with seeded(seed):
+            return self._like(RegisterViT(**options))
 
 
 class TimmEncoder(_ModuleEncoder):
@@ -206,7 +209,7 @@ class TimmEncoder(_ModuleEncoder):
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
-        with _seeded(seed):
+        with seeded(seed):
             model = copy.deepcopy(self.module)
             model.init_weights()  # type: ignore[operator]
             return self._like(_reset_rest(model))
@@ -251,7 +254,7 @@ class TransformersEncoder(_ModuleEncoder):
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
-        with _seeded(seed):
+        with seeded(seed):
             return self._like(type(self.module)(copy.deepcopy(self.module.config)))
 
 
@@ -376,7 +379,7 @@ def _captured(*modules: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """PyTorch's global generator at a seed inside, and as it was afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

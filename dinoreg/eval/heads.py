@@ -91,7 +91,7 @@ def train_heads(
             if clip_grad is not None:
                 nn.utils.clip_grad_norm_(head.parameters(), clip_grad)
             optimizers[key].step()
-            if step >= 0.9 * steps:
+            if step + 1 > 0.9 * steps:
                 tail[key].append(values[key])
         if time.monotonic() - last_saved > SAVE_SECONDS:
             last_saved = time.monotonic()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -59,7 +59,7 @@ class CentreCrop:
         return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
 
 
-def parallel(function: Callable[[int], T], indices: Sequence[int], workers: int) -> Iterator[T]:
+def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:
     """function(index) for each index in order, computed ahead in threads; 0 workers: in this one."""
     if workers <= 0:
         yield from map(function, indices)

@@ -125,6 +125,8 @@ def _line_search(
             if trial.slope * (high.length - low.length) >= 0:
                 high = low
             low = trial
+        if abs(high.length - low.length) <= 1e-14 * max(high.length, low.length):
+            break  # the interval has shrunk to rounding: nothing between its ends is left to try
         length = _between(low, high)
     return low if low is not None and low is not origin and low_enough(low) else None
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,8 @@ from torch import Tensor
 from dinoreg.eval.lbfgs import flat, minimize
 
 REFERENCE_CS: tuple[float, ...] = tuple(10.0 ** np.linspace(-6, 5, 45))  # DINOv2's grid
-EXACT_AXES, LEADING_AXES = (
-    1024,
-    256,
-)  # all principal axes up to the first, the leading ones of more dimensions
+EXACT_AXES, LEADING_AXES = 1024, 256  # all principal axes up to the first, the leading ones of more dimensions
+IN_MEMORY = 1 << 30  # bytes of centred features held; more are read again, chunk by chunk, in every evaluation
 UNSEEN = -50.0  # added to the lowest intercept for a class that training rows never show
 
 
@@ -46,7 +45,7 @@ class LogisticModel:
 
     def predict(self, features: Tensor) -> Tensor:
         """features (n, D) -> class (n,) int64."""
-        return torch.cat([self.logits(rows).argmax(-1) for rows in features.split(16_384)])
+        return torch.cat([self.logits(rows).argmax(-1) for rows in features.split(4096)])
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def fit_logistic(
     tolerance    distance to the minimum at which to stop, as a mean loss per row
     dtype        of the large products; sums and parameters are float64 either way
     """
-    problem = _Problem(features, labels, num_classes, standardize=standardize, dtype=dtype, device=device)
+    problem = _Problem([(features, None)], labels, num_classes, standardize=standardize, dtype=dtype, device=device)
     return problem.solve(C, init, tolerance, max_steps)
 
 
@@ -101,6 +100,7 @@ def select_and_fit(
     Cs: Sequence[float] = REFERENCE_CS,
     *,
     validation: tuple[Tensor, ArrayLike | Tensor] | None = None,
+    join_validation: bool = False,
     validation_share: float = 0.1,
     seed: int = 0,
     patience: int | None = 6,
@@ -112,9 +112,11 @@ def select_and_fit(
 ) -> Selection:
     """Choose C by validation accuracy (ties: the lower loss) and refit on every training row.
 
-    Without `validation` a seeded, class-balanced share of the training rows is held out for the choice. The
-    Cs are visited from small to large, each starting at the one before; with `patience` the path ends once
-    that many Cs in a row improved neither validation accuracy nor validation loss (None: visit all).
+    Without `validation` a seeded, class-balanced share of the training rows is held out for the choice; with
+    `join_validation` the given validation rows take part in the last fit. The Cs are visited from small to large,
+    each starting at the one before; with `patience` the path ends once that many Cs in a row improved neither
+    validation accuracy nor validation loss (None: visit all). Features may be memory-mapped and of any size: beyond
+    a gigabyte they are read in chunks, never copied whole.
     """
     started = time.perf_counter()
     labels = _labels(labels, len(features), num_classes)
@@ -124,27 +126,24 @@ def select_and_fit(
         held_out = balanced_split(labels, validation_share, seed)
         if held_out.all() or not held_out.any():
             raise ValueError(f"{len(labels)} labelled rows are too few to hold out {validation_share:.0%} of them")
-        fit_features, fit_labels = features[~held_out], labels[~held_out]
-        held_features, held_labels = features[held_out], labels[held_out]
+        parts: list[tuple[Tensor, Tensor | None]] = [(features, (~held_out).nonzero()[:, 0])]
+        fit_labels = labels[~held_out]
+        held_rows, held_labels = _Rows([(features, held_out.nonzero()[:, 0])]), labels[held_out]
     else:
-        fit_features, fit_labels = features, labels
-        held_features, held_labels = validation[0], _labels(validation[1], len(validation[0]), num_classes)
+        parts, fit_labels = [(features, None)], labels
+        held_rows = _Rows([(validation[0], None)])
+        held_labels = _labels(validation[1], len(validation[0]), num_classes)
 
-    problem = _Problem(fit_features, fit_labels, num_classes, standardize=standardize, dtype=dtype, device=device)
+    options: dict[str, Any] = {"standardize": standardize, "dtype": dtype, "device": device}
+    problem = _Problem(parts, fit_labels, num_classes, **options)
     path: list[Candidate] = []
     best: tuple[Candidate, LogisticModel] | None = None
     lowest_loss, idle = math.inf, 0
     model: LogisticModel | None = None
     for C in sorted(Cs):
         model = problem.solve(C, model, tolerance, max_steps)
-        logits = model.logits(held_features)
-        on_device = held_labels.to(logits.device)
-        candidate = Candidate(
-            C=float(C),
-            accuracy=float((logits.argmax(-1) == on_device).double().mean()),
-            loss=float(F.cross_entropy(logits.double(), on_device)),
-            steps=model.steps,
-        )
+        accuracy, loss = _validate(model, held_rows, held_labels, problem.device)
+        candidate = Candidate(C=float(C), accuracy=accuracy, loss=loss, steps=model.steps)
         path.append(candidate)
         better = best is None or (candidate.accuracy, -candidate.loss) > (best[0].accuracy, -best[0].loss)
         idle = 0 if better or candidate.loss < lowest_loss else idle + 1
@@ -156,9 +155,23 @@ def select_and_fit(
     assert best is not None
     chosen, start = best
     if validation is None:
-        problem = _Problem(features, labels, num_classes, standardize=standardize, dtype=dtype, device=device)
+        problem = _Problem([(features, None)], labels, num_classes, **options)
+    elif join_validation:
+        joined = torch.cat([labels, held_labels])
+        problem = _Problem([(features, None), (validation[0], None)], joined, num_classes, **options)
     final = problem.solve(chosen.C, start, min(tolerance, 1e-7), max_steps)
     return Selection(final, chosen.C, tuple(path), time.perf_counter() - started)
+
+
+def _validate(model: LogisticModel, rows: _Rows, labels: Tensor, device: torch.device) -> tuple[float, float]:
+    """(accuracy, mean loss) on held-out rows."""
+    correct, total = 0, 0.0
+    for start, x in rows.chunks(4096):
+        logits = model.logits(x.to(device))
+        truth = labels[start : start + len(x)].to(device)
+        correct += int((logits.argmax(-1) == truth).sum())
+        total += float(F.cross_entropy(logits.double(), truth, reduction="sum"))
+    return correct / len(rows), total / len(rows)
 
 
 def balanced_split(labels: Tensor, share: float = 0.1, seed: int = 0) -> Tensor:
@@ -187,6 +200,30 @@ def _labels(labels: ArrayLike | Tensor, rows: int, num_classes: int) -> Tensor:
     return values.long()
 
 
+class _Rows:
+    """Rows of one or several feature matrices in a row, each whole or by an ascending index; nothing is copied."""
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        for features, _ in parts:
+            if features.ndim != 2 or features.shape[1] != parts[0][0].shape[1]:
+                raise ValueError(f"features must be of shape (n, D), got {tuple(features.shape)}")
+        self.parts = list(parts)
+        self.dim = parts[0][0].shape[1]
+
+    def __len__(self) -> int:
+        return sum(len(features) if index is None else len(index) for features, index in self.parts)
+
+    def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first row, at most `size` rows as they are stored)."""
+        first = 0
+        for features, index in self.parts:
+            count = len(features) if index is None else len(index)
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                yield first + start, features[start:stop] if index is None else features[index[start:stop]]
+            first += count
+
+
 class _Problem:
     """Centred features on the device with their principal directions, shared by every C of a path.
 
@@ -195,7 +232,7 @@ class _Problem:
 
     def __init__(
         self,
-        features: Tensor,
+        parts: Sequence[tuple[Tensor, Tensor | None]],
         labels: ArrayLike | Tensor,
         num_classes: int,
         *,
@@ -203,31 +240,84 @@ class _Problem:
         dtype: torch.dtype,
         device: torch.device | str | None,
     ) -> None:
-        if features.ndim != 2 or not torch.isfinite(features).all():
-            raise ValueError(f"features must be finite and of shape (n, D), got {tuple(features.shape)}")
-        target = torch.device(device) if device is not None else features.device
-        all_labels = _labels(labels, len(features), num_classes)
+        self.source = _Rows(parts)
+        self.n, self.dim = len(self.source), self.source.dim
+        self.device = torch.device(device) if device is not None else parts[0][0].device
+        self.dtype = dtype
+        all_labels = _labels(labels, self.n, num_classes)
         # A class without rows would send its free intercept to minus infinity; it is put back in `_model`.
         self.classes, compact = all_labels.unique(return_inverse=True)
         self.num_classes = num_classes
         self.penalty = 2.0 if num_classes == 2 else 1.0  # scikit-learn penalises one vector for two classes
-        self.labels = compact.to(target)
-        x = features.detach().to(device=target, dtype=dtype)
-        self.mean = x.mean(dim=0, dtype=torch.float64)
-        x = x - self.mean.to(dtype)
-        self.scale = torch.ones_like(self.mean)
-        if standardize:
-            spread = x.double().square().mean(dim=0).sqrt()
-            self.scale = torch.where(spread > 1e-12 * (1 + self.mean.abs()), spread, self.scale)
-            x = x / self.scale.to(dtype)
-        self.x = x
-        self.axes, self.power, self.rest = _principal_axes(x)
+        self.labels = compact.to(self.device)
         self.rows = max(256, 2**21 // max(len(self.classes), 1))  # rows in flight: 8 MB of logits
+        self.x: Tensor | None = None
+        self.mean = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
+        self.scale = torch.ones_like(self.mean)
+        for _, raw in self.source.chunks(8192):
+            x = raw.to(self.device, dtype)
+            if not torch.isfinite(x).all():
+                raise ValueError(
+                    f"features must be finite and of shape (n, D), got {self.n} rows with a NaN or infinity"
+                )
+            self.mean += x.sum(dim=0, dtype=torch.float64) / self.n
+        if standardize:
+            power = torch.zeros_like(self.mean)
+            for _, x in self._chunks(8192):
+                power += x.double().square().sum(dim=0) / self.n
+            self.scale = torch.where(power.sqrt() > 1e-12 * (1 + self.mean.abs()), power.sqrt(), self.scale)
+        if self.n * self.dim * dtype.itemsize <= IN_MEMORY:
+            self.x = torch.cat([x for _, x in self._chunks(8192)])
+        self.axes, self.power, self.rest = self._principal_axes()
+
+    def _chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """(number of the first row, at most `size` centred and scaled rows (m, D))."""
+        if self.x is not None:
+            for start in range(0, self.n, size):
+                yield start, self.x[start : start + size]
+            return
+        mean, scale = self.mean.to(self.dtype), self.scale.to(self.dtype)
+        for start, raw in self.source.chunks(size):
+            yield start, (raw.to(self.device, self.dtype) - mean) / scale
+
+    def _principal_axes(self) -> tuple[Tensor, Tensor, float]:
+        """Orthonormal directions of most variance (D, r), the variance along each (r,), the mean of it off them.
+
+        All D directions when that is cheap, else the leading ones by subspace iteration.
+        """
+        if self.dim <= EXACT_AXES:
+            covariance = self._sum(lambda x: x.mT @ x) / self.n
+            power, axes = torch.linalg.eigh(covariance)
+            return axes, power.clamp(min=0), 0.0
+        generator = torch.Generator().manual_seed(0)
+        block = torch.randn(self.dim, min(LEADING_AXES, self.n), generator=generator).to(self.device, self.dtype)
+        for _ in range(4):
+            turned = self._sum(lambda x, block=block: x.mT @ (x @ block))  # type: ignore[misc]
+            block = torch.linalg.qr(turned).Q.to(self.dtype)
+        axes = torch.linalg.qr(block.double()).Q
+
+        def outer(x: Tensor) -> Tensor:
+            projected = (x @ axes.to(x)).double()
+            return projected.mT @ projected
+
+        power, rotation = torch.linalg.eigh(self._sum(outer) / self.n)
+        total = float(self._sum(lambda x: x.square().sum(dtype=torch.float64))) / self.n
+        rest = max(total - float(power.sum()), 0.0) / max(self.dim - len(power), 1)
+        return axes @ rotation, power.clamp(min=0), rest
+
+    def _sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The float64 sum of a function over chunks of rows."""
+        total: Tensor | None = None
+        for _, x in self._chunks(65_536 if self.x is not None else 8192):
+            value = function(x).double()
+            total = value if total is None else total + value
+        assert total is not None
+        return total
 
     def solve(self, C: float, init: LogisticModel | None, tolerance: float, max_steps: int) -> LogisticModel:
         if C <= 0:
             raise ValueError(f"C must be above 0, got {C}")
-        n, dim = self.x.shape
+        n, dim = self.n, self.dim
         width = len(self.classes)
         weight, bias = self._start(init)
         ridge = self.penalty / (C * n)  # the objective over C n: mean loss + ||A||² ridge / 2
@@ -264,7 +354,7 @@ class _Problem:
             error.scatter_add_(1, labels, error.new_full((1, 1), -1.0).expand_as(labels))
             grad_w += (x.mT @ error).double()
             grad_b += error.sum(dim=0, dtype=torch.float64)
-        n = len(self.x)
+        n = self.n
         return float(total) / n, grad_w / n, grad_b / n
 
     def _spread(self, weight: Tensor, bias: Tensor) -> Tensor:
@@ -273,14 +363,13 @@ class _Problem:
         for _, _, logits in self._logits(weight, bias):
             p = logits.softmax(dim=1)
             total += (p * (1 - p)).sum(dim=0, dtype=torch.float64)
-        return total / len(self.x)
+        return total / self.n
 
     def _logits(self, weight: Tensor, bias: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Chunks of rows (m, D), their labels (m, 1) and logits (m, K)."""
-        w, b = weight.to(self.x), bias.to(self.x)
-        for start in range(0, len(self.x), self.rows):
-            x = self.x[start : start + self.rows]
-            yield x, self.labels[start : start + self.rows, None], torch.addmm(b, x, w)
+        w, b = weight.to(self.dtype), bias.to(self.dtype)
+        for start, x in self._chunks(self.rows):
+            yield x, self.labels[start : start + len(x), None], torch.addmm(b, x, w)
 
     def _start(self, init: LogisticModel | None) -> tuple[Tensor, Tensor]:
         """A (D, K) and b (K,) float64 of a given model here, or zeros and the class frequencies."""
@@ -298,24 +387,3 @@ class _Problem:
         intercept = torch.full((self.num_classes,), float(bias.min()) + UNSEEN, dtype=torch.float64)
         weight[self.classes], intercept[self.classes] = rows.cpu(), bias.cpu()
         return LogisticModel(weight.float(), intercept.float(), float(C), objective, steps, converged)
-
-
-def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Orthonormal directions of most variance (D, r), the variance along each (r,), the mean of it off them.
-
-    All D directions when that is cheap, else the leading ones by subspace iteration.
-    """
-    n, dim = x.shape
-    if dim <= EXACT_AXES:
-        power, axes = torch.linalg.eigh((x.mT @ x).double() / n)
-        return axes, power.clamp(min=0), 0.0
-    generator = torch.Generator().manual_seed(0)
-    block = torch.randn(dim, min(LEADING_AXES, n), generator=generator).to(x)
-    for _ in range(4):
-        block = torch.linalg.qr(x.mT @ (x @ block)).Q
-    axes = torch.linalg.qr(block.double()).Q
-    projected = (x @ axes.to(x)).double()
-    power, rotation = torch.linalg.eigh(projected.mT @ projected / n)
-    total = float(x.square().sum(dtype=torch.float64)) / n
-    rest = max(total - float(power.sum()), 0.0) / max(dim - len(power), 1)
-    return axes @ rotation, power.clamp(min=0), rest

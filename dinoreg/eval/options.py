@@ -5,6 +5,7 @@ The defaults are the published protocols (reference datasets §3, P1 to P9). The
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from dinoreg.options import check
@@ -48,6 +49,7 @@ class LinearOptions:
     epochs: int = 10  # of `epoch_steps` steps
     epoch_steps: int | None = 1250  # none: one pass over the training images
     batch_size: int = 1024  # images a step
+    choose_on: str = "test"  # the best head: test (as published, on the reported split) | train (on a held-out tenth)
     augment: bool = True  # random resized crops and flips, streamed; false: heads on the cached centre-crop features
 
 
@@ -56,6 +58,14 @@ class MultilabelOptions:
     min_c: float = 1e-6  # weakest inverse regularisation of the path
     max_c: float = 1e5  # strongest
     num_c: int = 45  # values of C between them, evenly on a log scale
+    patience: int | None = 6  # end a class's path after this many values without gain; none: visit all
+    validation_share: float = 0.1  # of train, held out for choosing C where no validation split is official
+
+    def __post_init__(self) -> None:
+        check(0 < self.min_c <= self.max_c, "multilabel.min_c", self.min_c, "above 0 and at most multilabel.max_c")
+        check(self.num_c >= 1, "multilabel.num_c", self.num_c, "at least 1 value")
+        check(self.patience is None or self.patience >= 1, "multilabel.patience", self.patience, "none or at least 1")
+        check(0 < self.validation_share < 1, "multilabel.validation_share", self.validation_share, "between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -68,18 +78,54 @@ class SegmentationOptions:
     lrs: tuple[float, ...] = (1e-3,)  # AdamW; several are trained at once and all reported
     weight_decays: tuple[float, ...] = (1e-4,)  # each is combined with every rate
 
+    def __post_init__(self) -> None:
+        check(self.size >= 1, "segmentation.size", self.size, "a positive number of pixels")
+        check(
+            1 <= self.stride <= self.size,
+            "segmentation.stride",
+            self.stride,
+            f"1 to segmentation.size={self.size} pixels, so that windows leave no gap",
+        )
+        check(self.steps >= 1, "segmentation.steps", self.steps, "at least 1 step")
+        check(self.warmup_steps >= 0, "segmentation.warmup_steps", self.warmup_steps, "zero or more steps")
+        check(self.batch_size >= 1, "segmentation.batch_size", self.batch_size, "at least 1 crop")
+        check(
+            bool(self.lrs) and all(0 < lr < math.inf for lr in self.lrs),
+            "segmentation.lrs",
+            list(self.lrs),
+            "one or more positive numbers",
+        )
+        check(
+            bool(self.weight_decays) and all(0 <= decay < math.inf for decay in self.weight_decays),
+            "segmentation.weight_decays",
+            list(self.weight_decays),
+            "one or more numbers, none negative",
+        )
+
 
 @dataclass(frozen=True)
 class DepthOptions:
     variants: tuple[int, ...] = (1, 4)  # lin.1 (last block) and lin.4 (four blocks)
     steps: int = 38_400  # of training
-    warmup_steps: int = 12_800  # linear warm-up
+    warmup_steps: int = 12_800  # linear warm-up; a third of the steps at most
     batch_size: int = 16  # crops a step
     lrs: tuple[float, ...] = (1e-4,)  # AdamW; several are trained at once and all reported
     weight_decay: float = 0.01  # of AdamW
     num_bins: int = 256  # uniform in depth
     min_depth: float = 1e-3  # metres
     max_depth: float = 10.0  # metres
+    max_size: int = 640  # pixels of the long side that the backbone sees at most; scored at the image's own size
+
+    def __post_init__(self) -> None:
+        check(len(self.variants) > 0 and min(self.variants) >= 1, "depth.variants", self.variants, "numbers of blocks")
+        check(len(self.lrs) > 0 and min(self.lrs) > 0, "depth.lrs", self.lrs, "positive rates")
+        for key in ("steps", "batch_size", "max_size"):
+            check(getattr(self, key) >= 1, f"depth.{key}", getattr(self, key), "at least 1")
+        check(self.num_bins >= 2, "depth.num_bins", self.num_bins, "at least 2 bins")
+        check(self.warmup_steps >= 0, "depth.warmup_steps", self.warmup_steps, "zero or more steps")
+        check(
+            0 < self.min_depth < self.max_depth, "depth.min_depth", self.min_depth, f"metres in (0, {self.max_depth})"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,27 +136,53 @@ class DiscoveryOptions:
     normalise: bool = False  # L2-normalise features, so that the Gram matrix holds cosines
     k_patches: int = 100  # low-degree patches that the seed may expand to
 
+    def __post_init__(self) -> None:
+        kinds = ("query", "key", "value", "token")
+        check(self.feature in kinds, "discovery.feature", self.feature, "query, key, value or token")
+        check(len(self.blocks) > 0, "discovery.blocks", self.blocks, "at least one block")
+        check(len(self.biases) > 0, "discovery.biases", self.biases, "at least one bias")
+        check(self.k_patches >= 1, "discovery.k_patches", self.k_patches, "at least one patch")
+
 
 @dataclass(frozen=True)
 class DetectionOptions:
     size: int = 640  # pixels of the short side
     max_size: int = 1024  # pixels of the long side at most
     steps: int = 20_000  # of training
+    warmup_steps: int = 500  # linear warm-up, a tenth of the steps at most; a cosine to zero follows
     batch_size: int = 16  # images a step
     lrs: tuple[float, ...] = (1e-3,)  # AdamW; several are trained at once and all reported
+    weight_decay: float = 1e-4  # of AdamW
     nms: float = 0.6  # overlap above which the weaker of two boxes of a class goes
     max_boxes: int = 100  # kept per image
+
+    def __post_init__(self) -> None:
+        check(self.size >= 1, "detection.size", self.size, "a positive number of pixels")
+        check(self.max_size >= self.size, "detection.max_size", self.max_size, "at least detection.size")
+        check(self.steps >= 1, "detection.steps", self.steps, "at least one step")
+        check(self.batch_size >= 1, "detection.batch_size", self.batch_size, "at least one image")
+        rates = len(set(self.lrs)) == len(self.lrs) > 0 and all(rate > 0 for rate in self.lrs)
+        check(rates, "detection.lrs", self.lrs, "one or more different positive rates")
+        check(0 <= self.nms <= 1, "detection.nms", self.nms, "an overlap in [0, 1]")
+        check(self.max_boxes >= 1, "detection.max_boxes", self.max_boxes, "at least one box")
 
 
 @dataclass(frozen=True)
 class FlowOptions:
     upscale: int = 1  # image sides times this before encoding; 2 gives a grid twice as fine
-    temperature: float = 0.05  # of the softmax over matches
-    window: int = 3  # patches around the best match in the soft-argmax; 0: all
+    temperature: float = 0.05  # of the zero-shot softmax over matches; the projection's learned one starts here
+    window: int = 3  # patches to each side of the best match in the zero-shot soft-argmax; 0: the whole frame
     dim: int = 128  # width of the linear projection
     steps: int = 2000  # of training the projection
     lr: float = 1e-3  # AdamW
     batch_size: int = 4  # pairs a step
+
+    def __post_init__(self) -> None:
+        for key in ("upscale", "dim", "steps", "batch_size"):
+            check(getattr(self, key) >= 1, f"flow.{key}", getattr(self, key), "at least 1")
+        check(0 < self.temperature < math.inf, "flow.temperature", self.temperature, "a positive number")
+        check(self.window >= 0, "flow.window", self.window, "zero or more patches")
+        check(0 < self.lr < math.inf, "flow.lr", self.lr, "a positive number")
 
 
 @dataclass(frozen=True)
@@ -118,6 +190,12 @@ class FewShotOptions:
     shots: tuple[int, ...] = (1, 5, 10)  # labelled images per class
     shares: tuple[float, ...] = (0.01, 0.1, 1.0)  # of the labels
     repeats: int = 5  # draws of each, averaged
+
+    def __post_init__(self) -> None:
+        check(all(each >= 1 for each in self.shots), "few_shot.shots", self.shots, "whole numbers of at least 1")
+        check(all(0 < each <= 1 for each in self.shares), "few_shot.shares", self.shares, "shares above 0 and up to 1")
+        check(bool(self.shots or self.shares), "few_shot.shots", self.shots, "at least one shot or share")
+        check(self.repeats >= 1, "few_shot.repeats", self.repeats, "at least 1 draw")
 
 
 @dataclass(frozen=True)

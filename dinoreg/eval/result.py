@@ -67,3 +67,66 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # a number or an array of NumPy or PyTorch
         return plain(value.tolist())
     return value
+
+
+@dataclass(frozen=True)
+class Result:
+    """One dataset, measured: the rows of the model and of each baseline, with what identifies the measurement.
+
+    key       hash over everything that shapes the numbers: the same key need not be measured again
+    rows      of the model, the headline first
+    baselines {"random init": rows, "raw pixels": rows}
+    facts     of the evaluation: weights, title, task, published numbers, precision, date, …
+    """
+
+    dataset: str
+    key: str
+    rows: tuple[Row, ...]
+    baselines: dict[str, tuple[Row, ...]]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> Row:
+        return self.rows[0]
+
+    def baseline(self, name: str, row: Row) -> Row | None:
+        """The baseline's row for the same protocol, metric and variant."""
+        return next((each for each in self.baselines.get(name, ()) if each.key == row.key), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The content of `eval/<step>/<dataset>.json`: the headline on top, every row below."""
+        top = self.headline
+        beside = {name: row for name in self.baselines if (row := self.baseline(name, top)) is not None}
+        return {
+            "format": FORMAT,
+            "version": 1,
+            "dataset": self.dataset,
+            "key": self.key,
+            "probe": top.protocol,
+            **{key: value for key, value in top.as_dict().items() if key in _ON_TOP},
+            "baselines": {
+                name: {key: plain(getattr(row, key)) for key in ("value", "low", "high")}
+                for name, row in beside.items()
+            },
+            **plain(self.facts),
+            "rows": [row.as_dict() for row in self.rows],
+            "baseline_rows": {name: [row.as_dict() for row in rows] for name, rows in self.baselines.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Result:
+        """What `as_dict` gave; KeyError, TypeError or ValueError for anything else."""
+        if values.get("format") != FORMAT or values.get("version") != 1 or not values["rows"]:
+            raise ValueError(f"not a {FORMAT} record of version 1")
+        known = {*_ON_TOP, "format", "version", "dataset", "key", "probe", "baselines", "rows", "baseline_rows"}
+        return cls(
+            values["dataset"],
+            values["key"],
+            tuple(Row.from_dict(row) for row in values["rows"]),
+            {name: tuple(Row.from_dict(row) for row in rows) for name, rows in values["baseline_rows"].items()},
+            {key: value for key, value in values.items() if key not in known},
+        )
+
+
+FORMAT = "dinoreg-evaluation"
+_ON_TOP = ("metric", "value", "low", "high", "unit", "higher_is_better", "chance", "n_train", "n_test", "variant")

@@ -179,11 +179,12 @@ def probe_table(probe: Probe) -> str:
     rows += [(name, *numbers, False) for name, numbers in probe.baselines.items()]
     chance = number(probe.details["chance"]) if is_number(probe.details.get("chance")) else None
     ends = [end for _, _, low, high, _ in rows for end in (low, high)]
-    shares = min(ends) >= 0.0 and max(ends) <= 1.0
+    unit = str(probe.details.get("unit", "share"))
+    shares = unit == "share" and min(ends) >= 0.0 and max(ends) <= 1.0
     scale = (0.0, 1.0) if shares else (min(0.0, *ends), max(ends))
     details = [words.format(probe.details[key]) for key, words in DETAILS.items() if is_number(probe.details.get(key))]
     dotted = f" Dotted: chance, {score(chance)}." if chance is not None else ""
-    body = html.interval_rows(rows, score, chance, *scale)
+    body = html.interval_rows(rows, lambda value: score(value, unit), chance, *scale)
     axis = "The scale runs from 0 to 100 %." if shares else ""
     return (
         f'<div class="card"><h3>{html.escape(probe.dataset)}</h3><p class="note">'

@@ -185,26 +185,29 @@ def _probes(folder: Path) -> list[Probe]:
         content = _json(path)
         if not path.parent.name.isdigit() or not is_number(content.get("value")):
             continue
-        baselines = content.get("baselines")
-        found.append(
-            Probe(
-                step=int(path.parent.name),
-                dataset=str(content.get("dataset", path.stem)),
-                metric=str(content.get("metric", "score")),
-                **dict(zip(("value", "low", "high"), _interval(content))),
-                baselines={
-                    str(name): _interval(row)
-                    for name, row in (baselines.items() if isinstance(baselines, dict) else ())
-                    if isinstance(row, dict) and is_number(row.get("value"))
-                },
-                details={
-                    key: value
-                    for key, value in content.items()
-                    if key not in ("dataset", "metric", "value", "low", "high", "baselines")
-                },
-            )
-        )
+        found.append(read_probe(content, path))
     return sorted(found, key=lambda probe: (probe.step, probe.dataset))
+
+
+def read_probe(content: Mapping[str, Any], path: Path) -> Probe:
+    """The headline of an `eval/<step>/<dataset>.json` whose `value` is a number."""
+    baselines = content.get("baselines")
+    return Probe(
+        step=int(path.parent.name) if path.parent.name.isdigit() else 0,
+        dataset=str(content.get("dataset", path.stem)),
+        metric=str(content.get("metric", "score")),
+        **dict(zip(("value", "low", "high"), _interval(content))),
+        baselines={
+            str(name): _interval(row)
+            for name, row in (baselines.items() if isinstance(baselines, dict) else ())
+            if isinstance(row, dict) and is_number(row.get("value"))
+        },
+        details={
+            key: value
+            for key, value in content.items()
+            if key not in ("dataset", "metric", "value", "low", "high", "baselines")
+        },
+    )
 
 
 def _interval(row: Mapping[str, Any]) -> tuple[float, float, float]:

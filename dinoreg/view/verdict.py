@@ -17,6 +17,11 @@ class Verdict:
     headline: str
     sentences: tuple[str, ...] = ()
 
+    @property
+    def short(self) -> str:
+        """For a cell of a table."""
+        return {"good": "helps", "bad": "harms", "warn": "no benefit"}.get(self.tone, "\u2013")
+
 
 def verdict(run: Run) -> Verdict:
     """The first of these that can be said: probe against baselines, probe alone, in-run probe, progress."""
@@ -53,13 +58,14 @@ def judge(probe: Probe) -> Verdict:
     for name, (_, low, high) in probe.baselines.items():
         other = sorted((sign * low, sign * high))
         (beaten if own[0] > other[1] else ahead if own[1] < other[0] else level).append(SPOKEN.get(name, name))
+    unit = str(probe.details.get("unit", "share"))
     what = f"{probe.details.get('probe', 'probe')} on {probe.dataset}"
     numbers = (
-        f"{what[:1].upper()}{what[1:]}: {score(probe.value)} {probe.metric} "
-        f"(95 % interval {score(probe.low)} to {score(probe.high)})"
+        f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} "
+        f"(95 % interval {score(probe.low, unit)} to {score(probe.high, unit)})"
     )
     others = ", ".join(
-        f"{SPOKEN.get(name, name)} {score(value)} ({score(low)} to {score(high)})"
+        f"{SPOKEN.get(name, name)} {score(value, unit)} ({score(low, unit)} to {score(high, unit)})"
         for name, (value, low, high) in probe.baselines.items()
     )
     sentence = f"{numbers}, against {others}." if others else f"{numbers}."
@@ -86,8 +92,10 @@ def progress(run: Run) -> str:
     return f"The run is at step {run.step:,}{total}."
 
 
-def score(value: float) -> str:
-    """0.7123 -> 71.2 %; values outside of [0, 1] as they are."""
+def score(value: float, unit: str = "share") -> str:
+    """0.7123 -> 71.2 %; shares outside of [0, 1] as they are; other units behind the number."""
+    if unit != "share":
+        return f"{value:.3g} {unit}"
     return f"{100 * value:.1f} %" if 0.0 <= value <= 1.0 else f"{value:.4g}"
 
 

@@ -1,0 +1,121 @@
+"""`weights=` as an encoder: a run folder, a weight file, a model's name, a ViT of timm or a folder of transformers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinoreg.errors import UserError
+from dinoreg.eval.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, seeded, wrap
+from dinoreg.keys import nearest
+from dinoreg.models.weights import find_weights, read_weights
+from dinoreg.models.zoo import load
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An encoder, where its weights lie, and the run that they belong to.
+
+    run   the run folder, or None
+    step  of the run; 0 for weights from elsewhere
+    """
+
+    encoder: Encoder
+    path: Path | None
+    run: Path | None
+    step: int
+
+
+def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -> Opened:
+    """The encoder that `weights=` means; UserError in one line when there is none."""
+    if weights.startswith("timm:"):
+        return Opened(_from_timm(weights, device, dtype), None, None, 0)
+    path = Path(weights)
+    if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
+        return Opened(_from_transformers(path, device, dtype), path, None, 0)
+    with seeded(0):  # random weights of a bare name are the same ones every time
+        model: Any = load(weights, device)
+    file = find_weights(weights)
+    if file is None:
+        return Opened(wrap(model, f"{weights} (random weights)", device=device, dtype=dtype), None, None, 0)
+    stated = read_weights(file).metadata.get("preprocessing", {})
+    mean, std = (stated.get(key, default) for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    step = int(match[1]) if (match := _STEP.fullmatch(file.stem)) else 0
+    home = file.parent.parent
+    run = home if match and file.parent.name == "teacher" and (home / "config.yaml").is_file() else None
+    name = f"{run.resolve().name} at step {step:,}" if run is not None else file.stem
+    return Opened(wrap(model, name, mean, std, device, dtype), file, run, step)
+
+
+def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> Encoder:
+    """timm:NAME with random weights, or timm:NAME:FILE with a state dict of the user's (safetensors or torch)."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"weights={weights}: timm is missing; pip install 'dinoreg[export]'") from None
+    _, name, file = (*weights.split(":", 2), "")[:3]
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"weights={weights}: timm has no model {name!r}{nearest(name, timm.list_models())}")
+    try:
+        with seeded(0):
+            model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError:
+        raise UserError(f"weights={weights}: expected a ViT; {name} takes no dynamic_img_size") from None
+    if file:
+        _load_state(model, Path(file), weights)
+    return wrap(model, f"timm {name}" if file else f"timm {name} (random weights)", device=device, dtype=dtype)
+
+
+def _load_state(model: nn.Module, path: Path, weights: str) -> None:
+    if not path.is_file():
+        raise UserError(f"weights={weights}: {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except Exception as error:  # torn files and wrong shapes end in many kinds of exception
+        raise UserError(
+            f"weights={weights}: {path} does not fit the model ({' '.join(str(error).split())[:160]})"
+        ) from None
+    extra = [key for key in unexpected if not key.startswith(("head.", "fc_norm."))]
+    if missing or extra:
+        first = (list(missing) + extra)[0]
+        raise UserError(f"weights={weights}: {path} does not fit the model, the first wrong tensor is {first!r}")
+
+
+def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtype) -> Encoder:
+    """A folder written by `save_pretrained`; nothing is fetched."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"weights={path}: transformers is missing; pip install 'dinoreg[export]'") from None
+    try:
+        model = transformers.AutoModel.from_pretrained(path, local_files_only=True)
+        model = model.float()
+    except Exception as error:  # from_pretrained raises whatever its parts do
+        raise UserError(f"weights={path}: not a model of transformers ({_brief(error)})") from None
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if (path / "preprocessor_config.json").is_file():
+        import json
+
+        try:
+            stated = json.loads((path / "preprocessor_config.json").read_text())
+            mean, std = tuple(stated.get("image_mean", mean)), tuple(stated.get("image_std", std))
+        except (ValueError, AttributeError, TypeError):
+            raise UserError(f"weights={path}: preprocessor_config.json is not a JSON object") from None
+    return wrap(model, path.resolve().name, mean, std, device, dtype)
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,208 @@
+"""Logistic regression, k-NN and the linear grid as protocols: planted answers, chance, and honest bookkeeping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from encoders import context, small_encoder, small_vit
+from miniatures.pictures import labels_for, pattern
+from peer_models import timm_model
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+
+from dinoreg.data.index import PathBlock
+from dinoreg.data.sources import PathSource
+from dinoreg.errors import UserError
+from dinoreg.eval import classification, linear, neighbours
+from dinoreg.eval.data import Data, Labelled
+from dinoreg.eval.declare import Task
+from dinoreg.eval.encoder import PixelEncoder, wrap
+from dinoreg.eval.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
+from dinoreg.models.vit import RegisterViT
+
+TASK = Task("logistic", lambda root, options: Data({}), "top-1")
+OPTIONS = EvalOptions(
+    logistic=LogisticOptions(num_c=8),
+    knn=KnnOptions(k=(1, 5, 20)),
+    linear=LinearOptions(lrs=(1e-2, 0.1), epochs=2, epoch_steps=10, batch_size=16),
+)
+
+
+def split(folder: Path, name: str, count: int, shuffled: bool = False, first: int = 0) -> Labelled:
+    shown, told = labels_for(count, 3, shuffled, seed=first)
+    paths = []
+    for index, label in enumerate(shown):
+        paths.append(f"{name}_{index:03d}.png")
+        pattern(int(label), first + index, 36, 40).save(folder / paths[-1])
+    return Labelled(PathSource(str(folder), PathBlock.of(paths)), told, 3)
+
+
+def data(folder: Path, shuffled: bool = False, val: bool = False) -> Data:
+    splits = {"train": split(folder, "train", 45, shuffled), "test": split(folder, "test", 30, shuffled, 1000)}
+    if val:
+        splits["val"] = split(folder, "val", 15, shuffled, 2000)
+    return Data(splits, ("red", "green", "blue"))
+
+
+@pytest.mark.parametrize("protocol", [classification, neighbours, linear])
+def test_a_recoverable_class_is_found_and_a_shuffled_one_is_not(protocol: object, tmp_path: Path) -> None:
+    for shuffled in (False, True):
+        folder = tmp_path / str(shuffled)
+        folder.mkdir()
+        rows = protocol.evaluate(small_encoder(), data(folder, shuffled), TASK, OPTIONS, context(folder))  # type: ignore[attr-defined]
+        top = rows[0]
+        assert top.metric == "top-1"
+        assert 0.0 <= top.low <= top.value <= top.high <= 1.0
+        assert (top.n_train, top.n_test) == (45, 30)
+        assert top.chance == pytest.approx(1 / 3)
+        assert top.value >= 0.9 if not shuffled else top.value <= 0.6
+
+
+@pytest.mark.parametrize("protocol", [classification, neighbours, linear])
+def test_pixels_go_through_every_protocol(protocol: object, tmp_path: Path) -> None:
+    encoder = PixelEncoder(8, (32, 32))
+    rows = protocol.evaluate(encoder, data(tmp_path), TASK, OPTIONS, context(tmp_path))  # type: ignore[attr-defined]
+    assert rows[0].value >= 0.6
+
+
+@pytest.mark.parametrize("protocol", [classification, neighbours, linear])
+def test_the_same_weights_native_or_in_timm_score_the_same(protocol: object, tmp_path: Path) -> None:
+    native = RegisterViT(image_size=32, patch_size=8, dim=64, depth=2, heads=2, num_registers=4, layerscale=1.0)
+    found = data(tmp_path)
+    ours, theirs = (
+        protocol.evaluate(wrap(model), found, TASK, OPTIONS, context(tmp_path))  # type: ignore[attr-defined]
+        for model in (native.eval(), timm_model(native))
+    )
+    assert [row.value for row in ours] == [row.value for row in theirs]
+
+
+def test_logistic_rows_agree_with_scikit_learn_at_the_chosen_c(tmp_path: Path) -> None:
+    found, encoder, where = data(tmp_path, val=True), small_encoder(), context(tmp_path)
+    task = Task("logistic", TASK.read, "mean per class")
+    macro, micro = classification.evaluate(encoder, found, task, OPTIONS, where)
+    assert (macro.metric, micro.metric) == ("mean per class", "top-1")
+    assert macro.chosen_on == "the official validation split"
+    assert macro.n_train == 60
+    features = {
+        name: classification.class_tokens(encoder, part, where, name).double().numpy()
+        for name, part in found.splits.items()
+    }
+    fit = LogisticRegression(C=macro.settings["C"], max_iter=5000, tol=1e-10).fit(
+        np.concatenate([features["train"], features["val"]]),
+        np.concatenate([found.splits["train"].labels, found.splits["val"].labels]),
+    )
+    predicted = fit.predict(features["test"])
+    labels = found.splits["test"].labels
+    assert macro.value == pytest.approx(balanced_accuracy_score(labels, predicted), abs=1e-12)
+    assert micro.value == pytest.approx((predicted == labels).mean(), abs=1e-12)
+    assert macro.details["micro and macro"] == {"top-1": micro.value, "mean per class": macro.value}
+
+
+def test_knn_reports_every_k_with_20_in_front(tmp_path: Path) -> None:
+    rows = neighbours.evaluate(small_encoder(), data(tmp_path), TASK, OPTIONS, context(tmp_path))
+    assert [row.variant for row in rows] == ["k = 20", "k = 1", "k = 5"]
+
+
+def test_the_grid_says_where_its_best_head_was_chosen(tmp_path: Path) -> None:
+    where = context(tmp_path)
+    found = data(tmp_path)
+    published = linear.evaluate(small_encoder(), found, TASK, OPTIONS, where)
+    assert published[0].chosen_on == "the reported split itself, as published"
+    assert published[0].value == max(published[0].settings["grid"].values())
+    assert len(published[0].settings["grid"]) == 2 * 4
+    assert [row.variant for row in published[2:]] == [
+        "1 block",
+        "1 block + mean patch",
+        "2 blocks",
+        "2 blocks + mean patch",
+    ]
+    cautious = EvalOptions(
+        linear=LinearOptions(lrs=(1e-2, 0.1), epochs=2, epoch_steps=10, batch_size=16, choose_on="train")
+    )
+    kept = linear.evaluate(small_encoder(), found, TASK, cautious, context(tmp_path / "other"))
+    assert "that no head was trained on" in kept[0].chosen_on
+    assert kept[0].n_train == 45 - 4
+    official = linear.evaluate(small_encoder(), data(tmp_path, val=True), TASK, OPTIONS, context(tmp_path / "third"))
+    assert official[0].chosen_on == "the official validation split"
+
+
+def test_the_grid_without_augmentation_runs_the_backbone_once_per_image(tmp_path: Path) -> None:
+    encoder, seen = small_encoder(), []
+    inner = encoder._layers
+    encoder._layers = lambda x, *rest: seen.append(len(x)) or inner(x, *rest)  # type: ignore[method-assign,func-returns-value]
+    options = EvalOptions(linear=LinearOptions(lrs=(0.1,), epochs=3, epoch_steps=None, batch_size=16, augment=False))
+    rows = linear.evaluate(encoder, data(tmp_path), TASK, options, context(tmp_path))
+    assert sum(seen) == 45 + 30
+    assert rows[0].settings["steps"] == 3 * 3
+
+
+def test_a_grid_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinoreg.eval.heads.SAVE_SECONDS", 0.0)
+    found = data(tmp_path)
+    whole = linear.evaluate(small_encoder(), found, TASK, OPTIONS, context(tmp_path / "whole"))
+    broken = context(tmp_path / "broken")
+    steps = 0
+
+    def stopping(items: object, total: int, what: str) -> object:
+        nonlocal steps
+        for item in items:  # type: ignore[attr-defined]
+            if what == "linear":
+                steps += 1
+                if steps == 8:
+                    raise KeyboardInterrupt
+            yield item
+
+    broken.progress = stopping  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        linear.evaluate(small_encoder(), found, TASK, OPTIONS, broken)
+    resumed = linear.evaluate(small_encoder(), found, TASK, OPTIONS, context(tmp_path / "broken"))
+    assert resumed[0].settings["grid"] == whole[0].settings["grid"]
+
+
+def test_random_resized_crops_have_torchvisions_distribution_of_sizes() -> None:
+    from torchvision.transforms import RandomResizedCrop
+
+    picture = pattern(0, 0, 60, 80)
+    boxes = [RandomResizedCrop.get_params(picture, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+    theirs = np.array([[h, w, top, left] for top, left, h, w in boxes], dtype=float)
+    ours = []
+
+    class Recording:
+        size = picture.size
+
+        def crop(self, box: tuple[int, int, int, int]) -> object:
+            left, top, right, bottom = box
+            ours.append([bottom - top, right - left, top, left])
+            return picture.crop(box)
+
+    for seed in range(4000):
+        linear.random_resized_crop(Recording(), 8, np.random.default_rng(seed))  # type: ignore[arg-type]
+    mine = np.array(ours, dtype=float)
+    spread = theirs.std(axis=0) / np.sqrt(len(theirs))
+    assert (np.abs(mine.mean(axis=0) - theirs.mean(axis=0)) < 5 * spread).all()
+    assert np.allclose(mine.std(axis=0), theirs.std(axis=0), rtol=0.1)
+
+
+def test_examples_are_drawn_where_they_are_wanted(tmp_path: Path) -> None:
+    where = context(tmp_path, examples=True)
+    classification.evaluate(small_encoder(), data(tmp_path), TASK, OPTIONS, where)
+    neighbours.evaluate(small_encoder(), data(tmp_path), TASK, OPTIONS, where)
+    assert len(list((tmp_path / "examples").glob("logistic_*.png"))) == 4
+    assert len(list((tmp_path / "examples").glob("knn_*.png"))) == 4
+
+
+def test_wrong_options_and_missing_splits_are_one_line(tmp_path: Path) -> None:
+    found = data(tmp_path)
+    where = context(tmp_path)
+    with pytest.raises(UserError, match=r"logistic\.token=cl: expected cls or cls\+mean"):
+        classification.evaluate(small_encoder(), found, TASK, EvalOptions(logistic=LogisticOptions(token="cl")), where)
+    with pytest.raises(UserError, match=r"linear\.choose_on=val: expected test or train"):
+        linear.evaluate(small_encoder(), found, TASK, EvalOptions(linear=LinearOptions(choose_on="val")), where)
+    with pytest.raises(UserError, match="the test split is missing"):
+        classification.evaluate(small_encoder(), Data({"train": found.splits["train"]}), TASK, OPTIONS, where)
+    with pytest.raises(UserError, match="metric 'mIoU': classification has"):
+        classification.evaluate(wrap(small_vit()), found, Task("logistic", TASK.read, "mIoU"), OPTIONS, where)
+    with pytest.raises(UserError, match=r"train_002.png: label 3 is out of range, expected 0..2"):
+        Labelled(found.splits["train"].source, [0, 1, 3, *[0] * 42], 3)  # type: ignore[arg-type]

@@ -1,0 +1,270 @@
+"""`dinoreg eval` from a user's seat: what it refuses, what it writes, and how it goes on after an interruption."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from encoders import small_vit
+from miniatures import food101, pets
+from peer_models import timm_model
+
+import dinoreg
+from dinoreg.cli import main
+from dinoreg.errors import UserError
+from dinoreg.eval.declare import benchmarks, find_benchmark
+from dinoreg.eval.result import Result, Row
+from dinoreg.eval.run import read_result
+from dinoreg.models.vit import RegisterViT
+
+FAST = ["logistic.num_c=6", "batch_size=32", "workers=0", "precision=fp32", "examples=2"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("datasets")
+    pets.write(folder)
+    food101.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    torch.save(small_vit().state_dict(), path)
+    return path
+
+
+def record(out: Path, dataset: str) -> dict:
+    return json.loads((out / "eval" / "0000000" / f"{dataset}.json").read_text())
+
+
+def test_two_datasets_give_records_tables_and_one_report(
+    root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "pets,food101", f"weights={weights}", f"root={root}", f"out={tmp_path}", *FAST]) == 0
+    shown = capsys.readouterr()
+    assert "pets" in shown.out
+    assert "food101" in shown.out
+    assert "warning: pets: train has" in shown.err
+    found = record(tmp_path, "pets")
+    assert found["metric"] == "mean per class"
+    assert found["value"] > 0.8
+    assert found["low"] <= found["value"] <= found["high"]
+    assert set(found["baselines"]) == {"random init", "raw pixels"}
+    assert {row["protocol"] for row in found["rows"]} == {"logistic regression", "weighted k-NN"}
+    assert {each["source"] for each in found["published"]} != set()
+    assert found["weights"]["name"] == "small"
+    folder = tmp_path / "eval" / "0000000"
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert {row["dataset"] for row in rows} == {"pets", "food101"}
+    by_hand = next(row for row in rows if row["dataset"] == "pets")
+    assert float(by_hand["value"]) == found["value"]
+    assert float(by_hand["raw pixels"]) == found["baselines"]["raw pixels"]["value"]
+    assert (folder / "table.md").read_text().count("\n| ") == len(rows) + 2
+    page = (folder / "report.html").read_text()
+    for text in ("Oxford-IIIT Pets", "Food-101", "What differs".lower(), "data:image/", "raw pixels", "chosen on"):
+        assert text in page.lower() or text in page, text
+    assert not (folder / ".unfinished").exists() or not list((folder / ".unfinished").iterdir())
+
+
+def test_the_same_command_again_measures_nothing(
+    root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["eval", "pets", f"weights={weights}", f"root={root}", f"out={tmp_path}", *FAST]
+    assert main(command) == 0
+    first = record(tmp_path, "pets")
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("dinoreg.eval.classification.evaluate", never)
+    assert main(command) == 0
+    assert record(tmp_path, "pets") == first
+    monkeypatch.undo()
+    assert main([*command, "seed=1"]) == 0
+    assert record(tmp_path, "pets")["seed"] == 1
+
+
+def test_an_evaluation_that_was_stopped_keeps_what_was_done(
+    root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinoreg.eval import classification, neighbours
+
+    calls = []
+    inner = classification.evaluate
+
+    def counted(*arguments: object) -> list[Row]:
+        calls.append(arguments)
+        return inner(*arguments)  # type: ignore[arg-type]
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classification, "evaluate", counted)
+    command = ["eval", "pets", f"weights={weights}", f"root={root}", f"out={tmp_path}", *FAST]
+    with monkeypatch.context() as patch:
+        patch.setattr(neighbours, "evaluate", stopped)
+        assert main(command) == 130
+    assert len(calls) == 1
+    assert not (tmp_path / "eval" / "0000000" / "pets.json").exists()
+    assert main(command) == 0
+    assert len(calls) == 3  # the model's own was kept; the baselines' are new
+
+
+def test_one_broken_dataset_does_not_take_the_others_along(
+    root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dinoreg.errors import RunError
+    from dinoreg.eval import classification
+
+    inner = classification.evaluate
+
+    def half(encoder: object, data: object, task: object, options: object, context: object) -> list[Row]:
+        if "food" in str(data.splits["train"].source.root):  # type: ignore[attr-defined]
+            raise RunError("the disk went away")
+        return inner(encoder, data, task, options, context)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(classification, "evaluate", half)
+    assert main(["eval", "pets,food101", f"weights={weights}", f"root={root}", f"out={tmp_path}", *FAST]) == 1
+    assert record(tmp_path, "pets")["value"] > 0.5
+    assert "food101 failed: food101, logistic: the disk went away" in capsys.readouterr().err
+    assert "the disk went away" in (tmp_path / "eval" / "0000000" / "report.html").read_text()
+
+
+def test_python_gives_the_same_numbers_for_a_model_and_its_twin_in_timm(root: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    native = RegisterViT(image_size=32, patch_size=8, dim=64, depth=2, heads=2, num_registers=4, layerscale=1.0).eval()
+    options = {"root": str(root), "logistic.num_c": 6, "workers": 0, "baselines": False}
+    ours, theirs = (
+        dinoreg.evaluate(model, "pets", out=str(tmp_path / str(number)), **options)
+        for number, model in enumerate((native, timm_model(native)))
+    )
+    assert isinstance(ours, Result)
+    assert [row.value for row in ours.rows] == [row.value for row in theirs.rows]
+    assert ours.headline.metric == "mean per class"
+    assert read_result(tmp_path / "0" / "eval" / "0000000" / "pets.json") == ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pets"], "weights= is missing"),
+        (["pest", "weights=vitt14_reg4"], "pest: unknown dataset; did you mean pets?"),
+        (["pets", "weights=vitt14_reg4"], "pets: root= is missing"),
+        (["pets", "weights=vitt14_reg4", "root=ROOT", "image_size=30"], "a multiple of the patch size 14"),
+        (["pets", "weights=nothing.pth", "root=ROOT"], "nothing.pth"),
+        (["pets", "weights=vitt14_reg4", "root=ROOT", "strict=true"], "(strict=true)"),
+        (["pets", "weights=vitt14_reg4", "root=ROOT", "protocols=[knnn]"], "did you mean knn?"),
+        (["pets", "weights=vitt14_reg4", "root=ROOT", "protocols=[depth]"], "none of the datasets declares them"),
+        (["pets", "weights=vitt14_reg4", "root=ROOT", "logistic.num=3"], "did you mean logistic.num_c?"),
+        (["pets", "weights=vitt14_reg4", "root=ROOT", "pets.crop=3"], "pets.crop: unknown option"),
+        (["pets", "weights=vitt14_reg4", "root=ROOT", "aircraft.crop_banner=false"], "aircraft: neither a key nor"),
+        (["pets", "weights=vitt14_reg4", "root=ROOT", "batch_size=0"], "batch_size=0: expected at least 1"),
+        (["pets", "food101", "weights=vitt14_reg4"], "expected key=value"),
+        (["own.py", "weights=vitt14_reg4", "root=ROOT"], "no such file"),
+        (["pets", "weights=timm:resnet_nothing", "root=ROOT"], "timm has no model"),
+        ([], "missing NAME"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    arguments: list[str],
+    expected: str,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    assert main(["eval", *(text.replace("ROOT", str(root)) for text in arguments)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_weights_of_another_architecture_are_one_line(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = small_vit().state_dict()
+    del state["blocks.1.attn.qkv.weight"]
+    torch.save(state, tmp_path / "torn.pth")
+    assert main(["eval", "pets", f"weights={tmp_path / 'torn.pth'}", f"root={root}", f"out={tmp_path / 'out'}"]) == 2
+    assert "blocks.1.attn.qkv.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_dataset_names_the_path_and_the_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "pets", "weights=vitt14_reg4", f"root={tmp_path}"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("dinoreg: pets: ")
+    assert "annotations/trainval.txt" in line or "images" in line
+    assert ".tar.gz" in line
+
+
+def test_all_over_an_empty_root_says_what_is_expected_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "all", "weights=vitt14_reg4", f"root={tmp_path}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    for name in benchmarks():
+        (line,) = [each for each in lines if each.startswith(f"dinoreg: {name}: ")]
+        assert "missing" in line
+        assert "comes from" in line
+    assert len(lines) == len(benchmarks()) + 1
+
+
+def test_all_measures_what_is_there_and_lists_what_is_not(
+    root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", "all", f"weights={weights}", f"root={root}", f"out={tmp_path}", "protocols=[knn]", *FAST]
+    assert main([*command, "baselines=false"]) == 0
+    assert "not evaluated: aircraft: " in capsys.readouterr().err
+    page = (tmp_path / "eval" / "0000000" / "report.html").read_text()
+    assert "Not evaluated" in page
+    assert {path.stem for path in (tmp_path / "eval" / "0000000").glob("*.json")} == {"pets", "food101"}
+
+
+def test_the_list_names_every_dataset_with_metric_and_licence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--list"]) == 0
+    shown = capsys.readouterr().out
+    for benchmark in benchmarks().values():
+        assert benchmark.name in shown
+        for task in benchmark.tasks:
+            assert task.metric.split()[0] in shown
+
+
+def test_a_declaration_of_ones_own_works_by_path(root: Path, weights: Path, tmp_path: Path) -> None:
+    own = tmp_path / "mine.py"
+    shipped = Path(find_benchmark("pets").find.__globals__["bundled"]("eval")) / "pets.py"
+    own.write_text(shipped.read_text().replace('"pets"', '"mine"'))
+    assert main(["eval", str(own), f"weights={weights}", f"root={root}", f"out={tmp_path}", *FAST]) == 0
+    assert record(tmp_path, "mine")["value"] > 0.8
+    (tmp_path / "wrong.py").write_text("BENCHMARK = 3\n")
+    with pytest.raises(UserError, match="has no BENCHMARK"):
+        find_benchmark(str(tmp_path / "wrong.py"))
+    (tmp_path / "torn.py").write_text("import nothing_of_that_name\n")
+    with pytest.raises(UserError, match=r"torn\.py: cannot be loaded \(ModuleNotFoundError"):
+        find_benchmark(str(tmp_path / "torn.py"))
+
+
+def test_a_run_folder_is_evaluated_in_place_at_its_step(root: Path, tmp_path: Path) -> None:
+    from training import tiny_config
+
+    from dinoreg.train.loop import pretrain
+
+    run = Path(pretrain(tiny_config(tmp_path / "run", steps=2)))
+    assert main(["eval", "pets", f"weights={run}", f"root={root}", "baselines=false", *FAST]) == 0
+    (path,) = (run / "eval").glob("*/pets.json")
+    assert int(path.parent.name) == 2
+    assert "pets" in (run / "report.html").read_text()
+
+
+def test_a_record_reads_back_as_it_was() -> None:
+    row = Row("k-NN", "top-1", 0.5, 0.25, 0.75, variant="k = 20", settings={"k": 20}, chance=0.1)
+    result = Result("pets", "abc", (row,), {"random init": (row,)}, {"title": "Pets"})
+    assert Result.from_dict(json.loads(json.dumps(result.as_dict()))) == result
+    worse = Row("k-NN", "top-1", float("nan"), 0.0, 1.0, variant="k = 20")
+    assert Row.from_dict(json.loads(json.dumps(worse.as_dict()))).value != worse.value
