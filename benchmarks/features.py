@@ -24,11 +24,13 @@ TINY = (48, 2, 3)
 
 
 def dinoreg_model(size: int, tiny: bool) -> Callable[[Tensor], Tensor]:
+    from dinoreg.eval.encoder import wrap
     from dinoreg.models.zoo import build as build_model
 
     shape = dict(zip(("dim", "depth", "heads"), TINY)) if tiny else {}
     model = build_model("vits14_reg4", image_size=size, **shape)
-    return _Features(model, lambda images: model(images).cls)
+    encoder = wrap(model, mean=(0.0,), std=(1.0,))
+    return _Features(model, lambda images: encoder.tokens(images).cls)
 
 
 def timm_model(size: int, tiny: bool) -> Callable[[Tensor], Tensor]:

@@ -114,8 +114,9 @@ def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
     """(encoder, folder of results, run folder or None)."""
     from dinoreg.eval.encoder import wrap
     from dinoreg.eval.opening import open_encoder
-    from dinoreg.runtime import pick_device, pick_precision
+    from dinoreg.runtime import keep_freed_memory, pick_device, pick_precision
 
+    keep_freed_memory()
     device = pick_device(options.device)
     dtype = pick_precision(options.precision, device)
     run, step = None, 0

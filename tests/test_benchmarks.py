@@ -174,6 +174,8 @@ def test_the_photographs_are_the_same_every_time_and_of_the_size_asked_for(
         ("step", {"dinoreg", "dinoreg, no drop path", "dinoreg, 8192 prototypes"}),
         ("features", {"dinoreg", "timm", "transformers"}),
         ("end_to_end", {"as asked"}),
+        ("logistic", {"dinoreg", "scikit-learn", "scikit-learn, tol 1e-6"}),
+        ("large", {"logistic", "knn", "linear"}),
     ],
 )
 def test_a_benchmark_runs_in_its_shortest_form_and_ends_with_one_line_of_json(name: str, results: set[str]) -> None:

@@ -71,10 +71,10 @@ def test_bootstrap_draws_binomials_or_rows_to_the_same_effect() -> None:
     np.testing.assert_allclose(by_binomial, by_rows, atol=0.003)
 
 
-def test_bootstrap_is_seeded_and_shrinks_to_a_point_when_all_agree() -> None:
+def test_bootstrap_is_seeded_and_shrinks_to_a_point_when_all_scores_agree() -> None:
     scores = np.random.default_rng(0).random(50)
     assert bootstrap_interval(scores, seed=4) == bootstrap_interval(scores, seed=4)
-    assert bootstrap_interval(np.ones(9)) == (1.0, 1.0)
+    assert bootstrap_interval(np.full(9, 0.7)) == (0.7, 0.7)
 
 
 def test_accuracies_equal_scikit_learn() -> None:
@@ -84,3 +84,11 @@ def test_accuracies_equal_scikit_learn() -> None:
     with pytest.warns(UserWarning, match="y_pred"):
         expected = balanced_accuracy_score(labels, predictions)
     assert mean_per_class_accuracy(predictions, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_bootstrap_of_only_right_or_only_wrong_answers_leaves_the_exact_doubt() -> None:
+    from scipy.stats import binomtest
+
+    for correct in (np.ones(18), np.zeros(30)):
+        exact = binomtest(int(correct.sum()), len(correct)).proportion_ci(0.95, method="exact")
+        assert bootstrap_interval(correct) == pytest.approx((exact.low, exact.high), abs=1e-12)

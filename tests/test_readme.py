@@ -13,6 +13,8 @@ import dinoreg
 from dinoreg.bundled import bundled
 from dinoreg.cli import VERBS, _keys
 from dinoreg.config import load_config, require_complete
+from dinoreg.eval.declare import find_benchmark
+from dinoreg.evaluation import read_request
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -59,7 +61,7 @@ def test_continuous_integration_runs_the_test_command_verbatim() -> None:
 
 
 def test_there_are_commands_for_every_verb_that_takes_images_or_runs() -> None:
-    assert {words[0] for words in dinoreg_commands()} >= {"quickstart", "pretrain", "inspect", "report"}
+    assert {words[0] for words in dinoreg_commands()} >= {"quickstart", "pretrain", "inspect", "report", "eval"}
 
 
 @pytest.mark.parametrize("words", dinoreg_commands(), ids=" ".join)
@@ -74,8 +76,15 @@ def test_every_command_parses(words: list[str], tmp_path: Path, monkeypatch: pyt
     if verb == "pretrain":
         source, *overrides = arguments
         require_complete(load_config(source, overrides))
+    elif verb == "eval" and "--list" not in arguments:
+        what, *overrides = arguments
+        request = read_request(overrides)
+        assert request.options.weights
+        for name in what.split(","):
+            # Own data are called something with a slash or an extension here.
+            assert name == "all" or "/" in name or "." in name or find_benchmark(name)
     else:
-        _keys(verb, arguments, positional=None)
+        _keys(verb, [each for each in arguments if each not in VERBS[verb].flags], positional=None)
 
 
 def test_commands_in_the_text_use_known_verbs_and_configs() -> None:

@@ -116,6 +116,8 @@ def accuracy_rows(protocol: str, predicted: np.ndarray, labels: np.ndarray, metr
 
 
 def _per_class_interval(correct: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    if correct.all() or not correct.any():
+        return bootstrap_interval(correct)
     _, classes = np.unique(labels, return_inverse=True)
 
     def mean_per_class(weights: np.ndarray) -> float:

@@ -34,7 +34,8 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of per-image scores.
 
     scores  (n,)   0/1 (or bool) for right and wrong, or any real score per image
-    returns        (low, high): the (1 ± confidence) / 2 quantiles of the mean over resamples with replacement
+    returns        (low, high): the (1 ± confidence) / 2 quantiles of the mean over resamples with replacement; where
+                   all are right or all wrong, the exact (Clopper-Pearson) bound, since resampling would see no doubt
     """
     x = np.asarray(scores, dtype=np.float64)
     if x.ndim != 1 or x.size == 0:
@@ -43,6 +44,10 @@ def bootstrap_interval(
         raise ValueError(f"confidence is a share between 0 and 1, got {confidence}")
     rng = np.random.default_rng(seed)
     n = x.size
+    if x.min() == x.max() and x[0] in (0.0, 1.0):
+        # All right or all wrong: resamples cannot differ, but a new image could. The exact binomial bound.
+        slack = float(((1 - confidence) / 2) ** (1 / n))
+        return (slack, 1.0) if x[0] == 1.0 else (0.0, 1.0 - slack)
     if np.isin(x, (0.0, 1.0)).all():  # the number of ones in a resample is one binomial draw
         means = rng.binomial(n, x.mean(), size=samples) / n
     else:

@@ -84,8 +84,10 @@ def console_table(records: Sequence[Record]) -> Table:
     for name in ("dataset", "measure", "value", "95 % interval", "random", "pixels", "verdict"):
         table.add_column(name, justify="left" if name in ("dataset", "measure", "verdict") else "right")
     for record in records:
-        _, protocol, metric, *numbers, _ = _headline(record)
-        table.add_row(record.probe.dataset, f"{metric}, {protocol}", *numbers)
+        _, protocol, metric, value, _, *beside, _ = _headline(record)
+        unit = _unit(record.probe)
+        low, high = score(record.probe.low, unit).removesuffix(" %"), score(record.probe.high, unit).removesuffix(" %")
+        table.add_row(record.probe.dataset, f"{metric}\n{protocol}", value, f"{low} to {high}", *beside)
     return table
 
 
@@ -168,8 +170,9 @@ def _section(record: Record) -> str:
     if published:
         head = ("model", "protocol", "metric", "published", "source", "what differs")
         parts.append(f'<div class="card"><h3>Published</h3>{html.table(head, published, numeric=(3,))}</div>')
-    for path in record.examples:
-        parts.append(html.picture(path, f"{record.title}: {path.stem}"))
+    pictures = "".join(html.picture(path, f"{record.title}: {path.stem}") for path in record.examples)
+    if pictures:
+        parts.append(f'<div class="gallery">{pictures}</div>')
     settings = json.dumps([row.get("settings") for row in _of(facts, "rows")], indent=1)
     parts.append(
         f'<details class="card"><summary>settings of every row</summary><pre>{html.escape(settings)}</pre></details>'
@@ -239,11 +242,13 @@ def _rows(record: Record) -> Iterable[list[str]]:
 
 
 def _published(facts: dict[str, Any], row: dict[str, Any]) -> str:
-    """The published numbers for the headline's protocol and metric, briefly."""
+    """A few published numbers for the headline's protocol and variant."""
     fitting = [
         each
         for each in _of(facts, "published")
-        if each.get("protocol") == row.get("protocol") and is_number(each.get("value"))
+        if each.get("protocol") == row.get("protocol")
+        and is_number(each.get("value"))
+        and (each.get("variant") or "") in str(row.get("variant") or "")
     ]
     return "; ".join(f"{each['value']:g} {each.get('model', '')}" for each in fitting[:3]) or DASH
 

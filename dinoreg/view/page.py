@@ -56,6 +56,8 @@ a:hover { text-decoration: underline; }
 figure { margin: 0; }
 figure img { display: block; width: 100%; height: auto; }
 figure.picture img { width: auto; max-width: 100%; }
+.gallery { display: flex; flex-wrap: wrap; gap: 12px; align-items: flex-start; margin-top: 12px; }
+.gallery .card { margin: 0; padding: 8px; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { text-align: left; color: var(--soft); font-weight: 500; font-size: 12px; }
@@ -65,7 +67,7 @@ tr:last-child td { border-bottom: 0; }
 .num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .middle td { vertical-align: middle; }
 tr.own td { font-weight: 600; }
-.track { position: relative; height: 18px; min-width: 140px; }
+.track { position: relative; height: 18px; min-width: 140px; margin: 0 6px; }
 .track i, .track b, .track u, .track s { position: absolute; }
 .track i { top: 8px; height: 2px; left: 0; right: 0; background: var(--line); }
 .track b { top: 4px; height: 10px; border-radius: 5px; background: var(--soft); opacity: .4; min-width: 2px; }

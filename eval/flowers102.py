@@ -1,0 +1,83 @@
+"""Oxford Flowers-102 (Nilsback and Zisserman, ICVGIP 2008): 102 kinds of flowers; "Flow." in the papers' tables.
+
+`jpg/image_%05d.jpg` with ids 1..8,189. `imagelabels.mat` holds every image's class in the order of ids, `setid.mat` the
+ids of the three splits; both count from 1. The official test (`tstid`, 6,149 images) is larger than train (`trnid`,
+1,020: ten per class); some published codes swap the two, which is another and easier benchmark.
+Metric: mean per class (SimCLR B.8.1); C is chosen on val (`valid`) and the final fit takes train and val.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoreg.errors import UserError
+from dinoreg.eval.data import Data, Labelled
+from dinoreg.eval.declare import Benchmark, Need, Task, main
+from dinoreg.eval.published import fine_grained
+from dinoreg.eval.reading import matlab, paths_source
+
+NAME, ARCHIVE = "flowers102", "102flowers.tgz"
+LABELS, SETS = "imagelabels.mat", "setid.mat"
+SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}
+NUM_CLASSES = 102
+COUNTS = {"train": 1_020, "val": 1_020, "test": 6_149}
+
+
+def read(folder: Path, options: Mapping[str, Any]) -> Data:
+    """The three official splits, in the order of their lists of ids."""
+    labels = _whole(matlab(folder / LABELS, ("labels",), NAME, LABELS)["labels"], folder / LABELS, "label", NUM_CLASSES)
+    sets = matlab(folder / SETS, tuple(SPLITS.values()), NAME, SETS)
+    splits = {}
+    for split, variable in SPLITS.items():
+        ids = _whole(sets[variable], folder / SETS, f"id in {variable}", len(labels))
+        source = paths_source(folder / "jpg", (f"image_{number:05d}.jpg" for number in ids), NAME)
+        splits[split] = Labelled(source, labels[ids - 1] - 1, int(labels.max()))
+    return Data(splits)
+
+
+def _whole(values: np.ndarray, path: Path, what: str, most: int) -> np.ndarray:
+    """(n,) int64 out of a (1, n) or (n, 1) array of whole numbers in 1..most."""
+    found = np.asarray(values).ravel()
+    if not found.size or found.dtype.kind not in "uif" or not np.all(np.isfinite(found) & (found == np.floor(found))):
+        raise UserError(f"{NAME}: {path}: expected a list of whole numbers for each {what}")
+    outside = found[(found < 1) | (found > most)]
+    if outside.size:
+        raise UserError(f"{NAME}: {path}: {what} is {outside[0]:g}, expected 1..{most}")
+    return found.astype(np.int64)
+
+
+BENCHMARK = Benchmark(
+    name=NAME,
+    title="Oxford Flowers-102",
+    task="classification",
+    classes=NUM_CLASSES,
+    splits="1,020 / 1,020 / 6,149",
+    folders=("flowers-102", "flowers102", "oxford-flowers-102"),
+    layouts=(
+        (
+            Need("jpg", ARCHIVE),
+            Need(LABELS, f"{LABELS}, a file of its own"),
+            Need(SETS, f"{SETS}, a file of its own"),
+        ),
+    ),
+    tasks=(
+        Task(
+            protocol="logistic",
+            read=read,
+            metric="mean per class",
+            counts=COUNTS,
+            published=fine_grained((99.6, 99.6, 99.7, 99.7), 99.7, (99.7, 59.5, 99.6)),
+        ),
+        Task(protocol="knn", read=read, metric="top-1", counts=COUNTS),
+    ),
+    download="102flowers.tgz, imagelabels.mat, setid.mat",
+    licence="research use; no licence text found",
+    aliases=("flowers", "flowers-102", "oxford-flowers"),
+)
+
+if __name__ == "__main__":
+    main(BENCHMARK)
