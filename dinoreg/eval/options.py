@@ -109,7 +109,7 @@ class DepthOptions:
     steps: int = 38_400  # of training
     warmup_steps: int = 12_800  # linear warm-up; a third of the steps at most
     batch_size: int = 16  # crops a step
-    lrs: tuple[float, ...] = (1e-4,)  # AdamW; several are trained at once and all reported
+    lrs: tuple[float, ...] = (1e-4,)  # AdamW; several are trained at once, the best is quoted
     weight_decay: float = 0.01  # of AdamW
     num_bins: int = 256  # uniform in depth
     min_depth: float = 1e-3  # metres

@@ -209,7 +209,7 @@ def _evaluate(encoder: Encoder, plan: Planned, request: Request, folder: Path, k
             done = _unfinished(folder, plan) / f"{task.protocol}{'-' * bool(role)}{role.replace(' ', '-')}.json"
             found = None if options.overwrite else _kept_rows(done, key)
             if found is None:
-                context = _context(encoder, plan, task, role, options, folder, examples)
+                context = _context(encoder, plan, task, role, key, options, folder, examples)
                 module = importlib.import_module(PROTOCOLS[task.protocol][0])
                 try:
                     found = module.evaluate(make(), data, task, _effective(request, task), context)
@@ -239,14 +239,22 @@ def _evaluate(encoder: Encoder, plan: Planned, request: Request, folder: Path, k
 
 
 def _context(
-    encoder: Encoder, plan: Planned, task: Task, role: str, options: EvalOptions, folder: Path, examples: Path
+    encoder: Encoder,
+    plan: Planned,
+    task: Task,
+    role: str,
+    key: str,
+    options: EvalOptions,
+    folder: Path,
+    examples: Path,
 ) -> Context:
     workers = default_workers() if options.workers is None else options.workers
     progress = partial(_progress, plan.benchmark.name)
     store = Path(options.features) if options.features else folder.parent / "features"
     return Context(
         features=FeatureStore(store, options.features_dtype, options.batch_size, workers, progress),
-        state=_unfinished(folder, plan) / f"{task.protocol} {role}".strip().replace(" ", "-"),
+        # With the key in its name, a state is never met by other weights or options.
+        state=_unfinished(folder, plan) / key / f"{task.protocol} {role}".strip().replace(" ", "-"),
         examples=examples if options.examples and not role else None,
         seed=options.seed,
         image_size=options.image_size or encoder.default_size,

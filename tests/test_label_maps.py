@@ -1,0 +1,75 @@
+"""Masks as files and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinoreg.errors import UserError
+from dinoreg.eval.label_maps import PANEL, coloured, palette, panel, read_mask, save_triptych
+
+
+def test_the_palettes_colours_are_distinct_also_from_black_and_always_the_same() -> None:
+    colours = palette(150).astype(int)
+    assert colours.shape == (150, 3)
+    with_black = np.concatenate([colours, np.zeros((1, 3), dtype=int)])
+    apart = np.abs(with_black[:, None] - with_black[None]).sum(axis=2) + 999 * np.eye(151, dtype=int)
+    assert apart.min() >= 19  # one step of the grid of colours
+    few = np.concatenate([palette(6).astype(int), np.zeros((1, 3), dtype=int)])
+    assert (np.abs(few[:, None] - few[None]).sum(axis=2) + 999 * np.eye(7)).min() > 100
+    palette.cache_clear()
+    assert np.array_equal(palette(150), colours)
+    assert np.array_equal(palette(20), colours[:20])
+
+
+def test_masks_are_coloured_by_class_and_ignored_pixels_are_black() -> None:
+    shown = coloured(np.array([[0, 2, 255]], dtype=np.uint8), 3)
+    assert shown.tolist() == [[palette(3)[0].tolist(), palette(3)[2].tolist(), [0, 0, 0]]]
+
+
+def test_an_example_shows_image_prediction_and_truth_side_by_side(tmp_path: Path) -> None:
+    image = panel(np.full((300, 600, 3), 9, dtype=np.uint8), 400, 800)
+    prediction, truth = (panel(np.full((400, 800), each, dtype=np.uint8), 400, 800) for each in (0, 1))
+    assert image.shape == (148, PANEL, 3)
+    save_triptych(tmp_path / "new" / "a.png", image, prediction, truth, 2)
+    shown = np.asarray(Image.open(tmp_path / "new" / "a.png"))
+    assert shown.shape == (148, 900, 3)
+    assert shown[70, 10].tolist() == [9, 9, 9]
+    assert shown[70, 450].tolist() == palette(2)[0].tolist()
+    assert shown[70, 890].tolist() == palette(2)[1].tolist()
+
+
+def test_masks_keep_their_numbers_whatever_kind_of_png_they_are(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2)).save(tmp_path / "image.png")
+    numbers = np.array([[0, 1, 200], [7, 7, 0]], dtype=np.uint8)
+    grey = Image.fromarray(numbers)
+    grey.save(tmp_path / "grey.png")
+    indexed = grey.copy()
+    indexed.putpalette([value for k in range(256) for value in (255 - k, k, 3)])
+    indexed.save(tmp_path / "palette.png")
+    Image.fromarray(numbers.astype(np.uint16) * 300).save(tmp_path / "deep.png")
+    for name, factor in (("grey", 1), ("palette", 1), ("deep", 300)):
+        found = read_mask(tmp_path / f"{name}.png", tmp_path / "image.png", "own")
+        assert found.tolist() == (numbers.astype(int) * factor).tolist()
+
+
+def test_a_mask_that_is_not_one_is_refused_by_name(tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    Image.new("RGB", (3, 2)).save(image)
+    Image.new("L", (2, 3)).save(tmp_path / "turned.png")
+    Image.new("L", (3, 2)).save(tmp_path / "good.png")
+    Image.new("RGB", (3, 2)).save(tmp_path / "colour.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "turned.png").read_bytes()[:40])
+    (tmp_path / "torn_image.png").write_bytes(b"no picture")
+    for name, beside, message in (
+        ("none.png", image, r"own: .*none\.png is missing; it is the mask of image\.png"),
+        ("turned.png", image, r"own: .*turned\.png is 2 x 3 pixels, its image image\.png is 3 x 2"),
+        ("colour.png", image, r"own: .*colour\.png is a picture of mode RGB, expected a mask"),
+        ("torn.png", image, r"own: .*torn\.png cannot be read as a mask"),
+        ("good.png", tmp_path / "torn_image.png", r"own: .*torn_image\.png cannot be read as an image"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_mask(tmp_path / name, beside, "own")
