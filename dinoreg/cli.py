@@ -218,6 +218,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def script(benchmark: Any) -> None:
+    """Run a declaration as a script: `python eval/pets.py weights=… root=…` is `dinoreg eval pets weights=… root=…`."""
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    raise SystemExit(main(["eval", str(path or benchmark.name), *sys.argv[1:]]))
+
+
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())

@@ -143,7 +143,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str | list[str] | None = None  # folder, [several], list of paths, or scenes
+    source: str | list[str] | None = None  # folder, [several], list of paths, scenes, or imagenet1k:root=FOLDER
     weights: list[float] | None = None  # probability of each of several folders; none: by their size
     root: str | None = None  # folder that the paths of a list may not leave; none: the list's own folder
     workers: int | None = None  # decoding threads; none: one per core, at most 16

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from dinoreg.cli import script
 from dinoreg.errors import UserError
 from dinoreg.eval.data import IGNORED, Data, Segmented
-from dinoreg.eval.declare import Benchmark, Need, Published, Task, main
+from dinoreg.eval.declare import Benchmark, Need, Published, Task
 from dinoreg.eval.label_maps import read_mask
 from dinoreg.eval.reading import lines, missing, paths_source
 
@@ -53,7 +54,8 @@ def _split(folder: Path, part: str) -> Segmented:
             raise UserError(f"{NAME}: {path} has the value {wrong}, expected 0..{NUM_CLASSES}")
         return np.where(values == 0, IGNORED, values - 1).astype(np.uint8)
 
-    return Segmented(paths_source(images, [f"{stem}.jpg" for stem in stems], NAME), mask, NUM_CLASSES)
+    stamp = paths_source(masks, [f"{stem}.png" for stem in stems], NAME).stamp()
+    return Segmented(paths_source(images, [f"{stem}.jpg" for stem in stems], NAME), mask, NUM_CLASSES, stamp)
 
 
 def _stems(folder: Path, ending: str) -> set[str]:
@@ -143,4 +145,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    main(BENCHMARK)
+    script(BENCHMARK)

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dinoreg.cli import script
 from dinoreg.errors import UserError
 from dinoreg.eval.arrays import BottomCutSource
 from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Option, Published, Task, main
+from dinoreg.eval.declare import Benchmark, Need, Option, Published, Task
 from dinoreg.eval.published import REGISTERS, fine_grained
 from dinoreg.eval.reading import lines, numbered, paths_source
 
@@ -81,4 +82,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    main(BENCHMARK)
+    script(BENCHMARK)

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dinoreg.cli import script
 from dinoreg.errors import UserError
 from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Option, Task, main
+from dinoreg.eval.declare import Benchmark, Need, Option, Task
 from dinoreg.eval.published import fine_grained
 from dinoreg.eval.reading import paths_source
 
@@ -88,4 +89,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    main(BENCHMARK)
+    script(BENCHMARK)

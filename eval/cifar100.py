@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dinoreg.cli import script
 from dinoreg.eval.cifar import read_batches, read_names
 from dinoreg.eval.data import Data
-from dinoreg.eval.declare import Benchmark, Need, Task, main
+from dinoreg.eval.declare import Benchmark, Need, Task
 from dinoreg.eval.published import fine_grained
 
 NAME, ARCHIVE = "cifar100", "cifar-100-python.tar.gz"
@@ -55,4 +56,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    main(BENCHMARK)
+    script(BENCHMARK)

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from dinoreg.cli import script
 from dinoreg.errors import UserError
 from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Task, main
+from dinoreg.eval.declare import Benchmark, Need, Task
 from dinoreg.eval.published import fine_grained
 from dinoreg.eval.reading import matlab, paths_source
 
@@ -80,4 +81,4 @@ BENCHMARK = Benchmark(
 )
 
 if __name__ == "__main__":
-    main(BENCHMARK)
+    script(BENCHMARK)

@@ -20,7 +20,7 @@ from dinoreg.errors import UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
 _VERSION = 1
-_SETTLED_NS = 1_000_000_000  # a folder changed within a second of the scan may change again unseen
+SETTLED_NS = 1_000_000_000  # a folder changed within a second of the scan may change again unseen
 
 
 class PathBlock:
@@ -131,7 +131,7 @@ def _read_index(kept: Path, root: str) -> PathBlock | None:
             if int(file["version"]) != _VERSION or file["root"].tobytes() != os.fsencode(root):
                 return None
             folders, times = PathBlock(file["folders"].tobytes()), file["times"]
-            if len(folders) != len(times) or times.max(initial=0) > int(file["scanned"]) - _SETTLED_NS:
+            if len(folders) != len(times) or times.max(initial=0) > int(file["scanned"]) - SETTLED_NS:
                 return None
             for index in range(len(folders)):
                 if os.stat(os.path.join(root, folders[index])).st_mtime_ns != times[index]:
@@ -150,13 +150,18 @@ def _write_index(kept: Path, root: str, paths: PathBlock, folders: list[str], ti
         "times": np.array(times, dtype=np.int64),
         "paths": np.frombuffer(paths.block, dtype=np.uint8),
     }
+    save_arrays(kept, arrays)
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an index whole or not at all; a full or read-only cache costs the next start a scan, nothing more."""
     temporary = ""
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, suffix=".tmp", delete=False) as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
             temporary = file.name
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(temporary, kept)
-    except OSError:  # a full or read-only cache costs the next start a scan, nothing more
+            np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        os.replace(temporary, path)
+    except OSError:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)

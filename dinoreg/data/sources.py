@@ -17,9 +17,13 @@ import numpy as np
 from dinoreg.data import scenes
 from dinoreg.data.decode import BadImage
 from dinoreg.data.index import EXTENSIONS, PathBlock, index_folder
+from dinoreg.data.named import open_named
 from dinoreg.errors import UserError
 
-KINDS = "a folder, a list of paths (.txt .csv .tsv .parquet), scenes[:count=,size=,seed=]"
+KINDS = (
+    "a folder, a list of paths (.txt .csv .tsv .parquet), scenes[:count=,size=,seed=], "
+    "a dataset by name (imagenet22k:root=FOLDER)"
+)
 _LISTS = (".txt", ".lst", ".csv", ".tsv", ".parquet")
 STAMPED_FILES = 50_000  # whose sizes and times are looked at when features are cached
 SCENES_CACHE_BYTES = 1 << 30  # rendered scenes kept in memory at most
@@ -164,6 +168,31 @@ class JoinedSource(Source):
         ]
 
 
+class ChosenSource(Source):
+    """Some images of another source, in the order of `indices`."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self.source.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return self._with_indices(self.source.fingerprint())
+
+    def stamp(self) -> str:
+        return self._with_indices(self.source.stamp())
+
+    def _with_indices(self, text: str) -> str:
+        return hashlib.sha256(text.encode() + self.indices.tobytes()).hexdigest()[:16]
+
+
 def open_source(
     spec: str | os.PathLike[str] | Sequence[str],
     weights: Sequence[float] | None = None,
@@ -172,8 +201,8 @@ def open_source(
 ) -> Source:
     """Open what `data=` names.
 
-    spec       a folder; a list of paths; "scenes" or "scenes:count=20000,size=64,seed=0"; or a sequence of
-               these
+    spec       a folder; a list of paths; "scenes" or "scenes:count=20000,size=64,seed=0"; a dataset that is
+               declared in `eval/`, as "imagenet22k:root=/datasets"; or a sequence of these
     weights    for a sequence: each source's share of the draws (any positive numbers); by default by their
                sizes
     index_dir  where folder indexes are kept; by default the user's cache folder
@@ -197,7 +226,7 @@ def open_source(
     if os.path.isfile(spec):
         return _open_list(spec, root)
     if colon and name.isidentifier():
-        raise UserError(f"data: {name!r} is not a known kind of source, expected {KINDS}")
+        return open_named(name, options, None if index_dir is None else os.fspath(index_dir), KINDS)
     raise UserError(f"data: {spec} does not exist, expected {KINDS}")
 
 

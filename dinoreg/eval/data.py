@@ -5,6 +5,7 @@ Every image comes through a `Source` (bytes or pixels by index, with a name for 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,6 +75,7 @@ class Segmented:
     source: Source
     mask: Callable[[int], np.ndarray]
     num_classes: int
+    stamp: str = ""  # of the masks: changes when they do
 
     def __len__(self) -> int:
         return len(self.source)
@@ -88,6 +90,7 @@ class DepthMaps:
 
     source: Source
     depth: Callable[[int], np.ndarray]
+    stamp: str = ""  # of the depth maps: changes when they do
 
     def __len__(self) -> int:
         return len(self.source)
@@ -134,6 +137,7 @@ class FlowPairs:
     flow: Callable[[int], np.ndarray]
     valid: Callable[[int], np.ndarray]
     occluded: Callable[[int], np.ndarray]
+    stamp: str = ""  # of the flow files: changes when they do
 
     def __len__(self) -> int:
         return len(self.first)
@@ -156,6 +160,18 @@ class Data:
     class_names: Sequence[str] = ()
     variant: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+
+
+def truth_stamp(split: Any) -> str:
+    """16 hexadecimal digits that change when a split's ground truth does."""
+    digest = hashlib.sha256(str(getattr(split, "stamp", "")).encode())
+    if isinstance(split, Labelled | MultiLabelled):
+        digest.update(np.ascontiguousarray(split.labels).tobytes())
+    if isinstance(split, Boxed):
+        for kind in (split.boxes, split.labels, split.difficult, split.crowd):
+            for each in kind:
+                digest.update(np.ascontiguousarray(each).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _match(source: Source, labels: np.ndarray) -> None:

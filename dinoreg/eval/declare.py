@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -40,10 +40,15 @@ PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Need:
-    """A path that must exist below the dataset's folder, and the archive that it comes out of."""
+    """A path (or a pattern such as n*.tar) that must exist below the dataset's folder, and where it comes from."""
 
     path: str
     archive: str
+
+    def met(self, folder: Path) -> bool:
+        if any(sign in self.path for sign in "*?["):
+            return next(folder.glob(self.path), None) is not None
+        return (folder / self.path).exists()
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ class Task:
               UserError in one line for what is wrong with a file
     metric    the headline: "top-1", "mean per class", "11-point mAP", "mIoU", "RMSE", "CorLoc", "AP50", "AP", "EPE"
     counts    images of each split in the official data; differing counts warn, or fail with strict=true
-    options   protocol options that this dataset overrides, dotted without the section: {"resize": 256}
+    options   protocol options that this dataset sets for itself, without the section: {"augment": False}
+    needs     paths besides those of the dataset's layout; without them this task is left out, saying so
     """
 
     protocol: str
@@ -80,6 +86,7 @@ class Task:
     counts: Mapping[str, int] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[Need, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,10 +125,10 @@ class Benchmark:
         """The dataset's folder below `root`; UserError saying what is expected where."""
         base = Path(root)
         for folder in (*(base / name for name in self.folders), base):
-            if any(all((folder / need.path).exists() for need in layout) for layout in self.layouts):
+            if any(all(need.met(folder) for need in layout) for layout in self.layouts):
                 return folder
         folder, layout = self._closest(base)
-        missing = next(need for need in layout if not (folder / need.path).exists())
+        missing = next(need for need in layout if not need.met(folder))
         raise UserError(f"{self.name}: {folder / missing.path} is missing; it comes from {missing.archive}")
 
     def _closest(self, base: Path) -> tuple[Path, tuple[Need, ...]]:
@@ -129,7 +136,7 @@ class Benchmark:
         best, most = (base / self.folders[0], self.layouts[0]), 0
         for folder in (base / name for name in self.folders):
             for layout in self.layouts:
-                present = sum((folder / need.path).exists() for need in layout)
+                present = sum(need.met(folder) for need in layout)
                 if present > most:
                     best, most = (folder, layout), present
         return best
@@ -200,12 +207,3 @@ def load_benchmark(path: Path) -> Benchmark:
                 f"{path}: unknown protocol {task.protocol}{nearest(task.protocol, PROTOCOLS)}; known: {known}"
             )
     return benchmark
-
-
-def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
-    """Run a declaration as a script: `python eval/pets.py weights=… root=…`, the same as `dinoreg eval pets …`."""
-    from dinoreg.cli import main as command
-
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    path = sys.modules["__main__"].__file__ if arguments is None else None
-    raise SystemExit(command(["eval", str(path) if path else benchmark.name, *given]))

@@ -262,7 +262,7 @@ class PixelEncoder(Encoder):
     """The baseline without a network: patch tokens are the patch's pixels, the class token the whole image, small.
 
     patch_size  of the encoder that it is compared with
-    side        the class token is the image averaged down to (side, side), D = C side²; patches have C patch² numbers
+    side        the class token is the image resampled to (side, side), D = C side²; patches have C patch² numbers
     """
 
     pools = False  # the widths differ
@@ -285,9 +285,8 @@ class PixelEncoder(Encoder):
         return self
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        small = x
-        if max(x.shape[-2:]) > self.side:
-            small = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
+        # One size whatever the image's, so that class tokens of images of several sizes stand side by side.
+        small = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
         patches = F.unfold(x, self.patch_size, stride=self.patch_size).mT
         return [Tokens(small.flatten(1), x.new_empty(len(x), 0, patches.shape[2]), patches)] * len(blocks)
 

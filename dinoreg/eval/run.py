@@ -24,7 +24,7 @@ import numpy as np
 from dinoreg.checkpoint import write_atomic
 from dinoreg.errors import RunError, UserError
 from dinoreg.eval.context import Context, show_progress
-from dinoreg.eval.data import Boxed, Data, DepthMaps, FlowPairs, Segmented
+from dinoreg.eval.data import Boxed, Data, DepthMaps, FlowPairs, Segmented, truth_stamp
 from dinoreg.eval.declare import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.eval.encoder import Encoder, PixelEncoder
 from dinoreg.eval.features import FeatureStore
@@ -122,12 +122,18 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
     for task in benchmark.tasks:
         if wanted and task.protocol not in wanted:
             continue
+        absent = next((need for need in task.needs if not need.met(folder)), None)
+        if absent is not None:
+            where = f"{folder / absent.path} is missing; it comes from {absent.archive}"
+            warnings.append(f"{benchmark.name}: left out {task.protocol}: {where}")
+            continue
         if task.read not in seen:
             seen[task.read] = task.read(folder, values)
             _sample(benchmark, seen[task.read])
         data = seen[task.read]
         tasks.append((task, data))
-        for split, count in task.counts.items():
+        # Where they depend on the layout, the reader knows them.
+        for split, count in data.extra.get("official_counts", task.counts).items():
             found = len(data.splits[split]) if split in data.splits else 0
             if found != count:
                 warnings.append(f"{benchmark.name}: {split} has {found:,} images, the official one {count:,}")
@@ -291,10 +297,19 @@ def _effective(request: Request, task: Task) -> EvalOptions:
 
 
 def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
-    """16 hexadecimal digits over all that shapes a result: weights, images, labels' sizes, options."""
+    """16 hexadecimal digits over all that shapes a result: weights, images, ground truth, options."""
     values = {key: value for key, value in dataclasses.asdict(request.options).items() if key not in INCIDENTAL}
     data = [
-        (task.protocol, task.metric, dict(task.options), found.variant, name, len(split), split.source.stamp())
+        (
+            task.protocol,
+            task.metric,
+            dict(task.options),
+            found.variant,
+            name,
+            len(split),
+            split.source.stamp(),
+            truth_stamp(split),
+        )
         for task, found in plan.tasks
         for name, split in found.splits.items()
     ]

@@ -80,7 +80,7 @@ def prepare(config: Config) -> Setup:
     if not config.out:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
     if config.data.source is None:
-        raise UserError("data: expected a folder of images, a list of paths, or scenes, as data=PATH")
+        raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
     out = Path(config.out)
     _check_out(config, out)
     device = pick_device(config.device)

@@ -16,20 +16,22 @@ from tests.miniatures.pictures import save
 HEIGHT, WIDTH = 126, 168
 SCENES = ("temple_2", "alley_1", "market_2")
 THING = 28  # pixels, the side of what moves on its own
-# Whole patches of 7 and 14 pixels; the directions differ, so that no constant flow explains them.
-MOVES = ((28, 0), (0, 28), (-28, 0), (0, -28))
+DIRECTIONS = ((1, 0), (0, 1), (-1, 0), (0, -1))  # of (u, v); several, so that no constant flow explains them
 
 
-def write(root: Path, *, per_class: int = 6, shuffled: bool = False, seed: int = 0) -> Path:
-    """Sintel/training with three scenes of `per_class` frames; shuffled: the flow told is that of another motion."""
+def write(root: Path, *, per_class: int = 6, shuffled: bool = False, seed: int = 0, step: int = 28) -> Path:
+    """Sintel/training with three scenes of `per_class` frames; shuffled: the flow told is a quarter turn off.
+
+    step  pixels that everything moves by; a multiple of the patch (28 is one of 7 and of 14) is found most surely
+    """
     folder = root / "Sintel" / "training"
     for number, scene in enumerate(SCENES):
         rng = np.random.default_rng([seed, number, 520])
-        moves, thing_moves = _moves(rng, per_class - 1), _moves(rng, per_class - 1)
+        moves, thing_moves = _moves(rng, per_class - 1, step), _moves(rng, per_class - 1, step)
         told, thing_told = moves, thing_moves
         if shuffled:
-            told, thing_told = _moves(rng, per_class - 1), _moves(rng, per_class - 1)
-        reach = 28 * per_class
+            told, thing_told = (_turned(rng, each) for each in (moves, thing_moves))
+        reach = step * per_class
         ground = _texture(rng, HEIGHT + 2 * reach, WIDTH + 2 * reach)
         thing = _texture(rng, THING, THING)
         ground_at = np.array([reach, reach])
@@ -63,15 +65,22 @@ def write(root: Path, *, per_class: int = 6, shuffled: bool = False, seed: int =
     return root / "Sintel"
 
 
-def _moves(rng: np.random.Generator, count: int) -> np.ndarray:
-    """(count, 2) of (u, v)."""
-    return np.array(MOVES)[rng.integers(0, len(MOVES), size=count)]
+def _moves(rng: np.random.Generator, count: int, step: int) -> np.ndarray:
+    """(count, 2) of (u, v): there and back in one direction, then in another, so that the mean is nearly nothing."""
+    there = np.array(DIRECTIONS)[rng.integers(0, len(DIRECTIONS), size=(count + 1) // 2)]
+    return step * np.stack([there, -there], axis=1).reshape(-1, 2)[:count]
+
+
+def _turned(rng: np.random.Generator, moves: np.ndarray) -> np.ndarray:
+    """Each move a quarter turn to one side or the other: on average nothing of the true one is left."""
+    sides = rng.choice([-1, 1], size=(len(moves), 1))
+    return sides * np.stack([-moves[:, 1], moves[:, 0]], axis=1)
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """(height, width, 3) in [0, 255]: soft coloured noise at two scales, that never repeats."""
     total = np.zeros((height, width, 3))
-    for cell, strength in ((24, 1.0), (9, 0.4)):
+    for cell, strength in ((40, 1.0), (20, 0.7)):
         coarse = rng.uniform(0, 255, size=(height // cell + 2, width // cell + 2, 3))
         soft = Image.fromarray(np.uint8(coarse)).resize((width, height), Image.Resampling.BICUBIC)
         total += strength * (np.asarray(soft, dtype=np.float64) - 127.5)

@@ -1,0 +1,73 @@
+"""COCO 2017 (Lin et al., ECCV 2014; the 2017 split): boxes of 80 classes, their ids 1..90 with gaps.
+
+`train2017/`, `val2017/` (also below `images/`) and `annotations/instances_{train,val}2017.json`. Images without any
+object stay: false detections in them count. Boxes without width or height are dropped from training only. The test
+labels are withheld: val is what is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dinoreg.cli import script
+from dinoreg.errors import UserError
+from dinoreg.eval.coco import read_instances
+from dinoreg.eval.data import Boxed, Data
+from dinoreg.eval.declare import Benchmark, Need, Task
+from dinoreg.eval.reading import paths_source
+
+NAME = "coco2017"
+BOXES = "annotations_trainval2017.zip"
+SPLITS = {"train": "train2017", "test": "val2017"}
+
+
+def read(folder: Path, options: Mapping[str, Any]) -> Data:
+    """train2017 to learn from, and val2017, called "test", to report on."""
+    splits: dict[str, Boxed] = {}
+    categories: list[str] = []
+    for split, name in SPLITS.items():
+        path = folder / "annotations" / f"instances_{name}.json"
+        found = read_instances(path, NAME, BOXES)
+        if categories and found.categories != categories:
+            raise UserError(f"{NAME}: {path} has other categories than those of {SPLITS['train']}")
+        categories = found.categories
+        images = folder / name if (folder / name).is_dir() else folder / "images" / name
+        wanted = found.without_empty() if split == "train" else found
+        splits[split] = wanted.boxed(paths_source(images, found.files, NAME))
+    return Data(splits, class_names=categories, variant="val2017", extra={"rule": "coco"})
+
+
+def _layout(below: str) -> tuple[Need, ...]:
+    return (
+        Need("annotations/instances_train2017.json", BOXES),
+        Need("annotations/instances_val2017.json", BOXES),
+        Need(f"{below}train2017", "train2017.zip"),
+        Need(f"{below}val2017", "val2017.zip"),
+    )
+
+
+BENCHMARK = Benchmark(
+    name=NAME,
+    title="COCO 2017",
+    task="detection",
+    classes=80,
+    splits="118,287 / 5,000",
+    folders=("coco", "coco2017", "COCO", "COCO2017", "mscoco"),
+    layouts=(_layout(""), _layout("images/")),
+    tasks=(
+        Task(
+            protocol="detection",
+            read=read,
+            metric="AP",
+            counts={"train": 118_287, "test": 5_000},
+        ),
+    ),
+    download=f"train2017.zip, val2017.zip and {BOXES}",
+    licence="photographs of Flickr under Flickr's terms; annotations CC BY 4.0 as commonly stated, unverified",
+    aliases=("coco",),
+)
+
+if __name__ == "__main__":
+    script(BENCHMARK)

@@ -1,0 +1,116 @@
+"""COCO-20k: the 19,817 images of train2014 that object discovery is measured on, without crowds.
+
+`coco_20k_filenames.txt` of LOST's repository names them as `train2014/COCO_train2014_%012d.jpg`. train2017 holds the
+same images under `%012d.jpg` with the same ids, so that either year's files serve; whether a box changed between the
+two years' annotations was not verified, and the result says which were read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoreg.cli import script
+from dinoreg.errors import UserError
+from dinoreg.eval.coco import read_instances
+from dinoreg.eval.data import Data
+from dinoreg.eval.declare import Benchmark, Need, Option, Task
+from dinoreg.eval.published_discovery import corloc
+from dinoreg.eval.reading import lines, paths_source
+
+NAME = "coco20k"
+LIST = "LOST's repository (valeoai/LOST, datasets/coco_20k_filenames.txt)"
+LISTS = tuple(f"{folder}coco_20k_filenames.txt" for folder in ("", "annotations/", "datasets/", "coco_20k/"))
+YEARS = ("2014", "2017")
+FILES = {"2014": "COCO_train2014_{:012d}.jpg", "2017": "{:012d}.jpg"}
+FOLDERS = {year: (f"train{year}", f"images/train{year}") for year in YEARS}
+JSON = "annotations/instances_train{}.json"
+ROW = re.compile(r"(?:.*_)?(\d{1,12})\.jpg")
+
+
+def read(folder: Path, options: Mapping[str, Any]) -> Data:
+    """The listed images, in the list's order, called "test": discovery reports on all of them."""
+    asked = options.get("annotations", "auto")
+    if asked not in ("auto", *YEARS):
+        raise UserError(f"{NAME}.annotations={asked}: expected auto, 2014 or 2017")
+    listed = next((folder / name for name in LISTS if (folder / name).exists()), folder / LISTS[0])
+    ids = _ids(listed)
+    year = asked if asked != "auto" else next((y for y in YEARS if (folder / JSON.format(y)).exists()), YEARS[0])
+    path = folder / JSON.format(year)
+    found = read_instances(path, NAME, f"annotations_trainval{year}.zip").without_empty()
+    places = np.searchsorted(found.ids, ids).clip(max=len(found.ids) - 1)
+    unknown = np.flatnonzero(found.ids[places] != ids)
+    if len(unknown):
+        raise UserError(f"{NAME}: image {ids[unknown[0]]} of {listed} is not in {path}")
+    images, pictures = next(
+        ((folder / name, y) for y in YEARS for name in FOLDERS[y] if (folder / name).is_dir()),
+        (folder / FOLDERS["2014"][0], "2014"),
+    )
+    source = paths_source(images, (FILES[pictures].format(number) for number in ids.tolist()), NAME)
+    split = found.take(places).boxed(source)
+    variant = f"boxes of {path.name}, images of {images.name}"
+    return Data({"test": split}, class_names=found.categories, variant=variant, extra={"rule": "coco"})
+
+
+def _ids(path: Path) -> np.ndarray:
+    """The ids of the listed images (n,) int64."""
+    found: dict[int, None] = {}
+    for line in lines(path, NAME, LIST):
+        match = ROW.fullmatch(line.strip())
+        if match is None:
+            raise UserError(f"{NAME}: {path}: {line!r}, expected train2014/COCO_train2014_<id>.jpg")
+        number = int(match[1])
+        if number in found:
+            raise UserError(f"{NAME}: {path} lists image {number} twice")
+        found[number] = None
+    if not found:
+        raise UserError(f"{NAME}: {path} lists no images")
+    return np.array(list(found), dtype=np.int64)
+
+
+BENCHMARK = Benchmark(
+    name=NAME,
+    title="COCO-20k",
+    task="discovery",
+    classes=80,
+    splits="19,817",
+    folders=("coco", "coco20k", "coco2014", "coco2017", "COCO", "mscoco"),
+    layouts=tuple(
+        (
+            Need(listed, LIST),
+            Need(JSON.format(boxes), f"annotations_trainval{boxes}.zip"),
+            Need(images, f"train{pictures}.zip"),
+        )
+        for listed in LISTS
+        for boxes in YEARS
+        for pictures in (boxes, *(year for year in YEARS if year != boxes))
+        for images in FOLDERS[pictures]
+    ),
+    tasks=(
+        Task(
+            protocol="discovery",
+            read=read,
+            metric="CorLoc",
+            counts={"test": 19_817},
+            published=corloc(
+                registers=(26.9, 42.0),
+                others=(10.7, 25.1, 31.0, 27.9),
+                dino=(50.7, 50.0, 49.5),
+                test_time=(25.4, 42.3, 41.9, 23.4),
+                denoising=(23.4, 26.9),
+                token_cut=45.4,
+            ),
+        ),
+    ),
+    download=f"the list of {LIST}; train2014.zip with annotations_trainval2014.zip, or those of 2017",
+    licence="photographs of Flickr under Flickr's terms; annotations CC BY 4.0 as commonly stated, unverified",
+    options=(Option("annotations", "auto", "whose boxes: 2014, 2017, or auto: those of 2014 where they are there"),),
+    aliases=("coco-20k", "coco_20k"),
+)
+
+if __name__ == "__main__":
+    script(BENCHMARK)

@@ -1,0 +1,229 @@
+"""ImageNet-1k (ILSVRC 2012; Russakovsky et al., IJCV 2015): 1,000 classes, 1,281,167 training images.
+
+Folders of classes, `train/<wnid>/` and `val/<wnid>/`, as torchvision lays them out, with its `meta.bin` or without; a
+flat `val/` is read where `meta.bin` says which image is of which class. DINOv2's `extra/entries-{TRAIN,VAL}.npy`
+spare the listing of folders where they are there. A class is the rank of its wnid in sorted order, never its name:
+two of the names occur twice. The published validation set is what papers report on, so it is the split "test" here.
+Protocols: DINOv2's linear grid (App. B.3) and weighted k-NN. Some files are CMYK, grey, or PNG under `.JPEG`; all are
+believed by their content.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dinoreg.cli import script
+from dinoreg.data.index import index_folder
+from dinoreg.data.named import Pretraining
+from dinoreg.data.sources import PathSource, Source, labelled_folder
+from dinoreg.errors import UserError
+from dinoreg.eval.data import Data, Labelled
+from dinoreg.eval.declare import Benchmark, Need, Option, Published, Task
+from dinoreg.eval.reading import lines, paths_source, present
+
+NAME = "imagenet1k"
+NEEDS = {
+    "train": Need("train", "ILSVRC2012_img_train.tar, each of whose 1,000 tars becomes a folder train/<wnid>"),
+    "val": Need("val", "ILSVRC2012_img_val.tar, sorted into folders val/<wnid>"),
+}
+COUNTS = {"train": 1_281_167, "test": 50_000}
+REG = "DINOv2 with registers, arXiv 2309.16588v2"
+D2 = "DINOv2, arXiv 2304.07193v2, Table 4"
+CARD = "DINOv2's README and model card"
+D3 = "DINOv3, arXiv 2508.10104"
+TTR = "Vision Transformers Don't Need Trained Registers, arXiv 2506.08010"
+DISTILLED = "no registers, distilled from ViT-g on LVD-142M"
+REGISTERED = "4 registers, distilled from ViT-g on LVD-142M"
+TOKEN = "one token, no registers; logistic regression instead of the grid"
+ANY_K = "which k is quoted is not stated"
+
+
+def read(folder: Path, options: Mapping[str, Any]) -> Data:
+    """The training set, and the published validation set as "test"."""
+    meta = _meta(folder)
+    train, train_wnids = _listed(folder, "train", options["extra"], meta)
+    test, test_wnids = _listed(folder, "val", options["extra"], meta)
+    wnids, train_labels = np.unique(train_wnids, return_inverse=True)  # sorted: a class is its rank
+    unknown = np.setdiff1d(test_wnids, wnids)
+    if len(unknown):
+        raise UserError(f"{NAME}: {folder / 'val'} has images of {unknown[0]}, of which {folder / 'train'} has none")
+    splits = {
+        "train": Labelled(train, train_labels, len(wnids)),
+        "test": Labelled(test, np.searchsorted(wnids, test_wnids), len(wnids)),
+    }
+    names = _names(folder, meta)
+    return Data(splits, class_names=[names.get(str(wnid), str(wnid)) for wnid in wnids])
+
+
+def _listed(
+    folder: Path, split: str, extra: str, meta: tuple[dict[str, tuple[str, ...]], list[str]] | None
+) -> tuple[Source, np.ndarray]:
+    """The images of a published split, and the wnid of each."""
+    entries = _entries(folder, split, extra)
+    if entries.is_file():
+        return _from_entries(folder, split, entries)
+    if extra:
+        raise UserError(f"{NAME}: {entries} is missing; it comes from DINOv2's ImageNet.dump_extra")
+    below = folder / split
+    with os.scandir(below) as found:
+        flat = not any(entry.is_dir() for entry in found)
+    if not flat:
+        source, labels, wnids = labelled_folder(below)
+        return source, np.array(wnids)[labels]
+    if split != "val" or meta is None:
+        how = f", or torchvision's meta.bin in {folder}" if split == "val" else ""
+        raise UserError(f"{NAME}: {below} has no folders of classes; expected {below}/<wnid>/<image>.JPEG{how}")
+    paths, wnids = index_folder(below), meta[1]
+    chosen = []
+    for name in (paths[index] for index in range(len(paths))):
+        number = re.search(r"_(\d{8})\.", name)
+        if number is None or not 1 <= int(number[1]) <= len(wnids):
+            raise UserError(
+                f"{NAME}: {below / name} is not one of the {len(wnids)} images that meta.bin has classes for"
+            )
+        chosen.append(wnids[int(number[1]) - 1])
+    return PathSource(str(below), paths), np.array(chosen)
+
+
+def _entries(folder: Path, split: str, extra: str) -> Path:
+    return folder / Path(extra or "extra").expanduser() / f"entries-{split.upper()}.npy"
+
+
+def _from_entries(folder: Path, split: str, entries: Path) -> tuple[Source, np.ndarray]:
+    """From DINOv2's table: the number in the file's name, and the wnid."""
+    try:
+        table = np.load(entries, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{NAME}: {entries} is not a readable array ({str(error).splitlines()[0]})") from None
+    if table.ndim != 1 or not {"actual_index", "class_id"} <= set(table.dtype.names or ()):
+        raise UserError(f"{NAME}: {entries} has no columns actual_index and class_id")
+    wnids, numbers = table["class_id"], table["actual_index"]
+    if split == "train":
+        paths = [f"train/{wnid}/{wnid}_{number}.JPEG" for wnid, number in zip(wnids, numbers)]
+    else:
+        paths = [f"val/{wnid}/ILSVRC2012_val_{number:08d}.JPEG" for wnid, number in zip(wnids, numbers)]
+    return present(paths_source(folder, paths, NAME), NAME, NEEDS[split].archive), wnids
+
+
+def _meta(folder: Path) -> tuple[dict[str, tuple[str, ...]], list[str]] | None:
+    """torchvision's meta.bin, if there: names of each wnid, and the wnids of the validation images in their order.
+
+    It is a pickle. Nothing but plain containers of text is let through.
+    """
+    path = folder / "meta.bin"
+    if not path.is_file():
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch has to say about other pickles is no help here
+            meta = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a pickle can be broken, or forbidden, in many ways
+        raise UserError(
+            f"{NAME}: {path} is not the file that torchvision writes ({type(error).__name__}); it may be deleted"
+        ) from None
+    plain = type(meta) is tuple and len(meta) == 2 and type(meta[0]) is dict and type(meta[1]) is list
+    if plain:
+        plain = all(type(key) is str and type(names) is tuple for key, names in meta[0].items())
+    if not plain or any(type(text) is not str for text in (*meta[1], *sum(meta[0].values(), ()))):
+        raise UserError(f"{NAME}: {path} does not hold names of wnids and a list of wnids; it may be deleted")
+    return meta
+
+
+def _names(folder: Path, meta: tuple[dict[str, tuple[str, ...]], list[str]] | None) -> dict[str, str]:
+    """What each wnid is called, from meta.bin or labels.txt; for show only."""
+    if meta is not None:
+        return {wnid: names[0] for wnid, names in meta[0].items() if names}
+    path = folder / "labels.txt"
+    if not path.is_file():
+        return {}
+    rows = (line.partition(",") for line in lines(path, NAME, "DINOv2's labels.txt"))
+    return {wnid.strip(): name.strip().strip('"') for wnid, _, name in rows}
+
+
+def images(root: Path, split: str, options: Mapping[str, Any], index_dir: str | None) -> Source:
+    """The images of a published split, without labels."""
+    folder = replace(BENCHMARK, layouts=((NEEDS[split],),)).find(root)
+    if options["extra"] or _entries(folder, split, "").is_file():
+        return _listed(folder, split, options["extra"], None)[0]
+    return PathSource(str(folder / split), index_folder(folder / split, index_dir))
+
+
+PRETRAINING = Pretraining(images, splits=("train", "val"), options=("extra",))
+BENCHMARK = Benchmark(
+    name=NAME,
+    title="ImageNet-1k (ILSVRC 2012)",
+    task="classification",
+    classes=1000,
+    splits="1,281,167 / 50,000 (the published validation set)",
+    folders=("imagenet1k", "imagenet-1k", "imagenet", "ImageNet", "ILSVRC2012", "in1k"),
+    layouts=((NEEDS["train"], NEEDS["val"]),),
+    tasks=(
+        Task(
+            protocol="linear",
+            read=read,
+            metric="top-1",
+            counts=COUNTS,
+            published=(
+                Published("DINOv2 ViT-L/14 (IN-22k), 4 registers", 84.8, f"{REG}, Table 2a"),
+                Published("DINOv2 ViT-L/14 (IN-22k), 0 registers", 84.3, f"{REG}, Table 2a"),
+                Published("DeiT-III ViT-B (IN-22k), 4 registers", 84.7, f"{REG}, Table 2a", "supervised backbone"),
+                Published("DeiT-III ViT-B (IN-22k), 0 registers", 84.7, f"{REG}, Table 2a", "supervised backbone"),
+                Published("OpenCLIP ViT-B/16, 4 registers", 78.1, f"{REG}, Table 2a", "image and text (Shutterstock)"),
+                Published("OpenCLIP ViT-B/16, 0 registers", 78.2, f"{REG}, Table 2a", "image and text (Shutterstock)"),
+                Published("DINOv2 ViT-g/14, class token", 86.0, f"{REG}, Table 1", TOKEN),
+                Published("DINOv2 ViT-g/14, a normal patch", 65.8, f"{REG}, Table 1", TOKEN),
+                Published("DINOv2 ViT-g/14, an outlier patch", 69.0, f"{REG}, Table 1", TOKEN),
+                Published("DINOv2 ViT-S/14 (distilled)", 81.1, D2, DISTILLED),
+                Published("DINOv2 ViT-B/14 (distilled)", 84.5, D2, DISTILLED),
+                Published("DINOv2 ViT-L/14 (distilled)", 86.3, D2, DISTILLED),
+                Published("DINOv2 ViT-g/14", 86.5, D2, "no registers, LVD-142M"),
+                Published("DINOv2 ViT-g/14", 86.7, D2, "no registers, LVD-142M; 448 px"),
+                Published("DINOv2 ViT-S/14 reg4 (distilled)", 80.9, CARD, REGISTERED),
+                Published("DINOv2 ViT-B/14 reg4 (distilled)", 84.6, CARD, REGISTERED),
+                Published("DINOv2 ViT-L/14 reg4 (distilled)", 86.7, CARD, REGISTERED),
+                Published("DINOv2 ViT-g/14 reg4", 87.1, CARD, "4 registers, LVD-142M"),
+                Published("DINOv2 ViT-S/14 reg4 (distilled)", 80.8, CARD, f"{REGISTERED}; released head on 1 block"),
+                Published("DINOv2 ViT-B/14 reg4 (distilled)", 84.4, CARD, f"{REGISTERED}; released head on 1 block"),
+                Published("DINOv2 ViT-L/14 reg4 (distilled)", 86.5, CARD, f"{REGISTERED}; released head on 1 block"),
+                Published("DINOv2 ViT-g/14 reg4", 87.0, CARD, "4 registers, LVD-142M; released head on 1 block"),
+                Published("DINOv2 ViT-g/14", 87.3, f"{D3}, baseline row", "448 px; DINOv3's linear protocol"),
+                Published("DINOv2 ViT-L/14 (distilled)", 86.36, TTR, "no registers; mean of 3 seeds, ± 0.11"),
+                Published("DINOv2 ViT-L/14 reg4 (distilled)", 86.69, TTR, "4 registers; mean of 3 seeds, ± 0.09"),
+                Published("DINOv2 ViT-L/14 (distilled)", 86.38, TTR, "one test-time register; mean of 3 seeds, ± 0.10"),
+                Published("OpenCLIP ViT-B/16", 77.42, TTR, "image and text; no registers"),
+            ),
+        ),
+        Task(
+            protocol="knn",
+            read=read,
+            metric="top-1",
+            counts=COUNTS,
+            published=(
+                Published("DINOv2 ViT-S/14 (distilled)", 79.0, D2, f"{DISTILLED}; {ANY_K}"),
+                Published("DINOv2 ViT-B/14 (distilled)", 82.1, D2, f"{DISTILLED}; {ANY_K}"),
+                Published("DINOv2 ViT-L/14 (distilled)", 83.5, D2, f"{DISTILLED}; {ANY_K}"),
+                Published("DINOv2 ViT-g/14", 83.5, D2, f"no registers, LVD-142M; {ANY_K}"),
+                Published("DINOv2 ViT-S/14 reg4 (distilled)", 79.1, CARD, f"{REGISTERED}; {ANY_K}"),
+                Published("DINOv2 ViT-B/14 reg4 (distilled)", 82.0, CARD, f"{REGISTERED}; {ANY_K}"),
+                Published("DINOv2 ViT-L/14 reg4 (distilled)", 83.8, CARD, f"{REGISTERED}; {ANY_K}"),
+                Published("DINOv2 ViT-g/14 reg4", 83.7, CARD, f"4 registers, LVD-142M; {ANY_K}"),
+            ),
+        ),
+    ),
+    download="ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (ILSVRC2012_devkit_t12.tar.gz for a flat val/)",
+    licence="account and terms of access: non-commercial research",
+    options=(Option("extra", "", "folder of DINOv2's entries-*.npy; by default `extra`, where there is one"),),
+    aliases=("imagenet", "in1k", "imagenet-1k", "ilsvrc2012"),
+)
+
+if __name__ == "__main__":
+    script(BENCHMARK)

@@ -1,0 +1,170 @@
+"""ImageNet-22k (fall 2011; Deng et al., CVPR 2009): 21,841 WordNet nodes, about 14.2 million images, for pretraining.
+
+One archive per class, `<wnid>.tar`, as they are handed out and as DINOv2 reads them (with `extra/entries.npy` or
+`blocks/*.log`, or with neither: the archives are then indexed here, once), or one folder per class. There is no
+official validation split: the probe holds some images of each class out, chosen by a hash of their names, so that
+every copy and layout holds out the same ones. Classes nest (a tench is a fish too) and contain ImageNet-1k's, images
+included; no published number exists for this probe.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoreg.cli import script
+from dinoreg.data.index import PathBlock
+from dinoreg.data.named import Pretraining
+from dinoreg.data.randomness import philox
+from dinoreg.data.sources import ChosenSource, Source, labelled_folder
+from dinoreg.data.tars import TarSource, index_tars
+from dinoreg.errors import UserError
+from dinoreg.eval.data import Data, Labelled
+from dinoreg.eval.declare import Benchmark, Need, Option, Task
+from dinoreg.eval.reading import lines
+
+NAME = "imagenet22k"
+ARCHIVE = "fall11_whole.tar, a tar of one tar per class (unpacking the inner ones into folders is allowed, not needed)"
+WNID = re.compile(r"n\d{8}")
+PIECE = 1 << 24  # bytes of names looked at together
+UNREADABLE = frozenset({"n06470073_47249.JPEG"})  # no image at all, in every copy; DINOv2 leaves it out too
+
+
+def read(folder: Path, options: Mapping[str, Any]) -> Data:
+    """A seeded choice of training images, and of held-out images as "test", each at most so many per class."""
+    least = {"holdout_per_class": 1, "train_per_class": 0, "seed": 0}
+    for key, bound in least.items():
+        if options[key] < bound:
+            raise UserError(f"{NAME}.{key}={options[key]}: expected a whole number, at least {bound}")
+    source, names, labels, wnids = _images(folder, options, None)
+    kept = np.flatnonzero(labels >= 0)
+    order = kept[np.lexsort((_ranks(names, options["seed"])[kept], labels[kept]))]  # by class, at random within it
+    counts = np.bincount(labels[kept], minlength=len(wnids))
+    place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
+    held = np.minimum(options["holdout_per_class"], counts // 2)[labels[order]]
+    most = options["train_per_class"] or len(order)
+    chosen = {"train": np.sort(order[(place >= held) & (place < held + most)]), "test": np.sort(order[place < held])}
+    if not len(chosen["test"]):
+        raise UserError(f"{NAME}: {folder} has no class of two images or more, so none can be held out")
+    splits = {
+        split: Labelled(ChosenSource(source, indices), labels[indices], len(wnids)) for split, indices in chosen.items()
+    }
+    several = f"{options['train_per_class']:,}" if options["train_per_class"] else "all other"
+    variant = (
+        f"{options['holdout_per_class']} images per class held out, {several} per class to train on, "
+        f"seed {options['seed']}"
+    )
+    return Data(splits, class_names=wnids, variant=variant)
+
+
+def _images(
+    folder: Path, options: Mapping[str, Any], index_dir: str | None
+) -> tuple[Source, PathBlock, np.ndarray, list[str]]:
+    """Every file: (source, names, labels (n,) int64, wnids); a label is the rank of the wnid, -1 where left out."""
+    source: Source
+    if _has(folder, ".tar"):
+        extra = folder / Path(options["extra"]).expanduser() if options["extra"] else None
+        members = index_tars(folder, index_dir, extra)
+        source, names = TarSource(str(folder.absolute()), members), members.names
+        stems = [archive.removesuffix(".tar") for archive in members.archives]
+        labels = members.archive.astype(np.int64)
+    else:
+        source, labels, stems = labelled_folder(folder, index_dir)
+        names = source.paths
+    # Folders and archives of other names lie beside the classes: they are not classes.
+    wnids = sorted(stem for stem in stems if WNID.fullmatch(stem))
+    ranks = {wnid: rank for rank, wnid in enumerate(wnids)}
+    labels = np.array([ranks.get(stem, -1) for stem in stems], dtype=np.int64)[labels]
+    labels[_found(names, UNREADABLE | _skipped(folder, options["skip"]))] = -1
+    if not (labels >= 0).any():
+        raise UserError(f"{NAME}: {folder} has no image in a tar or folder named like a class (n01440764)")
+    return source, names, labels, wnids
+
+
+def _found(names: PathBlock, wanted: frozenset[str]) -> list[int]:
+    """Positions of the files of these names, whatever folder they are in."""
+    encoded = {os.fsencode(name) for name in wanted}
+    if len(encoded) < 16 and not any(name in names.block for name in encoded):
+        return []  # the usual case, and quicker than a look at each of 14 million
+    return [index for index, name in enumerate(_own_names(names)) if name in encoded]
+
+
+def _own_names(names: PathBlock) -> Iterator[bytes]:
+    """The names without their folders, in order; never all at once, where they would fill a gigabyte."""
+    start = 0
+    while start < len(names.block):
+        end = names.block.find(b"\0", start + PIECE) + 1 or len(names.block)
+        for name in names.block[start : end - 1].split(b"\0"):
+            yield name[name.rfind(b"/") + 1 :]
+        start = end
+
+
+def _skipped(folder: Path, skip: str) -> frozenset[str]:
+    if not skip:
+        return frozenset()
+    return frozenset(line.strip() for line in lines(folder / Path(skip).expanduser(), NAME, f"your own {NAME}.skip"))
+
+
+def _ranks(names: PathBlock, seed: int) -> np.ndarray:
+    """(n,) uint64 that depend on a file's own name and the seed alone."""
+    sums = np.fromiter(map(zlib.crc32, _own_names(names)), dtype=np.uint64, count=len(names))
+    ranks = np.empty(len(names), dtype=np.uint64)
+    for first in range(0, len(sums), 1 << 20):
+        counters = np.zeros((len(sums[first : first + (1 << 20)]), 4), dtype=np.uint64)
+        counters[:, 0] = sums[first : first + (1 << 20)]
+        words = philox(seed, counters).astype(np.uint64)
+        ranks[first : first + (1 << 20)] = words[:, 0] << np.uint64(32) | words[:, 1]
+    return ranks
+
+
+def _has(folder: Path, suffix: str) -> bool:
+    """Whether a class's tar (".tar") or folder ("") is there."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            stem, end = os.path.splitext(entry.name)
+            if end == suffix and WNID.fullmatch(stem) and entry.is_dir() == (suffix == ""):
+                return True
+    return False
+
+
+def images(root: Path, split: str, options: Mapping[str, Any], index_dir: str | None) -> Source:
+    """Every readable image, without labels. Any classes will do: many copies hold a part of them."""
+    folders = [folder for folder in (*(root / name for name in BENCHMARK.folders), root) if folder.is_dir()]
+    found = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
+    source, _, labels, _ = _images(found or BENCHMARK.find(root), options, index_dir)  # find says what is expected
+    return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
+
+
+PRETRAINING = Pretraining(images, options=("extra", "skip"))
+BENCHMARK = Benchmark(
+    name=NAME,
+    title="ImageNet-22k (fall 2011)",
+    task="classification",
+    classes=21_841,
+    splits="about 14.2 million / none (10 per class held out, seeded)",
+    folders=("imagenet22k", "imagenet-22k", "ImageNet22k", "imagenet21k", "fall11_whole", "winter21_whole", "in22k"),
+    layouts=((Need("n[0-9]*.tar", ARCHIVE),), (Need("n[0-9]*/", ARCHIVE),)),
+    tasks=(
+        Task(protocol="linear", read=read, metric="top-1"),
+        Task(protocol="knn", read=read, metric="top-1"),
+    ),
+    download="fall11_whole.tar (21,841 classes); the 2021 release, winter21_whole.tar.gz, has 19,167 of them",
+    licence="account and terms of access: non-commercial research",
+    options=(
+        Option("holdout_per_class", 10, "images of each class held out to report on, at most half of the class"),
+        Option("train_per_class", 100, "images of each class to train on, at most; 0: all that are not held out"),
+        Option("seed", 0, "of the choice of both"),
+        Option("extra", "", "folder of DINOv2's entries.npy; by default `extra`, where there is one"),
+        Option("skip", "", "a text file of images to leave out (n06470073_47249.JPEG), one a line"),
+    ),
+    aliases=("in22k", "imagenet-22k", "imagenet21k", "in21k"),
+)
+
+if __name__ == "__main__":
+    script(BENCHMARK)

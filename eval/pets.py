@@ -1,0 +1,106 @@
+"""Oxford-IIIT Pets (Parkhi et al., CVPR 2012): 37 breeds of cats and dogs, about 200 photographs each.
+
+`images/<Breed>_<number>.jpg`, listed in `annotations/{trainval,test}.txt` as `name class species breed`, all counted
+from 1; only the class is used. Some files hold PNG or GIF under `.jpg`, some have palettes or alpha, and stray `.mat`
+files lie among them: the lists say what counts, and the bytes say what a file is. Metric: mean per class (SimCLR
+B.8.1); 20 images of each class are held out of trainval for choosing C (BYOL, App. D: 2,940 / 740).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoreg.cli import script
+from dinoreg.errors import UserError
+from dinoreg.eval.data import Data, Labelled
+from dinoreg.eval.declare import Benchmark, Need, Published, Task
+from dinoreg.eval.reading import lines, paths_source, whole_number
+
+NAME, ARCHIVE = "pets", "annotations.tar.gz"
+CLASSES = 37
+REG, D2 = "DINOv2 with registers, arXiv 2309.16588v2, Table 1", "DINOv2, arXiv 2304.07193v2, Table 8"
+D3 = "DINOv3, arXiv 2508.10104, Table 22"
+UNCLEAR = "called accuracy: top-1 or mean per class is not stated"
+DISTILLED = f"no registers, distilled from ViT-g on LVD-142M; {UNCLEAR}"
+COUNTS = {"train": 3680, "test": 3669}
+
+
+def read(folder: Path, options: Mapping[str, Any]) -> Data:
+    """trainval as "train", and "test", in the order of their files."""
+    listed = {"train": _listed(folder, "trainval"), "test": _listed(folder, "test")}
+    breeds: dict[int, str] = {}
+    for rows in listed.values():
+        for name, label in rows:
+            breed = name.rsplit("_", 1)[0]
+            if breeds.setdefault(label, breed) != breed:
+                raise UserError(f"{NAME}: {folder / 'annotations'}: class {label + 1} is {breeds[label]} and {breed}")
+    num_classes = max(breeds) + 1
+    splits = {}
+    for split, rows in listed.items():
+        source = paths_source(folder / "images", (f"{name}.jpg" for name, _ in rows), NAME)
+        splits[split] = Labelled(source, np.array([label for _, label in rows]), num_classes)
+    names = [breeds.get(label, f"class {label + 1}") for label in range(num_classes)]
+    return Data(splits, class_names=[" ".join(word.title() for word in name.split("_")) for name in names])
+
+
+def _listed(folder: Path, split: str) -> list[tuple[str, int]]:
+    """(name, class from 0) of every row of a split file."""
+    path = folder / "annotations" / f"{split}.txt"
+    found = []
+    for line in lines(path, NAME, ARCHIVE):
+        if line.startswith("#"):
+            continue
+        fields = line.split()
+        if len(fields) != 4:
+            raise UserError(f"{NAME}: {path}: {line!r}, expected name, class, species and breed")
+        found.append((fields[0], whole_number(fields[1], f"the class of {fields[0]}", path, 1, CLASSES) - 1))
+    if not found:
+        raise UserError(f"{NAME}: {path} lists no images")
+    return found
+
+
+BENCHMARK = Benchmark(
+    name=NAME,
+    title="Oxford-IIIT Pets",
+    task="classification",
+    classes=CLASSES,
+    splits="3,680 / 3,669",
+    folders=("oxford-iiit-pet", "oxford_iiit_pet", "pets", "Pets"),
+    layouts=(
+        (
+            Need("images", "images.tar.gz"),
+            Need("annotations/trainval.txt", ARCHIVE),
+            Need("annotations/test.txt", ARCHIVE),
+        ),
+    ),
+    tasks=(
+        Task(
+            protocol="logistic",
+            read=read,
+            metric="mean per class",
+            counts=COUNTS,
+            published=(
+                Published("DINOv2 ViT-g/14, class token", 96.9, REG, f"no registers; {UNCLEAR}"),
+                Published("DINOv2 ViT-g/14, a normal patch", 47.8, REG, f"a patch token, no registers; {UNCLEAR}"),
+                Published("DINOv2 ViT-g/14, an outlier patch", 94.1, REG, f"a patch token, no registers; {UNCLEAR}"),
+                Published("DINOv2 ViT-S/14 (distilled)", 95.1, D2, DISTILLED),
+                Published("DINOv2 ViT-B/14 (distilled)", 96.2, D2, DISTILLED),
+                Published("DINOv2 ViT-L/14 (distilled)", 96.6, D2, DISTILLED),
+                Published("DINOv2 ViT-g/14", 96.7, D2, f"no registers; {UNCLEAR}"),
+                Published("DINOv2 ViT-g/14", 96.8, D3, f"448 px; {UNCLEAR}"),
+            ),
+            options={"validation_share": 740 / 3680},
+        ),
+        Task(protocol="knn", read=read, metric="mean per class", counts=COUNTS),
+    ),
+    download="images.tar.gz and annotations.tar.gz",
+    licence="CC BY-SA 4.0 as commonly stated; unverified",
+    aliases=("oxford-iiit-pet", "oxford-iiit-pets", "pet"),
+)
+
+if __name__ == "__main__":
+    script(BENCHMARK)
