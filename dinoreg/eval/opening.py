@@ -40,9 +40,11 @@ def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -
     path = Path(weights)
     if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
         return Opened(_from_transformers(path, device, dtype), path, None, 0)
-    with seeded(0):  # random weights of a bare name are the same ones every time
-        model: Any = load(weights, device)
     file = find_weights(weights)
+    # A bare name's random weights are the same ones every time, and LayerScale does not silence them (see `random_init`).
+    options = {} if file is not None else {"layerscale": 1.0}
+    with seeded(0):
+        model: Any = load(weights, device, **options)
     if file is None:
         return Opened(wrap(model, f"{weights} (random weights)", device=device, dtype=dtype), None, None, 0)
     stated = read_weights(file).metadata.get("preprocessing", {})

@@ -218,7 +218,10 @@ def _evaluate(encoder: Encoder, plan: Planned, request: Request, folder: Path, k
                 context = _context(encoder, plan, task, role, key, options, folder, examples)
                 module = importlib.import_module(PROTOCOLS[task.protocol][0])
                 try:
-                    found = module.evaluate(make(), data, task, _effective(request, task), context)
+                    rows_of_task = module.evaluate(make(), data, task, _effective(request, task), context)
+                    # One wording, so that published numbers and baselines find their rows.
+                    title = PROTOCOLS[task.protocol][1]
+                    found = [dataclasses.replace(row, protocol=title) for row in rows_of_task]
                 except (UserError, RunError) as error:
                     raise type(error)(f"{plan.benchmark.name}, {task.protocol}: {error}") from error
                 done.parent.mkdir(parents=True, exist_ok=True)

@@ -136,7 +136,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         common, constant = found.constant()
         lr, decay = combinations[key]
         return Row(
-            protocol="segmentation",
+            protocol="linear segmentation",
             metric=task.metric,
             value=found.miou(),
             low=low,
