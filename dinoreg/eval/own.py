@@ -63,7 +63,7 @@ def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
         raise UserError(f"{path}: does not exist, expected a folder or a {', '.join(SUFFIXES)} file")
     blank = Benchmark(
         name=NAME,
-        title=str(path),
+        title=path.name,
         task="",
         classes=None,
         splits="",
@@ -118,9 +118,9 @@ def _of_labels(blank: Benchmark, read: Callable[[Path, Mapping[str, Any]], Data]
         steps = int(np.clip(-(-len(train) // 1024), *EPOCH_STEPS))
         linear = {"augment": False, "choose_on": "train", "epoch_steps": steps}
         tasks = (
-            Task(protocol="knn", read=read, metric="top-1"),
-            Task(protocol="linear", read=read, metric="top-1", options=linear),
             Task(protocol="logistic", read=read, metric="top-1"),
+            Task(protocol="linear", read=read, metric="top-1", options=linear),
+            Task(protocol="knn", read=read, metric="top-1"),
             Task(protocol="few_shot", read=read, metric="top-1"),
         )
     return replace(

@@ -84,10 +84,9 @@ def console_table(records: Sequence[Record]) -> Table:
     for name in ("dataset", "measure", "value", "95 % interval", "random", "pixels", "verdict"):
         table.add_column(name, justify="left" if name in ("dataset", "measure", "verdict") else "right")
     for record in records:
-        _, protocol, metric, value, _, *beside, _ = _headline(record)
-        unit = _unit(record.probe)
-        low, high = score(record.probe.low, unit).removesuffix(" %"), score(record.probe.high, unit).removesuffix(" %")
-        table.add_row(record.probe.dataset, f"{metric}\n{protocol}", value, f"{low} to {high}", *beside)
+        for row, cells in _headlines(record):
+            _, _, metric, value, interval, *beside, _ = cells
+            table.add_row(record.probe.dataset, f"{metric}\n{row['protocol']}", value, interval.removesuffix(" %"), *beside)
     return table
 
 
@@ -121,7 +120,7 @@ def comma_separated(records: Sequence[Record]) -> str:
 
 def render(records: Sequence[Record], absent: Sequence[str] = ()) -> str:
     """The page."""
-    headlines = [_headline(record) for record in records]
+    headlines = [cells for record in records for _, cells in _headlines(record)]
     summary = html.table(COLUMNS, headlines, numeric=(3, 4, 5, 6)) if records else "<p>Nothing was measured.</p>"
     sections = [("table", "Results", f'<div class="card">{summary}</div>')]
     sections += [(f"d-{record.probe.dataset}", record.title, _section(record)) for record in records]
@@ -217,28 +216,42 @@ def _intervals(record: Record) -> str:
     )
 
 
-def _headline(record: Record) -> list[str]:
-    return next(iter(_rows(record)))
+def _headlines(record: Record) -> list[tuple[dict[str, Any], list[str]]]:
+    """The first row of each protocol, and its cells."""
+    rows = _of(record.content, "rows")
+    first = {str(row.get("protocol")): place for place, row in reversed(list(enumerate(rows)))}
+    cells = list(_rows(record))
+    return [(rows[place], cells[place]) for place in sorted(first.values())]
 
 
 def _rows(record: Record) -> Iterable[list[str]]:
-    """The cells of every row, the headline first and with the verdict."""
+    """The cells of every row; the first of each protocol has a verdict and published numbers beside it."""
     facts = record.content
-    for place, row in enumerate(_of(facts, "rows")):
+    seen: set[str] = set()
+    for row in _of(facts, "rows"):
         unit = str(row.get("unit", "share"))
         title = str(row.get("protocol", ""))
         variant = f" ({row['variant']})" if row.get("variant") else ""
         beside = [_matching(facts, role, row) for role in ROLES]
+        leads = title not in seen
+        seen.add(title)
+        low, high = _shown(row, "low", unit), _shown(row, "high", unit)
         yield [
             record.title,
             f"{title}{variant}",
             str(row.get("metric", "")),
             _shown(row, "value", unit),
-            f"{_shown(row, 'low', unit)} to {_shown(row, 'high', unit)}",
+            f"{low.removesuffix(' %').removesuffix(f' {unit}')} to {high}",
             *(_shown(each, "value", unit) for each in beside),
-            judge(record.probe).short if place == 0 else "",
-            _published(facts, row) if place == 0 else "",
+            judge(_as_probe(record, row)).short if leads else "",
+            _published(facts, row) if leads else "",
         ]
+
+
+def _as_probe(record: Record, row: dict[str, Any]) -> Probe:
+    """A row in the form that verdicts are passed on."""
+    baselines = {role: found for role in ROLES if (found := _matching(record.content, role, row))}
+    return read_probe({**row, "dataset": record.probe.dataset, "baselines": baselines}, Path("0/row.json"))
 
 
 def _published(facts: dict[str, Any], row: dict[str, Any]) -> str:
