@@ -55,8 +55,8 @@ def test_two_classes_carry_the_penalty_scikit_learn_gives_them() -> None:
 def test_more_features_than_rows_and_than_exact_axes_reach_the_same_optimum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dinoreg.eval.logistic.EXACT_AXES", 20)
-    monkeypatch.setattr("dinoreg.eval.logistic.LEADING_AXES", 8)
+    monkeypatch.setattr("dinoreg.eval.rows.EXACT_AXES", 20)
+    monkeypatch.setattr("dinoreg.eval.rows.LEADING_AXES", 8)
     x, y = clusters(40, 70, 3)
     peer = LogisticRegression(C=0.05, tol=1e-9, max_iter=20_000).fit(x.double().numpy(), y.numpy())
     ours = fit_logistic(x, y, 3, 0.05)
@@ -90,19 +90,18 @@ def test_a_class_that_training_never_shows_is_never_predicted() -> None:
     assert torch.isfinite(model.logits(x)).all()
 
 
-def test_rows_in_chunks_give_the_fit_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("held", [True, False])
+def test_rows_in_chunks_give_the_fit_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch, held: bool) -> None:
     x, y = clusters(700, 6, 3)
     whole = fit_logistic(x, y, 3, 0.5)
-    from dinoreg.eval import logistic
-
-    init = logistic._Problem.__init__
-
-    def small_chunks(self: logistic._Problem, *args: object, **kwargs: object) -> None:
-        init(self, *args, **kwargs)  # type: ignore[arg-type]
-        self.rows = 64
-
-    monkeypatch.setattr(logistic._Problem, "__init__", small_chunks)
+    chosen = select_and_fit(x, y, 3, (0.1, 1.0))
+    monkeypatch.setattr("dinoreg.eval.rows.CHUNK_NUMBERS", 1)
+    monkeypatch.setattr("dinoreg.eval.rows.LEAST_ROWS", 64)
+    if not held:  # read again in every evaluation, as when they do not fit in memory
+        monkeypatch.setattr("dinoreg.eval.rows.IN_MEMORY", 0)
     assert fit_logistic(x, y, 3, 0.5).objective == pytest.approx(whole.objective, rel=1e-6)
+    again = select_and_fit(x, y, 3, (0.1, 1.0))
+    assert [each.loss for each in again.path] == pytest.approx([each.loss for each in chosen.path], rel=1e-4)
 
 
 def test_the_chosen_C_is_the_best_on_validation_and_the_refit_uses_every_row() -> None:

@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from dinoreg.errors import UserError
-from dinoreg.eval import binary_logistic
+from dinoreg.eval import rows as feature_rows
 from dinoreg.eval.average_precision import average_precision
 from dinoreg.eval.binary_logistic import BinaryProblem
 from dinoreg.eval.context import Context
@@ -46,8 +46,8 @@ def loss(x: torch.Tensor, y: torch.Tensor, weight: np.ndarray, bias: float, C: f
 @pytest.mark.parametrize("exact", [True, False])
 def test_every_class_reaches_the_optimum_of_scikit_learn(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exact:
-        monkeypatch.setattr(binary_logistic, "EXACT_AXES", 4)
-        monkeypatch.setattr(binary_logistic, "LEADING_AXES", 6)
+        monkeypatch.setattr(feature_rows, "EXACT_AXES", 4)
+        monkeypatch.setattr(feature_rows, "LEADING_AXES", 6)
     x, y = rows(300, 12, 5)
     C = torch.tensor([1e-3, 0.05, 1.0, 40.0, 1e4])
     ours = BinaryProblem([(x, None)], y).solve(C)
@@ -66,8 +66,9 @@ def test_every_class_reaches_the_optimum_of_scikit_learn(exact: bool, monkeypatc
 def test_rows_in_parts_and_chunks_give_the_fit_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = rows(90, 7, 3)
     whole = BinaryProblem([(x, None)], y).solve(torch.ones(3))
-    monkeypatch.setattr(binary_logistic, "CHUNK", 16)
-    monkeypatch.setattr(binary_logistic, "IN_MEMORY", 0)
+    monkeypatch.setattr(feature_rows, "CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(feature_rows, "LEAST_ROWS", 16)
+    monkeypatch.setattr(feature_rows, "IN_MEMORY", 0)
     parts = [(x[:20], None), (torch.cat([x[:5] * 0, x[20:]]), torch.arange(5, 75))]
     split = BinaryProblem(parts, y).solve(torch.ones(3))
     torch.testing.assert_close(split.losses, whole.losses, atol=1e-6, rtol=0)

@@ -7,7 +7,7 @@ class's Hessian is nearly the identity (principal axes of the features, divided 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.eval.lbfgs import flat, minimize
+from dinoreg.eval.rows import CentredRows, Parts
 
-EXACT_AXES, LEADING_AXES = 1024, 256  # all principal axes up to the first, the leading ones of more dimensions
-IN_MEMORY = 1 << 30  # bytes of centred features held; more are read again, chunk by chunk, in every evaluation
-CHUNK = 8192  # rows in flight
 UNSEEN = 50.0  # intercept of a class that every counted row has, or none
-
-Part = tuple[Tensor, Tensor | None]  # features (n, D) and the ascending rows that are meant, or None for all
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,8 @@ class BinaryModels:
 class BinaryProblem:
     """Centred features with their principal axes, shared by every C and every class.
 
-    parts   feature matrices that follow one another; they may be memory-mapped and of any floating type
+    parts   feature matrices that follow one another, each with the ascending rows that are meant, or None for all; they
+            may be memory-mapped and of any floating type
     labels  (n, K) 1 present, 0 absent, -1 not counted for that class
     dtype   of the large products; sums and parameters are float64 either way
 
@@ -56,35 +53,21 @@ class BinaryProblem:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Parts,
         labels: Tensor,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        self.parts, self.dtype = list(parts), dtype
-        self.device = torch.device(device) if device is not None else parts[0][0].device
-        self.n = sum(len(features if index is None else index) for features, index in parts)
-        self.dim = parts[0][0].shape[1]
-        if labels.ndim != 2 or len(labels) != self.n or not self.n:
-            raise ValueError(f"labels of shape {tuple(labels.shape)} for {self.n} rows, expected (n, K)")
+        self.data = CentredRows(parts, dtype, device)
+        if labels.ndim != 2 or len(labels) != self.data.n:
+            raise ValueError(f"labels of shape {tuple(labels.shape)} for {self.data.n} rows, expected (n, K)")
         if not torch.isin(labels, torch.tensor([-1, 0, 1], dtype=labels.dtype)).all():
             raise ValueError("labels must be 1, 0 or -1")
-        self.labels = labels.to(self.device, torch.int8)
+        self.labels = labels.to(self.data.device, torch.int8)
         self.counted = (self.labels >= 0).sum(dim=0).double()
         self.present = (self.labels == 1).sum(dim=0).double()
         self.fitted = (self.present > 0) & (self.present < self.counted)
-        self.mean = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
-        self.x: Tensor | None = None
-        total = torch.zeros_like(self.mean)
-        for _, x in self._chunks():
-            if not torch.isfinite(x).all():
-                raise ValueError("features must be finite")
-            total += x.sum(dim=0, dtype=torch.float64)
-        self.mean = total / self.n
-        if self.n * self.dim * dtype.itemsize <= IN_MEMORY:
-            self.x = torch.cat([x for _, x in self._chunks()])
-        self.axes, self.power, self.rest = self._principal_axes()
 
     def solve(
         self,
@@ -105,24 +88,22 @@ class BinaryProblem:
             raise ValueError("every class needs a C above 0")
         weight, bias, losses = self._start(init)
         wanted = torch.arange(len(C)) if classes is None else classes.cpu()
-        which = wanted[self.fitted.cpu()[wanted]].to(self.device)
+        which = wanted[self.fitted.cpu()[wanted]].to(self.data.device)
         if not len(which):
             return self._models(weight, bias, losses, 0, True)
         rows = self.counted[which]
         ridge = 1.0 / (C.to(self.counted)[which] * rows)
-        a, b = weight[which].mT.contiguous(), bias[which] + weight[which] @ self.mean  # (D, k), (k,) over centred rows
-        spread = self._spread(a, b, which)  # with it, the Hessian along axis i is about spread * power + ridge
-        along = (torch.outer(self.power, spread) + ridge).sqrt()  # (r, k)
-        across = (self.rest * spread + ridge).sqrt()  # (k,) off the axes
+        # Over centred rows: (D, k) and (k,).
+        a, b = weight[which].mT.contiguous(), bias[which] + weight[which] @ self.data.mean
+        spread = self._spread(a, b, which)
+        along, across = self.data.curvature(spread, ridge)
         level = spread.clamp(min=1e-12).sqrt()  # (k,) for the intercept
         width = len(which)
 
-        def apply(a: Tensor, along: Tensor, across: Tensor) -> Tensor:
-            """Multiply a (D, k) by `along` on the axes and by `across` off them; symmetric."""
-            return a * across + self.axes @ ((along - across) * (self.axes.mT @ a))
+        apply = self.data.stretch
 
         def unpack(v: Tensor) -> tuple[Tensor, Tensor]:
-            return apply(v[: -width or None].view(self.dim, width), 1 / along, 1 / across), v[-width:] / level
+            return apply(v[: -width or None].view(self.data.dim, width), 1 / along, 1 / across), v[-width:] / level
 
         def penalised(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             value, grad_a, grad_b = self._mean_loss(a, b, which)
@@ -135,54 +116,14 @@ class BinaryProblem:
         end = minimize(objective, flat(apply(a, along, across), b * level), tolerance, max_steps)
         a, b = unpack(end.x)
         losses[which] = penalised(a, b)[0]
-        weight[which], bias[which] = a.mT, b - a.mT @ self.mean
+        weight[which], bias[which] = a.mT, b - a.mT @ self.data.mean
         return self._models(weight, bias, losses, end.steps, end.converged)
-
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first row, a chunk of centred rows (m, D)); raw ones while the mean is still 0."""
-        if self.x is not None:
-            for start in range(0, self.n, CHUNK):
-                yield start, self.x[start : start + CHUNK]
-            return
-        mean, first = self.mean.to(self.dtype), 0
-        for features, index in self.parts:
-            count = len(features if index is None else index)
-            for start in range(0, count, CHUNK):
-                stop = min(start + CHUNK, count)
-                raw = features[start:stop] if index is None else features[index[start:stop]]
-                yield first + start, raw.to(self.device, self.dtype) - mean
-            first += count
-
-    def _sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        total: Tensor | None = None
-        for _, x in self._chunks():
-            value = function(x).double()
-            total = value if total is None else total + value
-        assert total is not None
-        return total
-
-    def _principal_axes(self) -> tuple[Tensor, Tensor, float]:
-        """Directions of most variance (D, r), the variance along each (r,), the mean of it off them."""
-        if self.dim <= EXACT_AXES:
-            power, axes = torch.linalg.eigh(self._sum(lambda x: x.mT @ x) / self.n)
-            return axes, power.clamp(min=0), 0.0
-        generator = torch.Generator().manual_seed(0)
-        block = torch.randn(self.dim, min(LEADING_AXES, self.n), generator=generator).to(self.device, self.dtype)
-        for _ in range(4):  # subspace iteration
-            turned = self._sum(lambda x, block=block: x.mT @ (x @ block))  # type: ignore[misc]
-            block = torch.linalg.qr(turned).Q.to(self.dtype)
-        axes = torch.linalg.qr(block.double()).Q
-        outer = self._sum(lambda x: (x @ axes.to(x)).double().mT @ (x @ axes.to(x)).double())
-        power, rotation = torch.linalg.eigh(outer / self.n)
-        total = float(self._sum(lambda x: x.square().sum(dtype=torch.float64))) / self.n
-        rest = max(total - float(power.sum()), 0.0) / max(self.dim - len(power), 1)
-        return axes @ rotation, power.clamp(min=0), rest
 
     def _logits(self, a: Tensor, b: Tensor, which: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Chunks of rows (m, D), of their labels (m, k) and logits (m, k)."""
-        for start, x in self._chunks():
+        for start, x in self.data.chunks():
             labels = self.labels[start : start + len(x)][:, which]
-            yield x, labels, torch.addmm(b.to(self.dtype), x, a.to(self.dtype))
+            yield x, labels, torch.addmm(b.to(self.data.dtype), x, a.to(self.data.dtype))
 
     def _mean_loss(self, a: Tensor, b: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each class's mean loss over its counted rows (k,), and its gradients (D, k) and (k,)."""
@@ -207,10 +148,10 @@ class BinaryProblem:
     def _start(self, init: BinaryModels | None) -> tuple[Tensor, Tensor, Tensor]:
         """Weights (K, D), biases and losses (K,) to start from, over raw features."""
         if init is not None:
-            return tuple(each.to(self.mean) * 1.0 for each in (init.weight, init.bias, init.losses))  # type: ignore
+            return tuple(each.to(self.data.mean) * 1.0 for each in (init.weight, init.bias, init.losses))  # type: ignore
         odds = (self.present / (self.counted - self.present)).log()
         bias = torch.nan_to_num(odds, nan=-UNSEEN, posinf=UNSEEN, neginf=-UNSEEN)
-        return self.mean.new_zeros(len(bias), self.dim), bias, torch.zeros_like(bias)
+        return self.data.mean.new_zeros(len(bias), self.data.dim), bias, torch.zeros_like(bias)
 
     def _models(self, weight: Tensor, bias: Tensor, losses: Tensor, steps: int, converged: bool) -> BinaryModels:
         return BinaryModels(weight.cpu(), bias.cpu(), losses.cpu(), self.fitted.cpu(), steps, converged)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dinoreg.eval.lbfgs import flat, minimize
+from dinoreg.eval.rows import CentredRows, Parts, Rows
 
 REFERENCE_CS: tuple[float, ...] = tuple(10.0 ** np.linspace(-6, 5, 45))  # DINOv2's grid
-EXACT_AXES, LEADING_AXES = 1024, 256  # all principal axes up to the first, the leading ones of more dimensions
-IN_MEMORY = 1 << 30  # bytes of centred features held; more are read again, chunk by chunk, in every evaluation
+LOGITS = 1 << 21  # logits in flight: 8 MB
 UNSEEN = -50.0  # added to the lowest intercept for a class that training rows never show
 
 
@@ -126,12 +126,12 @@ def select_and_fit(
         held_out = balanced_split(labels, validation_share, seed)
         if held_out.all() or not held_out.any():
             raise ValueError(f"{len(labels)} labelled rows are too few to hold out {validation_share:.0%} of them")
-        parts: list[tuple[Tensor, Tensor | None]] = [(features, (~held_out).nonzero()[:, 0])]
+        parts: Parts = [(features, (~held_out).nonzero()[:, 0])]
         fit_labels = labels[~held_out]
-        held_rows, held_labels = _Rows([(features, held_out.nonzero()[:, 0])]), labels[held_out]
+        held_rows, held_labels = Rows([(features, held_out.nonzero()[:, 0])]), labels[held_out]
     else:
         parts, fit_labels = [(features, None)], labels
-        held_rows = _Rows([(validation[0], None)])
+        held_rows = Rows([(validation[0], None)])
         held_labels = _labels(validation[1], len(validation[0]), num_classes)
 
     options: dict[str, Any] = {"standardize": standardize, "dtype": dtype, "device": device}
@@ -142,7 +142,7 @@ def select_and_fit(
     model: LogisticModel | None = None
     for C in sorted(Cs):
         model = problem.solve(C, model, tolerance, max_steps)
-        accuracy, loss = _validate(model, held_rows, held_labels, problem.device)
+        accuracy, loss = _validate(model, held_rows, held_labels, problem.data.device)
         candidate = Candidate(C=float(C), accuracy=accuracy, loss=loss, steps=model.steps)
         path.append(candidate)
         better = best is None or (candidate.accuracy, -candidate.loss) > (best[0].accuracy, -best[0].loss)
@@ -163,7 +163,7 @@ def select_and_fit(
     return Selection(final, chosen.C, tuple(path), time.perf_counter() - started)
 
 
-def _validate(model: LogisticModel, rows: _Rows, labels: Tensor, device: torch.device) -> tuple[float, float]:
+def _validate(model: LogisticModel, rows: Rows, labels: Tensor, device: torch.device) -> tuple[float, float]:
     """(accuracy, mean loss) on held-out rows."""
     correct, total = 0, 0.0
     for start, x in rows.chunks(4096):
@@ -200,30 +200,6 @@ def _labels(labels: ArrayLike | Tensor, rows: int, num_classes: int) -> Tensor:
     return values.long()
 
 
-class _Rows:
-    """Rows of one or several feature matrices in a row, each whole or by an ascending index; nothing is copied."""
-
-    def __init__(self, parts: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        for features, _ in parts:
-            if features.ndim != 2 or features.shape[1] != parts[0][0].shape[1]:
-                raise ValueError(f"features must be of shape (n, D), got {tuple(features.shape)}")
-        self.parts = list(parts)
-        self.dim = parts[0][0].shape[1]
-
-    def __len__(self) -> int:
-        return sum(len(features) if index is None else len(index) for features, index in self.parts)
-
-    def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first row, at most `size` rows as they are stored)."""
-        first = 0
-        for features, index in self.parts:
-            count = len(features) if index is None else len(index)
-            for start in range(0, count, size):
-                stop = min(start + size, count)
-                yield first + start, features[start:stop] if index is None else features[index[start:stop]]
-            first += count
-
-
 class _Problem:
     """Centred features on the device with their principal directions, shared by every C of a path.
 
@@ -232,7 +208,7 @@ class _Problem:
 
     def __init__(
         self,
-        parts: Sequence[tuple[Tensor, Tensor | None]],
+        parts: Parts,
         labels: ArrayLike | Tensor,
         num_classes: int,
         *,
@@ -240,95 +216,27 @@ class _Problem:
         dtype: torch.dtype,
         device: torch.device | str | None,
     ) -> None:
-        self.source = _Rows(parts)
-        self.n, self.dim = len(self.source), self.source.dim
-        self.device = torch.device(device) if device is not None else parts[0][0].device
-        self.dtype = dtype
-        all_labels = _labels(labels, self.n, num_classes)
+        self.data = CentredRows(parts, dtype, device, standardize)
+        all_labels = _labels(labels, self.data.n, num_classes)
         # A class without rows would send its free intercept to minus infinity; it is put back in `_model`.
         self.classes, compact = all_labels.unique(return_inverse=True)
         self.num_classes = num_classes
         self.penalty = 2.0 if num_classes == 2 else 1.0  # scikit-learn penalises one vector for two classes
-        self.labels = compact.to(self.device)
-        self.rows = max(256, 2**21 // max(len(self.classes), 1))  # rows in flight: 8 MB of logits
-        self.x: Tensor | None = None
-        self.mean = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
-        self.scale = torch.ones_like(self.mean)
-        for _, raw in self.source.chunks(8192):
-            x = raw.to(self.device, dtype)
-            if not torch.isfinite(x).all():
-                raise ValueError(
-                    f"features must be finite and of shape (n, D), got {self.n} rows with a NaN or infinity"
-                )
-            self.mean += x.sum(dim=0, dtype=torch.float64) / self.n
-        if standardize:
-            power = torch.zeros_like(self.mean)
-            for _, x in self._chunks(8192):
-                power += x.double().square().sum(dim=0) / self.n
-            self.scale = torch.where(power.sqrt() > 1e-12 * (1 + self.mean.abs()), power.sqrt(), self.scale)
-        if self.n * self.dim * dtype.itemsize <= IN_MEMORY:
-            self.x = torch.cat([x for _, x in self._chunks(8192)])
-        self.axes, self.power, self.rest = self._principal_axes()
-
-    def _chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first row, at most `size` centred and scaled rows (m, D))."""
-        if self.x is not None:
-            for start in range(0, self.n, size):
-                yield start, self.x[start : start + size]
-            return
-        mean, scale = self.mean.to(self.dtype), self.scale.to(self.dtype)
-        for start, raw in self.source.chunks(size):
-            yield start, (raw.to(self.device, self.dtype) - mean) / scale
-
-    def _principal_axes(self) -> tuple[Tensor, Tensor, float]:
-        """Orthonormal directions of most variance (D, r), the variance along each (r,), the mean of it off them.
-
-        All D directions when that is cheap, else the leading ones by subspace iteration.
-        """
-        if self.dim <= EXACT_AXES:
-            covariance = self._sum(lambda x: x.mT @ x) / self.n
-            power, axes = torch.linalg.eigh(covariance)
-            return axes, power.clamp(min=0), 0.0
-        generator = torch.Generator().manual_seed(0)
-        block = torch.randn(self.dim, min(LEADING_AXES, self.n), generator=generator).to(self.device, self.dtype)
-        for _ in range(4):
-            turned = self._sum(lambda x, block=block: x.mT @ (x @ block))  # type: ignore[misc]
-            block = torch.linalg.qr(turned).Q.to(self.dtype)
-        axes = torch.linalg.qr(block.double()).Q
-
-        def outer(x: Tensor) -> Tensor:
-            projected = (x @ axes.to(x)).double()
-            return projected.mT @ projected
-
-        power, rotation = torch.linalg.eigh(self._sum(outer) / self.n)
-        total = float(self._sum(lambda x: x.square().sum(dtype=torch.float64))) / self.n
-        rest = max(total - float(power.sum()), 0.0) / max(self.dim - len(power), 1)
-        return axes @ rotation, power.clamp(min=0), rest
-
-    def _sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """The float64 sum of a function over chunks of rows."""
-        total: Tensor | None = None
-        for _, x in self._chunks(65_536 if self.x is not None else 8192):
-            value = function(x).double()
-            total = value if total is None else total + value
-        assert total is not None
-        return total
+        self.labels = compact.to(self.data.device)
+        self.rows = max(256, LOGITS // max(len(self.classes), 1))  # rows in flight
 
     def solve(self, C: float, init: LogisticModel | None, tolerance: float, max_steps: int) -> LogisticModel:
         if C <= 0:
             raise ValueError(f"C must be above 0, got {C}")
-        n, dim = self.n, self.dim
+        n, dim = self.data.n, self.data.dim
         width = len(self.classes)
         weight, bias = self._start(init)
         ridge = self.penalty / (C * n)  # the objective over C n: mean loss + ||A||² ridge / 2
-        spread = self._spread(weight, bias)  # (K,) mean p(1-p): with it, the Hessian along axis i is about
-        along = (torch.outer(self.power, spread) + ridge).sqrt()  # spread * power + ridge, (r, K)
-        across = (self.rest * spread + ridge).sqrt()  # and this off the axes, (K,)
+        spread = self._spread(weight, bias)  # (K,) mean p(1-p)
+        along, across = self.data.curvature(spread, ridge)
         level = spread.clamp(min=1e-12).sqrt()  # (K,) for the intercept
 
-        def apply(a: Tensor, along: Tensor, across: Tensor) -> Tensor:
-            """Multiply a (D, K) by `along` on the axes and by `across` off them; symmetric."""
-            return a * across + self.axes @ ((along - across) * (self.axes.mT @ a))
+        apply = self.data.stretch
 
         def unpack(v: Tensor) -> tuple[Tensor, Tensor]:
             return apply(v[: dim * width].view(dim, width), 1 / along, 1 / across), v[dim * width :] / level
@@ -354,7 +262,7 @@ class _Problem:
             error.scatter_add_(1, labels, error.new_full((1, 1), -1.0).expand_as(labels))
             grad_w += (x.mT @ error).double()
             grad_b += error.sum(dim=0, dtype=torch.float64)
-        n = self.n
+        n = self.data.n
         return float(total) / n, grad_w / n, grad_b / n
 
     def _spread(self, weight: Tensor, bias: Tensor) -> Tensor:
@@ -363,27 +271,27 @@ class _Problem:
         for _, _, logits in self._logits(weight, bias):
             p = logits.softmax(dim=1)
             total += (p * (1 - p)).sum(dim=0, dtype=torch.float64)
-        return total / self.n
+        return total / self.data.n
 
     def _logits(self, weight: Tensor, bias: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Chunks of rows (m, D), their labels (m, 1) and logits (m, K)."""
-        w, b = weight.to(self.dtype), bias.to(self.dtype)
-        for start, x in self._chunks(self.rows):
+        w, b = weight.to(self.data.dtype), bias.to(self.data.dtype)
+        for start, x in self.data.chunks(self.rows):
             yield x, self.labels[start : start + len(x), None], torch.addmm(b, x, w)
 
     def _start(self, init: LogisticModel | None) -> tuple[Tensor, Tensor]:
         """A (D, K) and b (K,) float64 of a given model here, or zeros and the class frequencies."""
         if init is None:
             counts = torch.bincount(self.labels, minlength=len(self.classes)).double()
-            return self.mean.new_zeros(len(self.mean), len(self.classes)), (counts / counts.sum()).log()
-        weight = init.weight[self.classes].to(self.mean)  # (K, D) over raw features
-        bias = init.bias[self.classes].to(self.mean) + weight @ self.mean
-        return (weight * self.scale).mT.contiguous(), bias - bias.mean()
+            return self.data.mean.new_zeros(len(self.data.mean), len(self.classes)), (counts / counts.sum()).log()
+        weight = init.weight[self.classes].to(self.data.mean)  # (K, D) over raw features
+        bias = init.bias[self.classes].to(self.data.mean) + weight @ self.data.mean
+        return (weight * self.data.scale).mT.contiguous(), bias - bias.mean()
 
     def _model(self, a: Tensor, b: Tensor, C: float, objective: float, steps: int, converged: bool) -> LogisticModel:
-        rows = a.mT / self.scale  # (K seen, D)
-        bias = b - rows @ self.mean
-        weight = torch.zeros(self.num_classes, len(self.mean), dtype=torch.float64)
+        rows = a.mT / self.data.scale  # (K seen, D)
+        bias = b - rows @ self.data.mean
+        weight = torch.zeros(self.num_classes, len(self.data.mean), dtype=torch.float64)
         intercept = torch.full((self.num_classes,), float(bias.min()) + UNSEEN, dtype=torch.float64)
         weight[self.classes], intercept[self.classes] = rows.cpu(), bias.cpu()
         return LogisticModel(weight.float(), intercept.float(), float(C), objective, steps, converged)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinoreg.errors import UserError
 from dinoreg.eval.average_precision import Curve, Ranking, average_precision
-from dinoreg.eval.binary_logistic import BinaryModels, BinaryProblem, Part
+from dinoreg.eval.binary_logistic import BinaryModels, BinaryProblem
 from dinoreg.eval.classification import caption
 from dinoreg.eval.context import Context
 from dinoreg.eval.data import Data, MultiLabelled
@@ -29,6 +29,7 @@ from dinoreg.eval.images import CentreCrop, read_rgb
 from dinoreg.eval.metrics import bootstrap_statistic
 from dinoreg.eval.options import EvalOptions
 from dinoreg.eval.result import Row
+from dinoreg.eval.rows import Parts
 
 METRICS = {"11-point mAP": "11", "all-points mAP": "all"}
 SCORES_AT_ONCE = 4096  # rows
@@ -96,7 +97,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         variant=data.variant,
         chosen_on="the official validation split" if "val" in splits else share,
         seeds=(context.seed,),
-        n_train=problem.n,
+        n_train=problem.data.n,
         n_test=len(test),
         settings=settings,
         note=_note(problem.fitted.cpu().numpy(), test.labels, names),
@@ -107,8 +108,8 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
 
 
 def choose(
-    fit: tuple[Sequence[Part], Tensor],
-    held: tuple[Sequence[Part], Tensor],
+    fit: tuple[Parts, Tensor],
+    held: tuple[Parts, Tensor],
     Cs: np.ndarray,
     *,
     patience: int | None,
@@ -217,7 +218,7 @@ def _split(data: Data, name: str) -> MultiLabelled:
     return split
 
 
-Side = tuple[list[Part], Tensor]
+Side = tuple[Parts, Tensor]
 
 
 def _parts(features: dict[str, Tensor], labels: dict[str, Tensor], share: float, seed: int) -> tuple[Side, Side, Side]:
@@ -225,7 +226,7 @@ def _parts(features: dict[str, Tensor], labels: dict[str, Tensor], share: float,
     if "val" in features:
         official: list[Side] = [([(features[name], None)], labels[name]) for name in ("train", "val")]
         (x, y), (held_x, held_y) = official
-        return official[0], official[1], (x + held_x, torch.cat([y, held_y]))
+        return official[0], official[1], ([*x, *held_x], torch.cat([y, held_y]))
     count = len(labels["train"])
     if count < 2:
         raise UserError(f"{count} labelled image is too few to hold out some of them")
@@ -236,7 +237,7 @@ def _parts(features: dict[str, Tensor], labels: dict[str, Tensor], share: float,
     return sides[0], sides[1], ([(features["train"], None)], labels["train"])
 
 
-def _scores(models: BinaryModels, parts: Sequence[Part], device: torch.device | str) -> np.ndarray:
+def _scores(models: BinaryModels, parts: Parts, device: torch.device | str) -> np.ndarray:
     """Logits (n, K) float32 of features that may be memory-mapped."""
     found = []
     for features, index in parts:

@@ -86,7 +86,8 @@ def console_table(records: Sequence[Record]) -> Table:
     for record in records:
         for row, cells in _headlines(record):
             _, _, metric, value, interval, *beside, _ = cells
-            table.add_row(record.probe.dataset, f"{metric}\n{row['protocol']}", value, interval.removesuffix(" %"), *beside)
+            measure = f"{metric}\n{row['protocol']}"
+            table.add_row(record.probe.dataset, measure, value, interval.removesuffix(" %"), *beside)
     return table
 
 
