@@ -186,13 +186,16 @@ def _tiles(record: Record, top: dict[str, Any]) -> str:
     hours = f"{number(seconds) / 3600:.2f} h" if is_number(seconds) else ""
     weights = facts.get("weights") if isinstance(facts.get("weights"), dict) else {}
     assert isinstance(weights, dict)
+    settings = top.get("settings")
+    square = isinstance(settings, dict) and "image_size" in settings
+    size = f"{facts.get('image_size', '')} px" if square else "the images' own sizes"
     return html.facts(
         [
             ("task", str(facts.get("task", "")), str(top.get("variant", ""))),
             (probe.metric, score(probe.value, _unit(probe)), str(top.get("protocol", ""))),
             ("images", f"{top.get('n_test', 0):,}", f"tested; {top.get('n_train', 0):,} learnt from"),
             ("weights", str(weights.get("name", "")), str(weights.get("identity", ""))),
-            ("input", f"{facts.get('image_size', '')} px", str(facts.get("precision", ""))),
+            ("input", size, str(facts.get("precision", ""))),
             ("time", hours, f"seed {facts.get('seed', '')}, {facts.get('date', '')}"),
         ]
     )
