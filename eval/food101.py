@@ -17,14 +17,11 @@ import numpy as np
 from dinoreg.cli import script
 from dinoreg.errors import UserError
 from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Published, Task
+from dinoreg.eval.declare import Benchmark, Need, Task
+from dinoreg.eval.published import fine_grained
 from dinoreg.eval.reading import lines, missing, numbered, paths_source
 
 NAME, ARCHIVE = "food101", "food-101.tar.gz"
-REG, D2 = "DINOv2 with registers, arXiv 2309.16588v2, Table 1", "DINOv2, arXiv 2304.07193v2, Table 8"
-D3 = "DINOv3, arXiv 2508.10104, Table 22"
-ONE_TOKEN = "no registers; called accuracy"
-DISTILLED = "no registers, distilled from ViT-g on LVD-142M; called accuracy"
 
 
 def read(folder: Path, options: Mapping[str, Any]) -> Data:
@@ -89,16 +86,7 @@ BENCHMARK = Benchmark(
             read=read,
             metric="top-1",
             counts={"train": 75_750, "test": 25_250},
-            published=(
-                Published("DINOv2 ViT-g/14, class token", 94.7, REG, ONE_TOKEN),
-                Published("DINOv2 ViT-g/14, a normal patch", 74.2, REG, f"{ONE_TOKEN}; a patch token"),
-                Published("DINOv2 ViT-g/14, an outlier patch", 93.5, REG, f"{ONE_TOKEN}; a patch token"),
-                Published("DINOv2 ViT-S/14 (distilled)", 89.1, D2, DISTILLED),
-                Published("DINOv2 ViT-B/14 (distilled)", 92.8, D2, DISTILLED),
-                Published("DINOv2 ViT-L/14 (distilled)", 94.3, D2, DISTILLED),
-                Published("DINOv2 ViT-g/14", 94.7, D2, "no registers; called accuracy"),
-                Published("DINOv2 ViT-g/14", 95.6, D3, "448 px"),
-            ),
+            published=fine_grained((89.1, 92.8, 94.3, 94.7), 95.6, (94.7, 74.2, 93.5)),
             options={"validation_share": 0.1},  # 7,575 of 75,750
         ),
         Task(protocol="knn", read=read, metric="top-1", counts={"train": 75_750, "test": 25_250}),

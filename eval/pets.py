@@ -17,15 +17,12 @@ import numpy as np
 from dinoreg.cli import script
 from dinoreg.errors import UserError
 from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Published, Task
+from dinoreg.eval.declare import Benchmark, Need, Task
+from dinoreg.eval.published import fine_grained
 from dinoreg.eval.reading import lines, paths_source, whole_number
 
 NAME, ARCHIVE = "pets", "annotations.tar.gz"
 CLASSES = 37
-REG, D2 = "DINOv2 with registers, arXiv 2309.16588v2, Table 1", "DINOv2, arXiv 2304.07193v2, Table 8"
-D3 = "DINOv3, arXiv 2508.10104, Table 22"
-UNCLEAR = "called accuracy: top-1 or mean per class is not stated"
-DISTILLED = f"no registers, distilled from ViT-g on LVD-142M; {UNCLEAR}"
 COUNTS = {"train": 3680, "test": 3669}
 
 
@@ -83,16 +80,7 @@ BENCHMARK = Benchmark(
             read=read,
             metric="mean per class",
             counts=COUNTS,
-            published=(
-                Published("DINOv2 ViT-g/14, class token", 96.9, REG, f"no registers; {UNCLEAR}"),
-                Published("DINOv2 ViT-g/14, a normal patch", 47.8, REG, f"a patch token, no registers; {UNCLEAR}"),
-                Published("DINOv2 ViT-g/14, an outlier patch", 94.1, REG, f"a patch token, no registers; {UNCLEAR}"),
-                Published("DINOv2 ViT-S/14 (distilled)", 95.1, D2, DISTILLED),
-                Published("DINOv2 ViT-B/14 (distilled)", 96.2, D2, DISTILLED),
-                Published("DINOv2 ViT-L/14 (distilled)", 96.6, D2, DISTILLED),
-                Published("DINOv2 ViT-g/14", 96.7, D2, f"no registers; {UNCLEAR}"),
-                Published("DINOv2 ViT-g/14", 96.8, D3, f"448 px; {UNCLEAR}"),
-            ),
+            published=fine_grained((95.1, 96.2, 96.6, 96.7), 96.8, (96.9, 47.8, 94.1)),
             options={"validation_share": 740 / 3680},
         ),
         Task(protocol="knn", read=read, metric="mean per class", counts=COUNTS),

@@ -17,15 +17,13 @@ import numpy as np
 from dinoreg.cli import script
 from dinoreg.errors import UserError
 from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Option, Published, Task
+from dinoreg.eval.declare import Benchmark, Need, Option, Task
+from dinoreg.eval.published import fine_grained
 from dinoreg.eval.reading import lines, missing, numbered, paths_source
 
 NAME, ARCHIVE, PARTITIONS = "sun397", "SUN397.tar.gz", "Partitions.zip"
 SPLITS = 10
 PLACES = ("", "..", "Partitions", "../Partitions")  # of the lists, from the dataset's folder
-REG, D2 = "DINOv2 with registers, arXiv 2309.16588v2, Table 1", "DINOv2, arXiv 2304.07193v2, Table 8"
-D3 = "DINOv3, arXiv 2508.10104, Table 22"
-DISTILLED = "no registers, distilled from ViT-g on LVD-142M, which drew on this training split"
 COUNTS = {"train": 19_850, "test": 19_850}
 
 
@@ -82,15 +80,8 @@ BENCHMARK = Benchmark(
             read=read,
             metric="top-1",
             counts=COUNTS,
-            published=(
-                Published("DINOv2 ViT-g/14, class token", 78.6, REG, "no registers"),
-                Published("DINOv2 ViT-g/14, a normal patch", 37.7, REG, "no registers; a patch token"),
-                Published("DINOv2 ViT-g/14, an outlier patch", 78.5, REG, "no registers; a patch token"),
-                Published("DINOv2 ViT-S/14 (distilled)", 74.4, D2, DISTILLED),
-                Published("DINOv2 ViT-B/14 (distilled)", 77.3, D2, DISTILLED),
-                Published("DINOv2 ViT-L/14 (distilled)", 78.7, D2, DISTILLED),
-                Published("DINOv2 ViT-g/14", 78.7, D2, "no registers; its data drew on this training split"),
-                Published("DINOv2 ViT-g/14", 78.9, D3, "448 px"),
+            published=fine_grained(
+                (74.4, 77.3, 78.7, 78.7), 78.9, (78.6, 37.7, 78.5), "DINOv2's data drew on this training split"
             ),
             options={"validation_share": 0.2},  # 3,970 of 19,850
         ),
