@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
     from dinoreg.models.zoo import load
 
 __version__ = "0.1.0"
-__all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "load", "pretrain"]
+__all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
@@ -57,6 +58,8 @@ def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "export":  # a package that is called like a function, see dinoreg/export/__init__.py
+        return importlib.import_module("dinoreg.export")
     if name not in _WHERE:
         raise AttributeError(f"module 'dinoreg' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)
@@ -65,4 +68,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *_WHERE, "export"})

@@ -95,6 +95,20 @@ def _eval(arguments: list[str]) -> None:
         evaluate_command([names] if Path(names).exists() else names.split(","), request)
 
 
+def _registers(arguments: list[str]) -> None:
+    values = _keys("registers", arguments, positional=0)[1]
+    for key, need in (("weights", "run folders, weight files or model names"), ("images", "a folder, a list, scenes")):
+        if not values.get(key):
+            raise UserError(f"registers: missing {key}=, {need}; see dinoreg registers --help")
+    weights = values.pop("weights")
+    from dinoreg.registers import Request, report_registers
+
+    names = (weights,) if Path(weights).exists() else tuple(weights.split(","))
+    request = Request(names, **{key: value for key, value in values.items() if value is not None})
+    with _running(None):
+        report_registers(request)
+
+
 def _report(arguments: list[str]) -> None:
     runs, values = _keys("report", arguments, positional=None)
     if not runs:
@@ -106,6 +120,71 @@ def _report(arguments: list[str]) -> None:
         out = Path(values["out"]) if values.get("out") else None
         single = len(folders) == 1 and out is None
         print(f"report: {write_report(folders[0]) if single else compare_report(folders, out)}")
+
+
+def _view(arguments: list[str]) -> None:
+    from dinoreg.keys import nearest
+
+    if not arguments or _is_key_value(arguments[0]):
+        raise UserError(f"view: missing what to view; expected {', '.join(VIEW_KEYS)}")
+    kind, *rest = arguments
+    if kind not in VIEW_KEYS:
+        raise UserError(f"view: {kind}: unknown view{nearest(kind, VIEW_KEYS)}; expected {', '.join(VIEW_KEYS)}")
+    if kind == "crops":
+        _view_crops(rest)
+        return
+    values = _keys("view", rest, positional=0)[1]
+    for key in values:
+        if key not in VIEW_KEYS[kind]:
+            raise UserError(f"{key}: no key of dinoreg view {kind}; accepted: {', '.join(VIEW_KEYS[kind])}")
+    if values.get("weights") is None:
+        raise UserError(f"view {kind}: weights= is missing: a run folder, a weight file, or a model's name")
+    with _running(None):
+        import importlib
+
+        module = importlib.import_module(f"dinoreg.view.{kind}")
+        print(f"view: {getattr(module, f'view_{kind}')(**values)}")
+
+
+def _view_crops(arguments: list[str]) -> None:
+    own = [each for each in arguments if _is_key_value(each) and each.partition("=")[0] in VIEW_KEYS["crops"]]
+    rest = [each for each in arguments if each not in own]
+    if not rest or _is_key_value(rest[0]):
+        raise UserError("view crops: missing CONFIG, a name in configs/, a YAML file or a run folder")
+    config, *overrides = rest
+    stray = [argument for argument in overrides if "=" not in argument]
+    if stray:
+        raise UserError(f"view crops: {stray[0]}: expected key=value")
+    values = _keys("view", own, positional=0)[1]
+    with _running(None):
+        from dinoreg.view.crops import view_crops
+
+        print(f"view: {view_crops(config, overrides, **values)}")
+
+
+def _export(arguments: list[str]) -> None:
+    values = _keys("export", arguments, positional=0)[1]
+    for key, need in (
+        ("weights", "a run folder, a weight file or a model name"),
+        ("format", "timm, transformers, meta, safetensors or onnx"),
+        ("out", "the folder to write"),
+    ):
+        if values.get(key) is None:
+            raise UserError(f"export: missing {key}=, {need}; see dinoreg export --help")
+    with _running(None):
+        from dinoreg.export.certificate import summary
+        from dinoreg.export.run import export, read_certificate
+
+        folder = export(**values)
+        print(f"certificate: {summary(read_certificate(folder))}\nexport: {folder}")
+
+
+def _embed(arguments: list[str]) -> None:
+    from dinoreg.embed import embed, read_options
+
+    options = read_options(arguments)
+    with _running(None):
+        print(f"features: {embed(options)}")
 
 
 def _inspect(arguments: list[str]) -> None:
@@ -129,6 +208,14 @@ def _doctor(arguments: list[str]) -> None:
 
 
 _OUT = Key("out", str | None, "none", "folder to write to")
+# The views of `dinoreg view`, and the keys of each.
+_MODEL_KEYS = ("weights", "images", "out", "num", "size", "device")
+VIEW_KEYS: dict[str, tuple[str, ...]] = {
+    "attention": (*_MODEL_KEYS, "layer", "head"),
+    "pca": (*_MODEL_KEYS, "layer", "foreground", "basis"),
+    "norms": _MODEL_KEYS,
+    "crops": ("out", "num"),
+}
 VERBS: dict[str, Verb] = {
     "quickstart": Verb(
         "quickstart [out=FOLDER] [seed=0] [overwrite=false]",
@@ -154,6 +241,22 @@ VERBS: dict[str, Verb] = {
         "your own.\nA dataset's own options are written NAME.KEY=VALUE; dinoreg eval --list shows all datasets.",
         flags=("--list",),
     ),
+    "registers": Verb(
+        "registers weights=W[,W2…] images=FOLDER [out=FOLDER] [key=value …]",
+        "look for artifact tokens, and at what registers do and hold; several models side by side",
+        _registers,
+        (
+            Key("weights", str | None, "none", "run folders, weight files or model names, with commas between"),
+            Key("images", str | None, "none", "a folder (one subfolder a class adds probes), a list of paths, scenes"),
+            Key("out", str | None, "none", "folder for registers.html; none: runs/registers/NAMES"),
+            Key("size", int | None, "none", "pixels a side; none: the first model's own, enlarged where it is small"),
+            Key("num_images", int, "300", "images at most, from all over the source"),
+            Key("labels", bool, "true", "whether the subfolders of `images` are classes"),
+            Key("test_time", bool, "true", "try a test-time register on models that have outliers and no registers"),
+            Key("seed", int, "0", "of the probes' split, of patches drawn and of noise"),
+            Key("device", str, "auto", "auto, cpu, cuda[:N] or mps"),
+        ),
+    ),
     "report": Verb(
         "report RUN… [out=FILE]",
         "write the report of a run, or compare several",
@@ -166,6 +269,23 @@ VERBS: dict[str, Verb] = {
                 "the HTML file; none: report.html, in the run's folder if it is one run",
             ),
         ),
+    ),
+    "export": Verb(
+        "export weights=… format=timm|transformers|meta|safetensors|onnx out=FOLDER [size=…]",
+        "write a backbone for another library, with a certificate that it computes the same there, and a model card",
+        _export,
+        (
+            Key("weights", str | None, "none", "a run folder, a weight file (ours or others'), or a model name"),
+            Key("format", str | None, "none", "timm, transformers, meta (torch.hub), safetensors or onnx"),
+            Key("out", str | None, "none", "folder to write; new or empty"),
+            Key(
+                "size",
+                int | tuple[int, int] | None,
+                "none",
+                "pixels, or [height,width]: positions are resampled to it first; onnx then takes no other size",
+            ),
+        ),
+        details="Exit code 1 and nothing written when the other library differs from the source above the bound.",
     ),
     "inspect": Verb(
         "inspect data=FOLDER [sample=1000]",
@@ -180,6 +300,40 @@ VERBS: dict[str, Verb] = {
             ),
             Key("sample", int, "1000", "images that are opened and decoded"),
         ),
+    ),
+    "embed": Verb(
+        "embed data=FOLDER weights=… out=FILE.safetensors|FILE.parquet [key=value …]",
+        "write the features of a folder, list or archive of images to one file; goes on where it was stopped",
+        _embed,
+    ),
+    "view": Verb(
+        "view attention|pca|norms weights=… images=… [key=value …]\n"
+        "       dinoreg view crops CONFIG [data=…] [key=value …]",
+        "pictures of what a model sees: attention, patch colours, token norms; or of the crops a config makes",
+        _view,
+        (
+            Key("weights", str | None, "none", "a run folder, a weight file, or a model's name (random weights)"),
+            Key(
+                "images",
+                str | list[str] | None,
+                "none",
+                "an image, a folder, [several], a list, tars, scenes; none: the run's own data",
+            ),
+            Key("out", str | None, "none", "folder to write to; none: RUN/view/<step>/, or view/<name>/"),
+            Key("num", int | None, "none", "images at most; none: 8, or every file that was named"),
+            Key(
+                "size",
+                int | tuple[int, int] | None,
+                "none",
+                "pixels, a side or [height, width], multiples of the patch size; none: the model's own",
+            ),
+            Key("device", str, "auto", "auto | cpu | cuda | cuda:0 | mps"),
+            Key("layer", str, "-1", "attention: blocks, as 11 or 0,5,11 or all; pca: one block; -1 is the last"),
+            Key("head", str, "all", "attention: all (the mean and each) | mean | a number from 0"),
+            Key("foreground", bool, "false", "pca: set the foreground apart, and fit the colours on it alone"),
+            Key("basis", str | None, "none", "pca: file of a colour basis, used where it is there, else written"),
+        ),
+        details="view crops takes the keys of pretrain besides, as data=photos/ or crops.num_local=4.",
     ),
     "doctor": Verb(
         "doctor [RUN]",
@@ -371,6 +525,11 @@ def _verb_help(name: str) -> str:
         from dinoreg.keys import describe
 
         rows = describe(EvalOptions)
+    if name == "embed":
+        from dinoreg.embed import EmbedOptions
+        from dinoreg.keys import describe
+
+        rows = describe(EmbedOptions)
     if rows:
         lines += ["", "keys:", *_table(rows)]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ MODULES = sorted((ROOT / "dinoreg").rglob("*.py"))
 GROUND = ("errors", "distributed", "runtime", "metrics", "values", "keys", "bundled")
 PARTS = ("models", "losses", "data", "checkpoint", "options", "config", "config_dinov2", "environment")
 WORK = ("train", "eval", "view", "launch", "export")
-TOP = ("quickstart", "evaluation", "doctor", "cli", "__main__", "__init__")
+TOP = ("quickstart", "embed", "feature_file", "evaluation", "registers", "doctor", "cli", "__main__", "__init__")
 TIER = {name: tier for tier, names in enumerate((GROUND, PARTS, WORK, TOP)) for name in names}
 
 # What a part may use of its neighbours; a part not named here uses none.

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoreg.errors import UserError
+from dinoreg.models.architecture import infer_architecture
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.vit import RegisterViT
-from dinoreg.models.weights import infer_architecture, read_weights
+from dinoreg.models.weights import read_weights
 from dinoreg.models.zoo import build, load, load_into, parse_name
 
 
@@ -173,8 +174,11 @@ def test_an_altered_or_torn_teacher_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"architecture": {"dim": 32}}, "metadata says dim=32, the tensors say 24"),
-        ({"architecture": {"heads": 5}}, "heads=5 do not fit the width 24"),
-        ({"architecture": {"heads": 2, "image_size": [10**9, 4]}}, "does not fit 9 patch positions"),
+        ({"architecture": {"heads": 5}}, "metadata says heads=5, which does not divide the width 24"),
+        (
+            {"architecture": {"heads": 2, "image_size": [10**9, 4]}},
+            "image_size=[1000000000, 4], the tensors have 9 patch positions",
+        ),
         ({"architecture": {"heads": 2, "depth": 10**9}}, "metadata says depth=1000000000, the tensors say 2"),
         ({"version": 2}, "version 2; this dinoreg reads version 1"),
         ({"format": "other"}, "expected a JSON object with format 'dinoreg-teacher'"),
@@ -305,7 +309,7 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path: Path) -> No
 
 def test_shapes_that_leave_doubt_are_refused() -> None:
     state = dict(tiny().state_dict())
-    with pytest.raises(UserError, match="heads=None do not fit the width 24"):
+    with pytest.raises(UserError, match="the width 24 does not tell the number of heads"):
         infer_architecture(state)
     oblong = dict(published().state_dict()) | {"pos_embed": torch.zeros(1, 1 + 12, 128)}
     with pytest.raises(UserError, match="12 patch positions are not a square grid's"):
@@ -314,7 +318,9 @@ def test_shapes_that_leave_doubt_are_refused() -> None:
     gap = {k: v for k, v in published().state_dict().items() if not k.startswith("blocks.0.")}
     with pytest.raises(UserError, match="are not numbered"):
         infer_architecture(gap)
-    with pytest.raises(UserError, match="timm's or transformers' key names"):
+    with pytest.raises(
+        UserError, match="no 'cls_token'; expected the state dict of a ViT of Meta, timm or transformers"
+    ):
         infer_architecture({"reg_token": torch.ones(1)})
 
 
@@ -354,7 +360,8 @@ def test_starting_at_another_image_size_resamples_the_positions_and_says_so(tmp_
         ({"ffn_ratio": 2.0}, "ffn width is 96, the model's is 48"),
         ({"heads": 3}, "heads is 2, the model's is 3"),
         ({"in_channels": 4}, "in_channels is 3, the model's is 4"),
-        ({"num_registers": 4}, "num_registers is 3, the model's is 4"),
+        ({"num_registers": 4}, "num_registers is 3, the model's is 4; registers are only grafted onto"),
+        ({"num_registers": 0}, "num_registers is 3, the model's is 0"),
         ({"layerscale": None}, "layerscale is True, the model's is False"),
     ],
 )

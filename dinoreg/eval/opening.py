@@ -1,11 +1,14 @@
-"""`weights=` as an encoder: a run folder, a weight file, a model's name, a ViT of timm or a folder of transformers."""
+"""`weights=` as an encoder: a run, a file or folder of Meta, timm or transformers, a model's name, a ViT of timm.
+
+Whatever RegisterViT can hold exactly is opened as one; what it cannot hold runs in the library it comes from. To have
+timm's own model run, say so: `timm:NAME` or `timm:NAME:FILE`.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +16,11 @@ from torch import nn
 from dinoreg.errors import UserError
 from dinoreg.eval.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, seeded, wrap
 from dinoreg.keys import nearest
-from dinoreg.models.weights import find_weights, read_weights
-from dinoreg.models.zoo import load
+from dinoreg.models.convert import unwrap
+from dinoreg.models.peer_configs import NotHeld, library_of, preprocessing_of
+from dinoreg.models.weight_files import read_file
+from dinoreg.models.weights import FILES, find_weights
+from dinoreg.models.zoo import load, load_reported
 
 _STEP = re.compile(r"step_(\d+)")
 
@@ -37,23 +43,29 @@ def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -
     """The encoder that `weights=` means; UserError in one line when there is none."""
     if weights.startswith("timm:"):
         return Opened(_from_timm(weights, device, dtype), None, None, 0)
-    path = Path(weights)
-    if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
-        return Opened(_from_transformers(path, device, dtype), path, None, 0)
     file = find_weights(weights)
-    # A bare name's random weights are the same ones every time, and LayerScale does not silence them (see `random_init`).
-    options = {} if file is not None else {"layerscale": 1.0}
-    with seeded(0):
-        model: Any = load(weights, device, **options)
     if file is None:
+        # A bare name's random weights are always the same, and LayerScale does not silence them (see `random_init`).
+        with seeded(0):
+            model = load(weights, device, layerscale=1.0)
         return Opened(wrap(model, f"{weights} (random weights)", device=device, dtype=dtype), None, None, 0)
-    stated = read_weights(file).metadata.get("preprocessing", {})
+    folder = file.parent if file.name in FILES and library_of(file.parent) else None
+    try:
+        loaded = load_reported(file, device)
+    except NotHeld:
+        if folder is None or library_of(folder) != "transformers":
+            raise
+        return Opened(_from_transformers(folder, device, dtype), folder, None, 0)
+    stated = loaded.weights.metadata.get("preprocessing", {})
     mean, std = (stated.get(key, default) for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
     step = int(match[1]) if (match := _STEP.fullmatch(file.stem)) else 0
     home = file.parent.parent
     run = home if match and file.parent.name == "teacher" and (home / "config.yaml").is_file() else None
     name = f"{run.resolve().name} at step {step:,}" if run is not None else file.stem
-    return Opened(wrap(model, name, mean, std, device, dtype), file, run, step)
+    if folder is not None:
+        name = folder.resolve().name
+    encoder = wrap(loaded.model, name, mean, std, device, dtype)
+    return Opened(encoder, folder or file, run, step)
 
 
 def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> Encoder:
@@ -78,13 +90,9 @@ def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> 
 def _load_state(model: nn.Module, path: Path, weights: str) -> None:
     if not path.is_file():
         raise UserError(f"weights={weights}: {path} does not exist")
+    content = read_file(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state, _ = unwrap(content)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:  # torn files and wrong shapes end in many kinds of exception
         raise UserError(
@@ -103,19 +111,18 @@ def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtyp
     except ImportError:
         raise UserError(f"weights={path}: transformers is missing; pip install 'dinoreg[export]'") from None
     try:
-        model = transformers.AutoModel.from_pretrained(path, local_files_only=True)
+        model, info = transformers.AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
         model = model.float()
     except Exception as error:  # from_pretrained raises whatever its parts do
         raise UserError(f"weights={path}: not a model of transformers ({_brief(error)})") from None
+    # The library fills what it misses with random numbers; only the pooler, which no evaluation asks, may be missing.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"weights={path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if (path / "preprocessor_config.json").is_file():
-        import json
-
-        try:
-            stated = json.loads((path / "preprocessor_config.json").read_text())
-            mean, std = tuple(stated.get("image_mean", mean)), tuple(stated.get("image_std", std))
-        except (ValueError, AttributeError, TypeError):
-            raise UserError(f"weights={path}: preprocessor_config.json is not a JSON object") from None
+        stated = preprocessing_of(path, "transformers")
+        mean, std = stated.get("mean", mean), stated.get("std", std)
     return wrap(model, path.resolve().name, mean, std, device, dtype)
 
 

@@ -1,72 +1,113 @@
-"""Weight files: finding, reading and understanding them.
+"""Weight files: finding them and bringing them to the encoder's own key names.
 
-A file says its architecture by the shapes in it; what shapes cannot say (heads, a rectangular grid, how
-positions are resampled) comes from the JSON beside a teacher file, or follows the published models. Files
-are untrusted: nothing in them is executed, no pointer leaves its run folder, and any disagreement is one
-line of error.
+`weights=` and `init=` mean a run folder, one of its checkpoints or teacher files, a file of Meta's, a folder or file
+of transformers or of timm. The keys say whose a file is; `convert.py` renames them, `architecture.py` reads the
+encoder off them. Files are untrusted: see `weight_files.py`; no pointer leaves its run folder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dinoreg.errors import UserError
-from dinoreg.models.layers import swiglu_hidden_dim
+from dinoreg.models.architecture import Stated, infer_architecture
+from dinoreg.models.convert import FROM, detect, from_timm, unwrap
+from dinoreg.models.peer_configs import library_of, read_config
+from dinoreg.models.weight_files import INDEX_SUFFIX, read_file, read_json
 
-HEAD_DIM = 64  # of every published model
 TEACHER_FORMAT = "dinoreg-teacher"
 
-_HEAD_KEY = re.compile(r"(dino_head|ibot_head|head)\.")
-_CHUNKED_BLOCK = re.compile(r"blocks\.\d+\.(\d+)\.")
+# What a folder of transformers or timm calls its weights, in the order in which these libraries look.
+FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers": "transformers"}
+
+_HEAD_KEY = re.compile(r"(dino_head|ibot_head|head|classifier)\.")
 _STEP_NAME = re.compile(r"step_\d+")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a weight file holds, under the encoder's own key names, float32 on the CPU."""
+    """What a weight file holds, under the encoder's own key names, float32 on the CPU.
+
+    backbone  the encoder's tensors
+    heads     those of heads (dino_head.*, ibot_head.*, head.*, classifier.*), as they stand in the file
+    others    names of what stands beside the state dict in a training file (optimizer, student, ...)
+    source    "dinoreg" | "meta" | "timm" | "transformers"
+    stated    what a JSON file beside it states about the architecture
+    metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": {"mean": ..., "std": ...}}
+    """
 
     path: Path
     backbone: dict[str, Tensor]
-    heads: dict[str, Tensor]  # dino_head.*, ibot_head.* or head.*, as they stand in the file
-    metadata: dict[str, Any] = field(default_factory=dict)  # the JSON beside a teacher file; {} without one
+    heads: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = "meta"
+    stated: Stated = field(default_factory=Stated)
+    others: tuple[str, ...] = ()
 
-    def architecture(self) -> dict[str, Any]:
-        """Arguments of RegisterViT, read off the shapes and, where these are silent, the metadata."""
-        return infer_architecture(self.backbone, self.metadata.get("architecture"), self.path)
+    def architecture(self, heads: int | None = None) -> dict[str, Any]:
+        """Arguments of RegisterViT, read off the shapes and, where these are silent, what is stated.
+
+        heads  the number of attention heads, for a file that does not tell it
+        """
+        stated = self.stated
+        if heads is not None and "heads" not in stated.values:
+            stated = Stated({**stated.values, "heads": heads}, "the option", stated.names)
+        return infer_architecture(self.backbone, stated, self.path, self.source)
 
 
 def find_weights(source: str | Path) -> Path | None:
-    """The weight file that `source` means: a file itself, or the best (else last, else newest) teacher of a
-    run folder. None if no such path exists; UserError if it exists and holds no weights."""
+    """The weight file that `source` means. None if no such path exists, UserError if it holds no weights.
+
+    A file means itself. A run folder means its best (else last, else newest) teacher; a checkpoint of a run, or a
+    pointer to one, the teacher of that step; a folder of transformers or timm its weights; any other folder the one
+    weight file in it.
+    """
     path = Path(source)
     try:
         if path.is_file():
+            if path.parent.name == "checkpoints" and path.name in ("best", "last"):
+                return _teacher_of(path.parent.parent, path.name, path)
             return path
         if not path.is_dir():
             return None
     except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
         raise UserError(f"weights {str(source)[:80]!r}: not a path ({error})") from None
+    if (library := library_of(path)) is not None:
+        for name in FILES:
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"weights {path}: a folder of {library} without weights; expected one of {', '.join(FILES)}")
+    if _STEP_NAME.fullmatch(path.name) and path.parent.name == "checkpoints":
+        return _teacher_of(path.parent.parent, path.name, path)
     for pointer in ("best", "last"):
         teacher = _pointed_teacher(path, pointer)
         if teacher is not None:
             return teacher
     teachers = [p for p in path.glob("teacher/step_*.safetensors") if _STEP_NAME.fullmatch(p.stem)]
-    if not teachers:
-        raise UserError(f"weights {path}: no teacher/step_*.safetensors in this folder, so no run folder")
-    return max(teachers, key=lambda p: int(p.stem.removeprefix("step_")))
+    if teachers:
+        return max(teachers, key=lambda p: int(p.stem.removeprefix("step_")))
+    try:
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    except OSError as error:
+        raise UserError(f"weights {path}: cannot be read ({error.strerror})") from None
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UserError(f"weights {path}: holds {len(files)} weight files; name one, for example {files[0]}")
+    raise UserError(
+        f"weights {path}: no teacher/step_*.safetensors in this folder, so no run folder, nor other weights"
+    )
 
 
 def _pointed_teacher(run: Path, pointer: str) -> Path | None:
@@ -78,26 +119,65 @@ def _pointed_teacher(run: Path, pointer: str) -> Path | None:
     return teacher if _STEP_NAME.fullmatch(step) and teacher.is_file() else None
 
 
-def read_weights(source: str | Path) -> Weights:
-    """Read a weight file (see `find_weights`): a teacher file of ours, whose JSON is verified against it, or
-    a state dict in Meta's format, flat or as {"teacher": ...}, saved by torch or as safetensors.
+def _teacher_of(run: Path, name: str, asked: Path) -> Path:
+    """The teacher file of a checkpoint: every checkpoint is written together with one."""
+    teacher = run / "teacher" / f"{name}.safetensors" if _STEP_NAME.fullmatch(name) else _pointed_teacher(run, name)
+    if teacher is None or not teacher.is_file():
+        raise UserError(f"weights {asked}: the teacher file of this checkpoint is not in {run / 'teacher'}")
+    return teacher
 
-    Raises UserError if it is missing, torn, altered, or not a state dict of such an encoder.
+
+def read_weights(source: str | Path) -> Weights:
+    """Read a weight file (see `find_weights`), whoever wrote it, saved by torch or as safetensors.
+
+    Raises UserError if it is missing, torn, altered, not the state dict of such an encoder, or contradicts the JSON
+    beside it; NotHeld if a library's config asks for what the encoder does not compute.
     """
     path = find_weights(source)
     if path is None:
         raise UserError(f"weights {str(source)!r}: no such file or run folder")
+    library = library_of(path.parent) if path.name in FILES else None
     metadata: dict[str, Any] = {}
-    if path.suffix == ".safetensors":
+    stated = Stated()
+    if library is not None:  # before the tensors, which may be many
+        stated, preprocessing = read_config(path.parent, library)
+        metadata = {"preprocessing": preprocessing} if preprocessing else {}
+    elif path.suffix == ".safetensors":
         metadata = _read_metadata(path)
-        try:
-            state: Any = load_file(path)
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise UserError(f"weights {path}: not a whole safetensors file ({_first_line(error)})") from None
-    else:
-        state = _torch_load(path)
-    backbone, heads = _normalise_keys(state, path)
-    return Weights(path, backbone, heads, metadata)
+        if isinstance(metadata.get("architecture"), dict):
+            stated = Stated(metadata["architecture"])
+    content = read_file(path)
+    ours = library is None and bool(metadata)
+    try:
+        state, others = unwrap(content)
+        state = _plain(state)  # before tokens and positions are added up
+        found = detect(state)
+        if library is not None and found != library:
+            raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
+        if ours:  # without registers the names alone would look like timm's
+            backbone = FROM["meta"](state)
+        elif found == "timm":
+            backbone = from_timm(state, grid=_grid(stated, state))
+        else:
+            backbone = FROM[found](state)
+    except UserError as error:
+        raise UserError(f"weights {path}: {error}") from None
+    heads = {key: backbone.pop(key) for key in list(backbone) if _HEAD_KEY.match(key)}
+    whose = "dinoreg" if ours else found
+    return Weights(path, _plain(backbone), _plain(heads), metadata, whose, stated, others)
+
+
+def _grid(stated: Stated, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """(rows, columns) of the positions where a config states the image size and the file the patch size."""
+    size, patch = stated.values.get("image_size"), state.get("patch_embed.proj.weight")
+    pair = [size, size] if type(size) is int else size
+    if patch is None or patch.ndim != 4 or not isinstance(pair, list) or [type(side) for side in pair] != [int, int]:
+        return None
+    return pair[0] // patch.shape[2], pair[1] // patch.shape[3]
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().float().contiguous() for key, value in state.items()}
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
@@ -105,11 +185,8 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     side = path.with_suffix(".json")
     if not side.is_file():
         return {}
-    try:
-        metadata = json.loads(side.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"weights {side}: not JSON ({_first_line(error)})") from None
-    if not isinstance(metadata, dict) or metadata.get("format") != TEACHER_FORMAT:
+    metadata = read_json(side)
+    if metadata.get("format") != TEACHER_FORMAT:
         raise UserError(f"weights {side}: expected a JSON object with format {TEACHER_FORMAT!r}")
     if metadata.get("version") != 1:
         raise UserError(f"weights {side}: version {metadata.get('version')!r}; this dinoreg reads version 1")
@@ -120,154 +197,3 @@ def _read_metadata(path: Path) -> dict[str, Any]:
     if metadata.get("sha256") != digest.hexdigest():
         raise UserError(f"weights {path}: sha256 is not the one in {side.name}; the file is torn or altered")
     return metadata
-
-
-def _torch_load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"weights {path}: holds more than tensors, or is no weight file; nothing in it was executed"
-        ) from None
-    except Exception as error:  # torn archives end in many kinds of exception, all with the same meaning here
-        raise UserError(f"weights {path}: not a whole torch file ({_first_line(error)})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _normalise_keys(state: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(backbone, heads) of a state dict: wrappers, `module.` and `backbone.` prefixes and block chunks
-    removed."""
-    for wrapper in ("teacher", "model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-            break
-    if not isinstance(state, Mapping) or not state:
-        raise UserError(f"weights {path}: holds a {type(state).__name__}, expected a state dict of tensors")
-    backbone: dict[str, Tensor] = {}
-    heads: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
-            raise UserError(f"weights {path}: entry {str(key)[:80]!r} is not a floating-point tensor")
-        name = key.removeprefix("module.")
-        value = value.float().contiguous()
-        if _HEAD_KEY.match(name):
-            heads[name] = value
-            continue
-        name = name.removeprefix("backbone.").removeprefix("module.")
-        name = _CHUNKED_BLOCK.sub(r"blocks.\1.", name)
-        if name in backbone:
-            raise UserError(f"weights {path}: {name!r} is there twice, under {key!r} and another name")
-        backbone[name] = value
-    return backbone, heads
-
-
-def infer_architecture(
-    state: Mapping[str, Tensor], metadata: Any = None, path: str | Path = "state dict"
-) -> dict[str, Any]:
-    """The arguments of RegisterViT for a backbone state dict.
-
-    metadata  what `RegisterViT.architecture()` gave when the file was written, or None. It fills in what
-    shapes
-              leave open and must not contradict them
-    raises UserError where the shapes are no encoder's, or where metadata and shapes disagree
-    """
-    said = dict(metadata) if isinstance(metadata, Mapping) else {}
-    if "reg_token" in state or any(key.startswith(("embeddings.", "encoder.")) for key in state):
-        raise UserError(f"weights {path}: these are timm's or transformers' key names; expected Meta's")
-    cls = _shaped(state, "cls_token", 3, path)
-    patch = _shaped(state, "patch_embed.proj.weight", 4, path)
-    positions = _shaped(state, "pos_embed", 3, path)
-    dim, patch_size = cls.shape[2], patch.shape[2]
-    indices = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))}
-    if not indices or indices != set(range(len(indices))):
-        raise UserError(f"weights {path}: blocks {sorted(indices)[:8]} are not numbered 0, 1, 2, ...")
-    registers = _shaped(state, "register_tokens", 3, path).shape[1] if "register_tokens" in state else 0
-    if "blocks.0.mlp.w12.weight" in state:
-        ffn, hidden = "swiglu", _shaped(state, "blocks.0.mlp.w12.weight", 2, path).shape[0] // 2
-    else:
-        ffn, hidden = "mlp", _shaped(state, "blocks.0.mlp.fc1.weight", 2, path).shape[0]
-    found: dict[str, Any] = {
-        "dim": dim,
-        "depth": len(indices),
-        "patch_size": patch_size,
-        "ffn": ffn,
-        "in_channels": patch.shape[1],
-        "num_registers": registers,
-    }
-    for key, value in found.items():
-        if key in said and said[key] != value:
-            raise UserError(f"weights {path}: metadata says {key}={said[key]!r}, the tensors say {value!r}")
-    found["ffn_ratio"] = _ffn_ratio(dim, ffn, hidden, said.get("ffn_ratio"))
-    has_scale = "blocks.0.ls1.gamma" in state
-    scale = said.get("layerscale")
-    found["layerscale"] = (scale if _is_number(scale) and scale else 1.0) if has_scale else None
-    found["heads"] = _heads(dim, said.get("heads"), path)
-    found["image_size"] = _image_size(positions.shape[1] - 1, patch_size, said.get("image_size"), path)
-    found |= published_resampling(registers)
-    if isinstance(said.get("antialias"), bool):
-        found["antialias"] = said["antialias"]
-    for key in ("position_offset", "init_std"):
-        if _is_number(said.get(key)):
-            found[key] = float(said[key])
-    return found
-
-
-def _shaped(state: Mapping[str, Tensor], key: str, ndim: int, path: str | Path) -> Tensor:
-    value = state.get(key)
-    if value is None:
-        raise UserError(f"weights {path}: no {key!r}; expected a ViT state dict with Meta's key names")
-    if value.ndim != ndim or not value.numel():
-        raise UserError(f"weights {path}: {key!r} has shape {tuple(value.shape)}, expected {ndim} dimensions")
-    return value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def hidden_dim_of(dim: int, ffn: str, ratio: float) -> int:
-    hidden = int(dim * ratio)
-    return swiglu_hidden_dim(hidden) if ffn == "swiglu" else hidden
-
-
-def _ffn_ratio(dim: int, ffn: str, hidden: int, said: Any) -> float:
-    """A ratio that gives this hidden width: the one the metadata names or the usual 4, if they fit."""
-    for ratio in (said, 4.0):
-        if _is_number(ratio) and 0 < ratio < 1024 and hidden_dim_of(dim, ffn, ratio) == hidden:
-            return float(ratio)
-    return hidden * (1.5 if ffn == "swiglu" else 1.0) / dim
-
-
-def _heads(dim: int, said: Any, path: str | Path) -> int:
-    if isinstance(said, int) and 0 < said <= dim and dim % said == 0:
-        return said
-    if said is not None or dim % HEAD_DIM:
-        raise UserError(f"weights {path}: metadata heads={said!r} do not fit the width {dim}")
-    return dim // HEAD_DIM
-
-
-def _image_size(num_patches: int, patch_size: int, said: Any, path: str | Path) -> list[int]:
-    if said is not None:
-        pair = [said, said] if isinstance(said, int) else said
-        if (
-            isinstance(pair, list | tuple)
-            and len(pair) == 2
-            and all(isinstance(extent, int) and extent > 0 and extent % patch_size == 0 for extent in pair)
-            and (pair[0] // patch_size) * (pair[1] // patch_size) == num_patches
-        ):
-            return list(pair)
-        raise UserError(f"weights {path}: image_size={said!r} does not fit {num_patches} patch positions")
-    side = math.isqrt(num_patches)
-    if side * side != num_patches:
-        raise UserError(f"weights {path}: {num_patches} patch positions are not a square grid's")
-    return [side * patch_size, side * patch_size]
-
-
-def published_resampling(num_registers: int) -> dict[str, Any]:
-    """How published models resample positions: those with registers differ from those without."""
-    if num_registers:
-        return {"antialias": True, "position_offset": 0.0}
-    return {"antialias": False, "position_offset": 0.1}

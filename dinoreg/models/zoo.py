@@ -1,26 +1,30 @@
 """Models by name, and models with weights.
 
 A name says the architecture (`vits14_reg4`); the names under which Meta, timm and transformers publish the
-same architectures are understood too. Weights come from a run folder or a file (`weights.py`), and never
-silently: every tensor is loaded, reshaped or reported.
+same architectures are understood too. Weights come from a run, a file or a library's folder (`weights.py`), and never
+silently: every tensor is loaded, made to fit (`adapt.py`) or left out by name, and a report says which.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dinoreg.errors import UserError
-from dinoreg.models.vit import RegisterViT, resample_positions
-from dinoreg.models.weights import find_weights, hidden_dim_of, published_resampling, read_weights
+from dinoreg.models.adapt import LoadReport, check_same, fit, report
+from dinoreg.models.architecture import HEAD_DIM, resampling
+from dinoreg.models.vit import TOKEN_STD, RegisterViT, as_pair
+from dinoreg.models.weights import Weights, find_weights, read_weights
+
+logger = logging.getLogger(__name__)
 
 SIZES: dict[str, dict[str, Any]] = {
     "t": {"dim": 192, "depth": 12, "heads": 3},
@@ -49,7 +53,7 @@ def parse_name(name: str) -> dict[str, Any]:
     options = {**SIZES[size], "patch_size": patch, "num_registers": registers, "image_size": 224}
     if published:
         image_size = 518 // patch * patch
-        options |= {"image_size": image_size, "layerscale": 1.0} | published_resampling(registers)
+        options |= {"image_size": image_size, "layerscale": 1.0} | resampling("meta", registers)
     return options
 
 
@@ -71,75 +75,42 @@ def _split_name(name: str) -> tuple[str, int, int, bool]:
 
 def build(name: str, **overrides: Any) -> RegisterViT:
     """The named model with fresh random weights; `overrides` are arguments of RegisterViT."""
+    _check_options(overrides)
+    return RegisterViT(**(parse_name(name) | overrides))
+
+
+def _check_options(overrides: Mapping[str, Any]) -> None:
     accepted = [p for p in inspect.signature(RegisterViT.__init__).parameters if p != "self"]
     for key in overrides:
         if key not in accepted:
             near = difflib.get_close_matches(key, accepted, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(accepted)}"
             raise UserError(f"model option {key!r} is not known{hint}")
-    return RegisterViT(**(parse_name(name) | overrides))
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of every tensor of a file, and of every tensor of the model."""
+def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None = None) -> LoadReport:
+    """Copy the weights of `source` (whatever `read_weights` takes) into `model`, in place.
 
-    path: Path
-    loaded: tuple[str, ...]  # taken as they are
-    reshaped: tuple[str, ...]  # "pos_embed: 16x16 -> 37x37"
-    left_out: tuple[str, ...]  # in the file, not in the encoder (heads)
-    fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
+    The position grid is resampled to the model's. Registers that the model has and the file has not keep their fresh
+    start values. Everything else must agree: UserError naming the first property in which the two architectures
+    differ, before anything is changed.
 
-    def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded from {self.path}"]
-        if self.reshaped:
-            parts.append(f"reshaped {', '.join(self.reshaped)}")
-        if self.left_out:
-            parts.append(f"left out {len(self.left_out)} ({', '.join(sorted(_groups(self.left_out)))})")
-        if self.fresh:
-            parts.append(f"not in the file: {', '.join(self.fresh)}")
-        return "; ".join(parts)
-
-
-def _groups(keys: tuple[str, ...]) -> set[str]:
-    return {key.split(".")[0] for key in keys}
-
-
-def load_into(model: RegisterViT, source: str | Path) -> LoadReport:
-    """Copy the weights of `source` (a run folder or file, see `read_weights`) into `model`, in place.
-
-    The position grid is resampled to the model's. Everything else must agree: raises UserError naming the
-    first property in which the two architectures differ, before anything is changed.
+    adapt_channels  "mean" | "repeat" | "zero": how the patch projection follows another number of input channels
     """
     weights = read_weights(source)
-    theirs, ours = weights.architecture(), model.architecture()
-    theirs["layerscale"], ours["layerscale"] = bool(theirs["layerscale"]), bool(ours["layerscale"])
-    for key in ("dim", "depth", "patch_size", "ffn", "heads", "in_channels", "num_registers", "layerscale"):
-        if theirs[key] != ours[key]:
-            raise UserError(f"weights {weights.path}: {key} is {theirs[key]}, the model's is {ours[key]}")
-    widths = [hidden_dim_of(a["dim"], a["ffn"], a["ffn_ratio"]) for a in (theirs, ours)]
-    if widths[0] != widths[1]:
-        raise UserError(f"weights {weights.path}: ffn width is {widths[0]}, the model's is {widths[1]}")
-    state = dict(weights.backbone)
-    height, width = theirs["image_size"]
-    grid = (height // model.patch_size, width // model.patch_size)
-    reshaped = []
-    if grid != model.grid:
-        positions = state["pos_embed"]
-        moved = resample_positions(positions[:, 1:], grid, model.grid, theirs["antialias"], theirs["position_offset"])
-        state["pos_embed"] = torch.cat([positions[:, :1], moved], dim=1)
-        reshaped.append(f"pos_embed: {grid[0]}x{grid[1]} -> {model.grid[0]}x{model.grid[1]}")
-    fresh = _check_keys(model, state, weights.path)
+    tells_heads = model.dim % HEAD_DIM == 0  # as every published width does
+    theirs, ours = weights.architecture(None if tells_heads else model.heads), model.architecture()
+    check_same(theirs, ours, weights.path)
+    state, changes = fit(weights, theirs, ours, adapt_channels)
+    fresh = _check_keys(model, state, weights.path, {"mask_token", *changes.grafted})
     model.load_state_dict(state, strict=False)
-    loaded = [key for key in state if not (reshaped and key == "pos_embed")]
-    return LoadReport(weights.path, tuple(loaded), tuple(reshaped), tuple(weights.heads), fresh)
+    return report(weights, theirs, ours, changes, fresh)
 
 
-def _check_keys(model: RegisterViT, state: Mapping[str, Tensor], path: Path) -> tuple[str, ...]:
-    """Keys that the file may lack (the mask token, of no use to inference); UserError for any other
-    difference."""
+def _check_keys(model: RegisterViT, state: Mapping[str, Tensor], path: Path, spare: set[str]) -> tuple[str, ...]:
+    """The keys among `spare` that are missing in `state`; UserError for any other difference from the model."""
     wanted = model.state_dict()
-    missing = sorted(wanted.keys() - state.keys() - {"mask_token"})
+    missing = sorted(wanted.keys() - state.keys() - spare)
     unexpected = sorted(state.keys() - wanted.keys())
     if missing:
         raise UserError(f"weights {path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
@@ -150,30 +121,67 @@ def _check_keys(model: RegisterViT, state: Mapping[str, Tensor], path: Path) -> 
             raise UserError(
                 f"weights {path}: {key!r} has shape {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
             )
-    return () if "mask_token" in state else ("mask_token",)
+    return tuple(sorted(wanted.keys() - state.keys()))
 
 
-def load(source: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> RegisterViT:
-    """A model in evaluation mode: with the weights of a run folder or weight file, or, for a bare model
-    name, with random ones. A path that exists wins over a name.
+class Loaded(NamedTuple):
+    """A model with weights, what became of every tensor, and the file they came from."""
 
-    device     where the model goes
-    overrides  choices of a run, such as attention="sdpa"; for a bare name any argument of RegisterViT
-    """
-    path = find_weights(source)
-    if path is None:
-        try:
-            model = build(str(source), **overrides)
-        except UserError as error:
-            if "is not known" not in str(error) or str(source).startswith("vit"):
-                raise
-            raise UserError(f"weights {str(source)!r}: no such file, run folder or model name") from None
-        return model.to(device).eval()
-    weights = read_weights(path)
+    model: RegisterViT
+    report: LoadReport
+    weights: Weights
+
+
+def load_reported(
+    source: str | Path, device: str | torch.device = "cpu", adapt_channels: str | None = None, **overrides: Any
+) -> Loaded:
+    """`load` for weights that exist, with the report on them."""
+    _check_options(overrides)
+    weights = read_weights(source)
+    theirs = weights.architecture(overrides.get("heads"))
+    given = dict(overrides)
+    if "image_size" in given:
+        given["image_size"] = list(as_pair(given["image_size"], "image_size"))
     with torch.device("meta"):  # no memory for weights that are about to be replaced
-        model = RegisterViT(**(weights.architecture() | overrides))
-    state = dict(weights.backbone)
-    if _check_keys(model, state, weights.path):
+        model = RegisterViT(**(theirs | given))
+    ours = model.architecture()
+    check_same(theirs, ours, weights.path, "what was asked for is")
+    state, changes = fit(weights, theirs, ours, adapt_channels)
+    fresh = _check_keys(model, state, weights.path, {"mask_token", *changes.grafted})
+    if "mask_token" in fresh:
         state["mask_token"] = torch.zeros(1, model.dim)
+    if "register_tokens" in fresh:
+        generator = torch.Generator().manual_seed(0)
+        state["register_tokens"] = TOKEN_STD * torch.randn(1, model.num_registers, model.dim, generator=generator)
     model.load_state_dict(state, assign=True)
-    return model.to(device).eval().requires_grad_(True)
+    told = report(weights, theirs, ours, changes, fresh)
+    changed = told.reshaped or told.adapted or told.grafted
+    logger.log(logging.WARNING if changed else logging.INFO, "%s", told)
+    return Loaded(model.to(device).eval().requires_grad_(True), told, weights)
+
+
+def load(
+    source: str | Path, device: str | torch.device = "cpu", adapt_channels: str | None = None, **overrides: Any
+) -> RegisterViT:
+    """A model in evaluation mode: with the weights of a run, a file or a library's folder, or, for a bare model name,
+    with random ones. A path that exists wins over a name.
+
+    source          a run folder, checkpoint or teacher file; a file or folder of Meta, timm or transformers; a name
+    device          where the model goes
+    adapt_channels  "mean" | "repeat" | "zero", for an `in_channels` other than the file's (see `adapt.channels`)
+    overrides       choices of a run, such as attention="sdpa"; `image_size` resamples the position grid, `in_channels`
+                    adapts the patch projection, `num_registers` grafts fresh registers onto a backbone without any;
+                    for a bare name any argument of RegisterViT
+    raises          UserError for whatever does not fit; `load_reported` returns what was done besides the model
+    """
+    if find_weights(source) is not None:
+        return load_reported(source, device, adapt_channels, **overrides).model
+    if adapt_channels is not None:
+        raise UserError(f"adapt_channels={adapt_channels!r} is for weights, and {str(source)!r} is none")
+    try:
+        model = build(str(source), **overrides)
+    except UserError as error:
+        if "is not known; expected vit" not in str(error) or str(source).startswith("vit"):
+            raise
+        raise UserError(f"weights {str(source)!r}: no such file, run folder or model name") from None
+    return model.to(device).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -10,15 +9,13 @@ from torch import Tensor
 
 from dinoreg.config import load_config
 from dinoreg.data.batches import BatchLoader
-from dinoreg.data.sources import Source, open_source
+from dinoreg.data.sources import Source
 from dinoreg.data.still import still_images
 from dinoreg.models.zoo import load
 from dinoreg.view.attention import attention_sheet
 from dinoreg.view.crops import crop_sheet
 from dinoreg.view.pca import pca_sheet
-
-MIN_GRID = 16  # patches a side below which pictures are enlarged, so that the maps show something
-MAX_SIZE = 672
+from dinoreg.view.subject import config_source, spread, view_size
 
 
 def newest_teacher(run: Path) -> Path | None:
@@ -35,11 +32,9 @@ def write_pictures(run: Path, num_images: int = 8) -> list[Path]:
     if teacher is None:
         return []
     config = load_config(run)
-    data = config.data
-    if data.source is None:
+    if config.data.source is None:
         return []
-    index = Path(data.index_dir) if data.index_dir else None
-    source = open_source(data.source, weights=data.weights, root=data.root, index_dir=index)
+    source = config_source(config.data, "")
     model = load(teacher)
     mean, std = config.augment.mean, config.augment.std
     size = view_size(config.crops.global_size, model.patch_size)
@@ -61,18 +56,12 @@ def write_pictures(run: Path, num_images: int = 8) -> list[Path]:
         seed=config.seed,
         workers=0,
         max_bad_fraction=1.0,
-        max_pixels=data.max_pixels,
+        max_pixels=config.data.max_pixels,
         in_channels=config.model.in_channels,
     )
     with loader:
         crop_sheet(next(loader), mean, std, model.patch_size).save(folder / "crops.png")
     return [*written, folder / "crops.png"]
-
-
-def view_size(global_size: int, patch_size: int) -> int:
-    """The picture size: that of training, or a whole multiple of it that gives a grid worth looking at."""
-    factor = max(1, math.ceil(MIN_GRID * patch_size / global_size))
-    return min(global_size * factor, max(global_size, MAX_SIZE // patch_size * patch_size))
 
 
 def spread_images(
@@ -84,8 +73,6 @@ def spread_images(
     std: tuple[float, ...] | list[float],
 ) -> Tensor:
     """Centre crops from all over a source, normalised: (up to count, C, size, size)."""
-    total = len(source)
-    picked = [total * (2 * number + 1) // (2 * count) for number in range(count)] if total > count else range(total)
-    pixels, _ = still_images(source, picked, size, in_channels)
+    pixels, _ = still_images(source, spread(len(source), count), size, in_channels)
     scale, shift = (torch.tensor(list(values)).float()[:, None, None] for values in (std, mean))
     return (pixels.float() / 255 - shift) / scale

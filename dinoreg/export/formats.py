@@ -1,0 +1,337 @@
+"""The formats a model leaves in: what is written for each, and what its library does differently from ours.
+
+Every writer fills a folder from a model whose state dict has Meta's names; `dinoreg.models.convert` knows the names
+of the others. Whether the library then computes the same is for the certificate to find out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dinoreg.checkpoint import digest
+from dinoreg.errors import UserError
+from dinoreg.export import hub_model
+from dinoreg.export.onnx_graph import drop_float16, write_onnx
+from dinoreg.export.source import Pixels, Source
+from dinoreg.models.architecture import hidden_dim_of
+from dinoreg.models.convert import to_meta, to_timm, to_transformers
+from dinoreg.models.layers import NORM_EPS
+from dinoreg.models.vit import RegisterViT
+from dinoreg.models.weights import TEACHER_FORMAT
+
+# timm's register models by width; widths it has no name for are said in arguments over the nearest kind.
+TIMM_SIZES = {384: "small", 768: "base", 1024: "large"}
+_UNFILLED = "ARCHITECTURE: dict[str, Any] = {}\n"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of artefact.
+
+    write       (folder, source) -> None
+    packages    modules that reading it back takes
+    peer        the library that is run for the certificate, as it is called
+    weights     the file that holds the weights
+    load, use   code that makes `model` in the artefact's folder, and code that runs it; "{shape}" is filled in.
+                Together they are the four lines on the model card, and the certificate's peer runs `load` itself
+    low         the second dtype of the certificate
+    bound       the largest difference in float32, relative to the largest value of the output
+    resampling  (antialias, offset) with which the library resamples positions; None: as the model does
+    """
+
+    write: Callable[[Path, Source], None]
+    packages: tuple[str, ...]
+    peer: str
+    weights: str
+    load: str
+    use: str
+    low: str = "bfloat16"
+    bound: float = 1e-5
+    resampling: Callable[[RegisterViT], tuple[bool, float]] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ timm
+
+
+def write_timm(folder: Path, source: Source) -> None:
+    """`model.safetensors` under timm's names, and `config.json` as timm saves it for a hub: the model's name, its
+    arguments, the preprocessing."""
+    model = source.model
+    state = _own(to_timm(model.state_dict(), model.num_registers))
+    _save(state, folder / "model.safetensors")
+    hidden = hidden_dim(model)
+    registers = "reg4_" if model.num_registers else ""
+    if model.ffn == "swiglu":  # only the giant's entry names the gated FFN, which JSON could not
+        name, ratio = f"vit_giant_patch14_{registers}dinov2", _timm_ratio(model.dim, 2 * hidden)
+    else:
+        name = f"vit_{TIMM_SIZES.get(model.dim, 'small')}_patch14_{registers}dinov2"
+        ratio = _timm_ratio(model.dim, hidden)
+    arguments: dict[str, Any] = {
+        "img_size": list(model.image_size),
+        "patch_size": model.patch_size,
+        "in_chans": model.in_channels,
+        "embed_dim": model.dim,
+        "depth": model.depth,
+        "num_heads": model.heads,
+        "mlp_ratio": ratio,
+        # The factors come with the weights; zero is timm's way of saying that there are none.
+        "init_values": 1e-5 if model.layerscale else 0.0,
+        "num_classes": 0,
+        "dynamic_img_size": True,
+    }
+    if model.num_registers:
+        arguments["reg_tokens"] = model.num_registers
+    pixels = source.pixels
+    pretrained = {
+        "input_size": [model.in_channels, *pixels.size],
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
+        "num_classes": 0,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "other",
+    }
+    config = {"architecture": name, "num_classes": 0, "num_features": model.dim, "global_pool": "token"}
+    _write_json(folder / "config.json", config | {"model_args": arguments, "pretrained_cfg": pretrained})
+
+
+def _timm_ratio(dim: int, hidden: int) -> float:
+    """A ratio with int(dim * ratio) == hidden, whatever the rounding of the division."""
+    ratio = hidden / dim
+    return ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim
+
+
+# ---------------------------------------------------------------------------------------------------- transformers
+
+
+def write_transformers(folder: Path, source: Source) -> None:
+    """`config.json`, `model.safetensors` and `preprocessor_config.json`, as AutoModel and AutoImageProcessor read them.
+
+    raises UserError for what transformers' Dinov2 cannot express: a rectangular position grid, an FFN whose width is
+    not a whole multiple of the model's
+    """
+    model = source.model
+    rows, columns = model.grid
+    if rows != columns:
+        raise UserError(
+            f"format=transformers: its position grid is square, this model's is {rows}x{columns}; "
+            f"export with size={min(rows, columns) * model.patch_size}"
+        )
+    with_registers = model.num_registers > 0
+    config: dict[str, Any] = {
+        "architectures": ["Dinov2WithRegistersModel" if with_registers else "Dinov2Model"],
+        "model_type": "dinov2_with_registers" if with_registers else "dinov2",
+        "hidden_size": model.dim,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.heads,
+        "mlp_ratio": _transformers_ratio(model),
+        "hidden_act": "gelu",
+        "use_swiglu_ffn": model.ffn == "swiglu",
+        "qkv_bias": True,
+        "layerscale_value": 1.0,
+        "layer_norm_eps": NORM_EPS,
+        "image_size": model.image_size[0],
+        "patch_size": model.patch_size,
+        "num_channels": model.in_channels,
+        "drop_path_rate": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02,
+        "torch_dtype": "float32",
+    }
+    if with_registers:
+        config["num_register_tokens"] = model.num_registers
+    _write_json(folder / "config.json", config)
+    pixels = source.pixels
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": model.in_channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": round(min(pixels.size) * 256 / 224)},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": pixels.size[0], "width": pixels.size[1]},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
+    }
+    _write_json(folder / "preprocessor_config.json", processor)
+    _save(_own(to_transformers(to_meta(model.state_dict()))), folder / "model.safetensors")
+
+
+def _transformers_ratio(model: RegisterViT) -> int:
+    """The whole number that its config takes for the FFN's width over the model's."""
+    hidden = hidden_dim(model)
+    for ratio in range(1, 65):
+        if hidden_dim_of(model.dim, model.ffn, ratio) == hidden:
+            return ratio
+    raise UserError(
+        f"format=transformers: its FFN width is a whole multiple of the model's; this one is {hidden} over {model.dim} "
+        f"(ffn={model.ffn}, ffn_ratio={model.ffn_ratio})"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ Meta
+
+
+def write_meta(folder: Path, source: Source) -> None:
+    """`model.pth`, the flat state dict of a hub file, `model.json`, and a `hubconf.py` that needs PyTorch alone."""
+    torch.save(_own(to_meta(source.model.state_dict())), folder / "model.pth")
+    _describe(folder / "model.pth", source)
+    (folder / "hubconf.py").write_text(hub_text(source.model), encoding="utf-8")
+
+
+def hub_text(model: RegisterViT) -> str:
+    """The source of `hub_model.py` with this model's architecture in it."""
+    text = Path(hub_model.__file__).read_text(encoding="utf-8")
+    if text.count(_UNFILLED) != 1:
+        raise RuntimeError("hub_model.py has lost the line that takes the architecture")
+    lines = "".join(f"    {key!r}: {value!r},\n" for key, value in hub_arguments(model).items())
+    filled = "ARCHITECTURE: dict[str, Any] = {\n" + re.sub(r"'", '"', lines) + "}\n"
+    return text.replace(_UNFILLED, filled)
+
+
+def hub_arguments(model: RegisterViT) -> dict[str, Any]:
+    """The arguments of `PlainViT` that make this model."""
+    return {
+        "grid": list(model.grid),
+        "patch_size": model.patch_size,
+        "in_channels": model.in_channels,
+        "dim": model.dim,
+        "depth": model.depth,
+        "heads": model.heads,
+        "num_registers": model.num_registers,
+        "ffn": model.ffn,
+        "hidden_dim": hidden_dim(model),
+        "layerscale": bool(model.layerscale),
+        "antialias": model.antialias,
+        "position_offset": float(model.position_offset),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- safetensors, ONNX
+
+
+def write_safetensors(folder: Path, source: Source) -> None:
+    """`model.safetensors` under Meta's names, and the `model.json` with which `dinoreg.load` reads it."""
+    _save(_own(to_meta(source.model.state_dict())), folder / "model.safetensors")
+    _describe(folder / "model.safetensors", source)
+
+
+def _describe(path: Path, source: Source) -> None:
+    """The JSON beside a weight file of ours: architecture, preprocessing, where it comes from, its digest."""
+    description = {
+        "format": TEACHER_FORMAT,
+        "version": 1,
+        **({"step": source.step} if source.step is not None else {}),
+        "architecture": source.model.architecture(),
+        "preprocessing": _preprocessing(source.pixels),
+        **({"config_hash": source.metadata["config_hash"]} if "config_hash" in source.metadata else {}),
+        "sha256": digest(path),
+    }
+    _write_json(path.with_suffix(".json"), description)
+
+
+def write_fixed_or_dynamic_onnx(folder: Path, source: Source, fixed: bool) -> None:
+    """`model.onnx` in float32, `model_float16.onnx`, and `model.json` with what a caller has to know."""
+    facts = write_onnx(folder, source.model, hub_arguments(source.model), fixed)
+    _write_json(folder / "model.json", facts | {"preprocessing": _preprocessing(source.pixels)})
+
+
+def drop_overflowing(folder: Path) -> None:
+    """Leave out the float16 graph, and say so in `model.json`."""
+    facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    _write_json(folder / "model.json", drop_float16(folder, facts))
+
+
+def _preprocessing(pixels: Pixels) -> dict[str, Any]:
+    size: Any = pixels.size[0] if pixels.size[0] == pixels.size[1] else list(pixels.size)
+    return {"mean": list(pixels.mean), "std": list(pixels.std), "image_size": size}
+
+
+# ------------------------------------------------------------------------------------------------------ the table
+
+FORMATS: dict[str, Format] = {
+    "timm": Format(
+        write_timm,
+        ("timm", "safetensors"),
+        "timm",
+        "model.safetensors",
+        'import json, timm, torch\nsaved = json.load(open("config.json"))\nmodel = timm.create_model('
+        'saved["architecture"], checkpoint_path="model.safetensors", **saved["model_args"]).eval()\n',
+        "tokens = model.forward_features(torch.zeros({shape}))",
+        resampling=lambda model: (True, 0.0),
+    ),
+    "transformers": Format(
+        write_transformers,
+        ("transformers", "safetensors"),
+        "transformers",
+        "model.safetensors",
+        'import torch\nfrom transformers import AutoModel\nmodel = AutoModel.from_pretrained(".").eval()\n',
+        "tokens = model(torch.zeros({shape})).last_hidden_state",
+        resampling=lambda model: (model.num_registers > 0, 0.0),
+    ),
+    "meta": Format(
+        write_meta,
+        (),
+        "torch.hub",
+        "model.pth",
+        'import torch\nmodel = torch.hub.load(".", "backbone", source="local")\n',
+        "features = model.forward_features(torch.zeros({shape}))\n"
+        'cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]',
+    ),
+    "safetensors": Format(
+        write_safetensors,
+        (),
+        "safetensors",
+        "model.safetensors",
+        'import dinoreg, torch\nmodel = dinoreg.load("model.safetensors")\n',
+        "cls, registers, patches = model(torch.zeros({shape}))",
+    ),
+    "onnx": Format(
+        lambda folder, source: write_fixed_or_dynamic_onnx(folder, source, fixed=False),
+        ("onnx", "onnxruntime", "onnxscript"),
+        "onnxruntime",
+        "model.onnx",
+        "import numpy, onnxruntime\n"
+        'model = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])\n',
+        'images = numpy.zeros(({shape}), dtype="float32")\n'
+        'cls, registers, patches = model.run(["cls", "registers", "patches"], {{"images": images}})',
+        low="float16",
+        bound=1e-4,
+    ),
+}
+
+
+def hidden_dim(model: RegisterViT) -> int:
+    """Width between the two matrices of the FFN; the gated half for SwiGLU."""
+    return hidden_dim_of(model.dim, model.ffn, model.ffn_ratio)
+
+
+def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that lie in memory of their own, as the file formats want them."""
+    return {key: value.detach().clone().contiguous() for key, value in state.items()}
+
+
+def _save(state: dict[str, Tensor], path: Path) -> None:
+    save_file(state, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone; an export is passed on
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,222 @@
+"""A register Vision Transformer for inference that needs PyTorch and nothing else.
+
+The export copies this file as `hubconf.py` beside the weights, with the architecture filled in, so that
+`torch.hub.load(folder, "backbone", source="local")` builds the model where dinoreg is not installed. Names of
+parameters, arguments and outputs are those of the published DINOv2 models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+dependencies = ["torch"]  # torch.hub checks that these are installed
+
+ARCHITECTURE: dict[str, Any] = {}
+
+
+def backbone(pretrained: bool = True, weights: str | Path | None = None) -> PlainViT:
+    """The encoder, in evaluation mode.
+
+    pretrained  load the weights; False leaves them as PyTorch draws them
+    weights     a state dict saved by torch; None: `model.pth` in the folder of this file
+    """
+    model = PlainViT(**ARCHITECTURE)
+    if pretrained:
+        path = Path(__file__).resolve().parent / "model.pth" if weights is None else weights
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    return model.eval()
+
+
+class PlainViT(nn.Module):
+    """[class token, registers, patches] through pre-norm blocks; the class token and the patches carry positions.
+
+    grid       rows and columns of the learned positions; other image sizes resample them
+    hidden_dim width between the two matrices of the FFN (of the gated half, for "swiglu")
+    antialias, position_offset  how positions are resampled: bicubic, with the offset entering the scale
+    """
+
+    def __init__(
+        self,
+        *,
+        grid: Sequence[int],
+        patch_size: int,
+        in_channels: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        num_registers: int,
+        ffn: str,
+        hidden_dim: int,
+        layerscale: bool,
+        antialias: bool,
+        position_offset: float,
+    ) -> None:
+        super().__init__()
+        rows, columns = grid
+        self.grid = (rows, columns)
+        self.patch_size = patch_size
+        self.embed_dim = self.num_features = dim
+        self.num_register_tokens = num_registers
+        self.antialias, self.position_offset = antialias, position_offset
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
+        self.mask_token = nn.Parameter(torch.zeros(1, dim))
+        self.patch_embed = PatchEmbedding(patch_size, in_channels, dim)
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, ffn, hidden_dim, layerscale) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def resampled_positions(self, rows: int, columns: int) -> Tensor:
+        """Positions of the patches of a rows x columns grid, (1, rows * columns, D)."""
+        positions = self.pos_embed[:, 1:]
+        if (rows, columns) == self.grid:
+            return positions
+        image = positions.float().reshape(1, *self.grid, self.embed_dim).permute(0, 3, 1, 2).contiguous()
+        options: dict[str, Any] = {"size": (rows, columns)}
+        if self.position_offset:
+            scale = [(new + self.position_offset) / old for new, old in zip((rows, columns), self.grid)]
+            options = {"scale_factor": scale}
+        image = F.interpolate(image, mode="bicubic", antialias=self.antialias, **options)
+        return image.flatten(2).transpose(1, 2).to(positions.dtype)
+
+    def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """images (B, C, H, W), H and W multiples of the patch size; masks (B, N) bool -> tokens (B, T, D)."""
+        patches = self.patch_embed(images)  # (B, N, D)
+        if masks is not None:
+            patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        patches = patches + self.resampled_positions(rows, columns)
+        tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(images.shape[0], -1, -1)]
+        if self.register_tokens is not None:
+            tokens.append(self.register_tokens.expand(images.shape[0], -1, -1))
+        return torch.cat([*tokens, patches], dim=1)
+
+    def forward_features(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Any]:
+        """images (B, C, H, W) -> the tokens after the final norm by kind, and all of them before it."""
+        x = self.embed(images, masks)
+        for block in self.blocks:
+            x = block(x)
+        normed, first = self.norm(x), 1 + self.num_register_tokens
+        return {
+            "x_norm_clstoken": normed[:, 0],  # (B, D)
+            "x_norm_regtokens": normed[:, 1:first],  # (B, R, D)
+            "x_norm_patchtokens": normed[:, first:],  # (B, N, D)
+            "x_prenorm": x,  # (B, T, D)
+            "masks": masks,
+        }
+
+    def forward(self, images: Tensor, masks: Tensor | None = None, is_training: bool = False) -> Any:
+        """The class token (B, D), or everything `forward_features` gives if `is_training`."""
+        features = self.forward_features(images, masks)
+        return features if is_training else features["x_norm_clstoken"]
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """Patch tokens (B, N, D) of the last n blocks, or of the blocks with the indices n, in block order.
+
+        reshape             (B, D, rows, columns) instead
+        return_class_token  pairs of patch tokens and class token (B, D)
+        norm                the final norm is applied to each
+        """
+        depth = len(self.blocks)
+        chosen = range(depth - n, depth) if isinstance(n, int) else n
+        x, outputs = self.embed(images), []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in chosen:
+                outputs.append(self.norm(x) if norm else x)
+        if len(outputs) != len(chosen):
+            raise ValueError(f"n={n}: the model has {depth} blocks")
+        rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        found: list[Any] = []
+        for tokens in outputs:
+            patches = tokens[:, 1 + self.num_register_tokens :]
+            if reshape:
+                patches = patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+            found.append((patches, tokens[:, 0]) if return_class_token else patches)
+        return tuple(found)
+
+
+class PatchEmbedding(nn.Module):
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, C, H, W) -> (B, N, D), row by row."""
+        height, width = images.shape[2:]
+        size = self.proj.kernel_size[0]
+        if height % size or width % size:
+            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {size}")
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, ffn: str, hidden_dim: int, layerscale: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = SelfAttention(dim, heads)
+        self.ls1 = ChannelScale(dim) if layerscale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = GatedFFN(dim, hidden_dim) if ffn == "swiglu" else PlainFFN(dim, hidden_dim)
+        self.ls2 = ChannelScale(dim) if layerscale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, dim // heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, dim = x.shape
+        parts = self.qkv(x).reshape(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = parts.unbind(0)  # (B, heads, T, head_dim)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, dim))
+
+
+class ChannelScale(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class PlainFFN(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class GatedFFN(nn.Module):
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden_dim)
+        self.w3 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)

@@ -1,0 +1,138 @@
+"""ONNX: a graph of the encoder with outputs `cls`, `registers` and `patches`, for any batch.
+
+Either for one image size, whose positions are constants of the graph, or for any size that the patch size divides.
+There the positions are resampled in the graph by the matrices of `resample.py`, which stand for PyTorch's bicubic
+kernels exactly; up to MAX_GRID patches an extent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinoreg.export.hub_model import PlainViT
+from dinoreg.export.resample import resample_in_graph
+from dinoreg.models.vit import RegisterViT
+
+OPSET = 18
+MAX_GRID = 4096
+INPUT = "images"
+OUTPUTS = ("cls", "registers", "patches")
+FILES = {"float32": "model.onnx", "float16": "model_float16.onnx"}
+
+# One ONNX file is one protobuf message, which ends at 2 GiB; larger weights go beside it.
+_MAX_INLINE = 3 * 2**29
+
+
+class _Resampling(PlainViT):
+    """The plain encoder with positions by matrix products, always in the graph."""
+
+    def resampled_positions(self, rows: int, columns: int) -> Tensor:
+        positions = self.pos_embed[0, 1:].float().reshape(*self.grid, self.embed_dim)
+        moved = resample_in_graph(positions, (rows, columns), self.antialias, self.position_offset)
+        return moved.to(self.pos_embed.dtype)
+
+
+class _Outputs(nn.Module):
+    def __init__(self, vit: PlainViT) -> None:
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        features = self.vit.forward_features(images)
+        return features["x_norm_clstoken"], features["x_norm_regtokens"], features["x_norm_patchtokens"]
+
+
+def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixed: bool) -> dict[str, Any]:
+    """Write one file per dtype; returns what the caller of the graph has to know, fit for JSON.
+
+    arguments  of the plain encoder that makes this model
+    fixed      only the model's own image size, with its positions baked in; else any size
+    """
+    plain = PlainViT(**arguments) if fixed else _Resampling(**arguments)
+    plain.load_state_dict({"mask_token": torch.zeros(1, model.dim), **model.state_dict()})
+    plain.eval().requires_grad_(False)
+    for name, file in FILES.items():
+        _capture(_Outputs(plain.to(getattr(torch, name))).eval(), model, fixed, folder / file)
+    size: Any = list(model.image_size) if fixed else "any"
+    return {
+        "format": "dinoreg-onnx",
+        "version": 1,
+        "opset": OPSET,
+        "files": FILES,
+        "inputs": {INPUT: ["batch", model.in_channels, *(model.image_size if fixed else ("height", "width"))]},
+        "outputs": {
+            "cls": ["batch", model.dim],
+            "registers": ["batch", model.num_registers, model.dim],
+            "patches": ["batch", "patches", model.dim],
+        },
+        "image_size": size,
+        "native_image_size": list(model.image_size),
+        "patch_size": model.patch_size,
+        "max_extent": None if fixed else MAX_GRID * model.patch_size,
+    }
+
+
+def drop_float16(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Remove the float16 graph of a model that overflows in that dtype; returns the facts without it."""
+    for path in folder.glob(f"{FILES['float16']}*"):  # and its weights, where they lie beside it
+        path.unlink()
+    return facts | {"files": {"float32": FILES["float32"]}}
+
+
+def _capture(graph: nn.Module, model: RegisterViT, fixed: bool, path: Path) -> None:
+    parameter = next(graph.parameters())
+    patch = model.patch_size
+    # An example whose extents and batch all differ, and are not 1, which a tracer would take for a constant.
+    height, width = model.image_size if fixed else (3 * patch, 5 * patch)
+    images = torch.zeros(2, model.in_channels, height, width, dtype=parameter.dtype)
+    dims: dict[int, Any] = {0: torch.export.Dim("batch")}
+    if not fixed:
+        rows, columns = (torch.export.Dim(name, min=1, max=MAX_GRID) for name in ("rows", "columns"))
+        dims |= {2: patch * rows, 3: patch * columns}
+    with _quiet():
+        program = torch.onnx.export(
+            graph,
+            (images,),
+            dynamo=True,
+            dynamic_shapes=(dims,),
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            verbose=False,
+        )
+    assert program is not None
+    _name_patches(program, fixed)
+    size = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
+    program.save(str(path), external_data=size > _MAX_INLINE)
+
+
+def _name_patches(program: Any, fixed: bool) -> None:
+    """Call the number of patches by its name, where the tracer left its formula."""
+    if fixed:
+        return
+    output = program.model.graph.outputs[OUTPUTS.index("patches")]
+    batch, _, dim = output.shape
+    output.shape = type(output.shape)([batch, "patches", dim])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells its progress on stdout and in the log, and warns of its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,70 @@
+"""Bicubic resampling as two matrix products, for graphs whose image size is known only when they run.
+
+ONNX has no resize that reproduces PyTorch's bicubic kernels, with antialias or with an offset in the scale.
+Both are linear and separable, so a row matrix and a column matrix say them exactly; the matrices are computed in
+the graph from the target size, out of arithmetic that every runtime has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Slopes of the cubic kernel in PyTorch's two implementations.
+ANTIALIASED_SLOPE = -0.5
+PLAIN_SLOPE = -0.75
+
+
+def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | float = 0.0) -> Tensor:
+    """The weights (target, grid) with which `target` samples are made of `grid` ones, float32.
+
+    target     may be symbolic while a graph is captured
+    antialias  and offset: as in `dinoreg.models.vit.resample_positions`
+    """
+    places = torch.arange(target, dtype=torch.float32)[:, None] + 0.5  # (target, 1)
+    sources = torch.arange(grid, dtype=torch.float32)[None, :]  # (1, grid)
+    # PyTorch divides in double precision and rounds once; a scale that is off by a bit moves the far samples.
+    scale = (grid / (torch.full((), target, dtype=torch.float64) + offset)).float()
+    if antialias:
+        # The kernel widens as the target shrinks; what falls outside the grid is left out and the rest sums to one.
+        distance = (sources + 0.5 - places * scale) / scale.clamp(min=1.0)
+        weights = _cubic(distance.abs(), ANTIALIASED_SLOPE)
+        return weights / weights.sum(dim=1, keepdim=True)
+    # Four taps around the sampling point; those outside the grid take the value at its border.
+    point = places * scale - 0.5
+    first = torch.floor(point)
+    weights = torch.zeros_like(point * sources)
+    for tap in (-1.0, 0.0, 1.0, 2.0):
+        place = (first + tap).clamp(0, grid - 1)
+        weights = weights + (sources == place).to(torch.float32) * _cubic((point - first - tap).abs(), PLAIN_SLOPE)
+    return weights
+
+
+def _cubic(x: Tensor, slope: float) -> Tensor:
+    """Keys' kernel at distances x >= 0: one at 0, zero at 1, at 2 and beyond."""
+    near = ((slope + 2) * x - (slope + 3)) * x * x + 1
+    far = slope * (((x - 5) * x + 8) * x - 4)
+    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def resample_in_graph(positions: Tensor, target: tuple[int, int], antialias: bool, offset: float = 0.0) -> Tensor:
+    """`resample_positions` out of arithmetic alone.
+
+    positions (gh, gw, D) float32
+    target    (h, w), may be symbolic
+    returns   (1, h * w, D) float32
+    """
+    grid_rows, grid_columns, dim = positions.shape
+    rows, columns = target
+    shifts: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)
+    if offset:  # at the native grid positions are used as they are; with antialias, each extent on its own
+        same_height = torch.full((), rows) == grid_rows
+        same_width = torch.full((), columns) == grid_columns
+        if not antialias:
+            same_height = same_width = same_height & same_width
+        none, some = torch.zeros((), dtype=torch.float64), torch.full((), offset, dtype=torch.float64)
+        shifts = (torch.where(same_height, none, some), torch.where(same_width, none, some))
+    down = resampling_matrix(rows, grid_rows, antialias, shifts[0])  # (h, gh)
+    across = resampling_matrix(columns, grid_columns, antialias, shifts[1])  # (w, gw)
+    moved = (down @ positions.reshape(grid_rows, grid_columns * dim)).reshape(rows, grid_columns, dim)
+    return (across @ moved).reshape(1, rows * columns, dim)

@@ -1,0 +1,114 @@
+"""`dinoreg export`: write an artefact aside, certify it, describe it, and only then give it its name."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dinoreg.checkpoint import sync
+from dinoreg.errors import RunError, UserError
+from dinoreg.export.card import write_card
+from dinoreg.export.certificate import certify, listing, overflows
+from dinoreg.export.formats import FORMATS, Format, drop_overflowing, write_fixed_or_dynamic_onnx
+from dinoreg.export.source import read_source
+
+CERTIFICATE = "certificate.json"
+
+
+def export(weights: str | Path, *, format: str, out: str | Path, size: int | Sequence[int] | None = None) -> Path:
+    """Write a model for another library, with a certificate that this library computes the same, and a model card.
+
+    weights  a run folder, a weight file or a model name, as for `dinoreg.load`
+    format   "timm" | "transformers" | "meta" | "safetensors" | "onnx"
+    out      the folder to write; it must not exist, or be empty
+    size     height and width in pixels, or one for both: positions are resampled to it beforehand. An ONNX graph then
+             takes this size only; without it, any. None: the model's native size
+    returns  the folder
+    raises   UserError for a wrong argument or a missing library, before anything is written; RunError if the library
+             cannot load what was written or differs from the source above the bound: then nothing is left in `out`
+    """
+    form = _format(format)
+    target = _target(out)
+    source = read_source(weights, size)
+    fixed = format == "onnx" and size is not None
+    if fixed:
+        form = replace(form, write=lambda folder, what: write_fixed_or_dynamic_onnx(folder, what, fixed=True))
+    try:
+        with _aside(target) as stage:
+            artefact, scratch = stage / "artefact", stage / "scratch"
+            artefact.mkdir()
+            scratch.mkdir()
+            form.write(artefact, source)
+            certificate = certify(format, form, source, artefact, scratch, fixed)
+            if format == "onnx" and overflows(certificate):
+                drop_overflowing(artefact)
+                certificate["artefact"]["files"] = listing(artefact)
+            write_card(artefact, format, form, source, certificate)
+            text = json.dumps(certificate, indent=1) + "\n"
+            (artefact / CERTIFICATE).write_text(text, encoding="utf-8")
+            for path in (*artefact.iterdir(), artefact):
+                sync(path)
+            os.replace(artefact, target)
+            sync(target.parent)
+    except OSError as error:
+        raise RunError(f"out={out}: could not be written: {error.strerror or error}") from error
+    return target
+
+
+def read_certificate(folder: Path) -> dict[str, Any]:
+    """The certificate of an exported folder."""
+    return json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        near = difflib.get_close_matches(str(name), FORMATS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"format={name}: expected one of {', '.join(FORMATS)}{hint}")
+    missing = [package for package in FORMATS[name].packages if not _installed(package)]
+    if missing:
+        raise UserError(f"format={name} needs {' and '.join(missing)}: pip install 'dinoreg[export]'")
+    return FORMATS[name]
+
+
+def _installed(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None
+    return importlib.util.find_spec(package) is not None
+
+
+def _target(out: str | Path) -> Path:
+    path = Path(out)
+    try:
+        if path.is_dir() and any(path.iterdir()):
+            raise UserError(f"out={out}: the folder is not empty; an export writes into a new or empty one")
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise UserError(f"out={out}: there is a file of this name; expected a new or empty folder")
+    except (OSError, ValueError) as error:  # not readable, a name too long, or with a NUL in it
+        raise UserError(f"out={str(out)[:80]}: not a folder that can be written ({error})") from None
+    return Path(os.path.abspath(path))  # the last component must be a name, not "."
+
+
+@contextlib.contextmanager
+def _aside(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, removed in the end together with the parents that were made for it, if these stay
+    empty."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    stage = target.with_name(f".{target.name}.unfinished-{os.getpid()}")
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        for parent in made:  # from the inside out
+            with contextlib.suppress(OSError):
+                parent.rmdir()
