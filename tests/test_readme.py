@@ -13,6 +13,7 @@ import dinoreg
 from dinoreg.bundled import bundled
 from dinoreg.cli import VERBS, _keys
 from dinoreg.config import load_config, require_complete
+from dinoreg.embed import read_options
 from dinoreg.eval.declare import find_benchmark
 from dinoreg.evaluation import read_request
 
@@ -61,7 +62,8 @@ def test_continuous_integration_runs_the_test_command_verbatim() -> None:
 
 
 def test_there_are_commands_for_every_verb_that_takes_images_or_runs() -> None:
-    assert {words[0] for words in dinoreg_commands()} >= {"quickstart", "pretrain", "inspect", "report", "eval"}
+    verbs = {"quickstart", "pretrain", "inspect", "report", "eval", "view", "registers", "export", "embed"}
+    assert {words[0] for words in dinoreg_commands()} >= verbs
 
 
 @pytest.mark.parametrize("words", dinoreg_commands(), ids=" ".join)
@@ -76,6 +78,8 @@ def test_every_command_parses(words: list[str], tmp_path: Path, monkeypatch: pyt
     if verb == "pretrain":
         source, *overrides = arguments
         require_complete(load_config(source, overrides))
+    elif verb == "embed":
+        assert read_options(arguments).out
     elif verb == "eval" and "--list" not in arguments:
         what, *overrides = arguments
         request = read_request(overrides)

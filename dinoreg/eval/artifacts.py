@@ -1,0 +1,188 @@
+"""Artifact tokens: patches whose norm is out of proportion to the others' (Darcet et al. 2023, §2.1 and §2.2).
+
+Large models keep facts about the whole image in a few patches that have little to say themselves. Such a token is told
+by its norm, on the tokens before the final norm (which would level it). The paper's limit, 150, was picked by hand for
+DINOv2-g; scales differ between models, so the limit here is each model's own, and a second measure says whether
+the tokens beyond it are a group of their own or only the end of a tail. Everything here is a function of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAPER_LIMIT = 150.0  # a norm; for DINOv2-g only
+DEVIATIONS = 4.0  # of the log norms, above their median: 3 in 100,000 of a log-normal bulk lie beyond
+LEAST_RATIO = 2.0  # no norm below this many medians is an outlier, however narrow the bulk
+MAD_TO_DEVIATION = 1.4826  # for a normal distribution
+LEAST_SHARE, LEAST_COUNT = 5e-4, 5  # fewer outliers than both are chance
+VALLEY = 0.5  # a group of its own: somewhere below it, tokens are half as dense as within it
+LOW_INFORMATION = 0.25  # the share of patches, those most like their neighbours, that count as saying little
+
+
+class Limit(NamedTuple):
+    """Where outliers begin.
+
+    value      a patch with a larger norm is an outlier
+    median     of the norms
+    deviation  of the natural logarithm of the norms, robust: 1.4826 MAD
+    """
+
+    value: float
+    median: float
+    deviation: float
+
+
+class Outliers(NamedTuple):
+    """What a set of norms shows.
+
+    kind     "none", "tail" (large norms that follow on from the rest), or "group" (apart from the rest)
+    patches  above the limit
+    share    of all patches
+    ratio    median norm of the outliers over the median of all; 0 without outliers
+    largest  the largest norm over the median
+    valley   density of tokens in the emptiest place between bulk and outliers, over that among the outliers; below
+             0.5 the outliers are a group, in a falling tail it is about 1 or more; infinite without outliers
+    """
+
+    kind: str
+    patches: int
+    share: float
+    ratio: float
+    largest: float
+    valley: float
+
+
+def robust_limit(norms: Tensor) -> Limit:
+    """The limit of one model and layer: median x max(2, exp(4 deviations of the log norms)).
+
+    norms  any shape, above 0. Logarithms, because norms spread by factors; median and MAD, because the outliers
+           themselves must not move the limit; the factor 2, because a bulk of almost equal norms would else put
+           it next to the median.
+    raises ValueError for norms that are empty or not finite
+    """
+    norms = norms.detach().flatten().double()
+    if not len(norms) or not torch.isfinite(norms).all():
+        raise ValueError("norms must be finite and at least one")
+    logs = norms.clamp(min=1e-12).log()
+    middle = logs.median()
+    deviation = float(MAD_TO_DEVIATION * (logs - middle).abs().median())
+    median = float(middle.exp())
+    return Limit(median * max(LEAST_RATIO, math.exp(DEVIATIONS * deviation)), median, deviation)
+
+
+def find_outliers(norms: Tensor, limit: Limit) -> Outliers:
+    """What the norms (any shape) of one layer show against a limit."""
+    norms = norms.detach().flatten().double()
+    above = norms[norms > limit.value]
+    count, share = len(above), len(above) / len(norms)
+    largest = float(norms.max()) / limit.median
+    if not count:
+        return Outliers("none", 0, 0.0, 0.0, largest, math.inf)
+    valley = _valley(norms.clamp(min=1e-12).log(), math.log(limit.median), float(above.log().median()))
+    enough = count >= LEAST_COUNT and share >= LEAST_SHARE
+    kind = "none" if not enough else "group" if valley < VALLEY else "tail"
+    return Outliers(kind, count, share, float(above.median()) / limit.median, largest, valley)
+
+
+def _valley(logs: Tensor, bulk: float, outliers: float) -> float:
+    """Tokens in the emptiest window between two places on the axis of log norms, over those around the second."""
+    width = (outliers - bulk) / 4
+    ordered = logs.sort().values
+
+    def inside(centres: Tensor) -> Tensor:
+        low, high = (torch.searchsorted(ordered, centres + sign * width / 2) for sign in (-1, 1))
+        return (high - low).double()
+
+    between = torch.linspace(bulk, outliers, 33, dtype=torch.float64)
+    return float(inside(between).min() / inside(between[-1:]).clamp(min=1)[0])
+
+
+def neighbour_cosine(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """How much every patch resembles its neighbours: the mean cosine to the up to four beside it.
+
+    patches (B, N, D), row by row: as in the paper (figure 5a) those of the patch embedding, before positions are added
+    returns (B, N); 1 where a grid has a single patch
+    """
+    unit = F.normalize(patches.float(), dim=-1).unflatten(1, grid)  # (B, h, w, D)
+    total, count = unit.new_zeros(unit.shape[:3]), unit.new_zeros(unit.shape[1:3])
+    down, right = (unit[:, 1:] * unit[:, :-1]).sum(-1), (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1)
+    for rows, columns, cosine in (
+        (slice(1, None), slice(None), down),
+        (slice(None, -1), slice(None), down),
+        (slice(None), slice(1, None), right),
+        (slice(None), slice(None, -1), right),
+    ):
+        total[:, rows, columns] += cosine
+        count[rows, columns] += 1
+    return torch.where(count > 0, total / count.clamp(min=1), torch.ones_like(total)).flatten(1)
+
+
+def low_information(cosine: Tensor, share: float = LOW_INFORMATION) -> Tensor:
+    """The patches that repeat their surroundings: the `share` of all with the highest neighbour cosine.
+
+    cosine (B, N) -> (B, N) bool; over all images together, so that a plain image may have more of them
+    """
+    count = max(round(share * cosine.numel()), 1)
+    chosen = torch.zeros(cosine.numel(), dtype=torch.bool)
+    chosen[cosine.flatten().argsort(descending=True, stable=True)[:count].cpu()] = True
+    return chosen.view(cosine.shape)
+
+
+def border(grid: tuple[int, int]) -> Tensor:
+    """(N,) bool: the patches at the edge of the image."""
+    edge = torch.zeros(grid, dtype=torch.bool)
+    edge[0], edge[-1], edge[:, 0], edge[:, -1] = True, True, True, True
+    return edge.flatten()
+
+
+def onset(norms: Tensor, outliers: Tensor) -> int | None:
+    """The block after which outliers first stand out: there their median norm is at least twice the others'.
+
+    norms     (L, B, N) after each block
+    outliers  (B, N) bool, as the last block shows them
+    returns   a block's number from 0; None when there are no outliers
+    """
+    if not outliers.any():
+        return None
+    for block, layer in enumerate(norms):
+        if float(layer[outliers].median()) >= LEAST_RATIO * float(layer[~outliers].median()):
+            return block
+    return len(norms) - 1
+
+
+def pick_patches(candidates: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """One patch of every image, at random among its candidates.
+
+    candidates (B, N) bool
+    returns    (index (B,), present (B,) bool): where an image has no candidate the index is 0 and present is false
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.rand(candidates.shape, generator=generator).masked_fill(~candidates.cpu(), -1.0)
+    return draw.argmax(dim=1), candidates.cpu().any(dim=1)
+
+
+def mean_cosine(tokens: Tensor) -> float:
+    """How alike the tokens of an image are: the cosine of every pair, averaged over pairs and images.
+
+    tokens (B, S, D), S at least 2; 1 means copies of one another
+    """
+    unit = F.normalize(tokens.double(), dim=-1)
+    count = unit.shape[1]
+    pairs = (unit.sum(dim=1).square().sum(dim=-1) - count) / (count * (count - 1))  # (B,)
+    return float(pairs.mean())
+
+
+def log_histogram(norms: Tensor, edges: Tensor) -> Tensor:
+    """Shares of the norms of every layer: norms (L, ...) and edges (k + 1,) ascending -> (L, k), rows sum to one.
+
+    Norms beyond the edges count in the first and the last bin.
+    """
+    bins = len(edges) - 1
+    places = (torch.bucketize(norms.flatten(1), edges) - 1).clamp(0, bins - 1)
+    counts = torch.stack([torch.bincount(row, minlength=bins) for row in places])
+    return counts.double() / counts.sum(dim=1, keepdim=True)
