@@ -22,6 +22,7 @@ from dinoreg.data.settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.errors import UserError
 from dinoreg.keys import build, flatten, nearest, nested, one_line, refuse_interpolation
 from dinoreg.options import (
+    AdaptConfig,
     CheckpointConfig,
     DataConfig,
     HeadConfig,
@@ -67,6 +68,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -117,12 +119,27 @@ class Config:
         assert self.optim.base_lr is not None
         return self.optim.base_lr * math.sqrt(self.batch_size * world_size / 1024)
 
+    def layer_decay(self) -> float:
+        """Rate multiplier per block: `optim.layer_decay`, with `init=` at most `adapt.layer_decay`."""
+        if self.init is None:
+            return self.optim.layer_decay
+        return min(self.optim.layer_decay, self.adapt.layer_decay)
+
     def explain_lr(self, world_size: int = 1) -> str:
         """How the peak learning rate came about, in one line."""
+        rate = f"learning rate {self.peak_lr(world_size):.3g}"
         if self.optim.lr is not None:
-            return f"learning rate {self.optim.lr:.3g} as given"
-        batch = self.batch_size * world_size
-        return f"learning rate {self.peak_lr(world_size):.3g} = {self.optim.base_lr:.3g} · √({batch}/1024)"
+            return f"{rate} as given"
+        return f"{rate} = {self.optim.base_lr:.3g} · √({self.batch_size * world_size}/1024)"
+
+    def explain_start(self, num_steps: int, world_size: int = 1) -> str:
+        """What a run with `init=` does with the backbone, in one line."""
+        frozen = round(self.adapt.heads * num_steps)
+        rate = self.peak_lr(world_size) * self.adapt.lr
+        first = f"heads alone for {frozen} steps, then " if frozen else ""
+        return (
+            f"{first}backbone at {rate:.3g} ({self.adapt.lr:.3g} of the heads' rate), {self.layer_decay():.3g} a block"
+        )
 
     def hash(self) -> str:
         """Twelve hexadecimal digits over everything that shapes the weights (not out, resume, overwrite)."""

@@ -74,6 +74,7 @@ class LossConfig:
     dino_weight: float = 1.0  # of the class-token loss (local and global terms)
     ibot_weight: float = 1.0  # of the masked-patch loss
     koleo_weight: float = 0.1  # of the entropy of class tokens, each global view
+    anchor_weight: float = 0.0  # of the cosine distance to the features of init=; 0: off, at no cost
     student_temp: float = 0.1  # softmax temperature of the student
     centering: str = "softmax"  # softmax (moving centre) | sinkhorn
     sinkhorn_iterations: int = 3  # row and column normalisations
@@ -84,7 +85,7 @@ class LossConfig:
         check(self.student_temp > 0, "loss.student_temp", self.student_temp, "a positive temperature")
         check(0 <= self.center_momentum <= 1, "loss.center_momentum", self.center_momentum, "within [0, 1]")
         check(self.sinkhorn_iterations > 0, "loss.sinkhorn_iterations", self.sinkhorn_iterations, "at least 1")
-        for key in ("dino_weight", "ibot_weight", "koleo_weight"):
+        for key in ("dino_weight", "ibot_weight", "koleo_weight", "anchor_weight"):
             check(getattr(self, key) >= 0, f"loss.{key}", getattr(self, key), "zero or a positive weight")
         check(
             self.dino_weight + self.ibot_weight > 0,
@@ -142,6 +143,28 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class AdaptConfig:
+    """What a run that starts from weights (`init=`) does differently; of no effect without `init=`."""
+
+    heads: float = 0.2  # fraction of the run in which only the fresh heads learn, on the frozen backbone
+    warmup: float = 0.1  # fraction of the run, after that, in which the backbone's rate rises from 0
+    lr: float = 0.1  # learning rate of the backbone over that of the heads
+    layer_decay: float = 0.75  # highest rate multiplier per block; optim.layer_decay holds where it is lower
+
+    def __post_init__(self) -> None:
+        check(0 <= self.heads < 1, "adapt.heads", self.heads, "a fraction of the run in [0, 1)")
+        check(0 <= self.warmup <= 1, "adapt.warmup", self.warmup, "a fraction of the run")
+        check(
+            self.heads + self.warmup <= 1,
+            "adapt.warmup",
+            self.warmup,
+            f"at most {1 - self.heads:.3g}, what adapt.heads={self.heads:.3g} leaves of the run",
+        )
+        check(0 < self.lr <= 1, "adapt.lr", self.lr, "a share of the heads' rate in (0, 1]")
+        check(0 < self.layer_decay <= 1, "adapt.layer_decay", self.layer_decay, "within (0, 1]")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     source: str | list[str] | None = None  # folder, [several], list of paths, scenes, or imagenet1k:root=FOLDER
     weights: list[float] | None = None  # probability of each of several folders; none: by their size
@@ -181,7 +204,9 @@ class LogConfig:
 class ProbeConfig:
     every: int | None = None  # steps between probes; none: a tenth of the run; 0: never
     data: str | None = None  # a folder with one subfolder per class, or scenes; none: label-free rank only
-    num_images: int = 2000  # images embedded at each probe, half to learn from, half to test
+    general: str | None = None  # as data: what must not be forgotten; followed beside it from step 0 on
+    margin: float = 0.03  # fall of the k-NN accuracy on probe.general since step 0 that a warning follows
+    num_images: int = 2000  # images of each set embedded at each probe, half to learn from, half to test
     metric: str = "knn_top1"  # what `best` follows: knn_top1 | rankme; rankme where there are no labels
     max_share: float = 0.05  # of the running time; probes are left out when they would cost more
 
@@ -189,6 +214,7 @@ class ProbeConfig:
         check(self.every is None or self.every >= 0, "probe.every", self.every, "zero or more steps")
         check(self.metric in ("knn_top1", "rankme"), "probe.metric", self.metric, "knn_top1 or rankme")
         check(self.num_images >= 4, "probe.num_images", self.num_images, "at least 4 images")
+        check(0 < self.margin < 1, "probe.margin", self.margin, "a share of the test images in (0, 1)")
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ REMEDIES = {
     "feature-collapse": "Raise loss.koleo_weight, lower the learning rate, or use loss.centering=sinkhorn.",
     "few-prototypes-used": "Use loss.centering=sinkhorn or fewer head.prototypes.",
     "non-finite-steps": "Lower the learning rate, use precision=bf16 or fp32, and look at the listed images.",
+    "forgetting": "Lower adapt.lr, raise loss.anchor_weight, train on general images too (data=[DOMAIN,GENERAL] with "
+    "data.weights), or use a checkpoint from before the fall.",
     "data-bound": "Raise data.workers, store smaller images, or use a faster disk.",
 }
 
@@ -121,7 +123,7 @@ class Health:
         step = int(metrics["step"])
         late = step >= self.grace
         update = metrics.get("update_ratio", math.nan)
-        lr = metrics.get("lr", 0.0)
+        lr = metrics.get("backbone_lr", metrics.get("lr", 0.0))  # of the weights that are watched
         entropy = metrics.get("teacher_entropy", math.nan) / math.log(max(self.num_prototypes, 2))
         marginal = metrics.get("target_marginal_entropy", math.nan) / math.log(max(self.num_prototypes, 2))
         pixels = metrics.get("pixel_std", math.nan)
@@ -168,6 +170,18 @@ class Health:
         busy = metrics.get("data_time", 0.0) / max(metrics.get("step_time", 1.0), 1e-9)
         suspect("data-bound", late and busy > DATA_BOUND, f"{busy:.0%} of the time goes to waiting for images")
         return self._confirm(found)
+
+    def forgetting(self, start: float, step: int, now: float, margin: float) -> list[Diagnosis]:
+        """Whether the k-NN accuracy of the general probe has fallen from `start` at `step` by more than `margin`.
+
+        Shares of the test images, all three; given once a run.
+        """
+        if not now < start - margin or "forgetting" in self.reported:
+            return []
+        self.reported.add("forgetting")
+        fallen = f"k-NN on probe.general fell from {start:.1%} at step {step} to {now:.1%}"
+        message = f"{fallen}, by more than probe.margin ({100 * margin:.3g} points)"
+        return [Diagnosis("forgetting", message, REMEDIES["forgetting"])]
 
     def _confirm(self, found: list[tuple[str, str, bool]]) -> list[Diagnosis]:
         names = {name for name, _, _ in found}

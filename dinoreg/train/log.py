@@ -49,7 +49,7 @@ class RunLog:
         self._fortieth = -1
         (out / "health").mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "probe.jsonl", "health/events.jsonl", "health/nonfinite.jsonl"):
-            _keep_until(out / name, step)
+            _keep_until(out / name, step if step > 0 else -1)  # a run that starts anew writes step 0 again
         self._metrics = open(out / "metrics.jsonl", "a")  # noqa: SIM115 - closed by __exit__
         self._writer: Any = None
         if tensorboard:

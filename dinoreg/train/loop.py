@@ -61,6 +61,9 @@ def train(setup: Setup, state: TrainState, log: RunLog, signals: Signals) -> Non
         state.student.backbone.compile()
         state.teacher.backbone.compile()
 
+    if state.step == 0 and setup.probe is not None and probe_every > 0 and (setup.start or setup.general):
+        run_probe(setup, state, log, clock, health)  # what the run starts with, to compare with later
+
     batches = setup.batches(state)
     try:
         while state.step < setup.num_steps:
@@ -96,7 +99,7 @@ def train(setup: Setup, state: TrainState, log: RunLog, signals: Signals) -> Non
             last = state.step == setup.num_steps
             improved = False
             if setup.probe is not None and probe_every > 0 and (every(probe_every, state.step) or last):
-                improved = run_probe(setup, state, log, clock)
+                improved = run_probe(setup, state, log, clock, health)
             good = every(save_every, state.step) and float(state.rejected) == 0  # a state to come back to
             if good or improved or last or signals.received:
                 save(setup, state, log, batches, best=improved)

@@ -79,20 +79,38 @@ def build_optimizer(
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
 
 
+def start_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its AdamW state at once, as its first step would.
+
+    Parameters without a gradient (a frozen backbone) would get theirs later, and a checkpoint written in between
+    would lack it.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+
 def set_rates(optimizer: torch.optim.Optimizer, now: Now) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = (now.last_layer_lr if group["last_layer"] else now.lr) * group["lr_multiplier"]
+        rate = (now.last_layer_lr if group["last_layer"] else now.lr) * group["lr_multiplier"]
+        group["lr"] = rate * now.backbone if group["module"] == "backbone" else rate
         group["weight_decay"] = now.weight_decay * group["wd_multiplier"]
 
 
 def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of the backbone and of each head on its own to `max_norm` (0: not at all).
 
-    returns {"grad_norm_backbone": (), …}  norms before clipping, on the device
+    returns {"grad_norm_backbone": (), …}  norms before clipping, on the device; none for a module that is frozen
     """
     norms = {}
     for name, module in student.items():
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        if not gradients:
+            continue
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm, foreach=True)

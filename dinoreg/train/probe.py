@@ -69,29 +69,40 @@ class Probe:
 
 
 def build_probe(config: Config, source: Source) -> Probe | None:
-    """The probe of a run: on `probe.data` if given, else label-free on images of the run's own source.
+    """The probe of a run's own domain: on `probe.data` if given, else label-free on images of the run's own source.
 
     raises UserError when the labelled images cannot be used
     """
     if config.probe.every == 0:
         return None
-    size, channels = config.crops.global_size, config.model.in_channels
-    count = config.probe.num_images
-    labels: np.ndarray | None = None
-    num_classes = 0
     if config.probe.data is not None:
-        source, all_labels, class_names = _labelled(config.probe.data, count)
-        num_classes = len(class_names)
-        order = np.random.default_rng(0).permutation(len(all_labels))[:count]
-        images, kept = still_images(source, order.tolist(), size, channels)
-        labels = np.asarray(all_labels)[kept]
-        if len(kept) < 4 or len(set(labels[: len(kept) // 2])) < 2:
-            raise UserError(f"probe.data={config.probe.data}: expected at least 4 readable images of 2 classes")
-    else:
-        order = np.random.default_rng(0).permutation(len(source))[:count]
-        images, kept = still_images(source, order.tolist(), size, channels)
-        if len(kept) < 4:
-            return None
+        return _labelled_probe(config, "probe.data", config.probe.data)
+    order = np.random.default_rng(0).permutation(len(source))[: config.probe.num_images]
+    images, kept = still_images(source, order.tolist(), config.crops.global_size, config.model.in_channels)
+    return None if len(kept) < 4 else _probe(config, images, None, 0)
+
+
+def build_general(config: Config) -> Probe | None:
+    """The probe on `probe.general`, what a run must not forget; None where none is asked for.
+
+    raises UserError when the labelled images cannot be used
+    """
+    if config.probe.every == 0 or config.probe.general is None:
+        return None
+    return _labelled_probe(config, "probe.general", config.probe.general)
+
+
+def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
+    source, all_labels, class_names = _labelled(spec, config.probe.num_images)
+    order = np.random.default_rng(0).permutation(len(all_labels))[: config.probe.num_images]
+    images, kept = still_images(source, order.tolist(), config.crops.global_size, config.model.in_channels)
+    labels = np.asarray(all_labels)[kept]
+    if len(kept) < 4 or len(set(labels[: len(kept) // 2])) < 2:
+        raise UserError(f"{key}={spec}: expected at least 4 readable images of 2 classes")
+    return _probe(config, images, labels, len(class_names))
+
+
+def _probe(config: Config, images: Tensor, labels: np.ndarray | None, num_classes: int) -> Probe:
     shape = (1, -1, 1, 1)
     return Probe(
         images,

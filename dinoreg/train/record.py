@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinoreg.data.batches import Batch
 from dinoreg.runtime import peak_memory
-from dinoreg.train.health import Diagnosis
+from dinoreg.train.health import Diagnosis, Health
 from dinoreg.train.log import RunLog
 from dinoreg.train.schedules import Now
 from dinoreg.train.setup import Setup
@@ -27,12 +27,14 @@ def step_metrics(setup: Setup, state: TrainState, batch: Batch, result: StepResu
         "dino_local_crops_loss": "dino_local",
         "ibot_loss": "ibot",
         "koleo_loss": "koleo",
+        "anchor_loss": "anchor",
     }
     return {
         "step": state.step,
         "images": state.step * setup.global_batch_size,
         **{name: float(result.losses[key]) for name, key in losses.items() if key in result.losses},
         "lr": now.lr,
+        **({"backbone_lr": now.lr * now.backbone} if setup.start is not None else {}),
         "wd": now.weight_decay,
         "mom": now.momentum,
         "teacher_temp": now.teacher_temp,
@@ -109,22 +111,41 @@ def report_diagnoses(log: RunLog, step: int, diagnoses: list[Diagnosis]) -> None
         )
 
 
-def run_probe(setup: Setup, state: TrainState, log: RunLog, clock: Clock) -> bool:
-    """Probe the teacher; returns whether it is the best so far. Left out when it would take too much of the time."""
-    assert setup.probe is not None
+def run_probe(setup: Setup, state: TrainState, log: RunLog, clock: Clock, health: Health) -> bool:
+    """Probe the teacher; returns whether it is the best so far. Left out when it would take too much of the time.
+
+    Both ends of a run are always probed, the beginning where there is something to compare with (`init=`).
+    """
     elapsed = time.perf_counter() - clock.started
-    last = state.step == setup.num_steps
-    if not last and clock.probing > setup.config.probe.max_share * elapsed:
+    ends = state.step in (0, setup.num_steps)
+    if not ends and clock.probing > setup.config.probe.max_share * elapsed:
         return False
-    values = setup.probe.measure(state.teacher.backbone, setup.device, setup.dtype)
-    clock.probing += values["probe_time"]
+    values = measure(setup, state)
+    if state.step > 0:  # the first is no reason to leave out the next
+        clock.probing += values["probe_time"]
     clock.pause(values["probe_time"])
     log.append("probe.jsonl", {"step": state.step, **values})
-    metric = setup.config.probe.metric if setup.config.probe.metric in values else "rankme"
-    best = state.history.get("best")
     shown = "  ".join(f"{key}: {value:.4g}" for key, value in values.items() if key != "probe_time")
     log.say(f"probe at step {state.step}: {shown}")
-    if best is not None and best["metric"] == metric and best["value"] >= values[metric]:
+    if setup.general is not None:
+        now = values["general_knn_top1"]
+        start = state.history.setdefault("general", {"step": state.step, "knn_top1": now})
+        margin = setup.config.probe.margin
+        report_diagnoses(log, state.step, health.forgetting(start["knn_top1"], start["step"], now, margin))
+    metric = setup.config.probe.metric if setup.config.probe.metric in values else "rankme"
+    best = state.history.get("best")
+    if state.step == 0 or (best is not None and best["metric"] == metric and best["value"] >= values[metric]):
         return False
     state.history["best"] = {"metric": metric, "value": values[metric], "step": state.step}
     return True
+
+
+def measure(setup: Setup, state: TrainState) -> dict[str, float]:
+    """{"rankme", ["knn_top1"], ["general_rankme", "general_knn_top1"], "probe_time"} of the teacher."""
+    assert setup.probe is not None
+    values = setup.probe.measure(state.teacher.backbone, setup.device, setup.dtype)
+    if setup.general is not None:
+        general = setup.general.measure(state.teacher.backbone, setup.device, setup.dtype)
+        values["probe_time"] += general.pop("probe_time")
+        values |= {f"general_{key}": value for key, value in general.items()}
+    return values

@@ -13,13 +13,14 @@ from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamSched
 
 @dataclass(frozen=True)
 class Now:
-    """The scheduled values of one step."""
+    """The scheduled values of one step; `backbone` multiplies the backbone's rates, and at 0 it is frozen."""
 
     lr: float
     last_layer_lr: float
     weight_decay: float
     momentum: float
     teacher_temp: float
+    backbone: float = 1.0
 
 
 def linear(start: float, end: float, step: int, steps: int) -> float:
@@ -38,7 +39,11 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Schedules:
-    """All schedules of a run; lengths are given as fractions of `num_steps`."""
+    """All schedules of a run; lengths are given as fractions of `num_steps`.
+
+    The last three are for a run that starts from weights: how long the backbone stays frozen, how long its rate then
+    rises, and the multiplier it rises to.
+    """
 
     num_steps: int
     peak_lr: float
@@ -49,6 +54,9 @@ class Schedules:
     teacher_temp: tuple[float, float]
     teacher_temp_warmup: float
     freeze_last_layer: float
+    backbone_frozen: float = 0.0
+    backbone_warmup: float = 0.0
+    backbone_rate: float = 1.0
 
     @property
     def warmup_steps(self) -> int:
@@ -68,4 +76,12 @@ class Schedules:
             weight_decay=cosine(*self.weight_decay, step, self.num_steps),
             momentum=cosine(*self.momentum, step, self.num_steps),
             teacher_temp=linear(*self.teacher_temp, step, temp_steps),
+            backbone=self.backbone_at(step),
         )
+
+    def backbone_at(self, step: int) -> float:
+        """0 while the backbone is frozen; then a line whose first step is above 0, since a step at 0 would be lost."""
+        since = step - round(self.backbone_frozen * self.num_steps)
+        if since < 0:
+            return 0.0
+        return linear(0.0, self.backbone_rate, since + 1, round(self.backbone_warmup * self.num_steps) + 1)

@@ -14,10 +14,10 @@ from dinoreg.config import Config, load_config, to_yaml
 from dinoreg.data.batches import BatchLoader
 from dinoreg.data.sources import Source, open_source
 from dinoreg.errors import UserError
-from dinoreg.models.zoo import load_into
 from dinoreg.runtime import keep_freed_memory, pick_device, pick_precision
-from dinoreg.train.probe import Probe, build_probe
+from dinoreg.train.probe import Probe, build_general, build_probe
 from dinoreg.train.schedules import Schedules
+from dinoreg.train.start import Start, check_same_start, keep_start, load_start
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
 
 # Sections that fix the shapes of a checkpoint: a resumed run may not change them.
@@ -34,8 +34,10 @@ class Setup:
     dtype: torch.dtype
     source: Source
     probe: Probe | None
+    general: Probe | None
     student: Networks
     teacher: Networks
+    start: Start | None
     schedules: Schedules
     notes: list[str]
 
@@ -48,7 +50,8 @@ class Setup:
         return self.config.batch_size * distributed.world_size()
 
     def new_state(self) -> TrainState:
-        return build_state(self.config, self.student, self.teacher, self.device, self.dtype)
+        anchor = self.start.anchor if self.start else None
+        return build_state(self.config, self.student, self.teacher, self.device, self.dtype, anchor)
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of this run, from the samples on that `state` has reached."""
@@ -98,10 +101,13 @@ def prepare(config: Config) -> Setup:
     num_steps = config.num_steps(len(source), distributed.world_size())
     student, teacher = build_networks(config)
     notes = [config.explain_lr(distributed.world_size())]
-    if config.init is not None:
-        notes.append(f"init: {load_into(student.backbone, config.init)}")
-        teacher.backbone.load_state_dict(student.backbone.state_dict())
-    schedule = config.schedule
+    start = load_start(config, out, student, teacher)
+    if start is not None:
+        notes += [start.note, config.explain_start(num_steps, distributed.world_size())]
+    probe, general = build_probe(config, source), build_general(config)
+    if general is not None and probe is None:
+        raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
+    schedule, adapt = config.schedule, config.adapt
     schedules = Schedules(
         num_steps=num_steps,
         peak_lr=config.peak_lr(distributed.world_size()),
@@ -112,6 +118,9 @@ def prepare(config: Config) -> Setup:
         teacher_temp=schedule.teacher_temp,
         teacher_temp_warmup=schedule.teacher_temp_warmup,
         freeze_last_layer=schedule.freeze_last_layer,
+        backbone_frozen=adapt.heads if start else 0.0,
+        backbone_warmup=adapt.warmup if start else 0.0,
+        backbone_rate=adapt.lr if start else 1.0,
     )
     return Setup(
         config=config,
@@ -119,9 +128,11 @@ def prepare(config: Config) -> Setup:
         device=device,
         dtype=dtype,
         source=source,
-        probe=build_probe(config, source),
+        probe=probe,
+        general=general,
         student=student,
         teacher=teacher,
+        start=start,
         schedules=schedules,
         notes=notes,
     )
@@ -148,6 +159,7 @@ def _check_same_shapes(config: Config, out: Path) -> None:
     if not path.is_file():
         raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
     before = load_config(path)
+    check_same_start(before, config, out)
     free = {
         "model": {"drop_path", "drop_path_uniform", "attention", "checkpointing", "compile"},
         "head": set(),
@@ -163,11 +175,13 @@ def _check_same_shapes(config: Config, out: Path) -> None:
 
 
 def claim_folder(setup: Setup) -> None:
-    """Make `out` this run's folder and write the resolved config there."""
+    """Make `out` this run's folder; write there the resolved config and the weights it starts from, if any."""
     if setup.config.overwrite and setup.out.is_dir():
         shutil.rmtree(setup.out)
     try:
         setup.out.mkdir(parents=True, exist_ok=True)
         write_atomic(setup.out / "config.yaml", to_yaml(setup.config))
+        if setup.start is not None:
+            keep_start(setup.out, setup.start, setup.teacher.backbone)
     except OSError as error:
         raise UserError(f"out={setup.out}: cannot be written ({error.strerror})") from None

@@ -14,7 +14,7 @@ from dinoreg.config import Config
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.vit import RegisterViT
 from dinoreg.models.zoo import build
-from dinoreg.train.optimizer import build_optimizer
+from dinoreg.train.optimizer import build_optimizer, start_moments
 
 LARGEST_LOSS_SCALE = 2.0**16
 
@@ -34,13 +34,14 @@ class Networks(nn.ModuleDict):
 
 @dataclass
 class TrainState:
-    """The whole state of a run; everything here is in a checkpoint.
+    """The whole state of a run; everything here is in a checkpoint, but for the anchor, which never changes.
 
     centers    {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering)
     loss_scale ()  multiplies the loss before the backward pass; moves in fp16 only
     scale_age  ()  int32, finite steps since the scale last changed
     rejected   ()  non-finite steps in a row, counted on the device
     step       optimizer steps taken          position   samples drawn from the data
+    anchor     the frozen backbone that `loss.anchor_weight` holds on to, if any
     """
 
     student: Networks
@@ -54,6 +55,7 @@ class TrainState:
     position: int = 0
     rollbacks: int = 0
     history: dict[str, Any] = field(default_factory=dict)
+    anchor: RegisterViT | None = None
 
     def tensors(self) -> dict[str, Any]:
         """The tensors of a checkpoint, by name, sharing memory with this state."""
@@ -135,7 +137,12 @@ def build_networks(config: Config) -> tuple[Networks, Networks]:
 
 
 def build_state(
-    config: Config, student: Networks, teacher: Networks, device: torch.device, dtype: torch.dtype
+    config: Config,
+    student: Networks,
+    teacher: Networks,
+    device: torch.device,
+    dtype: torch.dtype,
+    anchor: RegisterViT | None = None,
 ) -> TrainState:
     """Step 0 of a run on `device`; `dtype` is the autocast dtype, of which fp16 needs loss scaling."""
     student.to(device).train()
@@ -143,11 +150,13 @@ def build_state(
     optimizer = build_optimizer(
         student,
         student.backbone.depth,
-        layer_decay=config.optim.layer_decay,
+        layer_decay=config.layer_decay(),
         patch_embed_lr=config.optim.patch_embed_lr,
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.eps,
     )
+    if config.init is not None and config.adapt.heads > 0:
+        start_moments(optimizer)
     heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}
     fp16 = dtype == torch.float16
     return TrainState(
@@ -158,4 +167,5 @@ def build_state(
         loss_scale=torch.tensor(LARGEST_LOSS_SCALE if fp16 else 1.0, device=device),
         scale_age=torch.zeros((), dtype=torch.int32, device=device),
         rejected=torch.zeros((), device=device),
+        anchor=None if anchor is None else anchor.to(device),
     )

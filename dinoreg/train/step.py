@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinoreg.config import LossConfig
 from dinoreg.data.batches import Batch
+from dinoreg.losses.anchor import anchor_loss
 from dinoreg.losses.centering import sinkhorn_knopp, softmax_center, update_center
 from dinoreg.losses.dino import dino_loss
 from dinoreg.losses.ibot import ibot_loss
@@ -49,8 +50,8 @@ class Targets:
 class StepResult:
     """What a step leaves for logging; tensors stay on the device.
 
-    losses    {"dino_global", "dino_local", "ibot", "koleo", "total"}: as optimised, weights included
-    norms     {"grad_norm_backbone", …} before clipping
+    losses    {"dino_global", "dino_local", "ibot", "koleo", "anchor", "total"}: as optimised, weights included
+    norms     {"grad_norm_backbone", …} before clipping, of what is not frozen
     accepted  ()  1.0, or 0.0 when loss or gradient was not finite and nothing was changed
     """
 
@@ -184,12 +185,19 @@ def student_losses(
     targets: Targets,
     loss: LossConfig,
     dtype: torch.dtype,
+    anchor: nn.Module | None = None,
+    frozen: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The unweighted DINO and iBOT losses of some images, and the student's global class tokens (2b, D)."""
+    """The unweighted losses of some images (DINO, iBOT, anchor), and the student's global class tokens (2b, D).
+
+    anchor  the backbone whose tokens of the same, unmasked crops are to be stayed near; None: no such loss
+    frozen  no gradient goes to the backbone, only to the heads
+    """
     groups = [part.global_crops] if part.local_crops is None else [part.global_crops, part.local_crops]
     masks = [part.mask, None][: len(groups)]
     with autocast(part.global_crops.device, dtype):
-        tokens = student["backbone"](groups, masks)
+        with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
+            tokens = student["backbone"](groups, masks)
         global_tokens, patches = tokens[0].cls, tokens[0].patches.flatten(0, 1)[part.mask_indices]
         global_logits, *local_logits, patch_logits = project(student, [t.cls for t in tokens], patches)
     dino_global, dino_local = dino_loss(
@@ -205,7 +213,15 @@ def student_losses(
         len(global_tokens),
         loss.student_temp,
     )
-    return {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}, global_tokens
+    losses = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
+    if anchor is not None:
+        with torch.no_grad(), autocast(part.global_crops.device, dtype):
+            there = anchor(part.global_crops)
+        # Only what the student sees: what is behind the mask is for iBOT to say. Indices, as counts would wait.
+        seen = (~part.mask).flatten().nonzero()[:, 0]
+        here = tokens[0].patches.flatten(0, 1)[seen]
+        losses["anchor"] = anchor_loss(global_tokens, here, there.cls, there.patches.flatten(0, 1)[seen])
+    return losses, global_tokens
 
 
 def koleo_of_views(features: Tensor) -> Tensor:
@@ -221,14 +237,21 @@ def backward(
     dtype: torch.dtype,
     accumulate: int,
     seed: int,
+    frozen: bool = False,
 ) -> dict[str, Tensor]:
-    """Gradients of the total loss into the student; returns the weighted losses (detached).
+    """Gradients of the total loss into the student, or with `frozen` into its heads; the weighted losses (detached).
 
     With several micro-batches KoLeo needs the class tokens of all of them: they are computed once without gradient,
     KoLeo's gradient with respect to them is taken, and each micro-batch's backward pass carries its part of it. Drop
     path draws the same samples both times because every micro-batch seeds it anew.
     """
-    weights = {"dino_global": loss.dino_weight, "dino_local": loss.dino_weight, "ibot": loss.ibot_weight}
+    weights = {
+        "dino_global": loss.dino_weight,
+        "dino_local": loss.dino_weight,
+        "ibot": loss.ibot_weight,
+        "anchor": loss.anchor_weight,
+    }
+    anchor = state.anchor if loss.anchor_weight > 0 and not frozen else None
     parts = list(micro_batches(batch, accumulate))
     totals: dict[str, Tensor] = {}
     koleo_gradient: Tensor | None = None
@@ -239,7 +262,7 @@ def backward(
         totals["koleo"] = koleo.detach()
     for index, part in enumerate(parts):
         seed_step(seed, index)
-        losses, cls_tokens = student_losses(state.student, part, targets, loss, dtype)
+        losses, cls_tokens = student_losses(state.student, part, targets, loss, dtype, anchor, frozen)
         share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
         if accumulate == 1 and loss.koleo_weight > 0:
             share["koleo"] = loss.koleo_weight * koleo_of_views(cls_tokens)
@@ -284,11 +307,13 @@ def train_step(
 ) -> StepResult:
     """One optimizer step. A step whose loss or gradient is not finite changes nothing but its counters.
 
-    Whether it is finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits.
+    Whether it is finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits. While
+    `now.backbone` is 0 the backbone gets no gradient at all, so neither rates nor weight decay can move it.
     """
     targets = teacher_targets(state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate)
     state.optimizer.zero_grad(set_to_none=True)
-    losses = backward(state, batch, targets, loss, dtype, accumulate, seed=seed * 2**32 + state.step)
+    step_seed = seed * 2**32 + state.step
+    losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen=now.backbone == 0.0)
     if dtype == torch.float16:
         _unscale(state)
     norms = clip_gradients(state.student, clip_grad)
