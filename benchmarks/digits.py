@@ -1,7 +1,7 @@
 """Write scikit-learn's handwritten digits as a labelled folder, for an evaluation on real data without a download.
 
-    python benchmarks/digits.py FOLDER
-    dinoreg eval FOLDER weights=runs/quickstart
+python benchmarks/digits.py FOLDER
+dinoreg eval FOLDER weights=runs/quickstart
 """
 
 from __future__ import annotations
