@@ -174,7 +174,7 @@ def test_the_photographs_are_the_same_every_time_and_of_the_size_asked_for(
         ("step", {"dinoreg", "dinoreg, no drop path", "dinoreg, 8192 prototypes"}),
         ("features", {"dinoreg", "timm", "transformers"}),
         ("end_to_end", {"as asked"}),
-        ("logistic", {"dinoreg", "scikit-learn", "scikit-learn, tol 1e-6"}),
+        ("logistic", {"dinoreg", "scikit-learn", "scikit-learn, tol 1e-5"}),
         ("large", {"logistic", "knn", "linear"}),
     ],
 )
