@@ -150,8 +150,15 @@ class AdaptConfig:
     warmup: float = 0.1  # fraction of the run, after that, in which the backbone's rate rises from 0
     lr: float = 0.1  # learning rate of the backbone over that of the heads
     layer_decay: float = 0.75  # highest rate multiplier per block; optim.layer_decay holds where it is lower
+    channels: str | None = None  # weights for another number of image channels: mean | repeat | zero; none: refuse
 
     def __post_init__(self) -> None:
+        check(
+            self.channels in (None, "mean", "repeat", "zero"),
+            "adapt.channels",
+            self.channels,
+            "mean, repeat, zero or none",
+        )
         check(0 <= self.heads < 1, "adapt.heads", self.heads, "a fraction of the run in [0, 1)")
         check(0 <= self.warmup <= 1, "adapt.warmup", self.warmup, "a fraction of the run")
         check(

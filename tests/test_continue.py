@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_step import new_batch
 from torch import Tensor
@@ -446,3 +447,25 @@ def test_the_ways_that_are_compared_are_configs(monkeypatch: pytest.MonkeyPatch)
         load_config("quickstart", {"init": "x", **options})
     naive = load_config("quickstart", {"init": "x", **forgetting.NAIVE})
     assert naive.layer_decay() == load_config("quickstart").layer_decay()
+
+
+def test_weights_for_three_channels_start_a_run_on_one_when_told_how(first: Path, tmp_path: Path) -> None:
+    grey = {
+        "model__in_channels": 1,
+        "augment__mean": [0.5],
+        "augment__std": [0.25],
+        "data__source": str(tmp_path / "grey"),
+    }
+    (tmp_path / "grey").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        pixels = rng.integers(0, 256, (40, 44), dtype=np.uint8)
+        Image.fromarray(pixels).save(source / f"{number}.png")
+    with pytest.raises(UserError, match=r"adapt\.channels"):
+        pretrain(continued(tmp_path / "refused", first, **grey))
+    run = pretrain(continued(tmp_path / "run", first, adapt__channels="mean", steps=2, **grey))
+    before = teacher_of(first, 3)["backbone.patch_embed.proj.weight"]
+    kept = load_file(run / "init.safetensors")["backbone.patch_embed.proj.weight"]
+    torch.testing.assert_close(kept, before.sum(dim=1, keepdim=True))
+    with pytest.raises(UserError, match=r"adapt\.channels=max"):
+        continued(tmp_path / "wrong", first, adapt__channels="max")

@@ -102,7 +102,7 @@ def fit(
         if adapt_channels is None:
             raise UserError(
                 f"weights {weights.path}: in_channels is {before}, the model's is {after}; "
-                f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how to adapt the patch projection"
+                f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how to adapt the projection (in a run: adapt.channels)"
             )
         key = "patch_embed.proj.weight"
         state[key] = channels(state[key], after, adapt_channels)

@@ -58,7 +58,7 @@ def load_start(config: Config, out: Path, student: Networks, teacher: Networks) 
         return None
     path = out / COPY
     kept = config.resume and path.is_file()
-    report = load_into(student.backbone, path if kept else config.init)
+    report = load_into(student.backbone, path if kept else config.init, None if kept else config.adapt.channels)
     teacher.backbone.load_state_dict(student.backbone.state_dict())
     anchor = None
     if weight > 0:
