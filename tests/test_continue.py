@@ -450,13 +450,9 @@ def test_the_ways_that_are_compared_are_configs(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_for_three_channels_start_a_run_on_one_when_told_how(first: Path, tmp_path: Path) -> None:
-    grey = {
-        "model__in_channels": 1,
-        "augment__mean": [0.5],
-        "augment__std": [0.25],
-        "data__source": str(tmp_path / "grey"),
-    }
-    (tmp_path / "grey").mkdir()
+    source = tmp_path / "grey"
+    source.mkdir()
+    grey = {"model__in_channels": 1, "augment__mean": [0.5], "augment__std": [0.25], "data__source": str(source)}
     rng = np.random.default_rng(0)
     for number in range(8):
         pixels = rng.integers(0, 256, (40, 44), dtype=np.uint8)
