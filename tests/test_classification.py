@@ -11,6 +11,7 @@ from miniatures.pictures import labels_for, pattern
 from peer_models import timm_model
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
+from torch import Tensor
 
 from dinoreg.data.index import PathBlock
 from dinoreg.data.sources import PathSource
@@ -19,6 +20,7 @@ from dinoreg.eval import classification, linear, neighbours
 from dinoreg.eval.data import Data, Labelled
 from dinoreg.eval.declare import Task
 from dinoreg.eval.encoder import PixelEncoder, wrap
+from dinoreg.eval.images import read_rgb
 from dinoreg.eval.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
 from dinoreg.models.vit import RegisterViT
 
@@ -206,3 +208,30 @@ def test_wrong_options_and_missing_splits_are_one_line(tmp_path: Path) -> None:
         classification.evaluate(wrap(small_vit()), found, Task("logistic", TASK.read, "mIoU"), OPTIONS, where)
     with pytest.raises(UserError, match=r"train_002.png: label 3 is out of range, expected 0..2"):
         Labelled(found.splits["train"].source, [0, 1, 3, *[0] * 42], 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_streamed_images_come_with_their_own_labels(
+    batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    told: list[int] = []
+    inner, labels = linear.Grid._images, linear.Grid._batch
+    monkeypatch.setattr(linear.Grid, "_batch", lambda self, step: told.extend(labels(self, step)) or labels(self, step))
+
+    def images(self: linear.Grid, step: int) -> Tensor:
+        found = inner(self, step)
+        train = self.split.source
+        shown = [np.asarray(read_rgb(train, index)).reshape(-1, 3).mean(0) for index in range(len(train))]
+        means = found.float().mean(dim=(2, 3)).numpy()
+        seen.extend(int(np.abs(np.array(shown) - mean).sum(axis=1).argmin()) for mean in means)
+        return found
+
+    monkeypatch.setattr(linear.Grid, "_images", images)
+    monkeypatch.setattr(linear, "random_resized_crop", lambda image, size, rng: np.asarray(image.resize((size, size))))
+    options = EvalOptions(
+        linear=LinearOptions(lrs=(0.01,), blocks=(1,), avgpool=(0,), epochs=1, epoch_steps=5, batch_size=batch_size)
+    )
+    linear.evaluate(small_encoder(), data(tmp_path), TASK, options, context(tmp_path))
+    assert len(told) == 5 * batch_size
+    assert seen == told

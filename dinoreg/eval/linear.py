@@ -153,8 +153,11 @@ class Grid:
 
     def train(self) -> None:
         cached = None if self.options.augment else self.features(self.split, "train")
-        first = cached.rows[:1] if cached is not None else self._encode(self._images(0, 1)).cpu().numpy()
-        dim, device = first.shape[2], self.encoder.device
+        if cached is not None:
+            dim = cached.rows.shape[2]
+        else:
+            dim = self._encode(_stacked([self._augmented(0, int(self.rows[0]))])).shape[2]
+        device = self.encoder.device
         widths = {kind: len(kind.slots(self.deepest)) * dim for kind in set(self.kinds.values())}
         torch_generator = torch.Generator().manual_seed(self.context.seed)
         for name, kind in self.kinds.items():
@@ -171,10 +174,10 @@ class Grid:
         def losses(step: int) -> Mapping[str, Tensor]:
             rows = self._batch(step)
             if cached is not None:
-                x = torch.from_numpy(np.asarray(cached.rows[np.sort(rows)])).float().to(device)
-                rows = np.sort(rows)
+                rows = np.sort(rows)  # the file is read in one direction
+                x = torch.from_numpy(np.asarray(cached.rows[rows])).float().to(device)
             else:
-                x = self._encode(self._images(step, self.batch_size))
+                x = self._encode(self._images(step))
             y = torch.from_numpy(self.split.labels[rows]).to(device)
             inputs = {kind: x[:, kind.slots(self.deepest)].flatten(1) for kind in widths}
             return {name: F.cross_entropy(head(inputs[self.kinds[name]]), y) for name, head in self.heads.items()}
@@ -231,10 +234,8 @@ class Grid:
             self._order = (epoch, generator(self.context.seed, epoch, ORDER).permutation(self.rows))
         return int(self._order[1][place])
 
-    def _images(self, step: int, count: int) -> Tensor:
-        """Augmented training images of a step (count, 3, S, S) uint8, read ahead in threads."""
-        if count != self.batch_size:
-            return torch.from_numpy(np.stack([self._augmented(0, int(self.rows[0]))])).permute(0, 3, 1, 2)
+    def _images(self, step: int) -> Tensor:
+        """Augmented training images of a step (batch_size, 3, S, S) uint8, read ahead in threads."""
         if self._stream is None:
             draws = range(step * self.batch_size, self.steps * self.batch_size)
             order = {}  # type: dict[int, int]
@@ -248,13 +249,18 @@ class Grid:
                     yield draw
 
             self._stream = parallel(load, planned(), self.context.workers)
-        return torch.from_numpy(np.stack([next(self._stream) for _ in range(count)])).permute(0, 3, 1, 2)
+        return _stacked([next(self._stream) for _ in range(self.batch_size)])
 
     def _augmented(self, draw: int, index: int) -> np.ndarray:
         """A random resized crop, flipped half of the time: (S, S, 3) uint8."""
         return random_resized_crop(
             read_rgb(self.split.source, index), self.context.image_size, generator(self.context.seed, draw, CROP)
         )
+
+
+def _stacked(images: list[np.ndarray]) -> Tensor:
+    """Images (S, S, 3) uint8 as one batch (b, 3, S, S)."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
