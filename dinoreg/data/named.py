@@ -6,7 +6,6 @@ run when it is asked for; nothing here imports it, or the evaluators that it dec
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinoreg.bundled import bundled
+from dinoreg.bundled import bundled, run_file
 from dinoreg.errors import UserError
 from dinoreg.keys import nearest
 from dinoreg.values import Text
@@ -92,16 +91,6 @@ def open_named(name: str, options: str, index_dir: str | None, kinds: str) -> So
 
 def _declared(path: Path) -> Any:
     """The module of a declaration, run once."""
-    name = f"dinoreg_source_{path.stem}"
-    if name not in sys.modules or sys.modules[name].__file__ != str(path):
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses and pickling look a module up by its name
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+    prefix = "dinoreg_source"
+    known = sys.modules.get(f"{prefix}_{path.stem}")
+    return known if known is not None and known.__file__ == str(path) else run_file(path, prefix)

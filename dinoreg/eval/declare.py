@@ -5,8 +5,6 @@ The inside finds declarations by name or path and never imports them as packages
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dinoreg.bundled import bundled
+from dinoreg.bundled import bundled, run_file
 from dinoreg.errors import UserError
 from dinoreg.keys import nearest
 
@@ -185,14 +183,8 @@ def load_benchmark(path: Path) -> Benchmark:
     """The `BENCHMARK` of a Python file. The file is run: it is the user's own code, as a config is not."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a Python file with a BENCHMARK")
-    name = f"dinoreg_declared_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickling look a module up by its name
     try:
-        spec.loader.exec_module(module)
+        module = run_file(path, "dinoreg_declared")
     except UserError:
         raise
     except Exception as error:
