@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -49,7 +48,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         patience=chosen.patience,
         device=encoder.device,
     )
-    predicted = predict(found.model.predict, features["test"], encoder.device)
+    predicted = found.model.predict(features["test"]).numpy()
     share = f"a class-balanced {chosen.validation_share:.0%} of train, seed {context.seed}"
     settings = {
         "C": found.C,
@@ -93,12 +92,6 @@ def class_tokens(encoder: Encoder, split: Labelled, context: Context, what: str,
         encoder, split.source, crop, (-1,), mean_patch=token == "cls+mean", what=f"features of {what}"
     )
     return found.tensor(range(len(found.slots)))
-
-
-def predict(model: object, features: Tensor, device: torch.device) -> np.ndarray:
-    """Classes (n,) of features that may be memory-mapped, a few thousand rows at a time on the device."""
-    assert callable(model)
-    return np.concatenate([model(rows.to(device).float()).cpu().numpy() for rows in features.split(4096)])
 
 
 def accuracy_rows(protocol: str, predicted: np.ndarray, labels: np.ndarray, metric: str, common: dict) -> list[Row]:

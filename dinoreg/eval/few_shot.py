@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.errors import UserError
-from dinoreg.eval.classification import class_tokens, labelled, predict
+from dinoreg.eval.classification import class_tokens, labelled
 from dinoreg.eval.context import SAVE_SECONDS, Context
 from dinoreg.eval.data import Data, Labelled
 from dinoreg.eval.declare import PROTOCOLS, Task
@@ -160,7 +160,7 @@ def score(
         model, path = found.model, [[each.C, each.accuracy] for each in found.path]
     means = class_means(rows, labels, train.num_classes, spread)
     return {
-        "logistic": torch.from_numpy(predict(model.predict, test_features, device)),
+        "logistic": model.predict(test_features),
         "nearest": torch.cat([nearest_mean(spread.unit(rows), means) for rows in test_features.split(4096)]),
         "C": float(model.C),
         "path": path,

@@ -211,14 +211,16 @@ def _evaluate(encoder: Encoder, plan: Planned, request: Request, folder: Path, k
     rows: dict[str, list[Row]] = {}
     for role, make in encoders.items():
         rows[role] = []
+        subject: Encoder | None = None  # made when a task first needs it, once for all of them
         for task, data in plan.tasks:
             done = _unfinished(folder, plan) / f"{task.protocol}{'-' * bool(role)}{role.replace(' ', '-')}.json"
             found = None if options.overwrite else _kept_rows(done, key)
             if found is None:
                 context = _context(encoder, plan, task, role, key, options, folder, examples)
                 module = importlib.import_module(PROTOCOLS[task.protocol][0])
+                subject = subject or make()
                 try:
-                    rows_of_task = module.evaluate(make(), data, task, _effective(request, task), context)
+                    rows_of_task = module.evaluate(subject, data, task, _effective(request, task), context)
                     # One wording, so that published numbers and baselines find their rows.
                     title = PROTOCOLS[task.protocol][1]
                     found = [dataclasses.replace(row, protocol=title) for row in rows_of_task]
