@@ -206,19 +206,23 @@ class _Engine:
         job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.crops)
         colours = photometric.draw_photometric(numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW), self.augment)
         job.colours = colours.swapaxes(0, 1).reshape(views * batch, -1)  # crop-major
-        hidden = block_masks(
-            self.seed,
-            job.position // (batch * self.world_size),
-            2 * batch * self.world_size,
-            self.grid,
-            self.mask.probability,
-            self.mask.ratio,
-            self.mask.min_patches,
-            aspect=self.mask.aspect,
-            first=self.rank * 2 * batch,
-            count=2 * batch,
-        )
-        job.mask = torch.from_numpy(hidden)
+        images = batch * self.world_size
+        hidden = [
+            block_masks(
+                self.seed,
+                job.position // images,
+                2 * images,
+                self.grid,
+                self.mask.probability,
+                self.mask.ratio,
+                self.mask.min_patches,
+                aspect=self.mask.aspect,
+                first=view * images + self.rank * batch,  # the crop's number does not depend on the processes
+                count=batch,
+            )
+            for view in range(2)
+        ]
+        job.mask = torch.from_numpy(np.concatenate(hidden))
         job.mask_indices, job.mask_weights = mask_tensors(job.mask)
         if self.device.type == "cuda":
             job.mask, job.mask_indices = job.mask.pin_memory(), job.mask_indices.pin_memory()
