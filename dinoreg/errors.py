@@ -6,9 +6,15 @@ from __future__ import annotations
 class UserError(ValueError):
     """Bad input: a key, a value, a path or a file. One line: what, where, what was expected. Exit code 2."""
 
+    shared = False  # all processes of the command end with it
+    told = False  # another of them says it
+
 
 class RunError(RuntimeError):
     """A failure while running (disk, data, numerics), said in one line. Exit code 1."""
+
+    shared = False  # all processes of the command end with it
+    told = False  # another of them says it
 
 
 class Interrupted(Exception):
@@ -17,3 +23,5 @@ class Interrupted(Exception):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+        self.shared = True  # all processes of the command end with it
+        self.told = False  # another of them says it

@@ -1,0 +1,125 @@
+"""Finding out who is lost: each process answers a short question on a port of its own, from a thread.
+
+A failed collective says that somebody did not come, seldom who. A process that has died refuses the connection, one
+behind a cut cable does not take it, one that is stopped takes it and says nothing; those that are well answer.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+ANSWER_SECONDS = 3.0
+WELL = b"well"
+MOST_BYTES = 400
+_ASKED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Peer:
+    rank: int
+    host: str
+    address: str
+    pid: int
+    port: int
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, process {self.pid})"
+
+
+class Peers:
+    """The processes of a run, and this one's answering thread.
+
+    gather  collects one value of every process, in the order of the ranks
+    toward  host that all processes reach (where rank 0 listens): the address that leads there is the one to be asked at
+    """
+
+    def __init__(self, rank: int, gather: Callable[[Any], list[Any]], toward: str | None = None) -> None:
+        self._listener = socket.create_server(("", 0), backlog=128)
+        port = self._listener.getsockname()[1]
+        self._answer = WELL
+        self._thread = threading.Thread(target=self._serve, name="dinoreg-peers", daemon=True)
+        self._thread.start()
+        everyone = gather((socket.gethostname(), _own_address(toward), os.getpid(), port))
+        self.all = [Peer(number, *each) for number, each in enumerate(everyone)]
+        self.own = self.all[rank]
+
+    def close(self) -> None:
+        """Answer no more; whoever has something to tell does so for a moment first."""
+        if self._answer != WELL:
+            time.sleep(ANSWER_SECONDS)
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closing alone does not
+        self._listener.close()
+
+    def tell(self, reason: str) -> None:
+        """From now on, answer with the reason why this process stops."""
+        self._answer = f"stopped: {reason}".encode()[:MOST_BYTES]
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            with connection:
+                try:
+                    connection.settimeout(ANSWER_SECONDS)
+                    connection.sendall(self._answer)
+                except OSError:
+                    continue
+
+    def missing(self) -> list[tuple[Peer, str]]:
+        """The processes that do not answer, and how they fail to."""
+        others = [peer for peer in self.all if peer != self.own]
+        with ThreadPoolExecutor(min(_ASKED_AT_ONCE, max(1, len(others)))) as pool:
+            answers = pool.map(_ask, others)
+        return [(peer, how) for peer, how in zip(others, answers) if how is not None]
+
+    def explain(self, step: int, timeout: float) -> str:
+        """One line: who is lost, after which step, and what to do. Stays for a moment, so that the others can ask."""
+        started = time.monotonic()
+        lost = self.missing()
+        time.sleep(max(0.0, ANSWER_SECONDS - (time.monotonic() - started)))
+        me = f"{self.own} stopped after step {step}"
+        if not lost:
+            return f"{me}: a collective failed or took more than parallel.timeout={timeout:.0f} s, yet all answer"
+        names = "; ".join(f"{peer}: {how}" for peer, how in lost[:8])
+        more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
+        return f"{me}: lost {names}{more}. Go on with the same command and resume=true"
+
+
+def _own_address(toward: str | None) -> str:
+    """This machine's address on the way to `toward`; nothing is sent."""
+    try:
+        family, kind, protocol, _, target = socket.getaddrinfo(toward or "localhost", 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"
+
+
+def _ask(peer: Peer) -> str | None:
+    """None when the peer answers, else in words how it fails to."""
+    # A machine may know itself by a loopback address that means another machine elsewhere.
+    local = peer.address.startswith("127.") or peer.address == "::1"
+    address = peer.host if local and peer.host != socket.gethostname() else peer.address
+    try:
+        with socket.create_connection((address, peer.port), timeout=ANSWER_SECONDS) as connection:
+            connection.settimeout(ANSWER_SECONDS)
+            answer = connection.recv(MOST_BYTES)
+            return None if answer == WELL else answer.decode(errors="replace") or "has ended"
+    except ConnectionRefusedError:
+        return "has ended"
+    except TimeoutError:
+        return "does not answer"
+    except OSError as error:
+        return f"cannot be reached ({error.strerror or type(error).__name__})"
