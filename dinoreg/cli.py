@@ -11,37 +11,24 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dinoreg.arguments import (
+    Key,
+    Verb,
+    is_key_value,
+    overview,
+    read_keys,
+    source_and_overrides,
+    split_keys,
+    verb_help,
+)
 from dinoreg.errors import Interrupted, RunError, UserError
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-
-
-@dataclass(frozen=True)
-class Key:
-    """A key of a verb that is not a key of the config."""
-
-    name: str
-    hint: Any
-    default: str
-    meaning: str
-
-
-@dataclass(frozen=True)
-class Verb:
-    """flags are the options that start with dashes; all others are written key=value."""
-
-    usage: str
-    summary: str
-    run: Callable[[list[str]], None]
-    keys: tuple[Key, ...] = ()
-    details: str = ""
-    flags: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -56,21 +43,21 @@ def _quickstart(arguments: list[str]) -> None:
         quickstart(values.get("out"), seed=values.get("seed", 0), overwrite=values.get("overwrite", False))
 
 
-def _pretrain(arguments: list[str]) -> None:
+def _pretrain(arguments: list[str], **hooks: Any) -> None:
+    """hooks are handed to the training by what runs it: a job listens to its checkpoints."""
     from dinoreg.config import load_config, require_complete
 
-    if not arguments or _is_key_value(arguments[0]):
-        raise UserError("pretrain: missing CONFIG, a name in configs/ or a YAML file; see dinoreg pretrain --help")
-    source, *overrides = arguments
-    stray = [argument for argument in overrides if "=" not in argument]
-    if stray:
-        raise UserError(f"pretrain: {stray[0]}: expected key=value")
+    missing = "CONFIG, a name in configs/ or a YAML file; see dinoreg pretrain --help"
+    source, overrides = source_and_overrides("pretrain", arguments, missing)
     config = load_config(source, overrides)
     require_complete(config)
     with _running(config.out):
+        from dinoreg.distributed import is_main
         from dinoreg.train.loop import pretrain
 
-        run = Path(pretrain(config))
+        run = Path(pretrain(config, **hooks))
+        if not is_main():
+            return
         from dinoreg.view.report import write_report
 
         print(f"report: {write_report(run)}")
@@ -82,12 +69,8 @@ def _eval(arguments: list[str]) -> None:
 
         list_datasets()
         return
-    if not arguments or _is_key_value(arguments[0]):
-        raise UserError("eval: missing NAME, all, or the PATH of a labelled folder; see dinoreg eval --list")
-    names, *overrides = arguments
-    stray = [argument for argument in overrides if "=" not in argument]
-    if stray:
-        raise UserError(f"eval: {stray[0]}: expected key=value; several datasets are written NAME,NAME")
+    missing = "NAME, all, or the PATH of a labelled folder; see dinoreg eval --list"
+    names, overrides = source_and_overrides("eval", arguments, missing, "; several datasets are written NAME,NAME")
     from dinoreg.evaluation import evaluate_command, read_request
 
     request = read_request(overrides)
@@ -113,7 +96,13 @@ def _report(arguments: list[str]) -> None:
     runs, values = _keys("report", arguments, positional=None)
     if not runs:
         raise UserError("report: missing RUN, the folder of a run")
-    folders = [_run_folder("report", run) for run in runs]
+    if len(runs) == 1 and _is_results(Path(runs[0])):
+        with _running(None):
+            from dinoreg.evaluation import report_results
+
+            print(f"report: {report_results(Path(runs[0]))}")
+        return
+    folders = [folder for run in runs for folder in _run_folders("report", run)]
     with _running(None):
         from dinoreg.view.report import compare_report, write_report
 
@@ -125,7 +114,7 @@ def _report(arguments: list[str]) -> None:
 def _view(arguments: list[str]) -> None:
     from dinoreg.keys import nearest
 
-    if not arguments or _is_key_value(arguments[0]):
+    if not arguments or is_key_value(arguments[0]):
         raise UserError(f"view: missing what to view; expected {', '.join(VIEW_KEYS)}")
     kind, *rest = arguments
     if kind not in VIEW_KEYS:
@@ -147,14 +136,9 @@ def _view(arguments: list[str]) -> None:
 
 
 def _view_crops(arguments: list[str]) -> None:
-    own = [each for each in arguments if _is_key_value(each) and each.partition("=")[0] in VIEW_KEYS["crops"]]
-    rest = [each for each in arguments if each not in own]
-    if not rest or _is_key_value(rest[0]):
-        raise UserError("view crops: missing CONFIG, a name in configs/, a YAML file or a run folder")
-    config, *overrides = rest
-    stray = [argument for argument in overrides if "=" not in argument]
-    if stray:
-        raise UserError(f"view crops: {stray[0]}: expected key=value")
+    own, rest = split_keys(VIEW_KEYS["crops"], arguments)
+    missing = "CONFIG, a name in configs/, a YAML file or a run folder"
+    config, overrides = source_and_overrides("view crops", rest, missing)
     values = _keys("view", own, positional=0)[1]
     with _running(None):
         from dinoreg.view.crops import view_crops
@@ -199,6 +183,31 @@ def _inspect(arguments: list[str]) -> None:
         print(render_inspection(inspect_source(values["data"], sample=values.get("sample", 1000))))
 
 
+def _launch(arguments: list[str]) -> None:
+    from dinoreg.launching import launch_command
+
+    launch_command(arguments)
+
+
+def _plan(arguments: list[str]) -> None:
+    own, rest = split_keys([key.name for key in VERBS["plan"].keys], arguments)
+    missing = "CONFIG, a name in configs/, a YAML file or a run folder; see dinoreg plan --help"
+    source, overrides = source_and_overrides("plan", rest, missing)
+    values = _keys("plan", own, positional=0)[1]
+    out = values.pop("out", None)
+    from dinoreg.config import load_config
+
+    config = load_config(source, overrides)
+    with _running(None):
+        from dinoreg.plan import plan
+        from dinoreg.plan.text import show
+
+        found = plan(config, **{key: value for key, value in values.items() if value is not None})
+        show(found)
+        if out is not None:
+            print(f"plan: {found.write(out)}")
+
+
 def _doctor(arguments: list[str]) -> None:
     runs = _keys("doctor", arguments, positional=1)[0]
     folder = _run_folder("doctor", runs[0]) if runs else None
@@ -207,7 +216,6 @@ def _doctor(arguments: list[str]) -> None:
     doctor(folder)
 
 
-_OUT = Key("out", str | None, "none", "folder to write to")
 # The views of `dinoreg view`, and the keys of each.
 _MODEL_KEYS = ("weights", "images", "out", "num", "size", "device")
 VIEW_KEYS: dict[str, tuple[str, ...]] = {
@@ -259,7 +267,7 @@ VERBS: dict[str, Verb] = {
     ),
     "report": Verb(
         "report RUN… [out=FILE]",
-        "write the report of a run, or compare several",
+        "write the report of a run, compare several (or all in a folder), or write that of RUN/eval/STEP",
         _report,
         (
             Key(
@@ -335,6 +343,31 @@ VERBS: dict[str, Verb] = {
         ),
         details="view crops takes the keys of pretrain besides, as data=photos/ or crops.num_local=4.",
     ),
+    "launch": Verb(
+        "launch JOB [CONFIG] [key=value …]\n"
+        "       dinoreg launch status|logs|cancel RUN [key=value …]",
+        "run a command as a job: on Slurm, or detached on this machine; it saves, requeues and goes on by itself",
+        _launch,
+    ),
+    "plan": Verb(
+        "plan CONFIG [nodes=1] [gpus=8] [gpu=h100] [out=FILE.json] [key=value …]",
+        "what a run will cost before it starts: memory, speed, traffic, time, and what to change when it does not fit",
+        _plan,
+        (
+            Key("nodes", int | None, "none", "machines; with none of nodes, gpus, gpu and memory: one process here"),
+            Key("gpus", int | None, "none", "devices of a machine; none: 8, or 1 on a CPU"),
+            Key("gpu", str | None, "none", "their kind, as h100, a100-40, rtx4090; none: the one here, else h100"),
+            Key("memory", float | None, "none", "GiB of a device; none: what that kind has"),
+            Key("link", float | None, "none", "GB/s from a device to other machines; none: what is usual for its kind"),
+            Key("local_link", float | None, "none", "GB/s from a device to its neighbours; none: what its maker states"),
+            Key("utilisation", float | None, "none", "share of the peak where nothing is measured; none: by the width"),
+            Key("num_images", int | None, "none", "in the data set; none: counted in data=, where that is here"),
+            Key("disk", float, "1", "GB/s at which all processes together write a checkpoint"),
+            Key("probe", bool | None, "none", "run a few steps here; none: on CUDA if it fits, on a CPU if it is quick"),
+            Key("out", str | None, "none", "JSON file for every figure"),
+        ),
+        details="All other keys are those of pretrain, as batch_size=32 or parallel.strategy=fsdp.",
+    ),
     "doctor": Verb(
         "doctor [RUN]",
         "what this machine has and what is missing for what; or what happened to a run",
@@ -346,13 +379,17 @@ VERBS: dict[str, Verb] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 1 failed, 2 refused, 130 interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "WORLD_SIZE" in os.environ:  # DDP and the store warn once a process about what is meant to be so
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return _dispatch(arguments)
     except UserError as error:
-        _say(f"dinoreg: {_one_line(error)}")
+        if not error.told:
+            _say(f"dinoreg: {_one_line(error)}")
         return REFUSED
     except Interrupted as stop:
-        _say(f"dinoreg: {_one_line(stop)}")
+        if not stop.told:
+            _say(f"dinoreg: {_one_line(stop)}")
         return 128 + stop.signal_number
     except KeyboardInterrupt:
         _say("dinoreg: interrupted")
@@ -361,7 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
     except RunError as error:
-        _say(f"dinoreg: {_one_line(error)}")
+        if not error.told:
+            _say(f"dinoreg: {_one_line(error)}")
         return FAILED
     except Exception as error:
         if os.environ.get("DINOREG_DEBUG") == "1":
@@ -380,7 +418,7 @@ def script(benchmark: Any) -> None:
 
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
+        print(overview(VERBS))
         return OK
     if arguments[0] in ("--version", "-V"):
         from dinoreg import __version__
@@ -393,7 +431,7 @@ def _dispatch(arguments: list[str]) -> int:
 
         raise UserError(f"{name}: unknown verb{nearest(name, VERBS)}; known: {', '.join(VERBS)}")
     if any(argument in ("-h", "--help") for argument in rest):
-        print(_verb_help(name))
+        print(verb_help(name, VERBS[name]))
         return OK
     for argument in rest:
         if argument.startswith("-") and argument not in VERBS[name].flags:
@@ -406,34 +444,20 @@ def _dispatch(arguments: list[str]) -> int:
 # Arguments
 
 
-def _is_key_value(argument: str) -> bool:
-    """Whether it reads as key=value; a path with "=" in it that exists is a path."""
-    key = argument.partition("=")[0]
-    return "=" in argument and "/" not in key and not Path(argument).exists()
-
-
 def _keys(verb: str, arguments: list[str], positional: int | None) -> tuple[list[str], dict[str, Any]]:
     """The positional arguments (at most `positional`; None: any number) and the verb's own keys."""
-    known: Mapping[str, Key] = {key.name: key for key in VERBS[verb].keys}
-    plain: list[str] = []
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        if not _is_key_value(argument):
-            plain.append(argument)
-            continue
-        from dinoreg.keys import nearest
-        from dinoreg.values import Text, convert
+    return read_keys(verb, VERBS[verb], arguments, positional)
 
-        name, _, text = argument.partition("=")
-        if name not in known:
-            accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
-            raise UserError(f"{name}: unknown key of dinoreg {verb}{nearest(name, known)}{accepted}")
-        if name in values:
-            raise UserError(f"{name}: given twice")
-        values[name] = convert(Text(text), known[name].hint, name, "command line")
-    if positional is not None and len(plain) > positional:
-        raise UserError(f"{verb}: {plain[positional]}: unexpected; usage: dinoreg {VERBS[verb].usage}")
-    return plain, values
+
+def _is_results(folder: Path) -> bool:
+    """Whether a path is that of an evaluation's results, `…/eval/<step>`, whether or not anything was written there."""
+    return folder.parent.name == "eval" and folder.name.isdigit()
+
+
+def _run_folders(verb: str, text: str) -> list[Path]:
+    """A run's folder, or the runs in a folder of runs."""
+    inside = sorted(path.parent for path in Path(text).glob("*/config.yaml"))
+    return inside if inside and not (Path(text) / "config.yaml").is_file() else [_run_folder(verb, text)]
 
 
 def _run_folder(verb: str, text: str) -> Path:
@@ -464,7 +488,9 @@ def _running(out: str | None) -> Iterator[None]:
         raise
     except RunError as error:
         where = f" (log: {log})" if log is not None and log.is_file() else ""
-        raise RunError(f"{_one_line(error)}{where}") from error
+        located = RunError(f"{_one_line(error)}{where}")
+        located.told = error.told
+        raise located from error
     except Exception as error:
         if log is None or not (log.parent / "config.yaml").is_file():  # not (yet) a run's folder
             raise
@@ -487,65 +513,3 @@ def _one_line(error: BaseException) -> str:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Help
-
-
-def _help() -> str:
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
-    return (
-        "dinoreg: self-supervised pretraining of Vision Transformers with register tokens\n\n"
-        f"usage: dinoreg VERB … key=value …\n\n{verbs}\n\n"
-        "dinoreg VERB --help lists a verb's keys; dinoreg --version prints the version."
-    )
-
-
-def _verb_help(name: str) -> str:
-    verb = VERBS[name]
-    rows = [(key.name, f"{_type(key.hint)} = {key.default}", key.meaning) for key in verb.keys]
-    lines = [f"usage: dinoreg {verb.usage}", "", verb.summary]
-    if verb.details:
-        lines += ["", verb.details]
-    if name == "pretrain":
-        from dinoreg.bundled import bundled
-        from dinoreg.config import Config
-        from dinoreg.keys import describe
-
-        configs = sorted(path.stem for path in bundled("configs").glob("*.yaml"))
-        lines += ["", f"CONFIG: {', '.join(configs)}; a YAML file (ours or dinov2's); a run folder"]
-        rows = describe(Config)
-        at = [key for key, _, _ in rows].index("init")
-        kind, meaning = next(row[1:] for row in rows if row[0] == "data.source")
-        rows.insert(at, ("data", kind, f"short for data.source: {meaning}"))
-    if name == "eval":
-        from dinoreg.eval.options import EvalOptions
-        from dinoreg.keys import describe
-
-        rows = describe(EvalOptions)
-    if name == "embed":
-        from dinoreg.embed import EmbedOptions
-        from dinoreg.keys import describe
-
-        rows = describe(EmbedOptions)
-    if rows:
-        lines += ["", "keys:", *_table(rows)]
-    return "\n".join(lines)
-
-
-def _type(hint: Any) -> str:
-    return (hint.__name__ if isinstance(hint, type) else str(hint)).replace("None", "none")
-
-
-def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    lines: list[str] = []
-    section = ""
-    for key, kind, meaning in rows:
-        if "." in key and key.partition(".")[0] != section:
-            section = key.partition(".")[0]
-            lines.append("")
-        lines.append(f"  {key:<{widths[0]}}  {kind:<{widths[1]}}  {meaning}".rstrip())
-    return lines

@@ -31,6 +31,7 @@ from dinoreg.options import (
     LossConfig,
     ModelConfig,
     OptimConfig,
+    ParallelConfig,
     ProbeConfig,
     ScheduleConfig,
     check,
@@ -70,6 +71,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)

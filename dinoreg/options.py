@@ -79,12 +79,14 @@ class LossConfig:
     centering: str = "softmax"  # softmax (moving centre) | sinkhorn
     sinkhorn_iterations: int = 3  # row and column normalisations
     center_momentum: float = 0.9  # of the moving centre
+    koleo_ranks: int | None = None  # processes whose images KoLeo searches together; none: all; 1: as the reference
 
     def __post_init__(self) -> None:
         check(self.centering in ("softmax", "sinkhorn"), "loss.centering", self.centering, "softmax or sinkhorn")
         check(self.student_temp > 0, "loss.student_temp", self.student_temp, "a positive temperature")
         check(0 <= self.center_momentum <= 1, "loss.center_momentum", self.center_momentum, "within [0, 1]")
         check(self.sinkhorn_iterations > 0, "loss.sinkhorn_iterations", self.sinkhorn_iterations, "at least 1")
+        check(self.koleo_ranks is None or self.koleo_ranks >= 1, "loss.koleo_ranks", self.koleo_ranks, "at least 1")
         for key in ("dino_weight", "ibot_weight", "koleo_weight", "anchor_weight"):
             check(getattr(self, key) >= 0, f"loss.{key}", getattr(self, key), "zero or a positive weight")
         check(
@@ -189,13 +191,40 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Many processes; of no effect on one."""
+
+    strategy: str = "auto"  # auto (ddp up to 300 M parameters, then fsdp) | ddp | fsdp
+    shard: int | None = None  # fsdp: processes that share one copy of the state; none: all; fewer: HSDP, copies between
+    reshard: bool = False  # fsdp: gather weights anew for the backward pass: less memory, more traffic
+    param_dtype: str = "fp32"  # fsdp: what weights are gathered and computed in: fp32 | bf16 | fp16
+    reduce_dtype: str = "fp32"  # fsdp: what gradients are summed in: fp32 | bf16 | fp16
+    timeout: float = 600.0  # seconds without an answer after which other processes count as lost
+    check_every: int = 1000  # steps between comparisons of all copies of the weights; 0: never
+
+    def __post_init__(self) -> None:
+        check(self.strategy in ("auto", "ddp", "fsdp"), "parallel.strategy", self.strategy, "auto, ddp or fsdp")
+        check(self.shard is None or self.shard >= 1, "parallel.shard", self.shard, "at least 1 process")
+        for key in ("param_dtype", "reduce_dtype"):
+            check(getattr(self, key) in _DTYPES, f"parallel.{key}", getattr(self, key), "fp32, bf16 or fp16")
+        check(self.timeout > 0, "parallel.timeout", self.timeout, "a positive number of seconds")
+        check(self.check_every >= 0, "parallel.check_every", self.check_every, "zero or more steps")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int | None = None  # steps between checkpoints; none: a tenth of the run, at most 2000
     keep: int = 2  # newest training states kept; the best is kept besides
+    keep_hours: float | None = None  # one state is kept besides for every so many hours of the run; none: no such
+    asynchronous: bool = True  # training goes on while a copy in CPU memory is written; false: it waits
+    max_failures: int = 3  # checkpoints in a row that could not be written and end the run
 
     def __post_init__(self) -> None:
         check(self.every is None or self.every > 0, "checkpoint.every", self.every, "a positive number of steps")
         check(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+        hours = self.keep_hours
+        check(hours is None or hours > 0, "checkpoint.keep_hours", hours, "a positive number of hours")
+        check(self.max_failures >= 1, "checkpoint.max_failures", self.max_failures, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -272,6 +301,7 @@ def check_views(crops: CropSettings, augment: AugmentSettings, mask: MaskSetting
     check(0 < mask.aspect <= 1, "mask.aspect", mask.aspect, "height over width within (0, 1]")
 
 
+_DTYPES = ("fp32", "bf16", "fp16")
 _PROBABILITIES = (
     "hflip",
     "vflip",

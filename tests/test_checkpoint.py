@@ -30,8 +30,8 @@ def test_a_checkpoint_comes_back_exactly_with_its_numbers(tmp_path: Path) -> Non
     target = tensors(0.0)
     numbers = checkpoint.load(path, target)
     assert (numbers["step"], numbers["note"]) == (7, "é")
-    expected = dict(checkpoint._flatten(tensors(7)))
-    for name, value in checkpoint._flatten(target):
+    expected = checkpoint.flatten(tensors(7))
+    for name, value in checkpoint.flatten(target).items():
         assert torch.equal(value, expected[name]), name
 
 
@@ -74,8 +74,10 @@ def test_an_unfinished_checkpoint_is_never_taken_for_one_and_is_removed(tmp_path
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(b"torn")
     assert checkpoint.newest(tmp_path)[0] == tmp_path / "step_0000001"
-    write(tmp_path, 3)
-    assert not half.exists()
+    own = tmp_path / ".unfinished-step_0000002.abcd"
+    own.mkdir()
+    checkpoint.remove_unfinished(tmp_path, "abcd")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [own.name, "last", "step_0000001"]
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_by_name(tmp_path: Path) -> None:
@@ -151,7 +153,8 @@ def test_teacher_files_hold_float32_weights_and_what_is_needed_to_rebuild_them(t
 
     (tmp_path / "checkpoints").mkdir()
     checkpoint.write_pointer(tmp_path / "checkpoints", "best", 1)
-    checkpoint.retire_teachers(tmp_path, keep=1)
+    (tmp_path / "checkpoints" / "step_0000003").mkdir()
+    checkpoint.retire_teachers(tmp_path)
     assert sorted(p.name for p in (tmp_path / "teacher").iterdir()) == [
         "step_0000001.json",
         "step_0000001.safetensors",

@@ -14,15 +14,24 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "dinoreg").rglob("*.py"))
 
 # cli -> train, eval, view, launch, export -> models, losses, data, checkpoint, config -> distributed, errors
-GROUND = ("errors", "distributed", "runtime", "metrics", "values", "keys", "bundled")
-PARTS = ("models", "losses", "data", "checkpoint", "options", "config", "config_dinov2", "environment")
+GROUND = ("errors", "peers", "distributed", "runtime", "metrics", "values", "keys", "bundled")
+PARTS = (
+    *("models", "losses", "data", "checkpoint", "checkpoint_writer"),
+    *("options", "config", "config_dinov2", "environment"),
+)
 WORK = ("train", "eval", "view", "launch", "export")
-TOP = ("quickstart", "embed", "feature_file", "evaluation", "registers", "doctor", "cli", "__main__", "__init__")
+TOP = (
+    *("quickstart", "embed", "feature_file", "evaluation", "registers", "doctor", "plan"),
+    *("jobs", "launching"),
+    *("arguments", "cli", "__main__", "__init__"),
+)
 TIER = {name: tier for tier, names in enumerate((GROUND, PARTS, WORK, TOP)) for name in names}
 
 # What a part may use of its neighbours; a part not named here uses none.
 NEIGHBOURS = {
     "keys": {"values"},
+    "distributed": {"peers"},
+    "checkpoint_writer": {"checkpoint"},
     "config": {"options", "config_dinov2", "data.settings", "models.zoo"},
     "options": {"data.settings"},
     "config_dinov2": {"config"},

@@ -165,21 +165,49 @@ def test_untied_heads_and_activation_checkpointing_train(tmp_path: Path) -> None
     assert "grad_norm_ibot_head" in read_lines(out / "metrics.jsonl")[0]
 
 
-def test_a_disk_that_fills_up_ends_the_run_in_words_and_leaves_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def fill_disk_at(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of these steps do not fit on the disk."""
     save = checkpoint.dcp.save
 
     def full(*args: object, **kwargs: object) -> object:
-        if "0000004" in str(kwargs["checkpoint_id"]):
+        if any(checkpoint.step_name(step) in str(kwargs["checkpoint_id"]) for step in steps):
             raise OSError(28, "No space left on device")
         return save(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint.dcp, "save", full)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_a_checkpoint_and_the_run_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk_at({4}, monkeypatch)
+    out = pretrain(tiny_config(tmp_path / "run", checkpoint__every=2, checkpoint__keep=9))
+    names = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
+    assert names == ["step_0000002", "step_0000006", "step_0000008"]
+    (event,) = read_lines(out / "health" / "events.jsonl")
+    assert (event["step"], event["name"]) == (4, "checkpoint-failed")
+    assert "No space left on device" in event["message"]
+    assert "Make room" in event["remedy"]
+    assert event["message"] in (out / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({4, 6}, "2 checkpoints in a row could not be written; the last: .*step_0000006.*No space left on device"),
+        ({8}, "step_0000008 could not be written: No space left on device"),  # the last of a run has to be written
+    ],
+)
+def test_a_disk_that_stays_full_ends_the_run_in_words_and_leaves_the_last_checkpoint(
+    steps: set[int], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_disk_at(steps, monkeypatch)
     out = tmp_path / "run"
-    with pytest.raises(RunError, match="No space left on device"):
-        pretrain(tiny_config(out, checkpoint__every=2))
-    assert checkpoint.newest(out / "checkpoints")[0] == out / "checkpoints" / "step_0000002"
+    with pytest.raises(RunError, match=message):
+        pretrain(tiny_config(out, checkpoint__every=2, checkpoint__max_failures=2))
+    assert checkpoint.newest(out / "checkpoints")[0] == out / "checkpoints" / checkpoint.step_name(min(steps) - 2)
+    assert [event["step"] for event in read_lines(out / "health" / "events.jsonl")] == sorted(steps)
+    assert not list((out / "checkpoints").glob(".unfinished-*"))
 
 
 def start(out: Path, steps: int) -> subprocess.Popen[bytes]:

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoreg import distributed
 from dinoreg.metrics import rankme
+from dinoreg.train.parallel import local
 from dinoreg.train.step import StepResult
 
 # Class tokens kept for the effective rank: enough for a stable figure, small enough to cost nothing.
@@ -95,16 +97,21 @@ class Health:
 
     @torch.no_grad()
     def summarise(self) -> dict[str, float]:
-        """The metrics since the last call; waits for the device. {} when nothing was observed."""
+        """The metrics since the last call; waits for the device. {} when nothing was observed.
+
+        They are those of all processes, which call together; the spread is the mean of each one's own batch.
+        """
         if self._steps == 0 or self._marginal is None:
             return {}
-        metrics = {name: float(total) / self._steps for name, total in self._sums.items()}
+        means = distributed.all_reduce_mean(torch.stack(list(self._sums.values()))) / self._steps
+        metrics = dict(zip(self._sums, means.tolist()))
         metrics["teacher_entropy_max"] = math.log(self.num_prototypes)
-        marginal = self._marginal / self._steps
+        marginal = distributed.all_reduce_mean(self._marginal) / self._steps
         metrics["target_marginal_entropy"] = float(torch.special.entr(marginal).sum())
         # A prototype counts as used when it gets at least a tenth of its even share.
         metrics["prototype_usage"] = float((marginal > 0.1 / self.num_prototypes).float().mean())
-        window = torch.cat(list(self.features))[-RANK_WINDOW:]
+        share = -(-RANK_WINDOW // distributed.world_size())
+        window = distributed.gather_rows(torch.cat(list(self.features))[-share:])
         metrics["feature_rank"] = rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan
         self._clear()
         return metrics
@@ -208,8 +215,8 @@ class WeightWatch:
         chosen = names[:: max(1, len(names) // 4)][:4]
         students = dict(student["backbone"].named_parameters())
         teachers = dict(teacher["backbone"].named_parameters())
-        self.student = [students[name] for name in chosen]
-        self.teacher = [teachers[name] for name in chosen]
+        self.student = [local(students[name]) for name in chosen]
+        self.teacher = [local(teachers[name]) for name in chosen]
         self._before: list[Tensor] = []
 
     @torch.no_grad()
@@ -229,4 +236,6 @@ class WeightWatch:
 
 
 def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack([tensor.float().norm() for tensor in tensors]).norm()
+    """The joint norm over all processes. Copies of a tensor count each, which ratios of such norms do not see."""
+    squares = torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
+    return distributed.all_reduce_sum(squares).sqrt()

@@ -1,4 +1,7 @@
-"""What a run leaves to read: the console, train.log, metrics.jsonl, TensorBoard, and the lists under health/."""
+"""What a run leaves to read: the console, train.log, metrics.jsonl, TensorBoard, and the lists under health/.
+
+One process writes, rank 0; the others have a log that keeps silent.
+"""
 
 from __future__ import annotations
 
@@ -139,6 +142,33 @@ class RunLog:
         """Have everything on the disk: called before a checkpoint that vouches for it."""
         self._metrics.flush()
         os.fsync(self._metrics.fileno())
+
+
+class SilentLog(RunLog):
+    """The log of a process that is not rank 0: it takes everything and writes nothing."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def say(self, message: str, level: int = logging.INFO) -> None:
+        pass
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        pass
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
 
 
 def _keep_until(path: Path, step: int) -> None:

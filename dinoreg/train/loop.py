@@ -11,45 +11,85 @@ import json
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from dinoreg import checkpoint
+from dinoreg import checkpoint, distributed
+from dinoreg.checkpoint_writer import Writer
 from dinoreg.config import Config
 from dinoreg.environment import environment
 from dinoreg.errors import Interrupted
 from dinoreg.train.health import Health, WeightWatch
-from dinoreg.train.log import RunLog
+from dinoreg.train.log import RunLog, SilentLog
+from dinoreg.train.parallel import check_copies, compile_backbones
 from dinoreg.train.record import Clock, record_rejected, report_diagnoses, run_probe, step_metrics
-from dinoreg.train.saving import give_up, restore, roll_back, save, status, write_skipped
-from dinoreg.train.setup import Setup, claim_folder, prepare
+from dinoreg.train.saving import (
+    give_up,
+    open_writer,
+    report_checkpoints,
+    restore,
+    roll_back,
+    save,
+    status,
+    write_skipped,
+)
+from dinoreg.train.setup import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
 
 logger = logging.getLogger(__name__)
 
 
-def pretrain(config: Config) -> Path:
-    """Pretrain as `config` says; returns the run folder.
+def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None = None) -> Path:
+    """Pretrain as `config` says; returns the run folder. Every process of a run calls this, with the same config.
 
+    on_checkpoint  called on rank 0 with (step, teacher file) after a checkpoint has been published, between two steps
     raises UserError before anything is written when the config, the data or the weights cannot be used; RunError
     when the run fails; Interrupted when a signal ended it, after its state was saved
     """
-    setup = prepare(config)
-    claim_folder(setup)
-    state = setup.new_state()
-    resumed = restore(setup, state) if config.resume else []
-    with RunLog(setup.out, step=state.step, num_steps=setup.num_steps, tensorboard=config.log.tensorboard) as log:
-        announce(setup, state, resumed, log)
-        with Signals() as signals:
-            train(setup, state, log, signals)
-        log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {setup.out}")
+    with distributed.session(config.device, config.parallel.timeout):
+        with distributed.together():
+            setup = prepare(config)
+        with distributed.together():
+            if distributed.is_main():
+                claim_folder(setup)
+        check_shared(setup)
+        state = setup.new_state()
+        writer = open_writer(setup)
+        resumed = restore(setup, state) if config.resume else []
+        with open_log(setup, state) as log:
+            if distributed.is_main():
+                announce(setup, state, resumed, log)
+            try:
+                with Signals() as signals:
+                    train(setup, state, log, signals, writer, on_checkpoint)
+            except Exception as error:
+                lost = distributed.lost(error, state.step, config.parallel.timeout)
+                if lost is None:
+                    raise
+                log.say(str(lost), logging.ERROR)
+                raise lost from error
+            log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {setup.out}")
     return setup.out
 
 
-def train(setup: Setup, state: TrainState, log: RunLog, signals: Signals) -> None:
+def open_log(setup: Setup, state: TrainState) -> RunLog:
+    if not distributed.is_main():
+        return SilentLog(setup.out)
+    return RunLog(setup.out, step=state.step, num_steps=setup.num_steps, tensorboard=setup.config.log.tensorboard)
+
+
+def train(
+    setup: Setup,
+    state: TrainState,
+    log: RunLog,
+    signals: Signals,
+    writer: Writer,
+    on_checkpoint: Callable[[int, Path], None] | None = None,
+) -> None:
     """Train to the end of the run, or until a signal asks to stop (Interrupted, after saving)."""
     config = setup.config
     health = Health(config.head.prototypes, grace=max(100, setup.num_steps // 5))
@@ -57,9 +97,9 @@ def train(setup: Setup, state: TrainState, log: RunLog, signals: Signals) -> Non
     probe_every = config.probe.every if config.probe.every is not None else max(1, setup.num_steps // 10)
     save_every = config.checkpoint.every or min(2000, max(1, setup.num_steps // 10))
     clock = Clock()
+    agreement = distributed.Agreement()
     if config.model.compile:
-        state.student.backbone.compile()
-        state.teacher.backbone.compile()
+        compile_backbones(state.student, state.teacher)
 
     if state.step == 0 and setup.probe is not None and probe_every > 0 and (setup.start or setup.general):
         run_probe(setup, state, log, clock, health)  # what the run starts with, to compare with later
@@ -89,30 +129,49 @@ def train(setup: Setup, state: TrainState, log: RunLog, signals: Signals) -> Non
                 metrics = step_metrics(setup, state, batch, result, now)
                 metrics |= weights.after() | health.summarise() | clock.read(setup.global_batch_size)
                 metrics |= record_rejected(setup, log, clock, state)
+                metrics["checkpoint_stall"] = writer.read_stall()
                 log.metrics(metrics)
+                hand_over(report_checkpoints(setup, log, writer), setup, on_checkpoint)
                 report_diagnoses(log, state.step, health.diagnose(metrics))
                 if give_up(setup, state):
                     batches.close()
-                    roll_back(setup, state, log, batches.bad)
+                    roll_back(setup, state, log, writer, batches.bad)
                     batches = setup.batches(state)
                     continue
             last = state.step == setup.num_steps
+            stop = agreement.maximum(signals.received)  # the signal that some process got
+            if config.parallel.check_every and every(config.parallel.check_every, state.step):
+                check_copies(state.step, state.position, state.copies())
             improved = False
             if setup.probe is not None and probe_every > 0 and (every(probe_every, state.step) or last):
                 improved = run_probe(setup, state, log, clock, health)
             good = every(save_every, state.step) and float(state.rejected) == 0  # a state to come back to
-            if good or improved or last or signals.received:
-                save(setup, state, log, batches, best=improved)
-            if signals.received and not last:
-                raise Interrupted(
-                    f"stopped by {signals.name} after step {state.step} of {setup.num_steps}; "
+            if good or improved or last or stop:
+                published = save(setup, state, log, batches, writer, best=improved, wait=last or stop > 0)
+                hand_over(published, setup, on_checkpoint)
+            if stop and not last:
+                interrupted = Interrupted(
+                    f"stopped by {signal.Signals(stop).name} after step {state.step} of {setup.num_steps}; "
                     f"go on with the same command and resume=true (state saved in {setup.out})",
-                    signals.received,
+                    stop,
                 )
+                interrupted.told = not distributed.is_main()
+                raise interrupted
+            del batch, result  # the targets are as large as the logits: the next step needs the room
     finally:
         batches.close()
+        writer.close()
         with suppress(OSError):  # a full disk has been reported by then
-            write_skipped(setup, batches.bad)
+            report_checkpoints(setup, log, writer)
+            if distributed.is_main():
+                write_skipped(setup, batches.bad)
+
+
+def hand_over(steps: list[int], setup: Setup, on_checkpoint: Callable[[int, Path], None] | None) -> None:
+    """Name the teacher files of new checkpoints to whoever wants to know."""
+    if on_checkpoint is not None and distributed.is_main():
+        for step in steps:
+            on_checkpoint(step, setup.out / "teacher" / f"{checkpoint.step_name(step)}.safetensors")
 
 
 def every(period: int, step: int) -> bool:
@@ -123,7 +182,10 @@ def announce(setup: Setup, state: TrainState, resumed: list[str], log: RunLog) -
     """Say what is about to happen, and keep the environment beside the run."""
     config = setup.config
     path = setup.out / "environment.json"
-    checkpoint.write_atomic(path, json.dumps(environment(), indent=1) + "\n")
+    found = environment()
+    if state.step > 0:
+        setup.notes.extend(changed_code(path, found))
+    checkpoint.write_atomic(path, json.dumps(found, indent=1) + "\n")
     parameters = sum(p.numel() for p in state.student.backbone.parameters())
     log.say(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {str(setup.dtype)[6:]}, "
@@ -139,6 +201,19 @@ def announce(setup: Setup, state: TrainState, resumed: list[str], log: RunLog) -
     status(setup, state, "running")
 
 
+def changed_code(path: Path, now: dict[str, Any]) -> list[str]:
+    """One line when a run is resumed with other code or another PyTorch than its environment.json tells of."""
+    try:
+        before = json.loads(path.read_text())
+        pairs = [(name, before.get(name), now[name]) for name in ("dinoreg", "commit")]
+        pairs.append(("torch", before["packages"].get("torch"), now["packages"]["torch"]))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []
+    changed = [f"{name} {then} -> {new}" for name, then, new in pairs if then != new]
+    text = f"resumed with other code than before ({', '.join(changed)}): losses may differ from an unbroken run's"
+    return [text] if changed else []
+
+
 class Signals:
     """Remembers SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 so that the loop can save at the end of the step.
 
@@ -150,10 +225,6 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         self._previous: dict[int, Any] = {}
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.received).name
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():

@@ -11,6 +11,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from dinoreg.train.parallel import local, whole
 from dinoreg.train.schedules import Now
 
 _TOKENS = ("pos_embed", "mask_token", "cls_token", "register_tokens")
@@ -104,6 +105,8 @@ def set_rates(optimizer: torch.optim.Optimizer, now: Now) -> None:
 def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
     """Clip the gradient of the backbone and of each head on its own to `max_norm` (0: not at all).
 
+    Norms are of the whole gradient, however it is sharded.
+
     returns {"grad_norm_backbone": (), …}  norms before clipping, on the device; none for a module that is frozen
     """
     norms = {}
@@ -114,7 +117,7 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm, foreach=True)
-        norms[f"grad_norm_{name}"] = norm
+        norms[f"grad_norm_{name}"] = whole(norm)
     return norms
 
 
@@ -123,7 +126,9 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, acce
     """teacher <- momentum * teacher + (1 - momentum) * student, on every parameter.
 
     accepted ()  1.0, or 0.0 for a step that was not finite, which leaves the teacher as it is
+
+    Both are sharded alike, or not at all, so that each process moves its own part.
     """
     weight = (accepted * (1.0 - momentum)).float()
     for average, current in zip(teacher.parameters(), student.parameters()):
-        average.lerp_(current, weight.to(average.dtype))
+        local(average).lerp_(local(current), weight.to(average.dtype))

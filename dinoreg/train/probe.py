@@ -1,7 +1,8 @@
 """How good are the features while the run goes on: k-NN on labelled images, effective rank without labels.
 
-The teacher's class tokens are taken on fixed, unaugmented images. k-NN is the DINO papers' weighted vote (recipe
-§7.2) with half of the images as the bank; RankMe (arXiv 2210.02885) needs no labels and is always there.
+The teacher's class tokens are taken on fixed, unaugmented images, each process embedding its share of them.
+k-NN is the DINO papers' weighted vote (recipe §7.2) with half of the images as the bank; RankMe (arXiv 2210.02885)
+needs no labels and is always there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinoreg import distributed
 from dinoreg.config import Config
 from dinoreg.data.sources import ScenesSource, Source, labelled_folder, open_source
 from dinoreg.data.still import still_images
@@ -59,13 +61,18 @@ class Probe:
 
     @torch.no_grad()
     def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Class tokens (n, D), float32, on `device`."""
+        """Class tokens (n, D), float32, on `device`; of all processes, which call together, the same on each."""
+        share = -(-len(self.images) // distributed.world_size())
+        first = distributed.rank() * share
+        # The last shares are filled up: a sharded backbone has to be called equally often everywhere.
+        mine = torch.arange(first, first + share).clamp(max=len(self.images) - 1)
         rows = []
-        for images in self.images.split(BATCH_SIZE):
+        for some in mine.split(BATCH_SIZE):
+            images = self.images[some]
             pixels = (images.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
             with autocast(device, dtype):
                 rows.append(backbone(pixels).cls.float())
-        return torch.cat(rows)
+        return distributed.gather_rows(torch.cat(rows))[: len(self.images)]
 
 
 def build_probe(config: Config, source: Source) -> Probe | None:

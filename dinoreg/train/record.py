@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoreg import distributed
 from dinoreg.data.batches import Batch
 from dinoreg.runtime import peak_memory
 from dinoreg.train.health import Diagnosis, Health
@@ -95,7 +96,7 @@ def record_rejected(setup: Setup, log: RunLog, clock: Clock, state: TrainState) 
     for offset, ((sample_ids, _), fine) in enumerate(zip(steps, accepted)):
         if not fine:
             rejected += 1
-            ids = [int(i) for i in sample_ids]
+            ids = [int(i) for each in distributed.gather_objects(sample_ids.tolist()) for i in each]
             names = [setup.source.name(i) for i in ids]
             log.append("health/nonfinite.jsonl", {"step": first + offset, "sample_ids": ids, "names": names})
     overflow_is_normal = setup.dtype == torch.float16 and float(state.loss_scale) > 1.0
@@ -118,9 +119,9 @@ def run_probe(setup: Setup, state: TrainState, log: RunLog, clock: Clock, health
     """
     elapsed = time.perf_counter() - clock.started
     ends = state.step in (0, setup.num_steps)
-    if not ends and clock.probing > setup.config.probe.max_share * elapsed:
+    if not ends and distributed.from_main(clock.probing > setup.config.probe.max_share * elapsed):
         return False
-    values = measure(setup, state)
+    values = distributed.from_main(measure(setup, state))  # machines may differ in the last digit
     if state.step > 0:  # the first is no reason to leave out the next
         clock.probing += values["probe_time"]
     clock.pause(values["probe_time"])

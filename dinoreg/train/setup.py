@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,10 +18,20 @@ from dinoreg.data.batches import BatchLoader
 from dinoreg.data.sources import Source, open_source
 from dinoreg.errors import UserError
 from dinoreg.runtime import keep_freed_memory, pick_device, pick_precision
+from dinoreg.train.parallel import choose_strategy
 from dinoreg.train.probe import Probe, build_general, build_probe
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.start import Start, check_same_start, keep_start, load_start
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+
+# Options that a resumed run may change without changing its losses.
+WITHOUT_EFFECT = {
+    *("out", "resume", "overwrite", "device", "threads", "parallel", "checkpoint", "log", "probe", "health"),
+    *("data.workers", "data.prefetch", "data.index_dir", "model.checkpointing", "model.compile"),
+}
+
+# How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
+SHARED_SECONDS = 30.0
 
 # Sections that fix the shapes of a checkpoint: a resumed run may not change them.
 SHAPING = ("model", "head")
@@ -92,15 +105,23 @@ def prepare(config: Config) -> Setup:
         torch.set_num_threads(config.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    source = open_source(
-        config.data.source,
-        weights=config.data.weights,
-        root=config.data.root,
-        index_dir=config.data.index_dir,
-    )
+    with distributed.main_first():  # the others find the index ready
+        source = open_source(
+            config.data.source,
+            weights=config.data.weights,
+            root=config.data.root,
+            index_dir=config.data.index_dir,
+        )
     num_steps = config.num_steps(len(source), distributed.world_size())
     student, teacher = build_networks(config)
-    notes = [config.explain_lr(distributed.world_size())]
+    notes = [config.explain_lr(distributed.world_size()), *changed_config(config, out)]
+    num_parameters = sum(p.numel() for p in student.parameters())
+    strategy = choose_strategy(config.parallel, num_parameters, distributed.world_size())
+    if strategy != "single":
+        notes.append(f"{distributed.world_size()} processes, {strategy}")
+    koleo_ranks, world_size = config.loss.koleo_ranks, distributed.world_size()
+    if koleo_ranks is not None and world_size % koleo_ranks:
+        raise UserError(f"loss.koleo_ranks={koleo_ranks}: expected a divisor of the {world_size} processes")
     start = load_start(config, out, student, teacher)
     if start is not None:
         notes += [start.note, config.explain_start(num_steps, distributed.world_size())]
@@ -138,11 +159,29 @@ def prepare(config: Config) -> Setup:
     )
 
 
+def check_shared(setup: Setup) -> None:
+    """All processes see what rank 0 writes to `out`, else UserError on all of them."""
+    if distributed.world_size() == 1:
+        return
+    path = setup.out / f".shared-{distributed.from_main(secrets.token_hex(8))}"
+    with distributed.together():
+        if distributed.is_main():
+            path.touch()
+    with distributed.together():
+        deadline = time.monotonic() + SHARED_SECONDS
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise UserError(f"out={setup.out}: expected a folder that all machines share; rank 0's is another")
+            time.sleep(0.2)
+    if distributed.is_main():
+        path.unlink(missing_ok=True)
+
+
 def _check_out(config: Config, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: is a file, expected a folder")
-    # A kill in the very first write leaves nothing but an unfinished file.
-    if not out.is_dir() or all(path.suffix == ".part" for path in out.iterdir()):
+    # A kill in the very first write leaves nothing but an unfinished file; `launch/` was there before the run.
+    if not out.is_dir() or all(path.suffix == ".part" or path.name == "launch" for path in out.iterdir()):
         return
     if config.overwrite:
         if not (out / "config.yaml").is_file():
@@ -172,6 +211,33 @@ def _check_same_shapes(config: Config, out: Path) -> None:
                     f"{section}.{key}={getattr(now, key)}: the run in {out} has {getattr(then, key)}; "
                     "a resumed run keeps its architecture"
                 )
+
+
+def changed_config(config: Config, out: Path) -> list[str]:
+    """One line when a run is resumed with options that move its weights and differ from those it was started with."""
+    path = out / "config.yaml"
+    if not config.resume or not path.is_file():
+        return []
+    then, now = _options(load_config(path)), _options(config)
+    changed = [f"{key}={now[key]} (was {then[key]})" for key in now if then[key] != now[key]]
+    return [f"resumed with {', '.join(changed)}: losses differ from an unbroken run's"] if changed else []
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """What moves the weights, by dotted key."""
+    found = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name in WITHOUT_EFFECT:
+            continue
+        if not is_dataclass(value):
+            found[item.name] = value
+            continue
+        for inner in fields(value):
+            key = f"{item.name}.{inner.name}"
+            if key not in WITHOUT_EFFECT:
+                found[key] = getattr(value, inner.name)
+    return found
 
 
 def claim_folder(setup: Setup) -> None:

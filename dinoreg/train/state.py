@@ -15,6 +15,7 @@ from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.vit import RegisterViT
 from dinoreg.models.zoo import build
 from dinoreg.train.optimizer import build_optimizer, start_moments
+from dinoreg.train.parallel import Modules, spread
 
 LARGEST_LOSS_SCALE = 2.0**16
 
@@ -42,10 +43,12 @@ class TrainState:
     rejected   ()  non-finite steps in a row, counted on the device
     step       optimizer steps taken          position   samples drawn from the data
     anchor     the frozen backbone that `loss.anchor_weight` holds on to, if any
+    called     the student's modules as a step calls them: the student itself, or DDP around each module
     """
 
     student: Networks
     teacher: Networks
+    called: Modules
     optimizer: torch.optim.Optimizer
     centers: dict[str, Tensor]
     loss_scale: Tensor
@@ -68,6 +71,12 @@ class TrainState:
             "scale_age": self.scale_age,
             "rejected": self.rejected,
         }
+
+    def copies(self) -> dict[str, Tensor]:
+        """Every tensor of which processes hold copies that must stay equal, by name."""
+        networks = {"student": self.student, "teacher": self.teacher}
+        found = {f"{kind}.{name}": p for kind, network in networks.items() for name, p in network.named_parameters()}
+        return found | {f"centers.{name}": center for name, center in self.centers.items()}
 
     def numbers(self) -> dict[str, Any]:
         """The rest of a checkpoint: plain numbers and lists, kept as JSON."""
@@ -147,6 +156,8 @@ def build_state(
     """Step 0 of a run on `device`; `dtype` is the autocast dtype, of which fp16 needs loss scaling."""
     student.to(device).train()
     teacher.to(device)
+    anchor = None if anchor is None else anchor.to(device)
+    called = spread(config.parallel, config.loss, student, teacher, anchor, device)
     optimizer = build_optimizer(
         student,
         student.backbone.depth,
@@ -162,10 +173,11 @@ def build_state(
     return TrainState(
         student=student,
         teacher=teacher,
+        called=called,
         optimizer=optimizer,
         centers={name: torch.zeros(1, len(head.last_layer.weight_g), device=device) for name, head in heads.items()},
         loss_scale=torch.tensor(LARGEST_LOSS_SCALE if fp16 else 1.0, device=device),
         scale_age=torch.zeros((), dtype=torch.int32, device=device),
         rejected=torch.zeros((), device=device),
-        anchor=None if anchor is None else anchor.to(device),
+        anchor=anchor,
     )

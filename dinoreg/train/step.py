@@ -1,5 +1,8 @@
 """One optimizer step of DINOv2: teacher targets, student losses, their gradients, and the update.
 
+The batch of all processes together is one batch: its targets, its neighbours and its gradient norm are those that one
+process would find for it. Sums over processes are the identity on one.
+
 Losses and targets follow recipe §3 of the paper's method: the teacher sees clean global crops, the student masked
 global crops and clean local ones. A step computed in micro-batches has the statistics of the whole batch: targets are
 formed over all of it before the student starts, and KoLeo's neighbours are searched in all of it.
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dinoreg import distributed
 from dinoreg.config import LossConfig
 from dinoreg.data.batches import Batch
 from dinoreg.losses.anchor import anchor_loss
@@ -22,6 +26,7 @@ from dinoreg.losses.ibot import ibot_loss
 from dinoreg.losses.koleo import koleo_loss
 from dinoreg.runtime import autocast
 from dinoreg.train.optimizer import clip_gradients, set_rates, update_teacher
+from dinoreg.train.parallel import Modules, local, reshard, without_reduction
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 
@@ -50,7 +55,8 @@ class Targets:
 class StepResult:
     """What a step leaves for logging; tensors stay on the device.
 
-    losses    {"dino_global", "dino_local", "ibot", "koleo", "anchor", "total"}: as optimised, weights included
+    losses    {"dino_global", "dino_local", "ibot", "koleo", "anchor", "total"}: as optimised, weights included, of the
+              whole batch
     norms     {"grad_norm_backbone", …} before clipping, of what is not frozen
     accepted  ()  1.0, or 0.0 when loss or gradient was not finite and nothing was changed
     """
@@ -120,7 +126,7 @@ def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
         )
 
 
-def project(networks: nn.ModuleDict, cls_tokens: list[Tensor], patch_tokens: Tensor) -> tuple[Tensor, ...]:
+def project(networks: Modules, cls_tokens: list[Tensor], patch_tokens: Tensor) -> tuple[Tensor, ...]:
     """Logits of groups of class tokens (n, D) and of patch tokens (m, D): one call of a tied head, two of untied ones.
 
     The pieces are split, not sliced: the gradient of a slice is a zero-filled copy of the whole.
@@ -135,7 +141,7 @@ def project(networks: nn.ModuleDict, cls_tokens: list[Tensor], patch_tokens: Ten
 
 @torch.no_grad()
 def teacher_targets(
-    teacher: nn.ModuleDict,
+    teacher: Modules,
     batch: Batch,
     centers: dict[str, Tensor],
     teacher_temp: float,
@@ -156,7 +162,7 @@ def teacher_targets(
             cls_part, patch_part = project(teacher, [tokens.cls], patches)
         cls_logits.append(cls_part)
         patch_logits.append(patch_part)
-        features.append(tokens.cls.float())
+        features.append(tokens.cls.float().clone())  # a view would keep all tokens until health forgets it
     cls_all = _restore(cls_logits, [part.rows for part in parts])
     patch_all = _restore(patch_logits, [part.masked_rows for part in parts])
     if loss.centering == "sinkhorn":
@@ -180,18 +186,20 @@ def _restore(pieces: list[Tensor], rows: list[Tensor | None]) -> Tensor:
 
 
 def student_losses(
-    student: nn.ModuleDict,
+    student: Modules,
     part: MicroBatch,
     targets: Targets,
     loss: LossConfig,
     dtype: torch.dtype,
     anchor: nn.Module | None = None,
     frozen: bool = False,
+    num_seen: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The unweighted losses of some images (DINO, iBOT, anchor), and the student's global class tokens (2b, D).
 
     anchor  the backbone whose tokens of the same, unmasked crops are to be stayed near; None: no such loss
     frozen  no gradient goes to the backbone, only to the heads
+    num_seen ()  unmasked patches of such a part on average, for the anchor's mean; None: of this part
     """
     groups = [part.global_crops] if part.local_crops is None else [part.global_crops, part.local_crops]
     masks = [part.mask, None][: len(groups)]
@@ -220,13 +228,33 @@ def student_losses(
         # Only what the student sees: what is behind the mask is for iBOT to say. Indices, as counts would wait.
         seen = (~part.mask).flatten().nonzero()[:, 0]
         here = tokens[0].patches.flatten(0, 1)[seen]
-        losses["anchor"] = anchor_loss(global_tokens, here, there.cls, there.patches.flatten(0, 1)[seen])
+        losses["anchor"] = anchor_loss(global_tokens, here, there.cls, there.patches.flatten(0, 1)[seen], num_seen)
     return losses, global_tokens
 
 
 def koleo_of_views(features: Tensor) -> Tensor:
     """KoLeo of view 1 plus KoLeo of view 2, (2B, D) crop-major: the two views of an image never meet."""
     return koleo_loss(features[: len(features) // 2]) + koleo_loss(features[len(features) // 2 :])
+
+
+def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None) -> tuple[Tensor, Tensor]:
+    """Weighted KoLeo over the images of several processes, and what this process backpropagates for it.
+
+    features   (2B, D)  this process's class tokens, crop-major
+    num_ranks  processes searched together; None: all
+    returns    ()       the value, the same on those processes
+               (2B, D)  its gradient with respect to `features`, times the number of those processes, because the mean
+                        over processes that follows divides by it
+    """
+    size = distributed.world_size() if num_ranks is None else num_ranks
+    everyone = distributed.gather_rows(features.detach().float(), size)  # (G·2B, D)
+    views = everyone.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(1, 2)  # (2, G·B, D)
+    views = views.contiguous().requires_grad_()
+    with torch.enable_grad():
+        value = weight * koleo_of_views(views.flatten(0, 1))
+        (gradient,) = torch.autograd.grad(value, views)
+    own = distributed.rank() % size
+    return value.detach(), size * gradient.unflatten(1, (size, -1))[:, own].flatten(0, 1)
 
 
 def backward(
@@ -243,7 +271,8 @@ def backward(
 
     With several micro-batches KoLeo needs the class tokens of all of them: they are computed once without gradient,
     KoLeo's gradient with respect to them is taken, and each micro-batch's backward pass carries its part of it. Drop
-    path draws the same samples both times because every micro-batch seeds it anew.
+    path draws the same samples both times because every micro-batch seeds it anew. The tokens of other processes take
+    part in the same way.
     """
     weights = {
         "dino_global": loss.dino_weight,
@@ -253,27 +282,39 @@ def backward(
     }
     anchor = state.anchor if loss.anchor_weight > 0 and not frozen else None
     parts = list(micro_batches(batch, accumulate))
+    num_seen = _mean_seen(batch, accumulate) if anchor is not None else None
+    koleo = loss.koleo_weight > 0
+    alone = accumulate == 1 and distributed.world_size() == 1  # then autograd sees all of KoLeo's batch
     totals: dict[str, Tensor] = {}
     koleo_gradient: Tensor | None = None
-    if accumulate > 1 and loss.koleo_weight > 0:
-        features = _class_tokens(state.student, parts, dtype, seed).requires_grad_()
-        koleo = loss.koleo_weight * koleo_of_views(features)
-        (koleo_gradient,) = torch.autograd.grad(koleo, features)
-        totals["koleo"] = koleo.detach()
+    if koleo and accumulate > 1:
+        features = _class_tokens(state.student, parts, dtype, seed)
+        totals["koleo"], koleo_gradient = koleo_of_processes(features, loss.koleo_weight, loss.koleo_ranks)
     for index, part in enumerate(parts):
         seed_step(seed, index)
-        losses, cls_tokens = student_losses(state.student, part, targets, loss, dtype, anchor, frozen)
-        share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
-        if accumulate == 1 and loss.koleo_weight > 0:
-            share["koleo"] = loss.koleo_weight * koleo_of_views(cls_tokens)
-        objective = torch.stack(list(share.values())).sum()
-        if koleo_gradient is not None:
-            objective = objective + (cls_tokens.float() * part.of_crops(koleo_gradient)).sum()
-        (objective * state.loss_scale).backward()
+        with without_reduction(state.called, index + 1 < len(parts)):
+            losses, cls_tokens = student_losses(state.called, part, targets, loss, dtype, anchor, frozen, num_seen)
+            share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
+            if koleo and alone:
+                share["koleo"] = loss.koleo_weight * koleo_of_views(cls_tokens)
+            elif koleo and accumulate == 1:
+                totals["koleo"], koleo_gradient = koleo_of_processes(cls_tokens, loss.koleo_weight, loss.koleo_ranks)
+            objective = torch.stack(list(share.values())).sum()
+            if koleo_gradient is not None:
+                objective = objective + (cls_tokens.float() * part.of_crops(koleo_gradient)).sum()
+            (objective * state.loss_scale).backward()
         for name, value in share.items():
             totals[name] = totals[name] + value.detach() if name in totals else value.detach()
-    totals["total"] = torch.stack(list(totals.values())).sum()
+    means = distributed.all_reduce_mean(torch.stack(list(totals.values())))
+    totals = dict(zip(totals, means))
+    totals["total"] = means.sum()
     return totals
+
+
+def _mean_seen(batch: Batch, accumulate: int) -> Tensor:
+    """Unmasked patches of one process's micro-batch on average, ()."""
+    seen = (~batch.mask).sum().float()
+    return distributed.all_reduce_mean(seen) / accumulate
 
 
 @torch.no_grad()
@@ -290,8 +331,8 @@ def _class_tokens(student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.
 
 
 def seed_step(seed: int, part: int = 0) -> None:
-    """Make the randomness inside the networks (drop path) a function of the seed, the step and the micro-batch."""
-    torch.manual_seed((seed * 1_000_003 + part) % 2**63)
+    """Make the randomness inside the networks (drop path) a function of seed, step, micro-batch and process."""
+    torch.manual_seed((seed * 1_000_003 + part + distributed.rank() * 998_244_353_000) % 2**63)
 
 
 def train_step(
@@ -314,6 +355,8 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     step_seed = seed * 2**32 + state.step
     losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen=now.backbone == 0.0)
+    for networks in (state.student, state.teacher):
+        reshard(networks)
     if dtype == torch.float16:
         _unscale(state)
     norms = clip_gradients(state.student, clip_grad)
@@ -335,7 +378,7 @@ def train_step(
 
 
 def _unscale(state: TrainState) -> None:
-    gradients = [p.grad for p in state.student.parameters() if p.grad is not None]
+    gradients = [local(p.grad) for p in state.student.parameters() if p.grad is not None]
     torch._foreach_mul_(gradients, (1.0 / state.loss_scale))
 
 
