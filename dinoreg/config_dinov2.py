@@ -181,6 +181,7 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
             "dino_weight": values["dino.loss_weight"],
             "ibot_weight": values["ibot.loss_weight"],
             "koleo_weight": values["dino.koleo_loss_weight"],
+            "koleo_ranks": 1,  # the reference searches each process's images alone
             "centering": get.choice("train.centering", _CENTERING),
         },
         "optim": {
