@@ -176,6 +176,11 @@ def test_the_photographs_are_the_same_every_time_and_of_the_size_asked_for(
         ("end_to_end", {"as asked"}),
         ("logistic", {"dinoreg", "scikit-learn", "scikit-learn, tol 1e-5"}),
         ("large", {"logistic", "knn", "linear"}),
+        ("scaling", {"variants"}),
+        (
+            "checkpoint_stall",
+            {"foreground", "background, first", "background, following", "background write time", "step"},
+        ),
     ],
 )
 def test_a_benchmark_runs_in_its_shortest_form_and_ends_with_one_line_of_json(name: str, results: set[str]) -> None:
