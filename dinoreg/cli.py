@@ -344,8 +344,7 @@ VERBS: dict[str, Verb] = {
         details="view crops takes the keys of pretrain besides, as data=photos/ or crops.num_local=4.",
     ),
     "launch": Verb(
-        "launch JOB [CONFIG] [key=value …]\n"
-        "       dinoreg launch status|logs|cancel RUN [key=value …]",
+        "launch JOB [CONFIG] [key=value …]\n       dinoreg launch status|logs|cancel RUN [key=value …]",
         "run a command as a job: on Slurm, or detached on this machine; it saves, requeues and goes on by itself",
         _launch,
     ),
@@ -359,11 +358,11 @@ VERBS: dict[str, Verb] = {
             Key("gpu", str | None, "none", "their kind, as h100, a100-40, rtx4090; none: the one here, else h100"),
             Key("memory", float | None, "none", "GiB of a device; none: what that kind has"),
             Key("link", float | None, "none", "GB/s from a device to other machines; none: what is usual for its kind"),
-            Key("local_link", float | None, "none", "GB/s from a device to its neighbours; none: what its maker states"),
+            Key("local_link", float | None, "none", "GB/s from a device to its neighbours; none: its maker's figure"),
             Key("utilisation", float | None, "none", "share of the peak where nothing is measured; none: by the width"),
             Key("num_images", int | None, "none", "in the data set; none: counted in data=, where that is here"),
             Key("disk", float, "1", "GB/s at which all processes together write a checkpoint"),
-            Key("probe", bool | None, "none", "run a few steps here; none: on CUDA if it fits, on a CPU if it is quick"),
+            Key("probe", bool | None, "none", "run a few steps here; none: on CUDA if it fits, on a CPU if quick"),
             Key("out", str | None, "none", "JSON file for every figure"),
         ),
         details="All other keys are those of pretrain, as batch_size=32 or parallel.strategy=fsdp.",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,15 +45,16 @@ def evaluate_command(names: Sequence[str], request: Request) -> None:
     encoder, folder, run = _open(request.options.weights, request.options)
     _say(f"{encoder.name} ({encoder.identity}), {len(plans)} dataset(s), results in {folder}")
     failed = _measure(encoder, plans, request, folder)
-    report = write_evaluation(folder, [*problems.values(), *failed])
-    if run is not None:
+    report = write_evaluation(folder, [*problems.values(), *failed]) if request.options.report else None
+    if run is not None and report is not None:
         from dinoreg.view.report import write_report
 
         write_report(run)
     Console().print(console_table(read_records(folder)))
     for line in problems.values():
         _say(f"not evaluated: {line}")
-    print(f"report: {report}")
+    if report is not None:
+        print(f"report: {report}")
     if failed:
         raise RunError("; ".join(failed))
 
@@ -68,6 +70,48 @@ def evaluate_dataset(model: Any, dataset: str, options: Mapping[str, Any]) -> An
 
     write_evaluation(folder)
     return results[0] if len(results) == 1 and dataset != "all" else results
+
+
+def report_results(folder: Path) -> Path:
+    """Write the report of results that are there, naming what a launch was to measure and did not; returns its path.
+
+    raises RunError when nothing was measured
+    """
+    from dinoreg.view.evaluation import read_records, write_evaluation
+
+    absent = _not_evaluated(folder)
+    if not read_records(folder):
+        raise RunError(f"{folder}: no results; {'; '.join(absent) or 'nothing was evaluated into this folder'}")
+    report = write_evaluation(folder, absent)
+    run = folder.parent.parent
+    if _is_finished(run):
+        from dinoreg.view.report import write_report
+
+        write_report(run, pictures=False)
+    return report
+
+
+def _not_evaluated(folder: Path) -> list[str]:
+    """A line for each dataset that the newest launch into this folder did not get to the end with."""
+    from dinoreg.launch.records import JOBS, launch_folder, read_records
+    from dinoreg.launch.status import examine
+
+    out = folder.parent.parent
+    if not (launch_folder(out) / JOBS).is_file():
+        return []
+    records = read_records(out)
+    target = folder.resolve()
+    reports = [each for each in records if each.group == "report" and Path(each.command[-1]).resolve() == target]
+    mine = [each for each in records if reports and each.launch == reports[-1].launch and each.group == "evaluate"]
+    return [f"{each.record.command[1]}: {each.word}, {each.text}" for each in examine(out, mine) if not each.is_well]
+
+
+def _is_finished(run: Path) -> bool:
+    """Whether a folder is a run that trains no more: until then its page belongs to the training."""
+    try:
+        return json.loads((run / "status.json").read_text())["phase"] == "finished"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def list_datasets() -> None:

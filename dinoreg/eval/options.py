@@ -218,6 +218,7 @@ class EvalOptions:
     features: str | None = None  # folder of cached features; none: OUT/features
     features_dtype: str = "float32"  # float32 | float16, on disk
     examples: int = 8  # pictures of predictions per dataset
+    report: bool = True  # write the report and tables; false: several evaluations share `out`, dinoreg report is later
     knn: KnnOptions = field(default_factory=KnnOptions)
     logistic: LogisticOptions = field(default_factory=LogisticOptions)
     linear: LinearOptions = field(default_factory=LinearOptions)

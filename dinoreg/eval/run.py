@@ -48,6 +48,7 @@ INCIDENTAL = (
     "examples",
     "strict",
     "weights",
+    "report",
 )
 
 

@@ -1,0 +1,137 @@
+"""Evaluations side by side: `dinoreg launch evaluate pets,cifar10 weights=runs/a root=/datasets gpus_per_node=1`.
+
+An array with one task for each dataset, all writing into one folder, and a job after it that makes the report of what
+is there, whether or not every task went well. The weights of a run are kept for the jobs: training may retire them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from dinoreg.cli import main
+from dinoreg.errors import UserError
+from dinoreg.eval.declare import Benchmark
+from dinoreg.eval.run import Request as Evaluation
+from dinoreg.eval.run import choose
+from dinoreg.evaluation import read_request
+from dinoreg.launch.declare import Group, Job, Plan, Request
+from dinoreg.launch.runs import kept_weights, run_of, step_of
+from dinoreg.models.weights import find_weights
+
+REPORT_MINUTES = 60
+
+
+def plan(request: Request) -> Plan:
+    if request.source is None:
+        raise UserError("launch evaluate: missing NAMES: datasets with commas between, all, or a labelled folder")
+    evaluation = read_request(request.overrides)
+    if evaluation.options.weights is None:
+        raise UserError("launch evaluate: weights= is missing: a run folder, a weight file, or a model's name")
+    if request.options.world_size > 1:
+        raise UserError(
+            f"nodes={request.options.nodes}, {request.options.tasks} processes: a dataset is evaluated by one"
+        )
+    chosen, notes = datasets(request.source, evaluation)
+
+    weights = evaluation.options.weights
+    file, run = find_weights(weights), run_of(weights)
+    links: Mapping[Path, Path] = {}
+    files: Mapping[Path, str] = {}
+    used = weights
+    if run is not None and file is not None:
+        links, files, kept = kept_weights(run, file)
+        used = str(kept)
+    stem = Path(weights).stem if file is not None else weights.replace(":", "-").replace("/", "-")
+    out = Path(evaluation.options.out or run or Path("runs") / "eval" / stem)
+    step = step_of(file) if file is not None else 0
+
+    commands = []
+    for name, benchmark in chosen.items():
+        own = [item for item in request.without("weights", "out") if _belongs(item, benchmark, evaluation)]
+        commands.append(("eval", name, f"weights={used}", f"out={out}", *own, "report=false"))
+    results = out / "eval" / f"{step:07d}"
+    groups = (
+        Group("evaluate", tuple(commands), options=_one_process(request)),
+        Group(
+            "report",
+            (("report", str(results)),),
+            options={**_one_process(request), "gpus_per_node": None, "time": _shorter(request)},
+            after=("evaluate",),
+            removes=tuple(links),
+        ),
+    )
+    return Plan(out, groups, files, links, notes=tuple(notes))
+
+
+def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
+    """{what `dinoreg eval` is to be given: benchmark} of those whose data are there, and what is left out of `all`."""
+    parts = [names] if Path(names).exists() else [name for name in names.split(",") if name]
+    if parts == ["all"]:
+        return _readable(evaluation)
+    found = {}
+    for part in parts:
+        (benchmark,) = choose([part], evaluation)
+        _find(benchmark, evaluation)
+        found[part] = benchmark
+    return found, []
+
+
+def _readable(evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
+    found, notes = {}, []
+    for benchmark in choose(["all"], evaluation):
+        try:
+            _find(benchmark, evaluation)
+        except UserError as error:
+            notes.append(f"not evaluated: {error}")
+        else:
+            found[benchmark.name] = benchmark
+    if not found:
+        raise UserError(f"evaluate all: none of the datasets can be read below root={evaluation.options.root}")
+    return found, notes
+
+
+def _find(benchmark: Benchmark, evaluation: Evaluation) -> None:
+    """UserError where a dataset's files are not below root."""
+    if not benchmark.layouts:
+        return
+    if evaluation.options.root is None:
+        raise UserError(f"{benchmark.name}: root= is missing, the folder that holds the datasets")
+    benchmark.find(evaluation.options.root)
+
+
+def _belongs(item: str, benchmark: Benchmark, evaluation: Evaluation) -> bool:
+    """Whether a key is for this dataset: NAME.KEY of another one is not."""
+    section = item.partition("=")[0].partition(".")[0]
+    return section in (benchmark.name, *benchmark.aliases) or not any(
+        section in (name, *_aliases(name)) for name in evaluation.dataset
+    )
+
+
+def _aliases(name: str) -> tuple[str, ...]:
+    from dinoreg.eval.declare import benchmarks
+
+    known = benchmarks()
+    return known[name].aliases if name in known else ()
+
+
+def _one_process(request: Request) -> dict[str, object]:
+    return {"nodes": 1, "tasks_per_node": 1}
+
+
+def _shorter(request: Request) -> str | None:
+    """The report takes minutes, and a short job finds its place soon."""
+    minutes = request.options.minutes
+    return None if minutes is None else str(min(minutes, REPORT_MINUTES))
+
+
+JOB = Job(
+    name="evaluate",
+    summary="an array of evaluations, one task for each dataset, and the report when all have ended",
+    usage="evaluate NAME[,NAME…]|all|PATH weights=… root=FOLDER [gpus_per_node=1 max_parallel= time= …]",
+    plan=plan,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(["launch", __file__, *sys.argv[1:]]))

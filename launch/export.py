@@ -1,0 +1,38 @@
+"""An export as a job: `dinoreg launch export weights=runs/a format=onnx out=export/a`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from dinoreg.cli import main
+from dinoreg.errors import UserError
+from dinoreg.launch.declare import Group, Job, Plan, Request
+from dinoreg.launch.runs import run_of
+
+
+def plan(request: Request) -> Plan:
+    if request.source is not None:
+        raise UserError(f"launch export: {request.source}: expected key=value, as weights=RUN format=onnx out=FOLDER")
+    command = ("export", *request.overrides)
+    request.check(command)
+    for key in ("weights", "format", "out"):
+        if request.value(key) is None:
+            raise UserError(f"launch export: missing {key}=; see dinoreg export --help")
+    if request.options.world_size > 1:
+        raise UserError(f"nodes={request.options.nodes}, {request.options.tasks} processes: an export is made by one")
+    # An export's own folder has to be new, so its records lie with the run that it comes from.
+    run = run_of(str(request.value("weights")))
+    folder = run or Path("runs") / "export" / Path(str(request.value("out"))).name
+    return Plan(folder, (Group("export", (command,)),))
+
+
+JOB = Job(
+    name="export",
+    summary="write a backbone for another library, with its certificate",
+    usage="export weights=… format=timm|transformers|meta|safetensors|onnx out=FOLDER",
+    plan=plan,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(["launch", __file__, *sys.argv[1:]]))

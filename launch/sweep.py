@@ -1,0 +1,102 @@
+"""A grid of trainings: `dinoreg launch sweep CONFIG data=… out=runs/s 'sweep.optim.lr=[1e-3,2e-3]' 'sweep.seed=[0,1]'`.
+
+`sweep.KEY=[A,B]` takes each value in turn, several such keys every combination; whatever else is given holds for all.
+Each training is a job of its own in OUT/KEY=VALUE,…, and a job after them compares those that can be compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+from dinoreg.cli import main
+from dinoreg.errors import UserError
+from dinoreg.launch.declare import Group, Job, Plan, Request
+from dinoreg.launch.runs import training
+
+MAX_NAME = 120
+
+
+def plan(request: Request) -> Plan:
+    if request.source is None:
+        raise UserError("launch sweep: missing CONFIG, a name in configs/ or a YAML file")
+    grid, fixed = read_grid(request.overrides)
+    out = request.value("out")
+    if out is None:
+        raise UserError("out: missing; say where the runs' folders go, for example out=runs/sweep")
+    shared = [item for item in fixed if item.partition("=")[0] != "out"]
+    found = []
+    for values in itertools.product(*grid.values()):
+        chosen = [f"{key}={value}" for key, value in zip(grid, values)]
+        found.append(training(request.source, [*shared, *chosen, f"out={Path(out) / run_name(chosen)}"]))
+    clears = tuple(path for each in found for path in each.clears)
+    runs = tuple(each.out for each in found)
+    groups = (
+        Group("sweep", tuple(each.command for each in found), runs=runs),
+        Group(
+            "report",
+            (("report", out, f"out={Path(out) / 'compare.html'}"),),
+            options={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None},
+            after=("sweep",),
+        ),
+    )
+    files = {each.config_file: each.config_text for each in found}
+    notes = (f"{len(found)} trainings: {' x '.join(f'{len(values)} of {key}' for key, values in grid.items())}",)
+    return Plan(Path(out), groups, files, clears=clears, notes=notes)
+
+
+def read_grid(overrides: tuple[str, ...]) -> tuple[dict[str, list[str]], list[str]]:
+    """({key: its values as typed}, overrides that hold for all); UserError for no such key, or a wrong list."""
+    grid: dict[str, list[str]] = {}
+    fixed = []
+    for item in overrides:
+        key, _, text = item.partition("=")
+        if not key.startswith("sweep."):
+            fixed.append(item)
+            continue
+        key = key.removeprefix("sweep.")
+        if not (text.startswith("[") and text.endswith("]")):
+            raise UserError(f"sweep.{key}={text}: expected a list of values, as sweep.{key}=[A,B]")
+        values = split_values(text[1:-1])
+        if not values or "" in values or len(set(values)) < len(values):
+            raise UserError(f"sweep.{key}={text}: expected values that differ, with commas between")
+        if key in grid or any(each.partition("=")[0] == key for each in overrides):
+            raise UserError(f"{key}: given twice")
+        grid[key] = values
+    if not grid:
+        raise UserError(
+            "launch sweep: nothing varies; expected sweep.KEY=[A,B], for example sweep.optim.lr=[1e-3,2e-3]"
+        )
+    return grid, fixed
+
+
+def split_values(text: str) -> list[str]:
+    """Split at commas that stand in no brackets: "[0.2,1],[0.3,1]" has two values."""
+    values, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += letter
+    return [value.strip() for value in values] if text.strip() else []
+
+
+def run_name(chosen: list[str]) -> str:
+    """The overrides of a run as the name of its folder."""
+    name = re.sub(r"[^\w.=+,-]+", "-", ",".join(chosen))
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
+JOB = Job(
+    name="sweep",
+    summary="a grid of trainings, each a job of its own, and their comparison when all have ended",
+    usage="sweep CONFIG data=FOLDER out=FOLDER sweep.KEY=[A,B] [sweep.KEY2=[C,D]] [max_parallel= gpus_per_node= …]",
+    plan=plan,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(["launch", __file__, *sys.argv[1:]]))
