@@ -2,113 +2,22 @@
 
     python benchmarks/flops.py [--peak 790]
 
-A multiply-add counts as two, a backward pass as two forward passes (the patch embedding, whose input needs no gradient,
-as one). Counted are matrix products: linear maps and attention, for the student on all crops, the teacher on the global
-ones and the heads on class tokens and masked patches. Sizes are per image: two global and `num_local` local crops.
+The formulas are those of `dinoreg.models.flops`: the student on all crops, the teacher on the global ones, the heads on
+class tokens and masked patches. Figures are per image: two global and `num_local` local crops.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 
 import measure
 
+from dinoreg.models.flops import Encoder, Step, head, step
+
+__all__ = ["HEADS", "WIDTHS", "Encoder", "Step", "head", "rows", "step"]
+
 WIDTHS = {"S": (384, 12, "mlp"), "B": (768, 12, "mlp"), "L": (1024, 24, "mlp"), "g": (1536, 40, "swiglu")}
 HEADS = {"short": (65536, 256, False), "long": (131072, 384, True)}
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """The sizes of a ViT that decide its cost."""
-
-    dim: int
-    depth: int
-    patch_size: int
-    num_registers: int = 4
-    ffn: str = "mlp"
-    ffn_ratio: float = 4.0
-    in_channels: int = 3
-
-    def tokens(self, size: int) -> int:
-        """Class token, registers and patches of a square image of `size` pixels."""
-        return 1 + self.num_registers + (size // self.patch_size) ** 2
-
-    def patch_embedding(self, size: int) -> float:
-        """Of one image of `size` pixels, forward."""
-        return 2 * (size // self.patch_size) ** 2 * self.in_channels * self.patch_size**2 * self.dim
-
-    def attention(self, size: int) -> float:
-        """The two products with T x T matrices in all blocks, forward."""
-        return self.depth * 4 * self.tokens(size) ** 2 * self.dim
-
-    def blocks(self, size: int) -> float:
-        """All blocks of one image of `size` pixels, forward."""
-        hidden = int(self.dim * self.ffn_ratio)
-        if self.ffn == "swiglu":
-            gated = (int(hidden * 2 / 3) + 7) // 8 * 8
-            ffn = 2 * 3 * self.dim * gated
-        else:
-            ffn = 2 * 2 * self.dim * hidden
-        return self.depth * self.tokens(size) * (2 * 4 * self.dim**2 + ffn) + self.attention(size)
-
-    def forward(self, size: int) -> float:
-        return self.blocks(size) + self.patch_embedding(size)
-
-
-def head(dim: int, prototypes: int, bottleneck_dim: int, hidden_dim: int = 2048) -> float:
-    """A head of three linear layers and the prototypes on one token, forward."""
-    return 2 * (dim * hidden_dim + hidden_dim**2 + hidden_dim * bottleneck_dim + bottleneck_dim * prototypes)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One image's share of a training step, in floating-point operations."""
-
-    student: float
-    teacher: float
-    heads: float
-    attention: float  # contained in student and teacher
-
-    @property
-    def total(self) -> float:
-        return self.student + self.teacher + self.heads
-
-
-def step(
-    encoder: Encoder,
-    *,
-    global_size: int = 224,
-    local_size: int = 96,
-    num_local: int = 8,
-    prototypes: int = 65536,
-    dino_bottleneck: int = 256,
-    ibot_bottleneck: int = 256,
-    hidden_dim: int = 2048,
-    masked_patches: float | None = None,
-    kept_share: float = 1.0,
-    patch_embedding_gradient: bool = True,
-) -> Step:
-    """The operations of one image in a step.
-
-    masked_patches  of both global crops together; by default half of the crops with 0.3 of their patches
-    kept_share      of the samples that go through a block of the student (batch-subset drop path)
-    patch_embedding_gradient  count a gradient of the pixels, as "backward = 2x forward" does; nothing computes it
-    """
-    patches = (global_size // encoder.patch_size) ** 2
-    masked = 2 * 0.5 * 0.3 * patches if masked_patches is None else masked_patches
-    crops = ((2, global_size), (num_local, local_size))
-    blocks = sum(count * encoder.blocks(size) for count, size in crops if count)
-    embedding = sum(count * encoder.patch_embedding(size) for count, size in crops if count)
-    attention = sum(count * encoder.attention(size) for count, size in crops if count)
-    dino = head(encoder.dim, prototypes, dino_bottleneck, hidden_dim)
-    ibot = head(encoder.dim, prototypes, ibot_bottleneck, hidden_dim)
-    return Step(
-        student=3 * kept_share * blocks + (3 if patch_embedding_gradient else 2) * embedding,
-        teacher=2 * encoder.forward(global_size),
-        heads=3 * ((2 + num_local) * dino + masked * ibot) + 2 * dino + masked * ibot,
-        attention=3 * kept_share * attention + 2 * encoder.attention(global_size),
-    )
 
 
 def rows(peak_tflops: float) -> list[dict[str, str]]:

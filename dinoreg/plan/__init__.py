@@ -1,0 +1,9 @@
+"""What a run will cost, before it starts: memory, operations, traffic, time, and what to change when it does not fit.
+
+`plan(config, nodes=4, gpus=8)` works all of it out in a second or two, from the code of a step in closed form; speed is
+measured where the device is at hand, else it is an estimate and says so.
+"""
+
+from dinoreg.plan.run import Plan, plan
+
+__all__ = ["Plan", "plan"]

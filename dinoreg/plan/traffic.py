@@ -1,0 +1,103 @@
+"""What processes send one another in a step, and how long it takes over given links.
+
+Bytes are those that one process sends in a ring, as NCCL's bandwidth-bound algorithms do: of a tensor of n processes an
+all-gather or a reduce-scatter sends the (n-1)/n-th part, an all-reduce twice that. Processes of one machine share its
+links to the others, so that a group with m processes on each machine has m of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dinoreg.plan.devices import HOP_SECONDS, LINK_SHARE, Device
+from dinoreg.plan.job import ELEMENT, Job
+
+DDP_BUCKET = 25 * 2**20  # bytes, PyTorch's default
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of exchange in a step.
+
+    size     bytes of the whole tensors of all its calls together
+    calls    in a step
+    ranks    processes that take part           local  of them on one machine
+    rounds   1 for all-gather and reduce-scatter, 2 for all-reduce
+    hidden   whether it goes on while the device computes
+    """
+
+    name: str
+    size: int
+    calls: int
+    ranks: int
+    local: int
+    rounds: int
+    hidden: bool
+
+    @property
+    def sent(self) -> int:
+        """Bytes that one process sends in a step."""
+        return self.rounds * self.size * (self.ranks - 1) // self.ranks
+
+    def seconds(self, device: Device) -> float:
+        """Time of all its calls in a step."""
+        rate = device.local_link
+        if self.ranks > self.local:
+            rate = min(rate, self.local * device.link)
+        hops = self.calls * self.rounds * math.ceil(math.log2(self.ranks))
+        return self.sent / (rate * 1e9 * LINK_SHARE) + hops * HOP_SECONDS
+
+
+def collectives(job: Job) -> list[Collective]:
+    """All exchanges of a step; none on one process."""
+    if job.world_size == 1:
+        return []
+    return [each for each in (*_weights(job), *_statistics(job)) if each.ranks > 1]
+
+
+def _weights(job: Job) -> list[Collective]:
+    """Gradients, and under FSDP weights."""
+    sizes, options, everyone = job.sizes, job.config.parallel, (job.world_size, job.gpus)
+    if job.strategy == "ddp":
+        size = 4 * sizes.student
+        return [Collective("gradients, all-reduce", size, math.ceil(size / DDP_BUCKET), *everyone, 2, True)]
+    parts, units = job.config.optim.accumulate, len(sizes.units) + len(sizes.heads)
+    group = (job.shard_size, min(job.shard_size, job.gpus))
+    whole = sizes.student * ELEMENT[options.param_dtype]
+    passes = parts * (2 if options.reshard else 1)
+    if options.reshard and job.config.loss.koleo_weight > 0 and parts > 1:
+        passes += parts  # class tokens first; without `reshard` that pass leaves the weights for the next
+    found = [
+        Collective("student's weights, all-gather", passes * whole, passes * units, *group, 1, True),
+        Collective("teacher's weights, all-gather", parts * whole, parts * units, *group, 1, True),
+    ]
+    if job.has_anchor:
+        size = parts * sizes.backbone * ELEMENT[options.param_dtype]
+        found.append(Collective("anchor's weights, all-gather", size, parts * len(sizes.units), *group, 1, True))
+    reduced = parts * sizes.student * ELEMENT[options.reduce_dtype]
+    found.append(Collective("gradients, reduce-scatter", reduced, parts * units, *group, 1, True))
+    copies = (job.copies, max(1, job.gpus // job.shard_size))
+    found.append(
+        Collective("gradients, all-reduce between copies", reduced // job.shard_size, parts * units, *copies, 2, True)
+    )
+    return found
+
+
+def _statistics(job: Job) -> list[Collective]:
+    """Prototype masses or centres, neighbours, and the scalars of losses and norms."""
+    loss, sizes, everyone = job.config.loss, job.sizes, (job.world_size, job.gpus)
+    heads = list(sizes.heads.values())
+    prototypes = heads[0].prototypes + heads[-1].prototypes  # class tokens and patches are balanced apart
+    if loss.centering == "sinkhorn":
+        size, calls = 4 * loss.sinkhorn_iterations * prototypes, 2 * (loss.sinkhorn_iterations + 1)
+        found = [Collective("Sinkhorn, all-reduce", size, calls, *everyone, 2, False)]
+    else:
+        found = [Collective("centres, all-reduce", 4 * prototypes, 2, *everyone, 2, False)]
+    if loss.koleo_weight > 0:
+        ranks = job.koleo_ranks
+        tokens = 4 * 2 * job.config.batch_size * sizes.encoder.dim
+        found.append(Collective("KoLeo, all-gather", ranks * tokens, 1, ranks, min(ranks, job.gpus), 1, False))
+    scalars = 1 + (len(heads) + 1) * (job.strategy == "fsdp")
+    found.append(Collective("losses and norms, all-reduce", 4 * 5 * scalars, scalars, *everyone, 2, False))
+    return found
