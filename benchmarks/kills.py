@@ -27,7 +27,7 @@ import measure
 
 sys.path.append(str(measure.HERE.parent / "tests" / "faults"))
 
-from harness import RUN, Faults, Start, torn
+from harness import RUN, Faults, Start, torn, unpointed
 from training import loss_trace
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -46,6 +46,7 @@ class Counts:
     lost       runs that did not go on or did not end; torn: kills after which a checkpoint did not verify
     differing  runs whose losses are not the unbroken run's; wordless: survivors of a killed rank that did not end
                with exit code 1 and one line about whom they lost
+    unpointed  runs found with a first checkpoint that `last` does not name yet; nothing is lost by it
     when       kills by what was going on: starting, training, writing a checkpoint
     """
 
@@ -55,6 +56,7 @@ class Counts:
     torn: int = 0
     differing: int = 0
     wordless: int = 0
+    unpointed: set[str] = field(default_factory=set)
     when: collections.Counter[str] = field(default_factory=collections.Counter)
     survivors: list[float] = field(default_factory=list)  # seconds from a rank's death to the other's end
     notes: list[str] = field(default_factory=list)
@@ -104,6 +106,8 @@ def one_run(kind: str, out: Path, whole: float, faults: Faults, budget: Budget, 
             return
         problems = torn(out)
         with budget.lock:
+            if unpointed(out):
+                counts.unpointed.add(str(out))
             if problems:
                 counts.torn += 1
                 counts.notes.append(f"{out.name}: {problems}")
@@ -221,6 +225,7 @@ def row(kind: str, counts: Counts) -> dict[str, Any]:
         "torn checkpoints": counts.torn,
         "differing losses": counts.differing,
         "survivors without words": counts.wordless,
+        "before the first `last`": len(counts.unpointed),
         "survivor ends after, s": f"{waited[len(waited) // 2]:.1f} (most {waited[-1]:.1f})" if waited else "",
     }
 

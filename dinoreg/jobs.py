@@ -102,7 +102,10 @@ class Attempt:
         return f"go on with: dinoreg launch pretrain {self.command.run} resume=true"
 
     def note(self, event: str, **facts: Any) -> None:
-        add_event(self.launch, self.job, self.rank, event, restarts=self.restarts, **facts)
+        try:
+            add_event(self.launch, self.job, self.rank, event, restarts=self.restarts, **facts)
+        except OSError as error:  # a full disk is no reason to end what trains
+            print(f"dinoreg: {self.launch} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
     def run(self) -> str:
         """Run the command; returns how it ended. Whatever it raises is noted, for `dinoreg launch status`."""

@@ -9,16 +9,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dinoreg.cli import main
 from dinoreg.errors import UserError
-from dinoreg.eval.declare import Benchmark
-from dinoreg.eval.run import Request as Evaluation
-from dinoreg.eval.run import choose
-from dinoreg.evaluation import read_request
 from dinoreg.launch.declare import Group, Job, Plan, Request
 from dinoreg.launch.runs import kept_weights, run_of, step_of
-from dinoreg.models.weights import find_weights
+
+# What evaluates takes seconds to import, and `dinoreg launch --help` reads this file.
+if TYPE_CHECKING:
+    from dinoreg.eval.declare import Benchmark
+    from dinoreg.eval.run import Request as Evaluation
 
 REPORT_MINUTES = 60
 
@@ -26,6 +27,9 @@ REPORT_MINUTES = 60
 def plan(request: Request) -> Plan:
     if request.source is None:
         raise UserError("launch evaluate: missing NAMES: datasets with commas between, all, or a labelled folder")
+    from dinoreg.evaluation import read_request
+    from dinoreg.models.weights import find_weights
+
     evaluation = read_request(request.overrides)
     if evaluation.options.weights is None:
         raise UserError("launch evaluate: weights= is missing: a run folder, a weight file, or a model's name")
@@ -67,6 +71,8 @@ def plan(request: Request) -> Plan:
 
 def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
     """{what `dinoreg eval` is to be given: benchmark} of those whose data are there, and what is left out of `all`."""
+    from dinoreg.eval.run import choose
+
     parts = [names] if Path(names).exists() else [name for name in names.split(",") if name]
     if parts == ["all"]:
         return _readable(evaluation)
@@ -79,6 +85,8 @@ def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], 
 
 
 def _readable(evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
+    from dinoreg.eval.run import choose
+
     found, notes = {}, []
     for benchmark in choose(["all"], evaluation):
         try:

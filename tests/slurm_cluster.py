@@ -43,7 +43,7 @@ SETTINGS = {
     "PreemptMode": "REQUEUE",
     "SlurmctldParameters": "preempt_send_user_signal",
     "ReturnToService": "2",
-    "KillWait": "5",
+    "KillWait": "15",
     "SlurmdTimeout": "6",
     "SlurmctldTimeout": "10",
     "MessageTimeout": "10",

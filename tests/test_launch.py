@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 from jobs_on_trial import EVALUATION, ended, events, found, labelled_folder, tiny_file, trains, until
 from small_runs import tiny_model, write_run
@@ -37,6 +38,7 @@ from dinoreg.launching import ACTIONS, check_command
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCAL = "cluster=local"
+FONTS = matplotlib.get_cachedir()  # the list of fonts takes seconds to make
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +47,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MPLCONFIGDIR", FONTS)
     for name in list(os.environ):
         if name.startswith(("SLURM_", "SUBMITIT_")):
             monkeypatch.delenv(name)

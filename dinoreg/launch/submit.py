@@ -73,8 +73,8 @@ def show(plan: Plan, settings: dict[str, LaunchOptions], say: Callable[[str], No
         say(f"would delete {path}")
     for path, source in plan.links.items():
         say(f"would keep {source} as {path}")
-    for path, text in plan.files.items():
-        say(f"would write {path}:\n{_indented(text)}")
+    for number, (path, text) in enumerate(plan.files.items()):
+        say(f"would write {path}" + (f":\n{_indented(text)}" if number == 0 else ", in the same form"))
     for group in plan.groups:
         options = settings[group.name]
         jobs = "one job" if len(group.commands) == 1 else f"{len(group.commands)} jobs"

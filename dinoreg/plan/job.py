@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,12 +24,30 @@ ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What FSDP gathers at a time: (rows, entries of a row) of each parameter. It shards rows."""
+
+    shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(rows * width for rows, width in self.shapes)
+
+    def padded(self, shards: int) -> int:
+        """Entries as they are gathered from `shards` processes, each of which sends equally many rows.
+
+        A parameter of a single row, as the positions are, is sent by all of them.
+        """
+        return sum(-(-rows // shards) * shards * width for rows, width in self.shapes)
+
+
+@dataclass(frozen=True)
 class Head:
     """A prototype head: its sizes, its parameters, and what it sees ("cls", "patches")."""
 
     prototypes: int
     bottleneck_dim: int
-    parameters: int
+    unit: Unit
     sees: tuple[str, ...]
 
 
@@ -36,23 +55,23 @@ class Head:
 class Sizes:
     """What the networks are made of.
 
-    units  parameters of each block, then of the rest of the backbone: what FSDP gathers at a time
+    units  each block, then the rest of the backbone
     heads  {"dino_head", "ibot_head"}; one for both when tied
     """
 
     encoder: Encoder
     rates: tuple[float, ...]
-    units: tuple[int, ...]
+    units: tuple[Unit, ...]
     heads: dict[str, Head]
 
     @property
     def backbone(self) -> int:
-        return sum(self.units)
+        return sum(unit.parameters for unit in self.units)
 
     @property
     def student(self) -> int:
         """Parameters of the backbone and its heads; the teacher has as many."""
-        return self.backbone + sum(head.parameters for head in self.heads.values())
+        return self.backbone + sum(head.unit.parameters for head in self.heads.values())
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,15 @@ class Job:
     def shard_size(self) -> int:
         """Processes that share one copy of the state."""
         return (self.config.parallel.shard or self.world_size) if self.strategy == "fsdp" else 1
+
+    def padded(self, *, backbone: bool = True, heads: bool = True) -> int:
+        """Entries of the backbone and the heads as they are gathered; without FSDP as many as there are parameters."""
+        units = (*(self.sizes.units if backbone else ()), *(self.head_units if heads else ()))
+        return sum(unit.padded(self.shard_size) for unit in units)
+
+    @property
+    def head_units(self) -> tuple[Unit, ...]:
+        return tuple(head.unit for head in self.sizes.heads.values())
 
     @property
     def copies(self) -> int:
@@ -179,7 +207,8 @@ def measure_sizes(config: Config) -> Sizes:
     with torch.device("meta"):
         student, _ = build_networks(config)
     backbone: RegisterViT = student.backbone
-    blocks = [count_parameters(block) for block in backbone.blocks]
+    inside = {id(parameter) for parameter in backbone.blocks.parameters()}
+    rest = [parameter for parameter in backbone.parameters() if id(parameter) not in inside]
     tied = "ibot_head" not in student
     heads = {}
     for name in ("dino_head", "ibot_head"):
@@ -187,7 +216,7 @@ def measure_sizes(config: Config) -> Sizes:
             sees = ("cls", "patches") if tied else ("cls",) if name == "dino_head" else ("patches",)
             head: PrototypeHead = getattr(student, name)
             prototypes, bottleneck = head.last_layer.weight_v.shape
-            heads[name] = Head(prototypes, bottleneck, count_parameters(head), sees)
+            heads[name] = Head(prototypes, bottleneck, _unit(head.parameters()), sees)
     return Sizes(
         encoder=Encoder(
             dim=backbone.dim,
@@ -201,13 +230,13 @@ def measure_sizes(config: Config) -> Sizes:
             layerscale=bool(backbone.layerscale),
         ),
         rates=tuple(block.drop_path for block in backbone.blocks),  # type: ignore[misc]
-        units=(*blocks, count_parameters(backbone) - sum(blocks)),
+        units=(*(_unit(block.parameters()) for block in backbone.blocks), _unit(rest)),
         heads=heads,
     )
 
 
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _unit(parameters: Iterable[nn.Parameter]) -> Unit:
+    return Unit(tuple((parameter.shape[0], parameter.numel() // parameter.shape[0]) for parameter in parameters))
 
 
 def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes | None = None) -> Job:

@@ -141,11 +141,11 @@ class _Step:
 
     def _moment(self, name: str, gradients: int, **others: int) -> Moment:
         job, share = self.job, self.job.shard_size
-        student = 4 * job.sizes.student // share
+        student = 4 * job.padded() // share
         parts = {
             "student weights": student,
             "teacher weights": student,
-            "anchor weights": 4 * job.sizes.backbone // share if job.has_anchor else 0,
+            "anchor weights": 4 * job.padded(heads=False) // share if job.has_anchor else 0,
             "AdamW moments": 2 * student,
             "gradients": gradients,
             "crops": self._crops(),
@@ -218,21 +218,21 @@ class _Step:
         if not self.gather:
             return 0
         keeps = kept and not self.job.config.parallel.reshard
-        return self.param_bytes * (unit + (self.job.sizes.student if keeps else unit))
+        return self.param_bytes * (unit + (self.job.padded() if keeps else unit))
 
     @property
     def _largest_head(self) -> int:
-        return max(head.parameters for head in self.job.sizes.heads.values())
+        return max(unit.padded(self.job.shard_size) for unit in self.job.head_units)
 
     @property
     def _two_blocks(self) -> int:
         """One that computes and the next one, on its way."""
-        return 2 * max(self.job.sizes.units)
+        return 2 * max(unit.padded(self.job.shard_size) for unit in self.job.sizes.units)
 
     def _gradients(self, plain: int, replicated: int) -> int:
         """Bytes of all gradients, `plain` for each parameter; under DDP with micro-batches `replicated`."""
         each = replicated if self.job.strategy == "ddp" and self.split else plain
-        return each * self.job.sizes.student // self.job.shard_size
+        return each * self.job.padded() // self.job.shard_size
 
     def _before_backward(self) -> int:
         """DDP's buckets stay; others have gradients only from the second micro-batch on."""
@@ -243,7 +243,7 @@ class _Step:
     def _in_backward(self) -> int:
         """The heads' gradients besides; under FSDP whole ones as well, before and while they are summed."""
         before = self._before_backward()
-        heads = 4 * (self.job.sizes.student - self.job.sizes.backbone) // self.job.shard_size
+        heads = 4 * self.job.padded(backbone=False) // self.job.shard_size
         return (before or heads) + self._unsummed(self._largest_head)
 
     def _unsummed(self, unit: int) -> int:

@@ -153,7 +153,7 @@ class Plan:
             "fits": self.fits,
             "parameters": {
                 "backbone": sizes.backbone,
-                **{name: head.parameters for name, head in sizes.heads.items()},
+                **{name: head.unit.parameters for name, head in sizes.heads.items()},
                 "student": sizes.student,
                 "teacher": sizes.student,
             },

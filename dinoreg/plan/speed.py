@@ -19,6 +19,7 @@ from dinoreg.options import ParallelConfig
 from dinoreg.plan.job import Job
 from dinoreg.plan.memory import memory_of
 from dinoreg.runtime import DTYPES, keep_freed_memory, peak_memory
+from dinoreg.train.parallel import compile_backbones
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import build_networks, build_state
 from dinoreg.train.step import train_step
@@ -33,8 +34,8 @@ CPU_SHARE = 0.6
 
 WARM_UP_STEPS = 2
 MOST_STEPS = 10
-PROBE_SECONDS = 20.0  # after the warm-up; a step that has begun is finished
-QUICK_SECONDS = 2.0  # a CPU whose step should take longer than this is not probed unasked
+PROBE_SECONDS = 10.0  # after the warm-up; a step that has begun is finished
+QUICK_SECONDS = 1.0  # a CPU whose step should take longer than this is not probed unasked
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def probe(job: Job, device: torch.device) -> Speed | None:
         keep_freed_memory()
         guess = estimate(job)
         assert guess is not None
-        images = max(2, min(config.batch_size, int(2 * QUICK_SECONDS * guess.images_per_second)))
+        images = max(2, min(config.batch_size, int(3 * QUICK_SECONDS * guess.images_per_second)))
         config = dataclasses.replace(config, batch_size=images, optim=dataclasses.replace(config.optim, accumulate=1))
     try:
         return _measure(config, DTYPES[job.precision], device)
@@ -153,8 +154,7 @@ def _measure(config: Config, dtype: torch.dtype, device: torch.device) -> Speed:
                 anchor = build_networks(config)[1].backbone
             state = build_state(config, student, teacher, device, dtype, anchor)
             if config.model.compile:
-                state.student.backbone.compile()
-                state.teacher.backbone.compile()
+                compile_backbones(state.student, state.teacher)
             batch = random_batch(config, student.backbone.patch_size, device)
             now = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher_temp=0.05)
 

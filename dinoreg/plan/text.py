@@ -67,7 +67,7 @@ def _sections(plan: Plan) -> Iterable[tuple[str, list[Row]]]:
 def _networks(plan: Plan) -> list[Row]:
     job, sizes, flops = plan.job, plan.job.sizes, plan.job.flops()
     config, encoder = job.config, sizes.encoder
-    heads = sum(head.parameters for head in sizes.heads.values())
+    heads = sum(head.unit.parameters for head in sizes.heads.values())
     crops = [f"{encoder.tokens(config.crops.global_size)} (global crop)"]
     if config.crops.num_local:
         crops.append(f"{encoder.tokens(config.crops.local_size)} (local crop)")
@@ -78,6 +78,7 @@ def _networks(plan: Plan) -> list[Row]:
         *([f"again {flops.again / 1e9:.4g}"] if flops.again else []),
     ]
     worst = max(plan.checks, key=lambda check: abs(check.difference))
+    differs = f"{abs(worst.difference):.2%}"
     saved = f", drop path saves {_share(flops.dropped / (flops.total + flops.dropped))}" if flops.dropped else ""
     step = flops.total * job.global_batch_size + job.koleo_flops() * job.world_size
     told = f"backbone {_millions(sizes.backbone)}, heads {_millions(heads)}; the teacher has as many"
@@ -88,7 +89,7 @@ def _networks(plan: Plan) -> list[Row]:
         (
             "",
             "",
-            f"attention {_share(flops.attention / flops.total)}{saved}; fvcore differs by {worst.difference:+.2%}",
+            f"attention {_share(flops.attention / flops.total)}{saved}; fvcore's count differs by {differs}",
         ),
         ("a step", f"{step / 1e12:.4g} TFLOP", ""),
     ]
@@ -109,6 +110,10 @@ def _memory(plan: Plan) -> list[Row]:
         "weights in low precision": "copies that the backward pass needs",
         "gathered weights": f"in {config.parallel.param_dtype}",
     }
+    if later > peak.parts.get("gradients", 0):
+        words["gradients"] = f"at most {gib(later)}, when activations have gone"
+    if config.optim.accumulate > 1:
+        words["activations of the backbone"] = f"of one of {config.optim.accumulate} micro-batches"
     if config.model.checkpointing:
         words["activations of the backbone"] = "the blocks' inputs; the rest is computed again"
     rows = [
@@ -183,7 +188,8 @@ def _verdict(plan: Plan) -> str:
 
 
 def gib(count: float) -> str:
-    return f"{count / GIB:.2f} GiB"
+    """Memory, in powers of two."""
+    return f"{count / GIB:.2f} GiB" if abs(count) >= GIB / 10 or not count else f"{count / 2**20:.1f} MiB"
 
 
 def size(count: float) -> str:

@@ -62,20 +62,21 @@ def _weights(job: Job) -> list[Collective]:
     if job.strategy == "ddp":
         size = 4 * sizes.student
         return [Collective("gradients, all-reduce", size, math.ceil(size / DDP_BUCKET), *everyone, 2, True)]
-    parts, units = job.config.optim.accumulate, len(sizes.units) + len(sizes.heads)
+    parts, blocks, units = job.config.optim.accumulate, len(sizes.units), len(sizes.units) + len(sizes.heads)
     group = (job.shard_size, min(job.shard_size, job.gpus))
-    whole = sizes.student * ELEMENT[options.param_dtype]
+    whole, backbone = (ELEMENT[options.param_dtype] * job.padded(heads=heads) for heads in (True, False))
     passes = parts * (2 if options.reshard else 1)
+    student, calls = passes * whole, passes * units
     if options.reshard and job.config.loss.koleo_weight > 0 and parts > 1:
-        passes += parts  # class tokens first; without `reshard` that pass leaves the weights for the next
+        # Class tokens first; without `reshard` that pass leaves the weights for the next.
+        student, calls = student + parts * backbone, calls + parts * blocks
     found = [
-        Collective("student's weights, all-gather", passes * whole, passes * units, *group, 1, True),
+        Collective("student's weights, all-gather", student, calls, *group, 1, True),
         Collective("teacher's weights, all-gather", parts * whole, parts * units, *group, 1, True),
     ]
     if job.has_anchor:
-        size = parts * sizes.backbone * ELEMENT[options.param_dtype]
-        found.append(Collective("anchor's weights, all-gather", size, parts * len(sizes.units), *group, 1, True))
-    reduced = parts * sizes.student * ELEMENT[options.reduce_dtype]
+        found.append(Collective("anchor's weights, all-gather", parts * backbone, parts * blocks, *group, 1, True))
+    reduced = parts * ELEMENT[options.reduce_dtype] * job.padded()
     found.append(Collective("gradients, reduce-scatter", reduced, parts * units, *group, 1, True))
     copies = (job.copies, max(1, job.gpus // job.shard_size))
     found.append(

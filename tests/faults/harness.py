@@ -312,14 +312,28 @@ def torn(out: Path) -> list[str]:
         except (OSError, ValueError, KeyError) as error:
             problems.append(f"{teacher}: {error}")
     last = checkpoint.read_pointer(folder, "last")
-    if (names or last is not None) and last not in names:
+    if last is not None and last not in names:
         problems.append(f"last points to {last}, there are {names}")
+    if len(names) > 1 and last is None:
+        problems.append(f"last is missing, there are {names}")
     return problems
+
+
+def unpointed(out: Path) -> bool:
+    """Whether the run's first checkpoint is there, whole, but `last` is not yet: a kill between the two renames.
+
+    Resuming looks at the checkpoints themselves, and `last` comes with the next.
+    """
+    from dinoreg import checkpoint
+
+    folder = out / "checkpoints"
+    return len(list(folder.glob("step_*"))) == 1 and checkpoint.read_pointer(folder, "last") is None
 
 
 def assert_sound(out: Path, last: int | None = None) -> None:
     """Every published checkpoint verifies and `last` points to one of them: that of step `last`, if given."""
     assert torn(out) == []
+    assert not unpointed(out)
     if last is not None:
         from dinoreg import checkpoint
 
