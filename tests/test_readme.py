@@ -16,6 +16,9 @@ from dinoreg.config import load_config, require_complete
 from dinoreg.embed import read_options
 from dinoreg.eval.declare import find_benchmark
 from dinoreg.evaluation import read_request
+from dinoreg.launch.declare import find_job
+from dinoreg.launch.options import split_options
+from dinoreg.launching import ACTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -63,6 +66,7 @@ def test_continuous_integration_runs_the_test_command_verbatim() -> None:
 
 def test_there_are_commands_for_every_verb_that_takes_images_or_runs() -> None:
     verbs = {"quickstart", "pretrain", "inspect", "report", "eval", "view", "registers", "export", "embed"}
+    verbs |= {"launch", "plan"}
     assert {words[0] for words in dinoreg_commands()} >= verbs
 
 
@@ -78,6 +82,19 @@ def test_every_command_parses(words: list[str], tmp_path: Path, monkeypatch: pyt
     if verb == "pretrain":
         source, *overrides = arguments
         require_complete(load_config(source, overrides))
+    elif verb == "launch":
+        job, *rest = arguments
+        if job not in ACTIONS:
+            keys = [each for each in rest if "=" in each]
+            options, overrides, _ = split_options(keys)
+            assert find_job(job).name == job
+            if "partition=gpu" in keys:
+                assert options.partition == "gpu"
+            if job == "pretrain":
+                require_complete(load_config(rest[0], overrides))
+            else:
+                assert all(find_benchmark(name) for name in rest[0].split(","))
+                assert read_request(overrides).options.weights
     elif verb == "embed":
         assert read_options(arguments).out
     elif verb == "eval" and "--list" not in arguments:
