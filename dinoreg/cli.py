@@ -203,9 +203,10 @@ def _plan(arguments: list[str]) -> None:
         from dinoreg.plan.text import show
 
         found = plan(config, **{key: value for key, value in values.items() if value is not None})
+        written = None if out is None else found.write(out)
         show(found)
-        if out is not None:
-            print(f"plan: {found.write(out)}")
+        if written is not None:
+            print(f"plan: {written}")
 
 
 def _doctor(arguments: list[str]) -> None:

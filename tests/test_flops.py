@@ -36,8 +36,7 @@ def test_fvcore_counts_the_same_on_the_real_networks(overrides: dict[str, Any]) 
         sizes["model.depth"] = None
     config = tiny_config(**{**sizes, **overrides})
     checks = check_operations(describe(config, 1, 1, find_device("h100")))
-    assert [check.name for check in checks][0] == "backbone, global crop"
-    assert len(checks) == 2 + bool(config.crops.num_local) + config.head.separate - 0
+    assert len(checks) == 2 + bool(config.crops.num_local) + config.head.separate
     for check in checks:
         assert check.formula == check.counted
         assert check.agrees
@@ -51,7 +50,7 @@ def test_fvcore_counts_the_same_on_the_real_networks(overrides: dict[str, Any]) 
         {"model.ffn": "swiglu", "crops.num_local": 0},
         {"head.separate": True, "head.ibot_prototypes": 16},
         {"optim.accumulate": 2},
-        {"model.checkpointing": True, "model.drop_path_uniform": False},
+        {"model.checkpointing": True, "model.drop_path_uniform": False, "model.layerscale": 1e-5},
     ],
     ids=lambda overrides: ", ".join(f"{key}={value}" for key, value in overrides.items()) or "as it is",
 )

@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 import pytest
 from jobs_on_trial import EVALUATION, ended, events, found, labelled_folder, tiny_file, trains, until
+from processes import on_processes, pretrain_each
 from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
 
@@ -783,6 +784,7 @@ case $SUBMITIT_LOCAL_JOB_ID in
   bad) exit 5 ;;
   half) if [ $SUBMITIT_LOCAL_LOCALID = 1 ]; then exit 5; else sleep 60; fi ;;
   long) trap 'echo "asked" >> trace; exit 144' USR2; sleep 60 & wait ;;
+  polite) trap 'echo "saved" >> trace; exit 0' USR2; sleep 60 & wait ;;
   *) sleep 0.3 ;;
 esac
 echo "$SUBMITIT_LOCAL_JOB_ID $SUBMITIT_LOCAL_LOCALID end" >> trace
@@ -850,6 +852,17 @@ def test_a_job_is_asked_to_save_before_its_limit_and_started_again() -> None:
     assert state("long") == "CANCELLED"
 
 
+def test_a_cancelled_job_is_given_the_time_to_save_that_it_needs() -> None:
+    runner = run_plan(local_job("polite"), local_job("after", after=["polite"]), wait=False)
+    assert runner is not None
+    until(lambda: "polite 0 start" in trace(), "a start")
+    cancel_file(Path(), "after").write_text("now\n")
+    cancel_file(Path(), "polite").write_text("save\n")
+    assert runner.wait(60) == 0
+    assert trace() == ["polite 0 start", "saved"]
+    assert (state("polite"), state("after")) == ("COMPLETED", "CANCELLED")
+
+
 def test_a_limit_is_a_limit() -> None:
     run_plan(local_job("stubborn", seconds=1, setup=["trap '' TERM", "sleep 30"]))
     assert state("stubborn") == "TIMEOUT"
@@ -883,25 +896,18 @@ def test_a_runner_that_was_killed_is_noticed() -> None:
 
 
 @pytest.mark.slow
-def test_a_training_of_two_processes_survives_a_request_to_save_and_a_stop(capsys: pytest.CaptureFixture[str]) -> None:
-    from dinoreg.train.loop import pretrain
-
-    pretrain(tiny_config("whole", steps=40, threads=1, checkpoint__every=1000))
-    options = [tiny_file("tiny", steps=40, checkpoint__every=1000), "out=run", LOCAL]
+def test_a_training_of_two_processes_survives_a_request_to_save(capsys: pytest.CaptureFixture[str]) -> None:
+    changed: dict[str, Any] = {"steps": 40, "batch_size": 3, "checkpoint__every": 1000}
+    on_processes(2, pretrain_each, [tiny_config("whole", threads=1, **changed)])
+    options = [tiny_file("tiny", **changed), "out=run", LOCAL, "tasks_per_node=2"]
     assert main(["launch", "pretrain", *options]) == 0
     trains("run", 3)
     assert main(["launch", "pretrain", *options, "resume=true"]) == 2  # the folder is that job's
     assert "out=run: job local1.0 (pretrain) is still running; dinoreg launch cancel run" in capsys.readouterr().err
-    (process,) = json.loads(Path("run/launch/local1.0_local.json").read_text())["processes"]
-    os.kill(process, signal.SIGUSR2)
-    until(lambda: len(events("run", "start")) == 2, "a second start")
-    until(lambda: found("run")[0].text.startswith("for"), "training")
-    trains("run", 10)
-    assert main(["launch", "cancel", "run", "save=true"]) == 0
+    processes = json.loads(Path("run/launch/local1.0_local.json").read_text())["processes"]
+    os.kill(processes[1], signal.SIGUSR2)  # whoever hears it, all of them save the same step
     (job,) = ended("run")
-    assert job.word in ("stopped", "finished")
-    assert main(["launch", "pretrain", *options, "resume=true", "wait=true"]) == 0
-    assert found("run")[-1].line == "local2.0  pretrain: finished"
+    assert job.line == "local1.0  pretrain: finished, requeued once"
     assert loss_trace(Path("run")) == loss_trace(Path("whole"))
     assert main(["launch", "logs", "run", "lines=2"]) == 0
     assert "finished: 40 steps, 240 images -> run" in capsys.readouterr().out

@@ -22,6 +22,7 @@ KEYS = (
     "loss.koleo_ranks",
     "batch_size",
 )
+FEW_IMAGES = 4  # a micro-batch below this is a last resort
 # What the seconds of an exchange between machines are worth where no device's speed is known.
 _ASSUMED_FLOPS = 1e14
 
@@ -48,18 +49,19 @@ def _text(value: Any) -> str:
 def remedies(job: Job, most: int = 3) -> list[Remedy]:
     """Up to `most` smallest sets of overrides that fit, the best first; [] where nothing fits.
 
-    A smaller batch is another run, as is another group for KoLeo: both are tried only when nothing else is enough.
+    Micro-batches of a few images leave a device idle, a smaller batch is another run, as is another group for KoLeo:
+    these are tried only when nothing else is enough.
     """
     base = _seconds(job)
     harmless, others = KEYS[:4], KEYS[4:]
-    for extra in range(len(others) + 1):
+    for extra, least in ((0, FEW_IMAGES), (0, 1), (1, 1), (2, 1)):
         for count in range(len(harmless) + 1):
             found = [
                 Remedy(overrides, memory, _seconds(changed) / base - 1)
                 for keys in itertools.combinations(harmless, count)
                 for more in itertools.combinations(others, extra)
                 if keys or more
-                for overrides, changed, memory in _first_fits(job, (*keys, *more))
+                for overrides, changed, memory in _first_fits(job, (*keys, *more), least)
             ]
             if found:
                 return sorted(found, key=lambda remedy: (_change_of_run(job, remedy), remedy.slower))[:most]
@@ -80,13 +82,18 @@ def _change_of_run(job: Job, remedy: Remedy) -> float:
     return job.config.batch_size / remedy.overrides.get("batch_size", job.config.batch_size) - 1
 
 
-def _first_fits(job: Job, keys: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], Job, Memory]]:
-    """For these keys the mildest values that fit, if any do: the later a key stands in KEYS, the less it is moved."""
+def _first_fits(job: Job, keys: tuple[str, ...], least: int) -> Iterator[tuple[dict[str, Any], Job, Memory]]:
+    """For these keys the mildest values that fit, if any do: the later a key stands in KEYS, the less it is moved.
+
+    least  images of a micro-batch
+    """
     for values in itertools.product(*(_values(job, key) for key in reversed(keys))):
         overrides = dict(zip(keys, reversed(values)))
         try:
             changed = change(job, overrides)
         except UserError:  # such as micro-batches that do not divide the batch
+            continue
+        if "optim.accumulate" in overrides and changed.micro_batch_size < least:
             continue
         memory = memory_of(changed)
         if memory.fits:

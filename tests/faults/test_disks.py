@@ -17,33 +17,30 @@ from dinoreg import checkpoint
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [0, 60_000])
+@pytest.mark.parametrize("room", [0.0, 0.5])
 def test_a_full_disk_ends_a_run_in_words_and_with_room_again_it_goes_on(
-    room: int, faults: Faults, small_disk: Path, tmp_path: Path
+    room: float, faults: Faults, small_disk: Path, tmp_path: Path
 ) -> None:
-    """Without any room, not even metrics can be written; with a little, only checkpoints cannot."""
+    """Room for half a checkpoint, or none. What fails first is a matter of luck: a checkpoint, or a line of metrics."""
     out = small_disk / "run"
     flag = tmp_path / "flag"
     start = faults.start(
         out,
         processes=2,
-        hooks={0: [("at_step", {"step": 5, "what": "wait", "flag": str(flag)})]},
+        hooks={0: [("at_step", {"step": 3, "what": "wait", "flag": str(flag)})]},
         checkpoint__max_failures=2,
     )
     faults.until(Path(f"{flag}.reached"), start)
     filling = small_disk / "filling"
-    while list((out / "checkpoints").glob(".unfinished-*")):  # let the one of step 4 be
-        faults.poll(start)
-    filling.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - room))
+    faults.until(out / "checkpoints" / "last", start)
+    checkpoint_size = sum(path.stat().st_size for path in (out / "checkpoints" / "step_0000002").iterdir())
+    filling.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - round(room * checkpoint_size)))
     Path(f"{flag}.go").touch()
     assert faults.wait(start) == [1, 1], start.describe()
     said = start.ranks[0].said() + start.ranks[1].said()
     assert any("No space left on device" in line for line in said), start.describe()
     assert all(len(rank.said()) <= 1 for rank in start.ranks)
-    if room:
-        assert_one_line(start.ranks[0], "2 checkpoints in a row could not be written", "No space left on device")
-        assert "Make room" in start.ranks[0].console()
-    assert_sound(out, 4)
+    assert_sound(out, 2)
     filling.unlink()
     faults.finish(out, processes=2)
 
