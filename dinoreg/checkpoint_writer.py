@@ -281,6 +281,11 @@ class Writer:
         checkpoint.write_teacher(self.run, step, teacher, self.describe_teacher, self.owner.token)
         self._check_owner()
 
+    def owns(self) -> bool:
+        """Whether the run is still this start's."""
+        owner = owner_of(self.run)
+        return owner is None or owner.token == self.owner.token
+
     def _check_owner(self) -> None:
         owner = owner_of(self.run)
         if owner is not None and owner.token != self.owner.token:

@@ -144,6 +144,10 @@ def session(device: str, timeout: float) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        explained = lost(error, None, timeout)
+        if explained is not None:
+            _leave(owner, healthy=False)
+            raise explained from error
         if _peers is not None and not getattr(error, "shared", False):
             _peers.tell(" ".join(str(error).split()) or type(error).__name__)
         _leave(owner, healthy=False)
@@ -155,7 +159,7 @@ def session(device: str, timeout: float) -> Iterator[None]:
 
 
 def _leave(owner: bool, healthy: bool) -> None:
-    """Close all connections, which the others notice, and answer those who then ask why."""
+    """Close all connections; the others notice, at the latest when this process has gone."""
     global _control, _peers
     if owner and not healthy and "nccl" in dist.get_backend_config():
         dist.destroy_process_group(_control)  # NCCL itself would wait for the lost
@@ -364,8 +368,11 @@ class Agreement:
         return int(numbers)
 
 
-def lost(error: BaseException, step: int, timeout: float) -> RunError | None:
-    """In words, which processes a failed collective was waiting for; None when the error is not about that."""
+def lost(error: BaseException, step: int | None, timeout: float) -> RunError | None:
+    """In words, which processes a failed collective was waiting for; None when the error is not about that.
+
+    step  after which it failed; None: outside the steps
+    """
     if not is_distributed() or _peers is None or not is_collective_failure(error):
         return None
     explained = RunError(_peers.explain(step, timeout))
@@ -377,6 +384,8 @@ def is_collective_failure(error: BaseException) -> bool:
     """Whether an exception comes from torch.distributed, as opposed to the program's own."""
     if isinstance(error, dist.DistError):
         return True
+    if isinstance(error, RunError):  # in words already
+        return False
     text = str(error).lower()
     signs = ("connection closed by peer", "timed out waiting", "gloo", "nccl", "connection reset", "broken pipe")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

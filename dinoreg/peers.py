@@ -1,7 +1,9 @@
 """Finding out who is lost: each process answers a short question on a port of its own, from a thread.
 
 A failed collective says that somebody did not come, seldom who. A process that has died refuses the connection, one
-behind a cut cable does not take it, one that is stopped takes it and says nothing; those that are well answer.
+behind a cut cable does not take it, one that is stopped takes it and says nothing; those that are well answer. A
+process that fails tells the others why before it leaves: they wait in a collective until its connections close, which
+gloo's do only when it has gone and can be asked no more.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Peers:
         self._listener = socket.create_server(("", 0), backlog=128)
         port = self._listener.getsockname()[1]
         self._answer = WELL
+        self._told: dict[int, str] = {}  # by rank, why it stops
         self._thread = threading.Thread(target=self._serve, name="dinoreg-peers", daemon=True)
         self._thread.start()
         everyone = gather((socket.gethostname(), _own_address(toward), os.getpid(), port))
@@ -52,16 +55,17 @@ class Peers:
         self.own = self.all[rank]
 
     def close(self) -> None:
-        """Answer no more; whoever has something to tell does so for a moment first."""
-        if self._answer != WELL:
-            time.sleep(ANSWER_SECONDS)
+        """Answer no more."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closing alone does not
         self._listener.close()
 
     def tell(self, reason: str) -> None:
-        """From now on, answer with the reason why this process stops."""
+        """Let the others know why this process stops; from now on it also answers with that."""
         self._answer = f"stopped: {reason}".encode()[:MOST_BYTES]
+        message = f"{self.own.rank} stopped: {reason}".encode()[:MOST_BYTES]
+        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+            list(pool.map(lambda peer: _tell(peer, message), self._others()))
 
     def _serve(self) -> None:
         while True:
@@ -73,25 +77,33 @@ class Peers:
                 try:
                     connection.settimeout(ANSWER_SECONDS)
                     connection.sendall(self._answer)
+                    number, _, reason = connection.recv(MOST_BYTES).decode(errors="replace").partition(" ")
                 except OSError:
                     continue
+            if reason and number.isdecimal():
+                self._told[int(number)] = reason
 
     def missing(self) -> list[tuple[Peer, str]]:
         """The processes that do not answer, and how they fail to."""
-        others = [peer for peer in self.all if peer != self.own]
+        others = self._others()
         with ThreadPoolExecutor(min(_ASKED_AT_ONCE, max(1, len(others)))) as pool:
             answers = pool.map(_ask, others)
         return [(peer, how) for peer, how in zip(others, answers) if how is not None]
 
-    def explain(self, step: int, timeout: float) -> str:
+    def _others(self) -> list[Peer]:
+        return [peer for peer in self.all if peer != self.own]
+
+    def explain(self, step: int | None, timeout: float) -> str:
         """One line: who is lost, after which step, and what to do. Stays for a moment, so that the others can ask."""
         started = time.monotonic()
         lost = self.missing()
         time.sleep(max(0.0, ANSWER_SECONDS - (time.monotonic() - started)))
-        me = f"{self.own} stopped after step {step}"
+        me = f"{self.own} stopped" if step is None else f"{self.own} stopped after step {step}"
         if not lost:
             return f"{me}: a collective failed or took more than parallel.timeout={timeout:.0f} s, yet all answer"
-        names = "; ".join(f"{peer}: {how}" for peer, how in lost[:8])
+        # Those who have told why they stop come first: the others may have ended because of them.
+        lost.sort(key=lambda each: each[0].rank not in self._told)
+        names = "; ".join(f"{peer}: {self._told.get(peer.rank, how)}" for peer, how in lost[:8])
         more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
         return f"{me}: lost {names}{more}. Go on with the same command and resume=true"
 
@@ -107,14 +119,26 @@ def _own_address(toward: str | None) -> str:
         return "127.0.0.1"
 
 
-def _ask(peer: Peer) -> str | None:
-    """None when the peer answers, else in words how it fails to."""
+def _connect(peer: Peer) -> socket.socket:
     # A machine may know itself by a loopback address that means another machine elsewhere.
     local = peer.address.startswith("127.") or peer.address == "::1"
     address = peer.host if local and peer.host != socket.gethostname() else peer.address
+    connection = socket.create_connection((address, peer.port), timeout=ANSWER_SECONDS)
+    connection.settimeout(ANSWER_SECONDS)
+    return connection
+
+
+def _tell(peer: Peer, message: bytes) -> None:
+    """Leave a message with a peer that takes it; others are lost themselves."""
+    with suppress(OSError), _connect(peer) as connection:
+        connection.recv(MOST_BYTES)  # its answer, or closing would take the message back
+        connection.sendall(message)
+
+
+def _ask(peer: Peer) -> str | None:
+    """None when the peer answers, else in words how it fails to."""
     try:
-        with socket.create_connection((address, peer.port), timeout=ANSWER_SECONDS) as connection:
-            connection.settimeout(ANSWER_SECONDS)
+        with _connect(peer) as connection:
             answer = connection.recv(MOST_BYTES)
             return None if answer == WELL else answer.decode(errors="replace") or "has ended"
     except ConnectionRefusedError:

@@ -53,10 +53,10 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     with distributed.session(config.device, config.parallel.timeout):
         with distributed.together():
             setup = prepare(config)
+        check_shared(setup)
         with distributed.together():
             if distributed.is_main():
                 claim_folder(setup)
-        check_shared(setup)
         state = setup.new_state()
         writer = open_writer(setup)
         resumed = restore(setup, state) if config.resume else []

@@ -78,7 +78,7 @@ def report_checkpoints(setup: Setup, log: RunLog, writer: Writer) -> list[int]:
         with suppress(OSError):  # the same full disk; it has been said
             log.append("health/events.jsonl", {"step": failure.step, **event})
     published = writer.read_published()
-    if published:
+    if published and writer.owns():
         with suppress(OSError):
             _write_status(setup, "running", published[-1])
     return published

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -160,19 +161,31 @@ def prepare(config: Config) -> Setup:
 
 
 def check_shared(setup: Setup) -> None:
-    """All processes see what rank 0 writes to `out`, else UserError on all of them."""
+    """All processes see what rank 0 writes to `out`, else UserError on all of them, and nothing is left there."""
     if distributed.world_size() == 1:
         return
-    path = setup.out / f".shared-{distributed.from_main(secrets.token_hex(8))}"
-    with distributed.together():
+    # A kill leaves what counts as unfinished, so that the run can be started again (`_check_out`).
+    path = setup.out / f".shared-{distributed.from_main(secrets.token_hex(8))}.part"
+    try:
+        with distributed.together():
+            if distributed.is_main():
+                try:
+                    setup.out.mkdir(parents=True, exist_ok=True)
+                    path.touch()
+                except OSError as error:
+                    raise UserError(f"out={setup.out}: cannot be written ({error.strerror})") from None
+        with distributed.together():
+            deadline = time.monotonic() + SHARED_SECONDS
+            while not path.exists():
+                if time.monotonic() > deadline:
+                    raise UserError(f"out={setup.out}: expected a folder that all machines share; rank 0's is another")
+                time.sleep(0.2)
+    except UserError:
         if distributed.is_main():
-            path.touch()
-    with distributed.together():
-        deadline = time.monotonic() + SHARED_SECONDS
-        while not path.exists():
-            if time.monotonic() > deadline:
-                raise UserError(f"out={setup.out}: expected a folder that all machines share; rank 0's is another")
-            time.sleep(0.2)
+            path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: it was there before
+                setup.out.rmdir()
+        raise
     if distributed.is_main():
         path.unlink(missing_ok=True)
 
