@@ -6,7 +6,7 @@
 The state is that of a run: student, teacher and AdamW's two moments, here with random numbers in the shapes of a ViT-L
 (303 M parameters, 4.9 GB on the disk, 1.2 GB more for the teacher file; --model takes another). While one is written in
 the background, small steps of training (matrix products, on the processor) go on, and how long they take is compared
-with steps without. Memory: the state twice and the teacher once more, 11 GiB.
+with steps without. Memory: the state twice and the teacher once more, 12 GiB.
 """
 
 from __future__ import annotations

@@ -177,6 +177,7 @@ def test_the_photographs_are_the_same_every_time_and_of_the_size_asked_for(
         ("logistic", {"dinoreg", "scikit-learn", "scikit-learn, tol 1e-5"}),
         ("large", {"logistic", "knn", "linear"}),
         ("scaling", {"variants"}),
+        ("memory", {"vits14_reg4"}),
         ("kills", {"one process", "two, ddp", "two, fsdp"}),
         (
             "checkpoint_stall",
