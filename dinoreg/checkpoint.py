@@ -10,6 +10,7 @@ on one of them fails on all, with the same words.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -403,6 +404,8 @@ def cause(error: BaseException) -> BaseException:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
         if isinstance(error, CheckpointException):
             return cause(error)
+    if "inline_container.cc" in str(error):  # what torch's writer makes of a write that failed; the first error is lost
+        return OSError(errno.ENOSPC, f"a write was cut short ({os.strerror(errno.ENOSPC)}, or a failing disk)")
     told = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     return OSError(int(told[1]), os.strerror(int(told[1]))) if told else error
 

@@ -161,3 +161,8 @@ def test_teacher_files_hold_float32_weights_and_what_is_needed_to_rebuild_them(t
         "step_0000003.json",
         "step_0000003.safetensors",
     ]
+
+
+def test_what_torchs_writer_says_of_a_full_disk_is_put_in_words() -> None:
+    error = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")
+    assert checkpoint.reason(error) == "a write was cut short (No space left on device, or a failing disk)"
