@@ -78,6 +78,16 @@ def is_pending(process: int, number: int) -> bool:
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
+def hold(folder: str, act: Callable[[], object]) -> None:
+    """Stop the process of a training until the request to save that follows from `act` has come."""
+    for process in processes(folder):
+        with suppress(ProcessLookupError, FileNotFoundError):  # a slow machine: the signal was quicker than this
+            os.kill(process, signal.SIGSTOP)
+            act()
+            until(lambda: is_pending(process, signal.SIGUSR2), "a request to save")  # noqa: B023
+            os.kill(process, signal.SIGCONT)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Scenarios
 
@@ -86,11 +96,7 @@ def limited(cluster: SlurmCluster) -> None:
     """A real limit; the training is stopped until the signal has come, for it is to wait and not to compute."""
     pretrain("limited", "time=2", "signal_delay=20", ELSEWHERE)
     trains("limited", 3)
-    for process in processes("limited"):
-        with suppress(ProcessLookupError, FileNotFoundError):  # a slow machine: the signal was quicker than this
-            os.kill(process, signal.SIGSTOP)
-            until(lambda: is_pending(process, signal.SIGUSR2), "the signal before the limit")  # noqa: B023
-            os.kill(process, signal.SIGCONT)
+    hold("limited", lambda: None)
 
 
 def pair(cluster: SlurmCluster) -> None:
@@ -117,7 +123,7 @@ def preempted(cluster: SlurmCluster) -> None:
     pretrain("preempted", "slurm_args=[nodelist=n3]", "partition=low")
     trains("preempted", 5)
     options = ["--partition=high", "--nodelist=n3", "--exclusive", "--output=/dev/null"]
-    cluster.run("sbatch", *options, "--wrap=sleep 1")
+    hold("preempted", lambda: cluster.run("sbatch", *options, "--wrap=sleep 1"))
 
 
 def lost(cluster: SlurmCluster) -> None:

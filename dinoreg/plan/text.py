@@ -145,7 +145,7 @@ def _speed(plan: Plan) -> list[Row]:
         rows.append(("together", _seconds(plan.step_seconds), beside))
     assert plan.images_per_second is not None
     assert plan.cores is not None
-    cores = f"{plan.cores:.1f} CPU cores a process keep up (JPEG of 500 x 375)"
+    cores = f"{plan.cores:.2g} CPU cores a process keep up (JPEG of 500 x 375)"
     rows.append(("in all", f"{_number(plan.images_per_second)} img/s", cores))
     return rows
 
