@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from photographs import photograph
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,21 +37,6 @@ def _own_cache_and_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.manual_seed(0)
     np.random.seed(0)
-
-
-def photograph(seed: int, height: int, width: int) -> Image.Image:
-    """Smooth colour fields with edges and grain: something a JPEG encoder and a crop find natural."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width] / max(height, width)
-    planes = []
-    for _ in range(3):
-        a, b, c, d = rng.uniform(1, 9, size=4)
-        planes.append(np.sin(a * x + b * y) + np.cos(c * x * y + d))
-    image = np.stack(planes, axis=-1)
-    top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
-    image[top : top + height // 3, left : left + width // 3] = rng.uniform(-2, 2, size=3)
-    image += rng.normal(scale=0.05, size=image.shape)
-    return Image.fromarray(np.uint8(np.clip((image + 2) / 4, 0, 1) * 255))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
+from photographs import photograph
 from PIL import Image
 
 from dinoreg.data import batches as module

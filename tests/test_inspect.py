@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import photograph
+from photographs import photograph
 from PIL import Image
 
 from dinoreg.data.inspect import inspect_source, render_inspection

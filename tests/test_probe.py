@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
+from photographs import photograph
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from training import read_lines, tiny_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import photograph
+from photographs import photograph
 from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 

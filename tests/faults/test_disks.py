@@ -8,9 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import mount
 from harness import STEPS, Faults, assert_one_line, assert_sound
 from hooks import KILL
+from mounts import mount
 from training import loss_trace
 
 from dinoreg import checkpoint
