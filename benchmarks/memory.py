@@ -162,17 +162,15 @@ def main() -> None:
     given = options.parse_args()
     from dinoreg.config import load_config
 
-    overrides = {
-        "batch_size": given.batch_size,
-        "precision": given.precision,
-        "model.attention": "sdpa",
-        **dict(each.split("=", 1) for each in given.overrides),
-    }
+    overrides = [
+        f"batch_size={2 if given.short else given.batch_size}",
+        f"precision={given.precision}",
+        "model.attention=sdpa",
+        *given.overrides,
+    ]
     if given.short:
         given.models = given.models[:1]
-        small = {"dim": 64, "depth": 2, "heads": 1}
-        overrides |= {f"model.{key}": value for key, value in small.items()}
-        overrides |= {"batch_size": 2, "head.prototypes": 64}
+        overrides += ["model.dim=64", "model.depth=2", "model.heads=1", "head.prototypes=64"]
     rows = [compare(load_config(name, overrides)) for name in given.models]
     settings = {"batch_size": given.batch_size, "precision": given.precision, "overrides": given.overrides}
     measure.report("memory", settings, {row["model"]: row for row in rows}, measure.table(rows))
