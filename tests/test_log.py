@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
 import json
 import logging
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,7 @@ import pytest
 from rich.console import Console
 
 from dinoreg.train import log as log_module
-from dinoreg.train.log import RunLog
-
-LINES = ("metrics.jsonl", "probe.jsonl", "health/events.jsonl", "health/nonfinite.jsonl")
+from dinoreg.train.log import LINES, LineFile, RunLog
 
 
 def values(step: int, **others: Any) -> dict[str, Any]:
@@ -115,6 +115,83 @@ def test_a_line_is_on_the_disk_before_the_run_ends(tmp_path: Path) -> None:
         log.flush()
 
 
+class Disk:
+    """What stands for a file on a disk with some bytes left."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.file, self.room = open(path, "ab", buffering=0), room  # noqa: SIM115
+
+    def write(self, data: bytes) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_lines_that_a_full_disk_refuses_are_kept_in_order_and_written_when_there_is_room(tmp_path: Path) -> None:
+    lines = LineFile(tmp_path / "lines")
+    disk = lines._file = Disk(tmp_path / "lines", room=17)  # type: ignore[assignment]
+    assert lines.add({"step": 1}) is None  # 12 bytes
+    for step in (2, 3):  # the first of them is cut
+        error = lines.add({"step": step})
+        assert error is not None
+        assert error.errno == errno.ENOSPC
+    with pytest.raises(OSError, match="No space left"):
+        lines.flush()
+    disk.room = 1000
+    assert lines.add({"step": 4}) is None
+    lines.flush()
+    assert lines.close() == 0
+    assert steps_in(tmp_path / "lines") == [1, 2, 3, 4]
+
+
+def test_a_full_disk_is_named_once_and_the_lines_lost_to_it_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full is a disk without room; here it is metrics.jsonl, TensorBoard's events and train.log."""
+    real = log_module._LogFile
+    monkeypatch.setattr(log_module, "_LogFile", lambda _: real("/dev/full"))
+    with open_log(tmp_path, num_steps=3, tensorboard=True) as log:
+        log._lines["metrics.jsonl"] = LineFile(Path("/dev/full"))
+        log._writer = NoRoom()
+        for step in (1, 2, 3):
+            log.metrics(values(step))
+        log.append("probe.jsonl", {"step": 3, "rankme": 1.0})
+    said = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("step ")]
+    path, why = tmp_path / "metrics.jsonl", "cannot be written (No space left on device)"
+    assert said == [
+        f"{path}: {why}; its lines are kept until it can be",
+        f"{tmp_path}: TensorBoard's events {why}; they end at step 1",
+        f"{path}: its last lines could not be written: 3",
+    ]
+    assert steps_in(tmp_path / "probe.jsonl") == [3]
+
+
+class NoRoom:
+    """TensorBoard's writer after its thread has met with a full disk."""
+
+    def add_scalar(self, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    close = add_scalar
+
+
+def test_a_copy_that_was_taken_over_does_not_write_into_its_successors_files(tmp_path: Path) -> None:
+    with open_log(tmp_path) as first, open_log(tmp_path) as second:
+        for log, step in ((second, 1), (first, 7)):
+            log.metrics(values(step))
+            for name in LINES[1:]:
+                log.append(name, {"step": step})
+        assert [steps_in(tmp_path / name) for name in LINES] == [[1]] * len(LINES)
+
+
 def test_the_console_line_has_dinov2s_names_and_the_time_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +274,7 @@ def test_what_the_packages_modules_log_goes_to_the_same_file(tmp_path: Path) -> 
 def test_files_are_closed_and_the_logger_is_as_before_when_a_run(how: str, tmp_path: Path) -> None:
     logger = logging.getLogger("dinoreg")
     before = (list(logger.handlers), logger.level)
+    hook = threading.excepthook
     log = open_log(tmp_path, tensorboard=True)
     assert (logger.handlers, logger.level) != before
     try:
@@ -206,7 +284,8 @@ def test_files_are_closed_and_the_logger_is_as_before_when_a_run(how: str, tmp_p
                 raise RuntimeError("on purpose")
     except RuntimeError:
         pass
-    assert log._metrics.closed
+    assert all(lines._file.closed for lines in log._lines.values())
+    assert threading.excepthook == hook
     assert log._handler.stream is None or log._handler.stream.closed
     assert (list(logger.handlers), logger.level) == before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,31 @@ def test_a_full_disk_ends_a_run_in_words_and_with_room_again_it_goes_on(
     assert_sound(out, 2)
     filling.unlink()
     faults.finish(out, processes=2)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_between_two_checkpoints_costs_no_line(
+    faults: Faults, small_disk: Path, tmp_path: Path
+) -> None:
+    out = small_disk / "run"
+    flags = [tmp_path / f"step-{step}" for step in (3, 5)]
+    hooks = [("at_step", {"step": step, "what": "wait", "flag": str(flag)}) for step, flag in zip((3, 5), flags)]
+    start = faults.start(out, hooks={0: hooks}, checkpoint__every=STEPS, log__tensorboard=True)
+    faults.until(Path(f"{flags[0]}.reached"), start)
+    filling = small_disk / "filling"
+    with filling.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    Path(f"{flags[0]}.go").touch()
+    faults.until(Path(f"{flags[1]}.reached"), start)
+    filling.unlink()
+    Path(f"{flags[1]}.go").touch()
+    assert faults.wait(start) == [0], start.describe()
+    console = start.ranks[0].console()
+    assert console.count("metrics.jsonl: cannot be written (No space left on device)") == 1
+    assert "Traceback" not in console
+    assert loss_trace(out) == faults.unbroken(1)
+    assert_sound(out, STEPS)
 
 
 @pytest.mark.slow
