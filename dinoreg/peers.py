@@ -141,7 +141,7 @@ def _ask(peer: Peer) -> str | None:
         with _connect(peer) as connection:
             answer = connection.recv(MOST_BYTES)
             return None if answer == WELL else answer.decode(errors="replace") or "has ended"
-    except ConnectionRefusedError:
+    except ConnectionError:  # refused, or taken by the system for a process that was about to end
         return "has ended"
     except TimeoutError:
         return "does not answer"

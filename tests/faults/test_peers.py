@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -58,6 +59,22 @@ def test_one_that_has_ended_is_named(three: list[Peers]) -> None:
     line = three[0].explain(4, 20.0)
     assert line.startswith(f"{three[0].own} stopped after step 4: lost rank 1 (")
     assert "resume=true" in line
+
+
+def test_one_that_ends_while_it_is_asked_is_named_as_ended(three: list[Peers]) -> None:
+    with socket.create_server(("", 0)) as dying:
+        going = peers.Peer(2, socket.gethostname(), "127.0.0.1", 1, dying.getsockname()[1])
+        three[0].all[2] = going
+
+        def die() -> None:  # the system resets what it took for a process that is gone
+            connection, _ = dying.accept()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.close()
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        assert three[0].missing() == [(going, "has ended")]
+        thread.join(30)
 
 
 def test_one_that_stands_still_is_named_for_not_answering(three: list[Peers]) -> None:
