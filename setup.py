@@ -42,6 +42,7 @@ EXTRAS = {
 }
 TEST = [
     "pytest>=8",
+    "pytest-xdist>=3.5",
     "ruff>=0.8",
     "mypy>=1.11",
     "setuptools>=77",

@@ -53,11 +53,11 @@ def test_two_commands_set_everything_up() -> None:
     assert len(setup) == 2
     assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install -e ") for line in setup)
     assert setup[0].endswith("&& .venv/bin/dinoreg quickstart")
-    assert setup[1].endswith("&& .venv/bin/python -m pytest")
+    assert setup[1].endswith("&& .venv/bin/python -m pytest -n 2 --dist loadfile")
 
 
 def test_continuous_integration_runs_the_test_command_verbatim() -> None:
-    command = next(line for line in shell_lines() if line.endswith("pytest"))
+    command = next(line for line in shell_lines() if " -m pytest " in line)
     script = (ROOT / ".ci" / "run").read_text()
     assert f'\ntests="{command}"\n' in script
     assert '\nbash -c "${tests//.venv/$venv}"\n' in script
