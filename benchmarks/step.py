@@ -141,6 +141,7 @@ def operations(config: Any, backbone: Any, batches: list[Any]) -> float:
         hidden_dim=config.head.hidden_dim,
         masked_patches=sum(len(batch.mask_indices) for batch in batches) / len(batches) / config.batch_size,
         kept_share=max(1, int(images * (1 - config.model.drop_path))) / images,
+        all_tokens=False,
         patch_embedding_gradient=False,
     ).total
 

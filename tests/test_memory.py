@@ -48,9 +48,15 @@ NETWORKS = [
 @pytest.mark.parametrize("attention", ["sdpa", "plain"])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("asked", [None, ([0, 3, 7, 11, 90], [])], ids=["all", "some"])
 @pytest.mark.parametrize("network", NETWORKS, ids=lambda network: "-".join(map(str, network)))
 def test_a_backbone_keeps_what_the_formula_says(
-    network: tuple[Any, ...], checkpointing: bool, rate: float, attention: str, dtype: torch.dtype
+    network: tuple[Any, ...],
+    asked: tuple[list[int], ...] | None,
+    checkpointing: bool,
+    rate: float,
+    attention: str,
+    dtype: torch.dtype,
 ) -> None:
     dim, depth, heads, patch_size, num_registers, ffn, layerscale = network
     model = RegisterViT(
@@ -71,13 +77,18 @@ def test_a_backbone_keeps_what_the_formula_says(
 
     def forward() -> Any:
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != FP32):
-            return model(images, masks)
+            return model(images, masks, patches)
 
+    patches = None if asked is None else [torch.tensor(numbers, dtype=torch.long) for numbers in asked]
     encoder = Encoder(dim, depth, patch_size, num_registers, ffn, heads=heads, layerscale=layerscale is not None)
     groups = [(6, 64), (12, 32)]
-    found = encoder_bytes(encoder, groups, dtype.itemsize, attention, [rate] * depth, checkpointing=checkpointing)
+    chosen = None if asked is None else 6 + 12 + 5
+    found = encoder_bytes(
+        encoder, groups, dtype.itemsize, attention, [rate] * depth, chosen=chosen, checkpointing=checkpointing
+    )
     # The output lives because the tokens are views of it, not because autograd saves it.
-    output = RESIDUAL * dim * num_tokens(tuple((count, encoder.tokens(size)) for count, size in groups))
+    whole = num_tokens(tuple((count, encoder.tokens(size)) for count, size in groups))
+    output = RESIDUAL * dim * (whole if chosen is None else chosen)
     assert found.total - output == saved_bytes(forward, list(model.parameters()))
 
 

@@ -254,6 +254,42 @@ def test_packed_gradients_equal_those_of_separate_forwards() -> None:
     torch.testing.assert_close(packed, separate, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.4])
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_tokens_that_are_asked_for_are_those_of_the_whole_output_and_so_are_the_gradients(
+    ffn: str, rate: float
+) -> None:
+    """In float64, so that the order of sums does not count; the same samples are dropped both times."""
+    groups = [images(3, 2, 12, 20), images(7, 2, 8, 8, seed=2), images(2, 2, 4, 8, seed=3)]
+    mask = torch.rand(3, 15, generator=torch.Generator().manual_seed(3)) < 0.5
+    asked = [torch.tensor([44, 0, 17, 15, 3]), torch.tensor([], dtype=torch.long), torch.tensor([3])]
+    found = []
+    for chosen in (True, False):
+        model = tiny(ffn=ffn, drop_path=rate).double().train()
+        torch.manual_seed(5)
+        inputs, masks = [group.double() for group in groups], [mask, None, None]
+        if chosen:
+            pairs = [(tokens.cls, tokens.patches) for tokens in model(inputs, masks, asked)]
+        else:
+            outputs = zip(model(inputs, masks), asked, strict=True)
+            pairs = [(tokens.cls, tokens.patches.flatten(0, 1)[numbers]) for tokens, numbers in outputs]
+        flat = [tensor for pair in pairs for tensor in pair]
+        sum((i + 1) * tensor.sin().sum() for i, tensor in enumerate(flat)).backward()
+        found.append((flat, {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
+    assert [len(tensor) for tensor in found[0][0]] == [3, 5, 7, 0, 2, 1]
+
+
+def test_the_last_ffn_runs_on_what_is_asked_for_and_no_other_does() -> None:
+    model = tiny()
+    seen: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    model([images(3, 2, 12, 20), images(2, 2, 8, 8)], None, [torch.tensor([1, 40]), torch.tensor([7])])
+    everything = 3 * 21 + 2 * 10
+    assert seen == [everything, everything, 3 + 2 + 2 + 1]
+
+
 def test_a_list_and_masks_of_different_lengths_are_refused() -> None:
     with pytest.raises(UserError, match="1 groups of images came with 2 masks"):
         tiny()([images(1, 2, 12, 20)], [None, None])

@@ -43,9 +43,14 @@ class Encoder:
         return self.heads or max(1, self.dim // 64)
 
     @property
+    def ffn_weights(self) -> int:
+        """Entries of the weight matrices of one FFN."""
+        return (3 if self.ffn == "swiglu" else 2) * self.dim * self.hidden_dim
+
+    @property
     def block_weights(self) -> int:
         """Entries of the weight matrices of one block."""
-        return 4 * self.dim**2 + (3 if self.ffn == "swiglu" else 2) * self.dim * self.hidden_dim
+        return 4 * self.dim**2 + self.ffn_weights
 
     def patches(self, size: int) -> int:
         """Patches of a square image of `size` pixels."""
@@ -66,6 +71,10 @@ class Encoder:
     def blocks(self, size: int) -> float:
         """All blocks of one image of `size` pixels, forward."""
         return self.depth * self.tokens(size) * 2 * self.block_weights + self.attention(size)
+
+    def ffn_of(self, tokens: float) -> float:
+        """One block's FFN on so many tokens, forward."""
+        return tokens * 2 * self.ffn_weights
 
     def forward(self, size: int) -> float:
         """One image of `size` pixels."""
@@ -122,6 +131,8 @@ def step(
     head_layers: int = 3,
     masked_patches: float | None = None,
     kept_share: float | Sequence[float] = 1.0,
+    last_kept_share: float | Sequence[float] | None = None,
+    all_tokens: bool = True,
     patch_embedding_gradient: bool = True,
     checkpointing: bool = False,
     anchor: bool = False,
@@ -132,24 +143,32 @@ def step(
     ibot_prototypes of the patches' head; None: as prototypes
     masked_patches  of both global crops together; by default half of the crops with 0.3 of their patches
     kept_share      of the samples that go through a block of the student (batch-subset drop path), of the global and of
-                    the local crops, or one for both
+                    the local crops, or one for both: a mean over the blocks
+    last_kept_share of the last block alone; None: as kept_share
+    all_tokens      the last FFN sees every token, as in published counts; False: only those that a loss looks at
     patch_embedding_gradient  count a gradient of the pixels, as "backward = 2x forward" does; nothing computes it
     checkpointing   the student's blocks run forward twice
     anchor          a third backbone sees the global crops, forward
     class_tokens_first  all crops go once more through the student, forward (KoLeo over several micro-batches)
     """
     masked = 2 * 0.5 * 0.3 * encoder.patches(global_size) if masked_patches is None else masked_patches
-    shares = (kept_share, kept_share) if isinstance(kept_share, int | float) else tuple(kept_share)
-    crops = [(2, global_size, shares[0]), (num_local, local_size, shares[-1])]
+    shares = _of_both(kept_share)
+    last = _of_both(kept_share if last_kept_share is None else last_kept_share)
+    crops = [(2, global_size, shares[0], last[0]), (num_local, local_size, shares[1], last[1])]
     crops = [each for each in crops if each[0]]
-    full = sum(count * encoder.blocks(size) for count, size, _ in crops)
-    blocks = sum(count * share * encoder.blocks(size) for count, size, share in crops)
-    attention = sum(count * share * encoder.attention(size) for count, size, share in crops)
-    embedding = sum(count * encoder.patch_embedding(size) for count, size, _ in crops)
-    teacher = 2 * encoder.forward(global_size)
+    full = sum(count * encoder.blocks(size) for count, size, _, _ in crops)
+    blocks = sum(count * share * encoder.blocks(size) for count, size, share, _ in crops)
+    attention = sum(count * share * encoder.attention(size) for count, size, share, _ in crops)
+    embedding = sum(count * encoder.patch_embedding(size) for count, size, _, _ in crops)
+    whole_teacher = teacher = 2 * encoder.forward(global_size)
+    if not all_tokens:
+        chosen = encoder.ffn_of(2 + num_local + (2 * encoder.patches(global_size) if anchor else masked))
+        full += chosen - sum(encoder.ffn_of(count * encoder.tokens(size)) for count, size, _, _ in crops)
+        blocks += chosen - sum(encoder.ffn_of(count * share * encoder.tokens(size)) for count, size, _, share in crops)
+        teacher += encoder.ffn_of(2 + masked - 2 * encoder.tokens(global_size))
     dino = head(encoder.dim, prototypes, dino_bottleneck, hidden_dim, head_layers)
     ibot = head(encoder.dim, ibot_prototypes or prototypes, ibot_bottleneck, hidden_dim, head_layers)
-    again = blocks * checkpointing + teacher * anchor + (blocks + embedding) * class_tokens_first
+    again = blocks * checkpointing + whole_teacher * anchor + (blocks + embedding) * class_tokens_first
     return Step(
         student=3 * blocks + (3 if patch_embedding_gradient else 2) * embedding,
         teacher=teacher,
@@ -158,3 +177,8 @@ def step(
         dropped=3 * (full - blocks),
         again=again,
     )
+
+
+def _of_both(share: float | Sequence[float]) -> tuple[float, float]:
+    """(global crops', local crops')."""
+    return (share, share) if isinstance(share, int | float) else (share[0], share[-1])

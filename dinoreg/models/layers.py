@@ -8,7 +8,7 @@ groups' shapes. Parameter names are those of the published DINOv2 weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,13 @@ NORM_EPS = 1e-6
 
 # Up to this rate a plain batch scales whole samples; above it, skipping the work of the dropped ones pays.
 SUBSET_MIN_RATE = 0.1
+
+
+class Rows(NamedTuple):
+    """Some tokens of a packed (S, D)."""
+
+    tokens: Tensor  # (n,) row numbers, all different
+    images: Tensor  # (n,) whose tokens they are: numbers of images, counted through all groups
 
 
 def swiglu_hidden_dim(hidden_dim: int) -> int:
@@ -143,27 +150,41 @@ class Block(nn.Module):
         self.mlp = FFN_KINDS[ffn](dim, 4 * dim if hidden_dim is None else hidden_dim, dropout)
         self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 
-    def forward(self, x: Tensor, shapes: Shapes, backends: Sequence[str], packed: bool = False) -> Tensor:
-        """x (S, D) -> (S, D).
+    def forward(
+        self, x: Tensor, shapes: Shapes, backends: Sequence[str], packed: bool = False, rows: Rows | None = None
+    ) -> Tensor:
+        """x (S, D) -> (S, D), or (n, D) with `rows`.
 
         shapes   (images, tokens) of each group
         backends attention backend of each group
         packed   the groups came as a list: stochastic depth skips samples whatever its rate
+        rows     the tokens that are asked for: no other goes through the FFN. None: all
         """
         rate = self.drop_path if self.training else 0.0
         gamma1, gamma2 = _gamma(self.ls1), _gamma(self.ls2)
-        if rate and (packed or rate > SUBSET_MIN_RATE):
+        subset = rate > 0 and (packed or rate > SUBSET_MIN_RATE)
+        if subset:
             kept = draw_kept(shapes, rate, x.device)
             part = kept_shapes(shapes, kept)
             y = self.attn(self.norm1(gather_samples(x, shapes, kept)), part, backends)
             x = add_samples(x, y, gamma1, shapes, kept)
+        else:
+            y = self.attn(self.norm1(x), shapes, backends)
+            x = _add(x, y, gamma1, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
+        if rows is not None:
+            # So few that leaving out some of their samples would save nothing.
+            factors = None
+            if rate:
+                of_images = _kept_factors(shapes, rate, x) if subset else torch.cat(_sample_factors(shapes, rate, x))
+                factors = of_images.index_select(0, rows.images).unsqueeze(1)
+            x = x.index_select(0, rows.tokens)
+            return _add(x, self.mlp(self.norm2(x)), gamma2, factors)
+        if subset:
             kept = draw_kept(shapes, rate, x.device)
             y = self.mlp(self.norm2(gather_samples(x, shapes, kept)))
             return add_samples(x, y, gamma2, shapes, kept)
-        y = self.attn(self.norm1(x), shapes, backends)
-        x = _add(x, y, gamma1, _sample_factors(shapes, rate, x) if rate else None)
         y = self.mlp(self.norm2(x))
-        return _add(x, y, gamma2, _sample_factors(shapes, rate, x) if rate else None)
+        return _add(x, y, gamma2, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
 
 
 def _dropout(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -183,12 +204,23 @@ def _add(x: Tensor, y: Tensor, gamma: Tensor | None, factors: Tensor | None) -> 
         return torch.addcmul(x, y, gamma) if gamma is not None else x + y
 
 
-def _sample_factors(shapes: Shapes, rate: float, x: Tensor) -> Tensor:
-    """(S, 1): 1 / (1 - rate) for the tokens of samples that stay, 0 for the others."""
-    factors = [
-        x.new_empty(images).bernoulli_(1 - rate).div_(1 - rate).repeat_interleave(tokens) for images, tokens in shapes
-    ]
-    return torch.cat(factors).unsqueeze(1)
+def _sample_factors(shapes: Shapes, rate: float, x: Tensor) -> list[Tensor]:
+    """For each group of b images (b,): 1 / (1 - rate) for those that stay, 0 for the others."""
+    return [x.new_empty(images).bernoulli_(1 - rate).div_(1 - rate) for images, _ in shapes]
+
+
+def _per_token(factors: Sequence[Tensor], shapes: Shapes) -> Tensor:
+    """Every image's factor for each of its tokens, (S, 1)."""
+    repeated = [each.repeat_interleave(tokens) for each, (_, tokens) in zip(factors, shapes, strict=True)]
+    return torch.cat(repeated).unsqueeze(1)
+
+
+def _kept_factors(shapes: Shapes, rate: float, x: Tensor) -> Tensor:
+    """What `add_samples` multiplies by, for the images of all groups: 0 for those that were not drawn."""
+    factors = []
+    for (images, _), kept in zip(shapes, draw_kept(shapes, rate, x.device), strict=True):
+        factors.append(x.new_zeros(images).index_fill_(0, kept, images / len(kept)))
+    return torch.cat(factors)
 
 
 def draw_kept(shapes: Shapes, rate: float, device: torch.device) -> list[Tensor]:

@@ -57,15 +57,26 @@ def ffn_bytes(encoder: Encoder, tokens: int, element: int) -> int:
     return tokens * (encoder.dim + widths * encoder.hidden_dim) * element
 
 
-def block_bytes(encoder: Encoder, shapes: Shapes, element: int, backend: str, rate: float = 0.0) -> int:
-    """Of one block, on (images, tokens) of each packed group; `rate` of stochastic depth."""
+def block_bytes(
+    encoder: Encoder, shapes: Shapes, element: int, backend: str, rate: float = 0.0, chosen: int | None = None
+) -> int:
+    """Of one block, on (images, tokens) of each packed group.
+
+    rate    of stochastic depth
+    chosen  tokens that go through the FFN, stochastic depth or not; None: all
+    """
     kept = kept_groups(shapes, rate)
     tokens = num_tokens(kept)
-    norms = 2 * tokens * (encoder.dim * RESIDUAL + _STATISTICS)
-    branches = 2 * tokens * encoder.dim * element if encoder.layerscale else 0  # their outputs, for gamma's gradient
-    drawn = 2 * 8 * sum(images for images, _ in shapes) if rate else 0  # the permutations that the kept ones begin
-    attention = attention_bytes(encoder, kept, element, backend)
-    return norms + branches + drawn + attention + ffn_bytes(encoder, tokens, element)
+    norm = encoder.dim * RESIDUAL + _STATISTICS
+    branch = encoder.dim * element if encoder.layerscale else 0  # its output, for gamma's gradient
+    drawn = 8 * sum(images for images, _ in shapes) if rate else 0  # the permutation that the kept ones begin
+    attention = tokens * (norm + branch) + drawn + attention_bytes(encoder, kept, element, backend)
+    if chosen is None:
+        return attention + tokens * (norm + branch) + drawn + ffn_bytes(encoder, tokens, element)
+    if rate:  # an image's factor makes the branch float32, and stays
+        branch = (encoder.dim if encoder.layerscale else 0) * RESIDUAL + RESIDUAL
+    number = 8  # of the token
+    return attention + chosen * (number + norm + branch) + ffn_bytes(encoder, chosen, element)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class EncoderBytes:
     blocks     inputs of the blocks' layers; with checkpointing the blocks' own inputs
     output     the residual stream before and after the final norm
     copies     the blocks' weight matrices in the low precision (the pixels' projection needs no gradient of its input)
+    last       of the blocks' that of the last one, which goes first
     again      with checkpointing: the inputs of one block's layers, while its backward pass runs
     """
 
@@ -83,6 +95,7 @@ class EncoderBytes:
     blocks: int
     output: int
     copies: int
+    last: int = 0
     again: int = 0
 
     @property
@@ -97,12 +110,14 @@ def encoder_bytes(
     backend: str,
     rates: Sequence[float] = (),
     *,
+    chosen: int | None = None,
     checkpointing: bool = False,
 ) -> EncoderBytes:
     """Of the student's backbone.
 
     groups   (crops, pixels a side) of each packed group; the first comes with a mask
     rates    of stochastic depth, one for each block; empty: none
+    chosen   tokens of all groups that are asked for; None: all
     """
     shapes = tuple((count, encoder.tokens(size)) for count, size in groups)
     patches = sum(count * encoder.patches(size) for count, size in groups)
@@ -110,13 +125,16 @@ def encoder_bytes(
     mask = groups[0][0] * encoder.patches(groups[0][1])
     stream = num_tokens(shapes) * encoder.dim * RESIDUAL
     rates = tuple(rates) or (0.0,) * encoder.depth
-    each = [block_bytes(encoder, shapes, element, backend, rate) for rate in rates]
+    each = [block_bytes(encoder, shapes, element, backend, rate) for rate in rates[:-1]]
+    each.append(block_bytes(encoder, shapes, element, backend, rates[-1], chosen))
+    asked = num_tokens(shapes) if chosen is None else chosen
     copied = encoder.depth * encoder.block_weights if element < RESIDUAL and not checkpointing else 0
     return EncoderBytes(
         embedding=patches * row * element + mask,
         blocks=encoder.depth * stream if checkpointing else sum(each),
-        output=2 * stream + num_tokens(shapes) * _STATISTICS,
+        output=asked * (2 * encoder.dim * RESIDUAL + _STATISTICS),
         copies=copied * element,
+        last=0 if checkpointing else each[-1],
         again=max(each) + encoder.block_weights * element * (element < RESIDUAL) if checkpointing else 0,
     )
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dinoreg.errors import UserError
 from dinoreg.models.attention import Shapes, attention_weights, check_backend, compute_dtype, resolve_backend
-from dinoreg.models.layers import FFN_KINDS, NORM_EPS, Block, PatchEmbed
+from dinoreg.models.layers import FFN_KINDS, NORM_EPS, Block, PatchEmbed, Rows
 
 POSITION_STD = 0.02
 TOKEN_STD = 1e-6  # class token and registers start as good as zero, yet not equal to one another
@@ -30,6 +30,13 @@ class Tokens(NamedTuple):
     cls: Tensor  # (B, D)
     registers: Tensor  # (B, R, D)
     patches: Tensor  # (B, N, D), row by row
+
+
+class ChosenTokens(NamedTuple):
+    """The tokens that were asked for, after the final norm."""
+
+    cls: Tensor  # (B, D)
+    patches: Tensor  # (m, D), in the order in which they were named
 
 
 def as_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -204,37 +211,55 @@ class RegisterViT(nn.Module):
         self,
         images: Tensor | Sequence[Tensor],
         mask: Tensor | Sequence[Tensor | None] | None = None,
-    ) -> Any:  # Tokens, or list[Tokens] for a list: mypy cannot tell callers which without overloads on Module
+        patches: Sequence[Tensor] | None = None,
+    ) -> Any:  # Tokens, or a list for a list: mypy cannot tell callers which without overloads on Module
         """Encode one batch, or several crop groups of different sizes in one pass.
 
         images  (B, C, H, W), or a list of them, one per resolution
         mask    (B, N) bool or None, or a list of these, one per group
-        returns Tokens, or a list of Tokens
+        patches for a list: of each group the patches that are asked for, (m,) different numbers below B * N. The last
+                FFN, two thirds of the last block, and the final norm then see these and the class tokens alone
+        returns Tokens, a list of Tokens, or with `patches` a list of ChosenTokens
         """
         if isinstance(images, Tensor):
-            if mask is not None and not isinstance(mask, Tensor):
-                raise UserError("images are one tensor, so mask must be one tensor or None")
+            if (mask is not None and not isinstance(mask, Tensor)) or patches is not None:
+                raise UserError("images are one tensor, so mask must be one tensor or None, and patches None")
             return self._encode([images], [mask], packed=False)[0]
         masks = [None] * len(images) if mask is None else list(mask)
         if not images or len(masks) != len(images):
             raise UserError(f"{len(images)} groups of images came with {len(masks)} masks")
-        return self._encode(images, masks, packed=True)
+        return self._encode(images, masks, packed=True, patches=patches)
 
-    def _encode(self, images: Sequence[Tensor], masks: Sequence[Tensor | None], packed: bool) -> list[Tokens]:
+    def _encode(
+        self,
+        images: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        packed: bool,
+        patches: Sequence[Tensor] | None = None,
+    ) -> list[Any]:
         groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
         x, shapes = _pack(groups)
-        x = self.norm(self._run(x, shapes, self.depth, packed))
         first = 1 + self.num_registers
+        if patches is not None:
+            rows = _rows(shapes, patches, first)
+            x = self.norm(self._run(x, shapes, self.depth, packed, rows=rows))
+            sizes = [size for (count, _), chosen in zip(shapes, patches) for size in (count, len(chosen))]
+            parts = x.split(sizes)
+            return [ChosenTokens(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+        x = self.norm(self._run(x, shapes, self.depth, packed))
         return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in _unpack(x, shapes)]
 
-    def _run(self, x: Tensor, shapes: Shapes, stop: int, packed: bool = False, start: int = 0) -> Tensor:
-        """Blocks start .. stop - 1 over packed tokens (S, D)."""
+    def _run(
+        self, x: Tensor, shapes: Shapes, stop: int, packed: bool = False, start: int = 0, rows: Rows | None = None
+    ) -> Tensor:
+        """Blocks start .. stop - 1 over packed tokens (S, D); of the last one only `rows`."""
         backends = self._backends(x, shapes)
-        for block in self.blocks[start:stop]:
+        for index, block in enumerate(self.blocks[start:stop], start):
+            asked = rows if index == stop - 1 else None
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, shapes, backends, packed, use_reentrant=False)
+                x = checkpoint(block, x, shapes, backends, packed, asked, use_reentrant=False)
             else:
-                x = block(x, shapes, backends, packed)
+                x = block(x, shapes, backends, packed, asked)
         return x
 
     def _backends(self, x: Tensor, shapes: Shapes) -> tuple[str, ...]:
@@ -329,6 +354,20 @@ def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
     shapes = tuple((group.shape[0], group.shape[1]) for group in groups)
     flat = [group.flatten(0, 1) for group in groups]
     return (torch.cat(flat) if len(flat) > 1 else flat[0]), shapes
+
+
+def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Rows:
+    """Of each group the class tokens, then the patches that are asked for; `first` tokens come before the patches."""
+    tokens, images = [], []
+    token, image = 0, 0  # of all groups before
+    for (count, length), chosen in zip(shapes, patches, strict=True):
+        num_patches = length - first
+        everyone = torch.arange(count, device=chosen.device)
+        owner = torch.div(chosen, num_patches, rounding_mode="floor")
+        tokens += [token + everyone * length, token + owner * length + first + chosen % num_patches]
+        images += [image + everyone, image + owner]
+        token, image = token + count * length, image + count
+    return Rows(torch.cat(tokens), torch.cat(images))
 
 
 def _unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:

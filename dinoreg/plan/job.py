@@ -172,10 +172,8 @@ class Job:
         """Operations of one image in a step, those that drop path skips left out."""
         config, images = self.config, self.micro_batch_size
         heads = list(self.sizes.heads.values())
-        shares = [
-            sum(kept_images(count, rate) for rate in self.sizes.rates) / count / len(self.sizes.rates)
-            for count, _ in self.groups(images)
-        ]
+        counts, rates = [count for count, _ in self.groups(images)], self.sizes.rates
+        shares = [sum(kept_images(count, rate) for rate in rates) / count / len(rates) for count in counts]
         return step(
             self.sizes.encoder,
             global_size=config.crops.global_size,
@@ -189,6 +187,8 @@ class Job:
             head_layers=config.head.layers,
             masked_patches=self.masked_patches(config.batch_size) / config.batch_size,
             kept_share=shares,
+            last_kept_share=[kept_images(count, rates[-1]) / count for count in counts],
+            all_tokens=False,
             patch_embedding_gradient=False,
             checkpointing=config.model.checkpointing,
             anchor=self.has_anchor,

@@ -8,6 +8,7 @@ and the largest one is what a device must hold.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -168,13 +169,20 @@ class _Step:
             job.element,
             job.backend,
             job.sizes.rates,
+            chosen=self._chosen(),
             checkpointing=job.config.model.checkpointing,
         )
         if self.param_bytes < 4:
             copies = job.sizes.encoder.block_weights * job.element
             again = max(0, found.again - copies) if job.config.model.checkpointing else 0
-            return EncoderBytes(found.embedding, found.blocks, found.output, 0, again)
+            return dataclasses.replace(found, copies=0, again=again)
         return found
+
+    def _chosen(self) -> int:
+        """Tokens that the student's backbone is asked for: of class, and masked or, with an anchor, all patches."""
+        crops = self.job.config.crops
+        patches = 2 * self.part_images * self.job.sizes.encoder.patches(crops.global_size)
+        return (2 + crops.num_local) * self.part_images + (patches if self.job.has_anchor else self.part_masked)
 
     def _heads(self) -> int:
         job, config = self.job, self.job.config
@@ -316,13 +324,18 @@ class _Step:
         }
 
     def _first_block(self) -> dict[str, int]:
+        """The first whose FFN has seen all tokens: the last but one, with the last one's activations gone."""
         job, encoder = self.job, self.job.sizes.encoder
-        tokens = num_tokens(kept_groups(self.shapes, job.sizes.rates[-1]))
+        rates, last = (job.sizes.rates, 0) if encoder.depth == 1 else (job.sizes.rates[:-1], self.backbone.last)
+        tokens = num_tokens(kept_groups(self.shapes, rates[-1]))
         width = (4 if encoder.ffn == "swiglu" else 2) * encoder.hidden_dim * job.element
+        if encoder.depth == 1:  # then only its attention has
+            width = 6 * self.dim * job.element
         # The residual's gradient, and either the FFN's hidden ones or those of the norm and of the gathered samples.
         working = self.stream + max(tokens * width, 2 * tokens * self.dim * RESIDUAL + self.stream)
         kept = self._kept()
         kept.pop("activations_of_the_heads")
+        kept["activations_of_the_backbone"] -= last
         kept["gathered_weights"] = self._gathered(self._two_blocks, True)
         return {**kept, "logits_and_targets": self._targets(), "working_memory": working + self.backbone.again}
 

@@ -157,12 +157,11 @@ def teacher_targets(
     parts = list(micro_batches(batch, accumulate))
     for part in parts:
         with autocast(device, dtype):
-            tokens = teacher["backbone"](part.global_crops)
-            patches = tokens.patches.flatten(0, 1)[part.mask_indices]
-            cls_part, patch_part = project(teacher, [tokens.cls], patches)
+            (tokens,) = teacher["backbone"]([part.global_crops], None, [part.mask_indices])
+            cls_part, patch_part = project(teacher, [tokens.cls], tokens.patches)
         cls_logits.append(cls_part)
         patch_logits.append(patch_part)
-        features.append(tokens.cls.float().clone())  # a view would keep all tokens until health forgets it
+        features.append(tokens.cls.float().clone())  # a view would keep the patches until health forgets it
     cls_all = _restore(cls_logits, [part.rows for part in parts])
     patch_all = _restore(patch_logits, [part.masked_rows for part in parts])
     if loss.centering == "sinkhorn":
@@ -185,6 +184,19 @@ def _restore(pieces: list[Tensor], rows: list[Tensor | None]) -> Tensor:
     return torch.cat(pieces)[torch.cat(known).argsort()] if known else pieces[0]
 
 
+def student_inputs(part: MicroBatch, anchored: bool) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+    """The groups of crops that the student's backbone sees, their masks, and the patches that losses look at.
+
+    anchored  the anchor's loss looks at what is not masked as well: what is behind the mask is for iBOT to say
+    """
+    asked = part.mask_indices
+    if anchored:
+        asked = torch.cat([asked, (~part.mask).flatten().nonzero()[:, 0]])
+    if part.local_crops is None:
+        return [part.global_crops], [part.mask], [asked]
+    return [part.global_crops, part.local_crops], [part.mask, None], [asked, asked[:0]]
+
+
 def student_losses(
     student: Modules,
     part: MicroBatch,
@@ -201,13 +213,15 @@ def student_losses(
     frozen  no gradient goes to the backbone, only to the heads
     num_seen ()  unmasked patches of such a part on average, for the anchor's mean; None: of this part
     """
-    groups = [part.global_crops] if part.local_crops is None else [part.global_crops, part.local_crops]
-    masks = [part.mask, None][: len(groups)]
+    groups, masks, asked = student_inputs(part, anchor is not None)
+    num_masked = len(part.mask_indices)
+    num_others = len(asked[0]) - num_masked
     with autocast(part.global_crops.device, dtype):
         with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
-            tokens = student["backbone"](groups, masks)
-        global_tokens, patches = tokens[0].cls, tokens[0].patches.flatten(0, 1)[part.mask_indices]
-        global_logits, *local_logits, patch_logits = project(student, [t.cls for t in tokens], patches)
+            tokens = student["backbone"](groups, masks, asked)
+        global_tokens = tokens[0].cls
+        masked, others = tokens[0].patches.split([num_masked, num_others])
+        global_logits, *local_logits, patch_logits = project(student, [t.cls for t in tokens], masked)
     dino_global, dino_local = dino_loss(
         global_logits,
         local_logits[0] if local_logits else None,
@@ -225,10 +239,8 @@ def student_losses(
     if anchor is not None:
         with torch.no_grad(), autocast(part.global_crops.device, dtype):
             there = anchor(part.global_crops)
-        # Only what the student sees: what is behind the mask is for iBOT to say. Indices, as counts would wait.
-        seen = (~part.mask).flatten().nonzero()[:, 0]
-        here = tokens[0].patches.flatten(0, 1)[seen]
-        losses["anchor"] = anchor_loss(global_tokens, here, there.cls, there.patches.flatten(0, 1)[seen], num_seen)
+        same = there.patches.flatten(0, 1)[asked[0][num_masked:]]
+        losses["anchor"] = anchor_loss(global_tokens, others, there.cls, same, num_seen)
     return losses, global_tokens
 
 
@@ -288,7 +300,7 @@ def backward(
     totals: dict[str, Tensor] = {}
     koleo_gradient: Tensor | None = None
     if koleo and accumulate > 1:
-        features = _class_tokens(state.student, parts, dtype, seed)
+        features = _class_tokens(state.student, parts, dtype, seed, anchor is not None)
         totals["koleo"], koleo_gradient = koleo_of_processes(features, loss.koleo_weight, loss.koleo_ranks)
     for index, part in enumerate(parts):
         seed_step(seed, index)
@@ -318,15 +330,16 @@ def _mean_seen(batch: Batch, accumulate: int) -> Tensor:
 
 
 @torch.no_grad()
-def _class_tokens(student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.dtype, seed: int) -> Tensor:
+def _class_tokens(
+    student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.dtype, seed: int, anchored: bool
+) -> Tensor:
     """The student's global class tokens (2B, D) float32, exactly as the passes with gradient will see them."""
     tokens = []
     for index, part in enumerate(parts):
         seed_step(seed, index)
         # The local crops take part so that drop path consumes the same random numbers in both passes.
-        groups = [part.global_crops] if part.local_crops is None else [part.global_crops, part.local_crops]
         with autocast(part.global_crops.device, dtype):
-            tokens.append(student["backbone"](groups, [part.mask, None][: len(groups)])[0].cls.float())
+            tokens.append(student["backbone"](*student_inputs(part, anchored))[0].cls.float())
     return _restore(tokens, [part.rows for part in parts])
 
 
