@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from dinoreg.errors import UserError
-from dinoreg.models.heads import PrototypeHead, WeightNormLinear
+from dinoreg.models.heads import PrototypeHead, WeightNormLinear, _ScaledRows
 
 
 def test_last_layer_equals_torchs_weight_norm_in_outputs_and_gradients() -> None:
@@ -31,6 +31,24 @@ def test_last_layer_equals_torchs_weight_norm_in_outputs_and_gradients() -> None
         (logits * torch.arange(21.0).view(3, 7).sin()).sum().backward()
         results.append([logits, inputs.grad, *(p.grad for p in module.parameters())])
     torch.testing.assert_close(results[0], results[1])
+
+
+def test_rows_are_scaled_in_pieces_as_at_once_and_in_the_precision_of_the_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    layer = WeightNormLinear(5, 11).double()
+    nn.init.uniform_(layer.weight_g, 0.5, 2.0)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    whole = torch.autograd.grad(layer(x).sin().sum(), list(layer.parameters()))
+    monkeypatch.setattr("dinoreg.rows.CPU_PIECE", 5 * 4)  # pieces of 4, 4 and 3 rows
+    parts = torch.autograd.grad(layer(x).sin().sum(), list(layer.parameters()))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda v, g: _ScaledRows.apply(v, g, v.dtype), (layer.weight_v, layer.weight_g))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = layer.float().weight()
+    assert low.dtype == torch.bfloat16
+    assert torch.equal(low, layer.weight().bfloat16())
 
 
 def test_head_equals_its_formula() -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "dinoreg").rglob("*.py"))
 
 # cli -> train, eval, view, launch, export -> models, losses, data, checkpoint, config -> distributed, errors
-GROUND = ("errors", "peers", "distributed", "runtime", "metrics", "values", "keys", "bundled")
+GROUND = ("errors", "peers", "distributed", "runtime", "rows", "metrics", "values", "keys", "bundled")
 PARTS = (
     *("models", "losses", "data", "checkpoint", "checkpoint_writer"),
     *("options", "config", "config_dinov2", "environment"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinoreg.distributed import all_reduce_max, all_reduce_sum
-from dinoreg.losses.rows import pieces, rows_per_piece
+from dinoreg.rows import pieces, rows_per_piece
 
 # A row whose largest logit lies more than this many temperatures below the largest logit of all rows is
 # lifted to that distance, so that exp() never empties it. Cosine logits (|logit| <= 1) at a temperature of

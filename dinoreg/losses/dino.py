@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoreg.losses.rows import pieces, rows_per_piece
+from dinoreg.rows import pieces, rows_per_piece
 
 
 class _SoftCrossEntropy(torch.autograd.Function):

@@ -8,12 +8,47 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.errors import UserError
+from dinoreg.models.attention import compute_dtype
+from dinoreg.rows import pieces, rows_per_piece
+
+
+class _ScaledRows(torch.autograd.Function):
+    """Rows g * v / |v|, some at a time, in the precision of the product that they are for.
+
+    With 65536 prototypes each elementwise pass over float32 rows is 67 MB: this makes two, where autograd's own
+    composition makes nine, there and back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = torch.empty(v.shape, dtype=dtype, device=v.device)
+        lengths = torch.empty_like(g)
+        for part in pieces(0, len(v), rows_per_piece(v.shape[1], v.device)):
+            torch.linalg.vector_norm(v[part], dim=1, keepdim=True, out=lengths[part])
+            torch.mul(v[part], g[part] / lengths[part], out=rows[part])
+        ctx.save_for_backward(v, g, lengths)
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        v, g, lengths = ctx.saved_tensors
+        grad_v, grad_g = torch.empty_like(v), torch.empty_like(g)
+        for part in pieces(0, len(v), rows_per_piece(v.shape[1], v.device)):
+            grad = upstream[part].to(v.dtype)
+            along = torch.mul(grad, v[part], out=grad_v[part]).sum(dim=1, keepdim=True) / lengths[part]
+            scale = g[part] / lengths[part]
+            torch.mul(grad, scale, out=grad_v[part])
+            grad_v[part].addcmul_(v[part], scale * along / lengths[part], value=-1)
+            grad_g[part] = along
+        return grad_v, grad_g, None
 
 
 class WeightNormLinear(nn.Module):
@@ -31,8 +66,9 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # nn.Linear's own start
 
     def weight(self) -> Tensor:
-        """The rows themselves, (K, in_dim), in the parameters' precision."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+        """The rows themselves, (K, in_dim), in the precision of a product with them."""
+        rows: Tensor = _ScaledRows.apply(self.weight_v, self.weight_g, compute_dtype(self.weight_v))
+        return rows
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, in_dim) -> (n, out_dim)."""

@@ -154,7 +154,7 @@ def head_bytes(
     # The bottleneck in float32, its norm and the expanded norm's view; the unit vectors as the prototypes' input.
     unit = tokens * (bottleneck_dim * RESIDUAL + 2 * RESIDUAL) + tokens * bottleneck_dim * element
     copies = sum(fan_in * fan_out for fan_in, fan_out in pairwise(widths)) * element if element < RESIDUAL else 0
-    rows = prototypes * bottleneck_dim * element + 2 * prototypes * RESIDUAL  # normalised prototypes, their lengths
+    rows = prototypes * bottleneck_dim * element + prototypes * RESIDUAL  # normalised prototypes, their lengths
     return inputs + unit + copies + rows
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from dinoreg.losses.rows import rows_per_piece
 from dinoreg.models.memory import (
     RESIDUAL,
     EncoderBytes,
@@ -25,6 +24,7 @@ from dinoreg.models.memory import (
 )
 from dinoreg.plan.devices import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
 from dinoreg.plan.job import ELEMENT, Head, Job
+from dinoreg.rows import rows_per_piece
 
 # In the order in which they are shown.
 PARTS = (

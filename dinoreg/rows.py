@@ -1,6 +1,6 @@
-"""Walking through a (rows, K) matrix a few rows at a time.
+"""Walking through a large matrix a few rows at a time: logits over K prototypes, or the prototypes themselves.
 
-With K = 65536 prototypes such a matrix takes hundreds of megabytes, and each formula on it needs several
+With K = 65536 such a matrix takes hundreds of megabytes, and each formula on it needs several
 elementwise passes. A piece that fits in the processor's cache makes all passes but the first nearly free;
 on an accelerator a piece only bounds the scratch memory, so it is much larger.
 """
