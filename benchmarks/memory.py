@@ -67,7 +67,7 @@ class Live(TorchDispatchMode):
 @contextlib.contextmanager
 def pieces_as_on_a_device() -> Iterator[None]:
     """The losses' scratch memory as large as it is on an accelerator."""
-    from dinoreg.losses import rows
+    from dinoreg import rows
 
     with mock.patch.object(rows, "CPU_PIECE", rows.DEVICE_PIECE):
         yield
