@@ -89,9 +89,11 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
+            code = self._process.wait()
             self._errors.seek(0)
-            raise WorkerError("a variant stopped: " + "".join(self._errors.readlines()[-8:]).strip())
+            said = "".join(self._errors.readlines()[-8:]).strip()
+            killed = "killed by signal 9, as when memory runs out: measure fewer variants at a time (--only)"
+            raise WorkerError(f"a variant stopped: {said or (killed if code == -9 else f'exit code {code}')}")
         return json.loads(line)
 
 

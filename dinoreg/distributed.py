@@ -252,7 +252,9 @@ def gather_rows(tensor: Tensor, group_size: int | None = None) -> Tensor:
         return tensor
     rows = tensor.detach().contiguous()
     gathered = torch.empty(size * len(rows), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-    dist.all_gather_into_tensor(gathered, rows, group=subgroup(size))
+    # PyTorch 2.14 gave it another name and warns of the old one.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered, rows, group=subgroup(size))
     return gathered
 
 
