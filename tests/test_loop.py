@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from training import TINY, loss_trace, read_lines, tiny_config
 
+import dinoreg
 from dinoreg import checkpoint
 from dinoreg.errors import Interrupted, RunError, UserError
 from dinoreg.models.zoo import load
@@ -133,6 +134,28 @@ def test_a_resumed_run_keeps_its_architecture(tmp_path: Path, overrides: dict[st
     out = pretrain(tiny_config(tmp_path / "run", steps=1))
     with pytest.raises(UserError, match=message):
         pretrain(tiny_config(out, resume=True, **overrides))
+
+
+def test_a_run_resumed_with_other_options_or_other_code_says_so_in_a_line_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = pretrain(tiny_config(tmp_path / "run", steps=2))
+    capsys.readouterr()
+    pretrain(tiny_config(out, resume=True, steps=3))
+    assert "resumed with" not in capsys.readouterr().err.replace("resumed with steps=3 (was 2)", "")
+    path = out / "environment.json"
+    found = json.loads(path.read_text())
+    installed = found["packages"]["torch"]
+    found["packages"]["torch"], found["dinoreg"] = "2.0.0", "0.0.9"
+    path.write_text(json.dumps(found))
+    pretrain(tiny_config(out, resume=True, steps=4, optim__lr=2e-3, log__every=2, data__workers=2))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("resumed with")]
+    assert said == [
+        "resumed with steps=4 (was 3), optim.lr=0.002 (was 0.001): losses differ from an unbroken run's",
+        f"resumed with other code than before (dinoreg 0.0.9 -> {dinoreg.__version__}, torch 2.0.0 -> "
+        f"{installed}): losses may differ from an unbroken run's",
+    ]
+    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_overwrite_starts_anew_but_never_deletes_what_is_not_a_run(tmp_path: Path) -> None:
