@@ -23,17 +23,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TINY = (48, 2, 3)
 
 
-def dinoreg_model(size: int, tiny: bool) -> Callable[[Tensor], Tensor]:
+def dinoreg_model(size: int, tiny: bool, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     from dinoreg.eval.encoder import wrap
     from dinoreg.models.zoo import build as build_model
 
     shape = dict(zip(("dim", "depth", "heads"), TINY)) if tiny else {}
     model = build_model("vits14_reg4", image_size=size, **shape)
-    encoder = wrap(model, mean=(0.0,), std=(1.0,))
+    encoder = wrap(model, mean=(0.0,), std=(1.0,), dtype=dtype)  # it keeps to its own precision
     return _Features(model, lambda images: encoder.tokens(images).cls)
 
 
-def timm_model(size: int, tiny: bool) -> Callable[[Tensor], Tensor]:
+def timm_model(size: int, tiny: bool, _: torch.dtype) -> Callable[[Tensor], Tensor]:
     import timm
 
     shape = dict(zip(("embed_dim", "depth", "num_heads"), TINY)) if tiny else {}
@@ -41,7 +41,7 @@ def timm_model(size: int, tiny: bool) -> Callable[[Tensor], Tensor]:
     return _Features(model, lambda images: model.forward_features(images)[:, 0])
 
 
-def transformers_model(size: int, tiny: bool) -> Callable[[Tensor], Tensor]:
+def transformers_model(size: int, tiny: bool, _: torch.dtype) -> Callable[[Tensor], Tensor]:
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     dim, depth, heads = TINY if tiny else (384, 12, 6)
@@ -80,8 +80,8 @@ def build(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
         from dinoreg.runtime import keep_freed_memory
 
         keep_freed_memory()
-    model = MODELS[settings["variant"]](settings["image_size"], settings["tiny"]).eval().to(device)
     dtype = DTYPES[settings["precision"]]
+    model = MODELS[settings["variant"]](settings["image_size"], settings["tiny"], dtype).eval().to(device)
     images = torch.randn(settings["batch_size"], 3, settings["image_size"], settings["image_size"], device=device)
     loaded = measure.peak_gib(device)
 
