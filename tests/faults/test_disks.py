@@ -9,12 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from harness import STEPS, Faults, assert_one_line, assert_sound
+from harness import STEPS, Faults, Hook, assert_one_line, assert_sound
 from hooks import KILL
 from mounts import mount
 from training import loss_trace
 
 from dinoreg import checkpoint
+
+
+def waiting_at(*steps: int, folder: Path) -> tuple[list[Path], list[Hook]]:
+    """Hooks of a rank that waits at each of these steps, and the files by which it says so and goes on."""
+    flags = [folder / f"step-{step}" for step in steps]
+    return flags, [("at_step", {"step": step, "what": "wait", "flag": str(flag)}) for step, flag in zip(steps, flags)]
 
 
 @pytest.mark.slow
@@ -51,8 +57,7 @@ def test_a_disk_that_is_full_between_two_checkpoints_costs_no_line(
     faults: Faults, small_disk: Path, tmp_path: Path
 ) -> None:
     out = small_disk / "run"
-    flags = [tmp_path / f"step-{step}" for step in (3, 5)]
-    hooks = [("at_step", {"step": step, "what": "wait", "flag": str(flag)}) for step, flag in zip((3, 5), flags)]
+    flags, hooks = waiting_at(3, 5, folder=tmp_path)
     start = faults.start(out, hooks={0: hooks}, checkpoint__every=STEPS, log__tensorboard=True)
     faults.until(Path(f"{flags[0]}.reached"), start)
     filling = small_disk / "filling"
@@ -77,8 +82,7 @@ def test_a_run_goes_on_past_a_disk_that_is_read_only_for_a_while_and_stops_in_wo
     mended: bool, faults: Faults, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    flags = [tmp_path / f"step-{step}" for step in (3, 5)]
-    hooks = [("at_step", {"step": step, "what": "wait", "flag": str(flag)}) for step, flag in zip((3, 5), flags)]
+    flags, hooks = waiting_at(3, 5, folder=tmp_path)
     options = {"checkpoint__max_failures": 2, "checkpoint__asynchronous": False}  # so that 2 and 4 are through by then
     start = faults.start(out, processes=2, hooks={0: hooks}, **options)
     faults.until(Path(f"{flags[0]}.reached"), start)
