@@ -180,6 +180,17 @@ def test_charts_of_few_zero_or_equal_values_are_drawn(line: Line) -> None:
         assert render(Chart("c", lines=[line], log=log)).startswith(b"<?xml")
 
 
+@pytest.mark.parametrize("values", [[29.0, 30.0, 31.0], [0.0, 0.0, 0.0], [5.0, 5.0, 5.0]])
+def test_no_marker_is_cut_by_the_frame_of_a_chart_from_zero(values: list[float]) -> None:
+    svg = ElementTree.fromstring(render(Chart("c", lines=[Line("a", [1, 2, 3], values, marker=True)], from_zero=True)))
+    tag = "{http://www.w3.org/2000/svg}"
+    (clip,) = svg.findall(f".//{tag}clipPath/{tag}rect")
+    # Those of the curve are filled; the others are ticks.
+    marked = [float(use.get("y", 0)) for use in svg.iter(f"{tag}use") if "fill: #3b7dd8" in use.get("style", "")]
+    assert len(marked) == 3
+    assert min(marked) > float(clip.get("y", 0)) + 2.5  # the radius and half the line
+
+
 def test_names_in_a_legend_may_hold_anything() -> None:
     names = ("$\\frac{1", "_hidden", "<b>&", "tab\x00\there", "long " * 20)
     svg = render(Chart("c", lines=[Line(name, [1, 2], [1.0, 2.0]) for name in names]))

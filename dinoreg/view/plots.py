@@ -241,8 +241,9 @@ def render(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
             axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
             axes.yaxis.set_minor_formatter(NullFormatter())
         elif chart.from_zero:
+            axes.update_datalim([(float(axes.dataLim.x0), 0.0)])
+            axes.margins(y=0.08)  # of all that is shown, and before a limit is set, which then stays as it is
             axes.set_ylim(bottom=0)
-            axes.margins(y=0.08)
         if chart.percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
         else:
