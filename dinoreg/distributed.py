@@ -41,6 +41,7 @@ _control: Any = None
 _peers: Peers | None = None
 _subgroups: dict[int, Any] = {}
 _sessions = itertools.count()
+_stores: dict[tuple[str, int], dist.Store] = {}  # where this process has met the others, by address and port
 
 
 def is_distributed() -> bool:
@@ -183,7 +184,7 @@ def _join(place: Place, device: str, timeout: float) -> None:
         MASTER_PORT=str(place.port),
     )
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        store = _meet(place, timedelta(seconds=timeout))
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if cuda else "gloo",
             # Two runs of one process may meet in the same store, which remembers the first one's addresses.
@@ -198,6 +199,15 @@ def _join(place: Place, device: str, timeout: float) -> None:
             f"rank {place.rank} of {place.world_size} could not meet the others at {place.address}:{place.port} "
             f"within {timeout:.0f} s: {reason}"
         ) from None
+
+
+def _meet(place: Place, timeout: timedelta) -> dist.Store:
+    """The store of all processes. It outlives a session: a process that is ahead would find it closing in the next."""
+    key = (place.address, place.port)
+    if key not in _stores:
+        _stores[key], _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    _stores[key].set_timeout(timeout)
+    return _stores[key]
 
 
 def _check_devices(device: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +264,19 @@ def test_processes_gather_agree_and_fail_together(tmp_path: Path) -> None:
         mine = each[rank].clone().requires_grad_()
         (0.5 * koleo_of_views(mine)).backward()
         torch.testing.assert_close(torch.tensor(found["own koleo"][1]), mine.grad, rtol=1e-5, atol=1e-6)
+
+
+def _one_after_the_other(count: int) -> None:
+    for number in range(count):
+        with distributed.session("cpu", 30.0):
+            assert distributed.gather_objects(number) == [number, number]
+        if os.environ["RANK"] == "0":
+            time.sleep(random.random() * 0.02)  # the other is ahead, by this much
+
+
+@pytest.mark.slow
+def test_sessions_of_the_same_processes_follow_one_another_whoever_is_ahead() -> None:
+    on_processes(2, _one_after_the_other, 100)
 
 
 def _low_precision(folder: str) -> None:
