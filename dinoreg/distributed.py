@@ -194,6 +194,7 @@ def _join(place: Place, device: str, timeout: float) -> None:
             timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
         )
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
+        _stores.pop((place.address, place.port), None)  # another try meets anew
         reason = str(error).splitlines()[0][:200]
         raise RunError(
             f"rank {place.rank} of {place.world_size} could not meet the others at {place.address}:{place.port} "

@@ -160,7 +160,8 @@ def step(
     blocks = sum(count * share * encoder.blocks(size) for count, size, share, _ in crops)
     attention = sum(count * share * encoder.attention(size) for count, size, share, _ in crops)
     embedding = sum(count * encoder.patch_embedding(size) for count, size, _, _ in crops)
-    whole_teacher = teacher = 2 * encoder.forward(global_size)
+    both_views = 2 * encoder.forward(global_size)  # of a whole backbone, as the anchor is
+    teacher = both_views
     if not all_tokens:
         chosen = encoder.ffn_of(2 + num_local + (2 * encoder.patches(global_size) if anchor else masked))
         full += chosen - sum(encoder.ffn_of(count * encoder.tokens(size)) for count, size, _, _ in crops)
@@ -168,7 +169,7 @@ def step(
         teacher += encoder.ffn_of(2 + masked - 2 * encoder.tokens(global_size))
     dino = head(encoder.dim, prototypes, dino_bottleneck, hidden_dim, head_layers)
     ibot = head(encoder.dim, ibot_prototypes or prototypes, ibot_bottleneck, hidden_dim, head_layers)
-    again = blocks * checkpointing + whole_teacher * anchor + (blocks + embedding) * class_tokens_first
+    again = blocks * checkpointing + both_views * anchor + (blocks + embedding) * class_tokens_first
     return Step(
         student=3 * blocks + (3 if patch_embedding_gradient else 2) * embedding,
         teacher=teacher,

@@ -43,6 +43,7 @@ class _ScaledRows(torch.autograd.Function):
         grad_v, grad_g = torch.empty_like(v), torch.empty_like(g)
         for part in pieces(0, len(v), rows_per_piece(v.shape[1], v.device)):
             grad = upstream[part].to(v.dtype)
+            # The product's place is that of the result, which comes after it.
             along = torch.mul(grad, v[part], out=grad_v[part]).sum(dim=1, keepdim=True) / lengths[part]
             scale = g[part] / lengths[part]
             torch.mul(grad, scale, out=grad_v[part])

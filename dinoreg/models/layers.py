@@ -175,8 +175,8 @@ class Block(nn.Module):
             # So few that leaving out some of their samples would save nothing.
             factors = None
             if rate:
-                of_images = _kept_factors(shapes, rate, x) if subset else torch.cat(_sample_factors(shapes, rate, x))
-                factors = of_images.index_select(0, rows.images).unsqueeze(1)
+                of_images = _kept_factors if subset else _sample_factors
+                factors = of_images(shapes, rate, x).index_select(0, rows.images).unsqueeze(1)
             x = x.index_select(0, rows.tokens)
             return _add(x, self.mlp(self.norm2(x)), gamma2, factors)
         if subset:
@@ -204,14 +204,15 @@ def _add(x: Tensor, y: Tensor, gamma: Tensor | None, factors: Tensor | None) -> 
         return torch.addcmul(x, y, gamma) if gamma is not None else x + y
 
 
-def _sample_factors(shapes: Shapes, rate: float, x: Tensor) -> list[Tensor]:
-    """For each group of b images (b,): 1 / (1 - rate) for those that stay, 0 for the others."""
-    return [x.new_empty(images).bernoulli_(1 - rate).div_(1 - rate) for images, _ in shapes]
+def _sample_factors(shapes: Shapes, rate: float, x: Tensor) -> Tensor:
+    """For the images of all groups: 1 / (1 - rate) for those that stay, 0 for the others."""
+    return torch.cat([x.new_empty(images).bernoulli_(1 - rate).div_(1 - rate) for images, _ in shapes])
 
 
-def _per_token(factors: Sequence[Tensor], shapes: Shapes) -> Tensor:
+def _per_token(factors: Tensor, shapes: Shapes) -> Tensor:
     """Every image's factor for each of its tokens, (S, 1)."""
-    repeated = [each.repeat_interleave(tokens) for each, (_, tokens) in zip(factors, shapes, strict=True)]
+    groups = factors.split([images for images, _ in shapes])
+    repeated = [group.repeat_interleave(tokens) for group, (_, tokens) in zip(groups, shapes, strict=True)]
     return torch.cat(repeated).unsqueeze(1)
 
 

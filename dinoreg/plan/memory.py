@@ -326,16 +326,18 @@ class _Step:
     def _first_block(self) -> dict[str, int]:
         """The first whose FFN has seen all tokens: the last but one, with the last one's activations gone."""
         job, encoder = self.job, self.job.sizes.encoder
-        rates, last = (job.sizes.rates, 0) if encoder.depth == 1 else (job.sizes.rates[:-1], self.backbone.last)
-        tokens = num_tokens(kept_groups(self.shapes, rates[-1]))
-        width = (4 if encoder.ffn == "swiglu" else 2) * encoder.hidden_dim * job.element
-        if encoder.depth == 1:  # then only its attention has
+        if encoder.depth > 1:
+            rate, gone = job.sizes.rates[-2], self.backbone.last
+            width = (4 if encoder.ffn == "swiglu" else 2) * encoder.hidden_dim * job.element
+        else:  # there is none: the attention of the only block has seen all
+            rate, gone = job.sizes.rates[0], 0
             width = 6 * self.dim * job.element
+        tokens = num_tokens(kept_groups(self.shapes, rate))
         # The residual's gradient, and either the FFN's hidden ones or those of the norm and of the gathered samples.
         working = self.stream + max(tokens * width, 2 * tokens * self.dim * RESIDUAL + self.stream)
         kept = self._kept()
         kept.pop("activations_of_the_heads")
-        kept["activations_of_the_backbone"] -= last
+        kept["activations_of_the_backbone"] -= gone
         kept["gathered_weights"] = self._gathered(self._two_blocks, True)
         return {**kept, "logits_and_targets": self._targets(), "working_memory": working + self.backbone.again}
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness import Faults
-from mounts import mount
+from mounts import mounted_disk
 
 
 @pytest.fixture(scope="session")
@@ -20,10 +19,5 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 8 MB, mounted for this test."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount("-t", "tmpfs", "-o", "size=8m", "none", folder)
-    try:
+    with mounted_disk(tmp_path / "disk", "8m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
