@@ -66,7 +66,7 @@ EXTRAS["test"] = TEST
 
 
 class BuildWithDeclarations(build_py):
-    """Copies configs/, eval/ and launch/ into dinoreg/_bundled, where `dinoreg.bundled` finds them.
+    """Copies configs/, eval/ and launch/ into dinoreg/_bundled, where `dinoreg.config.bundled` finds them.
 
     An editable install needs no copy: there the checkout's own folders are used.
     """
@@ -106,7 +106,7 @@ setup(
     packages=find_packages(include=["dinoreg", "dinoreg.*"]),
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["dinoreg = dinoreg.cli:main"]},
+    entry_points={"console_scripts": ["dinoreg = dinoreg.commands.main:main"]},
     cmdclass={"build_py": BuildWithDeclarations},
     classifiers=[
         "Development Status :: 4 - Beta",

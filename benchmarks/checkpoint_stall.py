@@ -27,7 +27,7 @@ SHORT_MODEL = "vitt16_reg4"
 
 def build_state(name: str) -> dict[str, Any]:
     """Random tensors under the names and shapes of a run's state, without heads."""
-    from dinoreg.models.zoo import build
+    from dinoreg.models.registry import build
 
     with torch.device("meta"):
         shapes = {f"backbone.{key}": value.shape for key, value in build(name).state_dict().items()}
@@ -61,7 +61,7 @@ def build_step(width: int) -> Callable[[], float]:
 
 def measure_saves(run: Path, state: dict[str, Any], asynchronous: bool, saves: int, width: int) -> dict[str, Any]:
     """Save again and again, each after the one before is on the disk, with steps in between and meanwhile."""
-    from dinoreg.checkpoint_writer import Writer
+    from dinoreg.checkpoint.async_writer import Writer
 
     run.mkdir()
     step = build_step(width)

@@ -142,10 +142,10 @@ def reference(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
 
 def dinoreg_loader(settings: dict[str, Any]) -> Any:
     """dinoreg's loader; with `finish` False it hands over what would go to an accelerator."""
-    from dinoreg.data.batches import BatchLoader
-    from dinoreg.data.settings import AugmentSettings, CropSettings, MaskSettings
-    from dinoreg.data.sources import open_source
-    from dinoreg.runtime import keep_freed_memory
+    from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
+    from dinoreg.data.loader import BatchLoader
+    from dinoreg.data.open import open_source
+    from dinoreg.runtime.device import keep_freed_memory
 
     class Uint8Loader(BatchLoader):
         """Ends where the copy to the device would begin: masks, and crops in the memory it would read from."""
@@ -192,12 +192,12 @@ def profile(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
     """Milliseconds an image that dinoreg spends in each stage, in one thread."""
     import numpy as np
 
+    from dinoreg.config.view_settings import AugmentSettings, CropSettings
     from dinoreg.data import augment, crops
     from dinoreg.data.decode import EncodedImage
     from dinoreg.data.masks import block_masks
-    from dinoreg.data.randomness import uniforms
-    from dinoreg.data.settings import AugmentSettings, CropSettings
-    from dinoreg.runtime import keep_freed_memory
+    from dinoreg.data.rng import uniforms
+    from dinoreg.runtime.device import keep_freed_memory
 
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -277,10 +277,10 @@ def fidelity(folder: Path, count: int, local_size: int) -> dict[str, float]:
     import numpy as np
     from PIL import Image
 
+    from dinoreg.config.view_settings import CropSettings
     from dinoreg.data import crops
     from dinoreg.data.decode import EncodedImage
-    from dinoreg.data.randomness import uniforms
-    from dinoreg.data.settings import CropSettings
+    from dinoreg.data.rng import uniforms
 
     settings = CropSettings(local_size=local_size)
     sizes = [224] * 2 + [local_size] * settings.num_local

@@ -26,8 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {"as asked": {}, "small model": SMALL}
 
 def build(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
     """One model with its loader, warmed up; see `measure.serve`."""
-    from dinoreg.config import load_config
-    from dinoreg.train.setup import prepare
+    from dinoreg.config.load import load_config
+    from dinoreg.train.prepare import prepare
     from dinoreg.train.step import train_step
 
     overrides = {

@@ -24,8 +24,8 @@ TINY = (48, 2, 3)
 
 
 def dinoreg_model(size: int, tiny: bool, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    from dinoreg.eval.encoder import wrap
-    from dinoreg.models.zoo import build as build_model
+    from dinoreg.evaluation.backbones.encoder import wrap
+    from dinoreg.models.registry import build as build_model
 
     shape = dict(zip(("dim", "depth", "heads"), TINY)) if tiny else {}
     model = build_model("vits14_reg4", image_size=size, **shape)
@@ -77,7 +77,7 @@ def build(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     if settings["variant"] == "dinoreg" and device.type == "cpu":
-        from dinoreg.runtime import keep_freed_memory
+        from dinoreg.runtime.device import keep_freed_memory
 
         keep_freed_memory()
     dtype = DTYPES[settings["precision"]]

@@ -2,7 +2,7 @@
 
     python benchmarks/flops.py [--peak 790]
 
-The formulas are those of `dinoreg.models.flops`: the student on all crops, the teacher on the global ones, the heads on
+The formulas are those of `dinoreg.plan.flops`: the student on all crops, the teacher on the global ones, the heads on
 class tokens and masked patches. Figures are per image: two global and `num_local` local crops.
 """
 
@@ -12,7 +12,7 @@ import argparse
 
 import measure
 
-from dinoreg.models.flops import Encoder, Step, head, step
+from dinoreg.plan.flops import Encoder, Step, head, step
 
 __all__ = ["HEADS", "WIDTHS", "Encoder", "Step", "head", "rows", "step"]
 

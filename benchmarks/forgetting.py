@@ -21,15 +21,15 @@ import measure
 import numpy as np
 from PIL import Image
 
-from dinoreg.config import load_config
-from dinoreg.data.scene_plan import UNITS, label_of
-from dinoreg.data.scene_shapes import KINDS
-from dinoreg.data.scene_textures import BACKGROUNDS
-from dinoreg.data.scenes import CLASS_NAMES, NUM_CLASSES, render, render_image
-from dinoreg.eval.extract import linear_probe
-from dinoreg.models.zoo import load
-from dinoreg.quickstart import FIRST_PROBE_SCENE
+from dinoreg.commands.quickstart import FIRST_PROBE_SCENE
+from dinoreg.config.load import load_config
+from dinoreg.evaluation.features.extract import linear_probe
+from dinoreg.scenes.layout import UNITS, label_of
+from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, render, render_image
+from dinoreg.scenes.shapes import KINDS
+from dinoreg.scenes.textures import BACKGROUNDS
 from dinoreg.train.loop import pretrain
+from dinoreg.weights.load import load
 
 SIZE = 64
 # Scenes no other part of the program draws: those of the run, then those of its probes.

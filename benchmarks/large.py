@@ -81,15 +81,17 @@ def main() -> None:
 
 def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
     """One protocol on the features."""
-    from dinoreg.data.index import PathBlock
+    from dinoreg.data.folder_index import PathBlock
     from dinoreg.data.sources import PathSource
-    from dinoreg.eval import classification, linear, neighbours
-    from dinoreg.eval.context import Context, show_progress
-    from dinoreg.eval.data import Data, Labelled
-    from dinoreg.eval.declare import Task
-    from dinoreg.eval.encoder import wrap
-    from dinoreg.eval.features import Features
-    from dinoreg.eval.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
+    from dinoreg.evaluation.backbones.encoder import wrap
+    from dinoreg.evaluation.benchmark import Task
+    from dinoreg.evaluation.context import Context, show_progress
+    from dinoreg.evaluation.data import Data, Labelled
+    from dinoreg.evaluation.features.cache import Features
+    from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
+    from dinoreg.evaluation.protocols import knn as neighbours
+    from dinoreg.evaluation.protocols import linear
+    from dinoreg.evaluation.protocols import logistic as classification
     from dinoreg.models.vit import RegisterViT
 
     splits = {}

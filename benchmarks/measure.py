@@ -211,7 +211,7 @@ def comparison_rows(summary: Mapping[str, Mapping[str, Any]], key: str, unit: st
 
 def fingerprint() -> dict[str, Any]:
     """What a figure depends on: processor, cores, versions, allocator and thread settings, commit."""
-    from dinoreg.environment import environment
+    from dinoreg.runtime.environment import environment
 
     found = environment()
     kept = ("commit", "cpu", "cores", "memory_gib", "cpu_capability", "cpu_bf16", "threads", "cuda", "variables")

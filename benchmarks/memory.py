@@ -67,7 +67,7 @@ class Live(TorchDispatchMode):
 @contextlib.contextmanager
 def pieces_as_on_a_device() -> Iterator[None]:
     """The losses' scratch memory as large as it is on an accelerator."""
-    from dinoreg import rows
+    from dinoreg.runtime import tiling as rows
 
     with mock.patch.object(rows, "CPU_PIECE", rows.DEVICE_PIECE):
         yield
@@ -79,7 +79,7 @@ def step_peak(config: Any, fake: bool = True) -> int:
     fake  nothing is computed and no memory taken; not with micro-batches, whose sizes hang on the masks' content
     """
     from dinoreg.plan.speed import random_batch
-    from dinoreg.runtime import DTYPES
+    from dinoreg.runtime.device import DTYPES
     from dinoreg.train.schedules import Now
     from dinoreg.train.state import Networks, build_networks, build_state
     from dinoreg.train.step import train_step
@@ -160,7 +160,7 @@ def main() -> None:
     options.add_argument("--precision", default="bf16", choices=("bf16", "fp32"))
     options.add_argument("overrides", nargs="*", metavar="key=value", help="of the config, after a --")
     given = options.parse_args()
-    from dinoreg.config import load_config
+    from dinoreg.config.load import load_config
 
     overrides = [
         f"batch_size={2 if given.short else given.batch_size}",

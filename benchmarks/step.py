@@ -41,8 +41,8 @@ DEFAULT = ("dinoreg", "dinoreg, no drop path", "dinoreg, 8192 prototypes")
 
 def build(settings: dict[str, Any]) -> Any:
     """One variant of dinoreg, warmed up; see `measure.serve`."""
-    from dinoreg.config import load_config
-    from dinoreg.runtime import keep_freed_memory, pick_device, pick_precision
+    from dinoreg.config.load import load_config
+    from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
     from dinoreg.train.schedules import Now
     from dinoreg.train.state import build_networks, build_state
     from dinoreg.train.step import train_step
@@ -96,7 +96,7 @@ def build(settings: dict[str, Any]) -> Any:
 
 def random_batch(config: Any, patch_size: int, number: int, device: torch.device) -> Any:
     """A batch of random pixels with the masks that a run draws."""
-    from dinoreg.data.batches import Batch
+    from dinoreg.data.loader import Batch
     from dinoreg.data.masks import block_masks, mask_tensors
 
     crops, count, mask = config.crops, config.batch_size, config.mask

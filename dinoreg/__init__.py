@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
-    from dinoreg.models.zoo import load
+    from dinoreg.weights.load import load
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
@@ -22,7 +22,7 @@ _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
     "Tokens": "dinoreg.models.vit",
     "VitRGTS": "dinoreg.models.classifier",
-    "load": "dinoreg.models.zoo",
+    "load": "dinoreg.weights.load",
 }
 
 
@@ -35,7 +35,7 @@ def pretrain(config: str | Path | None = None, **overrides: Any) -> Path:
     returns    the run folder; `dinoreg.load` reads it
     raises     UserError (a ValueError) for a wrong key or value, before anything is written
     """
-    from dinoreg.config import load_config, require_complete
+    from dinoreg.config.load import load_config, require_complete
     from dinoreg.train.loop import pretrain as run
 
     resolved = load_config(config, overrides)
@@ -49,10 +49,10 @@ def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
     model    a RegisterViT, a ViT of timm or transformers, or whatever `weights=` takes: a run folder, a file, a name
     dataset  a name of `dinoreg eval --list`, several with commas, "all", or the path of a labelled folder or CSV
     options  the command line's keys: root="/datasets", out="runs/a", **{"knn.k": [20], "aircraft.crop_banner": False}
-    returns  dinoreg.eval.result.Result, or a list of them for several datasets; `.headline` is the figure
+    returns  dinoreg.evaluation.result.Result, or a list of them for several datasets; `.headline` is the figure
     raises   UserError (a ValueError) for a wrong key, value, dataset or missing file, before anything is computed
     """
-    from dinoreg.evaluation import evaluate_dataset
+    from dinoreg.commands.evaluate import evaluate_dataset
 
     return evaluate_dataset(model, str(dataset), options)
 

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.data import IGNORED, Data, Segmented
-from dinoreg.eval.declare import Benchmark, Need, Published, Task
-from dinoreg.eval.label_maps import read_mask
-from dinoreg.eval.reading import lines, missing, paths_source
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Published, Task
+from dinoreg.evaluation.data import IGNORED, Data, Segmented
+from dinoreg.evaluation.dense.label_maps import read_mask
+from dinoreg.evaluation.readers.text import lines, missing, paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME = "ade20k"
 ARCHIVE = "ADEChallengeData2016.zip"

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.arrays import BottomCutSource
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Option, Published, Task
-from dinoreg.eval.published import REGISTERS, fine_grained
-from dinoreg.eval.reading import lines, numbered, paths_source
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.arrays import BottomCutSource
+from dinoreg.evaluation.readers.published import REGISTERS, fine_grained
+from dinoreg.evaluation.readers.text import lines, numbered, paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "aircraft", "fgvc-aircraft-2013b.tar.gz"
 BANNER_ROWS = 20  # pixels

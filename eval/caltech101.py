@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Option, Task
-from dinoreg.eval.published import fine_grained
-from dinoreg.eval.reading import paths_source
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.published import fine_grained
+from dinoreg.evaluation.readers.text import paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "caltech101", "101_ObjectCategories.tar.gz, in caltech-101.zip"
 IMAGES = "101_ObjectCategories"

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Task
-from dinoreg.eval.published import fine_grained
-from dinoreg.eval.reading import matlab, paths_source, whole_number
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.published import fine_grained
+from dinoreg.evaluation.readers.text import matlab, paths_source, whole_number
+from dinoreg.runtime.errors import UserError
 
 NAME, DEVKIT, TEST_LABELS = "cars", "car_devkit.tgz", "cars_test_annos_withlabels.mat"
 META, TRAIN_LIST, COMBINED = "devkit/cars_meta.mat", "devkit/cars_train_annos.mat", "cars_annos.mat"

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinoreg.cli import script
-from dinoreg.eval.cifar import read_batches, read_names
-from dinoreg.eval.data import Data
-from dinoreg.eval.declare import Benchmark, Need, Task
-from dinoreg.eval.published import fine_grained
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Task
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.readers.cifar import read_batches, read_names
+from dinoreg.evaluation.readers.published import fine_grained
 
 NAME, ARCHIVE = "cifar10", "cifar-10-python.tar.gz"
 TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))

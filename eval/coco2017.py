@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.coco import read_instances
-from dinoreg.eval.data import Boxed, Data
-from dinoreg.eval.declare import Benchmark, Need, Task
-from dinoreg.eval.reading import paths_source
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Task
+from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.readers.coco import read_instances
+from dinoreg.evaluation.readers.text import paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME = "coco2017"
 BOXES = "annotations_trainval2017.zip"

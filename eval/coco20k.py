@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.coco import read_instances
-from dinoreg.eval.data import Data
-from dinoreg.eval.declare import Benchmark, Need, Option, Task
-from dinoreg.eval.published_discovery import corloc
-from dinoreg.eval.reading import lines, paths_source
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Task
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.readers.coco import read_instances
+from dinoreg.evaluation.readers.published_discovery import corloc
+from dinoreg.evaluation.readers.text import lines, paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME = "coco20k"
 LIST = "LOST's repository (valeoai/LOST, datasets/coco_20k_filenames.txt)"

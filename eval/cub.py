@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Task
-from dinoreg.eval.published import fine_grained
-from dinoreg.eval.reading import lines, paths_source, whole_number
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.published import fine_grained
+from dinoreg.evaluation.readers.text import lines, paths_source, whole_number
+from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "cub", "CUB_200_2011.tgz"
 IMAGES, LABELS, SPLIT, CLASSES = "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"

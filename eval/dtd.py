@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Option, Task
-from dinoreg.eval.published import fine_grained
-from dinoreg.eval.reading import lines, numbered, paths_source
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.published import fine_grained
+from dinoreg.evaluation.readers.text import lines, numbered, paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "dtd", "dtd-r1.0.1.tar.gz"
 SPLITS, PARTITIONS = ("train", "val", "test"), 10

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Task
-from dinoreg.eval.published import fine_grained
-from dinoreg.eval.reading import matlab, paths_source
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.published import fine_grained
+from dinoreg.evaluation.readers.text import matlab, paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "flowers102", "102flowers.tgz"
 LABELS, SETS = "imagelabels.mat", "setid.mat"

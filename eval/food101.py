@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.cli import script
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Task
-from dinoreg.eval.published import fine_grained
-from dinoreg.eval.reading import lines, missing, numbered, paths_source
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.published import fine_grained
+from dinoreg.evaluation.readers.text import lines, missing, numbered, paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "food101", "food-101.tar.gz"
 

@@ -21,14 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from dinoreg.cli import script
-from dinoreg.data.index import index_folder
-from dinoreg.data.named import Pretraining
-from dinoreg.data.sources import PathSource, Source, labelled_folder
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Option, Published, Task
-from dinoreg.eval.reading import lines, paths_source, present
+from dinoreg.commands.main import script
+from dinoreg.data.declared import Pretraining
+from dinoreg.data.folder_index import index_folder
+from dinoreg.data.open import labelled_folder
+from dinoreg.data.source import Source
+from dinoreg.data.sources import PathSource
+from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.text import lines, paths_source, present
+from dinoreg.runtime.errors import UserError
 
 NAME = "imagenet1k"
 NEEDS = {

@@ -18,16 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.cli import script
-from dinoreg.data.index import PathBlock
-from dinoreg.data.named import Pretraining
-from dinoreg.data.randomness import philox
-from dinoreg.data.sources import ChosenSource, Source, labelled_folder
-from dinoreg.data.tars import TarSource, index_tars
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Option, Task
-from dinoreg.eval.reading import lines
+from dinoreg.commands.main import script
+from dinoreg.data.declared import Pretraining
+from dinoreg.data.folder_index import PathBlock
+from dinoreg.data.open import labelled_folder
+from dinoreg.data.rng import philox
+from dinoreg.data.source import Source
+from dinoreg.data.sources import ChosenSource
+from dinoreg.data.tar_index import TarSource, index_tars
+from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.text import lines
+from dinoreg.runtime.errors import UserError
 
 NAME = "imagenet22k"
 ARCHIVE = "fall11_whole.tar, a tar of one tar per class (unpacking the inner ones into folders is allowed, not needed)"

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.cli import script
-from dinoreg.data.named import Pretraining
-from dinoreg.data.sources import PathSource, Source
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Published, Task
-from dinoreg.eval.reading import missing, paths_source, present
+from dinoreg.commands.main import script
+from dinoreg.data.declared import Pretraining
+from dinoreg.data.source import Source
+from dinoreg.data.sources import PathSource
+from dinoreg.evaluation.benchmark import Benchmark, Need, Published, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.text import missing, paths_source, present
+from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES = "inat2018", "train_val2018.tar.gz"
 NEEDS = {split: Need(f"{split}2018.json", f"{split}2018.json.tar.gz") for split in ("train", "val")}

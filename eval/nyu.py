@@ -26,15 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.cli import script
+from dinoreg.commands.main import script
 from dinoreg.data.decode import BadImage
-from dinoreg.data.sources import Source
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, DepthMaps
-from dinoreg.eval.declare import Benchmark, Need, Option, Published, Task
-from dinoreg.eval.depth_images import read_metres
-from dinoreg.eval.depth_metrics import Crop, scaled_crop
-from dinoreg.eval.reading import lines, matlab, missing, paths_source
+from dinoreg.data.source import Source
+from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.evaluation.data import Data, DepthMaps
+from dinoreg.evaluation.dense.depth_images import read_metres
+from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
+from dinoreg.evaluation.readers.text import lines, matlab, missing, paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME = "nyu"
 SIZE = (480, 640)  # height, width that the crops are stated for

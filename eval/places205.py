@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.cli import script
-from dinoreg.data.named import Pretraining
-from dinoreg.data.sources import PathSource, Source
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Benchmark, Need, Option, Published, Task
-from dinoreg.eval.reading import lines, paths_source, present, whole_number
+from dinoreg.commands.main import script
+from dinoreg.data.declared import Pretraining
+from dinoreg.data.source import Source
+from dinoreg.data.sources import PathSource
+from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.text import lines, paths_source, present, whole_number
+from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES, LISTS = "places205", "imagesPlaces205_resize.tar.gz", "trainvalsplit_places205.tar.gz"
 CLASSES = 205

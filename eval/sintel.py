@@ -1,7 +1,7 @@
 """MPI Sintel (Butler et al. 2012): optical flow of a rendered film, in a clean and a final pass.
 
 Pairs are consecutive frames of a scene; the flow file of frame k leads from k to k + 1, and the last frame has none.
-Occlusion masks come one for each pair, masks of invalid pixels one for each frame (reference datasets §5.20).
+Occlusion masks come one for each pair, masks of invalid pixels one for each frame.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinoreg.cli import script
+from dinoreg.commands.main import script
 from dinoreg.data.sources import PathSource
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, FlowPairs
-from dinoreg.eval.declare import Benchmark, Need, Option, Published, Task
-from dinoreg.eval.reading import missing, paths_source
+from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.evaluation.data import Data, FlowPairs
+from dinoreg.evaluation.readers.text import missing, paths_source
+from dinoreg.runtime.errors import UserError
 
 NAME = "sintel"
 PASSES = ("clean", "final")

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dinoreg.cli import script
-from dinoreg.eval.data import Data
-from dinoreg.eval.declare import Benchmark, Need, Published, Task
-from dinoreg.eval.pascal import CLASSES, Devkit
-from dinoreg.eval.published import fine_grained
-from dinoreg.eval.published_discovery import DENOISING, corloc
+from dinoreg.commands.main import script
+from dinoreg.evaluation.benchmark import Benchmark, Need, Published, Task
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.readers.pascal import CLASSES, Devkit
+from dinoreg.evaluation.readers.published import fine_grained
+from dinoreg.evaluation.readers.published_discovery import DENOISING, corloc
 
 NAME = "voc2007"
 TRAINVAL, TEST = "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar"

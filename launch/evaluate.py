@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinoreg.cli import main
-from dinoreg.errors import UserError
-from dinoreg.launch.declare import Group, Job, Plan, Request
-from dinoreg.launch.runs import kept_weights, run_of, step_of
+from dinoreg.commands.main import main
+from dinoreg.jobs.job_type import Group, Job, Plan, Request
+from dinoreg.jobs.training_job import kept_weights, run_of, step_of
+from dinoreg.runtime.errors import UserError
 
 # What evaluates takes seconds to import, and `dinoreg launch --help` reads this file.
 if TYPE_CHECKING:
-    from dinoreg.eval.declare import Benchmark
-    from dinoreg.eval.run import Request as Evaluation
+    from dinoreg.evaluation.benchmark import Benchmark
+    from dinoreg.evaluation.runner import Request as Evaluation
 
 REPORT_MINUTES = 60
 
@@ -27,8 +27,8 @@ REPORT_MINUTES = 60
 def plan(request: Request) -> Plan:
     if request.source is None:
         raise UserError("launch evaluate: missing NAMES: datasets with commas between, all, or a labelled folder")
-    from dinoreg.evaluation import read_request
-    from dinoreg.models.weights import find_weights
+    from dinoreg.commands.evaluate import read_request
+    from dinoreg.weights.resolve import find_weights
 
     evaluation = read_request(request.overrides)
     if evaluation.options.weights is None:
@@ -71,7 +71,7 @@ def plan(request: Request) -> Plan:
 
 def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
     """{what `dinoreg eval` is to be given: benchmark} of those whose data are there, and what is left out of `all`."""
-    from dinoreg.eval.run import choose
+    from dinoreg.evaluation.runner import choose
 
     parts = [names] if Path(names).exists() else [name for name in names.split(",") if name]
     if parts == ["all"]:
@@ -85,7 +85,7 @@ def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], 
 
 
 def _readable(evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
-    from dinoreg.eval.run import choose
+    from dinoreg.evaluation.runner import choose
 
     found, notes = {}, []
     for benchmark in choose(["all"], evaluation):
@@ -118,7 +118,7 @@ def _belongs(item: str, benchmark: Benchmark, evaluation: Evaluation) -> bool:
 
 
 def _aliases(name: str) -> tuple[str, ...]:
-    from dinoreg.eval.declare import benchmarks
+    from dinoreg.evaluation.benchmark import benchmarks
 
     known = benchmarks()
     return known[name].aliases if name in known else ()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from dinoreg.cli import main
-from dinoreg.errors import UserError
-from dinoreg.launch.declare import Group, Job, Plan, Request
-from dinoreg.launch.runs import run_of
+from dinoreg.commands.main import main
+from dinoreg.jobs.job_type import Group, Job, Plan, Request
+from dinoreg.jobs.training_job import run_of
+from dinoreg.runtime.errors import UserError
 
 
 def plan(request: Request) -> Plan:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dinoreg.cli import main
-from dinoreg.errors import UserError
-from dinoreg.launch.declare import Arguments, Group, Job, Plan, Request
-from dinoreg.launch.options import OPTION_NAMES, split_options
-from dinoreg.launch.runs import training
+from dinoreg.commands.main import main
+from dinoreg.jobs.job_type import Arguments, Group, Job, Plan, Request
+from dinoreg.jobs.options import OPTION_NAMES, split_options
+from dinoreg.jobs.training_job import training
+from dinoreg.runtime.errors import UserError
 
 # What evaluations ask for unless they are told otherwise: where training runs, too, but not as much of it.
 INHERITED = (

@@ -12,10 +12,10 @@ import sys
 from hashlib import sha256
 from pathlib import Path
 
-from dinoreg.cli import main
-from dinoreg.errors import UserError
-from dinoreg.launch.declare import Group, Job, Plan, Request
-from dinoreg.launch.runs import training
+from dinoreg.commands.main import main
+from dinoreg.jobs.job_type import Group, Job, Plan, Request
+from dinoreg.jobs.training_job import training
+from dinoreg.runtime.errors import UserError
 
 MAX_NAME = 120
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoreg.data.sources import Source
-from dinoreg.eval.context import Context
-from dinoreg.eval.data import Boxed
-from dinoreg.eval.features import FeatureStore
+from dinoreg.data.source import Source
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.data import Boxed
+from dinoreg.evaluation.features.cache import FeatureStore
 
 COLOURS = np.array([(230, 60, 40), (60, 200, 70), (70, 90, 230)], dtype=np.float64)
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from dinoreg.eval.context import Context
-from dinoreg.eval.encoder import NativeEncoder, wrap
-from dinoreg.eval.features import FeatureStore
+from dinoreg.evaluation.backbones.encoder import NativeEncoder, wrap
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.features.cache import FeatureStore
 from dinoreg.models.vit import RegisterViT
 
 

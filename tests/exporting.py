@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinoreg import checkpoint
+from dinoreg.checkpoint import format as checkpoint
 from dinoreg.models.vit import RegisterViT
 
 # What a user would write to get (class token, registers, patches) out of what the card's code made.

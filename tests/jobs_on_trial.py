@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 from training import tiny_config
 
-from dinoreg.config import to_yaml
-from dinoreg.launch.records import read_records
-from dinoreg.launch.status import Found, examine
+from dinoreg.config.load import to_yaml
+from dinoreg.jobs.records import read_records
+from dinoreg.jobs.status import Found, examine
 
 SECONDS = 300.0  # that anything may take on two busy cores
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from dinoreg.config import Config
+from dinoreg.config.load import Config
 
 
 def free_port() -> int:

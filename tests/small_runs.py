@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from dinoreg.checkpoint import write_teacher
-from dinoreg.config import load_config, to_yaml
+from dinoreg.checkpoint.format import write_teacher
+from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinoreg.errors import UserError
 from dinoreg.models.attention import attend, attend_groups, attention_weights, resolve_backend
+from dinoreg.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 

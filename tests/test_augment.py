@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as V
 
+from dinoreg.config.view_settings import AugmentSettings
 from dinoreg.data.augment import NUMBERS_PER_VIEW, ORDERS, P, augment, draw_photometric, gaussian_blur
-from dinoreg.data.settings import AugmentSettings
 
 PLAIN = AugmentSettings(mean=(0.0,), std=(1.0,))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from dinoreg.eval.average_precision import Curve, Ranking, average_precision
+from dinoreg.evaluation.metrics.average_precision import Curve, Ranking, average_precision
 
 
 def literal(scores: np.ndarray, labels: np.ndarray, points: str, weights: np.ndarray | None = None) -> float:

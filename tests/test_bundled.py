@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import dinoreg
-from dinoreg import bundled as module
-from dinoreg.bundled import bundled
+from dinoreg.config import bundled as module
+from dinoreg.config.bundled import bundled
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -48,7 +48,7 @@ def test_sinkhorn_in_float32_is_close_to_float64() -> None:
 def test_sinkhorn_does_not_depend_on_how_many_rows_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = _logits(11, 6)
     whole = sinkhorn_knopp(logits, 0.05)
-    monkeypatch.setattr("dinoreg.rows.CPU_PIECE", 4 * 6)  # pieces of 4, 4 and 3 rows
+    monkeypatch.setattr("dinoreg.runtime.tiling.CPU_CHUNK", 4 * 6)  # pieces of 4, 4 and 3 rows
     torch.testing.assert_close(sinkhorn_knopp(logits, 0.05), whole)
 
 

@@ -13,16 +13,18 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
-from dinoreg.data.index import PathBlock
+from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.sources import PathSource
-from dinoreg.errors import UserError
-from dinoreg.eval import classification, linear, neighbours
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import Task
-from dinoreg.eval.encoder import PixelEncoder, wrap
-from dinoreg.eval.images import read_rgb
-from dinoreg.eval.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
+from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
+from dinoreg.evaluation.benchmark import Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
+from dinoreg.evaluation.protocols import knn as neighbours
+from dinoreg.evaluation.protocols import linear
+from dinoreg.evaluation.protocols import logistic as classification
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import UserError
 
 TASK = Task("logistic", lambda root, options: Data({}), "top-1")
 OPTIONS = EvalOptions(
@@ -141,7 +143,7 @@ def test_the_grid_without_augmentation_runs_the_backbone_once_per_image(tmp_path
 
 
 def test_a_grid_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinoreg.eval.heads.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("dinoreg.evaluation.solvers.train_heads.SAVE_SECONDS", 0.0)
     found = data(tmp_path)
     whole = linear.evaluate(small_encoder(), found, TASK, OPTIONS, context(tmp_path / "whole"))
     broken = context(tmp_path / "broken")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoreg.errors import UserError
 from dinoreg.models.classifier import VitRGTS
+from dinoreg.runtime.errors import UserError
 
 
 def tiny(**options: object) -> VitRGTS:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dinoreg.config import Config, ModelConfig, find_config, load_config, require_complete, to_yaml
-from dinoreg.errors import UserError
-from dinoreg.keys import describe
+from dinoreg.config.keys import describe
+from dinoreg.config.load import Config, ModelConfig, find_config, load_config, require_complete, to_yaml
+from dinoreg.runtime.errors import UserError
 
 
 def write(folder: Path, text: str) -> Path:

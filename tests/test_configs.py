@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from dinoreg.bundled import bundled
-from dinoreg.config import Config, load_config, require_complete
+from dinoreg.config.bundled import bundled
+from dinoreg.config.load import Config, load_config, require_complete
 
 FILES = sorted(bundled("configs").glob("*.yaml"))
 NAMES = [path.stem for path in FILES]

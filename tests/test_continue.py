@@ -19,22 +19,22 @@ from test_step import new_batch
 from torch import Tensor
 from training import loss_trace, read_lines, tiny_config
 
-from dinoreg import checkpoint
-from dinoreg.cli import main
-from dinoreg.config import Config, load_config
-from dinoreg.data import scenes
-from dinoreg.errors import Interrupted, UserError
+from dinoreg.checkpoint import format as checkpoint
+from dinoreg.commands.main import main
+from dinoreg.config.load import Config, load_config
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.models.vit import RegisterViT
-from dinoreg.models.zoo import load
+from dinoreg.runtime.errors import Interrupted, UserError
+from dinoreg.scenes import render as scenes
 from dinoreg.train import loop
 from dinoreg.train.health import REMEDIES, Health
 from dinoreg.train.loop import pretrain
-from dinoreg.train.probe import Probe
+from dinoreg.train.online_probe import Probe
+from dinoreg.train.prepare import prepare
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.setup import prepare
 from dinoreg.train.state import build_networks, build_state
 from dinoreg.train.step import backward, teacher_targets
+from dinoreg.weights.load import load
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinoreg.errors import UserError
-from dinoreg.models import convert
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import UserError
+from dinoreg.weights import convert
 
 CASES = [(ffn, registers) for ffn in ("mlp", "swiglu") for registers in (0, 4)]
 

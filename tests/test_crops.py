@@ -6,6 +6,7 @@ import skimage.data
 import torch
 from PIL import Image
 
+from dinoreg.config.view_settings import CropSettings
 from dinoreg.data.crops import (
     NUMBERS_PER_VIEW,
     make_crops,
@@ -14,7 +15,6 @@ from dinoreg.data.crops import (
     reduction_for,
     relative_boxes,
 )
-from dinoreg.data.settings import CropSettings
 
 SETTINGS = CropSettings(num_local=3)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinoreg.errors import RunError
-from dinoreg.eval import dense
-from dinoreg.eval.dense import (
+from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
+from dinoreg.evaluation.dense import windows as dense
+from dinoreg.evaluation.dense.windows import (
     TrainingStream,
     Windows,
     bilinear_matrix,
@@ -28,8 +28,8 @@ from dinoreg.eval.dense import (
     turn_hue,
     window_starts,
 )
-from dinoreg.eval.encoder import PixelEncoder, wrap
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import RunError
 
 
 class TestSizes:

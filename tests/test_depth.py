@@ -14,20 +14,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dinoreg.bundled import bundled
-from dinoreg.data.sources import Source
-from dinoreg.errors import RunError, UserError
-from dinoreg.eval import depth_images
-from dinoreg.eval.context import Context
-from dinoreg.eval.data import Data, DepthMaps
-from dinoreg.eval.declare import Task, load_benchmark
-from dinoreg.eval.depth import evaluate
-from dinoreg.eval.depth_heads import DepthHead, DepthHeads, head_blocks
-from dinoreg.eval.depth_images import crop_size, read_pair, training_crop
-from dinoreg.eval.encoder import Encoder, PixelEncoder, wrap
-from dinoreg.eval.features import FeatureStore
-from dinoreg.eval.options import DepthOptions, EvalOptions
+from dinoreg.config.bundled import bundled
+from dinoreg.data.source import Source
+from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder, wrap
+from dinoreg.evaluation.benchmark import Task, load_benchmark
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.data import Data, DepthMaps
+from dinoreg.evaluation.dense import depth_images
+from dinoreg.evaluation.dense.depth_head import DepthHead, DepthHeads, head_blocks
+from dinoreg.evaluation.dense.depth_images import crop_size, read_pair, training_crop
+from dinoreg.evaluation.features.cache import FeatureStore
+from dinoreg.evaluation.options import DepthOptions, EvalOptions
+from dinoreg.evaluation.protocols.depth import evaluate
 from dinoreg.models.vit import RegisterViT, Tokens
+from dinoreg.runtime.errors import RunError, UserError
 from tests.miniatures import nyu
 
 TASK = load_benchmark(bundled("eval") / "nyu.py").tasks[0]
@@ -313,7 +313,7 @@ def test_the_same_seed_gives_the_same_figures_also_after_an_interruption(
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr("dinoreg.eval.heads.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("dinoreg.evaluation.solvers.train_heads.SAVE_SECONDS", -1.0)
     with pytest.raises(KeyboardInterrupt):
         _evaluate(_vit(), data, tmp_path / "b", options, progress=stops)
     assert list((tmp_path / "b" / "state").glob("depth*"))

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou, generalized_box_iou, sigmoid_focal_loss
 
-from dinoreg.errors import RunError, UserError
-from dinoreg.eval import detection, heads
-from dinoreg.eval.box_head import (
+from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
+from dinoreg.evaluation.benchmark import Task
+from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.dense.box_head import (
     BACKGROUND,
     IGNORED,
     Answers,
@@ -29,13 +30,13 @@ from dinoreg.eval.box_head import (
     focal_loss,
     giou,
 )
-from dinoreg.eval.data import Boxed, Data
-from dinoreg.eval.declare import Task
-from dinoreg.eval.detection import Prepared, alike, evaluate, fit, predict, prepare, typical_reach
-from dinoreg.eval.encoder import PixelEncoder, wrap
-from dinoreg.eval.options import DetectionOptions, EvalOptions
-from dinoreg.eval.result import Row
+from dinoreg.evaluation.options import DetectionOptions, EvalOptions
+from dinoreg.evaluation.protocols import detection
+from dinoreg.evaluation.protocols.detection import Prepared, alike, evaluate, fit, predict, prepare, typical_reach
+from dinoreg.evaluation.result import Row
+from dinoreg.evaluation.solvers import train_heads as heads
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import RunError, UserError
 from tests.box_pictures import Pictures, coloured, context
 
 TASK = Task("detection", lambda folder, options: Data({}), "AP50")

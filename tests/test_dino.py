@@ -49,7 +49,7 @@ CASES = [  # rows of logits, rows of targets, weighted, shift
 def test_soft_cross_entropy_equals_a_double_loop(
     rows: int, num_targets: int, weighted: bool, shift: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinoreg.rows.CPU_PIECE", piece)
+    monkeypatch.setattr("dinoreg.runtime.tiling.CPU_CHUNK", piece)
     logits = _random(rows, 7).requires_grad_()
     targets = _targets(num_targets, 7) * 2  # mass 2, as the sum of two views
     weights = torch.rand(rows, dtype=torch.float64) if weighted else None

@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinoreg.errors import RunError, UserError
-from dinoreg.eval import discovery
-from dinoreg.eval.boxes import padded
-from dinoreg.eval.data import Boxed, Data
-from dinoreg.eval.declare import Task
-from dinoreg.eval.discovery import correct, crosswise, evaluate, features_of
-from dinoreg.eval.encoder import PixelEncoder, wrap
-from dinoreg.eval.metrics import bootstrap_interval
-from dinoreg.eval.options import DiscoveryOptions, EvalOptions
-from dinoreg.eval.result import Row
+from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
+from dinoreg.evaluation.benchmark import Task
+from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
+from dinoreg.evaluation.metrics.boxes import padded
+from dinoreg.evaluation.options import DiscoveryOptions, EvalOptions
+from dinoreg.evaluation.protocols import discovery
+from dinoreg.evaluation.protocols.discovery import correct, crosswise, evaluate, features_of
+from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import RunError, UserError
 from tests.box_pictures import Pictures, bright_on_dark, context, split_of
 
 TASK = Task("discovery", lambda folder, options: Data({}), "CorLoc")
@@ -284,7 +284,7 @@ def test_options_out_of_range_are_named(options: dict, message: str) -> None:
 
 
 def test_objects_of_the_voc_miniature_are_found_and_shuffled_ones_are_not(tmp_path: Path) -> None:
-    from dinoreg.eval.declare import find_benchmark
+    from dinoreg.evaluation.benchmark import find_benchmark
     from tests.miniatures import voc2007
 
     benchmark = find_benchmark("voc2007")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dinoreg.distributed import all_reduce_max, all_reduce_sum, is_distributed, rank, world_size
+from dinoreg.distributed.process_group import all_reduce_max, all_reduce_sum, is_distributed, rank, world_size
 
 
 def test_one_process_is_rank_zero_of_one() -> None:

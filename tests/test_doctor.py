@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from dinoreg import checkpoint, doctor, environment
-from dinoreg.errors import RunError
+from dinoreg.checkpoint import format as checkpoint
+from dinoreg.commands import doctor
+from dinoreg.runtime import environment
+from dinoreg.runtime.errors import RunError
 
 Rows = list[tuple[str, str, str]]
 

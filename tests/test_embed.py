@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors import safe_open
 from small_runs import MEAN, STD, tiny_model, write_run
 
-import dinoreg.embed as verb
-import dinoreg.feature_file as files
-from dinoreg.cli import main
-from dinoreg.data.scenes import render_image
-from dinoreg.embed import EmbedOptions, embed, read_options
-from dinoreg.errors import Interrupted, RunError, UserError
-from dinoreg.feature_file import read_features, skipped_list
+import dinoreg.commands.embed as verb
+import dinoreg.export.feature_file as files
+from dinoreg.commands.embed import EmbedOptions, embed, read_options
+from dinoreg.commands.main import main
+from dinoreg.export.feature_file import read_features, skipped_list
+from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.scenes.render import render_image
 
 COUNT, SIZE = 11, 32
 

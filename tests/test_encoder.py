@@ -13,9 +13,9 @@ from peer_models import timm_model, transformers_model
 from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from dinoreg.errors import UserError
-from dinoreg.eval.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, PixelEncoder, wrap
+from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, PixelEncoder, wrap
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import UserError
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from miniatures import food101, pets
 from peer_models import timm_model
 
 import dinoreg
-from dinoreg.cli import main
-from dinoreg.errors import UserError
-from dinoreg.eval.declare import benchmarks, find_benchmark
-from dinoreg.eval.result import Result, Row
-from dinoreg.eval.run import read_result
+from dinoreg.commands.main import main
+from dinoreg.evaluation.benchmark import benchmarks, find_benchmark
+from dinoreg.evaluation.result import Result, Row
+from dinoreg.evaluation.runner import read_result
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import UserError
 
 FAST = ["logistic.num_c=6", "batch_size=32", "workers=0", "precision=fp32", "examples=2"]
 
@@ -81,7 +81,7 @@ def test_the_same_command_again_measures_nothing(
     def never(*_: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("dinoreg.eval.classification.evaluate", never)
+    monkeypatch.setattr("dinoreg.evaluation.protocols.logistic.evaluate", never)
     assert main(command) == 0
     assert record(tmp_path, "pets") == first
     monkeypatch.undo()
@@ -92,7 +92,8 @@ def test_the_same_command_again_measures_nothing(
 def test_an_evaluation_that_was_stopped_keeps_what_was_done(
     root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dinoreg.eval import classification, neighbours
+    from dinoreg.evaluation.protocols import knn as neighbours
+    from dinoreg.evaluation.protocols import logistic as classification
 
     calls = []
     inner = classification.evaluate
@@ -118,8 +119,8 @@ def test_an_evaluation_that_was_stopped_keeps_what_was_done(
 def test_one_broken_dataset_does_not_take_the_others_along(
     root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dinoreg.errors import RunError
-    from dinoreg.eval import classification
+    from dinoreg.evaluation.protocols import logistic as classification
+    from dinoreg.runtime.errors import RunError
 
     inner = classification.evaluate
 

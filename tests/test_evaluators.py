@@ -10,9 +10,9 @@ import pytest
 import torch
 from encoders import small_vit
 
-from dinoreg.bundled import bundled
-from dinoreg.cli import main
-from dinoreg.eval.declare import PROTOCOLS, benchmarks
+from dinoreg.commands.main import main
+from dinoreg.config.bundled import bundled
+from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 
 NAMES = sorted(path.stem for path in bundled("eval").glob("*.py"))
 FAST = {

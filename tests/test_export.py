@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import dinoreg
-from dinoreg.cli import main
-from dinoreg.errors import RunError, UserError
+from dinoreg.commands.main import main
 from dinoreg.export import certificate, formats
 from dinoreg.export.card import write_card
 from dinoreg.export.run import read_certificate
 from dinoreg.export.source import read_source
+from dinoreg.runtime.errors import RunError, UserError
 from tests.exporting import ask_stranger, assert_same_tokens, card_code, images, vit, write_run
 
 

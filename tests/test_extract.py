@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinoreg.errors import RunError
-from dinoreg.eval.extract import extract_features, linear_probe, pixel_probe, probe_record
+from dinoreg.evaluation.features.extract import extract_features, linear_probe, pixel_probe, probe_record
+from dinoreg.runtime.errors import RunError
 
 
 class Tokens(NamedTuple):

@@ -11,11 +11,12 @@ from encoders import small_encoder, small_vit
 from miniatures.pictures import pattern
 from torch import Tensor
 
-from dinoreg.data.sources import Source, open_source
-from dinoreg.errors import RunError, UserError
-from dinoreg.eval.encoder import PixelEncoder, wrap
-from dinoreg.eval.features import FeatureStore
-from dinoreg.eval.images import CentreCrop, read_rgb, still_batches
+from dinoreg.data.open import open_source
+from dinoreg.data.source import Source
+from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
+from dinoreg.evaluation.features.cache import FeatureStore
+from dinoreg.evaluation.features.images import CentreCrop, read_rgb, still_batches
+from dinoreg.runtime.errors import RunError, UserError
 
 CROP = CentreCrop(32, 32)
 
@@ -95,7 +96,7 @@ def test_what_shapes_the_numbers_is_in_the_key(folder: Path, tmp_path: Path) -> 
 def test_an_extraction_that_was_stopped_goes_on_where_it_was(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinoreg.eval.features.FLUSH_ROWS", 3)
+    monkeypatch.setattr("dinoreg.evaluation.features.cache.FLUSH_ROWS", 3)
     source = open_source(str(folder))
     store = FeatureStore(tmp_path / "f", batch_size=2)
     stopped = Counting(stop_at=7)

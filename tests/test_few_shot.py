@@ -13,19 +13,29 @@ import torch
 from torch import Tensor
 
 from dinoreg.data.sources import ScenesSource
-from dinoreg.errors import UserError
-from dinoreg.eval import classification, few_shot
-from dinoreg.eval.arrays import ArraySource
-from dinoreg.eval.context import Context
-from dinoreg.eval.data import Data, Labelled
-from dinoreg.eval.declare import PROTOCOLS, Task
-from dinoreg.eval.encoder import PixelEncoder
-from dinoreg.eval.features import FeatureStore
-from dinoreg.eval.few_shot import FIXED_C, Setting, Spread, class_means, drawn, interval, nearest_mean, score
-from dinoreg.eval.metrics import bootstrap_interval, mean_per_class_accuracy
-from dinoreg.eval.options import EvalOptions, FewShotOptions, LogisticOptions
-from dinoreg.eval.own import own_benchmark
-from dinoreg.eval.result import Row
+from dinoreg.evaluation.backbones.encoder import PixelEncoder
+from dinoreg.evaluation.benchmark import PROTOCOLS, Task
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.custom.datasets import own_benchmark
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.features.cache import FeatureStore
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, mean_per_class_accuracy
+from dinoreg.evaluation.options import EvalOptions, FewShotOptions, LogisticOptions
+from dinoreg.evaluation.protocols import few_shot
+from dinoreg.evaluation.protocols import logistic as classification
+from dinoreg.evaluation.protocols.few_shot import (
+    FIXED_C,
+    Setting,
+    Spread,
+    class_means,
+    drawn,
+    interval,
+    nearest_mean,
+    score,
+)
+from dinoreg.evaluation.readers.arrays import ArraySource
+from dinoreg.evaluation.result import Row
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import own
 
 TASK = Task(protocol="few_shot", read=lambda folder, options: Data({}), metric="top-1")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinoreg.models.flops import Encoder, head, step
 from dinoreg.plan.devices import find_device
+from dinoreg.plan.flops import Encoder, head, step
 from dinoreg.plan.job import describe
 from dinoreg.plan.operations import check_operations
 from dinoreg.plan.speed import random_batch

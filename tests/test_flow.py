@@ -16,15 +16,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dinoreg.errors import RunError, UserError
-from dinoreg.eval import flow, flow_frames, flow_matching, heads
-from dinoreg.eval.data import Data, FlowPairs
-from dinoreg.eval.declare import Task, load_benchmark
-from dinoreg.eval.encoder import Encoder, PixelEncoder
-from dinoreg.eval.flow_matching import Geometry, Projection, Truth, figures, match, tally
-from dinoreg.eval.flow_pictures import colours, draw
-from dinoreg.eval.options import EvalOptions, FlowOptions
-from dinoreg.eval.result import Row
+from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
+from dinoreg.evaluation.benchmark import Task, load_benchmark
+from dinoreg.evaluation.data import Data, FlowPairs
+from dinoreg.evaluation.dense import flow_frames, flow_matching
+from dinoreg.evaluation.dense.flow_matching import Geometry, Projection, Truth, figures, match, tally
+from dinoreg.evaluation.dense.flow_pictures import colours, draw
+from dinoreg.evaluation.options import EvalOptions, FlowOptions
+from dinoreg.evaluation.protocols import flow
+from dinoreg.evaluation.result import Row
+from dinoreg.evaluation.solvers import train_heads as heads
+from dinoreg.runtime.errors import RunError, UserError
 from tests.encoders import context, small_encoder
 from tests.miniatures import sintel
 

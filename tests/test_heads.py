@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from dinoreg.errors import UserError
 from dinoreg.models.heads import PrototypeHead, WeightNormLinear, _ScaledRows
+from dinoreg.runtime.errors import UserError
 
 
 def test_last_layer_equals_torchs_weight_norm_in_outputs_and_gradients() -> None:
@@ -41,7 +41,7 @@ def test_rows_are_scaled_in_pieces_as_at_once_and_in_the_precision_of_the_produc
     nn.init.uniform_(layer.weight_g, 0.5, 2.0)
     x = torch.randn(3, 5, dtype=torch.float64)
     whole = torch.autograd.grad(layer(x).sin().sum(), list(layer.parameters()))
-    monkeypatch.setattr("dinoreg.rows.CPU_PIECE", 5 * 4)  # pieces of 4, 4 and 3 rows
+    monkeypatch.setattr("dinoreg.runtime.tiling.CPU_CHUNK", 5 * 4)  # pieces of 4, 4 and 3 rows
     parts = torch.autograd.grad(layer(x).sin().sum(), list(layer.parameters()))
     torch.testing.assert_close(parts, whole, rtol=0, atol=0)
     assert torch.autograd.gradcheck(lambda v, g: _ScaledRows.apply(v, g, v.dtype), (layer.weight_v, layer.weight_g))

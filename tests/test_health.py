@@ -7,7 +7,7 @@ import pytest
 import torch
 from training import TINY, read_lines, tiny_config
 
-from dinoreg.data import scenes
+from dinoreg.scenes import render as scenes
 from dinoreg.train import loop
 from dinoreg.train.health import REMEDIES, Health, _spread
 from dinoreg.train.state import TrainState
@@ -193,7 +193,7 @@ def test_many_in_a_row_roll_the_run_back_past_the_samples_and_it_finishes(
 
 
 def test_a_run_that_stays_non_finite_stops_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinoreg.errors import RunError
+    from dinoreg.runtime.errors import RunError
 
     poison(monkeypatch, range(2, 10**6))
     with pytest.raises(RunError, match="not finite, after 1 roll-back"):

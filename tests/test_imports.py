@@ -13,29 +13,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "dinoreg").rglob("*.py"))
 
-# cli -> train, eval, view, launch, export -> models, losses, data, checkpoint, config -> distributed, errors
-GROUND = ("errors", "peers", "distributed", "runtime", "rows", "metrics", "values", "keys", "bundled")
-PARTS = (
-    *("models", "losses", "data", "checkpoint", "checkpoint_writer"),
-    *("options", "config", "config_dinov2", "environment"),
+# From the ground up. A folder imports folders of floors below it, never of its own or a higher one.
+FLOORS = (
+    ("runtime",),
+    ("models", "scenes", "distributed"),
+    ("config", "losses"),
+    ("data", "weights", "checkpoint", "jobs"),
+    ("evaluation", "reports", "export"),
+    ("train", "visualize"),
+    ("registers", "plan"),
+    ("commands",),
 )
-WORK = ("train", "eval", "view", "launch", "export")
-TOP = (
-    *("quickstart", "embed", "feature_file", "evaluation", "registers", "doctor", "plan"),
-    *("jobs", "launching"),
-    *("arguments", "cli", "__main__", "__init__"),
-)
-TIER = {name: tier for tier, names in enumerate((GROUND, PARTS, WORK, TOP)) for name in names}
-
-# What a part may use of its neighbours; a part not named here uses none.
-NEIGHBOURS = {
-    "keys": {"values"},
-    "distributed": {"peers"},
-    "checkpoint_writer": {"checkpoint"},
-    "config": {"options", "config_dinov2", "data.settings", "models.zoo"},
-    "options": {"data.settings"},
-    "config_dinov2": {"config"},
-}
+FLOOR = {folder: floor for floor, folders in enumerate(FLOORS) for folder in folders}
 
 
 def imported(path: Path, everywhere: bool = True) -> set[str]:
@@ -54,9 +43,8 @@ def imported(path: Path, everywhere: bool = True) -> set[str]:
     return found
 
 
-def part_of(path: Path) -> str:
-    parts = path.relative_to(ROOT / "dinoreg").with_suffix("").parts
-    return parts[0]
+def folder_of(path: Path) -> str:
+    return path.relative_to(ROOT / "dinoreg").parts[0]
 
 
 def own_imports(path: Path) -> set[str]:
@@ -65,30 +53,44 @@ def own_imports(path: Path) -> set[str]:
     return names - {"__version__"}
 
 
-def test_every_module_has_a_place_in_the_arrow() -> None:
-    assert {part_of(path) for path in MODULES} <= set(TIER)
+def test_the_package_root_holds_the_public_face_and_nothing_else() -> None:
+    assert {path.name for path in (ROOT / "dinoreg").glob("*.py")} == {"__init__.py", "__main__.py"}
+    assert {folder_of(path) for path in MODULES} - {"__init__.py", "__main__.py"} == set(FLOOR)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_right_and_never_sideways(path: Path) -> None:
-    part = part_of(path)
-    for name in own_imports(path):
-        other = name.partition(".")[0]
-        assert TIER[other] <= TIER[part], f"{part} imports {name}, which is above it"
-        if other == part or TIER[other] < TIER[part] or part in TOP:
+def test_imports_go_down() -> None:
+    for path in MODULES:
+        folder = folder_of(path)
+        if folder not in FLOOR:
             continue
-        if TIER[part] == 0:
-            assert name in {"errors"} | NEIGHBOURS.get(part, set()), f"{part} imports {name}"
-        else:
-            allowed = NEIGHBOURS.get(part, set())
-            assert name in allowed or other in allowed, f"{part} imports {name}, its neighbour"
+        for name in own_imports(path):
+            other = name.partition(".")[0]
+            assert other == folder or FLOOR[other] < FLOOR[folder], f"{path} imports {name}, which is not below it"
 
 
-@pytest.mark.parametrize("part", ["models", "losses"])
-def test_models_and_losses_know_no_config_and_no_command_line(part: str) -> None:
-    for path in (ROOT / "dinoreg" / part).glob("*.py"):
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    names = {
+        ".".join(path.relative_to(ROOT / "dinoreg").with_suffix("").parts): path
+        for path in MODULES
+        if path.name != "__init__.py"
+    }
+    below = {name: {other for other in own_imports(path) if other in names} for name, path in names.items()}
+    for name, path in names.items():
+        for folder in own_imports(path) - below[name]:
+            # "from dinoreg.evaluation.protocols import knn" names modules of a folder, as well as its __init__.
+            tree = ast.walk(ast.parse(path.read_text()))
+            froms = [n for n in tree if isinstance(n, ast.ImportFrom) and n.module == f"dinoreg.{folder}"]
+            below[name] |= {f"{folder}.{alias.name}" for n in froms for alias in n.names} & set(names)
+    while leaves := {name for name, others in below.items() if not others}:
+        below = {name: others - leaves for name, others in below.items() if name not in leaves}
+    assert not below
+
+
+@pytest.mark.parametrize("folder", ["models", "losses"])
+def test_models_and_losses_know_no_config_and_no_command_line(folder: str) -> None:
+    for path in (ROOT / "dinoreg" / folder).glob("*.py"):
         assert not imported(path) & {"omegaconf", "yaml", "argparse", "sys", "rich"}, path
-        assert not {name.partition(".")[0] for name in own_imports(path)} - {part, *GROUND}, path
+        assert {name.partition(".")[0] for name in own_imports(path)} <= {folder, "runtime", "distributed"}, path
 
 
 def test_losses_read_and_write_no_files() -> None:
@@ -129,8 +131,8 @@ def test_every_dependency_has_one_reason_in_the_documentation() -> None:
 
 def test_importing_dinoreg_and_asking_for_help_load_no_torch() -> None:
     for code in (
-        "import dinoreg, dinoreg.config",
-        "from dinoreg.cli import main; main(['pretrain', '--help']); main(['nonsense'])",
+        "import dinoreg, dinoreg.config.load",
+        "from dinoreg.commands.main import main; main(['pretrain', '--help']); main(['nonsense'])",
     ):
         check = f"import sys; {code}; assert 'torch' not in sys.modules, 'torch was imported'"
         done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)

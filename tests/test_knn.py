@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dinoreg.metrics import knn_predict
+from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 
 
 def literal_votes(

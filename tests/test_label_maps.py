@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoreg.errors import UserError
-from dinoreg.eval.label_maps import PANEL, coloured, palette, panel, read_mask, save_triptych
+from dinoreg.evaluation.dense.label_maps import PANEL, coloured, palette, panel, read_mask, save_triptych
+from dinoreg.runtime.errors import UserError
 
 
 def test_the_palettes_colours_are_distinct_also_from_black_and_always_the_same() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,25 @@ from processes import on_processes, pretrain_each
 from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
 
-from dinoreg.arguments import verb_help
-from dinoreg.cli import VERBS, main
-from dinoreg.config import Config, load_config
-from dinoreg.embed import EmbedOptions
-from dinoreg.errors import Interrupted, RunError, UserError
-from dinoreg.eval.options import EvalOptions
-from dinoreg.jobs import Attempt, Command, Evaluations
-from dinoreg.keys import describe
-from dinoreg.launch import local, slurm
-from dinoreg.launch.declare import Plan, Request, find_job, job_files
-from dinoreg.launch.local import LocalJob, read_state
-from dinoreg.launch.options import OPTION_NAMES, LaunchOptions, read_time, split_options
-from dinoreg.launch.records import Record, add_event, add_records, cancel_file, read_records
-from dinoreg.launch.snapshot import copy_package
-from dinoreg.launch.status import describe as status_lines
-from dinoreg.launch.status import examine
-from dinoreg.launching import ACTIONS, check_command
+from dinoreg.commands.arguments import verb_help
+from dinoreg.commands.embed import EmbedOptions
+from dinoreg.commands.launch import ACTIONS, check_command
+from dinoreg.commands.main import main
+from dinoreg.commands.registry import VERBS, run_verb
+from dinoreg.config.keys import describe
+from dinoreg.config.load import Config, load_config
+from dinoreg.evaluation.options import EvalOptions
+from dinoreg.jobs import local_queue as local
+from dinoreg.jobs import slurm
+from dinoreg.jobs.attempt import Attempt, Command, Evaluations
+from dinoreg.jobs.job_type import Plan, Request, find_job, job_files
+from dinoreg.jobs.local_queue import LocalJob, read_state
+from dinoreg.jobs.options import OPTION_NAMES, LaunchOptions, read_time, split_options
+from dinoreg.jobs.records import Record, add_event, add_records, cancel_file, read_records
+from dinoreg.jobs.snapshot import copy_package
+from dinoreg.jobs.status import describe as status_lines
+from dinoreg.jobs.status import examine
+from dinoreg.runtime.errors import Interrupted, RunError, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCAL = "cluster=local"
@@ -57,7 +60,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def plan_of(job: str, *arguments: str) -> Plan:
     plain = [each for each in arguments if "=" not in each]
     options, rest, given = split_options([each for each in arguments if "=" in each])
-    request = Request(plain[0] if plain else None, tuple(rest), options, given, check_command)
+    request = Request(plain[0] if plain else None, tuple(rest), options, given, partial(check_command, VERBS))
     return find_job(job).plan(request)
 
 
@@ -344,7 +347,7 @@ def test_a_job_runs_its_copy_of_the_package_wherever_it_works() -> None:
     # A working folder with another package of the name, as a checkout that has moved on.
     Path("dinoreg").mkdir()
     Path("dinoreg/__init__.py").write_text("raise SystemExit('the wrong package')\n")
-    start = copy / "dinoreg" / "launch" / "start.py"
+    start = copy / "dinoreg" / "jobs" / "entry.py"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, str(start), "-u", "-m", "dinoreg", "launch", "pretrain", "--help"],
@@ -354,7 +357,7 @@ def test_a_job_runs_its_copy_of_the_package_wherever_it_works() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "evaluate" in done.stdout
-    module = "import sys, dinoreg.jobs; print(dinoreg.jobs.__file__)"
+    module = "import sys, dinoreg.jobs.attempt; print(dinoreg.jobs.attempt.__file__)"
     Path("which.py").write_text(module)
     (copy / "which.py").write_text(module)
     done = subprocess.run([sys.executable, str(start), "-m", "which"], capture_output=True, text=True, env=environment)
@@ -363,7 +366,7 @@ def test_a_job_runs_its_copy_of_the_package_wherever_it_works() -> None:
 
 def test_another_code_is_another_copy_and_the_first_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     first = copy_package(Path("code"))
-    from dinoreg.launch import snapshot
+    from dinoreg.jobs import snapshot
 
     files = snapshot.package_files()
     extra = Path("extra.py")
@@ -401,7 +404,7 @@ def test_containers_are_started_with_the_folders_that_the_job_needs(tmp_path: Pa
     assert words[4].split(",") == [f"{path}:{path}" for path in (Path.cwd(), tmp_path, tmp_path / "code")] + [
         "/data:/data"
     ]
-    assert words[5:] == ["torch.sif", "python3", str(tmp_path / "code" / "dinoreg" / "launch" / "start.py")]
+    assert words[5:] == ["torch.sif", "python3", str(tmp_path / "code" / "dinoreg" / "jobs" / "entry.py")]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -442,7 +445,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch, in_job: Path) -> dict[str, Any]:
 
     monkeypatch.setitem(VERBS, "pretrain", type(VERBS["doctor"])("", "", train))
     previous = signal.signal(signal.SIGUSR2, submitits)
-    stage["command"] = Command(("pretrain", "x", "resume=true"), str(in_job), run=str(in_job.parent))
+    stage["command"] = Command(run_verb, ("pretrain", "x", "resume=true"), str(in_job), run=str(in_job.parent))
     yield stage
     signal.signal(signal.SIGUSR2, previous)
 
@@ -541,7 +544,9 @@ def test_under_slurm_sigterm_requeues_a_preempted_job_and_not_a_cancelled_one(
 
 
 def test_restarts_have_a_cap(quiet: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet["command"] = Command(quiet["command"].arguments, quiet["command"].launch, quiet["command"].run, requeues=2)
+    quiet["command"] = Command(
+        run_verb, quiet["command"].arguments, quiet["command"].launch, quiet["command"].run, requeues=2
+    )
     quiet["act"] = interrupted(signal.SIGUSR2)
     monkeypatch.setenv("DINOREG_RESTARTS", "2")
     with pytest.raises(RunError, match=r"restarted 2 times, as requeues=2 allows; go on with: dinoreg launch pretrain"):
@@ -633,7 +638,9 @@ def test_in_a_container_the_batch_script_is_asked_to_requeue(
 def test_a_checkpoint_sends_its_evaluation_off_and_never_fails(
     quiet: dict[str, Any], in_job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = Command(*(("pretrain", "x"), str(in_job), str(in_job.parent)), evaluate=("status-of-nothing", "a b"))
+    command = Command(
+        run_verb, *(("pretrain", "x"), str(in_job), str(in_job.parent)), evaluate=("status-of-nothing", "a b")
+    )
     evaluations = Evaluations(Attempt(command))
     begun = time.monotonic()
     evaluations.send(5, Path("teacher/step_0000005.safetensors"))
@@ -641,7 +648,7 @@ def test_a_checkpoint_sends_its_evaluation_off_and_never_fails(
     evaluations.finish(60)
     said = (in_job / "local1.0_evaluate.log").read_text()
     assert "launch: status-of-nothing: unknown job" in said
-    broken = Evaluations(Attempt(Command(("pretrain",), "/nowhere/launch", "run", ("evaluate", "pets"))))
+    broken = Evaluations(Attempt(Command(run_verb, ("pretrain",), "/nowhere/launch", "run", ("evaluate", "pets"))))
     broken.send(5, Path("teacher"))
     assert "step 5 is not evaluated" in capsys.readouterr().err
 
@@ -731,8 +738,8 @@ def test_the_words_of_a_failed_job_are_its_own_or_the_last_of_its_log(monkeypatc
     two = record(tasks=2)
     assert words(monkeypatch, failed, two) == ["pretrain: failed, ImportError: no torch (run/launch/12_0_log.err)"]
     add_event(launch, "12", 0, "start", restarts=0)
-    add_event(launch, "12", 0, "failed", error="rank 1: the disk is full", told=True)
-    add_event(launch, "12", 1, "failed", error="the disk is full", told=False)
+    add_event(launch, "12", 0, "failed", error="rank 1: the disk is full", reported=True)
+    add_event(launch, "12", 1, "failed", error="the disk is full", reported=False)
     assert words(monkeypatch, failed) == ["pretrain: failed, rank 1: the disk is full"]
 
 
@@ -800,7 +807,7 @@ def run_plan(*jobs: LocalJob, places: int = 1, wait: bool = True) -> subprocess.
     Path("script.sh").write_text(SCRIPT)
     plan = {"max_parallel": places, "jobs": [vars(job) for job in jobs]}
     Path("local1.json").write_text(json.dumps(plan))
-    runner = subprocess.Popen([sys.executable, "-m", "dinoreg.launch.local", "local1.json"])
+    runner = subprocess.Popen([sys.executable, "-m", "dinoreg.jobs.local_queue", "local1.json"])
     if wait:
         assert runner.wait(60) == 0
         return None

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoreg.errors import UserError
 from dinoreg.models.layers import (
     Attention,
     Block,
@@ -20,6 +19,7 @@ from dinoreg.models.layers import (
     gather_samples,
     swiglu_hidden_dim,
 )
+from dinoreg.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from dinoreg.eval.lbfgs import minimize
-from dinoreg.eval.logistic import LogisticModel, balanced_split, fit_logistic, select_and_fit
+from dinoreg.evaluation.solvers.lbfgs import minimize
+from dinoreg.evaluation.solvers.softmax_regression import LogisticModel, balanced_split, fit_logistic, select_and_fit
 
 
 def clusters(n: int, dim: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,8 +55,8 @@ def test_two_classes_carry_the_penalty_scikit_learn_gives_them() -> None:
 def test_more_features_than_rows_and_than_exact_axes_reach_the_same_optimum(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dinoreg.eval.rows.EXACT_AXES", 20)
-    monkeypatch.setattr("dinoreg.eval.rows.LEADING_AXES", 8)
+    monkeypatch.setattr("dinoreg.evaluation.solvers.feature_matrix.EXACT_AXES", 20)
+    monkeypatch.setattr("dinoreg.evaluation.solvers.feature_matrix.LEADING_AXES", 8)
     x, y = clusters(40, 70, 3)
     peer = LogisticRegression(C=0.05, tol=1e-9, max_iter=20_000).fit(x.double().numpy(), y.numpy())
     ours = fit_logistic(x, y, 3, 0.05)
@@ -95,10 +95,10 @@ def test_rows_in_chunks_give_the_fit_of_all_rows_at_once(monkeypatch: pytest.Mon
     x, y = clusters(700, 6, 3)
     whole = fit_logistic(x, y, 3, 0.5)
     chosen = select_and_fit(x, y, 3, (0.1, 1.0))
-    monkeypatch.setattr("dinoreg.eval.rows.CHUNK_NUMBERS", 1)
-    monkeypatch.setattr("dinoreg.eval.rows.LEAST_ROWS", 64)
+    monkeypatch.setattr("dinoreg.evaluation.solvers.feature_matrix.CHUNK_NUMBERS", 1)
+    monkeypatch.setattr("dinoreg.evaluation.solvers.feature_matrix.LEAST_ROWS", 64)
     if not held:  # read again in every evaluation, as when they do not fit in memory
-        monkeypatch.setattr("dinoreg.eval.rows.IN_MEMORY", 0)
+        monkeypatch.setattr("dinoreg.evaluation.solvers.feature_matrix.IN_MEMORY", 0)
     assert fit_logistic(x, y, 3, 0.5).objective == pytest.approx(whole.objective, rel=1e-6)
     again = select_and_fit(x, y, 3, (0.1, 1.0))
     assert [each.loss for each in again.path] == pytest.approx([each.loss for each in chosen.path], rel=1e-4)

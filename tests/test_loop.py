@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from training import TINY, loss_trace, read_lines, tiny_config
 
 import dinoreg
-from dinoreg import checkpoint
-from dinoreg.errors import Interrupted, RunError, UserError
-from dinoreg.models.zoo import load
+from dinoreg.checkpoint import format as checkpoint
+from dinoreg.runtime.errors import Interrupted, RunError, UserError
 from dinoreg.train import loop
 from dinoreg.train.loop import pretrain
-from dinoreg.train.setup import prepare
+from dinoreg.train.prepare import prepare
+from dinoreg.weights.load import load
 
 
 def teacher_of(out: Path, step: int) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinoreg.eval.lost import by_degree, component, enclosing, expand, gram, lost
+from dinoreg.evaluation.dense.lost import by_degree, component, enclosing, expand, gram, lost
 
 
 def literal(a: np.ndarray, rows: int, columns: int, k: int) -> tuple[int, list[int], set[int], bool]:

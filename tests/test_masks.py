@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinoreg.data.masks import block_masks, default_max_patches, mask_tensors, mask_upper_bound
-from dinoreg.errors import UserError
+from dinoreg.runtime.errors import UserError
 
 GRIDS = [(14, 14), (16, 16), (7, 10), (5, 4)]
 

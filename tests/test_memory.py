@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinoreg.models.flops import Encoder
 from dinoreg.models.heads import PrototypeHead
-from dinoreg.models.memory import RESIDUAL, encoder_bytes, head_bytes, num_tokens
 from dinoreg.models.vit import RegisterViT
+from dinoreg.plan.activations import RESIDUAL, encoder_bytes, head_bytes, num_tokens
+from dinoreg.plan.flops import Encoder
 
 FP32, BF16 = torch.float32, torch.bfloat16
 

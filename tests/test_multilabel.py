@@ -10,18 +10,18 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from dinoreg.errors import UserError
-from dinoreg.eval import rows as feature_rows
-from dinoreg.eval.average_precision import average_precision
-from dinoreg.eval.binary_logistic import BinaryProblem
-from dinoreg.eval.context import Context
-from dinoreg.eval.data import Data, MultiLabelled
-from dinoreg.eval.declare import Task, find_benchmark
-from dinoreg.eval.encoder import PixelEncoder, wrap
-from dinoreg.eval.features import FeatureStore
-from dinoreg.eval.multilabel import choose, evaluate
-from dinoreg.eval.options import EvalOptions, MultilabelOptions
-from dinoreg.models.zoo import build
+from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
+from dinoreg.evaluation.benchmark import Task, find_benchmark
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.data import Data, MultiLabelled
+from dinoreg.evaluation.features.cache import FeatureStore
+from dinoreg.evaluation.metrics.average_precision import average_precision
+from dinoreg.evaluation.options import EvalOptions, MultilabelOptions
+from dinoreg.evaluation.protocols.multilabel import choose, evaluate
+from dinoreg.evaluation.solvers import feature_matrix as feature_rows
+from dinoreg.evaluation.solvers.sigmoid_regression import BinaryProblem
+from dinoreg.models.registry import build
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import voc2007
 
 

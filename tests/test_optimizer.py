@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dinoreg.models.heads import PrototypeHead
-from dinoreg.models.zoo import build
+from dinoreg.models.registry import build
 from dinoreg.train.optimizer import (
     build_optimizer,
     clip_gradients,

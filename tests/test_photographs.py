@@ -25,9 +25,9 @@ from sklearn.datasets import load_sample_images
 from training import TINY, loss_trace, read_lines
 
 import dinoreg
-from dinoreg import checkpoint
-from dinoreg.cli import main
-from dinoreg.errors import RunError
+from dinoreg.checkpoint import format as checkpoint
+from dinoreg.commands.main import main
+from dinoreg.runtime.errors import RunError
 
 # As a folder under the root, a file, and the longest side it is stored with.
 PLACES = {

@@ -19,10 +19,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dinoreg.plan.run as plan_run
-from dinoreg import checkpoint
-from dinoreg.cli import main
-from dinoreg.config import Config, load_config, to_yaml
-from dinoreg.errors import UserError
+from dinoreg.checkpoint import format as checkpoint
+from dinoreg.commands.main import main
+from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.plan import plan
 from dinoreg.plan.advice import change, remedies
 from dinoreg.plan.devices import DEVICES, GIB, Device, find_device, recognise
@@ -32,6 +31,7 @@ from dinoreg.plan.operations import Check
 from dinoreg.plan.speed import Speed, estimate, probe, random_batch, worth_probing
 from dinoreg.plan.text import duration, size
 from dinoreg.plan.traffic import Collective, collectives
+from dinoreg.runtime.errors import UserError
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState, build_networks, build_state
 from dinoreg.train.step import train_step

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from training import loss_trace, tiny_config
 
-from dinoreg import quickstart as module
-from dinoreg.config import Config
-from dinoreg.data.scenes import NUM_CLASSES
-from dinoreg.errors import UserError
-from dinoreg.eval.extract import ProbeRow
-from dinoreg.quickstart import probe_run, quickstart
+from dinoreg.commands import quickstart as module
+from dinoreg.commands.quickstart import probe_run, quickstart
+from dinoreg.config.load import Config
+from dinoreg.evaluation.features.extract import ProbeRow
+from dinoreg.reports.run_folder import read_run
+from dinoreg.reports.verdict import verdict
+from dinoreg.runtime.errors import UserError
+from dinoreg.scenes.render import NUM_CLASSES
 from dinoreg.train.loop import pretrain
-from dinoreg.view.run import read_run
-from dinoreg.view.verdict import verdict
 
 
 def row(low: float, high: float) -> ProbeRow:
@@ -127,16 +127,17 @@ def test_a_quickstart_that_was_stopped_goes_on_and_overwrite_starts_anew(
     monkeypatch.setattr(module, "pretrain", note)
     names = ("pretrained", "random init", "raw pixels")
     monkeypatch.setattr(module, "probe_run", lambda config, out: {name: row(0.1, 0.2) for name in names})
-    monkeypatch.setattr(module, "write_report", lambda out: out / "report.html")
+    monkeypatch.setattr(module, "report_run", lambda out: out / "report.html")
     for overwrite in (False, False, True):
         quickstart(tmp_path / "run", overwrite=overwrite)
     assert given == [(False, False), (True, False), (False, True)]
 
 
 def test_the_scenes_of_the_probe_are_none_of_those_trained_on() -> None:
-    from dinoreg.config import load_config
-    from dinoreg.data.sources import ScenesSource, open_source
-    from dinoreg.train.probe import FIRST_PROBE_SCENE
+    from dinoreg.config.load import load_config
+    from dinoreg.data.open import open_source
+    from dinoreg.data.sources import ScenesSource
+    from dinoreg.train.online_probe import FIRST_PROBE_SCENE
 
     config = load_config("quickstart")
     assert config.data.source is not None

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoreg.bundled import bundled
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Segmented
-from dinoreg.eval.declare import Benchmark, load_benchmark
+from dinoreg.config.bundled import bundled
+from dinoreg.evaluation.benchmark import Benchmark, load_benchmark
+from dinoreg.evaluation.data import Segmented
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import ade20k
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 from torchvision import datasets
 
 from dinoreg.data.decode import BadImage
-from dinoreg.errors import UserError
-from dinoreg.eval.arrays import ArraySource, BottomCutSource
-from dinoreg.eval.data import Data
-from dinoreg.eval.declare import find_benchmark
-from dinoreg.eval.images import read_rgb
+from dinoreg.evaluation.benchmark import find_benchmark
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.readers.arrays import ArraySource, BottomCutSource
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import aircraft, cifar10, cifar100, python2
 
 

@@ -14,12 +14,12 @@ import pytest
 from pycocotools.coco import COCO
 from torchvision.datasets import CocoDetection
 
-from dinoreg.errors import UserError
-from dinoreg.eval import coco
-from dinoreg.eval.coco import Ragged, read_instances, stream
-from dinoreg.eval.data import Boxed, Data
-from dinoreg.eval.declare import find_benchmark
-from dinoreg.eval.images import read_rgb
+from dinoreg.evaluation.benchmark import find_benchmark
+from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.readers import coco
+from dinoreg.evaluation.readers.coco import Ragged, read_instances, stream
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import coco20k, coco2017
 
 

@@ -11,10 +11,10 @@ import pytest
 import scipy.io
 from torchvision import datasets
 
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data
-from dinoreg.eval.declare import find_benchmark
-from dinoreg.eval.images import read_rgb
+from dinoreg.evaluation.benchmark import find_benchmark
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import dtd, flowers102
 
 SPLITS = ("train", "val", "test")

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from torchvision import datasets
 
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data
-from dinoreg.eval.declare import Benchmark, find_benchmark
-from dinoreg.eval.images import read_rgb
+from dinoreg.evaluation.benchmark import Benchmark, find_benchmark
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import food101, pets, sun397
 
 WRITERS: dict[str, Callable[..., Path]] = {"food101": food101.write, "pets": pets.write, "sun397": sun397.write}

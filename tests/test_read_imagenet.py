@@ -16,14 +16,14 @@ import torch
 from torchvision import datasets
 from training import read_lines, tiny_config
 
-from dinoreg.bundled import bundled
-from dinoreg.cli import main
-from dinoreg.data.inspect import inspect_source
-from dinoreg.data.sources import open_source
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data
-from dinoreg.eval.declare import Benchmark, load_benchmark
-from dinoreg.eval.images import read_rgb
+from dinoreg.commands.main import main
+from dinoreg.config.bundled import bundled
+from dinoreg.data.open import open_source
+from dinoreg.data.statistics import inspect_source
+from dinoreg.evaluation.benchmark import Benchmark, load_benchmark
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
 from tests.miniatures import imagenet1k, imagenet22k
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from torchvision import datasets
 
-from dinoreg.bundled import bundled
-from dinoreg.data.inspect import inspect_source
-from dinoreg.data.sources import open_source
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data
-from dinoreg.eval.declare import Benchmark, load_benchmark
-from dinoreg.eval.images import read_rgb
+from dinoreg.config.bundled import bundled
+from dinoreg.data.open import open_source
+from dinoreg.data.statistics import inspect_source
+from dinoreg.evaluation.benchmark import Benchmark, load_benchmark
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import inat2018, places205
 
 INAT, PLACES = (load_benchmark(bundled("eval") / f"{name}.py") for name in ("inat2018", "places205"))

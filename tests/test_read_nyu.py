@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from dinoreg.bundled import bundled
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data
-from dinoreg.eval.declare import Benchmark, load_benchmark
-from dinoreg.eval.images import read_rgb
+from dinoreg.config.bundled import bundled
+from dinoreg.evaluation.benchmark import Benchmark, load_benchmark
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import nyu
 
 

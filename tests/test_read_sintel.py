@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from torchvision.datasets import Sintel
 
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Data, FlowPairs
-from dinoreg.eval.declare import Benchmark, load_benchmark
-from dinoreg.eval.images import read_rgb
+from dinoreg.evaluation.benchmark import Benchmark, load_benchmark
+from dinoreg.evaluation.data import Data, FlowPairs
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import sintel
 
 BENCHMARK: Benchmark = load_benchmark(Path(__file__).resolve().parent.parent / "eval" / "sintel.py")

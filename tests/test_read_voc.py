@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from torchvision.datasets import VOCDetection, VOCSegmentation
 
-from dinoreg.errors import UserError
-from dinoreg.eval.data import Boxed, Data, MultiLabelled, Segmented
-from dinoreg.eval.declare import find_benchmark
-from dinoreg.eval.images import read_rgb
-from dinoreg.eval.pascal import CLASSES, objects
+from dinoreg.evaluation.benchmark import find_benchmark
+from dinoreg.evaluation.data import Boxed, Data, MultiLabelled, Segmented
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.readers.pascal import CLASSES, objects
+from dinoreg.runtime.errors import UserError
 from tests.miniatures import voc2007, voc2012
 
 

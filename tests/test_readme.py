@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 import dinoreg
-from dinoreg.bundled import bundled
-from dinoreg.cli import VERBS, _keys
-from dinoreg.config import load_config, require_complete
-from dinoreg.embed import read_options
-from dinoreg.eval.declare import find_benchmark
-from dinoreg.evaluation import read_request
-from dinoreg.launch.declare import find_job
-from dinoreg.launch.options import split_options
-from dinoreg.launching import ACTIONS
+from dinoreg.commands.embed import read_options
+from dinoreg.commands.evaluate import read_request
+from dinoreg.commands.launch import ACTIONS
+from dinoreg.commands.registry import VERBS, _keys
+from dinoreg.config.bundled import bundled
+from dinoreg.config.load import load_config, require_complete
+from dinoreg.evaluation.benchmark import find_benchmark
+from dinoreg.jobs.job_type import find_job
+from dinoreg.jobs.options import split_options
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

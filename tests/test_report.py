@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from dinoreg.checkpoint import write_teacher
-from dinoreg.config import load_config, to_yaml
+from dinoreg.checkpoint.format import write_teacher
+from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
-from dinoreg.view.compare import comparison, comparison_table, differences, run_names
-from dinoreg.view.report import compare_report, duration, write_report
-from dinoreg.view.run import read_run
-from dinoreg.view.verdict import verdict
+from dinoreg.reports.compare import comparison, comparison_table, differences, run_names
+from dinoreg.reports.run_folder import read_run
+from dinoreg.reports.run_report import compare_report, duration, write_report
+from dinoreg.reports.verdict import verdict
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -204,7 +204,7 @@ def test_any_one_file_may_be_missing_or_broken(tmp_path: Path, name: str, conten
     assert verdict(loaded).tone == "good"
     assert loaded.events
     if content == "{cut sh":
-        parse(write_report(run, pictures=False))
+        parse(write_report(run))
 
 
 def test_broken_pictures_and_records_are_left_out(tmp_path: Path) -> None:

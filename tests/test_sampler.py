@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from dinoreg.data.sampler import Sampler
-from dinoreg.data.sources import Group
-from dinoreg.errors import UserError
+from dinoreg.data.source import Group
+from dinoreg.runtime.errors import UserError
 
 
 def test_every_epoch_holds_every_sample_once_in_another_order() -> None:

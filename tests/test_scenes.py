@@ -8,8 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinoreg.data import scene_plan, scene_shapes, scene_textures, scenes
-from dinoreg.data.scenes import (
+from dinoreg.runtime.errors import UserError
+from dinoreg.scenes import layout as scene_plan
+from dinoreg.scenes import render as scenes
+from dinoreg.scenes import shapes as scene_shapes
+from dinoreg.scenes import textures as scene_textures
+from dinoreg.scenes.render import (
     CLASS_NAMES,
     NUM_CLASSES,
     Scene,
@@ -18,7 +22,6 @@ from dinoreg.data.scenes import (
     render_image,
     render_pair,
 )
-from dinoreg.errors import UserError
 
 FIELDS = ("image", "labels", "boxes", "box_labels", "segmentation", "instances", "depth")
 

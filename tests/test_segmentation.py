@@ -15,20 +15,28 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from dinoreg.bundled import bundled
-from dinoreg.data.sources import Source
-from dinoreg.errors import RunError, UserError
-from dinoreg.eval import heads as heads_module
-from dinoreg.eval import segmentation
-from dinoreg.eval.context import Context
-from dinoreg.eval.data import Data, Segmented
-from dinoreg.eval.declare import Task, load_benchmark
-from dinoreg.eval.encoder import Encoder, PixelEncoder, wrap
-from dinoreg.eval.features import FeatureStore
-from dinoreg.eval.options import EvalOptions, SegmentationOptions
-from dinoreg.eval.result import Row
-from dinoreg.eval.segmentation import LinearHead, class_keys, evaluate, pixel_loss, training_crop, upsample, warmup
+from dinoreg.config.bundled import bundled
+from dinoreg.data.source import Source
+from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder, wrap
+from dinoreg.evaluation.benchmark import Task, load_benchmark
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.data import Data, Segmented
+from dinoreg.evaluation.features.cache import FeatureStore
+from dinoreg.evaluation.options import EvalOptions, SegmentationOptions
+from dinoreg.evaluation.protocols import segmentation
+from dinoreg.evaluation.protocols.segmentation import (
+    LinearHead,
+    class_keys,
+    evaluate,
+    pixel_loss,
+    training_crop,
+    upsample,
+    warmup,
+)
+from dinoreg.evaluation.result import Row
+from dinoreg.evaluation.solvers import train_heads as heads_module
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import RunError, UserError
 from tests.miniatures import ade20k
 from tests.miniatures.pictures import COLOURS
 

@@ -24,8 +24,8 @@ from slurm_cluster import SlurmCluster, obstacle
 from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
 
-from dinoreg.cli import main
-from dinoreg.launch.records import read_records
+from dinoreg.commands.main import main
+from dinoreg.jobs.records import read_records
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from training import read_lines
 
-from dinoreg.config import Config, load_config
+from dinoreg.config.load import Config, load_config
 from dinoreg.train.loop import pretrain
 
 SMALL = {

@@ -8,10 +8,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dinoreg.data import scenes
 from dinoreg.data.decode import BadImage
-from dinoreg.data.sources import Source, labelled_folder, open_source
-from dinoreg.errors import UserError
+from dinoreg.data.open import labelled_folder, open_source
+from dinoreg.data.source import Source
+from dinoreg.runtime.errors import UserError
+from dinoreg.scenes import render as scenes
 
 
 def names(source: Source) -> list[str]:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from training import tiny_config
 
-from dinoreg import checkpoint
-from dinoreg.config import Config
-from dinoreg.data.batches import BatchLoader
-from dinoreg.errors import UserError
-from dinoreg.train.setup import prepare
+from dinoreg.checkpoint import format as checkpoint
+from dinoreg.config.load import Config
+from dinoreg.data.loader import BatchLoader
+from dinoreg.runtime.errors import UserError
+from dinoreg.train.prepare import prepare
 from dinoreg.train.state import LARGEST_LOSS_SCALE, TrainState, build_networks, build_state
 from dinoreg.train.step import train_step
 

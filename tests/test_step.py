@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from training import tiny_config
 
-from dinoreg.config import Config
-from dinoreg.data.batches import Batch
+from dinoreg.config.load import Config
+from dinoreg.data.loader import Batch
 from dinoreg.data.masks import mask_tensors
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState, build_networks, build_state
@@ -67,7 +67,7 @@ def step(state: TrainState, batch: Batch, config: Config, accumulate: int = 1) -
 
 
 def literal_losses(state: TrainState, batch: Batch, config: Config) -> dict[str, torch.Tensor]:
-    """The total of recipe §3 written out term by term, image by image, without packing."""
+    """The total of DINOv2 §4 written out term by term, image by image, without packing."""
     loss, num_images = config.loss, len(batch.sample_ids)
     student, teacher = state.student, state.teacher
 

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from planted import BLOCK, UNIT, patchy_images, planted_vit
 from torch import Tensor
 
-from dinoreg.errors import UserError
-from dinoreg.eval.encoder import NativeEncoder, wrap
-from dinoreg.eval.test_time_registers import (
+from dinoreg.evaluation.backbones.encoder import NativeEncoder, wrap
+from dinoreg.models.vit import RegisterViT
+from dinoreg.registers.test_time import (
     RegisterNeuron,
     fit_test_time_register,
     register_neurons,
     with_test_time_register,
 )
-from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import UserError
 
 PLANTED = [RegisterNeuron(BLOCK, UNIT, 1.0)]
 

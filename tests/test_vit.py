@@ -12,9 +12,9 @@ import torch
 from peer_models import timm_model, transformers_model
 from torch import Tensor, nn
 
-from dinoreg.errors import UserError
+from dinoreg.models.registry import SIZES
 from dinoreg.models.vit import RegisterViT, resample_positions
-from dinoreg.models.zoo import SIZES
+from dinoreg.runtime.errors import UserError
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
-from dinoreg.errors import UserError
-from dinoreg.eval.encoder import NativeEncoder, TimmEncoder, TransformersEncoder
-from dinoreg.eval.opening import open_encoder
-from dinoreg.models import convert
+from dinoreg.evaluation.backbones.encoder import NativeEncoder, TimmEncoder, TransformersEncoder
+from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.models.vit import RegisterViT
-from dinoreg.models.zoo import load, load_into, load_reported
+from dinoreg.runtime.errors import UserError
+from dinoreg.weights import convert
+from dinoreg.weights.load import load, load_into, load_reported
 
 CASES = [(ffn, registers) for ffn in ("mlp", "swiglu") for registers in (0, 4)]
 SIZES = [(518, 518), (224, 224), (98, 98), (224, 308)]
@@ -488,7 +488,7 @@ def test_a_safetensors_header_that_lies_is_refused_before_anything_is_read(
     def no_reader(_: Path) -> None:
         raise AssertionError("the tensors were read")
 
-    monkeypatch.setattr("dinoreg.models.weight_files.load_file", no_reader)
+    monkeypatch.setattr("dinoreg.weights.files.load_file", no_reader)
     start, stop = header["a"]["data_offsets"]
     whole = json.dumps(header)
     cases: list[tuple[Any, bytes, str]] = [

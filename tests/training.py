@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dinoreg.config import Config, load_config
+from dinoreg.config.load import Config, load_config
 
 TINY = {
     "model.name": "vitt8_reg4",

@@ -1,4 +1,4 @@
-"""Photometric augmentation and normalisation of whole batches of crops on the device (recipe §5).
+"""Photometric augmentation and normalisation of whole batches of crops on the device (BYOL's, as DINO uses them).
 
 The numbers are drawn per crop on the CPU (`draw_photometric`) and applied to all crops together (`augment`),
 in this order: mirror, colour jitter (its four changes in a random order), grayscale, blur, solarise,
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoreg.data.settings import AugmentSettings
+from dinoreg.config.view_settings import AugmentSettings
 
 NUMBERS_PER_VIEW = 12  # uniform numbers that the photometric changes of one view take
 

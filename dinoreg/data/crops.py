@@ -1,4 +1,4 @@
-"""Crop geometry: where the crops of an image lie, and cutting them out as uint8 (recipe §5).
+"""Crop geometry: where the crops of an image lie, and cutting them out as uint8 (multi-crop, arXiv 2006.09882).
 
 The boxes follow RandomResizedCrop: an area and an aspect ratio per try, ten tries, then the largest central
 box of an allowed ratio. Boxes are known before an image is decoded, so that a JPEG can be decoded at a
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoreg.data.settings import CropSettings
+from dinoreg.config.view_settings import CropSettings
 
 TRIES = 10
 NUMBERS_PER_VIEW = TRIES * 4  # uniform numbers that the geometry of one view takes

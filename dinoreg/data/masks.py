@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoreg.errors import UserError
+from dinoreg.runtime.errors import UserError
 
 _TRIES = 10  # rectangles tried before a mask is left short of its target
 _STREAM = 0x6D61736B73  # names this use of the seed, "masks"

@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dinoreg.data.randomness import philox
-from dinoreg.data.sources import Group
-from dinoreg.errors import UserError
+from dinoreg.data.rng import philox
+from dinoreg.data.source import Group
+from dinoreg.runtime.errors import UserError
 
 _BLOCK = 4096  # positions in which a mixture's shares are exact
 _EPOCH_STREAM, _BLOCK_STREAM, _SUBSTITUTE_STREAM = (

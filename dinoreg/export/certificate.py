@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinoreg.checkpoint import digest
-from dinoreg.errors import RunError
+from dinoreg.checkpoint.format import digest
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
 from dinoreg.export.source import Source, resized
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import RunError
 
 OUTPUTS = ("cls", "registers", "patches")
 ROUNDING_FACTOR = 3.0

@@ -1,6 +1,6 @@
 """The formats a model leaves in: what is written for each, and what its library does differently from ours.
 
-Every writer fills a folder from a model whose state dict has Meta's names; `dinoreg.models.convert` knows the names
+Every writer fills a folder from a model whose state dict has Meta's names; `dinoreg.weights.convert` knows the names
 of the others. Whether the library then computes the same is for the certificate to find out.
 """
 
@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoreg.checkpoint import digest
-from dinoreg.errors import UserError
+from dinoreg.checkpoint.format import digest
 from dinoreg.export import hub_model
 from dinoreg.export.onnx_graph import drop_float16, write_onnx
 from dinoreg.export.source import Pixels, Source
-from dinoreg.models.architecture import hidden_dim_of
-from dinoreg.models.convert import to_meta, to_timm, to_transformers
 from dinoreg.models.layers import NORM_EPS
 from dinoreg.models.vit import RegisterViT
-from dinoreg.models.weights import TEACHER_FORMAT
+from dinoreg.runtime.errors import UserError
+from dinoreg.weights.architecture import hidden_dim_of
+from dinoreg.weights.convert import to_meta, to_timm, to_transformers
+from dinoreg.weights.resolve import TEACHER_FORMAT
 
 # timm's register models by width; widths it has no name for are said in arguments over the nearest kind.
 TIMM_SIZES = {384: "small", 768: "base", 1024: "large"}

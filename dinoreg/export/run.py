@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint import sync
-from dinoreg.errors import RunError, UserError
+from dinoreg.checkpoint.format import sync
 from dinoreg.export.card import write_card
 from dinoreg.export.certificate import certify, listing, overflows
 from dinoreg.export.formats import FORMATS, Format, drop_overflowing, write_fixed_or_dynamic_onnx
 from dinoreg.export.source import read_source
+from dinoreg.runtime.errors import RunError, UserError
 
 CERTIFICATE = "certificate.json"
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from dinoreg.errors import UserError
 from dinoreg.models.vit import RegisterViT, as_pair, resample_positions
-from dinoreg.models.weights import find_weights
-from dinoreg.models.zoo import load, load_reported
+from dinoreg.runtime.errors import UserError
+from dinoreg.weights.load import load, load_reported
+from dinoreg.weights.resolve import find_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinoreg.distributed import all_reduce_max, all_reduce_sum
-from dinoreg.rows import pieces, rows_per_piece
+from dinoreg.distributed.process_group import all_reduce_max, all_reduce_sum
+from dinoreg.runtime.tiling import chunks, rows_per_chunk
 
 # A row whose largest logit lies more than this many temperatures below the largest logit of all rows is
 # lifted to that distance, so that exp() never empties it. Cosine logits (|logit| <= 1) at a temperature of
@@ -44,18 +44,18 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
         raise ValueError(f"iterations is {iterations}; Sinkhorn-Knopp needs at least 1")
     num_rows, num_prototypes = logits.shape
     dtype = _working_dtype(logits)
-    size = rows_per_piece(num_prototypes, logits.device)
+    size = rows_per_chunk(num_prototypes, logits.device)
     targets = torch.empty(num_rows, num_prototypes, dtype=dtype, device=logits.device)
     mass = torch.zeros(num_prototypes, dtype=dtype, device=logits.device)
     smallest_mass = torch.finfo(dtype).tiny * 16
 
     row_max = torch.empty(num_rows, 1, dtype=dtype, device=logits.device)
-    for rows in pieces(0, num_rows, size):
+    for rows in chunks(0, num_rows, size):
         row_max[rows] = logits[rows].amax(dim=-1, keepdim=True)
     largest = row_max.amax() if num_rows else torch.full((), -torch.inf, dtype=dtype, device=logits.device)
     shift = torch.minimum(all_reduce_max(largest), row_max + _MAX_DEPTH * teacher_temp)  # (n, 1)
 
-    for rows in pieces(0, num_rows, size):
+    for rows in chunks(0, num_rows, size):
         part = torch.sub(logits[rows], shift[rows], out=targets[rows])
         part.mul_(1 / teacher_temp).exp_()
         mass += part.sum(dim=0)
@@ -63,7 +63,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
     for _ in range(iterations):
         scale = all_reduce_sum(mass).clamp_min(smallest_mass).reciprocal()  # (K,)
         mass = torch.zeros_like(mass)
-        for rows in pieces(0, num_rows, size):
+        for rows in chunks(0, num_rows, size):
             part = targets[rows].mul_(scale)
             part.div_(part.sum(dim=-1, keepdim=True))
             mass += part.sum(dim=0)
@@ -80,7 +80,7 @@ def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float | Tensor)
     """
     targets = torch.empty(logits.shape, dtype=_working_dtype(logits), device=logits.device)
     center = center.to(targets.dtype)
-    for rows in pieces(0, logits.shape[0], rows_per_piece(logits.shape[1], logits.device)):
+    for rows in chunks(0, logits.shape[0], rows_per_chunk(logits.shape[1], logits.device)):
         part = torch.sub(logits[rows], center, out=targets[rows])
         part.mul_(1 / teacher_temp)
         part.sub_(part.amax(dim=-1, keepdim=True)).exp_()
@@ -103,7 +103,7 @@ def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9) -> Tens
     """
     num_prototypes = logits.shape[1]
     sums = torch.zeros(num_prototypes + 1, dtype=center.dtype, device=logits.device)  # column sums, row count
-    for rows in pieces(0, logits.shape[0], rows_per_piece(num_prototypes, logits.device)):
+    for rows in chunks(0, logits.shape[0], rows_per_chunk(num_prototypes, logits.device)):
         sums[:-1] += logits[rows].sum(dim=0, dtype=center.dtype)
     sums[-1] = logits.shape[0]
     sums = all_reduce_sum(sums)

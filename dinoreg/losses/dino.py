@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoreg.rows import pieces, rows_per_piece
+from dinoreg.runtime.tiling import chunks, rows_per_chunk
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -78,8 +78,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
 def _tile_shape(blocks: Tensor) -> tuple[int, int]:
     """How many (blocks, rows) to take at once: rows first, since the blocks share the targets of a row."""
     repeats, num_targets, num_prototypes = blocks.shape
-    rows = min(max(1, num_targets), rows_per_piece(num_prototypes, blocks.device))
-    return min(max(1, repeats), rows_per_piece(num_prototypes * rows, blocks.device)), rows
+    rows = min(max(1, num_targets), rows_per_chunk(num_prototypes, blocks.device))
+    return min(max(1, repeats), rows_per_chunk(num_prototypes * rows, blocks.device)), rows
 
 
 def _tiles(blocks: Tensor, target_shift: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -88,8 +88,8 @@ def _tiles(blocks: Tensor, target_shift: int) -> Iterator[tuple[slice, slice, sl
     num_blocks, num_rows = _tile_shape(blocks)
     wrap = num_targets - target_shift  # the row which faces target 0
     for start, stop, shift in ((0, wrap, target_shift), (wrap, num_targets, -wrap)):
-        for rows in pieces(start, stop, num_rows):
-            for block in pieces(0, repeats, num_blocks):
+        for rows in chunks(start, stop, num_rows):
+            for block in chunks(0, repeats, num_blocks):
                 yield block, rows, slice(rows.start + shift, rows.stop + shift)
 
 

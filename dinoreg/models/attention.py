@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoreg.errors import UserError
+from dinoreg.runtime.errors import UserError
 
 BACKENDS = ("auto", "xformers", "sdpa", "plain")
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoreg.errors import UserError
 from dinoreg.models.attention import check_backend, compute_dtype, resolve_backend
 from dinoreg.models.layers import NORM_EPS, Block, PatchEmbed
 from dinoreg.models.vit import as_pair
+from dinoreg.runtime.errors import UserError
 
 INIT_STD = 0.02
 

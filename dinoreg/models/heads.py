@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoreg.errors import UserError
 from dinoreg.models.attention import compute_dtype
-from dinoreg.rows import pieces, rows_per_piece
+from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.tiling import chunks, rows_per_chunk
 
 
 class _ScaledRows(torch.autograd.Function):
@@ -30,7 +30,7 @@ class _ScaledRows(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
         rows = torch.empty(v.shape, dtype=dtype, device=v.device)
         lengths = torch.empty_like(g)
-        for part in pieces(0, len(v), rows_per_piece(v.shape[1], v.device)):
+        for part in chunks(0, len(v), rows_per_chunk(v.shape[1], v.device)):
             torch.linalg.vector_norm(v[part], dim=1, keepdim=True, out=lengths[part])
             torch.mul(v[part], g[part] / lengths[part], out=rows[part])
         ctx.save_for_backward(v, g, lengths)
@@ -41,7 +41,7 @@ class _ScaledRows(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         v, g, lengths = ctx.saved_tensors
         grad_v, grad_g = torch.empty_like(v), torch.empty_like(g)
-        for part in pieces(0, len(v), rows_per_piece(v.shape[1], v.device)):
+        for part in chunks(0, len(v), rows_per_chunk(v.shape[1], v.device)):
             grad = upstream[part].to(v.dtype)
             # The product's place is that of the result, which comes after it.
             along = torch.mul(grad, v[part], out=grad_v[part]).sum(dim=1, keepdim=True) / lengths[part]

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoreg.errors import UserError
 from dinoreg.models.attention import Shapes, attend_groups, without_autocast
+from dinoreg.runtime.errors import UserError
 
 NORM_EPS = 1e-6
 

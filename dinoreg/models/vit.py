@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinoreg.errors import UserError
 from dinoreg.models.attention import Shapes, attention_weights, check_backend, compute_dtype, resolve_backend
 from dinoreg.models.layers import FFN_KINDS, NORM_EPS, Block, PatchEmbed, Rows
+from dinoreg.runtime.errors import UserError
 
 POSITION_STD = 0.02
 TOKEN_STD = 1e-6  # class token and registers start as good as zero, yet not equal to one another

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dinoreg.errors import UserError
 from dinoreg.plan.job import Job, describe
 from dinoreg.plan.memory import Memory, memory_of
 from dinoreg.plan.traffic import collectives
+from dinoreg.runtime.errors import UserError
 
 # In the order in which they are preferred: the first ones change where things are kept, the last one the run itself.
 KEYS = (

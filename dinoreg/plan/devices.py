@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from dinoreg.errors import UserError
-from dinoreg.keys import nearest
+from dinoreg.config.keys import nearest
+from dinoreg.runtime.errors import UserError
 
 GIB = 2**30
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dinoreg.config import Config
-from dinoreg.errors import UserError
-from dinoreg.models.flops import Encoder, Step, step
+from dinoreg.config.load import Config
 from dinoreg.models.heads import PrototypeHead
-from dinoreg.models.memory import kept_images
 from dinoreg.models.vit import RegisterViT
+from dinoreg.plan.activations import kept_images
 from dinoreg.plan.devices import Device
-from dinoreg.runtime import pick_precision
-from dinoreg.train.parallel import choose_strategy
+from dinoreg.plan.flops import Encoder, Step, step
+from dinoreg.runtime.device import pick_precision
+from dinoreg.runtime.errors import UserError
+from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.state import build_networks
 
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}

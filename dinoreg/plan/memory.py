@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dinoreg.models.memory import (
+from dinoreg.plan.activations import (
     RESIDUAL,
     EncoderBytes,
     encoder_bytes,
@@ -24,7 +24,7 @@ from dinoreg.models.memory import (
 )
 from dinoreg.plan.devices import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
 from dinoreg.plan.job import ELEMENT, Head, Job
-from dinoreg.rows import rows_per_piece
+from dinoreg.runtime.tiling import rows_per_chunk
 
 # In the order in which they are shown.
 PARTS = (
@@ -353,6 +353,6 @@ def _scratch(head: Head, rows: int, repeats: int, device: torch.device) -> int:
     """Two tiles of float32 scores, as `losses.dino` sizes them."""
     if rows == 0:
         return 0
-    tile_rows = min(rows, rows_per_piece(head.prototypes, device))
-    tile_blocks = min(repeats, rows_per_piece(head.prototypes * tile_rows, device))
+    tile_rows = min(rows, rows_per_chunk(head.prototypes, device))
+    tile_blocks = min(repeats, rows_per_chunk(head.prototypes * tile_rows, device))
     return 2 * 4 * tile_rows * tile_blocks * head.prototypes

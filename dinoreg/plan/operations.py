@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dinoreg.config import Config
-from dinoreg.models.flops import head as head_flops
+from dinoreg.config.load import Config
+from dinoreg.plan.flops import head as head_flops
 from dinoreg.plan.job import Job
 from dinoreg.train.state import build_networks
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoreg.config import BUDGETS, Config, load_config
-from dinoreg.errors import UserError
+from dinoreg.config.load import BUDGETS, Config, load_config
 from dinoreg.plan.advice import Remedy, remedies, smallest
 from dinoreg.plan.devices import GIB, Device, cpu_device, find_device, local_device
 from dinoreg.plan.job import Job, describe
@@ -19,6 +18,7 @@ from dinoreg.plan.memory import Memory, memory_of
 from dinoreg.plan.operations import Check, check_operations
 from dinoreg.plan.speed import Speed, estimate, probe, worth_probing
 from dinoreg.plan.traffic import Collective, collectives
+from dinoreg.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ def _count_images(config: Config, notes: list[str]) -> int | None:
     """Images of data=, or None with a word on why they could not be counted."""
     if config.data.source is None:
         return None
-    from dinoreg.data.sources import open_source
+    from dinoreg.data.open import open_source
 
     try:
         source = open_source(

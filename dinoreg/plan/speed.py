@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoreg.config import Config
-from dinoreg.data.batches import Batch
+from dinoreg.config.load import Config
+from dinoreg.config.schema import ParallelConfig
+from dinoreg.data.loader import Batch
 from dinoreg.data.masks import block_masks, mask_tensors
-from dinoreg.options import ParallelConfig
 from dinoreg.plan.job import Job
 from dinoreg.plan.memory import memory_of
-from dinoreg.runtime import DTYPES, keep_freed_memory, peak_memory
-from dinoreg.train.parallel import compile_backbones
+from dinoreg.runtime.device import DTYPES, keep_freed_memory, peak_memory
+from dinoreg.train.parallelize import compile_backbones
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import build_networks, build_state
 from dinoreg.train.step import train_step

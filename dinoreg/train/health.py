@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinoreg import distributed
-from dinoreg.metrics import rankme
-from dinoreg.train.parallel import local
+from dinoreg.distributed import process_group as distributed
+from dinoreg.evaluation.metrics.knn_rankme import rankme
+from dinoreg.train.parallelize import local
 from dinoreg.train.step import StepResult
 
 # Class tokens kept for the effective rank: enough for a stable figure, small enough to cost nothing.

@@ -17,26 +17,27 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from dinoreg import checkpoint, distributed
-from dinoreg.checkpoint_writer import Writer
-from dinoreg.config import Config
-from dinoreg.environment import environment
-from dinoreg.errors import Interrupted
+from dinoreg.checkpoint import format as checkpoint
+from dinoreg.checkpoint.async_writer import Writer
+from dinoreg.config.load import Config
+from dinoreg.distributed import process_group as distributed
+from dinoreg.runtime.environment import environment
+from dinoreg.runtime.errors import Interrupted
 from dinoreg.train.health import Health, WeightWatch
-from dinoreg.train.log import RunLog, SilentLog
-from dinoreg.train.parallel import check_copies, compile_backbones
-from dinoreg.train.record import Clock, record_rejected, report_diagnoses, run_probe, step_metrics
-from dinoreg.train.saving import (
-    give_up,
+from dinoreg.train.logger import RunLog, SilentLog
+from dinoreg.train.metrics import Clock, record_rejected, report_diagnoses, run_probe, step_metrics
+from dinoreg.train.parallelize import check_replicas, compile_backbones
+from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
+from dinoreg.train.resume import (
     open_writer,
     report_checkpoints,
     restore,
     roll_back,
     save,
     status,
+    too_many_nonfinite,
     write_skipped,
 )
-from dinoreg.train.setup import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
 
@@ -51,10 +52,10 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     when the run fails; Interrupted when a signal ended it, after its state was saved
     """
     with distributed.session(config.device, config.parallel.timeout):
-        with distributed.together():
+        with distributed.collective_errors():
             setup = prepare(config)
         check_shared(setup)
-        with distributed.together():
+        with distributed.collective_errors():
             if distributed.is_main():
                 claim_folder(setup)
         state = setup.new_state()
@@ -62,16 +63,16 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         resumed = restore(setup, state) if config.resume else []
         with open_log(setup, state) as log:
             if distributed.is_main():
-                announce(setup, state, resumed, log)
+                log_run_header(setup, state, resumed, log)
             try:
                 with Signals() as signals:
                     train(setup, state, log, signals, writer, on_checkpoint)
             except Exception as error:
-                lost = distributed.lost(error, state.step, config.parallel.timeout)
-                if lost is None:
+                diagnosis = distributed.diagnose_failure(error, state.step, config.parallel.timeout)
+                if diagnosis is None:
                     raise
-                log.say(str(lost), logging.ERROR)
-                raise lost from error
+                log.say(str(diagnosis), logging.ERROR)
+                raise diagnosis from error
             log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {setup.out}")
     return setup.out
 
@@ -131,9 +132,9 @@ def train(
                 metrics |= record_rejected(setup, log, clock, state)
                 metrics["checkpoint_stall"] = writer.read_stall()
                 log.metrics(metrics)
-                hand_over(report_checkpoints(setup, log, writer), setup, on_checkpoint)
+                notify_checkpoints(report_checkpoints(setup, log, writer), setup, on_checkpoint)
                 report_diagnoses(log, state.step, health.diagnose(metrics))
-                if give_up(setup, state):
+                if too_many_nonfinite(setup, state):
                     batches.close()
                     roll_back(setup, state, log, writer, batches.bad)
                     batches = setup.batches(state)
@@ -141,21 +142,21 @@ def train(
             last = state.step == setup.num_steps
             stop = agreement.maximum(signals.received)  # the signal that some process got
             if config.parallel.check_every and every(config.parallel.check_every, state.step):
-                check_copies(state.step, state.position, state.copies())
+                check_replicas(state.step, state.position, state.replicated())
             improved = False
             if setup.probe is not None and probe_every > 0 and (every(probe_every, state.step) or last):
                 improved = run_probe(setup, state, log, clock, health)
             good = every(save_every, state.step) and float(state.rejected) == 0  # a state to come back to
             if good or improved or last or stop:
                 published = save(setup, state, log, batches, writer, best=improved, wait=last or stop > 0)
-                hand_over(published, setup, on_checkpoint)
+                notify_checkpoints(published, setup, on_checkpoint)
             if stop and not last:
                 interrupted = Interrupted(
                     f"stopped by {signal.Signals(stop).name} after step {state.step} of {setup.num_steps}; "
                     f"go on with the same command and resume=true (state saved in {setup.out})",
                     stop,
                 )
-                interrupted.told = not distributed.is_main()
+                interrupted.reported = not distributed.is_main()
                 raise interrupted
             del batch, result  # the targets are as large as the logits: the next step needs the room
     finally:
@@ -167,7 +168,7 @@ def train(
                 write_skipped(setup, batches.bad)
 
 
-def hand_over(steps: list[int], setup: Setup, on_checkpoint: Callable[[int, Path], None] | None) -> None:
+def notify_checkpoints(steps: list[int], setup: Setup, on_checkpoint: Callable[[int, Path], None] | None) -> None:
     """Name the teacher files of new checkpoints to whoever wants to know."""
     if on_checkpoint is not None and distributed.is_main():
         for step in steps:
@@ -178,7 +179,7 @@ def every(period: int, step: int) -> bool:
     return step % period == 0
 
 
-def announce(setup: Setup, state: TrainState, resumed: list[str], log: RunLog) -> None:
+def log_run_header(setup: Setup, state: TrainState, resumed: list[str], log: RunLog) -> None:
     """Say what is about to happen, and keep the environment beside the run."""
     config = setup.config
     path = setup.out / "environment.json"

@@ -11,7 +11,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from dinoreg.train.parallel import local, whole
+from dinoreg.train.parallelize import full_tensor, local
 from dinoreg.train.schedules import Now
 
 _TOKENS = ("pos_embed", "mask_token", "cls_token", "register_tokens")
@@ -117,7 +117,7 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm, foreach=True)
-        norms[f"grad_norm_{name}"] = whole(norm)
+        norms[f"grad_norm_{name}"] = full_tensor(norm)
     return norms
 
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from dinoreg.config import Config
+from dinoreg.config.load import Config
 from dinoreg.models.heads import PrototypeHead
+from dinoreg.models.registry import build
 from dinoreg.models.vit import RegisterViT
-from dinoreg.models.zoo import build
 from dinoreg.train.optimizer import build_optimizer, start_moments
-from dinoreg.train.parallel import Modules, spread
+from dinoreg.train.parallelize import Modules, parallelize
 
 LARGEST_LOSS_SCALE = 2.0**16
 
@@ -48,7 +48,7 @@ class TrainState:
 
     student: Networks
     teacher: Networks
-    called: Modules
+    train_modules: Modules
     optimizer: torch.optim.Optimizer
     centers: dict[str, Tensor]
     loss_scale: Tensor
@@ -72,7 +72,7 @@ class TrainState:
             "rejected": self.rejected,
         }
 
-    def copies(self) -> dict[str, Tensor]:
+    def replicated(self) -> dict[str, Tensor]:
         """Every tensor of which processes hold copies that must stay equal, by name."""
         networks = {"student": self.student, "teacher": self.teacher}
         found = {f"{kind}.{name}": p for kind, network in networks.items() for name, p in network.named_parameters()}
@@ -157,7 +157,7 @@ def build_state(
     student.to(device).train()
     teacher.to(device)
     anchor = None if anchor is None else anchor.to(device)
-    called = spread(config.parallel, config.loss, student, teacher, anchor, device)
+    train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device)
     optimizer = build_optimizer(
         student,
         student.backbone.depth,
@@ -173,7 +173,7 @@ def build_state(
     return TrainState(
         student=student,
         teacher=teacher,
-        called=called,
+        train_modules=train_modules,
         optimizer=optimizer,
         centers={name: torch.zeros(1, len(head.last_layer.weight_g), device=device) for name, head in heads.items()},
         loss_scale=torch.tensor(LARGEST_LOSS_SCALE if fp16 else 1.0, device=device),

@@ -3,7 +3,7 @@
 The batch of all processes together is one batch: its targets, its neighbours and its gradient norm are those that one
 process would find for it. Sums over processes are the identity on one.
 
-Losses and targets follow recipe §3 of the paper's method: the teacher sees clean global crops, the student masked
+Losses and targets follow DINOv2 §4: the teacher sees clean global crops, the student masked
 global crops and clean local ones. A step computed in micro-batches has the statistics of the whole batch: targets are
 formed over all of it before the student starts, and KoLeo's neighbours are searched in all of it.
 """
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dinoreg import distributed
-from dinoreg.config import LossConfig
-from dinoreg.data.batches import Batch
+from dinoreg.config.load import LossConfig
+from dinoreg.data.loader import Batch
+from dinoreg.distributed import process_group as distributed
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.losses.centering import sinkhorn_knopp, softmax_center, update_center
 from dinoreg.losses.dino import dino_loss
 from dinoreg.losses.ibot import ibot_loss
 from dinoreg.losses.koleo import koleo_loss
-from dinoreg.runtime import autocast
+from dinoreg.runtime.device import autocast
 from dinoreg.train.optimizer import clip_gradients, set_rates, update_teacher
-from dinoreg.train.parallel import Modules, local, reshard, without_reduction
+from dinoreg.train.parallelize import Modules, local, reshard, without_reduction
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 
@@ -304,8 +304,10 @@ def backward(
         totals["koleo"], koleo_gradient = koleo_of_processes(features, loss.koleo_weight, loss.koleo_ranks)
     for index, part in enumerate(parts):
         seed_step(seed, index)
-        with without_reduction(state.called, index + 1 < len(parts)):
-            losses, cls_tokens = student_losses(state.called, part, targets, loss, dtype, anchor, frozen, num_seen)
+        with without_reduction(state.train_modules, index + 1 < len(parts)):
+            losses, cls_tokens = student_losses(
+                state.train_modules, part, targets, loss, dtype, anchor, frozen, num_seen
+            )
             share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
             if koleo and alone:
                 share["koleo"] = loss.koleo_weight * koleo_of_views(cls_tokens)

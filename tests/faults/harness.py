@@ -291,8 +291,8 @@ def _plain_environment() -> dict[str, str]:
 
 def torn(out: Path) -> list[str]:
     """What is wrong with the published state of a run: checkpoints that do not verify, a pointer to none."""
-    from dinoreg import checkpoint
-    from dinoreg.errors import RunError
+    from dinoreg.checkpoint import format as checkpoint
+    from dinoreg.runtime.errors import RunError
 
     folder = out / "checkpoints"
     problems = []
@@ -324,7 +324,7 @@ def unpointed(out: Path) -> bool:
 
     Resuming looks at the checkpoints themselves, and `last` comes with the next.
     """
-    from dinoreg import checkpoint
+    from dinoreg.checkpoint import format as checkpoint
 
     folder = out / "checkpoints"
     return len(list(folder.glob("step_*"))) == 1 and checkpoint.read_pointer(folder, "last") is None
@@ -335,7 +335,7 @@ def assert_sound(out: Path, last: int | None = None) -> None:
     assert torn(out) == []
     assert not unpointed(out)
     if last is not None:
-        from dinoreg import checkpoint
+        from dinoreg.checkpoint import format as checkpoint
 
         assert checkpoint.read_pointer(out / "checkpoints", "last") == checkpoint.step_name(last)
 

@@ -34,7 +34,7 @@ def in_writing(step: int, moment: str, what: str, **arguments: Any) -> None:
     moment  begun (a folder, no file) | files (this rank's are written) | digests (taken) | named (rank 0: under its
             final name, `last` still names the one before)
     """
-    from dinoreg import checkpoint
+    from dinoreg.checkpoint import format as checkpoint
 
     name = checkpoint.step_name(step)
     place: dict[str, tuple[Any, str, bool]] = {
@@ -97,7 +97,7 @@ def bad_picture(after: int) -> None:
 
 def shared_seconds(seconds: float) -> None:
     """Do not wait as long as for a slow NFS."""
-    from dinoreg.train import setup
+    from dinoreg.train import prepare as setup
 
     setup.SHARED_SECONDS = seconds
 
@@ -124,7 +124,7 @@ def _flip(tensor: str, state: Any) -> None:
     """Flip a bit of the first number of one of this rank's tensors, as a faulty memory would."""
     import torch
 
-    from dinoreg.train.parallel import local
+    from dinoreg.train.parallelize import local
 
     local(state.copies()[tensor]).detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 16)
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from harness import STEPS, Faults, assert_one_line, assert_sound
 
-from dinoreg import checkpoint
-from dinoreg.distributed import pick_cuda_index
-from dinoreg.errors import UserError
+from dinoreg.checkpoint import format as checkpoint
+from dinoreg.distributed.process_group import pick_cuda_index
+from dinoreg.runtime.errors import UserError
 
 WEIGHT = "student.backbone.patch_embed.proj.weight"
 

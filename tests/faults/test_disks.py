@@ -14,7 +14,7 @@ from hooks import KILL
 from mounts import mount
 from training import loss_trace
 
-from dinoreg import checkpoint
+from dinoreg.checkpoint import format as checkpoint
 
 
 def waiting_at(*steps: int, folder: Path) -> tuple[list[Path], list[Hook]]:

@@ -11,10 +11,10 @@ import pytest
 from harness import RUN, STEPS, Faults, Hook, Rank, Start, assert_one_line, assert_sound
 from hooks import KILL
 
-from dinoreg import checkpoint
+from dinoreg.checkpoint import format as checkpoint
 
 TIMEOUT = float(RUN["parallel.timeout"])
-ASKING = 3.0  # dinoreg.peers: how long the others are asked
+ASKING = 3.0  # dinoreg.distributed.failures: how long the others are asked
 MARGIN = 10.0  # what a busy machine may take for anything
 
 
@@ -149,7 +149,7 @@ def test_a_rank_that_dies_before_the_first_step_is_named_too(
 def test_a_rank_that_never_comes_is_waited_for_no_longer_than_the_time_out(
     missing: int, faults: Faults, tmp_path: Path
 ) -> None:
-    hooks = {missing: [("at_call", {"function": "dinoreg.distributed:_join", **KILL})]}
+    hooks = {missing: [("at_call", {"function": "dinoreg.distributed.process_group:_join", **KILL})]}
     start = faults.start(tmp_path / "run", processes=2, hooks=hooks)
     faults.wait(start, TIMEOUT + ASKING + MARGIN)
     waiting = start.ranks[1 - missing]

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dinoreg import peers
-from dinoreg.peers import Peers
+from dinoreg.distributed import failures as peers
+from dinoreg.distributed.failures import Peers
 
 
 class Meeting:

@@ -24,7 +24,13 @@ HERE = Path(__file__).resolve().parent
 IMPORTS = (
     *("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.parallel"),
     *("torch.utils.serialization", "numpy.ctypeslib", "rich._emoji_codes"),
-    *("dinoreg.cli", "dinoreg.checkpoint_writer", "dinoreg.train.loop", "dinoreg.view.report", "hooks"),
+    *(
+        "dinoreg.commands.main",
+        "dinoreg.checkpoint.async_writer",
+        "dinoreg.train.loop",
+        "dinoreg.commands.report",
+        "hooks",
+    ),
 )
 _PR_SET_PDEATHSIG = 1
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
@@ -37,7 +43,7 @@ def import_everything() -> None:
     import PIL.Image
     import torch
 
-    from dinoreg.config import load_config
+    from dinoreg.config.load import load_config
 
     torch.set_num_threads(1)
     PIL.Image.init()
@@ -58,12 +64,12 @@ def become(request: dict[str, Any]) -> int:
     os.chdir(request["folder"])
     import hooks
 
-    from dinoreg.view import report
+    from dinoreg.commands import report
 
-    report.write_report = lambda run: run  # written after the run, and slower than it
+    report.report_run = lambda run: run  # written after the run, and slower than it
     for name, arguments in request["hooks"]:
         getattr(hooks, name)(**arguments)
-    from dinoreg.cli import main
+    from dinoreg.commands.main import main
 
     return main(request["arguments"])
 

@@ -1,0 +1,228 @@
+"""`dinoreg embed`: the features of a folder, list or archive of images in one file, with their paths.
+
+One batch is in memory at a time, and a killed embed goes on where it was (`feature_file.py`). Images that cannot be
+read are left out, counted and listed beside the output.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinoreg.config.keys import build, flatten, nearest, nested
+from dinoreg.runtime.errors import Interrupted, RunError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from dinoreg.data.source import Source
+    from dinoreg.evaluation.backbones.encoder import Encoder
+    from dinoreg.export.feature_file import RowFile
+
+TOKENS = ("cls", "mean", "cls+mean", "patches")
+SAY_SECONDS = 20.0  # between lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """The keys of `dinoreg embed`."""
+
+    data: str | list[str] | None = None  # a folder, an image, a list of paths, tars, scenes, or [several]
+    weights: str | None = None  # as weights= of eval: a run folder, a weight file, a model's name
+    out: str | None = None  # the file to write, .safetensors or .parquet
+    token: str = "cls"  # cls | mean (of the patches) | cls+mean (one behind the other) | patches (every one)
+    image_size: int | None = None  # pixels, side of the centre crop, a multiple of the patch size; none: 224 or less
+    batch_size: int = 32  # images at a time
+    dtype: str = "float32"  # of the numbers in the file: float32 | float16
+    device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
+    precision: str = "auto"  # of the computation: auto (bf16 where the hardware has it) | bf16 | fp16 | fp32
+    workers: int | None = None  # threads that decode; none: one for every core but one, at most 16
+    overwrite: bool = False  # replace a finished file, drop an unfinished one that was begun with other keys
+
+    def __post_init__(self) -> None:
+        for key in ("data", "weights", "out"):
+            if not getattr(self, key):
+                raise UserError(f"embed: {key}= is missing; see dinoreg embed --help")
+        choices = {"token": TOKENS, "dtype": ("float32", "float16"), "precision": ("auto", "bf16", "fp16", "fp32")}
+        for key, accepted in choices.items():
+            value = getattr(self, key)
+            if value not in accepted:
+                raise UserError(f"{key}={value}: expected {', '.join(accepted)}{nearest(value, accepted)}")
+        for key, least in (("batch_size", 1), ("image_size", 1), ("workers", 0)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise UserError(f"{key}={value}: expected at least {least}")
+
+
+def read_options(overrides: Mapping[str, Any] | Iterable[str]) -> EmbedOptions:
+    """EmbedOptions of `key=value`; UserError for an unknown key, naming the nearest, or a value of the wrong type."""
+    options: EmbedOptions = build(EmbedOptions, flatten(nested(overrides), EmbedOptions, "command line"))
+    return options
+
+
+def embed(options: EmbedOptions) -> Path:
+    """Write the features and return the file's path.
+
+    raises  UserError, before anything is written, for what is missing, does not fit or is finished already
+            RunError when no image can be read, a feature is not finite or the disk is full
+            Interrupted after Ctrl-C; the same call goes on
+    """
+    from dinoreg.evaluation.backbones.open import open_encoder
+    from dinoreg.export.feature_file import RowFile, import_pyarrow, skipped_list
+    from dinoreg.runtime.device import pick_device, pick_precision
+    from dinoreg.visualize.subject import multiples, open_images
+
+    out = Path(str(options.out))
+    _check_out(out, options.overwrite)
+    if out.suffix == ".parquet":
+        import_pyarrow(out)
+    source = open_images(options.data or "", "data")
+    device = pick_device(options.device)
+    encoder = open_encoder(str(options.weights), device, pick_precision(options.precision, device)).encoder
+    size = options.image_size or encoder.default_size
+    if size % encoder.patch_size:
+        raise UserError(f"image_size={size}: {multiples(size, encoder.patch_size)}")
+    settings = {
+        "weights": encoder.name,
+        "identity": encoder.identity,
+        "data": source.fingerprint(),
+        "token": options.token,
+        "image_size": size,
+        "precision": str(encoder.dtype).removeprefix("torch."),
+        "batch_size": options.batch_size,
+    }
+    shape = row_shape(options.token, encoder, size)
+    rows = RowFile(out, settings, shape, options.dtype, len(source), restart=options.overwrite)
+    with rows:
+        try:
+            _extract(rows, source, encoder, size, options)
+        except KeyboardInterrupt:
+            rows.note()
+            done = f"interrupted after {rows.next:,} of {len(source):,} images; the same command goes on"
+            raise Interrupted(done, signal.SIGINT) from None
+        except OSError as error:
+            raise rows.failure(error) from None
+    if not rows.count:
+        name, reason = rows.skipped[0]
+        raise RunError(f"data: none of the {len(source):,} images could be read; the first: {name}: {reason}")
+    names = (source.name(index) for index in range(len(source)) if index not in rows.skipped)
+    rows.finish(names, {**settings, "patch_size": encoder.patch_size, "skipped": len(rows.skipped)})
+    left_out = f"; {len(rows.skipped):,} left out, listed in {skipped_list(out)}" if rows.skipped else ""
+    _say(f"embed: {rows.count:,} images, {' x '.join(map(str, shape))} numbers each{left_out}")
+    return out
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    from dinoreg.export.feature_file import SUFFIXES
+
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"out={out}: expected the name of a file that ends in {' or '.join(SUFFIXES)}")
+    if out.is_dir():
+        raise UserError(f"out={out}: is a folder, expected a file")
+    if out.exists() and not overwrite:
+        raise UserError(f"out={out}: is finished already; use overwrite=true to write it anew")
+    for path in out.parents:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"out={out}: {path} is a file, expected a folder")
+
+
+def row_shape(token: str, encoder: Encoder, size: int) -> tuple[int, ...]:
+    """The shape of one image's features: (D,), (2 D,) or (N, D)."""
+    if token == "patches":
+        return (size // encoder.patch_size) ** 2, encoder.dim
+    return ((2 if token == "cls+mean" else 1) * encoder.dim,)
+
+
+def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options: EmbedOptions) -> None:
+    """Batches are of `batch_size` images of the source, readable or not: one that went on equals one that did not."""
+    import torch
+
+    from dinoreg.data.decode import BadImage, decode
+    from dinoreg.evaluation.features.images import default_workers, parallel
+    from dinoreg.visualize.subject import fit
+
+    def read(index: int) -> Tensor | str:
+        try:
+            return fit(decode(source.read(index), encoder.in_channels), size, size)
+        except BadImage as error:
+            return str(error)
+
+    workers = default_workers() if options.workers is None else options.workers
+    total, begun = len(source), rows.next
+    progress = _Progress(total, begun)
+    held: list[Tensor] = []
+    indices: list[int] = []
+    for index, found in enumerate(parallel(read, range(begun, total), workers), begun):
+        if isinstance(found, str):
+            rows.skip(index, source.name(index), found)
+        else:
+            held.append(found)
+            indices.append(index)
+        if (index + 1) % options.batch_size == 0 or index + 1 == total:
+            if held:
+                values = features(encoder, torch.stack(held), options.token, options.dtype)
+                _check_finite(values, source, indices, options.dtype)
+                rows.append(values)
+            held, indices = [], []
+            rows.reached(index + 1)
+            progress.update(index + 1)
+
+
+def features(encoder: Encoder, images: Tensor, token: str, dtype: str = "float32") -> np.ndarray:
+    """images (B, C, H, W) uint8 -> (B, *row_shape) of the tokens after the final norm, as `dtype` on the CPU."""
+    import numpy as np
+    import torch
+
+    tokens = encoder.tokens(images)
+    if token == "patches":
+        found = tokens.patches
+    else:
+        parts = {"cls": lambda: tokens.cls, "mean": lambda: tokens.patches.mean(dim=1)}
+        found = torch.cat([parts[name]() for name in token.split("+")], dim=1)
+    with np.errstate(over="ignore"):  # what does not fit into float16 is found below, with its name
+        return found.cpu().numpy().astype(dtype)
+
+
+def _check_finite(values: np.ndarray, source: Source, indices: list[int], dtype: str) -> None:
+    import numpy as np
+
+    bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
+    if len(bad):
+        hint = "; dtype=float32 holds larger numbers" if dtype == "float16" else ""
+        raise RunError(f"{source.name(indices[int(bad[0])])}: its feature is not finite{hint}")
+
+
+class _Progress:
+    """How far, how fast, how long still: one line that is rewritten on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, begun: int) -> None:
+        self.total, self.begun = total, begun
+        self.started = self.said = time.monotonic()
+        self.live = sys.stderr.isatty()
+        if begun:
+            _say(f"embed: going on after {begun:,} of {total:,} images")
+
+    def update(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self.said < (0.5 if self.live else SAY_SECONDS) and not (self.live and done == self.total):
+            return
+        self.said = now
+        rate = (done - self.begun) / max(now - self.started, 1e-9)
+        left = round((self.total - done) / rate) if rate else 0
+        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        line = f"embed: {done:,} of {self.total:,} images, {rate:.1f} images/s, {clock} left"
+        if self.live:
+            end = "\n" if done == self.total else ""
+            print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
+        else:
+            _say(line)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

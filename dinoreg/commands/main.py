@@ -1,0 +1,103 @@
+"""The command line: a verb, its arguments, and `key=value`.
+
+Every verb parses all it was given before it starts, so that a wrong key or value ends with one line and exit
+code 2 and nothing written. A failure at run time is one line, the log's path and exit code 1. The parts
+that do the work are imported inside the verbs: help and wrong spellings answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from dinoreg.commands.arguments import (
+    overview,
+    verb_help,
+)
+from dinoreg.commands.registry import VERBS, _explain, _one_line
+from dinoreg.runtime.errors import Interrupted, RunError, UserError
+
+OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The verbs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (0 done, 1 failed, 2 refused, 130 interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "WORLD_SIZE" in os.environ:  # DDP and the store warn once a process about what is meant to be so
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        return _dispatch(arguments)
+    except UserError as error:
+        if not error.reported:
+            _say(f"dinoreg: {_one_line(error)}")
+        return REFUSED
+    except Interrupted as stop:
+        if not stop.reported:
+            _say(f"dinoreg: {_one_line(stop)}")
+        return 128 + stop.signal_number
+    except KeyboardInterrupt:
+        _say("dinoreg: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except RunError as error:
+        if not error.reported:
+            _say(f"dinoreg: {_one_line(error)}")
+        return FAILED
+    except Exception as error:
+        if os.environ.get("DINOREG_DEBUG") == "1":
+            traceback.print_exc()
+            _say(f"dinoreg: {_explain(error)}")
+        else:
+            _say(f"dinoreg: {_explain(error)} (DINOREG_DEBUG=1 shows the traceback)")
+        return FAILED
+
+
+def script(benchmark: Any) -> None:
+    """Run a declaration as a script: `python eval/pets.py weights=… root=…` is `dinoreg eval pets weights=… root=…`."""
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    raise SystemExit(main(["eval", str(path or benchmark.name), *sys.argv[1:]]))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview(VERBS))
+        return OK
+    if arguments[0] in ("--version", "-V"):
+        from dinoreg import __version__
+
+        print(f"dinoreg {__version__}")
+        return OK
+    name, *rest = arguments
+    if name not in VERBS:
+        from dinoreg.config.keys import nearest
+
+        raise UserError(f"{name}: unknown verb{nearest(name, VERBS)}; known: {', '.join(VERBS)}")
+    if any(argument in ("-h", "--help") for argument in rest):
+        print(verb_help(name, VERBS[name]))
+        return OK
+    for argument in rest:
+        if argument.startswith("-") and argument not in VERBS[name].flags:
+            raise UserError(f"{name}: {argument}: unknown option; options are written key=value")
+    VERBS[name].run(rest)
+    return OK
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How a command ends
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,34 @@
+"""Where configs/, eval/ and launch/ are: beside the package in a checkout, inside it in a wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def bundled(name: str) -> Path:
+    """Folder `configs`, `eval` or `launch`: the checkout's own if there is one, else the wheel's copy."""
+    checkout = PACKAGE.parent / name
+    if (PACKAGE.parent / "setup.py").is_file() and checkout.is_dir():
+        return checkout
+    return PACKAGE / "_bundled" / name
+
+
+def run_file(path: Path, prefix: str) -> ModuleType:
+    """Run a Python file as the module `<prefix>_<stem>`; what it raises passes through, and no half of it stays."""
+    name = f"{prefix}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

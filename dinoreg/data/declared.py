@@ -1,0 +1,96 @@
+"""Datasets by name as sources without labels: `data=imagenet22k:root=/datasets` reads what `eval/` declares.
+
+A declaration that can feed a pretraining has a `PRETRAINING` beside its `BENCHMARK`. Its file is found by name and
+run when it is asked for; nothing here imports it, or the evaluators that it declares itself to.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinoreg.config.bundled import bundled, run_file
+from dinoreg.config.keys import nearest
+from dinoreg.config.values import Text
+from dinoreg.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from dinoreg.data.source import Source
+
+_OPTION = re.compile(r",(?=[a-z_]+=)")  # a comma inside a path stays one
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a declared dataset is read without labels.
+
+    open     (root, split, options, index_dir) -> Source; options are those of the benchmark that `options` names,
+             converted, with their defaults; UserError naming the expected path and archive for what is missing
+    splits   the published names of the splits that it can open, the default one first; empty: it has but one
+    options  names of the benchmark's options that matter here
+    """
+
+    open: Callable[[Path, str, Mapping[str, Any], str | None], Source]
+    splits: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+def known_names() -> dict[str, Path]:
+    """Names and aliases of the datasets that can be a source, and where each is declared."""
+    found = {}
+    for path in sorted(bundled("eval").glob("*.py")):
+        # A look at the text first: running a file that declares no source would be for nothing.
+        if re.search(r"^PRETRAINING\b", path.read_text(encoding="utf-8"), re.MULTILINE):
+            benchmark = _declared(path).BENCHMARK
+            found.update(dict.fromkeys((benchmark.name, *benchmark.aliases), path))
+    return found
+
+
+def open_named(name: str, options: str, index_dir: str | None, kinds: str) -> Source:
+    """The source `NAME:OPTIONS`, with OPTIONS like "root=/datasets,split=train".
+
+    kinds  the kinds of sources there are, for the message about an unknown one
+    raises UserError for an unknown dataset or option, a missing root, and what the dataset itself lacks
+    """
+    known = known_names()
+    if name.lower() not in known:
+        raise UserError(f"data: {name!r} is not a known kind of source, expected {kinds}{nearest(name, known)}")
+    declared = _declared(known[name.lower()])
+    benchmark, pretraining = declared.BENCHMARK, declared.PRETRAINING
+    name = benchmark.name
+    accepted = ("root", *(("split",) if pretraining.splits else ()), *pretraining.options)
+    values: dict[str, Text] = {}
+    for option in filter(None, _OPTION.split(options)):
+        key, _, text = option.partition("=")
+        if key not in accepted:
+            raise UserError(
+                f"data: {name} has no option {key!r}, expected {', '.join(accepted)}{nearest(key, accepted)}"
+            )
+        if key in values:
+            raise UserError(f"data: {name}:{options}: {key} is given twice")
+        values[key] = Text(text)
+    root = str(values.pop("root", ""))
+    if not root:
+        need = benchmark.layouts[0][0]
+        raise UserError(
+            f"data: {name} needs the folder that holds it, as {name}:root=FOLDER with {need.path} of {need.archive}"
+        )
+    split = str(values.pop("split", pretraining.splits[0] if pretraining.splits else ""))
+    if pretraining.splits and split not in pretraining.splits:
+        expected = " or ".join(pretraining.splits)
+        raise UserError(f"data: {name}:split={split}: expected {expected}{nearest(split, pretraining.splits)}")
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise UserError(f"data: {name}:root={root} is not a folder; expected the one that holds {benchmark.title}")
+    return pretraining.open(path, split, benchmark.option_values(values), index_dir)
+
+
+def _declared(path: Path) -> Any:
+    """The module of a declaration, run once."""
+    prefix = "dinoreg_source"
+    known = sys.modules.get(f"{prefix}_{path.stem}")
+    return known if known is not None and known.__file__ == str(path) else run_file(path, prefix)

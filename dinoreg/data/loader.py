@@ -1,0 +1,482 @@
+"""The stream of batches: sampling, decoding and cropping in threads, augmentation on the device.
+
+What a batch holds is a function of the settings, the seed and the sampler's position alone. Positions count
+samples since the start of the run, so a run continues exactly from a saved position, with any number of
+workers.
+
+Threads, not processes: decoding and resampling release the interpreter lock, and threads write straight into
+the batch's (pinned) memory, where processes would pay for every crop's way between them.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import queue
+import threading
+import time
+import weakref
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
+from dinoreg.data import augment as photometric
+from dinoreg.data import crops as geometry
+from dinoreg.data.decode import MAX_PIXELS, BadImage, EncodedImage
+from dinoreg.data.masks import block_masks, mask_tensors
+from dinoreg.data.rng import uniforms
+from dinoreg.data.sampler import Sampler
+from dinoreg.data.source import Source
+from dinoreg.runtime.errors import RunError, UserError
+
+BAD_ALLOWANCE = 10  # bad images that never end a run, unless none at all are allowed
+_ATTEMPTS = 1000  # substitutes tried for one bad image
+_LISTED = 100  # bad images named when a run ends over them
+_MOST_WORKERS = 16  # when not told how many
+_CROP_STREAM, _COLOUR_STREAM = 1, 2  # uses of the seed
+# A batch is handed out in pieces. Where workers compute floats their number is fixed, because a mean's rounding
+# may depend on the company of a crop; larger pieces also mean fewer, longer operations and less waiting for the
+# interpreter lock.
+_PIECES_ON_CPU = 8
+_PIECES_PER_WORKER = 4
+
+
+@dataclass
+class Batch:
+    """What one step trains on; tensors on the device. Rows are crop-major: all of view 1, then view 2, ..."""
+
+    global_crops: Tensor  # (2B, C, H, W) float32, augmented and normalised
+    local_crops: Tensor | None  # (L*B, C, h, w); None without local crops
+    mask: Tensor  # (2B, N) bool, True = hidden
+    mask_indices: Tensor  # (M,) int64 into the 2B*N flattened patches
+    mask_weights: Tensor  # (M,) float32, 1 / (masked patches of that crop)
+    sample_ids: np.ndarray  # (B,) int64, the images that were used
+    position: int  # the sampler's position after this batch
+    data_time: float  # seconds the consumer spent in asking for it
+
+
+class _Slot:
+    """The memory that workers write one batch's crops to."""
+
+    def __init__(self, batch_size: int, channels: int, crops: CropSettings, pinned: bool) -> None:
+        def buffer(rows: int, size: int) -> Tensor:
+            pixels = torch.empty(rows, size, size, channels, dtype=torch.uint8, pin_memory=pinned)
+            return pixels.permute(0, 3, 1, 2)
+
+        self.global_crops = buffer(2 * batch_size, crops.global_size)  # (2B, C, H, W), channels innermost
+        self.local_crops = buffer(crops.num_local * batch_size, crops.local_size)
+        # One view per crop, made once: slicing for every crop would cost as much as planning it.
+        rows = list(self.global_crops.split(1)) + (list(self.local_crops.split(1)) if crops.num_local else [])
+        self.views = [rows[image::batch_size] for image in range(batch_size)]
+        self.copied: torch.cuda.Event | None = None  # set while the device may still be reading
+
+
+@dataclass
+class _Job:
+    """One batch in the making."""
+
+    position: int
+    slot: _Slot
+    ids: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    epochs: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    boxes: np.ndarray = field(default_factory=lambda: np.empty(0))
+    colours: np.ndarray = field(default_factory=lambda: np.empty(0))
+    mask: Tensor | None = None
+    mask_indices: Tensor | None = None
+    mask_weights: Tensor | None = None
+    bad: dict[str, str] = field(default_factory=dict)
+    error: BaseException | None = None
+    finished: list[Tensor | None] = field(default_factory=list)  # on a CPU: the global and the local crops, float
+    pieces: int = 0  # still to be finished
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class _Engine:
+    """Plans and fills jobs. It does not know the loader, so that an abandoned loader can be collected."""
+
+    def __init__(
+        self,
+        source: Source,
+        crops: CropSettings,
+        augment: AugmentSettings,
+        mask: MaskSettings,
+        *,
+        grid: tuple[int, int],
+        batch_size: int,
+        seed: int,
+        in_channels: int,
+        max_pixels: int,
+        reduced_decode: bool,
+        rank: int,
+        world_size: int,
+        workers: int,
+        device: torch.device,
+    ) -> None:
+        self.source, self.crops, self.augment, self.mask = source, crops, augment, mask
+        self.grid, self.batch_size, self.seed = grid, batch_size, seed
+        self.in_channels, self.max_pixels, self.reduced_decode = in_channels, max_pixels, reduced_decode
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.sampler = Sampler(source.groups(), seed)
+        self.sizes = [crops.global_size] * 2 + [crops.local_size] * crops.num_local
+        self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
+        self.lock = threading.Lock()
+        self.tasks: queue.SimpleQueue[tuple[_Job, int, int] | None] = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+        self.stopping = False
+        if workers:
+            self._start(workers)
+
+    def _start(self, workers: int) -> None:
+        # A thread's own number of compute threads can only be set through a call that also changes the
+        # default of threads to come; so all workers make it first, then the old default is put back.
+        num_threads = torch.get_num_threads()
+        ready = threading.Barrier(workers + 1)
+        for number in range(workers):
+            thread = threading.Thread(target=self._work, args=(ready,), name=f"dinoreg-data-{number}", daemon=True)
+            thread.start()
+            self.threads.append(thread)
+        ready.wait()
+        torch.set_num_threads(num_threads)
+
+    def _work(self, ready: threading.Barrier) -> None:
+        torch.get_num_threads()  # initialises this thread's count, which would undo a call before it
+        torch.set_num_threads(1)
+        ready.wait()
+        while (task := self.tasks.get()) is not None:
+            job, first, last = task
+            if self.stopping:
+                job.done.set()
+            elif last == 0:
+                self._plan_and_share(job)
+            else:
+                self._fill(job, first, last)
+
+    def stop(self) -> None:
+        self.stopping = True
+        for _ in self.threads:
+            self.tasks.put(None)
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=10)
+        self.threads.clear()
+
+    def submit(self, job: _Job) -> None:
+        """Start a job on the workers; without workers, do it here and now."""
+        if self.threads:
+            self.tasks.put((job, 0, 0))
+        else:
+            num_threads = torch.get_num_threads()
+            torch.set_num_threads(1)  # as in a worker: the number of threads changes the rounding of means
+            try:
+                self._plan_and_share(job)
+            finally:
+                torch.set_num_threads(num_threads)
+
+    def _plan_and_share(self, job: _Job) -> None:
+        try:
+            self._plan(job)
+        except BaseException as error:
+            job.error = error
+            job.done.set()
+            return
+        on_cpu = self.device.type == "cpu"
+        size = -(-self.batch_size // (_PIECES_ON_CPU if on_cpu else _PIECES_PER_WORKER * max(1, len(self.threads))))
+        pieces = [(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
+        job.pieces = len(pieces)
+        if not self.threads:
+            for first, last in pieces:
+                self._fill(job, first, last)
+            return
+        for first, last in pieces:
+            self.tasks.put((job, first, last))
+
+    def _plan(self, job: _Job) -> None:
+        """Draw everything random that a batch needs: ids, boxes, colour changes, masks."""
+        batch, views = self.batch_size, len(self.sizes)
+        job.ids, job.epochs = self.sampler.at(job.position + self.rank * batch + np.arange(batch))
+
+        def numbers(stream: int, count: int) -> np.ndarray:
+            return uniforms(self.seed, stream, job.epochs, job.ids, views, count)
+
+        job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.crops)
+        colours = photometric.draw_photometric(numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW), self.augment)
+        job.colours = colours.swapaxes(0, 1).reshape(views * batch, -1)  # crop-major
+        images = batch * self.world_size
+        hidden = [
+            block_masks(
+                self.seed,
+                job.position // images,
+                2 * images,
+                self.grid,
+                self.mask.probability,
+                self.mask.ratio,
+                self.mask.min_patches,
+                aspect=self.mask.aspect,
+                first=view * images + self.rank * batch,  # the crop's number does not depend on the processes
+                count=batch,
+            )
+            for view in range(2)
+        ]
+        job.mask = torch.from_numpy(np.concatenate(hidden))
+        job.mask_indices, job.mask_weights = mask_tensors(job.mask)
+        if self.device.type == "cuda":
+            job.mask, job.mask_indices = job.mask.pin_memory(), job.mask_indices.pin_memory()
+            job.mask_weights = job.mask_weights.pin_memory()
+        if self.device.type == "cpu":
+            slot = job.slot
+            job.finished = [torch.empty(slot.global_crops.shape), None]
+            if self.crops.num_local:
+                job.finished[1] = torch.empty(slot.local_crops.shape)
+        if job.slot.copied is not None:
+            job.slot.copied.synchronize()
+            job.slot.copied = None
+
+    def _fill(self, job: _Job, first: int, last: int) -> None:
+        try:
+            for row in range(first, last):
+                if job.error is not None or self.stopping:
+                    break
+                self._fill_row(job, row)
+            if job.finished and job.error is None and not self.stopping:
+                self._finish_on_cpu(job, first, last)
+        except BaseException as error:  # whatever it is, the consumer must hear of it
+            job.error = error
+        with self.lock:
+            job.pieces -= 1
+            finished = job.pieces == 0
+        if finished:
+            job.done.set()
+
+    def _finish_on_cpu(self, job: _Job, first: int, last: int) -> None:
+        """Augment the crops of images first..last in this thread, a cache-sized piece at a time."""
+        batch, views = self.batch_size, len(self.sizes)
+        rows = (np.arange(views)[:, None] * batch + np.arange(first, last)).ravel()  # crop-major, all views
+        split = 2 * (last - first)
+        groups = ((job.slot.global_crops, rows[:split], 0), (job.slot.local_crops, rows[split:], 2 * batch))
+        for (pixels, mine, offset), out in zip(groups, job.finished):
+            if out is not None:
+                colours = job.colours[offset : offset + len(pixels)]
+                photometric.augment(pixels, colours, self.augment, out, mine - offset)
+
+    def _fill_row(self, job: _Job, row: int) -> None:
+        original, epoch = int(job.ids[row]), int(job.epochs[row])
+        sample = original
+        for attempt in range(_ATTEMPTS):
+            reason = self.known_bad.get(sample)
+            if reason is None:
+                try:
+                    self._crop_image(job, row, sample)
+                    job.ids[row] = sample
+                    return
+                except BadImage as error:
+                    reason = self.known_bad[sample] = str(error)
+            with self.lock:
+                job.bad[self.source.name(sample)] = reason
+            sample = self.sampler.substitute(epoch, original, attempt)
+        name = self.source.name(original)
+        raise RunError(f"data: no usable image found in {_ATTEMPTS} tries in place of {name} ({reason})")
+
+    def _crop_image(self, job: _Job, row: int, sample: int) -> None:
+        image = EncodedImage(self.source.read(sample), self.in_channels, self.max_pixels)
+        boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.crops.ratio)
+        reduction = 1
+        if self.reduced_decode and image.format == "JPEG":
+            reduction = geometry.reduction_for(boxes, self.sizes)
+        pixels = image.pixels(reduction)
+        if reduction > 1:
+            height, width = pixels.shape[1:]
+            boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]
+        for box, out in zip(boxes, job.slot.views[row]):
+            geometry.cut_crop(pixels, box, out)
+
+
+class BatchLoader:
+    """An endless iterator of batches; also a context manager, which stops its workers.
+
+    A bad image is replaced by another one that depends on its place alone, and listed once in `bad` (name ->
+    reason). More than 10 bad images that are also more than `max_bad_fraction` of the images seen end the
+    run with RunError; with a fraction of 0 the first one does.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        crops: CropSettings,
+        augment: AugmentSettings,
+        mask: MaskSettings,
+        patch_size: int,
+        batch_size: int,
+        seed: int = 0,
+        workers: int | None = None,
+        device: torch.device | str = "cpu",
+        position: int = 0,
+        max_bad_fraction: float = 0.01,
+        in_channels: int = 3,
+        prefetch: int = 2,
+        max_pixels: int = MAX_PIXELS,
+        reduced_decode: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Start the workers; they prepare nothing before the first batch is asked for.
+
+        batch_size      images B of this process; all processes together advance by B * world_size
+        workers         threads; None for one per core (per two cores when the step runs on the CPU), at most 16; 0 for
+                        the consumer's own thread, when it asks
+        position        where to start, a multiple of B * world_size
+        prefetch        batches prepared ahead, at least 1
+        max_pixels      larger images count as bad
+        reduced_decode  let a large JPEG be decoded at 1/2, 1/4 or 1/8 where no crop loses pixels by it
+        raises          UserError for settings that do not fit together
+        """
+        for name, size in (("global_size", crops.global_size), ("local_size", crops.local_size)):
+            if size % patch_size and (name == "global_size" or crops.num_local):
+                raise UserError(f"crops.{name}={size} is not divisible by the patch size {patch_size}")
+        for name, values in (("mean", augment.mean), ("std", augment.std)):
+            if len(values) not in (1, in_channels):
+                raise UserError(f"augment.{name} has {len(values)} values, expected 1 or {in_channels} (channels)")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: expected at least 1")
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            # On a CPU the step wants the cores as well.
+            workers = max(1, cores // 2) if torch.device(device).type == "cpu" else cores
+            workers = min(workers, _MOST_WORKERS)
+        self.source, self.device = source, torch.device(device)
+        self.batch_size, self.max_bad_fraction = batch_size, max_bad_fraction
+        self.bad: dict[str, str] = {}
+        self._settings, self._stride = augment, batch_size * world_size
+        self._delivered = self._submitted = position
+        grid = (crops.global_size // patch_size,) * 2
+        self._engine = _Engine(
+            source,
+            crops,
+            augment,
+            mask,
+            grid=grid,
+            batch_size=batch_size,
+            seed=seed,
+            in_channels=in_channels,
+            max_pixels=max_pixels,
+            reduced_decode=reduced_decode,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+            device=self.device,
+        )
+        self._finalizer = weakref.finalize(self, self._engine.stop)  # also runs when the interpreter exits
+        self._ahead = max(1, prefetch) if workers else 0
+        self._free = [_Slot(batch_size, in_channels, crops, self.device.type == "cuda") for _ in range(self._ahead + 1)]
+        self._jobs: collections.deque[_Job] = collections.deque()
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __enter__(self) -> BatchLoader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the workers. No batch can be asked for afterwards."""
+        self._finalizer()
+
+    @property
+    def position(self) -> int:
+        """Samples drawn up to and with the last batch handed out, by all processes together."""
+        return self._delivered
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart needs: the position, and the bad images listed so far."""
+        return {"position": self._delivered, "bad": dict(self.bad)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the batch at which `state_dict` was taken."""
+        while self._jobs:
+            job = self._jobs.popleft()
+            job.done.wait()
+            self._free.append(job.slot)
+        self._delivered = self._submitted = int(state["position"])
+        self.bad = dict(state["bad"])
+
+    def __next__(self) -> Batch:
+        if not self._finalizer.alive:
+            raise RunError("data: the loader is closed")
+        started = time.perf_counter()
+        self._submit(max(1, self._ahead))
+        job = self._jobs.popleft()
+        job.done.wait()
+        if job.error is not None:
+            self.close()
+            raise job.error
+        position = job.position + self._stride
+        self._count_bad(job, position)
+        batch = self._deliver(job, position)
+        self._delivered = position
+        self._free.append(job.slot)
+        self._submit(self._ahead)  # the workers go on while the caller computes
+        batch.data_time = time.perf_counter() - started
+        return batch
+
+    def _submit(self, ahead: int) -> None:
+        while len(self._jobs) < ahead:
+            job = _Job(self._submitted, self._free.pop())
+            self._submitted += self._stride
+            self._jobs.append(job)
+            self._engine.submit(job)
+
+    def _deliver(self, job: _Job, position: int) -> Batch:
+        assert job.mask is not None
+        assert job.mask_indices is not None
+        assert job.mask_weights is not None
+        global_crops, local_crops = job.finished or self._augment(job)
+        assert global_crops is not None
+        batch = Batch(
+            global_crops=global_crops,
+            local_crops=local_crops,
+            mask=self._send(job.mask),
+            mask_indices=self._send(job.mask_indices),
+            mask_weights=self._send(job.mask_weights),
+            sample_ids=job.ids,
+            position=position,
+            data_time=0.0,
+        )
+        if self.device.type == "cuda":
+            job.slot.copied = torch.cuda.Event()
+            job.slot.copied.record(torch.cuda.current_stream(self.device))
+        return batch
+
+    def _augment(self, job: _Job) -> list[Tensor | None]:
+        """Send the crops to the device and augment them there, without waiting for it."""
+        split, slot = 2 * self.batch_size, job.slot
+        first = photometric.augment(self._send(slot.global_crops), job.colours[:split], self._settings)
+        if not len(slot.local_crops):
+            return [first, None]
+        return [first, photometric.augment(self._send(slot.local_crops), job.colours[split:], self._settings)]
+
+    def _send(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
+
+    def _count_bad(self, job: _Job, position: int) -> None:
+        self.bad.update(job.bad)
+        seen = min(position + len(self.bad), len(self.source))  # a bad image is seen besides the one that replaced it
+        allowed = max(BAD_ALLOWANCE, self.max_bad_fraction * seen) if self.max_bad_fraction > 0 else 0
+        if len(self.bad) <= allowed:
+            return
+        self.close()
+        names = [f"  {name}: {reason}" for name, reason in list(self.bad.items())[:_LISTED]]
+        if len(self.bad) > _LISTED:
+            names.append(f"  and {len(self.bad) - _LISTED} more")
+        raise RunError(
+            f"data: {len(self.bad)} bad images among {seen} seen, more than "
+            f"data.max_bad_fraction={self.max_bad_fraction} allows:\n" + "\n".join(names)
+        )

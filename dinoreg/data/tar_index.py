@@ -1,0 +1,341 @@
+"""Images inside uncompressed tar archives, one archive per class as ImageNet-22k is handed out, read by position.
+
+Where an archive's members lie is found once: in DINOv2's `extra/entries.npy`, in tar's own block listing
+(`blocks/NAME.log`), or else by walking the headers; the result is kept beside the other indexes. Nothing is unpacked,
+no name of a member is ever used as a path, and every read is checked against the header that it starts with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+import sys
+import tarfile
+import time
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinoreg.data.decode import BadImage
+from dinoreg.data.folder_index import EXTENSIONS, SETTLED_NS, PathBlock, cache_folder, save_arrays
+from dinoreg.data.source import Source
+from dinoreg.runtime.errors import UserError
+
+BLOCK = 512  # bytes of a header; members begin at multiples of it
+MAX_BYTES = 1 << 28  # of one member, packed or unpacked; more is no photograph
+_VERSION = 1
+_CHUNK = 1 << 20  # rows of an entries.npy looked at together
+_THREADS = 8  # archives indexed at once; the time goes into waiting for the disk
+_WORTH_SAYING = 1 << 30  # bytes of archives from which on indexing them takes long enough to be announced
+_LOG_LINE = re.compile(r"block (\d+): (.+)")
+_LOG_END = re.compile(r"\*\* .* \*\*")  # "** Block of NULs **", "** End of File **"
+
+
+@dataclass(frozen=True)
+class TarMembers:
+    """Where the images of a folder of archives lie.
+
+    archives  (a,) file names in the folder, ascending
+    names     (n,) names of the members
+    archive   (n,) int32, which archive each is in
+    start     (n,) int64, the byte at which its header begins
+    end       (n,) int64, the byte at which the next header begins
+    """
+
+    archives: Sequence[str]
+    names: PathBlock
+    archive: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class TarSource(Source):
+    """Members of the archives in one folder. The archive is opened for each read, so that threads share nothing."""
+
+    def __init__(self, root: str, members: TarMembers) -> None:
+        self.root, self.members = root, members
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def read(self, index: int) -> bytes:
+        start, end = int(self.members.start[index]), int(self.members.end[index])
+        if end - start > MAX_BYTES:
+            raise BadImage(f"{end - start} bytes, more than the limit of {MAX_BYTES}")
+        try:
+            with open(self._archive(index), "rb") as file:
+                file.seek(start)
+                found = file.read(end - start)
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror}") from error
+        try:
+            size = tarfile.TarInfo.frombuf(found[:BLOCK], "utf-8", "surrogateescape").size
+        except tarfile.TarError:
+            raise BadImage(f"no tar header at byte {start}: the archive is damaged or not the one indexed") from None
+        data = found[BLOCK : BLOCK + size]
+        if len(data) < size:
+            raise BadImage(f"the archive ends or goes on with another file after {len(data)} of its {size} bytes")
+        # 26 images of ImageNet-22k are packed once more inside; no image format begins with these two bytes.
+        return _unpack(data) if data[:2] == b"\x1f\x8b" else data
+
+    def name(self, index: int) -> str:
+        return f"{self._archive(index)}:{self.members.names[index]}"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(PathBlock.of(list(self.members.archives)).block)
+        digest.update(self.members.names.block)
+        digest.update(self.members.archive.tobytes())
+        return digest.hexdigest()[:16]
+
+    def stamp(self) -> str:
+        """By sizes and times of change of the archives."""
+        digest = hashlib.sha256(self.fingerprint().encode())
+        for archive in self.members.archives:
+            try:
+                found = os.stat(os.path.join(self.root, archive))
+                digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode())
+            except OSError:
+                digest.update(b"missing ")
+        return digest.hexdigest()[:16]
+
+    def _archive(self, index: int) -> str:
+        return os.path.join(self.root, self.members.archives[int(self.members.archive[index])])
+
+
+def index_tars(
+    root: str | os.PathLike[str],
+    index_dir: str | os.PathLike[str] | None = None,
+    extra: str | os.PathLike[str] | None = None,
+) -> TarMembers:
+    """The images in the archives `root/*.tar`: archives in the order of their names, members as they lie.
+
+    index_dir  where the index is kept; by default the user's cache folder. One that cannot be written is done without
+    extra      the folder of DINOv2's `entries.npy`; by default `root/extra`, where there is one
+
+    Members count as images by their extension, as files of a folder do; links, folders and hidden files are left out.
+    Raises UserError, in one line, for no archives, a damaged one, or a listing that does not fit them.
+    """
+    root = os.path.abspath(root)
+    archives, sizes, seen = _archives(root)
+    entries = Path(extra or os.path.join(root, "extra")) / "entries.npy"
+    logs: dict[str, str] = {}
+    if entries.is_file():
+        seen.append(_seen(entries))
+    elif extra is not None:
+        raise UserError(f"data: {entries} is missing, expected DINOv2's table of the images in the archives of {root}")
+    else:
+        logs, log_evidence = _logs(root, archives)
+        seen += log_evidence
+    evidence = hashlib.sha256(repr(seen).encode()).hexdigest()
+    digest = hashlib.sha256(os.fsencode(f"tars\0{root}\0{entries}")).hexdigest()[:32]
+    kept = Path(index_dir or cache_folder() / "index") / f"{digest}.npz"
+    members = _read_kept(kept, evidence, archives, newest=max(time for _, _, time in seen))
+    if members is None:
+        started = time.time_ns()
+        if entries.is_file():
+            members = _from_entries(root, entries, archives, sizes)
+        else:
+            members = _from_archives(root, archives, sizes, logs)
+        if not len(members):
+            raise UserError(f"data: no image files in the {len(archives)} archives of {root}")
+        _write_kept(kept, evidence, members, started)
+    return members
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is there, and the kept index
+
+
+def _archives(root: str) -> tuple[list[str], np.ndarray, list[tuple[str, int, int]]]:
+    """Names and sizes of the archives in a folder, and what they looked like: (name, size, time of change)."""
+    try:
+        with os.scandir(root) as found:
+            names = sorted(e.name for e in found if e.name.endswith(".tar") and e.name[0] != "." and e.is_file())
+    except OSError as error:
+        raise UserError(f"data: cannot read the folder {root}: {error.strerror}") from error
+    if not names:
+        raise UserError(f"data: no .tar archives in {root}")
+    seen = [_seen(Path(root, name)) for name in names]
+    return names, np.array([size for _, size, _ in seen], dtype=np.int64), seen
+
+
+def _seen(path: Path) -> tuple[str, int, int]:
+    found = path.stat()
+    return path.name, found.st_size, found.st_mtime_ns
+
+
+def _logs(root: str, archives: Iterable[str]) -> tuple[dict[str, str], list[tuple[str, int, int]]]:
+    """The block listing of each archive that has one, and what the listings looked like."""
+    folder = Path(root, "blocks")
+    if not folder.is_dir():
+        return {}, []
+    present = set(os.listdir(folder))
+    logs = {name: f"{name.removesuffix('.tar')}.log" for name in archives}
+    logs = {name: str(folder / log) for name, log in logs.items() if log in present}
+    return logs, [_seen(Path(log)) for log in logs.values()]
+
+
+def _read_kept(kept: Path, evidence: str, archives: Sequence[str], newest: int) -> TarMembers | None:
+    """The kept index; None when there is none, it is damaged, or the archives have changed since."""
+    try:
+        with np.load(kept, allow_pickle=False) as file:
+            if int(file["version"]) != _VERSION or file["evidence"].tobytes() != evidence.encode():
+                return None
+            if newest > int(file["scanned"]) - SETTLED_NS:
+                return None
+            names = PathBlock(file["names"].tobytes())
+            members = TarMembers(archives, names, file["archive"], file["start"], file["end"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    whole = len(names) and all(len(each) == len(names) for each in (members.archive, members.start, members.end))
+    return members if whole else None
+
+
+def _write_kept(kept: Path, evidence: str, members: TarMembers, scanned: int) -> None:
+    arrays = {
+        "version": np.array(_VERSION),
+        "evidence": np.frombuffer(evidence.encode(), dtype=np.uint8),
+        "scanned": np.array(scanned, dtype=np.int64),
+        "names": np.frombuffer(members.names.block, dtype=np.uint8),
+        "archive": members.archive,
+        "start": members.start,
+        "end": members.end,
+    }
+    save_arrays(kept, arrays)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Three ways to find the members
+
+
+def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> TarMembers:
+    """From DINOv2's table, in its order, which is that of the indices of DINOv2's own runs."""
+    try:
+        table = np.load(entries, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"data: {entries} is not a readable array ({str(error).splitlines()[0]})") from None
+    wanted = {"class_id", "start_offset", "end_offset", "filename"}
+    if table.ndim != 1 or not wanted <= set(table.dtype.names or ()):
+        raise UserError(f"data: {entries} has no columns {', '.join(sorted(wanted))}")
+    numbers = {name.removesuffix(".tar"): number for number, name in enumerate(archives)}
+    archive = np.empty(len(table), dtype=np.int32)
+    start, end = np.empty(len(table), dtype=np.int64), np.empty(len(table), dtype=np.int64)
+    blocks: list[bytes] = []
+    for first in range(0, len(table), _CHUNK):
+        rows = np.asarray(table[first : first + _CHUNK])
+        here = slice(first, first + len(rows))
+        start[here], end[here] = rows["start_offset"], rows["end_offset"]
+        ids = rows["class_id"]
+        runs = np.concatenate([[0], np.flatnonzero(ids[1:] != ids[:-1]) + 1, [len(ids)]])
+        for left, right in itertools.pairwise(runs.tolist()):
+            number = numbers.get(str(ids[left]))
+            if number is None:
+                raise UserError(f"data: {entries} lists images of {ids[left]}, but {root} has no {ids[left]}.tar")
+            archive[first + left : first + right] = number
+        blocks.append(PathBlock.of(rows["filename"].tolist()).block)
+    names = PathBlock(b"".join(blocks))
+    outside = np.flatnonzero((start < 0) | (end < start + BLOCK) | (end > sizes[archive]))
+    if len(outside) or len(names) != len(table):
+        at = int(outside[0]) if len(outside) else 0
+        raise UserError(
+            f"data: {entries}: {table[at]['filename']} at bytes {start[at]}..{end[at]} does not lie in "
+            f"{archives[archive[at]]} of {sizes[archive[at]]} bytes; without this file the archives are indexed anew"
+        )
+    return TarMembers(archives, names, archive, start, end)
+
+
+def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: dict[str, str]) -> TarMembers:
+    """From block listings where there are any, else from the archives' own headers."""
+    unlisted = [number for number, name in enumerate(archives) if name not in logs]
+    if int(sizes[unlisted].sum()) > _WORTH_SAYING:
+        print(f"data: finding the images in {len(unlisted):,} archives of {root}, once", file=sys.stderr, flush=True)
+
+    def members(number: int) -> tuple[bytes, list[int], list[int]]:
+        path = os.path.join(root, archives[number])
+        log = logs.get(archives[number])
+        listed = _from_headers(path) if log is None else _from_log(log, path, int(sizes[number]))
+        images = [each for each in listed if _is_image(each[0])]
+        return PathBlock.of([name for name, _, _ in images]).block, [s for _, s, _ in images], [e for _, _, e in images]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(members, range(len(archives))))
+    return TarMembers(
+        archives,
+        PathBlock(b"".join(block for block, _, _ in found)),
+        np.repeat(np.arange(len(found), dtype=np.int32), [len(starts) for _, starts, _ in found]),
+        np.concatenate([np.array(starts, dtype=np.int64) for _, starts, _ in found]),
+        np.concatenate([np.array(ends, dtype=np.int64) for _, _, ends in found]),
+    )
+
+
+def _is_image(name: str) -> bool:
+    leaf = name.rsplit("/", 1)[-1]
+    return os.path.splitext(leaf)[1].lower() in EXTENSIONS and not leaf.startswith(".") and "\0" not in name
+
+
+def _from_headers(path: str) -> list[tuple[str, int, int]]:
+    """(name, start, end) of every regular member, by walking the headers."""
+    found = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isreg() and not member.issparse():
+                    end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                    found.append((member.name, member.offset_data - BLOCK, end))
+            # tarfile takes a broken header for the end of the archive; a whole one ends in zeros, or at once.
+            assert archive.fileobj is not None
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(BLOCK).strip(b"\0"):
+                raise tarfile.ReadError(f"no header at byte {archive.offset}")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"data: {path} is not a whole uncompressed tar archive ({error})") from None
+    return found
+
+
+def _from_log(log: str, path: str, size: int) -> list[tuple[str, int, int]]:
+    """(name, start, end) of every member that the listing of `tar --list --block-number` names."""
+    try:
+        lines = Path(log).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise UserError(f"data: cannot read {log}: {error.strerror}") from error
+    starts, names = [], []
+    for number, line in enumerate(filter(None, map(str.rstrip, lines)), 1):
+        matched = _LOG_LINE.fullmatch(line)
+        if matched is None:
+            raise UserError(f"data: {log} line {number}: {line[:80]!r}, expected 'block N: NAME'")
+        starts.append(int(matched[1]) * BLOCK)
+        names.append(matched[2])
+    if not names or not _LOG_END.fullmatch(names[-1]):
+        raise UserError(f"data: {log} does not end with '** Block of NULs **': it is not whole")
+    for start, end in zip(starts, [*starts[1:], size]):
+        if not start <= end <= size:
+            raise UserError(f"data: {log} does not fit {path}, whose {size} bytes do not reach or order its blocks")
+    return [
+        (name, start, end)
+        for name, start, end in zip(names[:-1], starts, starts[1:])
+        if not name.endswith("/") and end > start
+    ]
+
+
+def _unpack(data: bytes) -> bytes:
+    """What a gzip member holds; never more than MAX_BYTES of it."""
+    engine = zlib.decompressobj(wbits=31)
+    try:
+        unpacked = engine.decompress(data, MAX_BYTES)
+    except zlib.error as error:
+        raise BadImage(f"damaged gzip data ({error})") from None
+    if engine.unconsumed_tail:
+        raise BadImage(f"unpacks to more than the limit of {MAX_BYTES} bytes")
+    if not engine.eof:
+        raise BadImage("its gzip data end too early")
+    return unpacked

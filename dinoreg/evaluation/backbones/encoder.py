@@ -1,0 +1,385 @@
+"""The encoder contract: what every evaluator asks of a backbone, whoever wrote it.
+
+An encoder takes pixels in [0, 1], normalises them as its backbone was trained, and hands out `Tokens`. `NativeEncoder`
+wraps `RegisterViT`, `TimmEncoder` and `TransformersEncoder` the two libraries' ViTs, and `PixelEncoder` is the baseline
+without a network, whose tokens are the pixels themselves. Register tokens are never counted among the patches.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoreg.models.vit import RegisterViT, Tokens
+from dinoreg.runtime.device import autocast
+from dinoreg.runtime.errors import UserError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PUBLISHED_SIZE = 224  # pixels; the side at which classification is published
+PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
+
+
+class Encoder(ABC):
+    """A frozen backbone in evaluation mode. Images are (B, C, H, W) in [0, 1], sides multiples of `patch_size`.
+
+    name         what a person calls it
+    identity     16 hexadecimal digits over architecture, preprocessing and weights
+    dim, depth   width D, number of blocks
+    image_size   (height, width) that it was trained or published at, in pixels
+    mean, std    one number per channel, on the scale of [0, 1]
+    dtype        of the matrix products (autocast); tokens come out in float32
+    """
+
+    name: str
+    identity: str
+    dim: int
+    depth: int
+    patch_size: int
+    num_registers: int
+    in_channels: int
+    image_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    device: torch.device
+    dtype: torch.dtype
+    pools: bool = True  # whether the mean patch token may stand beside the class token
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tokens:
+        """Tokens after the final norm, float32: cls (B, D), registers (B, R, D), patches (B, N, D)."""
+        return self.layers(images, (-1,))[0]
+
+    @torch.no_grad()
+    def layers(self, images: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
+        """Tokens after each of several blocks, in the order asked for, float32.
+
+        blocks  from 0, or from the end if negative; UserError when one does not exist
+        norm    apply the final norm to each
+        """
+        wanted = [self.block(each) for each in blocks]
+        with autocast(self.device, self.dtype):
+            found = self._layers(self.prepare(images), sorted(set(wanted)), norm)
+        by_block = dict(zip(sorted(set(wanted)), found))
+        return [Tokens(*(part.float() for part in by_block[each])) for each in wanted]
+
+    @torch.no_grad()
+    def qkv(self, images: Tensor, block: int = -1) -> dict[str, Tensor]:
+        """{"query", "key", "value"}: (B, N, D) float32 of the patches in one block's attention, heads side by side."""
+        with autocast(self.device, self.dtype):
+            parts = self._qkv(self.prepare(images), self.block(block))
+        return {name: part.float() for name, part in zip(("query", "key", "value"), parts)}
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8, or float in [0, 1] -> normalised float32 on the device. UserError for a side that does not divide."""
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise UserError(
+                f"{self.name}: images of shape {tuple(images.shape)}, expected (B, {self.in_channels}, H, W)"
+            )
+        if any(side % self.patch_size for side in images.shape[2:]):
+            raise UserError(
+                f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
+                f"expected multiples of the patch size {self.patch_size}"
+            )
+        x = images.to(self.device, non_blocking=True)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        shape = (1, -1, 1, 1)
+        return (x - x.new_tensor(self.mean).view(shape)) / x.new_tensor(self.std).view(shape)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image."""
+        return height // self.patch_size, width // self.patch_size
+
+    def block(self, index: int) -> int:
+        """A block's number from 0; UserError when there is no such block."""
+        if not -self.depth <= index < self.depth:
+            raise UserError(f"{self.name}: block {index} is out of range, it has {self.depth} blocks")
+        return index % self.depth
+
+    @property
+    def default_size(self) -> int:
+        """Side of the square crops that an evaluation uses by default: 224, or less for models trained on less."""
+        side = min(PUBLISHED_SIZE, *self.image_size)
+        return max(side // self.patch_size, 1) * self.patch_size
+
+    @abstractmethod
+    def random_init(self, seed: int = 0) -> Encoder:
+        """The same architecture and preprocessing with fresh random weights."""
+
+    @abstractmethod
+    def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
+        """Tokens after ascending, distinct blocks, of normalised images."""
+
+    @abstractmethod
+    def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value (B, N, D) of the patches."""
+
+
+class _ModuleEncoder(Encoder):
+    """An encoder around an nn.Module: where it is, what it weighs, how it is made anew."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.device, self.dtype, self.name = torch.device(device), dtype, name
+        self.module = module.to(self.device).eval().requires_grad_(False)
+        self.mean = _per_channel(mean, self.in_channels)
+        self.std = _per_channel(std, self.in_channels)
+        self.identity = _identity(module, (name if not list(module.parameters()) else "", self.mean, self.std))
+
+    def _like(self, module: nn.Module) -> Encoder:
+        return type(self)(module, f"random {self.name}", self.mean, self.std, self.device, self.dtype)  # type: ignore[call-arg]
+
+
+class NativeEncoder(_ModuleEncoder):
+    """A RegisterViT."""
+
+    module: RegisterViT
+
+    def __init__(self, module: RegisterViT, *arguments: Any, **options: Any) -> None:
+        self.dim, self.depth, self.patch_size = module.dim, module.depth, module.patch_size
+        self.num_registers, self.in_channels = module.num_registers, module.in_channels
+        self.image_size = module.image_size
+        super().__init__(module, *arguments, **options)
+
+    def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
+        if list(blocks) == [self.depth - 1] and norm:
+            return [self.module(x)]
+        return self.module.intermediate_tokens(x, blocks, norm)
+
+    def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        first = 1 + self.num_registers
+        q, k, v = (part.transpose(1, 2).flatten(2)[:, first:] for part in self.module.qkv(x, block))
+        return q, k, v
+
+    def random_init(self, seed: int = 0) -> Encoder:
+        # LayerScale at 1: started at 1e-5, as for training, it leaves the class token a constant, which anything beats.
+        options = self.module.architecture()
+        options["layerscale"] = 1.0 if options["layerscale"] else None
+        with seeded(seed):
+            return self._like(RegisterViT(**options))
+
+
+class TimmEncoder(_ModuleEncoder):
+    """A ViT of timm: anything with `forward_intermediates` and a class token.
+
+    Sizes other than the model's own need `dynamic_img_size=True` when it is created.
+    """
+
+    def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
+        model: Any = module
+        if not hasattr(model, "forward_intermediates") or getattr(model, "cls_token", None) is None:
+            raise UserError(f"{type(module).__name__}: expected a ViT of timm with a class token")
+        self.dim, self.depth = model.embed_dim, len(model.blocks)
+        self.patch_size = int(model.patch_embed.patch_size[0])
+        self.num_registers = int(model.num_prefix_tokens) - 1
+        self.in_channels = int(model.patch_embed.proj.in_channels)
+        self.image_size = (int(model.patch_embed.img_size[0]), int(model.patch_embed.img_size[1]))
+        super().__init__(module, *arguments, **options)
+
+    def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
+        model: Any = self.module
+        if list(blocks) == [self.depth - 1] and norm:
+            tokens = model.forward_features(x)
+            return [_split(tokens, self.num_registers)]
+        found = model.forward_intermediates(
+            x, indices=list(blocks), return_prefix_tokens=True, norm=norm, output_fmt="NLC", intermediates_only=True
+        )
+        return [Tokens(prefix[:, 0], prefix[:, 1:], patches) for patches, prefix in found]
+
+    def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        model: Any = self.module
+        with _captured(model.blocks[block].attn.qkv) as seen:
+            model.forward_features(x)
+        q, k, v = seen[0][:, 1 + self.num_registers :].chunk(3, dim=-1)
+        return q, k, v
+
+    def random_init(self, seed: int = 0) -> Encoder:
+        with seeded(seed):
+            model = copy.deepcopy(self.module)
+            model.init_weights()  # type: ignore[operator]
+            return self._like(_reset_rest(model))
+
+
+class TransformersEncoder(_ModuleEncoder):
+    """A ViT of transformers: Dinov2Model, Dinov2WithRegistersModel, ViTModel."""
+
+    def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
+        model: Any = module
+        settings: Any = getattr(model, "config", None)
+        if not hasattr(model, "layernorm") or not hasattr(settings, "patch_size"):
+            raise UserError(f"{type(module).__name__}: expected a ViT of transformers with a final `layernorm`")
+        self.dim, self.depth = settings.hidden_size, settings.num_hidden_layers
+        self.patch_size, self.in_channels = int(settings.patch_size), int(settings.num_channels)
+        self.num_registers = int(getattr(settings, "num_register_tokens", 0) or 0)
+        self.image_size = (int(settings.image_size), int(settings.image_size))
+        super().__init__(module, *arguments, **options)
+
+    def _forward(self, x: Tensor, **options: Any) -> Any:
+        model: Any = self.module
+        if model.config.model_type == "vit":
+            options["interpolate_pos_encoding"] = True
+        return model(pixel_values=x, **options)
+
+    def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
+        model: Any = self.module
+        if list(blocks) == [self.depth - 1] and norm:
+            return [_split(self._forward(x).last_hidden_state, self.num_registers)]
+        states = self._forward(x, output_hidden_states=True).hidden_states[1:]
+        chosen = (model.layernorm(states[each]) if norm else states[each] for each in blocks)
+        return [_split(each, self.num_registers) for each in chosen]
+
+    def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        layer = dict(_layer_of(self.module, block).named_modules())
+        # The names before and after transformers 5.
+        endings = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
+        parts = [next(layer[name] for name in layer if name.endswith(pair)) for pair in endings]
+        with _captured(*parts) as seen:
+            self._forward(x)
+        q, k, v = (each[:, 1 + self.num_registers :] for each in seen)
+        return q, k, v
+
+    def random_init(self, seed: int = 0) -> Encoder:
+        with seeded(seed):
+            return self._like(type(self.module)(copy.deepcopy(self.module.config)))
+
+
+class PixelEncoder(Encoder):
+    """The baseline without a network: patch tokens are the patch's pixels, the class token the whole image, small.
+
+    patch_size  of the encoder that it is compared with
+    side        the class token is the image resampled to (side, side), D = C side²; patches have C patch² numbers
+    """
+
+    pools = False  # the widths differ
+
+    def __init__(
+        self,
+        patch_size: int,
+        image_size: tuple[int, int],
+        in_channels: int = 3,
+        side: int = PIXEL_SIDE,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.name, self.patch_size, self.image_size, self.side = "raw pixels", patch_size, image_size, side
+        self.dim, self.depth, self.num_registers, self.in_channels = in_channels * patch_size**2, 1, 0, in_channels
+        self.mean, self.std = (0.5,) * in_channels, (0.25,) * in_channels
+        self.device, self.dtype = torch.device(device), torch.float32
+        self.identity = hashlib.sha256(f"pixels {patch_size} {in_channels} {side}".encode()).hexdigest()[:16]
+
+    def random_init(self, seed: int = 0) -> Encoder:
+        return self
+
+    def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
+        # One size whatever the image's, so that class tokens of images of several sizes stand side by side.
+        small = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
+        patches = F.unfold(x, self.patch_size, stride=self.patch_size).mT
+        return [Tokens(small.flatten(1), x.new_empty(len(x), 0, patches.shape[2]), patches)] * len(blocks)
+
+    def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        patches = self._layers(x, (block,), True)[0].patches
+        return patches, patches, patches
+
+
+def wrap(
+    model: Any,
+    name: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
+    """An Encoder around a RegisterViT, a ViT of timm or of transformers, or an Encoder itself.
+
+    mean, std  by default those the model states (timm), else ImageNet's; UserError for any other kind of model
+    """
+    if isinstance(model, Encoder):
+        return model
+    stated = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    stated = stated if isinstance(stated, dict) else {}
+    mean = mean if mean is not None else stated.get("mean", IMAGENET_MEAN)
+    std = std if std is not None else stated.get("std", IMAGENET_STD)
+    kinds: list[tuple[type[_ModuleEncoder], bool]] = [
+        (NativeEncoder, isinstance(model, RegisterViT)),
+        (TransformersEncoder, hasattr(getattr(model, "config", None), "model_type")),
+        (TimmEncoder, hasattr(model, "forward_intermediates")),
+    ]
+    for kind, fits in kinds:
+        if fits:
+            return kind(model, name or type(model).__name__, mean, std, device, dtype)
+    raise UserError(f"{type(model).__name__}: expected a RegisterViT, or a ViT of timm or transformers")
+
+
+def _split(tokens: Tensor, num_registers: int) -> Tokens:
+    return Tokens(tokens[:, 0], tokens[:, 1 : 1 + num_registers], tokens[:, 1 + num_registers :])
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) not in (1, channels):
+        raise UserError(f"{len(numbers)} numbers for {channels} channels in the preprocessing")
+    return numbers * (channels if len(numbers) == 1 else 1)
+
+
+def _identity(module: nn.Module, rest: object) -> str:
+    digest = hashlib.sha256(repr(rest).encode())
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _layer_of(model: Any, block: int) -> nn.Module:
+    """Block `block` of a transformers ViT, wherever its version keeps the list."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module[block]
+    raise UserError(f"{type(model).__name__}: its list of blocks was not found")
+
+
+def _reset_rest(model: nn.Module) -> nn.Module:
+    """Tokens and positions that timm's `init_weights` leaves alone."""
+    for key in ("reg_token", "cls_token", "pos_embed"):
+        value = getattr(model, key, None)
+        if isinstance(value, nn.Parameter):
+            nn.init.trunc_normal_(value.data, std=0.02)
+    return model
+
+
+@contextmanager
+def _captured(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """The outputs of some modules in the forward pass that happens inside."""
+    seen: dict[int, Tensor] = {}
+    outputs: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda _m, _i, output, n=n: seen.__setitem__(n, output))
+        for n, module in enumerate(modules)
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+        outputs += [seen[n] for n in sorted(seen)]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """PyTorch's global generator at a seed inside, and as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

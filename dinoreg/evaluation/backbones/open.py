@@ -1,0 +1,130 @@
+"""`weights=` as an encoder: a run, a file or folder of Meta, timm or transformers, a model's name, a ViT of timm.
+
+Whatever RegisterViT can hold exactly is opened as one; what it cannot hold runs in the library it comes from. To have
+timm's own model run, say so: `timm:NAME` or `timm:NAME:FILE`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dinoreg.config.keys import nearest
+from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, seeded, wrap
+from dinoreg.runtime.errors import UserError
+from dinoreg.weights.convert import unwrap
+from dinoreg.weights.files import read_file
+from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
+from dinoreg.weights.load import load, load_reported
+from dinoreg.weights.resolve import FILES, find_weights
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An encoder, where its weights lie, and the run that they belong to.
+
+    run   the run folder, or None
+    step  of the run; 0 for weights from elsewhere
+    """
+
+    encoder: Encoder
+    path: Path | None
+    run: Path | None
+    step: int
+
+
+def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -> Opened:
+    """The encoder that `weights=` means; UserError in one line when there is none."""
+    if weights.startswith("timm:"):
+        return Opened(_from_timm(weights, device, dtype), None, None, 0)
+    file = find_weights(weights)
+    if file is None:
+        # A bare name's random weights are always the same, and LayerScale does not silence them (see `random_init`).
+        with seeded(0):
+            model = load(weights, device, layerscale=1.0)
+        return Opened(wrap(model, f"{weights} (random weights)", device=device, dtype=dtype), None, None, 0)
+    folder = file.parent if file.name in FILES and library_of(file.parent) else None
+    try:
+        loaded = load_reported(file, device)
+    except NotHeld:
+        if folder is None or library_of(folder) != "transformers":
+            raise
+        return Opened(_from_transformers(folder, device, dtype), folder, None, 0)
+    stated = loaded.weights.metadata.get("preprocessing", {})
+    mean, std = (stated.get(key, default) for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    step = int(match[1]) if (match := _STEP.fullmatch(file.stem)) else 0
+    home = file.parent.parent
+    run = home if match and file.parent.name == "teacher" and (home / "config.yaml").is_file() else None
+    name = f"{run.resolve().name} at step {step:,}" if run is not None else file.stem
+    if folder is not None:
+        name = folder.resolve().name
+    encoder = wrap(loaded.model, name, mean, std, device, dtype)
+    return Opened(encoder, folder or file, run, step)
+
+
+def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> Encoder:
+    """timm:NAME with random weights, or timm:NAME:FILE with a state dict of the user's (safetensors or torch)."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"weights={weights}: timm is missing; pip install 'dinoreg[export]'") from None
+    _, name, file = (*weights.split(":", 2), "")[:3]
+    if not timm.is_model(name.partition(".")[0]):
+        raise UserError(f"weights={weights}: timm has no model {name!r}{nearest(name, timm.list_models())}")
+    try:
+        with seeded(0):
+            model = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError:
+        raise UserError(f"weights={weights}: expected a ViT; {name} takes no dynamic_img_size") from None
+    if file:
+        _load_state(model, Path(file), weights)
+    return wrap(model, f"timm {name}" if file else f"timm {name} (random weights)", device=device, dtype=dtype)
+
+
+def _load_state(model: nn.Module, path: Path, weights: str) -> None:
+    if not path.is_file():
+        raise UserError(f"weights={weights}: {path} does not exist")
+    content = read_file(path)
+    try:
+        state, _ = unwrap(content)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except Exception as error:  # torn files and wrong shapes end in many kinds of exception
+        raise UserError(
+            f"weights={weights}: {path} does not fit the model ({' '.join(str(error).split())[:160]})"
+        ) from None
+    extra = [key for key in unexpected if not key.startswith(("head.", "fc_norm."))]
+    if missing or extra:
+        first = (list(missing) + extra)[0]
+        raise UserError(f"weights={weights}: {path} does not fit the model, the first wrong tensor is {first!r}")
+
+
+def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtype) -> Encoder:
+    """A folder written by `save_pretrained`; nothing is fetched."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"weights={path}: transformers is missing; pip install 'dinoreg[export]'") from None
+    try:
+        model, info = transformers.AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        model = model.float()
+    except Exception as error:  # from_pretrained raises whatever its parts do
+        raise UserError(f"weights={path}: not a model of transformers ({_brief(error)})") from None
+    # The library fills what it misses with random numbers; only the pooler, which no evaluation asks, may be missing.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(f"weights={path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    if (path / "preprocessor_config.json").is_file():
+        stated = preprocessing_of(path, "transformers")
+        mean, std = stated.get("mean", mean), stated.get("std", std)
+    return wrap(model, path.resolve().name, mean, std, device, dtype)
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -1,0 +1,201 @@
+"""How a dataset is declared: an `eval/NAME.py` with one `BENCHMARK`, the only place where its facts are written.
+
+The inside finds declarations by name or path and never imports them as packages; they import this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from dinoreg.config.bundled import bundled, run_file
+from dinoreg.config.keys import nearest
+from dinoreg.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from dinoreg.evaluation.data import Data
+
+# protocol: (module, title); each module has `evaluate(encoder, data, task, options, context) -> list[Row]`.
+PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "linear": ("dinoreg.evaluation.protocols.linear", "linear grid"),
+        "knn": ("dinoreg.evaluation.protocols.knn", "weighted k-NN"),
+        "logistic": ("dinoreg.evaluation.protocols.logistic", "logistic regression"),
+        "multilabel": ("dinoreg.evaluation.protocols.multilabel", "multi-label logistic regression"),
+        "segmentation": ("dinoreg.evaluation.protocols.segmentation", "linear segmentation"),
+        "depth": ("dinoreg.evaluation.protocols.depth", "linear depth"),
+        "discovery": ("dinoreg.evaluation.protocols.discovery", "object discovery (LOST)"),
+        "detection": ("dinoreg.evaluation.protocols.detection", "linear patch detection"),
+        "flow": ("dinoreg.evaluation.protocols.flow", "optical flow"),
+        "few_shot": ("dinoreg.evaluation.protocols.few_shot", "few-shot and label efficiency"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Need:
+    """A path (or a pattern such as n*.tar) that must exist below the dataset's folder, and where it comes from."""
+
+    path: str
+    archive: str
+
+    def met(self, folder: Path) -> bool:
+        if any(sign in self.path for sign in "*?["):
+            return next(folder.glob(self.path), None) is not None
+        return (folder / self.path).exists()
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number that others reported, in the metric's usual unit (percent, metres, pixels).
+
+    model   whose; e.g. "DINOv2 ViT-S/14 (distilled)"
+    source  paper and table
+    differs what differs from our protocol, or ""
+    """
+
+    model: str
+    value: float
+    source: str
+    differs: str = ""
+    variant: str = ""  # of the protocol's rows, where several variants are published: "k = 20", "lin.4"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One protocol on a dataset.
+
+    protocol  a key of PROTOCOLS
+    read      (folder, options) -> Data with the splits this protocol uses; lists only, no pixels decoded;
+              UserError in one line for what is wrong with a file
+    metric    the headline: "top-1", "mean per class", "11-point mAP", "mIoU", "RMSE", "CorLoc", "AP50", "AP", "EPE"
+    counts    images of each split in the official data; differing counts warn, or fail with strict=true
+    options   protocol options that this dataset sets for itself, without the section: {"augment": False}
+    needs     paths besides those of the dataset's layout; without them this task is left out, saying so
+    """
+
+    protocol: str
+    read: Callable[[Path, Mapping[str, Any]], Data]
+    metric: str
+    counts: Mapping[str, int] = field(default_factory=dict)
+    published: tuple[Published, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[Need, ...] = ()
+
+
+@dataclass(frozen=True)
+class Option:
+    """A choice of how a dataset is read, set as NAME.KEY=VALUE; its type is that of the default."""
+
+    name: str
+    default: bool | int | float | str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A dataset.
+
+    name      as in `dinoreg eval NAME`
+    folders   names that its folder may have below `root`; `root` itself is tried last
+    layouts   each a set of paths that together make the dataset readable; the first is the one that messages name
+    splits    in words, for the list: "3,680 / 3,669"
+    """
+
+    name: str
+    title: str
+    task: str
+    classes: int | None
+    splits: str
+    folders: tuple[str, ...]
+    layouts: tuple[tuple[Need, ...], ...]
+    tasks: tuple[Task, ...]
+    download: str
+    licence: str
+    options: tuple[Option, ...] = ()
+    aliases: tuple[str, ...] = ()
+
+    def find(self, root: str | Path) -> Path:
+        """The dataset's folder below `root`; UserError saying what is expected where."""
+        base = Path(root)
+        for folder in (*(base / name for name in self.folders), base):
+            if any(all(need.met(folder) for need in layout) for layout in self.layouts):
+                return folder
+        folder, layout = self._closest(base)
+        missing = next(need for need in layout if not need.met(folder))
+        raise UserError(f"{self.name}: {folder / missing.path} is missing; it comes from {missing.archive}")
+
+    def _closest(self, base: Path) -> tuple[Path, tuple[Need, ...]]:
+        """The folder and layout of which most is there."""
+        best, most = (base / self.folders[0], self.layouts[0]), 0
+        for folder in (base / name for name in self.folders):
+            for layout in self.layouts:
+                present = sum(need.met(folder) for need in layout)
+                if present > most:
+                    best, most = (folder, layout), present
+        return best
+
+    def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every option of the dataset with its value; UserError for an unknown one or a wrong type."""
+        from dinoreg.config.values import convert
+
+        known = {option.name: option for option in self.options}
+        for key in given:
+            if key not in known:
+                accepted = f"; accepted: {', '.join(known)}" if known else "; it has no options"
+                raise UserError(f"{self.name}.{key}: unknown option{nearest(key, known)}{accepted}")
+        return {
+            name: convert(given[name], type(option.default), f"{self.name}.{name}", "options")
+            if name in given
+            else option.default
+            for name, option in known.items()
+        }
+
+
+@lru_cache(maxsize=1)
+def benchmarks() -> dict[str, Benchmark]:
+    """Every shipped declaration, by name, in the order of the names of their files."""
+    found = {}
+    for path in sorted(bundled("eval").glob("*.py")):
+        benchmark = load_benchmark(path)
+        found[benchmark.name] = benchmark
+    return found
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """A shipped benchmark by name or alias, or one of the user's own by the path of its file."""
+    if name.endswith(".py"):
+        return load_benchmark(Path(name))
+    known = benchmarks()
+    for benchmark in known.values():
+        if name.lower() in (benchmark.name, *benchmark.aliases):
+            return benchmark
+    aliases = [alias for each in known.values() for alias in each.aliases]
+    hint = nearest(name, known) or nearest(name, aliases)
+    raise UserError(f"{name}: unknown dataset{hint}; known: {', '.join(known)}")
+
+
+def load_benchmark(path: Path) -> Benchmark:
+    """The `BENCHMARK` of a Python file. The file is run: it is the user's own code, as a config is not."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a Python file with a BENCHMARK")
+    try:
+        module = run_file(path, "dinoreg_declared")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
+    benchmark = getattr(module, "BENCHMARK", None)
+    if not isinstance(benchmark, Benchmark):
+        raise UserError(f"{path}: has no BENCHMARK of type dinoreg.evaluation.benchmark.Benchmark")
+    for task in benchmark.tasks:
+        if task.protocol not in PROTOCOLS:
+            known = ", ".join(PROTOCOLS)
+            raise UserError(
+                f"{path}: unknown protocol {task.protocol}{nearest(task.protocol, PROTOCOLS)}; known: {known}"
+            )
+    return benchmark

@@ -1,0 +1,80 @@
+"""What a protocol is given besides its data: where to keep things, how to show progress, what to seed with."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dinoreg.checkpoint.format import write_atomic
+from dinoreg.evaluation.features.cache import FeatureStore
+
+T = TypeVar("T")
+SAVE_SECONDS = 120.0  # between saved states of a training that can be resumed
+SHOW_SECONDS = 5.0  # between lines of progress where there is no terminal
+
+
+@dataclass
+class Context:
+    """One evaluation of one encoder on one dataset.
+
+    features    the cache of frozen features
+    state       folder for states of unfinished work; removed when the evaluation is done
+    examples    folder for pictures of predictions, or None where none are wanted (baselines)
+    image_size  side of square crops, in pixels
+    """
+
+    features: FeatureStore
+    state: Path
+    examples: Path | None
+    seed: int
+    image_size: int
+    batch_size: int
+    workers: int
+    num_examples: int = 8
+    progress: Callable[[Iterable[Any], int, str], Iterator[Any]] = lambda items, _total, _what: iter(items)
+
+    def load_state(self, name: str) -> dict[str, Any] | None:
+        """What `save_state` kept under this name, or None; a torn file counts as none."""
+        try:
+            return torch.load(self.state / f"{name}.pt", map_location="cpu", weights_only=True)
+        except Exception:  # missing, torn or of another version: the work is done again
+            return None
+
+    def save_state(self, name: str, state: dict[str, Any]) -> None:
+        """Keep tensors and plain values under a name, whole or not at all."""
+        import io
+
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self.state.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.state / f"{name}.pt", buffer.getvalue())
+
+
+def show_progress(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterator[T]:
+    """The items, with count, rate and time left: one line rewritten on a terminal, a line now and then elsewhere."""
+    terminal = sys.stderr.isatty()
+    started = shown = time.monotonic()
+    done = 0
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - shown >= (0.2 if terminal else SHOW_SECONDS):
+            shown = now
+            rate = done / (now - started)
+            left = _clock((total - done) / rate) if total else "?"
+            line = f"{what}: {done:,}/{total:,} · {rate:,.1f} {unit}/s · {left} left"
+            print(f"\r\x1b[2K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+    if terminal and done:
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,105 @@
+"""What every kind of own data needs: files that exist and stay in their root; who is learnt from and who is tested.
+
+Splits come from folders or from a column, under their usual names. Where there is none, a seeded share of every class
+is held out; where there is a validation split but no test split, the validation images are what is reported on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from dinoreg.runtime.errors import UserError
+
+SPLIT_WORDS = MappingProxyType(
+    {
+        "train": "train",
+        "training": "train",
+        "val": "val",
+        "valid": "val",
+        "validation": "val",
+        "test": "test",
+        "testing": "test",
+    }
+)
+
+
+def hold_out(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which rows are held out, (n,) bool: of each group (n,) its share, rounded, at least one and never all.
+
+    A group of one stays where it can be learnt from.
+    """
+    if not 0.0 < share < 1.0:
+        raise UserError(f"own.test_share={share}: expected a share between 0 and 1")
+    rng = np.random.default_rng([seed, 1729])
+    held = np.zeros(len(groups), dtype=bool)
+    order = rng.permutation(len(groups))
+    order = order[np.argsort(groups[order], kind="stable")]
+    starts = np.flatnonzero(np.diff(groups[order])) + 1
+    for members in np.split(order, starts):
+        held[members[: min(max(round(share * len(members)), 1), len(members) - 1)]] = True
+    return held
+
+
+def parts(
+    words: Sequence[str] | None, groups: np.ndarray, share: float, seed: int, where: Path, per_class: bool = True
+) -> tuple[dict[str, np.ndarray], str]:
+    """Rows of each split, ascending, and how they were split in words.
+
+    words   "train", "val" or "test" for each row, or None where nothing says so
+    groups  (n,) what a hold-out balances: classes, or all zero
+    """
+    named = {
+        name: np.flatnonzero([word == name for word in words]) for name in ("train", "val", "test") if words is not None
+    }
+    named = {name: rows for name, rows in named.items() if len(rows)}
+    if named and "train" not in named:
+        raise UserError(f"{where}: no image is in train, only in {' and '.join(named)}")
+    if "test" in named:
+        return named, ""
+    if "val" in named:
+        return {"train": named["train"], "test": named["val"]}, "tested on val"
+    held = hold_out(groups, share, seed)
+    if not held.any():
+        raise UserError(f"{where}: {len(groups)} image(s) are too few to hold some out for testing")
+    words_for = (
+        f"{share:.0%} of each class held out, seed {seed}" if per_class else f"{share:.0%} held out, seed {seed}"
+    )
+    return {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}, words_for
+
+
+def inside(root: Path, entry: str, where: str) -> str:
+    """A listed path relative to `root`; UserError when it would leave it."""
+    base = os.path.abspath(root)
+    path = os.path.normpath(os.path.join(base, entry))
+    if "\0" in entry or not path.startswith(os.path.join(base, "")):
+        raise UserError(f"{where}: {entry!r} leaves {base}; allow it with own.root=FOLDER")
+    return os.path.relpath(path, base)
+
+
+class Listing:
+    """Which files there are below a root: every folder is listed once, which is quicker than asking file by file."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._folders: dict[str, frozenset[str]] = {}
+
+    def names(self, folder: str) -> frozenset[str]:
+        """The names in a folder below the root; none where it cannot be read."""
+        if folder not in self._folders:
+            try:
+                self._folders[folder] = frozenset(os.listdir(self.root / folder))
+            except OSError:
+                self._folders[folder] = frozenset()
+        return self._folders[folder]
+
+    def require(self, paths: Iterable[str], where: Path) -> None:
+        """UserError naming the first path that is not there, and how many others."""
+        absent = [path for path in paths if os.path.basename(path) not in self.names(os.path.dirname(path))]
+        if absent:
+            more = f", and so are {len(absent) - 1:,} others" if len(absent) > 1 else ""
+            raise UserError(f"{where}: {self.root / absent[0]} is missing{more}")

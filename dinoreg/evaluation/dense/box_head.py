@@ -1,0 +1,182 @@
+"""The linear box head: BatchNorm and one linear map from a patch token to classes, a box and a centre-ness.
+
+No published head is purely linear in the patch, so this one is FCOS (Tian et al. 2019) without
+its towers and pyramid: a patch whose centre lies in a box answers for it, the smallest box where there are several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+BACKGROUND, IGNORED = -1, -2  # labels of patches without a class: a mistake to call them one; not looked at
+PRIOR = 0.01  # probability of every class at the start, so that the many background patches do not swamp the rest
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
+CANDIDATES = 1000  # pairs of patch and class of an image that enter the suppression
+
+
+class Answers(NamedTuple):
+    """What the head says of M patches, float32."""
+
+    logits: Tensor  # (M, C) of the classes, each on its own
+    reach: Tensor  # (M, 4) left, top, right, bottom from the patch's centre to the box's sides, in patches, positive
+    centredness: Tensor  # (M,) logit of how central the patch is in its box
+
+
+class Targets(NamedTuple):
+    """What M patches are to say."""
+
+    labels: Tensor  # (M,) int64: a class, BACKGROUND or IGNORED
+    reach: Tensor  # (M, 4) float32 as in `Answers`; zeros without a class
+
+
+class LinearBoxHead(nn.Module):
+    """BatchNorm1d(dim) and Linear(dim, C + 5). Weights are drawn from `seed`.
+
+    reach  patches from a centre to each side that all boxes have at the start
+    """
+
+    def __init__(self, dim: int, num_classes: int, reach: float = 3.0, seed: int = 0) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.norm = nn.BatchNorm1d(dim)
+        self.linear = nn.Linear(dim, num_classes + 5)
+        nn.init.normal_(self.linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(self.linear.bias)
+        with torch.no_grad():
+            self.linear.bias[:num_classes] = -math.log((1 - PRIOR) / PRIOR)
+            self.linear.bias[num_classes : num_classes + 4] = math.log(math.expm1(reach))
+
+    def forward(self, tokens: Tensor) -> Answers:
+        """Patch tokens (M, D), of any images in a row."""
+        x = self.linear(self.norm(tokens))
+        logits, reach, centredness = x.split([self.num_classes, 4, 1], dim=1)
+        return Answers(logits, F.softplus(reach), centredness[:, 0])
+
+
+def centres(grid: tuple[int, int], patch_size: int) -> Tensor:
+    """(N, 2) x and y of the patches' centres, in pixels of the padded image, row by row."""
+    y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    return (torch.stack([x.flatten(), y.flatten()], dim=1) + 0.5) * patch_size
+
+
+def assign(
+    grid: tuple[int, int],
+    patch_size: int,
+    height: int,
+    width: int,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    ignored: np.ndarray,
+) -> Targets:
+    """Which box each patch of an image answers for.
+
+    height, width  of the image before padding; a patch whose centre is in the padding is ignored
+    boxes          (k, 4) in pixels; those that are empty are left out
+    ignored        (k,) bool: difficult objects and crowds: nobody answers for them, but a patch in one is no background
+    """
+    points = centres(grid, patch_size)
+    outside = (points[:, 0] >= width) | (points[:, 1] >= height)
+    found = Targets(torch.full((len(points),), BACKGROUND), torch.zeros(len(points), 4))
+    corners = torch.from_numpy(np.asarray(boxes, dtype=np.float32).reshape(-1, 4))
+    if len(corners):
+        # (N, k, 4): from the centre to the left, the top, the right and the bottom.
+        reach = torch.cat([points[:, None] - corners[None, :, :2], corners[None, :, 2:] - points[:, None]], dim=2)
+        inside = reach.min(dim=2).values > 0
+        aside = torch.from_numpy(np.asarray(ignored, dtype=bool))
+        found.labels[(inside & aside).any(dim=1)] = IGNORED
+        area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+        smallest = torch.where(inside & ~aside, area, torch.inf).min(dim=1)
+        owner = torch.isfinite(smallest.values)
+        index = smallest.indices[owner]
+        found.labels[owner] = torch.from_numpy(np.asarray(labels, dtype=np.int64))[index]
+        found.reach[owner] = reach[owner, index] / patch_size
+    found.labels[outside] = IGNORED
+    found.reach[outside] = 0.0
+    return found
+
+
+def centre_ness(reach: Tensor) -> Tensor:
+    """FCOS eq. 3, of (M, 4) distances to left, top, right and bottom: 1 in the middle, 0 on an edge; (M,)."""
+    across, along = reach[:, [0, 2]], reach[:, [1, 3]]
+    share = (across.amin(1) / across.amax(1)) * (along.amin(1) / along.amax(1))
+    return share.clamp(0, 1).sqrt()
+
+
+def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sigmoid focal loss (Lin et al. 2017), alpha 0.25 and gamma 2, summed; both (M, C), targets 0 or 1."""
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    wrong = torch.where(targets > 0.5, torch.sigmoid(-logits), torch.sigmoid(logits))  # 1 - p of what is true
+    weight = torch.where(targets > 0.5, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
+    return (weight * wrong**FOCAL_GAMMA * entropy).sum()
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalised IoU (Rezatofighi et al. 2019) of boxes around one point.
+
+    a, b     (M, 4) positive distances to left, top, right and bottom
+    returns  (M,) in (-1, 1]; as the boxes share a point, (-0.5, 1]
+    """
+    area_a, area_b = ((x[:, 0] + x[:, 2]) * (x[:, 1] + x[:, 3]) for x in (a, b))
+    inner, outer = torch.minimum(a, b), torch.maximum(a, b)
+    shared = (inner[:, 0] + inner[:, 2]) * (inner[:, 1] + inner[:, 3])
+    hull = (outer[:, 0] + outer[:, 2]) * (outer[:, 1] + outer[:, 3])
+    union = area_a + area_b - shared
+    return shared / union - (hull - union) / hull
+
+
+def box_loss(answers: Answers, targets: Targets) -> Tensor:
+    """FCOS's loss: focal over the patches, GIoU weighted by centre-ness and centre-ness over those in objects.
+
+    Patches with the label IGNORED must have been left out. Sums are divided by the number of patches in objects.
+    """
+    with torch.autocast(answers.logits.device.type, enabled=False):
+        positive = targets.labels >= 0
+        count = positive.sum().clamp(min=1)
+        wanted = torch.zeros_like(answers.logits)
+        wanted[positive, targets.labels[positive]] = 1.0
+        loss = focal_loss(answers.logits, wanted) / count
+        if not bool(positive.any()):
+            return loss
+        reach = targets.reach[positive]
+        central = centre_ness(reach)
+        apart = 1 - giou(answers.reach[positive], reach)
+        loss = loss + (apart * central).sum() / central.sum().clamp(min=1e-6)
+        return loss + F.binary_cross_entropy_with_logits(answers.centredness[positive], central)
+
+
+def detect(
+    answers: Answers,
+    points: Tensor,
+    patch_size: int,
+    size: tuple[int, int],
+    scale: Sequence[float],
+    nms: float,
+    max_boxes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An image's boxes from its patches' answers, surest first.
+
+    points   (M, 2) centres of these patches, in pixels of the resized image
+    size     (height, width) of the resized image, to which boxes are clipped
+    scale    resized over original pixels, along x and along y: boxes are returned in original pixels
+    nms      overlap above which the weaker of two boxes of a class goes
+    returns  boxes (k, 4) float32, labels (k,) int64, scores (k,) float32 in [0, 1], k <= max_boxes, on the CPU
+    """
+    # Classes say what, centre-ness how well a patch is placed to say where: the geometric mean of both ranks the boxes.
+    scores = (answers.logits.sigmoid() * answers.centredness.sigmoid()[:, None]).sqrt()
+    best = scores.flatten().topk(min(CANDIDATES, scores.numel()))
+    patch, labels = best.indices // scores.shape[1], best.indices % scores.shape[1]
+    reach, middle = answers.reach[patch] * patch_size, points.to(scores.device)[patch]
+    boxes = torch.cat([middle - reach[:, :2], middle + reach[:, 2:]], dim=1)
+    height, width = size
+    boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor((width, height, width, height)))
+    boxes = boxes / boxes.new_tensor((*scale, *scale))
+    kept = batched_nms(boxes, best.values, labels, nms)[:max_boxes]
+    return boxes[kept].cpu(), labels[kept].cpu(), best.values[kept].cpu()

@@ -1,0 +1,208 @@
+"""The linear depth head and several of them on one frozen backbone: how they are trained, what they predict (P6).
+
+Follows DINOv2 §7.4 and its released heads: 256 bins, scores normalised by their sum, the expected depth; tokens without
+the final norm; trained by the scale-invariant loss and half the multi-scale gradient loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoreg.evaluation.backbones.encoder import Encoder, seeded
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.data import DepthMaps
+from dinoreg.evaluation.dense.depth_images import read_pair, shrink, training_crop
+from dinoreg.evaluation.dense.windows import TrainingStream, centre_pad, centre_padding, require_finite
+from dinoreg.evaluation.features.images import parallel
+from dinoreg.evaluation.metrics.depth import Crop, gradient_loss, scale_invariant_loss
+from dinoreg.evaluation.options import DepthOptions
+from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
+from dinoreg.models.vit import Tokens
+
+UPSAMPLE = 4  # of the patch grid, before scores become depths
+SCORE_FLOOR = 0.1  # added to every bin's score
+GRADIENT_WEIGHT = 0.5
+CLIP_GRAD = 35.0
+LOSS_WARMUP = 100  # steps, of 38,400, without the variance in the scale-invariant loss
+# The published choice of four blocks, from 1; elsewhere they are evenly spaced.
+FOUR_BLOCKS = {12: (3, 6, 9, 12), 24: (5, 12, 18, 24), 40: (10, 20, 30, 40)}
+
+Key = tuple[int, float]  # a head: its variant and its learning rate
+
+
+def head_blocks(variant: int, depth: int) -> tuple[int, ...]:
+    """The blocks, from 0, that lin.`variant` reads of a backbone with `depth` blocks; ascending and distinct."""
+    if variant == 4 and depth in FOUR_BLOCKS:
+        return tuple(block - 1 for block in FOUR_BLOCKS[depth])
+    return tuple(sorted({max(round(depth * part / variant), 1) - 1 for part in range(1, variant + 1)}))
+
+
+def warmup_steps(options: DepthOptions) -> int:
+    """Steps of the rate's warm-up; a third of all, as published, when there are fewer."""
+    return min(options.warmup_steps, options.steps // 3)
+
+
+def loss_warmup_steps(options: DepthOptions) -> int:
+    """Steps of the loss's warm-up; a tenth of all at most."""
+    return min(LOSS_WARMUP, options.steps // 10)
+
+
+class DepthHead(nn.Module):
+    """Patch tokens beside their image's class token -> depth at four times the patch grid.
+
+    widths  per block (patch width, class token width)
+    """
+
+    bins: Tensor
+
+    def __init__(self, widths: Sequence[tuple[int, int]], num_bins: int, min_depth: float, max_depth: float) -> None:
+        super().__init__()
+        self.widths = [width for pair in widths for width in pair]
+        self.project = nn.Linear(sum(self.widths), num_bins)
+        # The released heads' centres: evenly spaced with both ends among them.
+        self.register_buffer("bins", torch.linspace(min_depth, max_depth, num_bins), persistent=False)
+
+    def forward(self, tokens: Sequence[Tokens], grid: tuple[int, int]) -> Tensor:
+        """Tokens of each block, and the grid (h, w) of its patches -> (B, 4h, 4w) metres."""
+        # The published head enlarges the features and then projects; both are linear and bilinear weights sum to one,
+        # so projecting first gives the same scores for a sixteenth of the work. The class token is projected once.
+        weights = self.project.weight.split(self.widths, dim=1)
+        scores = self.project.bias
+        for each, of_patches, of_class in zip(tokens, weights[::2], weights[1::2]):
+            scores = scores + each.patches @ of_patches.T + (each.cls @ of_class.T)[:, None]  # (B, N, bins)
+        maps = scores.mT.unflatten(2, grid)
+        maps = F.interpolate(maps, scale_factor=UPSAMPLE, mode="bilinear", align_corners=False)
+        shares = maps.relu() + SCORE_FLOOR
+        return torch.einsum("bkhw,k->bhw", shares, self.bins) / shares.sum(dim=1)
+
+
+class DepthHeads:
+    """A head for every (variant, rate), all on one encoder."""
+
+    def __init__(self, encoder: Encoder, options: DepthOptions, seed: int) -> None:
+        self.encoder, self.options, self.seed = encoder, options, seed
+        self.blocks = {variant: head_blocks(variant, encoder.depth) for variant in options.variants}
+        self._wanted = sorted({block for each in self.blocks.values() for block in each})
+        self._places = {key: [self._wanted.index(block) for block in each] for key, each in self.blocks.items()}
+        self.heads: dict[Key, DepthHead] = {}
+
+    def fit(self, train: DepthMaps, size: tuple[int, int], border: Crop | None, context: Context) -> dict[Key, float]:
+        """Train all heads on crops of `size` from inside `border`; returns the loss that each ended at."""
+        options, device = self.options, self.encoder.device
+        self._build(*size)
+        named = {f"lin.{variant} lr {lr:g}": (variant, lr) for variant, lr in self.heads}
+        warmup, loss_warmup = warmup_steps(options), loss_warmup_steps(options)
+
+        def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+            return training_crop(*read_pair(train, index), size, border, options.max_size, rng)
+
+        def losses(step: int) -> Mapping[str, Tensor]:
+            samples = crops(step)
+            images = torch.from_numpy(np.stack([pixels for _, (pixels, _) in samples])).permute(0, 3, 1, 2).to(device)
+            depth = torch.from_numpy(np.stack([metres for _, (_, metres) in samples])).to(device)
+            valid = (depth > options.min_depth) & (depth < options.max_depth)
+            tokens, grid = self._tokens(images, [train.source.name(index) for index, _ in samples])
+            found = {}
+            for name, key in named.items():
+                predicted = self._depth(key, tokens, grid, size)
+                loss = scale_invariant_loss(predicted, depth, valid, step < loss_warmup)
+                found[name] = loss + GRADIENT_WEIGHT * gradient_loss(predicted, depth, valid)
+            return found
+
+        def factor(step: int) -> float:
+            return cosine(step, options.steps, warmup)
+
+        heads = {name: self.heads[key] for name, key in named.items()}
+        optimizers = {
+            name: torch.optim.AdamW(head.parameters(), lr=named[name][1], weight_decay=options.weight_decay)
+            for name, head in heads.items()
+        }
+        with TrainingStream(load, len(train), options.batch_size, options.steps, self.seed, context.workers) as crops:
+            ended = train_heads(heads, optimizers, losses, options.steps, factor, context, "depth", CLIP_GRAD)
+        return {key: ended[name] for name, key in named.items()}
+
+    def predict(self, images: Tensor, keys: Sequence[Key], names: Sequence[str]) -> dict[Key, Tensor]:
+        """The mean prediction on images and on their mirror images, each clamped to the bins' range.
+
+        images   (B, 3, H, W) uint8
+        names    of the images, for RunError when a feature is not finite
+        returns  {head: (B, H, W) metres}
+        """
+        total: dict[Key, Tensor] = {}
+        pixels = images.to(self.encoder.device).float() / 255
+        size = (images.shape[2], images.shape[3])
+        with torch.no_grad():
+            for mirrored in (False, True):
+                tokens, grid = self._tokens(pixels.flip(-1) if mirrored else pixels, names)
+                for key in keys:
+                    depth = self._depth(key, tokens, grid, size).clamp(self.options.min_depth, self.options.max_depth)
+                    total[key] = (total[key] + depth.flip(-1)) / 2 if mirrored else depth
+        return total
+
+    def predictions(
+        self, split: DepthMaps, context: Context
+    ) -> Iterator[tuple[int, np.ndarray, dict[Key, np.ndarray]]]:
+        """(index, truth (H, W), {head: prediction (H, W)}) of every image in order; equal sizes go in batches."""
+        most = min(context.batch_size, self.options.batch_size)
+
+        def load(index: int) -> tuple[int, np.ndarray, np.ndarray]:
+            image, depth = read_pair(split, index)
+            return index, np.asarray(shrink(image, self.options.max_size)), depth
+
+        held: list[tuple[int, np.ndarray, np.ndarray]] = []
+        for each in parallel(load, range(len(split)), context.workers):
+            if held and (len(held) == most or held[0][1].shape != each[1].shape):
+                yield from self._of_batch(split, held)
+                held = []
+            held.append(each)
+        yield from self._of_batch(split, held)
+
+    def _of_batch(
+        self, split: DepthMaps, held: Sequence[tuple[int, np.ndarray, np.ndarray]]
+    ) -> Iterator[tuple[int, np.ndarray, dict[Key, np.ndarray]]]:
+        images = torch.from_numpy(np.stack([pixels for _, pixels, _ in held])).permute(0, 3, 1, 2)
+        found = self.predict(images, [*self.heads], [split.source.name(index) for index, _, _ in held])
+        for row, (index, _, true) in enumerate(held):
+            yield index, true, {key: resized(depth[row], true.shape) for key, depth in found.items()}
+
+    def _tokens(self, images: Tensor, names: Sequence[str]) -> tuple[list[Tokens], tuple[int, int]]:
+        """Tokens of the wanted blocks, and the grid, of images padded with what normalises to zero."""
+        padded = centre_pad(images, self.encoder.patch_size, self.encoder.mean)
+        tokens = self.encoder.layers(padded, self._wanted, norm=False)
+        for each in tokens:
+            require_finite(each.cls, names, self.encoder)
+            require_finite(each.patches, names, self.encoder)
+        return tokens, self.encoder.grid(padded.shape[2], padded.shape[3])
+
+    def _depth(self, key: Key, tokens: list[Tokens], grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """(B, H, W) metres at the pixels of the images of `size`: the padding is cut off again."""
+        patch = self.encoder.patch_size
+        depth = self.heads[key]([tokens[each] for each in self._places[key[0]]], grid)
+        full = (grid[0] * patch, grid[1] * patch)
+        depth = F.interpolate(depth[:, None], size=full, mode="bilinear", align_corners=False)[:, 0]
+        top, left = (centre_padding(side, patch)[0] for side in size)
+        return depth[:, top : top + size[0], left : left + size[1]]
+
+    def _build(self, height: int, width: int) -> None:
+        """Heads for the widths of the tokens that an image of this size has."""
+        blank = torch.zeros(1, self.encoder.in_channels, height, width, device=self.encoder.device)
+        tokens, _ = self._tokens(blank, ["a blank image"])
+        options = self.options
+        for variant, places in self._places.items():
+            widths = [(tokens[each].patches.shape[-1], tokens[each].cls.shape[-1]) for each in places]
+            for lr in options.lrs:
+                with seeded(self.seed):  # the same start for every rate
+                    head = DepthHead(widths, options.num_bins, options.min_depth, options.max_depth)
+                self.heads[variant, lr] = head.to(self.encoder.device)
+
+
+def resized(depth: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """(h, w) -> (H, W) float32, bilinear."""
+    if tuple(depth.shape) != tuple(shape):
+        depth = F.interpolate(depth[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[0, 0]
+    return depth.cpu().numpy()

@@ -1,0 +1,160 @@
+"""Pictures with their depth maps: read, cropped and varied for training, shown as examples.
+
+The variations are those of the NYU recipe behind DINOv2's: a border cut off, rotation by up to
+2.5 degrees, flip, random crop of 416 x 544, gamma, brightness and colour.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dinoreg.data.decode import BadImage
+from dinoreg.evaluation.data import DepthMaps
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
+from dinoreg.runtime.errors import UserError
+
+CROP = (416, 544)  # height, width of training crops
+ROTATION = 2.5  # degrees at most, either way
+GAMMA, BRIGHTNESS, COLOUR = (0.9, 1.1), (0.75, 1.25), (0.9, 1.1)
+PROBABILITY = 0.5  # of rotation, of the flip and of the change of colours
+SIZES_READ = 64  # training images whose sizes decide the crop
+_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I")  # Pillow's names
+PANEL_WIDTH = 296  # pixels of each of an example's three pictures, at most
+
+
+def read_pair(split: DepthMaps, index: int) -> tuple[Image.Image, np.ndarray]:
+    """An image and its depth (H, W) float32 metres, 0 where unknown; UserError when their sizes differ."""
+    image = read_rgb(split.source, index)
+    depth = np.asarray(split.depth(index), dtype=np.float32)
+    width, height = image.size
+    if depth.shape != (height, width):
+        raise UserError(
+            f"{split.source.name(index)}: its depth map has shape {depth.shape}, expected {(height, width)}, its own"
+        )
+    return image, np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
+
+
+def read_metres(path: Path, per_metre: float = 1000.0) -> np.ndarray:
+    """A 16-bit PNG (or TIFF) of whole units, 0 where unknown -> (H, W) float32 metres; UserError naming the file."""
+    try:
+        with Image.open(path) as image:
+            mode, values = image.mode, np.asarray(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read as a depth map ({reason[:200]})") from None
+    if mode not in _DEPTH_MODES:
+        raise UserError(f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel")
+    return values.astype(np.float32) / np.float32(per_metre)
+
+
+def shrunk_size(height: int, width: int, max_size: int) -> tuple[int, int]:
+    """Height and width with the long side at most `max_size`, in proportion."""
+    scale = min(1.0, max_size / max(height, width))
+    return max(round(height * scale), 1), max(round(width * scale), 1)
+
+
+def shrink(image: Image.Image, max_size: int) -> Image.Image:
+    """The image with its long side at most `max_size`."""
+    height, width = shrunk_size(image.height, image.width, max_size)
+    if (width, height) == image.size:
+        return image
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int, int]:
+    """Height and width of training crops: 416 x 544, or in proportion less where images are smaller.
+
+    The smallest of up to SIZES_READ images, evenly spaced, decides; whichever is smaller still is filled up.
+    """
+    smallest = [10**9, 10**9]
+    for index in np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int)):
+        height, width = shrunk_size(*_size(split, int(index)), max_size)
+        if border is not None:
+            rows, columns = scaled_crop(border, height, width)
+            height, width = rows.stop - rows.start, columns.stop - columns.start
+        smallest = [min(smallest[0], height), min(smallest[1], width)]
+    scale = min(1.0, smallest[0] / CROP[0], smallest[1] / CROP[1])
+    # The small addition keeps an exact fit from being rounded down.
+    return max(int(CROP[0] * scale + 1e-6), 1), max(int(CROP[1] * scale + 1e-6), 1)
+
+
+def training_crop(
+    image: Image.Image,
+    depth: np.ndarray,
+    size: tuple[int, int],
+    border: Crop | None,
+    max_size: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One varied crop: (h, w, 3) float32 in [0, 1], and its depth (h, w) float32, 0 where unknown or filled up."""
+    maps = Image.fromarray(depth)
+    image = shrink(image, max_size)
+    if maps.size != image.size:
+        maps = maps.resize(image.size, Image.Resampling.NEAREST)
+    if border is not None:
+        rows, columns = scaled_crop(border, image.height, image.width)
+        box = (columns.start, rows.start, columns.stop, rows.stop)
+        image, maps = image.crop(box), maps.crop(box)
+    # Every number is drawn every time: what is done to an image hangs on the step alone.
+    rotates, flips, colours = rng.random(3) < PROBABILITY
+    angle, down, right = rng.uniform(-ROTATION, ROTATION), rng.random(), rng.random()
+    gamma, brightness, colour = rng.uniform(*GAMMA), rng.uniform(*BRIGHTNESS), rng.uniform(*COLOUR, size=3)
+    if rotates:
+        image = image.rotate(angle, Image.Resampling.BILINEAR)
+        maps = maps.rotate(angle, Image.Resampling.NEAREST)  # a mean of two depths lies on neither surface
+    pixels, metres = np.asarray(image), np.asarray(maps)
+    if flips:
+        pixels, metres = pixels[:, ::-1], metres[:, ::-1]
+    height, width = metres.shape
+    top, left = int(down * (max(height - size[0], 0) + 1)), int(right * (max(width - size[1], 0) + 1))
+    part = (slice(top, top + size[0]), slice(left, left + size[1]))
+    pixels, metres = pixels[part].astype(np.float32) / 255, metres[part]
+    if colours:
+        pixels = np.clip(pixels**gamma * brightness * colour, 0, 1).astype(np.float32)
+    fill = ((0, size[0] - metres.shape[0]), (0, size[1] - metres.shape[1]))
+    return np.pad(pixels, (*fill, (0, 0))), np.pad(metres, fill)
+
+
+def example(image: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: np.ndarray, text: str) -> Image.Image:
+    """Image | prediction | truth, near dark and far bright on one scale, black where the truth is unknown.
+
+    valid  (H, W) bool: the pixels whose 1st and 99th percentile span the scale, so that a stray one does not
+    """
+    from matplotlib import colormaps
+
+    low, high = np.percentile(true[valid], (1, 99)).tolist() if valid.any() else (0.0, 1.0)
+    colours = colormaps["viridis"]
+
+    def painted(depth: np.ndarray) -> np.ndarray:
+        return (255 * colours((depth - low) / max(high - low, 1e-6))[..., :3]).astype(np.uint8)
+
+    truth = painted(true)
+    truth[true <= 0] = 0
+    panels = [image, Image.fromarray(painted(predicted)), Image.fromarray(truth)]
+    # Small pictures are enlarged too: a miniature's 64 pixels are nothing to look at.
+    height = max(round(image.height * PANEL_WIDTH / image.width), 1)
+    strip = Image.new("RGB", (3 * PANEL_WIDTH + 8, height + 18), (24, 27, 33))
+    for place, panel in enumerate(panels):
+        strip.paste(panel.resize((PANEL_WIDTH, height), Image.Resampling.NEAREST), (place * (PANEL_WIDTH + 4), 0))
+    words = ("image", f"prediction, {text}", f"truth, {low:.1f} (dark) to {high:.1f} m")
+    for place, word in enumerate(words):
+        ImageDraw.Draw(strip).text((place * (PANEL_WIDTH + 4) + 4, height + 3), word, fill=(235, 235, 235))
+    return strip
+
+
+def _size(split: DepthMaps, index: int) -> tuple[int, int]:
+    """Height and width of an image, of a file by its header alone."""
+    try:
+        data = split.source.read(index)
+        if isinstance(data, np.ndarray):
+            return data.shape[0], data.shape[1]
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+    except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        width, height = read_rgb(split.source, index).size  # says in words what is wrong with it
+    return height, width

@@ -1,0 +1,167 @@
+"""The arithmetic of optical flow by matching: where each patch went, and how far off.
+
+Every patch of a frame is compared with every patch of the next; a softmax over the cosines and its expected position
+give the displacement. A flow is (..., 2) with (u, v) = (right, down).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 1 << 23  # similarities held at once: 32 MiB in float32, whatever the number of patches
+RATES = (1, 3, 5)  # pixels
+LOWEST_TEMPERATURE = 1e-3  # that a projection may learn; below, the softmax has no gradient left
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A frame and the grid of patches that it is cut into once resized.
+
+    size        (height, width) of the frame in pixels
+    upscale     the sides are multiplied by this, then rounded to a whole number of patches
+    """
+
+    size: tuple[int, int]
+    patch_size: int
+    upscale: int = 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; 1024 x 436 pixels are 31 x 73 patches of 14."""
+        height, width = (max(round(side * self.upscale / self.patch_size), 1) for side in self.size)
+        return height, width
+
+    @property
+    def working(self) -> tuple[int, int]:
+        """(height, width) in pixels that the frame is resized to."""
+        return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
+
+    def to_pixels(self, flow: Tensor) -> Tensor:
+        """Flow (N, 2) of the patches, in patches -> (H, W, 2) of the frame's pixels, in its pixels; bilinear."""
+        rows, columns = self.grid
+        per_patch = flow.new_tensor([self.size[1] / columns, self.size[0] / rows])
+        field = (flow * per_patch).view(1, rows, columns, 2).permute(0, 3, 1, 2)
+        return F.interpolate(field, size=self.size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+
+
+def match(first: Tensor, second: Tensor, grid: tuple[int, int], temperature: float | Tensor, window: int = 0) -> Tensor:
+    """Displacement of every patch of one frame to its match in the next, by soft-argmax over all pairs.
+
+    first, second  (N, D) unit vectors, row by row over the grid
+    temperature    the cosines are divided by it before the softmax
+    window         patches to each side of the best match that the softmax runs over; 0: the whole frame
+    returns        (N, 2) in patches; differentiable in both and in the temperature. Similarities are computed in blocks
+                   of rows, in the backward pass again, so that memory does not grow with N²
+    """
+    positions = _positions(grid, first)
+    rows = max(BLOCK // len(second), 1)
+    again = torch.is_grad_enabled() and rows < len(first)
+    found = []
+    for block in first.split(rows):
+        given = (block, second, positions, grid, temperature, window)
+        found.append(checkpoint(_expected, *given, use_reentrant=False) if again else _expected(*given))
+    return torch.cat(found) - positions
+
+
+def _positions(grid: tuple[int, int], like: Tensor) -> Tensor:
+    """(N, 2): column and row of every patch."""
+    y, x = torch.meshgrid(*(torch.arange(side, device=like.device) for side in grid), indexing="ij")
+    return torch.stack([x, y], dim=-1).view(-1, 2).to(like.dtype)
+
+
+def _expected(
+    first: Tensor,
+    second: Tensor,
+    positions: Tensor,
+    grid: tuple[int, int],
+    temperature: float | Tensor,
+    window: int,
+) -> Tensor:
+    """Expected position (n, 2) of the match of n patches."""
+    logits = first / temperature @ second.mT  # (n, N); dividing afterwards would keep a second array of this size
+    if not window:
+        return logits.softmax(dim=-1) @ positions
+    best = logits.detach().argmax(dim=-1)[:, None]
+    around = torch.arange(-window, window + 1, device=first.device)
+    y, x = best // grid[1] + around, best % grid[1] + around  # (n, 2 window + 1)
+    inside = ((y >= 0) & (y < grid[0]))[:, :, None] & ((x >= 0) & (x < grid[1]))[:, None, :]
+    place = (y.clamp(0, grid[0] - 1)[:, :, None] * grid[1] + x.clamp(0, grid[1] - 1)[:, None, :]).flatten(1)
+    weights = logits.gather(1, place).masked_fill(~inside.flatten(1), -torch.inf).softmax(dim=-1)
+    return (weights[..., None] * positions[place]).sum(dim=1)
+
+
+class Projection(nn.Module):
+    """The linear probe: one matrix before the cosines, and the temperature after them.
+
+    dim          D of the tokens
+    out_dim      c of the projection
+    temperature  that the learned one starts from
+
+    The matrix starts (semi-)orthogonal, so that the first flow is that of the tokens themselves or close to it. It has
+    no bias: with unit tokens going in, the direction of the projected token is that of the unscaled one.
+    """
+
+    def __init__(self, dim: int, out_dim: int, temperature: float, seed: int = 0) -> None:
+        super().__init__()
+        weight = torch.empty(out_dim, dim)
+        nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(seed))
+        self.weight = nn.Parameter(weight)
+        self.log_temperature = nn.Parameter(torch.tensor(float(temperature)).log())
+
+    @property
+    def temperature(self) -> Tensor:
+        return self.log_temperature.exp().clamp(min=LOWEST_TEMPERATURE)
+
+    def forward(self, first: Tensor, second: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Unit tokens (N, D) of two frames -> displacements (N, 2) in patches, matched over the whole frame."""
+        start, end = (F.normalize(tokens @ self.weight.mT, dim=-1) for tokens in (first, second))
+        return match(start, end, grid, self.temperature)
+
+
+class Truth(NamedTuple):
+    """What is known of a pair: flow (H, W, 2) in pixels, valid (H, W) bool, occluded (H, W) bool."""
+
+    flow: Tensor
+    valid: Tensor
+    occluded: Tensor
+
+
+# What a pair is remembered by: numbers of pixels, sums of their end-point errors, numbers of pixels within a rate.
+TALLY = ("count", "sum", "count matched", "sum matched", "count unmatched", "sum unmatched", *map(str, RATES))
+
+
+def tally(predicted: Tensor, truth: Truth) -> Tensor:
+    """The sums of one pair (len(TALLY),) float64 that the pooled figures are made of; valid pixels alone count.
+
+    predicted  (H, W, 2), or (2,) for the same flow everywhere
+    """
+    errors = (predicted.expand_as(truth.flow)[truth.valid] - truth.flow[truth.valid]).double().norm(dim=-1)
+    hidden = truth.occluded[truth.valid]
+    parts = (errors, errors[~hidden], errors[hidden])
+    figures = [value for part in parts for value in (part.new_tensor(len(part)), part.sum())]
+    return torch.stack([*figures, *((errors <= rate).sum().double() for rate in RATES)]).cpu()
+
+
+def figures(tallies: Tensor) -> dict[str, float]:
+    """Figures pooled over the pixels of pairs (n, len(TALLY)): end-point errors in pixels, rates as shares.
+
+    all, matched and unmatched are means over the valid pixels, those visible in the second frame and those hidden
+    there; NaN where there is none.
+    """
+    total = dict(zip(TALLY, tallies.sum(dim=0).tolist()))
+
+    def ratio(part: str, whole: str) -> float:
+        return total[part] / total[whole] if total[whole] else float("nan")
+
+    return {
+        "all": ratio("sum", "count"),
+        "matched": ratio("sum matched", "count matched"),
+        "unmatched": ratio("sum unmatched", "count unmatched"),
+        **{f"within {rate} px": ratio(str(rate), "count") for rate in RATES},
+    }

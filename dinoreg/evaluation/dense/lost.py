@@ -1,0 +1,99 @@
+"""LOST (Siméoni et al. 2021), object discovery without labels: one box from the similarities of an image's patches.
+
+Patches of an object are alike among themselves and unlike the ground, which is most of the image. So the patch that is
+alike to the fewest others is taken as the seed, other rare patches that are alike to it join, and the box goes around
+the connected patches that are alike to these together (paper §3). "Alike" is a positive inner product; registers'
+paper (Darcet et al. 2023, §3.3) adds a bias to the products first, because some models' are almost all positive.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoreg.runtime.errors import UserError
+
+
+class Found(NamedTuple):
+    """One object.
+
+    box      x0, y0, x1, y1 in patches, ends exclusive
+    mask     (rows, columns) bool: the connected patches that the box encloses
+    seed     number of the patch that it grew from
+    similar  (s,) numbers of the patches that joined the seed, itself among them as a rule
+    alone    whether the seed was not among the patches alike to the rest, so that the box is the seed patch
+    """
+
+    box: tuple[int, int, int, int]
+    mask: np.ndarray
+    seed: int
+    similar: np.ndarray
+    alone: bool
+
+
+def gram(features: Tensor, normalise: bool = False) -> Tensor:
+    """Inner products (N, N) of patch features (N, D); of unit features, hence cosines, with `normalise`."""
+    if normalise:
+        features = F.normalize(features, dim=-1)
+    return features @ features.mT
+
+
+def by_degree(similarity: Tensor) -> Tensor:
+    """Patches (N,) from the one with the fewest positive similarities to others; among equals the earlier one first.
+
+    similarity  (N, N); a patch's similarity to itself does not count
+    """
+    positive = similarity > 0
+    degree = positive.sum(dim=1) - positive.diagonal().long()
+    return torch.argsort(degree, stable=True)
+
+
+def expand(similarity: Tensor, order: Tensor, k: int = 100) -> Tensor:
+    """Patches (s,) that join the seed order[0]: those alike to it among the k of lowest degree."""
+    rare = order[:k]
+    return rare[similarity[order[0], rare] > 0]
+
+
+def lost(similarity: Tensor, grid: tuple[int, int], k: int = 100) -> Found:
+    """The object that LOST finds.
+
+    similarity  (N, N) inner products of the patches, row by row, with any bias added already
+    grid        rows and columns, N = rows x columns
+    k           patches of lowest degree that may join the seed; all of them where there are fewer
+    """
+    rows, columns = grid
+    if similarity.shape != (rows * columns, rows * columns) or not rows * columns:
+        raise ValueError(f"similarities of shape {tuple(similarity.shape)} do not fit a grid of {rows}x{columns}")
+    order = by_degree(similarity)
+    seed = int(order[0])
+    similar = expand(similarity, order, k)
+    support = similarity[similar].sum(dim=0).reshape(rows, columns)
+    mask, alone = component(support.cpu().numpy() > 0, divmod(seed, columns))
+    return Found(enclosing(mask), mask, seed, similar.cpu().numpy(), alone)
+
+
+def component(mask: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, bool]:
+    """The 4-connected part of a mask (rows, columns) that holds the seed (row, column).
+
+    returns  (part, alone): the seed alone, and True, where it is not in the mask; there the paper's code gives up
+    """
+    try:
+        from scipy import ndimage
+    except ModuleNotFoundError:
+        raise UserError("object discovery needs scipy: pip install 'dinoreg[eval]'") from None
+    if not mask[seed]:
+        part = np.zeros(mask.shape, dtype=bool)
+        part[seed] = True
+        return part, True
+    numbers, _ = ndimage.label(mask)
+    return numbers == numbers[seed], False
+
+
+def enclosing(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 around the true entries of (rows, columns), ends exclusive."""
+    y, x = np.nonzero(mask)
+    return int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1

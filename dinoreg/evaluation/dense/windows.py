@@ -1,0 +1,304 @@
+"""What the dense protocols share: padding to whole patches, sliding windows, and the crops that heads learn from.
+
+Images are never assumed to have a common size. All that happens to logits between the patch grid and the pixels of the
+answer (upsampling windows, averaging where they overlap, scaling to the original size) is linear, one matrix for rows
+and one for columns: `Windows.rows_of` streams the answer in blocks of rows, whatever the image's size.
+Reference datasets P5; the geometry of crops and windows is that of the segmentation toolbox which DINOv2 used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoreg.evaluation.backbones.encoder import Encoder
+from dinoreg.evaluation.data import IGNORED
+from dinoreg.evaluation.features.images import parallel
+from dinoreg.evaluation.solvers.train_heads import generator
+from dinoreg.runtime.errors import RunError
+
+T = TypeVar("T")
+CROP_TRIES = 10  # before a crop that shows too little is taken as it is
+ORDER_STREAM, SAMPLE_STREAM = 1, 2  # of random numbers
+
+
+def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+    """(height, width) scaled to the largest with sides of at most `short` and `long`, keeping the ratio."""
+    factor = min(short / min(height, width), long / max(height, width))
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+
+
+def centre_padding(length: int, multiple: int) -> tuple[int, int]:
+    """Pixels to add before and after so that `length` becomes a multiple; an odd one goes behind."""
+    missing = -length % multiple
+    return missing // 2, missing - missing // 2
+
+
+def centre_pad(images: Tensor, multiple: int, value: float | Sequence[float] = 0.0) -> Tensor:
+    """(B, C, H, W) padded on all sides to whole multiples, with one `value` for all channels or one for each."""
+    top, bottom = centre_padding(images.shape[2], multiple)
+    left, right = centre_padding(images.shape[3], multiple)
+    if not (top or bottom or left or right):
+        return images
+    batch, channels, height, width = images.shape
+    colour = torch.as_tensor(value, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
+    padded = colour.repeat(batch, channels // colour.shape[1], top + height + bottom, left + width + right)
+    padded[:, :, top : top + height, left : left + width] = images
+    return padded
+
+
+def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
+    """Normalised patch tokens of the last block as a map, float32 on the encoder's device.
+
+    images      (B, 3, H, W) uint8 of any size; padded centrally with the backbone's mean colour to whole patches
+    batch_size  images that the backbone sees at once
+
+    returns     (B, D, rows, columns)
+    """
+    found = []
+    for part in images.split(max(batch_size, 1)):
+        padded = centre_pad(part.to(encoder.device).float() / 255, encoder.patch_size, encoder.mean)
+        rows, columns = encoder.grid(*padded.shape[2:])
+        found.append(encoder.tokens(padded).patches.mT.unflatten(2, (rows, columns)))
+    return torch.cat(found)
+
+
+def require_finite(tokens: Tensor, names: Sequence[str], encoder: Encoder) -> None:
+    """RunError naming the first image whose tokens (B, ...) are not all finite."""
+    bad = (~torch.isfinite(tokens).flatten(1).all(dim=1)).nonzero()
+    if len(bad):
+        raise RunError(f"{names[int(bad[0])]}: its feature is not finite ({encoder.name})")
+
+
+def bilinear_matrix(out: int, length: int) -> np.ndarray:
+    """(out, length) float64: the weights of bilinear resizing along one axis, corners not aligned."""
+    position = np.maximum((np.arange(out) + 0.5) * length / out - 0.5, 0.0)
+    first = np.minimum(position.astype(np.int64), length - 1)
+    second = np.minimum(first + 1, length - 1)
+    share = position - first
+    matrix = np.zeros((out, length))
+    np.add.at(matrix, (np.arange(out), first), 1 - share)
+    np.add.at(matrix, (np.arange(out), second), share)
+    return matrix
+
+
+def upsampling(length: int, patch_size: int) -> np.ndarray:
+    """(length, patches) float64: bilinear, from the patches of a centrally padded axis to its own pixels."""
+    before, after = centre_padding(length, patch_size)
+    padded = before + length + after
+    return bilinear_matrix(padded, padded // patch_size)[before : before + length]
+
+
+def window_starts(length: int, size: int, stride: int) -> list[int]:
+    """Where windows of `size` begin that are `stride` apart; the last one is moved back to end with the image."""
+    count = max(length - size + stride - 1, 0) // stride + 1
+    return [max(min(index * stride, length - size), 0) for index in range(count)]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Equal windows over an image of (height, width) pixels, each padded centrally to whole patches.
+
+    A window is `size` pixels high and wide, or as the image where that is less; windows are `stride` apart.
+    """
+
+    height: int
+    width: int
+    size: int
+    stride: int
+    patch_size: int
+
+    @property
+    def tops(self) -> list[int]:
+        return window_starts(self.height, self.size, self.stride)
+
+    @property
+    def lefts(self) -> list[int]:
+        return window_starts(self.width, self.size, self.stride)
+
+    def __len__(self) -> int:
+        return len(self.tops) * len(self.lefts)
+
+    def cut(self, image: Tensor) -> Tensor:
+        """(C, H, W) -> (windows, C, h, w), row by row."""
+        height, width = min(self.size, self.height), min(self.size, self.width)
+        return torch.stack(
+            [image[:, top : top + height, left : left + width] for top in self.tops for left in self.lefts]
+        )
+
+    def rows_of(self, maps: Tensor, height: int, width: int, elements: int = 1 << 24) -> Iterator[tuple[slice, Tensor]]:
+        """The windows' maps, upsampled, averaged where they overlap and scaled to (height, width), in blocks of rows.
+
+        maps      (windows, K, rows, columns) on the patch grids of the padded windows
+        elements  numbers in a block at most (at least one row is given)
+
+        yields    (which rows, (K, rows, width) of the type of `maps`)
+        """
+        down, across = len(self.tops), len(self.lefts)
+        grid = (
+            maps.unflatten(0, (down, across)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+        )  # (K, down h, across w)
+        vertical = torch.from_numpy(self._axis(self.height, self.tops, height)).to(maps)
+        horizontal = torch.from_numpy(self._axis(self.width, self.lefts, width)).to(maps)
+        step = max(elements // (maps.shape[1] * width), 1)
+        for start in range(0, height, step):
+            block = slice(start, min(start + step, height))
+            yield block, vertical[block] @ grid @ horizontal.mT
+
+    def argmax(self, maps: Tensor, height: int, width: int, elements: int = 1 << 24) -> np.ndarray:
+        """The strongest of K maps at each pixel: (height, width) int64. Arguments as for `rows_of`."""
+        found = np.empty((height, width), dtype=np.int64)
+        for rows, block in self.rows_of(maps, height, width, elements):
+            found[rows] = block.argmax(dim=0).cpu().numpy()
+        return found
+
+    def _axis(self, length: int, starts: Sequence[int], out: int) -> np.ndarray:
+        """(out, windows x patches): from the patch grids along one axis to the pixels of the answer."""
+        size = min(self.size, length)
+        upsample = upsampling(size, self.patch_size)
+        covered = np.zeros(length)
+        parts = np.zeros((len(starts), length, upsample.shape[1]))
+        for part, start in zip(parts, starts):
+            part[start : start + size] = upsample
+            covered[start : start + size] += 1
+        parts /= covered[:, None]
+        # Windows form a grid, so that an average over windows is one over rows and one over columns.
+        joined = np.concatenate(list(parts), axis=1)
+        return joined if out == length else bilinear_matrix(out, length) @ joined
+
+
+def crop_origin(
+    height: int, width: int, size: int, rng: np.random.Generator, mask: np.ndarray | None = None, most: float = 0.75
+) -> tuple[int, int]:
+    """Top and left of a random crop of at most (size, size) pixels.
+
+    mask  (height, width) classes: a crop counts as good when two classes occur and none takes `most` or more of the
+          pixels that are not ignored; after CROP_TRIES the last one is taken. None: any crop is good
+    """
+    top = left = 0
+    for _ in range(CROP_TRIES):
+        top = int(rng.integers(0, max(height - size, 0) + 1))
+        left = int(rng.integers(0, max(width - size, 0) + 1))
+        if mask is None:
+            break
+        part = mask[top : top + size, left : left + size]
+        counts = np.bincount(part[part != IGNORED].ravel())
+        if np.count_nonzero(counts) > 1 and counts.max() < most * counts.sum():
+            break
+    return top, left
+
+
+def pad_to(array: np.ndarray, size: int, value: int | Sequence[int]) -> np.ndarray:
+    """(H, W) or (H, W, C) enlarged to (size, size) to the right and below, filled with `value`."""
+    padded = np.empty((size, size, *array.shape[2:]), dtype=array.dtype)
+    padded[:] = value
+    padded[: array.shape[0], : array.shape[1]] = array
+    return padded
+
+
+def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """SSD's distortion of colours: each part with probability one half, contrast before or after the other two.
+
+    image  (H, W, 3) uint8; brightness ±32 of 255, contrast and saturation x 0.5 to 1.5, hue ±36 degrees
+    """
+    x = image.astype(np.float32)
+    brightness, contrast, saturation, hue = rng.random(4) < 0.5
+    contrast_first = rng.random() < 0.5
+    shift, gain = np.float32(rng.uniform(-32, 32)), np.float32(rng.uniform(0.5, 1.5))
+    colour, turn = rng.uniform(0.5, 1.5), rng.uniform(-36, 36)
+    if brightness:
+        x = np.clip(x + shift, 0, 255)
+    if contrast and contrast_first:
+        x = np.clip(x * gain, 0, 255)
+    if saturation:
+        x = scale_saturation(x, colour)
+    if hue:
+        x = turn_hue(x, turn)
+    if contrast and not contrast_first:
+        x = np.clip(x * gain, 0, 255)
+    return (x + 0.5).astype(np.uint8)
+
+
+def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
+    """(H, W, 3) float32 in [0, 255] with HSV's saturation times `factor`, at most 1."""
+    value = image.max(axis=2, keepdims=True)
+    reach = value - image.min(axis=2, keepdims=True)  # saturation is reach / value
+    limit = np.divide(value, reach, out=np.ones_like(value), where=reach > 0)
+    return np.clip(value - (value - image) * np.minimum(np.float32(factor), limit), 0, 255)
+
+
+def turn_hue(image: np.ndarray, degrees: float) -> np.ndarray:
+    """(H, W, 3) float32 in [0, 255] with HSV's hue turned; saturation and value stay."""
+    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    value = image.max(axis=2)
+    reach = value - image.min(axis=2)
+    safe = np.where(reach > 0, reach, 1)
+    sector = np.where(
+        value == red, (green - blue) / safe, np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    )
+    sector += np.float32(degrees / 60)
+    turned = np.empty_like(image)
+    for channel, offset in enumerate((5, 3, 1)):
+        k = (sector + offset) % 6
+        turned[..., channel] = value - reach * np.clip(np.minimum(k, 4 - k), 0, 1)
+    return turned
+
+
+def shuffled(position: int, count: int, seed: int) -> int:
+    """The image at a position of an endless stream: each of `count` once per pass, in another order every time."""
+    return int(_order(position // count, count, seed)[position % count])
+
+
+@lru_cache(maxsize=4)
+def _order(turn: int, count: int, seed: int) -> np.ndarray:
+    return generator(seed, turn, ORDER_STREAM).permutation(count)
+
+
+class TrainingStream(Generic[T]):
+    """Batches of samples by step, loaded ahead in threads; the same samples whatever step the training begins with.
+
+    load  (image, rng) -> sample; all randomness comes from `rng`, which is a function of the seed and the position
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int, np.random.Generator], T],
+        count: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        workers: int,
+    ) -> None:
+        self.load, self.count, self.batch_size, self.steps = load, count, batch_size, steps
+        self.seed, self.workers = seed, workers
+        self._next = -1
+        self._samples: Iterator[tuple[int, T]] = iter(())
+
+    def __call__(self, step: int) -> list[tuple[int, T]]:
+        """(image, sample) of one step. Steps are asked for in order; another one begins anew."""
+        if step != self._next:
+            self.close()
+            positions = range(step * self.batch_size, max(self.steps, step + 1) * self.batch_size)
+            self._samples = parallel(self._sample, positions, self.workers)
+        self._next = step + 1
+        return [next(self._samples) for _ in range(self.batch_size)]
+
+    def _sample(self, position: int) -> tuple[int, T]:
+        index = shuffled(position, self.count, self.seed)
+        return index, self.load(index, generator(self.seed, position, SAMPLE_STREAM))
+
+    def close(self) -> None:
+        """End the threads."""
+        getattr(self._samples, "close", lambda: None)()
+
+    def __enter__(self) -> TrainingStream[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

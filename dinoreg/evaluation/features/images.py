@@ -1,0 +1,98 @@
+"""Pixels for evaluation: decoded as the published numbers were, resized and cropped without chance, in batches.
+
+Decoding and resizing go through Pillow exactly as torchvision's transforms do on its images:
+the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with antialiasing.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinoreg.data.decode import BadImage
+from dinoreg.data.source import Source
+from dinoreg.runtime.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_rgb(source: Source, index: int) -> Image.Image:
+    """Image `index` as RGB; UserError naming it when it cannot be read."""
+    try:
+        data = source.read(index)
+        if isinstance(data, np.ndarray):
+            return Image.fromarray(data).convert("RGB")
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+    except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{source.name(index)}: cannot be read as an image ({reason[:200]})") from None
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """Short side to `resize` pixels (bicubic), then the (size, size) centre: torchvision's Resize and CenterCrop."""
+
+    resize: int
+    size: int
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """(size, size, 3) uint8."""
+        width, height = image.size
+        short = min(width, height)
+        # The long side is truncated, as torchvision does.
+        scaled = (int(self.resize * width / short), int(self.resize * height / short))
+        if scaled != image.size:
+            image = image.resize(scaled, Image.Resampling.BICUBIC)
+        width, height = image.size
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+
+
+def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:
+    """function(index) for each index in order, computed ahead in threads; 0 workers: in this one."""
+    if workers <= 0:
+        yield from map(function, indices)
+        return
+    ahead: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for index in indices:
+                ahead.append(pool.submit(function, index))
+                if len(ahead) >= 4 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def still_batches(
+    source: Source, transform: Callable[[Image.Image], np.ndarray], batch_size: int, workers: int = 0, start: int = 0
+) -> Iterator[Tensor]:
+    """The images from `start` on, transformed, in order: (b, 3, h, w) uint8, channels innermost in memory."""
+    held: list[np.ndarray] = []
+    for pixels in parallel(lambda index: transform(read_rgb(source, index)), range(start, len(source)), workers):
+        held.append(pixels)
+        if len(held) == batch_size:
+            yield torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2)
+            held = []
+    if held:
+        yield torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2)
+
+
+def default_workers() -> int:
+    """Decoding threads: one for every core but one, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(cores - 1, 1), 16)

@@ -1,0 +1,264 @@
+"""Average precision of boxes: PASCAL VOC's (AP50, 11-point or all-points) and COCO's (AP[.5:.95], crowds, sizes).
+
+Which detection finds which object is settled once, image by image (`voc_matches`, `coco_matches`); then the average
+precision of any weighting of the images needs cumulative sums only (`average_precision`): the bootstrap is cheap.
+VOC: the development kit's rules, where an object's best detection counts once and difficult objects count neither way.
+COCO: the rules of pycocotools' COCOeval, where a crowd takes any number of detections and none of them counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+
+import numpy as np
+
+from dinoreg.evaluation.data import Boxed
+from dinoreg.evaluation.metrics.average_precision import Curve
+from dinoreg.evaluation.metrics.boxes import areas, overlaps
+
+VOC_OVERLAP = 0.5
+COCO_OVERLAPS = np.linspace(0.5, 0.95, 10)
+COCO_RECALLS = np.linspace(0, 1, 101)
+MAX_DETECTIONS = 100  # of an image and class that COCO looks at
+# Square pixels, both ends included.
+COCO_AREAS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}
+)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Every detection of a split.
+
+    image   (n,) int64 number of the image     boxes   (n, 4) x0, y0, x1, y1 in pixels of the original image
+    labels  (n,) int64 class                   scores  (n,), higher is surer
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Every object of a split, laid out like `Detections`.
+
+    ignored  (m,) bool: counted neither way        crowd  (m,) bool: a region of many, by COCO's rule
+    area     (m,) float64 square pixels, by which COCO sorts objects into sizes
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignored: np.ndarray
+    crowd: np.ndarray
+    area: np.ndarray
+    num_images: int
+    num_classes: int
+
+    @classmethod
+    def of(cls, split: Boxed, indices: Sequence[int] | np.ndarray) -> Truth:
+        """Some images of a split, renumbered from 0 in the order of `indices`; difficult objects are ignored."""
+        counts = [len(split.labels[index]) for index in indices]
+
+        def joined(values: Sequence[np.ndarray], shape: tuple[int, ...], kind: type) -> np.ndarray:
+            rows = [np.asarray(values[index]).reshape(shape) for index in indices]
+            return np.concatenate([np.zeros((0, *shape[1:])), *rows]).astype(kind)
+
+        boxes = joined(split.boxes, (-1, 4), np.float64)
+        crowd = joined(split.crowd, (-1,), np.bool_)
+        return cls(
+            image=np.repeat(np.arange(len(counts)), counts),
+            boxes=boxes,
+            labels=joined(split.labels, (-1,), np.int64),
+            ignored=joined(split.difficult, (-1,), np.bool_) | crowd,
+            crowd=crowd,
+            area=areas(boxes) if split.area is None else joined(split.area, (-1,), np.float64),
+            num_images=len(counts),
+            num_classes=split.num_classes,
+        )
+
+
+@dataclass(frozen=True)
+class ClassMatches:
+    """One class's detections from the surest to the least sure, under T overlap thresholds.
+
+    image      (m,) number of the image
+    hit        (T, m) bool: a detection that finds an object
+    counted    (T, m) bool: it is counted at all; a hit or else a mistake
+    positives  (num_images,) int64 objects that are to be found
+    """
+
+    image: np.ndarray
+    hit: np.ndarray
+    counted: np.ndarray
+    positives: np.ndarray
+
+    def at(self, threshold: int) -> ClassMatches:
+        """Under one of the overlap thresholds alone."""
+        rows = slice(threshold, threshold + 1)
+        return ClassMatches(self.image, self.hit[rows], self.counted[rows], self.positives)
+
+
+def voc_matches(found: Detections, truth: Truth, overlap: float = VOC_OVERLAP) -> list[ClassMatches]:
+    """For every class, which detections count as right by VOC's development kit.
+
+    A detection belongs to the object that it overlaps most, if that is by `overlap` or more. Of several that belong to
+    one object the surest is right and the others are wrong; those of a difficult object do not count.
+    """
+    hit, counted = np.zeros((1, len(found.image)), dtype=bool), np.ones((1, len(found.image)), dtype=bool)
+    for detections, objects in _pairs(found, truth):
+        shared = overlaps(found.boxes[detections], truth.boxes[objects])
+        nearest = shared.argmax(axis=1)
+        near = shared[np.arange(len(detections)), nearest] >= overlap
+        difficult = truth.ignored[objects][nearest]
+        counted[0, detections[near & difficult]] = False
+        rows = np.flatnonzero(near & ~difficult)
+        _, surest = np.unique(nearest[rows], return_index=True)
+        hit[0, detections[rows[surest]]] = True
+    return _by_class(found, truth, hit, counted, ~truth.ignored)
+
+
+def coco_matches(
+    found: Detections,
+    truth: Truth,
+    thresholds: np.ndarray = COCO_OVERLAPS,
+    sizes: Mapping[str, tuple[float, float]] = COCO_AREAS,
+    max_detections: int = MAX_DETECTIONS,
+) -> dict[str, list[ClassMatches]]:
+    """For every size and class, which detections count as right by COCO's rules.
+
+    From the surest on, a detection takes the free object that it overlaps most (of equals the last), one that counts
+    before one that does not; objects of other sizes, difficult ones and crowds do not count, and neither do what takes
+    them and what takes nothing but is of another size itself.
+    """
+    limits = np.array(list(sizes.values()))  # (A, 2)
+    own = areas(found.boxes)
+    outside = (own[None] < limits[:, :1]) | (own[None] > limits[:, 1:])  # (A, n)
+    ignored = truth.ignored[None] | (truth.area[None] < limits[:, :1]) | (truth.area[None] > limits[:, 1:])  # (A, m)
+    kept = np.zeros(len(found.image), dtype=bool)
+    for group in _groups(found):
+        kept[group[:max_detections]] = True
+    shape = (len(limits), len(thresholds), len(found.image))
+    hit, counted = np.zeros(shape, dtype=bool), np.broadcast_to(~outside[:, None], shape).copy()
+    least = np.minimum(thresholds, 1 - 1e-10)
+    for detections, objects in _pairs(found, truth):
+        shared = overlaps(found.boxes[detections[:max_detections]], truth.boxes[objects], truth.crowd[objects])
+        taken = _take(shared, ignored[:, objects], truth.crowd[objects], least)  # (A, T, d) number of the object or -1
+        matched = taken >= 0
+        aside = np.take_along_axis(ignored[:, None, objects], np.maximum(taken, 0), axis=2)
+        places = detections[:max_detections]
+        hit[:, :, places] = matched & ~aside
+        counted[:, :, places] = np.where(matched, ~aside, counted[:, :, places])
+    return {
+        name: _by_class(found, truth, hit[place], counted[place], ~ignored[place], kept)
+        for place, name in enumerate(sizes)
+    }
+
+
+def average_precision(matches: Iterable[ClassMatches], points: str, weights: np.ndarray | None = None) -> np.ndarray:
+    """Average precision (T, K) of every threshold and class; NaN for a class without objects.
+
+    points   where the precision is read: at the recalls of "11" (VOC 2007) or "101" points (COCO), or at "all" (the
+             area under the curve, VOC since 2010). The precision at a recall is the best reached there or further on.
+    weights  (num_images,) how often each image is in the set; once where None
+    """
+    return np.stack([_class_precision(each, points, weights) for each in matches], axis=1)
+
+
+def _class_precision(each: ClassMatches, points: str, weights: np.ndarray | None) -> np.ndarray:
+    thresholds = len(each.hit)
+    total = float(each.positives.sum() if weights is None else each.positives @ weights)
+    if total == 0:
+        return np.full(thresholds, np.nan)
+    weight = np.ones(len(each.image)) if weights is None else weights[each.image].astype(np.float64)
+    running = np.cumsum(weight)
+    found = np.zeros(thresholds)
+    for number, (hit, counted) in enumerate(zip(each.hit, each.counted, strict=True)):
+        # Recall grows at hits only, and the best precision further on is reached at one: only hits need be looked at.
+        places = np.flatnonzero(hit)
+        if not len(places):
+            continue
+        right = np.cumsum(weight[places])
+        seen = (running if counted.all() else np.cumsum(weight * counted))[places]
+        curve = Curve(right, seen - right, total)
+        if points == "101":
+            reached = np.searchsorted(right / total, COCO_RECALLS, side="left")
+            found[number] = np.append(curve.envelope, 0.0)[reached].mean()
+        else:
+            found[number] = curve.average(points)
+    return found
+
+
+def _take(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """The object that each detection (surest first) takes under every size and threshold, or -1.
+
+    shared (d, m), ignored (A, m), crowd (m,), least (T,) -> (A, T, d) int64
+    """
+    count, num_objects = shared.shape
+    free = np.ones((len(ignored), len(least), num_objects), dtype=bool)
+    taken = np.full((len(ignored), len(least), count), -1)
+    first, second = np.nonzero(np.ones(taken.shape[:2]))
+    counts = ~ignored[:, None]  # (A, 1, m)
+    for number in np.flatnonzero(shared.max(axis=1) >= least.min()):
+        row = shared[number]
+        fits = free & (row >= least[:, None])  # (A, T, m)
+        first_choice = fits & counts
+        fits = np.where(first_choice.any(axis=2, keepdims=True), first_choice, fits)
+        value = np.where(fits, row, -1.0)
+        last = num_objects - 1 - value[..., ::-1].argmax(axis=2)  # (A, T)
+        some = fits.any(axis=2)
+        taken[:, :, number] = np.where(some, last, -1)
+        busy = some & ~crowd[last]
+        where = busy.reshape(-1)
+        free[first[where], second[where], last.reshape(-1)[where]] = False
+    return taken
+
+
+def _groups(found: Detections) -> list[np.ndarray]:
+    """Places of the detections of every image and class that has any, surest first, earlier first among equals."""
+    order = np.lexsort((-found.scores, found.image, found.labels))
+    if not len(order):
+        return []
+    same = (np.diff(found.labels[order]) == 0) & (np.diff(found.image[order]) == 0)
+    return np.split(order, np.flatnonzero(~same) + 1)
+
+
+def _pairs(found: Detections, truth: Truth) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places of the detections and of the objects of every image and class that has both."""
+    order = np.lexsort((truth.image, truth.labels))
+    key = truth.labels[order] * max(truth.num_images, 1) + truth.image[order]
+    for group in _groups(found):
+        wanted = found.labels[group[0]] * max(truth.num_images, 1) + found.image[group[0]]
+        start, end = np.searchsorted(key, wanted, "left"), np.searchsorted(key, wanted, "right")
+        if end > start:
+            yield group, order[start:end]
+
+
+def _by_class(
+    found: Detections,
+    truth: Truth,
+    hit: np.ndarray,
+    counted: np.ndarray,
+    positive: np.ndarray,
+    kept: np.ndarray | None = None,
+) -> list[ClassMatches]:
+    """The flags (T, n) class by class, each from the surest detection of all images on."""
+    order = np.lexsort((found.image, -found.scores, found.labels))
+    if kept is not None:
+        order = order[kept[order]]
+    bounds = np.searchsorted(found.labels[order], np.arange(truth.num_classes + 1))
+    matches = []
+    for label, (start, end) in enumerate(pairwise(bounds)):
+        rows = order[start:end]
+        objects = truth.image[positive & (truth.labels == label)]
+        matches.append(
+            ClassMatches(
+                found.image[rows], hit[:, rows], counted[:, rows], np.bincount(objects, minlength=truth.num_images)
+            )
+        )
+    return matches

@@ -1,0 +1,101 @@
+"""Two label-light measures of a set of features, used inside a run and by the evaluators.
+
+`rankme` is the effective rank of Garrido et al. (RankMe, arXiv 2210.02885, eq. 1), which needs no labels;
+`knn_predict` is DINO's weighted nearest-neighbour vote (Wu et al., arXiv 1805.01978).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def rankme(features: Tensor, eps: float = 1e-7) -> float:
+    """Effective rank: the exponential of the entropy of the normalised singular values.
+
+    features (n, D)   not centred, as in the paper
+    returns           1 for features on one line, min(n, D) when all directions carry the same;
+                      0 when every feature is zero, NaN when one is not finite
+    """
+    if features.ndim != 2 or features.shape[0] == 0:
+        raise ValueError(f"rankme needs features of shape (n, D) with n >= 1, got {tuple(features.shape)}")
+    with torch.autocast(features.device.type, enabled=False):
+        x = features.float() if features.device.type == "mps" else features.double()
+        if not torch.isfinite(x).all():
+            return float("nan")
+        singular = torch.linalg.svdvals(x)  # (min(n, D),)
+        total = singular.sum()
+        if total == 0:
+            return 0.0
+        p = singular / total + eps
+        return float((-(p * p.log()).sum()).exp())
+
+
+@torch.no_grad()
+def knn_predict(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    k: Sequence[int] = (10, 20, 100, 200),
+    temperature: float = 0.07,
+    num_classes: int | None = None,
+    chunk: int = 256,
+    train_chunk: int = 65_536,
+) -> dict[int, Tensor]:
+    """Weighted k-NN on the unit sphere, for several k in one pass.
+
+    The cosine similarities of the max(k) nearest training features go through one softmax(similarity /
+    temperature); for each k the votes are sums of the first k weights by class. A k above n takes all n.
+
+    train_features (n, D), train_labels (n,) integers in [0, num_classes), test_features (m, D), any scale
+    returns        {k: votes (m, num_classes)} float32 on the features' device; `votes.argmax(-1)` predicts
+    """
+    n = train_features.shape[0]
+    if n == 0 or not k or min(k) < 1:
+        raise ValueError(f"k-NN needs at least one training feature and k >= 1, got n={n}, k={tuple(k)}")
+    if train_labels.shape != (n,):
+        raise ValueError(f"k-NN got {n} training features and labels of shape {tuple(train_labels.shape)}")
+    device = train_features.device
+    labels = train_labels.to(device=device, dtype=torch.long)
+    classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(f"k-NN labels span {int(labels.min())}..{int(labels.max())}, expected 0..{classes - 1}")
+    with torch.autocast(device.type, enabled=False):
+        similarity, index = nearest_neighbours(train_features, test_features, min(max(k), n), chunk, train_chunk)
+        weights = (similarity / temperature).softmax(dim=-1)  # (m, most), best first
+        votes = {}
+        for each in k:
+            scores = weights.new_zeros(len(weights), classes)
+            votes[each] = scores.scatter_add_(1, labels[index[:, :each]], weights[:, :each])
+    return votes
+
+
+@torch.no_grad()
+def nearest_neighbours(
+    train_features: Tensor, test_features: Tensor, k: int, chunk: int = 256, train_chunk: int = 65_536
+) -> tuple[Tensor, Tensor]:
+    """The k training features of greatest cosine to each test feature, best first.
+
+    train_features (n, D), test_features (m, D); either may be memory-mapped: chunks of rows are read, never all
+    returns        cosines (m, k) float32 and rows (m, k) int64, on the training features' device
+    """
+    device, m = train_features.device, len(test_features)
+    best = torch.empty(m, 0, device=device)
+    index = torch.empty(m, 0, dtype=torch.long, device=device)
+    for first in range(0, len(train_features), train_chunk):
+        bank = F.normalize(train_features[first : first + train_chunk].to(device).float(), dim=-1)
+        values, rows = [], []
+        for queries in test_features.split(chunk):
+            found = (F.normalize(queries.to(device).float(), dim=-1) @ bank.mT).topk(min(k, len(bank)), dim=1)
+            values.append(found.values)
+            rows.append(found.indices + first)
+        if not values:
+            break
+        best, index = torch.cat([best, torch.cat(values)], 1), torch.cat([index, torch.cat(rows)], 1)
+        best, order = best.topk(min(k, best.shape[1]), dim=1)
+        index = index.gather(1, order)
+    return best, index

@@ -1,0 +1,85 @@
+"""Sources that are not files as they lie on disk: images of one size in memory, and files with rows cut off.
+
+CIFAR comes as arrays; Aircraft's files carry a banner that is no part of the picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from functools import cached_property
+
+import numpy as np
+from PIL import Image
+
+from dinoreg.data.decode import BadImage
+from dinoreg.data.source import Source
+
+_HASHED_IMAGES = 4096  # copied at a time
+
+
+class ArraySource(Source):
+    """Images of one size held in memory.
+
+    pixels  (n, H, W, 3) uint8; any memory layout, so that a view of what was read costs no copy
+    title   where they come from: image 17 is called "TITLE:17"
+    """
+
+    def __init__(self, pixels: np.ndarray, title: str) -> None:
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+            raise ValueError(f"pixels must be (n, H, W, 3) uint8, got {pixels.shape} {pixels.dtype}")
+        self.pixels, self.title = pixels, title
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, index: int) -> np.ndarray:
+        return np.ascontiguousarray(self.pixels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.title}:{index}"
+
+    def fingerprint(self) -> str:
+        """Over the shape and every pixel."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self.pixels.shape).encode())
+        for start in range(0, len(self.pixels), _HASHED_IMAGES):
+            digest.update(self.pixels[start : start + _HASHED_IMAGES].tobytes())
+        return digest.hexdigest()[:16]
+
+
+class BottomCutSource(Source):
+    """Another source's image files, decoded to RGB, without their lowest `rows` rows of pixels."""
+
+    def __init__(self, source: Source, rows: int) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> np.ndarray:
+        """(H - rows, W, 3) uint8; BadImage for what cannot be decoded or has no more than `rows` rows."""
+        data = self.source.read(index)
+        try:
+            image = Image.fromarray(data) if isinstance(data, np.ndarray) else Image.open(io.BytesIO(data))
+            width, height = image.size
+            if height <= self.rows:
+                raise BadImage(f"{height} rows of pixels, of which the lowest {self.rows} are to be cut off")
+            return np.asarray(image.convert("RGB").crop((0, 0, width, height - self.rows)))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise BadImage(" ".join(str(error).split())) from error
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def fingerprint(self) -> str:
+        return self._digest(self.source.fingerprint())
+
+    def stamp(self) -> str:
+        return self._digest(self.source.stamp())
+
+    def _digest(self, inner: str) -> str:
+        return hashlib.sha256(f"{inner} without the lowest {self.rows} rows".encode()).hexdigest()[:16]

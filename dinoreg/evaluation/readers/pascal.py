@@ -1,0 +1,183 @@
+"""PASCAL VOC's development kit on disk: image lists, class lists, annotations and masks of any year.
+
+`<year>/{JPEGImages/*.jpg, Annotations/*.xml, SegmentationClass/*.png, ImageSets/{Main,Segmentation}/*.txt}`. Boxes
+count pixels from 1 and include both ends; ours are continuous with ends exclusive, (xmin - 1, ymin - 1, xmax, ymax).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+import numpy as np
+
+from dinoreg.config.keys import nearest
+from dinoreg.data.source import Source
+from dinoreg.evaluation.data import IGNORED, Boxed, MultiLabelled, Segmented
+from dinoreg.evaluation.dense.label_maps import read_mask
+from dinoreg.evaluation.readers.text import lines, missing, paths_source
+from dinoreg.runtime.errors import UserError
+
+CLASSES = (
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
+NUMBERS = {name: number for number, name in enumerate(CLASSES)}
+WITH_GROUND = ("background", *CLASSES)  # of the masks
+MOST_BYTES = 1 << 22  # of one annotation; real ones have a few thousand
+
+
+@dataclass(frozen=True)
+class Devkit:
+    """The tree of one year, read as one dataset.
+
+    archives  {split: the archive that its files come out of}
+    """
+
+    folder: Path
+    dataset: str
+    archives: dict[str, str]
+
+    def names(self, split: str, kind: str = "Main") -> list[str]:
+        """The images of a split in the order of its list; `kind` is "Main" or "Segmentation"."""
+        path = self.folder / "ImageSets" / kind / f"{split}.txt"
+        found = [line.split()[0] for line in lines(path, self.dataset, self.archives[split])]
+        if not found:
+            raise UserError(f"{self.dataset}: {path} lists no images")
+        if len(set(found)) < len(found):
+            raise UserError(f"{self.dataset}: {path} lists an image twice")
+        for name in found:
+            if "/" in name or "\\" in name or name in (".", ".."):
+                raise UserError(
+                    f"{self.dataset}: {path} lists {name!r}, expected the name of an image without a folder"
+                )
+        return found
+
+    def labelled(self, split: str) -> MultiLabelled:
+        """Which classes each image of a split shows, by the class lists; -1 where only difficult ones."""
+        names = self.names(split)
+        labels = np.stack([self._presence(label, split, names) for label in CLASSES], axis=1)
+        return MultiLabelled(self._source(names), labels, len(CLASSES))
+
+    def boxed(self, split: str) -> Boxed:
+        """Every object of a split's images, by the annotations; difficult ones are marked, parts are not objects."""
+        names = self.names(split)
+        boxes, labels, difficult, crowd = [], [], [], []
+        for name in names:
+            rows = objects(self.folder / "Annotations" / f"{name}.xml", self.dataset, self.archives[split])
+            boxes.append(np.array([row[0] for row in rows], dtype=np.float32).reshape(-1, 4))
+            labels.append(np.array([row[1] for row in rows], dtype=np.int64))
+            difficult.append(np.array([row[2] for row in rows], dtype=bool))
+            crowd.append(np.zeros(len(rows), dtype=bool))
+        return Boxed(self._source(names), boxes, labels, len(CLASSES), difficult, crowd)
+
+    def segmented(self, split: str) -> Segmented:
+        """Masks of 21 classes, the ground first; void outlines are ignored."""
+        names = self.names(split, "Segmentation")
+        folder = self.folder / "SegmentationClass"
+        if not folder.is_dir():
+            raise missing(folder, self.dataset, self.archives[split])
+
+        def mask(index: int) -> np.ndarray:
+            name = names[index]
+            path = folder / f"{name}.png"
+            values = read_mask(path, self.folder / "JPEGImages" / f"{name}.jpg", self.dataset)
+            wrong = values[(values != IGNORED) & ((values < 0) | (values >= len(WITH_GROUND)))]
+            if len(wrong):
+                expected = f"0..{len(CLASSES)} or {IGNORED}"
+                raise UserError(f"{self.dataset}: {path} has the value {wrong[0]}, expected {expected}")
+            return values.astype(np.uint8)
+
+        stamp = paths_source(folder, [f"{name}.png" for name in names], self.dataset).stamp()
+        return Segmented(self._source(names), mask, len(WITH_GROUND), stamp)
+
+    def _source(self, names: Sequence[str]) -> Source:
+        return paths_source(self.folder / "JPEGImages", (f"{name}.jpg" for name in names), self.dataset)
+
+    def _presence(self, label: str, split: str, names: Sequence[str]) -> np.ndarray:
+        """(n,) int8 of one class list: 1 present, 0 absent, -1 not counted. The files say 1, -1 and 0."""
+        path = self.folder / "ImageSets/Main" / f"{label}_{split}.txt"
+        told: dict[str, int] = {}
+        for line in lines(path, self.dataset, self.archives[split]):
+            fields = line.split()
+            if len(fields) != 2 or fields[1] not in ("1", "+1", "0", "-1"):
+                raise UserError(f"{self.dataset}: {path}: {line!r}, expected an image and 1, 0 or -1")
+            told[fields[0]] = {"1": 1, "+1": 1, "0": -1, "-1": 0}[fields[1]]
+        for name in names:
+            if name not in told:
+                raise UserError(f"{self.dataset}: {path} does not list {name}, which {split}.txt does")
+        return np.array([told[name] for name in names], dtype=np.int8)
+
+
+def objects(path: Path, dataset: str, archive: str) -> list[tuple[tuple[float, float, float, float], int, bool]]:
+    """(box, class, difficult) of every object of an annotation, in its order. UserError for what is not as expected."""
+    found = []
+    for element in parse(path, dataset, archive).iterfind("object"):
+        name = (element.findtext("name") or "").strip()
+        if name not in NUMBERS:
+            raise UserError(f"{dataset}: {path}: unknown class {name!r}{nearest(name, NUMBERS)}")
+        difficult = (element.findtext("difficult") or "0").strip()
+        if difficult not in ("0", "1"):
+            raise UserError(f"{dataset}: {path}: difficult is {difficult!r}, expected 0 or 1")
+        box = element.find("bndbox")  # a direct child: those of parts are not
+        found.append((_box(box, path, dataset), NUMBERS[name], difficult == "1"))
+    return found
+
+
+def _box(element: Element | None, path: Path, dataset: str) -> tuple[float, float, float, float]:
+    texts = ["" if element is None else element.findtext(key) or "" for key in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        x0, y0, x1, y1 = (float(text) for text in texts)  # some have decimals
+    except ValueError:
+        x0 = math.nan
+    if not (math.isfinite(x0) and math.isfinite(y0) and x0 - 1 < x1 < math.inf and y0 - 1 < y1 < math.inf):
+        raise UserError(f"{dataset}: {path}: the box {' '.join(texts)!r}, expected xmin ymin xmax ymax, not empty")
+    return x0 - 1, y0 - 1, x1, y1
+
+
+def parse(path: Path, dataset: str, archive: str) -> Element:
+    """The root of an XML file. A document type is refused: it is where entities that explode are declared."""
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{dataset}: {path} has more than {MOST_BYTES // 2**20} MiB, too many for an annotation")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise missing(path, dataset, archive) from None
+    except OSError as error:
+        raise UserError(f"{dataset}: {path} cannot be read ({error.strerror})") from None
+    builder, parser = TreeBuilder(), expat.ParserCreate()
+
+    def refuse(*_: object) -> None:
+        raise UserError(f"{dataset}: {path} declares a document type, expected a plain annotation")
+
+    parser.StartDoctypeDeclHandler = refuse
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    try:
+        parser.Parse(data, True)
+    except expat.ExpatError as error:
+        raise UserError(f"{dataset}: {path} is not XML ({error})") from None
+    return builder.close()

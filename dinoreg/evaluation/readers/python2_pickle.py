@@ -1,0 +1,146 @@
+"""A reader for the one kind of pickle that the CIFAR files hold, which runs nothing that a file names.
+
+A pickle is a program. Two fences stand before it: a list of the instructions that a dictionary of text, numbers and
+byte arrays needs, checked over the whole file before any is carried out; and stand-ins for the few NumPy functions
+that such a file calls, so that not even NumPy's own unpickling sees the file's values. The files were written by
+Python 2, whose text is read as Latin-1.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dinoreg.runtime.errors import UserError
+
+MAX_BYTES = 256 << 20  # the largest of the real files, CIFAR-100's train, has 155 MB
+
+_FRAME = "PROTO FRAME STOP MARK BINPUT LONG_BINPUT PUT BINGET LONG_BINGET GET MEMOIZE"
+_TEXT = "STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES"
+_NUMBERS = "INT LONG LONG1 BININT BININT1 BININT2 NONE NEWTRUE NEWFALSE"
+_CONTAINERS = "EMPTY_DICT DICT SETITEM SETITEMS EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3"
+_CALLS = "GLOBAL STACK_GLOBAL REDUCE BUILD"  # of nothing but _STAND_INS
+_INSTRUCTIONS = frozenset(" ".join((_FRAME, _TEXT, _NUMBERS, _CONTAINERS, _CALLS)).split())
+
+
+class _Refused(Exception):
+    """What a file asks for and does not get; its text goes into the message."""
+
+
+class _Dtype:
+    """Stands in for `numpy.dtype`: unsigned bytes and nothing else."""
+
+    def __init__(self, code: Any = None, *_flags: Any) -> None:
+        if code not in ("u1", b"u1"):
+            raise _Refused(f"an array of type {str(code)[:20]}, expected u1 (bytes)")
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and alignment say nothing about single bytes."""
+
+
+class _Ndarray:
+    """Stands in for `numpy.ndarray`: the array that `_reconstruct` begins and its state fills."""
+
+    values: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _version, shape, dtype, fortran, data = state
+        if not isinstance(dtype, _Dtype) or not isinstance(shape, tuple) or not all(type(n) is int for n in shape):
+            raise _Refused("an array of an unknown form")
+        raw = data.encode("latin1") if isinstance(data, str) else data
+        if not isinstance(raw, bytes) or min(shape, default=0) < 0 or len(raw) != int(np.prod(shape, dtype=object)):
+            raise _Refused(f"an array of shape {shape} whose data do not fill it")
+        self.values = np.frombuffer(raw, dtype=np.uint8).reshape(shape, order="F" if fortran is True else "C")
+
+
+def _reconstruct(*_arguments: Any) -> _Ndarray:
+    """Stands in for NumPy's: an empty array, filled by what follows."""
+    return _Ndarray()
+
+
+def _encode(text: Any, encoding: Any = None) -> bytes:
+    """Stands in for `_codecs.encode`, as which Python 3 writes bytes for Python 2."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise _Refused("an unknown encoding of bytes")
+    return text.encode("latin1")
+
+
+_STAND_INS: Mapping[tuple[str, str], Callable[..., Any]] = MappingProxyType(
+    {
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy", "ndarray"): _Ndarray,
+        ("numpy", "dtype"): _Dtype,
+        ("_codecs", "encode"): _encode,
+    }
+)
+
+
+class _Call:
+    """A stand-in as a file gets hold of it: it can be called and not changed."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _Refused("it changes a function")
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _Call(_STAND_INS[module, name])
+        except KeyError:
+            raise _Refused(f"it names {module}.{name}, which is not allowed") from None
+
+
+def read_dictionary(path: Path, dataset: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The dictionary in a Python 2 pickle; values that are arrays of bytes come as NumPy's, uint8 and read only.
+
+    Raises UserError, in one line, for a file that is missing, larger than max_bytes, damaged, not a dictionary with
+    text keys, or that asks for anything besides containers, text, bytes, whole numbers and arrays of bytes. Nothing
+    that a file names is imported or called.
+    """
+    try:
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise _Refused(f"it has {size:,} bytes, expected at most {max_bytes:,}")
+        with path.open("rb") as file:
+            _check_instructions(file)
+            file.seek(0)
+            found = _Unpickler(file, encoding="latin1").load()
+        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+            raise _Refused("it holds no dictionary with names for keys")
+        return {key: _array(value) if isinstance(value, _Ndarray) else value for key, value in found.items()}
+    except OSError as error:
+        raise UserError(f"{dataset}: {path} cannot be read ({error.strerror})") from None
+    except Exception as error:  # a damaged program fails in whichever way it happens to
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        what = "is refused" if isinstance(error, _Refused) else "is not a readable pickle"
+        raise UserError(f"{dataset}: {path} {what}: {reason}") from None
+
+
+def _check_instructions(file: BinaryIO) -> None:
+    """Walk over the whole program without carrying anything out; _Refused at an instruction it has no need of."""
+    for count, (instruction, value, _position) in enumerate(pickletools.genops(file)):
+        if instruction.name not in _INSTRUCTIONS:
+            raise _Refused(f"it has the instruction {instruction.name}, which is not allowed")
+        # A slot far beyond what was stored would make the unpickler reserve memory for all before it.
+        slot: Any = value
+        if instruction.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= slot <= count:
+            raise _Refused("it stores values far apart")
+
+
+def _array(stored: _Ndarray) -> np.ndarray:
+    if stored.values is None:
+        raise _Refused("an array without data")
+    return stored.values

@@ -1,0 +1,334 @@
+"""Evaluate an encoder: what is there is checked first, measured next to its baselines, written as it is finished.
+
+`preflight` reads every split file and a sample of images before anything is computed. Every (dataset, protocol,
+encoder) that is done is kept at once, so that an interrupted evaluation goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoreg.checkpoint.format import write_atomic
+from dinoreg.config.keys import nearest
+from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
+from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
+from dinoreg.evaluation.context import Context, show_progress
+from dinoreg.evaluation.data import Boxed, Data, DepthMaps, FlowPairs, Segmented, truth_stamp
+from dinoreg.evaluation.features.cache import FeatureStore
+from dinoreg.evaluation.features.images import default_workers, read_rgb
+from dinoreg.evaluation.options import EvalOptions
+from dinoreg.evaluation.result import Result, Row, plain
+from dinoreg.runtime.errors import RunError, UserError
+
+logger = logging.getLogger(__name__)
+
+SAMPLED = 8  # images of each split that are opened before anything is computed
+# Options that do not shape a number.
+INCIDENTAL = (
+    "root",
+    "out",
+    "device",
+    "workers",
+    "batch_size",
+    "overwrite",
+    "features",
+    "examples",
+    "strict",
+    "weights",
+    "report",
+)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A dataset that is there: each task with its data."""
+
+    benchmark: Benchmark
+    folder: Path
+    tasks: tuple[tuple[Task, Data], ...]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated, as it was asked for.
+
+    options    of the evaluation and of the protocols
+    explicit   dotted keys that the user gave: they win over a dataset's own protocol options
+    dataset    {dataset: {option: value}}
+    """
+
+    options: EvalOptions
+    explicit: frozenset[str] = frozenset()
+    dataset: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
+    """The benchmarks of `dinoreg eval NAME,NAME | all | PATH`; UserError for one that is not known."""
+    found: list[Benchmark] = []
+    for name in names:
+        if name == "all":
+            found += benchmarks().values()
+        elif Path(name).exists() and not name.endswith(".py"):
+            from dinoreg.evaluation.custom.datasets import own_benchmark
+
+            found.append(own_benchmark(Path(name), request.dataset.get("own", {})))
+        else:
+            found.append(find_benchmark(name))
+    unique = {benchmark.name: benchmark for benchmark in found}
+    return list(unique.values())
+
+
+def preflight(chosen: Sequence[Benchmark], request: Request) -> tuple[list[Planned], dict[str, str]]:
+    """Everything that can be known before the first forward pass: (what is ready, {dataset: what is wrong})."""
+    known = {name for benchmark in chosen for name in (benchmark.name, *benchmark.aliases)}
+    for name in request.dataset:
+        if name not in known:
+            evaluated = ", ".join(benchmark.name for benchmark in chosen)
+            raise UserError(f"{name}: neither a key nor a dataset that is evaluated here ({evaluated})")
+    wanted = request.options.protocols
+    for name in wanted or ():
+        if name not in PROTOCOLS:
+            raise UserError(f"protocols={name}: unknown{nearest(name, PROTOCOLS)}; known: {', '.join(PROTOCOLS)}")
+    ready, problems = [], {}
+    for benchmark in chosen:
+        try:
+            ready.append(_plan(benchmark, request, wanted))
+        except UserError as error:
+            problems[benchmark.name] = str(error)
+    return [plan for plan in ready if plan.tasks], problems
+
+
+def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) -> Planned:
+    values = benchmark.option_values(request.dataset.get(benchmark.name, {}))
+    root = request.options.root
+    if root is None and benchmark.layouts:
+        raise UserError(f"{benchmark.name}: root= is missing, the folder that holds the datasets")
+    folder = benchmark.find(root) if root is not None and benchmark.layouts else Path(root or ".")
+    tasks, warnings = [], []
+    seen: dict[Callable, Data] = {}
+    for task in benchmark.tasks:
+        if wanted and task.protocol not in wanted:
+            continue
+        absent = next((need for need in task.needs if not need.met(folder)), None)
+        if absent is not None:
+            where = f"{folder / absent.path} is missing; it comes from {absent.archive}"
+            warnings.append(f"{benchmark.name}: left out {task.protocol}: {where}")
+            continue
+        if task.read not in seen:
+            seen[task.read] = task.read(folder, values)
+            _sample(benchmark, seen[task.read])
+        data = seen[task.read]
+        tasks.append((task, data))
+        # Where they depend on the layout, the reader knows them.
+        for split, count in data.extra.get("official_counts", task.counts).items():
+            found = len(data.splits[split]) if split in data.splits else 0
+            if found != count:
+                warnings.append(f"{benchmark.name}: {split} has {found:,} images, the official one {count:,}")
+    warnings = list(dict.fromkeys(warnings))
+    if warnings and request.options.strict:
+        raise UserError(f"{'; '.join(warnings)} (strict=true)")
+    return Planned(benchmark, folder, tuple(tasks), tuple(warnings))
+
+
+def _sample(benchmark: Benchmark, data: Data) -> None:
+    """Open some images of each split and their ground truth; UserError for the first that is wrong."""
+    for name, split in data.splits.items():
+        if not len(split):
+            raise UserError(f"{benchmark.name}: the {name} split has no images")
+        for index in np.unique(np.linspace(0, len(split) - 1, SAMPLED).astype(int)).tolist():
+            frame = int(split.first[index]) if isinstance(split, FlowPairs) else index
+            width, height = read_rgb(split.source, frame).size
+            truth: dict[str, Callable[[int], np.ndarray]] = {}
+            if isinstance(split, Segmented):
+                truth = {"mask": split.mask}
+            elif isinstance(split, DepthMaps):
+                truth = {"depth map": split.depth}
+            elif isinstance(split, FlowPairs):
+                truth = {"flow": split.flow, "validity mask": split.valid, "occlusion mask": split.occluded}
+            elif isinstance(split, Boxed):
+                boxes = split.boxes[index]
+                if len(boxes) and not np.isfinite(boxes).all():
+                    raise UserError(f"{split.source.name(index)}: a box is not finite")
+            for what, read in truth.items():
+                shape = read(index).shape[:2]
+                if shape != (height, width):
+                    raise UserError(
+                        f"{split.source.name(frame)}: its {what} is {shape[0]}x{shape[1]}, the image {height}x{width}"
+                    )
+
+
+def evaluate_all(encoder: Encoder, plans: Sequence[Planned], request: Request, folder: Path) -> Iterator[Result]:
+    """Measure every planned dataset and write `folder/<dataset>.json`; yields each result when it is there.
+
+    A dataset that fails raises after what it had finished was kept: run the same again to go on.
+    """
+    options = request.options
+    folder.mkdir(parents=True, exist_ok=True)
+    for plan in plans:
+        path = folder / f"{plan.benchmark.name}.json"
+        key = _key(encoder, plan, request)
+        kept = read_result(path)
+        if kept is not None and kept.key == key and not options.overwrite:
+            yield kept
+            continue
+        result = _evaluate(encoder, plan, request, folder, key)
+        write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
+        shutil.rmtree(_unfinished(folder, plan), ignore_errors=True)
+        yield result
+
+
+def read_result(path: Path) -> Result | None:
+    """A result that was written; None where there is none, or the file is torn or of another kind."""
+    try:
+        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _evaluate(encoder: Encoder, plan: Planned, request: Request, folder: Path, key: str) -> Result:
+    options = request.options
+    started = time.time()
+    examples = folder / "examples" / plan.benchmark.name
+    if options.examples:
+        shutil.rmtree(examples, ignore_errors=True)
+    encoders: dict[str, Callable[[], Encoder]] = {"": lambda: encoder}
+    if options.baselines:
+        pixels = PixelEncoder(encoder.patch_size, encoder.image_size, encoder.in_channels, device=encoder.device)
+        encoders |= {"random init": lambda: encoder.random_init(options.seed), "raw pixels": lambda: pixels}
+    rows: dict[str, list[Row]] = {}
+    for role, make in encoders.items():
+        rows[role] = []
+        subject: Encoder | None = None  # made when a task first needs it, once for all of them
+        for task, data in plan.tasks:
+            done = _unfinished(folder, plan) / f"{task.protocol}{'-' * bool(role)}{role.replace(' ', '-')}.json"
+            found = None if options.overwrite else _kept_rows(done, key)
+            if found is None:
+                context = _context(encoder, plan, task, role, key, options, folder, examples)
+                module = importlib.import_module(PROTOCOLS[task.protocol][0])
+                subject = subject or make()
+                try:
+                    rows_of_task = module.evaluate(subject, data, task, _effective(request, task), context)
+                    # One wording, so that published numbers and baselines find their rows.
+                    title = PROTOCOLS[task.protocol][1]
+                    found = [dataclasses.replace(row, protocol=title) for row in rows_of_task]
+                except (UserError, RunError) as error:
+                    raise type(error)(f"{plan.benchmark.name}, {task.protocol}: {error}") from error
+                done.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(done, json.dumps({"key": key, "rows": [row.as_dict() for row in found]}))
+            rows[role] += found
+    facts = {
+        "title": plan.benchmark.title,
+        "task": plan.benchmark.task,
+        "weights": {"name": encoder.name, "identity": encoder.identity},
+        "precision": str(encoder.dtype).removeprefix("torch."),
+        "image_size": options.image_size or encoder.default_size,
+        "seed": options.seed,
+        "published": [
+            {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
+            for task, _ in plan.tasks
+            for number in task.published
+        ],
+        "warnings": list(plan.warnings),
+        "seconds": time.time() - started,
+        "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
+    }
+    own = tuple(rows.pop(""))
+    return Result(plan.benchmark.name, key, own, {name: tuple(found) for name, found in rows.items()}, facts)
+
+
+def _context(
+    encoder: Encoder,
+    plan: Planned,
+    task: Task,
+    role: str,
+    key: str,
+    options: EvalOptions,
+    folder: Path,
+    examples: Path,
+) -> Context:
+    workers = default_workers() if options.workers is None else options.workers
+    progress = partial(_progress, plan.benchmark.name)
+    store = Path(options.features) if options.features else folder.parent / "features"
+    return Context(
+        features=FeatureStore(store, options.features_dtype, options.batch_size, workers, progress),
+        # With the key in its name, a state is never met by other weights or options.
+        state=_unfinished(folder, plan) / key / f"{task.protocol} {role}".strip().replace(" ", "-"),
+        examples=examples if options.examples and not role else None,
+        seed=options.seed,
+        image_size=options.image_size or encoder.default_size,
+        batch_size=options.batch_size,
+        workers=workers,
+        num_examples=options.examples,
+        progress=progress,
+    )
+
+
+def _progress(dataset: str, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+    return show_progress(items, total, f"{dataset} · {what}")
+
+
+def _unfinished(folder: Path, plan: Planned) -> Path:
+    return folder / ".unfinished" / plan.benchmark.name
+
+
+def _kept_rows(path: Path, key: str) -> list[Row] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return [Row.from_dict(row) for row in content["rows"]] if content["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _effective(request: Request, task: Task) -> EvalOptions:
+    """The options with those that the dataset sets for its protocol, except where the user said otherwise."""
+    own = {key: value for key, value in task.options.items() if f"{task.protocol}.{key}" not in request.explicit}
+    if not own:
+        return request.options
+    section = dataclasses.replace(getattr(request.options, task.protocol), **own)
+    return dataclasses.replace(request.options, **{task.protocol: section})
+
+
+def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
+    """16 hexadecimal digits over all that shapes a result: weights, images, ground truth, options."""
+    values = {key: value for key, value in dataclasses.asdict(request.options).items() if key not in INCIDENTAL}
+    data = [
+        (
+            task.protocol,
+            task.metric,
+            dict(task.options),
+            found.variant,
+            name,
+            len(split),
+            split.source.stamp(),
+            truth_stamp(split),
+        )
+        for task, found in plan.tasks
+        for name, split in found.splits.items()
+    ]
+    dataset = dict(request.dataset.get(plan.benchmark.name, {}))
+    text = json.dumps(plain([encoder.identity, str(encoder.dtype), values, data, dataset]), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_size(encoder: Encoder, options: EvalOptions) -> None:
+    """UserError unless `image_size` is a whole number of patches."""
+    size = options.image_size
+    if size is not None and size % encoder.patch_size:
+        below = max(size // encoder.patch_size, 1) * encoder.patch_size
+        raise UserError(
+            f"image_size={size}: expected a multiple of the patch size {encoder.patch_size}, for example {below}"
+        )

@@ -1,0 +1,300 @@
+"""What runs inside a job: one of dinoreg's own command lines, and what becomes of it when the scheduler interrupts.
+
+submitit unpickles a `Command` in every process of a job and calls it. A training that was asked to stop has saved by
+the time it gets here (all processes agree on the step); rank 0 then lets submitit requeue the job, unless it is not to
+come back: it was cancelled, restarted too often, or restarted again and again without getting any further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import submitit
+from submitit.core.utils import DelayedSubmission
+
+from dinoreg.jobs import entry as start
+from dinoreg.jobs import slurm
+from dinoreg.jobs.job_type import Arguments, Group
+from dinoreg.jobs.records import add_event, cancel_file, read_events
+from dinoreg.jobs.status import saved_step
+from dinoreg.jobs.submit import NO_TIMEOUT
+from dinoreg.runtime.errors import Interrupted, RunError
+
+STUCK = 3  # restarts in a row without a new checkpoint that end a training
+FIRST_PORT, NUM_PORTS = 12_000, 20_000  # below those that systems hand out by themselves
+SUBMISSION_SECONDS, SUBMISSION_SECONDS_INTERRUPTED = 120, 10
+PENDING_STATES = ("PENDING", "REQUEUED", "COMPLETING", "PREEMPTED")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a job, as submitit pickles it.
+
+    run_verb   (verb, its arguments, **hooks) -> None: runs one of dinoreg's verbs; pickled by its name
+    arguments  of `dinoreg`
+    launch     folder of the job's logs and events
+    run        run folder that it trains in, or ""
+    evaluate   arguments of `dinoreg launch evaluate`, sent off at each checkpoint
+    removes    files to delete once it has succeeded
+    requeues   restarts at most
+    """
+
+    run_verb: Callable[..., None]
+    arguments: Arguments
+    launch: str
+    run: str = ""
+    evaluate: Arguments = ()
+    removes: tuple[str, ...] = ()
+    requeues: int = 100
+
+    def __call__(self) -> str:
+        return Attempt(self).run()
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit pickles for the next start; RunError when there is to be none."""
+        attempt = Attempt(self)
+        if attempt.restarts >= self.requeues:
+            raise RunError(f"restarted {attempt.restarts} times, as requeues={self.requeues} allows; {attempt.advice}")
+        attempt.note("requeue", step=attempt.step)
+        return DelayedSubmission(self)
+
+
+def make_command(run_verb: Callable[..., None], group: Group, index: int, launch: Path, requeues: int) -> Command:
+    """The job that runs a group's command number `index`."""
+    return Command(
+        run_verb=run_verb,
+        arguments=group.commands[index],
+        launch=str(launch),
+        run=str(group.runs[index]) if group.runs else "",
+        evaluate=group.evaluate,
+        removes=tuple(map(str, group.removes)),
+        requeues=requeues,
+    )
+
+
+class Attempt:
+    """One start of a job, in one of its processes."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.launch = Path(command.launch)
+        self.environment = submitit.JobEnvironment()
+        self.job = self.environment.job_id
+        self.rank = self.environment.global_rank
+        self.on_slurm = self.environment.cluster == "slurm"
+        name = "SLURM_RESTART_COUNT" if self.on_slurm else "DINOREG_RESTARTS"
+        self.restarts = int(os.environ.get(name) or 0)
+        self.user_signal = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
+        self._submitits: Any = None  # its handler, which checkpoints and requeues
+
+    @property
+    def step(self) -> int | None:
+        return saved_step(self.command.run) if self.command.run else None
+
+    @property
+    def advice(self) -> str:
+        if not self.command.run:
+            return "launch it again to go on"
+        return f"go on with: dinoreg launch pretrain {self.command.run} resume=true"
+
+    def note(self, event: str, **facts: Any) -> None:
+        try:
+            add_event(self.launch, self.job, self.rank, event, restarts=self.restarts, **facts)
+        except OSError as error:  # a full disk is no reason to end what trains
+            print(f"dinoreg: {self.launch} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+
+    def run(self) -> str:
+        """Run the command; returns how it ended. Whatever it raises is noted, for `dinoreg launch status`."""
+        self._clear_away()
+        self._export_place()
+        evaluations = Evaluations(self)
+        try:
+            if self.rank == 0:
+                self._begin()
+            self._take_signals()
+            verb, *rest = self.command.arguments
+            hooks: dict[str, Any] = {}
+            if self.command.evaluate and self.rank == 0:
+                hooks["on_checkpoint"] = evaluations.send
+            self.command.run_verb(verb, rest, **hooks)
+            evaluations.finish(SUBMISSION_SECONDS)
+            signal.signal(self.user_signal, signal.SIG_IGN)  # it comes too late: there is nothing to go on with
+        except Interrupted as stop:
+            evaluations.finish(SUBMISSION_SECONDS_INTERRUPTED)
+            return self._leave(stop.signal_number, str(stop))
+        except Exception as error:
+            line = " ".join(str(error).split()) or type(error).__name__
+            known = type(error).__module__.startswith("dinoreg")
+            self.note(
+                "failed", error=line if known else f"{type(error).__name__}: {line}", reported=_was_reported(error)
+            )
+            print(f"dinoreg: {line}", file=sys.stderr, flush=True)
+            raise
+        if self.rank == 0:
+            for path in self.command.removes:
+                Path(path).unlink(missing_ok=True)
+            self.note("end")
+        return "done"
+
+    # --------------------------------------------------------------------------------------------------------
+    # Before the command
+
+    def _clear_away(self) -> None:
+        """What an earlier start left: its result would be taken for this one's, half-written files stop submitit."""
+        paths = self.environment.paths
+        leftovers = [paths.result_pickle] if self.restarts else []
+        leftovers.append(_aside(paths.result_pickle))
+        if self.rank == 0:
+            leftovers.append(_aside(paths.submitted_pickle))
+        for path in leftovers:
+            path.unlink(missing_ok=True)
+
+    def _export_place(self) -> None:
+        """Who this process is among the job's, under torchrun's names."""
+        job = self.environment
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(job.num_tasks),
+            LOCAL_RANK=str(job.local_rank),
+            LOCAL_WORLD_SIZE=str(job.num_tasks // job.num_nodes),
+        )
+        if self.on_slurm:  # the local runner has chosen a free port
+            port = FIRST_PORT + int(job.raw_job_id) % NUM_PORTS  # every process knows it, each job has another
+            os.environ.update(MASTER_ADDR=job.hostnames[0], MASTER_PORT=str(port))
+
+    def _take_signals(self) -> None:
+        """Outside the training loop, which has its own handlers, a request to save requeues at once: nothing is new.
+
+        On other ranks submitit's handler only says so; were they to leave first, rank 0 would take them for lost.
+        """
+        self._submitits = signal.getsignal(self.user_signal)
+        delayed = getattr(getattr(self._submitits, "__self__", None), "_delayed", None)
+        if delayed is not None and delayed._timeout_min is None:  # a job without a time limit
+            delayed.set_timeout(NO_TIMEOUT, delayed._timeout_countdown)
+        if self.rank == 0 and callable(self._submitits):
+            signal.signal(self.user_signal, lambda number, frame: sys.exit(self._exit_code(number)))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {self.user_signal})
+
+    def _exit_code(self, number: int) -> int:
+        self._leave(number, f"stopped by {signal.Signals(number).name} before it trained")
+        return 0
+
+    def _begin(self) -> None:
+        """Note the start; RunError when there have been too many, or these led nowhere."""
+        self.note("start", step=self.step, nodes=list(self.environment.hostnames))
+        if cancel_file(self.launch, self.job).exists():
+            raise RunError("cancelled before it began again")
+        if self.restarts > self.command.requeues:
+            raise RunError(f"restarted more than {self.command.requeues} times (requeues=); {self.advice}")
+        if self.command.run:
+            starts = [line for line in read_events(self.launch, self.job, 0) if line["event"] == "start"]
+            steps = [line.get("step") for line in starts[-STUCK - 1 :]]
+            if len(steps) > STUCK and len(set(steps)) == 1:
+                where = "before its first checkpoint" if steps[0] is None else f"at step {steps[0]}"
+                raise RunError(
+                    f"restarted {STUCK} times without a new checkpoint, still {where}: "
+                    "save more often (checkpoint.every=) or ask for more time (time=)"
+                )
+
+    # --------------------------------------------------------------------------------------------------------
+    # After an interruption
+
+    def _leave(self, number: int, words: str) -> str:
+        """Requeue the job (this does not return), or end it for good: then returns how it ended."""
+        if self.rank != 0:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # rank 0 speaks for all; waiting here would be waiting to be killed
+        if not self._comes_back(number):
+            step = self.step
+            saved = "nothing was saved" if step is None else f"saved at step {step}"
+            why = "as asked" if cancel_file(self.launch, self.job).exists() else f"by {signal.Signals(number).name}"
+            self.note("stopped", why=f"{why}, {saved}" if self.command.run else why)
+            print(f"dinoreg: {words}", file=sys.stderr, flush=True)
+            return "stopped"
+        self._requeue()
+
+    def _comes_back(self, number: int) -> bool:
+        if cancel_file(self.launch, self.job).exists():
+            return False
+        if number in (signal.SIGUSR1, signal.SIGUSR2, self.user_signal):
+            return True
+        if number != signal.SIGTERM or not self.on_slurm:
+            return False
+        # SIGTERM is preemption's, while the job still counts as running, or scancel's, when it does not any more.
+        return slurm.own_state(self.environment.raw_job_id) in ("RUNNING", "")
+
+    def _requeue(self) -> NoReturn:
+        if self.on_slurm and shutil.which("scontrol") is None:  # in a container: the batch script does it
+            self.command.checkpoint()
+            (self.launch / f"{self.job}_requeue").touch()
+            sys.exit(0)
+        try:
+            self._submitits(self.user_signal, None)
+        except (subprocess.SubprocessError, OSError) as error:
+            # Slurm may have been quicker: then this start just ends, and an error file would outlive it.
+            if slurm.own_state(self.environment.raw_job_id) in PENDING_STATES:
+                sys.exit(0)
+            raise RunError(f"could not be requeued ({error}); {self.advice}") from error
+        sys.exit(0)
+
+
+class Evaluations:
+    """Evaluations of a training that goes on: each checkpoint's teacher is handed to a job of its own."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self.sending: list[subprocess.Popen[bytes]] = []
+
+    def send(self, step: int, teacher: Path) -> None:
+        """Called between two steps: starts `dinoreg launch evaluate …` and returns; never raises."""
+        command = self.attempt.command
+        try:
+            place = [sys.executable, str(Path(start.__file__).resolve()), "-u", "-m", "dinoreg", "launch"]
+            words = [*command.evaluate, f"weights={teacher}", f"out={command.run}"]
+            log = Path(command.launch) / f"{self.attempt.job}_evaluate.log"
+            with open(log, "ab") as output:
+                process = subprocess.Popen(
+                    [*place, *words], env=_outside(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                )
+            self.sending.append(process)
+        except Exception as error:
+            print(f"dinoreg: step {step} is not evaluated ({error})", file=sys.stderr, flush=True)
+
+    def finish(self, seconds: float) -> None:
+        """Wait for submissions that are under way, which would end with the job."""
+        for process in self.sending:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+
+
+def _outside() -> dict[str, str]:
+    """This environment without what the scheduler says about this job: Slurm would ask for the same again."""
+    with submitit.helpers.clean_env(["DINOREG_RESTARTS"]):
+        found = dict(os.environ)
+    if "SLURM_CONF" in os.environ:
+        found["SLURM_CONF"] = os.environ["SLURM_CONF"]
+    return found
+
+
+def _aside(path: Path) -> Path:
+    """Where submitit writes a file before it gets its name."""
+    return path.with_suffix(f"{path.suffix}.save_tmp")
+
+
+def _was_reported(error: BaseException | None) -> bool:
+    """Whether it is another process that explains this failure."""
+    while error is not None:
+        if getattr(error, "reported", False):
+            return True
+        error = error.__cause__
+    return False

@@ -1,0 +1,126 @@
+"""How a kind of job is declared: a `launch/NAME.py` with one `JOB`, which turns a request into dinoreg's own commands.
+
+Whatever runs in a job could have been typed: a declaration only says which command lines there are, which of them
+wait for which, and what they need. The inside finds declarations by name or path; they import this module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dinoreg.config.bundled import bundled, run_file
+from dinoreg.config.keys import nearest
+from dinoreg.jobs.options import LaunchOptions
+from dinoreg.runtime.errors import UserError
+
+Arguments = tuple[str, ...]  # of the command `dinoreg`
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was typed behind `dinoreg launch JOB`.
+
+    source     the first argument that is no key=value: a config, a list of datasets; None where there is none
+    overrides  key=value for the command; the job's own keys are in `options`
+    given      names of the options that were given, the others have their defaults
+    check      refuses a command line that its verb would refuse, with a UserError, and starts nothing
+    """
+
+    source: str | None
+    overrides: tuple[str, ...]
+    options: LaunchOptions
+    given: frozenset[str] = frozenset()
+    check: Callable[[Sequence[str]], None] = lambda arguments: None
+
+    def value(self, key: str) -> str | None:
+        """The text given for a key of the command, or None."""
+        texts = [item.partition("=")[2] for item in self.overrides if item.partition("=")[0] == key]
+        return texts[-1] if texts else None
+
+    def without(self, *keys: str) -> list[str]:
+        return [item for item in self.overrides if item.partition("=")[0] not in keys]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands that are submitted together: one job, or an array of jobs where there are several.
+
+    runs      the run folder that each command trains in: its checkpoints tell whether a restart got any further
+    options   what these jobs ask for where it is not what the user asked for
+    after     names of groups all of whose jobs must have ended, well or not, before these start
+    evaluate  arguments of `dinoreg launch evaluate`, sent off at each checkpoint of the training
+    removes   files to delete when the command has succeeded
+    """
+
+    name: str
+    commands: tuple[Arguments, ...]
+    runs: tuple[Path, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
+    evaluate: Arguments = ()
+    removes: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that one launch does.
+
+    folder   where its records, logs and code go: `folder/launch/`
+    files    small files to write before submission
+    links    {new name: weights to be kept under it}, hard links where the disk can
+    clears   folders to delete first (overwrite=true)
+    notes    lines to tell the user
+    """
+
+    folder: Path
+    groups: tuple[Group, ...]
+    files: Mapping[Path, str] = field(default_factory=dict)
+    links: Mapping[Path, Path] = field(default_factory=dict)
+    clears: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A kind of job: its name, what it does in a line, how it is called, and the request's plan."""
+
+    name: str
+    summary: str
+    usage: str
+    plan: Callable[[Request], Plan]
+
+
+def job_files() -> dict[str, Path]:
+    """The shipped declarations by name."""
+    return {path.stem: path for path in sorted(bundled("launch").glob("*.py"))}
+
+
+def find_job(name: str) -> Job:
+    """A shipped kind of job by name, or one of the user's own by the path of its file."""
+    if name.endswith(".py"):
+        return load_job(Path(name))
+    known = job_files()
+    if name in known:
+        return load_job(known[name])
+    raise UserError(
+        f"launch: {name}: unknown job{nearest(name, known)}; known: {', '.join(known)}, or a .py of one's own"
+    )
+
+
+def load_job(path: Path) -> Job:
+    """The `JOB` of a Python file. The file is run: it is the user's own code, as a config is not."""
+    if not path.is_file():
+        raise UserError(f"launch: {path}: no such file; expected a Python file with a JOB")
+    try:
+        module = run_file(path, "dinoreg_job")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"launch: {path}: cannot be loaded ({type(error).__name__}: {error})") from error
+    job = getattr(module, "JOB", None)
+    if not isinstance(job, Job):
+        raise UserError(f"launch: {path}: has no JOB of type dinoreg.jobs.job_type.Job")
+    return job

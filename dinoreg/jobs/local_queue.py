@@ -1,0 +1,301 @@
+"""cluster=local: the same jobs as processes of this machine, through submitit's own entry and records.
+
+submitit's local executor knows no arrays, no dependencies and at most six restarts, and its jobs end with the terminal.
+Here one runner a launch, detached, starts the jobs as places become free, each after those it waits for; it restarts
+what asks for it (submitit's exit code), asks for a save before the time limit, and ends all processes of a job when one
+fails. A job's state is `JOB_local.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+from dinoreg.jobs.options import LaunchOptions
+from dinoreg.jobs.records import cancel_file, log_files
+from dinoreg.runtime.errors import UserError
+
+POLL_SECONDS = 0.2
+TRAINING_GRACE, GRACE = 30.0, 3.0  # seconds from SIGTERM to SIGKILL: what trains saves first
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+
+
+@dataclass
+class LocalJob:
+    """A job of the plan that the runner works off.
+
+    python   shell words that start Python, up to the module to run
+    seconds  time limit, 0 for none; signal_seconds before it, the job is asked to save
+    """
+
+    job: str
+    after: list[str]
+    tasks: int
+    gpus: int
+    seconds: int
+    signal_seconds: int
+    setup: list[str]
+    python: str
+    trains: bool
+
+
+def check(options: LaunchOptions) -> None:
+    """UserError for what this machine cannot give."""
+    if options.nodes > 1:
+        raise UserError(f"nodes={options.nodes}: cluster=local is this machine alone; expected nodes=1")
+    found = len(devices())
+    if (options.gpus_per_node or 0) > found:
+        raise UserError(f"gpus_per_node={options.gpus_per_node}: this machine has {found}")
+    if options.container is not None:
+        raise UserError("container: jobs of cluster=local run in this environment; use it with cluster=slurm")
+
+
+def devices() -> list[str]:
+    """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    answer = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    return [str(number) for number, line in enumerate(answer.stdout.splitlines()) if line.startswith("GPU ")]
+
+
+def begin(launch: Path, number: int, jobs: Sequence[LocalJob], max_parallel: int, python: str) -> list[int]:
+    """Start the runner of a launch, which outlives this process; returns [its process, its start time]."""
+    plan = launch / f"local{number}.json"
+    plan.write_text(json.dumps({"max_parallel": max_parallel, "jobs": [asdict(job) for job in jobs]}))
+    with open(launch / f"local{number}.log", "ab") as log:
+        runner = subprocess.Popen(
+            [*shlex.split(python), "-m", "dinoreg.jobs.local_queue", str(plan)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return [runner.pid, start_time(runner.pid) or 0]
+
+
+def start_time(process: int) -> int | None:
+    """When a living process began, in clock ticks since the machine started; None for none, a zombie, or no /proc."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_alive(runner: Sequence[int]) -> bool:
+    """Whether the runner is there; a process that got its number later is another one."""
+    return len(runner) == 2 and start_time(runner[0]) == runner[1]
+
+
+def read_state(launch: Path, job: str) -> dict[str, Any]:
+    """{"state", "begun", "ended", "restarts"} of a local job; PENDING where nothing was written yet."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(_state_file(launch, job).read_text())
+        if isinstance(content, dict) and "state" in content:
+            return content
+    return {"state": "PENDING", "begun": None, "ended": None, "restarts": 0}
+
+
+def _state_file(launch: Path, job: str) -> Path:
+    return launch / f"{job}_local.json"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The runner
+
+
+@dataclass
+class Running:
+    """A job of the plan at work."""
+
+    plan: LocalJob
+    state: str = "PENDING"
+    begun: float | None = None
+    ended: float | None = None
+    restarts: int = 0
+    gpus: list[str] = field(default_factory=list)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    ends_as: str = ""  # the state to end in, once it has been told to end
+    kill_at: float = 0.0
+    asked: bool = False
+
+    def write(self, launch: Path) -> None:
+        pids = [process.pid for process in self.processes]
+        facts = {key: getattr(self, key) for key in ("state", "begun", "ended", "restarts")}
+        path = _state_file(launch, self.plan.job)
+        aside = path.with_name(f"{path.name}.part")
+        aside.write_text(json.dumps({**facts, "processes": pids}))
+        os.replace(aside, path)
+
+    def signal(self, number: int) -> None:
+        """To every process of the job, and what these started."""
+        for process in self.processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+
+    def end(self, state: str) -> None:
+        """Tell it to end; what is still there after a while is killed."""
+        if not self.ends_as:
+            self.ends_as = state
+            self.kill_at = time.monotonic() + (TRAINING_GRACE if self.plan.trains else GRACE)
+            self.signal(signal.SIGTERM)
+
+
+class Runner:
+    """Works off the plan of one launch."""
+
+    def __init__(self, launch: Path, jobs: Sequence[LocalJob], max_parallel: int) -> None:
+        self.launch = launch
+        self.jobs = [Running(job) for job in jobs]
+        self.max_parallel = max_parallel
+        self.free = devices()
+        self.stopping = False
+
+    def run(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._stop)
+        while any(job.state not in ENDED for job in self.jobs):
+            for job in self.jobs:
+                if job.state == "RUNNING":
+                    self._look_after(job)
+            for job in self.jobs:
+                if job.state == "PENDING":
+                    self._consider(job)
+            time.sleep(POLL_SECONDS)
+
+    def _stop(self, *_: Any) -> None:
+        self.stopping = True
+
+    def _consider(self, job: Running) -> None:
+        """Start a job whose turn it is."""
+        if self.stopping or cancel_file(self.launch, job.plan.job).exists():
+            self._close(job, "CANCELLED")
+            return
+        ended = {each.plan.job for each in self.jobs if each.state in ENDED}
+        places = self.max_parallel - sum(each.state == "RUNNING" for each in self.jobs)
+        if set(job.plan.after) <= ended and places > 0 and len(self.free) >= job.plan.gpus:
+            job.gpus, self.free = self.free[: job.plan.gpus], self.free[job.plan.gpus :]
+            self._start(job)
+
+    def _start(self, job: Running) -> None:
+        plan = job.plan
+        with socket.socket() as probe:  # a free port, chosen anew for every start
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        words = ["-u", "-m", "submitit.core._submit", str(self.launch)]
+        command = f"exec {plan.python} {shlex.join(words)}"
+        job.processes, job.ends_as, job.asked, job.begun = [], "", False, time.time()
+        for task in range(plan.tasks):
+            errors, output = log_files(self.launch, plan.job, task)
+            with open(errors, "ab") as stderr, open(output, "ab") as stdout:
+                job.processes.append(
+                    subprocess.Popen(
+                        ["bash", "-c", " && ".join([*plan.setup, command])],
+                        env={**os.environ, **self._environment(job, task, port)},
+                        stdin=subprocess.DEVNULL,
+                        stdout=stdout,
+                        stderr=stderr,
+                        start_new_session=True,
+                    )
+                )
+        job.state = "RUNNING"
+        job.write(self.launch)
+
+    def _environment(self, job: Running, task: int, port: int) -> dict[str, str]:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        found = {
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_JOB_ID": job.plan.job,
+            "SUBMITIT_LOCAL_NTASKS": str(job.plan.tasks),
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+            "SUBMITIT_LOCAL_NODEID": "0",
+            "SUBMITIT_LOCAL_LOCALID": str(task),
+            "SUBMITIT_LOCAL_GLOBALID": str(task),
+            "DINOREG_RESTARTS": str(job.restarts),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        if job.plan.tasks > 1:  # each takes all cores otherwise
+            found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // job.plan.tasks)))
+        if job.plan.gpus:
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+        return found
+
+    def _look_after(self, job: Running) -> None:
+        codes = [process.poll() for process in job.processes]
+        if all(code is not None for code in codes):
+            if job.ends_as == "REQUEUE" or (not job.ends_as and LOCAL_REQUEUE_RETURN_CODE in codes):
+                if self.stopping:
+                    self._close(job, "CANCELLED")
+                else:
+                    job.restarts += 1
+                    self._start(job)
+            else:
+                self._close(job, job.ends_as or ("FAILED" if any(codes) else "COMPLETED"))
+            return
+        if LOCAL_REQUEUE_RETURN_CODE in codes and not job.ends_as:
+            job.ends_as, job.kill_at = "REQUEUE", time.monotonic() + TRAINING_GRACE  # the others leave by themselves
+        elif any(codes):
+            job.end("FAILED")
+        elif self.stopping or cancel_file(self.launch, job.plan.job).exists():
+            self._cancel(job)
+        elif job.plan.seconds and job.begun is not None:
+            self._watch_limit(job)
+        if job.ends_as and time.monotonic() > job.kill_at:
+            job.signal(signal.SIGKILL)
+
+    def _cancel(self, job: Running) -> None:
+        """At once, or after a save: the job then ends by itself."""
+        wish = ""
+        with contextlib.suppress(OSError):
+            wish = cancel_file(self.launch, job.plan.job).read_text()
+        if self.stopping or "save" not in wish:
+            job.end("CANCELLED")
+        elif not job.asked:
+            job.asked = True
+            job.signal(signal.SIGUSR2)
+
+    def _watch_limit(self, job: Running) -> None:
+        """Ask for a save before the limit (the job then restarts), end it at the limit."""
+        assert job.begun is not None
+        running = time.time() - job.begun
+        if running > job.plan.seconds:
+            job.end("TIMEOUT")
+        elif running > job.plan.seconds - job.plan.signal_seconds and not job.asked:
+            job.asked = True
+            job.signal(signal.SIGUSR2)
+
+    def _close(self, job: Running, state: str) -> None:
+        job.state, job.ended = state, time.time()
+        self.free += job.gpus
+        job.gpus = []
+        job.write(self.launch)
+
+
+def main(arguments: Sequence[str]) -> None:
+    plan = Path(arguments[0])
+    content = json.loads(plan.read_text())
+    jobs = [LocalJob(**each) for each in content["jobs"]]
+    Runner(plan.parent, jobs, content["max_parallel"]).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,169 @@
+"""What a job asks the cluster for: every key of `dinoreg launch` that is not a key of the command it runs.
+
+No site's defaults: what is not given is not asked for, and the scheduler decides.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from dinoreg.config.keys import build, flatten, nested
+from dinoreg.config.schema import check
+from dinoreg.runtime.errors import UserError
+
+CLUSTERS = ("slurm", "local")
+SIGNAL_DELAY = 120  # seconds
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """The keys of `dinoreg launch` about the job."""
+
+    cluster: str | None = None  # slurm | local; none: slurm where sbatch is on the PATH, else local
+    name: str | None = None  # the job's, in squeue; none: the kind of job and the folder
+    nodes: int = 1  # machines
+    gpus_per_node: int | None = None  # none: not asked for; local: those that the job sees
+    tasks_per_node: int | None = None  # processes on a machine; none: one for each GPU, at least one
+    cpus_per_task: int | None = None  # cores of a process; none: not asked for
+    mem: str | None = None  # memory of a machine, as 64G; none: not asked for
+    time: str | None = None  # limit: minutes, 8:00:00 or 2-00:00:00; none: the partition's
+    signal_delay: int | None = None  # seconds before the limit to save at; none: 120, or half of a shorter limit
+    partition: str | None = None  # several with commas
+    account: str | None = None  # who pays
+    qos: str | None = None  # quality of service
+    constraint: str | None = None  # features that the machines must have
+    exclude: str | None = None  # machines not to use
+    reservation: str | None = None  # machines set aside under this name
+    setup: str | list[str] | None = None  # shell lines before the job, as [module load cuda,source env.sh]
+    container: str | None = None  # an image for pyxis, or a .sif file for apptainer
+    container_mounts: str | list[str] | None = None  # further folders that the container sees, as /data:/data
+    python: str | None = None  # interpreter of the job; none: this one, python3 in a container
+    max_parallel: int | None = None  # tasks of an array at the same time; none: all; local: as GPUs allow, or one
+    requeues: int = 100  # restarts of a job at most, after time limits, preemptions and lost nodes
+    code: str = "copy"  # copy (jobs run a copy of the package kept beside them) | shared (what is on the disk then)
+    slurm_args: str | list[str] | None = None  # further options of sbatch, as [mail-type=END,exclusive]
+    dry_run: bool = False  # show the commands and the files of the jobs, and do nothing
+    wait: bool = False  # follow the jobs to their end; exit code 1 when one fails
+
+    def __post_init__(self) -> None:
+        check(self.cluster is None or self.cluster in CLUSTERS, "cluster", self.cluster, "slurm or local")
+        check(self.code in ("copy", "shared"), "code", self.code, "copy or shared")
+        for key in ("nodes", "tasks_per_node", "cpus_per_task", "signal_delay", "max_parallel"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, key, value, "at least 1")
+        for key in ("gpus_per_node", "requeues"):
+            value = getattr(self, key)
+            check(value is None or value >= 0, key, value, "zero or more")
+        check(
+            self.mem is None or re.fullmatch(r"\d+[KMGT]?B?", self.mem, re.IGNORECASE) is not None,
+            "mem",
+            self.mem,
+            "a number with its unit, as 64G",
+        )
+        minutes = self.minutes
+        if minutes is not None and self.signal_delay is not None:
+            limit = f"less than time={self.time}, which is {60 * minutes} s"
+            check(self.signal_delay < 60 * minutes, "signal_delay", self.signal_delay, limit)
+        for item in self.extra_args:
+            check(re.match(r"[a-z][a-z-]*(=|$)", item) is not None, "slurm_args", item, "KEY=VALUE, as mail-type=END")
+
+    @property
+    def on_slurm(self) -> bool:
+        cluster = self.cluster or ("slurm" if shutil.which("sbatch") else "local")
+        return cluster == "slurm"
+
+    @property
+    def tasks(self) -> int:
+        """Processes on each machine."""
+        return self.tasks_per_node or max(1, self.gpus_per_node or 1)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks
+
+    @property
+    def minutes(self) -> int | None:
+        """The time limit, rounded up to whole minutes, which is what Slurm counts in."""
+        return None if self.time is None else read_time(self.time)
+
+    @property
+    def signal_seconds(self) -> int:
+        """How long before the limit the job is asked to save."""
+        if self.signal_delay is not None:
+            return self.signal_delay
+        return SIGNAL_DELAY if self.minutes is None else min(SIGNAL_DELAY, 30 * self.minutes)
+
+    @property
+    def setup_lines(self) -> list[str]:
+        return _listed(self.setup)
+
+    @property
+    def mounts(self) -> list[str]:
+        return _listed(self.container_mounts)
+
+    @property
+    def extra_args(self) -> list[str]:
+        return [item.removeprefix("--") for item in _listed(self.slurm_args)]
+
+    def in_words(self) -> str:
+        """What one job asks for, in one line; what is not given is not asked for."""
+        nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
+        tasks = "1 process" if self.tasks == 1 else f"{self.tasks} processes"
+        words = [f"{nodes} with {tasks}"]
+        if self.gpus_per_node:
+            words.append(f"{self.gpus_per_node} GPU{'s' * (self.gpus_per_node > 1)} a node")
+        if self.cpus_per_task:
+            words.append(f"{self.cpus_per_task} cores a process")
+        if self.mem:
+            words.append(f"{self.mem} of memory a node")
+        if self.time:
+            words.append(f"{self.minutes} minutes, asked to save {self.signal_seconds} s before the end")
+        for key in ("partition", "account", "qos", "constraint", "exclude", "reservation", "container"):
+            if getattr(self, key):
+                words.append(f"{key} {getattr(self, key)}")
+        return ", ".join(words)
+
+
+OPTION_NAMES = tuple(item.name for item in fields(LaunchOptions))
+
+
+def split_options(arguments: Iterable[str]) -> tuple[LaunchOptions, list[str], frozenset[str]]:
+    """(options of the job, what is left for the command, names of the options given) of `key=value` arguments.
+
+    raises UserError for a value of the wrong type or out of range
+    """
+    own: list[str] = []
+    rest: list[str] = []
+    for argument in arguments:
+        (own if argument.partition("=")[0] in OPTION_NAMES else rest).append(argument)
+    flat = flatten(nested(own), LaunchOptions, "command line")
+    return build(LaunchOptions, flat), rest, frozenset(flat)
+
+
+def read_time(text: str) -> int:
+    """Whole minutes, at least one, of Slurm's ways to write a duration.
+
+    MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES and DAYS-HOURS:MINUTES:SECONDS;
+    raises UserError for anything else
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if found is not None:
+        days, *rest = (None if part is None else int(part) for part in found.groups())
+        first, second, third = rest
+        if days is not None:
+            seconds = ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
+        elif third is not None:
+            seconds = ((first or 0) * 60 + (second or 0)) * 60 + third
+        else:
+            seconds = (first or 0) * 60 + (second or 0)
+        if seconds > 0:
+            return -(-seconds // 60)
+    raise UserError(f"time={text}: expected minutes, hours:minutes:seconds or days-hours, as 90, 8:00:00 or 2-00")
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    items = [] if value is None else [value] if isinstance(value, str) else value
+    return [item.strip() for item in items if item.strip()]

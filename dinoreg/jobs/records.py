@@ -1,0 +1,157 @@
+"""What a launch leaves in `RUN/launch/`: which jobs were submitted, and what each of them wrote about itself.
+
+    jobs.jsonl                      one line a job, written when it was submitted
+    JOB_RANK_events.jsonl           start, requeue, end, failure: written by the job's processes, each into its own file
+    JOB_cancel                      the job was asked to end; it does not come back
+    JOB_RANK_log.out, …_log.err     what the processes printed; JOB_submission.sh and pickles are submitit's
+    code/…                          the copies of the package that jobs run
+
+Everything is read with care: a kill may have cut a line short, and another program may have written here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from dinoreg.runtime.errors import UserError
+
+JOBS = "jobs.jsonl"
+
+
+@dataclass(frozen=True)
+class Record:
+    """A job as it was submitted.
+
+    job      the scheduler's name of it: 12, 12_3 for element 3 of an array, local4 on this machine
+    launch   number of the launch in this folder, from 1
+    command  dinoreg's arguments
+    run      the run folder it trains in, or ""
+    after    jobs that it waits for
+    runner   [process, its start time] of the local runner; [] on Slurm
+    """
+
+    job: str
+    launch: int
+    kind: str
+    group: str
+    cluster: str
+    command: list[str]
+    nodes: int
+    tasks: int
+    run: str
+    after: list[str]
+    runner: list[int]
+    code: str
+    directory: str
+    time: float
+
+    @property
+    def title(self) -> str:
+        """What the job is, in a word or two: "pretrain", "evaluate pets", "sweep lr=0.1"."""
+        if self.group == "evaluate" and len(self.command) > 1:
+            return f"{self.group} {self.command[1]}"
+        if self.group == "sweep" and self.run:
+            return f"{self.group} {Path(self.run).name}"
+        return self.group
+
+
+def launch_folder(folder: str | Path) -> Path:
+    return Path(folder) / "launch"
+
+
+def add_records(launch: Path, records: Iterable[Record]) -> None:
+    append(launch / JOBS, *(asdict(record) for record in records))
+
+
+def read_records(folder: str | Path) -> list[Record]:
+    """The jobs launched for a folder, in the order of submission; UserError when there are none."""
+    path = launch_folder(folder) / JOBS
+    if not path.is_file():
+        raise UserError(f"{folder}: nothing was launched for this folder (no {path})")
+    names = {each.name for each in fields(Record)}
+    found = []
+    for line in read_lines(path):
+        try:
+            found.append(Record(**{key: line[key] for key in names}))
+        except KeyError:
+            continue
+    return found
+
+
+def next_launch(launch: Path) -> int:
+    return 1 + max((int(line.get("launch", 0)) for line in read_lines(launch / JOBS)), default=0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What jobs write about themselves
+
+
+def add_event(launch: Path, job: str, rank: int, event: str, **facts: Any) -> None:
+    append(launch / f"{job}_{rank}_events.jsonl", {"event": event, "time": time.time(), **facts})
+
+
+def read_events(launch: Path, job: str, rank: int | None = None) -> list[dict[str, Any]]:
+    """Events of a job in the order of their times; `rank` is added to each."""
+    found = []
+    for path in launch.glob(f"{job}_{'*' if rank is None else rank}_events.jsonl"):
+        middle = path.name.removeprefix(f"{job}_").removesuffix("_events.jsonl")
+        if middle.isdigit():
+            found += [{**line, "rank": int(middle)} for line in read_lines(path) if "event" in line and "time" in line]
+    return sorted(found, key=lambda line: float(line["time"]))
+
+
+def cancel_file(launch: Path, job: str) -> Path:
+    return launch / f"{job}_cancel"
+
+
+def log_files(launch: Path, job: str, task: int = 0) -> tuple[Path, Path]:
+    """What a process of a job printed: (errors and messages, output)."""
+    return launch / f"{job}_{task}_log.err", launch / f"{job}_{task}_log.out"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def append(path: Path, *lines: dict[str, Any]) -> None:
+    """Whole lines in one write, so that two writers do not mix."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, text.encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that are JSON objects; [] where there is none."""
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for text in texts:
+        try:
+            content = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            found.append(content)
+    return found
+
+
+def last_lines(path: Path, count: int, size: int = 1 << 18) -> list[str]:
+    """The last lines of a file of any length; [] where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return file.read().decode(errors="replace").splitlines()[-count:]
+    except OSError:
+        return []

@@ -1,0 +1,99 @@
+"""What kinds of job share: a training as one command that every start can use, and weights kept for later."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoreg.config.load import Config, load_config, require_complete, to_yaml
+from dinoreg.jobs.job_type import Arguments
+from dinoreg.jobs.records import launch_folder
+from dinoreg.runtime.errors import UserError
+
+_TEACHER = re.compile(r"step_(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that a job is to train: its folder, its command, and the config that the command reads."""
+
+    out: Path
+    command: Arguments
+    config_file: Path
+    config_text: str
+    clears: tuple[Path, ...]
+
+
+def training(source: str, overrides: Sequence[str]) -> Training:
+    """A training whose first start and every restart are the same command, whatever becomes of the user's files.
+
+    The resolved config is kept in the run's `launch/`; `overwrite=true` is done at submission, once.
+    raises UserError for whatever `dinoreg pretrain` would refuse before it opens the data
+    """
+    config = load_config(source, overrides)
+    require_complete(config)
+    out = Path(str(config.out))
+    clears = _check_out(config, out)
+    _check_data(config)
+    path = launch_folder(out) / "config.yaml"
+    return Training(out, ("pretrain", str(path), "resume=true"), path, to_yaml(config), clears)
+
+
+def _check_out(config: Config, out: Path) -> tuple[Path, ...]:
+    """What has to be deleted first; UserError where a run cannot go to `out`."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out}: is a file, expected a folder")
+    if not out.is_dir() or all(path.suffix == ".part" or path.name == "launch" for path in out.iterdir()):
+        return ()
+    is_run = (out / "config.yaml").is_file()
+    if config.overwrite:
+        if not is_run:
+            raise UserError(f"out={out}: holds something other than a run (no config.yaml); it is not overwritten")
+        return (out,)
+    if not config.resume:
+        raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
+    if not is_run:
+        raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
+    return ()
+
+
+def _check_data(config: Config) -> None:
+    """Paths that are not there are found now, and not after hours in a queue."""
+    sources = config.data.source if isinstance(config.data.source, list) else [config.data.source]
+    for source in sources:
+        text = str(source)
+        if text != "scenes" and ":" not in text and not Path(text).exists():
+            raise UserError(f"data={text}: no such file or folder on this machine")
+
+
+def run_of(weights: str | Path) -> Path | None:
+    """The run folder that `weights=` belongs to: the folder itself, or that of one of its teacher files."""
+    path = Path(weights)
+    if (path / "config.yaml").is_file():
+        return path
+    home = path.parent.parent
+    if path.parent.name == "teacher" and _TEACHER.fullmatch(path.name) and (home / "config.yaml").is_file():
+        return home
+    return None
+
+
+def step_of(weights: Path) -> int:
+    """The step of a run's teacher file; 0 for other weights."""
+    found = _TEACHER.fullmatch(weights.name)
+    return int(found[1]) if found else 0
+
+
+def kept_weights(run: Path, weights: Path) -> tuple[dict[Path, Path], dict[Path, str], Path]:
+    """(links, files, path) that keep a teacher file of a run for jobs to come: training retires old ones.
+
+    The kept weights lie in a small run folder of the same name, so that reports call them by it.
+    """
+    home = launch_folder(run) / "weights" / run.resolve().name
+    target = home / "teacher" / weights.name
+    links = {target: weights}
+    description = weights.with_suffix(".json")
+    if description.is_file():
+        links[target.with_suffix(".json")] = description
+    return links, {home / "config.yaml": (run / "config.yaml").read_text()}, target

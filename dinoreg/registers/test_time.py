@@ -1,0 +1,207 @@
+"""Registers for a backbone that was trained without any (Jiang et al., arXiv 2506.08010, §4 and §5).
+
+A few hidden units of the feed-forward layers ("register neurons") are what makes a patch an outlier. When the
+activation that they would have there is given to an added token of zeros instead, the large norm moves to that token,
+and the patches stay clean: nothing is trained. Two departures from the paper, both for models of any kind: units are
+ranked by how much more active they are at outliers than at other patches, so that one that is always active does not
+count, and "largest" is by magnitude, because SwiGLU's units have a sign.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinoreg.models.attention import Shapes
+from dinoreg.models.layers import Block, Mlp
+from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import UserError
+
+COUNTS = (1, 2, 5, 10, 20, 50, 100)  # numbers of neurons that are tried
+CLEANED = 0.1  # enough neurons: they leave at most this share of the outliers
+
+
+class RegisterNeuron(NamedTuple):
+    """A hidden unit, its block from 0, and how much larger its mean |activation| is at outliers than elsewhere."""
+
+    block: int
+    unit: int
+    score: float
+
+
+class Trial(NamedTuple):
+    """With that many neurons moved: the share of patches still above the limit, the mean cosine of the patches that
+    were no outliers to what they were, and that of the class token; after the final norm."""
+
+    neurons: int
+    share: float
+    patch_cosine: float
+    cls_cosine: float
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A backbone with a test-time register, how it was found, and the share of outliers before, on the same images."""
+
+    model: RegisterViT
+    neurons: tuple[RegisterNeuron, ...]
+    before: float
+    trials: tuple[Trial, ...]
+
+
+@torch.no_grad()
+def register_neurons(
+    model: RegisterViT, batches: Sequence[Tensor], outliers: Sequence[Tensor], last_block: int, count: int
+) -> list[RegisterNeuron]:
+    """The hidden units that answer to outliers, best first.
+
+    batches     of normalised images (B, C, H, W); outliers (B, N) bool for each
+    last_block  the block after which outliers stand out: later units see them but do not make them
+    raises UserError where no patch is an outlier, or none is not
+    """
+    blocks = range(last_block + 1)
+    sums = [[torch.zeros(()), torch.zeros(())] for _ in blocks]
+    counts = [0, 0]
+    for images, mask in zip(batches, outliers, strict=True):
+        hidden = _hidden_units(model, images, blocks)
+        mask = mask.to(images.device)
+        for kind, chosen in enumerate((mask, ~mask)):
+            counts[kind] += int(chosen.sum())
+            for block in blocks:
+                activation = hidden[block].unflatten(0, (len(images), -1))[:, 1 + model.num_registers :]
+                sums[block][kind] = sums[block][kind] + activation[chosen].abs().sum(dim=0, dtype=torch.float64).cpu()
+    if not all(counts):
+        raise UserError("test-time registers need images with outlier patches and with others")
+    scores = torch.stack([at / counts[0] - elsewhere / counts[1] for at, elsewhere in sums])  # (blocks, hidden)
+    best = scores.flatten().topk(min(count, scores.numel()))
+    width = scores.shape[1]
+    return [RegisterNeuron(int(i) // width, int(i) % width, float(v)) for v, i in zip(best.values, best.indices)]
+
+
+def with_test_time_register(
+    model: RegisterViT, neurons: Sequence[RegisterNeuron], num_registers: int = 1
+) -> RegisterViT:
+    """The same backbone with added tokens of zeros that take over the neurons' largest activation.
+
+    The model given is left as it is and shares its weights with the one returned, which is a RegisterViT as well:
+    its tokens, layers and attention are asked for as ever, with `num_registers` registers. What is moved lives in
+    hooks, so weights that are saved do not carry it. For inference only.
+
+    raises UserError where the model has registers already, or a neuron does not exist
+    """
+    if model.num_registers:
+        raise UserError(f"the model has {model.num_registers} registers; a test-time register is for one without any")
+    options = model.architecture() | {"num_registers": num_registers, "attention": model.attention_backend}
+    with torch.device("meta"):
+        changed = RegisterViT(**options)
+    parameter = model.cls_token
+    state = dict(model.state_dict())
+    state["register_tokens"] = torch.zeros(1, num_registers, model.dim, dtype=parameter.dtype, device=parameter.device)
+    changed.load_state_dict(state, assign=True)
+    for block in sorted({neuron.block for neuron in neurons}):
+        if not 0 <= block < model.depth:
+            raise UserError(f"block {block} is out of range: the model has {model.depth} blocks")
+        layer = _output_layer(changed, block)
+        units = sorted({neuron.unit for neuron in neurons if neuron.block == block})
+        if not 0 <= units[0] <= units[-1] < layer.in_features:
+            raise UserError(f"unit {units[-1]} is out of range: a block has {layer.in_features} hidden units")
+        mover = _Mover(units, num_registers)
+        changed.blocks[block].register_forward_pre_hook(mover.remember)
+        layer.register_forward_pre_hook(mover.move)
+    return changed.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fit_test_time_register(
+    model: RegisterViT,
+    batches: Sequence[Tensor],
+    outliers: Sequence[Tensor],
+    limit: float,
+    last_block: int,
+    counts: Sequence[int] = COUNTS,
+) -> Fitted:
+    """The fewest register neurons that clear at least nine in ten outliers away; if none do, those that clear most.
+
+    batches, outliers, last_block  as for `register_neurons`
+    limit                          the norm, before the final one, above which a patch is an outlier
+    """
+    ranked = register_neurons(model, batches, outliers, last_block, max(counts))
+    plain = [(model.prenorm(images), model(images)) for images in batches]
+    before = _share([tokens[:, 1:] for tokens, _ in plain], limit)
+    trials: list[Trial] = []
+    best: tuple[Trial, RegisterViT] | None = None
+    for count in sorted({min(count, len(ranked)) for count in counts}):
+        changed = with_test_time_register(model, ranked[:count])
+        share = _share([changed.prenorm(images)[:, 2:] for images in batches], limit)
+        patches, classes = [], []
+        for images, mask, (_, tokens) in zip(batches, outliers, plain, strict=True):
+            now = changed(images)
+            patches.append(F.cosine_similarity(now.patches, tokens.patches, dim=-1)[~mask.to(images.device)])
+            classes.append(F.cosine_similarity(now.cls, tokens.cls, dim=-1))
+        trial = Trial(count, share, float(torch.cat(patches).mean()), float(torch.cat(classes).mean()))
+        trials.append(trial)
+        if best is None or trial.share < best[0].share:
+            best = (trial, changed)
+        if share <= CLEANED * before:
+            break
+    assert best is not None
+    return Fitted(best[1], tuple(ranked[: best[0].neurons]), before, tuple(trials))
+
+
+def _hidden_units(model: RegisterViT, images: Tensor, blocks: range) -> list[Tensor]:
+    """The activations (B T, hidden) of the feed-forward layers of some blocks, in block order."""
+    seen: list[Tensor] = []
+    handles = [
+        _output_layer(model, block).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
+        for block in blocks
+    ]
+    try:
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _share(patches: Sequence[Tensor], limit: float) -> float:
+    above = [(part.float().norm(dim=-1) > limit).flatten() for part in patches]
+    return float(torch.cat(above).double().mean())
+
+
+def _output_layer(model: RegisterViT, block: int) -> nn.Linear:
+    """The layer that reads a block's hidden units."""
+    module = model.blocks[block]
+    assert isinstance(module, Block)
+    return module.mlp.fc2 if isinstance(module.mlp, Mlp) else module.mlp.w3
+
+
+class _Mover:
+    """Hooks of one block: note how its tokens are packed, then move the neurons' activation."""
+
+    def __init__(self, units: Sequence[int], num_registers: int) -> None:
+        self.units, self.num_registers = torch.tensor(units), num_registers
+        self.shapes: Shapes = ()
+
+    def remember(self, _module: nn.Module, inputs: tuple) -> None:
+        self.shapes = inputs[1]
+
+    def move(self, _module: nn.Module, inputs: tuple) -> tuple[Tensor]:
+        """hidden (S, hidden): for every image the largest activation goes to the registers, zero to the patches; the
+        class token keeps its own."""
+        hidden = inputs[0].clone()
+        if sum(images * tokens for images, tokens in self.shapes) != len(hidden):
+            raise RuntimeError("a test-time register works in evaluation mode only")
+        units, first, start = self.units.to(hidden.device), 1 + self.num_registers, 0
+        for images, tokens in self.shapes:
+            group = hidden[start : start + images * tokens].view(images, tokens, -1)
+            start += images * tokens
+            values = group[..., units]  # (images, tokens, units)
+            largest = values.gather(1, values.abs().argmax(dim=1, keepdim=True))
+            group[:, 1:first, units] = largest.expand(-1, self.num_registers, -1)
+            group[:, first:, units] = 0
+        return (hidden,)

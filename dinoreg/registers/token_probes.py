@@ -1,0 +1,130 @@
+"""What single tokens hold: a logistic probe from one kind of token, and what is lost when a token's content goes.
+
+The probe is the registers' paper's (tables 1 and 4): the class of the image from the class token, from a register, from
+an ordinary patch, from an outlier. The controls are those of Parodi et al. (arXiv 2604.14433): a token set to zero is
+one that the network has never met, so a loss under zeros proves little; its mean, noise of the same mean and spread,
+or the content it has in another image are replacements that the network may take for real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
+from dinoreg.evaluation.solvers.softmax_regression import LogisticModel, balanced_split, select_and_fit
+from dinoreg.models.vit import RegisterViT
+
+CONTROLS = ("zero", "mean", "noise", "shuffle")
+TEST_SHARE = 0.3  # of the labelled images
+CS = tuple(10.0**power for power in range(-4, 4))  # L2 strengths to choose from on held-out training images
+LEAST_TRAIN = 20  # images, below which a probe says nothing
+
+
+class Probed(NamedTuple):
+    """Accuracy of one token's probe in [0, 1] with its 95 % bootstrap interval over the test images, and the fit."""
+
+    accuracy: float
+    low: float
+    high: float
+    n_train: int
+    n_test: int
+    model: LogisticModel
+
+
+def split_labels(labels: Tensor, seed: int = 0) -> Tensor:
+    """Which images test: labels (n,) -> (n,) bool, 30 % of every class."""
+    return balanced_split(labels, TEST_SHARE, seed)
+
+
+def probe_token(
+    features: Tensor, labels: Tensor, num_classes: int, test: Tensor, present: Tensor | None = None, seed: int = 0
+) -> Probed | None:
+    """The class of an image from one token of it, by logistic regression.
+
+    features (n, D)   one token an image
+    labels   (n,)     int64
+    test     (n,)     bool: images to test on; the others train
+    present  (n,)     bool: images that have such a token; the others take no part
+    returns  None where fewer than 20 images are left to learn from, none to test on, or one class alone
+    """
+    present = torch.ones_like(test) if present is None else present
+    train, tested = present & ~test, present & test
+    if int(train.sum()) < LEAST_TRAIN or not tested.any() or len(labels[train].unique()) < 2:
+        return None
+    fitted = select_and_fit(features[train], labels[train], num_classes, CS, seed=seed, standardize=True).model
+    right = (fitted.predict(features[tested]).cpu() == labels[tested]).numpy()
+    low, high = bootstrap_interval(right, seed=seed)
+    return Probed(float(right.mean()), low, high, int(train.sum()), int(tested.sum()), fitted)
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation of the content of some tokens after every block.
+
+    mean, std  (L, S, D); S slots: one for each register, or a single one for outliers wherever they are
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+def moments(batches: Iterable[Tensor]) -> Moments:
+    """Moments over the rows of batches (L, k, S, D), k rows of S tokens, at least one; in one pass, float64 sums."""
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        rows = batch.double()
+        count, total, squares = count + rows.shape[1], total + rows.sum(dim=1), squares + rows.square().sum(dim=1)
+    mean = total / count
+    return Moments(mean.float(), (squares / count - mean.square()).clamp(min=0).sqrt().float())
+
+
+def replacement(kind: str, contents: Tensor, known: Moments, generator: torch.Generator | None = None) -> Tensor:
+    """What to put in place of the contents (L, k, S, D) of some tokens, of the same shape.
+
+    kind  "zero"; "mean" of that slot and block; "noise" with that mean and spread, one draw for all blocks;
+          "shuffle": the contents of another row, half the rows away
+    """
+    if kind == "zero":
+        return torch.zeros_like(contents)
+    if kind == "mean":
+        return known.mean[:, None].to(contents).expand_as(contents)
+    if kind == "noise":
+        draw = torch.randn(contents.shape[1:], generator=generator).to(contents)
+        return known.mean[:, None].to(contents) + known.std[:, None].to(contents) * draw
+    if kind == "shuffle":
+        rows = contents.shape[1]
+        return contents.roll(max(rows // 2, 1), dims=1)
+    raise ValueError(f"{kind!r} is not a replacement; expected one of {', '.join(CONTROLS)}")
+
+
+@contextmanager
+def replaced(model: RegisterViT, where: Tensor, contents: Tensor, first_block: int = 0) -> Iterator[None]:
+    """Inside, every block's output has its tokens at `where` replaced, for the one batch that they were made for.
+
+    where        (B, T) bool: tokens of the whole sequence, class token first
+    contents     (L, k, D): what they become after each block, k = where.sum(), image by image
+    first_block  from which on
+    """
+    rows = where.flatten().nonzero()[:, 0]
+
+    def put(block: int) -> object:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            changed = output.clone()
+            changed[rows.to(output.device)] = contents[block].to(output)
+            return changed
+
+        return hook
+
+    handles = [
+        model.blocks[block].register_forward_hook(put(block))  # type: ignore[arg-type]
+        for block in range(first_block, model.depth)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

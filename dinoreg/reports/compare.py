@@ -1,0 +1,154 @@
+"""Several runs side by side: a table, what differs in their configs, and their curves over one another."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dinoreg.checkpoint.format import write_atomic
+from dinoreg.reports import html
+from dinoreg.reports.plots import Chart, Line
+from dinoreg.reports.run_folder import Run, flatten, read_run
+from dinoreg.reports.verdict import score
+
+CURVES = (
+    ("knn_top1", "k-NN accuracy of the probe", True),
+    ("rankme", "Effective rank of the probe's features", False),
+    ("total_loss", "Total loss", False),
+    ("dino_global_crops_loss", "Class token, global crops", False),
+    ("dino_local_crops_loss", "Class token, local crops", False),
+    ("ibot_loss", "Masked patches (iBOT)", False),
+    ("koleo_loss", "Spread of class tokens (KoLeo)", False),
+    ("teacher_entropy", "Entropy of one target", False),
+    ("prototype_usage", "Prototypes in use", True),
+    ("feature_rank", "Effective rank in training", False),
+    ("lr", "Learning rate", False),
+    ("images_per_second", "Images per second", False),
+)
+# Where a run writes says nothing about how it trains.
+NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
+
+
+def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write one page on several runs and return its path (`report.html` here when `out` is None)."""
+    loaded = [read_run(run) for run in runs]
+    names = run_names(loaded)
+    path = Path(out) if out is not None else Path("report.html")
+    if path.is_dir():
+        path = path / "report.html"
+    columns, rows = comparison(loaded, names)
+    body = [
+        f"<h1>{len(loaded)} runs compared</h1>",
+        f'<p class="soft">{html.escape(", ".join(names))}</p>',
+        html.section("table", "Results", f'<div class="card">{html.table(columns, rows)}</div>'),
+    ]
+    differing = differences(loaded)
+    if differing:
+        table = html.table(("key", *names), [(key, *values) for key, values in differing.items()])
+        body.append(html.section("config", "What differs in the configs", f'<div class="card">{table}</div>'))
+    charts = overlaid(loaded, names)
+    if charts:
+        body.append(html.section("curves", "Curves", html.charts(charts)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, html.page(f"{len(loaded)} runs · dinoreg", body))
+    return path
+
+
+def comparison_table(runs: Sequence[str | Path]) -> Table:
+    """The same table for a terminal."""
+    loaded = [read_run(run) for run in runs]
+    columns, rows = comparison(loaded, run_names(loaded))
+    table = Table()
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Column headings and one row of text per run; columns that no run can fill are left out."""
+    datasets = list(dict.fromkeys(probe.dataset for run in runs for probe in run.newest_probes()))
+    columns = ["run", "model", "step", "images", "img/s", "total loss", "k-NN", "RankMe"]
+    columns += [f"{dataset} (95 %)" for dataset in datasets] + ["problems"]
+    rows = []
+    for run, name in zip(runs, names):
+        rates = run.series("images_per_second")[1]
+        knn, probes = run.last("knn_top1"), {probe.dataset: probe for probe in run.newest_probes()}
+        rows.append(
+            [
+                name,
+                str(flatten(run.config).get("model.name") or ""),
+                f"{run.step:,}",
+                f"{run.images_seen:,}" if run.images_seen else "",
+                f"{statistics.median(rates):.0f}" if rates else "",
+                _number(run.last("total_loss")),
+                "" if knn is None else score(knn),
+                _number(run.last("rankme")),
+                *(_with_interval(probes[dataset]) if dataset in probes else "" for dataset in datasets),
+                ", ".join(dict.fromkeys(str(event.get("name", "")) for event in run.events)),
+            ]
+        )
+    filled = [column for column in range(len(columns)) if column == 0 or any(row[column] for row in rows)]
+    return [columns[column] for column in filled], [[row[column] for column in filled] for row in rows]
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """{key: its value in each run} for every config key on which the runs disagree."""
+    configs = [flatten(run.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config if key not in NOT_COMPARED)
+    values = {key: [_text(config[key]) if key in config else "" for config in configs] for key in keys}
+    return {key: each for key, each in values.items() if len(set(each)) > 1}
+
+
+def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
+    """One chart per measurement with a line per run, over images seen where all runs count them."""
+    by_images = all(run.images_seen for run in runs) and len({run.config.get("batch_size") for run in runs}) > 1
+    charts = []
+    for key, title, percent in CURVES:
+        probed = key in ("knn_top1", "rankme")
+        lines = []
+        for run, name in zip(runs, names):
+            x, y = run.series(key)
+            if by_images and run.images_seen and run.step:
+                x = [step * run.images_seen / run.metrics[-1]["step"] for step in x]
+            if x:
+                lines.append(Line(name, x, y, smooth=not probed and key != "lr", marker=probed))
+        if lines:
+            charts.append(
+                Chart(
+                    title,
+                    lines=lines,
+                    percent=percent,
+                    from_zero=percent or probed,
+                    x_label="images" if by_images else "step",
+                )
+            )
+    return charts
+
+
+def run_names(runs: Sequence[Run]) -> list[str]:
+    """Folder names, with as much of the path as it takes to tell them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    longest = max(len(each) for each in parts) if parts else 1
+    for depth in range(1, longest + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{run.name} ({number + 1})" for number, run in enumerate(runs)]
+
+
+def _with_interval(probe: Any) -> str:
+    return f"{score(probe.value)} ({score(probe.low)} to {score(probe.high)})"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)

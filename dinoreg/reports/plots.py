@@ -1,0 +1,337 @@
+"""Line charts of a run as SVG: metrics.jsonl and probe.jsonl, grouped by the question they answer."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from dinoreg.reports.run_folder import Run, is_number
+
+MAX_POINTS = 400  # of one line; more are averaged in groups
+THEMES = {
+    "light": {"ink": "#3b4252", "grid": "#e3e6ec"},
+    "dark": {"ink": "#b6bdc9", "grid": "#2e333d"},
+}
+# Told apart by all common kinds of colour vision, on white and on black.
+COLOURS = ("#3b7dd8", "#e08214", "#1b9e77", "#c2549d", "#8c6bb1", "#a6761d", "#d6453d", "#6b7684")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; `smooth` draws its moving average over a faint trace of the values."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    smooth: bool = False
+    marker: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over the same axis, with dotted levels to compare them with; no curve means nothing to show."""
+
+    title: str
+    note: str = ""
+    lines: list[Line] = field(default_factory=list)
+    levels: dict[str, float] = field(default_factory=dict)
+    log: bool = False
+    percent: bool = False
+    from_zero: bool = False
+    x_label: str = "step"
+
+
+def loss_charts(run: Run) -> list[Chart]:
+    ln_k = run.last("teacher_entropy_max")
+    levels = {} if ln_k is None else {"ln K": ln_k}
+    dino = _sum_of(run, "dino_global_crops_loss", "dino_local_crops_loss")
+    class_token = [Line("global + local", *dino, smooth=True)] if dino[0] else []
+    return _shown(
+        Chart("Total loss", "What the optimizer minimises.", _lines(run, {"total_loss": "total"}, smooth=True)),
+        Chart(
+            "Class token (DINO)",
+            "Starts at ln K, a uniform guess over the prototypes; it has to leave that level." if levels else "",
+            class_token
+            + _lines(run, {"dino_global_crops_loss": "global", "dino_local_crops_loss": "local"}, smooth=True),
+            levels,
+        ),
+        Chart(
+            "Masked patches (iBOT)",
+            "A uniform guess gives ln K times the share of masked crops." if levels else "",
+            _lines(run, {"ibot_loss": "iBOT"}, smooth=True),
+        ),
+        Chart(
+            "Spread of class tokens (KoLeo)",
+            "Lower is more evenly spread.",
+            _lines(run, {"koleo_loss": "KoLeo"}, smooth=True),
+        ),
+    )
+
+
+def schedule_charts(run: Run) -> list[Chart]:
+    return _shown(
+        Chart("Learning rate", "", _lines(run, {"lr": "all", "last_layer_lr": "prototypes"}), from_zero=True),
+        Chart("Weight decay", "", _lines(run, {"wd": "weight decay"})),
+        Chart("Teacher momentum", "", _lines(run, {"mom": "momentum"})),
+        Chart("Teacher temperature", "", _lines(run, {"teacher_temp": "temperature"})),
+    )
+
+
+def health_charts(run: Run) -> list[Chart]:
+    ln_k = run.last("teacher_entropy_max")
+    norms = sorted({key for line in run.metrics for key in line if key.startswith("grad_norm_")})
+    return _shown(
+        Chart(
+            "Entropy of the teacher's targets",
+            "One target should be far below ln K (it says something), their average near it (they differ).",
+            _lines(run, {"teacher_entropy": "one target", "target_marginal_entropy": "average target"}),
+            {} if ln_k is None else {"ln K": ln_k},
+            from_zero=True,
+        ),
+        Chart(
+            "Prototypes in use",
+            "Share that gets at least a tenth of an even share.",
+            _lines(run, {"prototype_usage": "used"}),
+            percent=True,
+            from_zero=True,
+        ),
+        Chart(
+            "Effective rank of class tokens",
+            "RankMe on training crops; near 1 means collapse.",
+            _lines(run, {"feature_rank": "rank"}),
+            from_zero=True,
+        ),
+        Chart(
+            "Spread of features",
+            "Standard deviation over the batch; near 0 means collapse.",
+            _lines(run, {"feature_std": "spread"}),
+            from_zero=True,
+        ),
+        Chart(
+            "Gradient norms",
+            "Before clipping.",
+            _lines(run, {key: key.removeprefix("grad_norm_").replace("_", " ") for key in norms}),
+            log=True,
+        ),
+        Chart(
+            "Weights in motion",
+            "Change in one step, and distance of student and teacher, relative to the weights.",
+            _lines(run, {"update_ratio": "update", "teacher_distance": "student to teacher"}),
+            log=True,
+        ),
+    )
+
+
+def speed_charts(run: Run) -> list[Chart]:
+    memory = run.series("max_memory")
+    gib = [Line("peak", memory[0], [value / 2**30 for value in memory[1]])] if memory[0] else []
+    return _shown(
+        Chart("Images per second", "", _lines(run, {"images_per_second": "rate"}, smooth=True), from_zero=True),
+        Chart(
+            "Seconds per step",
+            "Waiting for images should be a small part.",
+            _lines(run, {"step_time": "step", "data_time": "of it, waiting for images"}),
+            from_zero=True,
+        ),
+        Chart("Memory in GiB", "", gib, from_zero=True),
+    )
+
+
+def probe_charts(run: Run) -> list[Chart]:
+    """The in-run probe, with the levels of the final evaluation's baselines where they measure the same."""
+    chances = {probe.details.get("chance") for probe in run.newest_probes()}
+    chance = {f"chance {100 * each:.3g} %": float(each) for each in chances if each is not None and is_number(each)}
+    curves = _lines(run, {"knn_top1": "k-NN"}, marker=True)
+    by_dataset: dict[str, list[tuple[float, float]]] = {}
+    for probe in run.probes:
+        by_dataset.setdefault(f"linear, {probe.dataset}", []).append((probe.step, probe.value))
+    if curves:
+        curves += [
+            Line(name, [x for x, _ in points], [y for _, y in points], marker=True)
+            for name, points in by_dataset.items()
+        ]
+    return _shown(
+        Chart(
+            "Accuracy of the probe",
+            "Frozen features of the teacher.",
+            curves,
+            chance,
+            percent=True,
+            from_zero=True,
+        ),
+        Chart(
+            "Effective rank of the probe's features",
+            "RankMe: needs no labels; higher is usually better.",
+            _lines(run, {"rankme": "rank"}, marker=True),
+            from_zero=True,
+        ),
+    )
+
+
+_KNOWN = {
+    *("step", "images", "total_loss", "dino_global_crops_loss", "dino_local_crops_loss", "ibot_loss"),
+    *("koleo_loss", "lr", "wd", "mom", "teacher_temp", "last_layer_lr", "current_batch_size"),
+    *("global_batch_size", "step_time", "data_time", "images_per_second", "max_memory", "teacher_entropy"),
+    *("teacher_entropy_max", "target_marginal_entropy", "prototype_usage", "feature_std", "feature_rank"),
+    *("update_ratio", "teacher_distance", "knn_top1", "rankme", "probe_time"),
+}
+
+
+def other_charts(run: Run, most: int = 12) -> list[Chart]:
+    """Whatever else a run has measured."""
+    keys = sorted(
+        {
+            key
+            for line in run.metrics + run.probe
+            for key, value in line.items()
+            if key not in _KNOWN and not key.startswith("grad_norm_") and is_number(value)
+        }
+    )
+    return _shown(*(Chart(key.replace("_", " "), "", _lines(run, {key: key})) for key in keys[:most]))
+
+
+def render(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
+    """The chart as SVG in the light theme; the title and the note are left to the page."""
+    style = THEMES["light"]
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "dinoreg",
+        "font.family": "sans-serif",
+        "font.size": 8,
+        "text.parse_math": False,
+    }
+    named = len(chart.lines) > 1
+    longest = max((len(_label(line.name)) for line in chart.lines), default=0)
+    columns = 3 if longest <= 16 else 2 if longest <= 26 else 1
+    legend = 0.17 * math.ceil(len(chart.lines) / columns) if named else 0.0  # inches
+    height += legend
+    with rc_context(settings):
+        figure = Figure(figsize=(width, height))
+        # Fixed margins: fitting them to the labels would take longer than everything else.
+        figure.subplots_adjust(left=0.14, right=0.985, bottom=0.36 / height, top=1 - (0.08 + legend) / height)
+        FigureCanvasSVG(figure)
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        for number, line in enumerate(chart.lines):
+            _draw(axes.plot, line, COLOURS[number % len(COLOURS)], chart.log)
+        for name, level in chart.levels.items():
+            axes.axhline(level, color=style["ink"], linewidth=0.9, linestyle=(0, (1.5, 2.5)))
+            axes.annotate(
+                name,
+                (1, level),
+                xycoords=("axes fraction", "data"),
+                xytext=(-2, 2),
+                textcoords="offset points",
+                ha="right",
+                va="bottom",
+                color=style["ink"],
+            )
+        if chart.log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        elif chart.from_zero:
+            axes.update_datalim([(float(axes.dataLim.x0), 0.0)])
+            axes.margins(y=0.08)  # of all that is shown, and before a limit is set, which then stays as it is
+            axes.set_ylim(bottom=0)
+        if chart.percent:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+        else:
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.set_xlabel(chart.x_label, color=style["ink"])
+        axes.grid(axis="y", color=style["grid"], linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(which="both", colors=style["ink"], length=0)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side == "bottom")
+            spine.set_color(style["grid"])
+        if named:
+            axes.legend(
+                loc="lower left",
+                bbox_to_anchor=(0, 1),
+                ncols=columns,
+                frameon=False,
+                labelcolor=style["ink"],
+                handlelength=1.2,
+                borderaxespad=0.2,
+                columnspacing=1.2,
+                labelspacing=0.2,
+            )
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def darkened(svg: bytes) -> bytes:
+    """A rendered chart in the dark theme: the same drawing with other colours for text and grid."""
+    for part, light in THEMES["light"].items():
+        svg = svg.replace(light.encode(), THEMES["dark"][part].encode())
+    return svg
+
+
+def _label(name: str) -> str:
+    """A name as a legend can show it: printable, not too long, not hidden by a leading underscore."""
+    shown = "".join(character for character in name if character.isprintable())[:40]
+    return "\u200a" + shown if shown.startswith("_") else shown
+
+
+def short(value: float) -> str:
+    """12500 -> 12.5k"""
+    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{suffix}"
+    return f"{value:.6g}"
+
+
+def _draw(plot: Callable[..., object], line: Line, colour: str, log: bool) -> None:
+    x, y = _thin(np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float))
+    if log:
+        x, y = x[y > 0], y[y > 0]
+    marker = {"marker": "o", "markersize": 3.5} if line.marker or len(x) == 1 else {}
+    if line.smooth and len(x) >= 30:
+        plot(x, y, color=colour, linewidth=0.8, alpha=0.28)
+        plot(x, _moving_average(y, max(3, len(y) // 25)), color=colour, linewidth=1.7, label=_label(line.name))
+    else:
+        plot(x, y, color=colour, linewidth=1.5, label=_label(line.name), **marker)
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """At most MAX_POINTS points: averages of neighbours."""
+    if len(x) <= MAX_POINTS:
+        return x, y
+    groups = np.array_split(np.arange(len(x)), MAX_POINTS)
+    return np.array([x[each].mean() for each in groups]), np.array([y[each].mean() for each in groups])
+
+
+def _moving_average(y: np.ndarray, width: int) -> np.ndarray:
+    """The mean of up to `width` values on either side, fewer where the curve ends."""
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    index = np.arange(len(y))
+    first, last = np.maximum(index - width, 0), np.minimum(index + width + 1, len(y))
+    return (total[last] - total[first]) / (last - first)
+
+
+def _lines(run: Run, names: dict[str, str], smooth: bool = False, marker: bool = False) -> list[Line]:
+    drawn = ((name, run.series(key)) for key, name in names.items())
+    return [Line(name, x, y, smooth, marker) for name, (x, y) in drawn if x]
+
+
+def _sum_of(run: Run, *keys: str) -> tuple[list[float], list[float]]:
+    lines = [line for line in run.metrics if all(is_number(line.get(key)) for key in keys)]
+    return [line["step"] for line in lines], [math.fsum(line[key] for key in keys) for line in lines]
+
+
+def _shown(*charts: Chart) -> list[Chart]:
+    return [chart for chart in charts if chart.lines]

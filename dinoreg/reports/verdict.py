@@ -1,0 +1,103 @@
+"""What the probe and the health monitor say about a run, in words: helps, no benefit, harms, not measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dinoreg.reports.run_folder import Probe, Run
+
+SPOKEN = {"random init": "the untrained network"}  # names of baselines, as said in a sentence
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """tone is good, bad, warn or plain; the headline is one sentence, the rest are further ones."""
+
+    tone: str
+    headline: str
+    sentences: tuple[str, ...] = ()
+
+    @property
+    def short(self) -> str:
+        """For a cell of a table."""
+        return {"good": "helps", "bad": "harms", "warn": "no benefit"}.get(self.tone, "\u2013")
+
+
+def verdict(run: Run) -> Verdict:
+    """The first of these that can be said: probe against baselines, probe alone, in-run probe, progress."""
+    probes = run.newest_probes()
+    judged = [judge(probe) for probe in probes]
+    compared = [each for each, probe in zip(judged, probes) if probe.baselines]
+    if compared:
+        order = ("bad", "warn", "good")
+        first = min(compared, key=lambda each: order.index(each.tone))
+        others = [each for each in judged if each is not first]
+        sentences = [*first.sentences, *(f"{each.headline} {' '.join(each.sentences)}" for each in others)]
+        return Verdict(first.tone, first.headline, (*sentences, health(run)))
+    if judged:
+        sentences = [" ".join(each.sentences) for each in judged]
+        headline = "Measured, but with no baseline to compare with."
+        return Verdict("plain", headline, (*sentences, health(run)))
+    steps, scores = run.series("knn_top1")
+    if scores:
+        change = f"from {scores[0]:.1%} at step {steps[0]:g} to " if len(scores) > 1 else ""
+        sentence = f"The k-NN probe inside the run went {change}{scores[-1]:.1%} at step {steps[-1]:g}."
+        return Verdict("plain", "No linear probe has been run yet.", (sentence, health(run)))
+    if run.metrics:
+        return Verdict("plain", "Nothing has been measured on the features yet.", (progress(run), health(run)))
+    return Verdict("plain", "The run has just begun: there are no metrics yet.", (progress(run),))
+
+
+def judge(probe: Probe) -> Verdict:
+    """One probe against its baselines: better only when its interval lies beyond each of theirs."""
+    sign = 1.0 if probe.details.get("higher_is_better", True) else -1.0
+    own = sorted((sign * probe.low, sign * probe.high))
+    beaten: list[str] = []
+    level: list[str] = []
+    ahead: list[str] = []
+    for name, (_, low, high) in probe.baselines.items():
+        other = sorted((sign * low, sign * high))
+        (beaten if own[0] > other[1] else ahead if own[1] < other[0] else level).append(SPOKEN.get(name, name))
+    unit = str(probe.details.get("unit", "share"))
+    what = f"{probe.details.get('probe', 'probe')} on {probe.dataset}"
+    numbers = (
+        f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} "
+        f"(95 % interval {score(probe.low, unit)} to {score(probe.high, unit)})"
+    )
+    others = ", ".join(
+        f"{SPOKEN.get(name, name)} {score(value, unit)} ({score(low, unit)} to {score(high, unit)})"
+        for name, (value, low, high) in probe.baselines.items()
+    )
+    sentence = f"{numbers}, against {others}." if others else f"{numbers}."
+    if ahead:
+        return Verdict("bad", f"Pretraining does harm here: {_and(ahead)} did better.", (sentence,))
+    if level:
+        headline = f"No benefit shown over {_and(level)}: the intervals overlap."
+        return Verdict("warn", headline, (sentence,))
+    if beaten:
+        headline = f"Pretraining helps: better than {_and(beaten)}, with the intervals apart."
+        return Verdict("good", headline, (sentence,))
+    return Verdict("plain", "No baseline was measured.", (sentence,))
+
+
+def health(run: Run) -> str:
+    names = list(dict.fromkeys(str(event.get("name", "unnamed")) for event in run.events))
+    if not names:
+        return "The health monitor found nothing wrong."
+    return f"The health monitor named {len(names)} problem{'s' * (len(names) > 1)}: {', '.join(names)}."
+
+
+def progress(run: Run) -> str:
+    total = f" of {run.num_steps:,}" if run.num_steps else ""
+    return f"The run is at step {run.step:,}{total}."
+
+
+def score(value: float, unit: str = "share") -> str:
+    """0.7123 -> 71.2 %; shares outside of [0, 1] as they are; other units behind the number."""
+    if unit != "share":
+        return f"{value:.3g} {unit}"
+    return f"{100 * value:.1f} %" if 0.0 <= value <= 1.0 else f"{value:.4g}"
+
+
+def _and(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,90 @@
+"""The machine under a run: device, precision, memory allocator, threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from contextlib import AbstractContextManager
+
+import torch
+
+from dinoreg.runtime.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# glibc's names for mallopt(3).
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of `auto | cpu | cuda[:i] | mps`; UserError when it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name}: expected auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={name}: PyTorch finds no CUDA device here; use device=cpu or device=auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device={name}: no Apple GPU here; use device=cpu or device=auto")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device={name}: expected auto, cpu, cuda, cuda:N or mps")
+    return device
+
+
+def cpu_has_bf16() -> bool:
+    """Whether matrix products in bfloat16 run in hardware on this CPU (AVX-512 BF16 or AMX)."""
+    capability = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool((capability and capability()) or (amx and amx()))
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The autocast dtype of `auto | bf16 | fp16 | fp32`; auto is bf16 wherever the hardware computes in it."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products in `dtype` over float32 parameters; nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc not to hand freed memory back to the system.
+
+    A step on the CPU frees and takes hundreds of megabytes; page faults on fresh memory cost it 10 to 20 %.
+    Values from the environment (MALLOC_*_) are respected, DINOREG_MALLOC=0 leaves the allocator alone.
+    Returns whether it was set.
+    """
+    chosen = os.environ.get("DINOREG_MALLOC") == "0" or any(key.startswith("MALLOC_") for key in os.environ)
+    if chosen or not sys.platform.startswith("linux"):
+        return False
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        largest = 2**31 - 1
+        return bool(libc.mallopt(_M_MMAP_THRESHOLD, 2**30) and libc.mallopt(_M_TRIM_THRESHOLD, largest))
+    except (OSError, AttributeError):  # not glibc
+        return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory in use so far, in bytes: of the device on CUDA, resident of this process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

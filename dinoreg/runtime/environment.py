@@ -1,0 +1,158 @@
+"""What a run ran on: versions, processor, accelerators, memory, disk. Also what `dinoreg doctor` prints."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "xformers",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "omegaconf",
+    "fvcore",
+    "submitit",
+    "rich",
+    "tensorboard",
+    "matplotlib",
+)
+# Environment variables that change speed, numbers or devices.
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "LD_PRELOAD",
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_ARENA_MAX",
+    "DINOREG_MALLOC",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "XFORMERS_DISABLED",
+    "SLURM_JOB_ID",
+)
+
+
+def environment(folder: Path | None = None) -> dict[str, Any]:
+    """Everything about this machine that a result may depend on, as plain values for JSON.
+
+    folder  where free disk space is looked up; none: the current folder
+    """
+    import dinoreg
+
+    return {
+        "dinoreg": dinoreg.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "packages": {name: version(name) for name in PACKAGES},
+        "cpu": _cpu_model(),
+        "cores": usable_cores(),
+        "memory_gib": _memory_gib(),
+        "free_disk_gib": free_disk_gib(folder),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        **_torch(),
+    }
+
+
+def version(package: str) -> str | None:
+    """The installed version of a distribution, or None; the package is not imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which on a cluster are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def free_disk_gib(folder: Path | None = None) -> float:
+    """Free space in GiB on the disk of `folder`, or of its nearest existing parent."""
+    path = (folder or Path()).resolve()
+    while not path.exists():
+        path = path.parent
+    return round(shutil.disk_usage(path).free / 2**30, 1)
+
+
+def _torch() -> dict[str, Any]:
+    """What PyTorch sees; the error in words where it cannot be imported."""
+    try:
+        import torch
+
+        from dinoreg.runtime.device import cpu_has_bf16
+    except Exception as error:
+        return {"torch_error": f"{type(error).__name__}: {error}", "cuda": [], "cpu_bf16": None}
+    devices = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+                "capability": f"{properties.major}.{properties.minor}",
+                "bf16": torch.cuda.is_bf16_supported(),
+            }
+        )
+    return {
+        "cuda": devices,
+        "cuda_version": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if devices else None,
+        "cpu_bf16": cpu_has_bf16(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+changes" where files differ from it; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None

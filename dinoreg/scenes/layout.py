@@ -1,0 +1,202 @@
+"""What is random about an embedded scene: objects, poses, colours, surroundings and light, before any pixel.
+
+A plan is a pure function of (seed, index) and knows no picture size. Lengths are in units of 1/64 of the
+picture's side, so a scene is the same at every size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from dinoreg.runtime.errors import UserError
+from dinoreg.scenes.shapes import KINDS
+from dinoreg.scenes.textures import BACKGROUNDS, Array
+
+NUM_CLASSES = len(KINDS)
+UNITS = 64.0  # units along one side of the picture
+# Hue of each background, as surroundings have it: water and snow, meadow and foliage, sand and boards share one, so
+# that colours tell a third of the classes from the rest and no class from the three beside it.
+PALETTES = (0.58, 0.30, 0.30, 0.10, 0.10, 0.58)
+FLIPPED = 0.1  # share of textures whose light and dark change places
+USUAL_BACKGROUND = 0.85
+BULGE = 0.6  # how far an object's middle stands out, in radii
+FOCAL = 1.2 * UNITS  # focal length, units
+PLAN_STREAM, NOISE_STREAM, LABEL_STREAM = 0, 1, 2
+
+
+class Pose(NamedTuple):
+    """Where an object is: picture = centre + radius * rotation(angle) * body, body x mirrored first."""
+
+    x: float
+    y: float
+    radius: float
+    angle: float
+    mirror: float
+
+    def to_body(self, x: Array, y: Array) -> tuple[Array, Array]:
+        """Picture (units) to body coordinates; broadcasts, so a row and a column give two planes."""
+        cos, sin = np.float32(np.cos(self.angle) / self.radius), np.float32(np.sin(self.angle) / self.radius)
+        dx, dy, mirror = x - np.float32(self.x), y - np.float32(self.y), np.float32(self.mirror)
+        return dx * (cos * mirror) + dy * (sin * mirror), dy * cos - dx * sin
+
+    def to_picture(self, x: Array, y: Array) -> tuple[Array, Array]:
+        """Body coordinates, two planes, to picture coordinates (units)."""
+        cos, sin = np.float32(np.cos(self.angle) * self.radius), np.float32(np.sin(self.angle) * self.radius)
+        x = x * np.float32(self.mirror)
+        return x * cos - y * sin + np.float32(self.x), x * sin + y * cos + np.float32(self.y)
+
+
+class Thing(NamedTuple):
+    """An object: its class, style and colours, its distance, and its pose in both frames of a pair."""
+
+    label: int
+    poses: tuple[Pose, Pose]
+    style: list[float]
+    frequency: float  # texture periods in one radius
+    colours: Array  # (4, 3): ground, pattern, parts, detail
+    near: float  # distance of its nearest point, metres
+    bulge: float  # metres from the nearest point to the outline
+
+
+class Plan(NamedTuple):
+    """Everything random about a scene except the sensor noise; `things` from the nearest to the farthest."""
+
+    label: int
+    things: list[Thing]
+    background: int
+    style: list[float]
+    frequency: float  # background texture periods in one unit
+    turn: float
+    colours: Array  # (2, 3)
+    pan: tuple[float, float]  # movement of the background between the two frames, units
+    far: float  # distance of the background at the picture's lower edge, metres
+    light: tuple[float, float]
+    gradient: tuple[float, float, float]
+    shadow: float
+    gain: Array  # (3,)
+    noise: float
+
+
+class Draws:
+    """A stream of uniform draws for one scene, taken one by one as plain floats."""
+
+    def __init__(self, generator: np.random.Generator, count: int = 160) -> None:
+        self._values: Iterator[float] = iter(generator.random(count).tolist())
+
+    def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
+        return low + (high - low) * next(self._values)
+
+    def several(self, count: int) -> list[float]:
+        return [next(self._values) for _ in range(count)]
+
+    def below(self, count: int) -> int:
+        return min(int(next(self._values) * count), count - 1)
+
+
+def generator(seed: int, stream: int, index: int) -> np.random.Generator:
+    """The counter-based stream of one scene; streams of different scenes or purposes never overlap."""
+    if index < 0 or seed < 0:
+        raise UserError(f"scenes: seed and index must be 0 or more, got seed {seed}, index {index}")
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
+
+
+@lru_cache(maxsize=64)
+def _label_block(seed: int, block: int) -> tuple[int, ...]:
+    return tuple(generator(seed, LABEL_STREAM, block).permutation(NUM_CLASSES).tolist())
+
+
+def label_of(index: int, seed: int = 0) -> int:
+    """The class of scene `index`: every run of NUM_CLASSES consecutive scenes holds each class once."""
+    return _label_block(seed, index // NUM_CLASSES)[index % NUM_CLASSES]
+
+
+def _colour(hue: float, chroma: float, luma: float) -> list[float]:
+    """RGB of a given luma (Rec. 601), whatever the hue: so the contrast of a texture survives any colours."""
+    wave = [np.cos(2.0 * np.pi * (hue - shift)) for shift in (0.0, 1.0 / 3.0, 2.0 / 3.0)]
+    grey = 0.299 * wave[0] + 0.587 * wave[1] + 0.114 * wave[2]
+    return [luma + chroma * (value - grey) for value in wave]
+
+
+def _two_tone(draw: Draws, hue: float, contrast: tuple[float, float]) -> list[list[float]]:
+    """Two colours of a palette, of clearly different brightness, the second usually darker."""
+    base = hue + draw(-0.06, 0.06)
+    half = draw(*contrast) * (-1.0 if draw() < FLIPPED else 1.0)
+    middle = draw(0.40, 0.62)
+    return [
+        _colour(base, draw(0.08, 0.20), middle + half),
+        _colour(base + draw(-0.08, 0.08), draw(0.08, 0.20), middle - half),
+    ]
+
+
+def _place(draw: Draws, radius: float, taken: list[Pose]) -> tuple[float, float] | None:
+    """A centre for a smaller object, outside the middle of those in front of it; None if there is no room."""
+    for _ in range(6):
+        x, y = draw(0.4 * radius, UNITS - 0.4 * radius), draw(0.4 * radius, UNITS - 0.4 * radius)
+        if all((x - p.x) ** 2 + (y - p.y) ** 2 > (0.8 * p.radius + 0.3 * radius) ** 2 for p in taken):
+            return x, y
+    return None
+
+
+def _thing(draw: Draws, label: int, x: float, y: float, radius: float, behind: float) -> Thing:
+    kind = KINDS[label]
+    pose = Pose(x, y, radius, draw(-kind.turn, kind.turn), 1.0 if draw() < 0.5 else -1.0)
+    moved = Pose(
+        x + draw(-5.0, 5.0),
+        y + draw(-5.0, 5.0),
+        radius * draw(0.9, 1.12),
+        pose.angle + draw(-0.26, 0.26),
+        pose.mirror,
+    )
+    period = draw(6.2, 9.2) * min(max(radius / 20.0, 0.55), 1.5) ** 0.5
+    hue = PALETTES[kind.background] + 0.5  # what lives there stands out against it
+    ground, pattern = _two_tone(draw, hue, (0.15, 0.30))
+    parts = _colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.12, 0.9))
+    detail = _colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.05, 0.35))
+    metres = kind.metres * draw(0.8, 1.25)
+    bulge = BULGE * metres
+    near = max(metres * FOCAL / radius - bulge, behind)
+    colours = np.array([ground, pattern, parts, detail], np.float32)
+    return Thing(label, (pose, moved), draw.several(6), radius / period, colours, near, bulge)
+
+
+def plan(index: int, seed: int = 0) -> Plan:
+    """Draw everything about scene `index` that does not depend on the picture's size."""
+    draw = Draws(generator(seed, PLAN_STREAM, index))
+    label = label_of(index, seed)
+    usual = KINDS[label].background
+    background = usual if draw() < USUAL_BACKGROUND else draw.below(len(BACKGROUNDS))
+    radius = 0.5 * UNITS * draw(0.62, 0.98)
+    spread = max(0.5 * UNITS - 0.85 * radius, 2.0)
+    main = _thing(draw, label, 0.5 * UNITS + draw(-spread, spread), 0.5 * UNITS + draw(-spread, spread), radius, 0.05)
+    things, taken = [main], [main.poses[0]]
+    for _ in range((0, 1, 1, 2)[draw.below(4)]):
+        small = max(radius * draw(0.32, 0.55), 5.0)
+        place = _place(draw, small, taken)
+        other = (label + 1 + draw.below(NUM_CLASSES - 1)) % NUM_CLASSES
+        if place is None:
+            continue
+        behind = things[-1].near + things[-1].bulge + 0.02
+        things.append(_thing(draw, other, *place, small, behind))
+        taken.append(things[-1].poses[0])
+    deepest = things[-1].near + things[-1].bulge
+    angle = draw(0.0, 2.0 * np.pi)
+    return Plan(
+        label=label,
+        things=things,
+        background=background,
+        style=draw.several(3),
+        frequency=1.0 / draw(5.5, 8.5),
+        turn=draw(-0.45, 0.45),
+        colours=np.array(_two_tone(draw, PALETTES[background], (0.08, 0.18)), np.float32),
+        pan=(draw(-4.0, 4.0), draw(-4.0, 4.0)),
+        far=deepest * draw(1.1, 1.8),
+        light=(float(np.cos(angle)), float(np.sin(angle))),
+        gradient=(draw(0.8, 1.1), draw(-0.25, 0.25), draw(-0.25, 0.25)),
+        shadow=draw(0.2, 0.5),
+        gain=np.array([draw(0.92, 1.08) for _ in range(3)], np.float32) * np.float32(draw(0.78, 1.18)),
+        noise=draw(0.005, 0.03),
+    )

@@ -1,0 +1,275 @@
+"""The embedded data set: small procedural scenes with exact ground truth, a pure function of (seed, index).
+
+A scene is a textured background and one to three objects. A class is what nature makes of one: a material,
+the parts that go with it, a form, and the surroundings where it is usually met, each with variation inside
+the class; light and pose carry almost nothing, and colours, as in nature, go with the surroundings, so that they
+tell a third of the classes from the rest. What the crops of one picture share thus says something about the
+class, which is what DINO-style pretraining feeds on and what makes minutes of it on a CPU worth probing.
+
+`scene_plan` draws what is random, `scene_shapes` holds the forms, `scene_textures` materials and backgrounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from dinoreg.runtime.errors import UserError
+from dinoreg.scenes.layout import (
+    NOISE_STREAM,
+    NUM_CLASSES,
+    UNITS,
+    Plan,
+    Thing,
+    generator,
+    label_of,
+    plan,
+)
+from dinoreg.scenes.shapes import KINDS, Outline
+from dinoreg.scenes.textures import BACKGROUNDS, Array
+
+CLASS_NAMES: tuple[str, ...] = tuple(kind.name for kind in KINDS)
+REACH = 1.2  # nothing of an object lies farther than this many radii from its centre
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture with its ground truth; S pixels a side, O visible objects (the main object first)."""
+
+    image: np.ndarray  # (S, S, 3) uint8
+    label: int  # class of the main object, the largest one
+    labels: np.ndarray  # (NUM_CLASSES,) bool: the classes of all visible objects
+    boxes: np.ndarray  # (O, 4) float32: x0, y0, x1, y1 around the visible pixels, ends exclusive
+    box_labels: np.ndarray  # (O,) int64
+    segmentation: np.ndarray  # (S, S) uint8: 0 background, 1 + class
+    instances: np.ndarray  # (S, S) uint8: 0 background, 1 + row in `boxes`
+    depth: np.ndarray  # (S, S) float32: metres, > 0
+
+
+@lru_cache(maxsize=16)
+def _centres(size: int) -> Array:
+    """Pixel centres along one side, in units."""
+    if size < 1:
+        raise UserError(f"scenes: size must be at least 1 pixel, got {size}")
+    return (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(UNITS / size)
+
+
+def _extent(outline: Outline) -> Array:
+    return outline.body if outline.parts is None else np.minimum(outline.body, outline.parts)
+
+
+def _coverage(distance: Array, pixels: float) -> Array:
+    """Share of a pixel inside an outline, from its centre's distance; `pixels` in a unit of distance."""
+    share = distance * np.float32(-pixels)
+    share += np.float32(0.5)
+    return np.clip(share, 0.0, 1.0, out=share)
+
+
+def _paint_background(scene: Plan, size: int, frame: int) -> Array:
+    """(3, S, S) float32, lit."""
+    x, y = _centres(size)[None, :], _centres(size)[:, None]
+    if frame:
+        x, y = x - np.float32(scene.pan[0]), y - np.float32(scene.pan[1])
+    cos, sin = (np.float32(f(scene.turn) * scene.frequency) for f in (np.cos, np.sin))
+    pattern = BACKGROUNDS[scene.background](
+        x * cos + y * sin, y * cos - x * sin, size / (UNITS * scene.frequency), scene.style
+    )
+    level, slope_x, slope_y = scene.gradient
+    unit = _centres(size) * np.float32(1.0 / UNITS) - np.float32(0.5)
+    light = (unit * np.float32(slope_x) + np.float32(level))[None, :] + (unit * np.float32(slope_y))[:, None]
+    ground, other = scene.colours
+    return (ground[:, None, None] + pattern * (other - ground)[:, None, None]) * light
+
+
+def _window(centre: float, reach: float, size: int) -> tuple[int, int]:
+    scale = size / UNITS
+    low, high = int(np.floor((centre - reach) * scale)), int(np.ceil((centre + reach) * scale))
+    return max(low, 0), min(high, size)
+
+
+def _shift(start: int, stop: int, move: int, size: int) -> tuple[slice, slice]:
+    """The part of a window that stays inside when it moves, and where it goes."""
+    low, high = max(start + move, 0), min(stop + move, size)
+    return slice(low - move - start, max(high - move - start, low - move - start)), slice(low, max(high, low))
+
+
+def _paint(canvas: Array, scene: Plan, thing: Thing, frame: int, size: int) -> tuple[slice, slice, Array, Array] | None:
+    """Shade and blend one object into `canvas`; None if it is out of the picture.
+
+    returns the rows and columns of its window and, in it, where it covers the pixel centres and its relief: 1
+    on the outline, 0 where the object bulges most towards the camera
+    """
+    pose = thing.poses[frame]
+    reach = REACH * pose.radius + 1.0
+    x0, x1 = _window(pose.x, reach, size)
+    y0, y1 = _window(pose.y, reach, size)
+    if x0 >= x1 or y0 >= y1:
+        return None
+    kind = KINDS[thing.label]
+    pixels = pose.radius * size / UNITS
+    column, row = _centres(size)[None, x0:x1], _centres(size)[y0:y1, None]
+    x, y = pose.to_body(column, row)
+    outline = kind.form(x, y, thing.style)
+    extent = _extent(outline)
+
+    soft = _coverage(extent, 0.3 * pixels)
+    move = [round(part * 0.16 * pixels) for part in scene.light]
+    take_y, put_y = _shift(y0, y1, -move[1], size)
+    take_x, put_x = _shift(x0, x1, -move[0], size)
+    canvas[:, put_y, put_x] *= 1.0 - np.float32(scene.shadow) * soft[take_y, take_x]
+
+    frequency = np.float32(thing.frequency)
+    pattern = kind.material(x * frequency, y * frequency, pixels / thing.frequency, thing.style[3:])
+    ground, other, parts, detail = thing.colours[:, :, None, None]
+    colour = ground + pattern * (other - ground)
+    if outline.parts is not None:
+        colour += _coverage(-outline.body, pixels) * (parts - colour)
+    if outline.detail is not None:
+        colour += _coverage(outline.detail, pixels) * (detail - colour)
+
+    relief = np.clip(extent * np.float32(2.5) + np.float32(1.0), 0.0, 1.0)
+    relief *= relief
+    strength = np.float32(0.3 / pose.radius)
+    light = (column - np.float32(pose.x)) * (strength * np.float32(scene.light[0])) + np.float32(1.08)
+    light = light + (row - np.float32(pose.y)) * (strength * np.float32(scene.light[1]))
+    light -= np.float32(0.28) * relief
+    colour *= light
+    window = canvas[:, y0:y1, x0:x1]
+    colour -= window
+    colour *= _coverage(extent, pixels)
+    window += colour
+    return slice(y0, y1), slice(x0, x1), extent < 0.0, relief
+
+
+def _expose(canvas: Array, scene: Plan, index: int, seed: int, frame: int) -> Array:
+    """Sensor gain and noise, then 8 bits: (3, S, S) float32 to (S, S, 3) uint8."""
+    noise = generator(seed, NOISE_STREAM + 8 * frame, index).standard_normal(canvas.shape[1:], dtype=np.float32)
+    canvas *= (scene.gain * np.float32(255.0))[:, None, None]
+    canvas += noise * np.float32(255.0 * scene.noise)
+    np.clip(canvas, 0.0, 255.0, out=canvas)
+    return np.ascontiguousarray(canvas.astype(np.uint8).transpose(1, 2, 0))
+
+
+def _boxes(instances: Array, count: int) -> tuple[Array, list[int]]:
+    """Tight boxes (O, 4) of the instances that have a visible pixel, and which ones these are."""
+    boxes, kept = [], []
+    for k in range(count):
+        visible = instances == k + 1
+        columns, rows = np.flatnonzero(visible.any(axis=0)), np.flatnonzero(visible.any(axis=1))
+        if len(rows):
+            boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+            kept.append(k)
+    return np.array(boxes, np.float32).reshape(-1, 4), kept
+
+
+def _render(scene: Plan, index: int, size: int, seed: int, frame: int) -> Scene:
+    canvas = _paint_background(scene, size, frame)
+    instances = np.zeros((size, size), np.uint8)
+    unit = _centres(size) * np.float32(1.0 / UNITS)
+    depth = np.repeat((np.float32(scene.far) * (np.float32(1.6) - np.float32(0.6) * unit))[:, None], size, axis=1)
+    for k in reversed(range(len(scene.things))):
+        thing = scene.things[k]
+        painted = _paint(canvas, scene, thing, frame, size)
+        if painted is not None:
+            rows, columns, covered, relief = painted
+            np.copyto(instances[rows, columns], np.uint8(k + 1), where=covered)
+            surface = relief * np.float32(thing.bulge) + np.float32(thing.near)
+            np.copyto(depth[rows, columns], surface, where=covered)
+    boxes, kept = _boxes(instances, len(scene.things))
+    renumber = np.zeros(len(scene.things) + 1, np.uint8)
+    renumber[[k + 1 for k in kept]] = np.arange(1, len(kept) + 1)
+    classes = np.zeros(len(scene.things) + 1, np.uint8)
+    classes[1:] = [1 + thing.label for thing in scene.things]
+    box_labels = np.array([scene.things[k].label for k in kept], np.int64)
+    labels = np.zeros(NUM_CLASSES, bool)
+    labels[box_labels] = True
+    return Scene(
+        image=_expose(canvas, scene, index, seed, frame),
+        label=scene.label,
+        labels=labels,
+        boxes=boxes,
+        box_labels=box_labels,
+        segmentation=classes[instances],
+        instances=renumber[instances],
+        depth=depth,
+    )
+
+
+def render(index: int, size: int = 64, seed: int = 0) -> Scene:
+    """Scene `index` of the endless set `seed`, `size` pixels a side. UserError for negative arguments."""
+    return _render(plan(index, seed), index, size, seed, 0)
+
+
+def render_image(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
+    """Only the picture of `render`, (S, S, 3) uint8, the same to the bit."""
+    scene = plan(index, seed)
+    canvas = _paint_background(scene, size, 0)
+    for thing in reversed(scene.things):
+        _paint(canvas, scene, thing, 0, size)
+    return _expose(canvas, scene, index, seed, 0)
+
+
+def render_pair(index: int, size: int = 64, seed: int = 0) -> tuple[Scene, Scene, np.ndarray, np.ndarray]:
+    """Two frames of scene `index`: objects move, turn and grow rigidly, the background pans.
+
+    returns the two scenes (the first equals `render`), flow (S, S, 2) float32 in pixels, (u, v) = (right,
+    down) from each pixel of the first frame to its place in the second, and valid (S, S) bool: True where
+    that place is inside the second picture and not behind another object. Light does not move with the
+    objects.
+    """
+    scene = plan(index, seed)
+    first, second = (_render(scene, index, size, seed, frame) for frame in (0, 1))
+    x, y = (np.ascontiguousarray(a) for a in np.meshgrid(_centres(size), _centres(size)))
+    target_x, target_y = x + np.float32(scene.pan[0]), y + np.float32(scene.pan[1])
+    owner = np.full((size, size), len(scene.things))
+    for k, thing in reversed(list(enumerate(scene.things))):
+        here, there = thing.poses
+        body_x, body_y = here.to_body(x, y)
+        mine = _extent(KINDS[thing.label].form(body_x, body_y, thing.style)) < 0.0
+        moved_x, moved_y = there.to_picture(body_x, body_y)
+        target_x, target_y = np.where(mine, moved_x, target_x), np.where(mine, moved_y, target_y)
+        owner[mine] = k
+    valid = (target_x >= 0.0) & (target_x < UNITS) & (target_y >= 0.0) & (target_y < UNITS)
+    for k, thing in enumerate(scene.things):
+        body_x, body_y = thing.poses[1].to_body(target_x, target_y)
+        hidden = _extent(KINDS[thing.label].form(body_x, body_y, thing.style)) < 0.0
+        valid &= ~(hidden & (owner > k))
+    flow = np.stack([target_x - x, target_y - y], axis=-1) * np.float32(size / UNITS)
+    return first, second, flow, valid
+
+
+class SceneDataset:
+    """Scenes `first` to `first + num_images - 1`, map-style; disjoint ranges never share a scene."""
+
+    def __init__(self, num_images: int, size: int = 64, seed: int = 0, first: int = 0) -> None:
+        if num_images < 1 or size < 1 or first < 0 or seed < 0:
+            raise UserError(
+                "scenes: num_images and size must be at least 1, first and seed at least 0, got "
+                f"num_images {num_images}, size {size}, first {first}, seed {seed}"
+            )
+        self.num_images = num_images
+        self.size = size
+        self.seed = seed
+        self.first = first
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def _index(self, i: int) -> int:
+        if not 0 <= i < self.num_images:
+            raise IndexError(f"scene {i} of a set of {self.num_images}")
+        return self.first + i
+
+    def image(self, i: int) -> np.ndarray:
+        """(S, S, 3) uint8."""
+        return render_image(self._index(i), self.size, self.seed)
+
+    def label(self, i: int) -> int:
+        """Class of the main object, known without rendering."""
+        return label_of(self._index(i), self.seed)
+
+    def scene(self, i: int) -> Scene:
+        """The picture with its ground truth."""
+        return render(self._index(i), self.size, self.seed)

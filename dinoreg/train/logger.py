@@ -1,0 +1,283 @@
+"""What a run leaves to read: the console, train.log, metrics.jsonl, TensorBoard, and the lists under health/.
+
+One process writes, rank 0; the others have a log that keeps silent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dinoreg.checkpoint.format import write_atomic
+
+logger = logging.getLogger("dinoreg")
+
+# Shown on the console line, under dinov2's names.
+_CONSOLE = (
+    ("total_loss", "{:.4f}"),
+    ("dino_global_crops_loss", "{:.4f}"),
+    ("dino_local_crops_loss", "{:.4f}"),
+    ("ibot_loss", "{:.4f}"),
+    ("koleo_loss", "{:.4f}"),
+    ("lr", "{:.2e}"),
+    ("images_per_second", "{:.1f}"),
+)
+
+
+# Files of JSON lines, each with its step.
+LINES = ("metrics.jsonl", "probe.jsonl", "health/events.jsonl", "health/nonfinite.jsonl")
+
+
+class RunLog:
+    """The files and the console of one run; a context manager.
+
+    On resume, lines that the unbroken run will write again (of later steps) are removed first. A file that cannot be
+    written, on a full disk say, is named once and does not end the run: what becomes of it is for checkpoints to say.
+    """
+
+    def __init__(self, out: Path, *, step: int, num_steps: int, tensorboard: bool) -> None:
+        self.out = out
+        self.num_steps = num_steps
+        self._fortieth = -1
+        (out / "health").mkdir(parents=True, exist_ok=True)
+        for name in LINES:
+            _keep_until(out / name, step if step > 0 else -1)  # a run that starts anew writes step 0 again
+        self._lines = {name: LineFile(out / name) for name in LINES}
+        self._refused: set[str] = set()
+        self._writer: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(out), purge_step=step + 1)
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._thread_failed
+        self._handler = _LogFile(out / "train.log")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
+        self._level = logger.level
+        logger.addHandler(self._handler)
+        logger.setLevel(logging.INFO)
+        self.console = Console(stderr=True)
+        self._progress: Progress | None = None
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]pretrain"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}"),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("pretrain", total=num_steps, completed=step, losses="")
+
+    def __enter__(self) -> RunLog:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+        for name, lines in self._lines.items():
+            lost = lines.close()
+            if lost:
+                self.say(f"{self.out / name}: its last lines could not be written: {lost}", logging.WARNING)
+        if self._writer:
+            with suppress(OSError):
+                self._writer.close()
+        threading.excepthook = self._excepthook
+        logger.removeHandler(self._handler)
+        logger.setLevel(self._level)
+        with suppress(OSError):
+            self._handler.close()
+
+    def say(self, message: str, level: int = logging.INFO) -> None:
+        """One line for people: on the console and in train.log."""
+        logger.log(level, "%s", message)
+        style = {logging.WARNING: "yellow", logging.ERROR: "bold red"}.get(level)
+        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, TensorBoard scalars, and the console line."""
+        self._add("metrics.jsonl", values)
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
+        self._scalars("train", numbers, values["step"])
+        line = "  ".join(f"{key}: {form.format(values[key])}" for key, form in _CONSOLE if key in values)
+        logger.info("step %d/%d  %s", values["step"], self.num_steps, line)
+        if self._progress:
+            short = f"loss {values['total_loss']:.3f}  {values['images_per_second']:.0f} img/s"
+            self._progress.update(self._task, completed=values["step"], losses=short)
+        elif self._due(values["step"]):
+            left = (self.num_steps - values["step"]) * values["step_time"]
+            self.console.print(
+                f"step {values['step']}/{self.num_steps}  {line}  left: {_clock(left)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def _due(self, step: int) -> bool:
+        """Without a terminal, about forty lines a run."""
+        fortieth = step * 40 // self.num_steps
+        due, self._fortieth = fortieth != self._fortieth, fortieth
+        return due
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """One JSON line at the end of one of `LINES`."""
+        self._add(name, line)
+        if name == "probe.jsonl":
+            numbers = {key: value for key, value in line.items() if isinstance(value, float)}
+            self._scalars("probe", numbers, line["step"])
+
+    def flush(self) -> None:
+        """Have the lines on the disk: called before a checkpoint that vouches for them. OSError when they are not."""
+        for lines in self._lines.values():
+            lines.flush()
+
+    def _add(self, name: str, line: Mapping[str, Any]) -> None:
+        error = self._lines[name].add(line)
+        if error is None:
+            self._refused.discard(name)
+        elif name not in self._refused:
+            self._refused.add(name)
+            kept = "its lines are kept until it can be"
+            self.say(f"{self.out / name}: cannot be written ({error.strerror}); {kept}", logging.WARNING)
+
+    def _scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        if self._writer is None:
+            return
+        try:
+            for key, value in values.items():
+                self._writer.add_scalar(f"{kind}/{key}", value, step)
+        except OSError as error:  # its thread has met with it, and has ended
+            self._writer = None
+            reason = f"cannot be written ({error.strerror or error})"
+            self.say(f"{self.out}: TensorBoard's events {reason}; they end at step {step}", logging.WARNING)
+
+    def _thread_failed(self, failure: Any) -> None:
+        """What stops TensorBoard's thread is kept and raised by the next call, which tells of it in one line."""
+        told = isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard")
+        if not told:
+            self._excepthook(failure)
+
+
+class LineFile:
+    """JSON lines at the end of a file, handed to the system as they come.
+
+    Lines that cannot be written are kept and go before the next ones. The file stays open, so that a copy of the run
+    which was taken over writes on where its successor, who has replaced the file, does not read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
+        self._kept = b""
+        self._synced = True
+
+    def add(self, line: Mapping[str, Any]) -> OSError | None:
+        """Write a line; returns why that could not be done yet."""
+        self._kept += json.dumps({key: _plain(value) for key, value in line.items()}).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            return error
+        return None
+
+    def flush(self) -> None:
+        """Have everything on the disk; OSError when it cannot be."""
+        self._write()
+        if not self._synced:
+            os.fsync(self._file.fileno())
+            self._synced = True
+
+    def close(self) -> int:
+        """Returns how many lines could not be written."""
+        with suppress(OSError):
+            self._write()
+        self._file.close()
+        return self._kept.count(b"\n")
+
+    def _write(self) -> None:
+        while self._kept:  # a disk that is about to be full takes a part
+            self._kept = self._kept[self._file.write(self._kept) :]
+            self._synced = False
+
+
+class _LogFile(logging.FileHandler):
+    """train.log. Its lines are on the console as well: what a full disk refuses makes no noise there."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class SilentLog(RunLog):
+    """The log of a process that is not rank 0: it takes everything and writes nothing."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def say(self, message: str, level: int = logging.INFO) -> None:
+        pass
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        pass
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a last line that a kill cut short. The file is replaced by another."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_atomic(path, "".join(f"{line}\n" for line in kept))
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: a number that is not finite becomes its name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,204 @@
+"""A run's networks on many processes: DDP, FSDP2 or HSDP, chosen once and wrapped from outside.
+
+A step reads the same whatever is chosen: it calls `called["backbone"]` and the heads, and backward passes leave the
+mean of all processes' gradients. DDP keeps a copy of everything on each process. FSDP2 shards parameters, gradients,
+moments and the teacher, a block at a time, over `parallel.shard` consecutive processes; the groups of an HSDP run hold
+copies of one another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from dinoreg.config.schema import LossConfig, ParallelConfig
+from dinoreg.distributed import process_group as distributed
+from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.device import DTYPES
+from dinoreg.runtime.errors import RunError, UserError
+
+# A student or teacher by module name: {"backbone", "dino_head"} and, untied, "ibot_head".
+Modules = nn.ModuleDict | Mapping[str, nn.Module]
+
+# Above this many parameters in the student, copies of state and moments on every process are a waste.
+LARGEST_FOR_DDP = 300_000_000
+
+
+def choose_strategy(options: ParallelConfig, num_parameters: int, world_size: int) -> str:
+    """ "single", "ddp" or "fsdp"; UserError where the processes do not divide into groups of `parallel.shard`."""
+    if world_size == 1:
+        return "single"
+    if options.shard is not None and world_size % options.shard:
+        raise UserError(f"parallel.shard={options.shard}: expected a divisor of the {world_size} processes")
+    if options.strategy != "auto":
+        return options.strategy
+    return "fsdp" if num_parameters > LARGEST_FOR_DDP or options.shard is not None else "ddp"
+
+
+def parallelize(
+    options: ParallelConfig,
+    loss: LossConfig,
+    student: nn.ModuleDict,
+    teacher: nn.ModuleDict,
+    anchor: RegisterViT | None,
+    device: torch.device,
+) -> Modules:
+    """Spread the networks, all on `device`, over the processes; returns the student's modules as a step calls them.
+
+    FSDP2 turns parameters into DTensors in place, so this comes before the optimizer is built.
+    """
+    num_parameters = sum(p.numel() for p in student.parameters())
+    strategy = choose_strategy(options, num_parameters, distributed.world_size())
+    if strategy == "fsdp":
+        mesh = device_mesh(device, options.shard)
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if options.param_dtype == "fp32" else DTYPES[options.param_dtype],
+            reduce_dtype=DTYPES[options.reduce_dtype],
+        )
+        shard(student, mesh, policy, options.reshard)
+        # No backward pass frees the teacher's weights, so that they have to go as soon as they were used.
+        shard(teacher, mesh, policy, True)
+        if anchor is not None:
+            shard(nn.ModuleDict({"backbone": anchor}), mesh, policy, True)
+        return student
+    if strategy == "ddp":
+        learning = {name for name in student if _learns(name, student, loss)}
+        return {name: _replicate(module) if name in learning else module for name, module in student.items()}
+    return student
+
+
+def device_mesh(device: torch.device, shard_size: int | None) -> DeviceMesh:
+    """All processes in one dimension, or (copies, shards) for HSDP."""
+    world_size = distributed.world_size()
+    if shard_size is None or shard_size == world_size:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    shape = (world_size // shard_size, shard_size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
+
+
+def shard(networks: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+    """FSDP2 on every block of the backbone, on the rest of it, and on each head."""
+    # Tokens are views of one tensor; nothing writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for module in networks.values():
+        units = [*module.blocks, module] if isinstance(module, RegisterViT) else [module]
+        for unit in units:
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+
+
+def _replicate(module: nn.Module) -> DistributedDataParallel:
+    # Looking for unused parameters keeps DDP from regrouping its buckets after the first step. The groups fix the
+    # order of sums, so that a resumed run, which has a first step of its own, would differ in the last bits.
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=True)
+
+
+def _learns(name: str, student: nn.ModuleDict, loss: LossConfig) -> bool:
+    """Whether a module gets gradients; DDP would wait for those of a head whose loss has no weight."""
+    if name == "backbone":
+        return True
+    if name == "ibot_head":
+        return loss.ibot_weight > 0
+    return loss.dino_weight > 0 or (loss.ibot_weight > 0 and "ibot_head" not in student)
+
+
+def compile_backbones(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
+    """torch.compile in place: the whole backbone, or its blocks where gathering weights comes in between."""
+    for networks in (student, teacher):
+        backbone = networks["backbone"]
+        assert isinstance(backbone, RegisterViT)
+        for module in backbone.blocks if isinstance(backbone, FSDPModule) else [backbone]:
+            module.compile()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Around a step
+
+
+@contextmanager
+def without_reduction(train_modules: Modules, active: bool) -> Iterator[None]:
+    """Backward passes inside leave gradients of this process alone: all but the last of a step's micro-batches.
+
+    DDP only. FSDP2 reduces after each, which keeps gradients sharded; the mean is the same.
+    """
+    with ExitStack() as stack:
+        for module in train_modules.values() if active else ():
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
+
+
+def reshard(networks: nn.Module) -> None:
+    """Give up gathered weights, so that `parameters()` are the shards. Needed after a forward without backward."""
+    for module in networks.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, sharing its memory; other tensors as they are. It may be empty."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, gathered; other tensors as they are. All processes call together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Copies that must not drift apart
+
+
+def check_replicas(step: int, position: int, tensors: Mapping[str, Tensor]) -> None:
+    """Compare step, data position and all tensors between the processes that hold copies of them, bit by bit.
+
+    tensors  by name; parts of sharded ones are compared with the same parts of other groups
+    raises   RunError naming the ranks and what differs, on all ranks
+    """
+    if distributed.world_size() == 1:
+        return
+    digests = {"step": str(step), "position": str(position)}
+    digests |= {f"{name}{_part(tensor)}": _digest(local(tensor)) for name, tensor in tensors.items()}
+    everyone = distributed.gather_objects(digests)
+    problems = find_drift(everyone)
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise RunError(
+            f"processes have drifted apart at step {step}: {shown}. Resume from the last checkpoint; if it happens "
+            "again, look at the memory and the network of that machine"
+        )
+
+
+def find_drift(everyone: list[dict[str, str]]) -> list[str]:
+    """Sentences about names whose digests differ between ranks; the digest of most ranks is taken to be right."""
+    problems = []
+    for name in sorted({name for digests in everyone for name in digests}, key=lambda name: (" " in name, name)):
+        held = {rank: digests[name] for rank, digests in enumerate(everyone) if name in digests}
+        values = list(held.values())
+        common = max(values, key=values.count)
+        odd = [rank for rank, value in held.items() if value != common]
+        if odd:
+            ranks = f"rank{'s' if len(odd) > 1 else ''} {', '.join(map(str, odd))}"
+            problems.append(f"{name} of {ranks} differs from {'most' if len(held) > 2 else 'the other'}")
+    return problems
+
+
+def _part(tensor: Tensor) -> str:
+    """Which part of a sharded tensor this is: its place along the sharding dimension."""
+    if not isinstance(tensor, DTensor):
+        return ""
+    coordinate = tensor.device_mesh.get_coordinate()
+    return f" (shard {coordinate[-1]})" if coordinate is not None else ""
+
+
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.blake2b(data.data, digest_size=8).hexdigest()

@@ -1,0 +1,267 @@
+"""Where the class token and each register look: attention weights of any block and head, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinoreg.models.attention import attention_weights
+from dinoreg.models.vit import RegisterViT
+from dinoreg.reports import html
+from dinoreg.runtime.errors import UserError
+from dinoreg.visualize.contact_sheet import sheet, tile, to_pixels
+from dinoreg.visualize.gallery import Gallery, about, in_gallery, unreadable
+from dinoreg.visualize.subject import open_subject, picture_size, read_pictures, safe_name
+
+COLOURS = "magma"
+ALL, MEAN = "all", "mean"  # heads
+TILE = 118  # pixels, the height of a map
+
+
+@torch.no_grad()
+def attention_rows(model: RegisterViT, images: Tensor, layers: Sequence[int]) -> Tensor:
+    """What the class token and the registers attend to, in several blocks and one pass.
+
+    images  (B, C, H, W) normalised, on the model's device
+    layers  indices of blocks from 0, ascending
+    returns (L, B, heads, 1+R, T) float32: rows of `RegisterViT.attention`, each summing to one. Only these rows are
+            computed: the whole matrix of a large picture would not fit into memory
+    """
+    special = 1 + model.num_registers
+    before = [layer - 1 for layer in layers if layer > 0]
+    inputs = [torch.cat([t.cls[:, None], t.registers, t.patches], 1) for t in _tokens(model, images, before)]
+    if 0 in layers:
+        inputs.insert(0, model.embed(images))
+    rows = []
+    for layer, x in zip(layers, inputs, strict=True):
+        block: Any = model.blocks[layer]
+        qkv = block.attn.project(block.norm1(x.flatten(0, 1))).unflatten(0, x.shape[:2])  # (B, T, 3, heads, head_dim)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        rows.append(attention_weights(q[:, :, :special].float(), k.float()))
+    return torch.stack(rows)
+
+
+def _tokens(model: RegisterViT, images: Tensor, blocks: list[int]) -> list[Any]:
+    return model.intermediate_tokens(images, blocks, norm=False) if blocks else []
+
+
+def attention_maps(model: RegisterViT, images: Tensor, layer: int = -1) -> Tensor:
+    """The attention of the class token and the registers to the patches, averaged over heads.
+
+    images  (B, C, H, W) normalised, on the model's device
+    returns (B, 1+R, H/p, W/p) float32: the share of a token's attention that a patch gets
+    """
+    special = 1 + model.num_registers
+    weights = attention_rows(model, images, chosen_layers(str(layer), model.depth))[0].mean(dim=1)  # (B, 1+R, T)
+    grid = (images.shape[-2] // model.patch_size, images.shape[-1] // model.patch_size)
+    return weights[:, :, special:].unflatten(-1, grid)
+
+
+class Budget(NamedTuple):
+    """How one token divides its attention, means over images and heads: shares that sum to one."""
+
+    cls: float
+    registers: float
+    patches: float
+    spread: float  # effective number of patches: exp of the entropy of the shares among patches
+
+
+def attention_budget(rows: Tensor) -> list[Budget]:
+    """rows (B, heads, 1+R, T) of one block -> one Budget for the class token and each register."""
+    special = rows.shape[2]
+    shares = torch.stack(
+        [rows[..., 0], rows[..., 1:special].sum(-1), rows[..., special:].sum(-1)], dim=-1
+    )  # (B, heads, 1+R, 3)
+    among = rows[..., special:] / rows[..., special:].sum(-1, keepdim=True).clamp(min=1e-12)
+    spread = torch.special.entr(among).sum(-1).exp().mean(dim=(0, 1))  # (1+R,)
+    means = shares.mean(dim=(0, 1))
+    return [Budget(each[0], each[1], each[2], wide) for each, wide in zip(means.tolist(), spread.tolist())]
+
+
+def token_names(num_registers: int) -> list[str]:
+    return ["CLS"] + [f"register {number + 1}" for number in range(num_registers)]
+
+
+def attention_sheet(
+    model: RegisterViT,
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    layer: int = -1,
+    height: int = 120,
+) -> Image.Image:
+    """One row per image: the picture, then the map of the class token and of each register (1 + 1 + R tiles).
+
+    Every map is scaled to its own brightest patch.
+    """
+    pixels = to_pixels(images, mean, std)
+    maps = attention_maps(model, images, layer).cpu().numpy()
+    rows = []
+    for picture, tokens in zip(pixels, maps):
+        first = tile(picture, height)
+        rows.append([first] + [tile(colour_map(each), height, first.width, smooth=False) for each in tokens])
+    return sheet(rows, ["image", *token_names(model.num_registers)])
+
+
+def colour_map(values: np.ndarray) -> np.ndarray:
+    """values (h, w), at least 0 -> uint8 (h, w, 3), black at 0 and brightest at the maximum."""
+    top = float(values.max())
+    shares = values / top if top > 0 else np.zeros_like(values)
+    return (matplotlib.colormaps[COLOURS](shares)[..., :3] * 255).round().astype(np.uint8)
+
+
+def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """A map over its picture: grey and dim where nobody looks, in the map's colours where the token does.
+
+    pixels (H, W, 3) uint8, values (h, w) at least 0 -> (H, W, 3) uint8
+    """
+    height, width = pixels.shape[:2]
+    top = float(values.max())
+    small = Image.fromarray((values / top if top > 0 else np.zeros_like(values)).astype(np.float32))
+    shares = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
+    heat = matplotlib.colormaps[COLOURS](shares)[..., :3] * 255
+    grey = pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
+    weight = 0.7 * shares[..., None]
+    return (0.6 * grey * (1 - weight) + heat * weight).clip(0, 255).round().astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# dinoreg view attention
+
+
+def view_attention(
+    weights: str,
+    images: str | Sequence[str] | None = None,
+    out: str | None = None,
+    *,
+    layer: str = "-1",
+    head: str = "all",
+    size: int | Sequence[int] | None = None,
+    num: int | None = None,
+    device: str = "auto",
+) -> Path:
+    """Draw the attention of CLS and each register over some images; returns the page's path.
+
+    layer   index of a block, from 0 or from the end; several as "0,5,11"; or "all"
+    head    "all": the mean and every head; "mean"; or a head's number from 0
+    size    pixels, one side or (height, width), multiples of the patch size
+    raises  UserError, before anything is written, for a layer, head, size, image or model that is not there
+    """
+    subject = open_subject(weights, device)
+    model = subject.model
+    layers, heads = chosen_layers(layer, model.depth), chosen_heads(head, model.heads)
+    resolution = picture_size(model, size)
+    grid = (resolution[0] // model.patch_size, resolution[1] // model.patch_size)
+    gallery = Gallery("attention", Path(out) if out else subject.folder)
+    pictures = read_pictures(subject, images, num, resolution)
+    shown = to_pixels(pictures.images, subject.mean, subject.std)
+    columns = ["image", *token_names(model.num_registers)]
+    sections: list[tuple[str, str, Sequence[str]]] = []
+    budgets: list[list[list[Budget]]] = [[] for _ in layers]  # by layer, image, token
+    for number, name in enumerate(pictures.names):
+        rows = attention_rows(model, pictures.images[number : number + 1], layers)[:, 0, heads].cpu()
+        for place, each in enumerate(rows):
+            budgets[place].append(attention_budget(each[None]))
+        maps = rows[..., 1 + model.num_registers :].unflatten(-1, grid).numpy()  # (L, heads, 1+R, h, w)
+        stem = f"{number + 1:02d}-{safe_name(Path(name).stem, 40)}"
+        parts = []
+        for ending, what, chosen, labels in _sheets(maps, layers, head):
+            for kind in ("maps", "overlay"):
+                drawn = token_sheet(shown[number], chosen, columns, labels, over=kind == "overlay")
+                parts.append(gallery.picture(f"{stem}{ending}-{kind}", drawn, f"{what}, {kind}", what))
+        sections.append((f"image-{number + 1}", Path(name).name, [in_gallery(parts)]))
+    means = {layer: _mean_budget(each) for layer, each in zip(layers, budgets)}
+    names = token_names(model.num_registers)
+    sections.insert(0, ("budget", "Where the attention goes", [_budget_table(means, names)]))
+    sections.append(unreadable(pictures))
+    numbers = {f"block {layer}": {n: b._asdict() for n, b in zip(names, each)} for layer, each in means.items()}
+    return gallery.finish(
+        f"Attention of {subject.name}",
+        "Which patches the class token and each register attend to. Every map is scaled to its brightest patch: one "
+        "bright dot on black is a token that looks at one patch.",
+        about(subject, resolution, pictures),
+        sections,
+        {"weights": subject.name, "size": resolution, "images": pictures.names, "budget": numbers},
+    )
+
+
+def token_sheet(
+    pixels: np.ndarray, maps: np.ndarray, columns: Sequence[str], labels: Sequence[str], over: bool
+) -> Image.Image:
+    """One image's maps: a row for each head or block, a column for each token, the picture in the first row.
+
+    pixels (H, W, 3) uint8; maps (rows, 1+R, h, w); over: drawn over the picture
+    """
+    first = tile(pixels, TILE)
+    small = np.asarray(first)
+    rows = []
+    for number, tokens in enumerate(maps):
+        left = first if number == 0 else Image.new("RGBA", first.size, (0, 0, 0, 0))
+        drawn = [
+            Image.fromarray(overlay(small, each)) if over else tile(colour_map(each), TILE, first.width, smooth=False)
+            for each in tokens
+        ]
+        rows.append([left, *drawn])
+    return sheet(rows, columns, labels)
+
+
+def _sheets(maps: np.ndarray, layers: Sequence[int], head: str) -> Iterator[tuple[str, str, np.ndarray, list[str]]]:
+    """(ending of the file's name, title, maps (rows, 1+R, h, w), names of the rows) of each sheet of an image.
+
+    maps (L, heads, 1+R, h, w). With all heads a sheet for each block, else one whose rows are the blocks.
+    """
+    if head == ALL:
+        for layer, each in zip(layers, maps):
+            labels = [MEAN, *(f"head {number}" for number in range(len(each)))]
+            ending = f"-block{layer}" if len(layers) > 1 else ""
+            yield ending, f"block {layer}, each head", np.concatenate([each.mean(0, keepdims=True), each]), labels
+        return
+    what = "mean of the heads" if head == MEAN else f"head {head}"
+    where = f"block {layers[0]}, " if len(layers) == 1 else ""
+    yield "", f"{where}{what}", maps.mean(axis=1), [f"block {layer}" for layer in layers]
+
+
+def chosen_layers(text: str, depth: int) -> list[int]:
+    """ "-1", "0,5,11" or "all" as indices from 0, ascending; UserError for a block that does not exist."""
+    if text.strip() == ALL:
+        return list(range(depth))
+    try:
+        numbers = [int(each) for each in text.strip("[]").split(",")]
+    except ValueError:
+        raise UserError(f"layer={text}: expected the index of a block, several with commas, or {ALL}") from None
+    for number in numbers:
+        if not -depth <= number < depth:
+            raise UserError(f"layer={number}: the model has {depth} blocks, 0 to {depth - 1} (or -1 for the last)")
+    return sorted({number % depth for number in numbers})
+
+
+def chosen_heads(text: str, count: int) -> list[int]:
+    """ "all", "mean" or a number as indices from 0; UserError for a head that does not exist."""
+    if text.strip() in (ALL, MEAN):
+        return list(range(count))
+    if not text.strip().isdecimal() or int(text) >= count:
+        raise UserError(f"head={text}: expected {ALL}, {MEAN} or a number from 0 to {count - 1}")
+    return [int(text)]
+
+
+def _mean_budget(images: Sequence[Sequence[Budget]]) -> list[Budget]:
+    """Of several images, (images, tokens) -> (tokens)."""
+    return [Budget(*np.mean(each, axis=0).tolist()) for each in zip(*images)]
+
+
+def _budget_table(means: dict[int, list[Budget]], names: Sequence[str]) -> str:
+    rows = [
+        (f"block {layer}", name, *(f"{100 * share:.1f} %" for share in each[:3]), f"{each.spread:.0f}")
+        for layer, budgets in means.items()
+        for name, each in zip(names, budgets)
+    ]
+    head = ("", "token", "to CLS", "to registers", "to patches", "patches it spreads over")
+    note = "Means over images and heads. The last column is the exponential of the entropy among patches."
+    return f'<div class="card"><p class="note">{note}</p>{html.table(head, rows, numeric=(2, 3, 4, 5))}</div>'

@@ -1,0 +1,217 @@
+"""How long tokens are, block by block, before the final norm: where artifacts show (registers paper, figures 3 and 4).
+
+An artifact is a patch token whose norm is many times that of the others. The final norm hides it, so the norms
+are those of the residual stream after each block.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from PIL import Image
+from torch import Tensor
+
+from dinoreg.models.vit import RegisterViT
+from dinoreg.reports import html
+from dinoreg.reports.plots import COLOURS, Chart, Line, short
+from dinoreg.visualize.contact_sheet import sheet, tile, to_pixels
+from dinoreg.visualize.gallery import Gallery, about, in_gallery, unreadable
+from dinoreg.visualize.subject import Pictures, Subject, open_subject, picture_size, read_pictures
+
+MAP_COLOURS = "viridis"
+TILE = 92  # pixels, the height of a map
+INK = "#868690"
+_BLOCKS_A_SHEET = 12
+_BINS = 60
+
+
+class TokenNorms(NamedTuple):
+    """Euclidean norms of tokens after each block, before the final norm; row l is block l."""
+
+    cls: Tensor  # (L, B)
+    registers: Tensor  # (L, B, R)
+    patches: Tensor  # (L, B, N)
+
+
+@torch.no_grad()
+def token_norms(model: RegisterViT, images: Tensor) -> TokenNorms:
+    """images (B, C, H, W) normalised -> the norms of all their tokens, float32 on the CPU. One image at a time."""
+    found: list[list[Tensor]] = [[], [], []]
+    for image in images:
+        layers = model.intermediate_tokens(image[None], range(model.depth), norm=False)
+        for kind, parts in enumerate(zip(*layers)):
+            found[kind].append(torch.stack([part.float().norm(dim=-1).cpu() for part in parts]))
+    return TokenNorms(*(torch.cat(each, dim=1) for each in found))
+
+
+def view_norms(
+    weights: str,
+    images: str | Sequence[str] | None = None,
+    out: str | None = None,
+    *,
+    size: int | Sequence[int] | None = None,
+    num: int | None = None,
+    device: str = "auto",
+) -> Path:
+    """Draw maps and histograms of the tokens' norms after each block; returns the page's path.
+
+    raises  UserError, before anything is written, for a size, image or model that does not fit or is not there
+    """
+    subject = open_subject(weights, device)
+    resolution = picture_size(subject.model, size)
+    gallery = Gallery("norms", Path(out) if out else subject.folder)
+    pictures = read_pictures(subject, images, num, resolution)
+    norms = token_norms(subject.model, pictures.images)
+    maps = [
+        gallery.picture(f"maps{ending}", drawn, f"norms of patch tokens{ending}")
+        for ending, drawn in _map_sheets(subject, pictures, norms, resolution)
+    ]
+    histograms = gallery.picture("histograms", histogram_sheet(norms), "histograms of norms, one for each block")
+    rows = summary(norms)
+    head = ("block", "median patch", "99th percentile", "largest patch", "largest / median", "CLS", "registers")
+    return gallery.finish(
+        f"Token norms of {subject.name}",
+        "Norms of patch, class and register tokens after each block, before the final norm. Artifacts are patches far "
+        "longer than the others; registers are there to take that part.",
+        about(subject, resolution, pictures),
+        [
+            ("layers", "By block", [html.charts([norm_chart(norms)])]),
+            ("histograms", "Histograms", [histograms]),
+            ("maps", "Maps", [_note("Black is 0; each block is scaled to its own largest patch."), in_gallery(maps)]),
+            ("numbers", "Numbers", [f'<div class="card">{html.table(head, _written(rows), range(1, 7))}</div>']),
+            unreadable(pictures),
+        ],
+        {"weights": subject.name, "size": resolution, "images": pictures.names, "blocks": rows},
+    )
+
+
+def summary(norms: TokenNorms) -> list[dict[str, float | None]]:
+    """For each block the median, 99th percentile and largest norm of patches, and the means of CLS and registers."""
+    rows: list[dict[str, float | None]] = []
+    for cls, registers, patches in zip(*norms):
+        values = patches.numpy()
+        rows.append(
+            {
+                "median": float(np.median(values)),
+                "p99": float(np.percentile(values, 99)),
+                "max": float(values.max()),
+                "cls": float(cls.mean()),
+                "registers": float(registers.mean()) if registers.numel() else None,
+            }
+        )
+    return rows
+
+
+def _written(rows: Sequence[dict[str, float | None]]) -> list[list[str]]:
+    table = []
+    for number, row in enumerate(rows):
+        median, largest = row["median"] or 0.0, row["max"] or 0.0
+        ratio = largest / median if median else None
+        values = (median, row["p99"], largest, ratio, row["cls"], row["registers"])
+        table.append([str(number), *("\u2013" if each is None else f"{each:.3g}" for each in values)])
+    return table
+
+
+def norm_chart(norms: TokenNorms) -> Chart:
+    """The norms over the blocks."""
+    rows = summary(norms)
+    names = {"median": "median patch", "p99": "99th percentile", "max": "largest patch", "cls": "CLS"}
+    if norms.registers.shape[2]:
+        names["registers"] = "registers"
+    lines = [
+        Line(name, range(len(rows)), [row[key] or 0.0 for row in rows], marker=True) for key, name in names.items()
+    ]
+    values = [value for line in lines for value in line.y if value > 0]
+    wide = bool(values) and max(values) > 30 * min(values)
+    return Chart("Norm after each block", "", lines, log=wide, from_zero=not wide, x_label="block")
+
+
+def _map_sheets(
+    subject: Subject, pictures: Pictures, norms: TokenNorms, size: tuple[int, int]
+) -> list[tuple[str, Image.Image]]:
+    """Rows of images, columns of blocks; deep models on several sheets. (ending of the file's name, sheet)."""
+    patch = subject.model.patch_size
+    grid = (size[0] // patch, size[1] // patch)
+    shown = to_pixels(pictures.images, subject.mean, subject.std)
+    depth, drawn = len(norms.patches), []
+    for first in range(0, depth, _BLOCKS_A_SHEET):
+        blocks = range(first, min(first + _BLOCKS_A_SHEET, depth))
+        rows = []
+        for number, picture in enumerate(shown):
+            left = tile(picture, TILE)
+            maps = [norms.patches[block, number].reshape(grid).numpy() for block in blocks]
+            tops = [float(norms.patches[block].max()) for block in blocks]
+            rows.append([left, *(_tile_of(each, top, left.width) for each, top in zip(maps, tops))])
+        ending = f"-blocks{blocks[0]}-{blocks[-1]}" if depth > _BLOCKS_A_SHEET else ""
+        drawn.append((ending, sheet(rows, ["image", *(f"block {block}" for block in blocks)])))
+    return drawn
+
+
+def _tile_of(values: np.ndarray, top: float, width: int) -> Image.Image:
+    shares = values / top if top > 0 else np.zeros_like(values)
+    colours = matplotlib.colormaps[MAP_COLOURS](shares)[..., :3] * (shares > 0)[..., None]
+    return tile((colours * 255).round().astype(np.uint8), TILE, width, smooth=False)
+
+
+def histogram_sheet(norms: TokenNorms) -> Image.Image:
+    """A histogram of patch norms for each block, with CLS and registers as lines, on a transparent ground."""
+    depth = len(norms.patches)
+    columns = min(4, depth)
+    rows = -(-depth // columns)
+    with rc_context({"font.size": 7, "font.family": "sans-serif", "text.parse_math": False}):
+        width, height = 2.5 * columns, 1.55 * rows + 0.35  # inches
+        figure = Figure(figsize=(width, height), dpi=120)
+        # Fixed margins: fitting them to the labels would take longer than drawing.
+        figure.subplots_adjust(
+            left=0.4 / width,
+            right=1 - 0.1 / width,
+            bottom=0.25 / height,
+            top=1 - 0.5 / height,
+            wspace=0.18,
+            hspace=0.32,
+        )
+        FigureCanvasAgg(figure)
+        figure.patch.set_alpha(0)
+        for block in range(depth):
+            axes = figure.add_subplot(rows, columns, block + 1)
+            axes.patch.set_alpha(0)
+            counts, edges = np.histogram(norms.patches[block].numpy(), bins=_BINS)
+            # As steps: a bar for each bin would take most of the time. Half a patch is the floor of the log scale.
+            axes.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=COLOURS[0])
+            axes.set_yscale("log")
+            for value in norms.cls[block].tolist():
+                axes.axvline(value, color=COLOURS[1], linewidth=0.9)
+            for value in norms.registers[block].flatten().tolist():
+                axes.axvline(value, color=COLOURS[2], linewidth=0.9, alpha=0.6)
+            axes.set_title(f"block {block}", color=INK, fontsize=8, pad=2)
+            axes.tick_params(which="both", colors=INK, length=2)
+            axes.set_xlim(left=0)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            for side, spine in axes.spines.items():
+                spine.set_visible(side == "bottom")
+                spine.set_color(INK)
+        kinds = ["patches", "CLS", "registers"] if norms.registers.shape[2] else ["patches", "CLS"]
+        handles = [Patch(color=colour) for colour, _ in zip(COLOURS, kinds)]
+        figure.legend(handles, kinds, loc="upper left", ncols=3, frameon=False, labelcolor=INK)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    image = Image.open(buffer)
+    image.load()
+    return image
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'

@@ -1,0 +1,296 @@
+"""The three leading principal components of patch tokens as red, green and blue (DINOv2 paper, figure 1).
+
+One basis is shared by a set of images, so that one colour means the same thing in all of them; kept in a file, it is
+shared by several checkpoints. As in the paper, the first component can set the foreground apart, whose colours then
+come from a basis of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from dinoreg.checkpoint.format import write_atomic
+from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.visualize.attention import chosen_layers
+from dinoreg.visualize.contact_sheet import sheet, tile, to_pixels
+from dinoreg.visualize.gallery import Gallery, about, in_gallery, unreadable
+from dinoreg.visualize.subject import open_subject, picture_size, read_pictures, safe_name
+
+BACKGROUND = (128, 134, 144)
+FORMAT = "dinoreg-patch-basis"
+TILE = 150  # pixels, the height of a picture
+_COLUMNS = 6  # images side by side
+
+
+class PatchBasis(NamedTuple):
+    """Centre and axes of a set of patch tokens, and each component's range from no colour to full colour."""
+
+    mean: Tensor  # (D,)
+    axes: Tensor  # (D, 3) orthonormal, most variance first
+    low: Tensor  # (3,)
+    high: Tensor  # (3,)
+
+
+class Foreground(NamedTuple):
+    """Patches whose first component lies above a threshold are foreground."""
+
+    mean: Tensor  # (D,)
+    axis: Tensor  # (D,) of length one, pointing at the foreground
+    threshold: Tensor  # ()
+
+
+@torch.no_grad()
+def patch_basis(patches: Tensor, margin: float = 0.01) -> PatchBasis:
+    """Fit the basis on patches (..., N, D); colours saturate for `margin` of the patches at either end.
+
+    Each axis points where its largest entry is positive, so the same tokens always get the same colours.
+    """
+    x = patches.detach().flatten(0, -2).double().cpu()  # (n, D)
+    mean, kept = _components(x, 3)
+    axes = x.new_zeros(x.shape[1], 3)
+    signs = kept.gather(0, kept.abs().argmax(dim=0, keepdim=True)).sign()
+    axes[:, : kept.shape[1]] = kept * signs
+    shares = torch.tensor([margin, 1 - margin], dtype=x.dtype)
+    low, high = ((x - mean) @ axes).quantile(shares, dim=0)
+    return PatchBasis(mean.float(), axes.float(), low.float(), high.float())
+
+
+def _components(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and up to `count` leading principal axes (D, k) of x (n, D) float64."""
+    mean = x.mean(dim=0)
+    centred = x - mean
+    if len(x) <= x.shape[1]:
+        _, _, components = torch.linalg.svd(centred, full_matrices=False)
+        return mean, components[:count].mT
+    _, vectors = torch.linalg.eigh(centred.mT @ centred)  # far quicker where there are many patches
+    return mean, vectors.flip(1)[:, :count]
+
+
+@torch.no_grad()
+def foreground_of(patches: Tensor, grid: tuple[int, int]) -> Foreground:
+    """The split of patches (B, N, D) by their first component, at the threshold that parts them best (Otsu's).
+
+    A sign has to be chosen: the foreground is the side to which the middle of the images leans against their borders.
+    The images should be of one kind; among very different ones the first component tells these apart instead.
+    """
+    x = patches.detach().flatten(0, -2).double().cpu()
+    mean, axes = _components(x, 1)
+    values = (x - mean) @ axes[:, 0]
+    threshold = otsu_threshold(values.numpy())
+    border = torch.ones(grid, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    height, width = grid
+    middle = torch.zeros(grid, dtype=torch.bool)
+    middle[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
+    maps = values.reshape(-1, *grid)
+    sign = 1.0 if maps[:, middle].mean() >= maps[:, border].mean() else -1.0
+    return Foreground(mean.float(), (sign * axes[:, 0]).float(), torch.tensor(sign * threshold).float())
+
+
+def foreground_mask(patches: Tensor, foreground: Foreground) -> Tensor:
+    """patches (B, N, D) -> (B, N) bool on the CPU, True in the foreground."""
+    x = patches.detach().float().cpu()
+    return (x - foreground.mean) @ foreground.axis > foreground.threshold
+
+
+def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
+    """The value that splits others into two groups with the most variance between them (Otsu 1979).
+
+    Of several as good, in a gap between the groups, the middle one.
+    """
+    counts, edges = np.histogram(values, bins=bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    below, above = np.cumsum(counts), np.cumsum(counts[::-1])[::-1]
+    mean_below = np.cumsum(counts * centres) / np.maximum(below, 1)
+    mean_above = (np.cumsum((counts * centres)[::-1]) / np.maximum(above[::-1], 1))[::-1]
+    between = below[:-1] * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2.0
+    best = np.flatnonzero(between >= between.max() * (1 - 1e-12))
+    return float(edges[1 + best].mean())
+
+
+def patch_colours(patches: Tensor, basis: PatchBasis) -> np.ndarray:
+    """patches (B, N, D) -> uint8 (B, N, 3)."""
+    components = (patches.detach().float().cpu() - basis.mean) @ basis.axes  # (B, N, 3)
+    shares = (components - basis.low) / (basis.high - basis.low).clamp(min=1e-12)
+    return (shares.clamp(0, 1) * 255).round().byte().numpy()
+
+
+@torch.no_grad()
+def pca_sheet(
+    model: RegisterViT, images: Tensor, mean: Sequence[float], std: Sequence[float], height: int = 120
+) -> Image.Image:
+    """Images (B, C, H, W) above their patches in colour, one column per image (2 B tiles)."""
+    patches = model(images).patches
+    grid = (images.shape[-2] // model.patch_size, images.shape[-1] // model.patch_size)
+    colours = patch_colours(patches, patch_basis(patches)).reshape(len(images), *grid, 3)
+    pictures = [tile(each, height) for each in to_pixels(images, mean, std)]
+    painted = [tile(each, height, above.width, smooth=False) for each, above in zip(colours, pictures)]
+    return sheet([pictures, painted])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A basis in a file
+
+
+def write_basis(path: Path, basis: PatchBasis, foreground: Foreground | None, source: str) -> None:
+    """Keep a basis, so that other images or checkpoints are painted in the same colours."""
+    tensors = {f"basis.{name}": each.contiguous() for name, each in basis._asdict().items()}
+    if foreground is not None:
+        tensors |= {f"foreground.{name}": each.contiguous() for name, each in foreground._asdict().items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save(tensors, {"format": FORMAT, "fitted_on": source}))
+    except OSError as error:
+        raise RunError(f"basis={path}: cannot be written ({error.strerror})") from None
+
+
+def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis, Foreground | None, str]:
+    """(basis, foreground, what it was fitted on); UserError when it is none, or does not fit the model or the key."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stated = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or ["unreadable"])[0][:120]
+        raise UserError(f"basis={path}: not a whole safetensors file ({reason})") from None
+    has_foreground = any(key.startswith("foreground.") for key in tensors)
+    shapes = {"basis.mean": (dim,), "basis.axes": (dim, 3), "basis.low": (3,), "basis.high": (3,)}
+    if has_foreground:
+        shapes |= {"foreground.mean": (dim,), "foreground.axis": (dim,), "foreground.threshold": ()}
+    if stated.get("format") != FORMAT or tensors.keys() != shapes.keys():
+        raise UserError(f"basis={path}: not a colour basis; dinoreg view pca basis=FILE writes one where FILE is not")
+    for key, shape in shapes.items():
+        if tuple(tensors[key].shape) != shape or not tensors[key].isfinite().all():
+            found = tuple(tensors[key].shape)
+            raise UserError(f"basis={path}: {key} is {found}, expected finite numbers {shape} for a width of {dim}")
+    if has_foreground != with_foreground:
+        fitted = "true" if has_foreground else "false"
+        raise UserError(f"basis={path}: was fitted with foreground={fitted}; use the same, or another file")
+    parts = {key: each.float() for key, each in tensors.items()}
+    basis = PatchBasis(*(parts[f"basis.{name}"] for name in PatchBasis._fields))
+    split = Foreground(*(parts[f"foreground.{name}"] for name in Foreground._fields)) if has_foreground else None
+    return basis, split, stated.get("fitted_on", "")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# dinoreg view pca
+
+
+def view_pca(
+    weights: str,
+    images: str | Sequence[str] | None = None,
+    out: str | None = None,
+    *,
+    foreground: bool = False,
+    basis: str | None = None,
+    layer: str = "-1",
+    size: int | Sequence[int] | None = None,
+    num: int | None = None,
+    device: str = "auto",
+) -> Path:
+    """Paint the patches of some images in the colours of one shared basis; returns the page's path.
+
+    foreground  set the foreground apart by the first component, and fit the colours on it alone
+    basis       a file: its basis is used where it is there, else this one is kept in it
+    layer       index of a block, from 0 or from the end (after the final norm in any case)
+    raises      UserError, before anything is written, for what does not fit or is not there
+    """
+    subject = open_subject(weights, device)
+    model = subject.model
+    layers = chosen_layers(layer, model.depth)
+    if len(layers) != 1:
+        raise UserError(f"layer={layer}: expected one block")
+    resolution = picture_size(model, size)
+    grid = (resolution[0] // model.patch_size, resolution[1] // model.patch_size)
+    gallery = Gallery("pca", Path(out) if out else subject.folder)
+    kept = Path(basis) if basis else None
+    given = read_basis(kept, model.dim, foreground) if kept is not None and kept.exists() else None
+    pictures = read_pictures(subject, images, num, resolution)
+    patches = torch.cat(
+        [model.intermediate_tokens(each[None], layers)[0].patches.float().cpu() for each in pictures.images]
+    )
+    if given is not None:
+        colour, split, origin = given
+    else:
+        split = foreground_of(patches, grid) if foreground else None
+        fitted = patches if split is None else patches[foreground_mask(patches, split)]
+        if not len(fitted):  # patches that are all the same have no foreground
+            raise UserError("foreground=true: the patches of these images do not differ, nothing can be set apart")
+        colour, origin = patch_basis(fitted), f"{subject.name}, {len(patches)} images"
+    painted = patch_colours(patches, colour).reshape(len(patches), *grid, 3)
+    if split is not None:
+        shape = (len(patches), *grid, 1)
+        painted = np.where(
+            foreground_mask(patches, split).reshape(shape).numpy(), painted, np.array(BACKGROUND, dtype=np.uint8)
+        )
+    shown = to_pixels(pictures.images, subject.mean, subject.std)
+    parts = []
+    for number, (picture, colours) in enumerate(zip(shown, painted)):
+        name = Path(pictures.names[number]).stem
+        both = pair(picture, colours, resolution)
+        parts.append(gallery.picture(f"{number + 1:02d}-{safe_name(name, 40)}", both, name, name))
+    overview = gallery.picture("all", overview_sheet(shown, painted), "all images above their patches")
+    if kept is not None and given is None:
+        write_basis(kept, colour, split, origin)
+    explained = explained_shares(patches if split is None else patches[foreground_mask(patches, split)], colour)
+    facts = [
+        *about(subject, resolution, pictures),
+        ("variance shown", f"{sum(explained):.0%}", " + ".join(f"{each:.0%}" for each in explained)),
+        ("basis", "from a file" if given else "of these images", f"fitted on {origin}" if given else ""),
+    ]
+    if split is not None:
+        facts.append(("foreground", f"{foreground_mask(patches, split).float().mean():.0%}", "of all patches"))
+    return gallery.finish(
+        f"Patch colours of {subject.name}",
+        f"The three leading principal components of the patch tokens of block {layers[0]} as red, green and blue. All "
+        "pictures share one basis: equal colours are equal features. Specks of another colour in even areas are "
+        "artifacts.",
+        facts,
+        [
+            ("all", "All images", [overview]),
+            ("each", "Each image", [in_gallery(parts)]),
+            unreadable(pictures),
+        ],
+        {
+            "weights": subject.name,
+            "size": resolution,
+            "layer": layers[0],
+            "images": pictures.names,
+            "basis": origin,
+            "explained": explained,
+        },
+    )
+
+
+def explained_shares(patches: Tensor, basis: PatchBasis) -> list[float]:
+    """The share of the variance of patches (..., D) along each of the basis's axes."""
+    x = patches.flatten(0, -2).double()
+    x = x - x.mean(dim=0)
+    total = float(x.square().sum())
+    return [float(each) / total if total else 0.0 for each in (x @ basis.axes.double()).square().sum(dim=0)]
+
+
+def overview_sheet(pictures: np.ndarray, painted: np.ndarray) -> Image.Image:
+    """Images (B, H, W, 3) above their colours (B, h, w, 3), a few side by side."""
+    rows = []
+    for first in range(0, len(pictures), _COLUMNS):
+        above = [tile(each, TILE) for each in pictures[first : first + _COLUMNS]]
+        below = [tile(each, TILE, above[0].width, smooth=False) for each in painted[first : first + _COLUMNS]]
+        rows += [above, below]
+    return sheet(rows)
+
+
+def pair(picture: np.ndarray, colours: np.ndarray, size: tuple[int, int]) -> Image.Image:
+    """One image (H, W, 3) beside its colours (h, w, 3), each patch as many whole pixels as it covers."""
+    height, width = size
+    return sheet([[tile(picture, height, width), tile(colours, height, width, smooth=False)]])

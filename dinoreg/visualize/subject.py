@@ -1,0 +1,295 @@
+"""What a view looks at: the model that `weights=` means, with the preprocessing it was trained with, and some images.
+
+Works on whatever `dinoreg.weights.load.load` opens; a bare name gets random weights, the same ones every time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinoreg.config.load import load_config
+from dinoreg.config.schema import DataConfig
+from dinoreg.data.center_crop import center_crop
+from dinoreg.data.decode import BadImage, decode
+from dinoreg.data.folder_index import EXTENSIONS, PathBlock
+from dinoreg.data.open import open_source
+from dinoreg.data.source import Source
+from dinoreg.data.sources import ChosenSource, JoinedSource, PathSource
+from dinoreg.data.tar_index import TarSource, index_tars
+from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.device import pick_device
+from dinoreg.runtime.errors import UserError
+from dinoreg.weights.library_configs import library_of, preprocessing_of
+from dinoreg.weights.load import load
+from dinoreg.weights.resolve import find_weights
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NUM_IMAGES = 8
+MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
+MAX_SIZE = 672  # pixels a side up to which that is done
+MAX_ASPECT = 8  # of an image; what lies beyond, outside of any centre crop, is cut off before resizing
+
+_STEP = re.compile(r"step_(\d+)")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model in evaluation mode and how its images are made.
+
+    mean, std  one number per channel, of pixels in 0..1
+    run, step  the run that the weights belong to, or None and 0
+    """
+
+    model: RegisterViT
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    run: Path | None = None
+    step: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where views of it go when nothing is said: `RUN/view/<step>/`, or `view/<name>/`."""
+        if self.run is not None:
+            return self.run / "view" / f"{self.step:07d}"
+        return Path("view") / safe_name(self.name)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images as the model gets them, and what could not be read."""
+
+    images: Tensor  # (B, C, H, W) float32, normalised, on the model's device
+    names: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]  # (name, reason)
+
+
+def open_subject(weights: str, device: str = "auto") -> Subject:
+    """The model of a run folder, a weight file or a name; raises UserError in one line when there is none."""
+    where = pick_device(device)
+    file = find_weights(weights)
+    if file is None:
+        # LayerScale's usual start of 1e-5 would leave the tokens of random weights as good as constant.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = load(weights, where, layerscale=1.0)
+        name, run, step = f"{weights} (random weights)", None, 0
+    else:
+        model = load(weights, where)
+        match = _STEP.fullmatch(file.stem)
+        home = file.parent.parent
+        of_run = match is not None and file.parent.name == "teacher" and (home / "config.yaml").is_file()
+        run, step = (home, int(match[1])) if of_run and match else (None, 0)
+        own = Path(weights).resolve().name if Path(weights).is_dir() else file.stem
+        name = f"{home.resolve().name} at step {step:,}" if of_run else own
+    mean, std = stated_preprocessing(file, model.in_channels)
+    return Subject(model.requires_grad_(False), name, mean, std, run, step)
+
+
+def stated_preprocessing(file: Path | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel: by the JSON beside a teacher file or a transformers folder's, else ImageNet's.
+
+    With other than three channels and nothing stated they are 0.5 and 0.25. Raises UserError for numbers that do not
+    fit the channels.
+    """
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.25,))
+    stated: Mapping[str, Any] = {}
+    if file is not None and (library := library_of(file.parent)) is not None:
+        stated = preprocessing_of(file.parent, library)
+    elif file is not None and file.with_suffix(".json").is_file():
+        section = _read_json(file.with_suffix(".json")).get("preprocessing")
+        stated = section if isinstance(section, dict) else {}
+    return (
+        _per_channel(stated.get("mean") or mean, channels, "mean", file),
+        _per_channel(stated.get("std") or std, channels, "std", file),
+    )
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"weights: {path} is not JSON") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _per_channel(values: Any, channels: int, key: str, file: Path | None) -> tuple[float, ...]:
+    fits = isinstance(values, (list, tuple)) and len(values) in (1, channels)
+    if not fits or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        raise UserError(f"weights {file}: {key}={values!r}: expected one number or one for each of {channels} channels")
+    if key == "std" and min(values) <= 0:
+        raise UserError(f"weights {file}: std={values!r}: expected positive numbers")
+    return tuple(map(float, values)) * (channels // len(values))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def open_images(spec: str | Sequence[str], key: str = "images") -> Source:
+    """A source of images: a file, a folder, a list of paths, tar archives, scenes, or several of these.
+
+    Tars are a folder that holds nothing else, or one archive by name. Raises UserError when there is no image.
+    """
+    if not isinstance(spec, str):
+        parts = [open_images(each, key) for each in spec]
+        if not parts:
+            raise UserError(f"{key}=[]: expected at least one image, folder or list")
+        return parts[0] if len(parts) == 1 else JoinedSource(parts)
+    path = Path(os.path.expanduser(spec))
+    if path.is_file() and path.suffix.lower() in EXTENSIONS:
+        return PathSource(os.path.abspath(path.parent), PathBlock.of([path.name]))
+    if path.is_file() and path.suffix == ".tar":
+        return _tars(path.parent, path.name)
+    if path.is_dir():
+        try:
+            return open_source(spec)
+        except UserError:
+            if not any(path.glob("*.tar")):
+                raise
+            return _tars(path)
+    return open_source(spec)
+
+
+def _tars(folder: Path, archive: str | None = None) -> Source:
+    members = index_tars(folder)
+    source = TarSource(os.path.abspath(folder), members)
+    if archive is None:
+        return source
+    chosen = (members.archive == list(members.archives).index(archive)).nonzero()[0]
+    if not len(chosen):
+        raise UserError(f"data: no image files in {folder / archive}")
+    return ChosenSource(source, chosen)
+
+
+def is_file_list(spec: str | Sequence[str]) -> bool:
+    """Whether images were named one by one, so that all of them are meant."""
+    each = [spec] if isinstance(spec, str) else list(spec)
+    return all(os.path.splitext(item)[1].lower() in EXTENSIONS and os.path.isfile(item) for item in each)
+
+
+def picture_size(model: RegisterViT, size: int | Sequence[int] | None = None) -> tuple[int, int]:
+    """(height, width) in pixels: as asked for, else the model's own, a whole multiple of it where that is small.
+
+    raises UserError for a side that the patch size does not divide
+    """
+    patch = model.patch_size
+    if size is None:
+        short = min(model.image_size)
+        scaled = view_size(short, patch)
+        height, width = (scaled * side // short // patch * patch for side in model.image_size)
+        return height, width
+    height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    for side in (height, width):
+        if side < patch or side % patch:
+            raise UserError(f"size={side}: {multiples(side, patch)}")
+    return height, width
+
+
+def multiples(side: int, patch: int) -> str:
+    """What is said of a side that the patch size does not divide."""
+    below = max(side // patch, 1) * patch
+    return f"expected a multiple of the patch size {patch}, as {below} or {below + patch}"
+
+
+def view_size(side: int, patch_size: int) -> int:
+    """The picture size: that of training, or a whole multiple of it that gives a grid worth looking at."""
+    factor = max(1, math.ceil(MIN_GRID * patch_size / side))
+    return min(side * factor, max(side, MAX_SIZE // patch_size * patch_size))
+
+
+def fit(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (antialiased bicubic) until the image covers height x width, and crop the centre.
+
+    image (C, H, W) uint8 -> (C, height, width) uint8; for a square the same as an evaluation's centre crop
+    """
+    rows, columns = image.shape[1:]
+    limit = MAX_ASPECT * max(height, width) // min(height, width) * min(rows, columns)
+    if max(rows, columns) > limit:  # resized whole, a strip of a million pixels would take gigabytes
+        kept = min(rows, limit), min(columns, limit)
+        top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
+        image = image[:, top : top + kept[0], left : left + kept[1]]
+        rows, columns = kept
+    if height == width:
+        return center_crop(image, height)
+    scale = max(height / rows, width / columns)
+    shape = (max(height, round(rows * scale)), max(width, round(columns * scale)))
+    resized = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    return resized[:, top : top + height, left : left + width]
+
+
+def read_pictures(
+    subject: Subject, spec: str | Sequence[str] | None, num: int | None, size: tuple[int, int]
+) -> Pictures:
+    """Up to `num` images from all over a source (by default 8, or every file that was named), as the model wants them.
+
+    spec    None: the data that the run was trained on
+    raises  UserError when nothing is named or no image can be read
+    """
+    if num is not None and num < 1:
+        raise UserError(f"num={num}: expected at least 1 image")
+    if spec is None:
+        source = run_source(subject)
+    else:
+        source = open_images(spec)
+        num = len(source) if num is None and is_file_list(spec) else num
+    pixels, names, skipped = [], [], []
+    for index in evenly_spaced(len(source), num or NUM_IMAGES):
+        try:
+            pixels.append(fit(decode(source.read(index), subject.model.in_channels), *size))
+            names.append(source.name(index))
+        except BadImage as error:
+            skipped.append((source.name(index), str(error)))
+    if not pixels:
+        raise UserError(f"images: none of {len(skipped)} could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
+    device = next(subject.model.parameters()).device
+    scale, shift = (torch.tensor(values)[:, None, None] for values in (subject.std, subject.mean))
+    images = ((torch.stack(pixels).float() / 255 - shift) / scale).to(device)
+    return Pictures(images, tuple(names), tuple(skipped))
+
+
+def evenly_spaced(total: int, count: int) -> Sequence[int]:
+    """`count` of the indices below `total` at equal distances, or all of them where there are no more."""
+    if total <= count:
+        return range(total)
+    return [total * (2 * number + 1) // (2 * count) for number in range(count)]
+
+
+def run_source(subject: Subject) -> Source:
+    """The images of the run that the weights belong to; UserError where there is no such run."""
+    if subject.run is None:
+        raise UserError("images: missing; name an image, a folder, a list of paths, or scenes")
+    return config_source(load_config(subject.run).data, f"images: missing, and {subject.run} does not name its data")
+
+
+def config_source(data: DataConfig, missing: str) -> Source:
+    """The images that a config trains on; UserError with the words `missing` when it names none."""
+    if data.source is None:
+        raise UserError(missing)
+    index = Path(data.index_dir) if data.index_dir else None
+    return open_source(data.source, weights=data.weights, root=data.root, index_dir=index)
+
+
+def newest_step(run: Path) -> int:
+    """The step of a run's newest teacher file, 0 before there is one."""
+    matches = [_STEP.fullmatch(path.stem) for path in (run / "teacher").glob("step_*.safetensors")]
+    return max((int(match[1]) for match in matches if match), default=0)
+
+
+def safe_name(text: str, length: int = 60) -> str:
+    """A text as the name of a file: letters, digits, "-", "_" and "."."""
+    kept = "".join(each if each.isascii() and (each.isalnum() or each in "-_.") else "-" for each in text)
+    return re.sub("-+", "-", kept).strip("-.")[:length] or "model"

@@ -1,0 +1,157 @@
+"""What a state dict says about the encoder it belongs to.
+
+Shapes say width, depth, patch, channels, registers and FFN. What they cannot say (heads, a rectangular grid, how
+positions are resampled) comes from what is stated beside the file, or follows the library the file comes from. What
+is stated must never contradict the shapes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dinoreg.models.layers import swiglu_hidden_dim
+from dinoreg.models.registry import HEAD_DIM, resampling
+from dinoreg.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Arguments of RegisterViT that a JSON file states.
+
+    where  the file's name, for messages
+    names  the file's own names of arguments that it calls otherwise
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    where: str = "metadata"
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def says(self, key: str) -> str:
+        return f"{self.where} says {self.names.get(key, key)}={self.values.get(key)!r}"
+
+
+def infer_architecture(
+    state: Mapping[str, Tensor],
+    stated: Stated | Mapping[str, Any] | None = None,
+    path: str | Path = "state dict",
+    source: str = "meta",
+) -> dict[str, Any]:
+    """The arguments of RegisterViT for a backbone state dict under our key names.
+
+    stated  fills in what shapes leave open and must not contradict them: what `RegisterViT.architecture()` gave when
+            the file was written, or a library's config
+    source  "meta" | "timm" | "transformers": whose resampling of positions is followed where `stated` is silent
+    raises UserError where the shapes are no encoder's, or where they disagree with what is stated
+    """
+    told = stated if isinstance(stated, Stated) else Stated(stated if isinstance(stated, Mapping) else {})
+    said = told.values
+    cls = _shaped(state, "cls_token", 3, path)
+    patch = _shaped(state, "patch_embed.proj.weight", 4, path)
+    positions = _shaped(state, "pos_embed", 3, path)
+    indices = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d{1,6})\.", key))}
+    if not indices or indices != set(range(len(indices))):
+        raise UserError(f"weights {path}: blocks {sorted(indices)[:8]} are not numbered 0, 1, 2, ...")
+    registers = _shaped(state, "register_tokens", 3, path).shape[1] if "register_tokens" in state else 0
+    if "blocks.0.mlp.w12.weight" in state:
+        ffn, hidden = "swiglu", _shaped(state, "blocks.0.mlp.w12.weight", 2, path).shape[0] // 2
+    else:
+        ffn, hidden = "mlp", _shaped(state, "blocks.0.mlp.fc1.weight", 2, path).shape[0]
+    found: dict[str, Any] = {
+        "dim": cls.shape[2],
+        "depth": len(indices),
+        "patch_size": patch.shape[2],
+        "ffn": ffn,
+        "in_channels": patch.shape[1],
+        "num_registers": registers,
+    }
+    for key, value in found.items():
+        if key in said and said[key] != value:
+            raise UserError(f"weights {path}: {told.says(key)}, the tensors say {value!r}")
+    found["ffn_ratio"] = _ffn_ratio(found["dim"], ffn, hidden, told, path)
+    has_scale, scale = "blocks.0.ls1.gamma" in state, said.get("layerscale")
+    found["layerscale"] = (scale if is_number(scale) and scale else 1.0) if has_scale else None
+    found["heads"] = _heads(found["dim"], told, path)
+    found["image_size"] = _image_size(positions.shape[1] - 1, found["patch_size"], told, path)
+    found |= resampling(source, registers)
+    if isinstance(said.get("antialias"), bool):
+        found["antialias"] = said["antialias"]
+    for key in ("position_offset", "init_std"):
+        if is_number(said.get(key)):
+            found[key] = float(said[key])
+    return found
+
+
+def describe_resampling(antialias: bool, position_offset: float) -> str:
+    """In words: "bicubic, antialiased, to the size"."""
+    how = f"by a factor with offset {position_offset:g}" if position_offset else "to the size"
+    return f"bicubic, {'' if antialias else 'not '}antialiased, {how}"
+
+
+def hidden_dim_of(dim: int, ffn: str, ratio: float) -> int:
+    """Hidden width of an FFN: after the gate's two-thirds rule for "swiglu"."""
+    hidden = int(dim * ratio)
+    return swiglu_hidden_dim(hidden) if ffn == "swiglu" else hidden
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a finite number of reasonable size, and no bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _shaped(state: Mapping[str, Tensor], key: str, ndim: int, path: str | Path) -> Tensor:
+    value = state.get(key)
+    if value is None:
+        raise UserError(f"weights {path}: no {key!r}; expected the state dict of a ViT of Meta, timm or transformers")
+    if value.ndim != ndim or not value.numel():
+        raise UserError(f"weights {path}: {key!r} has shape {tuple(value.shape)}, expected {ndim} dimensions")
+    return value
+
+
+def _ffn_ratio(dim: int, ffn: str, hidden: int, told: Stated, path: str | Path) -> float:
+    """A ratio that gives this hidden width: the one that is stated, the usual 4, or whichever does."""
+    said = told.values.get("ffn_ratio")
+    if said is not None:
+        if is_number(said) and 0 < said < 1024 and hidden_dim_of(dim, ffn, said) == hidden:
+            return float(said)
+        raise UserError(f"weights {path}: {told.says('ffn_ratio')}, the tensors have a hidden width of {hidden}")
+    ratio = hidden * (1.5 if ffn == "swiglu" else 1.0) / dim
+    # Rounding may have put the quotient a hair below the ratio that gives the width back.
+    return next(
+        r for r in (4.0, ratio, math.nextafter(ratio, math.inf)) if hidden_dim_of(dim, ffn, r) == hidden or r > ratio
+    )
+
+
+def _heads(dim: int, told: Stated, path: str | Path) -> int:
+    said = told.values.get("heads")
+    if type(said) is int and 0 < said <= dim and dim % said == 0:
+        return said
+    if said is None and dim % HEAD_DIM == 0:
+        return dim // HEAD_DIM
+    if said is None:
+        raise UserError(f"weights {path}: the width {dim} does not tell the number of heads; give heads=")
+    raise UserError(f"weights {path}: {told.says('heads')}, which does not divide the width {dim}")
+
+
+def _image_size(num_patches: int, patch_size: int, told: Stated, path: str | Path) -> list[int]:
+    said = told.values.get("image_size")
+    if said is not None:
+        pair = [said, said] if isinstance(said, int) else said
+        if (
+            isinstance(pair, list | tuple)
+            and len(pair) == 2
+            and all(type(extent) is int and extent > 0 for extent in pair)
+            and (pair[0] // patch_size) * (pair[1] // patch_size) == num_patches
+        ):
+            return [extent // patch_size * patch_size for extent in pair]
+        raise UserError(f"weights {path}: {told.says('image_size')}, the tensors have {num_patches} patch positions")
+    side = math.isqrt(num_patches)
+    if side * side != num_patches:
+        raise UserError(f"weights {path}: {num_patches} patch positions are not a square grid's")
+    return [side * patch_size, side * patch_size]

@@ -1,0 +1,320 @@
+"""Key names and layouts of Meta, timm and transformers, as pure functions between state dicts.
+
+Ours are Meta's (`vit.py`), so `to_meta` only checks. A `from_*` function renames what belongs to a backbone and hands
+through, under its own name, whatever else is in the dict (heads, unknown tensors): the reader decides what becomes of
+it. No function copies a tensor unless its values or layout change, and none changes what it is given.
+
+Meta <-> ours and transformers <-> ours are exact, bit for bit. timm's form holds less than ours: its mask token is
+gone, and in models with registers the class token's position is folded into the class token. The sum is the very one
+that the encoder forms at every step, so outputs stay the same bit for bit, but one sum does not tell its two terms;
+`timm_remainder` keeps them for who wants the way back to be exact too.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinoreg.runtime.errors import UserError
+
+State = dict[str, Tensor]
+
+WRAPPERS = ("teacher", "model", "state_dict")  # of a training file: the first of these that is there is taken
+
+_PREFIX = re.compile(r"^(?:(?:module|backbone|teacher|_orig_mod)\.)+")
+_CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
+_META_FFN = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
+
+_HF_PREFIX = re.compile(
+    r"(?:module\.)?(?:dinov2_with_registers|dinov2|model|backbone)\.(?=embeddings\.|encoder\.|layernorm\.)"
+)
+_HF_BLOCK = re.compile(r"(?:encoder\.layers?|layers)\.(\d+)\.(.+)")
+_HF_OUTER = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.register_tokens": "register_tokens",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.patch_embeddings.projection.weight": "patch_embed.proj.weight",
+    "embeddings.patch_embeddings.projection.bias": "patch_embed.proj.bias",
+    "layernorm.weight": "norm.weight",
+    "layernorm.bias": "norm.bias",
+}
+# Within a block: names before transformers 5 (still those on disk), then names in memory since.
+_HF_INNER = (
+    (re.compile(r"layer_scale([12])\.(?:lambda1|gamma)"), r"ls\1.gamma"),
+    (re.compile(r"attention\.(?:output\.dense|o_proj)\.(weight|bias)"), r"attn.proj.\1"),
+    (re.compile(r"attention\.(?:attention\.)?(?:qkv|qkv_proj)\.(weight|bias)"), r"attn.qkv.\1"),
+    (re.compile(r"mlp\.weights_in\.(weight|bias)"), r"mlp.w12.\1"),
+    (re.compile(r"mlp\.(?:weights_out|down_proj)\.(weight|bias)"), r"mlp.w3.\1"),
+)
+_HF_PARTS = (
+    (re.compile(r"attention\.(?:attention\.)?(query|key|value)\.(weight|bias)"), "attn.qkv"),
+    (re.compile(r"attention\.(q_proj|k_proj|v_proj)\.(weight|bias)"), "attn.qkv"),
+    (re.compile(r"mlp\.(gate_proj|up_proj)\.(weight|bias)"), "mlp.w12"),
+)
+_ORDER = {"query": 0, "key": 1, "value": 2, "q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "up_proj": 1}
+_COUNT = {"attn.qkv": 3, "mlp.w12": 2}
+
+
+def unwrap(content: Any) -> tuple[State, tuple[str, ...]]:
+    """The state dict inside a training file, and the names of the entries beside it; a plain state dict is its own.
+
+    raises UserError when there is none
+    """
+    others: tuple[str, ...] = ()
+    for wrapper in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            others = tuple(str(key)[:80] for key in content if key != wrapper)
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"holds a {type(content).__name__}, expected a state dict of tensors")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
+            raise UserError(f"entry {str(key)[:80]!r} is not a floating-point tensor")
+    return dict(content), others
+
+
+def detect(state: Mapping[str, Any]) -> str:
+    """Whose key names these are: "meta", "timm" or "transformers". Values that are no tensors do not matter.
+
+    A ViT with an MLP, no registers and no mask token has the same names in Meta's form and timm's; it is taken for
+    timm's, because Meta's files always hold a mask token and timm's never do.
+    """
+    keys = {str(key) for key in state}
+    if any(re.search(r"(^|\.)embeddings\.(cls_token|patch_embeddings\.)", key) for key in keys):
+        return "transformers"
+    if "reg_token" in keys:
+        return "timm"
+    metas_own = keys & {"mask_token", "register_tokens"} or any(".mlp.w12." in key for key in keys)
+    return "timm" if "cls_token" in keys and not metas_own else "meta"
+
+
+# ---------------------------------------------------------------------------------------------------------- Meta
+
+
+def from_meta(state: Any) -> State:
+    """Ours from Meta's: a hub file, or a training file's {"teacher": ...} with `module.`, `backbone.` and `teacher.`
+    prefixes and blocks in chunks (`blocks.<chunk>.<index>.`).
+
+    raises UserError when one name is there twice, or when it holds no state dict
+    """
+    inner, _ = unwrap(state)
+    return _unique((_CHUNKED.sub(r"blocks.\1.", _PREFIX.sub("", key)), value) for key, value in inner.items())
+
+
+def to_meta(state: Mapping[str, Tensor]) -> State:
+    """Meta's hub format from ours: the same names. A missing mask token is added as zeros, its value in a model that
+    never hid a patch: without it neither Meta's strict loading nor timm's recognition of the format works."""
+    _need(state, "cls_token", "pos_embed", "patch_embed.proj.weight")
+    out = dict(state)
+    if "mask_token" not in out:
+        out["mask_token"] = out["cls_token"].new_zeros(1, out["cls_token"].shape[-1])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- timm
+
+
+def to_timm(state: Mapping[str, Tensor], num_registers: int | None = None) -> State:
+    """timm's `vit_*_patch*_[reg*_]dinov2` from ours.
+
+    With registers: cls_token + pos_embed[:, :1] -> cls_token, pos_embed[:, 1:] -> pos_embed, register_tokens ->
+    reg_token. Without: positions keep the class token's. The mask token is dropped; SwiGLU's w12, w3 become fc1, fc2.
+    Fold in float32 and cast afterwards: a sum of rounded halves is not the rounded sum.
+
+    num_registers  what the caller believes; UserError if the tensors say otherwise
+    """
+    _need(state, "cls_token", "pos_embed")
+    found = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    if num_registers is not None and num_registers != found:
+        raise UserError(f"num_registers={num_registers}, the tensors hold {found}")
+    out = {_replaced(key, _META_FFN): value for key, value in state.items() if key != "mask_token"}
+    if found:
+        out["reg_token"] = out.pop("register_tokens")
+        out["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        out["pos_embed"] = state["pos_embed"][:, 1:]
+    return out
+
+
+def timm_remainder(state: Mapping[str, Tensor]) -> State:
+    """What `to_timm` loses: the class token and its position before they were added (with registers), the mask token.
+
+    Hand it to `from_timm` and the way there and back is exact, bit for bit.
+    """
+    kept = {key: state[key] for key in ("mask_token",) if key in state}
+    if "register_tokens" in state:
+        kept |= {"cls_token": state["cls_token"], "cls_position": state["pos_embed"][:, :1]}
+    return kept
+
+
+def from_timm(
+    state: Mapping[str, Tensor],
+    remainder: Mapping[str, Tensor] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> State:
+    """Ours from timm's ViT with a class token, with registers and without.
+
+    A folded class token stays in `cls_token`, with a position of zero: the sum, all that the encoder uses, is the same.
+    Where timm gives positions to registers (its models without `no_embed_class`), these are folded into the registers.
+
+    remainder  what `timm_remainder` kept; UserError if its two terms do not add up to the class token in `state`
+    grid       (rows, columns) of the positions; by default a square, UserError if that is in doubt
+    """
+    _need(state, "cls_token", "pos_embed")
+    out = dict(state)
+    for key in state:
+        if match := re.fullmatch(r"(blocks\.\d+\.mlp\.)fc1\.weight", key):
+            second = state.get(f"{match[1]}fc2.weight")
+            if second is not None and second.ndim == 2 and state[key].shape[0] == 2 * second.shape[1]:
+                for part in ("weight", "bias"):
+                    for theirs, ours in (("fc1", "w12"), ("fc2", "w3")):
+                        if f"{match[1]}{theirs}.{part}" in out:
+                            out[f"{match[1]}{ours}.{part}"] = out.pop(f"{match[1]}{theirs}.{part}")
+    registers = out.pop("reg_token", None)
+    num_registers = 0 if registers is None else registers.shape[1]
+    prefix = _timm_prefix(state["pos_embed"].shape[1], num_registers, grid)
+    positions = state["pos_embed"]
+    if registers is not None and num_registers:
+        out["register_tokens"] = registers + positions[:, 1:prefix] if prefix > 1 else registers
+    if prefix == 0:
+        zero = torch.zeros_like(positions[:, :1])
+        out["pos_embed"] = torch.cat([zero, positions], dim=1)
+    elif prefix > 1:
+        out["pos_embed"] = torch.cat([positions[:, :1], positions[:, prefix:]], dim=1)
+    if remainder:
+        if "cls_token" in remainder:
+            cls, position = remainder["cls_token"], remainder["cls_position"]
+            if prefix or not torch.equal(cls + position, state["cls_token"]):
+                raise UserError("the remainder's class token and position do not add up to this file's class token")
+            out["cls_token"] = cls
+            out["pos_embed"] = torch.cat([position, positions], dim=1)
+        if "mask_token" in remainder:
+            out["mask_token"] = remainder["mask_token"]
+    return out
+
+
+def _timm_prefix(num_positions: int, num_registers: int, grid: tuple[int, int] | None) -> int:
+    """How many positions stand before those of the patches: 0 (`no_embed_class`), 1, or 1 + registers."""
+    choices = (0, 1 + num_registers)
+    if grid is not None:
+        fitting = [prefix for prefix in choices if num_positions - prefix == grid[0] * grid[1]]
+        if not fitting:
+            raise UserError(f"pos_embed has {num_positions} positions, which fit no grid of {grid[0]}x{grid[1]}")
+        return fitting[0]
+    fitting = [prefix for prefix in choices if _is_square(num_positions - prefix)]
+    if not fitting:
+        raise UserError(f"{num_positions} positions are not a square grid's")
+    return fitting[0]
+
+
+def _is_square(number: int) -> bool:
+    return number > 0 and math.isqrt(number) ** 2 == number
+
+
+# -------------------------------------------------------------------------------------------------- transformers
+
+
+def from_transformers(state: Mapping[str, Tensor]) -> State:
+    """Ours from transformers' Dinov2 and Dinov2WithRegisters, under the names on disk and those in memory since
+    transformers 5, with or without the prefix that a model with a head puts before its backbone.
+
+    raises UserError when one of query, key and value (or of gate and up) is missing, or a name is there twice
+    """
+    pairs: list[tuple[str, Tensor]] = []
+    parts: dict[str, dict[int, Tensor]] = {}
+    for key, value in state.items():
+        name = _HF_PREFIX.sub("", key, count=1) if _HF_PREFIX.match(key) else key
+        block = _HF_BLOCK.fullmatch(name)
+        if block is None:
+            if name == "embeddings.register_tokens" and not value.numel():
+                continue  # a model with zero registers
+            pairs.append((_HF_OUTER.get(name, key), value))
+            continue
+        inner = block[2]
+        for pattern, fused in _HF_PARTS:
+            if match := pattern.fullmatch(inner):
+                name = f"blocks.{block[1]}.{fused}.{match[2]}"
+                if parts.setdefault(name, {}).setdefault(_ORDER[match[1]], value) is not value:
+                    raise UserError(f"{name!r} is there twice, under {key!r} and another name")
+                break
+        else:
+            for pattern, ours in _HF_INNER:
+                inner = pattern.sub(ours, inner) if pattern.fullmatch(inner) else inner
+            pairs.append((f"blocks.{block[1]}.{inner}", value))
+    for name, found in parts.items():
+        count = _COUNT[".".join(name.split(".")[2:4])]
+        if len(found) != count:
+            raise UserError(f"{name!r} has {len(found)} of its {count} parts")
+        if len({value.shape for value in found.values()}) != 1:
+            raise UserError(f"{name!r} has parts of different shapes")
+        pairs.append((name, torch.cat([found[index] for index in range(count)])))
+    return _unique(pairs)
+
+
+def to_transformers(state: Mapping[str, Tensor]) -> State:
+    """transformers' names on disk (those before version 5, which every version reads and writes) from ours.
+
+    Query, key and value are views of the fused tensor, one after the other in memory. transformers always has
+    LayerScale, so a model without gets factors of one, which change no bit of the output.
+    """
+    _need(state, "cls_token", "pos_embed", "patch_embed.proj.weight")
+    outer = {ours: theirs for theirs, ours in _HF_OUTER.items()}
+    inner = (
+        ("attn.proj.", "attention.output.dense."),
+        ("ls1.gamma", "layer_scale1.lambda1"),
+        ("ls2.gamma", "layer_scale2.lambda1"),
+        ("mlp.w12.", "mlp.weights_in."),
+        ("mlp.w3.", "mlp.weights_out."),
+    )
+    out: State = {}
+    blocks: set[str] = set()
+    for key, value in state.items():
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+        if block is None:
+            out[outer.get(key, key)] = value
+            continue
+        there = f"encoder.layer.{block[1]}."
+        blocks.add(there)
+        if qkv := re.fullmatch(r"attn\.qkv\.(weight|bias)", block[2]):
+            for part, third in zip(("query", "key", "value"), value.chunk(3)):
+                out[f"{there}attention.attention.{part}.{qkv[1]}"] = third
+        else:
+            out[there + _replaced(block[2], inner)] = value
+    for there in sorted(blocks):
+        for which in ("1", "2"):
+            out.setdefault(f"{there}layer_scale{which}.lambda1", torch.ones_like(state["norm.weight"]))
+    return out
+
+
+FROM: dict[str, Callable[[Mapping[str, Tensor]], State]] = {
+    "meta": from_meta,
+    "timm": from_timm,
+    "transformers": from_transformers,
+}
+
+
+def _need(state: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        if key not in state:
+            raise UserError(f"no {key!r} among the tensors; expected the state dict of a ViT with a class token")
+
+
+def _replaced(key: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        key = key.replace(old, new)
+    return key
+
+
+def _unique(pairs: Iterable[tuple[str, Tensor]]) -> State:
+    out: State = {}
+    for key, value in pairs:
+        if key in out:
+            raise UserError(f"{key!r} is there twice, under two names")
+        out[key] = value
+    return out

@@ -1,0 +1,194 @@
+"""Bytes to tensors: safetensors (whole or in shards), torch's own format, and the JSON beside them.
+
+Every file is untrusted. A header is checked against the file's size before anything is read by it, nothing in a file
+is executed, no name in it leads out of its folder, and a file of n bytes never becomes much more than n bytes of
+tensors. Whatever is wrong ends as one line of UserError.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dinoreg.runtime.errors import UserError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+MAX_HEADER = 64 << 20  # bytes; that of a model of a thousand tensors has about 100 KiB
+MAX_JSON = 16 << 20
+MAX_SHARDS = 1000
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # floating point, in bytes
+
+
+def read_file(path: Path) -> Any:
+    """What a weight file holds: a dict of tensors for safetensors, anything of tensors and plain values for torch.
+
+    path  *.safetensors, *.safetensors.index.json (the list of a model's shards), or a file of torch.save
+    """
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
+    return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of reasonable size."""
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise UserError(f"weights {path}: more than {MAX_JSON >> 20} MiB of JSON")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"weights {path}: not JSON ({first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"weights {path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+# --------------------------------------------------------------------------------------------------- safetensors
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, after its header was checked."""
+    try:
+        check_header(path)
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"weights {path}: not a whole safetensors file ({first_line(error)})") from None
+
+
+def check_header(path: Path) -> None:
+    """UserError unless the header of a safetensors file is sane and describes just the bytes that are there: known
+    floating-point types, shapes that agree with the extents, extents one after the other up to the file's end."""
+    size = path.stat().st_size
+
+    def fail(what: str) -> UserError:
+        return UserError(f"weights {path}: not a whole safetensors file ({what})")
+
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER):
+            raise fail(f"its {size} bytes cannot hold a header of {length}")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise fail(f"header: {first_line(error)}") from None
+    if not isinstance(header, dict):
+        raise fail("its header is no JSON object")
+    extents = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        said = f"tensor {name[:80]!r}"
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise fail(f"{said} lacks dtype, shape or data_offsets")
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if dtype not in ITEM_SIZES:
+            raise UserError(f"weights {path}: {said} has dtype {str(dtype)[:20]}, expected floating point")
+        if not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+            raise fail(f"{said} has a shape or data_offsets that are no lists of sizes")
+        first, last = offsets
+        if last - first != math.prod(shape) * ITEM_SIZES[dtype]:
+            raise fail(f"{said} has {last - first} bytes, its shape {shape} and dtype {dtype} need another number")
+        if last > size - 8 - length:
+            raise fail(f"{said} ends at byte {last} of {size - 8 - length}")
+        extents.append((first, last))
+    end = 0
+    for first, last in sorted(extents):
+        if first != end:
+            raise fail("its tensors overlap or leave gaps")
+        end = last
+    if end != size - 8 - length:
+        raise fail(f"{size - 8 - length - end} bytes belong to no tensor")
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**60 for value in values)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    """All tensors of the files that an index names, which lie in its own folder."""
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise UserError(f"weights {path}: no weight_map from tensors to files")
+    names = sorted(set(where.values()))
+    if len(names) > MAX_SHARDS:
+        raise UserError(f"weights {path}: names {len(names)} files, expected at most {MAX_SHARDS}")
+    for name in names:
+        shard = path.parent / name
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"weights {path}: {name[:80]!r} is no safetensors file of this folder")
+        if not shard.is_file():
+            raise UserError(f"weights {path}: names {name}, which is missing")
+    state: dict[str, Tensor] = {}
+    for name in names:
+        tensors = read_safetensors(path.parent / name)
+        if set(tensors) != {key for key, file in where.items() if file == name}:
+            raise UserError(f"weights {path}: {name} does not hold the tensors that the index says")
+        state |= tensors
+    return state
+
+
+# --------------------------------------------------------------------------------------------------------- torch
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        # torch.save stores without compression, so a file that swells as it is read was not written by it.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                stored = sum(entry.file_size for entry in archive.infolist())
+            if stored > path.stat().st_size:
+                raise UserError(f"weights {path}: its entries are compressed or overlap, not as torch.save writes")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"weights {path}: holds more than tensors, or is no weight file; nothing in it was executed"
+        ) from None
+    except Exception as error:  # torn archives end in many kinds of exception, all with the same meaning here
+        raise UserError(f"weights {path}: not a whole torch file ({first_line(error)})") from None
+    _check_extent(content, path)
+    return content
+
+
+def _check_extent(content: Any, path: Path) -> None:
+    """A stride of zero makes a tensor of any size out of a few bytes; such ones are refused before they are copied."""
+    seen: list[Any] = [content]
+    budget = path.stat().st_size
+    while seen:
+        value = seen.pop()
+        if isinstance(value, Mapping):
+            seen += value.values()
+        elif isinstance(value, Tensor):
+            whole = value.layout == torch.strided and value.device.type == "cpu"
+            if not whole or value.numel() * value.element_size() > min(value.untyped_storage().nbytes(), budget):
+                raise UserError(
+                    f"weights {path}: a tensor of shape {tuple(value.shape)} is more than the file has bytes for"
+                )

@@ -1,0 +1,199 @@
+"""Weight files: finding them and bringing them to the encoder's own key names.
+
+`weights=` and `init=` mean a run folder, one of its checkpoints or teacher files, a file of Meta's, a folder or file
+of transformers or of timm. The keys say whose a file is; `convert.py` renames them, `architecture.py` reads the
+encoder off them. Files are untrusted: see `weight_files.py`; no pointer leaves its run folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dinoreg.runtime.errors import UserError
+from dinoreg.weights.architecture import Stated, infer_architecture
+from dinoreg.weights.convert import FROM, detect, from_timm, unwrap
+from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
+from dinoreg.weights.library_configs import library_of, read_config
+
+TEACHER_FORMAT = "dinoreg-teacher"
+
+# What a folder of transformers or timm calls its weights, in the order in which these libraries look.
+FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers": "transformers"}
+
+_HEAD_KEY = re.compile(r"(dino_head|ibot_head|head|classifier)\.")
+_STEP_NAME = re.compile(r"step_\d+")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a weight file holds, under the encoder's own key names, float32 on the CPU.
+
+    backbone  the encoder's tensors
+    heads     those of heads (dino_head.*, ibot_head.*, head.*, classifier.*), as they stand in the file
+    others    names of what stands beside the state dict in a training file (optimizer, student, ...)
+    source    "dinoreg" | "meta" | "timm" | "transformers"
+    stated    what a JSON file beside it states about the architecture
+    metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": {"mean": ..., "std": ...}}
+    """
+
+    path: Path
+    backbone: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = "meta"
+    stated: Stated = field(default_factory=Stated)
+    others: tuple[str, ...] = ()
+
+    def architecture(self, heads: int | None = None) -> dict[str, Any]:
+        """Arguments of RegisterViT, read off the shapes and, where these are silent, what is stated.
+
+        heads  the number of attention heads, for a file that does not tell it
+        """
+        stated = self.stated
+        if heads is not None and "heads" not in stated.values:
+            stated = Stated({**stated.values, "heads": heads}, "the option", stated.names)
+        return infer_architecture(self.backbone, stated, self.path, self.source)
+
+
+def find_weights(source: str | Path) -> Path | None:
+    """The weight file that `source` means. None if no such path exists, UserError if it holds no weights.
+
+    A file means itself. A run folder means its best (else last, else newest) teacher; a checkpoint of a run, or a
+    pointer to one, the teacher of that step; a folder of transformers or timm its weights; any other folder the one
+    weight file in it.
+    """
+    path = Path(source)
+    try:
+        if path.is_file():
+            if path.parent.name == "checkpoints" and path.name in ("best", "last"):
+                return _teacher_of(path.parent.parent, path.name, path)
+            return path
+        if not path.is_dir():
+            return None
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+        raise UserError(f"weights {str(source)[:80]!r}: not a path ({error})") from None
+    if (library := library_of(path)) is not None:
+        for name in FILES:
+            if (path / name).is_file():
+                return path / name
+        raise UserError(f"weights {path}: a folder of {library} without weights; expected one of {', '.join(FILES)}")
+    if _STEP_NAME.fullmatch(path.name) and path.parent.name == "checkpoints":
+        return _teacher_of(path.parent.parent, path.name, path)
+    for pointer in ("best", "last"):
+        teacher = _pointed_teacher(path, pointer)
+        if teacher is not None:
+            return teacher
+    teachers = [p for p in path.glob("teacher/step_*.safetensors") if _STEP_NAME.fullmatch(p.stem)]
+    if teachers:
+        return max(teachers, key=lambda p: int(p.stem.removeprefix("step_")))
+    try:
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    except OSError as error:
+        raise UserError(f"weights {path}: cannot be read ({error.strerror})") from None
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UserError(f"weights {path}: holds {len(files)} weight files; name one, for example {files[0]}")
+    raise UserError(
+        f"weights {path}: no teacher/step_*.safetensors in this folder, so no run folder, nor other weights"
+    )
+
+
+def _pointed_teacher(run: Path, pointer: str) -> Path | None:
+    try:
+        step = (run / "checkpoints" / pointer).read_text(encoding="utf-8")[:100].strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    teacher = run / "teacher" / f"{step}.safetensors"
+    return teacher if _STEP_NAME.fullmatch(step) and teacher.is_file() else None
+
+
+def _teacher_of(run: Path, name: str, asked: Path) -> Path:
+    """The teacher file of a checkpoint: every checkpoint is written together with one."""
+    teacher = run / "teacher" / f"{name}.safetensors" if _STEP_NAME.fullmatch(name) else _pointed_teacher(run, name)
+    if teacher is None or not teacher.is_file():
+        raise UserError(f"weights {asked}: the teacher file of this checkpoint is not in {run / 'teacher'}")
+    return teacher
+
+
+def read_weights(source: str | Path) -> Weights:
+    """Read a weight file (see `find_weights`), whoever wrote it, saved by torch or as safetensors.
+
+    Raises UserError if it is missing, torn, altered, not the state dict of such an encoder, or contradicts the JSON
+    beside it; NotHeld if a library's config asks for what the encoder does not compute.
+    """
+    path = find_weights(source)
+    if path is None:
+        raise UserError(f"weights {str(source)!r}: no such file or run folder")
+    library = library_of(path.parent) if path.name in FILES else None
+    metadata: dict[str, Any] = {}
+    stated = Stated()
+    if library is not None:  # before the tensors, which may be many
+        stated, preprocessing = read_config(path.parent, library)
+        metadata = {"preprocessing": preprocessing} if preprocessing else {}
+    elif path.suffix == ".safetensors":
+        metadata = _read_metadata(path)
+        if isinstance(metadata.get("architecture"), dict):
+            stated = Stated(metadata["architecture"])
+    content = read_file(path)
+    ours = library is None and bool(metadata)
+    try:
+        state, others = unwrap(content)
+        state = _plain(state)  # before tokens and positions are added up
+        found = detect(state)
+        if library is not None and found != library:
+            raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
+        if ours:  # without registers the names alone would look like timm's
+            backbone = FROM["meta"](state)
+        elif found == "timm":
+            backbone = from_timm(state, grid=_grid(stated, state))
+        else:
+            backbone = FROM[found](state)
+    except UserError as error:
+        raise UserError(f"weights {path}: {error}") from None
+    heads = {key: backbone.pop(key) for key in list(backbone) if _HEAD_KEY.match(key)}
+    whose = "dinoreg" if ours else found
+    return Weights(path, _plain(backbone), _plain(heads), metadata, whose, stated, others)
+
+
+def _grid(stated: Stated, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """(rows, columns) of the positions where a config states the image size and the file the patch size."""
+    size, patch = stated.values.get("image_size"), state.get("patch_embed.proj.weight")
+    pair = [size, size] if type(size) is int else size
+    if patch is None or patch.ndim != 4 or not isinstance(pair, list) or [type(side) for side in pair] != [int, int]:
+        return None
+    return pair[0] // patch.shape[2], pair[1] // patch.shape[3]
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().float().contiguous() for key, value in state.items()}
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    """The JSON beside a safetensors file, after its checksum agreed; {} if there is none."""
+    side = path.with_suffix(".json")
+    if not side.is_file():
+        return {}
+    metadata = read_json(side)
+    if metadata.get("format") != TEACHER_FORMAT:
+        raise UserError(f"weights {side}: expected a JSON object with format {TEACHER_FORMAT!r}")
+    if metadata.get("version") != 1:
+        raise UserError(f"weights {side}: version {metadata.get('version')!r}; this dinoreg reads version 1")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if metadata.get("sha256") != digest.hexdigest():
+        raise UserError(f"weights {path}: sha256 is not the one in {side.name}; the file is torn or altered")
+    return metadata

@@ -1,0 +1,94 @@
+"""Effective rank, accuracies and bootstrap intervals against literal forms and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score
+
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, mean_per_class_accuracy, top1
+from dinoreg.evaluation.metrics.knn_rankme import rankme
+
+
+def test_rankme_equals_a_literal_sum_over_singular_values() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(40, 9) @ torch.diag(torch.logspace(0, -3, 9))
+    singular = np.linalg.svd(features.double().numpy(), compute_uv=False)
+    p = [s / sum(singular) + 1e-7 for s in singular]
+    expected = math.exp(-sum(each * math.log(each) for each in p))
+    assert rankme(features) == pytest.approx(expected, rel=1e-9)
+
+
+def test_rankme_of_orthogonal_features_is_their_number() -> None:
+    assert rankme(3.0 * torch.eye(12)) == pytest.approx(12, rel=1e-4)
+    assert rankme(torch.eye(12).repeat(5, 1)) == pytest.approx(12, rel=1e-4)
+
+
+def test_rankme_of_features_on_one_line_is_one() -> None:
+    line = torch.linspace(-2, 5, 31)[:, None] * torch.arange(1.0, 8.0)
+    assert rankme(line) == pytest.approx(1, abs=1e-4)
+
+
+def test_rankme_of_zero_features_is_zero_and_of_broken_ones_nan() -> None:
+    assert rankme(torch.zeros(5, 3)) == 0.0
+    assert math.isnan(rankme(torch.tensor([[1.0, float("nan")]])))
+
+
+def test_bootstrap_of_outcomes_has_the_width_of_the_normal_interval() -> None:
+    n, p = 20_000, 0.8
+    correct = np.arange(n) < p * n
+    low, high = bootstrap_interval(correct)
+    half = 1.959964 * math.sqrt(p * (1 - p) / n)
+    assert low == pytest.approx(p - half, abs=0.05 * half)
+    assert high == pytest.approx(p + half, abs=0.05 * half)
+
+
+def test_bootstrap_of_few_outcomes_has_the_quantiles_of_the_binomial() -> None:
+    from scipy.stats import binom
+
+    correct = np.array([1] * 13 + [0] * 7)
+    low, high = bootstrap_interval(correct, confidence=0.9, samples=200_000)
+    assert low == binom.ppf(0.05, 20, 13 / 20) / 20
+    assert high == binom.ppf(0.95, 20, 13 / 20) / 20
+
+
+def test_bootstrap_of_real_scores_resamples_them() -> None:
+    rng = np.random.default_rng(3)
+    scores = rng.normal(2.0, 0.5, size=4000)
+    low, high = bootstrap_interval(scores, samples=4000)
+    half = 1.959964 * scores.std() / math.sqrt(4000)
+    assert low == pytest.approx(scores.mean() - half, abs=0.1 * half)
+    assert high == pytest.approx(scores.mean() + half, abs=0.1 * half)
+
+
+def test_bootstrap_draws_binomials_or_rows_to_the_same_effect() -> None:
+    correct = (np.arange(400) % 4 == 0).astype(float)
+    by_binomial = np.array(bootstrap_interval(correct, samples=20_000))
+    by_rows = np.array(bootstrap_interval(2 * correct, samples=20_000)) / 2  # 0 and 2 are not 0 and 1
+    np.testing.assert_allclose(by_binomial, by_rows, atol=0.003)
+
+
+def test_bootstrap_is_seeded_and_shrinks_to_a_point_when_all_scores_agree() -> None:
+    scores = np.random.default_rng(0).random(50)
+    assert bootstrap_interval(scores, seed=4) == bootstrap_interval(scores, seed=4)
+    assert bootstrap_interval(np.full(9, 0.7)) == (0.7, 0.7)
+
+
+def test_accuracies_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(1)
+    labels, predictions = rng.integers(0, 6, 200), rng.integers(0, 7, 200)
+    assert top1(predictions, labels) == np.mean([p == y for p, y in zip(predictions, labels)])
+    with pytest.warns(UserWarning, match="y_pred"):
+        expected = balanced_accuracy_score(labels, predictions)
+    assert mean_per_class_accuracy(predictions, labels) == pytest.approx(expected, abs=1e-12)
+
+
+def test_bootstrap_of_only_right_or_only_wrong_answers_leaves_the_exact_doubt() -> None:
+    from scipy.stats import binomtest
+
+    for correct in (np.ones(18), np.zeros(30)):
+        exact = binomtest(int(correct.sum()), len(correct)).proportion_ci(0.95, method="exact")
+        assert bootstrap_interval(correct) == pytest.approx((exact.low, exact.high), abs=1e-12)

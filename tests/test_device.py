@@ -1,0 +1,199 @@
+"""The machine under a run: what device and precision are chosen, and in which words they are refused."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from dinoreg.runtime import device as runtime
+from dinoreg.runtime.device import autocast, keep_freed_memory, peak_memory, pick_device, pick_precision
+from dinoreg.runtime.errors import UserError
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+
+def refusal(name: str) -> str:
+    with pytest.raises(UserError) as caught:
+        pick_device(name)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith(f"device={name}: ")
+    return message
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
+    assert pick_device("auto") == torch.device("cpu")
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_auto_is_the_current_gpu_where_there_is_one() -> None:
+    assert pick_device("auto") == torch.device("cuda", 1)
+    assert pick_device("cuda:0") == torch.device("cuda", 0)
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cuda", "PyTorch finds no CUDA device here; use device=cpu or device=auto"),
+        ("cuda:3", "PyTorch finds no CUDA device here"),
+        ("mps", "no Apple GPU here"),
+        ("tpu", "expected auto, cpu, cuda, cuda:N or mps"),
+        ("", "expected auto, cpu"),
+        ("cuda:x", "expected auto, cpu"),
+        ("meta", "expected auto, cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_in_one_line(name: str, expected: str) -> None:
+    assert expected in refusal(name)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_beyond_the_last_is_refused() -> None:
+    assert "this machine has 2 CUDA device(s)" in refusal("cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_a_precision_that_is_named_is_taken_on_any_device(name: str, dtype: torch.dtype) -> None:
+    for device in ("cpu", "cuda", "mps"):
+        assert pick_precision(name, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize(("hardware", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_precision_of_a_cpu_is_bf16_only_in_hardware(
+    hardware: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: hardware)
+    assert pick_precision("auto", torch.device("cpu")) == dtype
+
+
+@pytest.mark.parametrize(("hardware", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_precision_of_a_gpu_is_bf16_or_else_fp16(
+    hardware: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: hardware)
+    assert pick_precision("auto", torch.device("cuda")) == dtype
+
+
+def test_auto_precision_elsewhere_is_fp32() -> None:
+    assert pick_precision("auto", torch.device("mps")) == torch.float32
+
+
+def test_whether_the_cpu_has_bf16_agrees_with_its_flags() -> None:
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = set(next(line for line in file if line.startswith("flags")).split(":")[1].split())
+    except (OSError, StopIteration):
+        pytest.skip("no x86 /proc/cpuinfo")
+    assert runtime.cpu_has_bf16() == bool(flags & {"avx512_bf16", "amx_tile"})
+
+
+def test_autocast_is_off_for_fp32_and_of_the_dtype_otherwise() -> None:
+    cpu = torch.device("cpu")
+    one = torch.ones(3, 5)
+    for dtype in (torch.bfloat16, torch.float16):
+        with autocast(cpu, dtype):
+            assert torch.is_autocast_enabled("cpu")
+            assert (one @ one.T).dtype == dtype
+    with autocast(cpu, torch.float32):
+        assert not torch.is_autocast_enabled("cpu")
+        assert (one @ one.T).dtype == torch.float32
+    # Inside another autocast fp32 still means fp32.
+    with autocast(cpu, torch.bfloat16), autocast(cpu, torch.float32):
+        assert (one @ one.T).dtype == torch.float32
+    assert (one @ one.T).dtype == torch.float32
+
+
+@pytest.fixture
+def _no_malloc_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in [key for key in os.environ if key.startswith("MALLOC_") or key == "DINOREG_MALLOC"]:
+        monkeypatch.delenv(key)
+
+
+class Libc:
+    """Stands in for glibc and notes what it is asked."""
+
+    def __init__(self, answer: int = 1) -> None:
+        self.answer = answer
+        self.calls: list[tuple[int, int]] = []
+
+    def mallopt(self, parameter: int, value: int) -> int:
+        self.calls.append((parameter, value))
+        return self.answer
+
+
+@pytest.mark.usefixtures("_no_malloc_settings")
+@pytest.mark.parametrize(
+    "setting", [("DINOREG_MALLOC", "0"), ("MALLOC_TRIM_THRESHOLD_", "1"), ("MALLOC_ARENA_MAX", "2")]
+)
+def test_allocator_settings_of_the_environment_are_respected(
+    setting: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libc = Libc()
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setenv(*setting)
+    assert keep_freed_memory() is False
+    assert libc.calls == []
+
+
+@pytest.mark.usefixtures("_no_malloc_settings")
+def test_freed_memory_is_kept_by_two_thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    libc = Libc()
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: libc)
+    assert keep_freed_memory() is True
+    assert dict(libc.calls) == {-3: 2**30, -1: 2**31 - 1}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+    libc.answer = 0
+    assert keep_freed_memory() is False
+    monkeypatch.setattr(runtime.sys, "platform", "darwin")
+    libc.calls.clear()
+    assert keep_freed_memory() is False
+    assert libc.calls == []
+
+
+@pytest.mark.usefixtures("_no_malloc_settings")
+def test_a_machine_without_glibc_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> object:
+        raise OSError(name)
+
+    monkeypatch.setattr(runtime.sys, "platform", "linux")
+    monkeypatch.setattr(runtime.ctypes, "CDLL", missing)
+    assert keep_freed_memory() is False
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
+    assert keep_freed_memory() is False
+
+
+def test_peak_memory_is_positive_and_never_falls() -> None:
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(50_000_000)  # 200 MB
+    after = peak_memory(torch.device("cpu"))
+    assert before > 10_000_000
+    assert after >= max(before, held.numel() * held.element_size())
+    del held
+    assert peak_memory(torch.device("cpu")) >= after
+
+
+@pytest.mark.gpu
+def test_peak_memory_of_a_gpu_is_what_was_allocated_there() -> None:
+    device = pick_device("cuda")
+    held = torch.ones(25_000_000, device=device)
+    assert peak_memory(device) >= held.numel() * held.element_size()

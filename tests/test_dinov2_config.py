@@ -1,0 +1,260 @@
+"""dinov2's own YAML: read as the run it describes, with every key either translated or named."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinoreg.config.dinov2 import DEFAULTS, from_dinov2, is_dinov2
+from dinoreg.config.keys import describe
+from dinoreg.config.load import Config, load_config
+from dinoreg.runtime.errors import UserError
+
+# As dinov2 publishes its giant's config.
+GIANT = """
+dino:
+  head_n_prototypes: 131072
+  head_bottleneck_dim: 384
+ibot:
+  separate_head: true
+  head_n_prototypes: 131072
+train:
+  batch_size_per_gpu: 12
+  dataset_path: ImageNet22k
+  centering: sinkhorn_knopp
+student:
+  arch: vit_giant2
+  patch_size: 14
+  drop_path_rate: 0.4
+  ffn_layer: swiglufused
+  block_chunks: 4
+teacher:
+  momentum_teacher: 0.994
+optim:
+  epochs: 500
+  weight_decay_end: 0.2
+  base_lr: 2.0e-04
+  warmup_epochs: 80
+  layerwise_decay: 1.0
+crops:
+  local_crops_size: 98
+"""
+
+
+def nested(**flat: Any) -> dict[str, Any]:
+    """nested(student__arch="x") is {"student": {"arch": "x"}}."""
+    content: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split("__")
+        node = content
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return content
+
+
+OURS = [key for key, _, _ in describe(Config)]
+
+
+def test_the_references_defaults_are_our_parity_config() -> None:
+    ours = load_config("dinov2_parity")
+    theirs = load_config(None, from_dinov2({}).config)
+    theirs = dataclasses.replace(
+        theirs,
+        model=dataclasses.replace(theirs.model, ffn=None),
+        data=dataclasses.replace(theirs.data, workers=None),
+    )
+    assert theirs == ours
+
+
+def test_the_published_giant_with_registers_is_ours_but_for_the_quirks(tmp_path: Path) -> None:
+    path = tmp_path / "vitg14.yaml"
+    registers = "  num_register_tokens: 4\n  interpolate_antialias: true\n  interpolate_offset: 0.0\n"
+    path.write_text(GIANT.replace("  arch: vit_giant2\n", f"  arch: vit_giant2\n{registers}"))
+    theirs, ours = load_config(path), load_config("vitg14_reg4_in22k")
+    assert theirs.model == dataclasses.replace(ours.model, ffn="swiglu")
+    assert theirs.head == dataclasses.replace(ours.head, ibot_prototypes=131072)
+    assert (theirs.loss, theirs.optim, theirs.schedule) == (ours.loss, ours.optim, ours.schedule)
+    assert (theirs.crops, theirs.mask) == (ours.crops, ours.mask)
+    assert (theirs.steps, theirs.batch_size) == (ours.steps, ours.batch_size) == (625_000, 12)
+    assert theirs.augment == dataclasses.replace(ours.augment, reference_blur=True)
+
+
+def test_epochs_become_fractions_of_the_run() -> None:
+    content = nested(
+        optim__epochs=20,
+        optim__warmup_epochs=5,
+        optim__freeze_last_layer_epochs=1,
+        teacher__warmup_teacher_temp_epochs=10,
+        train__OFFICIAL_EPOCH_LENGTH=100,
+    )
+    config = load_config(None, from_dinov2(content).config)
+    assert config.steps == 2000
+    assert config.schedule.warmup == 0.25
+    assert config.schedule.freeze_last_layer == 0.05
+    assert config.schedule.teacher_temp_warmup == 0.5
+    assert config.checkpoint.every == 300
+
+
+def test_a_warmup_longer_than_the_run_is_cut_and_said() -> None:
+    translation = from_dinov2(nested(optim__epochs=20, optim__warmup_epochs=10))
+    assert load_config(None, translation.config).schedule.teacher_temp_warmup == 1.0
+    assert any("warmup_teacher_temp_epochs" in note and "cut" in note for note in translation.notes)
+
+
+def test_the_quirks_are_kept_unless_the_file_says_otherwise() -> None:
+    config = load_config(None, from_dinov2({}).config)
+    assert config.augment.reference_blur
+    assert (config.model.antialias, config.model.position_offset) == (False, 0.1)
+    changed = nested(student__interpolate_antialias=True, student__interpolate_offset=0.0)
+    config = load_config(None, from_dinov2(changed).config)
+    assert (config.model.antialias, config.model.position_offset) == (True, 0.0)
+
+
+def test_the_ibot_heads_settings_count_only_when_it_is_separate() -> None:
+    shared = from_dinov2(nested(ibot__head_n_prototypes=512))
+    assert "ibot_prototypes" not in shared.config["head"]
+    assert any(line.startswith("ibot.head_n_prototypes") for line in shared.dead)
+    separate = from_dinov2(nested(ibot__head_n_prototypes=512, ibot__separate_head=True))
+    assert separate.config["head"]["ibot_prototypes"] == 512
+    assert separate.dead == []
+
+
+def test_weights_and_the_output_folder_are_taken_over() -> None:
+    config = from_dinov2(nested(student__pretrained_weights="a.pth", train__output_dir="runs/x")).config
+    assert (config["init"], config["out"]) == ("a.pth", "runs/x")
+    assert from_dinov2(nested(MODEL__WEIGHTS="b.pth")).config["init"] == "b.pth"
+    assert "init" not in from_dinov2({}).config
+    assert "out" not in from_dinov2({}).config
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [
+        ("ImageNet:split=TRAIN:root=/data/in1k:extra=/data/extra", "/data/in1k/train"),
+        ("ImageNet22k:root=/data/in22k:extra=/x", "/data/in22k"),
+        ("ImageNet:split=TRAIN", None),
+    ],
+)
+def test_a_dataset_string_becomes_its_folder(path: str, folder: str | None) -> None:
+    translation = from_dinov2(nested(train__dataset_path=path))
+    assert translation.config["data"].get("source") == folder
+    assert any(path in note for note in translation.notes)
+
+
+def test_every_key_of_a_file_is_translated_or_listed() -> None:
+    content = nested(
+        compute_precision__student__backbone__mixed_precision__param_dtype="fp16",
+        compute_precision__grad_scaler=True,
+        train__cache_dataset=True,
+        train__saveckp_freq=20,
+        student__block_chunks=4,
+        student__qkv_bias=True,
+        optim__lr=0.0,
+        student__wings=2,
+        hydra__run="x",
+    )
+    dead = from_dinov2(content).dead
+    listed = [line.partition(":")[0] for line in dead]
+    assert sorted(listed) == sorted(
+        [
+            "compute_precision.student.backbone.mixed_precision.param_dtype",
+            "compute_precision.grad_scaler",
+            "train.cache_dataset",
+            "train.saveckp_freq",
+            "student.block_chunks",
+            "student.qkv_bias",
+            "optim.lr",
+            "student.wings",
+            "hydra.run",
+        ]
+    )
+    assert all(len(line.partition(": ")[2]) > 5 for line in dead)
+    assert any("unknown" in line for line in dead if line.startswith("student.wings"))
+
+
+@pytest.mark.parametrize("key", sorted(DEFAULTS))
+def test_no_translated_key_is_read_in_vain(key: str) -> None:
+    """Changing any key of the reference changes our config, or is refused by name."""
+    changed = {
+        "train.dataset_path": "ImageNet22k:root=/x",
+        "train.output_dir": "/y",
+        "train.centering": "sinkhorn_knopp",
+        "student.arch": "vit_small",
+        "student.ffn_layer": "swiglu",
+        "student.patch_size": 14,
+        "MODEL.WEIGHTS": "w.pth",
+        "student.pretrained_weights": "w.pth",
+        "optim.scaling_rule": "linear_wrt_256",
+    }
+    default = DEFAULTS[key]
+    if isinstance(default, bool):
+        value: Any = not default
+    elif isinstance(default, list):
+        value = [default[0], default[1] / 2]
+    elif isinstance(default, (int, float)) and key not in changed:
+        value = default * 2 + 1
+    else:
+        value = changed[key]
+    base = nested(ibot__separate_head=True) if key.startswith("ibot.head") else {}
+    section, _, name = key.rpartition(".")
+    content = {**base, section: {**base.get(section, {}), name: value}}
+    try:
+        assert from_dinov2(content).config != from_dinov2(base).config
+    except UserError as error:
+        assert str(error).startswith(key)  # noqa: PT017 - being refused by name is the other good outcome
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (nested(student__arch="resnet50"), "student.arch=resnet50: expected vit_small"),
+        (nested(student__ffn_layer="identity"), "student.ffn_layer=identity: expected mlp"),
+        (nested(optim__scaling_rule="linear"), "optim.scaling_rule=linear: expected sqrt_wrt_1024"),
+        (nested(train__centering="none"), "train.centering=none: expected centering"),
+        (nested(student__qkv_bias=False), "student.qkv_bias=False: expected true"),
+        (nested(optim__epochs=0), "optim.epochs=0"),
+        (nested(optim__epochs="many"), "optim.epochs=many: expected a number"),
+        (nested(ibot__separate_head=True, ibot__head_nlayers=2), "ibot.head_nlayers=2"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(content: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        from_dinov2(content)
+    assert str(caught.value).startswith(expected)
+
+
+def test_files_of_dinov2_and_of_ours_are_told_apart() -> None:
+    assert is_dinov2({"student": {"arch": "vit_small"}}, OURS)
+    assert is_dinov2({"train": {"batch_size_per_gpu": 8}, "crops": {"local_crops_size": 98}}, OURS)
+    assert is_dinov2({"crops": {"global_crops_size": 224}}, OURS)
+    assert is_dinov2({"optim": {"epochs": 3}}, OURS)
+    assert not is_dinov2({}, OURS)
+    assert not is_dinov2({"optim": {"base_lr": 1e-3}}, OURS)
+    assert not is_dinov2({"crops": {"local_size": 98}, "model": {"name": "vits14_reg4"}}, OURS)
+    assert not is_dinov2({"steps": 3, "train": {"typo": 1}}, OURS)
+
+
+def test_reading_such_a_file_says_once_what_became_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text(
+        "student:\n  arch: vit_small\n  patch_size: 14\n  block_chunks: 2\ncrops:\n  local_crops_size: 98\n"
+    )
+    with caplog.at_level(logging.WARNING):
+        config = load_config(path, ["batch_size=8"])
+    assert (config.model.name, config.batch_size) == ("vits14_reg0", 8)
+    assert len(caplog.records) == 1
+    said = caplog.records[0].getMessage()
+    assert "model.name = vits14_reg0" in said
+    assert "no effect: student.block_chunks" in said
+
+
+def test_a_budget_of_the_command_line_replaces_the_epochs(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text("optim:\n  epochs: 5\n")
+    assert load_config(path).steps == 6250
+    assert load_config(path, ["images=1000"]).steps is None

@@ -1,0 +1,164 @@
+"""Counts of agreement between label maps."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from dinoreg.evaluation.metrics.miou import Confusion
+from dinoreg.runtime.errors import UserError
+
+K = 6
+
+
+def maps(count: int = 5, classes: tuple[int, ...] = (0, 1, 2, 4), seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(truth, prediction) of several sizes, right for about half of the pixels; class 3 and 5 never occur."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for image in range(count):
+        shape = (7 + image, 11 - image)
+        truth = rng.choice([*classes, 255], size=shape).astype(np.uint8)
+        guess = rng.choice(classes, size=shape).astype(np.uint8)
+        found.append((truth, np.where((rng.random(shape) < 0.5) & (truth != 255), truth, guess)))
+    return found
+
+
+def counted(pairs: list[tuple[np.ndarray, np.ndarray]]) -> Confusion:
+    confusion = Confusion(K)
+    for truth, prediction in pairs:
+        confusion.add(truth, prediction)
+    return confusion
+
+
+def test_figures_equal_a_loop_over_pixels() -> None:
+    pairs = maps()
+    right, true, predicted = np.zeros(K), np.zeros(K), np.zeros(K)
+    for truth, prediction in pairs:
+        for y in range(truth.shape[0]):
+            for x in range(truth.shape[1]):
+                t, p = int(truth[y, x]), int(prediction[y, x])
+                if t == 255:
+                    continue
+                right[t] += t == p
+                true[t] += 1
+                predicted[p] += 1
+    found = counted(pairs)
+    iou = [right[k] / (true[k] + predicted[k] - right[k]) for k in (0, 1, 2, 4)]
+    np.testing.assert_allclose(found.iou()[[0, 1, 2, 4]], iou, rtol=1e-14)
+    assert found.miou() == pytest.approx(sum(iou) / 4, rel=1e-14)
+    assert found.pixel_accuracy() == pytest.approx(right.sum() / true.sum(), rel=1e-14)
+    assert found.mean_accuracy() == pytest.approx(np.mean([right[k] / true[k] for k in (0, 1, 2, 4)]), rel=1e-14)
+
+
+def test_figures_equal_torchmetrics() -> None:
+    pairs = maps(seed=3)
+    truth = torch.cat([torch.from_numpy(t).flatten() for t, _ in pairs]).long()
+    prediction = torch.cat([torch.from_numpy(p).flatten() for _, p in pairs]).long()
+    found = counted(pairs)
+    jaccard = MulticlassJaccardIndex(K, average="macro", ignore_index=255)(prediction, truth)
+    accuracy = MulticlassAccuracy(K, average="micro", ignore_index=255)(prediction, truth)
+    per_class = MulticlassAccuracy(K, average="macro", ignore_index=255)(prediction, truth)
+    assert found.miou() == pytest.approx(float(jaccard), abs=1e-6)
+    assert found.pixel_accuracy() == pytest.approx(float(accuracy), abs=1e-6)
+    assert found.mean_accuracy() == pytest.approx(float(per_class), abs=1e-6)
+
+
+def test_counts_are_added_before_they_are_divided() -> None:
+    found = Confusion(2)
+    found.add(np.array([[0, 0, 0, 0]]), np.array([[0, 0, 0, 1]]))  # IoU 3/4 and 0
+    found.add(np.array([[1, 0]]), np.array([[1, 0]]))  # IoU 1 and 1
+    assert found.iou().tolist() == [4 / 5, 1 / 2]
+
+
+def test_a_class_that_never_occurs_is_left_out_and_one_that_is_only_predicted_counts_as_zero() -> None:
+    found = Confusion(4)
+    found.add(np.array([[0, 0, 255]]), np.array([[0, 2, 3]]))
+    iou = found.iou()
+    assert iou[0] == 0.5
+    assert iou[2] == 0
+    assert math.isnan(iou[1])
+    assert math.isnan(iou[3])
+    assert found.miou() == 0.25
+    assert found.mean_accuracy() == 0.5
+
+
+def test_nothing_but_ignored_pixels_gives_no_figure() -> None:
+    found = Confusion(3)
+    found.add(np.full((2, 2), 255, dtype=np.uint8), np.zeros((2, 2), dtype=np.uint8))
+    assert math.isnan(found.miou())
+    assert math.isnan(found.pixel_accuracy())
+    assert math.isnan(found.constant()[1])
+    assert math.isnan(found.interval(samples=5)[0])
+
+
+def test_weights_count_an_image_as_often_as_it_was_drawn() -> None:
+    pairs = maps()
+    drawn = counted([pairs[0], pairs[0], pairs[3], pairs[3], pairs[3]])
+    assert counted(pairs).miou(np.array([2, 0, 0, 3, 0])) == drawn.miou()
+
+
+def test_the_interval_is_the_spread_over_resampled_images() -> None:
+    pairs = maps(count=8)
+    found = counted(pairs)
+    rng = np.random.default_rng(7)
+    literal = [counted([pairs[i] for i in rng.integers(0, 8, size=8)]).miou() for _ in range(200)]
+    low, high = found.interval(samples=200, seed=7)
+    assert low == pytest.approx(np.quantile(literal, 0.025), abs=1e-12)
+    assert high == pytest.approx(np.quantile(literal, 0.975), abs=1e-12)
+    assert low < found.miou() < high
+
+
+def test_the_constant_prediction_is_the_most_frequent_class_everywhere() -> None:
+    pairs = maps(seed=5)
+    found = counted(pairs)
+    best, score = found.constant()
+    literal = counted([(truth, np.full_like(truth, best)) for truth, _ in pairs])
+    assert score == pytest.approx(literal.miou(), rel=1e-14)
+    others = (counted([(t, np.full_like(t, k)) for t, _ in pairs]).miou() for k in range(K))
+    assert score == pytest.approx(max(others), rel=1e-14)
+
+
+def test_counting_goes_on_from_a_saved_state() -> None:
+    pairs = maps()
+    resumed = Confusion(K)
+    resumed.load_state(counted(pairs[:2]).state())
+    for truth, prediction in pairs[2:]:
+        resumed.add(truth, prediction)
+    whole = counted(pairs)
+    assert resumed.miou() == whole.miou()
+    assert resumed.interval(samples=20) == whole.interval(samples=20)
+
+
+def test_two_thousand_images_of_150_classes_take_a_few_megabytes() -> None:
+    rng = np.random.default_rng(0)
+    found = Confusion(150)
+    tracemalloc.start()
+    for _ in range(2000):
+        found.add(rng.integers(0, 150, (8, 8)), rng.integers(0, 150, (8, 8)))
+    found.interval(samples=3)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50e6  # a confusion matrix for each would take 360 MB
+
+
+@pytest.mark.parametrize(
+    ("truth", "prediction", "message"),
+    [
+        (np.zeros((2, 3)), np.zeros((3, 2)), r"a prediction of \(3, 2\) pixels for a mask of \(2, 3\)"),
+        (np.array([[6]]), np.array([[0]]), r"class 6 in a mask, expected 0\.\.5"),
+        (np.array([[0]]), np.array([[-1]]), r"class -1 in a prediction, expected 0\.\.5"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(truth: np.ndarray, prediction: np.ndarray, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Confusion(K).add(truth.astype(np.int64), prediction.astype(np.int64))
+
+
+def test_a_confusion_without_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one class"):
+        Confusion(0)

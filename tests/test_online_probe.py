@@ -1,0 +1,264 @@
+"""The probe inside a run: its two figures against literal computations, its images, its share of the time."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from photographs import photograph
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from training import read_lines, tiny_config
+
+from dinoreg.checkpoint import format as checkpoint
+from dinoreg.config.load import Config
+from dinoreg.data.open import open_source
+from dinoreg.runtime.errors import UserError
+from dinoreg.scenes import render as scenes
+from dinoreg.train import loop
+from dinoreg.train.online_probe import FIRST_PROBE_SCENE, Probe, build_probe
+from dinoreg.train.state import build_networks
+
+CPU = torch.device("cpu")
+
+
+def probe_of(config: Config) -> Probe:
+    assert config.data.source is not None
+    probe = build_probe(config, open_source(config.data.source))
+    assert probe is not None
+    return probe
+
+
+def backbone_of(config: Config) -> torch.nn.Module:
+    return build_networks(config)[1]["backbone"]
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Photographs of three classes, which differ in size; one of them cannot be read."""
+    root = tmp_path / "classes"
+    for name, count in (("cats", 9), ("dogs", 14), ("birds", 11)):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            photograph(17 * count + number, 33 + number, 60 - count).save(root / name / f"{number}.png")
+    (root / "dogs" / "99.jpg").write_text("not a picture")
+    (root / "beside.png").write_bytes((root / "cats" / "0.png").read_bytes())
+    return root
+
+
+def literal_top1(features: Tensor, labels: Tensor, k: int, temperature: float = 0.07) -> float:
+    """The share of the second half whose nearest neighbours in the first vote for the right class."""
+    half = len(features) // 2
+    right = 0
+    for query, label in zip(features[half:], labels[half:]):
+        cosine = [float(row @ query / (row.norm() * query.norm())) for row in features[:half]]
+        nearest = sorted(range(half), key=lambda i: -cosine[i])[:k]
+        votes: Counter[int] = Counter()
+        for i in nearest:
+            votes[int(labels[i])] += math.exp(cosine[i] / temperature)  # type: ignore[assignment]
+        right += votes.most_common(1)[0][0] == int(label)
+    return right / (len(features) - half)
+
+
+def literal_rank(features: Tensor) -> float:
+    centred = (features - features.mean(dim=0)).double().numpy()
+    singular = np.linalg.svd(centred, compute_uv=False)
+    share = singular / singular.sum() + 1e-7
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
+def literal_features(probe: Probe, backbone: torch.nn.Module) -> Tensor:
+    """One image at a time, normalised as the shipped mean and deviation say."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    rows = []
+    for image in probe.images:
+        pixels = ((image / 255).permute(1, 2, 0) - mean) / std
+        with torch.no_grad():
+            rows.append(backbone(pixels.permute(2, 0, 1)[None]).cls[0])
+    return torch.stack(rows)
+
+
+def assert_measures_are_literal(probe: Probe, backbone: torch.nn.Module) -> None:
+    measured = probe.measure(backbone, CPU, torch.float32)
+    features = literal_features(probe, backbone)
+    torch.testing.assert_close(probe.features(backbone, CPU, torch.float32), features, atol=1e-5, rtol=1e-4)
+    assert probe.labels is not None
+    assert measured["knn_top1"] == pytest.approx(literal_top1(features, probe.labels, k=20), abs=1e-6)
+    assert measured["rankme"] == pytest.approx(literal_rank(features), rel=1e-4)
+    assert measured["probe_time"] > 0
+
+
+def test_measures_on_scenes_equal_a_literal_computation_with_the_same_features() -> None:
+    config = tiny_config(probe__every=1, probe__data="scenes", probe__num_images=150)
+    probe = probe_of(config)
+    assert probe.images.shape == (150, 3, 32, 32)
+    assert_measures_are_literal(probe, backbone_of(config))
+
+
+def test_measures_on_a_labelled_folder_equal_a_literal_computation_too(labelled: Path) -> None:
+    config = tiny_config(probe__every=1, probe__data=str(labelled), probe__num_images=200)
+    probe = probe_of(config)
+    assert probe.num_classes == 3
+    assert probe.labels is not None
+    assert Counter(probe.labels.tolist()) == {0: 11, 1: 9, 2: 14}  # birds, cats, dogs; the unreadable one is not there
+    assert_measures_are_literal(probe, backbone_of(config))
+
+
+def test_scenes_have_their_own_labels_far_from_those_trained_on() -> None:
+    config = tiny_config(probe__every=1, probe__data="scenes", probe__num_images=40)
+    probe = probe_of(config)
+    resize = v2.Resize(32, interpolation=InterpolationMode.BICUBIC, antialias=True)
+    expected = {}
+    for index in range(FIRST_PROBE_SCENE, FIRST_PROBE_SCENE + 40):
+        image = torch.from_numpy(scenes.render_image(index).copy()).permute(2, 0, 1)
+        expected[resize(image).numpy().tobytes()] = scenes.label_of(index, 0)
+    assert probe.labels is not None
+    found = {image.numpy().tobytes(): label for image, label in zip(probe.images, probe.labels.tolist())}
+    assert found == expected
+
+
+def test_a_network_that_sees_the_class_gets_every_vote() -> None:
+    """An image filled with its class number and a backbone that reads it."""
+
+    class Reader(torch.nn.Module):
+        def forward(self, pixels: Tensor) -> Any:
+            number = (pixels.mean(dim=(1, 2, 3)) * 255).round().long()
+            cls = torch.nn.functional.one_hot(number, 5).float()
+            return type("Tokens", (), {"cls": cls})
+
+    labels = torch.arange(300) % 5
+    images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    probe = Probe(images, labels, 5, torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
+    measured = probe.measure(Reader(), CPU, torch.float32)
+    assert measured["knn_top1"] == 1.0
+    assert measured["rankme"] == pytest.approx(4.0, rel=1e-3)  # five equal corners around their mean
+
+
+def test_without_labels_there_is_only_the_rank() -> None:
+    config = tiny_config(probe__every=1, probe__num_images=30)
+    probe = probe_of(config)
+    assert probe.labels is None
+    assert len(probe.images) == 30
+    measured = probe.measure(backbone_of(config), CPU, torch.float32)
+    assert set(measured) == {"rankme", "probe_time"}
+
+
+def test_the_images_of_a_probe_are_the_same_at_every_start_and_for_every_seed(labelled: Path) -> None:
+    options = {"probe__every": 1, "probe__data": str(labelled), "probe__num_images": 20}
+    one, two = (probe_of(tiny_config(seed=seed, **options)) for seed in (0, 5))
+    assert torch.equal(one.images, two.images)
+    assert one.labels is not None
+    assert two.labels is not None
+    assert torch.equal(one.labels, two.labels)
+
+
+def test_a_probe_that_is_never_to_run_is_not_built() -> None:
+    assert build_probe(tiny_config(probe__every=0, probe__data="nowhere"), open_source("scenes:count=9")) is None
+
+
+def test_a_source_too_small_for_a_rank_has_no_probe() -> None:
+    config = tiny_config(probe__every=1)
+    assert build_probe(config, open_source("scenes:count=3,size=32")) is None
+    assert build_probe(config, open_source("scenes:count=4,size=32")) is not None
+
+
+def test_what_cannot_be_probed_is_refused_in_one_line(tmp_path: Path) -> None:
+    source = open_source("scenes:count=9,size=32")
+
+    def refusal(folder: Path | str, **options: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            build_probe(tiny_config(probe__every=1, probe__data=str(folder), **options), source)
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+    def pictures(name: str, **counts: int) -> Path:
+        for folder, count in counts.items():
+            (tmp_path / name / folder).mkdir(parents=True)
+            for number in range(count):
+                photograph(number, 30, 40).save(tmp_path / name / folder / f"{number}.png")
+        return tmp_path / name
+
+    assert "nowhere" in refusal(tmp_path / "nowhere")
+    assert "at least two" in refusal(pictures("one_class", cats=8))
+    assert "expected at least 4 readable images of 2 classes" in refusal(pictures("three", cats=1, dogs=2))
+    broken = pictures("broken", cats=3, dogs=3)
+    for number in range(3):
+        (broken / "dogs" / f"{number}.png").write_text("not a picture")
+    assert "expected at least 4 readable images of 2 classes" in refusal(broken)
+    assert "scenes" in refusal("scenes:count=0")
+
+
+# In a run
+
+
+def run(out: Path, **overrides: Any) -> Path:
+    options = {"steps": 8, "probe__every": 2, "probe__data": "scenes", "probe__num_images": 60}
+    return loop.pretrain(tiny_config(out, **{**options, **overrides}))
+
+
+@pytest.mark.parametrize("metric", ["knn_top1", "rankme"])
+def test_best_points_to_the_first_checkpoint_with_the_highest_value_of_the_metric(
+    metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures are given: one metric peaks at step 4, the other at step 6."""
+    figures = iter([(0.2, 9.0), (0.5, 7.0), (0.5, 9.5), (0.4, 8.0)])
+
+    def measure(self: Probe, *args: object) -> dict[str, float]:
+        top1, rank = next(figures)
+        return {"rankme": rank, "knn_top1": top1, "probe_time": 1e-6}
+
+    monkeypatch.setattr(Probe, "measure", measure)
+    out = run(tmp_path / "run", probe__metric=metric, checkpoint__keep=1, probe__max_share=1.0)
+    best = {"knn_top1": 4, "rankme": 6}[metric]
+    folder = out / "checkpoints"
+    assert checkpoint.read_pointer(folder, "best") == checkpoint.step_name(best)
+    assert checkpoint.read_pointer(folder, "last") == checkpoint.step_name(8)
+    # The best and the newest outlive the rest, with their teachers.
+    kept = {checkpoint.step_name(step) for step in (best, 8)}
+    assert {path.name for path in folder.glob("step_*")} == kept
+    assert {path.stem for path in (out / "teacher").glob("*.safetensors")} == kept
+    assert checkpoint.verify(folder / checkpoint.step_name(8))["history"]["best"]["step"] == best
+
+
+def test_best_follows_the_rank_where_there_are_no_labels(tmp_path: Path) -> None:
+    out = run(tmp_path / "run", probe__data=None, probe__max_share=1.0)
+    lines = read_lines(out / "probe.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert all("knn_top1" not in line for line in lines)
+    best = max(lines, key=lambda line: line["rankme"])["step"]
+    assert checkpoint.read_pointer(out / "checkpoints", "best") == checkpoint.step_name(best)
+
+
+@pytest.mark.parametrize(("max_share", "steps"), [(0.0, [2, 8]), (1.0, [2, 4, 6, 8])])
+def test_probes_beyond_their_share_of_the_time_are_left_out_but_for_the_last(
+    max_share: float, steps: list[int], tmp_path: Path
+) -> None:
+    out = run(tmp_path / "run", probe__max_share=max_share)
+    assert [line["step"] for line in read_lines(out / "probe.jsonl")] == steps
+
+
+def test_a_probe_changes_nothing_in_the_run_it_looks_at(tmp_path: Path) -> None:
+    from training import loss_trace
+
+    looked_at = run(tmp_path / "a", probe__max_share=1.0, model__drop_path=0.2)
+    alone = run(tmp_path / "b", probe__every=0, model__drop_path=0.2)
+    assert loss_trace(looked_at) == loss_trace(alone)
+
+
+def test_an_interrupted_and_resumed_run_remembers_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter([0.9, 0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.8])
+
+    def measure(self: Probe, *args: object) -> dict[str, float]:
+        return {"rankme": 3.0, "knn_top1": next(figures), "probe_time": 1e-6}
+
+    monkeypatch.setattr(Probe, "measure", measure)
+    out = run(tmp_path / "run", steps=4, probe__max_share=1.0)
+    run(out, steps=8, resume=True, probe__max_share=1.0)
+    assert checkpoint.read_pointer(out / "checkpoints", "best") == checkpoint.step_name(2)
+    assert (out / "checkpoints" / checkpoint.step_name(2)).is_dir()

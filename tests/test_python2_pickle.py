@@ -1,0 +1,139 @@
+"""CIFAR's pickles give what pickle itself would give, and a hostile one runs nothing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dinoreg.evaluation.readers.python2_pickle import read_dictionary
+from dinoreg.runtime.errors import UserError
+from tests.miniatures import python2
+
+ROWS = np.random.default_rng(0).integers(0, 256, size=(300, 7), dtype=np.uint8)
+BATCH = {"data": ROWS, "labels": [3, 70_000, -1, 255, 256], "filenames": ["é.png", "b" * 300], "batch_label": "1 of 5"}
+
+
+def same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
+    assert found.keys() == expected.keys()
+    assert found["data"].dtype == np.uint8
+    return np.array_equal(found["data"], expected["data"]) and all(
+        found[key] == expected[key] for key in found if key != "data"
+    )
+
+
+def refused(path: Path, content: bytes, expected: str, **options: int) -> None:
+    """One line that names the dataset, the file and the reason."""
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_dictionary(path, "cifar10", **options)
+    message = str(caught.value)
+    assert message.startswith(f"cifar10: {path} ")
+    assert "\n" not in message
+    assert expected in message
+
+
+def test_a_python_2_pickle_is_read_as_pickle_itself_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "data_batch_1"
+    path.write_bytes(python2.dumps(BATCH))
+    assert same(read_dictionary(path, "cifar10"), pickle.loads(path.read_bytes(), encoding="latin1"))
+    assert same(read_dictionary(path, "cifar10"), BATCH)
+
+
+def test_the_text_protocol_is_read_as_pickle_itself_reads_it(tmp_path: Path) -> None:
+    path, names = tmp_path / "batches.meta", {"num_vis": 3072, "label_names": ["airplane", "bird"]}
+    path.write_bytes(python2.dumps_as_text(names))
+    assert read_dictionary(path, "cifar10") == pickle.loads(path.read_bytes(), encoding="latin1") == names
+
+
+@pytest.mark.parametrize("protocol", range(5))
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_batch_written_anew_by_python_3_is_read_too(tmp_path: Path, protocol: int, order: Any) -> None:
+    path, batch = tmp_path / "batch", {**BATCH, "data": np.asarray(ROWS, order=order)}
+    path.write_bytes(pickle.dumps(batch, protocol=protocol))
+    assert same(read_dictionary(path, "cifar10"), BATCH)
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_a_hostile_pickle_runs_nothing(tmp_path: Path, protocol: int) -> None:
+    mark = tmp_path / "was_here"
+    hostile = {"data": Hostile(os.system, f"touch {mark}")}
+    content = pickle.dumps(hostile, protocol=protocol)
+    refused(tmp_path / "batch", content, "system, which is not allowed")
+    assert not mark.exists()
+    pickle.loads(content)
+    assert mark.exists()  # it would have
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"(S'touch x'\nios\nsystem\n.", "the instruction INST"),
+        (b"\x80\x02\x82\x01.", "the instruction EXT1"),
+        (b"Pname\n.", "the instruction PERSID"),
+        (b"\x80\x02cnumpy\nload\n.", "numpy.load, which is not allowed"),
+        (b"\x80\x02c_codecs\ndecode\n.", "_codecs.decode, which is not allowed"),
+        (b"\x80\x04\x8c\x05numpy\x8c\x0dfromfile\nnext\x93.", "numpy.fromfile next, which"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "stores values far apart"),
+        (b"\x80\x02c_codecs\nencode\n}U\x08__code__K\x01sb.", "changes a function"),
+        (b"\x80\x02]q\x00.", "no dictionary with names for keys"),
+        (b"\x80\x02}K\x01K\x02s.", "no dictionary with names for keys"),
+        (b"\x80\x02}U\x01aU\x01b", "not a readable pickle"),
+        (b"\x80\x02}]K\x01s.", "not a readable pickle"),  # a list as key
+        (b"\x80\x02T\xff\xff\xff\x7fabc.", "not a readable pickle"),  # says that it is 2 GB long
+        (b"", "not a readable pickle"),
+        (b"<html>moved</html>", "not a readable pickle"),
+    ],
+)
+def test_what_a_batch_has_no_need_of_is_refused_in_one_line(tmp_path: Path, content: bytes, expected: str) -> None:
+    refused(tmp_path / "batch", content, expected)
+
+
+def test_arrays_of_objects_and_arrays_that_do_not_fill_their_shape_are_refused(tmp_path: Path) -> None:
+    for odd in (np.array([[], {}], dtype=object), np.zeros(3, dtype=np.int64), np.zeros(2, dtype="V4")):
+        refused(tmp_path / "batch", pickle.dumps({"data": odd}, protocol=2), "expected u1")
+    content = python2.dumps({"data": ROWS[:9]})
+    shape = b"K\x09K\x07\x86"
+    assert content.count(shape) == 1
+    for claimed in (b"K\x08K\x07\x86", b"J" + struct.pack("<i", 2**30) + b"K\x07\x86", b"J\xff\xff\xff\xffK\x07\x86"):
+        refused(tmp_path / "batch", content.replace(shape, claimed), "do not fill it")
+    begun = b"\x80\x02}U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87Rs."
+    refused(tmp_path / "batch", begun, "an array without data")
+
+
+def test_every_cut_of_a_batch_is_a_readable_message(tmp_path: Path) -> None:
+    content = python2.dumps({"data": ROWS[:2], "labels": [1, 2], "filenames": ["a", "b"]})
+    assert read_dictionary(_written(tmp_path / "whole", content), "cifar10")["labels"] == [1, 2]
+    for length in range(len(content)):
+        refused(tmp_path / "cut", content[:length], "is not a readable pickle")
+
+
+def _written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def test_a_file_above_the_size_limit_is_not_opened(tmp_path: Path) -> None:
+    content = python2.dumps(BATCH)
+    refused(tmp_path / "batch", content, f"at most {len(content) - 1:,}", max_bytes=len(content) - 1)
+    assert same(read_dictionary(tmp_path / "batch", "cifar10", max_bytes=len(content)), BATCH)
+
+
+def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cifar10: .*none cannot be read \(No such file"):
+        read_dictionary(tmp_path / "none", "cifar10")

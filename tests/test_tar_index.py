@@ -1,0 +1,276 @@
+"""Images in tar archives: found in three ways, read by position, and never anything but what the archive holds."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinoreg.data import tar_index as module
+from dinoreg.data.decode import BadImage
+from dinoreg.data.tar_index import TarSource, index_tars
+from dinoreg.runtime.errors import UserError
+from tests.miniatures import imagenet22k
+
+Members = dict[str, bytes]
+
+
+def pack(path: Path, members: Members, **options: object) -> None:
+    with tarfile.open(path, "w", **options) as archive:  # type: ignore[call-overload]
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+
+
+def source(root: Path, **options: object) -> TarSource:
+    return TarSource(str(root), index_tars(root, **options))  # type: ignore[arg-type]
+
+
+def contents(found: TarSource) -> dict[str, bytes]:
+    return {found.name(index): found.read(index) for index in range(len(found))}
+
+
+def unpacked(root: Path) -> dict[str, bytes]:
+    """What tarfile and gzip make of every archive, by the name that messages use."""
+    found = {}
+    for path in sorted(root.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive.getmembers():
+                file = archive.extractfile(member)
+                assert file is not None
+                data = file.read()
+                found[f"{path}:{member.name}"] = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    return found
+
+
+def settle(root: Path) -> None:
+    past = time.time() - 60
+    for folder, _, files in os.walk(root):
+        for name in files:
+            os.utime(Path(folder, name), (past, past))
+
+
+def rows(*entries: tuple[str, int, int, str]) -> np.ndarray:
+    kinds = [("class_id", "U12"), ("start_offset", "<u4"), ("end_offset", "<u4"), ("filename", "U24")]
+    return np.array(list(entries), dtype=kinds)
+
+
+def test_headers_listings_and_dinov2s_table_give_the_bytes_that_tarfile_gives(tmp_path: Path) -> None:
+    fingerprints = set()
+    for extra, blocks in ((True, True), (False, True), (False, False)):
+        root = imagenet22k.write(tmp_path / f"{extra}{blocks}", per_class=4, extra=extra, blocks=blocks)
+        expected = unpacked(root)
+        assert len(expected) == 4 * 4 + 1
+        if extra:  # DINOv2's table leaves the one unreadable file out
+            del expected[f"{root}/n06470073.tar:{imagenet22k.UNREADABLE}"]
+        found = source(root)
+        assert contents(found) == expected
+        assert list(contents(found)) == list(expected)
+        fingerprints.add(found.fingerprint())
+    assert len(fingerprints) == 2  # with the unreadable file and without: how they were found does not count
+
+
+def test_a_listing_of_some_archives_serves_those_and_the_others_are_walked(tmp_path: Path) -> None:
+    root = imagenet22k.write(tmp_path, per_class=3, extra=False)
+    (root / "blocks/n02084071.log").unlink()
+    assert contents(source(root)) == unpacked(root)
+
+
+def test_a_packed_member_is_unpacked_but_never_without_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = gzip.compress(b"x" * 5000)
+    damaged = packed[:12] + b"\xff\xff\xff\xff" + packed[16:]
+    pack(tmp_path / "a.tar", {"whole.jpg": packed, "short.jpg": packed[:-12], "damaged.jpg": damaged})
+    found = source(tmp_path)
+    assert found.read(0) == b"x" * 5000
+    with pytest.raises(BadImage, match="end too early"):
+        found.read(1)
+    with pytest.raises(BadImage, match="damaged gzip data"):
+        found.read(2)
+    monkeypatch.setattr(module, "MAX_BYTES", 4999)
+    with pytest.raises(BadImage, match="unpacks to more than the limit of 4999 bytes"):
+        found.read(0)
+
+
+def test_a_member_above_the_limit_is_bad_without_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack(tmp_path / "a.tar", {"large.jpg": b"x" * 5000, "small.jpg": b"y"})
+    monkeypatch.setattr(module, "MAX_BYTES", 2000)
+    found = source(tmp_path)
+    with pytest.raises(BadImage, match="5632 bytes, more than the limit of 2000"):
+        found.read(0)
+    assert found.read(1) == b"y"
+
+
+def test_offsets_beyond_four_gibibytes_are_read(tmp_path: Path) -> None:
+    with open(tmp_path / "a.tar", "wb") as file:  # a hole of 5 GiB that takes no room on the disk
+        hole = tarfile.TarInfo("hole.bin")
+        hole.size = 5 << 30
+        file.write(hole.tobuf(tarfile.GNU_FORMAT))
+        file.seek(hole.size, os.SEEK_CUR)
+        last = tarfile.TarInfo("last.jpg")
+        last.size = 3
+        file.write(last.tobuf(tarfile.USTAR_FORMAT) + b"abc".ljust(512, b"\0") + bytes(1024))
+    found = source(tmp_path)
+    assert int(found.members.start[0]) == (5 << 30) + 512
+    assert contents(found) == {f"{tmp_path}/a.tar:last.jpg": b"abc"}
+
+
+def test_names_are_never_paths_and_only_regular_images_count(tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    root = tmp_path / "set"
+    root.mkdir()
+    with tarfile.open(root / "a.tar", "w") as archive:
+        for name, kind, target in (
+            ("../secret.jpg", tarfile.REGTYPE, ""),
+            ("/etc/passwd.jpg", tarfile.REGTYPE, ""),
+            ("link.jpg", tarfile.SYMTYPE, str(tmp_path / "secret.jpg")),
+            ("hard.jpg", tarfile.LNKTYPE, "../secret.jpg"),
+            ("folder.jpg", tarfile.DIRTYPE, ""),
+            ("device.jpg", tarfile.CHRTYPE, ""),
+            ("._hidden.jpg", tarfile.REGTYPE, ""),
+            ("notes.txt", tarfile.REGTYPE, ""),
+            ("n" * 150 + ".JPEG", tarfile.REGTYPE, ""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, target
+            data = b"inside" if kind == tarfile.REGTYPE else b""
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    found = contents(source(root))
+    assert [name.split(":", 1)[1] for name in found] == ["../secret.jpg", "/etc/passwd.jpg", "n" * 150 + ".JPEG"]
+    assert set(found.values()) == {b"inside"}
+
+
+def test_many_threads_read_what_one_reads(tmp_path: Path) -> None:
+    found = source(imagenet22k.write(tmp_path, per_class=5))
+    order = np.random.default_rng(0).integers(0, len(found), 400).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(found.read, order)) == [found.read(index) for index in order]
+
+
+def test_a_kept_index_is_reused_until_an_archive_or_listing_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = imagenet22k.write(tmp_path, per_class=3, extra=False)
+    settle(root)
+    first = contents(source(root, index_dir=tmp_path / "kept"))
+    found: list[str] = []
+    for name in ("_from_headers", "_from_log"):
+        genuine = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, genuine=genuine: found.append(a[0]) or genuine(*a))
+    assert contents(source(root, index_dir=tmp_path / "kept")) == first
+    assert found == []
+    (file,) = (tmp_path / "kept").iterdir()
+    whole = file.read_bytes()
+    for damage in (b"", b"not an index", whole[: len(whole) // 2]):
+        file.write_bytes(damage)
+        assert contents(source(root, index_dir=tmp_path / "kept")) == first
+    assert len(found) == 3 * 4
+    (root / "blocks/n01440764.log").unlink()
+    pack(root / "n01440764.tar", {"new.jpg": b"new"})
+    assert f"{root}/n01440764.tar:new.jpg" in contents(source(root, index_dir=tmp_path / "kept"))
+
+
+def test_the_stamp_changes_with_an_archive_and_the_fingerprint_with_the_names(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", {"x.jpg": b"1"})
+    before = source(tmp_path)
+    prints, stamp = before.fingerprint(), before.stamp()
+    pack(tmp_path / "a.tar", {"x.jpg": b"2" * 600})
+    after = source(tmp_path)
+    assert (after.fingerprint(), after.stamp() == stamp) == (prints, False)
+    pack(tmp_path / "a.tar", {"y.jpg": b"1"})
+    assert source(tmp_path).fingerprint() != prints
+
+
+def test_an_archive_that_changed_under_its_index_gives_bad_images_not_wrong_ones(tmp_path: Path) -> None:
+    pack(tmp_path / "a.tar", {"x.jpg": b"1" * 700, "y.jpg": b"2" * 700})
+    found = source(tmp_path)
+    pack(tmp_path / "a.tar", {"w.jpg": b"3" * 1300, "v.jpg": b"4" * 700})
+    with pytest.raises(BadImage, match="ends or goes on with another file"):
+        found.read(0)
+    with pytest.raises(BadImage, match="no tar header at byte 1536"):
+        found.read(1)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(BadImage, match="No such file"):
+        found.read(0)
+
+
+def test_a_damaged_archive_is_named_in_one_line(tmp_path: Path) -> None:
+    whole = tmp_path / "a.tar"
+    pack(whole, {"x.jpg": b"1" * 700, "y.jpg": b"2" * 700})
+    data = whole.read_bytes()
+    for damage in (data[:1600], data[:1536] + b"junk" * 128 + data[2048:], b"", gzip.compress(data), b"x" * 2000):
+        whole.write_bytes(damage)
+        with pytest.raises(UserError, match=r"a\.tar is not a whole uncompressed tar archive") as caught:
+            index_tars(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_no_archives_and_no_images_in_them_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the folder"):
+        index_tars(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"no \.tar archives"):
+        index_tars(tmp_path)
+    pack(tmp_path / "a.tar", {"notes.txt": b"1"})
+    with pytest.raises(UserError, match="no image files in the 1 archives"):
+        index_tars(tmp_path)
+    with pytest.raises(UserError, match=r"elsewhere/entries\.npy is missing"):
+        index_tars(tmp_path, extra=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("block 0: x.jpg\nrw-r--r-- y.jpg\n", "line 2: 'rw-r--r-- y.jpg', expected 'block N: NAME'"),
+        ("block 0: x.jpg\n", "does not end with"),
+        ("", "does not end with"),
+        ("block 3: x.jpg\nblock 0: ** Block of NULs **\n", "does not fit"),
+        ("block 0: x.jpg\nblock 900: ** Block of NULs **\n", "does not fit"),
+    ],
+)
+def test_a_listing_that_does_not_fit_its_archive_is_refused(tmp_path: Path, text: str, what: str) -> None:
+    pack(tmp_path / "a.tar", {"x.jpg": b"1"})
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks/a.log").write_text(text)
+    with pytest.raises(UserError, match=what) as caught:
+        index_tars(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        (rows(("../b", 0, 1024, "x.jpg")), r"lists images of \.\./b, but .* has no \.\./b\.tar"),
+        (rows(("a", 0, 1 << 31, "x.jpg")), r"x\.jpg at bytes 0\.\.2147483648 does not lie in a\.tar of 10240 bytes"),
+        (rows(("a", 0, 1024, "x.jpg"), ("a", 2048, 1024, "y.jpg")), r"y\.jpg at bytes 2048\.\.1024 does not lie"),
+        (np.zeros(3), "has no columns"),
+        (np.array([{"class_id": "a"}], dtype=object), "not a readable array"),
+    ],
+)
+def test_a_table_that_does_not_fit_the_archives_is_refused(tmp_path: Path, table: np.ndarray, what: str) -> None:
+    pack(tmp_path / "a.tar", {"x.jpg": b"1"})
+    (tmp_path / "extra").mkdir()
+    np.save(tmp_path / "extra/entries.npy", table, allow_pickle=True)
+    with pytest.raises(UserError, match=what) as caught:
+        index_tars(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_is_read_in_chunks_in_its_own_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHUNK", 4)
+    root = imagenet22k.write(tmp_path, per_class=5)
+    table = np.load(root / "extra/entries.npy")
+    shuffled = table[np.random.default_rng(1).permutation(len(table))]
+    np.save(root / "extra/entries.npy", shuffled)
+    expected = unpacked(root)
+    found = contents(source(root))
+    names = [f"{root}/{row['class_id']}.tar:{row['filename']}" for row in shuffled]
+    assert list(found) == names
+    assert found == {name: expected[name] for name in names}

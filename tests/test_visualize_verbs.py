@@ -1,0 +1,514 @@
+"""`dinoreg view`: attention, patch colours, token norms and crops of any model, as files to look at."""
+
+from __future__ import annotations
+
+import json
+import math
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from skimage.filters import threshold_otsu
+from small_runs import MEAN, STD, STEP, tiny_model, write_run
+from test_report import parse
+
+from dinoreg.commands.main import main
+from dinoreg.data.center_crop import center_crop
+from dinoreg.models.vit import RegisterViT
+from dinoreg.reports.run_folder import read_run
+from dinoreg.runtime.errors import UserError
+from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
+from dinoreg.visualize.contact_sheet import GAP
+from dinoreg.visualize.norms import TokenNorms, summary, token_norms
+from dinoreg.visualize.pca import (
+    explained_shares,
+    foreground_mask,
+    foreground_of,
+    otsu_threshold,
+    patch_basis,
+    patch_colours,
+    read_basis,
+    write_basis,
+)
+from dinoreg.visualize.subject import fit, open_images, open_subject, picture_size, stated_preprocessing
+
+REGISTERS = (0, 1, 4, 8)
+
+
+def literal_attention(model: RegisterViT, image: torch.Tensor, layer: int) -> torch.Tensor:
+    """(heads, T, T): block after block with every matrix product written out, one head and query at a time."""
+    x = model.embed(image[None])[0].detach()  # (T, D)
+    for number, block in enumerate(model.blocks):
+        state = {key: value.detach() for key, value in block.state_dict().items()}
+        normed = torch.nn.functional.layer_norm(x, x.shape[1:], state["norm1.weight"], state["norm1.bias"], 1e-6)
+        q, k, v = (normed @ state["attn.qkv.weight"].T + state["attn.qkv.bias"]).chunk(3, dim=1)
+        width = x.shape[1] // model.heads
+        weights, outputs = [], []
+        for head in range(model.heads):
+            part = slice(head * width, (head + 1) * width)
+            rows = []
+            for query in q[:, part]:
+                scores = torch.stack([(query * key).sum() / math.sqrt(width) for key in k[:, part]])
+                rows.append((scores - scores.max()).exp() / (scores - scores.max()).exp().sum())
+            weights.append(torch.stack(rows))
+            outputs.append(weights[-1] @ v[:, part])
+        if number == layer:
+            return torch.stack(weights)
+        x = x + torch.cat(outputs, dim=1) @ state["attn.proj.weight"].T + state["attn.proj.bias"]
+        normed = torch.nn.functional.layer_norm(x, x.shape[1:], state["norm2.weight"], state["norm2.bias"], 1e-6)
+        hidden = torch.nn.functional.gelu(normed @ state["mlp.fc1.weight"].T + state["mlp.fc1.bias"])
+        x = x + hidden @ state["mlp.fc2.weight"].T + state["mlp.fc2.bias"]
+    raise AssertionError
+
+
+# Attention
+
+
+@pytest.mark.parametrize("registers", REGISTERS)
+def test_attention_equals_a_literal_computation_at_any_layer_and_size(registers: int) -> None:
+    model = tiny_model(registers)
+    for size in ((24, 32), (40, 16)):
+        images = torch.randn(2, 3, *size)
+        rows = attention_rows(model, images, [0, 2])
+        assert rows.shape == (2, 2, 3, 1 + registers, 1 + registers + size[0] * size[1] // 64)
+        for place, layer in enumerate((0, 2)):
+            expected = literal_attention(model, images[1], layer)[:, : 1 + registers]
+            torch.testing.assert_close(rows[place, 1], expected, atol=1e-5, rtol=1e-4)
+            whole = model.attention(images, layer)[:, :, : 1 + registers]
+            torch.testing.assert_close(rows[place], whole)
+
+
+def test_a_budget_says_where_a_token_looks_and_over_how_many_patches() -> None:
+    rows = torch.zeros(1, 2, 3, 7)  # two registers, four patches
+    rows[0, :, 0, 0] = 1.0  # CLS looks at itself
+    rows[0, :, 1, 1:3] = 0.25
+    rows[0, :, 1, 5] = 0.5  # half on the registers, half on one patch
+    rows[0, 0, 2, 3:] = 0.25  # evenly over the patches
+    rows[0, 1, 2, 4] = 1.0  # in the other head at one
+    cls, first, second = attention_budget(rows)
+    assert cls[:3] == (1.0, 0.0, 0.0)
+    assert first == pytest.approx((0.0, 0.5, 0.5, 1.0))
+    assert second == pytest.approx((0.0, 0.0, 1.0, 2.5))
+
+
+def test_layers_and_heads_are_chosen_by_number_or_all() -> None:
+    assert chosen_layers("-1", 3) == [2]
+    assert chosen_layers("[2, 0,-1]", 3) == [0, 2]
+    assert chosen_layers("all", 3) == [0, 1, 2]
+    assert chosen_heads("all", 3) == chosen_heads("mean", 3) == [0, 1, 2]
+    assert chosen_heads("2", 3) == [2]
+
+
+def test_an_overlay_lights_what_is_attended_to_and_greys_the_rest() -> None:
+    pixels = np.full((8, 8, 3), (200, 100, 0), dtype=np.uint8)
+    values = np.zeros((2, 2))
+    values[0, 1] = 0.3
+    drawn = overlay(pixels, values).astype(int)
+    assert drawn[0, 7].sum() > drawn[7, 0].sum()
+    assert np.ptp(drawn[7, 0]) == 0  # grey
+    assert (overlay(pixels, np.zeros((2, 2))) == drawn[7, 0]).all()
+
+
+# Patch colours
+
+
+def test_the_threshold_equals_scikit_images() -> None:
+    rng = np.random.default_rng(0)
+    for weights in ((4000, 6000), (9000, 500)):  # groups that touch: in a gap all thresholds are equally good
+        values = np.concatenate([rng.normal(-1, 1, weights[0]), rng.normal(2, 1, weights[1])])
+        bin_width = np.ptp(values) / 256
+        assert otsu_threshold(values) == pytest.approx(threshold_otsu(values), abs=bin_width)
+    assert otsu_threshold(np.array([0.0] * 5 + [10.0] * 3)) == pytest.approx(5, abs=0.1)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_foreground_is_found_whichever_way_the_component_points(sign: float) -> None:
+    torch.manual_seed(1)
+    inside = torch.zeros(6, 8, dtype=torch.bool)
+    inside[1:5, 2:6] = True
+    patches = 0.1 * torch.randn(3, 48, 5)
+    patches[:, inside.flatten(), 2] += 4 * sign
+    mask = foreground_mask(patches, foreground_of(patches, (6, 8)))
+    assert (mask == inside.flatten()).all()
+
+
+def test_the_shares_of_variance_are_scikit_learns() -> None:
+    from sklearn.decomposition import PCA
+
+    torch.manual_seed(2)
+    for count in (5, 40):  # fewer and more patches than the width
+        patches = torch.randn(1, count, 9) * torch.linspace(3, 0.2, 9)
+        peer = PCA(3).fit(patches[0].double().numpy())
+        assert explained_shares(patches, patch_basis(patches)) == pytest.approx(
+            peer.explained_variance_ratio_, abs=1e-5
+        )
+
+
+def test_a_basis_in_a_file_paints_the_same_colours(tmp_path: Path) -> None:
+    patches = torch.randn(2, 12, 7)
+    basis, split = patch_basis(patches), foreground_of(patches, (3, 4))
+    for foreground in (None, split):
+        write_basis(tmp_path / "b" / "basis.safetensors", basis, foreground, "somewhere")
+        again, found, origin = read_basis(tmp_path / "b" / "basis.safetensors", 7, foreground is not None)
+        assert (patch_colours(patches, again) == patch_colours(patches, basis)).all()
+        assert origin == "somewhere"
+        assert (found is None) == (foreground is None)
+    assert found is not None
+    assert (foreground_mask(patches, found) == foreground_mask(patches, split)).all()
+
+
+def test_a_file_that_is_no_basis_for_this_model_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "basis.safetensors"
+    basis = patch_basis(torch.randn(1, 12, 7))
+    path.write_bytes(b"no tensors")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        read_basis(path, 7, False)
+    save_file({"x": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match="not a colour basis"):
+        read_basis(path, 7, False)
+    write_basis(path, basis, None, "")
+    with pytest.raises(UserError, match="for a width of 8"):
+        read_basis(path, 8, False)
+    with pytest.raises(UserError, match="fitted with foreground=false"):
+        read_basis(path, 7, True)
+    write_basis(path, basis._replace(low=torch.full((3,), math.nan)), None, "")
+    with pytest.raises(UserError, match="expected finite numbers"):
+        read_basis(path, 7, False)
+
+
+# Norms
+
+
+@pytest.mark.parametrize("registers", REGISTERS)
+def test_norms_are_those_before_the_final_norm_of_every_block(registers: int) -> None:
+    model, images = tiny_model(registers), torch.randn(2, 3, 24, 32)
+    norms = token_norms(model, images)
+    assert [tuple(each.shape) for each in norms] == [(3, 2), (3, 2, registers), (3, 2, 12)]
+    tokens = model.prenorm(images).detach()
+    literal = [[math.sqrt(sum(float(v) ** 2 for v in token)) for token in image] for image in tokens]
+    found = torch.cat([norms.cls[2][:, None], norms.registers[2], norms.patches[2]], dim=1)
+    torch.testing.assert_close(found, torch.tensor(literal))
+    first = model.blocks[0](model.embed(images).flatten(0, 1), ((2, 13 + registers),), ("plain",)).detach()
+    torch.testing.assert_close(norms.cls[0], first.unflatten(0, (2, -1))[:, 0].norm(dim=-1))
+
+
+def test_the_summary_of_norms_is_what_it_says() -> None:
+    patches = torch.arange(1.0, 102.0).reshape(1, 1, 101)
+    assert summary(TokenNorms(torch.tensor([[3.0]]), torch.tensor([[[4.0, 6.0]]]), patches)) == [
+        {"median": 51.0, "p99": 100.0, "max": 101.0, "cls": 3.0, "registers": 5.0}
+    ]
+    assert summary(TokenNorms(torch.ones(1, 1), torch.ones(1, 1, 0), patches))[0]["registers"] is None
+
+
+# Images and preprocessing
+
+
+def test_a_square_fits_as_an_evaluation_crops_and_other_shapes_cover() -> None:
+    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+    assert (fit(image, 32, 32) == center_crop(image, 32)).all()
+    for shape in ((16, 64), (64, 16), (50, 70)):
+        assert fit(image, *shape).shape == (3, *shape)
+    assert (fit(image, 50, 70) == image).all()
+    assert (fit(image, 50, 20) == image[:, :, 25:45]).all()
+
+
+def test_a_strip_of_a_million_pixels_is_cut_before_it_is_enlarged() -> None:
+    strip = torch.zeros(3, 2, 1_000_000, dtype=torch.uint8)
+    strip[:, :, 499_990:500_010] = 255
+    assert (fit(strip, 64, 64) == 255).all()
+
+
+def test_pictures_are_as_large_as_in_training_or_a_multiple() -> None:
+    assert picture_size(tiny_model(image_size=(24, 32))) == (144, 192)
+    assert picture_size(tiny_model(image_size=(24, 32)), [40, 16]) == (40, 16)
+    assert picture_size(tiny_model(image_size=(24, 32)), 40) == (40, 40)
+    assert picture_size(RegisterViT(image_size=518, dim=6, depth=1, heads=1)) == (518, 518)
+
+
+def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
+    subject = open_subject(str(write_run(tmp_path / "run", tiny_model())))
+    assert (subject.mean, subject.std, subject.step) == (MEAN, STD, STEP)
+    assert subject.name == "run at step 7"
+    assert subject.folder == tmp_path / "run" / "view" / "0000007"
+    named = open_subject("vitt8_reg0", "cpu")
+    assert named.mean == (0.485, 0.456, 0.406)
+    assert named.folder == Path("view/vitt8_reg0-random-weights")
+    same = open_subject("vitt8_reg0", "cpu").model.state_dict()
+    assert all(torch.equal(value, same[key]) for key, value in named.model.state_dict().items())
+    assert stated_preprocessing(None, 2) == ((0.5, 0.5), (0.25, 0.25))
+
+
+def test_a_transformers_folder_states_its_preprocessing(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1] * 3})
+    )
+    assert stated_preprocessing(tmp_path / "model.safetensors", 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("stated", "words"),
+    [
+        ({"mean": [0.5, 0.5]}, "one for each of 3 channels"),
+        ({"std": [0.2, 0, 0.2]}, "positive"),
+        ({"mean": "x"}, "mean="),
+    ],
+)
+def test_preprocessing_that_does_not_fit_is_one_line(tmp_path: Path, stated: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        open_subject(str(write_run(tmp_path / "run", tiny_model(), **stated)))
+
+
+def test_images_may_be_a_file_a_folder_a_list_archives_or_scenes(photo_folder: Path, tmp_path: Path) -> None:
+    photos = sorted(path for path in photo_folder.rglob("*") if path.is_file())
+    assert open_images(str(photos[3])).name(0) == str(photos[3])
+    assert len(open_images(str(photo_folder))) == 12
+    assert len(open_images([str(photos[0]), str(photo_folder), "scenes:count=5"])) == 18
+    for name in ("one", "two"):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
+            for photo in photos[: 2 if name == "one" else 5]:
+                archive.add(photo, photo.name)
+    assert len(open_images(str(tmp_path))) == 7
+    single = open_images(str(tmp_path / "two.tar"))
+    assert [single.name(i) for i in range(5)] == [f"{tmp_path / 'two.tar'}:{photo.name}" for photo in photos[:5]]
+    assert single.read(4) == photos[4].read_bytes()
+
+
+# The verbs
+
+
+def view(*arguments: str) -> int:
+    return main(["view", *arguments])
+
+
+def page_of(path: Path) -> Any:
+    structure = parse(path)
+    assert structure.open == []
+    assert all(load.startswith("data:") for load in structure.loads)
+    return structure
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "view.json").read_text())
+    assert sorted(path.name for path in folder.glob("*.png")) == sorted(record["pictures"])
+    return record
+
+
+@pytest.mark.parametrize("registers", REGISTERS)
+def test_attention_of_a_run_is_drawn_for_every_head_and_token(
+    registers: int, tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", tiny_model(registers))
+    photos = [str(path) for path in sorted((photo_folder / "a").iterdir())[:2]]
+    assert view("attention", f"weights={run}", f"images=[{','.join(photos)}]", "size=[24,48]") == 0
+    folder = run / "view" / f"{STEP:07d}"
+    assert capsys.readouterr().out == f"view: {folder / 'attention.html'}\n"
+    record = record_of(folder / "attention")
+    names = ["CLS", *(f"register {number + 1}" for number in range(registers))]
+    assert list(record["budget"]["block 2"]) == names
+    for budget in record["budget"]["block 2"].values():
+        assert budget["cls"] + budget["registers"] + budget["patches"] == pytest.approx(1)
+    assert len(record["pictures"]) == 2 * 2
+    with Image.open(folder / "attention" / "01-photo_01-maps.png") as picture:
+        left = picture.width - (1 + len(names)) * (236 + GAP) + GAP  # tiles are 118 x 236
+        assert 0 < left < 60  # the names of the rows
+        assert picture.height == 18 + 4 * 118 + 3 * GAP  # the mean and three heads
+    structure = page_of(folder / "attention.html")
+    assert {"budget", "image-1", "image-2"} <= structure.ids
+    assert read_run(run).pictures == {}  # the report's own pictures are others
+
+
+def test_several_layers_stand_below_one_another(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny_model())
+    out = tmp_path / "out"
+    one = ["attention", f"weights={run}", f"out={out}", "num=1", "size=16"]
+    assert view(*one, "layer=all", "head=mean") == 0
+    record = record_of(out / "attention")
+    assert list(record["budget"]) == ["block 0", "block 1", "block 2"]
+    (maps,) = (out / "attention").glob("*-maps.png")
+    with Image.open(maps) as picture:
+        assert picture.height == 18 + 3 * 118 + 2 * GAP
+    assert view(*one, "layer=0,2", "head=all") == 0
+    assert [name.rsplit("-", 2)[1] for name in record_of(out / "attention")["pictures"]] == ["block0"] * 2 + [
+        "block2"
+    ] * 2
+    assert not maps.exists()  # of the view before
+
+
+def test_pictures_of_others_stay_when_a_view_is_drawn_again(tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "pca"
+    folder.mkdir(parents=True)
+    (folder / "mine.png").write_bytes(b"x")
+    (tmp_path / "secret.png").write_bytes(b"x")
+    (folder / "view.json").write_text(json.dumps({"format": "dinoreg-view", "pictures": ["../../secret.png", 3]}))
+    run = write_run(tmp_path / "run", tiny_model())
+    for _ in range(2):
+        assert view("pca", f"weights={run}", f"out={tmp_path / 'out'}", "num=1", "size=16") == 0
+    assert (folder / "mine.png").exists()
+    assert (tmp_path / "secret.png").exists()
+
+
+def test_pca_reuses_a_basis_for_another_checkpoint(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", tiny_model())
+    torch.manual_seed(5)
+    changed = tiny_model()
+    with torch.no_grad():
+        changed.pos_embed += 0.3 * torch.randn_like(changed.pos_embed)
+    second = write_run(tmp_path / "b", changed)
+    basis = tmp_path / "basis.safetensors"
+    arguments = ["images=scenes:count=3,size=32", "size=32", f"basis={basis}"]
+    assert view("pca", f"weights={first}", f"out={tmp_path / 'x'}", *arguments) == 0
+    kept = basis.read_bytes()
+    assert view("pca", f"weights={second}", f"out={tmp_path / 'y'}", *arguments) == 0
+    assert basis.read_bytes() == kept
+    records = [record_of(tmp_path / name / "pca") for name in "xy"]
+    assert [record["basis"] for record in records] == ["a at step 7, 3 images"] * 2
+    assert record_of(tmp_path / "y" / "pca")["weights"] == "b at step 7"
+    for model, name in ((tiny_model(), "x"), (changed, "y")):
+        subject = open_subject(str(tmp_path / ("a" if name == "x" else "b")))
+        source = open_images("scenes:count=3,size=32")
+        pixels = torch.from_numpy(np.stack([source.read(i) for i in range(3)])).permute(0, 3, 1, 2)  # type: ignore[arg-type]
+        shift, scale = (torch.tensor(each)[:, None, None] for each in (subject.mean, subject.std))
+        patches = model((pixels / 255 - shift) / scale).patches.detach()
+        colours = patch_colours(patches, read_basis(basis, 12, False)[0])
+        with Image.open(tmp_path / name / "pca" / "01-scenes-0.png") as picture:
+            drawn = np.asarray(picture)[4::8, 32 + GAP + 4 :: 8, :3]
+        assert (drawn == colours[0].reshape(4, 4, 3)).all()
+
+
+def test_pca_of_the_foreground_hides_the_background(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny_model())
+    basis = tmp_path / "basis.safetensors"
+    for _ in range(2):  # fitted, then read
+        arguments = (f"out={tmp_path / 'out'}", "num=2", "size=64", "foreground=true", f"basis={basis}")
+        assert view("pca", f"weights={run}", *arguments) == 0
+        with Image.open(next((tmp_path / "out" / "pca").glob("01-*.png"))) as picture:
+            drawn = np.asarray(picture)[4::8, 64 + GAP + 4 :: 8, :3].reshape(-1, 3)
+        hidden = (drawn == (128, 134, 144)).all(axis=1)
+        assert 0 < hidden.sum() < 64
+    assert "foreground" in "".join(page_of(tmp_path / "out" / "pca.html").text)
+
+
+@pytest.mark.parametrize("registers", [0, 8])
+def test_norms_are_drawn_for_every_block(registers: int, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny_model(registers, depth=13))
+    assert view("norms", f"weights={run}", "num=2", "size=24", f"out={tmp_path / 'out'}") == 0
+    record = record_of(tmp_path / "out" / "norms")
+    assert record["pictures"] == ["maps-blocks0-11.png", "maps-blocks12-12.png", "histograms.png"]
+    assert len(record["blocks"]) == 13
+    assert (record["blocks"][0]["registers"] is None) == (registers == 0)
+    assert {"layers", "histograms", "maps", "numbers"} <= page_of(tmp_path / "out" / "norms.html").ids
+
+
+def test_grey_images_and_unreadable_ones_are_no_obstacle(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("L", (40, 30), 90).save(photos / "a.png")
+    (photos / "b.jpg").write_bytes(b"\xff\xd8 torn")
+    run = write_run(tmp_path / "run", tiny_model(1, in_channels=1))
+    for kind in ("attention", "pca", "norms"):
+        assert view(kind, f"weights={run}", f"images={photos}", "size=32", f"out={tmp_path / 'out'}") == 0
+        structure = page_of(tmp_path / "out" / f"{kind}.html")
+        assert "skipped" in structure.ids
+        assert str(photos / "b.jpg") in structure.text
+
+
+def test_crops_are_those_of_a_config_with_its_overrides(tmp_path: Path, photo_folder: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("crops.num_local=3", "mask.probability=1.0", "num=2", f"data={photo_folder}", f"out={out}")
+    assert view("crops", "quickstart", *arguments) == 0
+    record = record_of(out / "crops")
+    assert len(record["images"]) == 2
+    assert all(Path(name).is_file() for name in record["images"])
+    with Image.open(out / "crops" / "crops.png") as picture:
+        originals = [Image.open(name).size for name in record["images"]]
+        widths = [max(round(112 * width / height) for width, height in originals), *[112] * 4, *[67] * 3]
+        assert picture.size == (sum(widths) + 7 * GAP, 18 + 2 * 112 + GAP)
+    assert "16 of 16" in page_of(out / "crops.html").text  # two crops of eight images, all masked
+
+
+def test_crops_of_a_run_go_into_its_folder(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tiny_model())
+    assert view("crops", str(run), "num=3") == 0
+    assert (run / "view" / f"{STEP:07d}" / "crops.html").is_file()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "view: missing what to view; expected attention, pca, norms, crops"),
+        (["weights=x"], "view: missing what to view"),
+        (["atention", "weights=run"], "view: atention: unknown view; did you mean attention?"),
+        (["attention"], "view attention: weights= is missing"),
+        (["attention", "weights=vitt8_reg4"], "images: missing; name an image"),
+        (["attention", "weights=nowhere"], "weights 'nowhere': no such file"),
+        (["attention", "weights=torn.pth", "images=scenes"], "weights torn.pth"),
+        (["attention", "weights=run", "images=nowhere"], "data: nowhere does not exist"),
+        (["attention", "weights=run", "images=[]"], "images=[]: expected at least one"),
+        (["attention", "weights=run", "images=torn.jpg"], "images: none of 1 could be read; the first:"),
+        (["attention", "weights=run", "layer=3"], "layer=3: the model has 3 blocks"),
+        (["attention", "weights=run", "layer=last"], "layer=last: expected the index of a block"),
+        (["attention", "weights=run", "head=3"], "head=3: expected all, mean or a number from 0 to 2"),
+        (["attention", "weights=run", "head=-1"], "head=-1: expected all"),
+        (["attention", "weights=run", "size=30"], "size=30: expected a multiple of the patch size 8, as 24 or 32"),
+        (["attention", "weights=run", "size=[32,0]"], "size=0: expected a multiple"),
+        (["attention", "weights=run", "size=big"], "size=big: expected a whole number or 2 numbers"),
+        (["attention", "weights=run", "num=0"], "num=0: expected at least 1 image"),
+        (["attention", "weights=run", "out=torn.jpg"], "out=torn.jpg: torn.jpg is a file"),
+        (["attention", "weights=run", "device=tpu"], "device=tpu: expected auto"),
+        (["attention", "weights=run", "foreground=true"], "foreground: no key of dinoreg view attention"),
+        (["pca", "weights=run", "layer=all"], "layer=all: expected one block"),
+        (["pca", "weights=run", "basis=torn.jpg"], "basis=torn.jpg: not a whole safetensors file"),
+        (["pca", "weights=run", "foreground=maybe"], "foreground=maybe: expected true or false"),
+        (["norms", "weights=run", "head=1"], "head: no key of dinoreg view norms"),
+        (["norms", "weights=run", "wieghts=x"], "wieghts: unknown key of dinoreg view; did you mean weights?"),
+        (["norms", "weights=run", "more"], "view: more: unexpected"),
+        (["crops"], "view crops: missing CONFIG"),
+        (["crops", "data=scenes"], "view crops: missing CONFIG"),
+        (["crops", "vits14_reg4"], "data: missing; name a folder"),
+        (["crops", "nothing"], "config nothing: unknown"),
+        (["crops", "quickstart", "crops.num_locals=2"], "crops.num_locals: unknown key"),
+        (["crops", "quickstart", "num=0"], "num=0: expected at least 1 image"),
+        (["crops", "quickstart", "data=nowhere"], "data: nowhere does not exist"),
+        (["crops", "quickstart", "out=torn.jpg"], "out=torn.jpg: torn.jpg is a file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", tiny_model())
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8 torn")
+    (tmp_path / "torn.pth").write_bytes(b"PK\x03\x04 torn")
+    before = sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts)
+    assert view(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"dinoreg: {expected}")
+    assert captured.err.count("\n") == 1
+    assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    run = write_run(tmp_path / "run", tiny_model())
+    assert view("pca", f"weights={run}", "num=1", "size=16", f"out={tmp_path / 'out'}") == 1
+    assert f"out={tmp_path / 'out'}: cannot be written (No space left on device)" in capsys.readouterr().err
