@@ -20,6 +20,7 @@ from torch import Tensor
 from training import loss_trace, read_lines, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
+from dinoreg.checkpoint.atomic import digest
 from dinoreg.commands.main import main
 from dinoreg.config.load import Config, load_config
 from dinoreg.losses.anchor import anchor_loss
@@ -222,7 +223,7 @@ def test_the_run_folder_keeps_the_weights_it_started_from_with_their_digest(firs
     assert all(torch.equal(kept[name], start[name]) for name in start)
     source = json.loads((out / "init.json").read_text())["init"]
     assert source["source"] == str(first)
-    assert source["source_sha256"] == checkpoint.digest(Path(source["path"]))
+    assert source["source_sha256"] == digest(Path(source["path"]))
     assert Path(source["path"]).parent == first / "teacher"
     assert not (tmp_path / "fresh" / "init.safetensors").exists()
 

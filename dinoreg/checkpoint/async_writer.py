@@ -1,28 +1,18 @@
-"""Writing checkpoints while training goes on, and whose turn it is to write them.
+"""Writing checkpoints while training goes on.
 
 `Writer.save` copies the state to CPU memory and returns; a thread writes the copy (`checkpoint.save`), with collectives
 on a process group of its own, since those of two threads on one group would mix. At most one checkpoint is being
 written: the next save first waits for it, and there all processes learn how it went.
-
-Slurm may start a job again while its first copy still runs on a machine that is only out of reach. The run folder's
-`owner.json` says which copy the run belongs to; it is read again just before a checkpoint appears, and a copy that
-finds another's name there stops.
 """
 
 from __future__ import annotations
 
 import copy
-import errno
-import json
 import logging
-import os
-import secrets
-import shutil
-import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -34,82 +24,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from dinoreg.checkpoint import format as checkpoint
+from dinoreg.checkpoint.atomic import remedy
+from dinoreg.checkpoint.lease import TakenOver, acquire
 from dinoreg.distributed import process_group as distributed
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
-
-OWNER = "owner.json"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Whose run it is
-
-
-class TakenOver(RunError):
-    """Another copy of this job has claimed the run folder; this one must not write there any more."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    """One start of a run: a random token, and where it is.
-
-    job, restarts  Slurm's job id and how often Slurm has started it again; None outside Slurm
-    time           of the start, seconds since 1970
-    """
-
-    token: str
-    host: str
-    pid: int
-    job: str | None
-    restarts: int
-    time: float
-
-    def __str__(self) -> str:
-        place = f"process {self.pid}" if self.job is None else f"job {self.job}"
-        again = f" (restart {self.restarts})" if self.restarts else ""
-        return f"{place}{again} on {self.host} at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.time))}"
-
-
-def acquire(run: Path) -> Lease:
-    """Make the run folder this start's own, and remove what dead writers left there. Called by all processes.
-
-    raises UserError when it cannot be written
-    """
-    with distributed.collective_errors():
-        mine = None
-        if distributed.is_main():
-            restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-            mine = Lease(
-                token=secrets.token_hex(4),
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                job=os.environ.get("SLURM_JOB_ID"),
-                restarts=int(restarts) if restarts.isdigit() else 0,
-                time=time.time(),
-            )
-            try:
-                checkpoint.write_atomic(run / OWNER, json.dumps(asdict(mine), indent=1) + "\n", mine.token)
-            except OSError as error:
-                raise UserError(f"out={run}: cannot be written ({error.strerror})") from None
-            checkpoint.remove_unfinished(run / "checkpoints")
-            for pattern in (f"{OWNER}.*.part", "checkpoints/*.part", "teacher/*.part"):
-                for path in run.glob(pattern):
-                    path.unlink(missing_ok=True)
-    owner: Lease = distributed.from_main(mine)
-    return owner
-
-
-def owner_of(run: Path) -> Lease | None:
-    """Whom the run folder belongs to; None where that is not written, or not to be read."""
-    try:
-        return Lease(**json.loads((run / OWNER).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Writing
 
 
 @dataclass(frozen=True)
@@ -152,7 +72,7 @@ class Writer:
         self.describe_teacher = describe_teacher
         self.max_failures = max_failures
         self.timeout = timeout
-        self.owner = acquire(run)
+        self.lease = acquire(run)
         self.group: Any = None
         if distributed.world_size() > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -264,12 +184,12 @@ class Writer:
                 best,
                 keep_hours=self.keep_hours,
                 group=self.group,
-                token=self.owner.token,
+                token=self.lease.token,
                 finish=lambda folder: self._finish(folder, step),
             )
         except RunError:
             # Whoever takes over clears away what others have begun: then it is not the disk that is to blame.
-            checkpoint.on_all_ranks(self.group, lambda: self._check_lease() if distributed.is_main() else None)
+            checkpoint.on_all_ranks(self.group, lambda: self.lease.check(self.run) if distributed.is_main() else None)
             raise
         if distributed.is_main():
             with suppress(OSError):
@@ -277,20 +197,14 @@ class Writer:
 
     def _finish(self, folder: Path, step: int) -> None:
         """The teacher file of a checkpoint, out of its folder; last of all, whether the run is still ours."""
-        self._check_lease()
+        self.lease.check(self.run)
         teacher = checkpoint.read_plain(folder, "teacher.")
-        checkpoint.write_teacher(self.run, step, teacher, self.describe_teacher, self.owner.token)
-        self._check_lease()
+        checkpoint.write_teacher(self.run, step, teacher, self.describe_teacher, self.lease.token)
+        self.lease.check(self.run)
 
     def owns(self) -> bool:
         """Whether the run is still this start's."""
-        owner = owner_of(self.run)
-        return owner is None or owner.token == self.owner.token
-
-    def _check_lease(self) -> None:
-        owner = owner_of(self.run)
-        if owner is not None and owner.token != self.owner.token:
-            raise TakenOver(f"{self.run} was taken over by {owner}; this copy ({self.owner}) stops writing there")
+        return self.lease.successor(self.run) is None
 
     # What happens where all processes are together
 
@@ -356,21 +270,3 @@ class Writer:
         if isinstance(problem, RunError) and not isinstance(problem, TakenOver) and problem is not self._noted:
             self._noted = problem
             self._reports.append(Failure(self._step, str(problem), remedy(problem, self.run)))
-
-
-def remedy(error: BaseException, run: Path) -> str:
-    """What to do about a checkpoint that could not be written, in a sentence."""
-    first = checkpoint.cause(error)
-    number = first.errno if isinstance(first, OSError) else None
-    if number == errno.ENOSPC:
-        free = shutil.disk_usage(run).free / 2**30
-        return f"Make room on the disk of {run} ({free:.1f} GiB are free), or lower checkpoint.keep."
-    if number == errno.EDQUOT:
-        return f"The quota on the disk of {run} is used up: make room there, or lower checkpoint.keep."
-    if number in (errno.EACCES, errno.EPERM):
-        return f"Give this user the right to write to {run} again."
-    if number == errno.EROFS:
-        return f"The disk of {run} can only be read: have it mounted for writing (it may have been found faulty)."
-    if number in (errno.EIO, errno.ESTALE):
-        return f"The storage under {run} fails: have it looked at before more is written there."
-    return "None needed if the next one is written."

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.evaluation.features.cache import FeatureStore
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinoreg.checkpoint.format import digest
+from dinoreg.checkpoint.atomic import digest
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
 from dinoreg.export.source import Source, resized

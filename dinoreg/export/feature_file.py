@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dinoreg.checkpoint.format import sync, write_atomic
+from dinoreg.checkpoint.atomic import sync, write_atomic
 from dinoreg.runtime.errors import RunError, UserError
 
 DTYPES = {"float32": "F32", "float16": "F16"}

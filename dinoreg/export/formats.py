@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoreg.checkpoint.format import digest
+from dinoreg.checkpoint.atomic import digest
 from dinoreg.export import hub_model
 from dinoreg.export.onnx_graph import drop_float16, write_onnx
 from dinoreg.export.source import Pixels, Source

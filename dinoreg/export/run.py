@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.format import sync
+from dinoreg.checkpoint.atomic import sync
 from dinoreg.export.card import write_card
 from dinoreg.export.certificate import certify, listing, overflows
 from dinoreg.export.formats import FORMATS, Format, drop_overflowing, write_fixed_or_dynamic_onnx

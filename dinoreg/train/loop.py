@@ -19,6 +19,7 @@ from typing import Any
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.async_writer import Writer
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config
 from dinoreg.distributed import process_group as distributed
 from dinoreg.runtime.environment import environment
@@ -186,7 +187,7 @@ def log_run_header(setup: Setup, state: TrainState, resumed: list[str], log: Run
     found = environment()
     if state.step > 0:
         setup.notes.extend(changed_code(path, found))
-    checkpoint.write_atomic(path, json.dumps(found, indent=1) + "\n")
+    write_atomic(path, json.dumps(found, indent=1) + "\n")
     parameters = sum(p.numel() for p in state.student.backbone.parameters())
     log.say(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {str(setup.dtype)[6:]}, "
