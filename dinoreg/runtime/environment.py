@@ -94,7 +94,7 @@ def _torch() -> dict[str, Any]:
     try:
         import torch
 
-        from dinoreg.runtime.device import cpu_has_bf16
+        from dinoreg.runtime.device import cpu_has_bf16, cuda_has_bf16
     except Exception as error:
         return {"torch_error": f"{type(error).__name__}: {error}", "cuda": [], "cpu_bf16": None}
     devices = []
@@ -105,7 +105,7 @@ def _torch() -> dict[str, Any]:
                 "name": properties.name,
                 "memory_gib": round(properties.total_memory / 2**30, 1),
                 "capability": f"{properties.major}.{properties.minor}",
-                "bf16": torch.cuda.is_bf16_supported(),
+                "bf16": cuda_has_bf16(torch.device("cuda", index)),
             }
         )
     return {
