@@ -6,6 +6,8 @@ next major version, or the one from which an API that we use is announced to go.
 
 from __future__ import annotations
 
+import platform
+import sys
 from typing import NamedTuple
 
 LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
@@ -33,6 +35,12 @@ class Dependency(NamedTuple):
     def imported(self) -> str:
         """The name under which it is imported."""
         return self.module or self.name
+
+    @property
+    def pinned(self) -> str:
+        """The versions on this machine."""
+        linux_x86 = sys.platform == "linux" and platform.machine() == "x86_64"
+        return self.linux_x86 if linux_x86 and self.linux_x86 else self.versions
 
     @property
     def requirements(self) -> list[str]:

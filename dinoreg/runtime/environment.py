@@ -11,20 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "xformers",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "omegaconf",
-    "fvcore",
-    "submitit",
-    "rich",
-    "tensorboard",
-    "matplotlib",
-)
+from dinoreg.runtime.dependencies import DEPENDENCIES
+
 # Environment variables that change speed, numbers or devices.
 VARIABLES = (
     "OMP_NUM_THREADS",
@@ -56,7 +44,7 @@ def environment(folder: Path | None = None) -> dict[str, Any]:
         "executable": sys.executable,
         "platform": platform.platform(),
         "command": sys.argv,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {row.name: version(row.name) for row in DEPENDENCIES if row.extra == "core"},
         "cpu": _cpu_model(),
         "cores": usable_cores(),
         "memory_gib": _memory_gib(),
@@ -90,13 +78,18 @@ def free_disk_gib(folder: Path | None = None) -> float:
 
 
 def _torch() -> dict[str, Any]:
-    """What PyTorch sees; the error in words where it cannot be imported."""
+    """What PyTorch sees; the error in words where it cannot be imported.
+
+    attention  on CUDA: the backend that model.attention=auto means on this device in its default precision, and why it
+               is not xformers where it is not
+    """
     try:
         import torch
 
-        from dinoreg.runtime.device import cpu_has_bf16, cuda_has_bf16
+        from dinoreg.runtime.device import cpu_has_bf16, cuda_has_bf16, pick_precision
+        from dinoreg.runtime.xformers_check import run_problem
     except Exception as error:
-        return {"torch_error": f"{type(error).__name__}: {error}", "cuda": [], "cpu_bf16": None}
+        return {"torch_error": f"{type(error).__name__}: {error}", "cuda": [], "attention": None, "cpu_bf16": None}
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -108,8 +101,14 @@ def _torch() -> dict[str, Any]:
                 "bf16": cuda_has_bf16(torch.device("cuda", index)),
             }
         )
+    attention = None
+    if devices:
+        device = torch.device("cuda", torch.cuda.current_device())
+        problem = run_problem(device, pick_precision("auto", device))
+        attention = {"backend": "sdpa" if problem else "xformers", "reason": problem}
     return {
         "cuda": devices,
+        "attention": attention,
         "cuda_version": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if devices else None,
         "cpu_bf16": cpu_has_bf16(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config
 from dinoreg.distributed import process_group as distributed
+from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted
 from dinoreg.train.health import Health, WeightWatch
@@ -188,10 +190,13 @@ def log_run_header(setup: Setup, state: TrainState, resumed: list[str], log: Run
     if state.step > 0:
         setup.notes.extend(changed_code(path, found))
     write_atomic(path, json.dumps(found, indent=1) + "\n")
-    parameters = sum(p.numel() for p in state.student.backbone.parameters())
+    backbone = state.student.backbone
+    parameters = sum(p.numel() for p in backbone.parameters())
+    num_tokens = 1 + backbone.num_registers + math.prod(backbone.grid)
+    attention = describe_backend(config.model.attention, setup.device, num_tokens, setup.dtype)
     log.say(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {str(setup.dtype)[6:]}, "
-        f"{len(setup.source)} images, {setup.num_steps} steps of {setup.global_batch_size}"
+        f"attention {attention}, {len(setup.source)} images, {setup.num_steps} steps of {setup.global_batch_size}"
     )
     for note in setup.notes:
         log.say(note)
