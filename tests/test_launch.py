@@ -940,6 +940,6 @@ def test_evaluations_end_in_one_report_that_names_what_failed(capsys: pytest.Cap
     assert "broken" not in table
     assert "broken: failed" in (results / "report.html").read_text()
     assert not list((run / "launch" / "weights").rglob("*.safetensors"))
-    assert [each.word for each in found(run)] == ["finished", "finished", "failed", "finished"]
+    assert [each.state for each in found(run)] == ["finished", "finished", "failed", "finished"]
     assert [each.record.job for each in found(run)] == ["local1.0_0", "local1.0_1", "local1.0_2", "local1.1"]
     assert len(read_records(run)) == 4
