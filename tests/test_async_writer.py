@@ -31,7 +31,7 @@ from training import loss_trace, read_lines, tiny_config
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint import lease
 from dinoreg.checkpoint.async_writer import Writer
-from dinoreg.checkpoint.atomic import digest
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.train.loop import pretrain
 

@@ -15,7 +15,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.checkpoint.atomic import digest, reason
+from dinoreg.checkpoint.atomic import reason
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 
 

@@ -20,11 +20,11 @@ from torch import Tensor
 from training import loss_trace, read_lines, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.checkpoint.atomic import digest
 from dinoreg.commands.main import main
 from dinoreg.config.load import Config, load_config
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import Interrupted, UserError
 from dinoreg.scenes import render as scenes
 from dinoreg.train import loop

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dinoreg.export.formats import FORMATS
-from dinoreg.runtime.dependencies import DEPENDENCIES, find, install, requirements
+from dinoreg.runtime.dependencies import DEPENDENCIES, LINUX_X86, find, install, requirements
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [row.name for row in DEPENDENCIES]
@@ -61,9 +61,9 @@ def test_every_dependency_is_in_the_documentation_with_its_versions_and_purpose(
     rows = []
     for row in DEPENDENCIES:
         versions = row.versions
-        if row.linux_x86:
+        if row.name in LINUX_X86:
             elsewhere = f"{row.versions} elsewhere" if row.versions else "not elsewhere"
-            versions = f"{row.linux_x86} on Linux on x86-64, {elsewhere}"
+            versions = f"{LINUX_X86[row.name]} on Linux on x86-64, {elsewhere}"
         rows.append((row.extra, row.name, versions, row.purpose))
     assert shown == rows
     assert len(set(NAMES)) == len(NAMES)
@@ -72,7 +72,7 @@ def test_every_dependency_is_in_the_documentation_with_its_versions_and_purpose(
 def test_every_dependency_has_an_upper_bound_but_those_numbered_by_the_calendar() -> None:
     for row in DEPENDENCIES:
         if row.name != "tifffile":
-            assert "<" in row.versions or "==" in row.linux_x86, row.name
+            assert "<" in row.versions or row.name in LINUX_X86, row.name
 
 
 def test_setuptools_gets_the_requirements_without_importing_dinoreg() -> None:

@@ -1,9 +1,8 @@
-"""Files that are there whole or not at all, their digests, and in words why one could not be written or read."""
+"""Files that are there whole or not at all, and in words why one could not be written or read."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -46,15 +45,6 @@ def write_atomic(path: Path, content: str | bytes, token: str = "") -> None:
 def part_name(path: Path, token: str = "") -> Path:
     """The name under which a file is written before it gets its own."""
     return path.with_name(f"{path.name}{token and '.'}{token}.part")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    running = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            running.update(block)
-    return running.hexdigest()
 
 
 def cause(error: BaseException) -> BaseException:

@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dinoreg.checkpoint.atomic import digest, part_name, reason, sync, write_atomic
+from dinoreg.checkpoint.atomic import part_name, reason, sync, write_atomic
 from dinoreg.checkpoint.metadata import METADATA, Reader, TensorPlanner
 from dinoreg.distributed import process_group as distributed
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 
 VERSION = 1

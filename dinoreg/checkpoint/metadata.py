@@ -7,18 +7,15 @@ is read and once more where DCP would load them. Tensors are read by torch.load 
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import io
 import pickle
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     Metadata,
     StorageMeta,
     TensorProperties,
@@ -79,26 +76,19 @@ def _check(metadata: Any) -> None:
 class _Unpickler(pickle.Unpickler):
     """Reads DCP's `.metadata`, which is a pickle, admitting only the plain data classes it consists of."""
 
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = (
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "Path"),
-        ("pathlib", "WindowsPath"),
-        ("pathlib", "PurePosixPath"),
-    )
+    _NAMES: ClassVar = {
+        "torch.distributed.checkpoint.metadata": ("ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+                                                  "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+        "torch": ("Size", "device"),
+        "torch.serialization": ("_get_layout",),
+        "collections": ("OrderedDict",),
+        "pathlib": ("Path", "PosixPath", "PurePosixPath", "WindowsPath"),
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in self._MODULES and "." not in name:
-            found = super().find_class(module, name)
-            is_data = isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum))
-            if is_data and found.__module__ == module and found is not BytesStorageMetadata:
-                return found
-        elif (module, name) in self._NAMES:
+        if name in self._NAMES.get(module, ()):
             return super().find_class(module, name)
-        elif module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.memory_format)):
+        if module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.memory_format)):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")

@@ -10,18 +10,19 @@ import platform
 import sys
 from typing import NamedTuple
 
-LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
-OTHERS = "sys_platform != 'linux' or platform_machine != 'x86_64'"
+# xformers 0.0.35, the newest, is built for PyTorch 2.10 and CUDA 12.8: beside a newer one its kernels do not load.
+LINUX_X86 = {"torch": "==2.10.*", "torchvision": "==0.25.*", "xformers": "==0.0.35"}
+ON_LINUX_X86 = "sys_platform == 'linux' and platform_machine == 'x86_64'"
+ELSEWHERE = "sys_platform != 'linux' or platform_machine != 'x86_64'"
 
 
 class Dependency(NamedTuple):
     """A distribution.
 
-    extra      "core", or the extra that installs it
-    versions   in pip's words; "": not installed, but for what `linux_x86` says
-    purpose    what it is for, after "for ..."
-    module     what is imported, where it is called otherwise
-    linux_x86  the versions on Linux on x86-64, where they are others
+    extra     "core", or the extra that installs it
+    versions  in pip's words, where LINUX_X86 has none of its own; "": not installed
+    purpose   what it is for, after "for ..."
+    module    what is imported, where it is called otherwise
     """
 
     name: str
@@ -29,7 +30,6 @@ class Dependency(NamedTuple):
     versions: str
     purpose: str
     module: str = ""
-    linux_x86: str = ""
 
     @property
     def imported(self) -> str:
@@ -38,48 +38,29 @@ class Dependency(NamedTuple):
 
     @property
     def pinned(self) -> str:
-        """The versions on this machine."""
+        """The versions for this machine."""
         linux_x86 = sys.platform == "linux" and platform.machine() == "x86_64"
-        return self.linux_x86 if linux_x86 and self.linux_x86 else self.versions
+        return LINUX_X86.get(self.name, self.versions) if linux_x86 else self.versions
 
     @property
     def requirements(self) -> list[str]:
         """Lines for pip."""
-        if not self.linux_x86:
+        if self.name not in LINUX_X86:
             return [f"{self.name}{self.versions}"]
-        lines = [f"{self.name}{self.linux_x86}; {LINUX_X86}"]
-        return [*lines, f"{self.name}{self.versions}; {OTHERS}"] if self.versions else lines
+        pinned = f"{self.name}{LINUX_X86[self.name]}; {ON_LINUX_X86}"
+        return [pinned, f"{self.name}{self.versions}; {ELSEWHERE}"] if self.versions else [pinned]
 
 
-# xformers 0.0.35, the newest, is built for PyTorch 2.10 and CUDA 12.8: beside a newer one its kernels do not load.
 DEPENDENCIES = (
-    Dependency(
-        "torch", "core", ">=2.10,<3", "tensors, automatic differentiation, distributed checkpoints", "", "==2.10.*"
-    ),
-    Dependency(
-        "torchvision",
-        "core",
-        ">=0.25,<0.30",
-        "decoding JPEGs in C++ without the interpreter lock, and suppressing overlapping boxes",
-        linux_x86="==0.25.*",
-    ),
+    Dependency("torch", "core", ">=2.10,<3", "tensors, automatic differentiation, distributed checkpoints"),
+    Dependency("torchvision", "core", ">=0.25,<0.30", "decoding JPEGs without the interpreter lock, and box overlaps"),
     Dependency("numpy", "core", ">=1.26,<3", "counter-based randomness (Philox) and the scene renderer"),
-    Dependency(
-        "xformers",
-        "core",
-        "",
-        "block-diagonal attention over packed crops; loaded only where there is a CUDA device",
-        linux_x86="==0.0.35",
-    ),
+    Dependency("xformers", "core", "", "attention over packed crops; loaded only where there is a CUDA device"),
     Dependency("fvcore", "core", ">=0.1.5,<0.2", "parameter schedulers, and FLOP counts in the benchmarks"),
     Dependency("submitit", "core", ">=1.5,<2", "jobs on Slurm"),
-    Dependency(
-        "omegaconf", "core", ">=2.3,<3", "YAML and dotted overrides; reads 1e-3 as a number, refuses repeated keys"
-    ),
+    Dependency("omegaconf", "core", ">=2.3,<3", "YAML and dotted overrides, with 1e-3 read as a number"),
     Dependency("safetensors", "core", ">=0.4.3,<1", "weight files that cannot carry code"),
-    Dependency(
-        "pillow", "core", ">=10.3,<14", "every image format that is not JPEG, and the JPEGs that are odd", "PIL.Image"
-    ),
+    Dependency("pillow", "core", ">=10.3,<14", "image formats other than JPEG, and odd JPEGs", "PIL.Image"),
     Dependency("rich", "core", ">=13,<16", "progress bars and tables in the terminal"),
     Dependency("tensorboard", "core", ">=2.14,<3", "event files for those who watch their runs there"),
     Dependency("matplotlib", "core", ">=3.8,<4", "the figures of the reports"),
@@ -89,7 +70,7 @@ DEPENDENCIES = (
     Dependency("pycocotools", "eval", ">=2.0.8,<3", "the official COCO metric of detection", "pycocotools.mask"),
     Dependency("pyarrow", "data", ">=15,<27", "lists of images and features as .parquet", "pyarrow.parquet"),
     Dependency("tifffile", "data", ">=2024.1", "TIFF images with more than 8 bits or an odd layout"),
-    Dependency("timm", "export", ">=1.0.16,<2", "timm's models, and the parity check of an export to timm"),
+    Dependency("timm", "export", ">=1.0.16,<2", "its models, and the parity check of an export to it"),
     Dependency("transformers", "export", ">=4.51,<6", "transformers' models, and the parity check of an export to it"),
     Dependency("onnx", "export", ">=1.16,<2", "writing ONNX files"),
     Dependency("onnxruntime", "export", ">=1.18,<2", "checking an ONNX file against the model"),

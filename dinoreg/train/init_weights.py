@@ -14,10 +14,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from dinoreg.checkpoint.atomic import digest
 from dinoreg.checkpoint.format import write_weights
 from dinoreg.config.load import Config
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.state import Networks
 from dinoreg.weights.load import load_into

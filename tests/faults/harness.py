@@ -292,7 +292,7 @@ def _plain_environment() -> dict[str, str]:
 def torn(out: Path) -> list[str]:
     """What is wrong with the published state of a run: checkpoints that do not verify, a pointer to none."""
     from dinoreg.checkpoint import format as checkpoint
-    from dinoreg.checkpoint.atomic import digest
+    from dinoreg.runtime.digest import digest
     from dinoreg.runtime.errors import RunError
 
     folder = out / "checkpoints"
