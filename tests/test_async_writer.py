@@ -707,7 +707,7 @@ def _save_by_two(number: int, folder: Path) -> None:
     if number == 1:
         checkpoint.dcp.FileSystemWriter.write_data = full
     writer.save(2, spread_values(2, 2), {"step": 2, "seed": 2})
-    writer._collect(None)
+    writer._settle(None)
     (failure,) = writer.poll()
     assert "No space left on device" in failure.message
     checkpoint.dcp.FileSystemWriter.write_data = write

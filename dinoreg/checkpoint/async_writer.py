@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +30,8 @@ from dinoreg.distributed import process_group as distributed
 from dinoreg.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,6 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._step = 0
         self._problem: BaseException | None = None
-        self._noted: BaseException | None = None
         self._failures = 0
         self._reports: list[Failure] = []
         self._published: list[int] = []
@@ -107,9 +108,9 @@ class Writer:
         raises  RunError when too many in a row have failed, or when another copy of the job has taken over
         """
         begun = time.perf_counter()
-        self._collect(self.max_failures if not wait else None)
-        mine = self._share(checkpoint.flatten(tensors))
-        staged = self._stage(mine) if self.asynchronous else mine
+        self._settle(self.max_failures if not wait else None)
+        share = self._share(checkpoint.flatten(tensors))
+        staged = self._stage(share) if self.asynchronous else share
         self._step = step
         arguments = (step, staged, copy.deepcopy(numbers), best)
         if self.asynchronous:
@@ -126,23 +127,18 @@ class Writer:
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written; RunError when it fails. Called by all processes."""
-        self._collect(1)
+        self._settle(1)
 
     def poll(self) -> list[Failure]:
-        """The failures that nobody has been told of yet; never waits."""
-        if self._thread is not None and not self._thread.is_alive():
-            self._note()
-        reports, self._reports = self._reports, []
-        return reports
+        """The failures since this was last called; never waits."""
+        return _take(self._reports)
 
     def read_published(self) -> list[int]:
-        """The steps whose checkpoints have got to the disk since this was last asked; never waits."""
-        steps = self._published[:]
-        del self._published[: len(steps)]
-        return steps
+        """The steps whose checkpoints have got to the disk since this was last called; never waits."""
+        return _take(self._published)
 
     def read_stall(self) -> float:
-        """Seconds that training has waited for checkpoints since this was last asked."""
+        """Seconds that training has waited for checkpoints since this was last called."""
         seconds, self._stall_unread = self._stall_unread, 0.0
         return seconds
 
@@ -154,7 +150,6 @@ class Writer:
             if thread.is_alive():
                 logger.warning("checkpoint of step %d: given up after %.0f s", self._step, self.timeout)
                 return  # its buffers are in use
-            self._note()
         if self._stager is not None:
             self._stager.close()
             self._stager = None
@@ -167,6 +162,8 @@ class Writer:
             self._write_or_raise(step, tensors, numbers, best)
         except BaseException as error:  # kept until all processes are together
             self._problem = error
+            if isinstance(error, RunError) and not isinstance(error, TakenOver):
+                self._reports.append(Failure(step, str(error), remedy(error, self.run)))
         else:
             self.write_time = time.perf_counter() - begun
             self.saved = step
@@ -237,19 +234,15 @@ class Writer:
         assert isinstance(staged, dict)
         return staged
 
-    def _collect(self, limit: int | None) -> None:
-        """Wait for the checkpoint that is being written, and draw the consequences."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._settle(limit)
-
     def _settle(self, limit: int | None) -> None:
-        """Count a failure, and raise it when there are `limit` in a row (None: the next one is tried in any case).
+        """Wait for the checkpoint that is being written. Count a failure, and raise it when there are `limit` in a row
+        (None: the next one is tried in any case).
 
         What all processes know alike, all do alike.
         """
-        self._note()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         problem, self._problem = self._problem, None
         if problem is None:
             return
@@ -264,9 +257,9 @@ class Writer:
             problem.collective, problem.reported = True, not distributed.is_main()
         raise problem
 
-    def _note(self) -> None:
-        """Take down a failure for `poll`, once."""
-        problem = self._problem
-        if isinstance(problem, RunError) and not isinstance(problem, TakenOver) and problem is not self._noted:
-            self._noted = problem
-            self._reports.append(Failure(self._step, str(problem), remedy(problem, self.run)))
+
+def _take(items: list[T]) -> list[T]:
+    """Empty a list to which another thread appends; returns what was in it."""
+    taken = items[:]
+    del items[: len(taken)]
+    return taken

@@ -234,13 +234,11 @@ def _time_of(path: Path) -> float | None:
 # Training states: reading
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check a checkpoint against its manifest; returns its numbers. Raises RunError naming what is wrong."""
-    return _verify(path, 0, 1)
+def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """Check a checkpoint against its manifest; returns its numbers. Raises RunError naming what is wrong.
 
-
-def _verify(path: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """`verify`, with the digests of the share of this process among `world_size`."""
+    rank, world_size  of the files, this process computes the digests of its share among so many (-1: of none)
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for number, (name, expected) in enumerate(manifest.items()):
@@ -267,7 +265,7 @@ def _verify(path: Path, rank: int, world_size: int) -> dict[str, Any]:
 def _verify_together(path: Path) -> dict[str, Any]:
     """`verify` by all processes, each its share of the files; all come to the same verdict."""
     with distributed.collective_errors():
-        return _verify(path, distributed.rank(), distributed.world_size())
+        return verify(path, distributed.rank(), distributed.world_size())
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -298,7 +296,7 @@ def load(
     verified  the files have been checked just now, by `newest`
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
-    loaded = _verify(path, -1, 1) if verified else _verify_together(path)
+    loaded = verify(path, -1) if verified else _verify_together(path)
     with distributed.collective_errors():
         for name, value in (numbers or {}).items():
             if type(loaded.get(name)) is not type(value):

@@ -30,11 +30,8 @@ VARIABLES = (
 )
 
 
-def environment(folder: Path | None = None) -> dict[str, Any]:
-    """Everything about this machine that a result may depend on, as plain values for JSON.
-
-    folder  where free disk space is looked up; none: the current folder
-    """
+def environment() -> dict[str, Any]:
+    """Everything about this machine that a result may depend on, as plain values for JSON."""
     import dinoreg
 
     return {
@@ -48,7 +45,7 @@ def environment(folder: Path | None = None) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": usable_cores(),
         "memory_gib": _memory_gib(),
-        "free_disk_gib": free_disk_gib(folder),
+        "free_disk_gib": free_disk_gib(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         **_torch(),
     }
@@ -122,21 +119,15 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
 def _cpu_model() -> str:
