@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
-from dinoreg.evaluation.solvers.softmax_regression import REFERENCE_CS, select_and_fit
+from dinoreg.evaluation.solvers.regularisation_path import REFERENCE_CS, select_and_fit
 from dinoreg.runtime.errors import RunError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

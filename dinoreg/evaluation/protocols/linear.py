@@ -28,7 +28,7 @@ from dinoreg.evaluation.options import EvalOptions, LinearOptions
 from dinoreg.evaluation.protocols.classification import Classification, draw_mistakes
 from dinoreg.evaluation.protocols.knn import RESIZE
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.softmax_regression import balanced_split
+from dinoreg.evaluation.solvers.regularisation_path import balanced_split
 from dinoreg.evaluation.solvers.train_heads import cosine, generator, train_heads
 from dinoreg.runtime.errors import UserError
 
