@@ -15,7 +15,7 @@ import numpy as np
 from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Need, Published, Task
 from dinoreg.evaluation.data import IGNORED, Data, Segmented
-from dinoreg.evaluation.dense.label_maps import read_mask
+from dinoreg.evaluation.readers.pixel_maps import read_label_map
 from dinoreg.evaluation.readers.text import lines, missing, paths_source
 from dinoreg.runtime.errors import UserError
 
@@ -46,12 +46,8 @@ def _split(folder: Path, part: str) -> Segmented:
     stems = sorted(names)
 
     def mask(index: int) -> np.ndarray:
-        stem = stems[index]
-        path = masks / f"{stem}.png"
-        values = read_mask(path, images / f"{stem}.jpg", NAME)
-        if not 0 <= int(values.min()) <= int(values.max()) <= NUM_CLASSES:
-            wrong = int(values.max() if values.max() > NUM_CLASSES else values.min())
-            raise UserError(f"{NAME}: {path} has the value {wrong}, expected 0..{NUM_CLASSES}")
+        path, image = masks / f"{stems[index]}.png", images / f"{stems[index]}.jpg"
+        values = read_label_map(path, image, NAME, NUM_CLASSES + 1)
         return np.where(values == 0, IGNORED, values - 1).astype(np.uint8)
 
     stamp = paths_source(masks, [f"{stem}.png" for stem in stems], NAME).stamp()

@@ -31,8 +31,8 @@ from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
 from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
 from dinoreg.evaluation.data import Data, DepthMaps
-from dinoreg.evaluation.dense.depth_images import read_metres
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
+from dinoreg.evaluation.readers.pixel_maps import read_depth_map
 from dinoreg.evaluation.readers.text import lines, matlab, missing, paths_source
 from dinoreg.runtime.errors import UserError
 
@@ -97,7 +97,7 @@ def _listed(folder: Path, name: str, split: str) -> DepthMaps:
         raise missing(tried[0] / rows[0][0], NAME, FRAMES_ARCHIVE[split])
     images = paths_source(base, (image for image, _ in rows), NAME)
     maps = paths_source(base, (depth for _, depth in rows), NAME)
-    return DepthMaps(images, lambda index: read_metres(Path(maps.name(index))), maps.stamp())
+    return DepthMaps(images, lambda index: read_depth_map(Path(maps.name(index))), maps.stamp())
 
 
 class LabelledFile:

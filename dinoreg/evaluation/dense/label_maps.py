@@ -1,52 +1,16 @@
-"""Label maps as files and as pictures: reading one beside its image, a palette, example pictures."""
+"""Label maps as pictures: a palette, and an image beside its prediction and truth."""
 
 from __future__ import annotations
 
-import io
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from dinoreg.checkpoint.format import write_atomic
 from dinoreg.evaluation.data import IGNORED
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.dense.pictures import PANEL, strip
 
-PANEL = 296  # pixels; widest of the three panels of an example
 GAP = 6  # pixels between panels
-
-
-def read_mask(path: Path, image: Path, dataset: str) -> np.ndarray:
-    """A mask of whole numbers (H, W), uint8 or int32, as they stand in the file (of a palette: the indices).
-
-    image  its picture, whose header alone is read: the mask must have its size
-
-    Raises UserError naming the mask when it is missing, unreadable, coloured, or of another size than its image.
-    """
-    try:
-        with Image.open(path) as opened:
-            mode = opened.mode
-            values = np.asarray(opened)
-    except FileNotFoundError:
-        raise UserError(f"{dataset}: {path} is missing; it is the mask of {image.name}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{dataset}: {path} cannot be read as a mask ({reason[:200]})") from None
-    if values.ndim != 2 or mode == "1":
-        raise UserError(f"{dataset}: {path} is a picture of mode {mode}, expected a mask with one number per pixel")
-    try:
-        with Image.open(image) as opened:
-            size = opened.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{dataset}: {image} cannot be read as an image ({reason[:200]})") from None
-    if size != values.shape[::-1]:
-        raise UserError(
-            f"{dataset}: {path} is {values.shape[1]} x {values.shape[0]} pixels, "
-            f"its image {image.name} is {size[0]} x {size[1]}"
-        )
-    return values if values.dtype == np.uint8 else values.astype(np.int32)
 
 
 @lru_cache(maxsize=8)
@@ -87,19 +51,13 @@ def panel(array: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(array).resize(size, kind))
 
 
-def save_triptych(path: Path, image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> None:
-    """A PNG of image | prediction | truth.
+def triptych(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, num_classes: int) -> Image.Image:
+    """Image | prediction | truth.
 
     image              (h, w, 3) uint8
     prediction, truth  (h, w) uint8 classes; 255 is black
     """
-    panels = [image, coloured(prediction, num_classes), coloured(truth, num_classes)]
-    gap = np.full((image.shape[0], GAP, 3), 255, dtype=np.uint8)
-    joined = np.concatenate([panels[0], gap, panels[1], gap, panels[2]], axis=1)
-    buffer = io.BytesIO()
-    Image.fromarray(joined).save(buffer, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, buffer.getvalue())
+    return strip([image, coloured(prediction, num_classes), coloured(truth, num_classes)], gap=GAP)
 
 
 def _lab(rgb: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ Reference datasets P5; the geometry of crops and windows is that of the segmenta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
@@ -51,6 +51,44 @@ def centre_pad(images: Tensor, multiple: int, value: float | Sequence[float] = 0
     padded = colour.repeat(batch, channels // colour.shape[1], top + height + bottom, left + width + right)
     padded[:, :, top : top + height, left : left + width] = images
     return padded
+
+
+def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -> Tensor:
+    """(h, w, 3) uint8 -> (3, H, W) float32 in [0, 1], filled up to multiples of the patch size at the bottom and right.
+
+    mean  colour of the filling, which the encoder's normalisation turns into zeros
+    """
+    height, width = pixels.shape[:2]
+    image = torch.tensor([float(value) for value in mean]).view(-1, 1, 1)
+    image = image.repeat(1, height + -height % patch_size, width + -width % patch_size)
+    image[:, :height, :width] = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
+    return image
+
+
+def stack_images(images: Sequence[np.ndarray]) -> Tensor:
+    """Images (h, w, 3) of one size -> (B, 3, h, w) of their type."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def batches_of_one_shape(
+    items: Iterable[T], batch_size: int, shape: Callable[[T], tuple[int, ...]]
+) -> Iterator[list[T]]:
+    """Batches of equal shape, so that no image is padded for its neighbours' sake, which its tokens would show.
+
+    Holds four batches at most; the order changes.
+    """
+    waiting: dict[tuple[int, ...], list[T]] = {}
+    held = 0
+    for each in items:
+        key = tuple(shape(each))
+        waiting.setdefault(key, []).append(each)
+        held += 1
+        full = len(waiting[key]) == batch_size
+        if full or held >= 4 * batch_size:
+            batch = waiting.pop(key if full else max(waiting, key=lambda other: len(waiting[other])))
+            held -= len(batch)
+            yield batch
+    yield from waiting.values()
 
 
 def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:

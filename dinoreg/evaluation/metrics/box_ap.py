@@ -42,6 +42,12 @@ class Detections:
     labels: np.ndarray
     scores: np.ndarray
 
+    @classmethod
+    def of(cls, images: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Detections:
+        """The boxes (k, 4), labels (k,) and scores (k,) of each image in a row."""
+        boxes, labels, scores = (np.concatenate([each[part] for each in images]) for part in range(3))
+        return cls(np.repeat(np.arange(len(images)), [len(each[1]) for each in images]), boxes, labels, scores)
+
 
 @dataclass(frozen=True)
 class Truth:

@@ -18,7 +18,7 @@ import numpy as np
 from dinoreg.config.keys import nearest
 from dinoreg.data.source import Source
 from dinoreg.evaluation.data import IGNORED, Boxed, MultiLabelled, Segmented
-from dinoreg.evaluation.dense.label_maps import read_mask
+from dinoreg.evaluation.readers.pixel_maps import read_label_map
 from dinoreg.evaluation.readers.text import lines, missing, paths_source
 from dinoreg.runtime.errors import UserError
 
@@ -101,14 +101,9 @@ class Devkit:
             raise missing(folder, self.dataset, self.archives[split])
 
         def mask(index: int) -> np.ndarray:
-            name = names[index]
-            path = folder / f"{name}.png"
-            values = read_mask(path, self.folder / "JPEGImages" / f"{name}.jpg", self.dataset)
-            wrong = values[(values != IGNORED) & ((values < 0) | (values >= len(WITH_GROUND)))]
-            if len(wrong):
-                expected = f"0..{len(CLASSES)} or {IGNORED}"
-                raise UserError(f"{self.dataset}: {path} has the value {wrong[0]}, expected {expected}")
-            return values.astype(np.uint8)
+            image = self.folder / "JPEGImages" / f"{names[index]}.jpg"
+            path = folder / f"{names[index]}.png"
+            return read_label_map(path, image, self.dataset, len(WITH_GROUND), IGNORED).astype(np.uint8)
 
         stamp = paths_source(folder, [f"{name}.png" for name in names], self.dataset).stamp()
         return Segmented(self._source(names), mask, len(WITH_GROUND), stamp)
