@@ -23,6 +23,7 @@ from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, L
 from dinoreg.evaluation.protocols import knn as neighbours
 from dinoreg.evaluation.protocols import linear
 from dinoreg.evaluation.protocols import logistic as classification
+from dinoreg.evaluation.protocols.classification import class_tokens
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 
@@ -90,8 +91,7 @@ def test_logistic_rows_agree_with_scikit_learn_at_the_chosen_c(tmp_path: Path) -
     assert macro.chosen_on == "the official validation split"
     assert macro.n_train == 60
     features = {
-        name: classification.class_tokens(encoder, part, where, name).double().numpy()
-        for name, part in found.splits.items()
+        name: class_tokens(encoder, part.source, where, name).double().numpy() for name, part in found.splits.items()
     }
     fit = LogisticRegression(C=macro.settings["C"], max_iter=5000, tol=1e-10).fit(
         np.concatenate([features["train"], features["val"]]),
@@ -143,7 +143,7 @@ def test_the_grid_without_augmentation_runs_the_backbone_once_per_image(tmp_path
 
 
 def test_a_grid_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinoreg.evaluation.solvers.train_heads.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     found = data(tmp_path)
     whole = linear.evaluate(small_encoder(), found, TASK, OPTIONS, context(tmp_path / "whole"))
     broken = context(tmp_path / "broken")

@@ -8,9 +8,9 @@ reported split*: a row chosen so says so, and `linear.choose_on=train` chooses o
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.features.cache import Features
 from dinoreg.evaluation.features.images import CentreCrop, parallel, read_rgb
 from dinoreg.evaluation.options import EvalOptions, LinearOptions
+from dinoreg.evaluation.protocols.classification import Classification, draw_mistakes
 from dinoreg.evaluation.protocols.knn import RESIZE
-from dinoreg.evaluation.protocols.logistic import accuracy_rows, draw_mistakes, labelled
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.softmax_regression import balanced_split
 from dinoreg.evaluation.solvers.train_heads import cosine, generator, train_heads
@@ -57,9 +57,8 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     chosen = options.linear
     if chosen.choose_on not in ("test", "train"):
         raise UserError(f"linear.choose_on={chosen.choose_on}: expected test or train")
-    started = time.monotonic()
-    train, test = labelled(data, "train"), labelled(data, "test")
-    val = data.splits.get("val")
+    measured = Classification(data, task, context)
+    train, test, val = measured.splits()
     deepest = min(max(chosen.blocks), encoder.depth)
     kinds = [
         Kind(blocks, bool(pool))
@@ -71,7 +70,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed).numpy()
         grid.use(np.flatnonzero(~held_out))
     grid.train()
-    if isinstance(val, Labelled):
+    if val is not None:
         scores, where = grid.scores(grid.features(val, "val"), val.labels), "the official validation split"
     elif chosen.choose_on == "train":
         kept = np.flatnonzero(held_out)
@@ -84,15 +83,10 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     scores = scores or reported
     best = max(scores, key=lambda name: scores[name])
     predicted = grid.predict(best, features)
-    if context.examples is not None:
-        draw_mistakes(test, predicted, data.class_names, context, "linear")
-    common = {
+    draw_mistakes(test, predicted, data.class_names, context, "linear")
+    common: dict[str, Any] = {
         "chosen_on": where,
-        "seeds": (context.seed,),
         "n_train": len(grid.rows),
-        "n_test": len(test),
-        "chance": 1.0 / train.num_classes,
-        "hours": (time.monotonic() - started) / 3600,
     }
     settings = {
         "steps": grid.steps,
@@ -101,16 +95,13 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         "image_size": context.image_size,
         "optimizer": "SGD, momentum 0.9, cosine to 0",
         "best": best,
-        "grid": {name: reported[name] for name in reported},
+        "grid": reported,
     }
-    rows = accuracy_rows(
-        "linear grid", predicted, test.labels, task.metric, {**common, "settings": settings, "variant": data.variant}
-    )
+    rows = measured.accuracy_rows(predicted, settings=settings, **common)
     for kind in kinds if len(kinds) > 1 else ():
         name = max((each for each in scores if grid.kinds[each] == kind), key=lambda each: scores[each])
-        words = ", ".join(filter(None, (str(kind), data.variant)))
-        own = {**common, "variant": words, "settings": {"best": name}}
-        rows += accuracy_rows("linear grid", grid.predict(name, features), test.labels, task.metric, own)[:1]
+        own = {**common, "variant": str(kind), "settings": {"best": name}}
+        rows.append(measured.accuracy_row(grid.predict(name, features), **own))
     return rows
 
 

@@ -8,9 +8,9 @@ loss). Images that show only difficult instances of a class count neither way fo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,16 +21,17 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, MultiLabelled
-from dinoreg.evaluation.features.images import CentreCrop, read_rgb
 from dinoreg.evaluation.metrics.average_precision import Curve, Ranking, average_precision
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.protocols.logistic import caption
+from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Parts
 from dinoreg.evaluation.solvers.sigmoid_regression import BinaryModels, BinaryProblem
 from dinoreg.runtime.errors import UserError
 
+MISSING = "the {name} split is missing, or its images do not have a set of classes each"
 METRICS = {"11-point mAP": "11", "all-points mAP": "all"}
 SCORES_AT_ONCE = 4096  # rows
 PATH_TOLERANCE, FINAL_TOLERANCE = 1e-5, 1e-7  # of the loss summed over classes
@@ -52,16 +53,10 @@ class Choice:
 
 def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
     """The task's metric, then the other of 11-point and all-points mAP."""
-    if task.metric not in METRICS:
-        raise UserError(f"metric {task.metric!r}: multi-label classification has {' and '.join(METRICS)}")
-    started = time.monotonic()
-    chosen = options.multilabel
-    splits = {name: _split(data, name) for name in ("train", "val", "test") if name != "val" or name in data.splits}
-    crop = CentreCrop(context.image_size, context.image_size)
-    features = {
-        name: context.features.extract(encoder, split.source, crop, what=f"features of {name}").cls()
-        for name, split in splits.items()
-    }
+    measured = Measurement(data, task, context, MultiLabelled, MISSING, "multi-label classification", list(METRICS))
+    chosen, train, test, val = options.multilabel, *measured.splits()
+    splits = {"train": train, "test": test} | ({} if val is None else {"val": val})
+    features = {name: class_tokens(encoder, split.source, context, name) for name, split in splits.items()}
     labels = {name: torch.from_numpy(np.ascontiguousarray(split.labels)) for name, split in splits.items()}
     fit, held, everything = _parts(features, labels, chosen.validation_share, context.seed)
     choice = choose(
@@ -75,36 +70,26 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     )
     problem = BinaryProblem(*everything, device=encoder.device)
     model = problem.solve(torch.from_numpy(choice.C), init=choice.models, tolerance=FINAL_TOLERANCE)
-    test = splits["test"]
     scores = _scores(model, [(features["test"], None)], encoder.device)
-    if context.examples is not None:
-        _draw(test, scores, data.class_names, context)
-    share = f"{chosen.validation_share:.0%} of train, seed {context.seed}"
+    _draw(test, scores, data.class_names, context)
     names = [str(name) for name in data.class_names] or [str(number) for number in range(test.num_classes)]
-    settings = {
-        "C": dict(zip(names, choice.C.tolist())),
-        "path": choice.path,
-        "image_size": context.image_size,
-        "choice": "each class by its own validation average precision",
-        "converged": model.converged,
-    }
-    common = Row(
-        protocol="multi-label logistic regression",
-        metric=task.metric,
-        value=0.0,
-        low=0.0,
-        high=0.0,
-        variant=data.variant,
-        chosen_on="the official validation split" if "val" in splits else share,
-        seeds=(context.seed,),
+    return mean_ap_rows(
+        measured,
+        scores,
+        test.labels,
+        names,
+        chosen_on=f"{chosen.validation_share:.0%} of train, seed {context.seed}" if val is None else OFFICIAL,
         n_train=problem.data.n,
         n_test=len(test),
-        settings=settings,
+        settings={
+            "C": dict(zip(names, choice.C.tolist())),
+            "path": choice.path,
+            "image_size": context.image_size,
+            "choice": "each class by its own validation average precision",
+            "converged": model.converged,
+        },
         note=_note(problem.fitted.cpu().numpy(), test.labels, names),
     )
-    rows = mean_ap_rows(scores, test.labels, names, common)
-    hours = (time.monotonic() - started) / 3600
-    return [replace(row, hours=hours) for row in sorted(rows, key=lambda row: row.metric != task.metric)]
 
 
 def choose(
@@ -163,10 +148,15 @@ def choose(
     return Choice(best_c, best, path, decided)
 
 
-def mean_ap_rows(scores: np.ndarray, labels: np.ndarray, names: Sequence[str], common: Row) -> list[Row]:
+def mean_ap_rows(
+    measured: Measurement[MultiLabelled], scores: np.ndarray, labels: np.ndarray, names: Sequence[str], **fields: Any
+) -> list[Row]:
     """11-point and all-points mAP of scores (n, K), with intervals over images; classes that no image has are left out.
 
     labels  (n, K) 1, 0 or -1 (not counted)
+    fields  of Row
+
+    The task's metric comes first.
     """
     n, K = labels.shape
     present = [k for k in range(K) if (labels[:, k] == 1).any()]
@@ -174,7 +164,7 @@ def mean_ap_rows(scores: np.ndarray, labels: np.ndarray, names: Sequence[str], c
         raise UserError("no test image has any of the classes")
     rankings = [Ranking(scores[:, k], labels[:, k] == 1, labels[:, k] < 0) for k in present]
     draws = int(np.clip(BOOTSTRAP_WORK / (n * len(present)), 100, 1000))
-    rng = np.random.default_rng(common.seeds[0])
+    rng = np.random.default_rng(measured.context.seed)
     rows = []
     for metric, points in METRICS.items():
 
@@ -185,21 +175,12 @@ def mean_ap_rows(scores: np.ndarray, labels: np.ndarray, names: Sequence[str], c
             return float(np.mean(values)) if values else float("nan")
 
         values = [ranking.curve().average(points) for ranking in rankings]
-        low, high = bootstrap_statistic(n, mean_ap, samples=draws)
+        interval = bootstrap_statistic(n, mean_ap, samples=draws)
         chance = float(np.mean([_random_order(ranking, points, rng) for ranking in rankings]))
         details = {"AP": {names[k]: value for k, value in zip(present, values)}, "bootstrap draws": draws}
-        rows.append(
-            replace(
-                common,
-                metric=metric,
-                value=float(np.mean(values)),
-                low=low,
-                high=high,
-                chance=chance,
-                details=details,
-            )
-        )
-    return rows
+        row = measured.row(float(np.mean(values)), interval, metric=metric, chance=chance, details=details, **fields)
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.metric != measured.task.metric)
 
 
 def _random_order(ranking: Ranking, points: str, rng: np.random.Generator, draws: int = 10) -> float:
@@ -209,13 +190,6 @@ def _random_order(ranking: Ranking, points: str, rng: np.random.Generator, draws
         true = np.cumsum(rng.permutation(ranking.present), dtype=np.float64)
         found.append(Curve(true, np.arange(1, len(true) + 1) - true, float(true[-1])).average(points))
     return float(np.mean(found))
-
-
-def _split(data: Data, name: str) -> MultiLabelled:
-    split = data.splits.get(name)
-    if not isinstance(split, MultiLabelled):
-        raise UserError(f"the {name} split is missing, or its images do not have a set of classes each")
-    return split
 
 
 Side = tuple[Parts, Tensor]
@@ -261,20 +235,15 @@ def _note(fitted: np.ndarray, test: np.ndarray, names: Sequence[str]) -> str:
 
 
 def _draw(test: MultiLabelled, scores: np.ndarray, names: Sequence[str], context: Context) -> None:
-    """A few test images, with the classes that are said and those that are there; mistakes first."""
-    assert context.examples is not None
-    said, true, counted = scores > 0, test.labels == 1, test.labels >= 0
-    wrong = ((said != true) & counted).any(axis=1)
-    order = np.random.default_rng(context.seed).permutation(len(test))
-    mistakes, right = order[wrong[order]], order[~wrong[order]]
-    half = context.num_examples // 2
-    picked = [*mistakes[: max(half, context.num_examples - len(right))], *right][: context.num_examples]
+    """A few test images, with the classes that are predicted and those that are there; mistakes first."""
+    predicted, true = scores > 0, test.labels == 1
 
     def text(row: np.ndarray) -> str:
         return ", ".join(str(names[k]) if len(names) else str(k) for k in np.flatnonzero(row).tolist()) or "nothing"
 
-    context.examples.mkdir(parents=True, exist_ok=True)
-    for number, index in enumerate(int(each) for each in picked):
-        lines = [f"said {text(said[index])}", f"has {text(true[index])}"]
-        picture = caption(read_rgb(test.source, index), lines, not wrong[index])
-        picture.save(context.examples / f"multilabel_{number:02d}.png")
+    wrong = ((predicted != true) & (test.labels >= 0)).any(axis=1)
+
+    def lines(index: int) -> list[str]:
+        return [f"said {text(predicted[index])}", f"has {text(true[index])}"]
+
+    draw_predictions(test.source, wrong, lines, context, "multilabel")
