@@ -30,9 +30,11 @@ from dinoreg.evaluation.dense.box_head import (
     focal_loss,
     giou,
 )
+from dinoreg.evaluation.dense.box_images import Prepared, prepare, typical_reach
+from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
 from dinoreg.evaluation.options import DetectionOptions, EvalOptions
 from dinoreg.evaluation.protocols import detection
-from dinoreg.evaluation.protocols.detection import Prepared, alike, evaluate, fit, predict, prepare, typical_reach
+from dinoreg.evaluation.protocols.detection import evaluate, predict
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
@@ -138,7 +140,7 @@ def test_assignment_equals_a_loop_over_patches_and_boxes() -> None:
 
 def test_a_mirrored_image_has_mirrored_targets() -> None:
     split = coloured(4, seed=0)
-    plain, mirrored = (prepare(split, 3, 0, PIXELS, OPTIONS, flip) for flip in (False, True))
+    plain, mirrored = (prepare(split, 3, PIXELS, OPTIONS, flip) for flip in (False, True))
     assert torch.equal(plain.image.flip(2), mirrored.image)
     assert plain.targets is not None
     assert mirrored.targets is not None
@@ -150,16 +152,16 @@ def test_a_mirrored_image_has_mirrored_targets() -> None:
 
 
 def test_the_short_side_is_scaled_unless_the_long_one_grows_too_long() -> None:
-    assert fit(100, 50, 80, 200) == (160, 80)
-    assert fit(50, 100, 80, 200) == (80, 160)
-    assert fit(400, 50, 80, 200) == (200, 25)
-    assert fit(5000, 1, 80, 200) == (200, 1)
+    assert fit_size(50, 100, 80, 200) == (80, 160)
+    assert fit_size(100, 50, 80, 200) == (160, 80)
+    assert fit_size(50, 400, 80, 200) == (25, 200)
+    assert fit_size(1, 5000, 80, 200) == (1, 200)
 
 
 def test_boxes_scale_with_the_image_and_padding_is_ignored() -> None:
     split = coloured(2, seed=0)
     options = dataclasses.replace(OPTIONS, size=52, max_size=70)
-    found = prepare(split, 0, 0, PIXELS, options, False)  # 64x40 pixels
+    found = prepare(split, 0, PIXELS, options, False)  # 64x40 pixels
     assert found.size == (44, 70)
     assert found.image.shape == (3, 48, 72)
     assert found.scale == (70 / 64, 44 / 40)
@@ -238,10 +240,10 @@ def test_batches_have_one_shape_lose_nothing_and_wait_little() -> None:
             yield Prepared(place, torch.zeros(3, side, 2), (side, 2), (1.0, 1.0))
 
     seen: list[int] = []
-    for batch in alike(images(), 3):
+    for batch in batches_of_one_shape(images(), 3, lambda each: each.image.shape):
         assert len({each.image.shape for each in batch}) == 1
         assert 1 <= len(batch) <= 3
-        seen += [each.place for each in batch]
+        seen += [each.index for each in batch]
         assert taken - len(seen) <= 12
     assert sorted(seen) == list(range(50))
 

@@ -1,4 +1,4 @@
-"""Images with boxes as the box head takes them: resized, mirrored, padded to whole patches, with targets to learn from."""
+"""Images with boxes as the box head takes them: resized, mirrored, padded to whole patches, with targets."""
 
 from __future__ import annotations
 

@@ -142,12 +142,12 @@ class DepthHeads:
         """
         pixels = images.to(self.encoder.device).float() / 255
         size = (images.shape[2], images.shape[3])
-        low, high = self.options.min_depth, self.options.max_depth
-        straight, mirrored = self._tokens(pixels, names), self._tokens(pixels.flip(-1), names)
         total: dict[Key, Tensor] = {}
-        for key in keys:
-            depth, other = (self._depth(key, *each, size).clamp(low, high) for each in (straight, mirrored))
-            total[key] = (depth + other.flip(-1)) / 2
+        for mirrored in (False, True):
+            tokens, grid = self._tokens(pixels.flip(-1) if mirrored else pixels, names)
+            for key in keys:
+                depth = self._depth(key, tokens, grid, size).clamp(self.options.min_depth, self.options.max_depth)
+                total[key] = (total[key] + depth.flip(-1)) / 2 if mirrored else depth
         return total
 
     def predictions(

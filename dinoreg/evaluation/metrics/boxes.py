@@ -16,8 +16,8 @@ from dinoreg.runtime.errors import UserError
 MISSING = "the {name} split is missing, or its images have no boxes"
 
 
-def check_boxes(split: Boxed, name: str) -> Boxed:
-    """The split itself; UserError where its boxes, labels or flags are out of shape or range.
+def check_boxes(split: Boxed, name: str) -> None:
+    """UserError where the boxes, labels or flags of a split are out of shape or range.
 
     name  of the split, for messages
     """
@@ -38,7 +38,6 @@ def check_boxes(split: Boxed, name: str) -> Boxed:
             raise UserError(f"{where}: a box has a label out of range, expected 0..{split.num_classes - 1}")
         if not np.isfinite(boxes).all() or (boxes[:, 2:] < boxes[:, :2]).any():
             raise UserError(f"{where}: a box is not finite or ends before it starts, expected x0, y0, x1, y1")
-    return split
 
 
 def overlaps(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:

@@ -55,7 +55,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     """
     settings = options.depth
     measured = Measurement(data, task, context, DepthMaps, MISSING)
-    train, test, val = measured.split("train"), measured.split("test"), measured.optional("val")
+    train, test, val = measured.splits()
     border, window = data.extra.get("train_crop"), data.extra.get("eigen_crop")
     size = crop_size(train, border, settings.max_size)
     metres, baseline = _mean_depth(train, test, border, window, settings, context)

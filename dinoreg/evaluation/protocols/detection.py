@@ -52,12 +52,14 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     rule = str(data.extra.get("rule", "coco" if task.metric == "AP" else "voc2007"))
     if rule not in RULES or task.metric not in RULES[rule]:
         raise UserError(f"metric {task.metric!r} with rule {rule!r}: detection has AP50 of VOC, AP and AP50 of COCO")
-    train, test = (check_boxes(measured.split(name), name) for name in ("train", "test"))
+    train, test, val = measured.splits()
+    check_boxes(train, "train")
+    check_boxes(test, "test")
     all_test = np.arange(len(test))
     truth = Truth.of(test, all_test)
     if truth.ignored.all():
         raise UserError("the test split has no boxes that count, so there is no average precision")
-    indices, validation, words = _held_out(measured, train, settings)
+    indices, validation, words = _held_out(train, val, settings, context.seed)
     heads, losses = _train(encoder, train, indices, settings, context)
 
     tried = None
@@ -96,18 +98,18 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
 
 
 def _held_out(
-    measured: Measurement[Boxed], train: Boxed, settings: DetectionOptions
+    train: Boxed, val: Boxed | None, settings: DetectionOptions, seed: int
 ) -> tuple[np.ndarray, tuple[Boxed, np.ndarray] | None, str]:
     """(training images to learn from, images that rates are chosen on, those in words); one rate needs no choice."""
     everything = np.arange(len(train))
     if len(settings.lrs) == 1:
         return everything, None, ""
-    official = measured.optional("val")
-    if official is not None:
-        return everything, (check_boxes(official, "val"), np.arange(len(official))), OFFICIAL
+    if val is not None:
+        check_boxes(val, "val")
+        return everything, (val, np.arange(len(val))), OFFICIAL
     if len(train) < 2:
         raise UserError("detection.lrs: to choose one of several rates, at least 2 training images are expected")
-    count, seed = min(max(len(train) // 10, 1), HELD_OUT), measured.context.seed
+    count = min(max(len(train) // 10, 1), HELD_OUT)
     mixed = np.random.default_rng([seed, 8]).permutation(len(train))
     words = f"{count:,} held-out training images, seed {seed}"
     return np.sort(mixed[count:]), (train, np.sort(mixed[:count])), words

@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -39,7 +38,8 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     """CorLoc of the best block and bias, then of the box that is the whole image, which needs no model at all."""
     settings = options.discovery
     measured = Measurement(data, task, context, Boxed, MISSING, "object discovery", ("CorLoc",))
-    test = check_boxes(measured.split("test"), "test")
+    test = measured.split("test")
+    check_boxes(test, "test")
     blocks = _blocks(encoder, settings.blocks)
     sweep = [(block, bias) for block in blocks for bias in dict.fromkeys(settings.biases)]
     found = _find(encoder, test, blocks, settings, context)
