@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-PANEL = 296  # pixels; three panels and the gaps stay below 900
-GAP = 4
-LINE = 16  # pixels of a line of text
-DARK = (24, 27, 33)
+from dinoreg.evaluation.dense.pictures import strip, widened
+
 UNKNOWN = (70, 74, 82)  # of pixels without trustworthy ground truth
 
 
@@ -35,8 +31,8 @@ def wheel(radius: int) -> Image.Image:
     return Image.fromarray(np.dstack([colours(flow, radius), (255 * inside).astype(np.uint8)]))
 
 
-def draw(frame: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: np.ndarray, text: str, path: Path) -> None:
-    """Frame, predicted flow and true flow side by side in one PNG.
+def draw(frame: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: np.ndarray, text: str) -> Image.Image:
+    """Frame, predicted flow and true flow side by side.
 
     predicted, true  (H, W, 2) pixels; both on the scale of the true one's fast pixels
     valid            (H, W) bool; elsewhere the true flow is grey
@@ -46,16 +42,9 @@ def draw(frame: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: np.
     fastest = max(float(np.quantile(speeds, 0.99)) if len(speeds) else 0.0, 1.0)
     shown = colours(np.where(valid[..., None], true, 0), fastest)
     shown[~valid] = UNKNOWN
-    panels = [frame, Image.fromarray(colours(predicted, fastest)), Image.fromarray(shown)]
-    height = round(PANEL * frame.height / frame.width)
-    canvas = Image.new("RGB", (3 * PANEL + 2 * GAP, height + LINE), DARK)
-    pen = ImageDraw.Draw(canvas)
-    for place, (panel, line) in enumerate(zip(panels, ("first frame", text, f"truth; full colour: {fastest:.0f} px"))):
-        left = place * (PANEL + GAP)
-        how = Image.Resampling.BICUBIC if place == 0 else Image.Resampling.NEAREST
-        canvas.paste(panel.resize((PANEL, height), how), (left, 0))
-        pen.text((left + 2, height + 2), line, fill=(228, 232, 239))
+    panels = [widened(frame, Image.Resampling.BICUBIC), widened(colours(predicted, fastest)), widened(shown)]
+    canvas = strip(panels, ("first frame", text, f"truth; full colour: {fastest:.0f} px"))
+    height = panels[0].height
     key = wheel(min(18, height // 6))
     canvas.paste(key, (canvas.width - key.width - 3, height - key.height - 3), key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    return canvas
