@@ -22,12 +22,12 @@ from dinoreg.evaluation.dense.windows import (
     pad_to,
     patch_grid,
     photometric_distortion,
-    require_finite,
     scale_saturation,
     shuffled,
     turn_hue,
     window_starts,
 )
+from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError
 

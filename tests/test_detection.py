@@ -243,7 +243,7 @@ def test_batches_have_one_shape_lose_nothing_and_wait_little() -> None:
     for batch in batches_of_one_shape(images(), 3, lambda each: each.image.shape):
         assert len({each.image.shape for each in batch}) == 1
         assert 1 <= len(batch) <= 3
-        seen += [each.index for each in batch]
+        seen += [each.number for each in batch]
         assert taken - len(seen) <= 12
     assert sorted(seen) == list(range(50))
 

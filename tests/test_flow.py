@@ -22,6 +22,7 @@ from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.dense import flow_frames, flow_matching
 from dinoreg.evaluation.dense.flow_matching import Geometry, Projection, Truth, figures, match, tally
 from dinoreg.evaluation.dense.flow_pictures import colours, draw
+from dinoreg.evaluation.features import rows as feature_rows
 from dinoreg.evaluation.options import EvalOptions, FlowOptions
 from dinoreg.evaluation.protocols import flow
 from dinoreg.evaluation.result import Row
@@ -421,15 +422,15 @@ def test_tokens_that_are_not_finite_name_their_frame(
     monkeypatch.setattr(encoder, "tokens", broken)
     given = context(tmp_path)
     given.batch_size = 10_000
-    with pytest.raises(RunError, match=r"alley_1/frame_0002\.png: its tokens are not finite"):
+    with pytest.raises(RunError, match=r"alley_1/frame_0002\.png: its feature is not finite"):
         flow.evaluate(encoder, read(root), TASK, QUICK, given)
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow_frames.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(feature_rows.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
     given = context(tmp_path)
-    with pytest.raises(RunError, match=r"the frames' tokens need .* GiB and .* are free; features_dtype=float16"):
+    with pytest.raises(RunError, match=r"the tokens of frames need .* GiB and .* are free; features_dtype=float16"):
         flow.evaluate(tiny(28), read(root), TASK, QUICK, given)
     assert not list(given.state.glob("*.npy"))

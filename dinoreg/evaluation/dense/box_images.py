@@ -13,22 +13,23 @@ from torch import Tensor
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.box_head import Targets, assign
-from dinoreg.evaluation.dense.windows import fit_size, pad_to_patches, require_finite
+from dinoreg.evaluation.dense.windows import fit_size, pad_to_patches
 from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.options import DetectionOptions
 
 
 class Prepared(NamedTuple):
     """An image as the backbone takes it.
 
-    index    of the image in its split
+    number   of the image in its split
     image    (3, H, W) float32 in [0, 1], padded to whole patches
     size     (height, width) after resizing and before padding
     scale    resized over original pixels, along x and along y
     targets  of its patches, where it is learnt from
     """
 
-    index: int
+    number: int
     image: Tensor
     size: tuple[int, int]
     scale: tuple[float, float]
@@ -61,7 +62,7 @@ def prepare(
 def patch_tokens(encoder: Encoder, batch: Sequence[Prepared], split: Boxed) -> Tensor:
     """(b, N, D) float32 tokens of images of equal shape; RunError naming one whose tokens are not finite."""
     tokens = encoder.tokens(torch.stack([each.image for each in batch])).patches
-    require_finite(tokens, [split.source.name(each.index) for each in batch], encoder)
+    require_finite(tokens, [split.source.name(each.number) for each in batch], encoder)
     return tokens
 
 

@@ -22,10 +22,9 @@ from dinoreg.evaluation.dense.windows import (
     batches_of_one_shape,
     centre_pad,
     centre_padding,
-    require_finite,
-    stack_images,
 )
-from dinoreg.evaluation.features.images import parallel
+from dinoreg.evaluation.features.images import parallel, stack_images
+from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.depth import Crop, gradient_loss, scale_invariant_loss
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads

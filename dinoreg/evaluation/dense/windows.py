@@ -21,7 +21,6 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.data import IGNORED
 from dinoreg.evaluation.features.images import parallel
 from dinoreg.evaluation.solvers.train_heads import generator
-from dinoreg.runtime.errors import RunError
 
 T = TypeVar("T")
 CROP_TRIES = 10  # before a crop that shows too little is taken as it is
@@ -65,11 +64,6 @@ def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -
     return image
 
 
-def stack_images(images: Sequence[np.ndarray]) -> Tensor:
-    """Images (h, w, 3) of one size -> (B, 3, h, w) of their type."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
 def batches_of_one_shape(
     items: Iterable[T], batch_size: int, shape: Callable[[T], tuple[int, ...]]
 ) -> Iterator[list[T]]:
@@ -105,13 +99,6 @@ def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
         rows, columns = encoder.grid(*padded.shape[2:])
         found.append(encoder.tokens(padded).patches.mT.unflatten(2, (rows, columns)))
     return torch.cat(found)
-
-
-def require_finite(tokens: Tensor, names: Sequence[str], encoder: Encoder) -> None:
-    """RunError naming the first image whose tokens (B, ...) are not all finite."""
-    bad = (~torch.isfinite(tokens).flatten(1).all(dim=1)).nonzero()
-    if len(bad):
-        raise RunError(f"{names[int(bad[0])]}: its feature is not finite ({encoder.name})")
 
 
 def bilinear_matrix(out: int, length: int) -> np.ndarray:

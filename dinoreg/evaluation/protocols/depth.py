@@ -27,8 +27,7 @@ from dinoreg.evaluation.dense.depth_head import (
     warmup_steps,
 )
 from dinoreg.evaluation.dense.depth_images import CROP, crop_size, example, read_pair, shrink
-from dinoreg.evaluation.dense.windows import stack_images
-from dinoreg.evaluation.features.images import parallel
+from dinoreg.evaluation.features.images import parallel, stack_images
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.depth import SCORES, Crop, depth_scores, mean_scores, valid_pixels
 from dinoreg.evaluation.options import DepthOptions, EvalOptions
@@ -65,7 +64,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     tried = None
     if len(settings.lrs) > 1 and val is not None:
         tried = _score(heads, val, window, context, "depth: val")
-    rows = []
+    rows: list[Row] = []
     for variant in settings.variants:
         rmse_by_lr = _rmse_by_lr(scores, variant)
         validation = None if tried is None else _rmse_by_lr(tried, variant)

@@ -139,11 +139,11 @@ def predict(
         points = centres(encoder.grid(*batch[0].image.shape[1:]), encoder.patch_size)
         for each, patches in zip(batch, tokens, strict=True):
             height, width = each.size
-            sizes[each.index] = round(height / each.scale[1]), round(width / each.scale[0])
+            sizes[each.number] = round(height / each.scale[1]), round(width / each.scale[0])
             within = (points[:, 0] < width) & (points[:, 1] < height)
             place = (points[within], encoder.patch_size, each.size, each.scale, settings.nms, settings.max_boxes)
             patches = patches[within.to(patches.device)]
-            boxes[each.index] = {key: detect(head(patches), *place) for key, head in heads.items()}
+            boxes[each.number] = {key: detect(head(patches), *place) for key, head in heads.items()}
     order = indices.tolist()
     found = {key: Detections.of([boxes[index][key] for index in order]) for key in heads}
     return found, np.array([sizes[index] for index in order])

@@ -153,7 +153,7 @@ class _Matching:
             for each in passes
             for split, found in each.pairs.items()
         ]
-        key = [encoder.identity, str(encoder.dtype), context.features.dtype.name, pairs]
+        key: list[Any] = [encoder.identity, str(encoder.dtype), context.features.dtype.name, pairs]
         key += [asdict(geometry), asdict(settings), context.seed]
         # States of unfinished work are named by this, so that none is taken up under other options.
         self.key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]

@@ -35,10 +35,9 @@ from dinoreg.evaluation.dense.windows import (
     centre_padding,
     fit_size,
     patch_grid,
-    require_finite,
-    stack_images,
 )
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import read_rgb, stack_images
+from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
 from dinoreg.evaluation.options import EvalOptions, SegmentationOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map

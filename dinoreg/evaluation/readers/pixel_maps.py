@@ -40,10 +40,11 @@ def read_label_map(
     if bits in (2, 4):  # Pillow stretches these to 0..255
         values = values // (255 // (2**bits - 1))
     require_size(where, values, image, dataset)
-    wrong = () if classes is None else values[((values < 0) | (values >= classes)) & (values != ignored)]
-    if len(wrong):
-        also = "" if ignored is None else f" or {ignored}"
-        raise UserError(f"{where} has the value {wrong[0]}, expected 0..{classes - 1}{also}")
+    if classes is not None:
+        wrong = values[((values < 0) | (values >= classes)) & (values != ignored)]
+        if len(wrong):
+            also = "" if ignored is None else f" or {ignored}"
+            raise UserError(f"{where} has the value {wrong[0]}, expected 0..{classes - 1}{also}")
     return values.astype(np.uint8 if values.dtype.itemsize == 1 else np.int32, copy=False)
 
 
