@@ -237,13 +237,13 @@ def test_the_score_is_that_of_predictions_made_one_window_at_a_time(
     data: Data, vit: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: dict[str, Any] = {}
-    train = segmentation._train
+    train = segmentation.LinearProbe.train
 
     def spy(*arguments: Any) -> Any:
         kept["heads"], losses = train(*arguments)
         return kept["heads"], losses
 
-    monkeypatch.setattr(segmentation, "_train", spy)
+    monkeypatch.setattr(segmentation.LinearProbe, "train", spy)
     (row,) = evaluate(vit, data, TASK, options(), context(tmp_path))
     (head,) = kept["heads"].values()
     right, either = np.zeros(3), np.zeros(3)

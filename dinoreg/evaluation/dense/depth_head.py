@@ -18,10 +18,10 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.depth_images import read_pair, shrink, training_crop
 from dinoreg.evaluation.dense.windows import (
-    TrainingStream,
     batches_of_one_shape,
     centre_pad,
     centre_padding,
+    training_stream,
 )
 from dinoreg.evaluation.features.images import parallel, stack_images
 from dinoreg.evaluation.features.rows import require_finite
@@ -127,7 +127,7 @@ class DepthHeads:
             names[key]: torch.optim.AdamW(head.parameters(), lr=key[1], weight_decay=options.weight_decay)
             for key, head in self.heads.items()
         }
-        with TrainingStream(load, len(train), options.batch_size, options.steps, self.seed, context.workers) as stream:
+        with training_stream(load, len(train), options.batch_size, options.steps, self.seed, context.workers) as stream:
             ended = train_heads(heads, optimizers, losses, options.steps, factor, context, "depth", CLIP_GRAD)
         return {key: ended[name] for key, name in names.items()}
 

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from dinoreg.evaluation.data import IGNORED
+from dinoreg.evaluation.data import IGNORED, Segmented
 from dinoreg.evaluation.dense.windows import crop_origin, fit_size, pad_to, photometric_distortion, upsampling
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.runtime.errors import UserError
 
 SCALES = (0.5, 2.0)  # of training images, times the short side
 LONGEST = 4  # long side at most, in short sides
@@ -71,6 +73,19 @@ def pixel_loss(logits: Tensor, labels: Tensor, patch_size: int) -> Tensor:
     returns  (), differentiable in logits
     """
     return _UpsampledCrossEntropy.apply(logits, labels, patch_size)  # type: ignore[no-untyped-call]
+
+
+def read_pair(split: Segmented, index: int) -> tuple[Image.Image, np.ndarray]:
+    """An image and its mask (H, W) uint8; UserError when they do not fit."""
+    image, mask, name = read_rgb(split.source, index), split.mask(index), split.source.name(index)
+    if mask.shape != (image.height, image.width):
+        raise UserError(
+            f"{name}: its mask is {' x '.join(map(str, mask.shape))} pixels, the image {image.height} x {image.width}"
+        )
+    wrong = mask[(mask != IGNORED) & (mask >= split.num_classes)]
+    if wrong.size:
+        raise UserError(f"{name}: its mask has class {wrong[0]}, expected 0..{split.num_classes - 1} or {IGNORED}")
+    return image, mask.astype(np.uint8, copy=False)
 
 
 def training_crop(

@@ -23,7 +23,7 @@ from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.dense.box_head import IGNORED, LinearBoxHead, Targets, box_loss, centres, detect
 from dinoreg.evaluation.dense.box_images import Prepared, patch_tokens, prepare, typical_reach
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
-from dinoreg.evaluation.dense.windows import TrainingStream, batches_of_one_shape
+from dinoreg.evaluation.dense.windows import batches_of_one_shape, training_stream
 from dinoreg.evaluation.features.images import parallel, read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.box_ap import Detections, Truth
@@ -174,7 +174,7 @@ def _train(
 
     count, steps = len(indices), settings.steps
     warmup = min(settings.warmup_steps, steps // 10)
-    with TrainingStream(load, count, settings.batch_size, steps, context.seed, context.workers) as stream:
+    with training_stream(load, count, settings.batch_size, steps, context.seed, context.workers) as stream:
         first = [each for _, each in stream(0)[:count]]
         dim = patch_tokens(encoder, first[:1], train).shape[2]
         start = typical_reach(each.targets for each in first if each.targets is not None)

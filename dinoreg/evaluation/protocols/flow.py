@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,21 +43,7 @@ INTERVAL_NOTE = "the interval draws pairs; pairs of one scene are alike, so for 
 MISSING = "the {{name}} split{which} is missing, or it does not hold pairs of frames with flow"
 
 Matcher = Callable[[Tensor, Tensor], Tensor]  # unit tokens (N, D) of two frames -> (N, 2) in patches
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One rendering of the frames: the pairs and the cached tokens of their frames, both by split."""
-
-    name: str
-    pairs: Mapping[str, FlowPairs]
-    tokens: Mapping[str, np.ndarray]
-
-    def load(self, split: str, index: int, geometry: Geometry) -> tuple[Tensor, Tensor, Truth]:
-        """Tokens (N, D) of both frames and the truth of one pair, on the CPU."""
-        pairs, tokens = self.pairs[split], self.tokens[split]
-        frames = (torch.from_numpy(np.array(tokens[int(which[index])])) for which in (pairs.first, pairs.second))
-        return *frames, truth(pairs, index, geometry)  # type: ignore[return-value]
+Loaded = tuple[Tensor, Tensor, Truth]  # tokens (N, D) of both frames of a pair, and what is known of it
 
 
 def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
@@ -68,32 +55,30 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     settings = options.flow
     of_test = Measurement(data, task, context, FlowPairs, MISSING.format(which=""), "optical flow", ("EPE",))
     of_all = Measurement(replace(data, variant="all pairs"), task, context, FlowPairs, "")
-    by_pass = {
-        name: _pairs(replace(data, splits=splits), task, context, name)
-        for name, splits in (data.extra.get("passes") or {"": data.splits}).items()
-    }
-    width, height = read_rgb(next(iter(by_pass.values()))["train"].source, 0).size
-    geometry = Geometry((height, width), encoder.patch_size, settings.upscale)
-    passes = _with_tokens(by_pass, encoder, geometry, context)
-    matching = _Matching(passes, encoder, geometry, settings, context)
+    passes: dict[str, dict[str, FlowPairs]] = {}
+    for name, splits in (data.extra.get("passes") or {"": data.splits}).items():
+        missing = MISSING.format(which=f" of the {name} pass" if name else "")
+        measured = Measurement(replace(data, splits=splits), task, context, FlowPairs, missing)
+        passes[name] = {split: measured.split(split) for split in SPLITS}
+    matching = Matching(encoder, passes, settings, context)
     zero_shot = {
-        (each.name, split): matching.measure(matching.zero_shot, each, split, "zero_shot")
-        for each in passes
+        (name, split): matching.measure(matching.zero_shot, name, split, "zero_shot")
+        for name in passes
         for split in ("test", "train")
     }
     projection = matching.fit()
 
     def linear(first: Tensor, second: Tensor) -> Tensor:
-        return projection(first, second, geometry.grid)
+        return projection(first, second, matching.geometry.grid)
 
-    projected = {each.name: matching.measure(linear, each, "test", "projected") for each in passes}
+    projected = {name: matching.measure(linear, name, "test", "projected") for name in passes}
     matching.draw(linear)
     shared = {
-        "patches": list(geometry.grid),
-        "frames_resized_to": list(geometry.working),
+        "patches": list(matching.geometry.grid),
+        "frames_resized_to": list(matching.geometry.working),
         "upscale": settings.upscale,
         "tokens_on_disk": context.features.dtype.name,
-        "test_scenes": sorted(set(passes[0].pairs["test"].scenes)),
+        "test_scenes": sorted(set(matching.first["test"].scenes)),
     }
     fixed = {**shared, "temperature": settings.temperature, "window": settings.window}
     learned = {
@@ -102,127 +87,92 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         "first_temperature": settings.temperature,
         "temperature": float(projection.temperature.detach()),
         "window": 0,
-        "fitted_on": "the training scenes of " + (" and ".join(each.name for each in passes if each.name) or "all"),
+        "fitted_on": "the training scenes of " + (" and ".join(filter(None, passes)) or "all"),
     }
-    n_train = sum(len(each.pairs["train"]) for each in passes)
+    n_train = sum(len(splits["train"]) for splits in passes.values())
     rows = []
-    for each in passes:
-        rows.append(_row(of_test, "linear", each, ("test",), projected[each.name], settings=learned, n_train=n_train))
-    for each in passes:
-        rows.append(_row(of_test, "zero-shot", each, ("test",), zero_shot[each.name, "test"], settings=fixed))
-    for each in passes:
-        both = torch.cat([zero_shot[each.name, split] for split in SPLITS])
-        rows.append(_row(of_all, "zero-shot", each, SPLITS, both, settings=fixed))
+    for name, splits in passes.items():
+        scenes = splits["test"].scenes
+        rows.append(_row(of_test, "linear", name, projected[name], scenes, settings=learned, n_train=n_train))
+    for name, splits in passes.items():
+        rows.append(_row(of_test, "zero-shot", name, zero_shot[name, "test"], splits["test"].scenes, settings=fixed))
+    for name, splits in passes.items():
+        both = torch.cat([zero_shot[name, split] for split in SPLITS])
+        scenes = [*splits["train"].scenes, *splits["test"].scenes]
+        rows.append(_row(of_all, "zero-shot", name, both, scenes, settings=fixed))
     forget_tokens(context)
     return rows
 
 
-def _pairs(data: Data, task: Task, context: Context, name: str) -> dict[str, FlowPairs]:
-    """The pairs of one pass; UserError where a split is missing."""
-    missing = MISSING.format(which=f" of the {name} pass" if name else "")
-    measured = Measurement(data, task, context, FlowPairs, missing)
-    return {split: measured.split(split) for split in SPLITS}
+class Matching:
+    """What is done with the tokens of an encoder: measured as they are, projected, measured again.
 
-
-def _with_tokens(
-    by_pass: Mapping[str, dict[str, FlowPairs]], encoder: Encoder, geometry: Geometry, context: Context
-) -> list[_Pass]:
-    """The passes with the tokens of their frames; splits may share a source, which is encoded once."""
-    tokens: dict[int, np.ndarray] = {}
-    for pairs in by_pass.values():
-        for each in pairs.values():
-            if id(each.source) not in tokens:
-                tokens[id(each.source)] = frame_tokens(encoder, each.source, geometry, context)
-    return [
-        _Pass(name, pairs, {split: tokens[id(each.source)] for split, each in pairs.items()})
-        for name, pairs in by_pass.items()
-    ]
-
-
-class _Matching:
-    """What is done with the tokens of an encoder: measured as they are, projected, measured again."""
+    passes  {name of a rendering: {"train" and "test": pairs}}; the tokens of their frames are read or extracted here
+    """
 
     def __init__(
-        self, passes: list[_Pass], encoder: Encoder, geometry: Geometry, settings: FlowOptions, context: Context
+        self, encoder: Encoder, passes: dict[str, dict[str, FlowPairs]], settings: FlowOptions, context: Context
     ) -> None:
-        self.passes, self.geometry, self.settings, self.device = passes, geometry, settings, encoder.device
+        self.passes, self.settings, self.device = passes, settings, encoder.device
+        self.first = next(iter(passes.values()))
+        width, height = read_rgb(self.first["train"].source, 0).size
+        self.geometry = Geometry((height, width), encoder.patch_size, settings.upscale)
+        everything = [(name, split, pairs) for name, splits in passes.items() for split, pairs in splits.items()]
+        self.tokens: dict[int, np.ndarray] = {}  # by the identity of a source, which splits may share
+        for _, _, pairs in everything:
+            if id(pairs.source) not in self.tokens:
+                self.tokens[id(pairs.source)] = frame_tokens(encoder, pairs.source, self.geometry, context)
         # A pair takes many megabytes, so that few are loaded ahead.
         self.context = replace(context, workers=min(context.workers, AHEAD))
-        pairs = [
-            (each.name, split, len(found), found.source.stamp())
-            for each in passes
-            for split, found in each.pairs.items()
-        ]
-        key: list[Any] = [encoder.identity, str(encoder.dtype), context.features.dtype.name, pairs]
-        key += [asdict(geometry), asdict(settings), context.seed]
+        stamps = [(name, split, len(pairs), pairs.source.stamp()) for name, split, pairs in everything]
+        key: list[Any] = [encoder.identity, str(encoder.dtype), context.features.dtype.name, stamps]
+        key += [asdict(self.geometry), asdict(settings), context.seed]
         # States of unfinished work are named by this, so that none is taken up under other options.
         self.key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
         self.constants = torch.stack([torch.zeros(2), self._mean_flow()]).to(self.device)
-
-    def _mean_flow(self) -> Tensor:
-        """(2,): the flow of all valid pixels of the training pairs, averaged; the best that knows no picture."""
-        pairs = self.passes[0].pairs["train"]
-
-        def summed(_index: int, known: Truth) -> list[float]:
-            return [*known.flow[known.valid].double().sum(dim=0).tolist(), int(known.valid.sum())]
-
-        sums = resumable_map(
-            self.context,
-            "flow_mean",
-            self.key,
-            len(pairs),
-            summed,
-            "mean flow of the training pairs",
-            lambda index: truth(pairs, index, self.geometry),
-        )
-        *total, count = np.sum(sums, axis=0)
-        return (torch.tensor(total) / max(count, 1)).float()
 
     def zero_shot(self, first: Tensor, second: Tensor) -> Tensor:
         return match(first, second, self.geometry.grid, self.settings.temperature, self.settings.window)
 
     @torch.no_grad()
-    def measure(self, matcher: Matcher, which: _Pass, split: str, kind: str) -> Tensor:
+    def measure(self, matcher: Matcher, name: str, split: str, kind: str) -> Tensor:
         """Tallies (pairs, 3, len(TALLY)) of the matcher's flow, of no flow and of the mean flow everywhere."""
+        pairs = self.passes[name][split]
 
-        def compute(_index: int, loaded: tuple[Tensor, Tensor, Truth]) -> Tensor:
-            first, second, known = self._on_device(loaded)
-            predicted = self.geometry.to_pixels(matcher(first, second))
+        def compute(_index: int, loaded: Loaded) -> Tensor:
+            predicted, known = self._predict(matcher, loaded)
             return torch.stack([tally(each, known) for each in (predicted, *self.constants)])
 
-        name = "_".join(filter(None, (kind, which.name, split)))
-        tallies = resumable_map(
-            self.context,
-            f"flow_{name}",
-            self.key,
-            len(which.pairs[split]),
-            compute,
-            f"{name} pairs",
-            lambda index: which.load(split, index, self.geometry),
-        )
+        what = "_".join(filter(None, (kind, name, split)))
+        load = partial(self._load, pairs)
+        tallies = resumable_map(self.context, f"flow_{what}", self.key, len(pairs), compute, f"{what} pairs", load)
         return torch.stack(tallies)
 
     def fit(self) -> Projection:
         """The projection trained on the end-point error of all passes' training pairs, at the frames' own size."""
         settings, seed = self.settings, self.context.seed
-        dim = self.passes[0].tokens["train"].shape[2]
+        dim = self.tokens[id(self.first["train"].source)].shape[2]
         projection = Projection(dim, settings.dim, settings.temperature, seed).to(self.device)
         optimizer = torch.optim.AdamW(projection.parameters(), lr=settings.lr, weight_decay=0.0)
-        pairs = [(each, index) for each in self.passes for index in range(len(each.pairs["train"]))]
-        ahead: Iterator[list[tuple[Tensor, Tensor, Truth]]] | None = None
+        train = [splits["train"] for splits in self.passes.values()]
+        pairs = [(each, index) for each in train for index in range(len(each))]
+        ahead: Iterator[list[Loaded]] | None = None
 
-        def batch(step: int) -> list[tuple[Tensor, Tensor, Truth]]:
+        def batch(step: int) -> list[Loaded]:
             size = min(settings.batch_size, len(pairs))
             picked = generator(seed, step).choice(len(pairs), size=size, replace=False)
-            return [which.load("train", index, self.geometry) for which, index in (pairs[each] for each in picked)]
+            return [self._load(*pairs[each]) for each in picked]
+
+        def matched(first: Tensor, second: Tensor) -> Tensor:
+            return projection(first, second, self.geometry.grid)
 
         def losses(step: int) -> dict[str, Tensor]:
             nonlocal ahead
             if ahead is None:  # a training that goes on does not begin at step 0
                 ahead = parallel(batch, range(step, settings.steps), self.context.workers)
             total, count = torch.zeros((), device=self.device), 0
-            for first, second, known in map(self._on_device, next(ahead)):
-                predicted = self.geometry.to_pixels(projection(first, second, self.geometry.grid))
+            for loaded in next(ahead):
+                predicted, known = self._predict(matched, loaded)
                 difference = predicted[known.valid] - known.flow[known.valid]
                 total = total + (difference.square().sum(dim=-1) + ROUNDING**2).sqrt().sum()
                 count += len(difference)
@@ -238,25 +188,41 @@ class _Matching:
     @torch.no_grad()
     def draw(self, matcher: Matcher) -> None:
         """First frame, predicted flow and true flow of some test pairs of the first pass."""
-        which = self.passes[0]
-        pairs = which.pairs["test"]
+        pairs = self.first["test"]
         for number, index in enumerate(self.context.example_indices(len(pairs))):
-            first, second, known = self._on_device(which.load("test", index, self.geometry))
-            predicted = self.geometry.to_pixels(matcher(first, second))
+            predicted, known = self._predict(matcher, self._load(pairs, index))
             error = figures(tally(predicted, known)[None])["all"]
             flow, valid = known.flow.cpu().numpy(), known.valid.cpu().numpy()
             frame = read_rgb(pairs.source, int(pairs.first[index]))
             picture = draw(frame, predicted.cpu().numpy(), flow, valid, f"linear; error {error:.1f} px")
             self.context.save_example(picture, "flow", number)
 
-    def _on_device(self, loaded: tuple[Tensor, Tensor, Truth]) -> tuple[Tensor, Tensor, Truth]:
-        first, second, known = loaded
-        device = self.device
-        return first.to(device).float(), second.to(device).float(), Truth(*(part.to(device) for part in known))
+    def _load(self, pairs: FlowPairs, index: int) -> Loaded:
+        tokens = self.tokens[id(pairs.source)]
+        first, second = (torch.from_numpy(np.array(tokens[int(of[index])])) for of in (pairs.first, pairs.second))
+        return first, second, truth(pairs, index, self.geometry)
+
+    def _predict(self, matcher: Matcher, loaded: Loaded) -> tuple[Tensor, Truth]:
+        """The matcher's flow (H, W, 2) in pixels, and what is known, both on the device."""
+        first, second = (tokens.to(self.device).float() for tokens in loaded[:2])
+        return self.geometry.to_pixels(matcher(first, second)), Truth(*(part.to(self.device) for part in loaded[2]))
+
+    def _mean_flow(self) -> Tensor:
+        """(2,): the flow of all valid pixels of the training pairs, averaged; the best that knows no picture."""
+        pairs = self.first["train"]
+
+        def summed(_index: int, known: Truth) -> list[float]:
+            return [*known.flow[known.valid].double().sum(dim=0).tolist(), int(known.valid.sum())]
+
+        what = "mean flow of the training pairs"
+        load = partial(truth, pairs, geometry=self.geometry)
+        sums = resumable_map(self.context, "flow_mean", self.key, len(pairs), summed, what, load)
+        *total, count = np.sum(sums, axis=0)
+        return (torch.tensor(total) / max(count, 1)).float()
 
 
 def _row(
-    measured: Measurement[FlowPairs], kind: str, which: _Pass, splits: tuple[str, ...], tallies: Tensor, **fields: Any
+    measured: Measurement[FlowPairs], kind: str, name: str, tallies: Tensor, scenes: Sequence[str], **fields: Any
 ) -> Row:
     """The row of one measurement: tallies (pairs, 3, len(TALLY)) of the matcher, of no flow and of mean flow."""
     sums, counts = (tallies[:, 0, TALLY.index(key)].numpy() for key in ("sum", "count"))
@@ -265,15 +231,14 @@ def _row(
         pixels = float(drawn @ counts)
         return float(drawn @ sums) / pixels if pixels else float("nan")
 
-    scenes = np.array([scene for split in splits for scene in which.pairs[split].scenes])
     own, zero, mean = (figures(tallies[:, place]) for place in range(3))
     by_scene = {}
-    for name in np.unique(scenes).tolist():
-        by_scene[name] = figures(tallies[torch.from_numpy(scenes == name), 0])["all"]
+    for scene in sorted(set(scenes)):
+        by_scene[scene] = figures(tallies[torch.from_numpy(np.asarray(scenes) == scene), 0])["all"]
     return measured.row(
         own.pop("all"),
         bootstrap_statistic(len(tallies), pooled, seed=measured.context.seed),
-        variant=", ".join(filter(None, (kind, which.name))),
+        variant=", ".join(filter(None, (kind, name))),
         unit="px",
         higher_is_better=False,
         n_test=len(tallies),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import IGNORED, Data, Segmented
+from dinoreg.evaluation.data import Data, Segmented
 from dinoreg.evaluation.dense.label_maps import panel, triptych
 from dinoreg.evaluation.dense.segmentation_head import (
     LONGEST,
@@ -27,16 +28,17 @@ from dinoreg.evaluation.dense.segmentation_head import (
     SCALES,
     LinearHead,
     pixel_loss,
+    read_pair,
     training_crop,
 )
 from dinoreg.evaluation.dense.windows import (
-    TrainingStream,
     Windows,
     centre_padding,
     fit_size,
     patch_grid,
+    training_stream,
 )
-from dinoreg.evaluation.features.images import read_rgb, stack_images
+from dinoreg.evaluation.features.images import stack_images
 from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
 from dinoreg.evaluation.options import EvalOptions, SegmentationOptions
@@ -46,8 +48,6 @@ from dinoreg.evaluation.solvers.train_heads import polynomial, train_heads
 from dinoreg.runtime.errors import UserError
 
 MISSING = "segmentation needs a split {name!r} with masks; the dataset has {splits}"
-
-Hyperparameters = tuple[float, float]  # of a head: learning rate, weight decay
 
 
 def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
@@ -59,15 +59,18 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     settings = options.segmentation
     measured = Measurement(data, task, context, Segmented, MISSING)
     train, test, val = measured.splits()
-    combinations = {f"lr {lr}, wd {decay}": (lr, decay) for lr in settings.lrs for decay in settings.weight_decays}
-    heads, losses = _train(encoder, train, combinations, settings, context)
-    tried = None
-    if len(heads) > 1 and val is not None:
-        tried = _scores(_count(encoder, heads, val, settings, context, "val"), losses)
-    counts = _count(encoder, heads, test, settings, context, "test")
-    best, chosen_on = choose_best(_scores(counts, losses), tried)
-    _draw(encoder, heads[best], test, settings, context)
+    probe = LinearProbe(encoder, settings, context)
+    heads, losses = probe.train(train)
     names = class_keys(data.class_names, test.num_classes)
+
+    def scores(counts: Mapping[str, Confusion]) -> dict[str, float]:
+        """By which the best head is chosen; one that diverged is only if all did."""
+        return {key: each.miou() if math.isfinite(losses[key]) else math.nan for key, each in counts.items()}
+
+    tried = scores(probe.count(heads, val, "val")) if len(heads) > 1 and val is not None else None
+    counts = probe.count(heads, test, "test")
+    best, chosen_on = choose_best(scores(counts), tried)
+    probe.draw(heads[best], test)
 
     def row(key: str, variant: str = "", chosen_on: str = "", note: str = "") -> Row:
         most_frequent, constant = counts[key].constant()
@@ -79,7 +82,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
             n_train=len(train),
             n_test=len(test),
             chance=constant,
-            settings=_described(settings, encoder, combinations[key]),
+            settings=probe.described(key),
             details={
                 "pixel_accuracy": counts[key].pixel_accuracy(),
                 "mean_accuracy": counts[key].mean_accuracy(),
@@ -110,154 +113,112 @@ def warmup(settings: SegmentationOptions) -> int:
     return settings.warmup_steps if settings.warmup_steps < settings.steps else settings.steps // 10
 
 
-def _train(
-    encoder: Encoder,
-    split: Segmented,
-    combinations: Mapping[str, Hyperparameters],
-    settings: SegmentationOptions,
-    context: Context,
-) -> tuple[dict[str, nn.Module], dict[str, float]]:
-    """The trained heads and their last losses."""
-    size, patch = settings.size, encoder.patch_size
-    fill = [round(255 * value) for value in encoder.mean]
-    batch_size = _backbone_batch(size, context)
-    blank = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-    _, dim, rows, columns = patch_grid(encoder, blank, 1).shape
-    if settings.batch_size * rows * columns < 2:
-        raise UserError(
-            f"segmentation.batch_size={settings.batch_size}: a crop of {size} pixels is one patch, "
-            "and a batch norm needs two; expected at least 2"
-        )
-    heads: dict[str, nn.Module] = {}
-    optimizers = {}
-    for key, (lr, decay) in combinations.items():
-        heads[key] = LinearHead(dim, split.num_classes, context.seed).to(encoder.device)
-        optimizers[key] = torch.optim.AdamW(heads[key].parameters(), lr=lr, weight_decay=decay)
+class LinearProbe:
+    """Linear heads on one encoder, one for every pair of rate and weight decay: trained, counted, shown."""
 
-    def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        return training_crop(*_read(split, index), size, fill, rng)
+    def __init__(self, encoder: Encoder, settings: SegmentationOptions, context: Context) -> None:
+        self.encoder, self.settings, self.context = encoder, settings, context
+        self.combinations = {
+            f"lr {lr}, wd {decay}": (lr, decay) for lr in settings.lrs for decay in settings.weight_decays
+        }
+        # As many crops as take the backbone about the memory of `batch_size` images at 224 pixels.
+        self.batch_size = max(int(context.batch_size * min((PUBLISHED_SIZE / settings.size) ** 2, 1.0)), 1)
 
-    def step_losses(step: int) -> dict[str, Tensor]:
-        indices, crops = zip(*stream(step))
-        images = stack_images([pixels for pixels, _ in crops])
-        labels = torch.from_numpy(np.stack([mask for _, mask in crops])).to(encoder.device).long()
-        tokens = patch_grid(encoder, images, batch_size)
-        require_finite(tokens, [split.source.name(index) for index in indices], encoder)
-        return {key: pixel_loss(head(tokens), labels, patch) for key, head in heads.items()}
+    def train(self, split: Segmented) -> tuple[dict[str, nn.Module], dict[str, float]]:
+        """The trained heads and their last losses."""
+        settings, encoder, context = self.settings, self.encoder, self.context
+        size, steps = settings.size, settings.steps
+        fill = [round(255 * value) for value in encoder.mean]
+        _, dim, rows, columns = patch_grid(encoder, torch.zeros(1, 3, size, size, dtype=torch.uint8), 1).shape
+        if settings.batch_size * rows * columns < 2:
+            raise UserError(
+                f"segmentation.batch_size={settings.batch_size}: a crop of {size} pixels is one patch, "
+                "and a batch norm needs two; expected at least 2"
+            )
+        heads: dict[str, nn.Module] = {}
+        optimizers = {}
+        for key, (lr, decay) in self.combinations.items():
+            heads[key] = LinearHead(dim, split.num_classes, context.seed).to(encoder.device)
+            optimizers[key] = torch.optim.AdamW(heads[key].parameters(), lr=lr, weight_decay=decay)
 
-    def factor(step: int) -> float:
-        return polynomial(step, settings.steps, warmup(settings))
+        def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+            return training_crop(*read_pair(split, index), size, fill, rng)
 
-    with TrainingStream(load, len(split), settings.batch_size, settings.steps, context.seed, context.workers) as stream:
-        losses = train_heads(heads, optimizers, step_losses, settings.steps, factor, context, "segmentation")
-    return heads, losses
+        def losses(step: int) -> dict[str, Tensor]:
+            indices, crops = zip(*stream(step))
+            images = stack_images([pixels for pixels, _ in crops])
+            labels = torch.from_numpy(np.stack([mask for _, mask in crops])).to(encoder.device).long()
+            tokens = patch_grid(encoder, images, self.batch_size)
+            require_finite(tokens, [split.source.name(index) for index in indices], encoder)
+            return {key: pixel_loss(head(tokens), labels, encoder.patch_size) for key, head in heads.items()}
 
+        def factor(step: int) -> float:
+            return polynomial(step, steps, warmup(settings))
 
-def _scores(counts: Mapping[str, Confusion], losses: Mapping[str, float]) -> dict[str, float]:
-    """The mIoU by which the best head is chosen; NaN of one that diverged, so that it is only if all did."""
-    return {key: each.miou() if math.isfinite(losses[key]) else math.nan for key, each in counts.items()}
+        with training_stream(load, len(split), settings.batch_size, steps, context.seed, context.workers) as stream:
+            ended = train_heads(heads, optimizers, losses, steps, factor, context, "segmentation")
+        return heads, ended
 
+    def count(self, heads: Mapping[str, nn.Module], split: Segmented, name: str) -> dict[str, Confusion]:
+        """Every head's counts over a split. Goes on where an earlier pass over as many images was stopped."""
 
-def _count(
-    encoder: Encoder,
-    heads: Mapping[str, nn.Module],
-    split: Segmented,
-    settings: SegmentationOptions,
-    context: Context,
-    name: str,
-) -> dict[str, Confusion]:
-    """Every head's counts over a split. Goes on where an earlier pass over the same number of images was stopped."""
+        def compute(index: int, loaded: tuple[np.ndarray, np.ndarray]) -> Tensor:
+            """(m, 5): number of the head, and what `count_pixels` gives of its prediction; one tensor is soon saved."""
+            predicted = self._predict(heads, *loaded, split.source.name(index))
+            counts = [count_pixels(loaded[1], each, split.num_classes) for each in predicted]
+            return torch.from_numpy(np.concatenate([np.insert(each, 0, head, 1) for head, each in enumerate(counts)]))
 
-    def compute(index: int, loaded: tuple[np.ndarray, np.ndarray]) -> Tensor:
-        """(m, 5): number of the head, and what `count_pixels` gives of its prediction; one tensor is quickly saved."""
-        predicted = _predict(encoder, heads, split, index, loaded, settings, context)
-        counts = [count_pixels(loaded[1], predicted[key], split.num_classes) for key in heads]
-        return torch.from_numpy(np.concatenate([np.insert(each, 0, number, 1) for number, each in enumerate(counts)]))
+        key, what = (list(heads), len(split)), f"segmentation, {name} ({self.encoder.name})"
+        load = partial(self._load, split)
+        images = resumable_map(self.context, f"segmentation_{name}", key, len(split), compute, what, load)
+        tables = [each.numpy() for each in images]
+        return {
+            key: Confusion(split.num_classes, [each[each[:, 0] == head, 1:] for each in tables])
+            for head, key in enumerate(heads)
+        }
 
-    images = resumable_map(
-        context,
-        f"segmentation_{name}",
-        (list(heads), len(split)),
-        len(split),
-        compute,
-        f"segmentation, {name} ({encoder.name})",
-        lambda index: _load(split, index, settings),
-    )
-    tables = [each.numpy() for each in images]
-    return {
-        key: Confusion(split.num_classes, [each[each[:, 0] == number, 1:] for each in tables])
-        for number, key in enumerate(heads)
-    }
+    def draw(self, head: nn.Module, split: Segmented) -> None:
+        """Pictures of a few images with their prediction by one head and their truth."""
+        for number, index in enumerate(self.context.example_indices(len(split))):
+            pixels, mask = self._load(split, index)
+            (predicted,) = self._predict({"": head}, pixels, mask, split.source.name(index))
+            image, prediction, truth = (panel(each, *mask.shape) for each in (pixels, predicted.astype(np.uint8), mask))
+            self.context.save_example(triptych(image, prediction, truth, split.num_classes), "segmentation", number)
 
+    def described(self, key: str) -> dict[str, object]:
+        """The settings of one head, for its row."""
+        settings, (lr, decay) = self.settings, self.combinations[key]
+        return {
+            "head": "last block's patch tokens after the final norm, batch norm, 1x1 convolution, bilinear upsampling",
+            "lr": lr,
+            "weight_decay": decay,
+            "steps": settings.steps,
+            "warmup_steps": warmup(settings),
+            "batch_size": settings.batch_size,
+            "schedule": "linear warm-up, then linear to 0 (poly, power 1)",
+            "optimizer": "AdamW",
+            "size": settings.size,
+            "padded_size": sum(centre_padding(settings.size, self.encoder.patch_size)) + settings.size,
+            "stride": settings.stride,
+            "scales": list(SCALES),
+            "cat_max_ratio": MOST_OF_ONE_CLASS,
+            "augmentation": "scale, crop, horizontal flip, photometric distortion",
+            "test": f"short side {settings.size}, sliding window, one scale, no flip",
+        }
 
-def _load(split: Segmented, index: int, settings: SegmentationOptions) -> tuple[np.ndarray, np.ndarray]:
-    """An image scaled for the sliding window, (h, w, 3) uint8, and its mask at its own size, (H, W) uint8."""
-    image, mask = _read(split, index)
-    height, width = fit_size(image.height, image.width, settings.size, LONGEST * settings.size)
-    return np.array(image.resize((width, height), Image.Resampling.BILINEAR)), mask
+    def _load(self, split: Segmented, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """An image scaled for the sliding window, (h, w, 3) uint8, and its mask at its own size, (H, W) uint8."""
+        image, mask = read_pair(split, index)
+        height, width = fit_size(image.height, image.width, self.settings.size, LONGEST * self.settings.size)
+        return np.array(image.resize((width, height), Image.Resampling.BILINEAR)), mask
 
-
-@torch.no_grad()
-def _predict(
-    encoder: Encoder,
-    heads: Mapping[str, nn.Module],
-    split: Segmented,
-    index: int,
-    loaded: tuple[np.ndarray, np.ndarray],
-    settings: SegmentationOptions,
-    context: Context,
-) -> dict[str, np.ndarray]:
-    """Every head's classes (H, W) int64 of one image, over sliding windows."""
-    pixels, mask = loaded
-    windows = Windows(pixels.shape[0], pixels.shape[1], settings.size, settings.stride, encoder.patch_size)
-    images = windows.cut(torch.from_numpy(pixels).permute(2, 0, 1))
-    tokens = patch_grid(encoder, images, _backbone_batch(settings.size, context))
-    require_finite(tokens.flatten(0)[None], [split.source.name(index)], encoder)
-    return {key: windows.argmax(head(tokens), *mask.shape) for key, head in heads.items()}
-
-
-def _draw(encoder: Encoder, head: nn.Module, split: Segmented, settings: SegmentationOptions, context: Context) -> None:
-    """Pictures of a few images with their prediction by one head and their truth."""
-    for number, index in enumerate(context.example_indices(len(split))):
-        pixels, mask = loaded = _load(split, index, settings)
-        predicted = _predict(encoder, {"": head}, split, index, loaded, settings, context)[""].astype(np.uint8)
-        image, prediction, truth = (panel(each, *mask.shape) for each in (pixels, predicted, mask))
-        context.save_example(triptych(image, prediction, truth, split.num_classes), "segmentation", number)
-
-
-def _read(split: Segmented, index: int) -> tuple[Image.Image, np.ndarray]:
-    """An image and its mask (H, W) uint8; UserError when they do not fit."""
-    image, mask, name = read_rgb(split.source, index), split.mask(index), split.source.name(index)
-    if mask.shape != (image.height, image.width):
-        raise UserError(
-            f"{name}: its mask is {' x '.join(map(str, mask.shape))} pixels, the image {image.height} x {image.width}"
-        )
-    wrong = mask[(mask != IGNORED) & (mask >= split.num_classes)]
-    if wrong.size:
-        raise UserError(f"{name}: its mask has class {wrong[0]}, expected 0..{split.num_classes - 1} or {IGNORED}")
-    return image, mask.astype(np.uint8, copy=False)
-
-
-def _backbone_batch(size: int, context: Context) -> int:
-    """As many crops as take the backbone about the memory of `batch_size` images at 224 pixels."""
-    return max(int(context.batch_size * min((PUBLISHED_SIZE / size) ** 2, 1.0)), 1)
-
-
-def _described(settings: SegmentationOptions, encoder: Encoder, hyperparameters: Hyperparameters) -> dict[str, object]:
-    return {
-        "head": "last block's patch tokens after the final norm, batch norm, 1x1 convolution, bilinear upsampling",
-        "lr": hyperparameters[0],
-        "weight_decay": hyperparameters[1],
-        "steps": settings.steps,
-        "warmup_steps": warmup(settings),
-        "batch_size": settings.batch_size,
-        "schedule": "linear warm-up, then linear to 0 (poly, power 1)",
-        "optimizer": "AdamW",
-        "size": settings.size,
-        "padded_size": sum(centre_padding(settings.size, encoder.patch_size)) + settings.size,
-        "stride": settings.stride,
-        "scales": list(SCALES),
-        "cat_max_ratio": MOST_OF_ONE_CLASS,
-        "augmentation": "scale, crop, horizontal flip, photometric distortion",
-        "test": f"short side {settings.size}, sliding window, one scale, no flip",
-    }
+    @torch.no_grad()
+    def _predict(
+        self, heads: Mapping[str, nn.Module], pixels: np.ndarray, mask: np.ndarray, name: str
+    ) -> list[np.ndarray]:
+        """Every head's classes (H, W) int64 of one image, over sliding windows."""
+        size, stride = self.settings.size, self.settings.stride
+        windows = Windows(pixels.shape[0], pixels.shape[1], size, stride, self.encoder.patch_size)
+        tokens = patch_grid(self.encoder, windows.cut(torch.from_numpy(pixels).permute(2, 0, 1)), self.batch_size)
+        require_finite(tokens[None], [name], self.encoder)
+        return [windows.argmax(head(tokens), *mask.shape) for head in heads.values()]
