@@ -34,7 +34,7 @@ from dinoreg.evaluation.dense.box_images import Prepared, prepare, typical_reach
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
 from dinoreg.evaluation.options import DetectionOptions, EvalOptions
 from dinoreg.evaluation.protocols import detection
-from dinoreg.evaluation.protocols.detection import evaluate, predict
+from dinoreg.evaluation.protocols.detection import BoxProbe, evaluate
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
@@ -253,15 +253,15 @@ def test_an_images_boxes_do_not_depend_on_its_neighbours(tmp_path: Path) -> None
     encoder = wrap(RegisterViT(image_size=32, patch_size=8, dim=32, depth=2, heads=4))
     split = coloured(7, seed=1)
     chosen = {"x": LinearBoxHead(32, 3).eval()}
-    alone, alone_sizes = predict(
-        encoder, chosen, split, np.arange(7), dataclasses.replace(OPTIONS, batch_size=1), context(tmp_path), "boxes"
-    )
-    together, sizes = predict(encoder, chosen, split, np.arange(7), OPTIONS, context(tmp_path), "boxes")
+    one_by_one = BoxProbe(encoder, dataclasses.replace(OPTIONS, batch_size=1), context(tmp_path))
+    alone, alone_sizes = one_by_one.predict(chosen, split, np.arange(7), "boxes")
+    probe = BoxProbe(encoder, OPTIONS, context(tmp_path))
+    together, sizes = probe.predict(chosen, split, np.arange(7), "boxes")
     np.testing.assert_array_equal(alone["x"].image, together["x"].image)
     np.testing.assert_allclose(alone["x"].scores, together["x"].scores, atol=1e-5)
     expected = [each.shape[:2] for each in split.source.pixels]  # type: ignore[attr-defined]
     assert sizes.tolist() == alone_sizes.tolist() == [list(each) for each in expected]
-    some, _ = predict(encoder, chosen, split, np.array([5, 2]), OPTIONS, context(tmp_path), "boxes")
+    some, _ = probe.predict(chosen, split, np.array([5, 2]), "boxes")
     first = some["x"].boxes[some["x"].image == 0]
     np.testing.assert_allclose(first, together["x"].boxes[together["x"].image == 5], atol=1e-3)
 

@@ -21,7 +21,7 @@ from dinoreg.evaluation.benchmark import Task, load_benchmark
 from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.dense import flow_frames, flow_matching
 from dinoreg.evaluation.dense.flow_matching import Geometry, Projection, Truth, figures, match, tally
-from dinoreg.evaluation.dense.flow_pictures import colours, draw
+from dinoreg.evaluation.dense.pictures import draw_flow, flow_colours
 from dinoreg.evaluation.features import rows as feature_rows
 from dinoreg.evaluation.options import EvalOptions, FlowOptions
 from dinoreg.evaluation.protocols import flow
@@ -313,20 +313,20 @@ def _numbers(rows: list[Row]) -> list[tuple[float, ...]]:
 
 def test_directions_have_hues_of_their_own_and_rest_is_white() -> None:
     flows = np.array([[[0, 0], [10, 0], [0, 10], [-10, 0], [0, -10], [40, 0]]], dtype=np.float32)
-    still, right, down, left, up, fast = colours(flows, 10.0)[0].tolist()
+    still, right, down, left, up, fast = flow_colours(flows, 10.0)[0].tolist()
     assert still == [255, 255, 255]
     assert right == fast == [255, 0, 0]
     assert left == [0, 255, 255]
     assert down == [128, 255, 0]
     assert up in ([127, 0, 255], [128, 0, 255])
-    assert colours(np.array([[[5, 0]]]), 10.0)[0, 0].tolist() == [255, 128, 128]
+    assert flow_colours(np.array([[[5, 0]]]), 10.0)[0, 0].tolist() == [255, 128, 128]
 
 
 def test_colours_are_those_of_hsv_at_full_value() -> None:
     import colorsys
 
     flows = np.random.default_rng(0).normal(size=(5, 6, 2))
-    found = colours(flows, 2.0) / 255
+    found = flow_colours(flows, 2.0) / 255
     for y in range(5):
         for x in range(6):
             u, v = flows[y, x]
@@ -353,7 +353,7 @@ def test_a_picture_shows_untrusted_truth_in_grey() -> None:
     true[:, :148] = (8, 0)
     valid = np.zeros((20, 296), dtype=bool)
     valid[:, :148] = True
-    pixels = np.asarray(draw(Image.new("RGB", (296, 20)), np.zeros((20, 296, 2)), true, valid, "text"))
+    pixels = np.asarray(draw_flow(Image.new("RGB", (296, 20)), np.zeros((20, 296, 2)), true, valid, "text"))
     assert pixels[5, 2 * 300 + 20].tolist() == [255, 0, 0]
     assert pixels[2, 2 * 300 + 200].tolist() == [70, 74, 82]
     assert pixels[5, 300 + 20].tolist() == [255, 255, 255]

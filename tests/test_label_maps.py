@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoreg.evaluation.dense.label_maps import coloured, palette, panel, triptych
-from dinoreg.evaluation.dense.pictures import PANEL
+from dinoreg.evaluation.dense.pictures import PANEL, coloured, palette, panel, triptych
 from dinoreg.evaluation.readers.pixel_maps import read_label_map
 from dinoreg.runtime.errors import UserError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,6 @@ from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.box_head import Targets, assign
 from dinoreg.evaluation.dense.windows import fit_size, pad_to_patches
 from dinoreg.evaluation.features.images import read_rgb
-from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.options import DetectionOptions
 
 
@@ -57,13 +56,6 @@ def prepare(
     grid = encoder.grid(image.shape[1], image.shape[2])
     targets = assign(grid, encoder.patch_size, height, width, boxes, split.labels[index], ignored)
     return prepared._replace(targets=targets)
-
-
-def patch_tokens(encoder: Encoder, batch: Sequence[Prepared], split: Boxed) -> Tensor:
-    """(b, N, D) float32 tokens of images of equal shape; RunError naming one whose tokens are not finite."""
-    tokens = encoder.tokens(torch.stack([each.image for each in batch])).patches
-    require_finite(tokens, [split.source.name(each.number) for each in batch], encoder)
-    return tokens
 
 
 def typical_reach(targets: Iterable[Targets]) -> float:

@@ -6,12 +6,9 @@ The variations are those of the NYU recipe behind DINOv2's: a border cut off, ro
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 from PIL import Image
 
-from dinoreg.data.decode import BadImage
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.pictures import strip, widened
 from dinoreg.evaluation.dense.windows import fit_size
@@ -58,7 +55,8 @@ def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int
     """
     smallest = [10**9, 10**9]
     for index in np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int)):
-        height, width = shrunk_size(*_size(split, int(index)), max_size)
+        width, height = read_rgb(split.source, int(index)).size
+        height, width = shrunk_size(height, width, max_size)
         if border is not None:
             rows, columns = scaled_crop(border, height, width)
             height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -123,16 +121,3 @@ def example(image: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: 
     # Small pictures are enlarged too: a miniature's 64 pixels are nothing to look at.
     captions = ("image", f"prediction, {text}", f"truth, {low:.1f} (dark) to {high:.1f} m")
     return strip([widened(each) for each in (image, painted(predicted), truth)], captions)
-
-
-def _size(split: DepthMaps, index: int) -> tuple[int, int]:
-    """Height and width of an image, of a file by its header alone."""
-    try:
-        data = split.source.read(index)
-        if isinstance(data, np.ndarray):
-            return data.shape[0], data.shape[1]
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-    except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        width, height = read_rgb(split.source, index).size  # says in words what is wrong with it
-    return height, width

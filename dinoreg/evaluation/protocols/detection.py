@@ -8,7 +8,7 @@ that published detectors are no measure for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,10 +21,11 @@ from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.dense.box_head import IGNORED, LinearBoxHead, Targets, box_loss, centres, detect
-from dinoreg.evaluation.dense.box_images import Prepared, patch_tokens, prepare, typical_reach
+from dinoreg.evaluation.dense.box_images import Prepared, prepare, typical_reach
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, training_stream
 from dinoreg.evaluation.features.images import parallel, read_rgb
+from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.box_ap import Detections, Truth
 from dinoreg.evaluation.metrics.box_scores import RULES, score, whole_images
@@ -60,14 +61,15 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     if truth.ignored.all():
         raise UserError("the test split has no boxes that count, so there is no average precision")
     indices, validation, words = _held_out(train, val, settings, context.seed)
-    heads, losses = _train(encoder, train, indices, settings, context)
+    probe = BoxProbe(encoder, settings, context)
+    heads, losses = probe.train(train, indices)
 
     tried = None
     if len(heads) > 1 and validation is not None:
-        detections, _ = predict(encoder, heads, *validation, settings, context, "boxes of the held-out images")
+        detections, _ = probe.predict(heads, *validation, "boxes of the held-out images")
         reference = Truth.of(*validation)
         tried = {key: score(each, reference, rule).of(task.metric) for key, each in detections.items()}
-    detections, sizes = predict(encoder, heads, test, all_test, settings, context, "boxes of the test images")
+    detections, sizes = probe.predict(heads, test, all_test, "boxes of the test images")
     scores = {key: score(each, truth, rule, data.class_names) for key, each in detections.items()}
     best, _ = choose_best({key: each.of(task.metric) for key, each in scores.items()}, tried)
     often = np.bincount(np.concatenate([train.labels[index] for index in indices]), minlength=train.num_classes)
@@ -115,79 +117,83 @@ def _held_out(
     return np.sort(mixed[count:]), (train, np.sort(mixed[:count])), words
 
 
-def _shape(image: Prepared) -> tuple[int, ...]:
-    return tuple(image.image.shape)
+class BoxProbe:
+    """Linear box heads on one encoder, one for every rate: trained, and what they find."""
 
+    def __init__(self, encoder: Encoder, settings: DetectionOptions, context: Context) -> None:
+        self.encoder, self.settings, self.context = encoder, settings, context
 
-@torch.no_grad()
-def predict(
-    encoder: Encoder,
-    heads: Mapping[str, LinearBoxHead],
-    split: Boxed,
-    indices: np.ndarray,
-    settings: DetectionOptions,
-    context: Context,
-    what: str,
-) -> tuple[dict[str, Detections], np.ndarray]:
-    """Every head's boxes on some images, which are numbered from 0; and the images' height and width (n, 2)."""
-    images = parallel(lambda index: prepare(split, index, encoder, settings), indices.tolist(), context.workers)
-    images = context.progress(images, len(indices), f"{what} ({encoder.name})")
-    sizes: dict[int, tuple[int, int]] = {}
-    boxes: dict[int, dict[str, Any]] = {}
-    for batch in batches_of_one_shape(images, min(context.batch_size, settings.batch_size), _shape):
-        tokens = patch_tokens(encoder, batch, split)
-        points = centres(encoder.grid(*batch[0].image.shape[1:]), encoder.patch_size)
-        for each, patches in zip(batch, tokens, strict=True):
-            height, width = each.size
-            sizes[each.number] = round(height / each.scale[1]), round(width / each.scale[0])
-            within = (points[:, 0] < width) & (points[:, 1] < height)
-            place = (points[within], encoder.patch_size, each.size, each.scale, settings.nms, settings.max_boxes)
-            patches = patches[within.to(patches.device)]
-            boxes[each.number] = {key: detect(head(patches), *place) for key, head in heads.items()}
-    order = indices.tolist()
-    found = {key: Detections.of([boxes[index][key] for index in order]) for key in heads}
-    return found, np.array([sizes[index] for index in order])
+    def train(self, split: Boxed, indices: np.ndarray) -> tuple[dict[str, LinearBoxHead], dict[str, float]]:
+        """The heads {rate: head} that did not diverge, with their last training loss; all start from the same weights.
 
+        indices  of the images to learn from
+        """
+        settings, encoder, context = self.settings, self.encoder, self.context
+        count, steps = len(indices), settings.steps
+        heads: dict[str, LinearBoxHead] = {}
+        optimizers = {}
 
-def _train(
-    encoder: Encoder, train: Boxed, indices: np.ndarray, settings: DetectionOptions, context: Context
-) -> tuple[dict[str, LinearBoxHead], dict[str, float]]:
-    """The heads {rate: head} that did not diverge, with their last training loss; all start from the same weights."""
+        def load(position: int, rng: np.random.Generator) -> Prepared:
+            return prepare(split, int(indices[position]), encoder, settings, bool(rng.random() < 0.5))
 
-    def load(position: int, rng: np.random.Generator) -> Prepared:
-        return prepare(train, int(indices[position]), encoder, settings, bool(rng.random() < 0.5))
-
-    def losses(step: int) -> dict[str, Tensor]:
-        tokens, labels, reach = [], [], []
-        for batch in batches_of_one_shape((each for _, each in stream(step)), settings.batch_size, _shape):
-            for each, patches in zip(batch, patch_tokens(encoder, batch, train), strict=True):
+        def losses(step: int) -> dict[str, Tensor]:
+            tokens, labels, reach = [], [], []
+            for each, patches in self._tokens((image for _, image in stream(step)), settings.batch_size, split):
                 assert each.targets is not None
                 counted = each.targets.labels != IGNORED
                 tokens.append(patches[counted.to(patches.device)])
                 labels.append(each.targets.labels[counted])
                 reach.append(each.targets.reach[counted])
-        x = torch.cat(tokens)
-        targets = Targets(torch.cat(labels).to(x.device), torch.cat(reach).to(x.device))
-        if len(x) < 2:  # BatchNorm cannot tell a spread from a single patch, and there is nothing to learn
-            return {key: head.linear.weight.sum() * 0.0 for key, head in heads.items()}
-        return {key: box_loss(head(x), targets) for key, head in heads.items()}
+            x = torch.cat(tokens)
+            targets = Targets(torch.cat(labels).to(x.device), torch.cat(reach).to(x.device))
+            if len(x) < 2:  # BatchNorm cannot tell a spread from a single patch, and there is nothing to learn
+                return {key: head.linear.weight.sum() * 0.0 for key, head in heads.items()}
+            return {key: box_loss(head(x), targets) for key, head in heads.items()}
 
-    count, steps = len(indices), settings.steps
-    warmup = min(settings.warmup_steps, steps // 10)
-    with training_stream(load, count, settings.batch_size, steps, context.seed, context.workers) as stream:
-        first = [each for _, each in stream(0)[:count]]
-        dim = patch_tokens(encoder, first[:1], train).shape[2]
-        start = typical_reach(each.targets for each in first if each.targets is not None)
-        heads, optimizers = {}, {}
-        for rate in settings.lrs:
-            head = LinearBoxHead(dim, train.num_classes, start, context.seed).to(encoder.device)
-            heads[repr(rate)] = head
-            optimizers[repr(rate)] = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=settings.weight_decay)
-        ends = train_heads(
-            heads, optimizers, losses, steps, lambda step: cosine(step, steps, warmup), context, "detection"
-        )
-    finite = {key: value for key, value in ends.items() if math.isfinite(value)}
-    return {key: heads[key] for key in finite}, finite
+        def factor(step: int) -> float:
+            return cosine(step, steps, min(settings.warmup_steps, steps // 10))
+
+        with training_stream(load, count, settings.batch_size, steps, context.seed, context.workers) as stream:
+            first = [image for _, image in stream(0)[:count]]
+            ((_, patches),) = self._tokens(first[:1], 1, split)
+            start = typical_reach(each.targets for each in first if each.targets is not None)
+            for rate in settings.lrs:
+                head = LinearBoxHead(patches.shape[1], split.num_classes, start, context.seed).to(encoder.device)
+                decay = settings.weight_decay
+                heads[repr(rate)] = head
+                optimizers[repr(rate)] = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=decay)
+            ended = train_heads(heads, optimizers, losses, steps, factor, context, "detection")
+        finite = {key: value for key, value in ended.items() if math.isfinite(value)}
+        return {key: heads[key] for key in finite}, finite
+
+    @torch.no_grad()
+    def predict(
+        self, heads: Mapping[str, LinearBoxHead], split: Boxed, indices: np.ndarray, what: str
+    ) -> tuple[dict[str, Detections], np.ndarray]:
+        """Every head's boxes on some images, which are numbered from 0; and the images' height and width (n, 2)."""
+        encoder, settings, context = self.encoder, self.settings, self.context
+        order = indices.tolist()
+        images = parallel(lambda index: prepare(split, index, encoder, settings), order, context.workers)
+        shown = context.progress(images, len(order), f"{what} ({encoder.name})")
+        sizes: dict[int, tuple[int, int]] = {}
+        boxes: dict[int, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
+        for each, patches in self._tokens(shown, min(context.batch_size, settings.batch_size), split):
+            height, width = each.size
+            sizes[each.number] = round(height / each.scale[1]), round(width / each.scale[0])
+            points = centres(encoder.grid(*each.image.shape[1:]), encoder.patch_size)
+            within = (points[:, 0] < width) & (points[:, 1] < height)
+            place = (points[within], encoder.patch_size, each.size, each.scale, settings.nms, settings.max_boxes)
+            patches = patches[within.to(patches.device)]
+            boxes[each.number] = {key: detect(head(patches), *place) for key, head in heads.items()}
+        found = {key: Detections.of([boxes[index][key] for index in order]) for key in heads}
+        return found, np.array([sizes[index] for index in order])
+
+    def _tokens(self, images: Iterable[Prepared], batch_size: int, split: Boxed) -> Iterator[tuple[Prepared, Tensor]]:
+        """Every image with its patch tokens (N, D) float32, in another order; RunError where they are not finite."""
+        for batch in batches_of_one_shape(images, batch_size, lambda each: each.image.shape):
+            tokens = self.encoder.tokens(torch.stack([each.image for each in batch])).patches
+            require_finite(tokens, [split.source.name(each.number) for each in batch], self.encoder)
+            yield from zip(batch, tokens, strict=True)
 
 
 def _draw(test: Boxed, found: Detections, names: Sequence[str], context: Context) -> None:

@@ -28,7 +28,7 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.dense.flow_frames import forget_tokens, frame_tokens, truth
 from dinoreg.evaluation.dense.flow_matching import TALLY, Geometry, Projection, Truth, figures, match, tally
-from dinoreg.evaluation.dense.flow_pictures import draw
+from dinoreg.evaluation.dense.pictures import draw_flow
 from dinoreg.evaluation.features.images import parallel, read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.options import EvalOptions, FlowOptions
@@ -194,7 +194,7 @@ class Matching:
             error = figures(tally(predicted, known)[None])["all"]
             flow, valid = known.flow.cpu().numpy(), known.valid.cpu().numpy()
             frame = read_rgb(pairs.source, int(pairs.first[index]))
-            picture = draw(frame, predicted.cpu().numpy(), flow, valid, f"linear; error {error:.1f} px")
+            picture = draw_flow(frame, predicted.cpu().numpy(), flow, valid, f"linear; error {error:.1f} px")
             self.context.save_example(picture, "flow", number)
 
     def _load(self, pairs: FlowPairs, index: int) -> Loaded:

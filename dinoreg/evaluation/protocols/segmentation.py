@@ -21,7 +21,7 @@ from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, Segmented
-from dinoreg.evaluation.dense.label_maps import panel, triptych
+from dinoreg.evaluation.dense.pictures import panel, triptych
 from dinoreg.evaluation.dense.segmentation_head import (
     LONGEST,
     MOST_OF_ONE_CLASS,
