@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from dinoreg.runtime.errors import RunError
 MEAN_IMAGES = 1000  # training images that the mean depth is taken over, at most
 MISSING = "linear depth needs a {name} split of images with depth maps"
 
+Valid = Callable[[np.ndarray], np.ndarray]  # depth map (H, W) -> (H, W) bool: pixels that count
 Scores = dict[Key, dict[str, np.ndarray]]  # {head: {score: (n,), NaN where no pixel of an image is valid}}
 
 
@@ -56,31 +58,32 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     measured = Measurement(data, task, context, DepthMaps, MISSING)
     train, test, val = measured.splits()
     border, window = data.extra.get("train_crop"), data.extra.get("eigen_crop")
+    limits = {"min_depth": settings.min_depth, "max_depth": settings.max_depth}
+    in_border, in_window = (partial(valid_pixels, **limits, crop=crop) for crop in (border, window))
+    metres, baseline = _mean_depth(train, test, in_border, in_window, settings, context)
     size = crop_size(train, border, settings.max_size)
-    metres, baseline = _mean_depth(train, test, border, window, settings, context)
     heads = DepthHeads(encoder, settings, context.seed)
     ended = heads.fit(train, size, border, context)
-    scores = _score(heads, test, window, context, "depth: test")
-    tried = None
-    if len(settings.lrs) > 1 and val is not None:
-        tried = _score(heads, val, window, context, "depth: val")
+    scores = _score(heads, test, in_window, context, "depth: test")
+    several = len(settings.lrs) > 1
+    tried = _score(heads, val, in_window, context, "depth: val") if several and val is not None else None
     rows: list[Row] = []
     for variant in settings.variants:
         rmse_by_lr = _rmse_by_lr(scores, variant)
         validation = None if tried is None else _rmse_by_lr(tried, variant)
         lr, chosen_on = choose_best(rmse_by_lr, validation, higher_is_better=False)
         if not rows:
-            _draw(heads, (variant, lr), test, window, context)
-        found = scores[variant, lr]
-        rmse = found["rmse"][np.isfinite(found["rmse"])]
+            _draw(heads, (variant, lr), test, in_window, context)
+        means, rmse = mean_scores(scores[variant, lr]), scores[variant, lr]["rmse"]
+        rmse = rmse[np.isfinite(rmse)]
         details: dict[str, Any] = {
-            **{key: value for key, value in mean_scores(found).items() if key != "rmse"},
+            **{key: value for key, value in means.items() if key != "rmse"},
             "baselines": {"mean training depth": baseline},
             "mean_training_depth": metres,
             "images_without_depth": len(test) - len(rmse),
             "final_loss": ended[variant, lr],
         }
-        if len(settings.lrs) > 1:
+        if several:
             details["rmse_by_lr"] = {f"{each:g}": value for each, value in rmse_by_lr.items()}
         row = measured.row(
             float(rmse.mean()),
@@ -91,8 +94,11 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
             chosen_on=chosen_on,
             n_train=len(train),
             n_test=len(rmse),
-            settings=_described(settings, size, border, window)
-            | {"lr": lr, "blocks": [block + 1 for block in heads.blocks[variant]]},
+            settings={
+                **_described(settings, size, border, window),
+                "lr": lr,
+                "blocks": [block + 1 for block in heads.blocks[variant]],
+            },
             details=details,
         )
         rows.append(row)
@@ -102,6 +108,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
 def _described(
     settings: DepthOptions, size: tuple[int, int], border: Crop | None, window: Crop | None
 ) -> dict[str, Any]:
+    warmup = f"SigLoss ({loss_warmup_steps(settings)} warm-up steps)"
     return {
         **asdict(settings),
         "warmup_steps": warmup_steps(settings),
@@ -109,21 +116,18 @@ def _described(
         "crop_reason": "as published" if size == CROP else f"{CROP[0]}x{CROP[1]} in proportion to smaller images",
         "train_border": border[0] if border else "none",
         "eval_crop": window[0] if window else "the whole image",
-        "loss": f"SigLoss ({loss_warmup_steps(settings)} warm-up steps) "
-        f"+ {GRADIENT_WEIGHT} x multi-scale gradient loss",
+        "loss": f"{warmup} + {GRADIENT_WEIGHT} x multi-scale gradient loss",
         "clip_grad": CLIP_GRAD,
         "final_norm": False,
         "test": "mean with the mirrored image, centre padding to whole patches, clamped",
     }
 
 
-def _score(heads: DepthHeads, split: DepthMaps, window: Crop | None, context: Context, what: str) -> Scores:
-    options = heads.options
+def _score(heads: DepthHeads, split: DepthMaps, valid: Valid, context: Context, what: str) -> Scores:
     scores: Scores = {key: {score: np.full(len(split), np.nan) for score in SCORES} for key in heads.heads}
     for index, true, predicted in context.progress(heads.predictions(split, context), len(split), what):
-        valid = valid_pixels(true, options.min_depth, options.max_depth, window)
         for key, depth in predicted.items():
-            for score, value in depth_scores(depth, true, valid).items():
+            for score, value in depth_scores(depth, true, valid(true)).items():
                 scores[key][score][index] = value
     return scores
 
@@ -133,33 +137,26 @@ def _rmse_by_lr(scores: Scores, variant: int) -> dict[float, float]:
 
 
 def _mean_depth(
-    train: DepthMaps,
-    test: DepthMaps,
-    border: Crop | None,
-    window: Crop | None,
-    options: DepthOptions,
-    context: Context,
+    train: DepthMaps, test: DepthMaps, in_border: Valid, in_window: Valid, settings: DepthOptions, context: Context
 ) -> tuple[float, dict[str, float]]:
     """The mean depth of training pixels, and the scores of predicting it everywhere."""
-
-    def read(split: DepthMaps, index: int, crop: Crop | None) -> tuple[np.ndarray, np.ndarray]:
-        depth = read_pair(split, index)[1]
-        return depth, valid_pixels(depth, options.min_depth, options.max_depth, crop)
-
-    def summed(index: int) -> tuple[float, int]:
-        depth, valid = read(train, index, border)
-        return float(depth[valid].sum(dtype=np.float64)), int(valid.sum())
-
-    def scored(index: int) -> dict[str, float]:
-        depth, valid = read(test, index, window)
-        return depth_scores(np.full_like(depth, metres), depth, valid)
 
     def over(indices: Sequence[int], function: Callable[[int], Any]) -> list[Any]:
         return list(context.progress(parallel(function, indices, context.workers), len(indices), "depth: baseline"))
 
-    drawn = np.random.default_rng(context.seed).permutation(len(train))[:MEAN_IMAGES]
-    sums, counts = zip(*over(drawn.tolist(), summed))
-    where = f"between {options.min_depth:g} and {options.max_depth:g} m"
+    def summed(index: int) -> tuple[float, int]:
+        depth = read_pair(train, index)[1]
+        valid = in_border(depth)
+        return float(depth[valid].sum(dtype=np.float64)), int(valid.sum())
+
+    def scored(index: int) -> dict[str, float]:
+        depth = read_pair(test, index)[1]
+        return depth_scores(np.full_like(depth, metres), depth, in_window(depth))
+
+    sums, counts = zip(
+        *over(np.random.default_rng(context.seed).permutation(len(train))[:MEAN_IMAGES].tolist(), summed)
+    )
+    where = f"between {settings.min_depth:g} and {settings.max_depth:g} m"
     if not sum(counts):
         raise RunError(f"linear depth: no training image has a pixel {where}")
     metres = sum(sums) / sum(counts)
@@ -169,14 +166,12 @@ def _mean_depth(
     return metres, mean_scores({key: np.array([each[key] for each in scores]) for key in SCORES})
 
 
-def _draw(heads: DepthHeads, key: Key, test: DepthMaps, window: Crop | None, context: Context) -> None:
+def _draw(heads: DepthHeads, key: Key, test: DepthMaps, valid: Valid, context: Context) -> None:
     """Image | prediction | truth of evenly spaced test images, by one head."""
-    options = heads.options
     for number, index in enumerate(context.example_indices(len(test))):
         image, true = read_pair(test, index)
-        pixels = stack_images([np.array(shrink(image, options.max_size))])
+        pixels = stack_images([np.array(shrink(image, heads.options.max_size))])
         predicted = resized(heads.predict(pixels, [key], [test.source.name(index)])[key][0], true.shape)
-        valid = valid_pixels(true, options.min_depth, options.max_depth, window)
-        error = depth_scores(predicted, true, valid)["rmse"]
-        picture = example(image, predicted, true, valid, f"lin.{key[0]}, RMSE {error:.2f} m")
+        error = depth_scores(predicted, true, valid(true))["rmse"]
+        picture = example(image, predicted, true, valid(true), f"lin.{key[0]}, RMSE {error:.2f} m")
         context.save_example(picture, "depth", number)
