@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -29,11 +29,12 @@ import numpy as np
 from dinoreg.commands.main import script
 from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.evaluation.benchmark import Benchmark, Option, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.dense.depth_images import read_metres
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
-from dinoreg.evaluation.readers.text import lines, matlab, missing, paths_source
+from dinoreg.evaluation.published import DINOV2, DINOV3, REGISTERS, TEST_TIME, released
+from dinoreg.evaluation.readers.files import lines, matlab, missing, paths_source
 from dinoreg.runtime.errors import UserError
 
 NAME = "nyu"
@@ -55,7 +56,7 @@ LIST_ARCHIVE = "train_test_inputs of BTS, or the lists of the Monocular-Depth-Es
 FRAMES_ARCHIVE = {"train": "sync.zip of BTS", "test": "official_splits of BTS, made from the labelled file"}
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """The splits of the chosen layout; of both, `auto` takes `sync`, to which the published numbers belong."""
     layout, depths = options["layout"], options["depths"]
     for key, known in (("layout", ("auto", "labelled", "sync")), ("depths", ("raw", "filled"))):
@@ -187,19 +188,20 @@ def _labelled(folder: Path, depths: str) -> dict[str, DepthMaps]:
     for name, archive in ((LABELLED, LABELLED_ARCHIVE), (SPLITS, SPLITS_ARCHIVE)):
         if not (folder / name).is_file():
             raise missing(folder / name, NAME, archive)
-    file = LabelledFile(folder / LABELLED, depths)
-    path = folder / SPLITS
-    given = matlab(path, ("trainNdxs", "testNdxs"), NAME, SPLITS_ARCHIVE)
-    numbers = {"train": given["trainNdxs"].astype(np.int64).ravel(), "test": given["testNdxs"].astype(np.int64).ravel()}
-    for split, found in numbers.items():
-        if not len(found):
+    file, path = LabelledFile(folder / LABELLED, depths), folder / SPLITS
+    variables = matlab(path, ("trainNdxs", "testNdxs"), NAME, SPLITS_ARCHIVE)
+    numbers = {split: variables[f"{split}Ndxs"].astype(np.int64).ravel() for split in ("train", "test")}
+    for split, frames in numbers.items():
+        if not len(frames):
             raise UserError(f"{NAME}: {path}: {split}Ndxs is empty")
-        if found.min() < 1 or found.max() > file.count:
-            raise UserError(f"{NAME}: {path}: {split}Ndxs holds {found.min()}..{found.max()}, expected 1..{file.count}")
+        if frames.min() < 1 or frames.max() > file.count:
+            raise UserError(
+                f"{NAME}: {path}: {split}Ndxs holds {frames.min()}..{frames.max()}, expected 1..{file.count}"
+            )
     shared = np.intersect1d(numbers["train"], numbers["test"])
     if len(shared):
         raise UserError(f"{NAME}: {path}: frame {shared[0]} is in both splits")
-    return {split: _frames(file, (found - 1).tolist()) for split, found in numbers.items()}
+    return {split: _frames(file, (frames - 1).tolist()) for split, frames in numbers.items()}
 
 
 def _frames(file: LabelledFile, numbers: list[int]) -> DepthMaps:
@@ -209,53 +211,37 @@ def _frames(file: LabelledFile, numbers: list[int]) -> DepthMaps:
         except BadImage as error:
             raise UserError(f"{NAME}: {file.path}: {error}") from None
 
-    found: Callable[[int], np.ndarray] = depth
-    return DepthMaps(LabelledImages(file, numbers), found)
+    return DepthMaps(LabelledImages(file, numbers), depth)
 
 
-REG = "DINOv2 with registers, arXiv 2309.16588v2, Table 2a"
-D2 = "DINOv2, arXiv 2304.07193v2, Table 11"
-D3 = "DINOv3, arXiv 2508.10104"
-TTR = "Vision Transformers Don't Need Trained Registers, arXiv 2506.08010"
-UNSTATED = "lin.1 or lin.4 is not stated; by its scale lin.1"
-DISTILLED = "0 registers, LVD-142M, distilled from ViT-g"
 DVT_CODE = "head and settings of DVT (final norm, rate 5e-3): compare within this paper; mean of 3 seeds"
-DPT_HEAD = "a DPT decoder in place of the linear head"
-
 PUBLISHED = (
     *(
-        Published(f"{model}, {registers} registers", value, REG, f"{differs}{UNSTATED}")
-        for model, differs, values in (
+        Published(f"{model}, {registers} registers", value, f"{REGISTERS}, Table 2a", differs)
+        for model, training, values in (
             ("DINOv2 ViT-L/14 (ImageNet-22k)", "", (0.378, 0.366)),
             ("DeiT-III ViT-B (ImageNet-22k)", "", (0.511, 0.512)),
             ("OpenCLIP ViT-B/16", "trained on Shutterstock; ", (0.702, 0.661)),
         )
+        for differs in (f"{training}lin.1 or lin.4 is not stated; by its scale lin.1",)
         for registers, value in zip((0, 4), values)
     ),
-    *(
-        Published(model, value, D2, differs, variant)
-        for variant, values, note in (
-            ("lin.1", (0.449, 0.399, 0.384, 0.344), ""),
-            ("lin.4", (0.417, 0.362, 0.333, 0.298), ""),
-            ("DPT", (0.356, 0.317, 0.293, 0.279), f"{DPT_HEAD}; "),
-        )
-        for model, value, differs in zip(
-            (*(f"DINOv2 ViT-{size}/14 (distilled)" for size in "SBL"), "DINOv2 ViT-g/14"),
-            values,
-            (*(f"{note}{DISTILLED}",) * 3, f"{note}0 registers, LVD-142M"),
-        )
+    *released((0.449, 0.399, 0.384, 0.344), f"{DINOV2}, Table 11", variant="lin.1"),
+    *released((0.417, 0.362, 0.333, 0.298), f"{DINOV2}, Table 11", variant="lin.4"),
+    *released(
+        (0.356, 0.317, 0.293, 0.279), f"{DINOV2}, Table 11", "a DPT decoder in place of the linear head", variant="DPT"
     ),
     Published(
         "DINOv2 ViT-g/14, 4 registers",
         0.372,
-        D3,
+        DINOV3,
         "batch norm and a linear layer on the last block without class token, SigLoss only, rates and decays swept; "
         "that it is the model with registers was concluded from another column",
     ),
-    Published("DINOv2 ViT-L/14 (LVD-142M), 0 registers", 0.3876, TTR, f"{DVT_CODE}, +- .0014"),
-    Published("DINOv2 ViT-L/14 (LVD-142M), 4 registers", 0.3823, TTR, f"{DVT_CODE}, +- .0011"),
-    Published("DINOv2 ViT-L/14 (LVD-142M), one test-time register", 0.3774, TTR, f"{DVT_CODE}, +- .0013"),
-    Published("OpenCLIP ViT-B/16", 0.6025, TTR, DVT_CODE),
+    Published("DINOv2 ViT-L/14 (LVD-142M), 0 registers", 0.3876, TEST_TIME, f"{DVT_CODE}, +- .0014"),
+    Published("DINOv2 ViT-L/14 (LVD-142M), 4 registers", 0.3823, TEST_TIME, f"{DVT_CODE}, +- .0011"),
+    Published("DINOv2 ViT-L/14 (LVD-142M), one test-time register", 0.3774, TEST_TIME, f"{DVT_CODE}, +- .0013"),
+    Published("OpenCLIP ViT-B/16", 0.6025, TEST_TIME, DVT_CODE),
 )
 
 BENCHMARK = Benchmark(
@@ -266,12 +252,12 @@ BENCHMARK = Benchmark(
     splits="24,231 / 654 (sync) or 795 / 654 (labelled, NYU-795)",
     folders=("NYU", "nyu", "nyu_depth_v2", "nyudepthv2", "nyud"),
     layouts=(
-        (Need(LABELLED, LABELLED_ARCHIVE), Need(SPLITS, SPLITS_ARCHIVE)),
-        *(tuple(Need(name, LIST_ARCHIVE) for name in pair) for pair in LISTS),
+        (*needs(LABELLED_ARCHIVE, LABELLED), *needs(SPLITS_ARCHIVE, SPLITS)),
+        *(needs(LIST_ARCHIVE, *pair) for pair in LISTS),
     ),
     tasks=(
         # Training counts hang on the layout: `read` gives them as `official_counts`.
-        Task(protocol="depth", read=read, metric="RMSE", counts={"test": 654}, published=PUBLISHED),
+        Task("depth", read, "RMSE", {"test": 654}, PUBLISHED),
     ),
     download=f"{LABELLED} and {SPLITS}; or, for the published protocol, BTS's sync.zip, official_splits and file lists",
     licence="no licence text found; unverified",
