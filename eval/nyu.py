@@ -20,9 +20,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 
@@ -62,21 +62,17 @@ def read(folder: Path, options: Options) -> Data:
     for key, known in (("layout", ("auto", "labelled", "sync")), ("depths", ("raw", "filled"))):
         if options[key] not in known:
             raise UserError(f"{NAME}.{key}={options[key]}: expected {', '.join(known)}")
-    lists = next((pair for pair in LISTS if all((folder / name).is_file() for name in pair)), None)
+    lists = next((pair for pair in LISTS if all((folder / name).is_file() for name in pair)), LISTS[0])
     if layout == "auto":
-        layout = "sync" if lists is not None else "labelled"
+        layout = "sync" if (folder / lists[0]).is_file() and (folder / lists[1]).is_file() else "labelled"
     if layout == "labelled":
-        splits, variant = _labelled(folder, depths), f"NYU-795, {depths} depths"
-        counts = {"train": 795, "test": 654}
+        splits, variant, train = _labelled(folder, depths), f"NYU-795, {depths} depths", 795
     else:
         if depths != "raw":
             raise UserError(f"{NAME}.depths={depths}: the sync layout holds raw depths only; use layout=labelled")
-        for name in LISTS[0] if lists is None else ():
-            if not (folder / name).is_file():
-                raise missing(folder / name, NAME, LIST_ARCHIVE)
-        assert lists is not None
         splits = {split: _listed(folder, name, split) for split, name in zip(("train", "test"), lists)}
-        variant, counts = "synced frames, raw depths", {"train": 24231, "test": 654}
+        variant, train = "synced frames, raw depths", 24_231
+    counts = {"train": train, "test": 654}
     return Data(
         splits, variant=variant, extra={"eigen_crop": EIGEN_CROP, "train_crop": TRAIN_CROP, "official_counts": counts}
     )
@@ -101,117 +97,96 @@ def _listed(folder: Path, name: str, split: str) -> DepthMaps:
     return DepthMaps(images, lambda index: read_metres(Path(maps.name(index))), maps.stamp())
 
 
-class LabelledFile:
-    """`nyu_depth_v2_labeled.mat`, opened when it is first read; reads may come from many threads.
+class LabelledFrames(Source):
+    """Frames of `nyu_depth_v2_labeled.mat`; reads may come from many threads.
 
     h5py sees MATLAB's axes in reverse: images (n, 3, W, H) uint8, depths (n, W, H) float32 metres.
     """
 
     def __init__(self, path: Path, depths: str) -> None:
+        try:
+            import h5py
+        except ImportError:
+            raise UserError(f"{NAME}: reading {path} needs h5py: pip install 'dinoreg[eval]'") from None
         self.path, self.key = path, {"raw": "rawDepths", "filled": "depths"}[depths]
         self._lock = Lock()
-        self._file: Any = None
-        images, maps = self._shape("images"), self._shape(self.key)
+        shapes: list[tuple[int, ...]] = []
+        keys = ("images", self.key)
+        try:
+            self._file = h5py.File(path, "r")
+            for key in keys:
+                shapes.append(tuple(self._file[key].shape))
+        except (OSError, KeyError, AttributeError) as error:
+            what, reason = keys[len(shapes)], " ".join(str(error).split())[:160]
+            raise UserError(f"{NAME}: {path}: {what} cannot be read, expected a MATLAB 7.3 file ({reason})") from None
+        images, maps = shapes
         if len(images) != 4 or images[1] != 3 or maps != (images[0], *images[2:]):
             raise UserError(
                 f"{NAME}: {path}: images {images} and {self.key} {maps}, expected (n, 3, width, height) and "
                 f"(n, width, height)"
             )
-        self.count, self.width, self.height = images[0], images[2], images[3]
+        self.total, _, self.width, self.height = images
+        self.numbers: Sequence[int] = range(self.total)
 
-    def image(self, number: int) -> np.ndarray:
-        """(H, W, 3) uint8 of frame `number`, from 0, black outside FRAME."""
-        found = np.zeros((self.height, self.width, 3), dtype=np.uint8)
-        inside = scaled_crop(FRAME, self.height, self.width)
-        found[inside] = self._read("images", number).transpose(2, 1, 0)[inside]
-        return found
-
-    def depth(self, number: int) -> np.ndarray:
-        """(H, W) float32 metres of frame `number`, from 0; 0 where unknown."""
-        return np.ascontiguousarray(self._read(self.key, number).T, dtype=np.float32)
-
-    def _read(self, key: str, number: int) -> np.ndarray:
-        try:
-            with self._lock:
-                return self._open()[key][number]
-        except OSError as error:
-            raise BadImage(f"frame {number + 1} of {key} cannot be read: {error}") from error
-
-    def _shape(self, key: str) -> tuple[int, ...]:
-        try:
-            with self._lock:
-                return tuple(self._open()[key].shape)
-        except (OSError, KeyError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"{NAME}: {self.path}: {key} cannot be read, expected a MATLAB 7.3 file ({reason})"
-            ) from None
-
-    def _open(self) -> Any:
-        if self._file is None:
-            try:
-                import h5py
-            except ImportError:
-                raise UserError(f"{NAME}: reading {self.path} needs h5py: pip install 'dinoreg[eval]'") from None
-            self._file = h5py.File(self.path, "r")
-        return self._file
-
-
-class LabelledImages(Source):
-    """Some frames of a LabelledFile.
-
-    numbers  from 0
-    """
-
-    def __init__(self, file: LabelledFile, numbers: Sequence[int]) -> None:
-        self.file, self.numbers = file, list(numbers)
+    def split(self, numbers: Sequence[int]) -> DepthMaps:
+        """Some frames with their depths, by their numbers from 0."""
+        frames = copy(self)
+        frames.numbers = numbers
+        return DepthMaps(frames, frames.depth)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def read(self, index: int) -> np.ndarray:
-        return self.file.image(self.numbers[index])
+        """(H, W, 3) uint8, black outside FRAME."""
+        image = np.zeros((self.height, self.width, 3), dtype=np.uint8)
+        within = scaled_crop(FRAME, self.height, self.width)
+        image[within] = self._read("images", index).transpose(2, 1, 0)[within]
+        return image
+
+    def depth(self, index: int) -> np.ndarray:
+        """(H, W) float32 metres; 0 where unknown."""
+        try:
+            return np.ascontiguousarray(self._read(self.key, index).T, dtype=np.float32)
+        except BadImage as error:
+            raise UserError(f"{NAME}: {self.path}: {error}") from None
+
+    def _read(self, key: str, index: int) -> np.ndarray:
+        number = self.numbers[index]
+        try:
+            with self._lock:
+                return self._file[key][number]
+        except OSError as error:
+            raise BadImage(f"frame {number + 1} of {key} cannot be read: {error}") from error
 
     def name(self, index: int) -> str:
-        return f"{self.file.path}: frame {self.numbers[index] + 1}"
+        return f"{self.path}: frame {self.numbers[index] + 1}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{LABELLED} {self.file.count} {self.numbers}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{LABELLED} {self.total} {list(self.numbers)}".encode()).hexdigest()[:16]
 
     def stamp(self) -> str:
-        found = os.stat(self.file.path)
-        text = f"{self.fingerprint()} {found.st_size} {found.st_mtime_ns}"
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        stat = os.stat(self.path)
+        return hashlib.sha256(f"{self.fingerprint()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
 
 
 def _labelled(folder: Path, depths: str) -> dict[str, DepthMaps]:
     for name, archive in ((LABELLED, LABELLED_ARCHIVE), (SPLITS, SPLITS_ARCHIVE)):
         if not (folder / name).is_file():
             raise missing(folder / name, NAME, archive)
-    file, path = LabelledFile(folder / LABELLED, depths), folder / SPLITS
+    frames, path = LabelledFrames(folder / LABELLED, depths), folder / SPLITS
     variables = matlab(path, ("trainNdxs", "testNdxs"), NAME, SPLITS_ARCHIVE)
     numbers = {split: variables[f"{split}Ndxs"].astype(np.int64).ravel() for split in ("train", "test")}
-    for split, frames in numbers.items():
-        if not len(frames):
+    for split, listed in numbers.items():
+        if not len(listed):
             raise UserError(f"{NAME}: {path}: {split}Ndxs is empty")
-        if frames.min() < 1 or frames.max() > file.count:
-            raise UserError(
-                f"{NAME}: {path}: {split}Ndxs holds {frames.min()}..{frames.max()}, expected 1..{file.count}"
-            )
+        if listed.min() < 1 or listed.max() > frames.total:
+            held = f"{listed.min()}..{listed.max()}"
+            raise UserError(f"{NAME}: {path}: {split}Ndxs holds {held}, expected 1..{frames.total}")
     shared = np.intersect1d(numbers["train"], numbers["test"])
     if len(shared):
         raise UserError(f"{NAME}: {path}: frame {shared[0]} is in both splits")
-    return {split: _frames(file, (frames - 1).tolist()) for split, frames in numbers.items()}
-
-
-def _frames(file: LabelledFile, numbers: list[int]) -> DepthMaps:
-    def depth(index: int) -> np.ndarray:
-        try:
-            return file.depth(numbers[index])
-        except BadImage as error:
-            raise UserError(f"{NAME}: {file.path}: {error}") from None
-
-    return DepthMaps(LabelledImages(file, numbers), depth)
+    return {split: frames.split((listed - 1).tolist()) for split, listed in numbers.items()}
 
 
 DVT_CODE = "head and settings of DVT (final norm, rate 5e-3): compare within this paper; mean of 3 seeds"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def read(folder: Path, options: Options) -> Data:
 
 
 def _scenes(folder: Path) -> list[str]:
-    """Sorted: the order of a folder's entries is the file system's."""
+    """In alphabetical order: that of a folder's entries is the file system's."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
@@ -94,34 +95,37 @@ def _splits(
 ) -> dict[str, FlowPairs]:
     splits = {}
     for split in ("train", "test"):
-        pairs = [
-            (name, before, after)
-            for name, frames in scenes.items()
-            if (name in TEST_SCENES) == (split == "test")
-            for before, after in pairwise(frames)
-        ]
-        files = [(name, before) for name, before, _ in pairs]
+        names = [name for name in scenes if (name in TEST_SCENES) == (split == "test")]
+        pairs = [(name, before, after) for name in names for before, after in pairwise(scenes[name])]
         splits[split] = FlowPairs(
             source,
             np.array([place[f"{rendering}/{name}/{before}"] for name, before, _ in pairs]),
             np.array([place[f"{rendering}/{name}/{after}"] for name, _, after in pairs]),
             [name for name, _, _ in pairs],
-            flow=_reader(root, files, lambda root, scene, frame: read_flo(root / "flow" / scene / _flow_name(frame))),
-            valid=_reader(root, files, _valid),
-            occluded=_reader(root, files, lambda root, scene, frame: _mask(root / "occlusions" / scene / frame)),
+            flow=partial(_flow, root, pairs),
+            valid=partial(_valid, root, pairs),
+            occluded=partial(_occluded, root, pairs),
         )
     return splits
 
 
-def _reader(
-    root: Path, files: list[tuple[str, str]], function: Callable[[Path, str, str], np.ndarray]
-) -> Callable[[int], np.ndarray]:
-    return lambda index: function(root, *files[index])
+Pairs = list[tuple[str, str, str]]  # scene, first frame, second frame
 
 
-def _valid(root: Path, scene: str, frame: str) -> np.ndarray:
+def _flow(root: Path, pairs: Pairs, index: int) -> np.ndarray:
+    scene, frame, _ = pairs[index]
+    return read_flo(root / "flow" / scene / _flow_name(frame))
+
+
+def _occluded(root: Path, pairs: Pairs, index: int) -> np.ndarray:
+    scene, frame, _ = pairs[index]
+    return _mask(root / "occlusions" / scene / frame)
+
+
+def _valid(root: Path, pairs: Pairs, index: int) -> np.ndarray:
     """(H, W) bool: not marked invalid in the first frame of the pair, known, and of a length that can be."""
-    flow, invalid = read_flo(root / "flow" / scene / _flow_name(frame)), _mask(root / "invalid" / scene / frame)
+    scene, frame, _ = pairs[index]
+    flow, invalid = _flow(root, pairs, index), _mask(root / "invalid" / scene / frame)
     if flow.shape[:2] != invalid.shape:
         sizes = ["x".join(map(str, each.shape[:2])) for each in (invalid, flow)]
         raise UserError(f"{NAME}: {root / 'invalid' / scene / frame} is {sizes[0]}, its flow {sizes[1]}")

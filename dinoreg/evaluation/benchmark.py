@@ -12,8 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dinoreg.config.bundled import bundled, run_file
+from dinoreg.config.bundled import bundled
 from dinoreg.config.keys import nearest
+from dinoreg.data.declared import load_declaration
 from dinoreg.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -227,14 +228,7 @@ def find_benchmark(name: str) -> Benchmark:
 
 def load_benchmark(path: Path) -> Benchmark:
     """The `BENCHMARK` of a Python file. The file is run: it is the user's own code, as a config is not."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a Python file with a BENCHMARK")
-    try:
-        module = run_file(path, "dinoreg_declared")
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
+    module = load_declaration(path)
     benchmark = getattr(module, "BENCHMARK", None)
     if not isinstance(benchmark, Benchmark):
         raise UserError(f"{path}: has no BENCHMARK of type dinoreg.evaluation.benchmark.Benchmark")
