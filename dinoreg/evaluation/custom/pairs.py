@@ -11,8 +11,10 @@ depth  PNG of 16 bits in millimetres, or .npy, .tif, .tiff of floats in metres; 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,7 @@ SUFFIXES = {"masks": (".png",), "depth": (".png", ".npy", ".tif", ".tiff")}
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images and what belongs to each, all relative to `root`; the split of each, or None where nothing says so."""
+    """Images and the mask or depth map of each, all relative to `root`; each's split, or None where nothing says so."""
 
     root: Path
     images: list[str]
@@ -46,6 +48,7 @@ class Pairs:
     words: list[str] | None
 
     def split(self, share: float, seed: int) -> tuple[dict[str, np.ndarray], str]:
+        """Rows of each split, and how they were split in words."""
         groups = np.zeros(len(self.images), dtype=np.int64)
         return parts(self.words, groups, share, seed, self.root, per_class=False)
 
@@ -55,6 +58,10 @@ class Pairs:
     def stamp(self, rows: np.ndarray) -> str:
         """Changes when the masks or depth maps do."""
         return PathSource(str(self.root), PathBlock.of([self.truths[row] for row in rows])).stamp()
+
+    def paths(self, row: int) -> tuple[Path, Path]:
+        """The mask or depth map, and its image."""
+        return self.root / self.truths[row], self.root / self.images[row]
 
 
 def kinds_of_pairs(root: Path) -> list[str]:
@@ -86,9 +93,9 @@ def find_pairs(root: Path, kind: str) -> Pairs:
             images.append(image)
             truths.append(os.path.join(place, matches[0]))
             words.append(SPLIT_WORDS.get((base or folder.split(os.sep)[0]).lower()))
-    twice = _first_repeated(truths)
-    if twice:
-        raise UserError(f"{root / twice}: belongs to two images of the same name")
+    repeated = [truth for truth, count in Counter(truths).items() if count > 1]
+    if repeated:
+        raise UserError(f"{root / repeated[0]}: belongs to two images of the same name")
     known = [word for word in words if word is not None]
     if "train" in known and None in words:
         raise UserError(f"{root / images[words.index(None)]}: lies in no split, though others lie in train")
@@ -101,16 +108,22 @@ def segmented(pairs: Pairs, share: float, seed: int) -> Data:
     if names is not None:
         num_classes = len(names)
     else:
-        paths = [(pairs.root / truth, pairs.root / image) for truth, image in zip(pairs.truths, pairs.images)]
-        largest = parallel(
-            lambda row: _largest(read_classes_of_pixels(*paths[row])), range(len(paths)), default_workers()
-        )
+        every = range(len(pairs.images))
+        largest = parallel(lambda row: _largest(read_classes_of_pixels(*pairs.paths(row))), every, default_workers())
         num_classes = max(largest) + 1
     if not 2 <= num_classes <= IGNORED:
         raise UserError(f"{pairs.root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
+
+    def mask(rows: np.ndarray, index: int) -> np.ndarray:
+        path, image = pairs.paths(rows[index])
+        classes = read_classes_of_pixels(path, image)
+        if (largest := _largest(classes)) >= num_classes:
+            raise UserError(f"{path}: label {largest} is out of range, expected 0..{num_classes - 1} or {IGNORED}")
+        return classes
+
     rows, variant = pairs.split(share, seed)
     splits = {
-        name: Segmented(pairs.source(part), _Masks(pairs, part, num_classes), num_classes, pairs.stamp(part))
+        name: Segmented(pairs.source(part), partial(mask, part), num_classes, pairs.stamp(part))
         for name, part in rows.items()
     }
     return Data(splits, class_names=names or (), variant=variant)
@@ -118,37 +131,15 @@ def segmented(pairs: Pairs, share: float, seed: int) -> Data:
 
 def depths(pairs: Pairs, share: float, seed: int) -> Data:
     """The pairs as depth maps."""
+
+    def depth(rows: np.ndarray, index: int) -> np.ndarray:
+        return read_metres(*pairs.paths(rows[index]))
+
     rows, variant = pairs.split(share, seed)
-    return Data(
-        {name: DepthMaps(pairs.source(part), _Depths(pairs, part), pairs.stamp(part)) for name, part in rows.items()},
-        variant=variant,
-    )
-
-
-@dataclass(frozen=True)
-class _Masks:
-    pairs: Pairs
-    rows: np.ndarray
-    num_classes: int
-
-    def __call__(self, index: int) -> np.ndarray:
-        row = self.rows[index]
-        path = self.pairs.root / self.pairs.truths[row]
-        mask = read_classes_of_pixels(path, self.pairs.root / self.pairs.images[row])
-        largest = _largest(mask)
-        if largest >= self.num_classes:
-            raise UserError(f"{path}: label {largest} is out of range, expected 0..{self.num_classes - 1} or {IGNORED}")
-        return mask
-
-
-@dataclass(frozen=True)
-class _Depths:
-    pairs: Pairs
-    rows: np.ndarray
-
-    def __call__(self, index: int) -> np.ndarray:
-        row = self.rows[index]
-        return read_metres(self.pairs.root / self.pairs.truths[row], self.pairs.root / self.pairs.images[row])
+    splits = {
+        name: DepthMaps(pairs.source(part), partial(depth, part), pairs.stamp(part)) for name, part in rows.items()
+    }
+    return Data(splits, variant=variant)
 
 
 def read_classes_of_pixels(path: Path, image: Path) -> np.ndarray:
@@ -203,18 +194,9 @@ def _bases(root: Path) -> list[str]:
 
 
 def _by_stem(names: Sequence[str], suffixes: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    stems: dict[str, list[str]] = {}
     for name in names:
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in suffixes and not name.startswith("."):
-            found.setdefault(stem, []).append(name)
-    return found
-
-
-def _first_repeated(values: Sequence[str]) -> str | None:
-    seen: set[str] = set()
-    for value in values:
-        if value in seen:
-            return value
-        seen.add(value)
-    return None
+            stems.setdefault(stem, []).append(name)
+    return stems

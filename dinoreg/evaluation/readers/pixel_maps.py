@@ -15,17 +15,13 @@ DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I")  # Pillow's names
 MILLIMETRES = 1000.0  # in a metre
 
 
-def read_label_map(
-    path: Path, image: Path, dataset: str = "", classes: int | None = None, ignored: int | None = None
-) -> np.ndarray:
+def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
     """A label map of whole numbers (H, W), uint8 or int32, as they stand in the file (of a palette: the indices).
 
     image    the picture it belongs to, whose header alone is read: both must have the same size
     dataset  in front of every message
-    classes  values are below this, or equal to `ignored`; None: any value
 
-    Raises UserError naming the file when it is missing, unreadable, coloured, of another size than its image, or holds
-    another value.
+    Raises UserError naming the file when it is missing, unreadable, coloured, or of another size than its image.
     """
     where = f"{dataset}: {path}" if dataset else f"{path}:"
     try:
@@ -40,11 +36,6 @@ def read_label_map(
     if bits in (2, 4):  # Pillow stretches these to 0..255
         values = values // (255 // (2**bits - 1))
     require_size(where, values, image, dataset)
-    if classes is not None:
-        wrong = values[((values < 0) | (values >= classes)) & (values != ignored)]
-        if len(wrong):
-            also = "" if ignored is None else f" or {ignored}"
-            raise UserError(f"{where} has the value {wrong[0]}, expected 0..{classes - 1}{also}")
     return values.astype(np.uint8 if values.dtype.itemsize == 1 else np.int32, copy=False)
 
 
