@@ -16,6 +16,7 @@ from torchvision.ops import box_iou, generalized_box_iou, sigmoid_focal_loss
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.dense import box_probe
 from dinoreg.evaluation.dense.box_head import (
     BACKGROUND,
     IGNORED,
@@ -30,11 +31,10 @@ from dinoreg.evaluation.dense.box_head import (
     focal_loss,
     giou,
 )
-from dinoreg.evaluation.dense.box_images import Prepared, prepare, typical_reach
+from dinoreg.evaluation.dense.box_probe import BoxProbe, Prepared, prepare, typical_reach
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
 from dinoreg.evaluation.options import DetectionOptions, EvalOptions
-from dinoreg.evaluation.protocols import detection
-from dinoreg.evaluation.protocols.detection import BoxProbe, evaluate
+from dinoreg.evaluation.protocols.detection import evaluate
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
@@ -345,17 +345,17 @@ def test_a_training_that_was_stopped_ends_bitwise_as_one_that_was_not(
     train, test = coloured(10, seed=1), coloured(4, seed=2)
     unbroken = run(train, test, tmp_path / "a", steps=8, batch_size=4)
     monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
-    cosine = detection.cosine
+    cosine = box_probe.cosine
 
     def stops(step: int, steps: int, warmup: int = 0) -> float:
         if step == 5:
             raise KeyboardInterrupt
         return cosine(step, steps, warmup)
 
-    monkeypatch.setattr(detection, "cosine", stops)
+    monkeypatch.setattr(box_probe, "cosine", stops)
     with pytest.raises(KeyboardInterrupt):
         run(train, test, tmp_path / "b", steps=8, batch_size=4)
-    monkeypatch.setattr(detection, "cosine", cosine)
+    monkeypatch.setattr(box_probe, "cosine", cosine)
     resumed = run(train, test, tmp_path / "b", steps=8, batch_size=4)
     for one, other in zip(unbroken, resumed, strict=True):
         assert dataclasses.replace(one, hours=0) == dataclasses.replace(other, hours=0)

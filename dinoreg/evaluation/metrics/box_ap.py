@@ -14,6 +14,8 @@ from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.metrics.average_precision import Curve
@@ -42,9 +44,9 @@ class Detections:
     scores: np.ndarray
 
     @classmethod
-    def of(cls, images: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Detections:
-        """The boxes (k, 4), labels (k,) and scores (k,) of each image in a row."""
-        boxes, labels, scores = (np.concatenate([each[part] for each in images]) for part in range(3))
+    def of(cls, images: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Detections:
+        """The boxes (k, 4), labels (k,) and scores (k,) of each image in a row, on the CPU."""
+        boxes, labels, scores = (torch.cat([each[part] for each in images]).numpy() for part in range(3))
         return cls(np.repeat(np.arange(len(images)), [len(each[1]) for each in images]), boxes, labels, scores)
 
 

@@ -58,8 +58,8 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     measured = Measurement(data, task, context, DepthMaps, MISSING)
     train, test, val = measured.splits()
     border, window = data.extra.get("train_crop"), data.extra.get("eigen_crop")
-    limits = {"min_depth": settings.min_depth, "max_depth": settings.max_depth}
-    in_border, in_window = (partial(valid_pixels, **limits, crop=crop) for crop in (border, window))
+    valid = partial(valid_pixels, min_depth=settings.min_depth, max_depth=settings.max_depth)
+    in_border, in_window = partial(valid, crop=border), partial(valid, crop=window)
     metres, baseline = _mean_depth(train, test, in_border, in_window, settings, context)
     size = crop_size(train, border, settings.max_size)
     heads = DepthHeads(encoder, settings, context.seed)

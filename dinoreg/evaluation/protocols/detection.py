@@ -7,25 +7,19 @@ that published detectors are no measure for it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.dense.box_head import IGNORED, LinearBoxHead, Targets, box_loss, centres, detect
-from dinoreg.evaluation.dense.box_images import Prepared, prepare, typical_reach
+from dinoreg.evaluation.dense.box_probe import BoxProbe
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
-from dinoreg.evaluation.dense.windows import batches_of_one_shape, training_stream
-from dinoreg.evaluation.features.images import parallel, read_rgb
-from dinoreg.evaluation.features.rows import require_finite
+from dinoreg.evaluation.features.images import read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.box_ap import Detections, Truth
 from dinoreg.evaluation.metrics.box_scores import RULES, score, whole_images
@@ -33,7 +27,6 @@ from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes
 from dinoreg.evaluation.options import DetectionOptions, EvalOptions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement, choose_best
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
 from dinoreg.runtime.errors import UserError
 
 NOTE = "linear patch probe, not comparable with published detectors"
@@ -115,85 +108,6 @@ def _held_out(
     mixed = np.random.default_rng([seed, 8]).permutation(len(train))
     words = f"{count:,} held-out training images, seed {seed}"
     return np.sort(mixed[count:]), (train, np.sort(mixed[:count])), words
-
-
-class BoxProbe:
-    """Linear box heads on one encoder, one for every rate: trained, and what they find."""
-
-    def __init__(self, encoder: Encoder, settings: DetectionOptions, context: Context) -> None:
-        self.encoder, self.settings, self.context = encoder, settings, context
-
-    def train(self, split: Boxed, indices: np.ndarray) -> tuple[dict[str, LinearBoxHead], dict[str, float]]:
-        """The heads {rate: head} that did not diverge, with their last training loss; all start from the same weights.
-
-        indices  of the images to learn from
-        """
-        settings, encoder, context = self.settings, self.encoder, self.context
-        count, steps = len(indices), settings.steps
-        heads: dict[str, LinearBoxHead] = {}
-        optimizers = {}
-
-        def load(position: int, rng: np.random.Generator) -> Prepared:
-            return prepare(split, int(indices[position]), encoder, settings, bool(rng.random() < 0.5))
-
-        def losses(step: int) -> dict[str, Tensor]:
-            tokens, labels, reach = [], [], []
-            for each, patches in self._tokens((image for _, image in stream(step)), settings.batch_size, split):
-                assert each.targets is not None
-                counted = each.targets.labels != IGNORED
-                tokens.append(patches[counted.to(patches.device)])
-                labels.append(each.targets.labels[counted])
-                reach.append(each.targets.reach[counted])
-            x = torch.cat(tokens)
-            targets = Targets(torch.cat(labels).to(x.device), torch.cat(reach).to(x.device))
-            if len(x) < 2:  # BatchNorm cannot tell a spread from a single patch, and there is nothing to learn
-                return {key: head.linear.weight.sum() * 0.0 for key, head in heads.items()}
-            return {key: box_loss(head(x), targets) for key, head in heads.items()}
-
-        def factor(step: int) -> float:
-            return cosine(step, steps, min(settings.warmup_steps, steps // 10))
-
-        with training_stream(load, count, settings.batch_size, steps, context.seed, context.workers) as stream:
-            first = [image for _, image in stream(0)[:count]]
-            ((_, patches),) = self._tokens(first[:1], 1, split)
-            start = typical_reach(each.targets for each in first if each.targets is not None)
-            for rate in settings.lrs:
-                head = LinearBoxHead(patches.shape[1], split.num_classes, start, context.seed).to(encoder.device)
-                decay = settings.weight_decay
-                heads[repr(rate)] = head
-                optimizers[repr(rate)] = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=decay)
-            ended = train_heads(heads, optimizers, losses, steps, factor, context, "detection")
-        finite = {key: value for key, value in ended.items() if math.isfinite(value)}
-        return {key: heads[key] for key in finite}, finite
-
-    @torch.no_grad()
-    def predict(
-        self, heads: Mapping[str, LinearBoxHead], split: Boxed, indices: np.ndarray, what: str
-    ) -> tuple[dict[str, Detections], np.ndarray]:
-        """Every head's boxes on some images, which are numbered from 0; and the images' height and width (n, 2)."""
-        encoder, settings, context = self.encoder, self.settings, self.context
-        order = indices.tolist()
-        images = parallel(lambda index: prepare(split, index, encoder, settings), order, context.workers)
-        shown = context.progress(images, len(order), f"{what} ({encoder.name})")
-        sizes: dict[int, tuple[int, int]] = {}
-        boxes: dict[int, dict[str, tuple[Tensor, Tensor, Tensor]]] = {}
-        for each, patches in self._tokens(shown, min(context.batch_size, settings.batch_size), split):
-            height, width = each.size
-            sizes[each.number] = round(height / each.scale[1]), round(width / each.scale[0])
-            points = centres(encoder.grid(*each.image.shape[1:]), encoder.patch_size)
-            within = (points[:, 0] < width) & (points[:, 1] < height)
-            place = (points[within], encoder.patch_size, each.size, each.scale, settings.nms, settings.max_boxes)
-            patches = patches[within.to(patches.device)]
-            boxes[each.number] = {key: detect(head(patches), *place) for key, head in heads.items()}
-        found = {key: Detections.of([boxes[index][key] for index in order]) for key in heads}
-        return found, np.array([sizes[index] for index in order])
-
-    def _tokens(self, images: Iterable[Prepared], batch_size: int, split: Boxed) -> Iterator[tuple[Prepared, Tensor]]:
-        """Every image with its patch tokens (N, D) float32, in another order; RunError where they are not finite."""
-        for batch in batches_of_one_shape(images, batch_size, lambda each: each.image.shape):
-            tokens = self.encoder.tokens(torch.stack([each.image for each in batch])).patches
-            require_finite(tokens, [split.source.name(each.number) for each in batch], self.encoder)
-            yield from zip(batch, tokens, strict=True)
 
 
 def _draw(test: Boxed, found: Detections, names: Sequence[str], context: Context) -> None:

@@ -39,8 +39,8 @@ def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
     return values.astype(np.uint8 if values.dtype.itemsize == 1 else np.int32, copy=False)
 
 
-def read_depth_map(path: Path, per_metre: float = MILLIMETRES) -> np.ndarray:
-    """A 16-bit PNG (or TIFF) of whole units, 0 where unknown -> (H, W) float32 metres; UserError naming the file."""
+def read_depth_map(path: Path) -> np.ndarray:
+    """A 16-bit PNG (or TIFF) of millimetres, 0 where unknown -> (H, W) float32 metres; UserError naming the file."""
     try:
         with Image.open(path) as opened:
             mode, values = opened.mode, np.asarray(opened)
@@ -50,7 +50,7 @@ def read_depth_map(path: Path, per_metre: float = MILLIMETRES) -> np.ndarray:
         raise UserError(
             f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel, in millimetres"
         )
-    return values.astype(np.float32) / np.float32(per_metre)
+    return values.astype(np.float32) / np.float32(MILLIMETRES)
 
 
 def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "") -> None:
