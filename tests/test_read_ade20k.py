@@ -130,4 +130,4 @@ def test_published_figures_are_percent_with_a_source(benchmark: Benchmark) -> No
     assert len(values) == len(task.published)
     assert values["DINOv2 ViT-L/14 on ImageNet-22k, 4 registers"] == 47.9
     assert values["DINOv2 ViT-S/14 (distilled)"] == 44.3
-    assert all(20 < each.value < 60 and each.source.startswith("arXiv") for each in task.published)
+    assert all(20 < each.value < 60 and "arXiv" in each.source for each in task.published)

@@ -227,7 +227,7 @@ def test_the_choice_is_the_same_however_many_names_are_looked_at_together(
     folder = imagenet22k.write(tmp_path, per_class=5, layout="folders")
     (folder / "bad.txt").write_text("n12102133_31.JPEG\n" + "".join(f"x{number}.JPEG\n" for number in range(20)))
     whole = read(IN22K, tmp_path, skip="bad.txt")
-    monkeypatch.setattr(sys.modules["dinoreg_declared_imagenet22k"], "PIECE", 50)
+    monkeypatch.setattr(sys.modules["dinoreg_declared_imagenet22k"], "CHUNK", 50)
     pieces = read(IN22K, tmp_path, skip="bad.txt")
     for split in ("train", "test"):
         assert pairs(pieces, split) == pairs(whole, split)
