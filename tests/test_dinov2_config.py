@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from dinoreg.config.dinov2 import DEFAULTS, from_dinov2, is_dinov2
-from dinoreg.config.keys import describe
 from dinoreg.config.load import Config, load_config
+from dinoreg.config.option import keys_of
 from dinoreg.runtime.errors import UserError
 
 # As dinov2 publishes its giant's config.
@@ -57,7 +57,7 @@ def nested(**flat: Any) -> dict[str, Any]:
     return content
 
 
-OURS = [key for key, _, _ in describe(Config)]
+OURS = list(keys_of(Config))
 
 
 def test_the_references_defaults_are_our_parity_config() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dinoreg.config.keys import build, flatten, nested
+from dinoreg.config.option import nested, read
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.runner import Planned, Request, check_size, choose, evaluate_all, preflight
@@ -30,8 +30,7 @@ def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
     names = {name: each.name for each in benchmarks().values() for name in (each.name, *each.aliases)} | {"own": "own"}
     given = [key for key in layer if key in names and isinstance(layer[key], dict)]
     dataset = {names[key]: layer.pop(key) for key in given}
-    flat = flatten(layer, EvalOptions, "command line")
-    return Request(build(EvalOptions, flat), frozenset(flat), dataset)
+    return Request(*read(EvalOptions, layer), dataset)
 
 
 def evaluate_command(names: Sequence[str], request: Request) -> None:

@@ -1,4 +1,4 @@
-"""A run's config: the sections of `options.py` together, read from YAML and `key=value`, saved as YAML.
+"""A run's config: the sections of `schema.py` together, read from YAML and `key=value`, saved as YAML.
 
 A value comes from, in order of precedence: `key=value` overrides, the YAML file (which states only what
 differs), the default. Derived values (steps of a run, scaled learning rate) are methods: printed and logged,
@@ -9,17 +9,31 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from dinoreg.config.keys import build, describe, flatten, nearest, nested, one_line, refuse_interpolation
+from dinoreg.config.option import (
+    Options,
+    build,
+    check,
+    flat,
+    flatten,
+    keys_of,
+    nearest,
+    nested,
+    option,
+    refuse_interpolation,
+    section,
+)
 from dinoreg.config.schema import (
+    DEVICE,
+    MAX_SEED,
+    PRECISIONS,
     AdaptConfig,
     CheckpointConfig,
     DataConfig,
@@ -32,11 +46,9 @@ from dinoreg.config.schema import (
     ParallelConfig,
     ProbeConfig,
     ScheduleConfig,
-    check,
-    check_views,
 )
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -48,59 +60,46 @@ EXCLUSIVE = (BUDGETS, ("optim.base_lr", "optim.lr"), COMMAND_ONLY)
 
 
 @dataclass(frozen=True)
-class Config:
-    out: str | None = None  # the run folder
-    init: str | None = None  # weights to start from: a run, a teacher file, a Meta .pth or a model name
-    steps: int | None = None  # length of the run in optimizer steps; excludes images and epochs
-    images: int | None = None  # length of the run in images
-    epochs: float | None = None  # length of the run in passes over the data
-    batch_size: int = 64  # images a step, per process
-    seed: int = 0  # of weights, data order, crops, masks and drop path
-    device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
-    precision: str = "auto"  # auto (bf16 where the hardware has it) | bf16 | fp16 | fp32
-    threads: int | None = None  # CPU threads of the step; none: PyTorch's choice
-    resume: bool = False  # go on with the run in `out`
-    overwrite: bool = False  # delete what is in `out` first
-    model: ModelConfig = field(default_factory=ModelConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    crops: CropSettings = field(default_factory=CropSettings)
-    augment: AugmentSettings = field(default_factory=AugmentSettings)
-    mask: MaskSettings = field(default_factory=MaskSettings)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    adapt: AdaptConfig = field(default_factory=AdaptConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    health: HealthConfig = field(default_factory=HealthConfig)
+class Config(Options):
+    out: str | None = option(None, "the run folder", shapes_weights=False)
+    init: str | None = option(None, "weights to start from: a run, a teacher file, a Meta .pth or a model name")
+    steps: int | None = option(None, "length of the run in optimizer steps; excludes images and epochs", low=1)
+    images: int | None = option(None, "length of the run in images", low=1)
+    epochs: float | None = option(None, "length of the run in passes over the data", above=0)
+    batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
+    seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
+    device: str = option("auto", DEVICE, shapes_weights=False)
+    precision: str = option("auto", "auto: bf16 where the hardware has it", choices=PRECISIONS)
+    threads: int | None = option(
+        None, "CPU threads of the step; none: PyTorch's choice", low=1, high=1024, shapes_weights=False
+    )
+    resume: bool = option(False, "go on with the run in `out`", shapes_weights=False)
+    overwrite: bool = option(False, "delete what is in `out` first", shapes_weights=False)
+    model: ModelConfig = section(ModelConfig)
+    head: HeadConfig = section(HeadConfig)
+    crops: CropSettings = section(CropSettings)
+    augment: AugmentSettings = section(AugmentSettings)
+    mask: MaskSettings = section(MaskSettings)
+    loss: LossConfig = section(LossConfig)
+    optim: OptimConfig = section(OptimConfig)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+    adapt: AdaptConfig = section(AdaptConfig)
+    data: DataConfig = section(DataConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    checkpoint: CheckpointConfig = section(CheckpointConfig, shapes_weights=False)
+    log: LogConfig = section(LogConfig, shapes_weights=False)
+    probe: ProbeConfig = section(ProbeConfig, shapes_weights=False)
+    health: HealthConfig = section(HealthConfig, shapes_weights=False)
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1 image")
-        check(
-            self.batch_size % self.optim.accumulate == 0,
-            "optim.accumulate",
-            self.optim.accumulate,
-            f"a divisor of batch_size={self.batch_size}",
-        )
-        check(
-            self.precision in ("auto", "bf16", "fp16", "fp32"),
-            "precision",
-            self.precision,
-            "auto, bf16, fp16 or fp32",
-        )
+        super().__post_init__()
+        accumulate, divisor = self.optim.accumulate, f"a divisor of batch_size={self.batch_size}"
+        check(self.batch_size % accumulate == 0, "optim.accumulate", accumulate, divisor)
         given = [key for key in BUDGETS if getattr(self, key) is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)}: give exactly one of steps, images and epochs")
-        for key in given:
-            check(getattr(self, key) > 0, key, getattr(self, key), "a positive budget")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite: give one of the two")
-        check(self.threads is None or self.threads > 0, "threads", self.threads, "at least 1 thread")
-        check(self.seed >= 0, "seed", self.seed, "zero or a positive whole number")
-        check_views(self.crops, self.augment, self.mask)
         _check_model(self)
 
     def num_steps(self, num_images: int, world_size: int = 1) -> int:
@@ -143,10 +142,13 @@ class Config:
             f"{first}backbone at {rate:.3g} ({self.adapt.lr:.3g} of the heads' rate), {self.layer_decay():.3g} a block"
         )
 
+    def shaping(self) -> dict[str, Any]:
+        """Every option that shapes the weights, by its dotted key; what only watches or places the run is left out."""
+        return flat(self, of_weights=True)
+
     def hash(self) -> str:
-        """Twelve hexadecimal digits over everything that shapes the weights (not out, resume, overwrite)."""
-        text = to_yaml(dataclasses.replace(self, out=None))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        """Twelve hexadecimal digits over what shapes the weights (`shaping`) and nothing else."""
+        return hashlib.sha256(json.dumps(self.shaping()).encode()).hexdigest()[:12]
 
 
 def _check_model(config: Config) -> None:
@@ -156,7 +158,7 @@ def _check_model(config: Config) -> None:
     try:
         named = parse_name(config.model.name)
     except ValueError as error:
-        raise UserError(f"model.name={config.model.name}: {one_line(error)}") from None
+        raise UserError(f"model.name={config.model.name}: {one_line(error, 200)}") from None
     patch = int(named["patch_size"])
     sizes = {"crops.global_size": config.crops.global_size}
     if config.crops.num_local:
@@ -218,12 +220,12 @@ def load_config(
     for where, layer in layers:
         if "data" in layer and not isinstance(layer["data"], Mapping):
             layer["data"] = {"source": layer["data"]}
-        flat = flatten(layer, Config, where)
+        given = flatten(layer, Config, where)
         for group in EXCLUSIVE:
-            if any(flat.get(key) is not None and flat[key] is not False for key in group):  # 0 is a value
+            if any(given.get(key) is not None and given[key] is not False for key in group):  # 0 is a value
                 unset = False if group == COMMAND_ONLY else None
                 values.update(dict.fromkeys(group, unset))
-        values.update(flat)
+        values.update(given)
     return build(Config, values)
 
 
@@ -233,6 +235,8 @@ def to_yaml(config: Config) -> str:
     Left out are resume and overwrite: they belong to one command, and a run folder's config must not delete
     the run when it is used again.
     """
+    from omegaconf import OmegaConf
+
     values = _plain(dataclasses.asdict(config))
     return OmegaConf.to_yaml(OmegaConf.create({key: values[key] for key in values if key not in COMMAND_ONLY}))
 
@@ -268,18 +272,20 @@ def find_config(source: str | Path) -> Path:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    from omegaconf import DictConfig, OmegaConf  # here, so that help does not wait for it
+
     try:
         loaded = OmegaConf.load(path)
         plain = OmegaConf.to_container(loaded, resolve=False)
     except Exception as error:  # a YAML error has no common base with those of OmegaConf
-        raise UserError(f"config {path}: not valid YAML ({one_line(error)})") from None
+        raise UserError(f"config {path}: not valid YAML ({one_line(error, 200)})") from None
     if not isinstance(loaded, DictConfig) or not isinstance(plain, dict):
         raise UserError(f"config {path}: expected keys and values")
     content: dict[str, Any] = {str(key): value for key, value in plain.items()}
     refuse_interpolation(content, str(path))
     from dinoreg.config.dinov2 import from_dinov2, is_dinov2
 
-    if not is_dinov2(content, [key for key, _, _ in describe(Config)]):
+    if not is_dinov2(content, keys_of(Config)):
         return content
     translation = from_dinov2(content)
     logger.warning("%s is a config of dinov2; read as\n%s", path, translation)

@@ -15,7 +15,7 @@ from xml.parsers import expat
 
 import numpy as np
 
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.data.source import Source
 from dinoreg.evaluation.data import IGNORED, Boxed, MultiLabelled, Segmented
 from dinoreg.evaluation.dense.label_maps import read_mask
