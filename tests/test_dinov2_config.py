@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dinoreg.config.dinov2 import DEFAULTS, from_dinov2, is_dinov2
+from dinoreg.config.dinov2 import KEYS, from_dinov2, is_dinov2
 from dinoreg.config.load import Config, load_config
 from dinoreg.config.option import keys_of
 from dinoreg.runtime.errors import UserError
@@ -177,7 +177,7 @@ def test_every_key_of_a_file_is_translated_or_listed() -> None:
     assert any("unknown" in line for line in dead if line.startswith("student.wings"))
 
 
-@pytest.mark.parametrize("key", sorted(DEFAULTS))
+@pytest.mark.parametrize("key", sorted(KEYS))
 def test_no_translated_key_is_read_in_vain(key: str) -> None:
     """Changing any key of the reference changes our config, or is refused by name."""
     changed = {
@@ -191,7 +191,7 @@ def test_no_translated_key_is_read_in_vain(key: str) -> None:
         "student.pretrained_weights": "w.pth",
         "optim.scaling_rule": "linear_wrt_256",
     }
-    default = DEFAULTS[key]
+    default = KEYS[key].default
     if isinstance(default, bool):
         value: Any = not default
     elif isinstance(default, list):
