@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dinoreg.config.load import Config, ModelConfig, find_config, load_config, require_complete, to_yaml
+from dinoreg.config.load import Config, find_config, load_config, require_complete, to_yaml
 from dinoreg.config.option import keys_of
+from dinoreg.config.schema import ModelConfig
 from dinoreg.runtime.errors import UserError
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dinoreg.config.option import Options, describe, keys_of, nearest, read
+from dinoreg.config.option import Options, describe, nearest, read
 from dinoreg.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -68,13 +68,6 @@ def read_options(cls: type[T], arguments: Sequence[str], positional: int | None 
         verb = getattr(cls, "_verb", "")
         raise UserError(f"{verb}: {plain[positional]}: unexpected; see dinoreg {verb} --help")
     return plain, options
-
-
-def split_keys(cls: type[Options], arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments that give a key of `cls`, and all others: for verbs that take config keys besides."""
-    names = keys_of(cls)
-    own = [each for each in arguments if is_key_value(each) and each.partition("=")[0] in names]
-    return own, [each for each in arguments if each not in own]
 
 
 def source_and_overrides(

@@ -100,7 +100,7 @@ class RegistersOptions(Options, verb="registers"):
 class ViewOptions(Options, verb="view"):
     weights: str = option(REQUIRED, "a run folder, a weight file, or a model's name (random weights)")
     images: str | list[str] | None = option(
-        None, "an image, a folder, [several], a list, tars, scenes; none: the run's own data", empty=True
+        None, "an image, a folder, [several], a list, tars, scenes; none: the run's own data"
     )
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1)

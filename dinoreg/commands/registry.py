@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dinoreg.commands.arguments import Verb, read_options, source_and_overrides, split_keys
+from dinoreg.commands.arguments import Verb, read_options, source_and_overrides
 from dinoreg.commands.failures import running
 from dinoreg.commands.launch import jobs_in_words, launch_command
 from dinoreg.commands.options import (
@@ -24,6 +24,7 @@ from dinoreg.commands.options import (
 )
 from dinoreg.commands.view import read_view, view
 from dinoreg.config.load import Config, load_config, require_complete
+from dinoreg.config.option import split_texts
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
@@ -137,7 +138,7 @@ def _launch(arguments: list[str]) -> None:
 
 
 def _read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
-    own, rest = split_keys(PlanOptions, arguments)
+    own, rest = split_texts(PlanOptions, arguments)
     source, overrides = source_and_overrides("plan", rest)
     return load_config(source, overrides), read_options(PlanOptions, own)[1]
 

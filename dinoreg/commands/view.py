@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from dinoreg.commands.arguments import kind_of, read_options, source_and_overrides, split_keys
+from dinoreg.commands.arguments import kind_of, read_options, source_and_overrides
 from dinoreg.commands.options import VIEWS, CropsOptions
+from dinoreg.config.option import split_texts
 
 
 def read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
@@ -14,7 +15,7 @@ def read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     kind, rest = kind_of("view", VIEWS, arguments, "view")
     if kind != "crops":
         return kind, vars(read_options(VIEWS[kind], rest)[1])
-    own, rest = split_keys(CropsOptions, rest)
+    own, rest = split_texts(CropsOptions, rest)
     config, overrides = source_and_overrides("view crops", rest)
     return kind, {"config": config, "overrides": overrides, **vars(read_options(CropsOptions, own)[1])}
 

@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dinoreg.config.option import nested
 from dinoreg.runtime.errors import UserError
 
 _SIZES = {"vit_small": "s", "vit_base": "b", "vit_large": "l", "vit_giant2": "g"}
@@ -106,42 +105,40 @@ DEAD: dict[str, str] = {
 # True here whatever the file says; another value changes the network and is refused.
 FIXED: dict[str, Any] = {"student.qkv_bias": True, "student.proj_bias": True, "student.ffn_bias": True}
 
-_OWN_TOP_LEVEL = ("MODEL", "compute_precision", "dino", "ibot", "student", "teacher", "train", "evaluation")
+_OWN_SECTIONS = ("MODEL", "compute_precision", "dino", "ibot", "student", "teacher", "train", "evaluation")
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What a dinov2 file says in our words: nested keys for `load_config`, keys without effect, remarks."""
+    """What a dinov2 file says in our words: dotted keys for `load_config`, keys without effect, remarks."""
 
     config: dict[str, Any]
     dead: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"  {key} = {value}" for key, value in _flat(self.config).items()]
+        lines = [f"  {key} = {value}" for key, value in self.config.items()]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  no effect: {line}" for line in self.dead]
         return "\n".join(lines)
 
 
 def is_dinov2(content: Mapping[str, Any], ours: Collection[str]) -> bool:
-    """Whether a YAML file's content is dinov2's: sections or keys that only dinov2 has, and none of `ours`."""
-    if any(key in {path.partition(".")[0] for path in ours} - {"crops", "optim"} for key in content):
+    """Whether a YAML file's content, by dotted key, is dinov2's: what only dinov2 has, and none of `ours`."""
+    sections = {key.partition(".")[0] for key in content}
+    if sections & ({path.partition(".")[0] for path in ours} - {"crops", "optim"}):
         return False
-    if any(isinstance(content.get(key), Mapping) for key in _OWN_TOP_LEVEL):
-        return True
-    return any(key in KEYS and key not in ours for key in _flat(content))
+    return bool(sections & set(_OWN_SECTIONS)) or any(key in KEYS and key not in ours for key in content)
 
 
 def from_dinov2(content: Mapping[str, Any]) -> Translation:
     """The same run as a config of ours.
 
-    content  the file as nested dicts; absent keys have the reference's defaults
+    content  the file, by dotted key; absent keys have the reference's defaults
     raises   UserError where a value has no counterpart here (an unknown arch, FFN, scaling rule, …)
     """
-    given = _flat(content)
-    dead = [f"{key}: {reason}" for key in given if key not in KEYS and (reason := _why_dead(key, given[key]))]
-    get = _Reader({key: given.get(key, each.default) for key, each in KEYS.items()})
+    dead = [f"{key}: {reason}" for key in content if key not in KEYS and (reason := _why_dead(key, content[key]))]
+    get = _Reader({key: content.get(key, each.default) for key, each in KEYS.items()})
     values = get.values
     notes: list[str] = []
     epochs, epoch_length = get.number("optim.epochs"), get.number("train.OFFICIAL_EPOCH_LENGTH")
@@ -178,14 +175,14 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
         "a checkpoint every 3 epochs, 3 kept, as the reference does whatever its config says",
         "evaluation.eval_period_iterations becomes probe.every; teacher files come with the checkpoints",
     ]
-    ours |= _ibot_head(values, given, dead) | _places(values, notes)
-    return Translation(nested(ours), dead, notes)
+    ours |= _ibot_head(values, content, dead) | _places(values, notes)
+    return Translation(ours, dead, notes)
 
 
-def _ibot_head(values: Mapping[str, Any], given: Mapping[str, Any], dead: list[str]) -> dict[str, Any]:
+def _ibot_head(values: Mapping[str, Any], content: Mapping[str, Any], dead: list[str]) -> dict[str, Any]:
     """The settings of the iBOT head, which count only where it is separate; else they are listed in `dead`."""
     if not values["ibot.separate_head"]:
-        dead += [f"{key}: ibot.separate_head is false" for key in given if key.startswith("ibot.head_")]
+        dead += [f"{key}: ibot.separate_head is false" for key in content if key.startswith("ibot.head_")]
         return {}
     for name in ("head_nlayers", "head_hidden_dim"):
         if values[f"ibot.{name}"] != values[f"dino.{name}"]:
@@ -251,13 +248,3 @@ class _Reader:
         if value not in known:
             raise UserError(f"{key}={value}: expected {' or '.join(known)}")
         return known[value]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -40,9 +40,9 @@ class Declaration:
     unit           what a number counts, in the singular: "pixel"
     choices        the texts that are accepted
     ascending      a pair [low, high] must be in order
-    empty          whether a list may have no elements
+    empty          whether a list may have no elements; `option` says no where the default has some
     pattern        a regular expression that the whole text must match; `expected` says it in words
-    shapes_weights whether a run's weights depend on it, see `flat`
+    shapes_weights whether a run's weights depend on it; None: as those of its section do
     """
 
     help: str
@@ -56,7 +56,7 @@ class Declaration:
     empty: bool = False
     pattern: str = ""
     expected: str = ""
-    shapes_weights: bool = True
+    shapes_weights: bool | None = None
 
     def allows(self, value: Any) -> bool:
         """Whether a value of the declared type lies in the range, or among the choices. None always does."""
@@ -107,6 +107,7 @@ class Declaration:
 
 def option(default: Any, help: str, **declared: Any) -> Any:
     """A field of a class of `Options`; the keywords are those of `Declaration`."""
+    declared.setdefault("empty", not isinstance(default, tuple))
     return dataclasses.field(default=default, metadata={"option": Declaration(help, **declared)})
 
 
@@ -172,15 +173,16 @@ def keys_of(cls: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def flat(options: Any, of_weights: bool = False, prefix: str = "") -> dict[str, Any]:
+def flat(options: Any, of_weights: bool = False, prefix: str = "", shapes: bool = True) -> dict[str, Any]:
     """{"optim.lr": 0.004, …}: every value by its dotted key; `of_weights`: only of those that shape a run's weights."""
     found: dict[str, Any] = {}
     for item in dataclasses.fields(options):
         value, name = getattr(options, item.name), f"{prefix}{item.name}"
         declared = item.metadata.get("option")
-        shapes = item.metadata["shapes_weights"] if declared is None else declared.shapes_weights
-        if shapes or not of_weights:
-            found |= flat(value, of_weights, f"{name}.") if declared is None else {name: value}
+        if declared is None:
+            found |= flat(value, of_weights, f"{name}.", item.metadata["shapes_weights"])
+        elif not of_weights or (shapes if declared.shapes_weights is None else declared.shapes_weights):
+            found[name] = value
     return found
 
 
@@ -195,88 +197,70 @@ class Text(str):
 def read(cls: type[T], overrides: Mapping[str, Any] | Iterable[str]) -> tuple[T, frozenset[str]]:
     """(options, dotted keys that were given) of `key=value` texts, or of a mapping from Python.
 
-    raises  UserError for an unknown key, naming the nearest, a value of the wrong type or one out of range
+    raises  UserError for an unknown key, naming the nearest, a value of the wrong type or one that is not accepted
     """
-    values = flatten(nested(overrides), cls, "command line")
+    values = typed(dotted(overrides), cls)
     return build(cls, values), frozenset(values)
 
 
-def nested(overrides: Mapping[str, Any] | Iterable[str], short: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """{"optim.lr": 1} or ["optim.lr=1"] as {"optim": {"lr": 1}}; `short` names whole keys by shorter ones."""
-    if not isinstance(overrides, Mapping):
-        pairs: dict[str, Any] = {}
-        for item in overrides:
-            key, separator, value = item.partition("=")
-            if not separator or not key:
-                raise UserError(f"{item}: expected key=value")
-            if key in pairs:
-                raise UserError(f"{key}: given twice")
-            pairs[key] = Text(value)
-        overrides = pairs
-    result: dict[str, Any] = {}
-    for key, value in overrides.items():
-        if not isinstance(value, Mapping):
-            key = (short or {}).get(key, key)
-        *parents, leaf = key.split(".")
-        node = result
-        for parent in parents:
-            child = node.setdefault(parent, {})
-            if not isinstance(child, dict):
-                raise UserError(f"{key}: {parent} is a value already, not a section")
-            node = child
-        if isinstance(value, Mapping) and isinstance(node.get(leaf), dict):
-            node[leaf].update(value)
-        else:
-            node[leaf] = dict(value) if isinstance(value, Mapping) else value
-    refuse_interpolation(result, "command line")
-    return result
+def split_texts(cls: type, texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(texts that give a key of `cls`, all others) of `key=value` texts, for commands that take other keys besides."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    for text in texts:
+        parts[text.partition("=")[0] not in keys_of(cls)].append(text)
+    return parts
 
 
-def refuse_interpolation(node: Any, where: str) -> None:
-    """UserError for ${…}: a config is data, it may not read the environment or other keys."""
-    if isinstance(node, str) and "${" in node:
-        raise UserError(f"{where}: {node}: ${{…}} is not allowed in a config")
-    if isinstance(node, (dict, list)):
-        for value in node.values() if isinstance(node, dict) else node:
-            refuse_interpolation(value, where)
+def dotted(values: Mapping[str, Any] | Iterable[str], prefix: str = "", where: str = "command line") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} or ["optim.lr=1"] as {"optim.lr": 1}.
 
-
-def flatten(
-    layer: Mapping[str, Any], cls: type, where: str, prefix: str = "", root: type | None = None
-) -> dict[str, Any]:
-    """{"optim": {"lr": 1}} as {"optim.lr": 1.0}: keys of `cls`, values of the declared types.
-
-    where  the values come from, for messages     root  the class whose keys are offered as nearest spellings
+    raises  UserError for a text without key or value, a key given twice, and ${…}: a config is data, it may not read
+            the environment or other keys
     """
-    root = root or cls
-    hints, sections = _hints(cls), _sections(cls)
-    names = {item.name for item in dataclasses.fields(cls)}
     found: dict[str, Any] = {}
-    for key, value in layer.items():
+    if not isinstance(values, Mapping):
+        for text in values:
+            key, separator, value = text.partition("=")
+            if not separator or not key:
+                raise UserError(f"{text}: expected key=value")
+            if key in found:
+                raise UserError(f"{key}: given twice")
+            found[key] = Text(value)
+        return dotted(found, prefix, where)
+    for key, value in values.items():
         name = f"{prefix}{key}"
-        if key not in names:
-            if isinstance(value, Mapping) and value:  # name the key itself, not just its section
-                name = f"{name}.{next(iter(value))}"
-            raise UserError(f"{name}: {_unknown(name, str(key), root, where)}")
-        if key not in sections:
-            if isinstance(value, Mapping):
-                raise UserError(f"{name}: is a value, not a section ({where})")
-            found[name] = convert(value, hints[key], name, where)
-        elif isinstance(value, Mapping):
-            found |= flatten(value, sections[key], where, f"{name}.", root)
-        else:
-            below = f"{name}.{dataclasses.fields(sections[key])[0].name}"
-            raise UserError(f"{name}={value}: expected keys below it, such as {below} ({where})")
+        if isinstance(value, Mapping) and value:
+            found |= dotted(value, f"{name}.", where)
+            continue
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, str) and "${" in item:
+                raise UserError(f"{where}: {item}: ${{…}} is not allowed in a config")
+        found[name] = value
     return found
 
 
-def _unknown(name: str, key: str, cls: type, where: str) -> str:
-    known = list(keys_of(cls))
-    verb = getattr(cls, "_verb", "")
-    hint = nearest(name, known) or nearest(key, known)
-    accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
-    where = f"of dinoreg {verb}" if verb else f"({where})"
-    return f"unknown key {where}{hint}{accepted if len(known) <= MAX_LISTED else ''}"
+def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> dict[str, Any]:
+    """The values of dotted keys as the types that `cls` declares; `where` they come from is for messages."""
+    known = keys_of(cls)
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        parent = name.rpartition(".")[0]
+        below = next((key for key in known if key.startswith(f"{name}.")), None)
+        if name in known:
+            if isinstance(value, Mapping):
+                raise UserError(f"{name}: is a value, not a section ({where})")
+            found[name] = convert(value, known[name], name, where)
+        elif parent in known:
+            raise UserError(f"{parent}: is a value, not a section ({where})")
+        elif below is None:
+            verb = getattr(cls, "_verb", "")
+            hint = nearest(name, known) or nearest(name.rpartition(".")[2], known)
+            accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
+            source = f"of dinoreg {verb}" if verb else f"({where})"
+            raise UserError(f"{name}: unknown key {source}{hint}{accepted if len(known) <= MAX_LISTED else ''}")
+        elif value != {}:
+            raise UserError(f"{name}={value}: expected keys below it, such as {below} ({where})")
+    return found
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:

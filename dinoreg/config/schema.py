@@ -1,17 +1,24 @@
-"""The sections of a config: every option, its default, its meaning, and the range that it must lie in.
+"""A run's config and its sections: every option, its default, its meaning, and the range that it must lie in.
 
 The defaults are DINOv2's published short recipe (ViT-L/16 on ImageNet-1k) with registers, antialiased
-position resampling and the blur as the paper documents it.
+position resampling and the blur as the paper documents it. Derived values (steps of a run, scaled learning rate) are
+methods: printed and logged, never written back.
 Crops, augmentation and masks are declared with the code that reads them, in `dinoreg.config.view_settings`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from dataclasses import dataclass
+from typing import Any
 
-from dinoreg.config.option import Options, check, fraction, option
-from dinoreg.runtime.errors import UserError
+from dinoreg.config.option import Options, check, flat, fraction, option, section
+from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
+from dinoreg.runtime.errors import UserError, one_line
 
+BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICE = "auto | cpu | cuda | cuda:0 | mps"
@@ -135,12 +142,8 @@ class AdaptConfig(Options, section="adapt"):
 
 @dataclass(frozen=True)
 class DataConfig(Options, section="data"):
-    source: str | list[str] | None = option(
-        None, "folder, [several], list of paths, scenes, or imagenet1k:root=FOLDER", empty=True
-    )
-    weights: list[float] | None = option(
-        None, "probability of each of several folders; none: by their size", empty=True
-    )
+    source: str | list[str] | None = option(None, "folder, [several], list of paths, scenes, or imagenet1k:root=FOLDER")
+    weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     workers: int | None = option(
         None, "decoding threads; none: one per core, at most 16", low=0, high=1024, shapes_weights=False
@@ -157,26 +160,19 @@ class DataConfig(Options, section="data"):
 class ParallelConfig(Options, section="parallel"):
     """Many processes; of no effect on one."""
 
-    strategy: str = option(
-        "auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"), shapes_weights=False
-    )
+    strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
     shard: int | None = option(
         None,
         "fsdp: processes that share one copy of the state; none: all; fewer: HSDP, copies between",
         low=1,
-        shapes_weights=False,
     )
-    reshard: bool = option(
-        False, "fsdp: gather weights anew for the backward pass: less memory, more traffic", shapes_weights=False
+    reshard: bool = option(False, "fsdp: gather weights anew for the backward pass: less memory, more traffic")
+    param_dtype: str = option(
+        "fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_weights=True
     )
-    param_dtype: str = option("fp32", "fsdp: what weights are gathered and computed in", choices=DTYPES)
-    reduce_dtype: str = option("fp32", "fsdp: what gradients are summed in", choices=DTYPES)
-    timeout: float = option(
-        600.0, "without an answer after which others count as lost", unit="second", above=0, shapes_weights=False
-    )
-    check_every: int = option(
-        1000, "steps between comparisons of all copies of the weights; 0: never", low=0, shapes_weights=False
-    )
+    reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_weights=True)
+    timeout: float = option(600.0, "without an answer after which others count as lost", unit="second", above=0)
+    check_every: int = option(1000, "steps between comparisons of all copies of the weights; 0: never", low=0)
 
 
 @dataclass(frozen=True)
@@ -215,3 +211,128 @@ class ProbeConfig(Options, section="probe"):
 class HealthConfig(Options, section="health"):
     max_nonfinite: int = option(5, "non-finite steps in a row before the run rolls back to its last good state", low=1)
     max_rollbacks: int = option(1, "roll-backs before the run stops", low=0)
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    out: str | None = option(None, "the run folder", shapes_weights=False)
+    init: str | None = option(None, "weights to start from: a run, a teacher file, a Meta .pth or a model name")
+    steps: int | None = option(None, "length of the run in optimizer steps; excludes images and epochs", low=1)
+    images: int | None = option(None, "length of the run in images", low=1)
+    epochs: float | None = option(None, "length of the run in passes over the data", above=0)
+    batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
+    seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
+    device: str = option("auto", DEVICE, shapes_weights=False)
+    precision: str = option("auto", "auto: bf16 where the hardware has it", choices=PRECISIONS)
+    threads: int | None = option(
+        None, "CPU threads of the step; none: PyTorch's choice", low=1, high=1024, shapes_weights=False
+    )
+    resume: bool = option(False, "go on with the run in `out`", shapes_weights=False)
+    overwrite: bool = option(False, "delete what is in `out` first", shapes_weights=False)
+    model: ModelConfig = section(ModelConfig)
+    head: HeadConfig = section(HeadConfig)
+    crops: CropSettings = section(CropSettings)
+    augment: AugmentSettings = section(AugmentSettings)
+    mask: MaskSettings = section(MaskSettings)
+    loss: LossConfig = section(LossConfig)
+    optim: OptimConfig = section(OptimConfig)
+    schedule: ScheduleConfig = section(ScheduleConfig)
+    adapt: AdaptConfig = section(AdaptConfig)
+    data: DataConfig = section(DataConfig)
+    parallel: ParallelConfig = section(ParallelConfig, shapes_weights=False)
+    checkpoint: CheckpointConfig = section(CheckpointConfig, shapes_weights=False)
+    log: LogConfig = section(LogConfig, shapes_weights=False)
+    probe: ProbeConfig = section(ProbeConfig, shapes_weights=False)
+    health: HealthConfig = section(HealthConfig, shapes_weights=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        accumulate, divisor = self.optim.accumulate, f"a divisor of batch_size={self.batch_size}"
+        check(self.batch_size % accumulate == 0, "optim.accumulate", accumulate, divisor)
+        given = [key for key in BUDGETS if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)}: give exactly one of steps, images and epochs")
+        if self.resume and self.overwrite:
+            raise UserError("resume and overwrite: give one of the two")
+        _check_model(self)
+
+    def num_steps(self, num_images: int, world_size: int = 1) -> int:
+        """Length of the run in optimizer steps, for a data set of `num_images`; at least 1."""
+        global_batch = self.batch_size * world_size
+        if self.steps is not None:
+            return self.steps
+        if self.images is not None:
+            return max(1, round(self.images / global_batch))
+        if self.epochs is not None:
+            return max(1, round(self.epochs * num_images / global_batch))
+        raise UserError("no budget: give one of steps=, images= or epochs=")
+
+    def peak_lr(self, world_size: int = 1) -> float:
+        """`optim.lr` as given, or `optim.base_lr` times sqrt(global batch / 1024)."""
+        if self.optim.lr is not None:
+            return self.optim.lr
+        assert self.optim.base_lr is not None
+        return self.optim.base_lr * math.sqrt(self.batch_size * world_size / 1024)
+
+    def layer_decay(self) -> float:
+        """Rate multiplier per block: `optim.layer_decay`, with `init=` at most `adapt.layer_decay`."""
+        if self.init is None:
+            return self.optim.layer_decay
+        return min(self.optim.layer_decay, self.adapt.layer_decay)
+
+    def explain_lr(self, world_size: int = 1) -> str:
+        """How the peak learning rate came about, in one line."""
+        rate = f"learning rate {self.peak_lr(world_size):.3g}"
+        if self.optim.lr is not None:
+            return f"{rate} as given"
+        return f"{rate} = {self.optim.base_lr:.3g} · √({self.batch_size * world_size}/1024)"
+
+    def explain_start(self, num_steps: int, world_size: int = 1) -> str:
+        """What a run with `init=` does with the backbone, in one line."""
+        frozen = round(self.adapt.heads * num_steps)
+        rate = self.peak_lr(world_size) * self.adapt.lr
+        first = f"heads alone for {frozen} steps, then " if frozen else ""
+        return (
+            f"{first}backbone at {rate:.3g} ({self.adapt.lr:.3g} of the heads' rate), {self.layer_decay():.3g} a block"
+        )
+
+    def shaping(self) -> dict[str, Any]:
+        """Every option that shapes the weights, by its dotted key; what only watches or places the run is left out."""
+        return flat(self, of_weights=True)
+
+    def hash(self) -> str:
+        """Twelve hexadecimal digits over what shapes the weights (`shaping`) and nothing else."""
+        return hashlib.sha256(json.dumps(self.shaping()).encode()).hexdigest()[:12]
+
+
+def _check_model(config: Config) -> None:
+    """The model's name is known, the crops divide into its patches, its heads divide its width."""
+    from dinoreg.models.registry import parse_name
+
+    try:
+        named = parse_name(config.model.name)
+    except ValueError as error:
+        raise UserError(f"model.name={config.model.name}: {one_line(error, 200)}") from None
+    patch = int(named["patch_size"])
+    sizes = {"crops.global_size": config.crops.global_size}
+    if config.crops.num_local:
+        sizes["crops.local_size"] = config.crops.local_size
+    for key, size in sizes.items():
+        below = size // patch * patch
+        nearest = f"{below} or {below + patch}" if below > 0 else str(patch)
+        check(
+            size > 0 and size % patch == 0,
+            key,
+            size,
+            f"a multiple of the patch size {patch} of {config.model.name}, for example {nearest}",
+        )
+    dim, heads = config.model.dim or named["dim"], config.model.heads or named["heads"]
+    check(dim % heads == 0, "model.heads", heads, f"a divisor of the width model.dim={dim}")
+    for key in ("mean", "std"):
+        values = getattr(config.augment, key)
+        check(
+            len(values) in (1, config.model.in_channels),
+            f"augment.{key}",
+            list(values),
+            f"one number, or one for each of the {config.model.in_channels} channels (model.in_channels)",
+        )

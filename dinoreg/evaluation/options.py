@@ -161,7 +161,7 @@ class EvalOptions(Options):
     )
     root: str | None = option(None, "the folder that holds the datasets' folders")
     out: str | None = option(None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS")
-    protocols: list[str] | None = option(None, "only these; none: all that a dataset declares", empty=True)
+    protocols: list[str] | None = option(None, "only these; none: all that a dataset declares")
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
     device: str = option("auto", DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)

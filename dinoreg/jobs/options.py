@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from dinoreg.config.option import Options, check, keys_of, option, read
+from dinoreg.config.option import Options, check, keys_of, option, read, split_texts
 from dinoreg.runtime.errors import UserError
 
 CLUSTERS = ("slurm", "local")
@@ -44,13 +44,9 @@ class LaunchOptions(Options):
     constraint: str | None = option(None, "features that the machines must have")
     exclude: str | None = option(None, "machines not to use")
     reservation: str | None = option(None, "machines set aside under this name")
-    setup: str | list[str] | None = option(
-        None, "shell lines before the job, as [module load cuda,source env.sh]", empty=True
-    )
+    setup: str | list[str] | None = option(None, "shell lines before the job, as [module load cuda,source env.sh]")
     container: str | None = option(None, "an image for pyxis, or a .sif file for apptainer")
-    container_mounts: str | list[str] | None = option(
-        None, "further folders that the container sees, as /data:/data", empty=True
-    )
+    container_mounts: str | list[str] | None = option(None, "further folders that the container sees, as /data:/data")
     python: str | None = option(None, "interpreter of the job; none: this one, python3 in a container")
     max_parallel: int | None = option(
         None, "tasks of an array at the same time; none: all; local: as GPUs allow, or one", low=1
@@ -59,9 +55,7 @@ class LaunchOptions(Options):
     code: str = option(
         "copy", "copy: jobs run a copy of the package kept beside them; shared: what is on the disk then", choices=CODES
     )
-    slurm_args: str | list[str] | None = option(
-        None, "further options of sbatch, as [mail-type=END,exclusive]", empty=True
-    )
+    slurm_args: str | list[str] | None = option(None, "further options of sbatch, as [mail-type=END,exclusive]")
     dry_run: bool = option(False, "show the commands and the files of the jobs, and do nothing")
     wait: bool = option(False, "follow the jobs to their end; exit code 1 when one fails")
 
@@ -139,10 +133,7 @@ def split_options(arguments: Iterable[str]) -> tuple[LaunchOptions, list[str], f
 
     raises UserError for a value of the wrong type or out of range
     """
-    own: list[str] = []
-    rest: list[str] = []
-    for argument in arguments:
-        (own if argument.partition("=")[0] in OPTION_NAMES else rest).append(argument)
+    own, rest = split_texts(LaunchOptions, arguments)
     options, given = read(LaunchOptions, own)
     return options, rest, given
 
