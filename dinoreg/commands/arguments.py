@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dinoreg.config.option import Options, describe, nearest, read
+from dinoreg.config.option import Options, describe, read
 from dinoreg.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -85,16 +85,6 @@ def source_and_overrides(
     if stray:
         raise UserError(f"{verb}: {stray[0]}: expected key=value{hint}")
     return source, overrides
-
-
-def kind_of(verb: str, kinds: Mapping[str, T], arguments: Sequence[str], what: str) -> tuple[str, list[str]]:
-    """The first argument, which must be one of `kinds`, and the rest."""
-    expected = f"expected {', '.join(kinds)}"
-    if not arguments or is_key_value(arguments[0]):
-        raise UserError(f"{verb}: missing what to {verb}; {expected}")
-    if arguments[0] not in kinds:
-        raise UserError(f"{verb}: {arguments[0]}: unknown {what}{nearest(arguments[0], kinds)}; {expected}")
-    return arguments[0], list(arguments[1:])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -29,30 +29,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return _dispatch(arguments)
-    except UserError as error:
+    except (UserError, RunError, Interrupted) as error:
         if not error.reported:
             _say(f"dinoreg: {one_line(error)}")
-        return REFUSED
-    except Interrupted as stop:
-        if not stop.reported:
-            _say(f"dinoreg: {one_line(stop)}")
-        return 128 + stop.signal_number
+        if isinstance(error, Interrupted):
+            return 128 + error.signal_number
+        return REFUSED if isinstance(error, UserError) else FAILED
     except KeyboardInterrupt:
         _say("dinoreg: interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
-    except RunError as error:
-        if not error.reported:
-            _say(f"dinoreg: {one_line(error)}")
-        return FAILED
     except Exception as error:
-        if os.environ.get("DINOREG_DEBUG") == "1":
+        debugging = os.environ.get("DINOREG_DEBUG") == "1"
+        if debugging:
             traceback.print_exc()
-            _say(f"dinoreg: {explain_error(error)}")
-        else:
-            _say(f"dinoreg: {explain_error(error)} (DINOREG_DEBUG=1 shows the traceback)")
+        _say(f"dinoreg: {explain_error(error)}{'' if debugging else ' (DINOREG_DEBUG=1 shows the traceback)'}")
         return FAILED
 
 

@@ -48,9 +48,7 @@ class ExportOptions(Options, verb="export"):
     weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or a model name")
     format: str = option(REQUIRED, FORMATS)
     out: str = option(REQUIRED, "folder to write; new or empty")
-    size: int | tuple[int, int] | None = option(
-        None, "pixels, or [height,width]: positions are resampled to it first; onnx then takes no other size"
-    )
+    size: int | tuple[int, int] | None = option(None, "pixels or [height,width] that positions are resampled to")
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,12 @@ class EmbedOptions(Options, verb="embed"):
     weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, a model's name")
     out: str = option(REQUIRED, "the file to write, .safetensors or .parquet")
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
-    image_size: int | None = option(
-        None, "side of the centre crop, a multiple of the patch size; none: 224 or less", unit="pixel", low=1
-    )
+    image_size: int | None = option(None, "side of the centre crop; none: 224 or less", unit="pixel", low=1)
     batch_size: int = option(32, "images at a time", low=1)
     dtype: str = option("float32", "of the numbers in the file", choices=("float32", "float16"))
     device: str = option("auto", DEVICE)
     precision: str = option("auto", "of the computation; auto: bf16 where the hardware has it", choices=PRECISIONS)
-    workers: int | None = option(
-        None, "threads that decode; none: one for every core but one, at most 16", low=0, high=1024
-    )
+    workers: int | None = option(None, "decoding threads; none: a core each, at most 16", low=0, high=1024)
     overwrite: bool = option(False, "replace a finished file, drop an unfinished one that was begun with other keys")
 
 
@@ -100,13 +94,11 @@ class RegistersOptions(Options, verb="registers"):
 class ViewOptions(Options, verb="view"):
     weights: str = option(REQUIRED, "a run folder, a weight file, or a model's name (random weights)")
     images: str | list[str] | None = option(
-        None, "an image, a folder, [several], a list, tars, scenes; none: the run's own data"
+        None, "an image, a folder, [several], a list, tars, scenes; none: the run's"
     )
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1)
-    size: int | tuple[int, int] | None = option(
-        None, "pixels, a side or [height, width], multiples of the patch size; none: the model's own"
-    )
+    size: int | tuple[int, int] | None = option(None, "pixels, a side or [height, width]; none: the model's own")
     device: str = option("auto", DEVICE)
 
 

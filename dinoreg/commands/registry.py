@@ -22,9 +22,9 @@ from dinoreg.commands.options import (
     RegistersOptions,
     ReportOptions,
 )
+from dinoreg.commands.plan import read_plan, run_plan
 from dinoreg.commands.view import read_view, view
 from dinoreg.config.load import Config, load_config, require_complete
-from dinoreg.config.option import split_texts
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
@@ -137,25 +137,6 @@ def _launch(arguments: list[str]) -> None:
     launch_command(arguments, VERBS, run_verb)
 
 
-def _read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
-    own, rest = split_texts(PlanOptions, arguments)
-    source, overrides = source_and_overrides("plan", rest)
-    return load_config(source, overrides), read_options(PlanOptions, own)[1]
-
-
-def _plan(config: Config, options: PlanOptions) -> None:
-    from dinoreg.plan import plan
-    from dinoreg.plan.text import show
-
-    values = dict(vars(options))
-    out = values.pop("out")
-    found = plan(config, **values)
-    written = None if out is None else found.write(out)
-    show(found)
-    if written is not None:
-        print(f"plan: {written}")
-
-
 def _doctor(runs: list[str], _: DoctorOptions) -> None:
     folder = _run_folder("doctor", runs[0]) if runs else None
     from dinoreg.commands.doctor import doctor
@@ -246,8 +227,8 @@ VERBS: dict[str, Verb] = {
         "plan CONFIG [nodes=1] [gpus=8] [gpu=h100] [out=FILE.json] [key=value …]",
         "what a run will cost before it starts: memory, speed, traffic, time, and what to change when it does not fit",
         PlanOptions,
-        _plan,
-        _read_plan,
+        run_plan,
+        read_plan,
         details=("All other keys are those of pretrain, as batch_size=32 or parallel.strategy=fsdp.",),
     ),
     "doctor": Verb(

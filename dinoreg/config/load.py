@@ -74,16 +74,8 @@ def to_yaml(config: Config) -> str:
     """
     from omegaconf import OmegaConf
 
-    values = _plain(dataclasses.asdict(config))
-    return OmegaConf.to_yaml(OmegaConf.create({key: values[key] for key in values if key not in COMMAND_ONLY}))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in COMMAND_ONLY}
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def find_config(source: str | Path) -> Path:

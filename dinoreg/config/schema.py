@@ -43,25 +43,19 @@ class ModelConfig(Options, section="model"):
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0)
     attention: str = option("auto", "what computes the attention", choices=("auto", "xformers", "sdpa", "plain"))
-    checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, more time", shapes_weights=False
-    )
-    compile: bool = option(
-        False, "torch.compile the backbones (CUDA: minutes of start-up, faster steps)", shapes_weights=False
-    )
+    checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_weights=False)
+    compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_weights=False)
 
 
 @dataclass(frozen=True)
 class HeadConfig(Options, section="head"):
     prototypes: int = option(65536, "K of the DINO head", low=1, high=MAX_PROTOTYPES)
     hidden_dim: int = option(2048, "width of the head's hidden layers", low=1, high=MAX_WIDTH)
-    bottleneck_dim: int = option(
-        256, "width of the L2-normalised embedding before the prototypes", low=1, high=MAX_WIDTH
-    )
+    bottleneck_dim: int = option(256, "width of the embedding before the prototypes", low=1, high=MAX_WIDTH)
     layers: int = option(3, "linear layers before the prototypes", low=1, high=100)
     separate: bool = option(False, "true: iBOT has a head of its own (untied)")
     ibot_prototypes: int | None = option(
-        None, "K of the iBOT head when separate; none: as prototypes", low=1, high=MAX_PROTOTYPES
+        None, "K of a separate iBOT head; none: as prototypes", low=1, high=MAX_PROTOTYPES
     )
     ibot_bottleneck_dim: int | None = option(None, "its bottleneck; none: as bottleneck_dim", low=1, high=MAX_WIDTH)
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0)
@@ -78,7 +72,7 @@ class LossConfig(Options, section="loss"):
     sinkhorn_iterations: int = option(3, "row and column normalisations", low=1)
     center_momentum: float = fraction(0.9, "of the moving centre")
     koleo_ranks: int | None = option(
-        None, "processes whose images KoLeo searches together; none: all; 1: as the reference", low=1
+        None, "processes that KoLeo searches together; none: all; 1: as the reference", low=1
     )
 
     def __post_init__(self) -> None:
@@ -89,9 +83,7 @@ class LossConfig(Options, section="loss"):
 
 @dataclass(frozen=True)
 class OptimConfig(Options, section="optim"):
-    base_lr: float | None = option(
-        4e-3, "peak rate at a global batch of 1024 images; scaled by sqrt(batch / 1024)", low=0
-    )
+    base_lr: float | None = option(4e-3, "peak rate at a batch of 1024, scaled by sqrt(batch / 1024)", low=0)
     lr: float | None = option(None, "peak rate, used as given; excludes base_lr", low=0)
     beta1: float = option(0.9, "AdamW: memory of the gradient", low=0, below=1)
     beta2: float = option(0.999, "AdamW: memory of its square", low=0, below=1)
@@ -122,17 +114,11 @@ class ScheduleConfig(Options, section="schedule"):
 class AdaptConfig(Options, section="adapt"):
     """What a run that starts from weights (`init=`) does differently; of no effect without `init=`."""
 
-    heads: float = option(
-        0.2, "fraction of the run in which only the fresh heads learn, on the frozen backbone", low=0, below=1
-    )
+    heads: float = option(0.2, "fraction of the run in which only the fresh heads learn", low=0, below=1)
     warmup: float = fraction(0.1, "fraction of the run, after that, in which the backbone's rate rises from 0")
     lr: float = option(0.1, "learning rate of the backbone over that of the heads", above=0, high=1)
-    layer_decay: float = option(
-        0.75, "highest rate multiplier per block; optim.layer_decay holds where it is lower", above=0, high=1
-    )
-    channels: str | None = option(
-        None, "weights for another number of image channels; none: refuse", choices=("mean", "repeat", "zero")
-    )
+    layer_decay: float = option(0.75, "as optim.layer_decay, which holds where it is lower", above=0, high=1)
+    channels: str | None = option(None, "weights for other channels; none: refuse", choices=("mean", "repeat", "zero"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,16 +128,14 @@ class AdaptConfig(Options, section="adapt"):
 
 @dataclass(frozen=True)
 class DataConfig(Options, section="data"):
-    source: str | list[str] | None = option(None, "folder, [several], list of paths, scenes, or imagenet1k:root=FOLDER")
+    source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     workers: int | None = option(
         None, "decoding threads; none: one per core, at most 16", low=0, high=1024, shapes_weights=False
     )
     prefetch: int = option(2, "batches prepared ahead", low=1, high=1000, shapes_weights=False)
-    index_dir: str | None = option(
-        None, "where folder indexes are kept; none: the user's cache folder", shapes_weights=False
-    )
+    index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_weights=False)
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_weights=False)
     max_pixels: int = option(200_000_000, "larger images count as unreadable")
 
@@ -161,27 +145,21 @@ class ParallelConfig(Options, section="parallel"):
     """Many processes; of no effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
-    shard: int | None = option(
-        None,
-        "fsdp: processes that share one copy of the state; none: all; fewer: HSDP, copies between",
-        low=1,
-    )
-    reshard: bool = option(False, "fsdp: gather weights anew for the backward pass: less memory, more traffic")
+    shard: int | None = option(None, "fsdp: processes that share one copy of the state; none: all; fewer: HSDP", low=1)
+    reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option(
         "fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_weights=True
     )
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_weights=True)
-    timeout: float = option(600.0, "without an answer after which others count as lost", unit="second", above=0)
-    check_every: int = option(1000, "steps between comparisons of all copies of the weights; 0: never", low=0)
+    timeout: float = option(600.0, "without an answer after which others are lost", unit="second", above=0)
+    check_every: int = option(1000, "steps between comparisons of all copies of weights; 0: never", low=0)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig(Options, section="checkpoint"):
     every: int | None = option(None, "steps between checkpoints; none: a tenth of the run, at most 2000", low=1)
     keep: int = option(2, "newest training states kept; the best is kept besides", low=1)
-    keep_hours: float | None = option(
-        None, "one state is kept besides for every so many hours of the run; none: no such", above=0
-    )
+    keep_hours: float | None = option(None, "one state is kept besides for every so many hours", above=0)
     asynchronous: bool = option(True, "training goes on while a copy in CPU memory is written; false: it waits")
     max_failures: int = option(3, "checkpoints in a row that could not be written and end the run", low=1)
 
@@ -197,13 +175,9 @@ class ProbeConfig(Options, section="probe"):
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
     data: str | None = option(None, "a folder with one subfolder per class, or scenes; none: label-free rank only")
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
-    margin: float = option(
-        0.03, "fall of the k-NN accuracy on probe.general since step 0 that a warning follows", above=0, below=1
-    )
+    margin: float = option(0.03, "fall of k-NN accuracy on probe.general that is warned of", above=0, below=1)
     num_images: int = option(2000, "images of each set embedded at each probe, half to learn from, half to test", low=4)
-    metric: str = option(
-        "knn_top1", "what `best` follows; rankme where there are no labels", choices=("knn_top1", "rankme")
-    )
+    metric: str = option("knn_top1", "of `best`; rankme without labels", choices=("knn_top1", "rankme"))
     max_share: float = option(0.05, "of the running time; probes are left out when they would cost more")
 
 
@@ -224,9 +198,7 @@ class Config(Options):
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
     device: str = option("auto", DEVICE, shapes_weights=False)
     precision: str = option("auto", "auto: bf16 where the hardware has it", choices=PRECISIONS)
-    threads: int | None = option(
-        None, "CPU threads of the step; none: PyTorch's choice", low=1, high=1024, shapes_weights=False
-    )
+    threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_weights=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_weights=False)
     overwrite: bool = option(False, "delete what is in `out` first", shapes_weights=False)
     model: ModelConfig = section(ModelConfig)

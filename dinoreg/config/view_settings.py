@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from dinoreg.config.option import Options, check, fraction, option
 
 MAX_SIDE = 16384  # pixels
+SHARES = {"above": 0, "high": 1, "ascending": True}
 
 
 @dataclass(frozen=True)
@@ -16,15 +17,9 @@ class CropSettings(Options, section="crops"):
     global_size: int = option(224, "height and width of a global crop", unit="pixel", low=1, high=MAX_SIDE)
     local_size: int = option(98, "height and width of a local crop", unit="pixel", low=1, high=MAX_SIDE)
     num_local: int = option(8, "local crops per image; 0 trains on the two global crops alone", low=0, high=1000)
-    global_scale: tuple[float, float] = option(
-        (0.32, 1.0), "share of the image's area that a global crop covers", above=0, high=1, ascending=True
-    )
-    local_scale: tuple[float, float] = option(
-        (0.05, 0.32), "share of the image's area that a local crop covers", above=0, high=1, ascending=True
-    )
-    ratio: tuple[float, float] = option(
-        (3 / 4, 4 / 3), "width over height of the box before it is made square", above=0, ascending=True
-    )
+    global_scale: tuple[float, float] = option((0.32, 1.0), "share of the image's area", **SHARES)
+    local_scale: tuple[float, float] = option((0.05, 0.32), "share of the image's area", **SHARES)
+    ratio: tuple[float, float] = option((3 / 4, 4 / 3), "width over height of the box", above=0, ascending=True)
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class MaskSettings(Options, section="mask"):
 
     probability: float = fraction(0.5, "share of the global crops of a batch that are masked")
     ratio: tuple[float, float] = fraction(
-        (0.1, 0.5), "share of a masked crop's patches, stratified over the batch", ascending=True
+        (0.1, 0.5), "share of a crop's patches, stratified over the batch", ascending=True
     )
     min_patches: int = option(4, "patches of the smallest block", low=1)
     aspect: float = option(0.3, "the most elongated block: height over width in aspect .. 1 / aspect", above=0, high=1)

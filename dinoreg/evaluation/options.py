@@ -26,7 +26,7 @@ class _PathOptions(Options):
     num_c: int = option(45, "values of C between them, evenly on a log scale", low=1)
     patience: int | None = option(6, "end the path after this many values without gain; none: visit all", low=1)
     validation_share: float = option(
-        0.1, "of train, held out for choosing C where no validation split is official", above=0, below=1
+        0.1, "of train, held out for choosing C without an official split", above=0, below=1
     )
 
     def __post_init__(self) -> None:
@@ -57,9 +57,7 @@ class LinearOptions(Options, section="linear"):
     epochs: int = option(10, "of `epoch_steps` steps", low=1)
     epoch_steps: int | None = option(1250, "none: one pass over the training images", low=1)
     batch_size: int = option(1024, "images a step", low=1)
-    choose_on: str = option(
-        "test", "the best head: on the reported split, as published, or a held-out tenth", choices=("test", "train")
-    )
+    choose_on: str = option("test", "the best head; train: on a held-out tenth", choices=("test", "train"))
     augment: bool = option(True, "random resized crops and flips; false: heads on the cached centre-crop features")
 
 
@@ -90,9 +88,7 @@ class DepthOptions(Options, section="depth"):
     num_bins: int = option(256, "uniform in depth", low=2)
     min_depth: float = option(1e-3, "of the bins and of what is scored", unit="metre", above=0)
     max_depth: float = option(10.0, "likewise", unit="metre", above=0)
-    max_size: int = option(
-        640, "of the long side that the backbone sees at most; scored at the image's own size", unit="pixel", low=1
-    )
+    max_size: int = option(640, "of the long side that the backbone sees at most", unit="pixel", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,12 +127,8 @@ class DetectionOptions(Options, section="detection"):
 @dataclass(frozen=True)
 class FlowOptions(Options, section="flow"):
     upscale: int = option(1, "image sides times this before encoding; 2 gives a grid twice as fine", low=1)
-    temperature: float = option(
-        0.05, "of the zero-shot softmax over matches; the projection's learned one starts here", above=0
-    )
-    window: int = option(
-        3, "patches to each side of the best match in the zero-shot soft-argmax; 0: the whole frame", low=0
-    )
+    temperature: float = option(0.05, "of the softmax over matches; the learned one starts here", above=0)
+    window: int = option(3, "patches to each side of the best match in the soft-argmax; 0: the whole frame", low=0)
     dim: int = option(128, "width of the linear projection", low=1)
     steps: int = option(2000, "of training the projection", low=1)
     lr: float = option(1e-3, "AdamW", above=0)
@@ -165,9 +157,7 @@ class EvalOptions(Options):
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
     device: str = option("auto", DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)
-    image_size: int | None = option(
-        None, "of square crops; none: 224, or the model's own where that is less", unit="pixel", low=1
-    )
+    image_size: int | None = option(None, "of square crops; none: 224 or less", unit="pixel", low=1)
     batch_size: int = option(64, "images the backbone sees at once", low=1)
     workers: int | None = option(None, "decoding threads; none: one for every core but one", low=0, high=1024)
     baselines: bool = option(True, "also random init of the same architecture and raw pixels")
@@ -176,9 +166,7 @@ class EvalOptions(Options):
     features: str | None = option(None, "folder of cached features; none: OUT/features")
     features_dtype: str = option("float32", "on disk", choices=("float32", "float16"))
     examples: int = option(8, "pictures of predictions per dataset", low=0)
-    report: bool = option(
-        True, "write the report and tables; false: several evaluations share `out`, dinoreg report is later"
-    )
+    report: bool = option(True, "write the report and tables; false: dinoreg report does so later")
     knn: KnnOptions = section(KnnOptions)
     logistic: LogisticOptions = section(LogisticOptions)
     linear: LinearOptions = section(LinearOptions)

@@ -35,27 +35,21 @@ class LaunchOptions(Options):
         expected="a number with its unit, as 64G",
     )
     time: str | None = option(None, "limit: minutes, 8:00:00 or 2-00:00:00; none: the partition's")
-    signal_delay: int | None = option(
-        None, "seconds before the limit to save at; none: 120, or half of a shorter limit", low=1
-    )
+    signal_delay: int | None = option(None, "seconds before the limit to save at; none: 120 or less", low=1)
     partition: str | None = option(None, "several with commas")
     account: str | None = option(None, "who pays")
     qos: str | None = option(None, "quality of service")
     constraint: str | None = option(None, "features that the machines must have")
     exclude: str | None = option(None, "machines not to use")
     reservation: str | None = option(None, "machines set aside under this name")
-    setup: str | list[str] | None = option(None, "shell lines before the job, as [module load cuda,source env.sh]")
+    setup: str | list[str] | None = option(None, "shell lines before the job, as [module load cuda]")
     container: str | None = option(None, "an image for pyxis, or a .sif file for apptainer")
-    container_mounts: str | list[str] | None = option(None, "further folders that the container sees, as /data:/data")
+    container_mounts: str | list[str] | None = option(None, "further folders that it sees, as /data:/data")
     python: str | None = option(None, "interpreter of the job; none: this one, python3 in a container")
-    max_parallel: int | None = option(
-        None, "tasks of an array at the same time; none: all; local: as GPUs allow, or one", low=1
-    )
+    max_parallel: int | None = option(None, "tasks at a time; none: all; local: as GPUs allow, or one", low=1)
     requeues: int = option(100, "restarts of a job at most, after time limits, preemptions and lost nodes", low=0)
-    code: str = option(
-        "copy", "copy: jobs run a copy of the package kept beside them; shared: what is on the disk then", choices=CODES
-    )
-    slurm_args: str | list[str] | None = option(None, "further options of sbatch, as [mail-type=END,exclusive]")
+    code: str = option("copy", "copy: jobs run a copy of the package; shared: what is there then", choices=CODES)
+    slurm_args: str | list[str] | None = option(None, "of sbatch besides, as [mail-type=END,exclusive]")
     dry_run: bool = option(False, "show the commands and the files of the jobs, and do nothing")
     wait: bool = option(False, "follow the jobs to their end; exit code 1 when one fails")
 
