@@ -27,6 +27,7 @@ CORE = [
     "rich>=13",
     "tensorboard>=2.14",
     "matplotlib>=3.8",
+    "jinja2>=3.1",
 ]
 EXTRAS = {
     "eval": [
@@ -104,6 +105,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dinoreg", "dinoreg.*"]),
+    package_data={"": ["templates/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dinoreg = dinoreg.commands.main:main"]},

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from training import loss_trace, tiny_config
 
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands import quickstart as module
 from dinoreg.commands.quickstart import probe_run, quickstart
 from dinoreg.config.load import Config
 from dinoreg.evaluation.features.extract import ProbeRow
-from dinoreg.reports.run_folder import read_run
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes.render import NUM_CLASSES

@@ -17,10 +17,10 @@ from skimage.filters import threshold_otsu
 from small_runs import MEAN, STD, STEP, tiny_model, write_run
 from test_report import parse
 
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands.main import main
 from dinoreg.data.center_crop import center_crop
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.run_folder import read_run
 from dinoreg.runtime.errors import UserError
 from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
 from dinoreg.visualize.contact_sheet import GAP

@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
 from dinoreg.evaluation.features.extract import ProbeRow, linear_probe, pixel_probe, probe_record
-from dinoreg.reports.run_folder import read_run
 from dinoreg.reports.verdict import verdict
 from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, SceneDataset
 from dinoreg.train.loop import pretrain

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from dinoreg.reports.run_folder import Run, is_number
+from dinoreg.checkpoint.run_folder import Run
+from dinoreg.runtime.json_files import is_number
 
 MAX_POINTS = 400  # of one line; more are averaged in groups
-THEMES = {
-    "light": {"ink": "#3b4252", "grid": "#e3e6ec"},
-    "dark": {"ink": "#b6bdc9", "grid": "#2e333d"},
-}
+INK, GRID = "#3b4252", "#e3e6ec"  # of text and of lines, on a light ground
+DARK = {INK: "#b6bdc9", GRID: "#2e333d"}  # what they become on a dark one
+DOTTED = (0, (1.5, 2.5))
+SETTINGS: dict[Any, Any] = {"font.family": "sans-serif", "text.parse_math": False}
 # Told apart by all common kinds of colour vision, on white and on black.
 COLOURS = ("#3b7dd8", "#e08214", "#1b9e77", "#c2549d", "#8c6bb1", "#a6761d", "#d6453d", "#6b7684")
 
@@ -151,14 +153,10 @@ def probe_charts(run: Run) -> list[Chart]:
     chances = {probe.details.get("chance") for probe in run.newest_probes()}
     chance = {f"chance {100 * each:.3g} %": float(each) for each in chances if each is not None and is_number(each)}
     curves = _lines(run, {"knn_top1": "k-NN"}, marker=True)
-    by_dataset: dict[str, list[tuple[float, float]]] = {}
-    for probe in run.probes:
-        by_dataset.setdefault(f"linear, {probe.dataset}", []).append((probe.step, probe.value))
-    if curves:
-        curves += [
-            Line(name, [x for x, _ in points], [y for _, y in points], marker=True)
-            for name, points in by_dataset.items()
-        ]
+    for dataset in dict.fromkeys(probe.dataset for probe in run.probes if curves):
+        probes = [probe for probe in run.probes if probe.dataset == dataset]
+        steps, values = [probe.step for probe in probes], [probe.value for probe in probes]
+        curves.append(Line(f"linear, {dataset}", steps, values, marker=True))
     return _shown(
         Chart(
             "Accuracy of the probe",
@@ -199,85 +197,72 @@ def other_charts(run: Run, most: int = 12) -> list[Chart]:
     return _shown(*(Chart(key.replace("_", " "), "", _lines(run, {key: key})) for key in keys[:most]))
 
 
-def render(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
-    """The chart as SVG in the light theme; the title and the note are left to the page."""
-    style = THEMES["light"]
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "dinoreg",
-        "font.family": "sans-serif",
-        "font.size": 8,
-        "text.parse_math": False,
-    }
-    named = len(chart.lines) > 1
+def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
+    """The chart as SVG in the light theme, in inches; the title and the note are left to the page."""
     longest = max((len(_label(line.name)) for line in chart.lines), default=0)
     columns = 3 if longest <= 16 else 2 if longest <= 26 else 1
-    legend = 0.17 * math.ceil(len(chart.lines) / columns) if named else 0.0  # inches
+    legend = 0.17 * math.ceil(len(chart.lines) / columns) if len(chart.lines) > 1 else 0.0
     height += legend
-    with rc_context(settings):
+    with rc_context(SETTINGS | {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "dinoreg"}):
         figure = Figure(figsize=(width, height))
         # Fixed margins: fitting them to the labels would take longer than everything else.
         figure.subplots_adjust(left=0.14, right=0.985, bottom=0.36 / height, top=1 - (0.08 + legend) / height)
         FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
         for number, line in enumerate(chart.lines):
             _draw(axes.plot, line, COLOURS[number % len(COLOURS)], chart.log)
-        for name, level in chart.levels.items():
-            axes.axhline(level, color=style["ink"], linewidth=0.9, linestyle=(0, (1.5, 2.5)))
-            axes.annotate(
-                name,
-                (1, level),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 2),
-                textcoords="offset points",
-                ha="right",
-                va="bottom",
-                color=style["ink"],
-            )
-        if chart.log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-        elif chart.from_zero:
-            axes.update_datalim([(float(axes.dataLim.x0), 0.0)])
-            axes.margins(y=0.08)  # of all that is shown, and before a limit is set, which then stays as it is
-            axes.set_ylim(bottom=0)
-        if chart.percent:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
-        else:
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-        axes.set_xlabel(chart.x_label, color=style["ink"])
-        axes.grid(axis="y", color=style["grid"], linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.tick_params(which="both", colors=style["ink"], length=0)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(style["grid"])
-        if named:
+        _draw_levels(axes, chart.levels)
+        _set_scales(axes, chart)
+        _set_style(axes)
+        if legend:
             axes.legend(
-                loc="lower left",
-                bbox_to_anchor=(0, 1),
-                ncols=columns,
-                frameon=False,
-                labelcolor=style["ink"],
-                handlelength=1.2,
-                borderaxespad=0.2,
-                columnspacing=1.2,
-                labelspacing=0.2,
-            )
+                loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, labelcolor=INK,
+                handlelength=1.2, borderaxespad=0.2, columnspacing=1.2, labelspacing=0.2,
+            )  # fmt: skip
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
+def _draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
+    for name, level in levels.items():
+        axes.axhline(level, color=INK, linewidth=0.9, linestyle=DOTTED)
+        axes.annotate(
+            name, (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
+            ha="right", va="bottom", color=INK,
+        )  # fmt: skip
+
+
+def _set_scales(axes: Axes, chart: Chart) -> None:
+    if chart.log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif chart.from_zero:
+        axes.update_datalim([(float(axes.dataLim.x0), 0.0)])
+        axes.margins(y=0.08)  # of all that is shown, and before a limit is set, which then stays as it is
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(percent_tick if chart.percent else short_tick)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(short_tick)
+    axes.set_xlabel(chart.x_label, color=INK)
+
+
+def _set_style(axes: Axes) -> None:
+    axes.patch.set_alpha(0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=INK, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
+
+
 def darkened(svg: bytes) -> bytes:
-    """A rendered chart in the dark theme: the same drawing with other colours for text and grid."""
-    for part, light in THEMES["light"].items():
-        svg = svg.replace(light.encode(), THEMES["dark"][part].encode())
+    """A drawn chart in the dark theme: the same drawing with other colours for text and grid."""
+    for light, dark in DARK.items():
+        svg = svg.replace(light.encode(), dark.encode())
     return svg
 
 
@@ -293,6 +278,14 @@ def short(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"
     return f"{value:.6g}"
+
+
+def short_tick(value: float, _position: object = None) -> str:
+    return short(value)
+
+
+def percent_tick(value: float, _position: object = None) -> str:
+    return f"{100 * value:.4g} %"
 
 
 def _draw(plot: Callable[..., object], line: Line, colour: str, log: bool) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoreg.checkpoint.run_folder import newest_teacher, run_of, teacher_step
 from dinoreg.config.load import load_config
 from dinoreg.config.schema import DataConfig
 from dinoreg.data.center_crop import center_crop
@@ -41,15 +42,13 @@ MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps 
 MAX_SIZE = 672  # pixels a side up to which that is done
 MAX_ASPECT = 8  # of an image; what lies beyond, outside of any centre crop, is cut off before resizing
 
-_STEP = re.compile(r"step_(\d+)")
-
 
 @dataclass(frozen=True)
 class Subject:
     """A model in evaluation mode and how its images are made.
 
     mean, std  one number per channel, of pixels in 0..1
-    run, step  the run that the weights belong to, or None and 0
+    run, step  the run that the weights belong to, or None; the step in the file's name, or 0
     """
 
     model: RegisterViT
@@ -88,12 +87,10 @@ def open_subject(weights: str, device: str = "auto") -> Subject:
         name, run, step = f"{weights} (random weights)", None, 0
     else:
         model = load(weights, where)
-        match = _STEP.fullmatch(file.stem)
-        home = file.parent.parent
-        of_run = match is not None and file.parent.name == "teacher" and (home / "config.yaml").is_file()
-        run, step = (home, int(match[1])) if of_run and match else (None, 0)
+        step = teacher_step(file) or 0
+        run = run_of(file) if teacher_step(file) is not None else None
         own = Path(weights).resolve().name if Path(weights).is_dir() else file.stem
-        name = f"{home.resolve().name} at step {step:,}" if of_run else own
+        name = own if run is None else f"{run.resolve().name} at step {step:,}"
     mean, std = stated_preprocessing(file, model.in_channels)
     return Subject(model.requires_grad_(False), name, mean, std, run, step)
 
@@ -256,9 +253,14 @@ def read_pictures(
     if not pixels:
         raise UserError(f"images: none of {len(skipped)} could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     device = next(subject.model.parameters()).device
-    scale, shift = (torch.tensor(values)[:, None, None] for values in (subject.std, subject.mean))
-    images = ((torch.stack(pixels).float() / 255 - shift) / scale).to(device)
+    images = normalise(torch.stack(pixels), subject.mean, subject.std).to(device)
     return Pictures(images, tuple(names), tuple(skipped))
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """pixels (B, C, H, W) uint8 -> float32: in [0, 1], minus the mean, over the standard deviation of each channel."""
+    scale, shift = (torch.tensor(list(values)).float()[:, None, None] for values in (std, mean))
+    return (pixels.float() / 255 - shift) / scale
 
 
 def evenly_spaced(total: int, count: int) -> Sequence[int]:
@@ -285,8 +287,8 @@ def config_source(data: DataConfig, missing: str) -> Source:
 
 def newest_step(run: Path) -> int:
     """The step of a run's newest teacher file, 0 before there is one."""
-    matches = [_STEP.fullmatch(path.stem) for path in (run / "teacher").glob("step_*.safetensors")]
-    return max((int(match[1]) for match in matches if match), default=0)
+    teacher = newest_teacher(run)
+    return teacher_step(teacher) or 0 if teacher is not None else 0
 
 
 def safe_name(text: str, length: int = 60) -> str:
