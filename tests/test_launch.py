@@ -361,7 +361,7 @@ def test_a_job_runs_its_copy_of_the_package_wherever_it_works() -> None:
     Path("which.py").write_text(module)
     (copy / "which.py").write_text(module)
     done = subprocess.run([sys.executable, str(start), "-m", "which"], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == str(copy.absolute() / "dinoreg" / "jobs.py")
+    assert done.stdout.strip() == str(copy.absolute() / "dinoreg" / "jobs" / "attempt.py")
 
 
 def test_another_code_is_another_copy_and_the_first_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -940,6 +940,6 @@ def test_evaluations_end_in_one_report_that_names_what_failed(capsys: pytest.Cap
     assert "broken" not in table
     assert "broken: failed" in (results / "report.html").read_text()
     assert not list((run / "launch" / "weights").rglob("*.safetensors"))
-    assert [each.word for each in found(run)] == ["finished", "finished", "failed", "finished"]
+    assert [each.state for each in found(run)] == ["finished", "finished", "failed", "finished"]
     assert [each.record.job for each in found(run)] == ["local1.0_0", "local1.0_1", "local1.0_2", "local1.1"]
     assert len(read_records(run)) == 4

@@ -103,7 +103,7 @@ def _not_evaluated(folder: Path) -> list[str]:
     target = folder.resolve()
     reports = [each for each in records if each.group == "report" and Path(each.command[-1]).resolve() == target]
     mine = [each for each in records if reports and each.launch == reports[-1].launch and each.group == "evaluate"]
-    return [f"{each.record.command[1]}: {each.word}, {each.text}" for each in examine(out, mine) if not each.is_well]
+    return [f"{each.record.command[1]}: {each.state}, {each.text}" for each in examine(out, mine) if not each.is_well]
 
 
 def _is_finished(run: Path) -> bool:
