@@ -36,6 +36,7 @@ from dinoreg.visualize.pca import (
     write_basis,
 )
 from dinoreg.visualize.subject import fit, open_images, open_subject, picture_size, stated_preprocessing
+from dinoreg.weights.library_configs import library_of, preprocessing_of
 
 REGISTERS = (0, 1, 4, 8)
 
@@ -248,7 +249,8 @@ def test_a_transformers_folder_states_its_preprocessing(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1] * 3})
     )
-    assert stated_preprocessing(tmp_path / "model.safetensors", 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    stated = preprocessing_of(tmp_path, library_of(tmp_path) or "")
+    assert stated_preprocessing(stated, 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(

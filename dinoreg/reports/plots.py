@@ -52,100 +52,97 @@ class Chart:
     x_label: str = "step"
 
 
+# Rows of (title, note, {key of metrics.jsonl or probe.jsonl: name in the legend}, options of the chart).
+Rows = Sequence[tuple[str, str, Mapping[str, str], Mapping[str, Any]]]
+ZERO = {"from_zero": True}
+SHARE = {"from_zero": True, "percent": True}
+LOG = {"log": True}
+LOSSES = {
+    "total_loss": "total",
+    "dino_global_crops_loss": "global",
+    "dino_local_crops_loss": "local",
+    "ibot_loss": "iBOT",
+    "koleo_loss": "KoLeo",
+}
+SCHEDULES: Rows = (
+    ("Learning rate", "", {"lr": "all", "last_layer_lr": "prototypes"}, ZERO),
+    ("Weight decay", "", {"wd": "weight decay"}, {}),
+    ("Teacher momentum", "", {"mom": "momentum"}, {}),
+    ("Teacher temperature", "", {"teacher_temp": "temperature"}, {}),
+)
+TARGETS = "One target should be far below ln K (it says something), their average near it (they differ)."
+EVEN = "Share that gets at least a tenth of an even share."
+RANK = "RankMe on training crops; near 1 means collapse."
+SPREAD = "Standard deviation over the batch; near 0 means collapse."
+MOTION = "Change in one step, and distance of student and teacher, relative to the weights."
+HEALTH: Rows = (
+    ("Prototypes in use", EVEN, {"prototype_usage": "used"}, SHARE),
+    ("Effective rank of class tokens", RANK, {"feature_rank": "rank"}, ZERO),
+    ("Spread of features", SPREAD, {"feature_std": "spread"}, ZERO),
+)
+SPEED: Rows = (
+    (
+        "Seconds per step",
+        "Waiting for images should be a small part.",
+        {"step_time": "step", "data_time": "of it, waiting for images"},
+        ZERO,
+    ),
+)
+_KNOWN = {
+    *("step", "images", "total_loss", "dino_global_crops_loss", "dino_local_crops_loss", "ibot_loss"),
+    *("koleo_loss", "lr", "wd", "mom", "teacher_temp", "last_layer_lr", "current_batch_size"),
+    *("global_batch_size", "step_time", "data_time", "images_per_second", "max_memory", "teacher_entropy"),
+    *("teacher_entropy_max", "target_marginal_entropy", "prototype_usage", "feature_std", "feature_rank"),
+    *("update_ratio", "teacher_distance", "knn_top1", "rankme", "probe_time"),
+}
+
+
 def loss_charts(run: Run) -> list[Chart]:
-    ln_k = run.last("teacher_entropy_max")
-    levels = {} if ln_k is None else {"ln K": ln_k}
-    dino = _sum_of(run, "dino_global_crops_loss", "dino_local_crops_loss")
-    class_token = [Line("global + local", *dino, smooth=True)] if dino[0] else []
+    """The losses, smoothed, beside those of a uniform guess where the number of prototypes K is known."""
+    levels = _ln_k(run)
+    guess = "Starts at ln K, a uniform guess over the prototypes; it has to leave that level." if levels else ""
+    masked = "A uniform guess gives ln K times the share of masked crops." if levels else ""
+    lines = {key: _lines(run, {key: name}, smooth=True) for key, name in LOSSES.items()}
+    parts = ("dino_global_crops_loss", "dino_local_crops_loss")
+    steps, sums = _sum_of(run, *parts)
+    both = [Line("global + local", steps, sums, smooth=True)] if steps else []
     return _shown(
-        Chart("Total loss", "What the optimizer minimises.", _lines(run, {"total_loss": "total"}, smooth=True)),
-        Chart(
-            "Class token (DINO)",
-            "Starts at ln K, a uniform guess over the prototypes; it has to leave that level." if levels else "",
-            class_token
-            + _lines(run, {"dino_global_crops_loss": "global", "dino_local_crops_loss": "local"}, smooth=True),
-            levels,
-        ),
-        Chart(
-            "Masked patches (iBOT)",
-            "A uniform guess gives ln K times the share of masked crops." if levels else "",
-            _lines(run, {"ibot_loss": "iBOT"}, smooth=True),
-        ),
-        Chart(
-            "Spread of class tokens (KoLeo)",
-            "Lower is more evenly spread.",
-            _lines(run, {"koleo_loss": "KoLeo"}, smooth=True),
-        ),
+        Chart("Total loss", "What the optimizer minimises.", lines["total_loss"]),
+        Chart("Class token (DINO)", guess, both + lines[parts[0]] + lines[parts[1]], levels),
+        Chart("Masked patches (iBOT)", masked, lines["ibot_loss"]),
+        Chart("Spread of class tokens (KoLeo)", "Lower is more evenly spread.", lines["koleo_loss"]),
     )
 
 
 def schedule_charts(run: Run) -> list[Chart]:
-    return _shown(
-        Chart("Learning rate", "", _lines(run, {"lr": "all", "last_layer_lr": "prototypes"}), from_zero=True),
-        Chart("Weight decay", "", _lines(run, {"wd": "weight decay"})),
-        Chart("Teacher momentum", "", _lines(run, {"mom": "momentum"})),
-        Chart("Teacher temperature", "", _lines(run, {"teacher_temp": "temperature"})),
-    )
+    return _charts(run, SCHEDULES)
 
 
 def health_charts(run: Run) -> list[Chart]:
-    ln_k = run.last("teacher_entropy_max")
+    """Signs of collapse and of divergence."""
+    entropies = _lines(run, {"teacher_entropy": "one target", "target_marginal_entropy": "average target"})
     norms = sorted({key for line in run.metrics for key in line if key.startswith("grad_norm_")})
-    return _shown(
-        Chart(
-            "Entropy of the teacher's targets",
-            "One target should be far below ln K (it says something), their average near it (they differ).",
-            _lines(run, {"teacher_entropy": "one target", "target_marginal_entropy": "average target"}),
-            {} if ln_k is None else {"ln K": ln_k},
-            from_zero=True,
+    gradients = {key: key.removeprefix("grad_norm_").replace("_", " ") for key in norms}
+    motion = {"update_ratio": "update", "teacher_distance": "student to teacher"}
+    return [
+        *_shown(Chart("Entropy of the teacher's targets", TARGETS, entropies, _ln_k(run), from_zero=True)),
+        *_charts(run, HEALTH),
+        *_charts(
+            run, [("Gradient norms", "Before clipping.", gradients, LOG), ("Weights in motion", MOTION, motion, LOG)]
         ),
-        Chart(
-            "Prototypes in use",
-            "Share that gets at least a tenth of an even share.",
-            _lines(run, {"prototype_usage": "used"}),
-            percent=True,
-            from_zero=True,
-        ),
-        Chart(
-            "Effective rank of class tokens",
-            "RankMe on training crops; near 1 means collapse.",
-            _lines(run, {"feature_rank": "rank"}),
-            from_zero=True,
-        ),
-        Chart(
-            "Spread of features",
-            "Standard deviation over the batch; near 0 means collapse.",
-            _lines(run, {"feature_std": "spread"}),
-            from_zero=True,
-        ),
-        Chart(
-            "Gradient norms",
-            "Before clipping.",
-            _lines(run, {key: key.removeprefix("grad_norm_").replace("_", " ") for key in norms}),
-            log=True,
-        ),
-        Chart(
-            "Weights in motion",
-            "Change in one step, and distance of student and teacher, relative to the weights.",
-            _lines(run, {"update_ratio": "update", "teacher_distance": "student to teacher"}),
-            log=True,
-        ),
-    )
+    ]
 
 
 def speed_charts(run: Run) -> list[Chart]:
-    memory = run.series("max_memory")
-    gib = [Line("peak", memory[0], [value / 2**30 for value in memory[1]])] if memory[0] else []
-    return _shown(
-        Chart("Images per second", "", _lines(run, {"images_per_second": "rate"}, smooth=True), from_zero=True),
-        Chart(
-            "Seconds per step",
-            "Waiting for images should be a small part.",
-            _lines(run, {"step_time": "step", "data_time": "of it, waiting for images"}),
-            from_zero=True,
+    steps, memory = run.series("max_memory")
+    gib = [Line("peak", steps, [value / 2**30 for value in memory])] if steps else []
+    return [
+        *_shown(
+            Chart("Images per second", "", _lines(run, {"images_per_second": "rate"}, smooth=True), from_zero=True)
         ),
-        Chart("Memory in GiB", "", gib, from_zero=True),
-    )
+        *_charts(run, SPEED),
+        *_shown(Chart("Memory in GiB", "", gib, from_zero=True)),
+    ]
 
 
 def probe_charts(run: Run) -> list[Chart]:
@@ -157,44 +154,28 @@ def probe_charts(run: Run) -> list[Chart]:
         probes = [probe for probe in run.probes if probe.dataset == dataset]
         steps, values = [probe.step for probe in probes], [probe.value for probe in probes]
         curves.append(Line(f"linear, {dataset}", steps, values, marker=True))
+    ranks = _lines(run, {"rankme": "rank"}, marker=True)
+    rankme = "RankMe: needs no labels; higher is usually better."
     return _shown(
-        Chart(
-            "Accuracy of the probe",
-            "Frozen features of the teacher.",
-            curves,
-            chance,
-            percent=True,
-            from_zero=True,
-        ),
-        Chart(
-            "Effective rank of the probe's features",
-            "RankMe: needs no labels; higher is usually better.",
-            _lines(run, {"rankme": "rank"}, marker=True),
-            from_zero=True,
-        ),
+        Chart("Accuracy of the probe", "Frozen features of the teacher.", curves, chance, percent=True, from_zero=True),
+        Chart("Effective rank of the probe's features", rankme, ranks, from_zero=True),
     )
-
-
-_KNOWN = {
-    *("step", "images", "total_loss", "dino_global_crops_loss", "dino_local_crops_loss", "ibot_loss"),
-    *("koleo_loss", "lr", "wd", "mom", "teacher_temp", "last_layer_lr", "current_batch_size"),
-    *("global_batch_size", "step_time", "data_time", "images_per_second", "max_memory", "teacher_entropy"),
-    *("teacher_entropy_max", "target_marginal_entropy", "prototype_usage", "feature_std", "feature_rank"),
-    *("update_ratio", "teacher_distance", "knn_top1", "rankme", "probe_time"),
-}
 
 
 def other_charts(run: Run, most: int = 12) -> list[Chart]:
     """Whatever else a run has measured."""
-    keys = sorted(
-        {
-            key
-            for line in run.metrics + run.probe
-            for key, value in line.items()
-            if key not in _KNOWN and not key.startswith("grad_norm_") and is_number(value)
-        }
-    )
-    return _shown(*(Chart(key.replace("_", " "), "", _lines(run, {key: key})) for key in keys[:most]))
+    measured = {key for line in run.metrics + run.probe for key, value in line.items() if is_number(value)}
+    keys = sorted(key for key in measured - _KNOWN if not key.startswith("grad_norm_"))
+    return _charts(run, [(key.replace("_", " "), "", {key: key}, {}) for key in keys[:most]])
+
+
+def _charts(run: Run, rows: Rows) -> list[Chart]:
+    return _shown(*(Chart(title, note, _lines(run, names), **options) for title, note, names, options in rows))
+
+
+def _ln_k(run: Run) -> dict[str, float]:
+    ln_k = run.last("teacher_entropy_max")
+    return {} if ln_k is None else {"ln K": ln_k}
 
 
 def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
@@ -316,7 +297,7 @@ def _moving_average(y: np.ndarray, width: int) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def _lines(run: Run, names: dict[str, str], smooth: bool = False, marker: bool = False) -> list[Line]:
+def _lines(run: Run, names: Mapping[str, str], smooth: bool = False, marker: bool = False) -> list[Line]:
     drawn = ((name, run.series(key)) for key, name in names.items())
     return [Line(name, x, y, smooth, marker) for name, (x, y) in drawn if x]
 

@@ -131,6 +131,6 @@ class ModelGallery(Gallery):
             ("images", str(len(names)), f"{len(skipped)} could not be read" if skipped else ""),
             ("resolution", f"{height} x {width} px", f"{rows} x {columns} patches of {model.patch_size} px"),
         ]
-        common = {"weights": self.subject.name, "size": self.size, "images": names}
+        record = {"weights": self.subject.name, "size": self.size, "images": names, **record}
         title = f"{title} of {self.subject.name}"
-        return self.write_page(title, [*about, *facts], common | record, skipped=skipped, **values)
+        return self.write_page(title, [*about, *facts], record, skipped=skipped, **values)

@@ -5,11 +5,10 @@ Works on whatever `dinoreg.weights.load.load` opens; a bare name gets random wei
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +27,14 @@ from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.data.sources import ChosenSource, JoinedSource, PathSource
 from dinoreg.data.tar_index import TarSource, index_tars
+from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.library_configs import library_of, preprocessing_of
-from dinoreg.weights.load import load
+from dinoreg.runtime.json_files import is_number
+from dinoreg.weights.load import load, load_reported
 from dinoreg.weights.resolve import find_weights
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 NUM_IMAGES = 8
 MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
 MAX_SIZE = 672  # pixels a side up to which that is done
@@ -78,7 +76,7 @@ class Pictures:
 def open_subject(weights: str, device: str = "auto") -> Subject:
     """The model of a run folder, a weight file or a name; raises UserError in one line when there is none."""
     where = pick_device(device)
-    file = find_weights(weights)
+    file, stated = find_weights(weights), None
     if file is None:
         # LayerScale's usual start of 1e-5 would leave the tokens of random weights as good as constant.
         with torch.random.fork_rng(devices=[]):
@@ -86,45 +84,35 @@ def open_subject(weights: str, device: str = "auto") -> Subject:
             model = load(weights, where, layerscale=1.0)
         name, run, step = f"{weights} (random weights)", None, 0
     else:
-        model = load(weights, where)
+        loaded = load_reported(weights, where)
+        model, stated = loaded.model, loaded.weights.metadata.get("preprocessing")
         step = teacher_step(file) or 0
         run = run_of(file) if teacher_step(file) is not None else None
         own = Path(weights).resolve().name if Path(weights).is_dir() else file.stem
         name = own if run is None else f"{run.resolve().name} at step {step:,}"
-    mean, std = stated_preprocessing(file, model.in_channels)
+    mean, std = stated_preprocessing(stated, model.in_channels, file)
     return Subject(model.requires_grad_(False), name, mean, std, run, step)
 
 
-def stated_preprocessing(file: Path | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel: by the JSON beside a teacher file or a transformers folder's, else ImageNet's.
+def stated_preprocessing(
+    stated: Any, channels: int, file: Path | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel: as stated with the weights in `file`, {"mean": …, "std": …}, else ImageNet's.
 
     With other than three channels and nothing stated they are 0.5 and 0.25. Raises UserError for numbers that do not
     fit the channels.
     """
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.25,))
-    stated: Mapping[str, Any] = {}
-    if file is not None and (library := library_of(file.parent)) is not None:
-        stated = preprocessing_of(file.parent, library)
-    elif file is not None and file.with_suffix(".json").is_file():
-        section = _read_json(file.with_suffix(".json")).get("preprocessing")
-        stated = section if isinstance(section, dict) else {}
+    stated = stated if isinstance(stated, dict) else {}
     return (
         _per_channel(stated.get("mean") or mean, channels, "mean", file),
         _per_channel(stated.get("std") or std, channels, "std", file),
     )
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"weights: {path} is not JSON") from None
-    return content if isinstance(content, dict) else {}
-
-
 def _per_channel(values: Any, channels: int, key: str, file: Path | None) -> tuple[float, ...]:
     fits = isinstance(values, (list, tuple)) and len(values) in (1, channels)
-    if not fits or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+    if not fits or not all(map(is_number, values)):
         raise UserError(f"weights {file}: {key}={values!r}: expected one number or one for each of {channels} channels")
     if key == "std" and min(values) <= 0:
         raise UserError(f"weights {file}: std={values!r}: expected positive numbers")
