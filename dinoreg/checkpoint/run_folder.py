@@ -89,8 +89,8 @@ class Run:
         """The finite values of a key of metrics.jsonl or probe.jsonl, against the step (or the images)."""
         lines = [line for line in self.metrics + self.probe if key in line]
         pairs = [(number(line.get(x)), number(line[key])) for line in lines]
-        kept = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
-        return [a for a, _ in kept], [b for _, b in kept]
+        finite = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+        return [a for a, _ in finite], [b for _, b in finite]
 
     def last(self, key: str) -> float | None:
         values = self.series(key)[1]
@@ -171,8 +171,8 @@ def _yaml(text: str) -> dict[str, Any]:
 
 def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """In order of the step; of several lines for one step, as after a resume, the last."""
-    kept = {line["step"]: line for line in lines if is_number(line.get("step"))}
-    return [kept[step] for step in sorted(kept)]
+    last = {line["step"]: line for line in lines if is_number(line.get("step"))}
+    return [last[step] for step in sorted(last)]
 
 
 def _probes(folder: Path) -> list[Probe]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -82,16 +82,17 @@ def console_table(records: Sequence[Record]) -> Table:
     for name in ("dataset", "measure", "value", "95 % interval", "random", "pixels", "verdict"):
         table.add_column(name, justify="left" if name in ("dataset", "measure", "verdict") else "right")
     for record in records:
-        for row, cells in _headlines(record):
-            _, _, metric, value, interval, *beside, _ = cells
-            measure = f"{metric}\n{row['protocol']}"
-            table.add_row(record.probe.dataset, measure, value, interval.removesuffix(" %"), *beside)
+        for row, cells, is_headline in _lines(record):
+            _, _, metric, value, interval, *others, _ = cells
+            if is_headline:
+                measure = f"{metric}\n{row['protocol']}"
+                table.add_row(record.probe.dataset, measure, value, interval.removesuffix(" %"), *others)
     return table
 
 
 def markdown(records: Sequence[Record]) -> str:
     """Every row of every dataset as one Markdown table, headlines in bold."""
-    rows = [list(_rows(record)) for record in records]
+    rows = [[line.cells for line in _lines(record)] for record in records]
     return fill_in("reports/templates/evaluation.md.j2", lead=_weights(records), columns=COLUMNS, records=rows)
 
 
@@ -103,13 +104,10 @@ def comma_separated(records: Sequence[Record]) -> str:
     writer.writerow(["dataset", *keys, *ROLES, "weights", "precision", "image_size", "seed"])
     for record in records:
         facts = record.content
-        tail = [
-            facts.get("weights", {}).get("identity"),
-            *(facts.get(key) for key in ("precision", "image_size", "seed")),
-        ]
+        tail = [facts.get("weights", {}).get("identity"), *map(facts.get, ("precision", "image_size", "seed"))]
         for row in _dicts(facts, "rows"):
-            beside = [_matching(facts, role, row).get("value", "") for role in ROLES]
-            writer.writerow([record.probe.dataset, *(row.get(key, "") for key in keys), *beside, *tail])
+            baselines = [_matching(facts, role, row).get("value", "") for role in ROLES]
+            writer.writerow([record.probe.dataset, *(row.get(key, "") for key in keys), *baselines, *tail])
     return text.getvalue()
 
 
@@ -120,7 +118,7 @@ def render(records: Sequence[Record], absent: Sequence[str] = ()) -> str:
         "Evaluation",
         lead=_weights(records),
         columns=COLUMNS,
-        headlines=[cells for record in records for _, cells in _headlines(record)],
+        headlines=[line.cells for record in records for line in _lines(record) if line.is_headline],
         datasets=[_section(record) for record in records],
         absent=absent,
     )
@@ -147,7 +145,7 @@ def _section(record: Record) -> dict[str, Any]:
         ],
         "facts": _facts(record, first),
         "scale": html.probe_scale("this model", probe),
-        "rows": [row[1:-1] for row in _rows(record)],
+        "rows": [line.cells[1:-1] for line in _lines(record)],
         "published": [
             (
                 each.get("model", ""),
@@ -186,36 +184,35 @@ def _facts(record: Record, first: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _headlines(record: Record) -> list[tuple[dict[str, Any], list[str]]]:
-    """The first row of each protocol, and its cells."""
-    rows = _dicts(record.content, "rows")
-    first = {str(row.get("protocol")): place for place, row in reversed(list(enumerate(rows)))}
-    cells = list(_rows(record))
-    return [(rows[place], cells[place]) for place in sorted(first.values())]
+class Line(NamedTuple):
+    """A row of a record, its cells under COLUMNS, and whether it is the first of its protocol.
+
+    The first has a verdict and published numbers beside it.
+    """
+
+    row: dict[str, Any]
+    cells: list[str]
+    is_headline: bool
 
 
-def _rows(record: Record) -> Iterable[list[str]]:
-    """The cells of every row; the first of each protocol has a verdict and published numbers beside it."""
-    facts = record.content
-    seen: set[str] = set()
-    for row in _dicts(facts, "rows"):
-        unit = str(row.get("unit", "share"))
-        title = str(row.get("protocol", ""))
-        variant = f" ({row['variant']})" if row.get("variant") else ""
-        beside = [_matching(facts, role, row) for role in ROLES]
-        leads = title not in seen
-        seen.add(title)
-        low, high = _shown(row, "low", unit), _shown(row, "high", unit)
-        yield [
+def _lines(record: Record) -> list[Line]:
+    lines: list[Line] = []
+    for row in _dicts(record.content, "rows"):
+        unit, protocol = str(row.get("unit", "share")), str(row.get("protocol", ""))
+        is_headline = all(str(line.row.get("protocol", "")) != protocol for line in lines)
+        low, high = _score(row, "low", unit), _score(row, "high", unit)
+        cells = [
             record.title,
-            f"{title}{variant}",
+            f"{protocol} ({row['variant']})" if row.get("variant") else protocol,
             str(row.get("metric", "")),
-            _shown(row, "value", unit),
+            _score(row, "value", unit),
             f"{low.removesuffix(' %').removesuffix(f' {unit}')} to {high}",
-            *(_shown(each, "value", unit) for each in beside),
-            judge(_as_probe(record, row)).short if leads else "",
-            _published(facts, row) if leads else "",
+            *(_score(_matching(record.content, role, row), "value", unit) for role in ROLES),
+            judge(_as_probe(record, row)).short if is_headline else "",
+            _published(record.content, row) if is_headline else "",
         ]
+        lines.append(Line(row, cells, is_headline))
+    return lines
 
 
 def _as_probe(record: Record, row: dict[str, Any]) -> Probe:
@@ -226,14 +223,14 @@ def _as_probe(record: Record, row: dict[str, Any]) -> Probe:
 
 def _published(facts: dict[str, Any], row: dict[str, Any]) -> str:
     """A few published numbers for the headline's protocol and variant."""
-    fitting = [
-        each
+    numbers = [
+        f"{each['value']:g} {each.get('model', '')}"
         for each in _dicts(facts, "published")
         if each.get("protocol") == row.get("protocol")
         and is_number(each.get("value"))
         and (each.get("variant") or "") in str(row.get("variant") or "")
     ]
-    return "; ".join(f"{each['value']:g} {each.get('model', '')}" for each in fitting[:3]) or DASH
+    return "; ".join(numbers[:3]) or DASH
 
 
 def _matching(facts: dict[str, Any], role: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -244,7 +241,7 @@ def _matching(facts: dict[str, Any], role: str, row: dict[str, Any]) -> dict[str
     return next((each for each in candidates if all(each.get(key) == row.get(key) for key in same)), {})
 
 
-def _shown(row: dict[str, Any], key: str, unit: str) -> str:
+def _score(row: dict[str, Any], key: str, unit: str) -> str:
     value = row.get(key)
     return score(number(value), unit) if is_number(value) else DASH
 

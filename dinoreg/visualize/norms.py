@@ -43,12 +43,12 @@ class TokenNorms(NamedTuple):
 @torch.no_grad()
 def token_norms(model: RegisterViT, images: Tensor) -> TokenNorms:
     """images (B, C, H, W) normalised -> the norms of all their tokens, float32 on the CPU. One image at a time."""
-    found: list[list[Tensor]] = [[], [], []]
+    norms: list[list[Tensor]] = [[], [], []]
     for image in images:
         layers = model.intermediate_tokens(image[None], range(model.depth), norm=False)
         for kind, parts in enumerate(zip(*layers)):
-            found[kind].append(torch.stack([part.float().norm(dim=-1).cpu() for part in parts]))
-    return TokenNorms(*(torch.cat(each, dim=1) for each in found))
+            norms[kind].append(torch.stack([part.float().norm(dim=-1).cpu() for part in parts]))
+    return TokenNorms(*(torch.cat(each, dim=1) for each in norms))
 
 
 def view_norms(

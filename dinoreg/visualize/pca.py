@@ -28,8 +28,6 @@ from dinoreg.visualize.subject import safe_name
 
 BACKGROUND = (128, 134, 144)
 FORMAT = "dinoreg-patch-basis"
-TILE = 150  # pixels, the height of a picture
-_COLUMNS = 6  # images side by side
 
 
 class PatchBasis(NamedTuple):
@@ -56,10 +54,10 @@ def patch_basis(patches: Tensor, margin: float = 0.01) -> PatchBasis:
     Each axis points where its largest entry is positive, so the same tokens always get the same colours.
     """
     x = patches.detach().flatten(0, -2).double().cpu()  # (n, D)
-    mean, kept = _components(x, 3)
+    mean, components = _components(x, 3)
     axes = x.new_zeros(x.shape[1], 3)
-    signs = kept.gather(0, kept.abs().argmax(dim=0, keepdim=True)).sign()
-    axes[:, : kept.shape[1]] = kept * signs
+    signs = components.gather(0, components.abs().argmax(dim=0, keepdim=True)).sign()
+    axes[:, : components.shape[1]] = components * signs
     shares = torch.tensor([margin, 1 - margin], dtype=x.dtype)
     low, high = ((x - mean) @ axes).quantile(shares, dim=0)
     return PatchBasis(mean.float(), axes.float(), low.float(), high.float())
@@ -133,9 +131,7 @@ def pca_sheet(
     patches = model(images).patches
     grid = (images.shape[-2] // model.patch_size, images.shape[-1] // model.patch_size)
     colours = patch_colours(patches, patch_basis(patches)).reshape(len(images), *grid, 3)
-    pictures = [tile(each, height) for each in to_pixels(images, mean, std)]
-    painted = [tile(each, height, above.width, smooth=False) for each, above in zip(colours, pictures)]
-    return sheet([pictures, painted])
+    return overview_sheet(to_pixels(images, mean, std), colours, len(images), height)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -256,12 +252,12 @@ def explained_shares(patches: Tensor, basis: PatchBasis) -> list[float]:
     return [float(each) / total if total else 0.0 for each in (x @ basis.axes.double()).square().sum(dim=0)]
 
 
-def overview_sheet(pictures: np.ndarray, painted: np.ndarray) -> Image.Image:
-    """Images (B, H, W, 3) above their colours (B, h, w, 3), a few side by side."""
+def overview_sheet(pictures: np.ndarray, painted: np.ndarray, columns: int = 6, height: int = 150) -> Image.Image:
+    """Images (B, H, W, 3) above their colours (B, h, w, 3), `height` pixels high, a few side by side."""
     rows = []
-    for first in range(0, len(pictures), _COLUMNS):
-        above = [tile(each, TILE) for each in pictures[first : first + _COLUMNS]]
-        below = [tile(each, TILE, above[0].width, smooth=False) for each in painted[first : first + _COLUMNS]]
+    for first in range(0, len(pictures), columns):
+        above = [tile(each, height) for each in pictures[first : first + columns]]
+        below = [tile(each, height, above[0].width, smooth=False) for each in painted[first : first + columns]]
         rows += [above, below]
     return sheet(rows)
 

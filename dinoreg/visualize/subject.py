@@ -203,10 +203,9 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
     rows, columns = image.shape[1:]
     limit = MAX_ASPECT * max(height, width) // min(height, width) * min(rows, columns)
     if max(rows, columns) > limit:  # resized whole, a strip of a million pixels would take gigabytes
-        kept = min(rows, limit), min(columns, limit)
-        top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
-        image = image[:, top : top + kept[0], left : left + kept[1]]
-        rows, columns = kept
+        top, left = max(rows - limit, 0) // 2, max(columns - limit, 0) // 2
+        rows, columns = min(rows, limit), min(columns, limit)
+        image = image[:, top : top + rows, left : left + columns]
     if height == width:
         return center_crop(image, height)
     scale = max(height / rows, width / columns)
@@ -281,5 +280,4 @@ def newest_step(run: Path) -> int:
 
 def safe_name(text: str, length: int = 60) -> str:
     """A text as the name of a file: letters, digits, "-", "_" and "."."""
-    kept = "".join(each if each.isascii() and (each.isalnum() or each in "-_.") else "-" for each in text)
-    return re.sub("-+", "-", kept).strip("-.")[:length] or "model"
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")[:length] or "model"
