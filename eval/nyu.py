@@ -34,6 +34,7 @@ from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.dense.depth_images import read_metres
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
 from dinoreg.evaluation.readers.text import lines, matlab, missing, paths_source
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 
 NAME = "nyu"
@@ -151,7 +152,7 @@ class LabelledFile:
             try:
                 import h5py
             except ImportError:
-                raise UserError(f"{NAME}: reading {self.path} needs h5py: pip install 'dinoreg[eval]'") from None
+                raise UserError(f"{NAME}: reading {self.path} needs h5py: {install('h5py')}") from None
             self._file = h5py.File(self.path, "r")
         return self._file
 

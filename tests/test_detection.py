@@ -34,7 +34,6 @@ from dinoreg.evaluation.options import DetectionOptions, EvalOptions
 from dinoreg.evaluation.protocols import detection
 from dinoreg.evaluation.protocols.detection import Prepared, alike, evaluate, fit, predict, prepare, typical_reach
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers import train_heads as heads
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
 from tests.box_pictures import Pictures, coloured, context
@@ -343,7 +342,7 @@ def test_a_training_that_was_stopped_ends_bitwise_as_one_that_was_not(
 ) -> None:
     train, test = coloured(10, seed=1), coloured(4, seed=2)
     unbroken = run(train, test, tmp_path / "a", steps=8, batch_size=4)
-    monkeypatch.setattr(heads, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     cosine = detection.cosine
 
     def stops(step: int, steps: int, warmup: int = 0) -> float:

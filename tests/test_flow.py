@@ -25,7 +25,6 @@ from dinoreg.evaluation.dense.flow_pictures import colours, draw
 from dinoreg.evaluation.options import EvalOptions, FlowOptions
 from dinoreg.evaluation.protocols import flow
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers import train_heads as heads
 from dinoreg.runtime.errors import RunError, UserError
 from tests.encoders import context, small_encoder
 from tests.miniatures import sintel
@@ -253,7 +252,7 @@ def test_half_precision_on_disk_changes_little(root: Path, tmp_path: Path) -> No
 def test_an_evaluation_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     monkeypatch.setattr(flow, "SAVE_SECONDS", -1.0)
     monkeypatch.setattr(flow_frames, "FLUSH_FRAMES", 1)
     data = read(root)

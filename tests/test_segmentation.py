@@ -34,7 +34,6 @@ from dinoreg.evaluation.protocols.segmentation import (
     warmup,
 )
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers import train_heads as heads_module
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
 from tests.miniatures import ade20k
@@ -329,7 +328,7 @@ def test_an_interrupted_evaluation_resumes_to_the_same_rows(
     data: Data, vit: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     whole = evaluate(vit, data, TASK, options(), context(tmp_path / "whole", examples=True))
-    monkeypatch.setattr(heads_module, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     monkeypatch.setattr(segmentation, "SAVE_SECONDS", -1.0)
     done: list[str] = []
 

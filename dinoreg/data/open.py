@@ -12,6 +12,7 @@ from dinoreg.data.declared import open_named
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_folder
 from dinoreg.data.source import Source
 from dinoreg.data.sources import JoinedSource, PathSource, ScenesSource
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 
 KINDS = (
@@ -163,7 +164,7 @@ def _read_parquet(spec: str) -> list[tuple[int, str]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"data: reading {spec} needs pyarrow: pip install 'dinoreg[data]'") from None
+        raise UserError(f"data: reading {spec} needs pyarrow: {install('pyarrow')}") from None
     try:
         file = pyarrow.parquet.ParquetFile(spec)
         names = file.schema_arrow.names

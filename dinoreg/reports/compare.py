@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Run, flatten, read_run
 from dinoreg.reports import html
 from dinoreg.reports.plots import Chart, Line

@@ -19,6 +19,7 @@ import numpy as np
 
 from dinoreg.config.keys import nearest
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, Listing, inside
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -211,7 +212,7 @@ def _read_parquet(file: Path) -> _Rows:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{file}: reading parquet needs pyarrow: pip install 'dinoreg[data]'") from None
+        raise UserError(f"{file}: reading parquet needs pyarrow: {install('pyarrow')}") from None
     try:
         table = pyarrow.parquet.read_table(file)
     except (pyarrow.ArrowException, OSError) as error:
