@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.data.loader import BatchLoader
 from dinoreg.data.open import open_source
