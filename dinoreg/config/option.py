@@ -283,6 +283,13 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     return cls(**arguments)
 
 
+def read_value(key: str, value: Any, field: dataclasses.Field) -> Any:
+    """A value of one option that stands in no class, as the type of its default; UserError where it is not accepted."""
+    found = convert(value, type(field.default), key, "options")
+    field.metadata["option"].check(key, found)
+    return found
+
+
 class _WrongType(Exception):
     pass
 
