@@ -383,15 +383,23 @@ def describe(options: Any, prefix: str = "") -> list[tuple[str, str, str]]:
     rows = []
     for item in dataclasses.fields(cls):
         name = f"{prefix}{item.name}"
-        if "option" not in item.metadata:
+        if "option" in item.metadata:
+            rows.append(_row(name, str(item.type), item, getattr(options, item.name, REQUIRED)))
+        else:
             rows += describe(getattr(options, item.name, _hints(cls)[item.name]), f"{name}.")
-            continue
-        declared, value = item.metadata["option"], getattr(options, item.name, REQUIRED)
-        accepted = declared.accepted(item.default)
-        meaning = f"{declared.help} ({accepted})" if accepted else declared.help
-        shown = ", required" if value is REQUIRED else f" = {_typed(value)}"
-        rows.append((name, f"{str(item.type).replace('None', 'none')}{shown}", meaning))
     return rows
+
+
+def describe_fields(fields: Mapping[str, dataclasses.Field], prefix: str = "") -> list[tuple[str, str, str]]:
+    """The rows of `describe` for options that stand in no class, by name."""
+    return [_row(f"{prefix}{name}", type(item.default).__name__, item, item.default) for name, item in fields.items()]
+
+
+def _row(key: str, kind: str, item: dataclasses.Field, value: Any) -> tuple[str, str, str]:
+    declared = item.metadata["option"]
+    accepted = declared.accepted(item.default)
+    shown = ", required" if value is REQUIRED else f" = {_typed(value)}"
+    return key, f"{kind.replace('None', 'none')}{shown}", f"{declared.help} ({accepted})" if accepted else declared.help
 
 
 def _typed(value: Any) -> str:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dinoreg.config.bundled import bundled
-from dinoreg.config.option import nearest, read_value
+from dinoreg.config.option import describe_fields, nearest, read_value
 from dinoreg.data.declared import load_declaration
 from dinoreg.runtime.errors import UserError
 
@@ -148,6 +148,11 @@ class Benchmark:
             name: read_value(f"{self.name}.{name}", given[name], item) if name in given else item.default
             for name, item in self.options.items()
         }
+
+    def options_in_words(self) -> list[str]:
+        """A line for each option: how it is set, its default and what it does."""
+        rows = describe_fields(self.options, f"{self.name}.")
+        return [f"{key}: {meaning}, default {kind.partition(' = ')[2] or 'empty'}" for key, kind, meaning in rows]
 
 
 def needs(archive: str, *paths: str) -> tuple[Need, ...]:
