@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -421,6 +422,11 @@ def test_a_resumed_run_tells_which_options_are_not_those_it_was_started_with(tmp
     pretrain(run_config(out, 1, steps=2))
     same = run_config(out, 1, steps=2, resume=True, data__workers=0, log__every=2, parallel__strategy="fsdp")
     assert changed_config(same, out) == []
+    for key in ("precision", "parallel.param_dtype", "parallel.reduce_dtype"):
+        (line,) = changed_config(run_config(out, 1, steps=2, resume=True, **{key.replace(".", "__"): "bf16"}), out)
+        assert f"{key}=bf16 (was " in line
+    (line,) = changed_config(dataclasses.replace(same, device="mps"), out)
+    assert "device=mps (was cpu)" in line
     other = run_config(out, 1, steps=3, resume=True, optim__lr=2e-3)
     (line,) = changed_config(other, out)
     assert line.startswith("resumed with steps=3 (was 2), optim.lr=0.002 (was 0.001): ")

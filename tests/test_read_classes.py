@@ -574,7 +574,7 @@ def test_halves_of_sun_are_those_of_the_asked_split_and_its_lists_may_lie_inside
     assert second.variant == "split 2"
     with pytest.raises(UserError, match=r"Training_03\.txt is missing; it comes from Partitions\.zip"):
         read("sun397", tmp_path / "beside", split=3)
-    with pytest.raises(UserError, match=r"sun397\.split=11: expected 1\.\.10"):
+    with pytest.raises(UserError, match=r"sun397\.split=11: expected a number in \[1, 10\]"):
         read("sun397", tmp_path / "beside", split=11)
 
 
