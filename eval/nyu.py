@@ -31,10 +31,11 @@ from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
 from dinoreg.evaluation.benchmark import Benchmark, Option, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, DepthMaps
-from dinoreg.evaluation.dense.depth_images import read_metres
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
 from dinoreg.evaluation.published import DINOV2, DINOV3, REGISTERS, TEST_TIME, released
 from dinoreg.evaluation.readers.files import listed, matlab, missing, paths_source
+from dinoreg.evaluation.readers.pixel_maps import read_depth_map
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 
 NAME = "nyu"
@@ -92,7 +93,7 @@ def _listed(folder: Path, name: str, split: str) -> DepthMaps:
         raise missing(tried[0] / rows[0][0], NAME, FRAMES_ARCHIVE[split])
     images = paths_source(base, (image for image, _ in rows), NAME)
     maps = paths_source(base, (depth for _, depth in rows), NAME)
-    return DepthMaps(images, lambda index: read_metres(Path(maps.name(index))), maps.stamp())
+    return DepthMaps(images, lambda index: read_depth_map(Path(maps.name(index))), maps.stamp())
 
 
 class LabelledFrames(Source):
@@ -105,7 +106,7 @@ class LabelledFrames(Source):
         try:
             import h5py
         except ImportError:
-            raise UserError(f"{NAME}: reading {path} needs h5py: pip install 'dinoreg[eval]'") from None
+            raise UserError(f"{NAME}: reading {path} needs h5py: {install('h5py')}") from None
         self.path, self.key = path, {"raw": "rawDepths", "filled": "depths"}[depths]
         self._lock = Lock()
         shapes: list[tuple[int, ...]] = []

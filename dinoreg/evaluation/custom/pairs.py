@@ -26,12 +26,16 @@ from dinoreg.evaluation.custom.splits import SPLIT_WORDS, Listing, parts
 from dinoreg.evaluation.custom.tables import read_classes
 from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented
 from dinoreg.evaluation.features.images import default_workers, parallel
+from dinoreg.evaluation.readers.pixel_maps import (
+    UNREADABLE,
+    read_depth_map,
+    read_label_map,
+    require_size,
+    unreadable,
+)
 from dinoreg.runtime.errors import UserError
 
 SUFFIXES = {"masks": (".png",), "depth": (".png", ".npy", ".tif", ".tiff")}
-MILLIMETRES = 1000.0
-GREY = 0  # colour type of a PNG
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -140,25 +144,24 @@ def depths(pairs: Pairs, share: float, seed: int) -> Data:
 
 def read_classes_of_pixels(path: Path, image: Path) -> np.ndarray:
     """A mask (H, W) uint8 of its image's size; UserError for colours, more than 8 bits in use, or another size."""
-    try:
-        with Image.open(path) as opened:
-            values = np.asarray(opened)
-            mode, bits = opened.mode, _grey_bits(path)
-    except UNREADABLE as error:
-        raise _unreadable(path, "a mask", error) from None
-    if values.ndim != 2:
-        raise UserError(f"{path}: is a picture in colour ({mode}), expected a palette or grey PNG of class numbers")
-    if bits in (2, 4):  # Pillow stretches these to 0..255
-        values = values // (255 // (2**bits - 1))
+    values = read_label_map(path, image)
     if values.min() < 0 or values.max() > IGNORED:
         worst = int(values.max() if values.max() > IGNORED else values.min())
         raise UserError(f"{path}: label {worst} is out of range, expected 0..{IGNORED - 1} or {IGNORED}")
-    _require_size(path, values, image)
     return values.astype(np.uint8)
 
 
 def read_metres(path: Path, image: Path) -> np.ndarray:
     """A depth map (H, W) float32 metres of its image's size, 0 where unknown; UserError for anything else."""
+    metres = read_depth_map(path) if path.suffix.lower() == ".png" else _read_floats(path)
+    if metres.min(initial=0) < 0:
+        raise UserError(f"{path}: holds a depth of {metres.min():g} m, expected 0 (unknown) or more")
+    require_size(f"{path}:", metres, image)
+    return metres
+
+
+def _read_floats(path: Path) -> np.ndarray:
+    """Metres from a .npy or TIFF file of floats, 0 where they are not finite."""
     try:
         if path.suffix.lower() == ".npy":
             values = np.load(path, allow_pickle=False)
@@ -166,50 +169,17 @@ def read_metres(path: Path, image: Path) -> np.ndarray:
             with Image.open(path) as opened:
                 values = np.asarray(opened)
     except UNREADABLE as error:
-        raise _unreadable(path, "a depth map", error) from None
+        raise unreadable(f"{path}:", "a depth map", error) from None
     values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
-    if path.suffix.lower() == ".png":
-        if values.ndim != 2 or _grey_bits(path) != 16:
-            raise UserError(f"{path}: expected a grey PNG of 16 bits, in millimetres")
-        metres = values.astype(np.float32) / np.float32(MILLIMETRES)
-    elif values.ndim != 2 or values.dtype.kind != "f":
+    if values.ndim != 2 or values.dtype.kind != "f":
         raise UserError(f"{path}: holds {values.dtype} {values.shape}, expected (height, width) of floats in metres")
-    else:
-        metres = np.where(np.isfinite(values), values, 0).astype(np.float32)
-    if metres.min(initial=0) < 0:
-        raise UserError(f"{path}: holds a depth of {metres.min():g} m, expected 0 (unknown) or more")
-    _require_size(path, metres, image)
-    return metres
+    return np.where(np.isfinite(values), values, 0).astype(np.float32)
 
 
 def _largest(mask: np.ndarray) -> int:
     """The largest class of a mask; -1 where every pixel is ignored."""
     used = np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORED + 1)[:IGNORED])
     return int(used[-1]) if len(used) else -1
-
-
-def _grey_bits(path: Path) -> int:
-    """Bits of a grey PNG's pixel as the file has them; 0 for any other kind of picture."""
-    with open(path, "rb") as file:
-        head = file.read(26)  # signature, length, "IHDR", width, height, bits, colour type
-    return head[24] if len(head) == 26 and head.startswith(b"\x89PNG") and head[25] == GREY else 0
-
-
-def _require_size(path: Path, values: np.ndarray, image: Path) -> None:
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-    except UNREADABLE as error:
-        raise _unreadable(image, "an image", error) from None
-    if values.shape != (height, width):
-        raise UserError(
-            f"{path}: is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
-        )
-
-
-def _unreadable(path: Path, what: str, error: BaseException) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{path}: cannot be read as {what} ({reason[:200]})")
 
 
 def _bases(root: Path) -> list[str]:

@@ -13,7 +13,8 @@ import numpy as np
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.sources import PathSource
 from dinoreg.evaluation.data import IGNORED, Labelled, Segmented
-from dinoreg.evaluation.dense.label_maps import read_mask
+from dinoreg.evaluation.readers.pixel_maps import read_label_map
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 
 
@@ -125,7 +126,7 @@ def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, v
 
     def mask(index: int) -> np.ndarray:
         path = masks / f"{names[index]}.png"
-        values = read_mask(path, images / f"{names[index]}.jpg", dataset)
+        values = read_label_map(path, images / f"{names[index]}.jpg", dataset)
         wrong = values[(values != void) & ((values < first) | (values > last))]
         if len(wrong):
             raise UserError(f"{dataset}: {path} has the value {wrong[0]}, expected {expected}")
@@ -144,7 +145,7 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise UserError(f"{dataset}: reading {path} needs scipy: pip install 'dinoreg[eval]'") from None
+        raise UserError(f"{dataset}: reading {path} needs scipy: {install('scipy')}") from None
     if not path.is_file():
         raise missing(path, dataset, archive)
     try:

@@ -16,7 +16,7 @@ from xml.parsers import expat
 
 import numpy as np
 
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.data.source import Source
 from dinoreg.evaluation.benchmark import Options, Reader
 from dinoreg.evaluation.data import IGNORED, Boxed, Data, MultiLabelled, Segmented, Split
