@@ -84,6 +84,7 @@ def attention_budget(rows: Tensor) -> list[Budget]:
 
 
 def token_names(num_registers: int) -> list[str]:
+    """Of the class token and the registers, as they stand in a sequence."""
     return ["CLS"] + [f"register {number + 1}" for number in range(num_registers)]
 
 
