@@ -224,9 +224,9 @@ def test_the_second_size_differs_from_the_first_and_divides() -> None:
         ({"size": "0"}, "not a size"),
         ({"size": "big"}, "size=big"),
         ({"sise": "40"}, "unknown key of dinoreg export"),
-        ({"weights": None}, "missing weights="),
-        ({"format": None}, "missing format="),
-        ({"out": None}, "missing out="),
+        ({"weights": None}, "weights= is missing"),
+        ({"format": None}, "format= is missing"),
+        ({"out": None}, "out= is missing"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_writes_nothing(

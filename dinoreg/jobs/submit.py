@@ -114,7 +114,7 @@ def _refuse_a_second_launch(plan: Plan) -> None:
         for found in examine(folder, records):
             if not found.is_over:
                 raise UserError(
-                    f"out={found.record.run}: job {found.record.job} ({found.record.title}) is still {found.word}; "
+                    f"out={found.record.run}: job {found.record.job} ({found.record.title}) is still {found.state}; "
                     f"dinoreg launch cancel {folder} ends it"
                 )
 
