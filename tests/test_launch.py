@@ -361,7 +361,7 @@ def test_a_job_runs_its_copy_of_the_package_wherever_it_works() -> None:
     Path("which.py").write_text(module)
     (copy / "which.py").write_text(module)
     done = subprocess.run([sys.executable, str(start), "-m", "which"], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == str(copy.absolute() / "dinoreg" / "jobs.py")
+    assert done.stdout.strip() == str(copy.absolute() / "dinoreg" / "jobs" / "attempt.py")
 
 
 def test_another_code_is_another_copy_and_the_first_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,13 +34,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from dinoreg.checkpoint import format as checkpoint
+from dinoreg.config.run_folder import OWNER
 from dinoreg.distributed import process_group as distributed
 from dinoreg.runtime.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
-
-OWNER = "owner.json"
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Whose run it is

@@ -315,7 +315,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     Called by all processes, which get the same answer.
     """
     damaged = []
-    names = sorted((path.name for path in folder.glob("step_*")), reverse=True)
+    with distributed.collective_errors():
+        names = _list_checkpoints(folder)
     for name in distributed.from_main(names):
         try:
             _verify_together(folder / name)
@@ -324,6 +325,16 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             continue
         return folder / name, damaged
     return None, damaged
+
+
+def _list_checkpoints(folder: Path) -> list[str]:
+    """The names of the checkpoints in a folder, newest first; RunError when it is there and cannot be listed."""
+    try:
+        return sorted((name for name in os.listdir(folder) if name.startswith("step_")), reverse=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"checkpoints in {folder}: unreadable ({reason(error)})") from None
 
 
 def load(path: Path, tensors: dict[str, Any], *, verified: bool = False) -> dict[str, Any]:

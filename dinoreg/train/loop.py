@@ -29,6 +29,7 @@ from dinoreg.train.metrics import Clock, record_rejected, report_diagnoses, run_
 from dinoreg.train.parallelize import check_replicas, compile_backbones
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import (
+    find_checkpoint,
     open_writer,
     report_checkpoints,
     restore,
@@ -55,12 +56,14 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         with distributed.collective_errors():
             setup = prepare(config)
         check_shared(setup)
+        newest, resumed = find_checkpoint(setup.out) if config.resume else (None, [])
         with distributed.collective_errors():
             if distributed.is_main():
                 claim_folder(setup)
         state = setup.new_state()
         writer = open_writer(setup)
-        resumed = restore(setup, state) if config.resume else []
+        if newest is not None:
+            resumed += restore(setup, state, newest)
         with open_log(setup, state) as log:
             if distributed.is_main():
                 log_run_header(setup, state, resumed, log)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -14,6 +13,7 @@ import torch
 
 from dinoreg.checkpoint.format import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
+from dinoreg.config.run_folder import check_out, delete_run
 from dinoreg.data.loader import BatchLoader
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
@@ -100,7 +100,9 @@ def prepare(config: Config) -> Setup:
     if config.data.source is None:
         raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
     out = Path(config.out)
-    _check_out(config, out)
+    check_out(config, out)
+    if config.resume and (out / "config.yaml").is_file():
+        _check_same_shapes(config, out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     if config.threads is not None:
@@ -165,7 +167,7 @@ def check_shared(setup: Setup) -> None:
     """All processes see what rank 0 writes to `out`, else UserError on all of them, and nothing is left there."""
     if distributed.world_size() == 1:
         return
-    # A kill leaves what counts as unfinished, so that the run can be started again (`_check_out`).
+    # A kill leaves what counts as unfinished, so that the run can be started again (`check_out`).
     path = setup.out / f".shared-{distributed.from_main(secrets.token_hex(8))}.part"
     try:
         with distributed.collective_errors():
@@ -191,27 +193,9 @@ def check_shared(setup: Setup) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_out(config: Config, out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out}: is a file, expected a folder")
-    # A kill in the very first write leaves nothing but an unfinished file; `launch/` was there before the run.
-    if not out.is_dir() or all(path.suffix == ".part" or path.name == "launch" for path in out.iterdir()):
-        return
-    if config.overwrite:
-        if not (out / "config.yaml").is_file():
-            raise UserError(f"out={out}: holds something other than a run (no config.yaml); it is not overwritten")
-    elif config.resume:
-        _check_same_shapes(config, out)
-    else:
-        raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
-
-
 def _check_same_shapes(config: Config, out: Path) -> None:
     """A run can only be resumed with the networks it was started with."""
-    path = out / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
-    before = load_config(path)
+    before = load_config(out / "config.yaml")
     check_same_start(before, config, out)
     free = {
         "model": {"drop_path", "drop_path_uniform", "attention", "checkpointing", "compile"},
@@ -256,9 +240,9 @@ def _options(config: Config) -> dict[str, Any]:
 
 def claim_folder(setup: Setup) -> None:
     """Make `out` this run's folder; write there the resolved config and the weights it starts from, if any."""
-    if setup.config.overwrite and setup.out.is_dir():
-        shutil.rmtree(setup.out)
     try:
+        if setup.config.overwrite:
+            delete_run(setup.out)
         setup.out.mkdir(parents=True, exist_ok=True)
         write_atomic(setup.out / "config.yaml", to_yaml(setup.config))
         if setup.start is not None:

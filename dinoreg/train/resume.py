@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -104,16 +105,26 @@ def _write_status(setup: Setup, phase: str, step: int) -> None:
         checkpoint.write_atomic(setup.out / "status.json", json.dumps(content) + "\n")
 
 
-def restore(setup: Setup, state: TrainState) -> list[str]:
-    """Load the newest whole checkpoint of the run into `state`; returns what was done, [] when there was none."""
-    folder = setup.out / "checkpoints"
-    path, messages = checkpoint.newest(folder)
-    if path is None:
-        return messages
+def find_checkpoint(out: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, or None where none was written yet; and what is wrong with newer ones.
+
+    raises RunError where there are checkpoints and none can be read: they must not be replaced by those of step 0 on
+    """
+    path, damaged = checkpoint.newest(out / "checkpoints")
+    if path is None and damaged:
+        raise RunError(
+            f"{out}: none of its {len(damaged)} checkpoint(s) can be read, the newest: "
+            f"{damaged[0].removesuffix('; passed over')}. To begin anew, move them away or use overwrite=true"
+        )
+    return path, damaged
+
+
+def restore(setup: Setup, state: TrainState, path: Path) -> list[str]:
+    """Load a checkpoint of the run into `state`; returns what is to be said of it."""
     tensors = state.tensors()
     numbers = checkpoint.load(path, tensors, verified=True)
     state.load(tensors, numbers)
-    messages.append(f"resumed from {path}")
+    messages = [f"resumed from {path}"]
     if state.history.get("source") not in (None, setup.source.fingerprint()):
         messages.append("the data are not those the run was started with")
     return messages
@@ -141,7 +152,9 @@ def roll_back(setup: Setup, state: TrainState, log: RunLog, writer: Writer, bad:
         )
     with suppress(RunError):  # then the one before it is the last good one
         writer.wait()
-    restore(setup, state)
+    path, _ = find_checkpoint(setup.out)
+    if path is not None:
+        restore(setup, state, path)
     state.position = position
     state.rollbacks = rollbacks + 1
     state.rejected.zero_()
