@@ -21,7 +21,7 @@ from PIL import Image
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data import loader as module
 from dinoreg.data.decode import BadImage
-from dinoreg.data.loader import Batch, BatchLoader
+from dinoreg.data.loader import Batch, BatchLoader, Reading, Views
 from dinoreg.data.masks import block_masks
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
@@ -31,9 +31,14 @@ CROPS = CropSettings(global_size=24, local_size=16, num_local=3)
 
 
 def loader(source: Source, **options: Any) -> BatchLoader:
-    defaults: dict[str, Any] = {"crops": CROPS, "augment": AugmentSettings(), "mask": MaskSettings()}
-    defaults |= {"patch_size": 8, "batch_size": 5, "seed": 1, "workers": 0}
-    return BatchLoader(source, **(defaults | options))
+    """`options` of the views, of reading and of the loader itself, by name."""
+    views: dict[str, Any] = {"crops": CROPS, "augment": AugmentSettings(), "mask": MaskSettings(), "patch_size": 8}
+    reading: dict[str, Any] = {"workers": 0}
+    own: dict[str, Any] = {"batch_size": 5, "seed": 1}
+    for key, value in options.items():
+        given = views if key in Views.__dataclass_fields__ else reading if key in Reading.__dataclass_fields__ else own
+        given[key] = value
+    return BatchLoader(source, Views(**views), Reading(**reading), **own)
 
 
 def take(count: int, source: Source, **options: Any) -> list[Batch]:
@@ -295,10 +300,10 @@ def test_the_number_of_compute_threads_stays_as_it_was(photos: Source) -> None:
 
 def test_an_interpreter_with_a_loader_left_open_exits() -> None:
     code = (
-        "from dinoreg.data.loader import BatchLoader; from dinoreg.data.sources import open_source\n"
+        "from dinoreg.data.loader import BatchLoader, Reading, Views; from dinoreg.data.open import open_source\n"
         "from dinoreg.config.view_settings import *\n"
-        "loader = BatchLoader(open_source('scenes:count=50,size=32'), crops=CropSettings(24, 16, 2),\n"
-        "    augment=AugmentSettings(), mask=MaskSettings(), patch_size=8, batch_size=8, workers=2)\n"
+        "views = Views(CropSettings(24, 16, 2), AugmentSettings(), MaskSettings(), 8)\n"
+        "loader = BatchLoader(open_source('scenes:count=50,size=32'), views, Reading(workers=2), batch_size=8)\n"
         "next(loader); print('done')\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

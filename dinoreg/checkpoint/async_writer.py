@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.config.run_folder import OWNER
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.errors import RunError, UserError
 
 logger = logging.getLogger(__name__)
@@ -69,14 +69,14 @@ class Lease:
         return f"{place}{again} on {self.host} at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.time))}"
 
 
-def acquire(run: Path) -> Lease:
+def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
     """Make the run folder this start's own, and remove what dead writers left there. Called by all processes.
 
     raises UserError when it cannot be written
     """
-    with distributed.collective_errors():
+    with ranks.collective_errors():
         mine = None
-        if distributed.is_main():
+        if ranks.is_main:
             restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
             mine = Lease(
                 token=secrets.token_hex(4),
@@ -94,7 +94,7 @@ def acquire(run: Path) -> Lease:
             for pattern in (f"{OWNER}.*.part", "checkpoints/*.part", "teacher/*.part"):
                 for path in run.glob(pattern):
                     path.unlink(missing_ok=True)
-    owner: Lease = distributed.from_main(mine)
+    owner: Lease = ranks.from_main(mine)
     return owner
 
 
@@ -137,11 +137,13 @@ class Writer:
         describe_teacher: dict[str, Any],
         max_failures: int,
         timeout: float,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         describe_teacher  architecture, preprocessing and config hash, for the teacher file's JSON
         max_failures      failed checkpoints in a row that end the run
         timeout           seconds after which a process that does not answer counts as lost
+        ranks             the processes that write together
         raises            UserError when the folder cannot be written
         """
         self.run = run
@@ -150,9 +152,10 @@ class Writer:
         self.describe_teacher = describe_teacher
         self.max_failures = max_failures
         self.timeout = timeout
-        self.owner = acquire(run)
+        self.ranks = ranks
+        self.owner = acquire(run, ranks)
         self.group: Any = None
-        if distributed.world_size() > 1:
+        if ranks.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.stall = 0.0
         self.write_time: float | None = None
@@ -267,9 +270,9 @@ class Writer:
             )
         except RunError:
             # Whoever takes over clears away what others have begun: then it is not the disk that is to blame.
-            checkpoint.on_all_ranks(self.group, lambda: self._check_lease() if distributed.is_main() else None)
+            checkpoint.on_all_ranks(self.group, lambda: self._check_lease() if self.ranks.is_main else None)
             raise
-        if distributed.is_main():
+        if self.ranks.is_main:
             with suppress(OSError):
                 checkpoint.retire_teachers(self.run)
 
@@ -345,7 +348,8 @@ class Writer:
                 if limit > 1:
                     many = f"{self._failures} checkpoints in a row could not be written; the last: {problem}"
                     problem = RunError(many)
-            problem.collective, problem.reported = True, not distributed.is_main()
+            problem.reported = not self.ranks.is_main
+            self.ranks.mark_common(problem)
         raise problem
 
     def _note(self) -> None:

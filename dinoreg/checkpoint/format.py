@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.errors import RunError, UserError
 
 VERSION = 1
@@ -303,23 +303,23 @@ def _verify(path: Path, rank: int, world_size: int) -> dict[str, Any]:
     return numbers
 
 
-def _verify_together(path: Path) -> dict[str, Any]:
+def _verify_together(path: Path, ranks: Ranks) -> dict[str, Any]:
     """`verify` by all processes, each its share of the files; all come to the same verdict."""
-    with distributed.collective_errors():
-        return _verify(path, distributed.rank(), distributed.world_size())
+    with ranks.collective_errors():
+        return _verify(path, ranks.rank, ranks.world_size)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with those that were passed over.
 
     Called by all processes, which get the same answer.
     """
     damaged = []
-    with distributed.collective_errors():
+    with ranks.collective_errors():
         names = _list_checkpoints(folder)
-    for name in distributed.from_main(names):
+    for name in ranks.from_main(names):
         try:
-            _verify_together(folder / name)
+            _verify_together(folder / name, ranks)
         except RunError as error:
             damaged.append(f"{error}; passed over")
             continue
@@ -337,7 +337,7 @@ def _list_checkpoints(folder: Path) -> list[str]:
         raise RunError(f"checkpoints in {folder}: unreadable ({reason(error)})") from None
 
 
-def load(path: Path, tensors: dict[str, Any], *, verified: bool = False) -> dict[str, Any]:
+def load(path: Path, tensors: dict[str, Any], *, verified: bool = False, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Fill `tensors` (nested, as given to `save`; plain or DTensor) in place; returns the numbers.
 
     Called by all processes, however many wrote it; each reads what it holds.
@@ -345,8 +345,8 @@ def load(path: Path, tensors: dict[str, Any], *, verified: bool = False) -> dict
     verified  the files have been checked just now, by `newest`
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
-    numbers = _verify(path, -1, 1) if verified else _verify_together(path)
-    with distributed.collective_errors():
+    numbers = _verify(path, -1, 1) if verified else _verify_together(path, ranks)
+    with ranks.collective_errors():
         reader = _Reader(path)
         stored = reader.read_metadata().state_dict_metadata
         for name, tensor in flatten(tensors).items():

@@ -38,11 +38,11 @@ def _pretrain(arguments: list[str], **hooks: Any) -> None:
     config = load_config(source, overrides)
     require_complete(config)
     with _running(config.out):
-        from dinoreg.distributed.process_group import is_main
+        from dinoreg.distributed.process_group import is_main_process
         from dinoreg.train.loop import pretrain
 
         run = Path(pretrain(config, **hooks))
-        if not is_main():
+        if not is_main_process():
             return
         from dinoreg.commands.report import report_run
 

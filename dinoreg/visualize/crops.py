@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinoreg.config.load import Config, find_config, load_config
 from dinoreg.data.decode import decode
-from dinoreg.data.loader import Batch, BatchLoader
+from dinoreg.data.loader import Batch, BatchLoader, Reading, Views
 from dinoreg.data.source import Source
 from dinoreg.models.registry import parse_name
 from dinoreg.reports import html
@@ -83,19 +83,9 @@ def view_crops(config: str, overrides: Sequence[str] = (), out: str | None = Non
     batch_size = min(max(num, 8), settings.batch_size)
     patch = int(parse_name(settings.model.name)["patch_size"])
     mean, std = settings.augment.mean, settings.augment.std
-    loader = BatchLoader(
-        source,
-        crops=settings.crops,
-        augment=settings.augment,
-        mask=settings.mask,
-        patch_size=patch,
-        batch_size=batch_size,
-        seed=settings.seed,
-        workers=0,
-        max_bad_fraction=1.0,
-        max_pixels=settings.data.max_pixels,
-        in_channels=settings.model.in_channels,
-    )
+    views = Views(settings.crops, settings.augment, settings.mask, patch, settings.model.in_channels)
+    reading = Reading(workers=0, max_bad_fraction=1.0, max_pixels=settings.data.max_pixels)
+    loader = BatchLoader(source, views, reading, batch_size=batch_size, seed=settings.seed)
     with loader:
         batch = next(loader)
     originals = [_original(source, int(index), settings) for index in batch.sample_ids[:num]]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinoreg.config.load import load_config
 from dinoreg.data.center_crop import center_crops
-from dinoreg.data.loader import BatchLoader
+from dinoreg.data.loader import BatchLoader, Reading, Views
 from dinoreg.data.source import Source
 from dinoreg.visualize.attention import attention_sheet
 from dinoreg.visualize.crops import crop_sheet
@@ -62,19 +62,9 @@ def write_pictures(run: Path, num_images: int = 8) -> list[Path]:
         pca_sheet(model, images, mean, std).save(folder / "pca.png")
         attention_sheet(model, images[:6], mean, std).save(folder / "attention.png")
         written += [folder / "pca.png", folder / "attention.png"]
-    loader = BatchLoader(
-        source,
-        crops=config.crops,
-        augment=config.augment,
-        mask=config.mask,
-        patch_size=model.patch_size,
-        batch_size=min(6, config.batch_size),
-        seed=config.seed,
-        workers=0,
-        max_bad_fraction=1.0,
-        max_pixels=config.data.max_pixels,
-        in_channels=config.model.in_channels,
-    )
+    views = Views(config.crops, config.augment, config.mask, model.patch_size, config.model.in_channels)
+    reading = Reading(workers=0, max_bad_fraction=1.0, max_pixels=config.data.max_pixels)
+    loader = BatchLoader(source, views, reading, batch_size=min(6, config.batch_size), seed=config.seed)
     with loader:
         crop_sheet(next(loader), mean, std, model.patch_size).save(folder / "crops.png")
     return [*written, folder / "crops.png"]
