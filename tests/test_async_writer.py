@@ -454,7 +454,7 @@ KILLS = """
     torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[2])
     from dinoreg.checkpoint import format as checkpoint
-    import test_checkpoint_writer as t
+    import test_async_writer as t
 
     def kill(module, name, late=False, to=""):
         function = getattr(module, name)

@@ -1,9 +1,9 @@
 """A run's networks on many processes: DDP, FSDP2 or HSDP, chosen once and wrapped from outside.
 
-A step reads the same whatever is chosen: it calls `train_modules["backbone"]` and the heads, and backward passes leave
-the mean of all processes' gradients. DDP keeps a replica of everything on each process. FSDP2 shards parameters, gradients,
-moments and the teacher, a block at a time, over `parallel.shard` consecutive processes; the groups of an HSDP run hold
-replicas of one another.
+A step reads the same whatever is chosen: it calls `train_modules["backbone"]` and the heads, and backward passes
+leave the mean of all processes' gradients. DDP keeps a replica of everything on each process. FSDP2 shards parameters,
+gradients, moments and the teacher, a block at a time, over `parallel.shard` consecutive processes; the groups of an
+HSDP run hold replicas of one another.
 """
 
 from __future__ import annotations
