@@ -18,7 +18,6 @@ import time
 import weakref
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
@@ -419,19 +418,6 @@ class BatchLoader:
     def position(self) -> int:
         """Samples drawn up to and with the last batch handed out, by all processes together."""
         return self._delivered
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a restart needs: the position, and the bad images listed so far."""
-        return {"position": self._delivered, "bad": dict(self.bad)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batch at which `state_dict` was taken."""
-        while self._jobs:
-            job = self._jobs.popleft()
-            job.done.wait()
-            self._free.append(job.slot)
-        self._delivered = self._submitted = int(state["position"])
-        self.bad = dict(state["bad"])
 
     def __next__(self) -> Batch:
         if not self._finalizer.alive:
