@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from submitit.core.utils import DelayedSubmission
 
-from dinoreg.config.run_folder import put_back, set_aside
+from dinoreg.config.overwrite import put_back, set_aside
 from dinoreg.jobs import local_queue as local
 from dinoreg.jobs import slurm
 from dinoreg.jobs.job_type import Group, Job, Plan, Request
@@ -115,7 +115,7 @@ def _refuse_a_second_launch(plan: Plan) -> None:
         for found in examine(folder, records):
             if not found.is_over:
                 raise UserError(
-                    f"out={found.record.run}: job {found.record.job} ({found.record.title}) is still {found.word}; "
+                    f"out={found.record.run}: job {found.record.job} ({found.record.title}) is still {found.state}; "
                     f"dinoreg launch cancel {folder} ends it"
                 )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinoreg.config.load import Config, load_config, require_complete, to_yaml
-from dinoreg.config.run_folder import check_out, run_entries
+from dinoreg.config.overwrite import check_out, run_entries
 from dinoreg.jobs.job_type import Arguments
 from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError

@@ -26,3 +26,8 @@ class Interrupted(EarlyEnd):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """An error's text in one line, at most `limit` characters of it; its type where it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

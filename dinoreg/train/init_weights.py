@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from dinoreg.checkpoint import format as checkpoint
+from dinoreg.checkpoint.format import write_weights
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.state import Networks
 from dinoreg.weights.load import load_into
-from dinoreg.weights.resolve import TEACHER_FORMAT
 
 COPY = "init.safetensors"
 
@@ -76,7 +73,7 @@ def load_init(
         anchor = copy.deepcopy(teacher.backbone).requires_grad_(False).eval()
     origin: dict[str, Any] = {"source": str(init), "path": str(report.path)}
     if report.path.is_file():
-        origin["source_sha256"] = checkpoint.digest(report.path)
+        origin["source_sha256"] = digest(report.path)
     return InitialWeights(f"init: {report}", origin, anchor, copied)
 
 
@@ -88,24 +85,11 @@ def copy_init(out: Path, init: InitialWeights, backbone: RegisterViT) -> None:
     if init.copied:
         return
     path = out / COPY
-    aside = path.with_name(f"{path.name}.part")
-    tensors = {f"backbone.{name}": t.detach().float().cpu().contiguous() for name, t in backbone.state_dict().items()}
+    tensors = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     try:
-        save_file(tensors, aside)
+        write_weights(path, tensors, {"step": 0, "architecture": backbone.architecture(), "init": init.origin})
     except SafetensorError as error:  # of a full disk, too
         raise OSError(errno.EIO, f"{path.name}: {error}") from None
-    description = {
-        "format": TEACHER_FORMAT,
-        "version": checkpoint.VERSION,
-        "step": 0,
-        "architecture": backbone.architecture(),
-        "init": init.origin,
-        "sha256": checkpoint.digest(aside),
-    }
-    checkpoint.sync(aside)
-    checkpoint.write_atomic(path.with_suffix(".json"), json.dumps(description, indent=1) + "\n")
-    os.replace(aside, path)  # last, so that the file never stands without its digest
-    checkpoint.sync(out)
 
 
 def check_same_init(before: str | None, init: str | None, out: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from typing import Any
 import torch
 
 from dinoreg.checkpoint.async_writer import Writer
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config
 from dinoreg.data.loader import BatchLoader
 from dinoreg.distributed.process_group import Agreement, Ranks, session
+from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted
 from dinoreg.train.health import Health, WeightWatch
@@ -233,10 +235,13 @@ def log_run_header(config: Config, setup: Setup, state: TrainState, messages: li
     now = environment()
     notes = [*setup.notes, *(changed_code(path, now) if state.step > 0 else []), *messages]
     write_atomic(path, json.dumps(now, indent=1) + "\n")
-    parameters = sum(p.numel() for p in state.student.backbone.parameters())
+    backbone = state.student.backbone
+    parameters = sum(p.numel() for p in backbone.parameters())
+    num_tokens = 1 + backbone.num_registers + math.prod(backbone.grid)
+    attention = describe_backend(config.model.attention, setup.device, num_tokens, setup.dtype)
     log.say(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {str(setup.dtype)[6:]}, "
-        f"{len(setup.source)} images, {setup.num_steps} steps of {setup.global_batch_size}"
+        f"attention {attention}, {len(setup.source)} images, {setup.num_steps} steps of {setup.global_batch_size}"
     )
     for note in notes:
         log.say(note)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dinoreg.checkpoint.async_writer import Writer
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
-from dinoreg.config.run_folder import check_out, delete_run
+from dinoreg.config.overwrite import check_out, delete_run
 from dinoreg.config.schema import DataConfig
 from dinoreg.data.loader import BatchLoader, Reading, Views
 from dinoreg.data.open import open_source
@@ -28,12 +27,6 @@ from dinoreg.train.online_probe import Probe, build_general, build_probe
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
-
-# Options that a resumed run may change without changing its losses.
-WITHOUT_EFFECT = {
-    *("out", "resume", "overwrite", "device", "threads", "parallel", "checkpoint", "log", "probe", "health"),
-    *("data.workers", "data.prefetch", "data.index_dir", "model.checkpointing", "model.compile"),
-}
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
@@ -242,26 +235,10 @@ def changed_config(config: Config, out: Path) -> list[str]:
     path = out / "config.yaml"
     if not config.resume or not path.is_file():
         return []
-    then, now = _options(load_config(path)), _options(config)
-    changed = [f"{key}={now[key]} (was {then[key]})" for key in now if then[key] != now[key]]
+    # The device shapes no weights but by its rounding.
+    before, after = ({**each.shaping(), "device": each.device} for each in (load_config(path), config))
+    changed = [f"{key}={after[key]} (was {before[key]})" for key in after if before[key] != after[key]]
     return [f"resumed with {', '.join(changed)}: losses differ from an unbroken run's"] if changed else []
-
-
-def _options(config: Config) -> dict[str, Any]:
-    """What moves the weights, by dotted key."""
-    options = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name in WITHOUT_EFFECT:
-            continue
-        if not is_dataclass(value):
-            options[item.name] = value
-            continue
-        for inner in fields(value):
-            key = f"{item.name}.{inner.name}"
-            if key not in WITHOUT_EFFECT:
-                options[key] = getattr(value, inner.name)
-    return options
 
 
 def claim_folder(config: Config, out: Path, init: InitialWeights | None, backbone: RegisterViT) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.async_writer import Writer
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import Ranks
 from dinoreg.runtime.errors import RunError
@@ -38,7 +39,7 @@ def find_checkpoint(out: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
 def restore(state: TrainState, path: Path, source: Source) -> list[str]:
     """Load a checkpoint that `find_checkpoint` has verified into `state`; returns lines for the log."""
     tensors = state.tensors()
-    numbers = checkpoint.load(path, tensors, verified=True, ranks=state.ranks)
+    numbers = checkpoint.load(path, tensors, state.numbers(), verified=True, ranks=state.ranks)
     state.load(tensors, numbers)
     messages = [f"resumed from {path}"]
     if state.history.get("source") not in (None, source.fingerprint()):
@@ -109,13 +110,13 @@ class Checkpoints:
         if self.ranks.is_main:
             phase = "finished" if step >= self.num_steps else "running"
             content = {"phase": phase, "step": step, "num_steps": self.num_steps, "time": time.time()}
-            checkpoint.write_atomic(self.out / "status.json", json.dumps(content) + "\n")
+            write_atomic(self.out / "status.json", json.dumps(content) + "\n")
 
     def _write_skipped(self, bad: Mapping[str, str]) -> None:
         """`skipped.jsonl`: the images that could not be read."""
         if bad and self.ranks.is_main:
             lines = "".join(json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in bad.items())
-            checkpoint.write_atomic(self.out / "skipped.jsonl", lines)
+            write_atomic(self.out / "skipped.jsonl", lines)
 
     def roll_back(self, state: TrainState, bad: Mapping[str, str], max_rollbacks: int) -> None:
         """Return to the last good state, past the samples that led here; RunError once that has been tried enough.
