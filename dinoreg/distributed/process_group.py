@@ -157,16 +157,14 @@ class Ranks:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 does what is inside before the others do; the failure of one is everybody's."""
+        if not self.is_main:
+            with self.collective_errors():
+                pass
+        with self.collective_errors():
+            yield
         if self.is_main:
             with self.collective_errors():
-                yield
-            with self.collective_errors():
                 pass
-        else:
-            with self.collective_errors():
-                pass
-            with self.collective_errors():
-                yield
 
     def mark_common(self, error: BaseException) -> None:
         """All processes end with this error: nobody has to be told of it."""

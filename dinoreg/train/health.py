@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,53 +46,35 @@ class Diagnosis:
     remedy: str
 
 
-@dataclass(frozen=True)
-class Line:
+def read_signals(metrics: Mapping[str, Any], num_prototypes: int) -> SimpleNamespace:
     """What the rules look at in one line of metrics; what it lacks is NaN, and no rule applies to that."""
-
-    step: int
-    batch: int  # images a step, of all processes
-    pixels: float  # standard deviation of the crops, normalised
-    lr: float  # of the weights whose updates are measured
-    update: float  # norm of a step over the norm of the weights
-    distance: float  # of student and teacher, over the norm of the weights
-    entropy: float  # of the teacher's targets over ln K: 1 is a uniform guess
-    marginal: float  # entropy of the mean target over ln K: 0 is the same prototype for all
-    usage: float  # share of the prototypes in use
-    rank: float  # effective rank of the class tokens
-    spread: float  # of the class tokens: 1 is isotropic, 0 collapsed
-    rejected: int  # steps that were not finite
-    waiting: float  # share of the time that goes to waiting for images
-
-    @classmethod
-    def of(cls, metrics: Mapping[str, Any], num_prototypes: int) -> Line:
-        largest_entropy = math.log(max(num_prototypes, 2))
-        return cls(
-            step=int(metrics["step"]),
-            batch=metrics.get("global_batch_size", 2),
-            pixels=metrics.get("pixel_std", math.nan),
-            lr=metrics.get("backbone_lr", metrics.get("lr", 0.0)),
-            update=metrics.get("update_ratio", math.nan),
-            distance=metrics.get("teacher_distance", math.nan),
-            entropy=metrics.get("teacher_entropy", math.nan) / largest_entropy,
-            marginal=metrics.get("target_marginal_entropy", math.nan) / largest_entropy,
-            usage=metrics.get("prototype_usage", 1.0),
-            rank=metrics.get("feature_rank", math.nan),
-            spread=metrics.get("feature_std", math.nan),
-            rejected=metrics.get("nonfinite_steps", 0),
-            waiting=metrics.get("data_time", 0.0) / max(metrics.get("step_time", 1.0), 1e-9),
-        )
+    largest_entropy = math.log(max(num_prototypes, 2))
+    return SimpleNamespace(
+        step=int(metrics["step"]),
+        batch=metrics.get("global_batch_size", 2),
+        pixels=metrics.get("pixel_std", math.nan),
+        lr=metrics.get("backbone_lr", metrics.get("lr", 0.0)),  # of the weights whose updates are measured
+        update=metrics.get("update_ratio", math.nan),
+        distance=metrics.get("teacher_distance", math.nan),
+        entropy=metrics.get("teacher_entropy", math.nan) / largest_entropy,  # 1: a uniform guess
+        marginal=metrics.get("target_marginal_entropy", math.nan) / largest_entropy,  # 0: one prototype for all
+        usage=metrics.get("prototype_usage", 1.0),
+        rank=metrics.get("feature_rank", math.nan),
+        spread=metrics.get("feature_std", math.nan),
+        rejected=metrics.get("nonfinite_steps", 0),
+        waiting=metrics.get("data_time", 0.0) / max(metrics.get("step_time", 1.0), 1e-9),
+    )
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One diagnosis: when it applies, and its message, with the fields of a `Line` in braces.
+    """One diagnosis: when it applies, and its message, with names of `read_signals` in braces.
 
     at_once  it cannot be chance: one line is enough         late  only after the run's grace
     """
 
     name: str
-    applies: Callable[[Line], bool]
+    applies: Callable[[SimpleNamespace], bool]
     message: str
     remedy: str
     at_once: bool = False
@@ -242,15 +225,15 @@ class Health:
 
         A signal that can be chance in one line has to show in three lines in a row.
         """
-        line = Line.of(metrics, self.num_prototypes)
-        late = line.step >= self.grace
-        suspected = [rule for rule in RULES if (late or not rule.late) and rule.applies(line)]
+        signals = read_signals(metrics, self.num_prototypes)
+        late = signals.step >= self.grace
+        suspected = [rule for rule in RULES if (late or not rule.late) and rule.applies(signals)]
         self._in_a_row = {rule.name: self._in_a_row.get(rule.name, 0) + 1 for rule in suspected}
         diagnoses = []
         for rule in suspected:
             if rule.name not in self.reported and (rule.at_once or self._in_a_row[rule.name] >= LINES_IN_A_ROW):
                 self.reported.add(rule.name)
-                diagnoses.append(Diagnosis(rule.name, rule.message.format(**vars(line)), rule.remedy))
+                diagnoses.append(Diagnosis(rule.name, rule.message.format(**vars(signals)), rule.remedy))
         return diagnoses
 
     def forgetting(self, start: float, step: int, now: float, margin: float) -> list[Diagnosis]:

@@ -284,14 +284,14 @@ class _LogFile(logging.FileHandler):
 
 def _truncate(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, and a last line that a kill cut short. The file is replaced by another."""
-    kept = []
+    lines = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                lines.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    write_atomic(path, "".join(f"{line}\n" for line in kept))
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 def _plain(value: Any) -> Any:

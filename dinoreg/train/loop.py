@@ -30,7 +30,7 @@ from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted
 from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
-from dinoreg.train.metrics import Monitor, report_diagnoses
+from dinoreg.train.metrics import Monitor
 from dinoreg.train.online_probe import ProbeRunner
 from dinoreg.train.parallelize import check_replicas, compile_backbones
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
@@ -133,18 +133,7 @@ def build_run(
     )
     probes = None
     if setup.probe is not None:
-        probes = ProbeRunner(
-            setup.probe,
-            setup.general,
-            config.probe,
-            num_steps,
-            setup.device,
-            setup.dtype,
-            log,
-            health,
-            monitor.clock,
-            ranks,
-        )
+        probes = ProbeRunner(setup.probe, setup.general, config.probe, num_steps, setup.device, setup.dtype, monitor)
     if config.model.compile:
         compile_backbones(state.student, state.teacher)
     return Run(
@@ -192,7 +181,7 @@ def train(run: Run, state: TrainState, signals: Signals) -> None:
             if logs_now:  # the one place that waits for the device
                 metrics = monitor.write(state, batch, result, now, checkpoints.writer.read_stall())
                 checkpoints.poll()
-                report_diagnoses(monitor.log, state.step, monitor.health.diagnose(metrics))
+                monitor.report(state.step, monitor.health.diagnose(metrics))
                 if float(state.rejected) >= run.max_nonfinite:
                     batches.close()
                     checkpoints.roll_back(state, batches.bad, run.max_rollbacks)

@@ -137,9 +137,9 @@ class Monitor:
             self.log.append("health/nonfinite.jsonl", {**line, "names": [self.source.name(i) for i in ids]})
         return len(rejected)
 
-
-def report_diagnoses(log: SilentLog, step: int, diagnoses: list[Diagnosis]) -> None:
-    for found in diagnoses:
-        log.say(f"health: {found.name} at step {step}: {found.message}. {found.remedy}", logging.WARNING)
-        event = {"name": found.name, "message": found.message, "remedy": found.remedy}
-        log.append("health/events.jsonl", {"step": step, **event})
+    def report(self, step: int, diagnoses: list[Diagnosis]) -> None:
+        """Say what is wrong, on the console and in `health/events.jsonl`."""
+        for diagnosis in diagnoses:
+            text = f"{diagnosis.name} at step {step}: {diagnosis.message}. {diagnosis.remedy}"
+            self.log.say(f"health: {text}", logging.WARNING)
+            self.log.append("health/events.jsonl", {"step": step, **vars(diagnosis)})

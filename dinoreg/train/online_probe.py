@@ -24,9 +24,7 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
-from dinoreg.train.health import Health
-from dinoreg.train.logger import SilentLog
-from dinoreg.train.metrics import Clock, report_diagnoses
+from dinoreg.train.metrics import Monitor
 from dinoreg.train.state import TrainState
 
 NEIGHBOURS = 20
@@ -88,6 +86,7 @@ class ProbeRunner:
     """Probes the teacher of a run now and then, writes the results down, and says when it is the best so far.
 
     general  the probe on what a run that started from weights must not forget
+    monitor  is told of the time that probes take, and of what was forgotten
     """
 
     def __init__(
@@ -98,14 +97,11 @@ class ProbeRunner:
         num_steps: int,
         device: torch.device,
         dtype: torch.dtype,
-        log: SilentLog,
-        health: Health,
-        clock: Clock,
-        ranks: Ranks,
+        monitor: Monitor,
     ) -> None:
         self.probe, self.general, self.options, self.num_steps = probe, general, options, num_steps
         self.device, self.dtype = device, dtype
-        self.log, self.health, self.clock, self.ranks = log, health, clock, ranks
+        self.monitor, self.log, self.ranks = monitor, monitor.log, monitor.ranks
         self.every = options.every if options.every is not None else max(1, num_steps // 10)
         self._started = time.perf_counter()
         self._probing = 0.0  # seconds spent in probes
@@ -125,15 +121,15 @@ class ProbeRunner:
         values = self.ranks.from_main(self._measure(state.teacher.backbone))  # machines may differ in the last digit
         if state.step > 0:  # the first is no reason to leave out the next
             self._probing += values["probe_time"]
-        self.clock.pause(values["probe_time"])
+        self.monitor.clock.pause(values["probe_time"])
         self.log.append("probe.jsonl", {"step": state.step, **values})
         shown = "  ".join(f"{key}: {value:.4g}" for key, value in values.items() if key != "probe_time")
         self.log.say(f"probe at step {state.step}: {shown}")
         if self.general is not None:
             now = values["general_knn_top1"]
             start = state.history.setdefault("general", {"step": state.step, "knn_top1": now})
-            diagnoses = self.health.forgetting(start["knn_top1"], start["step"], now, self.options.margin)
-            report_diagnoses(self.log, state.step, diagnoses)
+            diagnoses = self.monitor.health.forgetting(start["knn_top1"], start["step"], now, self.options.margin)
+            self.monitor.report(state.step, diagnoses)
         metric = self.options.metric if self.options.metric in values else "rankme"
         best = state.history.get("best")
         if state.step == 0 or (best is not None and best["metric"] == metric and best["value"] >= values[metric]):
