@@ -35,6 +35,7 @@ from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
 from dinoreg.evaluation.published import DINOV2, DINOV3, REGISTERS, TEST_TIME, released
 from dinoreg.evaluation.readers.files import lines, matlab, missing, paths_source
 from dinoreg.evaluation.readers.pixel_maps import read_depth_map
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 
 NAME = "nyu"
@@ -107,7 +108,7 @@ class LabelledFrames(Source):
         try:
             import h5py
         except ImportError:
-            raise UserError(f"{NAME}: reading {path} needs h5py: pip install 'dinoreg[eval]'") from None
+            raise UserError(f"{NAME}: reading {path} needs h5py: {install('h5py')}") from None
         self.path, self.key = path, {"raw": "rawDepths", "filled": "depths"}[depths]
         self._lock = Lock()
         shapes: list[tuple[int, ...]] = []

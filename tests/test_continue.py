@@ -24,6 +24,7 @@ from dinoreg.commands.main import main
 from dinoreg.config.load import Config, load_config
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import Interrupted, UserError
 from dinoreg.scenes import render as scenes
 from dinoreg.train import loop
@@ -222,7 +223,7 @@ def test_the_run_folder_keeps_the_weights_it_started_from_with_their_digest(firs
     assert all(torch.equal(kept[name], start[name]) for name in start)
     source = json.loads((out / "init.json").read_text())["init"]
     assert source["source"] == str(first)
-    assert source["source_sha256"] == checkpoint.digest(Path(source["path"]))
+    assert source["source_sha256"] == digest(Path(source["path"]))
     assert Path(source["path"]).parent == first / "teacher"
     assert not (tmp_path / "fresh" / "init.safetensors").exists()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def test_a_run_leaves_the_folder_of_the_design(tmp_path: Path) -> None:
     assert json.loads((out / "status.json").read_text())["phase"] == "finished"
     model = load(out)
     assert model(torch.zeros(1, 3, 32, 32)).registers.shape == (1, 4, 32)
+    assert re.search(r"parameters, cpu float32, attention (sdpa|plain), \d+ images", (out / "train.log").read_text())
 
 
 def test_the_same_config_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:

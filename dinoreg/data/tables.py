@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 
 
@@ -45,7 +46,7 @@ def parquet_table(file: str | os.PathLike[str], title: str, column: str | None =
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{title} needs pyarrow: pip install 'dinoreg[data]'") from None
+        raise UserError(f"{title} needs pyarrow: {install('pyarrow')}") from None
     try:
         opened = pyarrow.parquet.ParquetFile(file)
         names = opened.schema_arrow.names

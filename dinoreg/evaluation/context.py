@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.evaluation.features.cache import FeatureStore
 
 T = TypeVar("T")

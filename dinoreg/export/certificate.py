@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinoreg.checkpoint.format import digest
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
 from dinoreg.export.source import Source, resized
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError
 
 OUTPUTS = ("cls", "registers", "patches")

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.reports import html
 from dinoreg.reports.plots import Chart, Line
 from dinoreg.reports.run_folder import Run, flatten, read_run

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.reports import html
 from dinoreg.reports.run_folder import Probe, is_number, number, read_probe
 from dinoreg.reports.verdict import judge, score

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.reports import html
 from dinoreg.reports.compare import compare_report, comparison_table
 from dinoreg.reports.plots import (

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import copy
 import errno
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from dinoreg.checkpoint import format as checkpoint
+from dinoreg.checkpoint.format import write_weights
 from dinoreg.config.load import Config
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.state import Networks
 from dinoreg.weights.load import load_into
-from dinoreg.weights.resolve import TEACHER_FORMAT
 
 COPY = "init.safetensors"
 
@@ -65,7 +62,7 @@ def load_start(config: Config, out: Path, student: Networks, teacher: Networks) 
         anchor = copy.deepcopy(teacher.backbone).requires_grad_(False).eval()
     origin: dict[str, Any] = {"source": str(config.init), "path": str(report.path)}
     if report.path.is_file():
-        origin["source_sha256"] = checkpoint.digest(report.path)
+        origin["source_sha256"] = digest(report.path)
     return Start(f"init: {report}", origin, anchor, kept)
 
 
@@ -77,24 +74,11 @@ def keep_start(out: Path, start: Start, backbone: RegisterViT) -> None:
     if start.kept:
         return
     path = out / COPY
-    aside = path.with_name(f"{path.name}.part")
-    tensors = {f"backbone.{name}": t.detach().float().cpu().contiguous() for name, t in backbone.state_dict().items()}
+    tensors = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     try:
-        save_file(tensors, aside)
+        write_weights(path, tensors, {"step": 0, "architecture": backbone.architecture(), "init": start.origin})
     except SafetensorError as error:  # of a full disk, too
         raise OSError(errno.EIO, f"{path.name}: {error}") from None
-    description = {
-        "format": TEACHER_FORMAT,
-        "version": checkpoint.VERSION,
-        "step": 0,
-        "architecture": backbone.architecture(),
-        "init": start.origin,
-        "sha256": checkpoint.digest(aside),
-    }
-    checkpoint.sync(aside)
-    checkpoint.write_atomic(path.with_suffix(".json"), json.dumps(description, indent=1) + "\n")
-    os.replace(aside, path)  # last, so that the file never stands without its digest
-    checkpoint.sync(out)
 
 
 def check_same_start(before: Config, config: Config, out: Path) -> None:

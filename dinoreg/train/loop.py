@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import signal
 import threading
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from typing import Any
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.async_writer import Writer
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config
 from dinoreg.distributed import process_group as distributed
+from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted
 from dinoreg.train.health import Health, WeightWatch
@@ -186,11 +189,14 @@ def log_run_header(setup: Setup, state: TrainState, resumed: list[str], log: Run
     found = environment()
     if state.step > 0:
         setup.notes.extend(changed_code(path, found))
-    checkpoint.write_atomic(path, json.dumps(found, indent=1) + "\n")
-    parameters = sum(p.numel() for p in state.student.backbone.parameters())
+    write_atomic(path, json.dumps(found, indent=1) + "\n")
+    backbone = state.student.backbone
+    parameters = sum(p.numel() for p in backbone.parameters())
+    num_tokens = 1 + backbone.num_registers + math.prod(backbone.grid)
+    attention = describe_backend(config.model.attention, setup.device, num_tokens, setup.dtype)
     log.say(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {str(setup.dtype)[6:]}, "
-        f"{len(setup.source)} images, {setup.num_steps} steps of {setup.global_batch_size}"
+        f"attention {attention}, {len(setup.source)} images, {setup.num_steps} steps of {setup.global_batch_size}"
     )
     for note in setup.notes:
         log.say(note)

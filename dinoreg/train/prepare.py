@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.data.loader import BatchLoader
 from dinoreg.data.open import open_source

@@ -15,6 +15,7 @@ import torch
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.async_writer import Writer
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.loader import BatchLoader
 from dinoreg.distributed import process_group as distributed
 from dinoreg.runtime.errors import RunError
@@ -89,7 +90,7 @@ def write_skipped(setup: Setup, bad: Mapping[str, str]) -> None:
     """`skipped.jsonl`: the images that could not be read, as all processes found them."""
     lines = "".join(json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in bad.items())
     if bad and distributed.is_main():
-        checkpoint.write_atomic(setup.out / "skipped.jsonl", lines)
+        write_atomic(setup.out / "skipped.jsonl", lines)
 
 
 def status(setup: Setup, state: TrainState, phase: str) -> None:
@@ -101,7 +102,7 @@ def _write_status(setup: Setup, phase: str, step: int) -> None:
     if distributed.is_main():
         phase = "finished" if step >= setup.num_steps else phase
         content = {"phase": phase, "step": step, "num_steps": setup.num_steps, "time": time.time()}
-        checkpoint.write_atomic(setup.out / "status.json", json.dumps(content) + "\n")
+        write_atomic(setup.out / "status.json", json.dumps(content) + "\n")
 
 
 def restore(setup: Setup, state: TrainState) -> list[str]:
@@ -111,7 +112,7 @@ def restore(setup: Setup, state: TrainState) -> list[str]:
     if path is None:
         return messages
     tensors = state.tensors()
-    numbers = checkpoint.load(path, tensors, verified=True)
+    numbers = checkpoint.load(path, tensors, state.numbers(), verified=True)
     state.load(tensors, numbers)
     messages.append(f"resumed from {path}")
     if state.history.get("source") not in (None, setup.source.fingerprint()):

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.reports import html
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.visualize.subject import Pictures, Subject

@@ -31,7 +31,7 @@ from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.classification import METRICS, Classification, class_tokens
 from dinoreg.evaluation.protocols.measurement import resumable_map
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.softmax_regression import fit_logistic, select_and_fit
+from dinoreg.evaluation.solvers.regularisation_path import fit_logistic, select_and_fit
 from dinoreg.runtime.errors import UserError
 
 FIXED_UP_TO = 10  # labels per class, on average; with more, C is chosen
@@ -140,28 +140,27 @@ def score(
     labels = torch.from_numpy(train.labels[index])
     if spread.power == 0:
         raise UserError("every training image has the same feature: there is nothing to learn from")
-    path: list[list[float]] = []
     if len(index) <= FIXED_UP_TO * len(labels.unique()):
-        model = fit_logistic(rows, labels, train.num_classes, FIXED_C / spread.power, device=device)
+        C, path = FIXED_C / spread.power, []
+        model = fit_logistic(rows, labels, train.num_classes, C, device=device)
     else:
         given = options.logistic
-        cs = tuple(np.geomspace(given.min_c, given.max_c, given.num_c))
         found = select_and_fit(
             rows,
             labels,
             train.num_classes,
-            cs,
+            np.geomspace(given.min_c, given.max_c, given.num_c).tolist(),
             validation_share=given.validation_share,
             seed=seed,
             patience=given.patience,
             device=device,
         )
-        model, path = found.model, [[each.C, each.accuracy] for each in found.path]
+        C, model, path = found.C, found.model, [[each.C, each.accuracy] for each in found.path]
     means = class_means(rows, labels, train.num_classes, spread)
     return {
         "logistic": model.predict(test_features),
         "nearest": torch.cat([nearest_mean(spread.unit(rows), means) for rows in test_features.split(4096)]),
-        "C": float(model.C),
+        "C": C,
         "path": path,
     }
 

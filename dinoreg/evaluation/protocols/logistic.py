@@ -16,7 +16,7 @@ from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.classification import Classification, class_tokens, draw_mistakes
 from dinoreg.evaluation.protocols.measurement import OFFICIAL
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.softmax_regression import select_and_fit
+from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
 from dinoreg.runtime.errors import UserError
 
 
@@ -39,7 +39,6 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         train.num_classes,
         cs,
         validation=None if val is None else (features["val"], val.labels),
-        join_validation=True,
         validation_share=chosen.validation_share,
         seed=context.seed,
         patience=chosen.patience,

@@ -8,14 +8,11 @@ loss). Images that show only difficult instances of a class count neither way fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import Task
@@ -27,28 +24,15 @@ from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.feature_matrix import Parts
-from dinoreg.evaluation.solvers.sigmoid_regression import BinaryModels, BinaryProblem
+from dinoreg.evaluation.solvers.feature_matrix import Parts, Rows
+from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, SigmoidProblem
+from dinoreg.evaluation.solvers.regularisation_path import Examples, Path, walk_path
 from dinoreg.runtime.errors import UserError
 
 MISSING = "the {name} split is missing, or its images do not have a set of classes each"
 METRICS = {"11-point mAP": "11", "all-points mAP": "all"}
-SCORES_AT_ONCE = 4096  # rows
 PATH_TOLERANCE, FINAL_TOLERANCE = 1e-5, 1e-7  # of the loss summed over classes
 BOOTSTRAP_WORK = 400_000_000  # image-class pairs ranked again at most, between 100 and 1,000 draws
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the validation images chose: C (K,), the models there, and (C, mean validation AP) along the path.
-
-    decided  (K,) bool: the class could be fitted and judged; the others take the middle C of these
-    """
-
-    C: np.ndarray
-    models: BinaryModels
-    path: list[tuple[float, float]]
-    decided: np.ndarray
 
 
 def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
@@ -56,21 +40,26 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     measured = Measurement(data, task, context, MultiLabelled, MISSING, "multi-label classification", list(METRICS))
     chosen, train, test, val = options.multilabel, *measured.splits()
     splits = {"train": train, "test": test} | ({} if val is None else {"val": val})
-    features = {name: class_tokens(encoder, split.source, context, name) for name, split in splits.items()}
-    labels = {name: torch.from_numpy(np.ascontiguousarray(split.labels)) for name, split in splits.items()}
-    fit, held, everything = _parts(features, labels, chosen.validation_share, context.seed)
-    choice = choose(
+    examples = {
+        name: Examples.of(class_tokens(encoder, split.source, context, name), torch.from_numpy(split.labels))
+        for name, split in splits.items()
+    }
+    fit, held = examples["train"], examples.get("val")
+    everything = fit if held is None else fit.joined(held)
+    if held is None:
+        fit, held = _held_out(fit, chosen.validation_share, context.seed)
+    values = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c)
+    Cs, path = choose(
         fit,
         held,
-        np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c),
+        context.progress(values, len(values), "values of C"),
         patience=chosen.patience,
         points=METRICS[task.metric],
         device=encoder.device,
-        context=context,
     )
-    problem = BinaryProblem(*everything, device=encoder.device)
-    model = problem.solve(torch.from_numpy(choice.C), init=choice.models, tolerance=FINAL_TOLERANCE)
-    scores = _scores(model, [(features["test"], None)], encoder.device)
+    problem = SigmoidProblem(*everything, device=encoder.device)
+    model = problem.solve(torch.from_numpy(Cs), path.model, tolerance=FINAL_TOLERANCE)
+    scores = _scores(model, examples["test"].parts, encoder.device)
     _draw(test, scores, data.class_names, context)
     names = [str(name) for name in data.class_names] or [str(number) for number in range(test.num_classes)]
     return mean_ap_rows(
@@ -82,70 +71,45 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         n_train=problem.data.n,
         n_test=len(test),
         settings={
-            "C": dict(zip(names, choice.C.tolist())),
-            "path": choice.path,
+            "C": dict(zip(names, Cs.tolist())),
+            "path": [[each.C, _mean(each.scores)] for each in path.visited],
             "image_size": context.image_size,
             "choice": "each class by its own validation average precision",
             "converged": model.converged,
         },
-        note=_note(problem.fitted.cpu().numpy(), test.labels, names),
+        note=_note(problem.fitted.numpy(), test.labels, names),
     )
 
 
 def choose(
-    fit: tuple[Parts, Tensor],
-    held: tuple[Parts, Tensor],
-    Cs: np.ndarray,
-    *,
-    patience: int | None,
-    points: str,
-    device: torch.device | str,
-    context: Context | None = None,
-) -> Choice:
-    """Walk the path of C upwards, each fit starting at the one before, and keep every class's best on `held`.
+    fit: Examples, held: Examples, Cs: Iterable[float], *, patience: int | None, points: str, device: torch.device | str
+) -> tuple[np.ndarray, Path]:
+    """The C of each class (K,), best by its average precision on `held`, and the path on which they were found.
 
     fit, held  features and their labels (n, K)
+    points     of the average precision: a value of METRICS
     patience   a class leaves the path after this many values that better neither its average precision nor its loss
 
-    Raises UserError where no class has both positive and negative images to fit and a held-out image to judge.
+    A class that cannot be fitted or judged takes the middle C of the others. UserError where that is every class.
     """
-    problem = BinaryProblem(*fit, device=device)
-    truth = held[1].numpy()
-    K = truth.shape[1]
-    decided = problem.fitted.cpu().numpy() & (truth >= 0).any(axis=0)
+    problem, truth = SigmoidProblem(*fit, device=device), held.labels.numpy()
+    counted = truth >= 0
+    decided = problem.fitted.numpy() & counted.any(axis=0)
     if not decided.any():
         raise UserError("no class has both images with and images without it in train, and any in validation")
-    best_ap, best_loss, lowest = np.full(K, -1.0), np.full(K, np.inf), np.full(K, np.inf)
-    best_c, idle = np.full(K, float(Cs[0])), np.zeros(K, dtype=int)
-    now, models = np.full(K, np.nan), None
-    best: BinaryModels | None = None
-    active, path = decided.copy(), []
-    values = sorted(float(C) for C in Cs)
-    for C in values if context is None else context.progress(values, len(values), "values of C"):
-        if not active.any():
-            break
-        which = torch.from_numpy(np.flatnonzero(active))
-        models = problem.solve(torch.full((K,), C), which, models, PATH_TOLERANCE)
-        best = models if best is None else best
-        scores = _scores(models, held[0], device)
-        for k in np.flatnonzero(active):
-            counted = truth[:, k] >= 0
-            now[k] = average_precision(scores[:, k], truth[:, k] == 1, ~counted, points)
-            z, y = torch.from_numpy(scores[counted, k]).double(), torch.from_numpy(truth[counted, k]).double()
-            loss = float(F.binary_cross_entropy_with_logits(z, y))
-            ap = -1.0 if np.isnan(now[k]) else now[k]  # without positives the loss decides
-            better = (ap, -loss) > (best_ap[k], -best_loss[k])
-            idle[k] = 0 if better or loss < lowest[k] else idle[k] + 1
-            lowest[k] = min(lowest[k], loss)
-            if better:
-                best_ap[k], best_loss[k], best_c[k] = ap, loss, C
-                best.weight[k], best.bias[k] = models.weight[k], models.bias[k]
-        path.append((C, float(np.nanmean(now)) if not np.isnan(now).all() else float("nan")))
-        if patience is not None:
-            active &= idle < patience
-    assert best is not None
-    best_c[~decided] = np.exp(np.median(np.log(best_c[decided])))
-    return Choice(best_c, best, path, decided)
+
+    def judge(model: LogisticModel) -> tuple[np.ndarray, np.ndarray]:
+        logits = _scores(model, held.parts, device)
+        scores, losses = np.full(truth.shape[1], np.nan), np.full(truth.shape[1], np.nan)
+        for k in np.flatnonzero(decided):
+            y = truth[counted[:, k], k]
+            scores[k] = average_precision(logits[:, k], truth[:, k] == 1, ~counted[:, k], points)
+            losses[k] = np.logaddexp(0, np.where(y == 1, -1.0, 1.0) * logits[counted[:, k], k]).mean()
+        return scores, losses
+
+    path = walk_path(problem, Cs, judge, decided, patience, PATH_TOLERANCE)
+    middle = np.exp(np.median(np.log(path.C[decided])))
+    return np.where(decided, path.C, middle), path
 
 
 def mean_ap_rows(
@@ -171,8 +135,7 @@ def mean_ap_rows(
         def mean_ap(weights: np.ndarray, points: str = points) -> float:
             counts = weights.astype(np.float64)
             values = [ranking.curve(counts).average(points) for ranking in rankings]
-            values = [value for value in values if not np.isnan(value)]
-            return float(np.mean(values)) if values else float("nan")
+            return _mean(np.array(values))
 
         values = [ranking.curve().average(points) for ranking in rankings]
         interval = bootstrap_statistic(n, mean_ap, samples=draws)
@@ -192,35 +155,26 @@ def _random_order(ranking: Ranking, points: str, rng: np.random.Generator, draws
     return float(np.mean(found))
 
 
-Side = tuple[Parts, Tensor]
-
-
-def _parts(features: dict[str, Tensor], labels: dict[str, Tensor], share: float, seed: int) -> tuple[Side, Side, Side]:
-    """What C is fitted on, what it is judged on, and what the last fit sees: features and labels."""
-    if "val" in features:
-        official: list[Side] = [([(features[name], None)], labels[name]) for name in ("train", "val")]
-        (x, y), (held_x, held_y) = official
-        return official[0], official[1], ([*x, *held_x], torch.cat([y, held_y]))
-    count = len(labels["train"])
+def _held_out(train: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+    """The training images without a random share of them, and these."""
+    ((features, _),), labels = train
+    count = len(labels)
     if count < 2:
         raise UserError(f"{count} labelled image is too few to hold out some of them")
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
-    cut = min(max(round(share * count), 1), count - 1)
-    kept, out = order[cut:].sort().values, order[:cut].sort().values
-    sides: list[Side] = [([(features["train"], index)], labels["train"][index]) for index in (kept, out)]
-    return sides[0], sides[1], ([(features["train"], None)], labels["train"])
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[np.random.default_rng(seed).permutation(count)[: min(max(round(share * count), 1), count - 1)]] = True
+    return Examples.of(features, labels, ~mask), Examples.of(features, labels, mask)
 
 
-def _scores(models: BinaryModels, parts: Parts, device: torch.device | str) -> np.ndarray:
+def _scores(model: LogisticModel, parts: Parts, device: torch.device | str) -> np.ndarray:
     """Logits (n, K) float32 of features that may be memory-mapped."""
-    found = []
-    for features, index in parts:
-        count = len(features if index is None else index)
-        for start in range(0, count, SCORES_AT_ONCE):
-            stop = min(start + SCORES_AT_ONCE, count)
-            rows = features[start:stop] if index is None else features[index[start:stop]]
-            found.append(models.logits(rows.to(device).float()).cpu().numpy())
-    return np.concatenate(found)
+    return torch.cat([logits.cpu() for _, logits in model.chunks(Rows(parts), device)]).numpy()
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that are numbers; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _note(fitted: np.ndarray, test: np.ndarray, names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.sources import PathSource
 from dinoreg.evaluation.data import IGNORED, Labelled, Segmented
 from dinoreg.evaluation.readers.pixel_maps import read_label_map
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 
 
@@ -136,7 +137,7 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise UserError(f"{dataset}: reading {path} needs scipy: pip install 'dinoreg[eval]'") from None
+        raise UserError(f"{dataset}: reading {path} needs scipy: {install('scipy')}") from None
     if not path.is_file():
         raise missing(path, dataset, archive)
     try:
