@@ -34,12 +34,8 @@ def _split(folder: Path, part: str) -> Segmented:
     names, drawn = _stems(images, ".jpg"), _stems(masks, ".png")
     if not names:
         raise UserError(f"{NAME}: {images} has no .jpg images; they come from {ARCHIVE}")
-    for stem in names:
-        if stem not in drawn:
-            raise missing(masks / f"{stem}.png", NAME, ARCHIVE)
-    for stem in drawn:
-        if stem not in names:
-            raise missing(images / f"{stem}.jpg", NAME, ARCHIVE)
+    for stem in sorted(names ^ drawn):
+        raise missing(masks / f"{stem}.png" if stem in names else images / f"{stem}.jpg", NAME, ARCHIVE)
     return segmented(images, masks, sorted(names), range(1, NUM_CLASSES + 1), 0, NAME)
 
 

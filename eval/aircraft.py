@@ -16,7 +16,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Option, Options, classificat
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import REGISTERS, fine_grained, single_tokens
 from dinoreg.evaluation.readers.arrays import BottomCutSource
-from dinoreg.evaluation.readers.files import labelled, lines
+from dinoreg.evaluation.readers.files import labelled, lines, listed
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "aircraft", "fgvc-aircraft-2013b.tar.gz"
@@ -29,17 +29,17 @@ BANNER_UNKNOWN = "banner cut off or not: not stated"
 def read(folder: Path, options: Options) -> Data:
     """The three official splits, in the order of their files."""
     below = folder / "data" if (folder / "data").is_dir() else folder
-    names = [line.strip() for line in lines(below / "variants.txt", NAME, ARCHIVE)]
+    names = lines(below / "variants.txt", NAME, ARCHIVE)
     splits = {}
     for split in SPLITS:
-        listed = below / f"images_variant_{split}.txt"
+        path = below / f"images_variant_{split}.txt"
         rows = []
-        for line in lines(listed, NAME, ARCHIVE):
-            image, _, variant = line.strip().partition(" ")
+        for line in listed(path, NAME, ARCHIVE):
+            image, _, variant = line.partition(" ")
             if not variant:
-                raise UserError(f"{NAME}: {listed}: {image!r} has no class, expected a number, a space and a variant")
+                raise UserError(f"{NAME}: {path}: {image!r} has no class, expected a number, a space and a variant")
             rows.append((variant, f"{image}.jpg"))
-        splits[split] = labelled(below / "images", rows, names, listed, NAME)
+        splits[split] = labelled(below / "images", rows, names, path, NAME)
         if options["crop_banner"]:
             source = BottomCutSource(splits[split].source, BANNER_ROWS)
             splits[split] = Labelled(source, splits[split].labels, len(names))

@@ -17,7 +17,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Options, Task
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import corloc
 from dinoreg.evaluation.readers.coco import read_instances
-from dinoreg.evaluation.readers.files import lines, paths_source
+from dinoreg.evaluation.readers.files import listed, paths_source
 from dinoreg.runtime.errors import UserError
 
 NAME = "coco20k"
@@ -35,8 +35,8 @@ def read(folder: Path, options: Options) -> Data:
     year = options.get("annotations", "auto")
     if year not in ("auto", *YEARS):
         raise UserError(f"{NAME}.annotations={year}: expected auto, 2014 or 2017")
-    listed = next((folder / name for name in LISTS if (folder / name).exists()), folder / LISTS[0])
-    ids = _ids(listed)
+    list_file = next((folder / name for name in LISTS if (folder / name).exists()), folder / LISTS[0])
+    ids = _ids(list_file)
     if year == "auto":
         year = next((each for each in YEARS if (folder / JSON.format(each)).exists()), YEARS[0])
     path = folder / JSON.format(year)
@@ -44,7 +44,7 @@ def read(folder: Path, options: Options) -> Data:
     places = np.searchsorted(instances.ids, ids).clip(max=len(instances.ids) - 1)
     unknown = np.flatnonzero(instances.ids[places] != ids)
     if len(unknown):
-        raise UserError(f"{NAME}: image {ids[unknown[0]]} of {listed} is not in {path}")
+        raise UserError(f"{NAME}: image {ids[unknown[0]]} of {list_file} is not in {path}")
     images, of_images = next(
         ((folder / name, each) for each in YEARS for name in FOLDERS[each] if (folder / name).is_dir()),
         (folder / FOLDERS["2014"][0], "2014"),
@@ -58,16 +58,14 @@ def read(folder: Path, options: Options) -> Data:
 def _ids(path: Path) -> np.ndarray:
     """The ids of the listed images (n,) int64."""
     ids: dict[int, None] = {}
-    for line in lines(path, NAME, LIST):
-        match = ROW.fullmatch(line.strip())
+    for line in listed(path, NAME, LIST):
+        match = ROW.fullmatch(line)
         if match is None:
             raise UserError(f"{NAME}: {path}: {line!r}, expected train2014/COCO_train2014_<id>.jpg")
         number = int(match[1])
         if number in ids:
             raise UserError(f"{NAME}: {path} lists image {number} twice")
         ids[number] = None
-    if not ids:
-        raise UserError(f"{NAME}: {path} lists no images")
     return np.array(list(ids), dtype=np.int64)
 
 
@@ -79,11 +77,11 @@ BENCHMARK = Benchmark(
     folders=("coco", "coco20k", "coco2014", "coco2017", "COCO", "mscoco"),
     layouts=tuple(
         (
-            Need(listed, LIST),
+            Need(list_file, LIST),
             Need(JSON.format(boxes), f"annotations_trainval{boxes}.zip"),
             Need(images, f"train{of_images}.zip"),
         )
-        for listed in LISTS
+        for list_file in LISTS
         for boxes in YEARS
         for of_images in sorted(YEARS, key=lambda year: year != boxes)
         for images in FOLDERS[of_images]

@@ -51,10 +51,10 @@ def _by_id(path: Path) -> dict[int, str]:
     """The rest of each line by the number before it."""
     rows: dict[int, str] = {}
     for line in lines(path, NAME, ARCHIVE):
-        number, _, rest = line.strip().partition(" ")
+        number, _, rest = line.partition(" ")
         key = whole_number(number, "an id", path, 0, 10**9)
         if not rest or key in rows:
-            raise UserError(f"{NAME}: {path}: {line.strip()!r}: {'listed twice' if rest else 'nothing after the id'}")
+            raise UserError(f"{NAME}: {path}: {line!r}: {'listed twice' if rest else 'nothing after the id'}")
         rows[key] = rest
     return rows
 

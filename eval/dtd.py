@@ -14,7 +14,7 @@ from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Option, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import class_of, labelled, lines
+from dinoreg.evaluation.readers.files import class_of, labelled, listed
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "dtd", "dtd-r1.0.1.tar.gz"
@@ -29,8 +29,7 @@ def read(folder: Path, options: Options) -> Data:
     where = {split: folder / "labels" / f"{split}{partition}.txt" for split in SPLITS}
     rows: dict[str, list[tuple[str, str]]] = {}
     for split, path in where.items():
-        files = [line.strip() for line in lines(path, NAME, ARCHIVE)]
-        rows[split] = [(class_of(file, path, NAME, "class/file"), file) for file in files]
+        rows[split] = [(class_of(file, path, NAME, "class/file"), file) for file in listed(path, NAME, ARCHIVE)]
     names = sorted({name for split in SPLITS for name, _ in rows[split]})
     splits = {split: labelled(folder / "images", rows[split], names, where[split], NAME) for split in SPLITS}
     return Data(splits, names, variant=f"split {partition}")

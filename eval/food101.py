@@ -13,7 +13,7 @@ from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import class_of, labelled, lines, missing, read_json
+from dinoreg.evaluation.readers.files import class_of, labelled, listed, missing, read_json
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "food101", "food-101.tar.gz"
@@ -21,32 +21,32 @@ NAME, ARCHIVE = "food101", "food-101.tar.gz"
 
 def read(folder: Path, options: Options) -> Data:
     """Both splits, in the order of their files."""
-    rows = {split: _listed(folder / "meta", split) for split in ("train", "test")}
+    rows = {split: _rows(folder / "meta", split) for split in ("train", "test")}
     names = sorted({name for name, _ in rows["train"]})
     splits = {split: labelled(folder / "images", rows[split], names, folder / "meta", NAME) for split in rows}
     return Data(splits, class_names=[name.replace("_", " ") for name in names])
 
 
-def _listed(meta: Path, split: str) -> list[tuple[str, str]]:
+def _rows(meta: Path, split: str) -> list[tuple[str, str]]:
     """(class, path below images/) of a split, of its JSON file or else of its text file."""
     path, text = meta / f"{split}.json", meta / f"{split}.txt"
     if path.exists():
         classes = read_json(path, NAME, ARCHIVE)
         if not isinstance(classes, dict) or not all(isinstance(rows, list) for rows in classes.values()):
             raise UserError(f'{NAME}: {path}: expected {{"class": ["class/id", …], …}}')
-        listed = [(name, str(row)) for name, rows in classes.items() for row in rows]
+        entries = [(name, str(row)) for name, rows in classes.items() for row in rows]
     elif text.exists():
         path = text
-        listed = [("", line.strip()) for line in lines(text, NAME, ARCHIVE)]
+        entries = [("", row) for row in listed(text, NAME, ARCHIVE)]
     else:
         raise missing(path, NAME, ARCHIVE)
-    found = []
-    for key, row in listed:
+    rows = []
+    for key, row in entries:
         name = class_of(row, path, NAME, "class/id")
         if key not in ("", name):
             raise UserError(f"{NAME}: {path}: {row!r} is listed under the class {key!r}")
-        found.append((name, f"{row}.jpg"))
-    return found
+        rows.append((name, f"{row}.jpg"))
+    return rows
 
 
 BENCHMARK = Benchmark(

@@ -35,7 +35,6 @@ NEEDS = {
     "train": Need("train", "ILSVRC2012_img_train.tar, each of whose 1,000 tars becomes a folder train/<wnid>"),
     "val": Need("val", "ILSVRC2012_img_val.tar, sorted into folders val/<wnid>"),
 }
-COUNTS = {"train": 1_281_167, "test": 50_000}
 REG = f"{REGISTERS}, Table 2a"
 D2 = f"{DINOV2}, Table 4"
 PAIRS = "image and text (Shutterstock)"

@@ -109,7 +109,7 @@ def _own_names(names: PathBlock) -> Iterator[bytes]:
 def _skipped(folder: Path, skip: str) -> frozenset[str]:
     if not skip:
         return frozenset()
-    return frozenset(line.strip() for line in lines(folder / Path(skip).expanduser(), NAME, f"your own {NAME}.skip"))
+    return frozenset(lines(folder / Path(skip).expanduser(), NAME, f"your own {NAME}.skip"))
 
 
 def _ranks(names: PathBlock, seed: int) -> np.ndarray:

@@ -33,7 +33,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Option, Options, Published, 
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
 from dinoreg.evaluation.published import DINOV2, DINOV3, REGISTERS, TEST_TIME, released
-from dinoreg.evaluation.readers.files import lines, matlab, missing, paths_source
+from dinoreg.evaluation.readers.files import listed, matlab, missing, paths_source
 from dinoreg.evaluation.readers.pixel_maps import read_depth_map
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
@@ -82,13 +82,11 @@ def read(folder: Path, options: Options) -> Data:
 def _listed(folder: Path, name: str, split: str) -> DepthMaps:
     """The frames of a list file."""
     rows = []
-    for number, line in enumerate(lines(folder / name, NAME, LIST_ARCHIVE), 1):
+    for number, line in enumerate(listed(folder / name, NAME, LIST_ARCHIVE), 1):
         fields = line.split()
         if len(fields) < 2:
             raise UserError(f"{NAME}: {folder / name} row {number}: {line!r}, expected an image and its depth")
         rows.append((fields[0].lstrip("/"), fields[1].lstrip("/")))
-    if not rows:
-        raise UserError(f"{NAME}: {folder / name} lists no images")
     tried = [folder / base for base in BASES[split]]
     base = next((each for each in tried if (each / rows[0][0]).is_file()), None)
     if base is None:
@@ -178,16 +176,16 @@ def _labelled(folder: Path, depths: str) -> dict[str, DepthMaps]:
     frames, path = LabelledFrames(folder / LABELLED, depths), folder / SPLITS
     variables = matlab(path, ("trainNdxs", "testNdxs"), NAME, SPLITS_ARCHIVE)
     numbers = {split: variables[f"{split}Ndxs"].astype(np.int64).ravel() for split in ("train", "test")}
-    for split, listed in numbers.items():
-        if not len(listed):
+    for split, picked in numbers.items():
+        if not len(picked):
             raise UserError(f"{NAME}: {path}: {split}Ndxs is empty")
-        if listed.min() < 1 or listed.max() > frames.total:
-            held = f"{listed.min()}..{listed.max()}"
+        if picked.min() < 1 or picked.max() > frames.total:
+            held = f"{picked.min()}..{picked.max()}"
             raise UserError(f"{NAME}: {path}: {split}Ndxs holds {held}, expected 1..{frames.total}")
     shared = np.intersect1d(numbers["train"], numbers["test"])
     if len(shared):
         raise UserError(f"{NAME}: {path}: frame {shared[0]} is in both splits")
-    return {split: frames.split((listed - 1).tolist()) for split, listed in numbers.items()}
+    return {split: frames.split((picked - 1).tolist()) for split, picked in numbers.items()}
 
 
 DVT_CODE = "head and settings of DVT (final norm, rate 5e-3): compare within this paper; mean of 3 seeds"

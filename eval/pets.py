@@ -16,7 +16,7 @@ from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import lines, paths_source, whole_number
+from dinoreg.evaluation.readers.files import listed, paths_source, whole_number
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "pets", "annotations.tar.gz"
@@ -25,35 +25,33 @@ CLASSES = 37
 
 def read(folder: Path, options: Options) -> Data:
     """trainval as "train", and "test", in the order of their files."""
-    listed = {"train": _listed(folder, "trainval"), "test": _listed(folder, "test")}
+    rows_of = {"train": _rows(folder, "trainval"), "test": _rows(folder, "test")}
     breeds: dict[int, str] = {}
-    for rows in listed.values():
+    for rows in rows_of.values():
         for name, label in rows:
             breed = name.rsplit("_", 1)[0]
             if breeds.setdefault(label, breed) != breed:
                 raise UserError(f"{NAME}: {folder / 'annotations'}: class {label + 1} is {breeds[label]} and {breed}")
     num_classes = max(breeds) + 1
     splits = {}
-    for split, rows in listed.items():
+    for split, rows in rows_of.items():
         source = paths_source(folder / "images", (f"{name}.jpg" for name, _ in rows), NAME)
         splits[split] = Labelled(source, np.array([label for _, label in rows]), num_classes)
     names = [breeds.get(label, f"class {label + 1}") for label in range(num_classes)]
     return Data(splits, class_names=[" ".join(word.title() for word in name.split("_")) for name in names])
 
 
-def _listed(folder: Path, split: str) -> list[tuple[str, int]]:
+def _rows(folder: Path, split: str) -> list[tuple[str, int]]:
     """(name, class from 0) of every row of a split file."""
     path = folder / "annotations" / f"{split}.txt"
     rows = []
-    for line in lines(path, NAME, ARCHIVE):
+    for line in listed(path, NAME, ARCHIVE):
         if line.startswith("#"):
             continue
         fields = line.split()
         if len(fields) != 4:
             raise UserError(f"{NAME}: {path}: {line!r}, expected name, class, species and breed")
         rows.append((fields[0], whole_number(fields[1], f"the class of {fields[0]}", path, 1, CLASSES) - 1))
-    if not rows:
-        raise UserError(f"{NAME}: {path} lists no images")
     return rows
 
 

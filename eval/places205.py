@@ -19,7 +19,7 @@ from dinoreg.data.sources import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import BASELINE, DINOV2, released, single_tokens
-from dinoreg.evaluation.readers.files import lines, paths_source, present, whole_number
+from dinoreg.evaluation.readers.files import listed, paths_source, present, whole_number
 from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES, LISTS = "places205", "imagesPlaces205_resize.tar.gz", "trainvalsplit_places205.tar.gz"
@@ -34,8 +34,8 @@ def read(folder: Path, options: Options) -> Data:
     """The training set, and the published validation set as "test"."""
     names = _categories(folder)
     splits = {}
-    for split, listed in (("train", "train"), ("test", "val")):
-        path = folder / NEEDS[listed].path
+    for split, name in (("train", "train"), ("test", "val")):
+        path = folder / NEEDS[name].path
         rows = _rows(path)
         labels = [whole_number(text, f"the class of {file}", path, 0, len(names) - 1) for file, text in rows]
         source = _source(folder, [file for file, _ in rows], options["images"])
@@ -46,13 +46,11 @@ def read(folder: Path, options: Options) -> Data:
 def _rows(path: Path) -> list[tuple[str, str]]:
     """(file, class as it is written) of every row of a list."""
     rows = []
-    for line in lines(path, NAME, LISTS):
-        file, space, text = line.rstrip().rpartition(" ")
+    for line in listed(path, NAME, LISTS):
+        file, space, text = line.rpartition(" ")
         if not space:
             raise UserError(f"{NAME}: {path}: {line[:120]!r}, expected a file, a space and the number of its class")
         rows.append((file, text))
-    if not rows:
-        raise UserError(f"{NAME}: {path} lists no images")
     return rows
 
 

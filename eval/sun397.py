@@ -14,7 +14,7 @@ from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Option, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import labelled, lines, missing
+from dinoreg.evaluation.readers.files import labelled, lines, listed, missing
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE, PARTITIONS = "sun397", "SUN397.tar.gz", "Partitions.zip"
@@ -28,7 +28,7 @@ def read(folder: Path, options: Options) -> Data:
     if not 1 <= split <= SPLITS:
         raise UserError(f"{NAME}.split={split}: expected 1..{SPLITS}")
     path = folder / "ClassName.txt"
-    names = [line.strip().removeprefix("/") for line in lines(path, NAME, ARCHIVE)]
+    names = [line.removeprefix("/") for line in lines(path, NAME, ARCHIVE)]
     if len(set(names)) != len(names):
         raise UserError(f"{NAME}: {path} lists a class twice")
     halves = {
@@ -44,7 +44,7 @@ def _half(folder: Path, file: str, names: list[str]) -> Labelled:
     path = next((each for each in candidates if each.is_file()), None)
     if path is None:
         raise missing(candidates[0], NAME, f"{PARTITIONS} (unpack it inside {folder.name} or beside it)")
-    images = [line.strip().removeprefix("/") for line in lines(path, NAME, PARTITIONS)]
+    images = [line.removeprefix("/") for line in listed(path, NAME, PARTITIONS)]
     return labelled(folder, [(image.rpartition("/")[0], image) for image in images], names, path, NAME)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dinoreg.commands.main import main
-from dinoreg.config.values import Text
+from dinoreg.config.option import Text
 from dinoreg.evaluation.benchmark import PROTOCOLS
 from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.custom.splits import hold_out

@@ -399,7 +399,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str,
 
 def retire_teachers(run: Path) -> None:
     """Remove the teacher files of checkpoints that are no longer there; the best always stays."""
-    kept = {path.name for path in (run / "checkpoints").glob("step_*")} | {read_pointer(run / "checkpoints", "best")}
+    steps = {path.name for path in (run / "checkpoints").glob("step_*")} | {read_pointer(run / "checkpoints", "best")}
     for path in (run / "teacher").glob("step_*"):
-        if path.suffix in (".safetensors", ".json") and path.stem not in kept:
+        if path.suffix in (".safetensors", ".json") and path.stem not in steps:
             path.unlink(missing_ok=True)

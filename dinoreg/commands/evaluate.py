@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dinoreg.config.keys import build, flatten, nested
+from dinoreg.config.option import dotted, read
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.runner import Planned, Request, check_size, choose, evaluate_all, preflight
@@ -26,12 +26,16 @@ def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
 
     raises UserError for an unknown key, naming the nearest, or a value of the wrong type
     """
-    layer = nested(overrides)
     names = {name: each.name for each in benchmarks().values() for name in (each.name, *each.aliases)} | {"own": "own"}
-    given = [key for key in layer if key in names and isinstance(layer[key], dict)]
-    dataset = {names[key]: layer.pop(key) for key in given}
-    flat = flatten(layer, EvalOptions, "command line")
-    return Request(build(EvalOptions, flat), frozenset(flat), dataset)
+    general: dict[str, Any] = {}
+    dataset: dict[str, dict[str, Any]] = {}
+    for key, value in dotted(overrides).items():
+        name, _, rest = key.partition(".")
+        if rest and name in names:
+            dataset.setdefault(names[name], {})[rest] = value
+        else:
+            general[key] = value
+    return Request(*read(EvalOptions, general), dataset)
 
 
 def evaluate_command(names: Sequence[str], request: Request) -> None:

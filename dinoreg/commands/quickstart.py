@@ -10,11 +10,13 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
 from dinoreg.data.sources import ScenesSource
@@ -24,7 +26,7 @@ from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Result
 from dinoreg.evaluation.runner import Request, evaluate_all, preflight
-from dinoreg.reports.run_folder import read_run
+from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
 from dinoreg.scenes.layout import label_of
 from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES
@@ -62,7 +64,8 @@ class PretrainedEncoder(NativeEncoder):
 
     def random_init(self, seed: int = 0) -> Encoder:
         """The student before its first step; `seed` is that of the run."""
-        return NativeEncoder(build_networks(self.config)[0]["backbone"], "random init", self.mean, self.std)
+        start = cast(RegisterViT, build_networks(self.config)[0]["backbone"])
+        return NativeEncoder(start, "random init", self.mean, self.std)
 
 
 def probe_run(config: Config, run: Path) -> Result:

@@ -15,8 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dinoreg.config.bundled import bundled, run_file
-from dinoreg.config.keys import nearest
-from dinoreg.config.values import Text
+from dinoreg.config.option import Text, nearest
 from dinoreg.runtime.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dinoreg.config.bundled import bundled
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.data.declared import load_declaration
 from dinoreg.runtime.errors import UserError
 
@@ -148,7 +148,7 @@ class Benchmark:
 
     def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every option of the dataset with its value; UserError for an unknown one or a wrong type."""
-        from dinoreg.config.values import convert
+        from dinoreg.config.option import convert
 
         known = {option.name: option for option in self.options}
         for key in given:

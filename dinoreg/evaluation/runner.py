@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.context import Context, show_progress

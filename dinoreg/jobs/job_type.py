@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.config.bundled import bundled, run_file
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
 

@@ -25,3 +25,8 @@ class Interrupted(Exception):
         self.signal_number = signal_number
         self.collective = True  # all processes of the command end with it
         self.reported = False  # another of them says it
+
+
+def one_line(error: BaseException, limit: int | None = None) -> str:
+    """An error's text in one line, at most `limit` characters of it; its type where it has none."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -6,9 +6,8 @@ import secrets
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,12 +24,6 @@ from dinoreg.train.online_probe import Probe, build_general, build_probe
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
-
-# Options that a resumed run may change without changing its losses.
-WITHOUT_EFFECT = {
-    *("out", "resume", "overwrite", "device", "threads", "parallel", "checkpoint", "log", "probe", "health"),
-    *("data.workers", "data.prefetch", "data.index_dir", "model.checkpointing", "model.compile"),
-}
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
@@ -232,26 +225,10 @@ def changed_config(config: Config, out: Path) -> list[str]:
     path = out / "config.yaml"
     if not config.resume or not path.is_file():
         return []
-    then, now = _options(load_config(path)), _options(config)
-    changed = [f"{key}={now[key]} (was {then[key]})" for key in now if then[key] != now[key]]
+    # The device shapes no weights but by its rounding.
+    before, after = ({**each.shaping(), "device": each.device} for each in (load_config(path), config))
+    changed = [f"{key}={after[key]} (was {before[key]})" for key in after if before[key] != after[key]]
     return [f"resumed with {', '.join(changed)}: losses differ from an unbroken run's"] if changed else []
-
-
-def _options(config: Config) -> dict[str, Any]:
-    """What moves the weights, by dotted key."""
-    found = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if item.name in WITHOUT_EFFECT:
-            continue
-        if not is_dataclass(value):
-            found[item.name] = value
-            continue
-        for inner in fields(value):
-            key = f"{item.name}.{inner.name}"
-            if key not in WITHOUT_EFFECT:
-                found[key] = getattr(value, inner.name)
-    return found
 
 
 def claim_folder(setup: Setup) -> None:

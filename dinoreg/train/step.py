@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dinoreg.config.load import LossConfig
+from dinoreg.config.schema import LossConfig
 from dinoreg.data.loader import Batch
 from dinoreg.distributed import process_group as distributed
 from dinoreg.losses.anchor import anchor_loss

@@ -119,11 +119,11 @@ def _pointed_teacher(run: Path, pointer: str) -> Path | None:
     return teacher if _STEP_NAME.fullmatch(step) and teacher.is_file() else None
 
 
-def _teacher_of(run: Path, name: str, asked: Path) -> Path:
+def _teacher_of(run: Path, name: str, source: Path) -> Path:
     """The teacher file of a checkpoint: every checkpoint is written together with one."""
     teacher = run / "teacher" / f"{name}.safetensors" if _STEP_NAME.fullmatch(name) else _pointed_teacher(run, name)
     if teacher is None or not teacher.is_file():
-        raise UserError(f"weights {asked}: the teacher file of this checkpoint is not in {run / 'teacher'}")
+        raise UserError(f"weights {source}: the teacher file of this checkpoint is not in {run / 'teacher'}")
     return teacher
 
 

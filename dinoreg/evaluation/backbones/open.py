@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, seeded, wrap
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.data.tables import inside, parquet_table, rows_of
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, Listing
 from dinoreg.runtime.errors import UserError

@@ -40,7 +40,7 @@ class Classification(Measurement[Labelled]):
         """One of the metrics with its interval, by default the task's; both stand in the details. `fields` of Row."""
         test, metric = self.split("test"), metric or self.task.metric
         values = {name: function(predicted, test.labels) for name, function in METRICS.items()}
-        shared = {
+        shared: dict[str, Any] = {
             "n_train": len(self.split("train")),
             "n_test": len(test),
             "chance": 1.0 / test.num_classes,

@@ -22,7 +22,7 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.dense.windows import TrainingStream, shuffled
+from dinoreg.evaluation.dense.windows import shuffled, training_stream
 from dinoreg.evaluation.features.cache import Features
 from dinoreg.evaluation.features.images import CentreCrop, read_rgb
 from dinoreg.evaluation.options import EvalOptions, LinearOptions
@@ -144,7 +144,7 @@ class Grid:
 
         SGD at the rate 1 then moves a head as SGD at the head's own rate would: momentum is linear in the gradient.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
         for kind, logits in self.logits(x).items():
             truth = labels[:, None].expand(logits.shape[:2])
             losses = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").mean(dim=0)  # (rates,)
@@ -169,7 +169,7 @@ class Grid:
         sgd = {key: torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9) for key, head in heads.items()}
         cached = None if self.options.augment else self.features(self.split, "train")
         seed, workers = self.context.seed, self.context.workers
-        with TrainingStream(self._crop, len(self.rows), self.batch_size, self.steps, seed, workers) as stream:
+        with training_stream(self._crop, len(self.rows), self.batch_size, self.steps, seed, workers) as stream:
 
             def losses(step: int) -> dict[str, Tensor]:
                 x, rows = self.stored(cached, step) if cached is not None else self.augmented(stream(step))
@@ -201,7 +201,7 @@ class Grid:
     def scores(self, features: Features, labels: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
         """Top-1 of every head on all images, or some rows; -1 for one whose training went wrong."""
         truth = torch.from_numpy(labels if rows is None else labels[rows]).to(self.encoder.device)
-        found = {}
+        found: dict[str, float] = {}
         for kind in self.kinds:
             right = torch.zeros(len(self.options.lrs), device=truth.device, dtype=torch.float64)
             for part, x in self._chunks(features, rows):

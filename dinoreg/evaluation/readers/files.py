@@ -44,8 +44,16 @@ def read_text(path: Path, dataset: str, archive: str) -> str:
 
 
 def lines(path: Path, dataset: str, archive: str) -> list[str]:
-    """The lines of a text file that are not empty, without their line ends."""
-    return [line for line in read_text(path, dataset, archive).splitlines() if line.strip()]
+    """The lines of a text file that are not empty, without white space around them."""
+    return [line.strip() for line in read_text(path, dataset, archive).splitlines() if line.strip()]
+
+
+def listed(path: Path, dataset: str, archive: str) -> list[str]:
+    """The lines of a list of images; UserError for an empty one."""
+    rows = lines(path, dataset, archive)
+    if not rows:
+        raise UserError(f"{dataset}: {path} lists no images")
+    return rows
 
 
 def read_json(

@@ -16,11 +16,11 @@ from xml.parsers import expat
 
 import numpy as np
 
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.data.source import Source
 from dinoreg.evaluation.benchmark import Options, Reader
 from dinoreg.evaluation.data import IGNORED, Boxed, Data, MultiLabelled, Segmented, Split
-from dinoreg.evaluation.readers.files import lines, missing, paths_source, read_bytes, segmented
+from dinoreg.evaluation.readers.files import lines, listed, missing, paths_source, read_bytes, segmented
 from dinoreg.runtime.errors import UserError
 
 CLASSES = (
@@ -47,17 +47,15 @@ class Devkit:
     def names(self, split: str, kind: str = "Main") -> list[str]:
         """The images of a split in the order of its list; `kind` is "Main" or "Segmentation"."""
         path = self.folder / "ImageSets" / kind / f"{split}.txt"
-        found = [line.split()[0] for line in lines(path, self.dataset, self.archives[split])]
-        if not found:
-            raise UserError(f"{self.dataset}: {path} lists no images")
-        if len(set(found)) < len(found):
+        names = [line.split()[0] for line in listed(path, self.dataset, self.archives[split])]
+        if len(set(names)) < len(names):
             raise UserError(f"{self.dataset}: {path} lists an image twice")
-        for name in found:
+        for name in names:
             if "/" in name or "\\" in name or name in (".", ".."):
                 raise UserError(
                     f"{self.dataset}: {path} lists {name!r}, expected the name of an image without a folder"
                 )
-        return found
+        return names
 
     def labelled(self, split: str) -> MultiLabelled:
         """Which classes each image of a split shows, by the class lists; -1 where only difficult ones."""
@@ -125,7 +123,7 @@ def voc_reader(
 
     def read(folder: Path, options: Options) -> Data:
         kit = Devkit(folder, dataset, archives)
-        found = {split: read_split(kit, listed) for split, listed in splits.items()}
+        found = {split: read_split(kit, name) for split, name in splits.items()}
         return Data(found, class_names, variant, extra={"rule": dataset})
 
     return read
