@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from training import loss_trace, tiny_config
 
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands import quickstart as module
 from dinoreg.commands.quickstart import probe_run, quickstart
 from dinoreg.config.load import Config
@@ -18,7 +19,6 @@ from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.features.cache import Features, FeatureStore
 from dinoreg.evaluation.result import Result, Row
-from dinoreg.reports.run_folder import read_run
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes.render import NUM_CLASSES

@@ -51,7 +51,7 @@ def test_two_commands_set_everything_up() -> None:
     assert len(setup) == 2
     assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install -e ") for line in setup)
     assert setup[0].endswith("&& .venv/bin/dinoreg quickstart")
-    assert setup[1].endswith("&& .venv/bin/python -m pytest -n 2 --dist loadfile")
+    assert setup[1].endswith("&& .venv/bin/python -m pytest --slow")
 
 
 def test_continuous_integration_runs_the_test_command_verbatim() -> None:

@@ -17,10 +17,10 @@ from skimage.filters import threshold_otsu
 from small_runs import MEAN, STD, STEP, tiny_model, write_run
 from test_report import parse
 
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands.main import main
 from dinoreg.data.center_crop import center_crop
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.run_folder import read_run
 from dinoreg.runtime.errors import UserError
 from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
 from dinoreg.visualize.contact_sheet import GAP
@@ -36,6 +36,7 @@ from dinoreg.visualize.pca import (
     write_basis,
 )
 from dinoreg.visualize.subject import fit, open_images, open_subject, picture_size, stated_preprocessing
+from dinoreg.weights.library_configs import library_of, preprocessing_of
 
 REGISTERS = (0, 1, 4, 8)
 
@@ -248,7 +249,8 @@ def test_a_transformers_folder_states_its_preprocessing(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1] * 3})
     )
-    assert stated_preprocessing(tmp_path / "model.safetensors", 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    stated = preprocessing_of(tmp_path, library_of(tmp_path) or "")
+    assert stated_preprocessing(stated, 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(

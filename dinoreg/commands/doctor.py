@@ -6,14 +6,13 @@ Nothing here needs a working PyTorch: an installation that cannot be imported is
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dinoreg.runtime.dependencies import DEPENDENCIES, find, install
 from dinoreg.runtime.environment import environment, version
 from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.json_files import read_json, read_json_lines, read_text
 
 # Importing one of these takes seconds: that it is installed has to do.
 SLOW_IMPORTS = ("timm", "transformers")
@@ -192,9 +191,9 @@ def examine_run(run: Path) -> list[Section]:
 
 
 def _progress_rows(run: Path) -> list[tuple[str, str, str]]:
-    metrics = _json_lines(run / "metrics.jsonl")
+    metrics = read_json_lines(run / "metrics.jsonl")
     last = metrics[-1] if metrics else {}
-    status = _json(run / "status.json")
+    status = read_json(run / "status.json")
     step, num_steps = status.get("step", last.get("step", 0)), status.get("num_steps", "?")
     rows = []
     if status.get("phase") == "finished":
@@ -208,7 +207,7 @@ def _progress_rows(run: Path) -> list[tuple[str, str, str]]:
         rows.append(("last line", "", shown))
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
-    probes = _json_lines(run / "probe.jsonl")
+    probes = read_json_lines(run / "probe.jsonl")
     if probes:
         shown = ", ".join(f"{key} {_short(value)}" for key, value in probes[-1].items() if key != "probe_time")
         rows.append(("last probe", "", shown))
@@ -244,7 +243,7 @@ def _checkpoint_rows(run: Path) -> list[tuple[str, str, str]]:
 
 
 def _health_rows(run: Path) -> list[tuple[str, str, str]]:
-    events = _json_lines(run / "health" / "events.jsonl")
+    events = read_json_lines(run / "health" / "events.jsonl")
     latest: dict[str, dict[str, Any]] = {}
     counts: dict[str, int] = {}
     for event in events:
@@ -256,7 +255,7 @@ def _health_rows(run: Path) -> list[tuple[str, str, str]]:
         times = f" ({counts[name]} times)" if counts[name] > 1 else ""
         said = ". ".join(str(event[key]) for key in ("message", "remedy") if event.get(key))
         rows.append((name, "problem", f"step {event.get('step', '?')}{times}: {said}"))
-    rejected = _json_lines(run / "health" / "nonfinite.jsonl")
+    rejected = read_json_lines(run / "health" / "nonfinite.jsonl")
     if rejected:
         steps = ", ".join(str(line.get("step")) for line in rejected[-5:])
         rows.append(("non-finite steps", "problem", f"{len(rejected)} were left out, the last at {steps}"))
@@ -264,7 +263,7 @@ def _health_rows(run: Path) -> list[tuple[str, str, str]]:
 
 
 def _image_rows(run: Path) -> list[tuple[str, str, str]]:
-    skipped = _json_lines(run / "skipped.jsonl")
+    skipped = read_json_lines(run / "skipped.jsonl")
     if not skipped:
         return [("unreadable", "ok", "none met")]
     rows = [("unreadable", "problem", f"{len(skipped)} skipped, listed in {run / 'skipped.jsonl'}")]
@@ -272,37 +271,9 @@ def _image_rows(run: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that are JSON objects; a kill may have cut the last one short."""
-    try:
-        lines: Iterable[str] = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
-
-
 def _last_traceback(path: Path) -> str | None:
     """The last line of the last traceback in a log, if nothing was logged after it."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return None
+    lines = read_text(path).splitlines()
     starts = [index for index, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     return lines[-1] if starts and lines[-1][:1].isalpha() else None
 

@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
 from dinoreg.data.sources import ScenesSource
@@ -26,7 +27,6 @@ from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Result
 from dinoreg.evaluation.runner import Request, evaluate_all, preflight
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.run_folder import read_run
 from dinoreg.reports.verdict import verdict
 from dinoreg.scenes.layout import label_of
 from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import Source
 from dinoreg.data.sources import ScenesSource
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
-from dinoreg.registers.figures import Seen
-from dinoreg.registers.measure import SHOWN, Measured, Pictures, as_json, fit, measure
+from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge
 from dinoreg.runtime.errors import RunError, UserError
@@ -47,29 +45,25 @@ def report_registers(options: RegistersOptions) -> Path:
         raise UserError(f"out={out}: is a file, expected a folder")
     pictures, skipped = read_pictures(options, size, subjects[0].model.in_channels)
     measured: list[Measured] = []
-    for subject, encoder in zip(subjects, _encoders(subjects)):
-        first = measure(encoder, pictures, options.seed, partial(_tell, encoder.name))
-        wanted = options.test_time and not subject.model.num_registers and first.record["outliers"]["kind"] != "none"
-        if not wanted:
-            measured.append(first)
-            continue
-        _tell(encoder.name, "looking for register neurons")
-        first = replace(first, fitted=fit(encoder, pictures, first))
-        assert first.fitted is not None
-        changed = NativeEncoder(
-            first.fitted.model, f"{encoder.name} + test-time register", encoder.mean, encoder.std, encoder.device
-        )
-        second = measure(changed, pictures, options.seed, partial(_tell, changed.name))
-        second.record["added"] = True
-        measured += [first, second]
-    seen = [_seen(each) for each in measured]
+    for encoder in _encoders(subjects):
+        first = measure(encoder, pictures, options.seed, partial(_report_progress, encoder.name))
+        measured.append(first)
+        if options.test_time and not encoder.num_registers and first.record["outliers"]["kind"] != "none":
+            _report_progress(encoder.name, "looking for register neurons")
+            model = fit(encoder, pictures, first).model
+            name = f"{encoder.name} + test-time register"
+            changed = NativeEncoder(model, name, encoder.mean, encoder.std, encoder.device)
+            second = measure(changed, pictures, options.seed, partial(_report_progress, name))
+            second.record["added"] = True
+            measured.append(second)
     shown = pictures.images[:SHOWN, :3]
     channels = shown if shown.shape[1] == 3 else shown[:, :1].expand(-1, 3, -1, -1)
-    page = write_registers(seen, channels.permute(0, 2, 3, 1).numpy(), out, skipped)
-    Console().print(console_table([each.record for each in seen]))
-    for each in seen:
-        words = judge(each.record)
-        print(f"{each.record['name']}: {' '.join((words.headline, *words.sentences))}")
+    page = write_registers(measured, channels.permute(0, 2, 3, 1).numpy(), out, skipped)
+    records = [each.record for each in measured]
+    Console().print(console_table(records))
+    for record in records:
+        words = judge(record)
+        print(f"{record['name']}: {' '.join((words.headline, *words.sentences))}")
     print(f"report: {page}")
     return page
 
@@ -146,16 +140,5 @@ def _encoders(subjects: Sequence[Subject]) -> list[NativeEncoder]:
     ]
 
 
-def _seen(measured: Measured) -> Seen:
-    rows, columns = measured.record["grid"]
-    count = len(measured.attention)
-    return Seen(
-        as_json(measured),
-        measured.norms[-1, :count].reshape(count, rows, columns).numpy(),
-        measured.outliers[:count].reshape(count, rows, columns).numpy(),
-        measured.attention.numpy(),
-    )
-
-
-def _tell(name: str, line: str) -> None:
+def _report_progress(name: str, line: str) -> None:
     print(f"{name}: {line}", file=sys.stderr, flush=True)

@@ -1,15 +1,22 @@
-"""What a run folder holds, for people to see: every file may be missing, cut short or of another version."""
+"""The one reader of a run folder: every file may be missing, cut short or of another version.
+
+`read_run` loads all that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from dinoreg.runtime.json_files import is_number, number, read_json, read_json_lines, read_text
+
+_STEP = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,12 @@ class Probe:
     low: float
     high: float
     baselines: dict[str, tuple[float, float, float]]  # name -> value, low, high
-    details: dict[str, Any]  # everything else in the record
+    details: dict[str, Any]  # the whole record
+
+    @property
+    def unit(self) -> str:
+        """Of the values: "share" (in [0, 1]), or what stands behind the number."""
+        return str(self.details.get("unit", "share"))
 
 
 @dataclass
@@ -45,6 +57,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The folder's own."""
         return self.folder.resolve().name or str(self.folder)
 
     @property
@@ -55,11 +68,13 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
+        """Steps that the run is to make."""
         value = self.status.get("num_steps", self.config.get("steps"))
         return int(number(value)) if is_number(value) else None
 
     @property
     def images_seen(self) -> int | None:
+        """Images of all processes up to the last line of metrics.jsonl."""
         value = self.metrics[-1].get("images") if self.metrics else None
         return int(number(value)) if is_number(value) else None
 
@@ -78,10 +93,11 @@ class Run:
         """The finite values of a key of metrics.jsonl or probe.jsonl, against the step (or the images)."""
         lines = [line for line in self.metrics + self.probe if key in line]
         pairs = [(number(line.get(x)), number(line[key])) for line in lines]
-        kept = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
-        return [a for a, _ in kept], [b for _, b in kept]
+        finite = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
+        return [a for a, _ in finite], [b for _, b in finite]
 
     def last(self, key: str) -> float | None:
+        """The last finite value of a key of metrics.jsonl or probe.jsonl."""
         values = self.series(key)[1]
         return values[-1] if values else None
 
@@ -93,37 +109,50 @@ class Run:
 def read_run(folder: str | Path) -> Run:
     """Everything a report shows of a run folder; unreadable pieces are left empty."""
     path = Path(folder)
-    text = _text(path / "config.yaml")
+    text = read_text(path / "config.yaml")
     run = Run(
         folder=path,
         config_text=text,
         config=_yaml(text),
-        environment=_json(path / "environment.json"),
-        status=_json(path / "status.json"),
-        metrics=_by_step(_lines(path / "metrics.jsonl")),
-        probe=_by_step(_lines(path / "probe.jsonl")),
-        events=_lines(path / "health" / "events.jsonl"),
-        skipped=_lines(path / "skipped.jsonl"),
+        environment=read_json(path / "environment.json"),
+        status=read_json(path / "status.json"),
+        metrics=_by_step(read_json_lines(path / "metrics.jsonl")),
+        probe=_by_step(read_json_lines(path / "probe.jsonl")),
+        events=read_json_lines(path / "health" / "events.jsonl"),
+        skipped=read_json_lines(path / "skipped.jsonl"),
         probes=_probes(path / "eval"),
         pictures=_pictures(path / "view"),
     )
     for extra in sorted((path / "health").glob("*.json")):
-        content = _json(extra)
+        content = read_json(extra)
         if "name" in content and "message" in content:
             run.events.append(content)
-    teachers = sorted((path / "teacher").glob("step_*.safetensors"))
-    if teachers:
-        run.parameters = _parameters(teachers[-1])
+    teacher = newest_teacher(path)
+    if teacher is not None:
+        run.parameters = _parameters(teacher)
     return run
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def line_at(lines: Sequence[Mapping[str, Any]], step: int | None) -> Mapping[str, Any]:
+    """The last of some lines in order of the step that is not beyond a step (None: of all); {} if there is none."""
+    return next((line for line in reversed(lines) if step is None or line["step"] <= step), {})
 
 
-def number(value: Any) -> float:
-    """A value of a JSON line as a float; NaN when it is not one ("nan", null, a list)."""
-    return float(value) if is_number(value) else math.nan
+def newest_teacher(run: Path) -> Path | None:
+    """The teacher file of the highest step of a run folder."""
+    return max((run / "teacher").glob("step_*.safetensors"), default=None, key=lambda path: path.stem)
+
+
+def teacher_step(path: Path) -> int | None:
+    """The step in the name of a teacher file; None for other files."""
+    match = _STEP.fullmatch(path.stem)
+    return int(match[1]) if match else None
+
+
+def run_of(weights: Path) -> Path | None:
+    """The run folder that a weight file lies in, `RUN/teacher/FILE`; None for other files."""
+    run = weights.parent.parent
+    return run if weights.parent.name == "teacher" and (run / "config.yaml").is_file() else None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -137,13 +166,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def _yaml(text: str) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
@@ -152,41 +174,19 @@ def _yaml(text: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_text(path))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file with one a line; the line that a kill cut short is passed over."""
-    found = []
-    for line in _text(path).splitlines():
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
-
-
 def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """In order of the step; of several lines for one step, as after a resume, the last."""
-    kept = {line["step"]: line for line in lines if is_number(line.get("step"))}
-    return [kept[step] for step in sorted(kept)]
+    last = {line["step"]: line for line in lines if is_number(line.get("step"))}
+    return [last[step] for step in sorted(last)]
 
 
 def _probes(folder: Path) -> list[Probe]:
-    found = []
+    probes = []
     for path in sorted(folder.glob("*/*.json")):
-        content = _json(path)
-        if not path.parent.name.isdigit() or not is_number(content.get("value")):
-            continue
-        found.append(read_probe(content, path))
-    return sorted(found, key=lambda probe: (probe.step, probe.dataset))
+        content = read_json(path)
+        if path.parent.name.isdigit() and is_number(content.get("value")):
+            probes.append(read_probe(content, path))
+    return sorted(probes, key=lambda probe: (probe.step, probe.dataset))
 
 
 def read_probe(content: Mapping[str, Any], path: Path) -> Probe:
@@ -202,11 +202,7 @@ def read_probe(content: Mapping[str, Any], path: Path) -> Probe:
             for name, row in (baselines.items() if isinstance(baselines, dict) else ())
             if isinstance(row, dict) and is_number(row.get("value"))
         },
-        details={
-            key: value
-            for key, value in content.items()
-            if key not in ("dataset", "metric", "value", "low", "high", "baselines")
-        },
+        details=dict(content),
     )
 
 
