@@ -118,7 +118,15 @@ def _is_finished(run: Path) -> bool:
 def list_datasets() -> None:
     """Print the table of every dataset: task, classes, splits, metrics and protocols, download, licence."""
     table = Table(title="dinoreg eval NAME weights=… root=…", show_lines=True)
-    for heading in ("name", "task", "classes", "images", "metric (protocol)", "folder and download", "licence"):
+    for heading in (
+        "name",
+        "task",
+        "classes",
+        "images",
+        "metric (protocol)",
+        "folder, download and options",
+        "licence",
+    ):
         table.add_column(heading, overflow="fold")
     for benchmark in benchmarks().values():
         metrics = "\n".join(f"{task.metric} ({PROTOCOLS[task.protocol][1]})" for task in benchmark.tasks)
@@ -134,6 +142,9 @@ def list_datasets() -> None:
     console = Console()
     # A pipe has no width: a line that nobody wrapped is easier to search.
     Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
+    print("keys of single datasets:")
+    for benchmark in benchmarks().values():
+        print("".join(f"  {line}\n" for line in benchmark.options_in_words()), end="")
 
 
 def _prepare(names: Sequence[str], request: Request, everything: bool) -> tuple[list[Planned], dict[str, str]]:
