@@ -185,7 +185,7 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _ignore_expected_warnings() -> None:
-    """DCP warns whenever it is used by a single process, which here is the plain case, and of its own use of storages."""
+    """DCP warns when it is used by a single process, which here is the plain case, and of its own use of storages."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 

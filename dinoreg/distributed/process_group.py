@@ -139,8 +139,7 @@ class Ranks:
             problem = error
         if self.world_size == 1:
             return
-        kinds: dict[type[Exception], str] = {UserError: "user", RunError: "run"}
-        own = None if problem is None else (kinds.get(type(problem), "other"), f"{problem}" or type(problem).__name__)
+        own = None if problem is None else (isinstance(problem, UserError), f"{problem}" or type(problem).__name__)
         errors = self.gather_objects(own)
         failed = [rank for rank, error in enumerate(errors) if error is not None]
         if not failed:
@@ -148,8 +147,8 @@ class Ranks:
         if problem is not None and failed[0] == self.rank:
             self.mark_common(problem)
             raise problem
-        kind, message = errors[failed[0]]
-        elsewhere = (UserError if kind == "user" else RunError)(f"rank {failed[0]}: {message}")
+        user_error, message = errors[failed[0]]
+        elsewhere = (UserError if user_error else RunError)(f"rank {failed[0]}: {message}")
         elsewhere.reported = True
         self.mark_common(elsewhere)
         raise elsewhere from problem
