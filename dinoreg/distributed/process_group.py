@@ -159,6 +159,23 @@ def session(device: str, timeout: float) -> Iterator[None]:
     _leave(owner, healthy=True)
 
 
+@contextmanager
+def simulated_session(count: int) -> Iterator[None]:
+    """Be rank 0 of `count` processes of which the others do not exist: collectives return at once, moving nothing.
+
+    Within it, collectives work on fake tensors as well.
+    """
+    import torch.distributed._tools.fake_collectives  # noqa: F401 - registers them for tensors without values
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        _subgroups.clear()
+
+
 def _leave(owner: bool, healthy: bool) -> None:
     """Close all connections; the others notice, at the latest when this process has gone."""
     global _control, _peers
