@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 from pathlib import Path
 
@@ -14,55 +15,8 @@ BUNDLED = ("configs", "eval", "launch")
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "dinoreg" / "__init__.py").read_text(), re.MULTILINE)
 assert VERSION is not None
 
-CORE = [
-    "torch>=2.10",
-    "torchvision>=0.25",
-    "numpy>=1.26",
-    "xformers>=0.0.35; sys_platform == 'linux' and platform_machine == 'x86_64'",
-    "fvcore>=0.1.5",
-    "submitit>=1.5",
-    "omegaconf>=2.3",
-    "safetensors>=0.4.3",
-    "pillow>=10.3",
-    "rich>=13",
-    "tensorboard>=2.14",
-    "matplotlib>=3.8",
-]
-EXTRAS = {
-    "eval": [
-        "scikit-learn>=1.4",
-        "torchmetrics>=1.4",
-        "scipy>=1.11",
-        "h5py>=3.10",
-        "pycocotools>=2.0.8",
-    ],
-    "data": ["pyarrow>=15", "tifffile>=2024.1", "pydicom>=3"],
-    "export": ["timm>=1.0.16", "transformers>=4.51", "onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.3"],
-    "log": ["wandb>=0.17", "mlflow>=2.14"],
-}
-TEST = [
-    "pytest>=8",
-    "pytest-xdist>=3.5",
-    "ruff>=0.8",
-    "mypy>=1.11",
-    "setuptools>=77",
-    "wheel>=0.43",
-    "timm>=1.0.16",
-    "transformers>=4.51",
-    "onnx>=1.16",
-    "onnxruntime>=1.18",
-    "onnxscript>=0.3",
-    "scikit-learn>=1.4",
-    "scikit-image>=0.23",
-    "scipy>=1.11",
-    "torchmetrics>=1.4",
-    "h5py>=3.10",
-    "pycocotools>=2.0.8",
-    "pyarrow>=15",
-    "tifffile>=2024.1",
-]
-EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
-EXTRAS["test"] = TEST
+# Run as a file: to import it as a part of dinoreg would need dinoreg's requirements to be there.
+requirements = runpy.run_path(str(HERE / "dinoreg" / "runtime" / "dependencies.py"))["requirements"]
 
 
 class BuildWithDeclarations(build_py):
@@ -104,8 +58,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dinoreg", "dinoreg.*"]),
-    install_requires=CORE,
-    extras_require=EXTRAS,
+    package_data={"": ["templates/*"]},
+    install_requires=requirements("core"),
+    extras_require={extra: requirements(extra) for extra in ("eval", "data", "export", "all", "test")},
     entry_points={"console_scripts": ["dinoreg = dinoreg.commands.main:main"]},
     cmdclass={"build_py": BuildWithDeclarations},
     classifiers=[

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import colorsys
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ import measure
 import numpy as np
 from PIL import Image
 
-from dinoreg.commands.quickstart import FIRST_PROBE_SCENE
+from dinoreg.commands.quickstart import FIRST_PROBE_SCENE, probe
 from dinoreg.config.load import load_config
-from dinoreg.evaluation.features.extract import linear_probe
+from dinoreg.evaluation.backbones.encoder import wrap
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.readers.arrays import ArraySource
 from dinoreg.scenes.layout import UNITS, label_of
 from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, render, render_image
 from dinoreg.scenes.shapes import KINDS
@@ -88,33 +91,28 @@ def write_folder(folder: Path, first: int, count: int) -> Path:
     return folder
 
 
-def pictures(kind: str, first: int, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n, S, S, 3) uint8 and labels (n,) of original or shifted scenes."""
+def labelled(kind: str, first: int, count: int, size: int) -> Labelled:
+    """Original or shifted scenes, with their classes."""
     indices = range(first, first + count)
     if kind == "shifted":
         drawn = [shifted(index, size) for index in indices]
     else:
         drawn = [(render_image(index, size), label_of(index)) for index in indices]
-    return np.stack([image for image, _ in drawn]), np.array([label for _, label in drawn])
+    pixels, labels = np.stack([image for image, _ in drawn]), np.array([label for _, label in drawn])
+    return Labelled(ArraySource(pixels, f"{kind} scenes"), labels, NUM_CLASSES)
 
 
 def linear_scores(weights: Path, num_train: int, num_test: int) -> dict[str, list[float]]:
     """Linear probes of a run's last teacher: {"original", "shifted"} -> [top-1, low, high]."""
     config = load_config("quickstart")
+    encoder = wrap(load(weights), weights.stem, config.augment.mean, config.augment.std)
     scores = {}
     for kind, first in (("original", FIRST_PROBE_SCENE), ("shifted", LINEAR_FIRST)):
         size = config.crops.global_size
-        train, test = pictures(kind, first, num_train, size), pictures(kind, first + num_train, num_test, size)
-        row = linear_probe(
-            load(weights),
-            *train,
-            *test,
-            num_classes=NUM_CLASSES,
-            mean=config.augment.mean,
-            std=config.augment.std,
-            mean_patch=True,
-        )
-        scores[kind] = [row.accuracy, row.low, row.high]
+        train, test = labelled(kind, first, num_train, size), labelled(kind, first + num_train, num_test, size)
+        with tempfile.TemporaryDirectory() as folder:
+            row = probe(encoder, Data({"train": train, "test": test}), Path(folder), kind, baselines=False).headline
+        scores[kind] = [row.value, row.low, row.high]
     return scores
 
 

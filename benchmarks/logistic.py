@@ -46,7 +46,7 @@ def build(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
         return float(losses.mean() + 0.5 * np.square(weight, dtype=np.float64).sum() / (C * len(labels)))
 
     def dinoreg() -> tuple[np.ndarray, np.ndarray]:
-        from dinoreg.evaluation.solvers.softmax_regression import fit_logistic
+        from dinoreg.evaluation.solvers.regularisation_path import fit_logistic
 
         model = fit_logistic(torch.from_numpy(features), labels, classes, C, tolerance=1e-6)  # as the evaluators' path
         return model.weight.numpy(), model.bias.numpy()

@@ -6,27 +6,24 @@ The folders are the official split; there are no public labels for the test imag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Need, Published, Task
-from dinoreg.evaluation.data import IGNORED, Data, Segmented
-from dinoreg.evaluation.dense.label_maps import read_mask
-from dinoreg.evaluation.readers.text import lines, missing, paths_source
+from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
+from dinoreg.evaluation.data import Data, Segmented
+from dinoreg.evaluation.published import BASELINE, DENOISING, DINOV2, REGISTERS, TEST_TIME, released
+from dinoreg.evaluation.readers.files import lines, missing, segmented
 from dinoreg.runtime.errors import UserError
 
 NAME = "ade20k"
 ARCHIVE = "ADEChallengeData2016.zip"
 NUM_CLASSES = 150
 SPLITS = {"train": "training", "test": "validation"}
+KINDS = ("images", "annotations")
 NAMES_FILE = "objectInfo150.txt"
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """ "train" is the official training split, "test" the official validation split."""
     splits = {split: _split(folder, part) for split, part in SPLITS.items()}
     return Data(splits=splits, class_names=_names(folder / NAMES_FILE))
@@ -37,25 +34,9 @@ def _split(folder: Path, part: str) -> Segmented:
     names, drawn = _stems(images, ".jpg"), _stems(masks, ".png")
     if not names:
         raise UserError(f"{NAME}: {images} has no .jpg images; they come from {ARCHIVE}")
-    for stem in names:
-        if stem not in drawn:
-            raise missing(masks / f"{stem}.png", NAME, ARCHIVE)
-    for stem in drawn:
-        if stem not in names:
-            raise missing(images / f"{stem}.jpg", NAME, ARCHIVE)
-    stems = sorted(names)
-
-    def mask(index: int) -> np.ndarray:
-        stem = stems[index]
-        path = masks / f"{stem}.png"
-        values = read_mask(path, images / f"{stem}.jpg", NAME)
-        if not 0 <= int(values.min()) <= int(values.max()) <= NUM_CLASSES:
-            wrong = int(values.max() if values.max() > NUM_CLASSES else values.min())
-            raise UserError(f"{NAME}: {path} has the value {wrong}, expected 0..{NUM_CLASSES}")
-        return np.where(values == 0, IGNORED, values - 1).astype(np.uint8)
-
-    stamp = paths_source(masks, [f"{stem}.png" for stem in stems], NAME).stamp()
-    return Segmented(paths_source(images, [f"{stem}.jpg" for stem in stems], NAME), mask, NUM_CLASSES, stamp)
+    for stem in sorted(names ^ drawn):
+        raise missing(masks / f"{stem}.png" if stem in names else images / f"{stem}.jpg", NAME, ARCHIVE)
+    return segmented(images, masks, sorted(names), range(1, NUM_CLASSES + 1), 0, NAME)
 
 
 def _stems(folder: Path, ending: str) -> set[str]:
@@ -76,40 +57,32 @@ def _names(path: Path) -> list[str]:
     return [row[-1].strip() for row in rows]
 
 
-REG, T10 = "arXiv 2309.16588v2, Table 2a", "arXiv 2304.07193v2, Table 10"
-REG_DIFFERS = "the head's settings are not stated; position tables interpolated with antialiasing"
+REG = (f"{REGISTERS}, Table 2a", "the head's settings are not stated; position tables interpolated with antialiasing")
 MS = "+ms: last 4 blocks, 640 px windows, test at several scales"
-DVT, DVT_DIFFERS = "arXiv 2401.02957 (Denoising ViT)", "Denoising ViT's code and settings"
-TTR = "arXiv 2506.08010 (test-time registers)"
-TTR_DIFFERS = "Denoising ViT's code and settings; mean of 3 seeds"
-
+D2 = f"{DINOV2}, Table 10"
+DVT = (DENOISING, "Denoising ViT's code and settings")
+TTR = (TEST_TIME, "Denoising ViT's code and settings; mean of 3 seeds")
 PUBLISHED = (
-    Published("DINOv2 ViT-L/14 on ImageNet-22k, no registers", 46.6, REG, REG_DIFFERS),
-    Published("DINOv2 ViT-L/14 on ImageNet-22k, 4 registers", 47.9, REG, REG_DIFFERS),
-    Published("DeiT-III ViT-B, no registers", 38.9, REG, REG_DIFFERS),
-    Published("DeiT-III ViT-B, 4 registers", 39.1, REG, REG_DIFFERS),
-    Published("OpenCLIP ViT-B/16, no registers", 26.6, REG, REG_DIFFERS),
-    Published("OpenCLIP ViT-B/16, 4 registers", 26.7, REG, REG_DIFFERS),
-    Published("DINOv2 ViT-S/14 (distilled)", 44.3, T10),
-    Published("DINOv2 ViT-B/14 (distilled)", 47.3, T10),
-    Published("DINOv2 ViT-L/14 (distilled)", 47.7, T10),
-    Published("DINOv2 ViT-g/14", 49.0, T10),
-    Published("DINOv2 ViT-S/14 (distilled), +ms", 47.2, T10, MS),
-    Published("DINOv2 ViT-B/14 (distilled), +ms", 51.3, T10, MS),
-    Published("DINOv2 ViT-L/14 (distilled), +ms", 53.1, T10, MS),
-    Published("DINOv2 ViT-g/14, +ms", 53.0, T10, MS),
+    Published("DINOv2 ViT-L/14 on ImageNet-22k, no registers", 46.6, *REG),
+    Published("DINOv2 ViT-L/14 on ImageNet-22k, 4 registers", 47.9, *REG),
+    Published("DeiT-III ViT-B, no registers", 38.9, *REG),
+    Published("DeiT-III ViT-B, 4 registers", 39.1, *REG),
+    Published("OpenCLIP ViT-B/16, no registers", 26.6, *REG),
+    Published("OpenCLIP ViT-B/16, 4 registers", 26.7, *REG),
+    *released((44.3, 47.3, 47.7, 49.0), D2),
+    *released((47.2, 51.3, 53.1, 53.0), D2, MS, ending=", +ms"),
     Published(
         "DINOv2 ViT-g/14, 4 registers",
         49.5,
-        "arXiv 2508.10104 (DINOv3), baseline row",
+        BASELINE,
         "best of lr {1e-4, 3e-4, 1e-3} x weight decay {1e-4, 1e-3}; that the model has registers is inferred",
     ),
-    Published("DINOv2 ViT-B/14 (released), no registers", 47.29, DVT, DVT_DIFFERS),
-    Published("DINOv2 ViT-B/14 (released), 4 registers", 48.22, DVT, DVT_DIFFERS),
-    Published("DINOv2 ViT-L/14 (released), no registers", 48.27, TTR, TTR_DIFFERS),
-    Published("DINOv2 ViT-L/14 (released), 4 registers", 49.07, TTR, TTR_DIFFERS),
-    Published("DINOv2 ViT-L/14 (released), one test-time register", 49.13, TTR, TTR_DIFFERS),
-    Published("OpenCLIP ViT-B/16", 40.14, TTR, TTR_DIFFERS),
+    Published("DINOv2 ViT-B/14 (released), no registers", 47.29, *DVT),
+    Published("DINOv2 ViT-B/14 (released), 4 registers", 48.22, *DVT),
+    Published("DINOv2 ViT-L/14 (released), no registers", 48.27, *TTR),
+    Published("DINOv2 ViT-L/14 (released), 4 registers", 49.07, *TTR),
+    Published("DINOv2 ViT-L/14 (released), one test-time register", 49.13, *TTR),
+    Published("OpenCLIP ViT-B/16", 40.14, *TTR),
 )
 
 BENCHMARK = Benchmark(
@@ -117,29 +90,9 @@ BENCHMARK = Benchmark(
     title="ADE20K (SceneParse150)",
     task="segmentation",
     classes=NUM_CLASSES,
-    splits="20,210 / 2,000",
     folders=("ADEChallengeData2016", "ade20k", "ADE20K", "ade/ADEChallengeData2016"),
-    layouts=(
-        tuple(
-            Need(path, ARCHIVE)
-            for path in (
-                "images/training",
-                "images/validation",
-                "annotations/training",
-                "annotations/validation",
-                NAMES_FILE,
-            )
-        ),
-    ),
-    tasks=(
-        Task(
-            protocol="segmentation",
-            read=read,
-            metric="mIoU",
-            counts={"train": 20_210, "test": 2_000},
-            published=PUBLISHED,
-        ),
-    ),
+    layouts=(needs(ARCHIVE, *(f"{kind}/{part}" for kind in KINDS for part in SPLITS.values()), NAMES_FILE),),
+    tasks=(Task("segmentation", read, "mIoU", {"train": 20_210, "test": 2_000}, PUBLISHED),),
     download=f"{ARCHIVE} of the MIT Scene Parsing Benchmark (not the full ADE20K release, whose layout is another)",
     licence="BSD-3-Clause by a secondary source for the annotations; terms of the images were not verified",
 )

@@ -9,75 +9,64 @@ of an earlier edition's 10,200 images and 102 variants.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.config.option import option
+from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.published import REGISTERS, fine_grained, single_tokens
 from dinoreg.evaluation.readers.arrays import BottomCutSource
-from dinoreg.evaluation.readers.published import REGISTERS, fine_grained
-from dinoreg.evaluation.readers.text import lines, numbered, paths_source
+from dinoreg.evaluation.readers.files import labelled, lines, listed
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "aircraft", "fgvc-aircraft-2013b.tar.gz"
 BANNER_ROWS = 20  # pixels
-COUNTS = {"train": 3_334, "val": 3_333, "test": 3_333}
-TABLE_4, MODEL = f"{REGISTERS}, Table 4", "DINOv2 (size not restated)"
+SPLITS = ("train", "val", "test")
+TABLE_4, SIZE = f"{REGISTERS}, Table 4", "DINOv2 (size not restated)"
 BANNER_UNKNOWN = "banner cut off or not: not stated"
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """The three official splits, in the order of their files."""
-    inside = folder / "data" if (folder / "data").is_dir() else folder
-    names = [line.strip() for line in lines(inside / "variants.txt", NAME, ARCHIVE)]
-    numbers = {name: number for number, name in enumerate(names)}
+    below = folder / "data" if (folder / "data").is_dir() else folder
+    names = lines(below / "variants.txt", NAME, ARCHIVE)
     splits = {}
-    for split in ("train", "val", "test"):
-        listed = inside / f"images_variant_{split}.txt"
-        rows = [line.strip().split(" ", 1) for line in lines(listed, NAME, ARCHIVE)]
-        for row in rows:
-            if len(row) != 2:
-                raise UserError(f"{NAME}: {listed}: {row[0]!r} has no class, expected a number, a space and a variant")
-        source = paths_source(inside / "images", (f"{image}.jpg" for image, _ in rows), NAME)
-        labels = numbered((name for _, name in rows), numbers, listed, NAME)
-        splits[split] = Labelled(
-            BottomCutSource(source, BANNER_ROWS) if options["crop_banner"] else source, labels, len(names)
-        )
+    for split in SPLITS:
+        path = below / f"images_variant_{split}.txt"
+        rows = []
+        for line in listed(path, NAME, ARCHIVE):
+            image, _, variant = line.partition(" ")
+            if not variant:
+                raise UserError(f"{NAME}: {path}: {image!r} has no class, expected a number, a space and a variant")
+            rows.append((variant, f"{image}.jpg"))
+        splits[split] = labelled(below / "images", rows, names, path, NAME)
+        if options["crop_banner"]:
+            source = BottomCutSource(splits[split].source, BANNER_ROWS)
+            splits[split] = Labelled(source, splits[split].labels, len(names))
     return Data(splits, names, variant="banner cut off" if options["crop_banner"] else "banner left in")
 
 
-NEEDS = ("images", "variants.txt", *(f"images_variant_{split}.txt" for split in ("train", "val", "test")))
+FILES = ("images", "variants.txt", *(f"images_variant_{split}.txt" for split in SPLITS))
 BENCHMARK = Benchmark(
     name=NAME,
     title="FGVC-Aircraft",
-    task="classification",
     classes=100,
-    splits="3,334 / 3,333 / 3,333",
     folders=("fgvc-aircraft-2013b", "fgvc-aircraft", "aircraft"),
-    layouts=(tuple(Need(f"data/{path}", ARCHIVE) for path in NEEDS), tuple(Need(path, ARCHIVE) for path in NEEDS)),
-    tasks=(
-        Task(
-            protocol="logistic",
-            read=read,
-            metric="mean per class",
-            counts=COUNTS,
-            published=(
-                *fine_grained((74.0, 79.4, 81.5, 87.2), 88.5, (87.3, 17.1, 79.1), BANNER_UNKNOWN),
-                Published(f"{MODEL}, 0 registers", 84.6, TABLE_4, f"the class token; {BANNER_UNKNOWN}"),
-                Published(f"{MODEL}, 0 registers", 15.5, TABLE_4, BANNER_UNKNOWN, "normal patch token"),
-                Published(f"{MODEL}, 0 registers", 73.3, TABLE_4, BANNER_UNKNOWN, "outlier patch token"),
-                Published(f"{MODEL}, 1 register", 85.2, TABLE_4, f"the class token; {BANNER_UNKNOWN}"),
-                Published(f"{MODEL}, 1 register", 14.5, TABLE_4, BANNER_UNKNOWN, "normal patch token"),
-                Published(f"{MODEL}, 1 register", 71.1, TABLE_4, BANNER_UNKNOWN, "register token"),
-            ),
+    layouts=(needs(ARCHIVE, *(f"data/{path}" for path in FILES)), needs(ARCHIVE, *FILES)),
+    tasks=classification_tasks(
+        read,
+        "mean per class",
+        {"train": 3_334, "val": 3_333, "test": 3_333},
+        (
+            *fine_grained((74.0, 79.4, 81.5, 87.2), 88.5, (87.3, 17.1, 79.1), BANNER_UNKNOWN),
+            *single_tokens(f"{SIZE}, 0 registers", (84.6, 15.5, 73.3), BANNER_UNKNOWN, TABLE_4),
+            *single_tokens(f"{SIZE}, 1 register", (85.2, 14.5, 71.1), BANNER_UNKNOWN, TABLE_4, last="register token"),
         ),
-        Task(protocol="knn", read=read, metric="top-1", counts=COUNTS),
     ),
-    download="fgvc-aircraft-2013b.tar.gz",
+    download=ARCHIVE,
     licence="non-commercial research only",
-    options=(Option("crop_banner", True, "cut off the 20 rows of pixels at the bottom that hold a copyright banner"),),
+    options={"crop_banner": option(True, "cut off the 20 rows of pixels at the bottom that hold a copyright banner")},
     aliases=("fgvc-aircraft", "fgvc_aircraft"),
 )
 

@@ -10,81 +10,67 @@ Metric: mean per class, since the classes are very unequal; 5 of the 30 for choo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Task
-from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.published import fine_grained
-from dinoreg.evaluation.readers.text import paths_source
+from dinoreg.config.option import option
+from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.published import fine_grained
+from dinoreg.evaluation.readers.files import labelled
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "caltech101", "101_ObjectCategories.tar.gz, in caltech-101.zip"
 IMAGES = "101_ObjectCategories"
 BACKGROUND = "BACKGROUND_Google"
-COUNTS = {"train": 3_030, "test": 5_647}
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """A seeded draw of `train_per_class` images per class without replacement, and all the rest."""
     count, seed = options["train_per_class"], options["seed"]
-    if count < 1:
-        raise UserError(f"{NAME}.train_per_class={count}: expected at least 1")
-    inside = folder / IMAGES
-    names = sorted(path.name for path in inside.iterdir() if path.is_dir() and not path.name.startswith("."))
+    images = folder / IMAGES
+    names = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
     names = [name for name in names if name != BACKGROUND]
     if not names:
-        raise UserError(f"{NAME}: {inside} has no category folders; they come from {ARCHIVE}")
-    paths: dict[str, list[str]] = {"train": [], "test": []}
-    labels: dict[str, list[int]] = {"train": [], "test": []}
-    for label, name in enumerate(names):
-        files = sorted(path.name for path in (inside / name).iterdir() if path.suffix.lower() == ".jpg")
+        raise UserError(f"{NAME}: {images} has no category folders; they come from {ARCHIVE}")
+    rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    for name in names:
+        files = sorted(path.name for path in (images / name).iterdir() if path.suffix.lower() == ".jpg")
         if len(files) <= count:
             raise UserError(
-                f"{NAME}: {inside / name} has {len(files)} images, expected more than train_per_class={count}"
+                f"{NAME}: {images / name} has {len(files)} images, expected more than train_per_class={count}"
             )
-        drawn = set(sorted(files, key=lambda file: _lot(seed, name, file))[:count])
+        drawn = set(sorted(files, key=lambda file: _rank(seed, name, file))[:count])
         for file in files:
-            split = "train" if file in drawn else "test"
-            paths[split].append(f"{name}/{file}")
-            labels[split].append(label)
-    splits = {split: Labelled(paths_source(inside, paths[split], NAME), labels[split], len(names)) for split in paths}
+            rows["train" if file in drawn else "test"].append((name, f"{name}/{file}"))
+    splits = {split: labelled(images, rows[split], names, images, NAME) for split in rows}
     return Data(splits, names, variant=f"{count} per class, seed {seed}")
 
 
-def _lot(seed: int, category: str, file: str) -> bytes:
+def _rank(seed: int, category: str, file: str) -> bytes:
     return hashlib.sha256(f"{seed}/{category}/{file}".encode()).digest()
 
 
 BENCHMARK = Benchmark(
     name=NAME,
     title="Caltech-101",
-    task="classification",
     classes=101,
     splits="30 per class / rest",
     folders=("caltech101", "caltech-101", "Caltech101"),
-    layouts=((Need(IMAGES, ARCHIVE),),),
-    tasks=(
-        Task(
-            protocol="logistic",
-            read=read,
-            metric="mean per class",
-            counts=COUNTS,
-            published=fine_grained(
-                (97.0, 96.1, 97.5, 97.6), 95.9, (96.9, 73.2, 97.6), "another draw of the split, not stated which"
-            ),
-            options={"validation_share": 5 / 30},
-        ),
-        Task(protocol="knn", read=read, metric="top-1", counts=COUNTS),
+    layouts=(needs(ARCHIVE, IMAGES),),
+    tasks=classification_tasks(
+        read,
+        "mean per class",
+        {"train": 3_030, "test": 5_647},
+        fine_grained((97.0, 96.1, 97.5, 97.6), 95.9, (96.9, 73.2, 97.6), "another draw of the split, not stated which"),
+        validation_images=505,  # 5 of 30 of each class
     ),
     download="caltech-101.zip (101_ObjectCategories.tar.gz in it)",
     licence="image copyrights vary; no licence text found",
-    options=(
-        Option("train_per_class", 30, "images of each class to learn from; all others are the test"),
-        Option("seed", 0, "of the draw"),
-    ),
+    options={
+        "train_per_class": option(30, "images of each class to learn from; all others are the test", low=1),
+        "seed": option(0, "of the draw", low=0),
+    },
     aliases=("caltech-101", "caltech"),
 )
 

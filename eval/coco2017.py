@@ -7,15 +7,13 @@ labels are withheld: val is what is reported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Need, Task
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Task, needs
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.readers.coco import read_instances
-from dinoreg.evaluation.readers.text import paths_source
+from dinoreg.evaluation.readers.files import paths_source
 from dinoreg.runtime.errors import UserError
 
 NAME = "coco2017"
@@ -23,29 +21,20 @@ BOXES = "annotations_trainval2017.zip"
 SPLITS = {"train": "train2017", "test": "val2017"}
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """train2017 to learn from, and val2017, called "test", to report on."""
     splits: dict[str, Boxed] = {}
     categories: list[str] = []
     for split, name in SPLITS.items():
         path = folder / "annotations" / f"instances_{name}.json"
-        found = read_instances(path, NAME, BOXES)
-        if categories and found.categories != categories:
+        instances = read_instances(path, NAME, BOXES)
+        if categories and instances.categories != categories:
             raise UserError(f"{NAME}: {path} has other categories than those of {SPLITS['train']}")
-        categories = found.categories
+        categories = instances.categories
         images = folder / name if (folder / name).is_dir() else folder / "images" / name
-        wanted = found.without_empty() if split == "train" else found
-        splits[split] = wanted.boxed(paths_source(images, found.files, NAME))
+        instances = instances.without_empty() if split == "train" else instances
+        splits[split] = instances.boxed(paths_source(images, instances.files, NAME))
     return Data(splits, class_names=categories, variant="val2017", extra={"rule": "coco"})
-
-
-def _layout(below: str) -> tuple[Need, ...]:
-    return (
-        Need("annotations/instances_train2017.json", BOXES),
-        Need("annotations/instances_val2017.json", BOXES),
-        Need(f"{below}train2017", "train2017.zip"),
-        Need(f"{below}val2017", "val2017.zip"),
-    )
 
 
 BENCHMARK = Benchmark(
@@ -53,17 +42,15 @@ BENCHMARK = Benchmark(
     title="COCO 2017",
     task="detection",
     classes=80,
-    splits="118,287 / 5,000",
     folders=("coco", "coco2017", "COCO", "COCO2017", "mscoco"),
-    layouts=(_layout(""), _layout("images/")),
-    tasks=(
-        Task(
-            protocol="detection",
-            read=read,
-            metric="AP",
-            counts={"train": 118_287, "test": 5_000},
-        ),
+    layouts=tuple(
+        (
+            *needs(BOXES, *(f"annotations/instances_{name}.json" for name in SPLITS.values())),
+            *(Need(f"{below}{name}", f"{name}.zip") for name in SPLITS.values()),
+        )
+        for below in ("", "images/")
     ),
+    tasks=(Task("detection", read, "AP", {"train": 118_287, "test": 5_000}),),
     download=f"train2017.zip, val2017.zip and {BOXES}",
     licence="photographs of Flickr under Flickr's terms; annotations CC BY 4.0 as commonly stated, unverified",
     aliases=("coco",),

@@ -8,18 +8,17 @@ two years' annotations was not verified, and the result says which were read.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Task
+from dinoreg.config.option import option
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Task
 from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.published import corloc
 from dinoreg.evaluation.readers.coco import read_instances
-from dinoreg.evaluation.readers.published_discovery import corloc
-from dinoreg.evaluation.readers.text import lines, paths_source
+from dinoreg.evaluation.readers.files import listed, paths_source
 from dinoreg.runtime.errors import UserError
 
 NAME = "coco20k"
@@ -32,44 +31,41 @@ JSON = "annotations/instances_train{}.json"
 ROW = re.compile(r"(?:.*_)?(\d{1,12})\.jpg")
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """The listed images, in the list's order, called "test": discovery reports on all of them."""
-    asked = options.get("annotations", "auto")
-    if asked not in ("auto", *YEARS):
-        raise UserError(f"{NAME}.annotations={asked}: expected auto, 2014 or 2017")
-    listed = next((folder / name for name in LISTS if (folder / name).exists()), folder / LISTS[0])
-    ids = _ids(listed)
-    year = asked if asked != "auto" else next((y for y in YEARS if (folder / JSON.format(y)).exists()), YEARS[0])
+    year = options["annotations"]
+    list_file = next((folder / name for name in LISTS if (folder / name).exists()), folder / LISTS[0])
+    ids = _ids(list_file)
+    if year == "auto":
+        year = next((each for each in YEARS if (folder / JSON.format(each)).exists()), YEARS[0])
     path = folder / JSON.format(year)
-    found = read_instances(path, NAME, f"annotations_trainval{year}.zip").without_empty()
-    places = np.searchsorted(found.ids, ids).clip(max=len(found.ids) - 1)
-    unknown = np.flatnonzero(found.ids[places] != ids)
+    instances = read_instances(path, NAME, f"annotations_trainval{year}.zip").without_empty()
+    places = np.searchsorted(instances.ids, ids).clip(max=len(instances.ids) - 1)
+    unknown = np.flatnonzero(instances.ids[places] != ids)
     if len(unknown):
-        raise UserError(f"{NAME}: image {ids[unknown[0]]} of {listed} is not in {path}")
-    images, pictures = next(
-        ((folder / name, y) for y in YEARS for name in FOLDERS[y] if (folder / name).is_dir()),
+        raise UserError(f"{NAME}: image {ids[unknown[0]]} of {list_file} is not in {path}")
+    images, of_images = next(
+        ((folder / name, each) for each in YEARS for name in FOLDERS[each] if (folder / name).is_dir()),
         (folder / FOLDERS["2014"][0], "2014"),
     )
-    source = paths_source(images, (FILES[pictures].format(number) for number in ids.tolist()), NAME)
-    split = found.take(places).boxed(source)
+    source = paths_source(images, (FILES[of_images].format(number) for number in ids.tolist()), NAME)
     variant = f"boxes of {path.name}, images of {images.name}"
-    return Data({"test": split}, class_names=found.categories, variant=variant, extra={"rule": "coco"})
+    split = instances.take(places).boxed(source)
+    return Data({"test": split}, class_names=instances.categories, variant=variant, extra={"rule": "coco"})
 
 
 def _ids(path: Path) -> np.ndarray:
     """The ids of the listed images (n,) int64."""
-    found: dict[int, None] = {}
-    for line in lines(path, NAME, LIST):
-        match = ROW.fullmatch(line.strip())
+    ids: dict[int, None] = {}
+    for line in listed(path, NAME, LIST):
+        match = ROW.fullmatch(line)
         if match is None:
             raise UserError(f"{NAME}: {path}: {line!r}, expected train2014/COCO_train2014_<id>.jpg")
         number = int(match[1])
-        if number in found:
+        if number in ids:
             raise UserError(f"{NAME}: {path} lists image {number} twice")
-        found[number] = None
-    if not found:
-        raise UserError(f"{NAME}: {path} lists no images")
-    return np.array(list(found), dtype=np.int64)
+        ids[number] = None
+    return np.array(list(ids), dtype=np.int64)
 
 
 BENCHMARK = Benchmark(
@@ -77,18 +73,17 @@ BENCHMARK = Benchmark(
     title="COCO-20k",
     task="discovery",
     classes=80,
-    splits="19,817",
     folders=("coco", "coco20k", "coco2014", "coco2017", "COCO", "mscoco"),
     layouts=tuple(
         (
-            Need(listed, LIST),
+            Need(list_file, LIST),
             Need(JSON.format(boxes), f"annotations_trainval{boxes}.zip"),
-            Need(images, f"train{pictures}.zip"),
+            Need(images, f"train{of_images}.zip"),
         )
-        for listed in LISTS
+        for list_file in LISTS
         for boxes in YEARS
-        for pictures in (boxes, *(year for year in YEARS if year != boxes))
-        for images in FOLDERS[pictures]
+        for of_images in sorted(YEARS, key=lambda year: year != boxes)
+        for images in FOLDERS[of_images]
     ),
     tasks=(
         Task(
@@ -108,7 +103,9 @@ BENCHMARK = Benchmark(
     ),
     download=f"the list of {LIST}; train2014.zip with annotations_trainval2014.zip, or those of 2017",
     licence="photographs of Flickr under Flickr's terms; annotations CC BY 4.0 as commonly stated, unverified",
-    options=(Option("annotations", "auto", "whose boxes: 2014, 2017, or auto: those of 2014 where they are there"),),
+    options={
+        "annotations": option("auto", "whose boxes; auto: of 2014 where they are there", choices=("auto", *YEARS))
+    },
     aliases=("coco-20k", "coco_20k"),
 )
 

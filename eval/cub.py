@@ -7,23 +7,22 @@ grey, and some are in ImageNet too. Metric: top-1 (Birdsnap's in SimCLR B.8.1); 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Need, Task
+from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.published import fine_grained
-from dinoreg.evaluation.readers.text import lines, paths_source, whole_number
+from dinoreg.evaluation.published import fine_grained
+from dinoreg.evaluation.readers.files import lines, paths_source, whole_number
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "cub", "CUB_200_2011.tgz"
 IMAGES, LABELS, SPLIT, CLASSES = "images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt"
-COUNTS = {"train": 5_994, "test": 5_794}
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """Both splits, in the order of images.txt."""
     paths, labels, flags = (_by_id(folder / name) for name in (IMAGES, LABELS, SPLIT))
     for name, rows in ((LABELS, labels), (SPLIT, flags)):
@@ -33,7 +32,7 @@ def read(folder: Path, options: Mapping[str, Any]) -> Data:
     named = _by_id(folder / CLASSES)
     if sorted(named) != list(range(1, len(named) + 1)):
         raise UserError(f"{NAME}: {folder / CLASSES} does not number its classes 1..{len(named)}")
-    told = {
+    numbers = {
         image: whole_number(text, f"the class of image {image}", folder / LABELS, 1, len(named)) - 1
         for image, text in labels.items()
     }
@@ -42,43 +41,37 @@ def read(folder: Path, options: Mapping[str, Any]) -> Data:
     }
     splits = {}
     for split, flag in (("train", 1), ("test", 0)):
-        chosen = [image for image in paths if in_train[image] == flag]
-        source = paths_source(folder / "images", (paths[image] for image in chosen), NAME)
-        splits[split] = Labelled(source, [told[image] for image in chosen], len(named))
+        images = [image for image in paths if in_train[image] == flag]
+        source = paths_source(folder / "images", (paths[image] for image in images), NAME)
+        splits[split] = Labelled(source, np.array([numbers[image] for image in images]), len(named))
     return Data(splits, [named[number + 1] for number in range(len(named))])
 
 
 def _by_id(path: Path) -> dict[int, str]:
     """The rest of each line by the number before it."""
-    found: dict[int, str] = {}
+    rows: dict[int, str] = {}
     for line in lines(path, NAME, ARCHIVE):
-        number, _, rest = line.strip().partition(" ")
+        number, _, rest = line.partition(" ")
         key = whole_number(number, "an id", path, 0, 10**9)
-        if not rest or key in found:
-            raise UserError(f"{NAME}: {path}: {line.strip()!r}: {'listed twice' if rest else 'nothing after the id'}")
-        found[key] = rest
-    return found
+        if not rest or key in rows:
+            raise UserError(f"{NAME}: {path}: {line!r}: {'listed twice' if rest else 'nothing after the id'}")
+        rows[key] = rest
+    return rows
 
 
 BENCHMARK = Benchmark(
     name=NAME,
     title="CUB-200-2011",
-    task="classification",
     classes=200,
-    splits="5,994 / 5,794",
     folders=("CUB_200_2011", "cub", "cub200"),
-    layouts=(tuple(Need(path, ARCHIVE) for path in ("images", IMAGES, LABELS, SPLIT, CLASSES)),),
-    tasks=(
-        Task(
-            protocol="logistic",
-            read=read,
-            metric="top-1",
-            counts=COUNTS,
-            published=fine_grained((88.1, 89.6, 90.5, 91.6), 91.6, (91.3, 18.6, 84.9)),
-        ),
-        Task(protocol="knn", read=read, metric="top-1", counts=COUNTS),
+    layouts=(needs(ARCHIVE, "images", IMAGES, LABELS, SPLIT, CLASSES),),
+    tasks=classification_tasks(
+        read,
+        "top-1",
+        {"train": 5_994, "test": 5_794},
+        fine_grained((88.1, 89.6, 90.5, 91.6), 91.6, (91.3, 18.6, 84.9)),
     ),
-    download="CUB_200_2011.tgz",
+    download=ARCHIVE,
     licence="image copyrights vary; no licence text found",
     aliases=("cub200", "cub-200-2011", "cub_200_2011"),
 )

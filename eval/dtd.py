@@ -8,71 +8,46 @@ Metric: top-1; C is chosen on val and the final fit takes train and val.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Task
-from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.published import fine_grained
-from dinoreg.evaluation.readers.text import lines, numbered, paths_source
-from dinoreg.runtime.errors import UserError
+from dinoreg.config.option import option
+from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.published import fine_grained
+from dinoreg.evaluation.readers.files import class_of, labelled, listed
 
 NAME, ARCHIVE = "dtd", "dtd-r1.0.1.tar.gz"
-SPLITS, PARTITIONS = ("train", "val", "test"), 10
-COUNTS = {"train": 1_880, "val": 1_880, "test": 1_880}
+SPLITS = ("train", "val", "test")
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """The three parts of one of the ten official splits, in the order of their files."""
     partition = options["split"]
-    if not 1 <= partition <= PARTITIONS:
-        raise UserError(f"{NAME}.split={partition}: expected 1..{PARTITIONS}")
     where = {split: folder / "labels" / f"{split}{partition}.txt" for split in SPLITS}
-    rows = {split: [line.strip() for line in lines(path, NAME, ARCHIVE)] for split, path in where.items()}
-    classes = {split: [_class(row, where[split]) for row in rows[split]] for split in SPLITS}
-    names = sorted(set().union(*classes.values()))
-    numbers = {name: number for number, name in enumerate(names)}
-    splits = {
-        split: Labelled(
-            paths_source(folder / "images", rows[split], NAME),
-            numbered(classes[split], numbers, where[split], NAME),
-            len(names),
-        )
-        for split in SPLITS
-    }
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for split, path in where.items():
+        rows[split] = [(class_of(file, path, NAME, "class/file"), file) for file in listed(path, NAME, ARCHIVE)]
+    names = sorted({name for split in SPLITS for name, _ in rows[split]})
+    splits = {split: labelled(folder / "images", rows[split], names, where[split], NAME) for split in SPLITS}
     return Data(splits, names, variant=f"split {partition}")
-
-
-def _class(row: str, where: Path) -> str:
-    name, slash, file = row.partition("/")
-    if not (name and slash and file):
-        raise UserError(f"{NAME}: {where}: {row!r}, expected class/file")
-    return name
 
 
 BENCHMARK = Benchmark(
     name=NAME,
     title="DTD",
-    task="classification",
     classes=47,
-    splits="1,880 / 1,880 / 1,880",
     folders=("dtd/dtd", "dtd", "dtd-r1.0.1/dtd"),
-    layouts=((Need("images", ARCHIVE), *(Need(f"labels/{split}1.txt", ARCHIVE) for split in SPLITS)),),
-    tasks=(
-        Task(
-            protocol="logistic",
-            read=read,
-            metric="top-1",
-            counts=COUNTS,
-            published=fine_grained((80.6, 83.3, 84.0, 84.5), 86.8, (85.2, 63.1, 84.9)),
-        ),
-        Task(protocol="knn", read=read, metric="top-1", counts=COUNTS),
+    layouts=(needs(ARCHIVE, "images", *(f"labels/{split}1.txt" for split in SPLITS)),),
+    tasks=classification_tasks(
+        read,
+        "top-1",
+        {"train": 1_880, "val": 1_880, "test": 1_880},
+        fine_grained((80.6, 83.3, 84.0, 84.5), 86.8, (85.2, 63.1, 84.9)),
     ),
-    download="dtd-r1.0.1.tar.gz",
+    download=ARCHIVE,
     licence="research use; no licence text found",
-    options=(Option("split", 1, "which of the ten official splits, 1..10"),),
+    options={"split": option(1, "which of the ten official splits", low=1, high=10)},
     aliases=("textures",),
 )
 

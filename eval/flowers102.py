@@ -8,27 +8,24 @@ Metric: mean per class (SimCLR B.8.1); C is chosen on val (`valid`) and the fina
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Need, Task
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.published import fine_grained
-from dinoreg.evaluation.readers.text import matlab, paths_source
+from dinoreg.evaluation.published import fine_grained
+from dinoreg.evaluation.readers.files import matlab, paths_source
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "flowers102", "102flowers.tgz"
 LABELS, SETS = "imagelabels.mat", "setid.mat"
 SPLITS = {"train": "trnid", "val": "valid", "test": "tstid"}
 NUM_CLASSES = 102
-COUNTS = {"train": 1_020, "val": 1_020, "test": 6_149}
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """The three official splits, in the order of their lists of ids."""
     labels = _whole(matlab(folder / LABELS, ("labels",), NAME, LABELS)["labels"], folder / LABELS, "label", NUM_CLASSES)
     sets = matlab(folder / SETS, tuple(SPLITS.values()), NAME, SETS)
@@ -42,38 +39,27 @@ def read(folder: Path, options: Mapping[str, Any]) -> Data:
 
 def _whole(values: np.ndarray, path: Path, what: str, most: int) -> np.ndarray:
     """(n,) int64 out of a (1, n) or (n, 1) array of whole numbers in 1..most."""
-    found = np.asarray(values).ravel()
-    if not found.size or found.dtype.kind not in "uif" or not np.all(np.isfinite(found) & (found == np.floor(found))):
+    numbers = np.asarray(values).ravel()
+    numeric = numbers.size and numbers.dtype.kind in "uif"
+    if not numeric or not np.all(np.isfinite(numbers) & (numbers == np.floor(numbers))):
         raise UserError(f"{NAME}: {path}: expected a list of whole numbers for each {what}")
-    outside = found[(found < 1) | (found > most)]
+    outside = numbers[(numbers < 1) | (numbers > most)]
     if outside.size:
         raise UserError(f"{NAME}: {path}: {what} is {outside[0]:g}, expected 1..{most}")
-    return found.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
 BENCHMARK = Benchmark(
     name=NAME,
     title="Oxford Flowers-102",
-    task="classification",
     classes=NUM_CLASSES,
-    splits="1,020 / 1,020 / 6,149",
     folders=("flowers-102", "flowers102", "oxford-flowers-102"),
-    layouts=(
-        (
-            Need("jpg", ARCHIVE),
-            Need(LABELS, f"{LABELS}, a file of its own"),
-            Need(SETS, f"{SETS}, a file of its own"),
-        ),
-    ),
-    tasks=(
-        Task(
-            protocol="logistic",
-            read=read,
-            metric="mean per class",
-            counts=COUNTS,
-            published=fine_grained((99.6, 99.6, 99.7, 99.7), 99.7, (99.7, 59.5, 99.6)),
-        ),
-        Task(protocol="knn", read=read, metric="top-1", counts=COUNTS),
+    layouts=((*needs(ARCHIVE, "jpg"), *(Need(file, f"{file}, a file of its own") for file in (LABELS, SETS))),),
+    tasks=classification_tasks(
+        read,
+        "mean per class",
+        {"train": 1_020, "val": 1_020, "test": 6_149},
+        fine_grained((99.6, 99.6, 99.7, 99.7), 99.7, (99.7, 59.5, 99.6)),
     ),
     download="102flowers.tgz, imagelabels.mat, setid.mat",
     licence="research use; no licence text found",

@@ -13,23 +13,22 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from dinoreg.commands.main import script
+from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import index_folder
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import Source
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.text import lines, paths_source, present
+from dinoreg.evaluation.published import BASELINE, CARD, DINOV2, REGISTERS, TEST_TIME, released, single_tokens
+from dinoreg.evaluation.readers.files import lines, paths_source, present
 from dinoreg.runtime.errors import UserError
 
 NAME = "imagenet1k"
@@ -37,19 +36,17 @@ NEEDS = {
     "train": Need("train", "ILSVRC2012_img_train.tar, each of whose 1,000 tars becomes a folder train/<wnid>"),
     "val": Need("val", "ILSVRC2012_img_val.tar, sorted into folders val/<wnid>"),
 }
-COUNTS = {"train": 1_281_167, "test": 50_000}
-REG = "DINOv2 with registers, arXiv 2309.16588v2"
-D2 = "DINOv2, arXiv 2304.07193v2, Table 4"
-CARD = "DINOv2's README and model card"
-D3 = "DINOv3, arXiv 2508.10104"
-TTR = "Vision Transformers Don't Need Trained Registers, arXiv 2506.08010"
-DISTILLED = "no registers, distilled from ViT-g on LVD-142M"
-REGISTERED = "4 registers, distilled from ViT-g on LVD-142M"
-TOKEN = "one token, no registers; logistic regression instead of the grid"
+REG = f"{REGISTERS}, Table 2a"
+D2 = f"{DINOV2}, Table 4"
+PAIRS = "image and text (Shutterstock)"
+TOKEN = "no registers; logistic regression instead of the grid"
 ANY_K = "which k is quoted is not stated"
+HEAD = "released head on 1 block"
+
+Meta = tuple[dict[str, tuple[str, ...]], list[str]]  # names of each wnid; wnids of the validation images in their order
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """The training set, and the published validation set as "test"."""
     meta = _meta(folder)
     train, train_wnids = _listed(folder, "train", options["extra"], meta)
@@ -66,9 +63,7 @@ def read(folder: Path, options: Mapping[str, Any]) -> Data:
     return Data(splits, class_names=[names.get(str(wnid), str(wnid)) for wnid in wnids])
 
 
-def _listed(
-    folder: Path, split: str, extra: str, meta: tuple[dict[str, tuple[str, ...]], list[str]] | None
-) -> tuple[Source, np.ndarray]:
+def _listed(folder: Path, split: str, extra: str, meta: Meta | None) -> tuple[Source, np.ndarray]:
     """The images of a published split, and the wnid of each."""
     entries = _entries(folder, split, extra)
     if entries.is_file():
@@ -76,9 +71,9 @@ def _listed(
     if extra:
         raise UserError(f"{NAME}: {entries} is missing; it comes from DINOv2's ImageNet.dump_extra")
     below = folder / split
-    with os.scandir(below) as found:
-        flat = not any(entry.is_dir() for entry in found)
-    if not flat:
+    with os.scandir(below) as entries_below:
+        sorted_out = any(entry.is_dir() for entry in entries_below)
+    if sorted_out:
         source, labels, wnids = labelled_folder(below)
         return source, np.array(wnids)[labels]
     if split != "val" or meta is None:
@@ -116,11 +111,8 @@ def _from_entries(folder: Path, split: str, entries: Path) -> tuple[Source, np.n
     return present(paths_source(folder, paths, NAME), NAME, NEEDS[split].archive), wnids
 
 
-def _meta(folder: Path) -> tuple[dict[str, tuple[str, ...]], list[str]] | None:
-    """torchvision's meta.bin, if there: names of each wnid, and the wnids of the validation images in their order.
-
-    It is a pickle. Nothing but plain containers of text is let through.
-    """
+def _meta(folder: Path) -> Meta | None:
+    """torchvision's meta.bin, if there: a pickle, of which nothing but plain containers of text is let through."""
     path = folder / "meta.bin"
     if not path.is_file():
         return None
@@ -140,7 +132,7 @@ def _meta(folder: Path) -> tuple[dict[str, tuple[str, ...]], list[str]] | None:
     return meta
 
 
-def _names(folder: Path, meta: tuple[dict[str, tuple[str, ...]], list[str]] | None) -> dict[str, str]:
+def _names(folder: Path, meta: Meta | None) -> dict[str, str]:
     """What each wnid is called, from meta.bin or labels.txt; for show only."""
     if meta is not None:
         return {wnid: names[0] for wnid, names in meta[0].items() if names}
@@ -151,9 +143,9 @@ def _names(folder: Path, meta: tuple[dict[str, tuple[str, ...]], list[str]] | No
     return {wnid.strip(): name.strip().strip('"') for wnid, _, name in rows}
 
 
-def images(root: Path, split: str, options: Mapping[str, Any], index_dir: str | None) -> Source:
+def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """The images of a published split, without labels."""
-    folder = replace(BENCHMARK, layouts=((NEEDS[split],),)).find(root)
+    folder = BENCHMARK.find(root, ((NEEDS[split],),))
     if options["extra"] or _entries(folder, split, "").is_file():
         return _listed(folder, split, options["extra"], None)[0]
     return PathSource(str(folder / split), index_folder(folder / split, index_dir))
@@ -163,67 +155,41 @@ PRETRAINING = Pretraining(images, splits=("train", "val"), options=("extra",))
 BENCHMARK = Benchmark(
     name=NAME,
     title="ImageNet-1k (ILSVRC 2012)",
-    task="classification",
     classes=1000,
     splits="1,281,167 / 50,000 (the published validation set)",
     folders=("imagenet1k", "imagenet-1k", "imagenet", "ImageNet", "ILSVRC2012", "in1k"),
     layouts=((NEEDS["train"], NEEDS["val"]),),
-    tasks=(
-        Task(
-            protocol="linear",
-            read=read,
-            metric="top-1",
-            counts=COUNTS,
-            published=(
-                Published("DINOv2 ViT-L/14 (IN-22k), 4 registers", 84.8, f"{REG}, Table 2a"),
-                Published("DINOv2 ViT-L/14 (IN-22k), 0 registers", 84.3, f"{REG}, Table 2a"),
-                Published("DeiT-III ViT-B (IN-22k), 4 registers", 84.7, f"{REG}, Table 2a", "supervised backbone"),
-                Published("DeiT-III ViT-B (IN-22k), 0 registers", 84.7, f"{REG}, Table 2a", "supervised backbone"),
-                Published("OpenCLIP ViT-B/16, 4 registers", 78.1, f"{REG}, Table 2a", "image and text (Shutterstock)"),
-                Published("OpenCLIP ViT-B/16, 0 registers", 78.2, f"{REG}, Table 2a", "image and text (Shutterstock)"),
-                Published("DINOv2 ViT-g/14, class token", 86.0, f"{REG}, Table 1", TOKEN),
-                Published("DINOv2 ViT-g/14, a normal patch", 65.8, f"{REG}, Table 1", TOKEN, "normal patch token"),
-                Published("DINOv2 ViT-g/14, an outlier patch", 69.0, f"{REG}, Table 1", TOKEN, "outlier patch token"),
-                Published("DINOv2 ViT-S/14 (distilled)", 81.1, D2, DISTILLED),
-                Published("DINOv2 ViT-B/14 (distilled)", 84.5, D2, DISTILLED),
-                Published("DINOv2 ViT-L/14 (distilled)", 86.3, D2, DISTILLED),
-                Published("DINOv2 ViT-g/14", 86.5, D2, "no registers, LVD-142M"),
-                Published("DINOv2 ViT-g/14", 86.7, D2, "no registers, LVD-142M; 448 px"),
-                Published("DINOv2 ViT-S/14 reg4 (distilled)", 80.9, CARD, REGISTERED),
-                Published("DINOv2 ViT-B/14 reg4 (distilled)", 84.6, CARD, REGISTERED),
-                Published("DINOv2 ViT-L/14 reg4 (distilled)", 86.7, CARD, REGISTERED),
-                Published("DINOv2 ViT-g/14 reg4", 87.1, CARD, "4 registers, LVD-142M"),
-                Published("DINOv2 ViT-S/14 reg4 (distilled)", 80.8, CARD, f"{REGISTERED}; released head on 1 block"),
-                Published("DINOv2 ViT-B/14 reg4 (distilled)", 84.4, CARD, f"{REGISTERED}; released head on 1 block"),
-                Published("DINOv2 ViT-L/14 reg4 (distilled)", 86.5, CARD, f"{REGISTERED}; released head on 1 block"),
-                Published("DINOv2 ViT-g/14 reg4", 87.0, CARD, "4 registers, LVD-142M; released head on 1 block"),
-                Published("DINOv2 ViT-g/14", 87.3, f"{D3}, baseline row", "448 px; DINOv3's linear protocol"),
-                Published("DINOv2 ViT-L/14 (distilled)", 86.36, TTR, "no registers; mean of 3 seeds, ± 0.11"),
-                Published("DINOv2 ViT-L/14 reg4 (distilled)", 86.69, TTR, "4 registers; mean of 3 seeds, ± 0.09"),
-                Published("DINOv2 ViT-L/14 (distilled)", 86.38, TTR, "one test-time register; mean of 3 seeds, ± 0.10"),
-                Published("OpenCLIP ViT-B/16", 77.42, TTR, "image and text; no registers"),
+    tasks=linear_tasks(
+        read,
+        {"train": 1_281_167, "test": 50_000},
+        linear=(
+            Published("DINOv2 ViT-L/14 (IN-22k), 4 registers", 84.8, REG),
+            Published("DINOv2 ViT-L/14 (IN-22k), 0 registers", 84.3, REG),
+            Published("DeiT-III ViT-B (IN-22k), 4 registers", 84.7, REG, "supervised backbone"),
+            Published("DeiT-III ViT-B (IN-22k), 0 registers", 84.7, REG, "supervised backbone"),
+            Published("OpenCLIP ViT-B/16, 4 registers", 78.1, REG, PAIRS),
+            Published("OpenCLIP ViT-B/16, 0 registers", 78.2, REG, PAIRS),
+            *single_tokens("DINOv2 ViT-g/14", (86.0, 65.8, 69.0), TOKEN),
+            *released((81.1, 84.5, 86.3, 86.5), D2),
+            Published("DINOv2 ViT-g/14", 86.7, D2, "no registers, LVD-142M; 448 px"),
+            *released((80.9, 84.6, 86.7, 87.1), CARD, registers=4),
+            *released((80.8, 84.4, 86.5, 87.0), CARD, HEAD, registers=4),
+            Published("DINOv2 ViT-g/14", 87.3, BASELINE, "448 px; DINOv3's linear protocol"),
+            Published("DINOv2 ViT-L/14 (distilled)", 86.36, TEST_TIME, "no registers; mean of 3 seeds, ± 0.11"),
+            Published("DINOv2 ViT-L/14 reg4 (distilled)", 86.69, TEST_TIME, "4 registers; mean of 3 seeds, ± 0.09"),
+            Published(
+                "DINOv2 ViT-L/14 (distilled)", 86.38, TEST_TIME, "one test-time register; mean of 3 seeds, ± 0.10"
             ),
+            Published("OpenCLIP ViT-B/16", 77.42, TEST_TIME, "image and text; no registers"),
         ),
-        Task(
-            protocol="knn",
-            read=read,
-            metric="top-1",
-            counts=COUNTS,
-            published=(
-                Published("DINOv2 ViT-S/14 (distilled)", 79.0, D2, f"{DISTILLED}; {ANY_K}"),
-                Published("DINOv2 ViT-B/14 (distilled)", 82.1, D2, f"{DISTILLED}; {ANY_K}"),
-                Published("DINOv2 ViT-L/14 (distilled)", 83.5, D2, f"{DISTILLED}; {ANY_K}"),
-                Published("DINOv2 ViT-g/14", 83.5, D2, f"no registers, LVD-142M; {ANY_K}"),
-                Published("DINOv2 ViT-S/14 reg4 (distilled)", 79.1, CARD, f"{REGISTERED}; {ANY_K}"),
-                Published("DINOv2 ViT-B/14 reg4 (distilled)", 82.0, CARD, f"{REGISTERED}; {ANY_K}"),
-                Published("DINOv2 ViT-L/14 reg4 (distilled)", 83.8, CARD, f"{REGISTERED}; {ANY_K}"),
-                Published("DINOv2 ViT-g/14 reg4", 83.7, CARD, f"4 registers, LVD-142M; {ANY_K}"),
-            ),
+        knn=(
+            *released((79.0, 82.1, 83.5, 83.5), D2, ANY_K),
+            *released((79.1, 82.0, 83.8, 83.7), CARD, ANY_K, registers=4),
         ),
     ),
     download="ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (ILSVRC2012_devkit_t12.tar.gz for a flat val/)",
     licence="account and terms of access: non-commercial research",
-    options=(Option("extra", "", "folder of DINOv2's entries-*.npy; by default `extra`, where there is one"),),
+    options={"extra": option("", "folder of DINOv2's entries-*.npy; by default `extra`, where there is one")},
     aliases=("imagenet", "in1k", "imagenet-1k", "ilsvrc2012"),
 )
 

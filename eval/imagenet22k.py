@@ -12,13 +12,13 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dinoreg.commands.main import script
+from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.open import labelled_folder
@@ -26,28 +26,26 @@ from dinoreg.data.rng import philox
 from dinoreg.data.source import Source
 from dinoreg.data.sources import ChosenSource
 from dinoreg.data.tar_index import TarSource, index_tars
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Task
+from dinoreg.evaluation.benchmark import Benchmark, Options, linear_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.text import lines
+from dinoreg.evaluation.readers.files import lines
 from dinoreg.runtime.errors import UserError
 
 NAME = "imagenet22k"
 ARCHIVE = "fall11_whole.tar, a tar of one tar per class (unpacking the inner ones into folders is allowed, not needed)"
 WNID = re.compile(r"n\d{8}")
-PIECE = 1 << 24  # bytes of names looked at together
+CHUNK = 1 << 24  # bytes of names that are looked at together
+RANKS = 1 << 20  # drawn together
 UNREADABLE = frozenset({"n06470073_47249.JPEG"})  # no image at all, in every copy; DINOv2 leaves it out too
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """A seeded choice of training images, and of held-out images as "test", each at most so many per class."""
-    least = {"holdout_per_class": 1, "train_per_class": 0, "seed": 0}
-    for key, bound in least.items():
-        if options[key] < bound:
-            raise UserError(f"{NAME}.{key}={options[key]}: expected a whole number, at least {bound}")
     source, names, labels, wnids = _images(folder, options, None)
-    kept = np.flatnonzero(labels >= 0)
-    order = kept[np.lexsort((_ranks(names, options["seed"])[kept], labels[kept]))]  # by class, at random within it
-    counts = np.bincount(labels[kept], minlength=len(wnids))
+    usable = np.flatnonzero(labels >= 0)
+    ranks = _ranks(names, options["seed"])[usable]
+    order = usable[np.lexsort((ranks, labels[usable]))]  # by class, at random within it
+    counts = np.bincount(labels[usable], minlength=len(wnids))
     place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
     held = np.minimum(options["holdout_per_class"], counts // 2)[labels[order]]
     most = options["train_per_class"] or len(order)
@@ -65,9 +63,7 @@ def read(folder: Path, options: Mapping[str, Any]) -> Data:
     return Data(splits, class_names=wnids, variant=variant)
 
 
-def _images(
-    folder: Path, options: Mapping[str, Any], index_dir: str | None
-) -> tuple[Source, PathBlock, np.ndarray, list[str]]:
+def _images(folder: Path, options: Options, index_dir: str | None) -> tuple[Source, PathBlock, np.ndarray, list[str]]:
     """Every file: (source, names, labels (n,) int64, wnids); a label is the rank of the wnid, -1 where left out."""
     source: Source
     if _has(folder, ".tar"):
@@ -83,13 +79,13 @@ def _images(
     wnids = sorted(stem for stem in stems if WNID.fullmatch(stem))
     ranks = {wnid: rank for rank, wnid in enumerate(wnids)}
     labels = np.array([ranks.get(stem, -1) for stem in stems], dtype=np.int64)[labels]
-    labels[_found(names, UNREADABLE | _skipped(folder, options["skip"]))] = -1
+    labels[_positions(names, UNREADABLE | _skipped(folder, options["skip"]))] = -1
     if not (labels >= 0).any():
         raise UserError(f"{NAME}: {folder} has no image in a tar or folder named like a class (n01440764)")
     return source, names, labels, wnids
 
 
-def _found(names: PathBlock, wanted: frozenset[str]) -> list[int]:
+def _positions(names: PathBlock, wanted: frozenset[str]) -> list[int]:
     """Positions of the files of these names, whatever folder they are in."""
     encoded = {os.fsencode(name) for name in wanted}
     if len(encoded) < 16 and not any(name in names.block for name in encoded):
@@ -101,7 +97,7 @@ def _own_names(names: PathBlock) -> Iterator[bytes]:
     """The names without their folders, in order; never all at once, where they would fill a gigabyte."""
     start = 0
     while start < len(names.block):
-        end = names.block.find(b"\0", start + PIECE) + 1 or len(names.block)
+        end = names.block.find(b"\0", start + CHUNK) + 1 or len(names.block)
         for name in names.block[start : end - 1].split(b"\0"):
             yield name[name.rfind(b"/") + 1 :]
         start = end
@@ -110,36 +106,37 @@ def _own_names(names: PathBlock) -> Iterator[bytes]:
 def _skipped(folder: Path, skip: str) -> frozenset[str]:
     if not skip:
         return frozenset()
-    return frozenset(line.strip() for line in lines(folder / Path(skip).expanduser(), NAME, f"your own {NAME}.skip"))
+    return frozenset(lines(folder / Path(skip).expanduser(), NAME, f"your own {NAME}.skip"))
 
 
 def _ranks(names: PathBlock, seed: int) -> np.ndarray:
     """(n,) uint64 that depend on a file's own name and the seed alone."""
     sums = np.fromiter(map(zlib.crc32, _own_names(names)), dtype=np.uint64, count=len(names))
     ranks = np.empty(len(names), dtype=np.uint64)
-    for first in range(0, len(sums), 1 << 20):
-        counters = np.zeros((len(sums[first : first + (1 << 20)]), 4), dtype=np.uint64)
-        counters[:, 0] = sums[first : first + (1 << 20)]
+    for first in range(0, len(sums), RANKS):
+        some = sums[first : first + RANKS]
+        counters = np.zeros((len(some), 4), dtype=np.uint64)
+        counters[:, 0] = some
         words = philox(seed, counters).astype(np.uint64)
-        ranks[first : first + (1 << 20)] = words[:, 0] << np.uint64(32) | words[:, 1]
+        ranks[first : first + RANKS] = words[:, 0] << np.uint64(32) | words[:, 1]
     return ranks
 
 
 def _has(folder: Path, suffix: str) -> bool:
     """Whether a class's tar (".tar") or folder ("") is there."""
-    with os.scandir(folder) as found:
-        for entry in found:
-            stem, end = os.path.splitext(entry.name)
-            if end == suffix and WNID.fullmatch(stem) and entry.is_dir() == (suffix == ""):
-                return True
-    return False
+    with os.scandir(folder) as entries:
+        stems = ((os.path.splitext(entry.name), entry.is_dir()) for entry in entries)
+        return any(
+            end == suffix and WNID.fullmatch(stem) is not None and is_dir == (suffix == "")
+            for (stem, end), is_dir in stems
+        )
 
 
-def images(root: Path, split: str, options: Mapping[str, Any], index_dir: str | None) -> Source:
+def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """Every readable image, without labels. Any classes will do: many copies hold a part of them."""
     folders = [folder for folder in (*(root / name for name in BENCHMARK.folders), root) if folder.is_dir()]
-    found = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
-    source, _, labels, _ = _images(found or BENCHMARK.find(root), options, index_dir)  # find says what is expected
+    chosen = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
+    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), options, index_dir)  # find says what is expected
     return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
 
 
@@ -147,24 +144,20 @@ PRETRAINING = Pretraining(images, options=("extra", "skip"))
 BENCHMARK = Benchmark(
     name=NAME,
     title="ImageNet-22k (fall 2011)",
-    task="classification",
     classes=21_841,
     splits="about 14.2 million / none (10 per class held out, seeded)",
     folders=("imagenet22k", "imagenet-22k", "ImageNet22k", "imagenet21k", "fall11_whole", "winter21_whole", "in22k"),
-    layouts=((Need("n[0-9]*.tar", ARCHIVE),), (Need("n[0-9]*/", ARCHIVE),)),
-    tasks=(
-        Task(protocol="linear", read=read, metric="top-1"),
-        Task(protocol="knn", read=read, metric="top-1"),
-    ),
+    layouts=(needs(ARCHIVE, "n[0-9]*.tar"), needs(ARCHIVE, "n[0-9]*/")),
+    tasks=linear_tasks(read),
     download="fall11_whole.tar (21,841 classes); the 2021 release, winter21_whole.tar.gz, has 19,167 of them",
     licence="account and terms of access: non-commercial research",
-    options=(
-        Option("holdout_per_class", 10, "images of each class held out to report on, at most half of the class"),
-        Option("train_per_class", 100, "images of each class to train on, at most; 0: all that are not held out"),
-        Option("seed", 0, "of the choice of both"),
-        Option("extra", "", "folder of DINOv2's entries.npy; by default `extra`, where there is one"),
-        Option("skip", "", "a text file of images to leave out (n06470073_47249.JPEG), one a line"),
-    ),
+    options={
+        "holdout_per_class": option(10, "images of each class held out to report on, at most half of it", low=1),
+        "train_per_class": option(100, "images of each class to train on, at most; 0: all not held out", low=0),
+        "seed": option(0, "of the choice of both", low=0),
+        "extra": option("", "folder of DINOv2's entries.npy; by default `extra`, where there is one"),
+        "skip": option("", "a text file of images to leave out (n06470073_47249.JPEG), one a line"),
+    },
     aliases=("in22k", "imagenet-22k", "imagenet21k", "in21k"),
 )
 

@@ -9,9 +9,6 @@ not used.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +18,29 @@ from dinoreg.commands.main import script
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.source import Source
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Need, Published, Task
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.text import missing, paths_source, present
+from dinoreg.evaluation.published import BASELINE, CARD, DINOV2, released
+from dinoreg.evaluation.readers.files import paths_source, present, read_json
 from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES = "inat2018", "train_val2018.tar.gz"
 NEEDS = {split: Need(f"{split}2018.json", f"{split}2018.json.tar.gz") for split in ("train", "val")}
-COUNTS = {"train": 437_513, "test": 24_426}
-D2, CARD = "DINOv2, arXiv 2304.07193v2, Table 7", "DINOv2's model card"
-D3 = "DINOv3, arXiv 2508.10104, baseline row"
-DISTILLED = "no registers, distilled from ViT-g on LVD-142M"
-REGISTERED = "4 registers, distilled from ViT-g on LVD-142M"
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """The training set, and the published validation set as "test"."""
     content = _content(folder, "train")
     path = folder / NEEDS["train"].path
     try:
-        called = {int(each["id"]): str(each["name"]) for each in content["categories"]}
+        names = {int(each["id"]): str(each["name"]) for each in content["categories"]}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{NAME}: {path} has no list of categories with id and name") from None
-    ids = sorted(called)  # 0..8141 in the official file, which makes the ids the labels
+    ids = sorted(names)  # 0..8141 in the official file, which makes the ids the labels
     ranks = {category: rank for rank, category in enumerate(ids)}
     train = _split(folder, "train", content, ranks)
     test = _split(folder, "val", _content(folder, "val"), ranks)
-    return Data({"train": train, "test": test}, class_names=[called[category] for category in ids])
+    return Data({"train": train, "test": test}, class_names=[names[category] for category in ids])
 
 
 def _split(folder: Path, split: str, content: dict[str, Any], ranks: dict[int, int]) -> Labelled:
@@ -85,20 +78,15 @@ def _source(folder: Path, split: str, content: dict[str, Any]) -> PathSource:
 
 def _content(folder: Path, split: str) -> dict[str, Any]:
     path, archive = folder / NEEDS[split].path, NEEDS[split].archive
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise missing(path, NAME, archive) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{NAME}: {path} is not readable JSON ({str(error)[:200]})") from None
+    content = read_json(path, NAME, archive)
     if not isinstance(content, dict):
         raise UserError(f"{NAME}: {path} is not the object with images and annotations that {archive} holds")
     return content
 
 
-def images(root: Path, split: str, options: Mapping[str, Any], index_dir: str | None) -> Source:
+def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """The images of a published split, without labels."""
-    folder = replace(BENCHMARK, layouts=((NEEDS[split],),)).find(root)
+    folder = BENCHMARK.find(root, ((NEEDS[split],),))
     return _source(folder, split, _content(folder, split))
 
 
@@ -106,34 +94,19 @@ PRETRAINING = Pretraining(images, splits=("train", "val"))
 BENCHMARK = Benchmark(
     name=NAME,
     title="iNaturalist 2018",
-    task="classification",
     classes=8142,
     splits="437,513 / 24,426 (the published validation set)",
     folders=("inat2018", "inaturalist2018", "iNaturalist2018", "inat", "inaturalist"),
     layouts=((NEEDS["train"], NEEDS["val"], Need("train_val2018", IMAGES)),),
-    tasks=(
-        Task(
-            protocol="linear",
-            read=read,
-            metric="top-1",
-            counts=COUNTS,
-            published=(
-                Published("DINOv2 ViT-S/14 (distilled)", 69.0, D2, DISTILLED),
-                Published("DINOv2 ViT-B/14 (distilled)", 76.4, D2, DISTILLED),
-                Published("DINOv2 ViT-L/14 (distilled)", 80.4, D2, DISTILLED),
-                Published("DINOv2 ViT-g/14", 81.6, D2, "no registers, LVD-142M"),
-                Published("DINOv2 ViT-S/14 (distilled)", 69.5, CARD, DISTILLED),
-                Published("DINOv2 ViT-B/14 (distilled)", 76.3, CARD, DISTILLED),
-                Published("DINOv2 ViT-L/14 (distilled)", 79.8, CARD, DISTILLED),
-                Published("DINOv2 ViT-g/14", 81.6, CARD, "no registers, LVD-142M"),
-                Published("DINOv2 ViT-S/14 reg4 (distilled)", 67.6, CARD, REGISTERED),
-                Published("DINOv2 ViT-B/14 reg4 (distilled)", 73.8, CARD, REGISTERED),
-                Published("DINOv2 ViT-L/14 reg4 (distilled)", 80.9, CARD, REGISTERED),
-                Published("DINOv2 ViT-g/14 reg4", 81.5, CARD, "4 registers, LVD-142M"),
-                Published("DINOv2 ViT-g/14", 80.7, D3, "448 px; DINOv3's linear protocol"),
-            ),
+    tasks=linear_tasks(
+        read,
+        {"train": 437_513, "test": 24_426},
+        linear=(
+            *released((69.0, 76.4, 80.4, 81.6), f"{DINOV2}, Table 7"),
+            *released((69.5, 76.3, 79.8, 81.6), CARD),
+            *released((67.6, 73.8, 80.9, 81.5), CARD, registers=4),
+            Published("DINOv2 ViT-g/14", 80.7, BASELINE, "448 px; DINOv3's linear protocol"),
         ),
-        Task(protocol="knn", read=read, metric="top-1", counts=COUNTS),
     ),
     download="train_val2018.tar.gz, train2018.json.tar.gz and val2018.json.tar.gz (visipedia/inat_comp, 2018)",
     licence="non-commercial research, no redistribution; a licence per image in the json",

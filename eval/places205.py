@@ -8,20 +8,19 @@ Places365. Protocol: DINOv2's linear grid (App. B.3), weighted k-NN besides.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from dinoreg.commands.main import script
+from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.source import Source
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.text import lines, paths_source, present, whole_number
+from dinoreg.evaluation.published import BASELINE, DINOV2, released, single_tokens
+from dinoreg.evaluation.readers.files import listed, paths_source, present, whole_number
 from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES, LISTS = "places205", "imagesPlaces205_resize.tar.gz", "trainvalsplit_places205.tar.gz"
@@ -29,39 +28,31 @@ CLASSES = 205
 NEEDS = {split: Need(f"trainvalsplit_places205/{split}_places205.csv", LISTS) for split in ("train", "val")}
 CATEGORIES = "trainvalsplit_places205/categoryIndex_places205.csv"
 UNPACKED = ("data/vision/torralba/deeplearning/images256", "images256")  # where the archive puts the images
-COUNTS = {"train": 2_448_873, "test": 20_500}
-REG, D2 = "DINOv2 with registers, arXiv 2309.16588v2, Table 1", "DINOv2, arXiv 2304.07193v2, Table 7"
-D3 = "DINOv3, arXiv 2508.10104, baseline row"
-DISTILLED = "no registers, distilled from ViT-g on LVD-142M"
-TOKEN = "one token, no registers; logistic regression instead of the grid"
+TOKEN = "no registers; logistic regression instead of the grid"
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """The training set, and the published validation set as "test"."""
     names = _categories(folder)
     splits = {}
-    for split, listed in (("train", "train"), ("test", "val")):
-        path = folder / NEEDS[listed].path
-        files, told = _rows(path)
-        labels = [
-            whole_number(text, f"the class of {file}", path, 0, len(names) - 1) for file, text in zip(files, told)
-        ]
-        splits[split] = Labelled(_source(folder, files, options["images"]), np.array(labels), len(names))
+    for split, name in (("train", "train"), ("test", "val")):
+        path = folder / NEEDS[name].path
+        rows = _rows(path)
+        labels = [whole_number(text, f"the class of {file}", path, 0, len(names) - 1) for file, text in rows]
+        source = _source(folder, [file for file, _ in rows], options["images"])
+        splits[split] = Labelled(source, np.array(labels), len(names))
     return Data(splits, class_names=names)
 
 
-def _rows(path: Path) -> tuple[list[str], list[str]]:
-    """(files, classes as they are written) of a list."""
-    files, told = [], []
-    for line in lines(path, NAME, LISTS):
-        file, space, text = line.rstrip().rpartition(" ")
+def _rows(path: Path) -> list[tuple[str, str]]:
+    """(file, class as it is written) of every row of a list."""
+    rows = []
+    for line in listed(path, NAME, LISTS):
+        file, space, text = line.rpartition(" ")
         if not space:
             raise UserError(f"{NAME}: {path}: {line[:120]!r}, expected a file, a space and the number of its class")
-        files.append(file)
-        told.append(text)
-    if not files:
-        raise UserError(f"{NAME}: {path} lists no images")
-    return files, told
+        rows.append((file, text))
+    return rows
 
 
 def _categories(folder: Path) -> list[str]:
@@ -70,7 +61,7 @@ def _categories(folder: Path) -> list[str]:
     if not path.is_file():
         return [f"class {number}" for number in range(CLASSES)]
     names: dict[int, str] = {}
-    for name, text in zip(*_rows(path)):
+    for name, text in _rows(path):
         number = whole_number(text, f"the number of {name}", path, 0, CLASSES - 1)
         if number in names:
             raise UserError(f"{NAME}: {path}: two classes have the number {number}")
@@ -95,43 +86,32 @@ def _source(folder: Path, files: list[str], given: str) -> PathSource:
     return present(paths_source(base, files, NAME), NAME, f"{IMAGES} (elsewhere: {NAME}.images=FOLDER)")
 
 
-def images(root: Path, split: str, options: Mapping[str, Any], index_dir: str | None) -> Source:
+def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """The images of a published split, without labels."""
-    folder = replace(BENCHMARK, layouts=((NEEDS[split],),)).find(root)
-    return _source(folder, _rows(folder / NEEDS[split].path)[0], options["images"])
+    folder = BENCHMARK.find(root, ((NEEDS[split],),))
+    return _source(folder, [file for file, _ in _rows(folder / NEEDS[split].path)], options["images"])
 
 
 PRETRAINING = Pretraining(images, splits=("train", "val"), options=("images",))
 BENCHMARK = Benchmark(
     name=NAME,
     title="Places205",
-    task="classification",
     classes=CLASSES,
     splits="2,448,873 / 20,500 (the published validation set)",
     folders=("places205", "Places205", "places"),
     layouts=((NEEDS["train"], NEEDS["val"]),),
-    tasks=(
-        Task(
-            protocol="linear",
-            read=read,
-            metric="top-1",
-            counts=COUNTS,
-            published=(
-                Published("DINOv2 ViT-S/14 (distilled)", 62.9, D2, DISTILLED),
-                Published("DINOv2 ViT-B/14 (distilled)", 66.2, D2, DISTILLED),
-                Published("DINOv2 ViT-L/14 (distilled)", 67.3, D2, DISTILLED),
-                Published("DINOv2 ViT-g/14", 67.5, D2, "no registers, LVD-142M"),
-                Published("DINOv2 ViT-g/14", 68.2, D3, "448 px; DINOv3's linear protocol"),
-                Published("DINOv2 ViT-g/14, class token", 66.4, REG, TOKEN),
-                Published("DINOv2 ViT-g/14, a normal patch", 53.1, REG, TOKEN, "normal patch token"),
-                Published("DINOv2 ViT-g/14, an outlier patch", 55.1, REG, TOKEN, "outlier patch token"),
-            ),
+    tasks=linear_tasks(
+        read,
+        {"train": 2_448_873, "test": 20_500},
+        linear=(
+            *released((62.9, 66.2, 67.3, 67.5), f"{DINOV2}, Table 7"),
+            Published("DINOv2 ViT-g/14", 68.2, BASELINE, "448 px; DINOv3's linear protocol"),
+            *single_tokens("DINOv2 ViT-g/14", (66.4, 53.1, 55.1), TOKEN),
         ),
-        Task(protocol="knn", read=read, metric="top-1", counts=COUNTS),
     ),
     download="imagesPlaces205_resize.tar.gz and trainvalsplit_places205.tar.gz",
     licence="registration with MIT CSAIL's terms; images not redistributable (unverified)",
-    options=(Option("images", "", "folder of the images; by default where the archive unpacks to"),),
+    options={"images": option("", "folder of the images; by default where the archive unpacks to")},
     aliases=("places",),
 )
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from dinoreg.commands.main import script
+from dinoreg.config.option import option
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Published, Task
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, Task
 from dinoreg.evaluation.data import Data, FlowPairs
-from dinoreg.evaluation.readers.text import missing, paths_source
+from dinoreg.evaluation.readers.files import missing, paths_source, read_bytes
 from dinoreg.runtime.errors import UserError
 
 NAME = "sintel"
@@ -36,13 +37,11 @@ HEADER = 12  # bytes of a .flo file before its data
 FRAME = re.compile(r"frame_(\d{4})\.png")
 
 
-def read(folder: Path, options: Mapping[str, Any]) -> Data:
+def read(folder: Path, options: Options) -> Data:
     """Pairs of temple_2 and temple_3 as "test", those of the other scenes as "train"; by default of both passes.
 
     The splits are those of the first pass; all passes are extra["passes"] = {pass: splits}, with one source of frames.
     """
-    if options["pass"] not in (*PASSES, "both"):
-        raise UserError(f"{NAME}.pass={options['pass']}: expected clean, final or both")
     wanted = PASSES if options["pass"] == "both" else (options["pass"],)
     root = folder / "training"
     for part in (*wanted, "flow", "occlusions", "invalid"):
@@ -63,7 +62,7 @@ def read(folder: Path, options: Mapping[str, Any]) -> Data:
 
 
 def _scenes(folder: Path) -> list[str]:
-    """Sorted: the order of a folder's entries is the file system's."""
+    """In alphabetical order: that of a folder's entries is the file system's."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
@@ -95,34 +94,37 @@ def _splits(
 ) -> dict[str, FlowPairs]:
     splits = {}
     for split in ("train", "test"):
-        pairs = [
-            (name, before, after)
-            for name, frames in scenes.items()
-            if (name in TEST_SCENES) == (split == "test")
-            for before, after in pairwise(frames)
-        ]
-        files = [(name, before) for name, before, _ in pairs]
+        names = [name for name in scenes if (name in TEST_SCENES) == (split == "test")]
+        pairs = [(name, before, after) for name in names for before, after in pairwise(scenes[name])]
         splits[split] = FlowPairs(
             source,
             np.array([place[f"{rendering}/{name}/{before}"] for name, before, _ in pairs]),
             np.array([place[f"{rendering}/{name}/{after}"] for name, _, after in pairs]),
             [name for name, _, _ in pairs],
-            flow=_reader(root, files, lambda root, scene, frame: read_flo(root / "flow" / scene / _flow_name(frame))),
-            valid=_reader(root, files, _valid),
-            occluded=_reader(root, files, lambda root, scene, frame: _mask(root / "occlusions" / scene / frame)),
+            flow=partial(_flow, root, pairs),
+            valid=partial(_valid, root, pairs),
+            occluded=partial(_occluded, root, pairs),
         )
     return splits
 
 
-def _reader(
-    root: Path, files: list[tuple[str, str]], function: Callable[[Path, str, str], np.ndarray]
-) -> Callable[[int], np.ndarray]:
-    return lambda index: function(root, *files[index])
+Pairs = list[tuple[str, str, str]]  # scene, first frame, second frame
 
 
-def _valid(root: Path, scene: str, frame: str) -> np.ndarray:
+def _flow(root: Path, pairs: Pairs, index: int) -> np.ndarray:
+    scene, frame, _ = pairs[index]
+    return read_flo(root / "flow" / scene / _flow_name(frame))
+
+
+def _occluded(root: Path, pairs: Pairs, index: int) -> np.ndarray:
+    scene, frame, _ = pairs[index]
+    return _mask(root / "occlusions" / scene / frame)
+
+
+def _valid(root: Path, pairs: Pairs, index: int) -> np.ndarray:
     """(H, W) bool: not marked invalid in the first frame of the pair, known, and of a length that can be."""
-    flow, invalid = read_flo(root / "flow" / scene / _flow_name(frame)), _mask(root / "invalid" / scene / frame)
+    scene, frame, _ = pairs[index]
+    flow, invalid = _flow(root, pairs, index), _mask(root / "invalid" / scene / frame)
     if flow.shape[:2] != invalid.shape:
         sizes = ["x".join(map(str, each.shape[:2])) for each in (invalid, flow)]
         raise UserError(f"{NAME}: {root / 'invalid' / scene / frame} is {sizes[0]}, its flow {sizes[1]}")
@@ -136,12 +138,7 @@ def read_flo(path: Path) -> np.ndarray:
 
     Little-endian throughout, row by row. UserError for a file that is missing, of another kind or cut off.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise missing(path, NAME, EXTRAS) from None
-    except OSError as error:
-        raise UserError(f"{NAME}: {path} cannot be read ({error.strerror})") from None
+    data = read_bytes(path, NAME, EXTRAS)
     if data[:4] != b"PIEH" or len(data) < HEADER:
         raise UserError(f"{NAME}: {path} is not a .flo file, expected it to begin with PIEH, a width and a height")
     width, height = np.frombuffer(data, "<i4", 2, offset=4).tolist()
@@ -154,15 +151,15 @@ def read_flo(path: Path) -> np.ndarray:
 
 def _mask(path: Path) -> np.ndarray:
     """(H, W) bool of a grey PNG: where it is not 0."""
+    data = read_bytes(path, NAME, EXTRAS)
     try:
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
+        with Image.open(io.BytesIO(data)) as image:
             return np.asarray(image.convert("L")) != 0
-    except FileNotFoundError:
-        raise missing(path, NAME, EXTRAS) from None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{NAME}: {path} cannot be read as a mask ({' '.join(str(error).split())[:200]})") from None
 
 
+DINOFLOW = "DinoFlow (paper not at hand)"
 LEARNED = (
     "an upper bound and no probe: a network is trained on the frozen features to refine the flow; "
     "quoted from a secondary source, training data and scored scenes not verified"
@@ -187,13 +184,7 @@ BENCHMARK = Benchmark(
             # No number of DINOv2, with registers or without, was found for matching or a linear probe on Sintel.
             published=(
                 Published("trained matcher on frozen DINOv2 (upper bound)", 2.81, "arXiv 2605.08000", LEARNED, "final"),
-                Published(
-                    "DinoFlow, learned head on frozen DINOv3-S (upper bound)",
-                    3.97,
-                    "DinoFlow (paper not at hand)",
-                    LEARNED,
-                    "clean",
-                ),
+                Published("DinoFlow, learned head on frozen DINOv3-S (upper bound)", 3.97, DINOFLOW, LEARNED, "clean"),
             ),
         ),
     ),
@@ -202,7 +193,7 @@ BENCHMARK = Benchmark(
         "(flow, occlusions, invalid); the test part has no public flow and is not needed"
     ),
     licence="derived from the Blender film Sintel, CC BY as commonly stated; not verified",
-    options=(Option("pass", "both", "which rendering is matched: clean, final or both"),),
+    options={"pass": option("both", "which rendering is matched", choices=(*PASSES, "both"))},
     aliases=("mpi-sintel", "mpi_sintel"),
 )
 

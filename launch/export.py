@@ -16,9 +16,6 @@ def plan(request: Request) -> Plan:
         raise UserError(f"launch export: {request.source}: expected key=value, as weights=RUN format=onnx out=FOLDER")
     command = ("export", *request.overrides)
     request.check(command)
-    for key in ("weights", "format", "out"):
-        if request.value(key) is None:
-            raise UserError(f"launch export: missing {key}=; see dinoreg export --help")
     if request.options.world_size > 1:
         raise UserError(f"nodes={request.options.nodes}, {request.options.tasks} processes: an export is made by one")
     # An export's own folder has to be new, so its records lie with the run that it comes from.

@@ -22,7 +22,26 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the thorough tests, too")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A process for each core that may be used; where tests are named, this process alone, which starts sooner."""
+    if config.args_source is pytest.Config.ArgsSource.ARGS:
+        config.option.dist = "no"
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    thorough = {item for item in items if item.get_closest_marker("slow")}
+    if not config.getoption("--slow"):
+        config.hook.pytest_deselected(items=list(thorough))
+        items[:] = [item for item in items if item not in thorough]
+    # Files that take long begin first, so that no process is left with one of them at the end.
+    long_files = {item.path for item in thorough}
+    items.sort(key=lambda item: item.path not in long_files)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

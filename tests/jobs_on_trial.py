@@ -14,7 +14,7 @@ from training import tiny_config
 
 from dinoreg.config.load import to_yaml
 from dinoreg.jobs.records import read_records
-from dinoreg.jobs.status import Found, examine
+from dinoreg.jobs.status import JobStatus, examine
 
 SECONDS = 300.0  # that anything may take on two busy cores
 
@@ -52,15 +52,15 @@ def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> 
         time.sleep(0.2)
 
 
-def found(folder: Path | str, group: str | None = None) -> list[Found]:
+def found(folder: Path | str, group: str | None = None) -> list[JobStatus]:
     records = [record for record in read_records(folder) if group in (None, record.group)]
     return examine(folder, records)
 
 
-def ended(folder: Path | str, seconds: float = SECONDS) -> list[Found]:
+def ended(folder: Path | str, seconds: float = SECONDS) -> list[JobStatus]:
     """The jobs of a folder when all of them are over."""
 
-    def over() -> list[Found]:
+    def over() -> list[JobStatus]:
         jobs = found(folder)
         return jobs if all(job.is_over for job in jobs) else []
 

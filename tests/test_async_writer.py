@@ -28,9 +28,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from training import loss_trace, read_lines, tiny_config
 
-from dinoreg.checkpoint import async_writer as checkpoint_writer
 from dinoreg.checkpoint import format as checkpoint
+from dinoreg.checkpoint import lease
 from dinoreg.checkpoint.async_writer import Writer
+from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.train.loop import pretrain
 
@@ -46,9 +48,13 @@ def tensors(value: float, size: int = 5) -> dict[str, Any]:
     }
 
 
+joined: list[Ranks] = [ALONE]  # the processes that this one is among; the last entry counts
+
+
 def open_writer(run: Path, **options: Any) -> Writer:
     run.mkdir(exist_ok=True)
     given = {"keep": 9, "keep_hours": None, "asynchronous": True, "max_failures": 3, "timeout": 30.0, **options}
+    given["ranks"] = joined[-1]
     return Writer(run, describe_teacher={"architecture": {"dim": 8}, "config_hash": "abc"}, **given)
 
 
@@ -122,7 +128,7 @@ def test_a_checkpoint_and_its_teacher_file_hold_the_state_of_the_call(tmp_path: 
         description = json.loads(file.with_suffix(".json").read_text())
         assert (description["format"], description["step"]) == ("dinoreg-teacher", step)
         assert (description["architecture"], description["config_hash"]) == ({"dim": 8}, "abc")
-        assert description["sha256"] == checkpoint.digest(file)
+        assert description["sha256"] == digest(file)
         found, expected = load_file(file), tensors(float(step))["teacher"]
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -449,7 +455,7 @@ KILLS = """
     torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[2])
     from dinoreg.checkpoint import format as checkpoint
-    import test_checkpoint_writer as t
+    import test_async_writer as t
 
     def kill(module, name, late=False, to=""):
         function = getattr(module, name)
@@ -520,7 +526,7 @@ def test_a_kill_at_any_instant_of_writing_leaves_a_whole_checkpoint_and_little_t
         whole = 2 if name in PUBLISHED else 1
         assert_holds(run, whole, tensors(float(whole)))
         teacher = run / "teacher" / f"{checkpoint.step_name(whole)}.safetensors"
-        assert json.loads(teacher.with_suffix(".json").read_text())["sha256"] == checkpoint.digest(teacher), name
+        assert json.loads(teacher.with_suffix(".json").read_text())["sha256"] == digest(teacher), name
         with open_writer(run, keep=1) as writer:  # the run is started again
             assert leftovers(run) == [], name
             writer.save(3, tensors(3.0), {"step": 3}, wait=True)
@@ -546,7 +552,7 @@ def test_a_copy_that_was_taken_over_publishes_nothing_more_and_names_the_other(
     old.save(1, tensors(1.0), {"step": 1}, wait=True)
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    monkeypatch.setattr(checkpoint_writer.socket, "gethostname", lambda: "n2")
+    monkeypatch.setattr(lease.socket, "gethostname", lambda: "n2")
     others: list[Writer] = []
     if moment == "between two saves":
         others.append(open_writer(tmp_path))
@@ -588,8 +594,8 @@ def test_starting_again_leaves_the_folder_of_the_copy_that_owns_the_run_alone(
         writer.save(1, tensors(1.0), {"step": 1})
         assert held.begun.wait(30)
         (unfinished,) = (tmp_path / "checkpoints").glob(".unfinished-*")
-        assert unfinished.name.endswith(f".{writer.owner.token}")
-        checkpoint.remove_unfinished(tmp_path / "checkpoints", writer.owner.token)
+        assert unfinished.name.endswith(f".{writer.lease.token}")
+        checkpoint.remove_unfinished(tmp_path / "checkpoints", writer.lease.token)
         assert unfinished.is_dir()
         held.go.set()
     assert_holds(tmp_path, 1, tensors(1.0))
@@ -597,15 +603,15 @@ def test_starting_again_leaves_the_folder_of_the_copy_that_owns_the_run_alone(
 
 def test_the_owner_of_a_run_says_where_and_when_it_was_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    first = open_writer(tmp_path).owner
+    first = open_writer(tmp_path).lease
     assert json.loads((tmp_path / "owner.json").read_text())["pid"] == os.getpid()
     assert re.fullmatch(rf"process {os.getpid()} on \S+ at \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d", str(first))
-    second = open_writer(tmp_path).owner
-    assert checkpoint_writer.owner_of(tmp_path) == second
+    second = open_writer(tmp_path).lease
+    assert lease.owner_of(tmp_path) == second
     assert second.token != first.token
     for content in ("", "[]", '{"token": "x", "extra": 1}'):
         (tmp_path / "owner.json").write_text(content)
-        assert checkpoint_writer.owner_of(tmp_path) is None
+        assert lease.owner_of(tmp_path) is None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -663,11 +669,11 @@ def assert_whole(state: dict[str, Any], seed: int) -> None:
 
 def load_whole(run: Path, world_size: int, seed: int) -> None:
     """The newest checkpoint, by however many processes there are now, is the state of `seed`."""
-    path, damaged = checkpoint.newest(run / "checkpoints")
+    path, damaged = checkpoint.newest(run / "checkpoints", joined[-1])
     assert path is not None
     assert damaged == []
     state = spread_values(None, world_size)
-    assert checkpoint.load(path, state, verified=True)["seed"] == seed
+    assert checkpoint.load(path, state, verified=True, ranks=joined[-1])["seed"] == seed
     assert_whole(state, seed)
 
 
@@ -706,7 +712,7 @@ def _save_by_two(number: int, folder: Path) -> None:
     if number == 1:
         checkpoint.dcp.FileSystemWriter.write_data = full
     writer.save(2, spread_values(2, 2), {"step": 2, "seed": 2})
-    writer._collect(None)
+    writer._settle(None)
     (failure,) = writer.poll()
     assert "No space left on device" in failure.message
     checkpoint.dcp.FileSystemWriter.write_data = write
@@ -719,7 +725,7 @@ def _save_by_two(number: int, folder: Path) -> None:
     writer.save(2, spread_values(2, 2), {"step": 2, "seed": 2})
     with pytest.raises(RunError, match="No space left on device") as caught:
         writer.wait()
-    assert caught.value.collective
+    assert writer.ranks.is_common(caught.value)
     assert caught.value.reported == (number == 1)
     checkpoint._own_files = own_files
     assert [failure.step for failure in writer.poll()] == [2]
@@ -734,7 +740,7 @@ def _save_by_two(number: int, folder: Path) -> None:
         if number == 0:
             shard.write_bytes(content[:-200] + bytes([content[-200] ^ 1]) + content[-199:])
         dist.barrier()
-        path, damaged = checkpoint.newest(run / "checkpoints")
+        path, damaged = checkpoint.newest(run / "checkpoints", joined[-1])
         assert path == run / "checkpoints" / "step_0000001"
         assert len(damaged) == 1
         assert name in damaged[0]
@@ -748,7 +754,7 @@ def _save_by_two(number: int, folder: Path) -> None:
     strange = spread_values(None, 2)
     strange["plain"]["center0"] = torch.zeros(3)
     with pytest.raises(UserError, match=r"plain.center0 is \(10000,\), this model has \(3,\)"):
-        checkpoint.load(run / "checkpoints" / "step_0000002", strange)
+        checkpoint.load(run / "checkpoints" / "step_0000002", strange, ranks=joined[-1])
     writer.close()
 
     # Two copies of everything: DDP's plain tensors, and HSDP's shards, are written once.
@@ -803,6 +809,7 @@ def _worker(number: int, folder: str) -> None:
         if number < world_size:
             store = f"file://{folder}/store{phase}"
             dist.init_process_group("gloo", init_method=store, rank=number, world_size=world_size)
+            joined.append(Ranks.of_default_group(30.0))
             work(number, Path(folder))
             dist.destroy_process_group()
         else:  # until the others are through

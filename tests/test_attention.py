@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinoreg.models import attention
 from dinoreg.models.attention import attend, attend_groups, attention_weights, resolve_backend
 from dinoreg.runtime.errors import UserError
 
@@ -103,15 +104,27 @@ def test_xformers_without_cuda_is_refused_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_where_xformers_does_not_run_its_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(attention, "run_problem", lambda device, dtype: "built for another PyTorch")
+    assert resolve_backend("auto", device) == "sdpa"
+    said = attention.describe_backend("auto", device, 50, torch.bfloat16)
+    assert said == "sdpa (xformers does not run here: built for another PyTorch)"
+    with pytest.raises(UserError, match="cannot run here: built for another PyTorch; use auto or sdpa"):
+        resolve_backend("xformers", device)
+    monkeypatch.setattr(attention, "run_problem", lambda device, dtype: None)
+    assert attention.describe_backend("auto", device, 50, torch.bfloat16) == "xformers"
+    assert attention.describe_backend("sdpa", device, 50, torch.bfloat16) == "sdpa"
+    assert attention.describe_backend("auto", CPU, 50, torch.float32) == "sdpa"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_xformers_equals_sdpa_on_packed_groups_and_their_gradients() -> None:
     device = torch.device("cuda")
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 2e-2)):
-        try:
-            resolve_backend("xformers", device, dtype=dtype)
-        except UserError as error:
-            pytest.skip(str(error))
+        resolve_backend("xformers", device, dtype=dtype)  # raises, and so fails, where its kernels do not run
         shapes = ((3, 41), (5, 17))
         generator = torch.Generator().manual_seed(3)
         start = torch.randn(3 * 41 + 5 * 17, 3, 2, 64, generator=generator).to(device, dtype)

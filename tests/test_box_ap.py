@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,16 @@ import torch
 from torchvision.ops import box_iou
 
 from dinoreg.data.sources import ScenesSource
+from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Boxed, Data, Labelled
+from dinoreg.evaluation.dense.pictures import draw_boxes, strip
+from dinoreg.evaluation.dense.windows import pad_to_patches
 from dinoreg.evaluation.metrics.box_ap import Detections, Truth, average_precision, coco_matches, voc_matches
 from dinoreg.evaluation.metrics.box_scores import mean, score, whole_images
-from dinoreg.evaluation.metrics.boxes import areas, boxed, draw_boxes, overlaps, padded, side_by_side
+from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.runtime.errors import UserError
+from tests.box_pictures import context
 
 IMAGES, CLASSES, SIDE = 12, 4, 300
 
@@ -278,7 +284,7 @@ def test_whole_images_are_surest_of_the_commonest_class() -> None:
 
 def test_padding_is_what_the_encoders_normalisation_turns_into_zeros() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), dtype=np.uint8)
-    image = padded(pixels, 4, (0.485, 0.456, 0.406))
+    image = pad_to_patches(pixels, 4, (0.485, 0.456, 0.406))
     assert image.shape == (3, 8, 12)
     np.testing.assert_array_equal((image[:, :5, :9] * 255).round().permute(1, 2, 0).numpy(), pixels)
     assert image[:, 5:].flatten(1).unique(dim=1).flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
@@ -293,7 +299,7 @@ def test_pictures_show_boxes_where_they_are() -> None:
     red = np.argwhere(np.asarray(drawn)[..., 0] > 200)
     assert red.min(axis=0).tolist() == [20, 50]
     assert red.max(axis=0).tolist() == [89, 149]
-    assert side_by_side([drawn] * 3, ("a", "b", "c")).width <= 900
+    assert strip([drawn] * 3, ("a", "b", "c")).width <= 900
 
 
 @pytest.mark.parametrize(
@@ -316,15 +322,17 @@ def test_boxes_that_cannot_be_are_named(change: dict, message: str) -> None:
     parts |= change
     split = Boxed(ScenesSource(1, 8), num_classes=2, **parts)
     with pytest.raises(UserError, match=message):
-        boxed(Data({"test": split}), "test")
+        check_boxes(split, "test")
 
 
-def test_a_split_without_boxes_is_named() -> None:
-    labelled = Labelled(ScenesSource(2, 8), np.array([0, 1]), 2)
+def test_a_split_without_boxes_is_named(tmp_path: Path) -> None:
+    data = Data({"test": Labelled(ScenesSource(2, 8), np.array([0, 1]), 2)})
+    task = Task("detection", lambda folder, options: data, "AP50")
+    measured = Measurement(data, task, context(tmp_path), Boxed, MISSING)
     with pytest.raises(UserError, match="the train split is missing"):
-        boxed(Data({"test": labelled}), "train")
+        measured.split("train")
     with pytest.raises(UserError, match="images have no boxes"):
-        boxed(Data({"test": labelled}), "test")
+        measured.split("test")
 
 
 def test_the_mean_over_no_class_is_nan() -> None:

@@ -51,6 +51,8 @@ def test_the_wheel_holds_every_declaration(tmp_path: Path) -> None:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 assert f"dinoreg/_bundled/{path.relative_to(ROOT)}" in held
-    for path in (ROOT / "dinoreg").rglob("*.py"):
+    templates = list((ROOT / "dinoreg").rglob("templates/*"))
+    assert len(templates) > 10
+    for path in (*templates, *(ROOT / "dinoreg").rglob("*.py")):
         assert str(path.relative_to(ROOT)) in held
     assert not any(name.startswith(("tests/", "configs/")) for name in held)

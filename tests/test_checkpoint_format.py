@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import io
 import json
+import os
 import pickle
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from dinoreg.checkpoint import format as checkpoint
+from dinoreg.checkpoint.atomic import reason
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 
 
@@ -88,24 +95,149 @@ def test_a_checkpoint_of_another_architecture_is_refused_by_name(tmp_path: Path)
         checkpoint.load(path, {"student": {"c": torch.zeros(1)}})
 
 
-def test_metadata_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
-    path = write(tmp_path, 1)
-    witness = tmp_path / "ran"
+# What a foreign checkpoint may hold. Each of these leaves a file where one of its doors is open.
 
-    class Hostile:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return (Path.touch, (witness,))
 
-    (path / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest[".metadata"] = {
-        "size": (path / ".metadata").stat().st_size,
-        "sha256": checkpoint.digest(path / ".metadata"),
-    }
+class Touch:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)
+
+
+def sign(path: Path) -> None:
+    """The manifest of whatever is in the folder: whoever makes a checkpoint makes its manifest too."""
+    files = [file for file in path.iterdir() if file.name != "manifest.json"]
+    manifest = {file.name: {"size": file.stat().st_size, "sha256": digest(file)} for file in files}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(RunError, match="no place in a checkpoint"):
-        checkpoint.load(path, tensors())
-    assert not witness.exists()
+
+
+def refused(path: Path, match: str) -> None:
+    """Neither verified, nor taken up as the newest, nor loaded; each time for the same reason."""
+    for read in (checkpoint.verify, lambda path: checkpoint.load(path, tensors(), {"step": 1})):
+        with pytest.raises(RunError, match=match) as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+    found, damaged = checkpoint.newest(path.parent)
+    assert found is None
+    assert re.search(match, damaged[0].removesuffix("; passed over"))
+
+
+def as_bytes(folder: Path, content: Any, names: Sequence[str] = ("scale",)) -> Path:
+    """A checkpoint in which the entries `names` are not tensors but `content`, stored as DCP stores any object."""
+    path = write(folder, 1)
+    for file in [*path.glob("*.distcp"), path / ".metadata"]:
+        file.unlink()
+    state = checkpoint.flatten(tensors())
+    dcp.save({**state, **dict.fromkeys(names, content)}, checkpoint_id=path, no_dist=True)
+    sign(path)
+    return path
+
+
+@pytest.mark.parametrize("names", [("scale",), tuple(checkpoint.flatten(tensors()))], ids=["one", "all"])
+@pytest.mark.parametrize("payload", ["object", "torch.save"])
+def test_entries_that_are_bytes_are_refused_and_never_unpickled(
+    tmp_path: Path, names: Sequence[str], payload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = tmp_path / "ran"
+    content: Any = Touch(trace)
+    if payload == "torch.save":
+        content = io.BytesIO()
+        torch.save(Touch(trace), content)
+    path = as_bytes(tmp_path / "checkpoints", content, names)
+    if payload == "torch.save":  # the bytes themselves in place of DCP's pickle of them
+        blob = content.getvalue()
+        metadata = pickle.loads((path / ".metadata").read_bytes())
+        for index, info in metadata.storage_data.items():
+            if index.fqn in names:
+                (path / f"{index.fqn}.distcp").write_bytes(blob)
+                info.relative_path, info.offset, info.length = f"{index.fqn}.distcp", 0, len(blob)
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        sign(path)
+    refused(path, "BytesStorageMetadata has no place in a checkpoint's metadata")
+    assert not trace.exists()
+
+    # The same payload does run where DCP is asked as it comes: without this the test would prove nothing.
+    dcp.load(checkpoint.flatten(tensors()), checkpoint_id=path, no_dist=True)
+    assert trace.exists()
+    trace.unlink()
+
+    # And were the metadata to get through, the planner would still not unpickle it.
+    plain = dcp.FileSystemReader(path)
+    monkeypatch.setattr(plain, "path", path)
+    with pytest.raises(RunError, match="is stored as bytes, not as a tensor"):
+        checkpoint._read(plain, checkpoint.flatten(tensors()))
+    assert not trace.exists()
+
+
+def test_metadata_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
+    path = write(tmp_path / "checkpoints", 1)
+    (path / ".metadata").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
+    sign(path)
+    refused(path, "unreadable .*no place in a checkpoint")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["dict", "int", "list", "entry", "size", "storage", "attribute", "empty", "cut"])
+def test_metadata_of_another_kind_are_unreadable_in_one_line(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / "checkpoints", 1)
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    content: Any = {"dict": {}, "int": 7, "list": [metadata]}.get(kind, metadata)
+    if kind == "entry":
+        metadata.state_dict_metadata["scale"] = metadata
+    elif kind == "size":
+        metadata.state_dict_metadata["scale"].size = 3
+    elif kind == "storage":
+        metadata.storage_data = list(metadata.storage_data)
+    elif kind == "attribute":
+        del metadata.state_dict_metadata["scale"].properties
+    data = pickle.dumps(content)
+    (path / ".metadata").write_bytes({"empty": b"", "cut": data[:-9]}.get(kind, data))
+    sign(path)
+    refused(path, r"\.metadata: unreadable \(.+\)$")
+
+
+def test_tensors_are_read_from_files_of_the_checkpoint_only(tmp_path: Path) -> None:
+    path = write(tmp_path / "checkpoints", 1)
+    (data,) = path.glob("*.distcp")
+    data.rename(tmp_path / "outside.distcp")
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    for name in ("../../outside.distcp", str(tmp_path / "outside.distcp")):
+        for info in metadata.storage_data.values():
+            info.relative_path = name
+        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        sign(path)
+        refused(path, "outside the checkpoint")
+
+
+@pytest.mark.parametrize("left_out", [".metadata", "state.json", "__0_0.distcp", "all"])
+def test_a_manifest_names_every_file_of_a_checkpoint(tmp_path: Path, left_out: str) -> None:
+    path = write(tmp_path / "checkpoints", 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    for name in list(manifest) if left_out == "all" else [left_out]:
+        del manifest[name]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    refused(path, f"its manifest does not name {'.metadata' if left_out == 'all' else left_out}")
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '{".metadata": 3}', '{".metadata": {}}', "[" * 200_000, "\xff"])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_json_of_another_kind_is_unreadable_in_one_line(tmp_path: Path, name: str, content: str) -> None:
+    path = write(tmp_path / "checkpoints", 1)
+    (path / name).write_bytes(content.encode("latin-1"))
+    if name == "state.json":
+        sign(path)
+    refused(path, r"step_0000001: (unreadable \(.+\)|format version None, expected 1)$")
+
+
+@pytest.mark.parametrize("numbers", [{}, {"step": "1"}, {"step": None}])
+def test_numbers_that_a_run_needs_are_there_and_of_their_type(tmp_path: Path, numbers: dict[str, Any]) -> None:
+    path = checkpoint.save(tmp_path, 1, tensors(), numbers, keep=1)
+    with pytest.raises(RunError, match=r"unreadable \(state.json has no int step\)"):
+        checkpoint.load(path, tensors(), {"step": 1})
 
 
 def test_a_manifest_may_not_name_files_outside_the_checkpoint(tmp_path: Path) -> None:
@@ -146,7 +278,7 @@ def test_teacher_files_hold_float32_weights_and_what_is_needed_to_rebuild_them(t
     description = json.loads(path.with_suffix(".json").read_text())
     assert description["step"] == 3
     assert description["architecture"] == {"dim": 8}
-    assert description["sha256"] == checkpoint.digest(path)
+    assert description["sha256"] == digest(path)
     loaded = load_file(path)
     assert loaded["backbone.x"].dtype == torch.float32
     assert torch.equal(loaded["dino_head.y"], weights["dino_head.y"])
@@ -165,4 +297,4 @@ def test_teacher_files_hold_float32_weights_and_what_is_needed_to_rebuild_them(t
 
 def test_what_torchs_writer_says_of_a_full_disk_is_put_in_words() -> None:
     error = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")
-    assert checkpoint.reason(error) == "a write was cut short (No space left on device, or a failing disk)"
+    assert reason(error) == "a write was cut short (No space left on device, or a failing disk)"

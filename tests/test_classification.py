@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from encoders import context, small_encoder, small_vit
 from miniatures.pictures import labels_for, pattern
 from peer_models import timm_model
@@ -23,6 +24,8 @@ from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, L
 from dinoreg.evaluation.protocols import knn as neighbours
 from dinoreg.evaluation.protocols import linear
 from dinoreg.evaluation.protocols import logistic as classification
+from dinoreg.evaluation.protocols.classification import class_tokens
+from dinoreg.evaluation.solvers.train_heads import cosine
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 
@@ -90,8 +93,7 @@ def test_logistic_rows_agree_with_scikit_learn_at_the_chosen_c(tmp_path: Path) -
     assert macro.chosen_on == "the official validation split"
     assert macro.n_train == 60
     features = {
-        name: classification.class_tokens(encoder, part, where, name).double().numpy()
-        for name, part in found.splits.items()
+        name: class_tokens(encoder, part.source, where, name).double().numpy() for name, part in found.splits.items()
     }
     fit = LogisticRegression(C=macro.settings["C"], max_iter=5000, tol=1e-10).fit(
         np.concatenate([features["train"], features["val"]]),
@@ -143,7 +145,7 @@ def test_the_grid_without_augmentation_runs_the_backbone_once_per_image(tmp_path
 
 
 def test_a_grid_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinoreg.evaluation.solvers.train_heads.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     found = data(tmp_path)
     whole = linear.evaluate(small_encoder(), found, TASK, OPTIONS, context(tmp_path / "whole"))
     broken = context(tmp_path / "broken")
@@ -218,18 +220,18 @@ def test_streamed_images_come_with_their_own_labels(
 ) -> None:
     seen: list[int] = []
     told: list[int] = []
-    inner, labels = linear.Grid._images, linear.Grid._batch
-    monkeypatch.setattr(linear.Grid, "_batch", lambda self, step: told.extend(labels(self, step)) or labels(self, step))
+    inner = linear.Grid.augmented
 
-    def images(self: linear.Grid, step: int) -> Tensor:
-        found = inner(self, step)
+    def augmented(self: linear.Grid, samples: list[tuple[int, np.ndarray]]) -> tuple[Tensor, np.ndarray]:
         train = self.split.source
         shown = [np.asarray(read_rgb(train, index)).reshape(-1, 3).mean(0) for index in range(len(train))]
-        means = found.float().mean(dim=(2, 3)).numpy()
+        means = [crop.reshape(-1, 3).mean(0) for _, crop in samples]
         seen.extend(int(np.abs(np.array(shown) - mean).sum(axis=1).argmin()) for mean in means)
-        return found
+        features, rows = inner(self, samples)
+        told.extend(rows.tolist())
+        return features, rows
 
-    monkeypatch.setattr(linear.Grid, "_images", images)
+    monkeypatch.setattr(linear.Grid, "augmented", augmented)
     monkeypatch.setattr(linear, "random_resized_crop", lambda image, size, rng: np.asarray(image.resize((size, size))))
     options = EvalOptions(
         linear=LinearOptions(lrs=(0.01,), blocks=(1,), avgpool=(0,), epochs=1, epoch_steps=5, batch_size=batch_size)
@@ -237,3 +239,45 @@ def test_streamed_images_come_with_their_own_labels(
     linear.evaluate(small_encoder(), data(tmp_path), TASK, options, context(tmp_path))
     assert len(told) == 5 * batch_size
     assert seen == told
+
+
+def test_heads_side_by_side_learn_what_each_learns_alone(tmp_path: Path) -> None:
+    """The stacked grid against its literal form: a module and an SGD of its own rate for every head."""
+    train = data(tmp_path).splits["train"]
+    options = LinearOptions(lrs=(1e-3, 0.05, 2.0), epochs=1, epoch_steps=12, batch_size=16, augment=False)
+    grid = linear.Grid(small_encoder(), train, np.arange(len(train)), options, context(tmp_path))
+    features = grid.features(train, "train")
+    grid.start(features.rows.shape[2])
+    alone = {}
+    for kind, stacked in grid.maps.items():
+        weights = stacked.weight.detach().clone().view(len(options.lrs), train.num_classes, -1)
+        for name, lr, weight in zip(grid.names(kind), options.lrs, weights):
+            head = torch.nn.Linear(weight.shape[1], train.num_classes)
+            head.weight.data, head.bias.data = weight, torch.zeros(train.num_classes)
+            sgd = torch.optim.SGD(head.parameters(), lr=0.0, momentum=0.9)
+            for step in range(grid.steps):
+                x, rows = grid.stored(features, step)
+                inputs = x[:, kind.slots(grid.deepest)].flatten(1)
+                sgd.param_groups[0]["lr"] = lr * 16 / 256 * cosine(step, grid.steps)
+                sgd.zero_grad()
+                torch.nn.functional.cross_entropy(head(inputs), torch.from_numpy(train.labels[rows])).backward()
+                sgd.step()
+            alone[name] = head
+    grid.train(features.rows.shape[2])
+    for kind, stacked in grid.maps.items():
+        weights = stacked.weight.detach().view(len(options.lrs), train.num_classes, -1)
+        biases = stacked.bias.detach().view(len(options.lrs), train.num_classes)
+        for name, weight, bias in zip(grid.names(kind), weights, biases):
+            torch.testing.assert_close(weight, alone[name].weight.detach(), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(bias, alone[name].bias.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_diverges_loses_and_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    found, grids = data(tmp_path), {}
+    for lrs in ((0.1,), (0.1, 1e38)):
+        options = LinearOptions(lrs=lrs, blocks=(1,), avgpool=(0,), epochs=1, epoch_steps=10, batch_size=16)
+        where = context(tmp_path / str(len(lrs)))
+        rows = linear.evaluate(small_encoder(), found, TASK, EvalOptions(linear=options), where)
+        grids[lrs] = rows[0].settings["grid"]
+    assert grids[0.1, 1e38]["1 block, lr 1e+38"] == -1
+    assert grids[0.1, 1e38]["1 block, lr 0.1"] == pytest.approx(grids[0.1,]["1 block, lr 0.1"], abs=0.15)

@@ -15,8 +15,8 @@ import pytest
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.commands.registry import VERBS
-from dinoreg.config.keys import describe
 from dinoreg.config.load import Config
+from dinoreg.config.option import describe
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
 
 
@@ -162,16 +162,20 @@ def test_the_help_of_a_verb_lists_its_keys(verb: str, capsys: pytest.CaptureFixt
     assert main([verb, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: dinoreg {verb}")
-    assert all(f"  {key.name} " in text for key in VERBS[verb].keys)
+    for cls in (VERBS[verb].options, *VERBS[verb].kinds.values()):
+        for key, kind, meaning in describe(cls):
+            assert any(f"  {key} " in line and f" {kind} " in line and meaning in line for line in text.splitlines())
 
 
-def test_the_help_of_pretrain_lists_every_key_with_type_default_and_meaning(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["pretrain", "vits14_reg4", "--help"]) == 0
+def test_the_help_of_a_config_shows_its_values(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--help"]) == 0
+    defaults = capsys.readouterr().out.splitlines()
+    assert main(["pretrain", "vits14_reg4", "seed=7", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    for key, kind, meaning in describe(Config):
-        assert any(line.startswith(f"  {key} ") and f" {kind} " in line and line.endswith(meaning) for line in lines)
+    for value in ("loss.centering", "str = sinkhorn"), ("optim.beta2", "float = 0.99"), ("seed", "int = 7"):
+        (line,) = (line for line in lines if line.startswith(f"  {value[0]} "))
+        assert f" {value[1]} " in line
+        assert line not in defaults
     assert any("vits14_reg4" in line and line.startswith("CONFIG:") for line in lines)
 
 
@@ -195,7 +199,7 @@ def test_python_dash_m_is_the_same_command() -> None:
         (["quickstart", "sed=5"], "sed: unknown key of dinoreg quickstart; did you mean seed?"),
         (["quickstart", "seed=x"], "seed=x: expected a whole number"),
         (["quickstart", "seed=1", "seed=2"], "seed: given twice"),
-        (["quickstart", "runs/a"], "quickstart: runs/a: unexpected; usage: dinoreg quickstart"),
+        (["quickstart", "runs/a"], "quickstart: runs/a: unexpected; see dinoreg quickstart --help"),
         (["pretrain"], "pretrain: missing CONFIG"),
         (["pretrain", "data=x", "out=y"], "pretrain: missing CONFIG"),
         (["pretrain", "vits14"], "config vits14: unknown; did you mean vits14_reg4?"),
@@ -215,7 +219,7 @@ def test_python_dash_m_is_the_same_command() -> None:
         (["report"], "report: missing RUN"),
         (["report", "nowhere"], "report: nowhere: no such folder"),
         (["report", "."], "report: .: not a run folder"),
-        (["inspect"], "inspect: missing data="),
+        (["inspect"], "inspect: data= is missing: a folder of images"),
         (["inspect", "data=x", "sample=0"], "sample=0: expected at least 1 image"),
         (["inspect", "path=x"], "path: unknown key of dinoreg inspect"),
         (["doctor", "a", "b"], "doctor: b: unexpected"),

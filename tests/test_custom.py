@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dinoreg.commands.main import main
-from dinoreg.config.values import Text
+from dinoreg.config.option import Text
 from dinoreg.evaluation.benchmark import PROTOCOLS
 from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.custom.splits import hold_out
@@ -420,7 +420,9 @@ def test_depth_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     png, npy = folder / "depth" / "000.png", folder / "depth" / "001.npy"
     good = png.read_bytes()
     save(pattern(0, 0, 56, 70).convert("L"), png, "PNG")
-    assert f"{png}: expected a grey PNG of 16 bits, in millimetres" in refusal(folder)
+    message = refusal(folder)
+    assert f"{png}: is an image of mode L" in message
+    assert "expected a depth map of 16 bits and one channel, in millimetres" in message
     png.write_bytes(good)
     for values, expected in (
         (np.zeros((56, 71), dtype=np.float32), "is 71 x 56 pixels, its image 001.png is 70 x 56"),

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,10 @@ import pytest
 import skimage.data
 import tifffile
 import torch
+import torchvision
 from PIL import Image, ImageOps
 
+from dinoreg.data import decode as decode_module
 from dinoreg.data.decode import BadImage, EncodedImage, decode, jpeg_header
 
 PHOTO = Image.fromarray(skimage.data.astronaut()).crop((60, 10, 260, 160))  # 200 x 150
@@ -43,6 +47,37 @@ def test_lossless_formats_give_their_exact_pixels(kind: str) -> None:
 def test_jpeg_equals_pillows_decoding(options: dict[str, Any]) -> None:
     data = encoded(**options)
     assert close(array(data), np.asarray(Image.open(io.BytesIO(data))), 0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["RGB", "L"])
+def test_jpeg_has_the_pixels_of_torchvisions_decoder(kind: str, channels: int) -> None:
+    data = encoded(PHOTO.convert(kind))
+    mode = torchvision.io.ImageReadMode.RGB if channels == 3 else torchvision.io.ImageReadMode.GRAY
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and for that reason not what we call
+        expected = torchvision.io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+    assert decode_module._decode_jpeg is not None
+    assert torch.equal(decode(data, channels), expected)
+
+
+def operator_with(*types: str) -> Any:
+    """An operator whose arguments have these types, all of them needed."""
+    arguments = [SimpleNamespace(type=kind, has_default_value=lambda: False) for kind in types]
+    return SimpleNamespace(default=SimpleNamespace(_schema=SimpleNamespace(arguments=arguments)))
+
+
+def test_without_torchvisions_decoder_or_with_another_one_jpegs_go_through_pillow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert decode_module._find_jpeg_operator() is not None
+    for operators in (SimpleNamespace(), SimpleNamespace(decode_jpeg=operator_with("Tensor", "int", "Device"))):
+        monkeypatch.setattr(torch.ops, "image", operators)
+        assert decode_module._find_jpeg_operator() is None
+    data = encoded()
+    monkeypatch.setattr(decode_module, "_decode_jpeg", None)
+    assert np.array_equal(array(data), np.asarray(Image.open(io.BytesIO(data))))
+    assert close(array(data, in_channels=1), np.asarray(PHOTO.convert("L"))[..., None], 3)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

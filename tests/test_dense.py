@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.dense import windows as dense
 from dinoreg.evaluation.dense.windows import (
-    TrainingStream,
     Windows,
     bilinear_matrix,
     centre_pad,
@@ -22,12 +21,13 @@ from dinoreg.evaluation.dense.windows import (
     pad_to,
     patch_grid,
     photometric_distortion,
-    require_finite,
     scale_saturation,
     shuffled,
+    training_stream,
     turn_hue,
     window_starts,
 )
+from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError
 
@@ -200,9 +200,9 @@ class TestStream:
         def load(index: int, rng: np.random.Generator) -> tuple[int, float]:
             return index, float(rng.random())
 
-        with TrainingStream(load, 5, 4, 6, seed=0, workers=0) as whole:
+        with training_stream(load, 5, 4, 6, seed=0, workers=0) as whole:
             expected = [whole(step) for step in range(6)]
-        with TrainingStream(load, 5, 4, 6, seed=0, workers=workers) as later:
+        with training_stream(load, 5, 4, 6, seed=0, workers=workers) as later:
             assert [later(step) for step in (3, 4, 5)] == expected[3:]
             assert later(1) == expected[1]
         values = [value for step in expected for _, (_, value) in step]
@@ -212,7 +212,7 @@ class TestStream:
         import threading
 
         before = threading.active_count()
-        with TrainingStream(lambda index, rng: index, 50, 2, 20, seed=0, workers=3) as stream:
+        with training_stream(lambda index, rng: index, 50, 2, 20, seed=0, workers=3) as stream:
             stream(0)
             assert threading.active_count() > before
         assert threading.active_count() == before

@@ -313,7 +313,7 @@ def test_the_same_seed_gives_the_same_figures_also_after_an_interruption(
                 raise KeyboardInterrupt
             yield item
 
-    monkeypatch.setattr("dinoreg.evaluation.solvers.train_heads.SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     with pytest.raises(KeyboardInterrupt):
         _evaluate(_vit(), data, tmp_path / "b", options, progress=stops)
     assert list((tmp_path / "b" / "state").glob("depth*"))

@@ -16,6 +16,7 @@ from torchvision.ops import box_iou, generalized_box_iou, sigmoid_focal_loss
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.dense import box_probe
 from dinoreg.evaluation.dense.box_head import (
     BACKGROUND,
     IGNORED,
@@ -30,11 +31,11 @@ from dinoreg.evaluation.dense.box_head import (
     focal_loss,
     giou,
 )
+from dinoreg.evaluation.dense.box_probe import BoxProbe, Prepared, prepare, typical_reach
+from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
 from dinoreg.evaluation.options import DetectionOptions, EvalOptions
-from dinoreg.evaluation.protocols import detection
-from dinoreg.evaluation.protocols.detection import Prepared, alike, evaluate, fit, predict, prepare, typical_reach
+from dinoreg.evaluation.protocols.detection import evaluate
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers import train_heads as heads
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
 from tests.box_pictures import Pictures, coloured, context
@@ -139,7 +140,7 @@ def test_assignment_equals_a_loop_over_patches_and_boxes() -> None:
 
 def test_a_mirrored_image_has_mirrored_targets() -> None:
     split = coloured(4, seed=0)
-    plain, mirrored = (prepare(split, 3, 0, PIXELS, OPTIONS, flip) for flip in (False, True))
+    plain, mirrored = (prepare(split, 3, PIXELS, OPTIONS, flip) for flip in (False, True))
     assert torch.equal(plain.image.flip(2), mirrored.image)
     assert plain.targets is not None
     assert mirrored.targets is not None
@@ -151,16 +152,16 @@ def test_a_mirrored_image_has_mirrored_targets() -> None:
 
 
 def test_the_short_side_is_scaled_unless_the_long_one_grows_too_long() -> None:
-    assert fit(100, 50, 80, 200) == (160, 80)
-    assert fit(50, 100, 80, 200) == (80, 160)
-    assert fit(400, 50, 80, 200) == (200, 25)
-    assert fit(5000, 1, 80, 200) == (200, 1)
+    assert fit_size(50, 100, 80, 200) == (80, 160)
+    assert fit_size(100, 50, 80, 200) == (160, 80)
+    assert fit_size(50, 400, 80, 200) == (25, 200)
+    assert fit_size(1, 5000, 80, 200) == (1, 200)
 
 
 def test_boxes_scale_with_the_image_and_padding_is_ignored() -> None:
     split = coloured(2, seed=0)
     options = dataclasses.replace(OPTIONS, size=52, max_size=70)
-    found = prepare(split, 0, 0, PIXELS, options, False)  # 64x40 pixels
+    found = prepare(split, 0, PIXELS, options, False)  # 64x40 pixels
     assert found.size == (44, 70)
     assert found.image.shape == (3, 48, 72)
     assert found.scale == (70 / 64, 44 / 40)
@@ -239,10 +240,10 @@ def test_batches_have_one_shape_lose_nothing_and_wait_little() -> None:
             yield Prepared(place, torch.zeros(3, side, 2), (side, 2), (1.0, 1.0))
 
     seen: list[int] = []
-    for batch in alike(images(), 3):
+    for batch in batches_of_one_shape(images(), 3, lambda each: each.image.shape):
         assert len({each.image.shape for each in batch}) == 1
         assert 1 <= len(batch) <= 3
-        seen += [each.place for each in batch]
+        seen += [each.number for each in batch]
         assert taken - len(seen) <= 12
     assert sorted(seen) == list(range(50))
 
@@ -252,15 +253,15 @@ def test_an_images_boxes_do_not_depend_on_its_neighbours(tmp_path: Path) -> None
     encoder = wrap(RegisterViT(image_size=32, patch_size=8, dim=32, depth=2, heads=4))
     split = coloured(7, seed=1)
     chosen = {"x": LinearBoxHead(32, 3).eval()}
-    alone, alone_sizes = predict(
-        encoder, chosen, split, np.arange(7), dataclasses.replace(OPTIONS, batch_size=1), context(tmp_path), "boxes"
-    )
-    together, sizes = predict(encoder, chosen, split, np.arange(7), OPTIONS, context(tmp_path), "boxes")
+    one_by_one = BoxProbe(encoder, dataclasses.replace(OPTIONS, batch_size=1), context(tmp_path))
+    alone, alone_sizes = one_by_one.predict(chosen, split, np.arange(7), "boxes")
+    probe = BoxProbe(encoder, OPTIONS, context(tmp_path))
+    together, sizes = probe.predict(chosen, split, np.arange(7), "boxes")
     np.testing.assert_array_equal(alone["x"].image, together["x"].image)
     np.testing.assert_allclose(alone["x"].scores, together["x"].scores, atol=1e-5)
     expected = [each.shape[:2] for each in split.source.pixels]  # type: ignore[attr-defined]
     assert sizes.tolist() == alone_sizes.tolist() == [list(each) for each in expected]
-    some, _ = predict(encoder, chosen, split, np.array([5, 2]), OPTIONS, context(tmp_path), "boxes")
+    some, _ = probe.predict(chosen, split, np.array([5, 2]), "boxes")
     first = some["x"].boxes[some["x"].image == 0]
     np.testing.assert_allclose(first, together["x"].boxes[together["x"].image == 5], atol=1e-3)
 
@@ -343,18 +344,18 @@ def test_a_training_that_was_stopped_ends_bitwise_as_one_that_was_not(
 ) -> None:
     train, test = coloured(10, seed=1), coloured(4, seed=2)
     unbroken = run(train, test, tmp_path / "a", steps=8, batch_size=4)
-    monkeypatch.setattr(heads, "SAVE_SECONDS", -1.0)
-    cosine = detection.cosine
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
+    cosine = box_probe.cosine
 
     def stops(step: int, steps: int, warmup: int = 0) -> float:
         if step == 5:
             raise KeyboardInterrupt
         return cosine(step, steps, warmup)
 
-    monkeypatch.setattr(detection, "cosine", stops)
+    monkeypatch.setattr(box_probe, "cosine", stops)
     with pytest.raises(KeyboardInterrupt):
         run(train, test, tmp_path / "b", steps=8, batch_size=4)
-    monkeypatch.setattr(detection, "cosine", cosine)
+    monkeypatch.setattr(box_probe, "cosine", cosine)
     resumed = run(train, test, tmp_path / "b", steps=8, batch_size=4)
     for one, other in zip(unbroken, resumed, strict=True):
         assert dataclasses.replace(one, hours=0) == dataclasses.replace(other, hours=0)

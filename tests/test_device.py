@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from dinoreg.runtime import device as runtime
+from dinoreg.runtime import environment
 from dinoreg.runtime.device import autocast, keep_freed_memory, peak_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
 
@@ -85,12 +88,31 @@ def test_auto_precision_of_a_cpu_is_bf16_only_in_hardware(
     assert pick_precision("auto", torch.device("cpu")) == dtype
 
 
-@pytest.mark.parametrize(("hardware", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_auto_precision_of_a_gpu_is_bf16_or_else_fp16(
-    hardware: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int) -> None:
+    """A GPU of this compute capability, on which PyTorch can make bfloat16 tensors, as it can on every one."""
+    properties = SimpleNamespace(name="GPU", major=major, minor=minor, total_memory=16 << 30)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)],
+    ids=["V100", "T4", "A100", "H100"],
+)
+def test_auto_precision_of_a_gpu_is_bf16_where_the_hardware_has_it_or_else_fp16(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: hardware)
+    pretend_gpu(monkeypatch, *capability)
+    assert torch.cuda.is_bf16_supported()  # PyTorch's own default counts emulation
     assert pick_precision("auto", torch.device("cuda")) == dtype
+    (described,) = environment._torch()["cuda"]
+    assert described["bf16"] == (dtype == torch.bfloat16)
 
 
 def test_auto_precision_elsewhere_is_fp32() -> None:

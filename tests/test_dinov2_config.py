@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dinoreg.config.dinov2 import DEFAULTS, from_dinov2, is_dinov2
-from dinoreg.config.keys import describe
+from dinoreg.config.dinov2 import KEYS, from_dinov2, is_dinov2
 from dinoreg.config.load import Config, load_config
+from dinoreg.config.option import keys_of
 from dinoreg.runtime.errors import UserError
 
 # As dinov2 publishes its giant's config.
@@ -45,19 +45,12 @@ crops:
 """
 
 
-def nested(**flat: Any) -> dict[str, Any]:
-    """nested(student__arch="x") is {"student": {"arch": "x"}}."""
-    content: dict[str, Any] = {}
-    for key, value in flat.items():
-        *parents, leaf = key.split("__")
-        node = content
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return content
+def dotted(**values: Any) -> dict[str, Any]:
+    """dotted(student__arch="x") is {"student.arch": "x"}."""
+    return {key.replace("__", "."): value for key, value in values.items()}
 
 
-OURS = [key for key, _, _ in describe(Config)]
+OURS = list(keys_of(Config))
 
 
 def test_the_references_defaults_are_our_parity_config() -> None:
@@ -85,7 +78,7 @@ def test_the_published_giant_with_registers_is_ours_but_for_the_quirks(tmp_path:
 
 
 def test_epochs_become_fractions_of_the_run() -> None:
-    content = nested(
+    content = dotted(
         optim__epochs=20,
         optim__warmup_epochs=5,
         optim__freeze_last_layer_epochs=1,
@@ -101,7 +94,7 @@ def test_epochs_become_fractions_of_the_run() -> None:
 
 
 def test_a_warmup_longer_than_the_run_is_cut_and_said() -> None:
-    translation = from_dinov2(nested(optim__epochs=20, optim__warmup_epochs=10))
+    translation = from_dinov2(dotted(optim__epochs=20, optim__warmup_epochs=10))
     assert load_config(None, translation.config).schedule.teacher_temp_warmup == 1.0
     assert any("warmup_teacher_temp_epochs" in note and "cut" in note for note in translation.notes)
 
@@ -110,24 +103,24 @@ def test_the_quirks_are_kept_unless_the_file_says_otherwise() -> None:
     config = load_config(None, from_dinov2({}).config)
     assert config.augment.reference_blur
     assert (config.model.antialias, config.model.position_offset) == (False, 0.1)
-    changed = nested(student__interpolate_antialias=True, student__interpolate_offset=0.0)
+    changed = dotted(student__interpolate_antialias=True, student__interpolate_offset=0.0)
     config = load_config(None, from_dinov2(changed).config)
     assert (config.model.antialias, config.model.position_offset) == (True, 0.0)
 
 
 def test_the_ibot_heads_settings_count_only_when_it_is_separate() -> None:
-    shared = from_dinov2(nested(ibot__head_n_prototypes=512))
-    assert "ibot_prototypes" not in shared.config["head"]
+    shared = from_dinov2(dotted(ibot__head_n_prototypes=512))
+    assert "head.ibot_prototypes" not in shared.config
     assert any(line.startswith("ibot.head_n_prototypes") for line in shared.dead)
-    separate = from_dinov2(nested(ibot__head_n_prototypes=512, ibot__separate_head=True))
-    assert separate.config["head"]["ibot_prototypes"] == 512
+    separate = from_dinov2(dotted(ibot__head_n_prototypes=512, ibot__separate_head=True))
+    assert separate.config["head.ibot_prototypes"] == 512
     assert separate.dead == []
 
 
 def test_weights_and_the_output_folder_are_taken_over() -> None:
-    config = from_dinov2(nested(student__pretrained_weights="a.pth", train__output_dir="runs/x")).config
+    config = from_dinov2(dotted(student__pretrained_weights="a.pth", train__output_dir="runs/x")).config
     assert (config["init"], config["out"]) == ("a.pth", "runs/x")
-    assert from_dinov2(nested(MODEL__WEIGHTS="b.pth")).config["init"] == "b.pth"
+    assert from_dinov2(dotted(MODEL__WEIGHTS="b.pth")).config["init"] == "b.pth"
     assert "init" not in from_dinov2({}).config
     assert "out" not in from_dinov2({}).config
 
@@ -141,13 +134,13 @@ def test_weights_and_the_output_folder_are_taken_over() -> None:
     ],
 )
 def test_a_dataset_string_becomes_its_folder(path: str, folder: str | None) -> None:
-    translation = from_dinov2(nested(train__dataset_path=path))
-    assert translation.config["data"].get("source") == folder
+    translation = from_dinov2(dotted(train__dataset_path=path))
+    assert translation.config.get("data.source") == folder
     assert any(path in note for note in translation.notes)
 
 
 def test_every_key_of_a_file_is_translated_or_listed() -> None:
-    content = nested(
+    content = dotted(
         compute_precision__student__backbone__mixed_precision__param_dtype="fp16",
         compute_precision__grad_scaler=True,
         train__cache_dataset=True,
@@ -177,7 +170,7 @@ def test_every_key_of_a_file_is_translated_or_listed() -> None:
     assert any("unknown" in line for line in dead if line.startswith("student.wings"))
 
 
-@pytest.mark.parametrize("key", sorted(DEFAULTS))
+@pytest.mark.parametrize("key", sorted(KEYS))
 def test_no_translated_key_is_read_in_vain(key: str) -> None:
     """Changing any key of the reference changes our config, or is refused by name."""
     changed = {
@@ -191,7 +184,7 @@ def test_no_translated_key_is_read_in_vain(key: str) -> None:
         "student.pretrained_weights": "w.pth",
         "optim.scaling_rule": "linear_wrt_256",
     }
-    default = DEFAULTS[key]
+    default = KEYS[key].default
     if isinstance(default, bool):
         value: Any = not default
     elif isinstance(default, list):
@@ -200,9 +193,8 @@ def test_no_translated_key_is_read_in_vain(key: str) -> None:
         value = default * 2 + 1
     else:
         value = changed[key]
-    base = nested(ibot__separate_head=True) if key.startswith("ibot.head") else {}
-    section, _, name = key.rpartition(".")
-    content = {**base, section: {**base.get(section, {}), name: value}}
+    base = dotted(ibot__separate_head=True) if key.startswith("ibot.head") else {}
+    content = {**base, key: value}
     try:
         assert from_dinov2(content).config != from_dinov2(base).config
     except UserError as error:
@@ -212,14 +204,14 @@ def test_no_translated_key_is_read_in_vain(key: str) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (nested(student__arch="resnet50"), "student.arch=resnet50: expected vit_small"),
-        (nested(student__ffn_layer="identity"), "student.ffn_layer=identity: expected mlp"),
-        (nested(optim__scaling_rule="linear"), "optim.scaling_rule=linear: expected sqrt_wrt_1024"),
-        (nested(train__centering="none"), "train.centering=none: expected centering"),
-        (nested(student__qkv_bias=False), "student.qkv_bias=False: expected true"),
-        (nested(optim__epochs=0), "optim.epochs=0"),
-        (nested(optim__epochs="many"), "optim.epochs=many: expected a number"),
-        (nested(ibot__separate_head=True, ibot__head_nlayers=2), "ibot.head_nlayers=2"),
+        (dotted(student__arch="resnet50"), "student.arch=resnet50: expected vit_small"),
+        (dotted(student__ffn_layer="identity"), "student.ffn_layer=identity: expected mlp"),
+        (dotted(optim__scaling_rule="linear"), "optim.scaling_rule=linear: expected sqrt_wrt_1024"),
+        (dotted(train__centering="none"), "train.centering=none: expected centering"),
+        (dotted(student__qkv_bias=False), "student.qkv_bias=False: expected true"),
+        (dotted(optim__epochs=0), "optim.epochs=0"),
+        (dotted(optim__epochs="many"), "optim.epochs=many: expected a number"),
+        (dotted(ibot__separate_head=True, ibot__head_nlayers=2), "ibot.head_nlayers=2"),
     ],
 )
 def test_what_has_no_counterpart_is_refused(content: dict[str, Any], expected: str) -> None:
@@ -229,14 +221,14 @@ def test_what_has_no_counterpart_is_refused(content: dict[str, Any], expected: s
 
 
 def test_files_of_dinov2_and_of_ours_are_told_apart() -> None:
-    assert is_dinov2({"student": {"arch": "vit_small"}}, OURS)
-    assert is_dinov2({"train": {"batch_size_per_gpu": 8}, "crops": {"local_crops_size": 98}}, OURS)
-    assert is_dinov2({"crops": {"global_crops_size": 224}}, OURS)
-    assert is_dinov2({"optim": {"epochs": 3}}, OURS)
+    assert is_dinov2({"student.arch": "vit_small"}, OURS)
+    assert is_dinov2({"train.batch_size_per_gpu": 8, "crops.local_crops_size": 98}, OURS)
+    assert is_dinov2({"crops.global_crops_size": 224}, OURS)
+    assert is_dinov2({"optim.epochs": 3}, OURS)
     assert not is_dinov2({}, OURS)
-    assert not is_dinov2({"optim": {"base_lr": 1e-3}}, OURS)
-    assert not is_dinov2({"crops": {"local_size": 98}, "model": {"name": "vits14_reg4"}}, OURS)
-    assert not is_dinov2({"steps": 3, "train": {"typo": 1}}, OURS)
+    assert not is_dinov2({"optim.base_lr": 1e-3}, OURS)
+    assert not is_dinov2({"crops.local_size": 98, "model.name": "vits14_reg4"}, OURS)
+    assert not is_dinov2({"steps": 3, "train.typo": 1}, OURS)
 
 
 def test_reading_such_a_file_says_once_what_became_of_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.dense.windows import pad_to_patches
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
-from dinoreg.evaluation.metrics.boxes import padded
 from dinoreg.evaluation.options import DiscoveryOptions, EvalOptions
 from dinoreg.evaluation.protocols import discovery
 from dinoreg.evaluation.protocols.discovery import correct, crosswise, evaluate, features_of
@@ -53,7 +53,7 @@ def test_planted_objects_are_found_at_the_images_own_size_and_boxes_end_with_the
     assert headline.chosen_on == ""
     assert headline.n_test == 12
     found = discovery._find(PIXELS, split, [0], DiscoveryOptions(), context(tmp_path / "again"))
-    np.testing.assert_array_equal(found.boxes[0].numpy(), np.concatenate(list(split.boxes)))
+    np.testing.assert_array_equal(found[0, :, :4], np.concatenate(list(split.boxes)))
     # Some objects reach into a patch that the picture cuts off.
     assert any(box[0][2] % 8 or box[0][3] % 8 for box in split.boxes)
     assert whole.variant == "whole-image box"
@@ -146,7 +146,7 @@ def test_padding_equals_zeros_after_normalisation() -> None:
     zeros = torch.zeros(3, 24, 40)
     zeros[:, :21, :35] = normalised
     expected = encoder.module(zeros[None]).patches
-    found = encoder.tokens(padded(pixels, 8, encoder.mean)[None]).patches
+    found = encoder.tokens(pad_to_patches(pixels, 8, encoder.mean)[None]).patches
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -201,7 +201,7 @@ def test_crosswise_scores_each_half_by_the_others_choice() -> None:
 def test_an_interrupted_discovery_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(discovery, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     split = bright_on_dark(9, seed=2)
     options = {"biases": (0.0, -5.0)}
     unbroken = run(split, tmp_path / "a", **options)

@@ -12,10 +12,12 @@ import torch
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.commands import doctor
-from dinoreg.runtime import environment
+from dinoreg.runtime import environment, xformers_check
+from dinoreg.runtime.dependencies import DEPENDENCIES, find
 from dinoreg.runtime.errors import RunError
 
 Rows = list[tuple[str, str, str]]
+NAMES = [row.name for row in DEPENDENCIES if row.extra in ("eval", "data", "export")]
 
 
 def rows_of(sections: list[doctor.Section], title: str) -> Rows:
@@ -88,11 +90,42 @@ def test_a_missing_optional_package_is_named_with_its_purpose_and_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(doctor, "version", lambda name: None)
     rows = doctor._optional_rows()
-    assert len(rows) == len(doctor.OPTIONAL)
+    assert [name for name, _, _ in rows[:-1]] == NAMES
     mark, text = row(rows, "pyarrow")
     assert mark == "missing"
     assert ".parquet" in text
     assert "pip install 'dinoreg[data]'" in text
+
+
+def test_optional_packages_are_imported_and_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_import(monkeypatch, "h5py", OSError("libhdf5.so.310: cannot open shared object file"))
+    rows = doctor._optional_rows()
+    mark, text = row(rows, "h5py")
+    assert mark == "problem"
+    assert "cannot be imported (OSError: libhdf5.so.310" in text
+    for name in set(NAMES) - {"h5py"}:
+        assert row(rows, name)[0] == "ok", name
+    assert "not tried" in row(rows, "transformers")[1]
+    assert row(rows, "the tests") == ("ok", "everything that they need")
+
+
+def test_what_the_tests_lack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "version", lambda name: None if name in ("ruff", "scikit-learn") else "1.0")
+    expected = ("missing", "ruff, scikit-learn: pip install 'dinoreg[test]'")
+    assert row(doctor._optional_rows(), "the tests") == expected
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_xformers_is_ok_only_where_its_kernels_load(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = None if works else "PyTorch 2.10.0+cu128 with CUDA 1208 (you have 2.14.1+cu130); libcudart.so.12: missing"
+    monkeypatch.setattr(xformers_check, "load_problem", lambda: problem)
+    mark, text = row(doctor._package_rows({"packages": {"xformers": "0.0.35"}}), "xformers")
+    if works:
+        assert (mark, text) == ("ok", "0.0.35, its kernels load")
+    else:
+        assert mark == "missing"
+        assert f"0.0.35 does not load ({problem})" in text
+        assert "same numbers" in text
 
 
 def test_a_missing_core_package_is_a_problem_but_xformers_is_not() -> None:
@@ -109,7 +142,8 @@ def test_a_torchvision_of_another_build_is_a_problem_with_its_remedy(monkeypatch
     mark, text = row(doctor._package_rows(found), "torchvision")
     assert mark == "problem"
     assert "torchvision::nms is missing" in text
-    assert "pip install --force-reinstall torch torchvision" in text
+    pair = [find(name) for name in ("torch", "torchvision")]
+    assert f"pip install --force-reinstall 'torch{pair[0].pinned}' 'torchvision{pair[1].pinned}'" in text
     assert row(doctor._package_rows(found), "torch")[0] == "ok"
 
 
@@ -123,12 +157,18 @@ def test_a_torch_that_cannot_be_imported_is_a_problem_and_no_crash(monkeypatch: 
 
 def test_devices_are_listed_with_memory_and_precision() -> None:
     gpu = {"name": "H100", "memory_gib": 79.6, "capability": "9.0", "bf16": True}
-    rows = doctor._acceleration_rows({"cuda": [gpu], "packages": {"xformers": "0.0.35"}})
+    found = {"cuda": [gpu], "attention": {"backend": "xformers", "reason": None}}
+    rows = doctor._acceleration_rows(found)
     assert row(rows, "cuda:0") == ("ok", "H100, 79.6 GiB, compute capability 9.0, bf16")
-    assert row(rows, "xformers") == ("ok", "used for attention on CUDA")
-    without = doctor._acceleration_rows({"cuda": [], "packages": {"xformers": "0.0.35"}})
+    assert row(rows, "attention") == ("ok", "runs through xformers: tried, forward and backward")
+    found["attention"] = {"backend": "sdpa", "reason": "xFormers wasn't build with CUDA support"}
+    mark, text = row(doctor._acceleration_rows(found), "attention")
+    assert mark == "missing"
+    assert text.startswith("runs through sdpa")
+    assert "xformers does not run here: xFormers wasn't build with CUDA support" in text
+    without = doctor._acceleration_rows({"cuda": [], "attention": None})
     assert row(without, "cuda")[0] == "missing"
-    assert "need CUDA" in row(without, "xformers")[1]
+    assert "need CUDA" in row(without, "attention")[1]
 
 
 def test_known_failures_are_explained_and_unknown_ones_are_not() -> None:

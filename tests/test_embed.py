@@ -19,8 +19,10 @@ from small_runs import MEAN, STD, tiny_model, write_run
 
 import dinoreg.commands.embed as verb
 import dinoreg.export.feature_file as files
-from dinoreg.commands.embed import EmbedOptions, embed, read_options
+from dinoreg.commands.embed import embed
 from dinoreg.commands.main import main
+from dinoreg.commands.options import TOKENS, EmbedOptions
+from dinoreg.evaluation import context
 from dinoreg.export.feature_file import read_features, skipped_list
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
 from dinoreg.scenes.render import render_image
@@ -53,7 +55,7 @@ def literal(token: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
-@pytest.mark.parametrize("token", verb.TOKENS)
+@pytest.mark.parametrize("token", TOKENS)
 def test_features_are_the_models_tokens_beside_their_names(
     token: str, suffix: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,25 +369,22 @@ def test_a_file_that_is_no_embedding_is_one_line(tmp_path: Path) -> None:
     ("changes", "expected"),
     [
         (["data="], "data=: expected"),
-        (["data=none"], "embed: data= is missing"),
         (["data=nowhere"], "data: nowhere does not exist"),
-        (["weights=none"], "embed: weights= is missing"),
         (["weights=nowhere"], "weights 'nowhere'"),
-        (["out=none"], "embed: out= is missing"),
         (["out=features.npz"], "out=features.npz: expected the name of a file that ends in .safetensors or .parquet"),
         (["out=a.png/f.safetensors"], "out=a.png/f.safetensors: a.png is a file, expected a folder"),
         (["out=d.safetensors"], "out=d.safetensors: is a folder"),
-        (["token=clss"], "token=clss: expected cls, mean, cls+mean, patches; did you mean cls?"),
-        (["dtype=float64"], "dtype=float64: expected float32, float16"),
+        (["token=clss"], "token=clss: expected cls, mean, cls+mean or patches; did you mean cls?"),
+        (["dtype=float64"], "dtype=float64: expected float32 or float16"),
         (["precision=low"], "precision=low: expected auto"),
         (["image_size=30"], "image_size=30: expected a multiple of the patch size 8, as 24 or 32"),
-        (["image_size=0"], "image_size=0: expected at least 1"),
+        (["image_size=0"], "image_size=0: expected at least 1 pixel"),
         (["batch_size=0"], "batch_size=0: expected at least 1"),
         (["batch_size=x"], "batch_size=x: expected a whole number"),
-        (["workers=-1"], "workers=-1: expected at least 0"),
+        (["workers=-1"], "workers=-1: expected a number in [0, 1024]"),
         (["device=tpu"], "device=tpu: expected auto"),
-        (["tokens=cls"], "tokens: unknown key (command line); did you mean token?"),
-        (["photos"], "photos: expected key=value"),
+        (["tokens=cls"], "tokens: unknown key of dinoreg embed; did you mean token?"),
+        (["photos"], "embed: photos: unexpected; see dinoreg embed --help"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -411,10 +410,16 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == before
 
 
+@pytest.mark.parametrize("key", ["data", "weights", "out"])
+def test_what_must_be_given_is_named(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["embed", *(f"{each}=x" for each in ("data", "weights", "out") if each != key)]) == 2
+    assert capsys.readouterr().err.startswith(f"dinoreg: embed: {key}= is missing: ")
+
+
 def test_the_command_line_writes_the_file_and_says_where(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verb, "SAY_SECONDS", 0.0)
+    monkeypatch.setattr(context, "SHOW_SECONDS", 0.0)
     out = tmp_path / "f.safetensors"
     data = f"scenes:count={COUNT},size={SIZE}"
     assert main(["embed", f"data=[{data.replace(',', ';')}]", f"weights={run}", f"out={out}"]) == 2
@@ -422,7 +427,6 @@ def test_the_command_line_writes_the_file_and_says_where(
     assert main(["embed", f"data={data}", f"weights={run}", f"out={out}", "batch_size=4", "precision=fp32"]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"features: {out}\n"
-    assert "embed: 8 of 11 images" in captured.err
+    assert "embed: 8/11 " in captured.err
     assert "images/s" in captured.err
     np.testing.assert_allclose(read_features(out)[0], literal("cls"), atol=2e-5)
-    assert read_options([f"data={data}", "weights=w", "out=f.parquet"]).token == "cls"

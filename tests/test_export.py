@@ -224,9 +224,9 @@ def test_the_second_size_differs_from_the_first_and_divides() -> None:
         ({"size": "0"}, "not a size"),
         ({"size": "big"}, "size=big"),
         ({"sise": "40"}, "unknown key of dinoreg export"),
-        ({"weights": None}, "missing weights="),
-        ({"format": None}, "missing format="),
-        ({"out": None}, "missing out="),
+        ({"weights": None}, "weights= is missing"),
+        ({"format": None}, "format= is missing"),
+        ({"out": None}, "out= is missing"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_writes_nothing(
@@ -300,7 +300,7 @@ def test_the_card_tells_data_steps_results_statistics_and_loading_in_four_lines(
         "| data | photos |", "| steps | 20 of 30 |", "| images seen | 120 |", "| learning rate | 0.002 |",
         "| pets | accuracy, linear | 87.4 % | 86.1 % to 88.8 % | 3,669 | random init 11.1 % |",
         "In-run probe at step 20: knn\\_top1 0.25.", "| mean | 0.1, 0.2, 0.3 |",
-        "my_run/teacher/step_0000020.safetensors",
+        "my\\_run/teacher/step\\_0000020.safetensors",
         "Not stated yet", "| 16x24 | bfloat16 |",
     ):  # fmt: skip
         assert told in text, told

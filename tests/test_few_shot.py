@@ -290,7 +290,7 @@ def test_an_interrupted_evaluation_keeps_the_draws_that_were_done(
 ) -> None:
     data = own_data(tmp_path, per_class=6)
     whole = run(data, tmp_path / "whole", QUICK)
-    monkeypatch.setattr(few_shot, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     calls = []
 
     def until_stopped(*arguments: Any) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from dinoreg.evaluation.benchmark import Task, load_benchmark
 from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.dense import flow_frames, flow_matching
 from dinoreg.evaluation.dense.flow_matching import Geometry, Projection, Truth, figures, match, tally
-from dinoreg.evaluation.dense.flow_pictures import colours, draw
+from dinoreg.evaluation.dense.pictures import draw_flow, flow_colours
+from dinoreg.evaluation.features import rows as feature_rows
 from dinoreg.evaluation.options import EvalOptions, FlowOptions
 from dinoreg.evaluation.protocols import flow
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers import train_heads as heads
 from dinoreg.runtime.errors import RunError, UserError
 from tests.encoders import context, small_encoder
 from tests.miniatures import sintel
@@ -253,8 +253,7 @@ def test_half_precision_on_disk_changes_little(root: Path, tmp_path: Path) -> No
 def test_an_evaluation_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "SAVE_SECONDS", -1.0)
-    monkeypatch.setattr(flow, "SAVE_SECONDS", -1.0)
+    monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     monkeypatch.setattr(flow_frames, "FLUSH_FRAMES", 1)
     data = read(root)
     options = EvalOptions(flow=replace(QUICK.flow, steps=4))
@@ -314,20 +313,20 @@ def _numbers(rows: list[Row]) -> list[tuple[float, ...]]:
 
 def test_directions_have_hues_of_their_own_and_rest_is_white() -> None:
     flows = np.array([[[0, 0], [10, 0], [0, 10], [-10, 0], [0, -10], [40, 0]]], dtype=np.float32)
-    still, right, down, left, up, fast = colours(flows, 10.0)[0].tolist()
+    still, right, down, left, up, fast = flow_colours(flows, 10.0)[0].tolist()
     assert still == [255, 255, 255]
     assert right == fast == [255, 0, 0]
     assert left == [0, 255, 255]
     assert down == [128, 255, 0]
     assert up in ([127, 0, 255], [128, 0, 255])
-    assert colours(np.array([[[5, 0]]]), 10.0)[0, 0].tolist() == [255, 128, 128]
+    assert flow_colours(np.array([[[5, 0]]]), 10.0)[0, 0].tolist() == [255, 128, 128]
 
 
 def test_colours_are_those_of_hsv_at_full_value() -> None:
     import colorsys
 
     flows = np.random.default_rng(0).normal(size=(5, 6, 2))
-    found = colours(flows, 2.0) / 255
+    found = flow_colours(flows, 2.0) / 255
     for y in range(5):
         for x in range(6):
             u, v = flows[y, x]
@@ -349,13 +348,12 @@ def test_examples_are_strips_of_frame_prediction_and_truth(root: Path, tmp_path:
     assert len(list(path.parent.iterdir())) == 1
 
 
-def test_a_picture_shows_untrusted_truth_in_grey(tmp_path: Path) -> None:
+def test_a_picture_shows_untrusted_truth_in_grey() -> None:
     true = np.full((20, 296, 2), 1e10, dtype=np.float32)
     true[:, :148] = (8, 0)
     valid = np.zeros((20, 296), dtype=bool)
     valid[:, :148] = True
-    draw(Image.new("RGB", (296, 20)), np.zeros((20, 296, 2)), true, valid, "text", tmp_path / "a" / "b.png")
-    pixels = np.asarray(Image.open(tmp_path / "a" / "b.png"))
+    pixels = np.asarray(draw_flow(Image.new("RGB", (296, 20)), np.zeros((20, 296, 2)), true, valid, "text"))
     assert pixels[5, 2 * 300 + 20].tolist() == [255, 0, 0]
     assert pixels[2, 2 * 300 + 200].tolist() == [70, 74, 82]
     assert pixels[5, 300 + 20].tolist() == [255, 255, 255]
@@ -424,15 +422,15 @@ def test_tokens_that_are_not_finite_name_their_frame(
     monkeypatch.setattr(encoder, "tokens", broken)
     given = context(tmp_path)
     given.batch_size = 10_000
-    with pytest.raises(RunError, match=r"alley_1/frame_0002\.png: its tokens are not finite"):
+    with pytest.raises(RunError, match=r"alley_1/frame_0002\.png: its feature is not finite"):
         flow.evaluate(encoder, read(root), TASK, QUICK, given)
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flow_frames.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(feature_rows.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
     given = context(tmp_path)
-    with pytest.raises(RunError, match=r"the frames' tokens need .* GiB and .* are free; features_dtype=float16"):
+    with pytest.raises(RunError, match=r"the tokens of frames need .* GiB and .* are free; features_dtype=float16"):
         flow.evaluate(tiny(28), read(root), TASK, QUICK, given)
     assert not list(given.state.glob("*.npy"))

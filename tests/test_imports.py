@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dinoreg.runtime.dependencies import DEPENDENCIES
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "dinoreg").rglob("*.py"))
@@ -104,37 +105,24 @@ def test_the_inside_never_imports_the_declarations_outside() -> None:
         assert not roots & {"configs", "eval", "launch", "tests", "benchmarks"}, path
 
 
-def requirements(block: str) -> set[str]:
-    """Names of the distributions in one list of setup.py."""
-    text = (ROOT / "setup.py").read_text()
-    found = re.search(rf"^{block} = [\[{{](.*?)^[\]}}]", text, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return set(re.findall(r'"([A-Za-z][A-Za-z0-9_-]*)>=', found[1]))
-
-
 def test_what_is_imported_at_once_is_a_core_dependency() -> None:
-    names = {"pillow": "PIL"}
-    core = {names.get(name, name.replace("-", "_")) for name in requirements("CORE")}
+    core = {row.imported.partition(".")[0] for row in DEPENDENCIES if row.extra == "core"}
     for path in MODULES:
         roots = {name.partition(".")[0] for name in imported(path, everywhere=False)}
         assert roots <= core | set(sys.stdlib_module_names) | {"dinoreg", "__future__"}, path
 
 
-def test_every_dependency_has_one_reason_in_the_documentation() -> None:
-    text = (ROOT / "docs" / "dependencies.md").read_text()
-    told = re.findall(r"^\| `([A-Za-z0-9_-]+)` \| (.+) \|$", text, re.MULTILINE)
-    reasons = dict(told)
-    assert len(reasons) == len(told)
-    assert set(reasons) == requirements("CORE") | requirements("EXTRAS") | requirements("TEST")
-    assert all(len(reason) > 10 for reason in reasons.values())
-
-
 def test_importing_dinoreg_and_asking_for_help_load_no_torch() -> None:
-    for code in (
-        "import dinoreg, dinoreg.config.load",
-        "from dinoreg.commands.main import main; main(['pretrain', '--help']); main(['nonsense'])",
+    slow = {"torch", "omegaconf", "rich", "submitit", "numpy"}
+    for code, absent in (
+        ("import dinoreg, dinoreg.config.load", slow),
+        ("from dinoreg.commands.main import main; main(['--version']); main(['pretrain', '--help'])", slow),
+        ("from dinoreg.commands.main import main; main(['launch', '--help']); main(['eval', '--help'])", slow),
+        ("from dinoreg.commands.main import main; main(['nonsense']); main(['embed', 'tokn=x'])", slow),
+        ("from dinoreg.commands.main import main; main(['pretrain', 'vits14_reg4', '--help'])", slow - {"omegaconf"}),
+        ("from dinoreg.commands.main import main; main(['pretrain', 'vits14_reg4', 'sed=1'])", slow - {"omegaconf"}),
     ):
-        check = f"import sys; {code}; assert 'torch' not in sys.modules, 'torch was imported'"
+        check = f"import sys; {code}; loaded = {absent} & set(sys.modules); assert not loaded, loaded"
         done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
 

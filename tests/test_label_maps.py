@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinoreg.evaluation.dense.label_maps import PANEL, coloured, palette, panel, read_mask, save_triptych
+from dinoreg.evaluation.dense.pictures import PANEL, coloured, palette, panel, triptych
+from dinoreg.evaluation.readers.pixel_maps import read_label_map
 from dinoreg.runtime.errors import UserError
 
 
@@ -30,12 +31,11 @@ def test_masks_are_coloured_by_class_and_ignored_pixels_are_black() -> None:
     assert shown.tolist() == [[palette(3)[0].tolist(), palette(3)[2].tolist(), [0, 0, 0]]]
 
 
-def test_an_example_shows_image_prediction_and_truth_side_by_side(tmp_path: Path) -> None:
+def test_an_example_shows_image_prediction_and_truth_side_by_side() -> None:
     image = panel(np.full((300, 600, 3), 9, dtype=np.uint8), 400, 800)
     prediction, truth = (panel(np.full((400, 800), each, dtype=np.uint8), 400, 800) for each in (0, 1))
     assert image.shape == (148, PANEL, 3)
-    save_triptych(tmp_path / "new" / "a.png", image, prediction, truth, 2)
-    shown = np.asarray(Image.open(tmp_path / "new" / "a.png"))
+    shown = np.asarray(triptych(image, prediction, truth, 2))
     assert shown.shape == (148, 900, 3)
     assert shown[70, 10].tolist() == [9, 9, 9]
     assert shown[70, 450].tolist() == palette(2)[0].tolist()
@@ -52,7 +52,7 @@ def test_masks_keep_their_numbers_whatever_kind_of_png_they_are(tmp_path: Path) 
     indexed.save(tmp_path / "palette.png")
     Image.fromarray(numbers.astype(np.uint16) * 300).save(tmp_path / "deep.png")
     for name, factor in (("grey", 1), ("palette", 1), ("deep", 300)):
-        found = read_mask(tmp_path / f"{name}.png", tmp_path / "image.png", "own")
+        found = read_label_map(tmp_path / f"{name}.png", tmp_path / "image.png", "own")
         assert found.tolist() == (numbers.astype(int) * factor).tolist()
 
 
@@ -67,9 +67,9 @@ def test_a_mask_that_is_not_one_is_refused_by_name(tmp_path: Path) -> None:
     for name, beside, message in (
         ("none.png", image, r"own: .*none\.png is missing; it is the mask of image\.png"),
         ("turned.png", image, r"own: .*turned\.png is 2 x 3 pixels, its image image\.png is 3 x 2"),
-        ("colour.png", image, r"own: .*colour\.png is a picture of mode RGB, expected a mask"),
+        ("colour.png", image, r"own: .*colour\.png is a picture in colour \(RGB\), expected a palette or grey PNG"),
         ("torn.png", image, r"own: .*torn\.png cannot be read as a mask"),
         ("good.png", tmp_path / "torn_image.png", r"own: .*torn_image\.png cannot be read as an image"),
     ):
         with pytest.raises(UserError, match=message):
-            read_mask(tmp_path / name, beside, "own")
+            read_label_map(tmp_path / name, beside, "own")

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from dinoreg.evaluation.solvers.lbfgs import minimize
-from dinoreg.evaluation.solvers.softmax_regression import LogisticModel, balanced_split, fit_logistic, select_and_fit
+from dinoreg.evaluation.solvers.logistic_regression import LogisticModel
+from dinoreg.evaluation.solvers.regularisation_path import balanced_split, fit_logistic, select_and_fit
 
 
 def clusters(n: int, dim: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +41,7 @@ def test_the_fit_reaches_the_optimum_of_scikit_learn(C: float, dtype: torch.dtyp
     assert ours.converged
     assert abs(reached - theirs) <= 1e-4 * max(1.0, C)
     assert reached / C == pytest.approx(theirs / C, abs=1e-6)
-    assert ours.objective == pytest.approx(reached * len(x), rel=1e-4)
+    assert ours.objective == pytest.approx(reached / C, rel=1e-4)
     assert (ours.predict(x).numpy() == peer.predict(x.double().numpy())).mean() >= 0.995
     assert (ours.predict(x) == y).float().mean() == pytest.approx(peer.score(x.double().numpy(), y), abs=0.004)
 
@@ -168,6 +169,8 @@ def test_the_minimiser_solves_a_quadratic_and_a_curved_valley() -> None:
 
 
 def test_logits_are_affine_in_the_features() -> None:
-    model = LogisticModel(torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([0.5, 0.0]), 1.0, 0.0, 0, True)
+    model = LogisticModel(
+        torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([0.5, 0.0]), torch.zeros(2), torch.ones(2) > 0
+    )
     assert model.logits(torch.tensor([[3.0, 1.0]])).tolist() == [[5.5, -1.0]]
     assert model.predict(torch.tensor([[3.0, 1.0], [-3.0, 0.0]])).tolist() == [0, 1]

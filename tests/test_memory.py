@@ -11,7 +11,7 @@ import torch
 
 import dinoreg.plan.memory as plan_memory
 from dinoreg.config.load import Config
-from dinoreg.distributed.process_group import simulated_session
+from dinoreg.distributed.process_group import ALONE, simulated_session
 from dinoreg.plan.devices import find_device
 from dinoreg.plan.job import Job, describe
 from dinoreg.plan.memory import step_peaks
@@ -46,8 +46,8 @@ def job_of(config: Config, processes: int = 1) -> Job:
 
 def real_step(config: Config, precision: str, processes: int = 1) -> tuple[Trace, tuple[int, ...]]:
     """The record of a step on real tensors, and the masked patches of each of its micro-batches."""
-    with simulated_session(processes) if processes > 1 else contextlib.nullcontext():
-        state = build_state(config, *build_networks(config), CPU, DTYPES[precision])
+    with simulated_session(processes) if processes > 1 else contextlib.nullcontext(ALONE) as ranks:
+        state = build_state(config, *build_networks(config), CPU, DTYPES[precision], ranks=ranks)
         batch = random_batch(config, state.student.backbone.patch_size, CPU)
         parts = config.optim.accumulate
         masked = (len(batch.mask_indices) // parts,) * parts

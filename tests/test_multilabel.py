@@ -19,7 +19,8 @@ from dinoreg.evaluation.metrics.average_precision import average_precision
 from dinoreg.evaluation.options import EvalOptions, MultilabelOptions
 from dinoreg.evaluation.protocols.multilabel import choose, evaluate
 from dinoreg.evaluation.solvers import feature_matrix as feature_rows
-from dinoreg.evaluation.solvers.sigmoid_regression import BinaryProblem
+from dinoreg.evaluation.solvers.logistic_regression import SigmoidProblem
+from dinoreg.evaluation.solvers.regularisation_path import Examples
 from dinoreg.models.registry import build
 from dinoreg.runtime.errors import UserError
 from tests.miniatures import voc2007
@@ -50,7 +51,7 @@ def test_every_class_reaches_the_optimum_of_scikit_learn(exact: bool, monkeypatc
         monkeypatch.setattr(feature_rows, "LEADING_AXES", 6)
     x, y = rows(300, 12, 5)
     C = torch.tensor([1e-3, 0.05, 1.0, 40.0, 1e4])
-    ours = BinaryProblem([(x, None)], y).solve(C)
+    ours = SigmoidProblem([(x, None)], y).solve(C)
     assert ours.converged
     for k in range(5):
         kept = y[:, k] >= 0
@@ -65,19 +66,19 @@ def test_every_class_reaches_the_optimum_of_scikit_learn(exact: bool, monkeypatc
 
 def test_rows_in_parts_and_chunks_give_the_fit_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = rows(90, 7, 3)
-    whole = BinaryProblem([(x, None)], y).solve(torch.ones(3))
+    whole = SigmoidProblem([(x, None)], y).solve(torch.ones(3))
     monkeypatch.setattr(feature_rows, "CHUNK_NUMBERS", 1)
     monkeypatch.setattr(feature_rows, "LEAST_ROWS", 16)
     monkeypatch.setattr(feature_rows, "IN_MEMORY", 0)
     parts = [(x[:20], None), (torch.cat([x[:5] * 0, x[20:]]), torch.arange(5, 75))]
-    split = BinaryProblem(parts, y).solve(torch.ones(3))
+    split = SigmoidProblem(parts, y).solve(torch.ones(3))
     torch.testing.assert_close(split.losses, whole.losses, atol=1e-6, rtol=0)
 
 
 def test_a_class_that_all_rows_have_or_none_is_not_fitted() -> None:
     x, y = rows(60, 4, 3)
     y[:, 0], y[:, 2] = 1, torch.where(y[:, 2] == 1, -1, y[:, 2])
-    model = BinaryProblem([(x, None)], y).solve(torch.ones(3))
+    model = SigmoidProblem([(x, None)], y).solve(torch.ones(3))
     assert model.fitted.tolist() == [False, True, False]
     assert model.weight[0].abs().max() == 0
     assert (model.logits(x)[:, 0] > 0).all()
@@ -87,41 +88,42 @@ def test_a_class_that_all_rows_have_or_none_is_not_fitted() -> None:
 def test_bad_rows_are_refused() -> None:
     x, y = rows(20, 3, 2)
     with pytest.raises(ValueError, match="finite"):
-        BinaryProblem([(x * torch.nan, None)], y)
+        SigmoidProblem([(x * torch.nan, None)], y)
     with pytest.raises(ValueError, match=r"expected \(n, K\)"):
-        BinaryProblem([(x, None)], y[:7])
+        SigmoidProblem([(x, None)], y[:7])
     with pytest.raises(ValueError, match="1, 0 or -1"):
-        BinaryProblem([(x, None)], y + 1)
+        SigmoidProblem([(x, None)], y + 1)
     with pytest.raises(ValueError, match="C above 0"):
-        BinaryProblem([(x, None)], y).solve(torch.zeros(2))
+        SigmoidProblem([(x, None)], y).solve(torch.zeros(2))
 
 
 def test_each_class_takes_the_C_of_its_best_validation_average_precision() -> None:
     x, y = rows(120, 30, 4)
     held_x, held_y = rows(200, 30, 4, seed=1)
     Cs = np.array([1e-5, 1e-3, 1e-1, 10.0])
-    found = choose(([(x, None)], y), ([(held_x, None)], held_y), Cs, patience=None, points="11", device="cpu")
+    fit, judged = Examples.of(x, y), Examples.of(held_x, held_y)
+    chosen, _ = choose(fit, judged, Cs, patience=None, points="11", device="cpu")
     for k in range(4):
         kept, held = y[:, k] >= 0, held_y[:, k]
         scores = {}
         for C in Cs:
             peer = LogisticRegression(C=C, tol=1e-8, max_iter=20_000).fit(x[kept].numpy(), y[kept, k].numpy())
             scores[C] = average_precision(peer.decision_function(held_x.numpy()), held == 1, held < 0)
-        assert scores[found.C[k]] == pytest.approx(max(scores.values()), abs=0.01)
-    assert len(set(found.C)) > 1
-    short = choose(([(x, None)], y), ([(held_x, None)], held_y), np.geomspace(1e-6, 1e5, 45), patience=2,
-                   points="11", device="cpu")  # fmt: skip
-    assert len(short.path) < 45
+        assert scores[chosen[k]] == pytest.approx(max(scores.values()), abs=0.01)
+    assert len(set(chosen)) > 1
+    _, short = choose(fit, judged, np.geomspace(1e-6, 1e5, 45), patience=2, points="11", device="cpu")
+    assert len(short.visited) < 45
 
 
 def test_a_class_without_examples_takes_the_middle_C_and_no_class_at_all_is_an_error() -> None:
     x, y = rows(50, 5, 3)
     y[:, 1] = 0
-    found = choose(([(x, None)], y), ([(x, None)], y), np.array([0.1, 1.0]), patience=None, points="11", device="cpu")
-    assert found.decided.tolist() == [True, False, True]
-    assert found.C[1] == pytest.approx(np.sqrt(found.C[0] * found.C[2]))
+    same = Examples.of(x, y)
+    chosen, path = choose(same, same, np.array([0.1, 1.0]), patience=None, points="11", device="cpu")
+    assert path.model.fitted.tolist() == [True, False, True]
+    assert chosen[1] == pytest.approx(np.sqrt(chosen[0] * chosen[2]))
     with pytest.raises(UserError, match="no class has both"):
-        choose(([(x, None)], y * 0), ([(x, None)], y), np.array([1.0]), patience=None, points="11", device="cpu")
+        choose(Examples.of(x, y * 0), same, np.array([1.0]), patience=None, points="11", device="cpu")
 
 
 def context(folder: Path, examples: bool = False) -> Context:

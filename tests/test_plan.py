@@ -16,7 +16,7 @@ import dinoreg.plan.run as plan_run
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.commands.main import main
 from dinoreg.config.load import Config, load_config, to_yaml
-from dinoreg.distributed.process_group import simulated_session
+from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
 from dinoreg.plan import plan
 from dinoreg.plan.advice import change, remedies
 from dinoreg.plan.devices import DEVICES, GIB, Device, find_device, recognise
@@ -72,8 +72,8 @@ def device(**values: Any) -> Device:
     return dataclasses.replace(find_device("h100"), **values)
 
 
-def state_of(config: Config) -> TrainState:
-    return build_state(config, *build_networks(config), CPU, torch.float32)
+def state_of(config: Config, ranks: Ranks = ALONE) -> TrainState:
+    return build_state(config, *build_networks(config), CPU, torch.float32, ranks=ranks)
 
 
 def take_step(config: Config, state: TrainState) -> None:
@@ -213,8 +213,8 @@ class Listening(TorchDispatchMode):
 )
 def test_fsdp_exchanges_what_the_formulas_say_to_the_byte(overrides: dict[str, Any]) -> None:
     config = tiny_config(**{"parallel.strategy": "fsdp", "batch_size": 4, **overrides})
-    with simulated_session(8):
-        state = state_of(config)
+    with simulated_session(8) as ranks:
+        state = state_of(config, ranks)
         take_step(config, state)
         with Listening() as heard:
             take_step(config, state)

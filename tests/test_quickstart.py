@@ -11,19 +11,23 @@ import numpy as np
 import pytest
 from training import loss_trace, tiny_config
 
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands import quickstart as module
 from dinoreg.commands.quickstart import probe_run, quickstart
 from dinoreg.config.load import Config
-from dinoreg.evaluation.features.extract import ProbeRow
-from dinoreg.reports.run_folder import read_run
+from dinoreg.data.source import Source
+from dinoreg.evaluation.backbones.encoder import Encoder
+from dinoreg.evaluation.features.cache import Features, FeatureStore
+from dinoreg.evaluation.result import Result, Row
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes.render import NUM_CLASSES
 from dinoreg.train.loop import pretrain
 
 
-def row(low: float, high: float) -> ProbeRow:
-    return ProbeRow((low + high) / 2, low, high, C=1.0, n_train=9, n_test=9, num_classes=3, num_features=2, seconds=1.0)
+def result(low: float, high: float) -> Result:
+    row = Row("logistic regression", "top-1", (low + high) / 2, low, high, n_train=9, n_test=9)
+    return Result("scenes", "", (row,), {"random init": (row,), "raw pixels": (row,)})
 
 
 @pytest.fixture
@@ -33,27 +37,40 @@ def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few_scenes")
-def test_the_three_probes_have_the_same_images_and_differ_in_their_features(tmp_path: Path) -> None:
+def test_the_three_probes_have_the_same_images_and_differ_in_their_features(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features: list[tuple[str, int, int]] = []
+    inner = FeatureStore.extract
+
+    def extract(self: FeatureStore, encoder: Encoder, source: Source, *args: Any, **options: Any) -> Features:
+        found = inner(self, encoder, source, *args, **options)
+        features.append((source.fingerprint(), len(found), found.rows.shape[1] * found.rows.shape[2]))
+        return found
+
+    monkeypatch.setattr(FeatureStore, "extract", extract)
     config = tiny_config(tmp_path / "run", steps=2, data__workers=0)
-    rows = probe_run(config, pretrain(config))
-    assert list(rows) == ["pretrained", "random init", "raw pixels"]
-    for each in rows.values():
-        assert (each.n_train, each.n_test, each.num_classes) == (90, 50, NUM_CLASSES)
-        assert 0 <= each.low <= each.accuracy <= each.high <= 1
-        assert each.accuracy * 50 == pytest.approx(round(each.accuracy * 50))
-        assert each.C > 0
-        assert each.seconds > 0
+    found = probe_run(config, pretrain(config))
+    assert list(found.baselines) == ["random init", "raw pixels"]
+    for row in (found.rows[0], *(rows[0] for rows in found.baselines.values())):
+        assert (row.metric, row.n_train, row.n_test, row.chance) == ("top-1", 90, 50, 1 / NUM_CLASSES)
+        assert 0 <= row.low <= row.value <= row.high <= 1
+        assert row.value * 50 == pytest.approx(round(row.value * 50))
+        assert row.settings["C"] > 0
+        assert row.hours > 0
+    assert len({source for source, _, _ in features}) == 2
+    assert [count for _, count, _ in features] == [90, 50] * 3
     # Class token beside mean patch token; 32 pixels of three channels.
-    assert [each.num_features for each in rows.values()] == [64, 64, 3 * 32 * 32]
+    assert [width for _, _, width in features] == [64] * 4 + [3 * 32 * 32] * 2
+    assert not (tmp_path / "run" / "eval" / "features").exists()
 
 
 @pytest.mark.usefixtures("few_scenes")
-def test_random_init_is_the_network_that_the_run_started_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_init_is_the_network_that_the_run_started_from(tmp_path: Path) -> None:
     """A run that does not learn has the features of its own start, and so its very row."""
-    monkeypatch.setattr(module, "pixel_probe", lambda *args, **kwargs: row(0.1, 0.2))
     config = tiny_config(tmp_path / "run", steps=1, seed=4, optim__lr=0.0, data__workers=0)
-    rows = probe_run(config, pretrain(config))
-    assert replace(rows["pretrained"], seconds=0.0) == replace(rows["random init"], seconds=0.0)
+    found = probe_run(config, pretrain(config))
+    assert replace(found.rows[0], hours=0.0) == replace(found.baselines["random init"][0], hours=0.0)
 
 
 @pytest.fixture
@@ -125,8 +142,7 @@ def test_a_quickstart_that_was_stopped_goes_on_and_overwrite_starts_anew(
         return out
 
     monkeypatch.setattr(module, "pretrain", note)
-    names = ("pretrained", "random init", "raw pixels")
-    monkeypatch.setattr(module, "probe_run", lambda config, out: {name: row(0.1, 0.2) for name in names})
+    monkeypatch.setattr(module, "probe_run", lambda config, out: result(0.1, 0.2))
     monkeypatch.setattr(module, "report_run", lambda out: out / "report.html")
     for overwrite in (False, False, True):
         quickstart(tmp_path / "run", overwrite=overwrite)

@@ -12,7 +12,8 @@ import torch
 from planted import BLOCK, UNIT, patchy_images, planted_vit, save, write_images
 
 from dinoreg.commands.main import main
-from dinoreg.commands.registers import Request, read_pictures, report_registers
+from dinoreg.commands.options import RegistersOptions
+from dinoreg.commands.registers import read_pictures, report_registers
 from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.registers.measure import Pictures, measure
 from dinoreg.registers.verdict import comparison, judge
@@ -144,7 +145,7 @@ def test_the_command_compares_models_and_cleans_the_planted_one(
 
 
 def test_scenes_come_with_classes_and_boxes(tmp_path: Path) -> None:
-    request = Request(("x",), "scenes:seed=3", num_images=5)
+    request = RegistersOptions(("x",), "scenes:seed=3", num_images=5)
     found, skipped = read_pictures(request, 48, 3)
     assert found.images.shape == (5, 3, 48, 48)
     assert found.labels is not None
@@ -153,13 +154,13 @@ def test_scenes_come_with_classes_and_boxes(tmp_path: Path) -> None:
     assert not skipped
     for boxes in found.boxes:
         assert ((boxes >= 0) & (boxes <= 48)).all()
-    again, _ = read_pictures(Request(("x",), "scenes:seed=3,first=30000002", num_images=2), 48, 3)
+    again, _ = read_pictures(RegistersOptions(("x",), "scenes:seed=3,first=30000002", num_images=2), 48, 3)
     assert torch.equal(again.images, found.images[2:4])
-    assert read_pictures(Request(("x",), "scenes", num_images=2, labels=False), 16, 3)[0].labels is None
+    assert read_pictures(RegistersOptions(("x",), "scenes", num_images=2, labels=False), 16, 3)[0].labels is None
 
 
 def test_a_folder_without_classes_is_looked_at_without_probes(tmp_path: Path, photo_folder: Path) -> None:
-    found, _ = read_pictures(Request(("x",), str(photo_folder), labels=False, num_images=6), 32, 3)
+    found, _ = read_pictures(RegistersOptions(("x",), str(photo_folder), labels=False, num_images=6), 32, 3)
     assert found.labels is None
     assert found.images.shape == (6, 3, 32, 32)
 
@@ -169,7 +170,7 @@ def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     files = [save(planted_vit(0, registers=r), tmp_path / f / "m.safetensors") for f, r in (("a", 1), ("b", 2))]
     folder = write_images(tmp_path / "images", 4)
-    request = Request(tuple(map(str, files)), str(folder), str(tmp_path / "out"), size=64)
+    request = RegistersOptions(tuple(map(str, files)), str(folder), str(tmp_path / "out"), size=64)
     names = [each["name"] for each in records(report_registers(request))]
     assert names == ["m, 1 registers", "m, 2 registers"]
     rows = dict(comparison(records(tmp_path / "out" / "registers.html")))
@@ -180,8 +181,8 @@ def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["images=scenes"], "missing weights="),
-        (["weights=vitt8_reg0"], "missing images="),
+        (["images=scenes"], "weights= is missing"),
+        (["weights=vitt8_reg0"], "images= is missing"),
         (["weights=nothing_here", "images=scenes"], "nothing_here"),
         (["weights=vitt8_reg0", "images=no_such_folder"], "no_such_folder"),
         (["weights=vitt8_reg0", "images=scenes", "size=50"], "multiple of the patch size 8"),
@@ -218,5 +219,5 @@ def test_images_that_cannot_be_read_are_a_failure_of_the_run(
 
 
 def test_a_request_without_models_is_refused() -> None:
-    with pytest.raises(UserError, match="weights= is missing"):
-        Request((), "scenes")
+    with pytest.raises(UserError, match="weights=\\[\\]: expected"):
+        RegistersOptions((), "scenes")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from dinoreg.checkpoint.format import write_teacher
+from dinoreg.checkpoint.run_folder import read_run
+from dinoreg.commands.report import report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.compare import comparison, comparison_table, differences, run_names
-from dinoreg.reports.run_folder import read_run
-from dinoreg.reports.run_report import compare_report, duration, write_report
+from dinoreg.reports.compare import compare_report, comparison, differences, run_names
+from dinoreg.reports.run_report import duration, write_report
 from dinoreg.reports.verdict import verdict
 
 VOID = {"meta", "img", "source", "br"}
@@ -295,7 +293,7 @@ def test_pictures_that_cannot_be_drawn_are_explained_in_the_report(tmp_path: Pat
     run = write_run(tmp_path / "a")
     (run / "teacher").mkdir()
     (run / "teacher/step_0000099.safetensors").write_bytes(b"torn")
-    text = " ".join(parse(write_report(run)).text)
+    text = " ".join(parse(report_run(run)).text)
     assert "could not be drawn" in text
     assert "Attention of CLS and each register" in text  # those of the step before are still shown
 
@@ -319,14 +317,6 @@ def test_runs_are_compared_in_a_table_with_their_differences_and_curves(tmp_path
     assert differences(loaded) == {"optim.lr": ["0.001", "0.0005"]}
     columns, rows = comparison(loaded, ["a", "b"])
     assert rows[1][columns.index("scenes (95 %)")] == "50.0 % (48.0 % to 52.0 %)"
-
-
-def test_the_terminal_table_shows_each_run(tmp_path: Path) -> None:
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(comparison_table([write_run(tmp_path / "a"), write_run(tmp_path / "b", value=0.5)]))
-    text = console.export_text()
-    assert re.search(r"a\s.*70\.0 %", text)
-    assert re.search(r"b\s.*50\.0 %", text)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:
@@ -356,10 +346,10 @@ def test_a_report_draws_the_pictures_of_the_newest_teacher_once(tmp_path: Path) 
     overrides = {"data": "scenes:count=9,size=32", "steps": 7, "batch_size": 4, "model.name": "vitt8_reg2"}
     overrides |= {"crops.global_size": 32, "crops.local_size": 16, "crops.num_local": 2}
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(None, overrides)))
-    structure = parse(write_report(tmp_path))
+    structure = parse(report_run(tmp_path))
     assert {"pca", "attention", "crops"} <= structure.ids
     files = sorted((tmp_path / "view" / "0000007").iterdir())
     assert [file.name for file in files] == ["attention.png", "crops.png", "pca.png"]
     before = [file.stat().st_mtime_ns for file in files]
-    write_report(tmp_path)
+    report_run(tmp_path)
     assert [file.stat().st_mtime_ns for file in files] == before

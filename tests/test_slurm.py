@@ -25,6 +25,7 @@ from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
 
 from dinoreg.commands.main import main
+from dinoreg.config.load import load_config, to_yaml
 from dinoreg.jobs.records import read_records
 
 pytestmark = [
@@ -231,7 +232,7 @@ def test_what_sbatch_refuses_is_told_in_its_own_words_and_leaves_nothing(
 
 def test_a_run_that_was_to_be_overwritten_survives_a_refusal(cluster: SlurmCluster) -> None:
     Path("precious").mkdir()
-    Path("precious/config.yaml").write_text("seed: 1\n")
+    Path("precious/config.yaml").write_text(to_yaml(load_config(None, {"seed": 1})))
     assert main(["launch", "pretrain", tiny_file("tiny"), "overwrite=true", "out=precious", "gpus_per_node=3"]) == 2
     assert [path.name for path in Path("precious").iterdir()] == ["config.yaml"]
     assert not list(Path().glob(".precious*"))
@@ -258,7 +259,7 @@ def test_a_dry_run_shows_the_command_and_the_batch_file_and_writes_nothing(
 def test_a_folder_that_the_machines_do_not_share_is_guessed(cluster: SlurmCluster) -> None:
     pretrain(str(cluster.unshared / "run"))
     (job,) = ended(cluster.unshared / "run")
-    assert job.word == "failed"
+    assert job.state == "failed"
     assert "do the machines share the disk of" in job.text
 
 
@@ -267,7 +268,7 @@ def test_a_job_that_waits_is_cancelled_where_it_waits(cluster: SlurmCluster) -> 
     assert found("waiting")[0].text == f"held; scontrol release {job_of('waiting')} lets it go"
     launch("cancel", "waiting")
     (job,) = ended("waiting")
-    assert job.word == "cancelled"
+    assert job.state == "cancelled"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ def test_a_job_that_waits_is_cancelled_where_it_waits(cluster: SlurmCluster) -> 
 def test_signals_at_any_moment_lose_nothing(done: Done, unbroken: list[tuple[float, ...]]) -> None:
     done(signalled)
     (job,) = ended("signalled")
-    assert (job.word, job.text) == ("finished", "requeued twice")
+    assert (job.state, job.text) == ("finished", "requeued twice")
     assert loss_trace(Path("signalled")) == unbroken
     first, second, third = events("signalled", "start")
     assert (first["step"], second["step"]) == (None, None)
@@ -289,8 +290,8 @@ def test_two_tasks_on_two_nodes_train_together_and_a_signal_in_between_changes_n
     done(pair)
     done(broken_pair)
     (whole,), (resumed,) = ended("pair"), ended("broken_pair")
-    assert (whole.word, whole.text) == ("finished", "")
-    assert (resumed.word, resumed.text) == ("finished", "requeued once")
+    assert (whole.state, whole.text) == ("finished", "")
+    assert (resumed.state, resumed.text) == ("finished", "requeued once")
     assert [len(line["nodes"]) for line in events("broken_pair", "start")] == [2, 2]
     assert "2 processes, ddp" in Path("pair/train.log").read_text()
     assert len(loss_trace(Path("pair"))) == STEPS
@@ -300,7 +301,7 @@ def test_two_tasks_on_two_nodes_train_together_and_a_signal_in_between_changes_n
 def test_a_preempted_training_goes_on_when_there_is_room_again(done: Done, unbroken: list[tuple[float, ...]]) -> None:
     done(preempted)
     (job,) = ended("preempted")
-    assert (job.word, job.text) == ("finished", "requeued once")
+    assert (job.state, job.text) == ("finished", "requeued once")
     assert loss_trace(Path("preempted")) == unbroken
     assert events("preempted", "requeue")[0]["step"] >= 5  # it saved, and did not fall back on an older checkpoint
 
@@ -309,7 +310,7 @@ def test_a_training_whose_machine_is_lost_goes_on_elsewhere(done: Done) -> None:
     done(lost)
     done(pair)
     (job,) = ended("lost")
-    assert (job.word, job.text) == ("finished", "requeued once")
+    assert (job.state, job.text) == ("finished", "requeued once")
     first, second = events("lost", "start")
     assert "n4" in first["nodes"]
     assert "n4" not in second["nodes"]
@@ -320,7 +321,7 @@ def test_a_training_whose_machine_is_lost_goes_on_elsewhere(done: Done) -> None:
 def test_cancelled_trainings_are_saved_and_do_not_come_back(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
     done(cancelled)
     (at_once,), (saved,) = ended("at_once"), ended("saved")
-    assert (at_once.word, saved.word) == ("cancelled", "stopped")
+    assert (at_once.state, saved.state) == ("cancelled", "stopped")
     for job in (at_once, saved):  # SIGTERM, too, leaves time to save (KillWait)
         assert job.text.startswith("as asked, saved at step ")
         assert len(events(job.record.run, "start")) == 1
@@ -330,13 +331,13 @@ def test_cancelled_trainings_are_saved_and_do_not_come_back(done: Done, capsys: 
     assert "stopped by SIGUSR2 after step" in capsys.readouterr().out
     more = f"steps={step_of('saved') + 2}"
     assert main(["launch", "pretrain", "saved", "resume=true", more, "wait=true"]) == 0
-    assert found("saved")[-1].word == "finished"
+    assert found("saved")[-1].state == "finished"
 
 
 def test_a_failure_ends_a_job_and_is_told(done: Done) -> None:
     done(doomed)
     (job,) = ended("doomed")
-    assert job.word == "failed"
+    assert job.state == "failed"
     assert job.text.startswith("data: doomed_data does not exist")
     assert len(events("doomed", "start")) == 1
 
@@ -352,7 +353,7 @@ def test_an_array_of_evaluations_ends_in_one_report(done: Done) -> None:
     first, second = jobs[0].job.partition("_")[0], jobs[2].job
     assert [job.job for job in jobs[:3]] == [f"{first}_0", f"{first}_1", second]
     assert jobs[3].after == [job.job for job in jobs[:3]]
-    assert [job.word for job in ended("evaluated")] == ["finished", "finished", "failed", "finished"]
+    assert [job.state for job in ended("evaluated")] == ["finished", "finished", "failed", "finished"]
     results = Path("evaluated/eval/0000007")
     assert {path.stem for path in results.glob("*.json")} == {"shapes", "colours"}
     assert "broken: failed" in (results / "report.html").read_text()
@@ -361,7 +362,7 @@ def test_an_array_of_evaluations_ends_in_one_report(done: Done) -> None:
 
 def test_a_checkpoint_is_evaluated_by_jobs_of_their_own(done: Done) -> None:
     done(watched)
-    assert [job.word for job in ended("watched")] == ["finished"] * 3
+    assert [job.state for job in ended("watched")] == ["finished"] * 3
     assert [path.name for path in Path("watched/eval/0000006").glob("*.json")] == ["beside.json"]
     assert Path("watched/eval/0000006/report.html").is_file()
     assert not list(Path("watched/launch/weights").rglob("*.safetensors"))
@@ -370,6 +371,6 @@ def test_a_checkpoint_is_evaluated_by_jobs_of_their_own(done: Done) -> None:
 def test_a_training_outlives_its_time_limit(done: Done, unbroken: list[tuple[float, ...]]) -> None:
     done(limited)
     (job,) = ended("limited")
-    assert job.word == "finished"
+    assert job.state == "finished"
     assert job.text.startswith("requeued")
     assert loss_trace(Path("limited")) == unbroken

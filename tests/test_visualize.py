@@ -12,9 +12,9 @@ from sklearn.decomposition import PCA
 
 from dinoreg.data.loader import Batch
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.plots import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, render, short
-from dinoreg.visualize.attention import attention_maps, attention_sheet, colour_map
-from dinoreg.visualize.contact_sheet import GAP, LABEL, sheet, to_pixels
+from dinoreg.reports.plots import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, draw_chart, short
+from dinoreg.visualize.attention import attention_maps, attention_sheet
+from dinoreg.visualize.contact_sheet import GAP, LABEL, colour_map, sheet, to_pixels
 from dinoreg.visualize.crops import crop_sheet, hide
 from dinoreg.visualize.pca import patch_basis, patch_colours, pca_sheet
 from dinoreg.visualize.run_pictures import spread_images, view_size
@@ -163,8 +163,8 @@ def test_images_are_taken_from_all_over_a_source() -> None:
 
 def test_a_chart_is_the_same_svg_every_time_and_needs_nothing_from_outside() -> None:
     chart = Chart("Loss", lines=[Line("a", range(40), range(40), smooth=True)], levels={"ln K": 3.0})
-    svg = render(chart)
-    assert svg == render(chart)
+    svg = draw_chart(chart)
+    assert svg == draw_chart(chart)
     assert darkened(svg) != svg
     assert len(darkened(svg)) == len(svg)
     assert b"ln K" in svg
@@ -177,12 +177,14 @@ def test_a_chart_is_the_same_svg_every_time_and_needs_nothing_from_outside() -> 
 )
 def test_charts_of_few_zero_or_equal_values_are_drawn(line: Line) -> None:
     for log in (False, True):
-        assert render(Chart("c", lines=[line], log=log)).startswith(b"<?xml")
+        assert draw_chart(Chart("c", lines=[line], log=log)).startswith(b"<?xml")
 
 
 @pytest.mark.parametrize("values", [[29.0, 30.0, 31.0], [0.0, 0.0, 0.0], [5.0, 5.0, 5.0]])
 def test_no_marker_is_cut_by_the_frame_of_a_chart_from_zero(values: list[float]) -> None:
-    svg = ElementTree.fromstring(render(Chart("c", lines=[Line("a", [1, 2, 3], values, marker=True)], from_zero=True)))
+    svg = ElementTree.fromstring(
+        draw_chart(Chart("c", lines=[Line("a", [1, 2, 3], values, marker=True)], from_zero=True))
+    )
     tag = "{http://www.w3.org/2000/svg}"
     (clip,) = svg.findall(f".//{tag}clipPath/{tag}rect")
     # Those of the curve are filled; the others are ticks.
@@ -193,7 +195,7 @@ def test_no_marker_is_cut_by_the_frame_of_a_chart_from_zero(values: list[float])
 
 def test_names_in_a_legend_may_hold_anything() -> None:
     names = ("$\\frac{1", "_hidden", "<b>&", "tab\x00\there", "long " * 20)
-    svg = render(Chart("c", lines=[Line(name, [1, 2], [1.0, 2.0]) for name in names]))
+    svg = draw_chart(Chart("c", lines=[Line(name, [1, 2], [1.0, 2.0]) for name in names]))
     text = "".join(ElementTree.fromstring(svg).itertext())
     assert all(shown in text for shown in ("$\\frac{1", "_hidden", "<b>&", "tabhere", "long long"))
 

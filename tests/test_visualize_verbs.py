@@ -17,10 +17,10 @@ from skimage.filters import threshold_otsu
 from small_runs import MEAN, STD, STEP, tiny_model, write_run
 from test_report import parse
 
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands.main import main
 from dinoreg.data.center_crop import center_crop
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.run_folder import read_run
 from dinoreg.runtime.errors import UserError
 from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
 from dinoreg.visualize.contact_sheet import GAP
@@ -36,6 +36,7 @@ from dinoreg.visualize.pca import (
     write_basis,
 )
 from dinoreg.visualize.subject import fit, open_images, open_subject, picture_size, stated_preprocessing
+from dinoreg.weights.library_configs import library_of, preprocessing_of
 
 REGISTERS = (0, 1, 4, 8)
 
@@ -248,7 +249,8 @@ def test_a_transformers_folder_states_its_preprocessing(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1] * 3})
     )
-    assert stated_preprocessing(tmp_path / "model.safetensors", 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    stated = preprocessing_of(tmp_path, library_of(tmp_path) or "")
+    assert stated_preprocessing(stated, 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(
@@ -464,13 +466,13 @@ def test_crops_of_a_run_go_into_its_folder(tmp_path: Path) -> None:
         (["attention", "weights=run", "num=0"], "num=0: expected at least 1 image"),
         (["attention", "weights=run", "out=torn.jpg"], "out=torn.jpg: torn.jpg is a file"),
         (["attention", "weights=run", "device=tpu"], "device=tpu: expected auto"),
-        (["attention", "weights=run", "foreground=true"], "foreground: no key of dinoreg view attention"),
+        (["attention", "weights=run", "foreground=true"], "foreground: unknown key of dinoreg view attention"),
         (["pca", "weights=run", "layer=all"], "layer=all: expected one block"),
         (["pca", "weights=run", "basis=torn.jpg"], "basis=torn.jpg: not a whole safetensors file"),
         (["pca", "weights=run", "foreground=maybe"], "foreground=maybe: expected true or false"),
-        (["norms", "weights=run", "head=1"], "head: no key of dinoreg view norms"),
-        (["norms", "weights=run", "wieghts=x"], "wieghts: unknown key of dinoreg view; did you mean weights?"),
-        (["norms", "weights=run", "more"], "view: more: unexpected"),
+        (["norms", "weights=run", "head=1"], "head: unknown key of dinoreg view norms"),
+        (["norms", "weights=run", "wieghts=x"], "wieghts: unknown key of dinoreg view norms; did you mean weights?"),
+        (["norms", "weights=run", "more"], "view norms: more: unexpected"),
         (["crops"], "view crops: missing CONFIG"),
         (["crops", "data=scenes"], "view crops: missing CONFIG"),
         (["crops", "vits14_reg4"], "data: missing; name a folder"),

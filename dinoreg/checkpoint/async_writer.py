@@ -1,32 +1,22 @@
-"""Writing checkpoints while training goes on, and whose turn it is to write them.
+"""Writing checkpoints while training goes on.
 
 `Writer.save` copies the state to CPU memory and returns; a thread writes the copy (`checkpoint.save`), with collectives
 on a process group of its own, since those of two threads on one group would mix. At most one checkpoint is being
 written: the next save first waits for it, and there all processes learn how it went.
-
-Slurm may start a job again while its first copy still runs on a machine that is only out of reach. The run folder's
-`owner.json` says which copy the run belongs to; it is read again just before a checkpoint appears, and a copy that
-finds another's name there stops.
 """
 
 from __future__ import annotations
 
 import copy
-import errno
-import json
 import logging
-import os
-import secrets
-import shutil
-import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -34,82 +24,14 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.distributed import process_group as distributed
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.checkpoint.atomic import remedy
+from dinoreg.checkpoint.lease import TakenOver, acquire
+from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-OWNER = "owner.json"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Whose run it is
-
-
-class TakenOver(RunError):
-    """Another copy of this job has claimed the run folder; this one must not write there any more."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    """One start of a run: a random token, and where it is.
-
-    job, restarts  Slurm's job id and how often Slurm has started it again; None outside Slurm
-    time           of the start, seconds since 1970
-    """
-
-    token: str
-    host: str
-    pid: int
-    job: str | None
-    restarts: int
-    time: float
-
-    def __str__(self) -> str:
-        place = f"process {self.pid}" if self.job is None else f"job {self.job}"
-        again = f" (restart {self.restarts})" if self.restarts else ""
-        return f"{place}{again} on {self.host} at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.time))}"
-
-
-def acquire(run: Path) -> Lease:
-    """Make the run folder this start's own, and remove what dead writers left there. Called by all processes.
-
-    raises UserError when it cannot be written
-    """
-    with distributed.collective_errors():
-        mine = None
-        if distributed.is_main():
-            restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-            mine = Lease(
-                token=secrets.token_hex(4),
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                job=os.environ.get("SLURM_JOB_ID"),
-                restarts=int(restarts) if restarts.isdigit() else 0,
-                time=time.time(),
-            )
-            try:
-                checkpoint.write_atomic(run / OWNER, json.dumps(asdict(mine), indent=1) + "\n", mine.token)
-            except OSError as error:
-                raise UserError(f"out={run}: cannot be written ({error.strerror})") from None
-            checkpoint.remove_unfinished(run / "checkpoints")
-            for pattern in (f"{OWNER}.*.part", "checkpoints/*.part", "teacher/*.part"):
-                for path in run.glob(pattern):
-                    path.unlink(missing_ok=True)
-    owner: Lease = distributed.from_main(mine)
-    return owner
-
-
-def owner_of(run: Path) -> Lease | None:
-    """Whom the run folder belongs to; None where that is not written, or not to be read."""
-    try:
-        return Lease(**json.loads((run / OWNER).read_text()))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Writing
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -139,11 +61,13 @@ class Writer:
         describe_teacher: dict[str, Any],
         max_failures: int,
         timeout: float,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         describe_teacher  architecture, preprocessing and config hash, for the teacher file's JSON
         max_failures      failed checkpoints in a row that end the run
         timeout           seconds after which a process that does not answer counts as lost
+        ranks             the processes that write together
         raises            UserError when the folder cannot be written
         """
         self.run = run
@@ -152,9 +76,10 @@ class Writer:
         self.describe_teacher = describe_teacher
         self.max_failures = max_failures
         self.timeout = timeout
-        self.owner = acquire(run)
+        self.ranks = ranks
+        self.lease = acquire(run, ranks)
         self.group: Any = None
-        if distributed.world_size() > 1:
+        if ranks.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.stall = 0.0
         self.write_time: float | None = None
@@ -164,7 +89,6 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._step = 0
         self._problem: BaseException | None = None
-        self._noted: BaseException | None = None
         self._failures = 0
         self._reports: list[Failure] = []
         self._published: list[int] = []
@@ -187,9 +111,9 @@ class Writer:
         raises  RunError when too many in a row have failed, or when another copy of the job has taken over
         """
         begun = time.perf_counter()
-        self._collect(self.max_failures if not wait else None)
-        mine = self._share(checkpoint.flatten(tensors))
-        staged = self._stage(mine) if self.asynchronous else mine
+        self._settle(self.max_failures if not wait else None)
+        share = self._share(checkpoint.flatten(tensors))
+        staged = self._stage(share) if self.asynchronous else share
         self._step = step
         arguments = (step, staged, copy.deepcopy(numbers), best)
         if self.asynchronous:
@@ -206,23 +130,18 @@ class Writer:
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written; RunError when it fails. Called by all processes."""
-        self._collect(1)
+        self._settle(1)
 
     def poll(self) -> list[Failure]:
-        """The failures that nobody has been told of yet; never waits."""
-        if self._thread is not None and not self._thread.is_alive():
-            self._note()
-        reports, self._reports = self._reports, []
-        return reports
+        """The failures since this was last called; never waits."""
+        return _take(self._reports)
 
     def read_published(self) -> list[int]:
-        """The steps whose checkpoints have got to the disk since this was last asked; never waits."""
-        steps = self._published[:]
-        del self._published[: len(steps)]
-        return steps
+        """The steps whose checkpoints have got to the disk since this was last called; never waits."""
+        return _take(self._published)
 
     def read_stall(self) -> float:
-        """Seconds that training has waited for checkpoints since this was last asked."""
+        """Seconds that training has waited for checkpoints since this was last called."""
         seconds, self._stall_unread = self._stall_unread, 0.0
         return seconds
 
@@ -234,7 +153,6 @@ class Writer:
             if thread.is_alive():
                 logger.warning("checkpoint of step %d: given up after %.0f s", self._step, self.timeout)
                 return  # its buffers are in use
-            self._note()
         if self._stager is not None:
             self._stager.close()
             self._stager = None
@@ -247,6 +165,8 @@ class Writer:
             self._write_or_raise(step, tensors, numbers, best)
         except BaseException as error:  # kept until all processes are together
             self._problem = error
+            if isinstance(error, RunError) and not isinstance(error, TakenOver):
+                self._reports.append(Failure(step, str(error), remedy(error, self.run)))
         else:
             self.write_time = time.perf_counter() - begun
             self.saved = step
@@ -264,33 +184,27 @@ class Writer:
                 best,
                 keep_hours=self.keep_hours,
                 group=self.group,
-                token=self.owner.token,
+                token=self.lease.token,
                 finish=lambda folder: self._finish(folder, step),
             )
         except RunError:
             # Whoever takes over clears away what others have begun: then it is not the disk that is to blame.
-            checkpoint.on_all_ranks(self.group, lambda: self._check_lease() if distributed.is_main() else None)
+            checkpoint.on_all_ranks(self.group, lambda: self.lease.check(self.run) if self.ranks.is_main else None)
             raise
-        if distributed.is_main():
+        if self.ranks.is_main:
             with suppress(OSError):
                 checkpoint.retire_teachers(self.run)
 
     def _finish(self, folder: Path, step: int) -> None:
         """The teacher file of a checkpoint, out of its folder; last of all, whether the run is still ours."""
-        self._check_lease()
+        self.lease.check(self.run)
         teacher = checkpoint.read_plain(folder, "teacher.")
-        checkpoint.write_teacher(self.run, step, teacher, self.describe_teacher, self.owner.token)
-        self._check_lease()
+        checkpoint.write_teacher(self.run, step, teacher, self.describe_teacher, self.lease.token)
+        self.lease.check(self.run)
 
     def owns(self) -> bool:
         """Whether the run is still this start's."""
-        owner = owner_of(self.run)
-        return owner is None or owner.token == self.owner.token
-
-    def _check_lease(self) -> None:
-        owner = owner_of(self.run)
-        if owner is not None and owner.token != self.owner.token:
-            raise TakenOver(f"{self.run} was taken over by {owner}; this copy ({self.owner}) stops writing there")
+        return self.lease.successor(self.run) is None
 
     # What happens where all processes are together
 
@@ -323,19 +237,15 @@ class Writer:
         assert isinstance(staged, dict)
         return staged
 
-    def _collect(self, limit: int | None) -> None:
-        """Wait for the checkpoint that is being written, and draw the consequences."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        self._settle(limit)
-
     def _settle(self, limit: int | None) -> None:
-        """Count a failure, and raise it when there are `limit` in a row (None: the next one is tried in any case).
+        """Wait for the checkpoint that is being written. Count a failure, and raise it when there are `limit` in a row
+        (None: the next one is tried in any case).
 
         What all processes know alike, all do alike.
         """
-        self._note()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         problem, self._problem = self._problem, None
         if problem is None:
             return
@@ -347,30 +257,13 @@ class Writer:
                 if limit > 1:
                     many = f"{self._failures} checkpoints in a row could not be written; the last: {problem}"
                     problem = RunError(many)
-            problem.collective, problem.reported = True, not distributed.is_main()
+            problem.reported = not self.ranks.is_main
+            self.ranks.mark_common(problem)
         raise problem
 
-    def _note(self) -> None:
-        """Take down a failure for `poll`, once."""
-        problem = self._problem
-        if isinstance(problem, RunError) and not isinstance(problem, TakenOver) and problem is not self._noted:
-            self._noted = problem
-            self._reports.append(Failure(self._step, str(problem), remedy(problem, self.run)))
 
-
-def remedy(error: BaseException, run: Path) -> str:
-    """What to do about a checkpoint that could not be written, in a sentence."""
-    first = checkpoint.cause(error)
-    number = first.errno if isinstance(first, OSError) else None
-    if number == errno.ENOSPC:
-        free = shutil.disk_usage(run).free / 2**30
-        return f"Make room on the disk of {run} ({free:.1f} GiB are free), or lower checkpoint.keep."
-    if number == errno.EDQUOT:
-        return f"The quota on the disk of {run} is used up: make room there, or lower checkpoint.keep."
-    if number in (errno.EACCES, errno.EPERM):
-        return f"Give this user the right to write to {run} again."
-    if number == errno.EROFS:
-        return f"The disk of {run} can only be read: have it mounted for writing (it may have been found faulty)."
-    if number in (errno.EIO, errno.ESTALE):
-        return f"The storage under {run} fails: have it looked at before more is written there."
-    return "None needed if the next one is written."
+def _take(items: list[T]) -> list[T]:
+    """Empty a list to which another thread appends; returns what was in it."""
+    taken = items[:]
+    del items[: len(taken)]
+    return taken

@@ -2,7 +2,7 @@
 
 A checkpoint is written into a folder of another name, its files' digests into a manifest, everything is flushed to
 the disk, and only then the folder gets its final name: under that name there is a whole checkpoint or none. Reading
-verifies the manifest first and never runs code: DCP's metadata goes through a reader that admits its own classes only.
+verifies the manifest first and never runs code (see metadata.py).
 
 Many processes write one checkpoint together, each its share of the files, and any number of them reads it. What fails
 on one of them fails on all, with the same words.
@@ -10,13 +10,8 @@ on one of them fails on all, with the same words.
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import io
 import json
 import os
-import pickle
-import re
 import shutil
 import time
 import warnings
@@ -32,9 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dinoreg.distributed import process_group as distributed
+from dinoreg.checkpoint.atomic import part_name, reason, sync, write_atomic
+from dinoreg.checkpoint.metadata import METADATA, Reader, TensorPlanner
+from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 
 VERSION = 1
@@ -47,51 +44,6 @@ T = TypeVar("T")
 
 def step_name(step: int) -> str:
     return f"step_{step:07d}"
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Files that are there whole or not at all
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, content: str | bytes, token: str = "") -> None:
-    """Replace `path` in one rename; a kill leaves the old content or the new.
-
-    token  makes the name of the unfinished file this writer's own, where another may be writing the same file
-    """
-    data = content.encode() if isinstance(content, str) else content
-    aside = path.with_name(f"{path.name}{token and '.'}{token}.part")
-    try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10
-    running = hashlib.sha256()
-    while block := file.read(1 << 20):
-        running.update(block)
-    return running.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -140,85 +92,91 @@ def save(
     """
     final = folder / step_name(step)
     aside = folder / f"{_UNFINISHED}{step_name(step)}{token and '.'}{token}"
-    first = group is None or dist.get_rank(group) == 0
+    rank = 0 if group is None else dist.get_rank(group)
 
-    def begin() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+    def on_first_rank(work: Callable[[], None]) -> None:
+        on_all_ranks(group, lambda: work() if rank == 0 else None)
 
-    def publish(parts: list[dict[str, Any]]) -> None:
-        content = {"version": VERSION, "time": time.time(), **numbers}
-        (aside / NUMBERS).write_text(json.dumps(content))
-        manifest = {name: entry for part in parts for name, entry in part.items()}
-        manifest[NUMBERS] = _entry(aside / NUMBERS)
-        for name, entry in manifest.items():
-            if not (aside / name).is_file() or (aside / name).stat().st_size != entry["size"]:
-                raise RunError(
-                    f"checkpoint {final}: process 0 does not see {name} as another process wrote it; "
-                    "the run folder has to be on a file system that all machines share"
-                )
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for path in (aside / NUMBERS, aside / MANIFEST, aside):
-            sync(path)
+    def publish() -> None:
+        _complete(aside, final, numbers, parts)
         if finish is not None:
             finish(aside)
         if final.exists():  # one that was passed over as damaged, or of before a roll-back
             _discard(final)
         os.rename(aside, final)
         sync(folder)
-        write_pointer(folder, "last", step, token)
-        if best:
-            write_pointer(folder, "best", step, token)
+        for name in ("last", "best") if best else ("last",):
+            write_pointer(folder, name, step, token)
 
     try:
-        on_all_ranks(group, lambda: begin() if first else None)
+        on_first_rank(lambda: _begin(aside))
         _ignore_single_process_warning()
-        dcp.save(
-            _by_part(flatten(tensors)),
-            checkpoint_id=aside,
-            storage_writer=dcp.FileSystemWriter(aside, per_thread_copy_ahead=0),
-            process_group=group,
-            no_dist=group is None,
-        )
-        parts = on_all_ranks(group, lambda: _own_files(aside, 0 if group is None else dist.get_rank(group)))
-        on_all_ranks(group, lambda: publish(parts) if first else None)
+        writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
+        state = _by_part(flatten(tensors))
+        dcp.save(state, checkpoint_id=aside, storage_writer=writer, process_group=group, no_dist=group is None)
+        parts = on_all_ranks(group, lambda: _own_files(aside, rank))
+        on_first_rank(publish)
     except (OSError, RunError, CheckpointException) as error:
-        if first:
+        if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, RunError):
             raise
         raise RunError(f"checkpoint {final} could not be written: {reason(error)}") from error
-    if first:
+    if rank == 0:
         with suppress(OSError):  # what stays too long takes room, no more
             retire(folder, keep, keep_hours)
     return final
+
+
+def _begin(aside: Path) -> None:
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+
+
+def _complete(aside: Path, final: Path, numbers: dict[str, Any], parts: list[dict[str, Any]]) -> None:
+    """Add the numbers and the manifest to the files of all processes, and flush what is in the folder to the disk.
+
+    parts  of each process: the manifest's entries of its files
+    """
+    (aside / NUMBERS).write_text(json.dumps({"version": VERSION, "time": time.time(), **numbers}))
+    manifest = {name: entry for part in parts for name, entry in part.items()}
+    manifest[NUMBERS] = _entry(aside / NUMBERS)
+    for name, entry in manifest.items():
+        if not (aside / name).is_file() or (aside / name).stat().st_size != entry["size"]:
+            raise RunError(
+                f"checkpoint {final}: process 0 does not see {name} as another process wrote it; "
+                "the run folder has to be on a file system that all machines share"
+            )
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (aside / NUMBERS, aside / MANIFEST, aside):
+        sync(path)
 
 
 def on_all_ranks(group: Any, work: Callable[[], T]) -> list[T]:
     """Every process's result of `work`, in rank order; what one of them raises, all raise."""
     if group is None:
         return [work()]
-    mine: tuple[T | None, Exception | None]
+    outcome: tuple[T | None, Exception | None]
     try:
-        mine = (work(), None)
+        outcome = (work(), None)
     except (OSError, RunError) as error:
-        mine = (None, error)
+        outcome = (None, error)
     except Exception as error:
-        mine = (None, RunError(f"process {dist.get_rank(group)}: {type(error).__name__}: {error}"))
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    for _, problem in everyone:
+        outcome = (None, RunError(f"process {dist.get_rank(group)}: {type(error).__name__}: {error}"))
+    outcomes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, outcome, group=group)
+    for _, problem in outcomes:
         if problem is not None:
             raise problem
-    return [result for result, _ in everyone]
+    return [result for result, _ in outcomes]
 
 
 def _own_files(aside: Path, rank: int) -> dict[str, dict[str, Any]]:
     """The manifest's entries of the files that this process wrote."""
     paths = sorted(aside.glob(f"__{rank}_*"))
     if rank == 0:
-        paths.append(aside / ".metadata")
+        paths.append(aside / METADATA)
     return {path.name: _entry(path) for path in paths}
 
 
@@ -276,13 +234,11 @@ def _time_of(path: Path) -> float | None:
 # Training states: reading
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Check a checkpoint against its manifest; returns its numbers. Raises RunError naming what is wrong."""
-    return _verify(path, 0, 1)
+def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """Check a checkpoint against its manifest; returns its numbers. Raises RunError naming what is wrong.
 
-
-def _verify(path: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """`verify`, with the digests of the share of this process among `world_size`."""
+    rank, world_size  of the files, this process computes the digests of its share among so many (-1: of none)
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         for number, (name, expected) in enumerate(manifest.items()):
@@ -295,30 +251,34 @@ def _verify(path: Path, rank: int, world_size: int) -> dict[str, Any]:
                 raise RunError(f"checkpoint {path}: {name} has {file.stat().st_size} of {expected['size']} bytes")
             if number % world_size == rank and digest(file) != expected["sha256"]:
                 raise RunError(f"checkpoint {path}: {name} is not what was written (its digest differs)")
+        for name in sorted({METADATA, NUMBERS, *Reader(path).data_files()} - manifest.keys()):
+            raise RunError(f"checkpoint {path}: its manifest does not name {name}")
         numbers = json.loads((path / NUMBERS).read_text())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        version = numbers.get("version")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"checkpoint {path}: unreadable ({reason(error)})") from None
-    if numbers.get("version") != VERSION:
-        raise RunError(f"checkpoint {path}: format version {numbers.get('version')}, expected {VERSION}")
+    if version != VERSION:
+        raise RunError(f"checkpoint {path}: format version {version}, expected {VERSION}")
     return numbers
 
 
-def _verify_together(path: Path) -> dict[str, Any]:
+def _verify_together(path: Path, ranks: Ranks) -> dict[str, Any]:
     """`verify` by all processes, each its share of the files; all come to the same verdict."""
-    with distributed.collective_errors():
-        return _verify(path, distributed.rank(), distributed.world_size())
+    with ranks.collective_errors():
+        return verify(path, ranks.rank, ranks.world_size)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with those that were passed over.
 
     Called by all processes, which get the same answer.
     """
     damaged = []
-    names = sorted((path.name for path in folder.glob("step_*")), reverse=True)
-    for name in distributed.from_main(names):
+    with ranks.collective_errors():
+        names = _list_checkpoints(folder)
+    for name in ranks.from_main(names):
         try:
-            _verify_together(folder / name)
+            _verify_together(folder / name, ranks)
         except RunError as error:
             damaged.append(f"{error}; passed over")
             continue
@@ -326,49 +286,69 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
-def load(path: Path, tensors: dict[str, Any], *, verified: bool = False) -> dict[str, Any]:
+def _list_checkpoints(folder: Path) -> list[str]:
+    """The names of the checkpoints in a folder, newest first; RunError when it is there and cannot be listed."""
+    try:
+        return sorted((name for name in os.listdir(folder) if name.startswith("step_")), reverse=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"checkpoints in {folder}: unreadable ({reason(error)})") from None
+
+
+def load(
+    path: Path,
+    tensors: dict[str, Any],
+    numbers: dict[str, Any] | None = None,
+    *,
+    verified: bool = False,
+    ranks: Ranks = ALONE,
+) -> dict[str, Any]:
     """Fill `tensors` (nested, as given to `save`; plain or DTensor) in place; returns the numbers.
 
     Called by all processes, however many wrote it; each reads what it holds.
 
+    numbers   by name, values of the types that those in the checkpoint must have
     verified  the files have been checked just now, by `newest`
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
-    numbers = _verify(path, -1, 1) if verified else _verify_together(path)
-    with distributed.collective_errors():
-        reader = _Reader(path)
-        stored = reader.read_metadata().state_dict_metadata
+    loaded = verify(path, -1) if verified else _verify_together(path, ranks)
+    with ranks.collective_errors():
+        for name, value in (numbers or {}).items():
+            if type(loaded.get(name)) is not type(value):
+                raise RunError(f"checkpoint {path}: unreadable ({NUMBERS} has no {type(value).__name__} {name})")
+        reader = Reader(path)
+        stored = reader.stored()
         for name, tensor in flatten(tensors).items():
             if name not in stored:
                 raise UserError(f"checkpoint {path}: has no {name}; it belongs to another architecture")
-            size = getattr(stored[name], "size", None)
-            if size is not None and tuple(size) != tuple(tensor.shape):
+            if stored[name].size != tensor.shape:
                 raise UserError(
-                    f"checkpoint {path}: {name} is {tuple(size)}, this model has {tuple(tensor.shape)}; "
+                    f"checkpoint {path}: {name} is {tuple(stored[name].size)}, this model has {tuple(tensor.shape)}; "
                     "it belongs to another architecture"
                 )
         _read(reader, tensors)
-    return numbers
+    return loaded
 
 
 def read_plain(path: Path, prefix: str) -> dict[str, Tensor]:
     """Tensors of a checkpoint whose names begin with `prefix`, whole and on the CPU, by the rest of their names."""
-    reader = _Reader(path)
-    stored = reader.read_metadata().state_dict_metadata
+    reader = Reader(path)
+    stored = reader.stored()
     tensors = {
         name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
         for name, entry in stored.items()
-        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(prefix)
     }
     _read(reader, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _read(reader: _Reader, tensors: dict[str, Any]) -> None:
+def _read(reader: Reader, tensors: dict[str, Any]) -> None:
     """Every process reads by itself: nothing has to be agreed on, whatever the sharding."""
     _ignore_single_process_warning()
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        dcp.load(tensors, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
     except (OSError, CheckpointException) as error:
         raise RunError(f"checkpoint {reader.path}: unreadable ({reason(error)})") from error
 
@@ -396,70 +376,6 @@ def _by_part(flat: dict[str, Tensor]) -> dict[str, Any]:
     return parts
 
 
-def cause(error: BaseException) -> BaseException:
-    """What went wrong in the first place: of a collective save, the first process's own error; an OSError if it can."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return cause(error.failures[min(error.failures)][0])
-    while not isinstance(error, OSError) and isinstance(error.__cause__ or error.__context__, BaseException):
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-        if isinstance(error, CheckpointException):
-            return cause(error)
-    if "inline_container.cc" in str(error):  # what torch's writer makes of a write that failed; the first error is lost
-        return OSError(errno.ENOSPC, f"a write was cut short ({os.strerror(errno.ENOSPC)}, or a failing disk)")
-    told = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
-    return OSError(int(told[1]), os.strerror(int(told[1]))) if told else error
-
-
-def reason(error: BaseException) -> str:
-    """In a few words, why a file could not be written or read."""
-    error = cause(error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads DCP's `.metadata`, which is a pickle, admitting only the plain data classes it consists of."""
-
-    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
-    _NAMES = (
-        ("torch", "Size"),
-        ("torch", "device"),
-        ("torch.serialization", "_get_layout"),
-        ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
-        ("pathlib", "Path"),
-        ("pathlib", "WindowsPath"),
-        ("pathlib", "PurePosixPath"),
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in self._MODULES and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        elif (module, name) in self._NAMES:
-            return super().find_class(module, name)
-        elif module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.memory_format)):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader with the restricted unpickler."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, TypeError) as error:
-            raise RunError(f"checkpoint {path}: unreadable ({reason(error)})") from None
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = dcp.StorageMeta()  # type: ignore[attr-defined]
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
 # --------------------------------------------------------------------------------------------------------------
 # The plain teacher file
 
@@ -472,32 +388,34 @@ def write_teacher(
     description  architecture, preprocessing and config_hash; the digest of the weights is added here
     """
     folder = run / "teacher"
-    weights = folder / f"{step_name(step)}.safetensors"
-    aside = weights.with_name(f"{weights.name}{token and '.'}{token}.part")
+    path = folder / f"{step_name(step)}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.detach().float().cpu().contiguous() for name, t in teacher.items()}, aside)
-        description = {
-            "format": "dinoreg-teacher",
-            "version": VERSION,
-            "step": step,
-            **description,
-            "sha256": digest(aside),
-        }
-        sync(aside)
-        write_atomic(weights.with_suffix(".json"), json.dumps(description, indent=1) + "\n", token)
-        os.replace(aside, weights)
-        sync(folder)
+        write_weights(path, teacher, {"step": step, **description}, token)
     except (OSError, SafetensorError) as error:
+        raise RunError(f"teacher file {path} could not be written: {reason(error)}") from error
+    return path
+
+
+def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str, Any], token: str = "") -> None:
+    """A safetensors file of float32 tensors, after the JSON beside it; raises OSError or SafetensorError."""
+    aside = part_name(path, token)
+    try:
+        save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
+        content = {"format": "dinoreg-teacher", "version": VERSION, **description, "sha256": digest(aside)}
+        sync(aside)
+        write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n", token)
+        os.replace(aside, path)  # last, so that the file never stands without its digest
+        sync(path.parent)
+    except (OSError, SafetensorError):
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise RunError(f"teacher file {weights} could not be written: {reason(error)}") from error
-    return weights
+        raise
 
 
 def retire_teachers(run: Path) -> None:
     """Remove the teacher files of checkpoints that are no longer there; the best always stays."""
-    kept = {path.name for path in (run / "checkpoints").glob("step_*")} | {read_pointer(run / "checkpoints", "best")}
+    steps = {path.name for path in (run / "checkpoints").glob("step_*")} | {read_pointer(run / "checkpoints", "best")}
     for path in (run / "teacher").glob("step_*"):
-        if path.suffix in (".safetensors", ".json") and path.stem not in kept:
+        if path.suffix in (".safetensors", ".json") and path.stem not in steps:
             path.unlink(missing_ok=True)

@@ -1,39 +1,48 @@
-"""What a verb of the command line takes: its keys, how they are read, and the help that lists them.
+"""How the arguments of a verb are read, and the help of the program and of each verb.
 
-Keys of the config, of evaluations and of `embed` have readers of their own; here are those of the other verbs,
-and the help of all of them. Nothing here imports torch, so that help and wrong spellings answer at once.
+Nothing here imports torch, so that help and wrong spellings answer at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from dinoreg.config.option import Options, describe, read
 from dinoreg.runtime.errors import UserError
 
-
-@dataclass(frozen=True)
-class Key:
-    """A key of a verb that is not a key of the config."""
-
-    name: str
-    hint: Any
-    default: str
-    meaning: str
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Verb:
-    """flags are the options that start with dashes; all others are written key=value."""
+    """A command of the program.
+
+    options  the class of the verb's keys
+    run      does the work; it is called with what `parse` returns
+    read     (arguments) -> what `run` is called with, where it is more than the options; UserError for what is wrong
+             with the arguments, and nothing is started
+    kinds    {first argument: keys} of a verb that is several
+    details  further lines of help, or a function that gives them
+    values   (arguments) -> options with the values that help shows instead of the defaults, where these name a config
+    flags    the options that start with dashes; all others are written key=value
+    """
 
     usage: str
     summary: str
-    run: Callable[[list[str]], None]
-    keys: tuple[Key, ...] = ()
-    details: str = ""
+    options: type[Options]
+    run: Callable[..., None]
+    read: Callable[[list[str]], tuple[Any, ...]] | None = None
+    kinds: Mapping[str, type[Options]] = field(default_factory=dict)
+    details: Sequence[str] | Callable[[], Sequence[str]] = ()
+    values: Callable[[list[str]], Options] | None = None
     flags: tuple[str, ...] = ()
+
+    def parse(self, arguments: list[str]) -> tuple[Any, ...]:
+        """What `run` is called with; UserError in one line for what is wrong with the arguments."""
+        return self.read(arguments) if self.read else (read_options(self.options, arguments)[1],)
 
 
 def is_key_value(argument: str) -> bool:
@@ -42,50 +51,35 @@ def is_key_value(argument: str) -> bool:
     return "=" in argument and "/" not in key and not Path(argument).exists()
 
 
-def read_keys(
-    name: str, verb: Verb, arguments: Sequence[str], positional: int | None
-) -> tuple[list[str], dict[str, Any]]:
-    """The positional arguments of verb `name` (at most `positional`; None: any number) and its own keys' values.
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(plain arguments, those that are key=value)."""
+    pairs = [argument for argument in arguments if is_key_value(argument)]
+    return [argument for argument in arguments if argument not in pairs], pairs
 
-    Raises UserError on a key that the verb does not have, one given twice, a value of another type, and on
-    more positional arguments than it takes.
+
+def read_options(cls: type[T], arguments: Sequence[str], positional: int | None = 0) -> tuple[list[str], T]:
+    """The positional arguments (at most `positional`; None: any number) and the options of key=value.
+
+    raises  UserError for more arguments, an unknown key, one given twice, and a value that is not accepted
     """
-    known: Mapping[str, Key] = {key.name: key for key in verb.keys}
-    plain: list[str] = []
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        if not is_key_value(argument):
-            plain.append(argument)
-            continue
-        from dinoreg.config.keys import nearest
-        from dinoreg.config.values import Text, convert
-
-        key, _, text = argument.partition("=")
-        if key not in known:
-            accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
-            raise UserError(f"{key}: unknown key of dinoreg {name}{nearest(key, known)}{accepted}")
-        if key in values:
-            raise UserError(f"{key}: given twice")
-        values[key] = convert(Text(text), known[key].hint, key, "command line")
+    plain, pairs = split_arguments(arguments)
+    options, _ = read(cls, pairs)
     if positional is not None and len(plain) > positional:
-        raise UserError(f"{name}: {plain[positional]}: unexpected; usage: dinoreg {verb.usage}")
-    return plain, values
+        verb = getattr(cls, "_verb", "")
+        raise UserError(f"{verb}: {plain[positional]}: unexpected; see dinoreg {verb} --help")
+    return plain, options
 
 
-def split_keys(names: Sequence[str], arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments that give one of the keys `names`, and all others: for verbs that take config keys besides."""
-    own = [each for each in arguments if is_key_value(each) and each.partition("=")[0] in names]
-    return own, [each for each in arguments if each not in own]
-
-
-def source_and_overrides(verb: str, arguments: Sequence[str], missing: str, hint: str = "") -> tuple[str, list[str]]:
+def source_and_overrides(
+    verb: str, arguments: Sequence[str], missing: str = "CONFIG, a name in configs/ or a YAML file", hint: str = ""
+) -> tuple[str, list[str]]:
     """The first argument, which names what to work on, and the key=value after it.
 
     Raises UserError `VERB: missing …` where it is not there, and on an argument after it that is no key=value;
     `hint` is put behind the latter.
     """
     if not arguments or is_key_value(arguments[0]):
-        raise UserError(f"{verb}: missing {missing}")
+        raise UserError(f"{verb}: missing {missing}; see dinoreg {verb} --help")
     source, *overrides = arguments
     stray = [argument for argument in overrides if "=" not in argument]
     if stray:
@@ -108,52 +102,20 @@ def overview(verbs: Mapping[str, Verb]) -> str:
     )
 
 
-def verb_help(name: str, verb: Verb) -> str:
-    """The help of one verb: usage, what it does, and every key with type, default and meaning."""
-    rows = [(key.name, f"{_type(key.hint)} = {key.default}", key.meaning) for key in verb.keys]
+def verb_help(verb: Verb, arguments: Sequence[str] = ()) -> str:
+    """The help of one verb: usage, what it does, and every key with type, default and meaning.
+
+    arguments  what else was typed; where they name a config, its values take the place of the defaults
+    """
     lines = [f"usage: dinoreg {verb.usage}", "", verb.summary]
-    if verb.details:
-        lines += ["", verb.details]
-    if name == "pretrain":
-        from dinoreg.config.bundled import bundled
-        from dinoreg.config.keys import describe
-        from dinoreg.config.load import Config
-
-        configs = sorted(path.stem for path in bundled("configs").glob("*.yaml"))
-        lines += ["", f"CONFIG: {', '.join(configs)}; a YAML file (ours or dinov2's); a run folder"]
-        rows = describe(Config)
-        at = [key for key, _, _ in rows].index("init")
-        kind, meaning = next(row[1:] for row in rows if row[0] == "data.source")
-        rows.insert(at, ("data", kind, f"short for data.source: {meaning}"))
-    if name == "eval":
-        from dinoreg.config.keys import describe
-        from dinoreg.evaluation.options import EvalOptions
-
-        rows = describe(EvalOptions)
-    if name == "launch":
-        from dinoreg.config.keys import describe
-        from dinoreg.jobs.job_type import find_job, job_files
-        from dinoreg.jobs.options import LaunchOptions
-
-        jobs = [find_job(job) for job in job_files()]
-        lines += ["", "JOB, or a .py file of one's own with a JOB; their other keys are those of the command:"]
-        lines += [f"  dinoreg launch {job.usage}\n      {job.summary}" for job in jobs]
-        lines += ["", "RUN is the folder that a launch names when it has submitted:"]
-        lines += ["  dinoreg launch status RUN", "  dinoreg launch logs RUN [job=] [task=0] [lines=40] [follow=false]"]
-        lines += ["  dinoreg launch cancel RUN [job=] [save=false]"]
-        rows = describe(LaunchOptions)
-    if name == "embed":
-        from dinoreg.commands.embed import EmbedOptions
-        from dinoreg.config.keys import describe
-
-        rows = describe(EmbedOptions)
-    if rows:
-        lines += ["", "keys:", *_table(rows)]
+    if details := verb.details() if callable(verb.details) else verb.details:
+        lines += ["", *details]
+    named = [argument for argument in arguments if not argument.startswith("-")]
+    shown = verb.values(named) if verb.values and named and not is_key_value(named[0]) else verb.options
+    for kind, options in {"": shown, **verb.kinds}.items():
+        if rows := describe(options):
+            lines += ["", f"keys of {kind}:" if kind else "keys:", *_table(rows)]
     return "\n".join(lines)
-
-
-def _type(hint: Any) -> str:
-    return (hint.__name__ if isinstance(hint, type) else str(hint)).replace("None", "none")
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:

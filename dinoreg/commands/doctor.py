@@ -6,23 +6,16 @@ Nothing here needs a working PyTorch: an installation that cannot be imported is
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dinoreg.runtime.dependencies import DEPENDENCIES, find, install
 from dinoreg.runtime.environment import environment, version
 from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.json_files import read_json, read_json_lines, read_text
 
-# (distribution, extra that installs it, what it is for): only what this version makes use of.
-OPTIONAL = (
-    ("pyarrow", "data", "lists of images as .parquet"),
-    ("tifffile", "data", "TIFF images with more than 8 bits or an odd layout"),
-    ("timm", "test", "comparing the backbone with timm's"),
-    ("transformers", "test", "comparing the backbone with transformers'"),
-    ("scikit-learn", "test", "comparing the probes with scikit-learn's"),
-    ("pytest", "test", "the tests"),
-)
+# Importing one of these takes seconds: that it is installed has to do.
+SLOW_IMPORTS = ("timm", "transformers")
 
 
 def doctor(run: Path | None = None) -> None:
@@ -80,25 +73,53 @@ def _machine_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _package_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
     for name, installed in found["packages"].items():
-        problem = import_problem(name) if name in ("torch", "torchvision") and installed else None
-        if problem is not None:
-            rows.append((name, "problem", f"{installed}: {problem}"))
-        elif installed is not None:
-            rows.append((name, "ok", installed))
-        elif name == "xformers":
-            rows.append((name, "missing", "attention then runs through PyTorch (same numbers)"))
+        if name == "xformers":
+            rows.append((name, *_xformers(installed)))
+        elif installed is None:
+            rows.append((name, "problem", f"not installed: {install(name)}"))
         else:
-            rows.append((name, "problem", f"not installed: pip install {name}"))
+            rows.append((name, *_imported(name, installed)))
     return rows
+
+
+def _xformers(installed: str | None) -> tuple[str, str]:
+    """Mark and text: whether its compiled part loads, and why not. Everything works without it."""
+    if installed is None:
+        return "missing", "attention then runs through PyTorch (same numbers)"
+    try:
+        from dinoreg.runtime.xformers_check import load_problem
+
+        problem = load_problem()
+    except Exception as error:  # no PyTorch either
+        problem = _in_words(error)
+    if problem is None:
+        return "ok", f"{installed}, its kernels load"
+    return "missing", f"{installed} does not load ({problem}): attention runs through PyTorch (same numbers)"
 
 
 def _optional_rows() -> list[tuple[str, str, str]]:
     rows = []
-    for name, extra, purpose in OPTIONAL:
-        installed = version(name)
-        advice = f"for {purpose}: pip install 'dinoreg[{extra}]'"
-        rows.append((name, "ok", f"{installed}, for {purpose}") if installed else (name, "missing", advice))
-    return rows
+    for row in DEPENDENCIES:
+        if row.extra in ("core", "test"):
+            continue
+        installed = version(row.name)
+        if installed is None:
+            rows.append((row.name, "missing", f"for {row.purpose}: {install(row.name)}"))
+        elif row.name in SLOW_IMPORTS:
+            rows.append((row.name, "ok", f"{installed} (not tried: its import takes seconds), for {row.purpose}"))
+        else:
+            mark, text = _imported(row.name, installed)
+            rows.append((row.name, mark, f"{text}, for {row.purpose}"))
+    absent = [row.name for row in DEPENDENCIES if row.extra == "test" and version(row.name) is None]
+    missing = f"{', '.join(absent)}: {install(absent[0])}" if absent else ""
+    return [*rows, ("the tests", "missing" if absent else "ok", missing or "everything that they need")]
+
+
+def _imported(name: str, installed: str) -> tuple[str, str]:
+    """Mark and text for an installed package: whether it can be imported."""
+    row = find(name)
+    problem = import_problem(row.imported if row is not None else name)
+    return ("problem", f"{installed}: {problem}") if problem else ("ok", installed)
 
 
 def _acceleration_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -113,10 +134,14 @@ def _acceleration_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if not rows:
         rows.append(("cuda", "missing", "no CUDA device: runs use the CPU (everything works, slowly)"))
-    if found["packages"]["xformers"] is not None:
-        with_cuda = bool(found["cuda"])
-        text = "used for attention on CUDA" if with_cuda else "its kernels need CUDA; PyTorch's attention is used"
-        rows.append(("xformers", "ok" if with_cuda else "", text))
+    attention = found["attention"]
+    if attention is None:
+        rows.append(("attention", "", "runs through PyTorch; xformers' kernels need CUDA"))
+    elif attention["reason"] is None:
+        rows.append(("attention", "ok", f"runs through {attention['backend']}: tried, forward and backward"))
+    else:
+        why = f"xformers does not run here: {attention['reason']}"
+        rows.append(("attention", "missing", f"runs through {attention['backend']} (same numbers); {why}"))
     return rows
 
 
@@ -125,24 +150,27 @@ def import_problem(package: str) -> str | None:
     try:
         importlib.import_module(package)
     except Exception as error:
-        return explain(error) or f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+        return explain(error) or f"cannot be imported ({_in_words(error)})"
     return None
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def explain(error: BaseException) -> str | None:
     """A known failure of an installation in one line with its remedy, or None for an unknown one."""
     text = str(error)
     if "torchvision::nms" in text or "torchvision has been compiled" in text.lower():
+        pair = [row for row in DEPENDENCIES if row.name in ("torch", "torchvision")]
+        command = "pip install --force-reinstall " + " ".join(f"'{row.name}{row.pinned}'" for row in pair)
         return (
             f"torch {version('torch')} and torchvision {version('torchvision')} are not from the same build "
-            "(torchvision::nms is missing): install both from one index, with "
-            "pip install --force-reinstall torch torchvision, or for the CPU build "
-            "pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cpu"
+            f"(torchvision::nms is missing): install both from one index, with {command}, "
+            f"or for the CPU build {command} --index-url https://download.pytorch.org/whl/cpu"
         )
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("dinoreg"):
-        extra = next((extra for name, extra, _ in OPTIONAL if name == error.name), None)
-        advice = f"'dinoreg[{extra}]'" if extra else error.name
-        return f"the package {error.name} is not installed: pip install {advice}"
+        return f"the package {error.name} is not installed: {install(error.name)}"
     if type(error).__name__ == "OutOfMemoryError":
         return "out of device memory: use a smaller batch_size, optim.accumulate=2, or model.checkpointing=true"
     return None
@@ -163,9 +191,9 @@ def examine_run(run: Path) -> list[Section]:
 
 
 def _progress_rows(run: Path) -> list[tuple[str, str, str]]:
-    metrics = _json_lines(run / "metrics.jsonl")
+    metrics = read_json_lines(run / "metrics.jsonl")
     last = metrics[-1] if metrics else {}
-    status = _json(run / "status.json")
+    status = read_json(run / "status.json")
     step, num_steps = status.get("step", last.get("step", 0)), status.get("num_steps", "?")
     rows = []
     if status.get("phase") == "finished":
@@ -179,7 +207,7 @@ def _progress_rows(run: Path) -> list[tuple[str, str, str]]:
         rows.append(("last line", "", shown))
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
-    probes = _json_lines(run / "probe.jsonl")
+    probes = read_json_lines(run / "probe.jsonl")
     if probes:
         shown = ", ".join(f"{key} {_short(value)}" for key, value in probes[-1].items() if key != "probe_time")
         rows.append(("last probe", "", shown))
@@ -215,7 +243,7 @@ def _checkpoint_rows(run: Path) -> list[tuple[str, str, str]]:
 
 
 def _health_rows(run: Path) -> list[tuple[str, str, str]]:
-    events = _json_lines(run / "health" / "events.jsonl")
+    events = read_json_lines(run / "health" / "events.jsonl")
     latest: dict[str, dict[str, Any]] = {}
     counts: dict[str, int] = {}
     for event in events:
@@ -227,7 +255,7 @@ def _health_rows(run: Path) -> list[tuple[str, str, str]]:
         times = f" ({counts[name]} times)" if counts[name] > 1 else ""
         said = ". ".join(str(event[key]) for key in ("message", "remedy") if event.get(key))
         rows.append((name, "problem", f"step {event.get('step', '?')}{times}: {said}"))
-    rejected = _json_lines(run / "health" / "nonfinite.jsonl")
+    rejected = read_json_lines(run / "health" / "nonfinite.jsonl")
     if rejected:
         steps = ", ".join(str(line.get("step")) for line in rejected[-5:])
         rows.append(("non-finite steps", "problem", f"{len(rejected)} were left out, the last at {steps}"))
@@ -235,7 +263,7 @@ def _health_rows(run: Path) -> list[tuple[str, str, str]]:
 
 
 def _image_rows(run: Path) -> list[tuple[str, str, str]]:
-    skipped = _json_lines(run / "skipped.jsonl")
+    skipped = read_json_lines(run / "skipped.jsonl")
     if not skipped:
         return [("unreadable", "ok", "none met")]
     rows = [("unreadable", "problem", f"{len(skipped)} skipped, listed in {run / 'skipped.jsonl'}")]
@@ -243,37 +271,9 @@ def _image_rows(run: Path) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that are JSON objects; a kill may have cut the last one short."""
-    try:
-        lines: Iterable[str] = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
-
-
 def _last_traceback(path: Path) -> str | None:
     """The last line of the last traceback in a log, if nothing was logged after it."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return None
+    lines = read_text(path).splitlines()
     starts = [index for index, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     return lines[-1] if starts and lines[-1][:1].isalpha() else None
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from dinoreg.config.keys import build, flatten, nearest, nested
+from dinoreg.commands.options import EmbedOptions
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
 
 if TYPE_CHECKING:
@@ -24,46 +21,6 @@ if TYPE_CHECKING:
     from dinoreg.data.source import Source
     from dinoreg.evaluation.backbones.encoder import Encoder
     from dinoreg.export.feature_file import RowFile
-
-TOKENS = ("cls", "mean", "cls+mean", "patches")
-SAY_SECONDS = 20.0  # between lines of progress where there is no terminal
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """The keys of `dinoreg embed`."""
-
-    data: str | list[str] | None = None  # a folder, an image, a list of paths, tars, scenes, or [several]
-    weights: str | None = None  # as weights= of eval: a run folder, a weight file, a model's name
-    out: str | None = None  # the file to write, .safetensors or .parquet
-    token: str = "cls"  # cls | mean (of the patches) | cls+mean (one behind the other) | patches (every one)
-    image_size: int | None = None  # pixels, side of the centre crop, a multiple of the patch size; none: 224 or less
-    batch_size: int = 32  # images at a time
-    dtype: str = "float32"  # of the numbers in the file: float32 | float16
-    device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
-    precision: str = "auto"  # of the computation: auto (bf16 where the hardware has it) | bf16 | fp16 | fp32
-    workers: int | None = None  # threads that decode; none: one for every core but one, at most 16
-    overwrite: bool = False  # replace a finished file, drop an unfinished one that was begun with other keys
-
-    def __post_init__(self) -> None:
-        for key in ("data", "weights", "out"):
-            if not getattr(self, key):
-                raise UserError(f"embed: {key}= is missing; see dinoreg embed --help")
-        choices = {"token": TOKENS, "dtype": ("float32", "float16"), "precision": ("auto", "bf16", "fp16", "fp32")}
-        for key, accepted in choices.items():
-            value = getattr(self, key)
-            if value not in accepted:
-                raise UserError(f"{key}={value}: expected {', '.join(accepted)}{nearest(value, accepted)}")
-        for key, least in (("batch_size", 1), ("image_size", 1), ("workers", 0)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise UserError(f"{key}={value}: expected at least {least}")
-
-
-def read_options(overrides: Mapping[str, Any] | Iterable[str]) -> EmbedOptions:
-    """EmbedOptions of `key=value`; UserError for an unknown key, naming the nearest, or a value of the wrong type."""
-    options: EmbedOptions = build(EmbedOptions, flatten(nested(overrides), EmbedOptions, "command line"))
-    return options
 
 
 def embed(options: EmbedOptions) -> Path:
@@ -78,13 +35,13 @@ def embed(options: EmbedOptions) -> Path:
     from dinoreg.runtime.device import pick_device, pick_precision
     from dinoreg.visualize.subject import multiples, open_images
 
-    out = Path(str(options.out))
+    out = Path(options.out)
     _check_out(out, options.overwrite)
     if out.suffix == ".parquet":
         import_pyarrow(out)
-    source = open_images(options.data or "", "data")
+    source = open_images(options.data, "data")
     device = pick_device(options.device)
-    encoder = open_encoder(str(options.weights), device, pick_precision(options.precision, device)).encoder
+    encoder = open_encoder(options.weights, device, pick_precision(options.precision, device)).encoder
     size = options.image_size or encoder.default_size
     if size % encoder.patch_size:
         raise UserError(f"image_size={size}: {multiples(size, encoder.patch_size)}")
@@ -144,6 +101,7 @@ def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options
     import torch
 
     from dinoreg.data.decode import BadImage, decode
+    from dinoreg.evaluation.context import show_progress
     from dinoreg.evaluation.features.images import default_workers, parallel
     from dinoreg.visualize.subject import fit
 
@@ -155,10 +113,12 @@ def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options
 
     workers = default_workers() if options.workers is None else options.workers
     total, begun = len(source), rows.next
-    progress = _Progress(total, begun)
+    if begun:
+        _say(f"embed: going on after {begun:,} of {total:,} images")
+    images = show_progress(parallel(read, range(begun, total), workers), total - begun, "embed", "images")
     held: list[Tensor] = []
     indices: list[int] = []
-    for index, found in enumerate(parallel(read, range(begun, total), workers), begun):
+    for index, found in enumerate(images, begun):
         if isinstance(found, str):
             rows.skip(index, source.name(index), found)
         else:
@@ -171,7 +131,6 @@ def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options
                 rows.append(values)
             held, indices = [], []
             rows.reached(index + 1)
-            progress.update(index + 1)
 
 
 def features(encoder: Encoder, images: Tensor, token: str, dtype: str = "float32") -> np.ndarray:
@@ -196,32 +155,6 @@ def _check_finite(values: np.ndarray, source: Source, indices: list[int], dtype:
     if len(bad):
         hint = "; dtype=float32 holds larger numbers" if dtype == "float16" else ""
         raise RunError(f"{source.name(indices[int(bad[0])])}: its feature is not finite{hint}")
-
-
-class _Progress:
-    """How far, how fast, how long still: one line that is rewritten on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int, begun: int) -> None:
-        self.total, self.begun = total, begun
-        self.started = self.said = time.monotonic()
-        self.live = sys.stderr.isatty()
-        if begun:
-            _say(f"embed: going on after {begun:,} of {total:,} images")
-
-    def update(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.said < (0.5 if self.live else SAY_SECONDS) and not (self.live and done == self.total):
-            return
-        self.said = now
-        rate = (done - self.begun) / max(now - self.started, 1e-9)
-        left = round((self.total - done) / rate) if rate else 0
-        clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        line = f"embed: {done:,} of {self.total:,} images, {rate:.1f} images/s, {clock} left"
-        if self.live:
-            end = "\n" if done == self.total else ""
-            print(f"\r\033[K{line}", end=end, file=sys.stderr, flush=True)
-        else:
-            _say(line)
 
 
 def _say(line: str) -> None:

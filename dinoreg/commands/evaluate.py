@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dinoreg.config.keys import build, flatten, nested
+from dinoreg.config.option import dotted, read
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.runner import Planned, Request, check_size, choose, evaluate_all, preflight
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.json_files import read_json
 
 
 def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
@@ -26,12 +26,16 @@ def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
 
     raises UserError for an unknown key, naming the nearest, or a value of the wrong type
     """
-    layer = nested(overrides)
     names = {name: each.name for each in benchmarks().values() for name in (each.name, *each.aliases)} | {"own": "own"}
-    given = [key for key in layer if key in names and isinstance(layer[key], dict)]
-    dataset = {names[key]: layer.pop(key) for key in given}
-    flat = flatten(layer, EvalOptions, "command line")
-    return Request(build(EvalOptions, flat), frozenset(flat), dataset)
+    general: dict[str, Any] = {}
+    dataset: dict[str, dict[str, Any]] = {}
+    for key, value in dotted(overrides).items():
+        name, _, rest = key.partition(".")
+        if rest and name in names:
+            dataset.setdefault(names[name], {})[rest] = value
+        else:
+            general[key] = value
+    return Request(*read(EvalOptions, general), dataset)
 
 
 def evaluate_command(names: Sequence[str], request: Request) -> None:
@@ -103,21 +107,26 @@ def _not_evaluated(folder: Path) -> list[str]:
     target = folder.resolve()
     reports = [each for each in records if each.group == "report" and Path(each.command[-1]).resolve() == target]
     mine = [each for each in records if reports and each.launch == reports[-1].launch and each.group == "evaluate"]
-    return [f"{each.record.command[1]}: {each.word}, {each.text}" for each in examine(out, mine) if not each.is_well]
+    return [f"{each.record.command[1]}: {each.state}, {each.text}" for each in examine(out, mine) if not each.is_well]
 
 
 def _is_finished(run: Path) -> bool:
     """Whether a folder is a run that trains no more: until then its page belongs to the training."""
-    try:
-        return json.loads((run / "status.json").read_text())["phase"] == "finished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return read_json(run / "status.json").get("phase") == "finished"
 
 
 def list_datasets() -> None:
     """Print the table of every dataset: task, classes, splits, metrics and protocols, download, licence."""
     table = Table(title="dinoreg eval NAME weights=… root=…", show_lines=True)
-    for heading in ("name", "task", "classes", "images", "metric (protocol)", "folder and download", "licence"):
+    for heading in (
+        "name",
+        "task",
+        "classes",
+        "images",
+        "metric (protocol)",
+        "folder, download and options",
+        "licence",
+    ):
         table.add_column(heading, overflow="fold")
     for benchmark in benchmarks().values():
         metrics = "\n".join(f"{task.metric} ({PROTOCOLS[task.protocol][1]})" for task in benchmark.tasks)
@@ -133,6 +142,9 @@ def list_datasets() -> None:
     console = Console()
     # A pipe has no width: a line that nobody wrapped is easier to search.
     Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
+    print("keys of single datasets:")
+    for benchmark in benchmarks().values():
+        print("".join(f"  {line}\n" for line in benchmark.options_in_words()), end="")
 
 
 def _prepare(names: Sequence[str], request: Request, everything: bool) -> tuple[list[Planned], dict[str, str]]:

@@ -10,24 +10,12 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
 
-from dinoreg.commands.arguments import Verb, is_key_value, read_keys
+from dinoreg.commands.arguments import Verb, is_key_value, read_options, split_arguments
+from dinoreg.commands.options import ACTIONS, CancelOptions, LogsOptions
 from dinoreg.jobs.job_type import Request, find_job, job_files
 from dinoreg.jobs.options import OPTION_NAMES, split_options
 from dinoreg.runtime.errors import UserError
-
-# What can be done with jobs that are there, and the keys of each: {name: (type, default)}.
-ACTIONS: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
-    "status": {},
-    "logs": {
-        "job": (str | None, None),
-        "task": (int, 0),
-        "lines": (int, 40),
-        "follow": (bool, False),
-    },
-    "cancel": {"job": (str | None, None), "save": (bool, False)},
-}
 
 
 def launch_command(arguments: Sequence[str], verbs: Mapping[str, Verb], run_verb: Callable[..., None]) -> None:
@@ -55,10 +43,9 @@ def _launch(name: str, arguments: Sequence[str], verbs: Mapping[str, Verb], run_
     if close and name not in job_files():
         raise UserError(f"launch: {name}: unknown job; did you mean {close[0]}?")
     job = find_job(name)
-    plain = [argument for argument in arguments if not is_key_value(argument)]
+    plain, keys = split_arguments(arguments)
     if len(plain) > 1:
         raise UserError(f"launch {job.name}: {plain[1]}: expected key=value; usage: dinoreg launch {job.usage}")
-    keys = [argument for argument in arguments if is_key_value(argument)]
     options, overrides, given = split_options(keys)
     request = Request(plain[0] if plain else None, tuple(overrides), options, given, partial(check_command, verbs))
     try:
@@ -87,20 +74,17 @@ def check_command(verbs: Mapping[str, Verb], arguments: Sequence[str]) -> None:
     verb, *rest = arguments
     if verb not in verbs:
         raise UserError(f"{verb}: unknown verb; a job runs one of {', '.join(verbs)}")
-    if verb == "pretrain":
-        from dinoreg.config.load import load_config, require_complete
+    verbs[verb].parse(rest)
 
-        require_complete(load_config(rest[0], rest[1:]))
-    elif verb == "eval":
-        from dinoreg.commands.evaluate import read_request
 
-        read_request(rest[1:])
-    elif verb == "embed":
-        from dinoreg.commands.embed import read_options
-
-        read_options(rest)
-    else:
-        read_keys(verb, verbs[verb], rest, None)
+def jobs_in_words() -> list[str]:
+    """Lines of help: what can be launched."""
+    jobs = [find_job(job) for job in job_files()]
+    return [
+        "JOB, or a .py file of one's own with a JOB; their other keys are those of the command:",
+        *(f"  dinoreg launch {job.usage}\n      {job.summary}" for job in jobs),
+        "RUN is the folder that a launch names when it has submitted.",
+    ]
 
 
 def _with_hint(error: UserError, overrides: Sequence[str]) -> UserError:
@@ -117,37 +101,18 @@ def _with_hint(error: UserError, overrides: Sequence[str]) -> UserError:
 def _act(name: str, arguments: Sequence[str]) -> None:
     from dinoreg.jobs import control, status
 
-    folders, values = _action_keys(name, arguments)
+    folders, options = read_options(ACTIONS[name], arguments, positional=None)
     if len(folders) != 1:
         problem = "missing RUN, the folder of the launch" if not folders else f"{folders[1]}: one folder at a time"
         raise UserError(f"launch {name}: {problem}")
     folder = folders[0]
-    if name == "status":
+    if isinstance(options, LogsOptions):
+        control.show_logs(folder, options.job, options.task, options.lines, options.follow, _write)
+    elif isinstance(options, CancelOptions):
+        control.cancel(folder, options.job, options.save, _say)
+    else:
         for line in status.describe(folder):
             _say(line)
-    elif name == "logs":
-        control.show_logs(folder, values["job"], values["task"], values["lines"], values["follow"], _write)
-    else:
-        control.cancel(folder, values["job"], values["save"], _say)
-
-
-def _action_keys(name: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    from dinoreg.config.keys import nearest
-    from dinoreg.config.values import Text, convert
-
-    known = ACTIONS[name]
-    values = {key: default for key, (_, default) in known.items()}
-    plain = []
-    for argument in arguments:
-        if not is_key_value(argument):
-            plain.append(argument)
-            continue
-        key, _, text = argument.partition("=")
-        if key not in known:
-            accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
-            raise UserError(f"{key}: unknown key of dinoreg launch {name}{nearest(key, known)}{accepted}")
-        values[key] = convert(Text(text), known[key][0], key, "command line")
-    return plain, values
 
 
 def _say(line: str) -> None:

@@ -13,18 +13,13 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from dinoreg.commands.arguments import (
-    overview,
-    verb_help,
-)
-from dinoreg.commands.registry import VERBS, _explain, _one_line
-from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.commands.arguments import overview, verb_help
+from dinoreg.commands.failures import explain_error
+from dinoreg.commands.registry import VERBS, run_verb
+from dinoreg.config.option import nearest
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The verbs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,30 +29,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return _dispatch(arguments)
-    except UserError as error:
+    except (UserError, RunError, Interrupted) as error:
         if not error.reported:
-            _say(f"dinoreg: {_one_line(error)}")
-        return REFUSED
-    except Interrupted as stop:
-        if not stop.reported:
-            _say(f"dinoreg: {_one_line(stop)}")
-        return 128 + stop.signal_number
+            _say(f"dinoreg: {one_line(error)}")
+        if isinstance(error, Interrupted):
+            return 128 + error.signal_number
+        return REFUSED if isinstance(error, UserError) else FAILED
     except KeyboardInterrupt:
         _say("dinoreg: interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
-    except RunError as error:
-        if not error.reported:
-            _say(f"dinoreg: {_one_line(error)}")
-        return FAILED
     except Exception as error:
-        if os.environ.get("DINOREG_DEBUG") == "1":
+        debugging = os.environ.get("DINOREG_DEBUG") == "1"
+        if debugging:
             traceback.print_exc()
-            _say(f"dinoreg: {_explain(error)}")
-        else:
-            _say(f"dinoreg: {_explain(error)} (DINOREG_DEBUG=1 shows the traceback)")
+        _say(f"dinoreg: {explain_error(error)}{'' if debugging else ' (DINOREG_DEBUG=1 shows the traceback)'}")
         return FAILED
 
 
@@ -78,25 +66,15 @@ def _dispatch(arguments: list[str]) -> int:
         return OK
     name, *rest = arguments
     if name not in VERBS:
-        from dinoreg.config.keys import nearest
-
         raise UserError(f"{name}: unknown verb{nearest(name, VERBS)}; known: {', '.join(VERBS)}")
     if any(argument in ("-h", "--help") for argument in rest):
-        print(verb_help(name, VERBS[name]))
+        print(verb_help(VERBS[name], rest))
         return OK
     for argument in rest:
         if argument.startswith("-") and argument not in VERBS[name].flags:
             raise UserError(f"{name}: {argument}: unknown option; options are written key=value")
-    VERBS[name].run(rest)
+    run_verb(name, rest)
     return OK
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-# ------------------------------------------------------------------------------------------------------------
-# How a command ends
 
 
 def _say(line: str) -> None:

@@ -1,26 +1,35 @@
 """`dinoreg quickstart`: pretrain a tiny register ViT on the embedded scenes, measure it, show it in a report.
 
-The measure is a linear probe on scenes the run has not seen, beside two baselines under the same protocol: the same
-network before training, and the raw pixels.
+The measure is the evaluators' logistic regression on scenes the run has not seen, beside two baselines under the same
+protocol: the same network before training, and the raw pixels.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
-from dinoreg.evaluation.features.extract import ProbeRow, linear_probe, pixel_probe, probe_record
-from dinoreg.reports.run_folder import read_run
+from dinoreg.data.sources import ScenesSource
+from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder
+from dinoreg.evaluation.benchmark import Benchmark, Task
+from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.options import EvalOptions
+from dinoreg.evaluation.result import Result
+from dinoreg.evaluation.runner import Request, evaluate_all, preflight
+from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
-from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, SceneDataset
+from dinoreg.scenes.layout import label_of
+from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES
 from dinoreg.train.loop import pretrain
 from dinoreg.train.state import build_networks
 from dinoreg.weights.load import load
@@ -40,52 +49,73 @@ def quickstart(out: str | Path | None = None, seed: int = 0, overwrite: bool = F
     unfinished = not overwrite and (out / "config.yaml").is_file()
     config = load_config("quickstart", {"out": str(out), "seed": seed, "resume": unfinished, "overwrite": overwrite})
     pretrain(config)
-    rows = probe_run(config, out)
-    step = json.loads((out / "status.json").read_text())["step"]
-    folder = out / "eval" / f"{step:07d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    trained = rows.pop("pretrained")
-    record = probe_record("scenes", trained, rows)
-    write_atomic(folder / "scenes.json", json.dumps(record, indent=1) + "\n")
+    result = probe_run(config, out)
     report = report_run(out)
-    _show(trained, rows, verdict(read_run(out)).headline, time.perf_counter() - started, report)
+    _show(result, verdict(read_run(out)).headline, time.perf_counter() - started, report)
     return out
 
 
-def probe_run(config: Config, run: Path) -> dict[str, ProbeRow]:
-    """Linear probes on held-out scenes: {"pretrained", "random init", "raw pixels"}, one protocol for all."""
+class PretrainedEncoder(NativeEncoder):
+    """The backbone of a run; its random init is the very network that the run started from."""
+
+    def __init__(self, config: Config, run: Path) -> None:
+        super().__init__(load(run), run.resolve().name, config.augment.mean, config.augment.std)
+        self.config = config
+
+    def random_init(self, seed: int = 0) -> Encoder:
+        """The student before its first step; `seed` is that of the run."""
+        start = cast(RegisterViT, build_networks(self.config)[0]["backbone"])
+        return NativeEncoder(start, "random init", self.mean, self.std)
+
+
+def probe_run(config: Config, run: Path) -> Result:
+    """Evaluate a run on held-out scenes, with baselines; the result is written into the run's folder for its step."""
     size = config.crops.global_size
-    train = SceneDataset(NUM_TRAIN, size=size, seed=0, first=FIRST_PROBE_SCENE)
-    test = SceneDataset(NUM_TEST, size=size, seed=0, first=FIRST_PROBE_SCENE + NUM_TRAIN)
-    images = [np.stack([part.image(i) for i in range(len(part))]) for part in (train, test)]
-    labels = [np.array([part.label(i) for i in range(len(part))]) for part in (train, test)]
-    data = (images[0], labels[0], images[1], labels[1])
-    networks = {"pretrained": load(run), "random init": build_networks(config)[0]["backbone"]}
-    rows = {
-        name: linear_probe(
-            network,
-            *data,
-            num_classes=NUM_CLASSES,
-            mean=config.augment.mean,
-            std=config.augment.std,
-            mean_patch=True,
-        )
-        for name, network in networks.items()
-    }
-    rows["raw pixels"] = pixel_probe(*data, num_classes=NUM_CLASSES)
-    return rows
+
+    def scenes(first: int, count: int) -> Labelled:
+        labels = np.array([label_of(index) for index in range(first, first + count)])
+        return Labelled(ScenesSource(count, size, first=first), labels, NUM_CLASSES)
+
+    train = scenes(FIRST_PROBE_SCENE, NUM_TRAIN)
+    test = scenes(FIRST_PROBE_SCENE + NUM_TRAIN, NUM_TEST)
+    step = json.loads((run / "status.json").read_text())["step"]
+    folder = run / "eval" / f"{step:07d}"
+    return probe(PretrainedEncoder(config, run), Data({"train": train, "test": test}, CLASS_NAMES), folder)
 
 
-def _show(trained: ProbeRow, baselines: dict[str, ProbeRow], headline: str, seconds: float, report: Path) -> None:
+def probe(encoder: Encoder, data: Data, folder: Path, name: str = "scenes", baselines: bool = True) -> Result:
+    """Logistic regression on class token and mean patch token of images with one class each, : `folder/<name>.json`."""
+    task = Task("logistic", lambda root, options: data, "top-1", options={"token": "cls+mean"})
+    benchmark = Benchmark(
+        name=name,
+        title="Embedded scenes",
+        task="classification",
+        classes=data.splits["train"].num_classes,
+        splits=f"{len(data.splits['train']):,} / {len(data.splits['test']):,}",
+        folders=(),
+        layouts=(),
+        tasks=(task,),
+        download="none: the program draws them",
+        licence="none needed",
+    )
+    with tempfile.TemporaryDirectory() as features:  # pixels as features would outweigh the run
+        size = min(encoder.image_size)
+        request = Request(EvalOptions(image_size=size, examples=0, features=features, baselines=baselines))
+        ((plan,), _) = preflight([benchmark], request)
+        (result,) = evaluate_all(encoder, [plan], request, folder)
+    return result
+
+
+def _show(result: Result, headline: str, seconds: float, report: Path) -> None:
     console = Console()
     table = Table(
-        title=f"Linear probe on {trained.n_test} held-out scenes, {len(CLASS_NAMES)} classes "
+        title=f"Linear probe on {result.headline.n_test} held-out scenes, {len(CLASS_NAMES)} classes "
         f"(chance {1 / NUM_CLASSES:.1%})"
     )
     for heading in ("features", "top-1", "95 % interval"):
         table.add_column(heading, justify="left" if heading == "features" else "right")
-    for name, row in {"pretrained": trained, **baselines}.items():
-        table.add_row(name, f"{row.accuracy:.1%}", f"{row.low:.1%} to {row.high:.1%}")
+    for name, (row, *_) in {"pretrained": result.rows, **result.baselines}.items():
+        table.add_row(name, f"{row.value:.1%}", f"{row.low:.1%} to {row.high:.1%}")
     console.print(table)
     console.print(f"{headline} {seconds / 60:.1f} minutes in all.", highlight=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, soft_wrap=True)

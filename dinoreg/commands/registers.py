@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from dinoreg.commands.options import RegistersOptions
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import Source
 from dinoreg.data.sources import ScenesSource
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
-from dinoreg.registers.figures import Seen
-from dinoreg.registers.measure import SHOWN, Measured, Pictures, as_json, fit, measure
+from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge
 from dinoreg.runtime.errors import RunError, UserError
@@ -30,100 +29,61 @@ from dinoreg.scenes.render import CLASS_NAMES, render
 from dinoreg.visualize.subject import Subject, evenly_spaced, open_images, open_subject, picture_size, safe_name
 from dinoreg.visualize.subject import fit as fit_size
 
-NUM_IMAGES = 300
 FIRST_SCENE = 30_000_000  # far beyond those that a run trains on or a probe is tested on
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is asked for.
-
-    weights    anything that `weights=` takes elsewhere, one or several
-    images     a folder (with a subfolder a class for the probes), a list, scenes
-    out        folder for the report; None: runs/registers/<names>
-    size       pixels a side; None: the first model's own, a whole multiple of it where that is small
-    num_images at most, from all over the source
-    labels     whether the subfolders of `images` are classes; of scenes, whether theirs are used
-    test_time  whether a backbone without registers that has outliers is also measured with a test-time register
-    """
-
-    weights: tuple[str, ...]
-    images: str
-    out: str | None = None
-    size: int | None = None
-    num_images: int = NUM_IMAGES
-    labels: bool = True
-    test_time: bool = True
-    seed: int = 0
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.weights or not all(self.weights):
-            raise UserError("registers: weights= is missing: run folders, weight files or model names, with commas")
-        if not self.images:
-            raise UserError("registers: images= is missing: a folder, a list of paths, or scenes")
-        if self.num_images < 2:
-            raise UserError(f"num_images={self.num_images}: expected at least 2")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: expected zero or a positive whole number")
-
-
-def report_registers(request: Request) -> Path:
+def report_registers(options: RegistersOptions) -> Path:
     """Measure every model, print the table and the verdicts, write the report; returns the page.
 
     raises UserError before anything is written for weights, images or sizes that do not fit; RunError where no image
     can be read or a norm is not finite
     """
-    subjects = [open_subject(each, request.device) for each in request.weights]
-    size = _common_size(subjects, request.size)
-    out = Path(request.out) if request.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
+    subjects = [open_subject(each, options.device) for each in options.models]
+    size = _common_size(subjects, options.size)
+    out = Path(options.out) if options.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
     if out.exists() and not out.is_dir():
         raise UserError(f"out={out}: is a file, expected a folder")
-    pictures, skipped = read_pictures(request, size, subjects[0].model.in_channels)
+    pictures, skipped = read_pictures(options, size, subjects[0].model.in_channels)
     measured: list[Measured] = []
-    for subject, encoder in zip(subjects, _encoders(subjects)):
-        first = measure(encoder, pictures, request.seed, partial(_tell, encoder.name))
-        wanted = request.test_time and not subject.model.num_registers and first.record["outliers"]["kind"] != "none"
-        if not wanted:
-            measured.append(first)
-            continue
-        _tell(encoder.name, "looking for register neurons")
-        first = replace(first, fitted=fit(encoder, pictures, first))
-        assert first.fitted is not None
-        changed = NativeEncoder(
-            first.fitted.model, f"{encoder.name} + test-time register", encoder.mean, encoder.std, encoder.device
-        )
-        second = measure(changed, pictures, request.seed, partial(_tell, changed.name))
-        second.record["added"] = True
-        measured += [first, second]
-    seen = [_seen(each) for each in measured]
+    for encoder in _encoders(subjects):
+        first = measure(encoder, pictures, options.seed, partial(_report_progress, encoder.name))
+        measured.append(first)
+        if options.test_time and not encoder.num_registers and first.record["outliers"]["kind"] != "none":
+            _report_progress(encoder.name, "looking for register neurons")
+            model = fit(encoder, pictures, first).model
+            name = f"{encoder.name} + test-time register"
+            changed = NativeEncoder(model, name, encoder.mean, encoder.std, encoder.device)
+            second = measure(changed, pictures, options.seed, partial(_report_progress, name))
+            second.record["added"] = True
+            measured.append(second)
     shown = pictures.images[:SHOWN, :3]
     channels = shown if shown.shape[1] == 3 else shown[:, :1].expand(-1, 3, -1, -1)
-    page = write_registers(seen, channels.permute(0, 2, 3, 1).numpy(), out, skipped)
-    Console().print(console_table([each.record for each in seen]))
-    for each in seen:
-        words = judge(each.record)
-        print(f"{each.record['name']}: {' '.join((words.headline, *words.sentences))}")
+    page = write_registers(measured, channels.permute(0, 2, 3, 1).numpy(), out, skipped)
+    records = [each.record for each in measured]
+    Console().print(console_table(records))
+    for record in records:
+        words = judge(record)
+        print(f"{record['name']}: {' '.join((words.headline, *words.sentences))}")
     print(f"report: {page}")
     return page
 
 
-def read_pictures(request: Request, size: int, channels: int) -> tuple[Pictures, list[tuple[str, str]]]:
+def read_pictures(options: RegistersOptions, size: int, channels: int) -> tuple[Pictures, list[tuple[str, str]]]:
     """The images of a request as squares of `size` pixels, with what is known of them, and those left out.
 
     Scenes are drawn at that size and come with classes and boxes; a folder with a subfolder a class has classes.
     """
-    if request.images.partition(":")[0] == "scenes" and not Path(request.images).exists():
-        return _scenes(request, size, channels), []
-    source: Source = open_images(request.images)
+    if options.images.partition(":")[0] == "scenes" and not Path(options.images).exists():
+        return _scenes(options, size, channels), []
+    source: Source = open_images(options.images)
     labels, classes = None, 0
-    if request.labels and Path(request.images).expanduser().is_dir():
+    if options.labels and Path(options.images).expanduser().is_dir():
         try:
-            source, labels, names = labelled_folder(request.images)
+            source, labels, names = labelled_folder(options.images)
             classes = len(names)
         except UserError:  # fewer than two subfolders: images without classes
             labels = None
-    order = evenly_spaced(len(source), request.num_images)
+    order = evenly_spaced(len(source), options.num_images)
     images, kept, skipped = [], [], []
     for index in order:
         try:
@@ -132,19 +92,19 @@ def read_pictures(request: Request, size: int, channels: int) -> tuple[Pictures,
         except (BadImage, OSError) as error:
             skipped.append((source.name(index), " ".join(str(error).split())))
     if len(images) < 2:
-        raise RunError(f"images={request.images}: {len(images)} of {len(order)} could be read, expected at least 2")
+        raise RunError(f"images={options.images}: {len(images)} of {len(order)} could be read, expected at least 2")
     chosen = None if labels is None else torch.from_numpy(labels[kept]).long()
-    return Pictures(torch.stack(images), chosen, classes, None, request.images), skipped
+    return Pictures(torch.stack(images), chosen, classes, None, options.images), skipped
 
 
-def _scenes(request: Request, size: int, channels: int) -> Pictures:
-    source = open_images(request.images)
+def _scenes(options: RegistersOptions, size: int, channels: int) -> Pictures:
+    source = open_images(options.images)
     assert isinstance(source, ScenesSource)
-    first = source.first if "first=" in request.images else FIRST_SCENE
-    count = min(len(source), request.num_images)
+    first = source.first if "first=" in options.images else FIRST_SCENE
+    count = min(len(source), options.num_images)
     scenes = [render(first + number, size, source.seed) for number in range(count)]
     images = torch.stack([decode(scene.image, channels) for scene in scenes])
-    labels = torch.tensor([scene.label for scene in scenes]) if request.labels else None
+    labels = torch.tensor([scene.label for scene in scenes]) if options.labels else None
     name = f"scenes {first:,} to {first + count - 1:,}"
     return Pictures(images, labels, len(CLASS_NAMES), [np.asarray(scene.boxes) for scene in scenes], name)
 
@@ -180,16 +140,5 @@ def _encoders(subjects: Sequence[Subject]) -> list[NativeEncoder]:
     ]
 
 
-def _seen(measured: Measured) -> Seen:
-    rows, columns = measured.record["grid"]
-    count = len(measured.attention)
-    return Seen(
-        as_json(measured),
-        measured.norms[-1, :count].reshape(count, rows, columns).numpy(),
-        measured.outliers[:count].reshape(count, rows, columns).numpy(),
-        measured.attention.numpy(),
-    )
-
-
-def _tell(name: str, line: str) -> None:
+def _report_progress(name: str, line: str) -> None:
     print(f"{name}: {line}", file=sys.stderr, flush=True)

@@ -14,64 +14,84 @@ from typing import Any
 
 from dinoreg.runtime.errors import UserError
 
-# The reference's defaults: the only keys that are translated.
-DEFAULTS: dict[str, Any] = {
-    "MODEL.WEIGHTS": "",
-    "dino.loss_weight": 1.0,
-    "dino.head_n_prototypes": 65536,
-    "dino.head_bottleneck_dim": 256,
-    "dino.head_nlayers": 3,
-    "dino.head_hidden_dim": 2048,
-    "dino.koleo_loss_weight": 0.1,
-    "ibot.loss_weight": 1.0,
-    "ibot.mask_sample_probability": 0.5,
-    "ibot.mask_ratio_min_max": [0.1, 0.5],
-    "ibot.separate_head": False,
-    "ibot.head_n_prototypes": 65536,
-    "ibot.head_bottleneck_dim": 256,
-    "ibot.head_nlayers": 3,
-    "ibot.head_hidden_dim": 2048,
-    "train.batch_size_per_gpu": 64,
-    "train.dataset_path": "ImageNet:split=TRAIN",
-    "train.output_dir": ".",
-    "train.seed": 0,
-    "train.num_workers": 10,
-    "train.OFFICIAL_EPOCH_LENGTH": 1250,
-    "train.centering": "centering",
-    "student.arch": "vit_large",
-    "student.patch_size": 16,
-    "student.drop_path_rate": 0.3,
-    "student.layerscale": 1e-5,
-    "student.drop_path_uniform": True,
-    "student.pretrained_weights": "",
-    "student.ffn_layer": "mlp",
-    "student.num_register_tokens": 0,
-    "student.interpolate_antialias": False,
-    "student.interpolate_offset": 0.1,
-    "teacher.momentum_teacher": 0.992,
-    "teacher.final_momentum_teacher": 1.0,
-    "teacher.warmup_teacher_temp": 0.04,
-    "teacher.teacher_temp": 0.07,
-    "teacher.warmup_teacher_temp_epochs": 30,
-    "optim.epochs": 100,
-    "optim.weight_decay": 0.04,
-    "optim.weight_decay_end": 0.4,
-    "optim.base_lr": 4e-3,
-    "optim.warmup_epochs": 10,
-    "optim.min_lr": 1e-6,
-    "optim.clip_grad": 3.0,
-    "optim.freeze_last_layer_epochs": 1,
-    "optim.scaling_rule": "sqrt_wrt_1024",
-    "optim.patch_embed_lr_mult": 0.2,
-    "optim.layerwise_decay": 0.9,
-    "optim.adamw_beta1": 0.9,
-    "optim.adamw_beta2": 0.999,
-    "crops.global_crops_scale": [0.32, 1.0],
-    "crops.local_crops_number": 8,
-    "crops.local_crops_scale": [0.05, 0.32],
-    "crops.global_crops_size": 224,
-    "crops.local_crops_size": 96,
-    "evaluation.eval_period_iterations": 12500,
+_SIZES = {"vit_small": "s", "vit_base": "b", "vit_large": "l", "vit_giant2": "g"}
+_FFN = {"mlp": "mlp", "swiglu": "swiglu", "swiglufused": "swiglu"}
+_CENTERING = {"centering": "softmax", "sinkhorn_knopp": "sinkhorn"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the reference that is translated.
+
+    default  the reference's
+    ours     the key of ours that takes its value; "": `from_dinov2` says what becomes of it
+    names    its values by the names that the reference has for them
+    epochs   whether it is a number of epochs that becomes a fraction of the run
+    """
+
+    default: Any
+    ours: str = ""
+    names: Mapping[str, Any] | None = None
+    epochs: bool = False
+
+
+KEYS: dict[str, Key] = {
+    "MODEL.WEIGHTS": Key(""),
+    "dino.loss_weight": Key(1.0, "loss.dino_weight"),
+    "dino.head_n_prototypes": Key(65536, "head.prototypes"),
+    "dino.head_bottleneck_dim": Key(256, "head.bottleneck_dim"),
+    "dino.head_nlayers": Key(3, "head.layers"),
+    "dino.head_hidden_dim": Key(2048, "head.hidden_dim"),
+    "dino.koleo_loss_weight": Key(0.1, "loss.koleo_weight"),
+    "ibot.loss_weight": Key(1.0, "loss.ibot_weight"),
+    "ibot.mask_sample_probability": Key(0.5, "mask.probability"),
+    "ibot.mask_ratio_min_max": Key([0.1, 0.5], "mask.ratio"),
+    "ibot.separate_head": Key(False, "head.separate"),
+    "ibot.head_n_prototypes": Key(65536),
+    "ibot.head_bottleneck_dim": Key(256),
+    "ibot.head_nlayers": Key(3),
+    "ibot.head_hidden_dim": Key(2048),
+    "train.batch_size_per_gpu": Key(64, "batch_size"),
+    "train.dataset_path": Key("ImageNet:split=TRAIN"),
+    "train.output_dir": Key("."),
+    "train.seed": Key(0, "seed"),
+    "train.num_workers": Key(10, "data.workers"),
+    "train.OFFICIAL_EPOCH_LENGTH": Key(1250),
+    "train.centering": Key("centering", "loss.centering", _CENTERING),
+    "student.arch": Key("vit_large"),
+    "student.patch_size": Key(16),
+    "student.drop_path_rate": Key(0.3, "model.drop_path"),
+    "student.layerscale": Key(1e-5),
+    "student.drop_path_uniform": Key(True, "model.drop_path_uniform"),
+    "student.pretrained_weights": Key(""),
+    "student.ffn_layer": Key("mlp", "model.ffn", _FFN),
+    "student.num_register_tokens": Key(0),
+    "student.interpolate_antialias": Key(False, "model.antialias"),
+    "student.interpolate_offset": Key(0.1, "model.position_offset"),
+    "teacher.momentum_teacher": Key(0.992),
+    "teacher.final_momentum_teacher": Key(1.0),
+    "teacher.warmup_teacher_temp": Key(0.04),
+    "teacher.teacher_temp": Key(0.07),
+    "teacher.warmup_teacher_temp_epochs": Key(30, "schedule.teacher_temp_warmup", epochs=True),
+    "optim.epochs": Key(100),
+    "optim.weight_decay": Key(0.04),
+    "optim.weight_decay_end": Key(0.4),
+    "optim.base_lr": Key(4e-3, "optim.base_lr"),
+    "optim.warmup_epochs": Key(10, "schedule.warmup", epochs=True),
+    "optim.min_lr": Key(1e-6, "schedule.final_lr"),
+    "optim.clip_grad": Key(3.0),
+    "optim.freeze_last_layer_epochs": Key(1, "schedule.freeze_last_layer", epochs=True),
+    "optim.scaling_rule": Key("sqrt_wrt_1024"),
+    "optim.patch_embed_lr_mult": Key(0.2, "optim.patch_embed_lr"),
+    "optim.layerwise_decay": Key(0.9, "optim.layer_decay"),
+    "optim.adamw_beta1": Key(0.9, "optim.beta1"),
+    "optim.adamw_beta2": Key(0.999, "optim.beta2"),
+    "crops.global_crops_scale": Key([0.32, 1.0], "crops.global_scale"),
+    "crops.local_crops_number": Key(8, "crops.num_local"),
+    "crops.local_crops_scale": Key([0.05, 0.32], "crops.local_scale"),
+    "crops.global_crops_size": Key(224, "crops.global_size"),
+    "crops.local_crops_size": Key(96, "crops.local_size"),
+    "evaluation.eval_period_iterations": Key(12500, "probe.every"),
 }
 
 # Keys of dinov2's files that decide nothing here; a trailing dot stands for all keys below.
@@ -85,148 +105,109 @@ DEAD: dict[str, str] = {
 # True here whatever the file says; another value changes the network and is refused.
 FIXED: dict[str, Any] = {"student.qkv_bias": True, "student.proj_bias": True, "student.ffn_bias": True}
 
-_SIZES = {"vit_small": "s", "vit_base": "b", "vit_large": "l", "vit_giant2": "g"}
-_FFN = {"mlp": "mlp", "swiglu": "swiglu", "swiglufused": "swiglu"}
-_CENTERING = {"centering": "softmax", "sinkhorn_knopp": "sinkhorn"}
-_OWN_TOP_LEVEL = ("MODEL", "compute_precision", "dino", "ibot", "student", "teacher", "train", "evaluation")
+_OWN_SECTIONS = ("MODEL", "compute_precision", "dino", "ibot", "student", "teacher", "train", "evaluation")
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What a dinov2 file says in our words: nested keys for `load_config`, keys without effect, remarks."""
+    """What a dinov2 file says in our words: dotted keys for `load_config`, keys without effect, remarks."""
 
     config: dict[str, Any]
     dead: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"  {key} = {value}" for key, value in _flat(self.config).items()]
+        lines = [f"  {key} = {value}" for key, value in self.config.items()]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  no effect: {line}" for line in self.dead]
         return "\n".join(lines)
 
 
 def is_dinov2(content: Mapping[str, Any], ours: Collection[str]) -> bool:
-    """Whether a YAML file's content is dinov2's: sections or keys that only dinov2 has, and none of `ours`."""
-    if any(key in {path.partition(".")[0] for path in ours} - {"crops", "optim"} for key in content):
+    """Whether a YAML file's content, by dotted key, is dinov2's: what only dinov2 has, and none of `ours`."""
+    sections = {key.partition(".")[0] for key in content}
+    if sections & ({path.partition(".")[0] for path in ours} - {"crops", "optim"}):
         return False
-    if any(isinstance(content.get(key), Mapping) for key in _OWN_TOP_LEVEL):
-        return True
-    return any(key in DEFAULTS and key not in ours for key in _flat(content))
+    return bool(sections & set(_OWN_SECTIONS)) or any(key in KEYS and key not in ours for key in content)
 
 
 def from_dinov2(content: Mapping[str, Any]) -> Translation:
     """The same run as a config of ours.
 
-    content  the file as nested dicts; absent keys have the reference's defaults
+    content  the file, by dotted key; absent keys have the reference's defaults
     raises   UserError where a value has no counterpart here (an unknown arch, FFN, scaling rule, …)
     """
-    given = _flat(content)
-    dead = [f"{key}: {reason}" for key in given if key not in DEFAULTS and (reason := _why_dead(key, given[key]))]
-    values = {**DEFAULTS, **{key: value for key, value in given.items() if key in DEFAULTS}}
-    get = _Reader(values)
+    dead = [f"{key}: {reason}" for key in content if key not in KEYS and (reason := _why_dead(key, content[key]))]
+    get = _Reader({key: content.get(key, each.default) for key, each in KEYS.items()})
+    values = get.values
     notes: list[str] = []
-
     epochs, epoch_length = get.number("optim.epochs"), get.number("train.OFFICIAL_EPOCH_LENGTH")
     if epochs <= 0 or epoch_length <= 0:
         raise UserError(f"optim.epochs={epochs} of {epoch_length} steps: expected a positive length of the run")
-
-    def fraction(key: str) -> float:
-        share = get.number(key) / epochs
-        if share > 1:
-            notes.append(f"{key} is longer than the run of {epochs:g} epochs: cut to its length")
-        return min(1.0, share)
-
+    ours: dict[str, Any] = {}
+    for key, each in KEYS.items():
+        if each.epochs:
+            share = get.number(key) / epochs
+            ours[each.ours] = min(1.0, share)
+            if share > 1:
+                notes.append(f"{key} is longer than the run of {epochs:g} epochs: cut to its length")
+        elif each.ours:
+            ours[each.ours] = get.choice(key, each.names) if each.names else values[key]
     arch = get.choice("student.arch", _SIZES)
     patch, registers = get.number("student.patch_size"), get.number("student.num_register_tokens")
     if get.choice("optim.scaling_rule", {"sqrt_wrt_1024": True}):
         notes.append("optim.base_lr is scaled by √(global batch/1024), as optim.scaling_rule asks")
-    config: dict[str, Any] = {
+    ours |= {
         "steps": round(epochs * epoch_length),
-        "batch_size": values["train.batch_size_per_gpu"],
-        "seed": values["train.seed"],
-        "model": {
-            "name": f"vit{arch}{patch:g}_reg{registers:g}",
-            "ffn": get.choice("student.ffn_layer", _FFN),
-            "layerscale": values["student.layerscale"] or None,
-            "drop_path": values["student.drop_path_rate"],
-            "drop_path_uniform": values["student.drop_path_uniform"],
-            "antialias": values["student.interpolate_antialias"],
-            "position_offset": values["student.interpolate_offset"],
-        },
-        "head": {
-            "prototypes": values["dino.head_n_prototypes"],
-            "hidden_dim": values["dino.head_hidden_dim"],
-            "bottleneck_dim": values["dino.head_bottleneck_dim"],
-            "layers": values["dino.head_nlayers"],
-            "separate": values["ibot.separate_head"],
-        },
-        "crops": {
-            "global_size": values["crops.global_crops_size"],
-            "local_size": values["crops.local_crops_size"],
-            "num_local": values["crops.local_crops_number"],
-            "global_scale": values["crops.global_crops_scale"],
-            "local_scale": values["crops.local_crops_scale"],
-        },
-        "augment": {"reference_blur": True},
-        "mask": {
-            "probability": values["ibot.mask_sample_probability"],
-            "ratio": values["ibot.mask_ratio_min_max"],
-        },
-        "loss": {
-            "dino_weight": values["dino.loss_weight"],
-            "ibot_weight": values["ibot.loss_weight"],
-            "koleo_weight": values["dino.koleo_loss_weight"],
-            "koleo_ranks": 1,  # the reference searches each process's images alone
-            "centering": get.choice("train.centering", _CENTERING),
-        },
-        "optim": {
-            "base_lr": values["optim.base_lr"],
-            "beta1": values["optim.adamw_beta1"],
-            "beta2": values["optim.adamw_beta2"],
-            "layer_decay": values["optim.layerwise_decay"],
-            "patch_embed_lr": values["optim.patch_embed_lr_mult"],
-            "clip_grad": values["optim.clip_grad"] or 0.0,
-        },
-        "schedule": {
-            "warmup": fraction("optim.warmup_epochs"),
-            "final_lr": values["optim.min_lr"],
-            "weight_decay": [values["optim.weight_decay"], values["optim.weight_decay_end"]],
-            "momentum": [values["teacher.momentum_teacher"], values["teacher.final_momentum_teacher"]],
-            "teacher_temp": [values["teacher.warmup_teacher_temp"], values["teacher.teacher_temp"]],
-            "teacher_temp_warmup": fraction("teacher.warmup_teacher_temp_epochs"),
-            "freeze_last_layer": fraction("optim.freeze_last_layer_epochs"),
-        },
-        "data": {"workers": values["train.num_workers"]},
-        "checkpoint": {"every": round(3 * epoch_length), "keep": 3},
-        "probe": {"every": values["evaluation.eval_period_iterations"]},
+        "model.name": f"vit{arch}{patch:g}_reg{registers:g}",
+        "model.layerscale": values["student.layerscale"] or None,
+        "augment.reference_blur": True,
+        "loss.koleo_ranks": 1,  # the reference searches each process's images alone
+        "optim.clip_grad": values["optim.clip_grad"] or 0.0,
+        "schedule.weight_decay": [values["optim.weight_decay"], values["optim.weight_decay_end"]],
+        "schedule.momentum": [values["teacher.momentum_teacher"], values["teacher.final_momentum_teacher"]],
+        "schedule.teacher_temp": [values["teacher.warmup_teacher_temp"], values["teacher.teacher_temp"]],
+        "checkpoint.every": round(3 * epoch_length),
+        "checkpoint.keep": 3,
     }
     notes += [
         "blur runs with 1 - p, as the reference executes it (augment.reference_blur)",
         "a checkpoint every 3 epochs, 3 kept, as the reference does whatever its config says",
         "evaluation.eval_period_iterations becomes probe.every; teacher files come with the checkpoints",
     ]
-    if values["ibot.separate_head"]:
-        config["head"]["ibot_prototypes"] = values["ibot.head_n_prototypes"]
-        config["head"]["ibot_bottleneck_dim"] = values["ibot.head_bottleneck_dim"]
-        for ibot, dino in (("head_nlayers", "head_nlayers"), ("head_hidden_dim", "head_hidden_dim")):
-            if values[f"ibot.{ibot}"] != values[f"dino.{dino}"]:
-                raise UserError(f"ibot.{ibot}={values[f'ibot.{ibot}']}: expected the value of dino.{dino}")
-    else:
-        dead += [f"{key}: ibot.separate_head is false" for key in given if key.startswith("ibot.head_")]
-    weights = values["student.pretrained_weights"] or values["MODEL.WEIGHTS"]
-    if weights:
-        config["init"] = weights
+    ours |= _ibot_head(values, content, dead) | _places(values, notes)
+    return Translation(ours, dead, notes)
+
+
+def _ibot_head(values: Mapping[str, Any], content: Mapping[str, Any], dead: list[str]) -> dict[str, Any]:
+    """The settings of the iBOT head, which count only where it is separate; else they are listed in `dead`."""
+    if not values["ibot.separate_head"]:
+        dead += [f"{key}: ibot.separate_head is false" for key in content if key.startswith("ibot.head_")]
+        return {}
+    for name in ("head_nlayers", "head_hidden_dim"):
+        if values[f"ibot.{name}"] != values[f"dino.{name}"]:
+            raise UserError(f"ibot.{name}={values[f'ibot.{name}']}: expected the value of dino.{name}")
+    return {
+        "head.ibot_prototypes": values["ibot.head_n_prototypes"],
+        "head.ibot_bottleneck_dim": values["ibot.head_bottleneck_dim"],
+    }
+
+
+def _places(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Where the weights, the images and the run folder are."""
+    found = {}
+    if weights := values["student.pretrained_weights"] or values["MODEL.WEIGHTS"]:
+        found["init"] = weights
         notes.append(f"init={weights} is loaded strictly (the reference skips what does not fit)")
     if values["train.output_dir"] not in (".", "", None):
-        config["out"] = values["train.output_dir"]
-    source = _dataset_folder(str(values["train.dataset_path"]))
+        found["out"] = values["train.output_dir"]
+    path = values["train.dataset_path"]
+    source = _dataset_folder(str(path))
     if source is not None:
-        config["data"]["source"] = source
-        notes.append(f"train.dataset_path={values['train.dataset_path']}: all images below {source}")
-    else:
-        notes.append(f"train.dataset_path={values['train.dataset_path']} names no folder: give data=FOLDER")
-    return Translation(config, dead, notes)
+        found["data.source"] = source
+    where = f": all images below {source}" if source is not None else " names no folder: give data=FOLDER"
+    notes.append(f"train.dataset_path={path}{where}")
+    return found
 
 
 def _dataset_folder(path: str) -> str | None:
@@ -267,13 +248,3 @@ class _Reader:
         if value not in known:
             raise UserError(f"{key}={value}: expected {' or '.join(known)}")
         return known[value]
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -1,185 +1,27 @@
-"""A run's config: the sections of `options.py` together, read from YAML and `key=value`, saved as YAML.
+"""A run's config, read from YAML and `key=value`, saved as YAML.
 
 A value comes from, in order of precedence: `key=value` overrides, the YAML file (which states only what
-differs), the default. Derived values (steps of a run, scaled learning rate) are methods: printed and logged,
-never written back.
+differs), the default.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from dinoreg.config.keys import build, describe, flatten, nearest, nested, one_line, refuse_interpolation
-from dinoreg.config.schema import (
-    AdaptConfig,
-    CheckpointConfig,
-    DataConfig,
-    HeadConfig,
-    HealthConfig,
-    LogConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    ProbeConfig,
-    ScheduleConfig,
-    check,
-    check_views,
-)
-from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
-from dinoreg.runtime.errors import UserError
+from dinoreg.config.option import build, dotted, keys_of, nearest, typed
+from dinoreg.config.schema import BUDGETS, Config
+from dinoreg.runtime.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
-BUDGETS = ("steps", "images", "epochs")
 # Of one command, not of the run.
 COMMAND_ONLY = ("resume", "overwrite")
 # Of each group at most one is given; one of a later layer replaces one of an earlier layer.
 EXCLUSIVE = (BUDGETS, ("optim.base_lr", "optim.lr"), COMMAND_ONLY)
-
-
-@dataclass(frozen=True)
-class Config:
-    out: str | None = None  # the run folder
-    init: str | None = None  # weights to start from: a run, a teacher file, a Meta .pth or a model name
-    steps: int | None = None  # length of the run in optimizer steps; excludes images and epochs
-    images: int | None = None  # length of the run in images
-    epochs: float | None = None  # length of the run in passes over the data
-    batch_size: int = 64  # images a step, per process
-    seed: int = 0  # of weights, data order, crops, masks and drop path
-    device: str = "auto"  # auto | cpu | cuda | cuda:0 | mps
-    precision: str = "auto"  # auto (bf16 where the hardware has it) | bf16 | fp16 | fp32
-    threads: int | None = None  # CPU threads of the step; none: PyTorch's choice
-    resume: bool = False  # go on with the run in `out`
-    overwrite: bool = False  # delete what is in `out` first
-    model: ModelConfig = field(default_factory=ModelConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    crops: CropSettings = field(default_factory=CropSettings)
-    augment: AugmentSettings = field(default_factory=AugmentSettings)
-    mask: MaskSettings = field(default_factory=MaskSettings)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    adapt: AdaptConfig = field(default_factory=AdaptConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    health: HealthConfig = field(default_factory=HealthConfig)
-
-    def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1 image")
-        check(
-            self.batch_size % self.optim.accumulate == 0,
-            "optim.accumulate",
-            self.optim.accumulate,
-            f"a divisor of batch_size={self.batch_size}",
-        )
-        check(
-            self.precision in ("auto", "bf16", "fp16", "fp32"),
-            "precision",
-            self.precision,
-            "auto, bf16, fp16 or fp32",
-        )
-        given = [key for key in BUDGETS if getattr(self, key) is not None]
-        if len(given) > 1:
-            raise UserError(f"{' and '.join(given)}: give exactly one of steps, images and epochs")
-        for key in given:
-            check(getattr(self, key) > 0, key, getattr(self, key), "a positive budget")
-        if self.resume and self.overwrite:
-            raise UserError("resume and overwrite: give one of the two")
-        check(self.threads is None or self.threads > 0, "threads", self.threads, "at least 1 thread")
-        check(self.seed >= 0, "seed", self.seed, "zero or a positive whole number")
-        check_views(self.crops, self.augment, self.mask)
-        _check_model(self)
-
-    def num_steps(self, num_images: int, world_size: int = 1) -> int:
-        """Length of the run in optimizer steps, for a data set of `num_images`; at least 1."""
-        global_batch = self.batch_size * world_size
-        if self.steps is not None:
-            return self.steps
-        if self.images is not None:
-            return max(1, round(self.images / global_batch))
-        if self.epochs is not None:
-            return max(1, round(self.epochs * num_images / global_batch))
-        raise UserError("no budget: give one of steps=, images= or epochs=")
-
-    def peak_lr(self, world_size: int = 1) -> float:
-        """`optim.lr` as given, or `optim.base_lr` times sqrt(global batch / 1024)."""
-        if self.optim.lr is not None:
-            return self.optim.lr
-        assert self.optim.base_lr is not None
-        return self.optim.base_lr * math.sqrt(self.batch_size * world_size / 1024)
-
-    def layer_decay(self) -> float:
-        """Rate multiplier per block: `optim.layer_decay`, with `init=` at most `adapt.layer_decay`."""
-        if self.init is None:
-            return self.optim.layer_decay
-        return min(self.optim.layer_decay, self.adapt.layer_decay)
-
-    def explain_lr(self, world_size: int = 1) -> str:
-        """How the peak learning rate came about, in one line."""
-        rate = f"learning rate {self.peak_lr(world_size):.3g}"
-        if self.optim.lr is not None:
-            return f"{rate} as given"
-        return f"{rate} = {self.optim.base_lr:.3g} · √({self.batch_size * world_size}/1024)"
-
-    def explain_start(self, num_steps: int, world_size: int = 1) -> str:
-        """What a run with `init=` does with the backbone, in one line."""
-        frozen = round(self.adapt.heads * num_steps)
-        rate = self.peak_lr(world_size) * self.adapt.lr
-        first = f"heads alone for {frozen} steps, then " if frozen else ""
-        return (
-            f"{first}backbone at {rate:.3g} ({self.adapt.lr:.3g} of the heads' rate), {self.layer_decay():.3g} a block"
-        )
-
-    def hash(self) -> str:
-        """Twelve hexadecimal digits over everything that shapes the weights (not out, resume, overwrite)."""
-        text = to_yaml(dataclasses.replace(self, out=None))
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _check_model(config: Config) -> None:
-    """The model's name is known, the crops divide into its patches, its heads divide its width."""
-    from dinoreg.models.registry import parse_name
-
-    try:
-        named = parse_name(config.model.name)
-    except ValueError as error:
-        raise UserError(f"model.name={config.model.name}: {one_line(error)}") from None
-    patch = int(named["patch_size"])
-    sizes = {"crops.global_size": config.crops.global_size}
-    if config.crops.num_local:
-        sizes["crops.local_size"] = config.crops.local_size
-    for key, size in sizes.items():
-        below = size // patch * patch
-        nearest = f"{below} or {below + patch}" if below > 0 else str(patch)
-        check(
-            size > 0 and size % patch == 0,
-            key,
-            size,
-            f"a multiple of the patch size {patch} of {config.model.name}, for example {nearest}",
-        )
-    dim, heads = config.model.dim or named["dim"], config.model.heads or named["heads"]
-    check(dim % heads == 0, "model.heads", heads, f"a divisor of the width model.dim={dim}")
-    for key in ("mean", "std"):
-        values = getattr(config.augment, key)
-        check(
-            len(values) in (1, config.model.in_channels),
-            f"augment.{key}",
-            list(values),
-            f"one number, or one for each of the {config.model.in_channels} channels (model.in_channels)",
-        )
 
 
 def require_complete(config: Config) -> None:
@@ -209,21 +51,20 @@ def load_config(
     overrides  {"optim.lr": 1e-3} or ["optim.lr=1e-3", …]; `data=PATH` is short for `data.source=PATH`
     raises     UserError for a missing file, an unknown key (naming the nearest) or a value of the wrong type
     """
-    layers: list[tuple[str, dict[str, Any]]] = []
+    layers = [("command line", dotted(overrides))]
     if source is not None:
         path = find_config(source)
-        layers.append((str(path), _read_yaml(path)))
-    layers.append(("command line", nested(overrides, {"data": "data.source"})))
+        layers.insert(0, (str(path), _read_yaml(path)))
     values: dict[str, Any] = {}
     for where, layer in layers:
-        if "data" in layer and not isinstance(layer["data"], Mapping):
-            layer["data"] = {"source": layer["data"]}
-        flat = flatten(layer, Config, where)
+        if layer.get("data", {}) != {}:  # short for its source
+            layer["data.source"] = layer.pop("data")
+        given = typed(layer, Config, where)
         for group in EXCLUSIVE:
-            if any(flat.get(key) is not None and flat[key] is not False for key in group):  # 0 is a value
+            if any(given.get(key) is not None and given[key] is not False for key in group):  # 0 is a value
                 unset = False if group == COMMAND_ONLY else None
                 values.update(dict.fromkeys(group, unset))
-        values.update(flat)
+        values.update(given)
     return build(Config, values)
 
 
@@ -233,16 +74,10 @@ def to_yaml(config: Config) -> str:
     Left out are resume and overwrite: they belong to one command, and a run folder's config must not delete
     the run when it is used again.
     """
-    values = _plain(dataclasses.asdict(config))
-    return OmegaConf.to_yaml(OmegaConf.create({key: values[key] for key in values if key not in COMMAND_ONLY}))
+    from omegaconf import OmegaConf
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in COMMAND_ONLY}
+    return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
 def find_config(source: str | Path) -> Path:
@@ -268,18 +103,19 @@ def find_config(source: str | Path) -> Path:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    from omegaconf import DictConfig, OmegaConf  # here, so that help does not wait for it
+
     try:
         loaded = OmegaConf.load(path)
-        plain = OmegaConf.to_container(loaded, resolve=False)
+        plain: Any = OmegaConf.to_container(loaded, resolve=False)
     except Exception as error:  # a YAML error has no common base with those of OmegaConf
-        raise UserError(f"config {path}: not valid YAML ({one_line(error)})") from None
+        raise UserError(f"config {path}: not valid YAML ({one_line(error, 200)})") from None
     if not isinstance(loaded, DictConfig) or not isinstance(plain, dict):
         raise UserError(f"config {path}: expected keys and values")
-    content: dict[str, Any] = {str(key): value for key, value in plain.items()}
-    refuse_interpolation(content, str(path))
+    content = dotted(plain, where=str(path))
     from dinoreg.config.dinov2 import from_dinov2, is_dinov2
 
-    if not is_dinov2(content, [key for key, _, _ in describe(Config)]):
+    if not is_dinov2(content, keys_of(Config)):
         return content
     translation = from_dinov2(content)
     logger.warning("%s is a config of dinov2; read as\n%s", path, translation)

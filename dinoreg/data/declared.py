@@ -7,15 +7,15 @@ run when it is asked for; nothing here imports it, or the evaluators that it dec
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dinoreg.config.bundled import bundled, run_file
-from dinoreg.config.keys import nearest
-from dinoreg.config.values import Text
+from dinoreg.config.option import Text, nearest
 from dinoreg.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ class Pretraining:
 
 def known_names() -> dict[str, Path]:
     """Names and aliases of the datasets that can be a source, and where each is declared."""
-    found = {}
+    paths = {}
     for path in sorted(bundled("eval").glob("*.py")):
         # A look at the text first: running a file that declares no source would be for nothing.
         if re.search(r"^PRETRAINING\b", path.read_text(encoding="utf-8"), re.MULTILINE):
-            benchmark = _declared(path).BENCHMARK
-            found.update(dict.fromkeys((benchmark.name, *benchmark.aliases), path))
-    return found
+            benchmark = load_declaration(path).BENCHMARK
+            paths.update(dict.fromkeys((benchmark.name, *benchmark.aliases), path))
+    return paths
 
 
 def open_named(name: str, options: str, index_dir: str | None, kinds: str) -> Source:
@@ -59,7 +59,7 @@ def open_named(name: str, options: str, index_dir: str | None, kinds: str) -> So
     known = known_names()
     if name.lower() not in known:
         raise UserError(f"data: {name!r} is not a known kind of source, expected {kinds}{nearest(name, known)}")
-    declared = _declared(known[name.lower()])
+    declared = load_declaration(known[name.lower()])
     benchmark, pretraining = declared.BENCHMARK, declared.PRETRAINING
     name = benchmark.name
     accepted = ("root", *(("split",) if pretraining.splits else ()), *pretraining.options)
@@ -89,8 +89,21 @@ def open_named(name: str, options: str, index_dir: str | None, kinds: str) -> So
     return pretraining.open(path, split, benchmark.option_values(values), index_dir)
 
 
-def _declared(path: Path) -> Any:
-    """The module of a declaration, run once."""
-    prefix = "dinoreg_source"
-    known = sys.modules.get(f"{prefix}_{path.stem}")
-    return known if known is not None and known.__file__ == str(path) else run_file(path, prefix)
+def load_declaration(path: Path) -> ModuleType:
+    """The module of a Python file in `eval/` or of a user's own, which is run once, as long as it does not change.
+
+    Raises UserError for a file that is missing or fails.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a Python file with a BENCHMARK")
+    return _run_declaration(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _run_declaration(path: Path, _modified: int) -> ModuleType:
+    try:
+        return run_file(path, "dinoreg_declared")
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error

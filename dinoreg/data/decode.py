@@ -12,19 +12,38 @@ from __future__ import annotations
 
 import io
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401 (loads the operator image::decode_jpeg)
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
 MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956,970 in any case
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs a program
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
 _ORIENTATION_TAG = 0x0112
+_GREY, _RGB = 1, 3  # modes of image::decode_jpeg
+
+
+def _find_jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
+    """torchvision's JPEG decoder (encoded bytes, mode -> (C, H, W) uint8), or None where there is no such operator.
+
+    The operator and not torchvision.io.decode_jpeg around it, which is deprecated since torchvision 0.29.
+    """
+    try:
+        operator = torch.ops.image.decode_jpeg
+        arguments = operator.default._schema.arguments
+    except AttributeError:  # a torchvision without it, or built without libjpeg
+        return None
+    needed = [str(argument.type) for argument in arguments if not argument.has_default_value()]
+    return operator if needed == ["Tensor", "int"] else None
+
+
+_decode_jpeg = _find_jpeg_operator()
 
 
 class BadImage(Exception):
@@ -74,7 +93,7 @@ class EncodedImage:
             if reduction > 1 or self.components not in (1, 3) or self.in_channels not in (1, 3):
                 image = self._jpeg_with_pillow(reduction)
             else:
-                image = self._jpeg_with_torchvision()
+                image = self._whole_jpeg()
         except BadImage:
             raise
         except Exception as error:
@@ -91,12 +110,13 @@ class EncodedImage:
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
         return True
 
-    def _jpeg_with_torchvision(self) -> Tensor:
-        mode = ImageReadMode.RGB if self.in_channels == 3 else ImageReadMode.GRAY
+    def _whole_jpeg(self) -> Tensor:
+        if _decode_jpeg is None:
+            return self._jpeg_with_pillow(1)
         # bytearray: torch warns about memory that it may not write to
         encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
         try:
-            return decode_jpeg(encoded, mode=mode)
+            return _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
         except RuntimeError:
             return self._jpeg_with_pillow(1)  # for what the other refuses; Pillow has the last word
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from dinoreg.data.declared import open_named
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_folder
 from dinoreg.data.source import Source
 from dinoreg.data.sources import JoinedSource, PathSource, ScenesSource
+from dinoreg.data.tables import inside, parquet_table, rows_of
 from dinoreg.runtime.errors import UserError
 
 KINDS = (
@@ -70,14 +70,14 @@ def labelled_folder(
     """
     root = os.path.abspath(os.path.expanduser(os.fspath(path)))
     found = index_folder(root, index_dir)
-    inside = [name for name in (found[i] for i in range(len(found))) if os.sep in name]
-    folders = [name.split(os.sep, 1)[0] for name in inside]
+    paths = [name for name in (found[i] for i in range(len(found))) if os.sep in name]
+    folders = [name.split(os.sep, 1)[0] for name in paths]
     names = sorted(set(folders))
     if len(names) < 2:
         raise UserError(f"{root} has {len(names)} subfolder(s) with images, expected one per class, at least two")
     numbers = {name: number for number, name in enumerate(names)}
     labels = np.array([numbers[folder] for folder in folders], dtype=np.int64)
-    return PathSource(root, PathBlock.of(inside)), labels, names
+    return PathSource(root, PathBlock.of(paths)), labels, names
 
 
 def _open_several(
@@ -118,59 +118,29 @@ def _open_list(spec: str, root: str | os.PathLike[str] | None) -> PathSource:
     if suffix not in _LISTS:
         raise UserError(f"data: {spec} is a file, expected {KINDS}")
     folder = os.path.abspath(os.path.expanduser(os.fspath(root)) if root else os.path.dirname(spec) or ".")
-    try:
-        entries = _read_parquet(spec) if suffix == ".parquet" else _read_text(spec, suffix)
-    except OSError as error:
-        raise UserError(f"data: cannot read the list {spec}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise UserError(f"data: the list {spec} is not UTF-8 text") from None
-    except csv.Error as error:
-        raise UserError(f"data: the list {spec} is not valid CSV: {error}") from None
-    block = PathBlock.of([_inside(folder, entry, spec, line) for line, entry in entries])
+    entries = _parquet_paths(spec) if suffix == ".parquet" else _text_paths(spec)
+    block = PathBlock.of([inside(folder, entry, f"data: {spec} line {line}", "data.root") for line, entry in entries])
     if not len(block):
         raise UserError(f"data: the list {spec} names no files")
     return PathSource(folder, block)
 
 
-def _inside(folder: str, entry: str, spec: str, line: int) -> str:
-    """`entry` relative to `folder`; UserError when it would leave it."""
-    path = os.path.normpath(os.path.join(folder, entry))
-    if "\0" in entry or (path != folder and not path.startswith(os.path.join(folder, ""))):
-        raise UserError(f"data: {spec} line {line}: {entry!r} leaves {folder}; allow it with data.root=FOLDER")
-    return os.path.relpath(path, folder)
-
-
-def _read_text(spec: str, suffix: str) -> list[tuple[int, str]]:
+def _text_paths(spec: str) -> Iterator[tuple[int, str]]:
     """(line number, path) of a list; of a CSV the column `path`, or the first."""
-    with open(spec, encoding="utf-8-sig", newline="" if suffix in (".csv", ".tsv") else None) as file:
-        if suffix not in (".csv", ".tsv"):
-            lines: Iterable[tuple[int, str]] = enumerate((line.rstrip("\r\n") for line in file), 1)
-            return [(number, line) for number, line in lines if line.strip()]
-        rows = csv.reader(file, delimiter="\t" if suffix == ".tsv" else ",")
-        column, entries = 0, []
-        for number, row in enumerate(rows, 1):
-            if number == 1 and "path" in row:
-                column = row.index("path")
-            elif number == 1 and row and os.path.splitext(row[0])[1].lower() not in EXTENSIONS:
-                continue  # the names of the columns
-            elif len(row) > column and row[column]:
-                entries.append((rows.line_num, row[column]))
-        return entries
+    column = 0
+    for number, (line, cells) in enumerate(rows_of(spec, f"data: the list {spec}")):
+        tabular = os.path.splitext(spec)[1].lower() in (".csv", ".tsv")
+        if tabular and number == 0 and "path" in cells:
+            column = cells.index("path")
+        elif tabular and number == 0 and os.path.splitext(cells[0])[1].lower() not in EXTENSIONS:
+            continue  # the names of the columns
+        elif len(cells) > column and cells[column]:
+            yield line, cells[column]
 
 
-def _read_parquet(spec: str) -> list[tuple[int, str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"data: reading {spec} needs pyarrow: pip install 'dinoreg[data]'") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(spec)
-        names = file.schema_arrow.names
-        column = "path" if "path" in names else names[0]
-        values = file.read(columns=[column]).column(0).to_pylist()
-    except (pyarrow.ArrowException, IndexError) as error:
-        raise UserError(f"data: {spec} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+def _parquet_paths(spec: str) -> Iterator[tuple[int, str]]:
+    table = parquet_table(spec, f"data: the list {spec}", "path")
+    values = table.column(0).to_pylist()
     if not all(isinstance(value, str) for value in values):
-        raise UserError(f"data: the column {column!r} of {spec} does not hold paths")
-    return list(enumerate(values, 1))
+        raise UserError(f"data: the column {table.column_names[0]!r} of {spec} does not hold paths")
+    yield from enumerate(values, 1)

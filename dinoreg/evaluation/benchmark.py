@@ -6,14 +6,15 @@ The inside finds declarations by name or path and never imports them as packages
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dinoreg.config.bundled import bundled, run_file
-from dinoreg.config.keys import nearest
+from dinoreg.config.bundled import bundled
+from dinoreg.config.option import describe_fields, nearest, read_value
+from dinoreg.data.declared import load_declaration
 from dinoreg.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "few_shot": ("dinoreg.evaluation.protocols.few_shot", "few-shot and label efficiency"),
     }
 )
+
+
+Options = Mapping[str, Any]  # of a dataset: every one that it declares, with its value
+Reader = Callable[[Path, Options], "Data"]
 
 
 @dataclass(frozen=True)
@@ -79,21 +84,12 @@ class Task:
     """
 
     protocol: str
-    read: Callable[[Path, Mapping[str, Any]], Data]
+    read: Reader
     metric: str
     counts: Mapping[str, int] = field(default_factory=dict)
     published: tuple[Published, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
-
-
-@dataclass(frozen=True)
-class Option:
-    """A choice of how a dataset is read, set as NAME.KEY=VALUE; its type is that of the default."""
-
-    name: str
-    default: bool | int | float | str
-    meaning: str
 
 
 @dataclass(frozen=True)
@@ -103,57 +99,100 @@ class Benchmark:
     name      as in `dinoreg eval NAME`
     folders   names that its folder may have below `root`; `root` itself is tried last
     layouts   each a set of paths that together make the dataset readable; the first is the one that messages name
-    splits    in words, for the list: "3,680 / 3,669"
+    options   choices of how it is read, set as NAME.KEY=VALUE: {KEY: option(default, help, …)}
+    splits    in words, for the list: by default the counts of the first task, "3,680 / 3,669"
     """
 
     name: str
     title: str
-    task: str
     classes: int | None
-    splits: str
     folders: tuple[str, ...]
     layouts: tuple[tuple[Need, ...], ...]
     tasks: tuple[Task, ...]
     download: str
     licence: str
-    options: tuple[Option, ...] = ()
+    task: str = "classification"
+    splits: str = ""
+    options: Mapping[str, Field] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
 
-    def find(self, root: str | Path) -> Path:
-        """The dataset's folder below `root`; UserError saying what is expected where."""
-        base = Path(root)
+    def __post_init__(self) -> None:
+        if self.tasks and not self.splits:
+            object.__setattr__(self, "splits", counts_in_words(self.tasks[0].counts))
+
+    def find(self, root: str | Path, layouts: tuple[tuple[Need, ...], ...] | None = None) -> Path:
+        """The dataset's folder below `root`, in which one of the layouts, by default its own, is complete.
+
+        Raises UserError saying what is expected where.
+        """
+        base, layouts = Path(root), layouts or self.layouts
         for folder in (*(base / name for name in self.folders), base):
-            if any(all(need.met(folder) for need in layout) for layout in self.layouts):
+            if any(all(need.met(folder) for need in layout) for layout in layouts):
                 return folder
-        folder, layout = self._closest(base)
+        folder, layout = self._closest(base, layouts)
         missing = next(need for need in layout if not need.met(folder))
         raise UserError(f"{self.name}: {folder / missing.path} is missing; it comes from {missing.archive}")
 
-    def _closest(self, base: Path) -> tuple[Path, tuple[Need, ...]]:
-        """The folder and layout of which most is there."""
-        best, most = (base / self.folders[0], self.layouts[0]), 0
-        for folder in (base / name for name in self.folders):
-            for layout in self.layouts:
-                present = sum(need.met(folder) for need in layout)
-                if present > most:
-                    best, most = (folder, layout), present
-        return best
+    def _closest(self, base: Path, layouts: tuple[tuple[Need, ...], ...]) -> tuple[Path, tuple[Need, ...]]:
+        """The folder and layout of which most is there; of equals, the first."""
+        pairs = [(base / name, layout) for name in self.folders for layout in layouts]
+        return max(pairs, key=lambda pair: sum(need.met(pair[0]) for need in pair[1]))
 
     def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Every option of the dataset with its value; UserError for an unknown one or a wrong type."""
-        from dinoreg.config.values import convert
-
-        known = {option.name: option for option in self.options}
+        """Every option of the dataset with its value; UserError for an unknown one or a value that is not accepted."""
         for key in given:
-            if key not in known:
-                accepted = f"; accepted: {', '.join(known)}" if known else "; it has no options"
-                raise UserError(f"{self.name}.{key}: unknown option{nearest(key, known)}{accepted}")
+            if key not in self.options:
+                accepted = f"; accepted: {', '.join(self.options)}" if self.options else "; it has no options"
+                raise UserError(f"{self.name}.{key}: unknown option{nearest(key, self.options)}{accepted}")
         return {
-            name: convert(given[name], type(option.default), f"{self.name}.{name}", "options")
-            if name in given
-            else option.default
-            for name, option in known.items()
+            name: read_value(f"{self.name}.{name}", given[name], item) if name in given else item.default
+            for name, item in self.options.items()
         }
+
+    def options_in_words(self) -> list[str]:
+        """A line for each option: how it is set, its default and what it does."""
+        rows = describe_fields(self.options, f"{self.name}.")
+        return [f"{key}: {meaning}, default {kind.partition(' = ')[2] or 'empty'}" for key, kind, meaning in rows]
+
+
+def needs(archive: str, *paths: str) -> tuple[Need, ...]:
+    """Paths that come out of one archive."""
+    return tuple(Need(path, archive) for path in paths)
+
+
+def classification_tasks(
+    read: Reader,
+    metric: str,
+    counts: Mapping[str, int],
+    published: tuple[Published, ...],
+    *,
+    validation_images: int | None = None,
+    knn_metric: str = "top-1",
+) -> tuple[Task, ...]:
+    """Logistic regression on frozen features (DINOv2, Table 8) and weighted k-NN, over one reader.
+
+    validation_images  how many of the training images are held out to choose the regularisation
+    """
+    share = {} if validation_images is None else {"validation_share": validation_images / counts["train"]}
+    return (
+        Task("logistic", read, metric, counts, published, options=share),
+        Task("knn", read, knn_metric, counts),
+    )
+
+
+def linear_tasks(
+    read: Reader,
+    counts: Mapping[str, int] = MappingProxyType({}),
+    linear: tuple[Published, ...] = (),
+    knn: tuple[Published, ...] = (),
+) -> tuple[Task, ...]:
+    """DINOv2's grid of linear heads (App. B.3) and weighted k-NN, over one reader, each with its published figures."""
+    return (Task("linear", read, "top-1", counts, linear), Task("knn", read, "top-1", counts, knn))
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """The sizes of splits, as lists of datasets have them: "3,680 / 3,669"."""
+    return " / ".join(f"{counts[name]:,}" for name in ("train", "val", "test") if name in counts)
 
 
 @lru_cache(maxsize=1)
@@ -181,14 +220,7 @@ def find_benchmark(name: str) -> Benchmark:
 
 def load_benchmark(path: Path) -> Benchmark:
     """The `BENCHMARK` of a Python file. The file is run: it is the user's own code, as a config is not."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a Python file with a BENCHMARK")
-    try:
-        module = run_file(path, "dinoreg_declared")
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
+    module = load_declaration(path)
     benchmark = getattr(module, "BENCHMARK", None)
     if not isinstance(benchmark, Benchmark):
         raise UserError(f"{path}: has no BENCHMARK of type dinoreg.evaluation.benchmark.Benchmark")

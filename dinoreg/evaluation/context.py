@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.evaluation.features.cache import FeatureStore
 
 T = TypeVar("T")
-SAVE_SECONDS = 120.0  # between saved states of a training that can be resumed
+SAVE_SECONDS = 120.0  # between saved states of work that can be resumed
 SHOW_SECONDS = 5.0  # between lines of progress where there is no terminal
 
 
@@ -54,6 +56,40 @@ class Context:
         torch.save(state, buffer)
         self.state.mkdir(parents=True, exist_ok=True)
         write_atomic(self.state / f"{name}.pt", buffer.getvalue())
+
+    def saved(self, name: str, key: object) -> SavedState:
+        """The state of work that may have been stopped, as far as it was saved under the same key."""
+        return SavedState(self, name, repr(key))
+
+    def example_indices(self, count: int) -> list[int]:
+        """Evenly spaced indices of the images that pictures are drawn of; none where no pictures are wanted."""
+        wanted = min(self.num_examples, count) if self.examples is not None else 0
+        return np.unique(np.linspace(0, count - 1, wanted).round().astype(int)).tolist()
+
+    def save_example(self, picture: Image.Image, prefix: str, number: int) -> None:
+        """Write a picture of a prediction where pictures are wanted."""
+        if self.examples is not None:
+            self.examples.mkdir(parents=True, exist_ok=True)
+            picture.save(self.examples / f"{prefix}_{number:02d}.png")
+
+
+class SavedState:
+    """State of unfinished work under one name, saved every SAVE_SECONDS.
+
+    state  what an earlier, stopped process saved under the same key, or None
+    """
+
+    def __init__(self, context: Context, name: str, key: str) -> None:
+        self._context, self._name, self._key = context, name, key
+        found = context.load_state(name)
+        self.state = found["state"] if found is not None and found.get("key") == key else None
+        self._last = time.monotonic()
+
+    def save_when_due(self, make: Callable[[], dict[str, Any]], now: bool = False) -> None:
+        """Save what `make` gives if the last time is long ago, or `now`."""
+        if now or time.monotonic() - self._last > SAVE_SECONDS:
+            self._context.save_state(self._name, {"key": self._key, "state": make()})
+            self._last = time.monotonic()
 
 
 def show_progress(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterator[T]:

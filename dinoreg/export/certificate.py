@@ -8,6 +8,7 @@ below three times what rounding alone does to the source. A difference that is n
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import os
@@ -23,11 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dinoreg.checkpoint.format import digest
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
 from dinoreg.export.source import Source, resized
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError
 
 OUTPUTS = ("cls", "registers", "patches")
@@ -64,11 +65,10 @@ def certify(name: str, form: Format, source: Source, folder: Path, scratch: Path
         place = scratch / f"trial_{number}"
         place.mkdir()
         answers, facts = _ask(name, form, trial, place)
-        found = _compare(form, trial, answers)
-        for check in found:
-            if check["bounded"] and not check["passed"]:
-                raise RunError(_failure(name, form, check))
-        checks += found
+        checks += _compare(form, trial, answers)
+        failed = next((check for check in checks if check["bounded"] and not check["passed"]), None)
+        if failed is not None:
+            raise RunError(_failure(name, form, failed))
     return {
         "format": "dinoreg-certificate",
         "version": 1,
@@ -197,8 +197,8 @@ def _ask(name: str, form: Format, trial: Trial, place: Path) -> tuple[dict[str, 
         errors="replace",
     )
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise RunError(f"format={name}: {form.peer} could not load or run the artefact ({said[:300]}); nothing written")
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
+        raise RunError(f"format={name}: {form.peer} could not load or run the artefact ({reason}); nothing written")
     try:
         facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
         return load_file(place / "answers.safetensors"), facts
@@ -222,52 +222,55 @@ def _loading(name: str, form: Format, dtype: str) -> str:
 
 
 def _compare(form: Format, trial: Trial, answers: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """A check for every dtype, case and output; RunError where an answer is missing or has another shape."""
     exact = _answers(trial.model, trial.cases, torch.float32)
-    lower = copy.deepcopy(trial.model).to(getattr(torch, form.low))
-    rounded = _answers(lower, trial.cases, getattr(torch, form.low))
+    low = getattr(torch, form.low)
+    rounded = _answers(copy.deepcopy(trial.model).to(low), trial.cases, low)
     checks = []
-    for dtype, ours in (("float32", exact), (form.low, rounded)):
-        for case, tokens in ours.items():
-            for output, value in zip(OUTPUTS, tokens):
-                theirs = answers.get(f"{dtype}/{case}/{output}")
-                if theirs is None or theirs.shape != value.shape:
-                    shape = None if theirs is None else tuple(theirs.shape)
-                    raise RunError(
-                        f"{form.peer}: {output} at {case} has shape {shape}, expected {tuple(value.shape)}; "
-                        "nothing written"
-                    )
-                if not value.numel():  # the registers of a model that has none
-                    continue
-                true = exact[case][OUTPUTS.index(output)]
-                scale = float(true.abs().max()) or 1.0
-                bound = form.bound
-                if dtype != "float32":
-                    own = float((value - true).abs().max()) / scale
-                    bound = ROUNDING_FACTOR * own + torch.finfo(getattr(torch, dtype)).eps
-                difference = float((theirs - value).abs().max())
-                batch, height, width = map(int, case.split("x"))
-                overflow = dtype != "float32" and not bool(value.isfinite().all())
-                checks.append(
-                    {
-                        "size": [height, width],
-                        "batch": batch,
-                        "dtype": dtype,
-                        "output": output,
-                        "scale": scale,
-                        "max_difference": _finite(difference),
-                        "relative_difference": _finite(difference / scale),
-                        "bound": _finite(bound),
-                        "bounded": trial.bounded and not overflow,
-                        "passed": difference / scale <= bound,  # False for NaN
-                        "note": OVERFLOW if overflow else trial.note,
-                    }
+    for dtype, tokens in (("float32", exact), (form.low, rounded)):
+        for case, output in itertools.product(trial.cases, OUTPUTS):
+            value, peer_value = tokens[case][output], answers.get(f"{dtype}/{case}/{output}")
+            if peer_value is None or peer_value.shape != value.shape:
+                shape = None if peer_value is None else tuple(peer_value.shape)
+                raise RunError(
+                    f"{form.peer}: {output} at {case} has shape {shape}, expected {tuple(value.shape)}; nothing written"
                 )
+            if value.numel():  # the registers of a model that has none are empty
+                _, height, width = trial.cases[case].shape[1:]
+                check = {"size": [height, width], "batch": len(value), "dtype": dtype, "output": output}
+                checks.append(check | _difference(form, trial, dtype, exact[case][output], value, peer_value))
     return checks
 
 
-def _answers(model: RegisterViT, cases: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Sequence[Tensor]]:
+def _difference(
+    form: Format, trial: Trial, dtype: str, exact: Tensor, value: Tensor, peer_value: Tensor
+) -> dict[str, Any]:
+    """How far the peer's output is from the source's in a dtype; `exact` is the source's in float32."""
+    scale = float(exact.abs().max()) or 1.0
+    bound, overflow = form.bound, False
+    if dtype != "float32":
+        rounding = float((value - exact).abs().max()) / scale
+        bound = ROUNDING_FACTOR * rounding + torch.finfo(getattr(torch, dtype)).eps
+        overflow = not bool(value.isfinite().all())
+    difference = float((peer_value - value).abs().max())
+    return {
+        "scale": scale,
+        "max_difference": _finite(difference),
+        "relative_difference": _finite(difference / scale),
+        "bound": _finite(bound),
+        "bounded": trial.bounded and not overflow,
+        "passed": difference / scale <= bound,  # False for NaN
+        "note": OVERFLOW if overflow else trial.note,
+    }
+
+
+def _answers(model: RegisterViT, cases: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """The source's outputs in float32, computed in a dtype: {case: {output: tensor}}."""
     with torch.inference_mode():
-        return {name: [value.float() for value in model(images.to(dtype))] for name, images in cases.items()}
+        return {
+            name: {output: value.float() for output, value in zip(OUTPUTS, model(images.to(dtype)))}
+            for name, images in cases.items()
+        }
 
 
 def _finite(value: float) -> float | None:

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dinoreg.checkpoint.format import sync, write_atomic
+from dinoreg.checkpoint.atomic import sync, write_atomic
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import RunError, UserError
 
 DTYPES = {"float32": "F32", "float16": "F16"}
@@ -274,7 +275,7 @@ def import_pyarrow(path: Path) -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: parquet needs pyarrow: pip install 'dinoreg[data]', or use .safetensors") from None
+        raise UserError(f"{path}: parquet needs pyarrow: {install('pyarrow')}, or use .safetensors") from None
     return pyarrow
 
 

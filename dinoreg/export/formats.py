@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dinoreg.checkpoint.format import digest
 from dinoreg.export import hub_model
 from dinoreg.export.onnx_graph import drop_float16, write_onnx
 from dinoreg.export.source import Pixels, Source
 from dinoreg.models.layers import NORM_EPS
 from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import hidden_dim_of
 from dinoreg.weights.convert import to_meta, to_timm, to_transformers

@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.format import sync
+from dinoreg.checkpoint.atomic import sync
 from dinoreg.export.card import write_card
 from dinoreg.export.certificate import certify, listing, overflows
 from dinoreg.export.formats import FORMATS, Format, drop_overflowing, write_fixed_or_dynamic_onnx
 from dinoreg.export.source import read_source
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import RunError, UserError
 
 CERTIFICATE = "certificate.json"
@@ -76,7 +77,7 @@ def _format(name: str) -> Format:
         raise UserError(f"format={name}: expected one of {', '.join(FORMATS)}{hint}")
     missing = [package for package in FORMATS[name].packages if not _installed(package)]
     if missing:
-        raise UserError(f"format={name} needs {' and '.join(missing)}: pip install 'dinoreg[export]'")
+        raise UserError(f"format={name} needs {' and '.join(missing)}: {install(missing[0])}")
     return FORMATS[name]
 
 

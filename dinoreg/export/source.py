@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dinoreg.checkpoint.run_folder import run_of
 from dinoreg.models.vit import RegisterViT, as_pair, resample_positions
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import is_number
 from dinoreg.weights.load import load, load_reported
 from dinoreg.weights.resolve import find_weights
 
@@ -23,14 +24,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Pixels:
     """How pictures become input: values in [0, 1], minus `mean`, over `std`, channel by channel.
 
-    size  height and width in pixels of the crop that the model is made for
-    told  where the numbers come from: "the run", "the file" or "assumed" (published DINOv2's)
+    size    height and width in pixels of the crop that the model is made for
+    origin  where the numbers come from: "the run", "the file" or "assumed" (published DINOv2's)
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int]
-    told: str
+    origin: str
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
         loaded = load_reported(weights)
         model, metadata = loaded.model.float(), loaded.weights.metadata
     target = None if size is None else checked_size(size, model.patch_size)
-    run = _run_of(path) if path is not None else None
+    run = run_of(path) if path is not None else None
     pixels = _pixels(model, metadata)
     if target is not None:
-        model, pixels = resized(model, target), Pixels(pixels.mean, pixels.std, target, pixels.told)
+        model, pixels = resized(model, target), replace(pixels, size=target)
     given = f"{path.resolve().parent.name}/{path.name}" if path is not None else str(weights)
     if run is not None and path is not None:
         given = f"{run.resolve().name}/{path.parent.name}/{path.name}"
@@ -105,32 +106,25 @@ def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:
     return other.eval().requires_grad_(False)
 
 
-def _run_of(path: Path) -> Path | None:
-    folder = path.parent.parent
-    return folder if path.parent.name == "teacher" and (folder / "config.yaml").is_file() else None
-
-
 def _pixels(model: RegisterViT, metadata: dict[str, Any]) -> Pixels:
     """Statistics and size as the files beside the weights say, else as DINOv2 was published."""
     channels = model.in_channels
-    said = metadata.get("preprocessing")
-    said = said if isinstance(said, dict) else {}
-    told = "the run" if "architecture" in metadata else "the file"
-    mean, std = _numbers(said.get("mean"), channels), _numbers(said.get("std"), channels)
-    size = _size(said.get("image_size"), model.patch_size) or model.image_size
+    stated = metadata.get("preprocessing")
+    stated = stated if isinstance(stated, dict) else {}
+    origin = "the run" if "architecture" in metadata else "the file"
+    mean, std = _numbers(stated.get("mean"), channels), _numbers(stated.get("std"), channels)
+    size = _size(stated.get("image_size"), model.patch_size) or model.image_size
     if mean is None or std is None or not all(std):
-        told = "assumed"
+        origin = "assumed"
         plain = channels != 3  # nothing is known of other channels: values in [0, 1] as they are
         mean, std = ((0.0,) * channels, (1.0,) * channels) if plain else (IMAGENET_MEAN, IMAGENET_STD)
-    return Pixels(mean, std, size, told)
+    return Pixels(mean, std, size, origin)
 
 
 def _numbers(values: Any, count: int) -> tuple[float, ...] | None:
-    if not isinstance(values, list) or len(values) != count:
+    if not isinstance(values, list) or len(values) != count or not all(map(is_number, values)):
         return None
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values):
-        return None
-    return tuple(float(value) for value in values)
+    return tuple(map(float, values))
 
 
 def _size(value: Any, patch_size: int) -> tuple[int, int] | None:

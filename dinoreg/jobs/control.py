@@ -8,24 +8,24 @@ from pathlib import Path
 
 from dinoreg.jobs import slurm
 from dinoreg.jobs.records import Record, cancel_file, last_lines, launch_folder, log_files
-from dinoreg.jobs.status import Found, examine, require_found
+from dinoreg.jobs.status import JobStatus, examine, require_jobs
 from dinoreg.runtime.errors import RunError, UserError
 
 POLL_SECONDS, MAX_POLL_SECONDS = 1.0, 30.0
 LOG_SECONDS = 0.5
 
 
-def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) -> list[Found]:
+def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) -> list[JobStatus]:
     """Say what changes until all jobs are over; returns how they ended. Ctrl-C ends the following, not the jobs."""
-    told: dict[str, str] = {}
+    printed: dict[str, str] = {}
     pause = POLL_SECONDS
     while True:
         found = examine(folder, records)
         for each in found:
             # Progress changes all the time; a line is worth printing when the state does, or at a slow poll.
-            known = each.word if pause < MAX_POLL_SECONDS or each.is_over else each.line
-            if told.get(each.record.job) != known:
-                told[each.record.job] = known
+            known = each.state if pause < MAX_POLL_SECONDS or each.is_over else each.line
+            if printed.get(each.record.job) != known:
+                printed[each.record.job] = known
                 say(each.line)
         if all(each.is_over for each in found):
             return found
@@ -33,7 +33,7 @@ def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) 
         pause = min(MAX_POLL_SECONDS, pause * 1.2)
 
 
-def failed(found: Sequence[Found]) -> RunError | None:
+def failed(found: Sequence[JobStatus]) -> RunError | None:
     """The failure of one job, or the number of those that failed."""
     bad = [each for each in found if not each.is_well]
     if not bad:
@@ -48,7 +48,7 @@ def show_logs(folder: str, job: str | None, task: int, lines: int, follows: bool
 
     job  None: one that runs, else one that failed, else the last that wrote anything
     """
-    chosen = _choose(folder, require_found(folder, job))
+    chosen = _choose(folder, require_jobs(folder, job))
     launch = launch_folder(folder)
     record = chosen.record
     if not 0 <= task < record.nodes * record.tasks:
@@ -66,9 +66,9 @@ def show_logs(folder: str, job: str | None, task: int, lines: int, follows: bool
         _tail(folder, record, list(log_files(launch, record.job, task)), places, write)
 
 
-def _choose(folder: str, found: Sequence[Found]) -> Found:
+def _choose(folder: str, found: Sequence[JobStatus]) -> JobStatus:
     launch = launch_folder(folder)
-    for wanted in (lambda each: each.word == "running", lambda each: each.word == "failed"):
+    for wanted in (lambda each: each.state == "running", lambda each: each.state == "failed"):
         for each in reversed(found):
             if wanted(each):
                 return each
@@ -79,7 +79,7 @@ def _choose(folder: str, found: Sequence[Found]) -> Found:
 def _tail(
     folder: str, record: Record, paths: Sequence[Path], places: dict[Path, int], write: Callable[[str], None]
 ) -> None:
-    looked = time.monotonic()
+    checked = time.monotonic()
     over = False
     while True:
         for path in paths:
@@ -91,8 +91,8 @@ def _tail(
                 write(new.decode(errors="replace"))
         if over:
             return
-        if time.monotonic() - looked > 5:
-            looked = time.monotonic()
+        if time.monotonic() - checked > 5:
+            checked = time.monotonic()
             over = examine(folder, [record])[0].is_over
         time.sleep(LOG_SECONDS)
 
@@ -104,15 +104,15 @@ def cancel(folder: str, job: str | None, save: bool, say: Callable[[str], None])
           they can within the time that the site leaves between SIGTERM and SIGKILL
     """
     launch = launch_folder(folder)
-    live = [each for each in require_found(folder, job) if not each.is_over]
+    live = [each for each in require_jobs(folder, job) if not each.is_over]
     if not live:
         say("nothing to cancel: all jobs are over")
         return
-    live.sort(key=lambda each: (each.word == "running", not each.record.after))
+    live.sort(key=lambda each: (each.state == "running", not each.record.after))
     at_once = []
     for each in live:
         record = each.record
-        waits = save and each.word == "running" and bool(record.run)
+        waits = save and each.state == "running" and bool(record.run)
         cancel_file(launch, record.job).write_text("save\n" if waits else "now\n")
         if record.cluster == "slurm":
             if waits:

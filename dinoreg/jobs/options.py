@@ -8,61 +8,53 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from dinoreg.config.keys import build, flatten, nested
-from dinoreg.config.schema import check
+from dinoreg.config.option import Options, check, keys_of, option, read, split_texts
 from dinoreg.runtime.errors import UserError
 
 CLUSTERS = ("slurm", "local")
+CODES = ("copy", "shared")
 SIGNAL_DELAY = 120  # seconds
 
 
 @dataclass(frozen=True)
-class LaunchOptions:
+class LaunchOptions(Options):
     """The keys of `dinoreg launch` about the job."""
 
-    cluster: str | None = None  # slurm | local; none: slurm where sbatch is on the PATH, else local
-    name: str | None = None  # the job's, in squeue; none: the kind of job and the folder
-    nodes: int = 1  # machines
-    gpus_per_node: int | None = None  # none: not asked for; local: those that the job sees
-    tasks_per_node: int | None = None  # processes on a machine; none: one for each GPU, at least one
-    cpus_per_task: int | None = None  # cores of a process; none: not asked for
-    mem: str | None = None  # memory of a machine, as 64G; none: not asked for
-    time: str | None = None  # limit: minutes, 8:00:00 or 2-00:00:00; none: the partition's
-    signal_delay: int | None = None  # seconds before the limit to save at; none: 120, or half of a shorter limit
-    partition: str | None = None  # several with commas
-    account: str | None = None  # who pays
-    qos: str | None = None  # quality of service
-    constraint: str | None = None  # features that the machines must have
-    exclude: str | None = None  # machines not to use
-    reservation: str | None = None  # machines set aside under this name
-    setup: str | list[str] | None = None  # shell lines before the job, as [module load cuda,source env.sh]
-    container: str | None = None  # an image for pyxis, or a .sif file for apptainer
-    container_mounts: str | list[str] | None = None  # further folders that the container sees, as /data:/data
-    python: str | None = None  # interpreter of the job; none: this one, python3 in a container
-    max_parallel: int | None = None  # tasks of an array at the same time; none: all; local: as GPUs allow, or one
-    requeues: int = 100  # restarts of a job at most, after time limits, preemptions and lost nodes
-    code: str = "copy"  # copy (jobs run a copy of the package kept beside them) | shared (what is on the disk then)
-    slurm_args: str | list[str] | None = None  # further options of sbatch, as [mail-type=END,exclusive]
-    dry_run: bool = False  # show the commands and the files of the jobs, and do nothing
-    wait: bool = False  # follow the jobs to their end; exit code 1 when one fails
+    cluster: str | None = option(None, "none: slurm where sbatch is on the PATH, else local", choices=CLUSTERS)
+    name: str | None = option(None, "the job's, in squeue; none: the kind of job and the folder")
+    nodes: int = option(1, "machines", low=1)
+    gpus_per_node: int | None = option(None, "none: not asked for; local: those that the job sees", low=0)
+    tasks_per_node: int | None = option(None, "processes on a machine; none: one for each GPU, at least one", low=1)
+    cpus_per_task: int | None = option(None, "cores of a process; none: not asked for", low=1)
+    mem: str | None = option(
+        None,
+        "memory of a machine; none: not asked for",
+        pattern=r"\d+[KMGT]?B?",
+        expected="a number with its unit, as 64G",
+    )
+    time: str | None = option(None, "limit: minutes, 8:00:00 or 2-00:00:00; none: the partition's")
+    signal_delay: int | None = option(None, "seconds before the limit to save at; none: 120 or less", low=1)
+    partition: str | None = option(None, "several with commas")
+    account: str | None = option(None, "who pays")
+    qos: str | None = option(None, "quality of service")
+    constraint: str | None = option(None, "features that the machines must have")
+    exclude: str | None = option(None, "machines not to use")
+    reservation: str | None = option(None, "machines set aside under this name")
+    setup: str | list[str] | None = option(None, "shell lines before the job, as [module load cuda]")
+    container: str | None = option(None, "an image for pyxis, or a .sif file for apptainer")
+    container_mounts: str | list[str] | None = option(None, "further folders that it sees, as /data:/data")
+    python: str | None = option(None, "interpreter of the job; none: this one, python3 in a container")
+    max_parallel: int | None = option(None, "tasks at a time; none: all; local: as GPUs allow, or one", low=1)
+    requeues: int = option(100, "restarts of a job at most, after time limits, preemptions and lost nodes", low=0)
+    code: str = option("copy", "copy: jobs run a copy of the package; shared: what is there then", choices=CODES)
+    slurm_args: str | list[str] | None = option(None, "of sbatch besides, as [mail-type=END,exclusive]")
+    dry_run: bool = option(False, "show the commands and the files of the jobs, and do nothing")
+    wait: bool = option(False, "follow the jobs to their end; exit code 1 when one fails")
 
     def __post_init__(self) -> None:
-        check(self.cluster is None or self.cluster in CLUSTERS, "cluster", self.cluster, "slurm or local")
-        check(self.code in ("copy", "shared"), "code", self.code, "copy or shared")
-        for key in ("nodes", "tasks_per_node", "cpus_per_task", "signal_delay", "max_parallel"):
-            value = getattr(self, key)
-            check(value is None or value >= 1, key, value, "at least 1")
-        for key in ("gpus_per_node", "requeues"):
-            value = getattr(self, key)
-            check(value is None or value >= 0, key, value, "zero or more")
-        check(
-            self.mem is None or re.fullmatch(r"\d+[KMGT]?B?", self.mem, re.IGNORECASE) is not None,
-            "mem",
-            self.mem,
-            "a number with its unit, as 64G",
-        )
+        super().__post_init__()
         minutes = self.minutes
         if minutes is not None and self.signal_delay is not None:
             limit = f"less than time={self.time}, which is {60 * minutes} s"
@@ -127,7 +119,7 @@ class LaunchOptions:
         return ", ".join(words)
 
 
-OPTION_NAMES = tuple(item.name for item in fields(LaunchOptions))
+OPTION_NAMES = tuple(keys_of(LaunchOptions))
 
 
 def split_options(arguments: Iterable[str]) -> tuple[LaunchOptions, list[str], frozenset[str]]:
@@ -135,12 +127,9 @@ def split_options(arguments: Iterable[str]) -> tuple[LaunchOptions, list[str], f
 
     raises UserError for a value of the wrong type or out of range
     """
-    own: list[str] = []
-    rest: list[str] = []
-    for argument in arguments:
-        (own if argument.partition("=")[0] in OPTION_NAMES else rest).append(argument)
-    flat = flatten(nested(own), LaunchOptions, "command line")
-    return build(LaunchOptions, flat), rest, frozenset(flat)
+    own, rest = split_texts(LaunchOptions, arguments)
+    options, given = read(LaunchOptions, own)
+    return options, rest, given
 
 
 def read_time(text: str) -> int:

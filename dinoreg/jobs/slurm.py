@@ -19,7 +19,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.jobs import entry as start
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import RunError, UserError

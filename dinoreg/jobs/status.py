@@ -21,10 +21,10 @@ from dinoreg.jobs.records import (
     launch_folder,
     log_files,
     read_events,
-    read_lines,
     read_records,
 )
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import read_json
 
 # Slurm's reasons, as people say them.
 REASONS = {
@@ -58,27 +58,27 @@ TIMES = {1: "once", 2: "twice"}
 
 
 @dataclass(frozen=True)
-class Found:
-    """A job now. `word` is pending | running | finished | stopped | failed | cancelled | lost; `text` says more."""
+class JobStatus:
+    """A job now. `state` is pending | running | finished | stopped | failed | cancelled | lost; `text` says more."""
 
     record: Record
-    word: str
+    state: str
     text: str
 
     @property
     def is_over(self) -> bool:
-        return self.word not in ("pending", "running")
+        return self.state not in ("pending", "running")
 
     @property
     def is_well(self) -> bool:
-        return self.word in ("pending", "running", "finished")
+        return self.state in ("pending", "running", "finished")
 
     @property
     def line(self) -> str:
-        return f"{self.record.job}  {self.record.title}: {self.word}{self.text and f', {self.text}'}"
+        return f"{self.record.job}  {self.record.title}: {self.state}{self.text and f', {self.text}'}"
 
 
-def examine(folder: str | Path, records: Sequence[Record] | None = None) -> list[Found]:
+def examine(folder: str | Path, records: Sequence[Record] | None = None) -> list[JobStatus]:
     """Every job launched for a folder; only those of its last launch that matter where it was launched often."""
     records = read_records(folder) if records is None else records
     known: dict[str, slurm.JobState] = {}
@@ -88,7 +88,7 @@ def examine(folder: str | Path, records: Sequence[Record] | None = None) -> list
         known = slurm.states(wanted)
     elif wanted:
         note = "there is no squeue on this machine's PATH"
-    return [_found(launch_folder(folder), record, known.get(record.job), note) for record in records]
+    return [_status_of(launch_folder(folder), record, known.get(record.job), note) for record in records]
 
 
 def describe(folder: str | Path) -> list[str]:
@@ -101,40 +101,40 @@ def describe(folder: str | Path) -> list[str]:
         if number == newest or any(not each.is_over for each in jobs):
             lines += [each.line for each in jobs]
         else:
-            words = [each.word for each in jobs]
+            words = [each.state for each in jobs]
             counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(jobs[0].record.time))
             lines.append(f"launch {number} ({jobs[0].record.kind}, {when}): {counts}")
     return lines
 
 
-def _found(launch: Path, record: Record, known: slurm.JobState | None, note: str) -> Found:
+def _status_of(launch: Path, record: Record, known: slurm.JobState | None, note: str) -> JobStatus:
     events = read_events(launch, record.job)
     restarts = _restarts(events)
     if record.cluster == "local":
         known = _local_state(launch, record)
     if known is None:
-        word, text = _from_events(launch, record, events)
-        return Found(record, word, _join(text, note))
-    state = known.state
-    if state in PENDING:
-        return Found(record, "pending", _join(_reason(record, known), restarts))
-    if state in RUNNING:
+        state, text = _from_events(launch, record, events)
+        return JobStatus(record, state, _join(text, note))
+    slurm_state = known.state
+    if slurm_state in PENDING:
+        return JobStatus(record, "pending", _join(_reason(record, known), restarts))
+    if slurm_state in RUNNING:
         where = f"on {known.nodes}" if known.nodes else ""
         spent = f"{where} for {known.elapsed}".strip() if known.elapsed else where
-        ending = "" if state == "RUNNING" else state.lower()
+        ending = "" if slurm_state == "RUNNING" else slurm_state.lower()
         wish = "asked to end" if cancel_file(launch, record.job).exists() else ""
-        return Found(record, "running", _join(ending, spent, progress(record), restarts, wish))
-    if state == "COMPLETED":
-        word, text = _from_events(launch, record, events, "finished")
-        return Found(record, word, _join(text, restarts))
-    if state.startswith("CANCELLED"):
-        return Found(record, "cancelled", _join(_last_save(record, events), restarts))
-    if state == "GONE":
-        return Found(
+        return JobStatus(record, "running", _join(ending, spent, progress(record), restarts, wish))
+    if slurm_state == "COMPLETED":
+        state, text = _from_events(launch, record, events, "finished")
+        return JobStatus(record, state, _join(text, restarts))
+    if slurm_state.startswith("CANCELLED"):
+        return JobStatus(record, "cancelled", _join(_last_save(record, events), restarts))
+    if slurm_state == "GONE":
+        return JobStatus(
             record, "lost", "its process is gone without an ending: the machine was restarted, or it was killed"
         )
-    return Found(record, "failed", _join(ENDINGS.get(state, ""), failure(launch, record, events), restarts))
+    return JobStatus(record, "failed", _join(ENDINGS.get(slurm_state, ""), failure(launch, record, events), restarts))
 
 
 def _local_state(launch: Path, record: Record) -> slurm.JobState:
@@ -160,7 +160,7 @@ def _reason(record: Record, known: slurm.JobState) -> str:
 def _from_events(
     launch: Path, record: Record, events: Sequence[dict[str, Any]], otherwise: str = "lost"
 ) -> tuple[str, str]:
-    """(word, text) from what the job wrote last."""
+    """(state, text) from what the job wrote last."""
     last = next((line for line in reversed(events) if line["event"] in ("end", "stopped", "failed")), None)
     if last is None:
         return otherwise, "" if otherwise != "lost" else "the scheduler knows it no more, and it wrote no ending"
@@ -211,7 +211,7 @@ def progress(record: Record) -> str:
     """How far a training is: "step 1200 of 5000, 35.2 images/s, 1:02:03 left"; "" for other jobs."""
     if not record.run:
         return ""
-    state = next(iter(read_lines(Path(record.run) / "status.json")), {})
+    state = read_json(Path(record.run) / "status.json")
     metrics: dict[str, Any] = {}
     for line in last_lines(Path(record.run) / "metrics.jsonl", 2):
         with contextlib.suppress(ValueError):
@@ -246,7 +246,7 @@ def _join(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def require_found(folder: str | Path, job: str | None) -> list[Found]:
+def require_jobs(folder: str | Path, job: str | None) -> list[JobStatus]:
     """The jobs of a folder, or the one that was named (an array: all its elements); UserError when there is none."""
     found = examine(folder)
     if job is None:

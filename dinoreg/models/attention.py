@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.xformers_check import run_problem
 
 BACKENDS = ("auto", "xformers", "sdpa", "plain")
 
@@ -53,34 +54,24 @@ def resolve_backend(
     if name == "xformers":
         if device.type != "cuda":
             raise UserError(f"attention='xformers' runs on CUDA, but the model is on {device.type}")
-        problem = _xformers_problem(device, dtype)
+        problem = run_problem(device, dtype)
         if problem:
             raise UserError(f"attention='xformers' cannot run here: {problem}; use auto or sdpa")
         return name
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "sdpa" if _xformers_problem(device, dtype) else "xformers"
+        return "sdpa" if run_problem(device, dtype) else "xformers"
     if device.type == "cpu" and dtype in LOW_PRECISION and (num_tokens or 0) <= PLAIN_MAX_TOKENS:
         return "plain"
     return "sdpa"
 
 
-@lru_cache(maxsize=16)
-def _xformers_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a small packed attention fails under xformers, or None. An import alone proves little: a build
-    made for another torch imports well and then finds no kernel."""
-    try:
-        from xformers.ops import memory_efficient_attention
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-        with torch.enable_grad(), torch.autocast("cuda", enabled=False):
-            x = torch.ones(1, 24, 2, 64, device=device, dtype=dtype, requires_grad=True)
-            out = memory_efficient_attention(x, x, x, attn_bias=BlockDiagonalMask.from_seqlens([9, 15]))
-            out.sum().backward()
-    except Exception as error:  # whatever it raises, the answer is the same: not this backend
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return None
+def describe_backend(name: str, device: torch.device, num_tokens: int | None, dtype: torch.dtype) -> str:
+    """`resolve_backend` in words: "xformers", or "sdpa (xformers does not run here: ...)" where auto does without."""
+    backend = resolve_backend(name, device, num_tokens, dtype)
+    problem = run_problem(device, dtype) if name == "auto" and device.type == "cuda" else None
+    return f"{backend} (xformers does not run here: {problem})" if problem else backend
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

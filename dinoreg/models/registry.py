@@ -10,10 +10,12 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from dinoreg.models.vit import RegisterViT
 
 SIZES: dict[str, dict[str, Any]] = {
     "t": {"dim": 192, "depth": 12, "heads": 3},
@@ -73,11 +75,15 @@ def _split_name(name: str) -> tuple[str, int, int, bool]:
 
 def build(name: str, **overrides: Any) -> RegisterViT:
     """The named model with fresh random weights; `overrides` are arguments of RegisterViT."""
+    from dinoreg.models.vit import RegisterViT  # here, so that a name can be checked without torch
+
     _check_options(overrides)
     return RegisterViT(**(parse_name(name) | overrides))
 
 
 def _check_options(overrides: Mapping[str, Any]) -> None:
+    from dinoreg.models.vit import RegisterViT
+
     accepted = [p for p in inspect.signature(RegisterViT.__init__).parameters if p != "self"]
     for key in overrides:
         if key not in accepted:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.runtime.errors import UserError
 
 GIB = 2**30

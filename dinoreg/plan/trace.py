@@ -11,12 +11,13 @@ attention keeps the same tensors on both. DDP cannot run on fake tensors: such a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,8 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dinoreg.config.load import Config
 from dinoreg.config.schema import ParallelConfig
 from dinoreg.data.loader import Batch
-from dinoreg.distributed.process_group import is_distributed, simulated_session
-from dinoreg.distributed.process_group import world_size as num_processes
+from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
 from dinoreg.plan.job import Job
 from dinoreg.plan.recorder import Parts, Recorder
 from dinoreg.runtime import tiling
@@ -91,22 +91,17 @@ def trace_step(config: Config, precision: str, world_size: int, device_kind: str
     masked       masked patches of each micro-batch
     raises       UserError inside a process group, since the step pretends one
     """
-    if is_distributed() and world_size > 1:
+    if world_size > 1 and dist.is_initialized():
         raise UserError("a plan for several processes cannot be made inside a process group; make it before")
-    sharded = config.parallel.strategy == "fsdp"
-    session = simulated_session(world_size) if world_size > 1 else nullcontext()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(_pieces_of(device_kind))
-        if sharded:
-            stack.enter_context(session)
-        mesh = device_mesh(CPU, config.parallel.shard) if sharded else None
+        ranks = stack.enter_context(simulated_session(world_size)) if world_size > 1 else ALONE
+        sharded = config.parallel.strategy == "fsdp"
+        mesh = device_mesh(CPU, config.parallel.shard, world_size) if sharded else None
         stack.enter_context(FakeTensorMode())
-        state = _fake_state(config, precision, mesh)
-        batch = _fake_batch(config, state.student.backbone.patch_size, sum(masked))
-        if not sharded:
-            stack.enter_context(session)
-        return record_step(config, state, batch, precision, masked)
+        state = _fake_state(config, precision, ranks, mesh)
+        return record_step(config, state, _fake_batch(config, state, sum(masked)), precision, masked)
 
 
 def record_step(config: Config, state: TrainState, batch: Batch, precision: str, masked: tuple[int, ...] = ()) -> Trace:
@@ -117,8 +112,8 @@ def record_step(config: Config, state: TrainState, batch: Batch, precision: str,
     if not state.optimizer.state:
         start_moments(state.optimizer)
     centers = {center.shape[-1] for center in state.centers.values()}
-    ranks = config.loss.koleo_ranks or num_processes()
-    recorder = Recorder(centers, ranks * config.batch_size, masked)
+    koleo_ranks = config.loss.koleo_ranks or state.ranks.world_size
+    recorder = Recorder(centers, koleo_ranks * config.batch_size, masked)
     recorder.hold_state(state, batch)
     with recorder.watching(state), recorder:
         train_step(
@@ -135,8 +130,8 @@ def record_step(config: Config, state: TrainState, batch: Batch, precision: str,
     return Trace(recorder.peaks(), recorder.peaks(without=("gradients",)), dict(recorder.operations))
 
 
-def _fake_state(config: Config, precision: str, mesh: DeviceMesh | None) -> TrainState:
-    """A run's state, made while FakeTensorMode is on."""
+def _fake_state(config: Config, precision: str, ranks: Ranks, mesh: DeviceMesh | None) -> TrainState:
+    """A run's state, made while FakeTensorMode is on; sharded over the mesh, if there is one."""
     with torch.device("meta"):  # where drawing start weights costs nothing
         student, teacher = build_networks(config)
         anchor = build_networks(config)[1].backbone if config.loss.anchor_weight > 0 else None
@@ -144,7 +139,10 @@ def _fake_state(config: Config, precision: str, mesh: DeviceMesh | None) -> Trai
         if network is not None:
             _give_fake_parameters(network)
             network.__dict__["to"] = lambda *_, network=network: network  # fake parameters cannot be moved
-    return build_state(config, student, teacher, CPU, DTYPES[precision], anchor, mesh)
+    owners = ALONE if mesh is None else ranks
+    state = build_state(config, student, teacher, CPU, DTYPES[precision], anchor, owners, mesh)
+    state.ranks = ranks
+    return state
 
 
 def _give_fake_parameters(network: nn.Module) -> None:
@@ -153,9 +151,9 @@ def _give_fake_parameters(network: nn.Module) -> None:
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad))
 
 
-def _fake_batch(config: Config, patch_size: int, masked: int) -> Batch:
+def _fake_batch(config: Config, state: TrainState, masked: int) -> Batch:
     crops, count, channels = config.crops, config.batch_size, config.model.in_channels
-    patches = (crops.global_size // patch_size) ** 2
+    patches = (crops.global_size // state.student.backbone.patch_size) ** 2
     local_shape = (crops.num_local * count, channels, crops.local_size, crops.local_size)
     return Batch(
         global_crops=torch.empty(2 * count, channels, crops.global_size, crops.global_size),

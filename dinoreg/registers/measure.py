@@ -7,7 +7,8 @@ the probes, boxes LOST; without them these parts are left out and the rest stand
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,24 +21,29 @@ from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder
 from dinoreg.evaluation.dense.lost import gram, lost
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.protocols.discovery import correct, crosswise
-from dinoreg.registers import outliers as artifacts
-from dinoreg.registers.test_time import Fitted, fit_test_time_register
-from dinoreg.registers.token_probes import (
-    CONTROLS,
-    Probed,
-    moments,
-    probe_token,
-    replaced,
-    replacement,
-    split_labels,
+from dinoreg.registers.outliers import (
+    LOW_INFORMATION,
+    PAPER_LIMIT,
+    Outliers,
+    border,
+    find_outliers,
+    log_histogram,
+    low_information,
+    mean_cosine,
+    neighbour_cosine,
+    onset,
+    pick_patches,
+    robust_limit,
 )
+from dinoreg.registers.test_time import Fitted, fit_test_time_register
+from dinoreg.registers.token_probes import CONTROLS, Probed, moments, probe_token, replaced, replacement, split_labels
 from dinoreg.runtime.errors import RunError
 
 BATCH_BYTES = 1 << 28  # of the tokens after every block that are held at a time
 BINS = 80  # of the histograms of norms
 SHOWN = 6  # images whose maps are drawn
 ATTENDED = 16  # images over which attention is averaged
-CONTROL_PROBES = ("CLS", "mean patch")
+CONTROL_PROBES = {"cls": "CLS", "patch": "mean patch"}  # names in the record: tokens whose probe is tried
 CONTROL_IMAGES = 256  # to which replacements are applied, at most
 DISCOVERY_IMAGES = 500
 BIASES = tuple(-step / 10 for step in range(10))  # added to LOST's cosines (datasets reference, P7)
@@ -69,7 +75,6 @@ class Measured:
     special    (L, n, 1 + R) of the class token and the registers
     outliers   (n, N) bool
     attention  (k, 1 + R, h, w) of the class token and each register, last block, mean over heads, first k images
-    fitted     a test-time register that was found for it, or None
     """
 
     record: dict[str, Any]
@@ -77,7 +82,6 @@ class Measured:
     special: Tensor
     outliers: Tensor
     attention: Tensor
-    fitted: Fitted | None = None
 
 
 Progress = Callable[[str], None]
@@ -97,62 +101,26 @@ def measure(
     size = batch_size(encoder, grid)
     progress("norms")
     norms, special, cosine = _norms(encoder, images, size, grid)
-    limit = artifacts.robust_limit(norms[-1])
-    found = artifacts.find_outliers(norms[-1], limit)
+    limit = robust_limit(norms[-1])
+    found = find_outliers(norms[-1], limit)
     outliers = norms[-1] > limit.value  # (n, N)
-    first = artifacts.onset(norms, outliers) if found.kind != "none" else None
+    first = onset(norms, outliers) if found.kind != "none" else None
+    # What lies on no outlier at all is a comparison of nothing with something.
+    present = outliers if found.kind != "none" else torch.zeros_like(outliers)
     progress("attention")
     attention, attended = _attention(encoder, images, outliers, grid)
-    record: dict[str, Any] = {
-        "name": encoder.name,
-        "identity": encoder.identity,
-        "num_registers": encoder.num_registers,
-        "dim": encoder.dim,
-        "depth": encoder.depth,
-        "patch_size": encoder.patch_size,
-        "image_size": list(images.shape[-2:]),
-        "grid": list(grid),
-        "images": len(images),
-        "source": pictures.source,
-        "seed": seed,
-        "limit": {**limit._asdict(), "paper": artifacts.PAPER_LIMIT},
-        "outliers": {
-            **found._asdict(),
-            "valley": min(found.valley, 1e9),  # JSON knows no infinity
-            "paper_share": float((norms[-1] > artifacts.PAPER_LIMIT).double().mean()),
-            "images_with": int(outliers.any(dim=1).sum()),
-        },
+    record = {
+        **_subject(encoder, pictures, grid, seed),
+        "limit": {**limit._asdict(), "paper": PAPER_LIMIT},
+        "outliers": _outliers(found, norms[-1], outliers),
         "layers": _layers(norms, special),
         "histogram": _histogram(norms),
         "where": _where(outliers, cosine, grid, first),
         "attention": attended,
-        "registers_alike": None,
-        "probes": [],
-        "controls": [],
+        **_token_content(encoder, pictures, present, first, size, seed, progress),
         "discovery": None,
         "test_time": None,
     }
-    # What lies on no outlier at all is a comparison of nothing with something.
-    present = outliers if found.kind != "none" else torch.zeros_like(outliers)
-    progress("tokens")
-    tokens = _chosen_tokens(encoder, images, size, present, seed)
-    if encoder.num_registers > 1:
-        held = [tokens[f"register {number + 1}"][0] for number in range(encoder.num_registers)]
-        record["registers_alike"] = artifacts.mean_cosine(torch.stack(held, dim=1))
-    test, probed = None, {}
-    if pictures.labels is not None:
-        progress("probes")
-        test = split_labels(pictures.labels, seed)
-        probed = _probes(tokens, pictures.labels, pictures.classes, test, seed)
-        record["probes"] = [
-            {"token": name, **{key: value for key, value in each._asdict().items() if key != "model"}}
-            for name, each in probed.items()
-        ]
-    targets = [("registers", 0)] if encoder.num_registers else []
-    targets += [("outliers", first)] if first is not None else []  # type: ignore[list-item]
-    for what, block in targets:
-        progress(f"controls: {what}")
-        record["controls"] += _controls(encoder, pictures, present, what, block, test, probed, size, seed)
     if pictures.boxes is not None:
         progress("object discovery")
         record["discovery"] = _discovery(encoder, images, pictures.boxes, grid, seed)
@@ -162,29 +130,52 @@ def measure(
 
 @torch.no_grad()
 def fit(encoder: NativeEncoder, pictures: Pictures, measured: Measured) -> Fitted:
-    """A test-time register for a backbone whose outliers have been measured."""
+    """A test-time register for a backbone whose outliers have been measured; the search goes into its record."""
     most = measured.outliers.sum(dim=1).argsort(descending=True, stable=True)[:FIT_IMAGES]
     size = batch_size(encoder, measured.record["grid"])
     batches = [encoder.prepare(pictures.images[rows]) for rows in most.split(size)]
     masks = [measured.outliers[rows] for rows in most.split(size)]
-    onset = measured.record["where"]["onset"]
-    return fit_test_time_register(encoder.module, batches, masks, measured.record["limit"]["value"], onset)
-
-
-def describe(fitted: Fitted, images: int) -> dict[str, Any]:
-    """The search for a test-time register, fit for JSON."""
-    return {
+    last_block = measured.record["where"]["onset"]
+    fitted = fit_test_time_register(encoder.module, batches, masks, measured.record["limit"]["value"], last_block)
+    measured.record["test_time"] = {
         "neurons": [neuron._asdict() for neuron in fitted.neurons],
         "before": fitted.before,
         "trials": [trial._asdict() for trial in fitted.trials],
-        "images": images,
+        "images": len(most),
     }
+    return fitted
 
 
 def batch_size(encoder: Encoder, grid: Sequence[int]) -> int:
     """Images at a time, so that their tokens after every block stay within 256 MB."""
     one = 4 * encoder.depth * encoder.dim * (1 + encoder.num_registers + grid[0] * grid[1])
     return int(min(max(BATCH_BYTES // one, 1), 64))
+
+
+def _subject(encoder: Encoder, pictures: Pictures, grid: tuple[int, int], seed: int) -> dict[str, Any]:
+    """What is measured, and on what."""
+    return {
+        "name": encoder.name,
+        "identity": encoder.identity,
+        "num_registers": encoder.num_registers,
+        "dim": encoder.dim,
+        "depth": encoder.depth,
+        "patch_size": encoder.patch_size,
+        "image_size": list(pictures.images.shape[-2:]),
+        "grid": list(grid),
+        "images": len(pictures.images),
+        "source": pictures.source,
+        "seed": seed,
+    }
+
+
+def _outliers(found: Outliers, norms: Tensor, outliers: Tensor) -> dict[str, Any]:
+    return {
+        **found._asdict(),
+        "valley": min(found.valley, 1e9),  # JSON knows no infinity
+        "paper_share": float((norms > PAPER_LIMIT).double().mean()),
+        "images_with": int(outliers.any(dim=1).sum()),
+    }
 
 
 def _norms(encoder: NativeEncoder, images: Tensor, size: int, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,7 +186,7 @@ def _norms(encoder: NativeEncoder, images: Tensor, size: int, grid: tuple[int, i
         patches.append(torch.stack([each.patches.norm(dim=-1) for each in layers]).cpu())
         special.append(torch.stack([torch.cat([t.cls[:, None], t.registers], 1).norm(dim=-1) for t in layers]).cpu())
         embedded = encoder.module.patch_embed(encoder.prepare(batch))
-        cosines.append(artifacts.neighbour_cosine(embedded, grid).cpu())
+        cosines.append(neighbour_cosine(embedded, grid).cpu())
     norms = torch.cat(patches, dim=1)
     if not torch.isfinite(norms).all():
         raise RunError(f"{encoder.name}: the norm of a patch is not finite")
@@ -203,23 +194,22 @@ def _norms(encoder: NativeEncoder, images: Tensor, size: int, grid: tuple[int, i
 
 
 def _layers(norms: Tensor, special: Tensor) -> list[dict[str, Any]]:
-    quantiles = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
     rows = []
     for block, (patches, others) in enumerate(zip(norms, special)):
-        values = np.quantile(patches.double().numpy(), quantiles.numpy())
-        middle = others.median(dim=0).values.tolist()
-        limit = artifacts.robust_limit(patches)
+        low, median, high = np.quantile(patches.double().numpy(), [0.05, 0.5, 0.95]).tolist()
+        cls, *registers = others.median(dim=0).values.tolist()
+        limit = robust_limit(patches)
         rows.append(
             {
                 "block": block,
-                "low": float(values[0]),
-                "median": float(values[1]),
-                "high": float(values[2]),
+                "low": low,
+                "median": median,
+                "high": high,
                 "largest": float(patches.max()),
                 "limit": limit.value,
-                "share": artifacts.find_outliers(patches, limit).share,
-                "cls": middle[0],
-                "registers": middle[1:],
+                "share": find_outliers(patches, limit).share,
+                "cls": cls,
+                "registers": registers,
             }
         )
     return rows
@@ -228,11 +218,11 @@ def _layers(norms: Tensor, special: Tensor) -> list[dict[str, Any]]:
 def _histogram(norms: Tensor) -> dict[str, Any]:
     low, high = float(norms.min().clamp(min=1e-6)), float(norms.max())
     edges = torch.logspace(np.log10(low * 0.98), np.log10(high * 1.02), BINS + 1)
-    return {"edges": edges.tolist(), "shares": artifacts.log_histogram(norms, edges).tolist()}
+    return {"edges": edges.tolist(), "shares": log_histogram(norms, edges).tolist()}
 
 
 def _where(outliers: Tensor, cosine: Tensor, grid: tuple[int, int], onset: int | None) -> dict[str, Any]:
-    low, edge = artifacts.low_information(cosine), artifacts.border(grid)
+    low, edge = low_information(cosine), border(grid)
     some = bool(outliers.any())
     return {
         "onset": onset,
@@ -240,7 +230,7 @@ def _where(outliers: Tensor, cosine: Tensor, grid: tuple[int, int], onset: int |
         "border": float(edge.expand_as(outliers)[outliers].double().mean()) if some else None,
         "border_expected": float(edge.double().mean()),
         "low_information": float(low[outliers].double().mean()) if some else None,
-        "low_information_expected": artifacts.LOW_INFORMATION,
+        "low_information_expected": LOW_INFORMATION,
         "cosine_outliers": float(cosine[outliers].mean()) if some else None,
         "cosine_others": float(cosine[~outliers].mean()),
     }
@@ -272,46 +262,66 @@ def _attention(
     }
 
 
+def _token_content(
+    encoder: NativeEncoder,
+    pictures: Pictures,
+    outliers: Tensor,
+    first_block: int | None,
+    size: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """How alike registers are, what tokens know, and what is lost when their content is replaced.
+
+    outliers (n, N) bool, which stand out from `first_block` on; None where there are none
+    """
+    progress("tokens")
+    tokens = _chosen_tokens(encoder, pictures.images, size, outliers, seed)
+    alike = None
+    if encoder.num_registers > 1:
+        registers = [tokens[f"register {number + 1}"][0] for number in range(encoder.num_registers)]
+        alike = mean_cosine(torch.stack(registers, dim=1))
+    test, probed = None, {}
+    if pictures.labels is not None:
+        progress("probes")
+        test = split_labels(pictures.labels, seed)
+        for name, (features, present) in tokens.items():
+            probe = probe_token(features, pictures.labels, pictures.classes, test, present, seed)
+            if probe is not None:
+                probed[name] = probe
+    controls = []
+    for what, block in (("registers", 0 if encoder.num_registers else None), ("outliers", first_block)):
+        if block is not None:
+            progress(f"controls: {what}")
+            controls += _controls(encoder, pictures, outliers, what, block, test, probed, size, seed)
+    probes = [{"token": name, **probe._asdict()} for name, probe in probed.items()]
+    for row in probes:
+        del row["model"]
+    return {"registers_alike": alike, "probes": probes, "controls": controls}
+
+
 def _chosen_tokens(
     encoder: NativeEncoder, images: Tensor, size: int, outliers: Tensor, seed: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """For each kind of token one of every image (n, D), after the final norm, and which images have it (n,)."""
-    normal, has_normal = artifacts.pick_patches(~outliers, seed)
-    strange, has_strange = artifacts.pick_patches(outliers, seed)
-    rows: list[list[Tensor]] = []
-    for start in range(0, len(images), size):
-        batch = encoder.tokens(images[start : start + size])
-        stop = start + len(batch.cls)
-        each = torch.arange(len(batch.cls))
-        rows.append(
-            [
-                batch.cls.cpu(),
-                *batch.registers.unbind(dim=1),
-                batch.patches.mean(dim=1).cpu(),
-                batch.patches[each, normal[start:stop]].cpu(),
-                batch.patches[each, strange[start:stop]].cpu(),
-            ]
-        )
-    columns = [torch.cat([part.cpu() for part in column]) for column in zip(*rows)]
-    everywhere = torch.ones(len(images), dtype=torch.bool)
+    normal, has_normal = pick_patches(~outliers, seed)
+    outlying, has_outlier = pick_patches(outliers, seed)
     names = ["CLS", *(f"register {number + 1}" for number in range(encoder.num_registers)), "mean patch"]
-    chosen = {name: (column, everywhere) for name, column in zip(names, columns)}
-    chosen["normal patch"] = (columns[-2], has_normal)
-    if has_strange.any():
-        if not has_strange.all():
-            chosen["normal patch, images with an outlier"] = (columns[-2], has_normal & has_strange)
-        chosen["outlier patch"] = (columns[-1], has_strange)
-    return chosen
-
-
-def _probes(
-    tokens: dict[str, tuple[Tensor, Tensor]], labels: Tensor, classes: int, test: Tensor, seed: int
-) -> dict[str, Probed]:
-    probed = {
-        name: probe_token(features, labels, classes, test, present, seed)
-        for name, (features, present) in tokens.items()
-    }
-    return {name: each for name, each in probed.items() if each is not None}
+    parts: list[list[Tensor]] = []
+    for rows in torch.arange(len(images)).split(size):
+        batch = encoder.tokens(images[rows])
+        each = torch.arange(len(rows))
+        picked = (batch.patches[each, chosen[rows]] for chosen in (normal, outlying))
+        parts.append([batch.cls, *batch.registers.unbind(dim=1), batch.patches.mean(dim=1), *picked])
+    *columns, normal_patch, outlier_patch = (torch.cat([part.cpu() for part in column]) for column in zip(*parts))
+    everywhere = torch.ones(len(images), dtype=torch.bool)
+    tokens = {name: (column, everywhere) for name, column in zip(names, columns)}
+    tokens["normal patch"] = (normal_patch, has_normal)
+    if has_outlier.any():
+        if not has_outlier.all():
+            tokens["normal patch, images with an outlier"] = (normal_patch, has_normal & has_outlier)
+        tokens["outlier patch"] = (outlier_patch, has_outlier)
+    return tokens
 
 
 def _controls(
@@ -338,33 +348,31 @@ def _controls(
     known = moments(_special(encoder, pictures.images[each], outliers[each], what)[0] for each in batches)
     kinds = ("as it is", *CONTROLS)
     generators = {kind: torch.Generator().manual_seed(seed) for kind in kinds}
-    right: dict[tuple[str, str], list[Tensor]] = {(kind, name): [] for kind in kinds for name in CONTROL_PROBES}
-    cosines: dict[tuple[str, str], list[Tensor]] = {(kind, name): [] for kind in kinds for name in CONTROL_PROBES}
+    values: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # by kind and name of the figure
     for each in batches:
         images = pictures.images[each]
         contents, where = _special(encoder, images, outliers[each], what)
         plain = encoder.tokens(images)
-        kept = ~where[:, 1 + encoder.num_registers :].to(plain.patches.device)
+        others = ~where[:, 1 + encoder.num_registers :].to(plain.patches.device)
         for kind in kinds:
             now = plain
             if kind != "as it is":
                 put = replacement(kind, contents, known, generators[kind])  # (L, k, S, D)
                 with replaced(encoder.module, where, put.flatten(1, 2), first_block):
                     now = encoder.tokens(images)
-            cosines[kind, "CLS"].append(F.cosine_similarity(now.cls, plain.cls, dim=-1).cpu())
-            cosines[kind, "mean patch"].append(F.cosine_similarity(now.patches, plain.patches, dim=-1)[kept].cpu())
-            for name, features in zip(CONTROL_PROBES, (now.cls, now.patches.mean(dim=1))):
-                if pictures.labels is not None and name in probed:
-                    right[kind, name].append(probed[name].model.predict(features).cpu() == pictures.labels[each])
-    lines = []
-    for kind in kinds:
-        line: dict[str, Any] = {"what": what, "kind": kind, "images": sum(map(len, batches))}
-        for name, key in zip(CONTROL_PROBES, ("cls", "patch")):
-            hits = right[kind, name]
-            line[f"{key}_accuracy"] = float(torch.cat(hits).double().mean()) if hits else None
-            line[f"{key}_cosine"] = float(torch.cat(cosines[kind, name]).mean())
-        lines.append(line)
-    return lines
+            values[kind, "cls_cosine"].append(F.cosine_similarity(now.cls, plain.cls, dim=-1).cpu())
+            values[kind, "patch_cosine"].append(F.cosine_similarity(now.patches, plain.patches, dim=-1)[others].cpu())
+            for name, features in (("cls", now.cls), ("patch", now.patches.mean(dim=1))):
+                if pictures.labels is not None and CONTROL_PROBES[name] in probed:
+                    predicted = probed[CONTROL_PROBES[name]].model.predict(features).cpu()
+                    values[kind, f"{name}_accuracy"].append((predicted == pictures.labels[each]).double())
+    figures = [f"{name}_{figure}" for name in CONTROL_PROBES for figure in ("accuracy", "cosine")]
+    count = sum(map(len, batches))
+    return [
+        {"what": what, "kind": kind, "images": count}
+        | {name: float(torch.cat(values[kind, name]).mean()) if values[kind, name] else None for name in figures}
+        for kind in kinds
+    ]
 
 
 def _special(encoder: NativeEncoder, images: Tensor, outliers: Tensor, what: str) -> tuple[Tensor, Tensor]:
@@ -386,11 +394,11 @@ def _discovery(
     count = min(len(images), DISCOVERY_IMAGES)
     height, width = images.shape[-2:]
     found = np.zeros((len(BIASES), count, 4), dtype=np.float32)
-    for number, keys in enumerate(_keys(encoder, images[:count])):
-        similarity = gram(keys, normalise=True).cpu()
+    keys = (key for batch in images[:count].split(8) for key in encoder.qkv(batch)["key"])
+    for number, key in enumerate(keys):
+        similarity = gram(key, normalise=True).cpu()
         for place, bias in enumerate(BIASES):
-            box = lost(similarity + bias, grid).box
-            found[place, number] = np.array(box) * encoder.patch_size
+            found[place, number] = np.array(lost(similarity + bias, grid).box) * encoder.patch_size
     truth = list(boxes[:count])
     hits = np.array([correct(each, truth) for each in found])  # (S, n)
     whole = correct(np.tile(np.array([[0, 0, width, height]], dtype=np.float32), (count, 1)), truth)
@@ -409,16 +417,3 @@ def _discovery(
         "whole_image_box": float(whole.mean()),
         "sweep": dict(zip(map(str, BIASES), shares.tolist())),
     }
-
-
-def _keys(encoder: NativeEncoder, images: Tensor) -> Iterator[Tensor]:
-    for batch in images.split(8):
-        yield from encoder.qkv(batch)["key"]
-
-
-def as_json(measured: Measured) -> dict[str, Any]:
-    """The record, with the search for a test-time register where there was one."""
-    record = dict(measured.record)
-    if measured.fitted is not None:
-        record["test_time"] = describe(measured.fitted, min(FIT_IMAGES, len(measured.outliers)))
-    return record

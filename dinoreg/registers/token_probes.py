@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
-from dinoreg.evaluation.solvers.softmax_regression import LogisticModel, balanced_split, select_and_fit
+from dinoreg.evaluation.solvers.logistic_regression import LogisticModel
+from dinoreg.evaluation.solvers.regularisation_path import balanced_split, select_and_fit
 from dinoreg.models.vit import RegisterViT
 
 CONTROLS = ("zero", "mean", "noise", "shuffle")

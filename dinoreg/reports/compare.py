@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.run_folder import Run, flatten, read_run
 from dinoreg.reports import html
 from dinoreg.reports.plots import Chart, Line
-from dinoreg.reports.run_folder import Run, flatten, read_run
-from dinoreg.reports.verdict import score
+from dinoreg.runtime.templates import score
 
 CURVES = (
     ("knn_top1", "k-NN accuracy of the probe", True),
@@ -41,33 +39,19 @@ def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) ->
     if path.is_dir():
         path = path / "report.html"
     columns, rows = comparison(loaded, names)
-    body = [
-        f"<h1>{len(loaded)} runs compared</h1>",
-        f'<p class="soft">{html.escape(", ".join(names))}</p>',
-        html.section("table", "Results", f'<div class="card">{html.table(columns, rows)}</div>'),
-    ]
-    differing = differences(loaded)
-    if differing:
-        table = html.table(("key", *names), [(key, *values) for key, values in differing.items()])
-        body.append(html.section("config", "What differs in the configs", f'<div class="card">{table}</div>'))
-    charts = overlaid(loaded, names)
-    if charts:
-        body.append(html.section("curves", "Curves", html.charts(charts)))
+    content = html.page(
+        "reports/templates/compare.html.j2",
+        f"{len(loaded)} runs compared",
+        lead=", ".join(names),
+        names=names,
+        columns=columns,
+        rows=rows,
+        differences=[(key, *values) for key, values in differences(loaded).items()],
+        charts=html.charts(overlaid(loaded, names)),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, html.page(f"{len(loaded)} runs · dinoreg", body))
+    write_atomic(path, content)
     return path
-
-
-def comparison_table(runs: Sequence[str | Path]) -> Table:
-    """The same table for a terminal."""
-    loaded = [read_run(run) for run in runs]
-    columns, rows = comparison(loaded, run_names(loaded))
-    table = Table()
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:

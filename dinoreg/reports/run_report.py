@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.format import write_atomic
-from dinoreg.reports import html
-from dinoreg.reports.compare import compare_report, comparison_table
-from dinoreg.reports.plots import (
-    health_charts,
-    loss_charts,
-    other_charts,
-    probe_charts,
-    schedule_charts,
-    speed_charts,
-)
-from dinoreg.reports.run_folder import Probe, Run, flatten, is_number, number, read_run
-from dinoreg.reports.verdict import score, verdict
-
-__all__ = ["compare_report", "comparison_table", "write_report"]
+from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.run_folder import Probe, Run, flatten, read_run
+from dinoreg.reports import html, plots
+from dinoreg.reports.verdict import verdict
+from dinoreg.runtime.json_files import is_number
 
 MAX_LISTED = 200  # skipped images shown by name
 DETAILS = {
@@ -58,66 +46,46 @@ def write_report(run: str | Path, problem: str = "") -> Path:
     problem  why its pictures could not be drawn, in a sentence (`visualize.run_pictures.draw_missing`)
     """
     folder = Path(run)
-    content = read_run(folder)
-    write_atomic(folder / "report.html", render_report(content, problem))
+    write_atomic(folder / "report.html", render_report(read_run(folder), problem))
     return folder / "report.html"
 
 
 def render_report(run: Run, problem: str = "") -> str:
     """The page of a run; `problem` says why pictures are missing. Sections without content are left out."""
-    sections: list[tuple[str, str, str]] = []  # anchor, title, HTML
-
-    def add(anchor: str, title: str, *parts: str) -> None:
-        kept = [part for part in parts if part]
-        if kept:
-            sections.append((anchor, title, html.section(anchor, title, *kept)))
-
-    def charts(build: Callable[[Run], list[Any]]) -> str:
-        built = build(run)
-        return html.charts(built) if built else ""
-
-    add("probe", "Linear probe", *map(probe_table, run.newest_probes()))
-    add("curve", "Probe during training", charts(probe_charts))
-    add("losses", "Losses", charts(loss_charts))
-    add("health", "Health", diagnoses(run), charts(health_charts))
-    for name in [*PICTURES, *sorted(set(run.pictures) - set(PICTURES))]:
-        if name in run.pictures:
-            title, note = PICTURES.get(name, (name.replace("_", " "), ""))
-            step = run.pictures[name].parent.name.lstrip("0") or "0"
-            add(name, title, html.picture(run.pictures[name], title, f"{note} Step {step}.".strip()))
-    if problem:
-        add("pictures", "Pictures", f'<p class="card">{html.escape(problem)}</p>')
-    add("schedules", "Schedules", charts(schedule_charts))
-    add("speed", "Speed and memory", charts(speed_charts))
-    add("other", "Other measurements", charts(other_charts))
-    add("skipped", "Skipped images", skipped(run))
-    add("config", "Config", _folded("every key, as resolved", _preformatted(run.config_text)))
-    environment = [(key, _plain(value)) for key, value in flatten(run.environment).items()]
-    if environment:
-        add(
-            "environment",
-            "Environment",
-            _folded("versions and machine", html.table(("what", "value"), environment)),
-        )
-    navigation = html.navigation([(anchor, title) for anchor, title, _ in sections]) if sections else ""
-    body = [head(run), navigation, *(content for _, _, content in sections)]
-    body.append(f"<footer>Written {time.strftime('%Y-%m-%d %H:%M')} by dinoreg. This page needs no network.</footer>")
-    return html.page(f"{run.name} · dinoreg", body)
-
-
-def head(run: Run) -> str:
-    """Title, verdict and the figures of the run."""
-    words = verdict(run)
-    sentences = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in words.sentences)
-    phase = str(run.status.get("phase", ""))
     total = f" of {run.num_steps:,}" if run.num_steps else ""
-    state = f"{phase}, step {run.step:,}{total}" if phase else f"step {run.step:,}{total}"
-    return (
-        f"<h1>{html.escape(run.name)}</h1>\n"
-        f'<p class="soft">register ViT pretraining · {html.escape(state)}</p>\n'
-        f'<div class="card verdict {words.tone}"><p>{html.escape(words.headline)}</p>{sentences}</div>\n'
-        + html.facts(figures(run))
+    builders = {
+        "probe": plots.probe_charts,
+        "losses": plots.loss_charts,
+        "health": plots.health_charts,
+        "schedules": plots.schedule_charts,
+        "speed": plots.speed_charts,
+        "other": plots.other_charts,
+    }
+    names = [*PICTURES, *sorted(set(run.pictures) - set(PICTURES))]
+    return html.page(
+        "reports/templates/run.html.j2",
+        run.name,
+        run=run,
+        state=", ".join(filter(None, [str(run.status.get("phase", "")), f"step {run.step:,}{total}"])),
+        words=verdict(run),
+        figures=figures(run),
+        probes=[(probe, html.probe_scale("this run", probe), _details(probe)) for probe in run.newest_probes()],
+        charts={name: html.charts(build(run)) for name, build in builders.items()},
+        pictures=[(name, _picture(name, run.pictures[name])) for name in names if name in run.pictures],
+        problem=problem,
+        skipped=[(line.get("name", ""), line.get("reason", "")) for line in run.skipped[:MAX_LISTED]],
+        environment=[(key, _plain(value)) for key, value in flatten(run.environment).items()],
     )
+
+
+def _picture(name: str, path: Path) -> html.Picture | None:
+    title, note = PICTURES.get(name, (name.replace("_", " "), ""))
+    return html.picture(path, title, f"{note} Step {path.parent.name.lstrip('0') or '0'}.".strip())
+
+
+def _details(probe: Probe) -> list[str]:
+    known = probe.details
+    return [words.format(known[key]) for key, words in DETAILS.items() if is_number(known.get(key))]
 
 
 def figures(run: Run) -> list[tuple[str, str, str]]:
@@ -157,6 +125,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
 
 
 def hardware(run: Run) -> tuple[str, str]:
+    """What the run computed on, and the processor beside it where that is a GPU."""
     devices = run.environment.get("cuda")
     names = [str(device.get("name")) for device in devices or [] if isinstance(device, dict)]
     device = str(run.config.get("device") or "auto")
@@ -165,55 +134,6 @@ def hardware(run: Run) -> tuple[str, str]:
     if names and device != "cpu":
         return (names[0] if len(names) == 1 else f"{len(names)} · {names[0]}"), processor
     return (f"{cores} CPU cores" if cores else processor), processor if cores else ""
-
-
-def probe_table(probe: Probe) -> str:
-    """A probe and its baselines on one scale, with chance as a dotted line."""
-    rows = [("this run", probe.value, probe.low, probe.high, True)]
-    rows += [(name, *numbers, False) for name, numbers in probe.baselines.items()]
-    chance = number(probe.details["chance"]) if is_number(probe.details.get("chance")) else None
-    ends = [end for _, _, low, high, _ in rows for end in (low, high)]
-    unit = str(probe.details.get("unit", "share"))
-    shares = unit == "share" and min(ends) >= 0.0 and max(ends) <= 1.0
-    scale = (0.0, 1.0) if shares else (min(0.0, *ends), max(ends))
-    details = [words.format(probe.details[key]) for key, words in DETAILS.items() if is_number(probe.details.get(key))]
-    dotted = f" Dotted: chance, {score(chance)}." if chance is not None else ""
-    body = html.interval_rows(rows, lambda value: score(value, unit), chance, *scale)
-    axis = "The scale runs from 0 to 100 %." if shares else ""
-    return (
-        f'<div class="card"><h3>{html.escape(probe.dataset)}</h3><p class="note">'
-        f"{html.escape(probe.metric)} with its 95 % bootstrap interval, step {probe.step:,}. "
-        f"{html.escape(axis)}{html.escape(dotted)}</p>"
-        f'<div class="scroll"><table><tbody>{body}</tbody></table></div>'
-        f'<p class="note">{html.escape(" · ".join(details))}</p></div>'
-    )
-
-
-def diagnoses(run: Run) -> str:
-    """Everything the monitor named, each with its remedy."""
-    if not run.events:
-        return '<p class="card">No problem was named.</p>' if run.metrics else ""
-    items = []
-    for event in run.events:
-        message, remedy = str(event.get("message", "")), str(event.get("remedy", ""))
-        items.append(
-            f'<p><span class="mark">{html.escape(event.get("name", "unnamed"))}</span> '
-            f'<span class="soft">step {html.escape(event.get("step", "?"))}</span><br>{html.escape(message)}.'
-            + (f" <b>{html.escape(remedy)}</b>" if remedy else "")
-            + "</p>"
-        )
-    return f'<div class="card">{"".join(items)}</div>'
-
-
-def skipped(run: Run) -> str:
-    if not run.skipped:
-        return ""
-    rows = [(line.get("name", ""), line.get("reason", "")) for line in run.skipped[:MAX_LISTED]]
-    count = len(run.skipped)
-    more = f'<p class="note">and {count - MAX_LISTED} more in skipped.jsonl</p>' if count > MAX_LISTED else ""
-    images = "1 image was" if count == 1 else f"{count} images were"
-    body = f"<p>{images} left out of training.</p>{html.table(('image', 'reason'), rows)}{more}"
-    return f'<div class="card">{body}</div>'
 
 
 def duration(seconds: float | None) -> str:
@@ -228,14 +148,6 @@ def duration(seconds: float | None) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _folded(summary: str, content: str) -> str:
-    return f'<details class="card"><summary>{html.escape(summary)}</summary>{content}</details>' if content else ""
-
-
-def _preformatted(text: str) -> str:
-    return f"<pre>{html.escape(text.strip())}</pre>" if text.strip() else ""
 
 
 def _plain(value: Any) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dinoreg.reports.run_folder import Probe, Run
+from dinoreg.checkpoint.run_folder import Probe, Run
+from dinoreg.runtime.templates import score
 
 SPOKEN = {"random init": "the untrained network"}  # names of baselines, as said in a sentence
 
@@ -58,7 +59,7 @@ def judge(probe: Probe) -> Verdict:
     for name, (_, low, high) in probe.baselines.items():
         other = sorted((sign * low, sign * high))
         (beaten if own[0] > other[1] else ahead if own[1] < other[0] else level).append(SPOKEN.get(name, name))
-    unit = str(probe.details.get("unit", "share"))
+    unit = probe.unit
     what = f"{probe.details.get('probe', 'probe')} on {probe.dataset}"
     numbers = (
         f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} "
@@ -81,6 +82,7 @@ def judge(probe: Probe) -> Verdict:
 
 
 def health(run: Run) -> str:
+    """The problems that the health monitor named, in a sentence."""
     names = list(dict.fromkeys(str(event.get("name", "unnamed")) for event in run.events))
     if not names:
         return "The health monitor found nothing wrong."
@@ -88,15 +90,9 @@ def health(run: Run) -> str:
 
 
 def progress(run: Run) -> str:
+    """How far the run is, in a sentence."""
     total = f" of {run.num_steps:,}" if run.num_steps else ""
     return f"The run is at step {run.step:,}{total}."
-
-
-def score(value: float, unit: str = "share") -> str:
-    """0.7123 -> 71.2 %; shares outside of [0, 1] as they are; other units behind the number."""
-    if unit != "share":
-        return f"{value:.3g} {unit}"
-    return f"{100 * value:.1f} %" if 0.0 <= value <= 1.0 else f"{value:.4g}"
 
 
 def _and(names: list[str]) -> str:

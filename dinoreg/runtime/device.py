@@ -46,12 +46,18 @@ def cpu_has_bf16() -> bool:
     return bool((capability and capability()) or (amx and amx()))
 
 
+def cuda_has_bf16(device: torch.device) -> bool:
+    """Whether this GPU computes in bfloat16 in hardware; that PyTorch can emulate it (slowly) does not count."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The autocast dtype of `auto | bf16 | fp16 | fp32`; auto is bf16 wherever the hardware computes in it."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if cuda_has_bf16(device) else torch.float16
     if device.type == "cpu" and cpu_has_bf16():
         return torch.bfloat16
     return torch.float32

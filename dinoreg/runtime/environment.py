@@ -11,20 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "xformers",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "omegaconf",
-    "fvcore",
-    "submitit",
-    "rich",
-    "tensorboard",
-    "matplotlib",
-)
+from dinoreg.runtime.dependencies import DEPENDENCIES
+
 # Environment variables that change speed, numbers or devices.
 VARIABLES = (
     "OMP_NUM_THREADS",
@@ -42,11 +30,8 @@ VARIABLES = (
 )
 
 
-def environment(folder: Path | None = None) -> dict[str, Any]:
-    """Everything about this machine that a result may depend on, as plain values for JSON.
-
-    folder  where free disk space is looked up; none: the current folder
-    """
+def environment() -> dict[str, Any]:
+    """Everything about this machine that a result may depend on, as plain values for JSON."""
     import dinoreg
 
     return {
@@ -56,11 +41,11 @@ def environment(folder: Path | None = None) -> dict[str, Any]:
         "executable": sys.executable,
         "platform": platform.platform(),
         "command": sys.argv,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {row.name: version(row.name) for row in DEPENDENCIES if row.extra == "core"},
         "cpu": _cpu_model(),
         "cores": usable_cores(),
         "memory_gib": _memory_gib(),
-        "free_disk_gib": free_disk_gib(folder),
+        "free_disk_gib": free_disk_gib(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         **_torch(),
     }
@@ -90,13 +75,18 @@ def free_disk_gib(folder: Path | None = None) -> float:
 
 
 def _torch() -> dict[str, Any]:
-    """What PyTorch sees; the error in words where it cannot be imported."""
+    """What PyTorch sees; the error in words where it cannot be imported.
+
+    attention  on CUDA: the backend that model.attention=auto means on this device in its default precision, and why it
+               is not xformers where it is not
+    """
     try:
         import torch
 
-        from dinoreg.runtime.device import cpu_has_bf16
+        from dinoreg.runtime.device import cpu_has_bf16, cuda_has_bf16, pick_precision
+        from dinoreg.runtime.xformers_check import run_problem
     except Exception as error:
-        return {"torch_error": f"{type(error).__name__}: {error}", "cuda": [], "cpu_bf16": None}
+        return {"torch_error": f"{type(error).__name__}: {error}", "cuda": [], "attention": None, "cpu_bf16": None}
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -105,11 +95,17 @@ def _torch() -> dict[str, Any]:
                 "name": properties.name,
                 "memory_gib": round(properties.total_memory / 2**30, 1),
                 "capability": f"{properties.major}.{properties.minor}",
-                "bf16": torch.cuda.is_bf16_supported(),
+                "bf16": cuda_has_bf16(torch.device("cuda", index)),
             }
         )
+    attention = None
+    if devices:
+        device = torch.device("cuda", torch.cuda.current_device())
+        problem = run_problem(device, pick_precision("auto", device))
+        attention = {"backend": "sdpa" if problem else "xformers", "reason": problem}
     return {
         "cuda": devices,
+        "attention": attention,
         "cuda_version": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if devices else None,
         "cpu_bf16": cpu_has_bf16(),
@@ -123,21 +119,15 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=30, check=True)
+        return done.stdout.strip()
+
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
 def _cpu_model() -> str:

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from dinoreg.models.attention import attention_weights
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports import html
 from dinoreg.runtime.errors import UserError
-from dinoreg.visualize.contact_sheet import sheet, tile, to_pixels
-from dinoreg.visualize.gallery import Gallery, about, in_gallery, unreadable
-from dinoreg.visualize.subject import open_subject, picture_size, read_pictures, safe_name
+from dinoreg.visualize.contact_sheet import colour_map, map_row, sheet, tile, to_pixels
+from dinoreg.visualize.gallery import ModelGallery
+from dinoreg.visualize.subject import safe_name
 
-COLOURS = "magma"
 ALL, MEAN = "all", "mean"  # heads
 TILE = 118  # pixels, the height of a map
 
@@ -86,6 +84,7 @@ def attention_budget(rows: Tensor) -> list[Budget]:
 
 
 def token_names(num_registers: int) -> list[str]:
+    """Of the class token and the registers, as they stand in a sequence."""
     return ["CLS"] + [f"register {number + 1}" for number in range(num_registers)]
 
 
@@ -103,18 +102,8 @@ def attention_sheet(
     """
     pixels = to_pixels(images, mean, std)
     maps = attention_maps(model, images, layer).cpu().numpy()
-    rows = []
-    for picture, tokens in zip(pixels, maps):
-        first = tile(picture, height)
-        rows.append([first] + [tile(colour_map(each), height, first.width, smooth=False) for each in tokens])
+    rows = [map_row(picture, map(colour_map, tokens), height) for picture, tokens in zip(pixels, maps)]
     return sheet(rows, ["image", *token_names(model.num_registers)])
-
-
-def colour_map(values: np.ndarray) -> np.ndarray:
-    """values (h, w), at least 0 -> uint8 (h, w, 3), black at 0 and brightest at the maximum."""
-    top = float(values.max())
-    shares = values / top if top > 0 else np.zeros_like(values)
-    return (matplotlib.colormaps[COLOURS](shares)[..., :3] * 255).round().astype(np.uint8)
 
 
 def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -126,7 +115,7 @@ def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
     top = float(values.max())
     small = Image.fromarray((values / top if top > 0 else np.zeros_like(values)).astype(np.float32))
     shares = np.asarray(small.resize((width, height), Image.Resampling.BILINEAR))
-    heat = matplotlib.colormaps[COLOURS](shares)[..., :3] * 255
+    heat = matplotlib.colormaps["magma"](shares)[..., :3] * 255
     grey = pixels.mean(axis=2, keepdims=True).repeat(3, axis=2)
     weight = 0.7 * shares[..., None]
     return (0.6 * grey * (1 - weight) + heat * weight).clip(0, 255).round().astype(np.uint8)
@@ -154,42 +143,33 @@ def view_attention(
     size    pixels, one side or (height, width), multiples of the patch size
     raises  UserError, before anything is written, for a layer, head, size, image or model that is not there
     """
-    subject = open_subject(weights, device)
-    model = subject.model
+    gallery = ModelGallery("attention", weights, images, out, size=size, num=num, device=device)
+    model = gallery.model
     layers, heads = chosen_layers(layer, model.depth), chosen_heads(head, model.heads)
-    resolution = picture_size(model, size)
-    grid = (resolution[0] // model.patch_size, resolution[1] // model.patch_size)
-    gallery = Gallery("attention", Path(out) if out else subject.folder)
-    pictures = read_pictures(subject, images, num, resolution)
-    shown = to_pixels(pictures.images, subject.mean, subject.std)
-    columns = ["image", *token_names(model.num_registers)]
-    sections: list[tuple[str, str, Sequence[str]]] = []
+    names = token_names(model.num_registers)
+    shown: list[tuple[str, list[Any]]] = []
     budgets: list[list[list[Budget]]] = [[] for _ in layers]  # by layer, image, token
-    for number, name in enumerate(pictures.names):
-        rows = attention_rows(model, pictures.images[number : number + 1], layers)[:, 0, heads].cpu()
+    for number, name in enumerate(gallery.pictures.names):
+        image = gallery.pictures.images[number : number + 1]
+        rows = attention_rows(model, image, layers)[:, 0, heads].cpu()
         for place, each in enumerate(rows):
             budgets[place].append(attention_budget(each[None]))
-        maps = rows[..., 1 + model.num_registers :].unflatten(-1, grid).numpy()  # (L, heads, 1+R, h, w)
+        maps = rows[..., len(names) :].unflatten(-1, gallery.grid).numpy()  # (L, heads, 1+R, h, w)
         stem = f"{number + 1:02d}-{safe_name(Path(name).stem, 40)}"
         parts = []
         for ending, what, chosen, labels in _sheets(maps, layers, head):
             for kind in ("maps", "overlay"):
-                drawn = token_sheet(shown[number], chosen, columns, labels, over=kind == "overlay")
+                drawn = token_sheet(gallery.pixels[number], chosen, ["image", *names], labels, over=kind == "overlay")
                 parts.append(gallery.picture(f"{stem}{ending}-{kind}", drawn, f"{what}, {kind}", what))
-        sections.append((f"image-{number + 1}", Path(name).name, [in_gallery(parts)]))
-    means = {layer: _mean_budget(each) for layer, each in zip(layers, budgets)}
-    names = token_names(model.num_registers)
-    sections.insert(0, ("budget", "Where the attention goes", [_budget_table(means, names)]))
-    sections.append(unreadable(pictures))
-    numbers = {f"block {layer}": {n: b._asdict() for n, b in zip(names, each)} for layer, each in means.items()}
-    return gallery.finish(
-        f"Attention of {subject.name}",
-        "Which patches the class token and each register attend to. Every map is scaled to its brightest patch: one "
-        "bright dot on black is a token that looks at one patch.",
-        about(subject, resolution, pictures),
-        sections,
-        {"weights": subject.name, "size": resolution, "images": pictures.names, "budget": numbers},
-    )
+        shown.append((Path(name).name, parts))
+    means = {f"block {layer}": dict(zip(names, _mean_budget(each))) for layer, each in zip(layers, budgets)}
+    table = [
+        (block, name, *(f"{100 * share:.1f} %" for share in each[:3]), f"{each.spread:.0f}")
+        for block, budget in means.items()
+        for name, each in budget.items()
+    ]
+    numbers = {block: {name: each._asdict() for name, each in budget.items()} for block, budget in means.items()}
+    return gallery.finish("Attention", {"budget": numbers}, images=shown, budget=table)
 
 
 def token_sheet(
@@ -200,15 +180,14 @@ def token_sheet(
     pixels (H, W, 3) uint8; maps (rows, 1+R, h, w); over: drawn over the picture
     """
     first = tile(pixels, TILE)
-    small = np.asarray(first)
     rows = []
     for number, tokens in enumerate(maps):
-        left = first if number == 0 else Image.new("RGBA", first.size, (0, 0, 0, 0))
-        drawn = [
-            Image.fromarray(overlay(small, each)) if over else tile(colour_map(each), TILE, first.width, smooth=False)
-            for each in tokens
-        ]
-        rows.append([left, *drawn])
+        if over:
+            row = [first, *(Image.fromarray(overlay(np.asarray(first), each)) for each in tokens)]
+        else:
+            row = map_row(pixels, map(colour_map, tokens), TILE)
+        blank = Image.new("RGBA", first.size, (0, 0, 0, 0))
+        rows.append(row if number == 0 else [blank, *row[1:]])
     return sheet(rows, columns, labels)
 
 
@@ -254,14 +233,3 @@ def chosen_heads(text: str, count: int) -> list[int]:
 def _mean_budget(images: Sequence[Sequence[Budget]]) -> list[Budget]:
     """Of several images, (images, tokens) -> (tokens)."""
     return [Budget(*np.mean(each, axis=0).tolist()) for each in zip(*images)]
-
-
-def _budget_table(means: dict[int, list[Budget]], names: Sequence[str]) -> str:
-    rows = [
-        (f"block {layer}", name, *(f"{100 * share:.1f} %" for share in each[:3]), f"{each.spread:.0f}")
-        for layer, budgets in means.items()
-        for name, each in zip(names, budgets)
-    ]
-    head = ("", "token", "to CLS", "to registers", "to patches", "patches it spreads over")
-    note = "Means over images and heads. The last column is the exponential of the entropy among patches."
-    return f'<div class="card"><p class="note">{note}</p>{html.table(head, rows, numeric=(2, 3, 4, 5))}</div>'

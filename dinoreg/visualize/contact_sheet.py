@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -28,12 +32,36 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np
     return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def colour_map(values: np.ndarray, top: float | None = None, colours: str = "magma") -> np.ndarray:
+    """values (h, w), at least 0 -> uint8 (h, w, 3), black at 0 and brightest at `top`, by default the maximum."""
+    top = float(values.max()) if top is None else top
+    shares = values / top if top > 0 else np.zeros_like(values)
+    painted = matplotlib.colormaps[colours](shares)[..., :3] * (shares > 0)[..., None]
+    return (painted * 255).round().astype(np.uint8)
+
+
+def figure_image(figure: Figure) -> Image.Image:
+    """A figure of matplotlib as a picture on a transparent ground."""
+    FigureCanvasAgg(figure)
+    figure.patch.set_alpha(0)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with Image.open(buffer) as image:
+        return image.convert("RGBA")
+
+
 def tile(pixels: np.ndarray, height: int, width: int | None = None, smooth: bool = True) -> Image.Image:
     """pixels (h, w, 3) uint8 as a picture of `height` (and `width`, by default in proportion)."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if width is None:
         width = max(1, round(height * picture.width / picture.height))
     return picture.resize((width, height), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+
+
+def map_row(pixels: np.ndarray, maps: Iterable[np.ndarray], height: int) -> list[Image.Image]:
+    """An image (H, W, 3) uint8, and painted maps of it (h, w, 3) uint8, as tiles of one size side by side."""
+    first = tile(pixels, height)
+    return [first, *(tile(each, height, first.width, smooth=False) for each in maps)]
 
 
 def sheet(

@@ -10,10 +10,9 @@ from PIL import Image
 
 from dinoreg.config.load import Config, find_config, load_config
 from dinoreg.data.decode import decode
-from dinoreg.data.loader import Batch, BatchLoader
+from dinoreg.data.loader import Batch, BatchLoader, Reading, Views
 from dinoreg.data.source import Source
 from dinoreg.models.registry import parse_name
-from dinoreg.reports import html
 from dinoreg.runtime.errors import UserError
 from dinoreg.visualize.contact_sheet import sheet, tile, to_pixels
 from dinoreg.visualize.gallery import Gallery
@@ -79,42 +78,31 @@ def view_crops(config: str, overrides: Sequence[str] = (), out: str | None = Non
     settings = load_config(config, list(overrides))
     source = config_source(settings.data, "data: missing; name a folder of images (data=photos/), a list, or scenes")
     gallery = Gallery("crops", Path(out) if out else default_folder(config))
-    # The masks of a batch are drawn for it as a whole, so it is the run's own; of a large one, as much as is shown.
-    batch_size = min(max(num, 8), settings.batch_size)
     patch = int(parse_name(settings.model.name)["patch_size"])
     mean, std = settings.augment.mean, settings.augment.std
-    loader = BatchLoader(
-        source,
-        crops=settings.crops,
-        augment=settings.augment,
-        mask=settings.mask,
-        patch_size=patch,
-        batch_size=batch_size,
-        seed=settings.seed,
-        workers=0,
-        max_bad_fraction=1.0,
-        max_pixels=settings.data.max_pixels,
-        in_channels=settings.model.in_channels,
-    )
-    with loader:
-        batch = next(loader)
-    originals = [_original(source, int(index), settings) for index in batch.sample_ids[:num]]
+    # The masks of a batch are drawn for it as a whole, so it is the run's own; of a large one, as much as is shown.
+    batch, unreadable = first_batch(settings, source, patch, min(max(num, 8), settings.batch_size))
+    indices = [int(index) for index in batch.sample_ids[:num]]
+    names = [source.name(index) for index in indices]
+    originals = [_original(source, index, settings) for index in indices]
     drawn = crop_sheet(batch, mean, std, patch, num, TILE, originals)
-    picture = gallery.picture("crops", drawn, "training crops")
-    skipped = html.table(("image", "reason"), sorted(loader.bad.items())) if loader.bad else ""
-    names = [source.name(int(index)) for index in batch.sample_ids[:num]]
-    return gallery.finish(
+    return gallery.write_page(
         f"Training crops of {config}",
-        "The first images as the networks get them. The teacher sees whole global crops; the student sees them with "
-        "the grey patches hidden, and the local crops.",
         _facts(settings, batch, patch, len(source)),
-        [
-            ("crops", "Crops and masks", [picture]),
-            ("images", "Images", [f'<div class="card">{html.table(("image",), [(name,) for name in names])}</div>']),
-            ("skipped", "Images left out", [f'<div class="card">{skipped}</div>' if skipped else ""]),
-        ],
         {"config": config, "hash": settings.hash(), "images": names},
+        crops=gallery.picture("crops", drawn, "training crops"),
+        images=[(name,) for name in names],
+        skipped=sorted(unreadable.items()),
     )
+
+
+def first_batch(config: Config, source: Source, patch_size: int, batch_size: int) -> tuple[Batch, dict[str, str]]:
+    """The first training batch that a config makes of a source, and {name: reason} of images that it left out."""
+    views = Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels)
+    reading = Reading(workers=0, max_bad_fraction=1.0, max_pixels=config.data.max_pixels)
+    loader = BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed)
+    with loader:
+        return next(loader), loader.bad
 
 
 def default_folder(config: str) -> Path:

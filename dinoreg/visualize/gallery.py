@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.reports import html
 from dinoreg.runtime.errors import RunError, UserError
-from dinoreg.visualize.subject import Pictures, Subject
+from dinoreg.runtime.json_files import read_json
+from dinoreg.visualize.contact_sheet import to_pixels
+from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
 
 FORMAT = "dinoreg-view"
 RECORD = "view.json"
@@ -35,80 +37,100 @@ class Gallery:
         self.view, self.out, self.folder = view, out, out / view
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"out={out}: {self.folder} is a file, expected a folder")
-        self.pictures: list[str] = []
+        self.saved: list[str] = []  # names of the pictures
 
-    def picture(self, stem: str, image: Image.Image, description: str, note: str = "") -> str:
-        """Save a picture as `STEM.png`; returns the HTML that shows it."""
-        try:
-            if not self.pictures:
-                self._begin()
-            path = self.folder / f"{stem}.png"
+    def picture(self, stem: str, image: Image.Image, description: str, note: str = "") -> html.Picture | None:
+        """Save a picture as `STEM.png`; returns what shows it on the page."""
+        path = self.folder / f"{stem}.png"
+        with self._writing():
+            if not self.saved:
+                self._remove_last()
             image.save(path)
-        except OSError as error:
-            raise RunError(f"out={self.out}: cannot be written ({error.strerror or error})") from None
-        self.pictures.append(path.name)
+        self.saved.append(path.name)
         return html.picture(path, description, note)
 
-    def finish(
+    def write_page(
         self,
         title: str,
-        lead: str,
-        facts: Iterable[tuple[str, str, str]],
-        sections: Sequence[tuple[str, str, Sequence[str]]],
+        facts: Sequence[tuple[str, str, str]],
         record: Mapping[str, Any],
+        folder: str = "visualize",
+        **values: Any,
     ) -> Path:
         """Write the page and the record of numbers beside the pictures; returns the page's path.
 
-        sections  (anchor, title, parts of HTML); those without parts are left out
+        facts   (what, value, small print), in tiles below the title
+        folder  of `dinoreg/`, in which `templates/<view>.html.j2` is; it is given `values`
         """
-        shown = [(anchor, heading, parts) for anchor, heading, parts in sections if any(parts)]
-        body = [
-            f"<h1>{html.escape(title)}</h1>\n<p class='soft'>{html.escape(lead)}</p>",
-            html.facts(facts),
-            html.navigation([(anchor, heading) for anchor, heading, _ in shown]) if len(shown) > 1 else "",
-            *(html.section(anchor, heading, *filter(None, parts)) for anchor, heading, parts in shown),
-            f"<footer>Written {time.strftime('%Y-%m-%d %H:%M')} by dinoreg. This page needs no network.</footer>",
-        ]
-        written = {"format": FORMAT, "view": self.view, **record, "pictures": self.pictures}
         page = self.out / f"{self.view}.html"
-        try:
+        written = {"format": FORMAT, "view": self.view, **record, "pictures": self.saved}
+        content = html.page(f"{folder}/templates/{self.view}.html.j2", title, facts=facts, **values)
+        with self._writing():
             write_atomic(self.folder / RECORD, json.dumps(written, indent=1) + "\n")
-            write_atomic(page, html.page(f"{title} · dinoreg", body))
-        except OSError as error:
-            raise RunError(f"out={self.out}: cannot be written ({error.strerror or error})") from None
+            write_atomic(page, content)
         return page
 
-    def _begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            before = json.loads((self.folder / RECORD).read_text(encoding="utf-8"))
-            names = before["pictures"] if before["format"] == FORMAT else []
-            for name in names:
-                if _PICTURE.fullmatch(name):
-                    (self.folder / name).unlink(missing_ok=True)
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # no record, or none of ours: nothing is removed
+            yield
+        except OSError as error:
+            raise RunError(f"out={self.out}: cannot be written ({error.strerror or error})") from None
+
+    def _remove_last(self) -> None:
+        """Remove the pictures that a record of ours names; without one nothing is removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before = read_json(self.folder / RECORD)
+        names = before.get("pictures") if before.get("format") == FORMAT else None
+        for name in names if isinstance(names, list) else []:
+            if isinstance(name, str) and _PICTURE.fullmatch(name):
+                (self.folder / name).unlink(missing_ok=True)
 
 
-def about(subject: Subject, size: tuple[int, int], pictures: Pictures) -> list[tuple[str, str, str]]:
-    """The facts that every view states: model, resolution, images."""
-    model = subject.model
-    rows, columns = size[0] // model.patch_size, size[1] // model.patch_size
-    registers = f"{model.num_registers} register{'s' * (model.num_registers != 1)}"
-    skipped = f"{len(pictures.skipped)} could not be read" if pictures.skipped else ""
-    return [
-        ("model", subject.name, f"{model.depth} blocks of {model.heads} heads, width {model.dim}, {registers}"),
-        ("images", str(len(pictures.names)), skipped),
-        ("resolution", f"{size[0]} x {size[1]} px", f"{rows} x {columns} patches of {model.patch_size} px"),
-    ]
+class ModelGallery(Gallery):
+    """A view of a model on some images.
 
+    size      (height, width) in pixels of the images; grid: in patches
+    pictures  the images as the model gets them; pixels (B, H, W, 3) uint8: as they are shown
+    """
 
-def unreadable(pictures: Pictures) -> tuple[str, str, Sequence[str]]:
-    """The section that lists images left out; empty when there are none."""
-    table = html.table(("image", "reason"), pictures.skipped) if pictures.skipped else ""
-    return "skipped", "Images left out", [f'<div class="card">{table}</div>' if table else ""]
+    def __init__(
+        self,
+        view: str,
+        weights: str,
+        images: str | Sequence[str] | None,
+        out: str | None,
+        *,
+        size: int | Sequence[int] | None,
+        num: int | None,
+        device: str,
+    ) -> None:
+        """The arguments are those of `dinoreg view`; writes nothing; raises UserError for what does not fit."""
+        self.subject = open_subject(weights, device)
+        self.model = self.subject.model
+        self.size = picture_size(self.model, size)
+        self.grid = (self.size[0] // self.model.patch_size, self.size[1] // self.model.patch_size)
+        super().__init__(view, Path(out) if out else self.subject.folder)
+        self.pictures = read_pictures(self.subject, images, num, self.size)
+        self.pixels = to_pixels(self.pictures.images, self.subject.mean, self.subject.std)
 
-
-def in_gallery(parts: Iterable[str]) -> str:
-    kept = [part for part in parts if part]
-    return f'<div class="gallery">{"".join(kept)}</div>' if kept else ""
+    def finish(
+        self, title: str, record: Mapping[str, Any], facts: Sequence[tuple[str, str, str]] = (), **values: Any
+    ) -> Path:
+        """Write the page, with what every view states: model, resolution, images, and those left out."""
+        model, skipped = self.model, self.pictures.skipped
+        (height, width), (rows, columns) = self.size, self.grid
+        registers = f"{model.num_registers} register{'s' * (model.num_registers != 1)}"
+        names = self.pictures.names
+        about = [
+            (
+                "model",
+                self.subject.name,
+                f"{model.depth} blocks of {model.heads} heads, width {model.dim}, {registers}",
+            ),
+            ("images", str(len(names)), f"{len(skipped)} could not be read" if skipped else ""),
+            ("resolution", f"{height} x {width} px", f"{rows} x {columns} patches of {model.patch_size} px"),
+        ]
+        record = {"weights": self.subject.name, "size": self.size, "images": names, **record}
+        title = f"{title} of {self.subject.name}"
+        return self.write_page(title, [*about, *facts], record, skipped=skipped, **values)

@@ -6,30 +6,26 @@ are those of the residual stream after each block.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import NullFormatter
 from PIL import Image
 from torch import Tensor
 
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports import html
-from dinoreg.reports.plots import COLOURS, Chart, Line, short
-from dinoreg.visualize.contact_sheet import sheet, tile, to_pixels
-from dinoreg.visualize.gallery import Gallery, about, in_gallery, unreadable
-from dinoreg.visualize.subject import Pictures, Subject, open_subject, picture_size, read_pictures
+from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, short_tick
+from dinoreg.visualize.contact_sheet import colour_map, figure_image, map_row, sheet
+from dinoreg.visualize.gallery import ModelGallery
 
-MAP_COLOURS = "viridis"
 TILE = 92  # pixels, the height of a map
 INK = "#868690"
 _BLOCKS_A_SHEET = 12
@@ -47,12 +43,12 @@ class TokenNorms(NamedTuple):
 @torch.no_grad()
 def token_norms(model: RegisterViT, images: Tensor) -> TokenNorms:
     """images (B, C, H, W) normalised -> the norms of all their tokens, float32 on the CPU. One image at a time."""
-    found: list[list[Tensor]] = [[], [], []]
+    norms: list[list[Tensor]] = [[], [], []]
     for image in images:
         layers = model.intermediate_tokens(image[None], range(model.depth), norm=False)
         for kind, parts in enumerate(zip(*layers)):
-            found[kind].append(torch.stack([part.float().norm(dim=-1).cpu() for part in parts]))
-    return TokenNorms(*(torch.cat(each, dim=1) for each in found))
+            norms[kind].append(torch.stack([part.float().norm(dim=-1).cpu() for part in parts]))
+    return TokenNorms(*(torch.cat(each, dim=1) for each in norms))
 
 
 def view_norms(
@@ -68,31 +64,21 @@ def view_norms(
 
     raises  UserError, before anything is written, for a size, image or model that does not fit or is not there
     """
-    subject = open_subject(weights, device)
-    resolution = picture_size(subject.model, size)
-    gallery = Gallery("norms", Path(out) if out else subject.folder)
-    pictures = read_pictures(subject, images, num, resolution)
-    norms = token_norms(subject.model, pictures.images)
+    gallery = ModelGallery("norms", weights, images, out, size=size, num=num, device=device)
+    norms = token_norms(gallery.model, gallery.pictures.images)
     maps = [
         gallery.picture(f"maps{ending}", drawn, f"norms of patch tokens{ending}")
-        for ending, drawn in _map_sheets(subject, pictures, norms, resolution)
+        for ending, drawn in _map_sheets(gallery.pixels, norms, gallery.grid)
     ]
     histograms = gallery.picture("histograms", histogram_sheet(norms), "histograms of norms, one for each block")
     rows = summary(norms)
-    head = ("block", "median patch", "99th percentile", "largest patch", "largest / median", "CLS", "registers")
     return gallery.finish(
-        f"Token norms of {subject.name}",
-        "Norms of patch, class and register tokens after each block, before the final norm. Artifacts are patches far "
-        "longer than the others; registers are there to take that part.",
-        about(subject, resolution, pictures),
-        [
-            ("layers", "By block", [html.charts([norm_chart(norms)])]),
-            ("histograms", "Histograms", [histograms]),
-            ("maps", "Maps", [_note("Black is 0; each block is scaled to its own largest patch."), in_gallery(maps)]),
-            ("numbers", "Numbers", [f'<div class="card">{html.table(head, _written(rows), range(1, 7))}</div>']),
-            unreadable(pictures),
-        ],
-        {"weights": subject.name, "size": resolution, "images": pictures.names, "blocks": rows},
+        "Token norms",
+        {"blocks": rows},
+        charts=html.charts([norm_chart(norms)]),
+        histograms=histograms,
+        maps=maps,
+        numbers=_written(rows),
     )
 
 
@@ -137,31 +123,17 @@ def norm_chart(norms: TokenNorms) -> Chart:
     return Chart("Norm after each block", "", lines, log=wide, from_zero=not wide, x_label="block")
 
 
-def _map_sheets(
-    subject: Subject, pictures: Pictures, norms: TokenNorms, size: tuple[int, int]
-) -> list[tuple[str, Image.Image]]:
+def _map_sheets(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) -> Iterator[tuple[str, Image.Image]]:
     """Rows of images, columns of blocks; deep models on several sheets. (ending of the file's name, sheet)."""
-    patch = subject.model.patch_size
-    grid = (size[0] // patch, size[1] // patch)
-    shown = to_pixels(pictures.images, subject.mean, subject.std)
-    depth, drawn = len(norms.patches), []
+    depth = len(norms.patches)
     for first in range(0, depth, _BLOCKS_A_SHEET):
         blocks = range(first, min(first + _BLOCKS_A_SHEET, depth))
         rows = []
-        for number, picture in enumerate(shown):
-            left = tile(picture, TILE)
-            maps = [norms.patches[block, number].reshape(grid).numpy() for block in blocks]
-            tops = [float(norms.patches[block].max()) for block in blocks]
-            rows.append([left, *(_tile_of(each, top, left.width) for each, top in zip(maps, tops))])
+        for number, image in enumerate(pixels):
+            values = ((norms.patches[b, number].reshape(grid).numpy(), float(norms.patches[b].max())) for b in blocks)
+            rows.append(map_row(image, (colour_map(each, top, "viridis") for each, top in values), TILE))
         ending = f"-blocks{blocks[0]}-{blocks[-1]}" if depth > _BLOCKS_A_SHEET else ""
-        drawn.append((ending, sheet(rows, ["image", *(f"block {block}" for block in blocks)])))
-    return drawn
-
-
-def _tile_of(values: np.ndarray, top: float, width: int) -> Image.Image:
-    shares = values / top if top > 0 else np.zeros_like(values)
-    colours = matplotlib.colormaps[MAP_COLOURS](shares)[..., :3] * (shares > 0)[..., None]
-    return tile((colours * 255).round().astype(np.uint8), TILE, width, smooth=False)
+        yield ending, sheet(rows, ["image", *(f"block {block}" for block in blocks)])
 
 
 def histogram_sheet(norms: TokenNorms) -> Image.Image:
@@ -169,49 +141,37 @@ def histogram_sheet(norms: TokenNorms) -> Image.Image:
     depth = len(norms.patches)
     columns = min(4, depth)
     rows = -(-depth // columns)
-    with rc_context({"font.size": 7, "font.family": "sans-serif", "text.parse_math": False}):
-        width, height = 2.5 * columns, 1.55 * rows + 0.35  # inches
+    width, height = 2.5 * columns, 1.55 * rows + 0.35  # inches
+    with rc_context(SETTINGS | {"font.size": 7}):
         figure = Figure(figsize=(width, height), dpi=120)
         # Fixed margins: fitting them to the labels would take longer than drawing.
         figure.subplots_adjust(
-            left=0.4 / width,
-            right=1 - 0.1 / width,
-            bottom=0.25 / height,
-            top=1 - 0.5 / height,
-            wspace=0.18,
+            left=0.4 / width, right=1 - 0.1 / width, bottom=0.25 / height, top=1 - 0.5 / height, wspace=0.18,
             hspace=0.32,
-        )
-        FigureCanvasAgg(figure)
-        figure.patch.set_alpha(0)
+        )  # fmt: skip
         for block in range(depth):
-            axes = figure.add_subplot(rows, columns, block + 1)
-            axes.patch.set_alpha(0)
-            counts, edges = np.histogram(norms.patches[block].numpy(), bins=_BINS)
-            # As steps: a bar for each bin would take most of the time. Half a patch is the floor of the log scale.
-            axes.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=COLOURS[0])
-            axes.set_yscale("log")
-            for value in norms.cls[block].tolist():
-                axes.axvline(value, color=COLOURS[1], linewidth=0.9)
-            for value in norms.registers[block].flatten().tolist():
-                axes.axvline(value, color=COLOURS[2], linewidth=0.9, alpha=0.6)
-            axes.set_title(f"block {block}", color=INK, fontsize=8, pad=2)
-            axes.tick_params(which="both", colors=INK, length=2)
-            axes.set_xlim(left=0)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            for side, spine in axes.spines.items():
-                spine.set_visible(side == "bottom")
-                spine.set_color(INK)
+            _draw_histogram(figure.add_subplot(rows, columns, block + 1), norms, block)
         kinds = ["patches", "CLS", "registers"] if norms.registers.shape[2] else ["patches", "CLS"]
         handles = [Patch(color=colour) for colour, _ in zip(COLOURS, kinds)]
         figure.legend(handles, kinds, loc="upper left", ncols=3, frameon=False, labelcolor=INK)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    buffer.seek(0)
-    image = Image.open(buffer)
-    image.load()
-    return image
+        return figure_image(figure)
 
 
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
+def _draw_histogram(axes: Axes, norms: TokenNorms, block: int) -> None:
+    axes.patch.set_alpha(0)
+    counts, edges = np.histogram(norms.patches[block].numpy(), bins=_BINS)
+    # As steps: a bar for each bin would take most of the time. Half a patch is the floor of the log scale.
+    axes.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=COLOURS[0])
+    axes.set_yscale("log")
+    for value in norms.cls[block].tolist():
+        axes.axvline(value, color=COLOURS[1], linewidth=0.9)
+    for value in norms.registers[block].flatten().tolist():
+        axes.axvline(value, color=COLOURS[2], linewidth=0.9, alpha=0.6)
+    axes.set_title(f"block {block}", color=INK, fontsize=8, pad=2)
+    axes.tick_params(which="both", colors=INK, length=2)
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter(short_tick)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(INK)

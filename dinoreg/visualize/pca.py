@@ -18,18 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from dinoreg.checkpoint.format import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.visualize.attention import chosen_layers
 from dinoreg.visualize.contact_sheet import sheet, tile, to_pixels
-from dinoreg.visualize.gallery import Gallery, about, in_gallery, unreadable
-from dinoreg.visualize.subject import open_subject, picture_size, read_pictures, safe_name
+from dinoreg.visualize.gallery import ModelGallery
+from dinoreg.visualize.subject import safe_name
 
 BACKGROUND = (128, 134, 144)
 FORMAT = "dinoreg-patch-basis"
-TILE = 150  # pixels, the height of a picture
-_COLUMNS = 6  # images side by side
 
 
 class PatchBasis(NamedTuple):
@@ -56,10 +54,10 @@ def patch_basis(patches: Tensor, margin: float = 0.01) -> PatchBasis:
     Each axis points where its largest entry is positive, so the same tokens always get the same colours.
     """
     x = patches.detach().flatten(0, -2).double().cpu()  # (n, D)
-    mean, kept = _components(x, 3)
+    mean, components = _components(x, 3)
     axes = x.new_zeros(x.shape[1], 3)
-    signs = kept.gather(0, kept.abs().argmax(dim=0, keepdim=True)).sign()
-    axes[:, : kept.shape[1]] = kept * signs
+    signs = components.gather(0, components.abs().argmax(dim=0, keepdim=True)).sign()
+    axes[:, : components.shape[1]] = components * signs
     shares = torch.tensor([margin, 1 - margin], dtype=x.dtype)
     low, high = ((x - mean) @ axes).quantile(shares, dim=0)
     return PatchBasis(mean.float(), axes.float(), low.float(), high.float())
@@ -133,9 +131,7 @@ def pca_sheet(
     patches = model(images).patches
     grid = (images.shape[-2] // model.patch_size, images.shape[-1] // model.patch_size)
     colours = patch_colours(patches, patch_basis(patches)).reshape(len(images), *grid, 3)
-    pictures = [tile(each, height) for each in to_pixels(images, mean, std)]
-    painted = [tile(each, height, above.width, smooth=False) for each, above in zip(colours, pictures)]
-    return sheet([pictures, painted])
+    return overview_sheet(to_pixels(images, mean, std), colours, len(images), height)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -170,8 +166,8 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
     if stated.get("format") != FORMAT or tensors.keys() != shapes.keys():
         raise UserError(f"basis={path}: not a colour basis; dinoreg view pca basis=FILE writes one where FILE is not")
     for key, shape in shapes.items():
-        if tuple(tensors[key].shape) != shape or not tensors[key].isfinite().all():
-            found = tuple(tensors[key].shape)
+        found = tuple(tensors[key].shape)
+        if found != shape or not tensors[key].isfinite().all():
             raise UserError(f"basis={path}: {key} is {found}, expected finite numbers {shape} for a width of {dim}")
     if has_foreground != with_foreground:
         fitted = "true" if has_foreground else "false"
@@ -205,71 +201,47 @@ def view_pca(
     layer       index of a block, from 0 or from the end (after the final norm in any case)
     raises      UserError, before anything is written, for what does not fit or is not there
     """
-    subject = open_subject(weights, device)
-    model = subject.model
+    gallery = ModelGallery("pca", weights, images, out, size=size, num=num, device=device)
+    model, names, grid = gallery.model, gallery.pictures.names, gallery.grid
     layers = chosen_layers(layer, model.depth)
     if len(layers) != 1:
         raise UserError(f"layer={layer}: expected one block")
-    resolution = picture_size(model, size)
-    grid = (resolution[0] // model.patch_size, resolution[1] // model.patch_size)
-    gallery = Gallery("pca", Path(out) if out else subject.folder)
-    kept = Path(basis) if basis else None
-    given = read_basis(kept, model.dim, foreground) if kept is not None and kept.exists() else None
-    pictures = read_pictures(subject, images, num, resolution)
+    file = Path(basis) if basis else None
+    known = read_basis(file, model.dim, foreground) if file is not None and file.exists() else None
     patches = torch.cat(
-        [model.intermediate_tokens(each[None], layers)[0].patches.float().cpu() for each in pictures.images]
+        [model.intermediate_tokens(each[None], layers)[0].patches.float().cpu() for each in gallery.pictures.images]
     )
-    if given is not None:
-        colour, split, origin = given
-    else:
-        split = foreground_of(patches, grid) if foreground else None
-        fitted = patches if split is None else patches[foreground_mask(patches, split)]
-        if not len(fitted):  # patches that are all the same have no foreground
-            raise UserError("foreground=true: the patches of these images do not differ, nothing can be set apart")
-        colour, origin = patch_basis(fitted), f"{subject.name}, {len(patches)} images"
-    painted = patch_colours(patches, colour).reshape(len(patches), *grid, 3)
-    if split is not None:
-        shape = (len(patches), *grid, 1)
-        painted = np.where(
-            foreground_mask(patches, split).reshape(shape).numpy(), painted, np.array(BACKGROUND, dtype=np.uint8)
-        )
-    shown = to_pixels(pictures.images, subject.mean, subject.std)
+    fitted_on = f"{gallery.subject.name}, {len(names)} images"
+    colours, split, origin = known or (*_fit(patches, grid, foreground), fitted_on)
+    inside = torch.ones(patches.shape[:2], dtype=torch.bool) if split is None else foreground_mask(patches, split)
+    painted = np.where(inside[..., None], patch_colours(patches, colours), np.array(BACKGROUND, dtype=np.uint8))
+    painted = painted.reshape(len(names), *grid, 3)
     parts = []
-    for number, (picture, colours) in enumerate(zip(shown, painted)):
-        name = Path(pictures.names[number]).stem
-        both = pair(picture, colours, resolution)
+    for number, (pixels, patch_map) in enumerate(zip(gallery.pixels, painted)):
+        name = Path(names[number]).stem
+        both = pair(pixels, patch_map, gallery.size)
         parts.append(gallery.picture(f"{number + 1:02d}-{safe_name(name, 40)}", both, name, name))
-    overview = gallery.picture("all", overview_sheet(shown, painted), "all images above their patches")
-    if kept is not None and given is None:
-        write_basis(kept, colour, split, origin)
-    explained = explained_shares(patches if split is None else patches[foreground_mask(patches, split)], colour)
+    overview = gallery.picture("all", overview_sheet(gallery.pixels, painted), "all images above their patches")
+    if file is not None and known is None:
+        write_basis(file, colours, split, origin)
+    explained = explained_shares(patches[inside], colours)
     facts = [
-        *about(subject, resolution, pictures),
         ("variance shown", f"{sum(explained):.0%}", " + ".join(f"{each:.0%}" for each in explained)),
-        ("basis", "from a file" if given else "of these images", f"fitted on {origin}" if given else ""),
+        ("basis", "from a file" if known else "of these images", f"fitted on {origin}" if known else ""),
+        ("foreground", f"{inside.float().mean():.0%}" if foreground else "", "of all patches"),
     ]
-    if split is not None:
-        facts.append(("foreground", f"{foreground_mask(patches, split).float().mean():.0%}", "of all patches"))
-    return gallery.finish(
-        f"Patch colours of {subject.name}",
-        f"The three leading principal components of the patch tokens of block {layers[0]} as red, green and blue. All "
-        "pictures share one basis: equal colours are equal features. Specks of another colour in even areas are "
-        "artifacts.",
-        facts,
-        [
-            ("all", "All images", [overview]),
-            ("each", "Each image", [in_gallery(parts)]),
-            unreadable(pictures),
-        ],
-        {
-            "weights": subject.name,
-            "size": resolution,
-            "layer": layers[0],
-            "images": pictures.names,
-            "basis": origin,
-            "explained": explained,
-        },
-    )
+    record = {"layer": layers[0], "basis": origin, "explained": explained}
+    return gallery.finish("Patch colours", record, facts, layer=layers[0], overview=overview, pictures=parts)
+
+
+def _fit(patches: Tensor, grid: tuple[int, int], foreground: bool) -> tuple[PatchBasis, Foreground | None]:
+    if not foreground:
+        return patch_basis(patches), None
+    split = foreground_of(patches, grid)
+    inside = patches[foreground_mask(patches, split)]
+    if not len(inside):  # patches that are all the same have no foreground
+        raise UserError("foreground=true: the patches of these images do not differ, nothing can be set apart")
+    return patch_basis(inside), split
 
 
 def explained_shares(patches: Tensor, basis: PatchBasis) -> list[float]:
@@ -280,12 +252,12 @@ def explained_shares(patches: Tensor, basis: PatchBasis) -> list[float]:
     return [float(each) / total if total else 0.0 for each in (x @ basis.axes.double()).square().sum(dim=0)]
 
 
-def overview_sheet(pictures: np.ndarray, painted: np.ndarray) -> Image.Image:
-    """Images (B, H, W, 3) above their colours (B, h, w, 3), a few side by side."""
+def overview_sheet(pictures: np.ndarray, painted: np.ndarray, columns: int = 6, height: int = 150) -> Image.Image:
+    """Images (B, H, W, 3) above their colours (B, h, w, 3), `height` pixels high, a few side by side."""
     rows = []
-    for first in range(0, len(pictures), _COLUMNS):
-        above = [tile(each, TILE) for each in pictures[first : first + _COLUMNS]]
-        below = [tile(each, TILE, above[0].width, smooth=False) for each in painted[first : first + _COLUMNS]]
+    for first in range(0, len(pictures), columns):
+        above = [tile(each, height) for each in pictures[first : first + columns]]
+        below = [tile(each, height, above[0].width, smooth=False) for each in painted[first : first + columns]]
         rows += [above, below]
     return sheet(rows)
 

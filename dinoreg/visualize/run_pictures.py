@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from dinoreg.checkpoint.run_folder import newest_teacher
 from dinoreg.config.load import load_config
 from dinoreg.data.center_crop import center_crops
-from dinoreg.data.loader import BatchLoader
 from dinoreg.data.source import Source
 from dinoreg.visualize.attention import attention_sheet
-from dinoreg.visualize.crops import crop_sheet
+from dinoreg.visualize.crops import crop_sheet, first_batch
 from dinoreg.visualize.pca import pca_sheet
-from dinoreg.visualize.subject import config_source, evenly_spaced, view_size
+from dinoreg.visualize.subject import config_source, evenly_spaced, normalise, view_size
 from dinoreg.weights.load import load
 
 logger = logging.getLogger(__name__)
-
-
-def newest_teacher(run: Path) -> Path | None:
-    """The teacher file of the highest step of a run folder."""
-    return max((run / "teacher").glob("step_*.safetensors"), default=None, key=lambda path: path.stem)
 
 
 def draw_missing(run: Path) -> str:
@@ -62,21 +57,8 @@ def write_pictures(run: Path, num_images: int = 8) -> list[Path]:
         pca_sheet(model, images, mean, std).save(folder / "pca.png")
         attention_sheet(model, images[:6], mean, std).save(folder / "attention.png")
         written += [folder / "pca.png", folder / "attention.png"]
-    loader = BatchLoader(
-        source,
-        crops=config.crops,
-        augment=config.augment,
-        mask=config.mask,
-        patch_size=model.patch_size,
-        batch_size=min(6, config.batch_size),
-        seed=config.seed,
-        workers=0,
-        max_bad_fraction=1.0,
-        max_pixels=config.data.max_pixels,
-        in_channels=config.model.in_channels,
-    )
-    with loader:
-        crop_sheet(next(loader), mean, std, model.patch_size).save(folder / "crops.png")
+    batch, _ = first_batch(config, source, model.patch_size, min(6, config.batch_size))
+    crop_sheet(batch, mean, std, model.patch_size).save(folder / "crops.png")
     return [*written, folder / "crops.png"]
 
 
@@ -85,10 +67,9 @@ def spread_images(
     count: int,
     size: int,
     in_channels: int,
-    mean: tuple[float, ...] | list[float],
-    std: tuple[float, ...] | list[float],
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> Tensor:
     """Centre crops from all over a source, normalised: (up to count, C, size, size)."""
     pixels, _ = center_crops(source, evenly_spaced(len(source), count), size, in_channels)
-    scale, shift = (torch.tensor(list(values)).float()[:, None, None] for values in (std, mean))
-    return (pixels.float() / 255 - shift) / scale
+    return normalise(pixels, mean, std)

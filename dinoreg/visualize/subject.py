@@ -5,11 +5,10 @@ Works on whatever `dinoreg.weights.load.load` opens; a bare name gets random wei
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoreg.checkpoint.run_folder import newest_teacher, run_of, teacher_step
 from dinoreg.config.load import load_config
 from dinoreg.config.schema import DataConfig
 from dinoreg.data.center_crop import center_crop
@@ -27,21 +27,18 @@ from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.data.sources import ChosenSource, JoinedSource, PathSource
 from dinoreg.data.tar_index import TarSource, index_tars
+from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.library_configs import library_of, preprocessing_of
-from dinoreg.weights.load import load
+from dinoreg.runtime.json_files import is_number
+from dinoreg.weights.load import load, load_reported
 from dinoreg.weights.resolve import find_weights
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 NUM_IMAGES = 8
 MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
 MAX_SIZE = 672  # pixels a side up to which that is done
 MAX_ASPECT = 8  # of an image; what lies beyond, outside of any centre crop, is cut off before resizing
-
-_STEP = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Subject:
     """A model in evaluation mode and how its images are made.
 
     mean, std  one number per channel, of pixels in 0..1
-    run, step  the run that the weights belong to, or None and 0
+    run, step  the run that the weights belong to, or None; the step in the file's name, or 0
     """
 
     model: RegisterViT
@@ -79,7 +76,7 @@ class Pictures:
 def open_subject(weights: str, device: str = "auto") -> Subject:
     """The model of a run folder, a weight file or a name; raises UserError in one line when there is none."""
     where = pick_device(device)
-    file = find_weights(weights)
+    file, stated = find_weights(weights), None
     if file is None:
         # LayerScale's usual start of 1e-5 would leave the tokens of random weights as good as constant.
         with torch.random.fork_rng(devices=[]):
@@ -87,47 +84,35 @@ def open_subject(weights: str, device: str = "auto") -> Subject:
             model = load(weights, where, layerscale=1.0)
         name, run, step = f"{weights} (random weights)", None, 0
     else:
-        model = load(weights, where)
-        match = _STEP.fullmatch(file.stem)
-        home = file.parent.parent
-        of_run = match is not None and file.parent.name == "teacher" and (home / "config.yaml").is_file()
-        run, step = (home, int(match[1])) if of_run and match else (None, 0)
+        loaded = load_reported(weights, where)
+        model, stated = loaded.model, loaded.weights.metadata.get("preprocessing")
+        step = teacher_step(file) or 0
+        run = run_of(file) if teacher_step(file) is not None else None
         own = Path(weights).resolve().name if Path(weights).is_dir() else file.stem
-        name = f"{home.resolve().name} at step {step:,}" if of_run else own
-    mean, std = stated_preprocessing(file, model.in_channels)
+        name = own if run is None else f"{run.resolve().name} at step {step:,}"
+    mean, std = stated_preprocessing(stated, model.in_channels, file)
     return Subject(model.requires_grad_(False), name, mean, std, run, step)
 
 
-def stated_preprocessing(file: Path | None, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel: by the JSON beside a teacher file or a transformers folder's, else ImageNet's.
+def stated_preprocessing(
+    stated: Any, channels: int, file: Path | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) per channel: as stated with the weights in `file`, {"mean": …, "std": …}, else ImageNet's.
 
     With other than three channels and nothing stated they are 0.5 and 0.25. Raises UserError for numbers that do not
     fit the channels.
     """
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.25,))
-    stated: Mapping[str, Any] = {}
-    if file is not None and (library := library_of(file.parent)) is not None:
-        stated = preprocessing_of(file.parent, library)
-    elif file is not None and file.with_suffix(".json").is_file():
-        section = _read_json(file.with_suffix(".json")).get("preprocessing")
-        stated = section if isinstance(section, dict) else {}
+    stated = stated if isinstance(stated, dict) else {}
     return (
         _per_channel(stated.get("mean") or mean, channels, "mean", file),
         _per_channel(stated.get("std") or std, channels, "std", file),
     )
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"weights: {path} is not JSON") from None
-    return content if isinstance(content, dict) else {}
-
-
 def _per_channel(values: Any, channels: int, key: str, file: Path | None) -> tuple[float, ...]:
     fits = isinstance(values, (list, tuple)) and len(values) in (1, channels)
-    if not fits or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+    if not fits or not all(map(is_number, values)):
         raise UserError(f"weights {file}: {key}={values!r}: expected one number or one for each of {channels} channels")
     if key == "std" and min(values) <= 0:
         raise UserError(f"weights {file}: std={values!r}: expected positive numbers")
@@ -218,10 +203,9 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
     rows, columns = image.shape[1:]
     limit = MAX_ASPECT * max(height, width) // min(height, width) * min(rows, columns)
     if max(rows, columns) > limit:  # resized whole, a strip of a million pixels would take gigabytes
-        kept = min(rows, limit), min(columns, limit)
-        top, left = (rows - kept[0]) // 2, (columns - kept[1]) // 2
-        image = image[:, top : top + kept[0], left : left + kept[1]]
-        rows, columns = kept
+        top, left = max(rows - limit, 0) // 2, max(columns - limit, 0) // 2
+        rows, columns = min(rows, limit), min(columns, limit)
+        image = image[:, top : top + rows, left : left + columns]
     if height == width:
         return center_crop(image, height)
     scale = max(height / rows, width / columns)
@@ -256,9 +240,14 @@ def read_pictures(
     if not pixels:
         raise UserError(f"images: none of {len(skipped)} could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     device = next(subject.model.parameters()).device
-    scale, shift = (torch.tensor(values)[:, None, None] for values in (subject.std, subject.mean))
-    images = ((torch.stack(pixels).float() / 255 - shift) / scale).to(device)
+    images = normalise(torch.stack(pixels), subject.mean, subject.std).to(device)
     return Pictures(images, tuple(names), tuple(skipped))
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """pixels (B, C, H, W) uint8 -> float32: in [0, 1], minus the mean, over the standard deviation of each channel."""
+    scale, shift = (torch.tensor(list(values)).float()[:, None, None] for values in (std, mean))
+    return (pixels.float() / 255 - shift) / scale
 
 
 def evenly_spaced(total: int, count: int) -> Sequence[int]:
@@ -285,11 +274,10 @@ def config_source(data: DataConfig, missing: str) -> Source:
 
 def newest_step(run: Path) -> int:
     """The step of a run's newest teacher file, 0 before there is one."""
-    matches = [_STEP.fullmatch(path.stem) for path in (run / "teacher").glob("step_*.safetensors")]
-    return max((int(match[1]) for match in matches if match), default=0)
+    teacher = newest_teacher(run)
+    return teacher_step(teacher) or 0 if teacher is not None else 0
 
 
 def safe_name(text: str, length: int = 60) -> str:
     """A text as the name of a file: letters, digits, "-", "_" and "."."""
-    kept = "".join(each if each.isascii() and (each.isalnum() or each in "-_.") else "-" for each in text)
-    return re.sub("-+", "-", kept).strip("-.")[:length] or "model"
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")[:length] or "model"

@@ -67,11 +67,11 @@ class Changes:
 def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, whose: str = "the model's is") -> None:
     """UserError naming the first property in which two architectures differ that no adaptation bridges."""
 
-    def said(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    def comparable(architecture: Mapping[str, Any]) -> dict[str, Any]:
         width = hidden_dim_of(architecture["dim"], architecture["ffn"], architecture["ffn_ratio"])
         return {**architecture, "layerscale": bool(architecture["layerscale"]), "ffn width": width}
 
-    a, b = said(theirs), said(ours)
+    a, b = comparable(theirs), comparable(ours)
     for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width"):
         if a[key] != b[key]:
             raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}")
@@ -135,7 +135,7 @@ def channels(weight: Tensor, number: int, way: str) -> Tensor:
     return torch.cat([weight, weight.new_zeros(weight.shape[0], number - before, *weight.shape[2:])], dim=1)
 
 
-def report(
+def describe(
     weights: Weights,
     theirs: Mapping[str, Any],
     ours: Mapping[str, Any],

@@ -50,8 +50,9 @@ def infer_architecture(
     source  "meta" | "timm" | "transformers": whose resampling of positions is followed where `stated` is silent
     raises UserError where the shapes are no encoder's, or where they disagree with what is stated
     """
-    told = stated if isinstance(stated, Stated) else Stated(stated if isinstance(stated, Mapping) else {})
-    said = told.values
+    if not isinstance(stated, Stated):
+        stated = Stated(stated if isinstance(stated, Mapping) else {})
+    values = stated.values
     cls = _shaped(state, "cls_token", 3, path)
     patch = _shaped(state, "patch_embed.proj.weight", 4, path)
     positions = _shaped(state, "pos_embed", 3, path)
@@ -72,19 +73,19 @@ def infer_architecture(
         "num_registers": registers,
     }
     for key, value in found.items():
-        if key in said and said[key] != value:
-            raise UserError(f"weights {path}: {told.says(key)}, the tensors say {value!r}")
-    found["ffn_ratio"] = _ffn_ratio(found["dim"], ffn, hidden, told, path)
-    has_scale, scale = "blocks.0.ls1.gamma" in state, said.get("layerscale")
+        if key in values and values[key] != value:
+            raise UserError(f"weights {path}: {stated.says(key)}, the tensors say {value!r}")
+    found["ffn_ratio"] = _ffn_ratio(found["dim"], ffn, hidden, stated, path)
+    has_scale, scale = "blocks.0.ls1.gamma" in state, values.get("layerscale")
     found["layerscale"] = (scale if is_number(scale) and scale else 1.0) if has_scale else None
-    found["heads"] = _heads(found["dim"], told, path)
-    found["image_size"] = _image_size(positions.shape[1] - 1, found["patch_size"], told, path)
+    found["heads"] = _heads(found["dim"], stated, path)
+    found["image_size"] = _image_size(positions.shape[1] - 1, found["patch_size"], stated, path)
     found |= resampling(source, registers)
-    if isinstance(said.get("antialias"), bool):
-        found["antialias"] = said["antialias"]
+    if isinstance(values.get("antialias"), bool):
+        found["antialias"] = values["antialias"]
     for key in ("position_offset", "init_std"):
-        if is_number(said.get(key)):
-            found[key] = float(said[key])
+        if is_number(values.get(key)):
+            found[key] = float(values[key])
     return found
 
 
@@ -114,13 +115,13 @@ def _shaped(state: Mapping[str, Tensor], key: str, ndim: int, path: str | Path) 
     return value
 
 
-def _ffn_ratio(dim: int, ffn: str, hidden: int, told: Stated, path: str | Path) -> float:
+def _ffn_ratio(dim: int, ffn: str, hidden: int, stated: Stated, path: str | Path) -> float:
     """A ratio that gives this hidden width: the one that is stated, the usual 4, or whichever does."""
-    said = told.values.get("ffn_ratio")
-    if said is not None:
-        if is_number(said) and 0 < said < 1024 and hidden_dim_of(dim, ffn, said) == hidden:
-            return float(said)
-        raise UserError(f"weights {path}: {told.says('ffn_ratio')}, the tensors have a hidden width of {hidden}")
+    value = stated.values.get("ffn_ratio")
+    if value is not None:
+        if is_number(value) and 0 < value < 1024 and hidden_dim_of(dim, ffn, value) == hidden:
+            return float(value)
+        raise UserError(f"weights {path}: {stated.says('ffn_ratio')}, the tensors have a hidden width of {hidden}")
     ratio = hidden * (1.5 if ffn == "swiglu" else 1.0) / dim
     # Rounding may have put the quotient a hair below the ratio that gives the width back.
     return next(
@@ -128,21 +129,21 @@ def _ffn_ratio(dim: int, ffn: str, hidden: int, told: Stated, path: str | Path) 
     )
 
 
-def _heads(dim: int, told: Stated, path: str | Path) -> int:
-    said = told.values.get("heads")
-    if type(said) is int and 0 < said <= dim and dim % said == 0:
-        return said
-    if said is None and dim % HEAD_DIM == 0:
+def _heads(dim: int, stated: Stated, path: str | Path) -> int:
+    value = stated.values.get("heads")
+    if type(value) is int and 0 < value <= dim and dim % value == 0:
+        return value
+    if value is None and dim % HEAD_DIM == 0:
         return dim // HEAD_DIM
-    if said is None:
+    if value is None:
         raise UserError(f"weights {path}: the width {dim} does not tell the number of heads; give heads=")
-    raise UserError(f"weights {path}: {told.says('heads')}, which does not divide the width {dim}")
+    raise UserError(f"weights {path}: {stated.says('heads')}, which does not divide the width {dim}")
 
 
-def _image_size(num_patches: int, patch_size: int, told: Stated, path: str | Path) -> list[int]:
-    said = told.values.get("image_size")
-    if said is not None:
-        pair = [said, said] if isinstance(said, int) else said
+def _image_size(num_patches: int, patch_size: int, stated: Stated, path: str | Path) -> list[int]:
+    value = stated.values.get("image_size")
+    if value is not None:
+        pair = [value, value] if isinstance(value, int) else value
         if (
             isinstance(pair, list | tuple)
             and len(pair) == 2
@@ -150,7 +151,7 @@ def _image_size(num_patches: int, patch_size: int, told: Stated, path: str | Pat
             and (pair[0] // patch_size) * (pair[1] // patch_size) == num_patches
         ):
             return [extent // patch_size * patch_size for extent in pair]
-        raise UserError(f"weights {path}: {told.says('image_size')}, the tensors have {num_patches} patch positions")
+        raise UserError(f"weights {path}: {stated.says('image_size')}, the tensors have {num_patches} patch positions")
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise UserError(f"weights {path}: {num_patches} patch positions are not a square grid's")

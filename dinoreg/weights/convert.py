@@ -28,12 +28,13 @@ WRAPPERS = ("teacher", "model", "state_dict")  # of a training file: the first o
 
 _PREFIX = re.compile(r"^(?:(?:module|backbone|teacher|_orig_mod)\.)+")
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
-_META_FFN = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)\.(\w+)")
+_TIMM_SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))  # ours, theirs
 
 _HF_PREFIX = re.compile(
-    r"(?:module\.)?(?:dinov2_with_registers|dinov2|model|backbone)\.(?=embeddings\.|encoder\.|layernorm\.)"
+    r"^(?:module\.)?(?:dinov2_with_registers|dinov2|model|backbone)\.(?=embeddings\.|encoder\.|layernorm\.)"
 )
-_HF_BLOCK = re.compile(r"(?:encoder\.layers?|layers)\.(\d+)\.(.+)")
+_HF_BLOCK = re.compile(r"(?:encoder\.layers?|layers)\.(\d+)\.(.+)\.(\w+)")
 _HF_OUTER = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -44,21 +45,30 @@ _HF_OUTER = {
     "layernorm.weight": "norm.weight",
     "layernorm.bias": "norm.bias",
 }
-# Within a block: names before transformers 5 (still those on disk), then names in memory since.
-_HF_INNER = (
-    (re.compile(r"layer_scale([12])\.(?:lambda1|gamma)"), r"ls\1.gamma"),
-    (re.compile(r"attention\.(?:output\.dense|o_proj)\.(weight|bias)"), r"attn.proj.\1"),
-    (re.compile(r"attention\.(?:attention\.)?(?:qkv|qkv_proj)\.(weight|bias)"), r"attn.qkv.\1"),
-    (re.compile(r"mlp\.weights_in\.(weight|bias)"), r"mlp.w12.\1"),
-    (re.compile(r"mlp\.(?:weights_out|down_proj)\.(weight|bias)"), r"mlp.w3.\1"),
-)
-_HF_PARTS = (
-    (re.compile(r"attention\.(?:attention\.)?(query|key|value)\.(weight|bias)"), "attn.qkv"),
-    (re.compile(r"attention\.(q_proj|k_proj|v_proj)\.(weight|bias)"), "attn.qkv"),
-    (re.compile(r"mlp\.(gate_proj|up_proj)\.(weight|bias)"), "mlp.w12"),
-)
-_ORDER = {"query": 0, "key": 1, "value": 2, "q_proj": 0, "k_proj": 1, "v_proj": 2, "gate_proj": 0, "up_proj": 1}
-_COUNT = {"attn.qkv": 3, "mlp.w12": 2}
+# Modules of a block: names on disk, which are those before transformers 5, then names in memory since.
+_HF_ON_DISK = {
+    "attention.output.dense": "attn.proj",
+    "layer_scale1": "ls1",
+    "layer_scale2": "ls2",
+    "mlp.weights_in": "mlp.w12",
+    "mlp.weights_out": "mlp.w3",
+}
+_HF_INNER = {
+    **_HF_ON_DISK,
+    "attention.o_proj": "attn.proj",
+    **{f"attention.{name}": "attn.qkv" for name in ("attention.qkv", "attention.qkv_proj", "qkv", "qkv_proj")},
+    "mlp.down_proj": "mlp.w3",
+}
+# Modules that are parts of one of ours: which, and the place in it.
+_QKV = ("query", "key", "value")
+_HF_PARTS = {
+    **{f"attention.attention.{name}": ("attn.qkv", place) for place, name in enumerate(_QKV)},
+    **{f"attention.{name}": ("attn.qkv", place) for place, name in enumerate(_QKV)},
+    **{f"attention.{name[0]}_proj": ("attn.qkv", place) for place, name in enumerate(_QKV)},
+    "mlp.gate_proj": ("mlp.w12", 0),
+    "mlp.up_proj": ("mlp.w12", 1),
+}
+_NUM_PARTS = {"attn.qkv": 3, "mlp.w12": 2}
 
 
 def unwrap(content: Any) -> tuple[State, tuple[str, ...]]:
@@ -134,7 +144,7 @@ def to_timm(state: Mapping[str, Tensor], num_registers: int | None = None) -> St
     found = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     if num_registers is not None and num_registers != found:
         raise UserError(f"num_registers={num_registers}, the tensors hold {found}")
-    out = {_replaced(key, _META_FFN): value for key, value in state.items() if key != "mask_token"}
+    out = {_replaced(key, _TIMM_SWIGLU): value for key, value in state.items() if key != "mask_token"}
     if found:
         out["reg_token"] = out.pop("register_tokens")
         out["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
@@ -167,15 +177,8 @@ def from_timm(
     grid       (rows, columns) of the positions; by default a square, UserError if that is in doubt
     """
     _need(state, "cls_token", "pos_embed")
-    out = dict(state)
-    for key in state:
-        if match := re.fullmatch(r"(blocks\.\d+\.mlp\.)fc1\.weight", key):
-            second = state.get(f"{match[1]}fc2.weight")
-            if second is not None and second.ndim == 2 and state[key].shape[0] == 2 * second.shape[1]:
-                for part in ("weight", "bias"):
-                    for theirs, ours in (("fc1", "w12"), ("fc2", "w3")):
-                        if f"{match[1]}{theirs}.{part}" in out:
-                            out[f"{match[1]}{ours}.{part}"] = out.pop(f"{match[1]}{theirs}.{part}")
+    swiglu = [(theirs, ours) for ours, theirs in _TIMM_SWIGLU] if _is_timm_swiglu(state) else []
+    out = {_replaced(key, swiglu): value for key, value in state.items()}
     registers = out.pop("reg_token", None)
     num_registers = 0 if registers is None else registers.shape[1]
     prefix = _timm_prefix(state["pos_embed"].shape[1], num_registers, grid)
@@ -199,22 +202,23 @@ def from_timm(
     return out
 
 
+def _is_timm_swiglu(state: Mapping[str, Tensor]) -> bool:
+    """Whether the first linear layer of the FFN gives two halves, of which the second one takes the product."""
+    first, second = (state.get(f"blocks.0.mlp.fc{number}.weight") for number in (1, 2))
+    if first is None or second is None or first.ndim != 2 or second.ndim != 2:
+        return False
+    return first.shape[0] == 2 * second.shape[1]
+
+
 def _timm_prefix(num_positions: int, num_registers: int, grid: tuple[int, int] | None) -> int:
     """How many positions stand before those of the patches: 0 (`no_embed_class`), 1, or 1 + registers."""
-    choices = (0, 1 + num_registers)
+    for prefix in (0, 1 + num_registers):
+        patches = num_positions - prefix
+        if patches == grid[0] * grid[1] if grid is not None else patches > 0 and math.isqrt(patches) ** 2 == patches:
+            return prefix
     if grid is not None:
-        fitting = [prefix for prefix in choices if num_positions - prefix == grid[0] * grid[1]]
-        if not fitting:
-            raise UserError(f"pos_embed has {num_positions} positions, which fit no grid of {grid[0]}x{grid[1]}")
-        return fitting[0]
-    fitting = [prefix for prefix in choices if _is_square(num_positions - prefix)]
-    if not fitting:
-        raise UserError(f"{num_positions} positions are not a square grid's")
-    return fitting[0]
-
-
-def _is_square(number: int) -> bool:
-    return number > 0 and math.isqrt(number) ** 2 == number
+        raise UserError(f"pos_embed has {num_positions} positions, which fit no grid of {grid[0]}x{grid[1]}")
+    raise UserError(f"{num_positions} positions are not a square grid's")
 
 
 # -------------------------------------------------------------------------------------------------- transformers
@@ -229,31 +233,27 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
     pairs: list[tuple[str, Tensor]] = []
     parts: dict[str, dict[int, Tensor]] = {}
     for key, value in state.items():
-        name = _HF_PREFIX.sub("", key, count=1) if _HF_PREFIX.match(key) else key
+        name = _HF_PREFIX.sub("", key)
         block = _HF_BLOCK.fullmatch(name)
         if block is None:
-            if name == "embeddings.register_tokens" and not value.numel():
-                continue  # a model with zero registers
-            pairs.append((_HF_OUTER.get(name, key), value))
+            if name != "embeddings.register_tokens" or value.numel():  # there are models with zero registers
+                pairs.append((_HF_OUTER.get(name, key), value))
             continue
-        inner = block[2]
-        for pattern, fused in _HF_PARTS:
-            if match := pattern.fullmatch(inner):
-                name = f"blocks.{block[1]}.{fused}.{match[2]}"
-                if parts.setdefault(name, {}).setdefault(_ORDER[match[1]], value) is not value:
-                    raise UserError(f"{name!r} is there twice, under {key!r} and another name")
-                break
-        else:
-            for pattern, ours in _HF_INNER:
-                inner = pattern.sub(ours, inner) if pattern.fullmatch(inner) else inner
-            pairs.append((f"blocks.{block[1]}.{inner}", value))
+        index, module, leaf = block[1], block[2], "gamma" if block[3] == "lambda1" else block[3]
+        if module not in _HF_PARTS:
+            pairs.append((f"blocks.{index}.{_HF_INNER.get(module, module)}.{leaf}", value))
+            continue
+        ours, place = _HF_PARTS[module]
+        name = f"blocks.{index}.{ours}.{leaf}"
+        if parts.setdefault(name, {}).setdefault(place, value) is not value:
+            raise UserError(f"{name!r} is there twice, under {key!r} and another name")
     for name, found in parts.items():
-        count = _COUNT[".".join(name.split(".")[2:4])]
+        count = next(count for ours, count in _NUM_PARTS.items() if f".{ours}." in name)
         if len(found) != count:
             raise UserError(f"{name!r} has {len(found)} of its {count} parts")
         if len({value.shape for value in found.values()}) != 1:
             raise UserError(f"{name!r} has parts of different shapes")
-        pairs.append((name, torch.cat([found[index] for index in range(count)])))
+        pairs.append((name, torch.cat([found[place] for place in range(count)])))
     return _unique(pairs)
 
 
@@ -265,30 +265,22 @@ def to_transformers(state: Mapping[str, Tensor]) -> State:
     """
     _need(state, "cls_token", "pos_embed", "patch_embed.proj.weight")
     outer = {ours: theirs for theirs, ours in _HF_OUTER.items()}
-    inner = (
-        ("attn.proj.", "attention.output.dense."),
-        ("ls1.gamma", "layer_scale1.lambda1"),
-        ("ls2.gamma", "layer_scale2.lambda1"),
-        ("mlp.w12.", "mlp.weights_in."),
-        ("mlp.w3.", "mlp.weights_out."),
-    )
+    inner = {ours: theirs for theirs, ours in _HF_ON_DISK.items()}
     out: State = {}
-    blocks: set[str] = set()
     for key, value in state.items():
-        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+        block = _BLOCK.fullmatch(key)
         if block is None:
             out[outer.get(key, key)] = value
             continue
-        there = f"encoder.layer.{block[1]}."
-        blocks.add(there)
-        if qkv := re.fullmatch(r"attn\.qkv\.(weight|bias)", block[2]):
-            for part, third in zip(("query", "key", "value"), value.chunk(3)):
-                out[f"{there}attention.attention.{part}.{qkv[1]}"] = third
+        layer, module, leaf = f"encoder.layer.{block[1]}", block[2], "lambda1" if block[3] == "gamma" else block[3]
+        if module == "attn.qkv":
+            for part, third in zip(_QKV, value.chunk(3)):
+                out[f"{layer}.attention.attention.{part}.{leaf}"] = third
         else:
-            out[there + _replaced(block[2], inner)] = value
-    for there in sorted(blocks):
+            out[f"{layer}.{inner.get(module, module)}.{leaf}"] = value
+    for layer in sorted({match[0] for key in out if (match := re.match(r"encoder\.layer\.\d+", key))}):
         for which in ("1", "2"):
-            out.setdefault(f"{there}layer_scale{which}.lambda1", torch.ones_like(state["norm.weight"]))
+            out.setdefault(f"{layer}.layer_scale{which}.lambda1", torch.ones_like(state["norm.weight"]))
     return out
 
 

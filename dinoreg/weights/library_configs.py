@@ -21,6 +21,17 @@ from dinoreg.weights.files import read_json
 CONFIG = "config.json"
 
 _DINOV2 = {"dinov2": 14, "dinov2_with_registers": 16}  # model types, and their default patch size
+# Arguments of RegisterViT by transformers' name and default.
+_DINOV2_ARGUMENTS = {
+    "dim": ("hidden_size", 768),
+    "depth": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "image_size": ("image_size", 224),
+    "in_channels": ("num_channels", 3),
+    "ffn_ratio": ("mlp_ratio", 4),
+}
+# What RegisterViT has no argument for: transformers' default, and what the encoder has.
+_DINOV2_FIXED = {"layer_norm_eps": (1e-6, NORM_EPS), "qkv_bias": (True, True), "hidden_act": ("gelu", "gelu")}
 _TIMM_VIT = re.compile(r"vit_(tiny|small|base|large|giant)_patch\d+_(?:reg\d+_)?(?:dinov2|\d+)(?:\.\w+)?")
 _TIMM_ARGUMENTS = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "patch_size": "patch_size",
                    "in_chans": "in_channels", "reg_tokens": "num_registers", "img_size": "image_size"}  # fmt: skip
@@ -74,44 +85,28 @@ def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _DINOV2:
         raise NotHeld(f"weights {path}: model_type is {str(kind)[:40]!r}, expected {' or '.join(_DINOV2)}")
-    swiglu = config.get("use_swiglu_ffn", False)
-    width, heads = config.get("hidden_size", 768), config.get("num_attention_heads", 12)
+    values = {ours: config.get(theirs, default) for ours, (theirs, default) in _DINOV2_ARGUMENTS.items()}
+    swiglu = config.get("use_swiglu_ffn", False) is True
     wanted: dict[str, tuple[Any, Any]] = {
-        "layer_norm_eps": (config.get("layer_norm_eps", 1e-6), NORM_EPS),
-        "qkv_bias": (config.get("qkv_bias", True), True),
-        "hidden_act": (config.get("hidden_act", "gelu"), "gelu"),
+        key: (config.get(key, default), ours) for key, (default, ours) in _DINOV2_FIXED.items()
     }
-    if swiglu is True:
+    if swiglu:
         del wanted["hidden_act"]  # SwiGLU's is SiLU whatever is written here
-    if "head_dim" in config and is_number(width) and is_number(heads):
-        wanted["head_dim"] = (config["head_dim"], width / heads if heads else None)
+    if "head_dim" in config and is_number(values["dim"]) and is_number(values["heads"]):
+        wanted["head_dim"] = (config["head_dim"], values["dim"] / values["heads"] if values["heads"] else None)
     for key, (found, expected) in wanted.items():
         close = is_number(found) and is_number(expected) and math.isclose(found, expected, rel_tol=1e-6)
         if not close and found != expected:
             raise NotHeld(f"weights {path}: {key}={found!r}, the encoder has {expected!r}")
-    registers = config.get("num_register_tokens", 4) if kind == "dinov2_with_registers" else 0
-    values = {
-        "dim": width,
-        "depth": config.get("num_hidden_layers", 12),
-        "heads": heads,
+    with_registers = kind == "dinov2_with_registers"
+    values |= {
         "patch_size": _one_side(config.get("patch_size", _DINOV2[kind])),
-        "image_size": config.get("image_size", 224),
-        "in_channels": config.get("num_channels", 3),
-        "num_registers": registers,
-        "ffn": "swiglu" if swiglu is True else "mlp",
-        "ffn_ratio": config.get("mlp_ratio", 4),
-        **resampling("transformers", int(kind == "dinov2_with_registers")),
+        "num_registers": config.get("num_register_tokens", 4) if with_registers else 0,
+        "ffn": "swiglu" if swiglu else "mlp",
+        **resampling("transformers", int(with_registers)),
     }
-    names = {
-        "dim": "hidden_size",
-        "depth": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "in_channels": "num_channels",
-        "num_registers": "num_register_tokens",
-        "ffn": "use_swiglu_ffn",
-        "ffn_ratio": "mlp_ratio",
-    }
-    return Stated(values, path.name, names)
+    names = {ours: theirs for ours, (theirs, _) in _DINOV2_ARGUMENTS.items()}
+    return Stated(values, path.name, names | {"num_registers": "num_register_tokens", "ffn": "use_swiglu_ffn"})
 
 
 def _timm(config: Mapping[str, Any], pretrained: Mapping[str, Any], path: Path) -> Stated:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dinoreg.models.registry import HEAD_DIM, _check_options, build
 from dinoreg.models.vit import TOKEN_STD, RegisterViT, as_pair
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.adapt import LoadReport, check_same, fit, report
+from dinoreg.weights.adapt import LoadReport, check_same, describe, fit
 from dinoreg.weights.resolve import Weights, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -35,12 +35,22 @@ def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None
     """
     weights = read_weights(source)
     tells_heads = model.dim % HEAD_DIM == 0  # as every published width does
-    theirs, ours = weights.architecture(None if tells_heads else model.heads), model.architecture()
-    check_same(theirs, ours, weights.path)
+    theirs = weights.architecture(None if tells_heads else model.heads)
+    state, report = _fitted(weights, theirs, model, adapt_channels, "the model's is")
+    model.load_state_dict(state, strict=False)
+    return report
+
+
+def _fitted(
+    weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensors of `weights` for `model`, which stays as it is, and the report on them; UserError where they differ
+    in what no adaptation bridges."""
+    ours = model.architecture()
+    check_same(theirs, ours, weights.path, whose)
     state, changes = fit(weights, theirs, ours, adapt_channels)
     fresh = _check_keys(model, state, weights.path, {"mask_token", *changes.grafted})
-    model.load_state_dict(state, strict=False)
-    return report(weights, theirs, ours, changes, fresh)
+    return state, describe(weights, theirs, ours, changes, fresh)
 
 
 def _check_keys(model: RegisterViT, state: Mapping[str, Tensor], path: Path, spare: set[str]) -> tuple[str, ...]:
@@ -80,20 +90,16 @@ def load_reported(
         given["image_size"] = list(as_pair(given["image_size"], "image_size"))
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         model = RegisterViT(**(theirs | given))
-    ours = model.architecture()
-    check_same(theirs, ours, weights.path, "what was asked for is")
-    state, changes = fit(weights, theirs, ours, adapt_channels)
-    fresh = _check_keys(model, state, weights.path, {"mask_token", *changes.grafted})
-    if "mask_token" in fresh:
+    state, report = _fitted(weights, theirs, model, adapt_channels, "what was asked for is")
+    if "mask_token" in report.fresh:
         state["mask_token"] = torch.zeros(1, model.dim)
-    if "register_tokens" in fresh:
+    if "register_tokens" in report.fresh:
         generator = torch.Generator().manual_seed(0)
         state["register_tokens"] = TOKEN_STD * torch.randn(1, model.num_registers, model.dim, generator=generator)
     model.load_state_dict(state, assign=True)
-    told = report(weights, theirs, ours, changes, fresh)
-    changed = told.reshaped or told.adapted or told.grafted
-    logger.log(logging.WARNING if changed else logging.INFO, "%s", told)
-    return Loaded(model.to(device).eval().requires_grad_(True), told, weights)
+    changed = report.reshaped or report.adapted or report.grafted
+    logger.log(logging.WARNING if changed else logging.INFO, "%s", report)
+    return Loaded(model.to(device).eval().requires_grad_(True), report, weights)
 
 
 def load(

@@ -7,7 +7,6 @@ encoder off them. Files are untrusted: see `weight_files.py`; no pointer leaves 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.convert import FROM, detect, from_timm, unwrap
@@ -119,11 +119,11 @@ def _pointed_teacher(run: Path, pointer: str) -> Path | None:
     return teacher if _STEP_NAME.fullmatch(step) and teacher.is_file() else None
 
 
-def _teacher_of(run: Path, name: str, asked: Path) -> Path:
+def _teacher_of(run: Path, name: str, source: Path) -> Path:
     """The teacher file of a checkpoint: every checkpoint is written together with one."""
     teacher = run / "teacher" / f"{name}.safetensors" if _STEP_NAME.fullmatch(name) else _pointed_teacher(run, name)
     if teacher is None or not teacher.is_file():
-        raise UserError(f"weights {asked}: the teacher file of this checkpoint is not in {run / 'teacher'}")
+        raise UserError(f"weights {source}: the teacher file of this checkpoint is not in {run / 'teacher'}")
     return teacher
 
 
@@ -190,10 +190,6 @@ def _read_metadata(path: Path) -> dict[str, Any]:
         raise UserError(f"weights {side}: expected a JSON object with format {TEACHER_FORMAT!r}")
     if metadata.get("version") != 1:
         raise UserError(f"weights {side}: version {metadata.get('version')!r}; this dinoreg reads version 1")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if metadata.get("sha256") != digest.hexdigest():
+    if metadata.get("sha256") != digest(path):
         raise UserError(f"weights {path}: sha256 is not the one in {side.name}; the file is torn or altered")
     return metadata

@@ -292,6 +292,7 @@ def _plain_environment() -> dict[str, str]:
 def torn(out: Path) -> list[str]:
     """What is wrong with the published state of a run: checkpoints that do not verify, a pointer to none."""
     from dinoreg.checkpoint import format as checkpoint
+    from dinoreg.runtime.digest import digest
     from dinoreg.runtime.errors import RunError
 
     folder = out / "checkpoints"
@@ -307,7 +308,7 @@ def torn(out: Path) -> list[str]:
         teacher = out / "teacher" / f"{name}.safetensors"
         try:
             described = json.loads(teacher.with_suffix(".json").read_text())
-            if described["sha256"] != checkpoint.digest(teacher):
+            if described["sha256"] != digest(teacher):
                 problems.append(f"{teacher} is not what was written")
         except (OSError, ValueError, KeyError) as error:
             problems.append(f"{teacher}: {error}")

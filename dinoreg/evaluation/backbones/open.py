@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, seeded, wrap
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.convert import unwrap
 from dinoreg.weights.files import read_file
@@ -73,7 +74,7 @@ def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> 
     try:
         import timm
     except ImportError:
-        raise UserError(f"weights={weights}: timm is missing; pip install 'dinoreg[export]'") from None
+        raise UserError(f"weights={weights}: timm is missing; {install('timm')}") from None
     _, name, file = (*weights.split(":", 2), "")[:3]
     if not timm.is_model(name.partition(".")[0]):
         raise UserError(f"weights={weights}: timm has no model {name!r}{nearest(name, timm.list_models())}")
@@ -109,7 +110,7 @@ def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtyp
     try:
         import transformers
     except ImportError:
-        raise UserError(f"weights={path}: transformers is missing; pip install 'dinoreg[export]'") from None
+        raise UserError(f"weights={path}: transformers is missing; {install('transformers')}") from None
     try:
         model, info = transformers.AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
         model = model.float()

@@ -1,8 +1,8 @@
 """Anybody's own data as a benchmark: `dinoreg eval PATH weights=…`, PATH being a folder or a table.
 
 - a folder with a subfolder for each class, or `train/`, `val/`, `test/` with such subfolders
-- a CSV, TSV or parquet file of paths and labels (`own_lists`), one or several labels an image
-- `images/` with `masks/` or `depth/` (`own_pairs`)
+- a CSV, TSV or parquet file of paths and labels (`tables`), one or several labels an image
+- `images/` with `masks/` or `depth/` (`pairs`)
 
 Where no split is given, a seeded share of every class is held out, and the result says so.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,36 +20,27 @@ from typing import Any
 import numpy as np
 
 from dinoreg.config.bundled import bundled
+from dinoreg.config.option import option
 from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Option, Task
-from dinoreg.evaluation.custom.pairs import Pairs, depths, find_pairs, kinds_of_pairs, segmented
+from dinoreg.evaluation.benchmark import Benchmark, Options, Reader, Task, counts_in_words
+from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
 from dinoreg.evaluation.custom.tables import SUFFIXES, Table, read_table
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.runtime.errors import UserError
 
 NAME = "own"
-OPTIONS = (
-    Option("test_share", 0.2, "share of each class that is held out for testing where no split is given"),
-    Option("seed", 0, "of that hold-out"),
-    Option("labels", "", "of a table: the columns that hold labels, with commas between; empty: label, or all others"),
-    Option("root", "", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
-)
+SHARE = "a share between 0 and 1"
+OPTIONS = {
+    "test_share": option(0.2, "of each class, held out where no split is given", above=0, below=1, expected=SHARE),
+    "seed": option(0, "of that hold-out", low=0),
+    "labels": option("", "of a table: the columns that hold labels, with commas between; empty: label, or all others"),
+    "root": option("", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
+}
 EPOCH_STEPS = (100, 1250)  # fewest and most steps in one of the linear protocol's ten epochs
-
-
-@dataclass(frozen=True)
-class _Choices:
-    test_share: float
-    seed: int
-    labels: str
-    root: str
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.labels.split(",") if name.strip())
+PAIRS = {"masks": ("segmentation", "mIoU", segmented), "depth": ("depth", "RMSE", depths)}
 
 
 def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
@@ -65,9 +56,7 @@ def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
     blank = Benchmark(
         name=NAME,
         title=path.name,
-        task="",
         classes=None,
-        splits="",
         folders=(str(path),),
         layouts=(),
         tasks=(),
@@ -78,159 +67,117 @@ def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
     )
     values = blank.option_values(options)
     # What was given is the default from here on, whether or not the reader is told again.
-    blank = replace(
-        blank,
-        name=_name(path),
-        options=tuple(replace(option, default=values[option.name]) for option in OPTIONS),
-    )
+    given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
+    blank = replace(blank, name=_name(path), options=given)
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
-        return _of_pairs(blank, path, kinds, values)
+        return _of_pairs(blank, path, kinds, values["test_share"], values["seed"])
     if path.is_file() and path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: is a file, expected a folder or a {', '.join(SUFFIXES)} file")
-    return _of_labels(blank, _cached(partial(_read, path)), values)
+    table = _read_folder(path) if path.is_dir() else _read_table(path, values["root"], values["labels"])
+    return _of_labels(blank, _split(table, path, values["test_share"], values["seed"]))
 
 
-def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], values: Mapping[str, Any]) -> Benchmark:
-    readers = {"masks": ("segmentation", "mIoU", segmented), "depth": ("depth", "RMSE", depths)}
-    tasks: list[Task] = []
-    counts = ""
+def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], share: float, seed: int) -> Benchmark:
+    tasks = []
     for kind in kinds:
-        protocol, metric, reader = readers[kind]
+        protocol, metric, read = PAIRS[kind]
         pairs = find_pairs(path, kind)
-        rows, _ = pairs.split(values["test_share"], values["seed"])
-        counts = _counts({name: len(part) for name, part in rows.items()})
-        tasks.append(Task(protocol=protocol, read=_cached(partial(_read_pairs, reader, pairs)), metric=metric))
-    titles = " and ".join({"masks": "segmentation", "depth": "depth"}[kind] for kind in kinds)
-    return replace(blank, task=titles, splits=counts, tasks=tuple(tasks))
+        rows, _ = pairs.split(share, seed)
+        tasks.append(Task(protocol, _once(partial(read, pairs, share, seed)), metric))
+    splits = counts_in_words({name: len(part) for name, part in rows.items()})
+    return replace(blank, task=" and ".join(task.protocol for task in tasks), splits=splits, tasks=tuple(tasks))
 
 
-def _read_pairs(reader: Callable[[Pairs, float, int], Data], pairs: Pairs, choices: _Choices) -> Data:
-    return reader(pairs, choices.test_share, choices.seed)
+def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
+    def read(_folder: Path, _options: Options) -> Data:
+        return data
 
-
-def _of_labels(blank: Benchmark, read: Callable[[Path, Mapping[str, Any]], Data], values: dict[str, Any]) -> Benchmark:
-    data = read(Path(), values)
     train = data.splits["train"]
-    if isinstance(train, MultiLabelled):
-        tasks: tuple[Task, ...] = (Task(protocol="multilabel", read=read, metric="all-points mAP"),)
-    else:
-        # On cached features a step costs next to nothing, and few images need few of them; the head is chosen on
-        # held-out training images, so that the reported ones stay unseen.
-        steps = int(np.clip(-(-len(train) // 1024), *EPOCH_STEPS))
-        linear = {"augment": False, "choose_on": "train", "epoch_steps": steps}
-        tasks = (
-            Task(protocol="logistic", read=read, metric="top-1"),
-            Task(protocol="linear", read=read, metric="top-1", options=linear),
-            Task(protocol="knn", read=read, metric="top-1"),
-            Task(protocol="few_shot", read=read, metric="top-1"),
-        )
+    several = isinstance(train, MultiLabelled)
+    # On cached features a step costs next to nothing, and few images need few of them; the head is chosen on
+    # held-out training images, so that the reported ones stay unseen.
+    steps = int(np.clip(-(-len(train) // 1024), *EPOCH_STEPS))
+    linear = {"augment": False, "choose_on": "train", "epoch_steps": steps}
     return replace(
         blank,
-        task="multi-label classification" if isinstance(train, MultiLabelled) else "classification",
+        task="multi-label classification" if several else "classification",
         classes=train.num_classes,
-        splits=_counts({name: len(part) for name, part in data.splits.items()}),
-        tasks=tasks,
+        splits=counts_in_words({name: len(part) for name, part in data.splits.items()}),
+        tasks=(Task("multilabel", read, "all-points mAP"),)
+        if several
+        else (
+            Task("logistic", read, "top-1"),
+            Task("linear", read, "top-1", options=linear),
+            Task("knn", read, "top-1"),
+            Task("few_shot", read, "top-1"),
+        ),
     )
 
 
-def _cached(read: Callable[[_Choices], Data]) -> Callable[[Path, Mapping[str, Any]], Data]:
-    """A reader that reads once for each set of options, however many protocols ask; the folder it knows already."""
-    once = lru_cache(maxsize=1)(read)
-    return lambda _folder, options: once(_Choices(**options))
+def _once(read: Callable[[], Data]) -> Reader:
+    """A reader that reads once, however many protocols ask; folder and options it knows already."""
+    cached = lru_cache(maxsize=1)(read)
+    return lambda _folder, _options: cached()
 
 
-def _read(path: Path, choices: _Choices) -> Data:
-    if path.is_dir():
-        return _from_split_folders(path, choices) if _has_split_folders(path) else _from_folder(path, choices)
-    root = Path(choices.root).expanduser().absolute() if choices.root else None
-    if root is not None and not root.is_dir():
-        raise UserError(f"own.root={choices.root}: is not a folder")
-    return _from_table(read_table(path, root, choices.columns), path, choices)
+def _read_folder(path: Path) -> Table:
+    """Folders of classes, or of splits that hold such folders."""
+    index = index_folder(path)
+    files = [name for name in (index[number] for number in range(len(index))) if os.sep in name]
+    if not _has_split_folders(path, files):
+        source, labels, names = labelled_folder(path)
+        return Table(path, [source.paths[number] for number in range(len(source))], labels, names, None)
+    for file in files:
+        if file.count(os.sep) < 2:
+            raise UserError(f"{path / file}: lies in a split but in no class, expected SPLIT/CLASS/IMAGE")
+    splits, classes = zip(*(file.split(os.sep)[:2] for file in files), strict=True)
+    unique, labels = np.unique(classes, return_inverse=True)
+    names = unique.tolist()
+    if len(names) < 2:
+        raise UserError(f"{path}: every image is of the class {names[0]!r}, expected at least two classes")
+    return Table(path, files, labels, names, [SPLIT_WORDS[split.lower()] for split in splits])
 
 
-def _from_folder(path: Path, choices: _Choices) -> Data:
-    source, labels, names = labelled_folder(path)
-    rows, variant = parts(None, labels, choices.test_share, choices.seed, path)
-    splits = {name: _labelled(source, part, labels, len(names)) for name, part in rows.items()}
-    return Data(splits, class_names=names, variant=variant)
-
-
-def _has_split_folders(path: Path) -> bool:
+def _has_split_folders(path: Path, files: list[str]) -> bool:
     """Whether the subfolders that hold images are splits, not classes: `train` is one, and all are called so."""
-    tops = sorted({file.split(os.sep)[0] for file in _files(path)})
-    words = {SPLIT_WORDS.get(name.lower()) for name in tops}
+    folders = sorted({file.split(os.sep)[0] for file in files})
+    words = {SPLIT_WORDS.get(name.lower()) for name in folders}
     if None in words and {"train", "test"} <= words:
-        other = next(name for name in tops if name.lower() not in SPLIT_WORDS)
+        other = next(name for name in folders if name.lower() not in SPLIT_WORDS)
         raise UserError(f"{path}: holds {other}/ beside train and test, expected folders of splits or of classes")
     return "train" in words and None not in words
 
 
-def _files(path: Path) -> list[str]:
-    """The images below a folder's subfolders, relative to it."""
-    found = index_folder(path)
-    return [name for name in (found[number] for number in range(len(found))) if os.sep in name]
+def _read_table(path: Path, root: str, labels: str) -> Table:
+    base = Path(root).expanduser().absolute() if root else None
+    if base is not None and not base.is_dir():
+        raise UserError(f"own.root={root}: is not a folder")
+    return read_table(path, base, tuple(name.strip() for name in labels.split(",") if name.strip()))
 
 
-def _from_split_folders(path: Path, choices: _Choices) -> Data:
-    files = _files(path)
-    for file in files:
-        if file.count(os.sep) < 2:
-            raise UserError(f"{path / file}: lies in a split but in no class, expected SPLIT/CLASS/IMAGE")
-    classes = [file.split(os.sep)[1] for file in files]
-    names = sorted(set(classes))
-    if len(names) < 2:
-        raise UserError(f"{path}: every image is of the class {names[0]!r}, expected at least two classes")
-    number = {name: index for index, name in enumerate(names)}
-    labels = np.array([number[name] for name in classes], dtype=np.int64)
-    rows, variant = parts(
-        [SPLIT_WORDS[file.split(os.sep)[0].lower()] for file in files], labels, choices.test_share, choices.seed, path
-    )
-    _require_learnt(rows, labels, names, path)
-    source = PathSource(str(path), PathBlock.of(files))
-    return Data({name: _labelled(source, part, labels, len(names)) for name, part in rows.items()}, names, variant)
-
-
-def _from_table(table: Table, path: Path, choices: _Choices) -> Data:
-    source = PathSource(str(table.root), PathBlock.of(table.paths))
-    groups = _rarest(table.labels) if table.several else table.labels
-    rows, variant = parts(table.words, groups, choices.test_share, choices.seed, path)
+def _split(table: Table, path: Path, share: float, seed: int) -> Data:
+    """The images of each split, with one label or several."""
+    labels, names = table.labels, table.class_names
+    rows, variant = parts(table.words, _rarest(labels) if table.several else labels, share, seed, path)
     if not table.several:
-        _require_learnt(rows, table.labels, table.class_names, path)
-        splits: dict[str, Any] = {
-            name: _labelled(source, part, table.labels, len(table.class_names)) for name, part in rows.items()
-        }
-    else:
-        splits = {
-            name: MultiLabelled(_subset(source, part), table.labels[part], len(table.class_names))
-            for name, part in rows.items()
-        }
-    return Data(splits, table.class_names, variant)
+        for split, part in rows.items():
+            unseen = np.setdiff1d(labels[part], labels[rows["train"]])
+            if len(unseen):
+                raise UserError(f"{path}: the class {names[unseen[0]]!r} is in {split} but not in train")
+    kind = MultiLabelled if table.several else Labelled
+    splits = {}
+    for split, part in rows.items():
+        source = PathSource(str(table.root), PathBlock.of([table.paths[row] for row in part]))
+        splits[split] = kind(source, labels[part], len(names))
+    return Data(splits, names, variant)
 
 
 def _rarest(labels: np.ndarray) -> np.ndarray:
     """What a hold-out of images with several labels balances: the rarest label of each (n, K) -> (n,), K for none."""
-    count = np.where((labels == 1).any(axis=0), (labels == 1).sum(axis=0), len(labels) + 1)
-    rank = np.where(labels == 1, count[None], len(labels) + 1)
-    return np.where((labels == 1).any(axis=1), rank.argmin(axis=1), labels.shape[1])
-
-
-def _require_learnt(rows: dict[str, np.ndarray], labels: np.ndarray, names: list[str], where: Path) -> None:
-    for split, part in rows.items():
-        extra = np.setdiff1d(labels[part], labels[rows["train"]])
-        if len(extra):
-            raise UserError(f"{where}: the class {names[extra[0]]!r} is in {split} but not in train")
-
-
-def _labelled(source: PathSource, rows: np.ndarray, labels: np.ndarray, num_classes: int) -> Labelled:
-    return Labelled(_subset(source, rows), labels[rows], num_classes)
-
-
-def _subset(source: PathSource, rows: np.ndarray) -> PathSource:
-    return PathSource(source.root, PathBlock.of([source.paths[int(row)] for row in rows]))
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return " / ".join(f"{counts[name]:,}" for name in ("train", "val", "test") if name in counts)
+    present = labels == 1
+    count = np.where(present.any(axis=0), present.sum(axis=0), len(labels) + 1)
+    rank = np.where(present, count[None], len(labels) + 1)
+    return np.where(present.any(axis=1), rank.argmin(axis=1), labels.shape[1])
 
 
 def _name(path: Path) -> str:

@@ -11,8 +11,10 @@ depth  PNG of 16 bits in millimetres, or .npy, .tif, .tiff of floats in metres; 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +26,21 @@ from dinoreg.evaluation.custom.splits import SPLIT_WORDS, Listing, parts
 from dinoreg.evaluation.custom.tables import read_classes
 from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented
 from dinoreg.evaluation.features.images import default_workers, parallel
+from dinoreg.evaluation.readers.pixel_maps import (
+    UNREADABLE,
+    read_depth_map,
+    read_label_map,
+    require_size,
+    unreadable,
+)
 from dinoreg.runtime.errors import UserError
 
 SUFFIXES = {"masks": (".png",), "depth": (".png", ".npy", ".tif", ".tiff")}
-MILLIMETRES = 1000.0
-GREY = 0  # colour type of a PNG
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images and what belongs to each, all relative to `root`; the split of each, or None where nothing says so."""
+    """Images and the mask or depth map of each, all relative to `root`; each's split, or None where nothing says so."""
 
     root: Path
     images: list[str]
@@ -42,6 +48,7 @@ class Pairs:
     words: list[str] | None
 
     def split(self, share: float, seed: int) -> tuple[dict[str, np.ndarray], str]:
+        """Rows of each split, and how they were split in words."""
         groups = np.zeros(len(self.images), dtype=np.int64)
         return parts(self.words, groups, share, seed, self.root, per_class=False)
 
@@ -51,6 +58,10 @@ class Pairs:
     def stamp(self, rows: np.ndarray) -> str:
         """Changes when the masks or depth maps do."""
         return PathSource(str(self.root), PathBlock.of([self.truths[row] for row in rows])).stamp()
+
+    def paths(self, row: int) -> tuple[Path, Path]:
+        """The mask or depth map, and its image."""
+        return self.root / self.truths[row], self.root / self.images[row]
 
 
 def kinds_of_pairs(root: Path) -> list[str]:
@@ -67,24 +78,24 @@ def find_pairs(root: Path, kind: str) -> Pairs:
     listing = Listing(root)
     stems: dict[str, dict[str, list[str]]] = {}
     for base in _bases(root):
-        found = index_folder(root / base / "images")
-        for number in range(len(found)):
-            folder, name = os.path.split(found[number])
+        paths = index_folder(root / base / "images")
+        for path in (paths[number] for number in range(len(paths))):
+            folder, name = os.path.split(path)
             stem = os.path.splitext(name)[0]
             place = os.path.join(base, kind, folder)
             if place not in stems:
                 stems[place] = _by_stem(sorted(listing.names(place)), SUFFIXES[kind])
             matches = stems[place].get(stem, [])
-            image = os.path.join(base, "images", found[number])
+            image = os.path.join(base, "images", path)
             if len(matches) != 1:
                 what = f"has no {' or '.join(SUFFIXES[kind])}" if not matches else f"has {len(matches)} files"
                 raise UserError(f"{root / image} {what} of the same name in {root / place}")
             images.append(image)
             truths.append(os.path.join(place, matches[0]))
             words.append(SPLIT_WORDS.get((base or folder.split(os.sep)[0]).lower()))
-    twice = _first_repeated(truths)
-    if twice:
-        raise UserError(f"{root / twice}: belongs to two images of the same name")
+    repeated = [truth for truth, count in Counter(truths).items() if count > 1]
+    if repeated:
+        raise UserError(f"{root / repeated[0]}: belongs to two images of the same name")
     known = [word for word in words if word is not None]
     if "train" in known and None in words:
         raise UserError(f"{root / images[words.index(None)]}: lies in no split, though others lie in train")
@@ -97,16 +108,22 @@ def segmented(pairs: Pairs, share: float, seed: int) -> Data:
     if names is not None:
         num_classes = len(names)
     else:
-        paths = [(pairs.root / truth, pairs.root / image) for truth, image in zip(pairs.truths, pairs.images)]
-        largest = parallel(
-            lambda row: _largest(read_classes_of_pixels(*paths[row])), range(len(paths)), default_workers()
-        )
+        every = range(len(pairs.images))
+        largest = parallel(lambda row: _largest(read_classes_of_pixels(*pairs.paths(row))), every, default_workers())
         num_classes = max(largest) + 1
     if not 2 <= num_classes <= IGNORED:
         raise UserError(f"{pairs.root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
+
+    def mask(rows: np.ndarray, index: int) -> np.ndarray:
+        path, image = pairs.paths(rows[index])
+        classes = read_classes_of_pixels(path, image)
+        if (largest := _largest(classes)) >= num_classes:
+            raise UserError(f"{path}: label {largest} is out of range, expected 0..{num_classes - 1} or {IGNORED}")
+        return classes
+
     rows, variant = pairs.split(share, seed)
     splits = {
-        name: Segmented(pairs.source(part), _Masks(pairs, part, num_classes), num_classes, pairs.stamp(part))
+        name: Segmented(pairs.source(part), partial(mask, part), num_classes, pairs.stamp(part))
         for name, part in rows.items()
     }
     return Data(splits, class_names=names or (), variant=variant)
@@ -114,60 +131,37 @@ def segmented(pairs: Pairs, share: float, seed: int) -> Data:
 
 def depths(pairs: Pairs, share: float, seed: int) -> Data:
     """The pairs as depth maps."""
+
+    def depth(rows: np.ndarray, index: int) -> np.ndarray:
+        return read_metres(*pairs.paths(rows[index]))
+
     rows, variant = pairs.split(share, seed)
-    return Data(
-        {name: DepthMaps(pairs.source(part), _Depths(pairs, part), pairs.stamp(part)) for name, part in rows.items()},
-        variant=variant,
-    )
-
-
-@dataclass(frozen=True)
-class _Masks:
-    pairs: Pairs
-    rows: np.ndarray
-    num_classes: int
-
-    def __call__(self, index: int) -> np.ndarray:
-        row = self.rows[index]
-        path = self.pairs.root / self.pairs.truths[row]
-        mask = read_classes_of_pixels(path, self.pairs.root / self.pairs.images[row])
-        largest = _largest(mask)
-        if largest >= self.num_classes:
-            raise UserError(f"{path}: label {largest} is out of range, expected 0..{self.num_classes - 1} or {IGNORED}")
-        return mask
-
-
-@dataclass(frozen=True)
-class _Depths:
-    pairs: Pairs
-    rows: np.ndarray
-
-    def __call__(self, index: int) -> np.ndarray:
-        row = self.rows[index]
-        return read_metres(self.pairs.root / self.pairs.truths[row], self.pairs.root / self.pairs.images[row])
+    splits = {
+        name: DepthMaps(pairs.source(part), partial(depth, part), pairs.stamp(part)) for name, part in rows.items()
+    }
+    return Data(splits, variant=variant)
 
 
 def read_classes_of_pixels(path: Path, image: Path) -> np.ndarray:
     """A mask (H, W) uint8 of its image's size; UserError for colours, more than 8 bits in use, or another size."""
-    try:
-        with Image.open(path) as opened:
-            values = np.asarray(opened)
-            mode, bits = opened.mode, _grey_bits(path)
-    except UNREADABLE as error:
-        raise _unreadable(path, "a mask", error) from None
-    if values.ndim != 2:
-        raise UserError(f"{path}: is a picture in colour ({mode}), expected a palette or grey PNG of class numbers")
-    if bits in (2, 4):  # Pillow stretches these to 0..255
-        values = values // (255 // (2**bits - 1))
+    values = read_label_map(path, image)
     if values.min() < 0 or values.max() > IGNORED:
         worst = int(values.max() if values.max() > IGNORED else values.min())
         raise UserError(f"{path}: label {worst} is out of range, expected 0..{IGNORED - 1} or {IGNORED}")
-    _require_size(path, values, image)
     return values.astype(np.uint8)
 
 
 def read_metres(path: Path, image: Path) -> np.ndarray:
     """A depth map (H, W) float32 metres of its image's size, 0 where unknown; UserError for anything else."""
+    metres = read_depth_map(path) if path.suffix.lower() == ".png" else _read_floats(path)
+    if metres.min(initial=0) < 0:
+        raise UserError(f"{path}: holds a depth of {metres.min():g} m, expected 0 (unknown) or more")
+    require_size(f"{path}:", metres, image)
+    return metres
+
+
+def _read_floats(path: Path) -> np.ndarray:
+    """Metres from a .npy or TIFF file of floats, 0 where they are not finite."""
     try:
         if path.suffix.lower() == ".npy":
             values = np.load(path, allow_pickle=False)
@@ -175,50 +169,17 @@ def read_metres(path: Path, image: Path) -> np.ndarray:
             with Image.open(path) as opened:
                 values = np.asarray(opened)
     except UNREADABLE as error:
-        raise _unreadable(path, "a depth map", error) from None
+        raise unreadable(f"{path}:", "a depth map", error) from None
     values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
-    if path.suffix.lower() == ".png":
-        if values.ndim != 2 or _grey_bits(path) != 16:
-            raise UserError(f"{path}: expected a grey PNG of 16 bits, in millimetres")
-        metres = values.astype(np.float32) / np.float32(MILLIMETRES)
-    elif values.ndim != 2 or values.dtype.kind != "f":
+    if values.ndim != 2 or values.dtype.kind != "f":
         raise UserError(f"{path}: holds {values.dtype} {values.shape}, expected (height, width) of floats in metres")
-    else:
-        metres = np.where(np.isfinite(values), values, 0).astype(np.float32)
-    if metres.min(initial=0) < 0:
-        raise UserError(f"{path}: holds a depth of {metres.min():g} m, expected 0 (unknown) or more")
-    _require_size(path, metres, image)
-    return metres
+    return np.where(np.isfinite(values), values, 0).astype(np.float32)
 
 
 def _largest(mask: np.ndarray) -> int:
     """The largest class of a mask; -1 where every pixel is ignored."""
     used = np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORED + 1)[:IGNORED])
     return int(used[-1]) if len(used) else -1
-
-
-def _grey_bits(path: Path) -> int:
-    """Bits of a grey PNG's pixel as the file has them; 0 for any other kind of picture."""
-    with open(path, "rb") as file:
-        head = file.read(26)  # signature, length, "IHDR", width, height, bits, colour type
-    return head[24] if len(head) == 26 and head.startswith(b"\x89PNG") and head[25] == GREY else 0
-
-
-def _require_size(path: Path, values: np.ndarray, image: Path) -> None:
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-    except UNREADABLE as error:
-        raise _unreadable(image, "an image", error) from None
-    if values.shape != (height, width):
-        raise UserError(
-            f"{path}: is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
-        )
-
-
-def _unreadable(path: Path, what: str, error: BaseException) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{path}: cannot be read as {what} ({reason[:200]})")
 
 
 def _bases(root: Path) -> list[str]:
@@ -233,18 +194,9 @@ def _bases(root: Path) -> list[str]:
 
 
 def _by_stem(names: Sequence[str], suffixes: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    stems: dict[str, list[str]] = {}
     for name in names:
         stem, suffix = os.path.splitext(name)
         if suffix.lower() in suffixes and not name.startswith("."):
-            found.setdefault(stem, []).append(name)
-    return found
-
-
-def _first_repeated(values: Sequence[str]) -> str | None:
-    seen: set[str] = set()
-    for value in values:
-        if value in seen:
-            return value
-        seen.add(value)
-    return None
+            stems.setdefault(stem, []).append(name)
+    return stems

@@ -16,15 +16,8 @@ import numpy as np
 from dinoreg.runtime.errors import UserError
 
 SPLIT_WORDS = MappingProxyType(
-    {
-        "train": "train",
-        "training": "train",
-        "val": "val",
-        "valid": "val",
-        "validation": "val",
-        "test": "test",
-        "testing": "test",
-    }
+    {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+    | {"test": "test", "testing": "test"}
 )
 
 
@@ -33,8 +26,6 @@ def hold_out(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
 
     A group of one stays where it can be learnt from.
     """
-    if not 0.0 < share < 1.0:
-        raise UserError(f"own.test_share={share}: expected a share between 0 and 1")
     rng = np.random.default_rng([seed, 1729])
     held = np.zeros(len(groups), dtype=bool)
     order = rng.permutation(len(groups))
@@ -53,10 +44,8 @@ def parts(
     words   "train", "val" or "test" for each row, or None where nothing says so
     groups  (n,) what a hold-out balances: classes, or all zero
     """
-    named = {
-        name: np.flatnonzero([word == name for word in words]) for name in ("train", "val", "test") if words is not None
-    }
-    named = {name: rows for name, rows in named.items() if len(rows)}
+    split_of = np.array(words or [], dtype=str)
+    named = {name: np.flatnonzero(split_of == name) for name in ("train", "val", "test") if name in split_of}
     if named and "train" not in named:
         raise UserError(f"{where}: no image is in train, only in {' and '.join(named)}")
     if "test" in named:
@@ -66,19 +55,8 @@ def parts(
     held = hold_out(groups, share, seed)
     if not held.any():
         raise UserError(f"{where}: {len(groups)} image(s) are too few to hold some out for testing")
-    words_for = (
-        f"{share:.0%} of each class held out, seed {seed}" if per_class else f"{share:.0%} held out, seed {seed}"
-    )
-    return {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}, words_for
-
-
-def inside(root: Path, entry: str, where: str) -> str:
-    """A listed path relative to `root`; UserError when it would leave it."""
-    base = os.path.abspath(root)
-    path = os.path.normpath(os.path.join(base, entry))
-    if "\0" in entry or not path.startswith(os.path.join(base, "")):
-        raise UserError(f"{where}: {entry!r} leaves {base}; allow it with own.root=FOLDER")
-    return os.path.relpath(path, base)
+    share_of = f"{share:.0%} of each class" if per_class else f"{share:.0%}"
+    return {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}, f"{share_of} held out, seed {seed}"
 
 
 class Listing:

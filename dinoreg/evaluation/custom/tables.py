@@ -10,15 +10,16 @@ A `classes.txt` beside the table fixes the classes and their order, a name a lin
 
 from __future__ import annotations
 
-import csv
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dinoreg.config.keys import nearest
-from dinoreg.evaluation.custom.splits import SPLIT_WORDS, Listing, inside
+from dinoreg.config.option import nearest
+from dinoreg.data.tables import inside, parquet_table, rows_of
+from dinoreg.evaluation.custom.splits import SPLIT_WORDS, Listing
 from dinoreg.runtime.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -55,9 +56,12 @@ class _Rows:
     places: list[str]
     cells: list[list[str]]
 
-    def column(self, name: str) -> list[str]:
+    def column(self, name: str) -> list[tuple[str, str]]:
+        """(place, cell) of every row; nothing where there is no such column."""
+        if name not in self.columns:
+            return []
         number = self.columns.index(name)
-        return [row[number].strip() for row in self.cells]
+        return [(place, row[number].strip()) for place, row in zip(self.places, self.cells, strict=True)]
 
 
 def read_table(file: Path, root: Path | None = None, columns: Sequence[str] = ()) -> Table:
@@ -66,37 +70,30 @@ def read_table(file: Path, root: Path | None = None, columns: Sequence[str] = ()
     root     where relative paths begin and what no path may leave; by default the table's folder
     columns  those that hold labels; by default see above
     """
-    rows = _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_text(file)
+    rows = _read_rows(file)
     if "path" not in rows.columns:
         raise UserError(f"{file}: has no column path, expected path, label and, if wanted, split in its first line")
     if not rows.cells:
         raise UserError(f"{file}: lists no images")
-    root = file.parent if root is None else root
-    paths: list[str] = []
-    seen: dict[str, str] = {}
-    for place, entry in zip(rows.places, rows.column("path")):
+    root = Path(os.path.abspath(file.parent if root is None else root))
+    first_places: dict[str, str] = {}
+    for place, entry in rows.column("path"):
         if not entry:
             raise UserError(f"{file} {place}: the path is empty")
-        path = inside(root, entry, f"{file} {place}")
-        if path in seen:
-            raise UserError(f"{file} {place}: {path} is listed before, in {seen[path]}")
-        seen[path] = place
-        paths.append(path)
-    words = _words(rows) if "split" in rows.columns else None
+        path = inside(str(root), entry, f"{file} {place}", "own.root")
+        if path in first_places:
+            raise UserError(f"{file} {place}: {path} is listed before, in {first_places[path]}")
+        first_places[path] = place
+    words = [_split_of(word, f"{file} {place}") for place, word in rows.column("split")]
     labels, names = _labels(rows, columns)
-    Listing(root).require(paths, file)
-    return Table(root, paths, labels, names, words)
+    Listing(root).require(first_places, file)
+    return Table(root, list(first_places), labels, names, words or None)
 
 
-def _words(rows: _Rows) -> list[str]:
-    found = []
-    for place, word in zip(rows.places, rows.column("split")):
-        if word.lower() not in SPLIT_WORDS:
-            raise UserError(
-                f"{rows.file} {place}: split {word!r}{nearest(word, SPLIT_WORDS)}; expected train, val, test"
-            )
-        found.append(SPLIT_WORDS[word.lower()])
-    return found
+def _split_of(word: str, where: str) -> str:
+    if word.lower() not in SPLIT_WORDS:
+        raise UserError(f"{where}: split {word!r}{nearest(word, SPLIT_WORDS)}; expected train, val, test")
+    return SPLIT_WORDS[word.lower()]
 
 
 def _labels(rows: _Rows, columns: Sequence[str]) -> tuple[np.ndarray, list[str]]:
@@ -118,35 +115,35 @@ def _labels(rows: _Rows, columns: Sequence[str]) -> tuple[np.ndarray, list[str]]
         raise UserError(f"{rows.file}: has no column label")
     if len(columns) > 1:
         return _indicators(rows, columns), list(columns)
-    given = _classes_file(rows.file)
+    given = read_classes(rows.file.parent / "classes.txt")
     cells = rows.column(columns[0])
-    if any(SEPARATOR in cell for cell in cells):
-        sets = [[part.strip() for part in cell.split(SEPARATOR) if part.strip()] for cell in cells]
+    if any(SEPARATOR in cell for _, cell in cells):
+        sets = [[part.strip() for part in cell.split(SEPARATOR) if part.strip()] for _, cell in cells]
         number, names = _numbering({part for parts in sets for part in parts}, given)
-        found = np.zeros((len(sets), len(names)), dtype=np.int8)
-        for row, (place, parts) in enumerate(zip(rows.places, sets)):
-            found[row, [number(part, place, rows.file) for part in parts]] = 1
-        return found, names
-    for place, cell in zip(rows.places, cells):
+        labels = np.zeros((len(sets), len(names)), dtype=np.int8)
+        for row, ((place, _), parts) in enumerate(zip(cells, sets, strict=True)):
+            labels[row, [number(part, f"{rows.file} {place}") for part in parts]] = 1
+        return labels, names
+    for place, cell in cells:
         if not cell:
             raise UserError(f"{rows.file} {place}: the label is empty")
-    number, names = _numbering(set(cells), given)
+    number, names = _numbering({cell for _, cell in cells}, given)
     if len(names) < 2:
         raise UserError(f"{rows.file}: every image has the label {names[0]!r}, expected at least two classes")
-    return np.array([number(cell, place, rows.file) for place, cell in zip(rows.places, cells)], dtype=np.int64), names
+    return np.array([number(cell, f"{rows.file} {place}") for place, cell in cells], dtype=np.int64), names
 
 
 def _indicators(rows: _Rows, columns: Sequence[str]) -> np.ndarray:
-    found = np.zeros((len(rows.cells), len(columns)), dtype=np.int8)
+    labels = np.zeros((len(rows.cells), len(columns)), dtype=np.int8)
     for number, name in enumerate(columns):
-        for row, (place, cell) in enumerate(zip(rows.places, rows.column(name))):
+        for row, (place, cell) in enumerate(rows.column(name)):
             if cell.lower() not in INDICATORS:
                 raise UserError(f"{rows.file} {place}: {name} is {cell!r}, expected 1, 0 or -1")
-            found[row, number] = INDICATORS[cell.lower()]
-    return found
+            labels[row, number] = INDICATORS[cell.lower()]
+    return labels
 
 
-def _numbering(cells: set[str], given: list[str] | None) -> tuple[Callable[[str, str, Path], int], list[str]]:
+def _numbering(cells: set[str], given: list[str] | None) -> tuple[Callable[[str, str], int], list[str]]:
     """A cell's class number, and the names of the classes; whole numbers are ordered as such."""
     whole = {cell: int(cell) for cell in cells if cell.removeprefix("-").isdecimal()}
     numeric = len(whole) == len(cells)
@@ -154,21 +151,17 @@ def _numbering(cells: set[str], given: list[str] | None) -> tuple[Callable[[str,
     by_name = {name: index for index, name in enumerate(names)}
     count = len(names)
 
-    def number(cell: str, place: str, file: Path) -> int:
+    def number(cell: str, where: str) -> int:
         if numeric and (int(cell) < 0 or (given is not None and cell not in by_name and int(cell) >= count)):
             expected = f"0..{count - 1} by classes.txt" if given is not None else "0 or more"
-            raise UserError(f"{file} {place}: label {cell} is out of range, expected {expected}")
+            raise UserError(f"{where}: label {cell} is out of range, expected {expected}")
         if cell in by_name:
             return by_name[cell]
         if numeric:
             return int(cell)
-        raise UserError(f"{file} {place}: label {cell!r} is not in classes.txt{nearest(cell, names)}")
+        raise UserError(f"{where}: label {cell!r} is not in classes.txt{nearest(cell, names)}")
 
     return number, names
-
-
-def _classes_file(file: Path) -> list[str] | None:
-    return read_classes(file.parent / "classes.txt")
 
 
 def read_classes(path: Path) -> list[str] | None:
@@ -184,41 +177,23 @@ def read_classes(path: Path) -> list[str] | None:
     return names
 
 
-def _read_text(file: Path) -> _Rows:
-    places, cells = [], []
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as opened:
-            rows = csv.reader(opened, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-            columns = [name.strip() for name in next(rows, [])]
-            for row in rows:
-                if not any(cell.strip() for cell in row):
-                    continue
-                if len(row) != len(columns):
-                    raise UserError(f"{file} line {rows.line_num}: {len(row)} fields, expected {len(columns)}")
-                places.append(f"line {rows.line_num}")
-                cells.append(row)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: is not UTF-8 text") from None
-    except csv.Error as error:
-        raise UserError(f"{file}: is not a valid table ({error})") from None
-    return _checked(_Rows(file, columns, places, cells))
-
-
-def _read_parquet(file: Path) -> _Rows:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{file}: reading parquet needs pyarrow: pip install 'dinoreg[data]'") from None
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: is not a readable parquet file ({str(error).splitlines()[0]})") from None
-    columns = [[_text(value) for value in column.to_pylist()] for column in table.columns]
-    cells = [list(row) for row in zip(*columns)]
-    return _checked(_Rows(file, list(table.column_names), [f"row {row}" for row in range(1, len(cells) + 1)], cells))
+def _read_rows(file: Path) -> _Rows:
+    if file.suffix.lower() == ".parquet":
+        table = parquet_table(file, f"{file}:")
+        names = list(table.column_names)
+        cells = [list(row) for row in zip(*([_text(cell) for cell in column.to_pylist()] for column in table.columns))]
+        rows = _Rows(file, names, [f"row {number}" for number in range(1, len(cells) + 1)], cells)
+    else:
+        lines = list(rows_of(file, f"{file}:"))
+        names = [name.strip() for name in lines[0][1]] if lines else []
+        for line, row in lines[1:]:
+            if len(row) != len(names):
+                raise UserError(f"{file} line {line}: {len(row)} fields, expected {len(names)}")
+        rows = _Rows(file, names, [f"line {line}" for line, _ in lines[1:]], [row for _, row in lines[1:]])
+    repeated = [name for index, name in enumerate(names) if name in names[:index]]
+    if repeated:
+        raise UserError(f"{file}: has two columns {repeated[0]!r}")
+    return rows
 
 
 def _text(value: object) -> str:
@@ -230,10 +205,3 @@ def _text(value: object) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
-
-
-def _checked(rows: _Rows) -> _Rows:
-    twice = [name for index, name in enumerate(rows.columns) if name in rows.columns[:index]]
-    if twice:
-        raise UserError(f"{rows.file}: has two columns {twice[0]!r}")
-    return rows

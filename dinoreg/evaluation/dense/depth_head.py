@@ -17,8 +17,14 @@ from dinoreg.evaluation.backbones.encoder import Encoder, seeded
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.depth_images import read_pair, shrink, training_crop
-from dinoreg.evaluation.dense.windows import TrainingStream, centre_pad, centre_padding, require_finite
-from dinoreg.evaluation.features.images import parallel
+from dinoreg.evaluation.dense.windows import (
+    batches_of_one_shape,
+    centre_pad,
+    centre_padding,
+    training_stream,
+)
+from dinoreg.evaluation.features.images import parallel, stack_images
+from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.depth import Crop, gradient_loss, scale_invariant_loss
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
@@ -87,28 +93,27 @@ class DepthHeads:
     def __init__(self, encoder: Encoder, options: DepthOptions, seed: int) -> None:
         self.encoder, self.options, self.seed = encoder, options, seed
         self.blocks = {variant: head_blocks(variant, encoder.depth) for variant in options.variants}
-        self._wanted = sorted({block for each in self.blocks.values() for block in each})
-        self._places = {key: [self._wanted.index(block) for block in each] for key, each in self.blocks.items()}
+        self._layers = sorted({block for blocks in self.blocks.values() for block in blocks})
         self.heads: dict[Key, DepthHead] = {}
 
     def fit(self, train: DepthMaps, size: tuple[int, int], border: Crop | None, context: Context) -> dict[Key, float]:
         """Train all heads on crops of `size` from inside `border`; returns the loss that each ended at."""
         options, device = self.options, self.encoder.device
         self._build(*size)
-        named = {f"lin.{variant} lr {lr:g}": (variant, lr) for variant, lr in self.heads}
+        names = {key: f"lin.{key[0]} lr {key[1]:g}" for key in self.heads}
         warmup, loss_warmup = warmup_steps(options), loss_warmup_steps(options)
 
         def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             return training_crop(*read_pair(train, index), size, border, options.max_size, rng)
 
         def losses(step: int) -> Mapping[str, Tensor]:
-            samples = crops(step)
-            images = torch.from_numpy(np.stack([pixels for _, (pixels, _) in samples])).permute(0, 3, 1, 2).to(device)
-            depth = torch.from_numpy(np.stack([metres for _, (_, metres) in samples])).to(device)
+            indices, crops = zip(*stream(step))
+            images = stack_images([pixels for pixels, _ in crops]).to(device)
+            depth = torch.from_numpy(np.stack([metres for _, metres in crops])).to(device)
             valid = (depth > options.min_depth) & (depth < options.max_depth)
-            tokens, grid = self._tokens(images, [train.source.name(index) for index, _ in samples])
+            tokens, grid = self._tokens(images, [train.source.name(index) for index in indices])
             found = {}
-            for name, key in named.items():
+            for key, name in names.items():
                 predicted = self._depth(key, tokens, grid, size)
                 loss = scale_invariant_loss(predicted, depth, valid, step < loss_warmup)
                 found[name] = loss + GRADIENT_WEIGHT * gradient_loss(predicted, depth, valid)
@@ -117,15 +122,16 @@ class DepthHeads:
         def factor(step: int) -> float:
             return cosine(step, options.steps, warmup)
 
-        heads = {name: self.heads[key] for name, key in named.items()}
+        heads = {names[key]: head for key, head in self.heads.items()}
         optimizers = {
-            name: torch.optim.AdamW(head.parameters(), lr=named[name][1], weight_decay=options.weight_decay)
-            for name, head in heads.items()
+            names[key]: torch.optim.AdamW(head.parameters(), lr=key[1], weight_decay=options.weight_decay)
+            for key, head in self.heads.items()
         }
-        with TrainingStream(load, len(train), options.batch_size, options.steps, self.seed, context.workers) as crops:
+        with training_stream(load, len(train), options.batch_size, options.steps, self.seed, context.workers) as stream:
             ended = train_heads(heads, optimizers, losses, options.steps, factor, context, "depth", CLIP_GRAD)
-        return {key: ended[name] for name, key in named.items()}
+        return {key: ended[name] for key, name in names.items()}
 
+    @torch.no_grad()
     def predict(self, images: Tensor, keys: Sequence[Key], names: Sequence[str]) -> dict[Key, Tensor]:
         """The mean prediction on images and on their mirror images, each clamped to the bins' range.
 
@@ -133,56 +139,49 @@ class DepthHeads:
         names    of the images, for RunError when a feature is not finite
         returns  {head: (B, H, W) metres}
         """
-        total: dict[Key, Tensor] = {}
         pixels = images.to(self.encoder.device).float() / 255
         size = (images.shape[2], images.shape[3])
-        with torch.no_grad():
-            for mirrored in (False, True):
-                tokens, grid = self._tokens(pixels.flip(-1) if mirrored else pixels, names)
-                for key in keys:
-                    depth = self._depth(key, tokens, grid, size).clamp(self.options.min_depth, self.options.max_depth)
-                    total[key] = (total[key] + depth.flip(-1)) / 2 if mirrored else depth
+        total: dict[Key, Tensor] = {}
+        for mirrored in (False, True):
+            tokens, grid = self._tokens(pixels.flip(-1) if mirrored else pixels, names)
+            for key in keys:
+                depth = self._depth(key, tokens, grid, size).clamp(self.options.min_depth, self.options.max_depth)
+                total[key] = (total[key] + depth.flip(-1)) / 2 if mirrored else depth
         return total
 
     def predictions(
         self, split: DepthMaps, context: Context
     ) -> Iterator[tuple[int, np.ndarray, dict[Key, np.ndarray]]]:
-        """(index, truth (H, W), {head: prediction (H, W)}) of every image in order; equal sizes go in batches."""
-        most = min(context.batch_size, self.options.batch_size)
+        """(index, truth (H, W), {head: prediction (H, W)}) of every image; equal sizes go in batches."""
 
         def load(index: int) -> tuple[int, np.ndarray, np.ndarray]:
             image, depth = read_pair(split, index)
             return index, np.asarray(shrink(image, self.options.max_size)), depth
 
-        held: list[tuple[int, np.ndarray, np.ndarray]] = []
-        for each in parallel(load, range(len(split)), context.workers):
-            if held and (len(held) == most or held[0][1].shape != each[1].shape):
-                yield from self._of_batch(split, held)
-                held = []
-            held.append(each)
-        yield from self._of_batch(split, held)
-
-    def _of_batch(
-        self, split: DepthMaps, held: Sequence[tuple[int, np.ndarray, np.ndarray]]
-    ) -> Iterator[tuple[int, np.ndarray, dict[Key, np.ndarray]]]:
-        images = torch.from_numpy(np.stack([pixels for _, pixels, _ in held])).permute(0, 3, 1, 2)
-        found = self.predict(images, [*self.heads], [split.source.name(index) for index, _, _ in held])
-        for row, (index, _, true) in enumerate(held):
-            yield index, true, {key: resized(depth[row], true.shape) for key, depth in found.items()}
+        loaded = parallel(load, range(len(split)), context.workers)
+        batch_size = min(context.batch_size, self.options.batch_size)
+        for batch in batches_of_one_shape(loaded, batch_size, lambda each: each[1].shape):
+            images = stack_images([pixels for _, pixels, _ in batch])
+            predicted = self.predict(images, [*self.heads], [split.source.name(index) for index, _, _ in batch])
+            for row, (index, _, true) in enumerate(batch):
+                yield index, true, {key: resized(depth[row], true.shape) for key, depth in predicted.items()}
 
     def _tokens(self, images: Tensor, names: Sequence[str]) -> tuple[list[Tokens], tuple[int, int]]:
         """Tokens of the wanted blocks, and the grid, of images padded with what normalises to zero."""
         padded = centre_pad(images, self.encoder.patch_size, self.encoder.mean)
-        tokens = self.encoder.layers(padded, self._wanted, norm=False)
+        tokens = self.encoder.layers(padded, self._layers, norm=False)
         for each in tokens:
             require_finite(each.cls, names, self.encoder)
             require_finite(each.patches, names, self.encoder)
         return tokens, self.encoder.grid(padded.shape[2], padded.shape[3])
 
+    def _of_variant(self, tokens: list[Tokens], variant: int) -> list[Tokens]:
+        return [tokens[self._layers.index(block)] for block in self.blocks[variant]]
+
     def _depth(self, key: Key, tokens: list[Tokens], grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
         """(B, H, W) metres at the pixels of the images of `size`: the padding is cut off again."""
         patch = self.encoder.patch_size
-        depth = self.heads[key]([tokens[each] for each in self._places[key[0]]], grid)
+        depth = self.heads[key](self._of_variant(tokens, key[0]), grid)
         full = (grid[0] * patch, grid[1] * patch)
         depth = F.interpolate(depth[:, None], size=full, mode="bilinear", align_corners=False)[:, 0]
         top, left = (centre_padding(side, patch)[0] for side in size)
@@ -193,8 +192,8 @@ class DepthHeads:
         blank = torch.zeros(1, self.encoder.in_channels, height, width, device=self.encoder.device)
         tokens, _ = self._tokens(blank, ["a blank image"])
         options = self.options
-        for variant, places in self._places.items():
-            widths = [(tokens[each].patches.shape[-1], tokens[each].cls.shape[-1]) for each in places]
+        for variant in self.blocks:
+            widths = [(each.patches.shape[-1], each.cls.shape[-1]) for each in self._of_variant(tokens, variant)]
             for lr in options.lrs:
                 with seeded(self.seed):  # the same start for every rate
                     head = DepthHead(widths, options.num_bins, options.min_depth, options.max_depth)

@@ -6,14 +6,12 @@ The variations are those of the NYU recipe behind DINOv2's: a border cut off, ro
 
 from __future__ import annotations
 
-import io
-from pathlib import Path
-
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from dinoreg.data.decode import BadImage
 from dinoreg.evaluation.data import DepthMaps
+from dinoreg.evaluation.dense.pictures import strip, widened
+from dinoreg.evaluation.dense.windows import fit_size
 from dinoreg.evaluation.features.images import read_rgb
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
 from dinoreg.runtime.errors import UserError
@@ -23,8 +21,6 @@ ROTATION = 2.5  # degrees at most, either way
 GAMMA, BRIGHTNESS, COLOUR = (0.9, 1.1), (0.75, 1.25), (0.9, 1.1)
 PROBABILITY = 0.5  # of rotation, of the flip and of the change of colours
 SIZES_READ = 64  # training images whose sizes decide the crop
-_DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I")  # Pillow's names
-PANEL_WIDTH = 296  # pixels of each of an example's three pictures, at most
 
 
 def read_pair(split: DepthMaps, index: int) -> tuple[Image.Image, np.ndarray]:
@@ -39,23 +35,9 @@ def read_pair(split: DepthMaps, index: int) -> tuple[Image.Image, np.ndarray]:
     return image, np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
-def read_metres(path: Path, per_metre: float = 1000.0) -> np.ndarray:
-    """A 16-bit PNG (or TIFF) of whole units, 0 where unknown -> (H, W) float32 metres; UserError naming the file."""
-    try:
-        with Image.open(path) as image:
-            mode, values = image.mode, np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read as a depth map ({reason[:200]})") from None
-    if mode not in _DEPTH_MODES:
-        raise UserError(f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel")
-    return values.astype(np.float32) / np.float32(per_metre)
-
-
 def shrunk_size(height: int, width: int, max_size: int) -> tuple[int, int]:
     """Height and width with the long side at most `max_size`, in proportion."""
-    scale = min(1.0, max_size / max(height, width))
-    return max(round(height * scale), 1), max(round(width * scale), 1)
+    return fit_size(height, width, min(height, width), max_size)
 
 
 def shrink(image: Image.Image, max_size: int) -> Image.Image:
@@ -73,7 +55,8 @@ def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int
     """
     smallest = [10**9, 10**9]
     for index in np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int)):
-        height, width = shrunk_size(*_size(split, int(index)), max_size)
+        width, height = read_rgb(split.source, int(index)).size
+        height, width = shrunk_size(height, width, max_size)
         if border is not None:
             rows, columns = scaled_crop(border, height, width)
             height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -135,26 +118,6 @@ def example(image: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: 
 
     truth = painted(true)
     truth[true <= 0] = 0
-    panels = [image, Image.fromarray(painted(predicted)), Image.fromarray(truth)]
     # Small pictures are enlarged too: a miniature's 64 pixels are nothing to look at.
-    height = max(round(image.height * PANEL_WIDTH / image.width), 1)
-    strip = Image.new("RGB", (3 * PANEL_WIDTH + 8, height + 18), (24, 27, 33))
-    for place, panel in enumerate(panels):
-        strip.paste(panel.resize((PANEL_WIDTH, height), Image.Resampling.NEAREST), (place * (PANEL_WIDTH + 4), 0))
-    words = ("image", f"prediction, {text}", f"truth, {low:.1f} (dark) to {high:.1f} m")
-    for place, word in enumerate(words):
-        ImageDraw.Draw(strip).text((place * (PANEL_WIDTH + 4) + 4, height + 3), word, fill=(235, 235, 235))
-    return strip
-
-
-def _size(split: DepthMaps, index: int) -> tuple[int, int]:
-    """Height and width of an image, of a file by its header alone."""
-    try:
-        data = split.source.read(index)
-        if isinstance(data, np.ndarray):
-            return data.shape[0], data.shape[1]
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-    except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        width, height = read_rgb(split.source, index).size  # says in words what is wrong with it
-    return height, width
+    captions = ("image", f"prediction, {text}", f"truth, {low:.1f} (dark) to {high:.1f} m")
+    return strip([widened(each) for each in (image, painted(predicted), truth)], captions)

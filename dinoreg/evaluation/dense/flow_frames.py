@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
-from dinoreg.checkpoint.format import write_atomic
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import FlowPairs
 from dinoreg.evaluation.dense.flow_matching import Geometry, Truth
-from dinoreg.evaluation.features.images import parallel, read_rgb
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.evaluation.features.images import load_batches, read_rgb
+from dinoreg.evaluation.features.rows import extract_rows
+from dinoreg.runtime.errors import UserError
 
 FLUSH_FRAMES = 32  # written between notes of how far the extraction is
 
@@ -46,44 +42,11 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
         "dtype": context.features.dtype.name,
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path, note = context.state / f"flow_tokens_{name}.npy", context.state / f"flow_tokens_{name}.json"
-    done = _frames_done(path, note)
-    rows: np.ndarray | None = np.load(path, mmap_mode="r+") if done else None
     # As many pixels at once as a batch of the crops that the batch size is meant for.
     height, width = geometry.working
-    at_once = max(context.batch_size * context.image_size**2 // (height * width), 1)
-    batches = _batches(source, geometry, at_once, context.workers, done)
-    left = -(-(len(source) - done) // at_once)
-    flushed = done
-    for images in context.progress(batches, left, f"tokens of frames ({encoder.name})") if left else ():
-        tokens = F.normalize(encoder.tokens(images).patches.float(), dim=-1)
-        bad = (~torch.isfinite(tokens).flatten(1).all(dim=1)).nonzero()
-        if len(bad):
-            raise RunError(f"{source.name(done + int(bad[0]))}: its tokens are not finite ({encoder.name})")
-        if rows is None:
-            rows = _create(path, (len(source), *tokens.shape[1:]), context.features.dtype)
-        rows[done : done + len(tokens)] = tokens.cpu().numpy()
-        done += len(tokens)
-        if done - flushed >= FLUSH_FRAMES or done == len(source):
-            rows.flush()  # type: ignore[attr-defined]
-            write_atomic(note, json.dumps({"done": done}) + "\n")
-            flushed = done
-    return np.load(path, mmap_mode="r")
+    batch_size = max(context.batch_size * context.image_size**2 // (height * width), 1)
 
-
-def forget_tokens(context: Context) -> None:
-    """Give back the disk that the tokens of this evaluation take: those of the baselines come after it."""
-    for path in context.state.glob("flow_tokens_*"):
-        with suppress(OSError):  # a system that keeps mapped files; they go with the folder
-            path.unlink()
-
-
-def _batches(source: Source, geometry: Geometry, size: int, workers: int, start: int) -> Iterator[Tensor]:
-    """Resized frames from `start` on, in order: (b, 3, h, w) uint8."""
-    held: list[np.ndarray] = []
-    height, width = geometry.working
-
-    def resized(index: int) -> np.ndarray:
+    def load(index: int) -> np.ndarray:
         image = read_rgb(source, index)
         if image.size != geometry.size[::-1]:
             raise UserError(
@@ -94,37 +57,26 @@ def _batches(source: Source, geometry: Geometry, size: int, workers: int, start:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(image)
 
-    for pixels in parallel(resized, range(start, len(source)), workers):
-        held.append(pixels)
-        if len(held) == size:
-            yield torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2)
-            held = []
-    if held:
-        yield torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2)
+    return extract_rows(
+        context.state / f"flow_tokens_{name}.npy",
+        encoder,
+        source,
+        lambda start: load_batches(load, range(start, len(source)), batch_size, context.workers),
+        lambda images: F.normalize(encoder.tokens(images).patches.float(), dim=-1),
+        batch_size=batch_size,
+        dtype=context.features.dtype,
+        progress=context.progress,
+        what="tokens of frames",
+        flush_every=FLUSH_FRAMES,
+        advice="features_dtype=float16 takes half, flow.upscale=1 a quarter of 2",
+    )
 
 
-def _frames_done(path: Path, note: Path) -> int:
-    try:
-        done = int(json.loads(note.read_text())["done"])
-        return done if 0 <= done <= len(np.load(path, mmap_mode="r")) else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
-def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    needed = int(np.prod(shape)) * dtype.itemsize
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        # A mapped file takes its space page by page, and a full disk would end the process without a word.
-        if free < needed:
-            raise RunError(
-                f"{path.parent}: the frames' tokens need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free; "
-                "features_dtype=float16 takes half, flow.upscale=1 a quarter of 2"
-            )
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written ({error.strerror})") from None
+def forget_tokens(context: Context) -> None:
+    """Give back the disk that the tokens of this evaluation take: those of the baselines come after it."""
+    for path in context.state.glob("flow_tokens_*"):
+        with suppress(OSError):  # a system that keeps mapped files; they go with the folder
+            path.unlink()
 
 
 def truth(pairs: FlowPairs, index: int, geometry: Geometry) -> Truth:

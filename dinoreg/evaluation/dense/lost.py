@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
 
 
@@ -84,7 +85,7 @@ def component(mask: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, bool
     try:
         from scipy import ndimage
     except ModuleNotFoundError:
-        raise UserError("object discovery needs scipy: pip install 'dinoreg[eval]'") from None
+        raise UserError(f"object discovery needs scipy: {install('scipy')}") from None
     if not mask[seed]:
         part = np.zeros(mask.shape, dtype=bool)
         part[seed] = True

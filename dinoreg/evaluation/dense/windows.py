@@ -8,10 +8,12 @@ Reference datasets P5; the geometry of crops and windows is that of the segmenta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +23,6 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.data import IGNORED
 from dinoreg.evaluation.features.images import parallel
 from dinoreg.evaluation.solvers.train_heads import generator
-from dinoreg.runtime.errors import RunError
 
 T = TypeVar("T")
 CROP_TRIES = 10  # before a crop that shows too little is taken as it is
@@ -53,6 +54,39 @@ def centre_pad(images: Tensor, multiple: int, value: float | Sequence[float] = 0
     return padded
 
 
+def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -> Tensor:
+    """(h, w, 3) uint8 -> (3, H, W) float32 in [0, 1], filled up to multiples of the patch size at the bottom and right.
+
+    mean  colour of the filling, which the encoder's normalisation turns into zeros
+    """
+    height, width = pixels.shape[:2]
+    image = torch.tensor([float(value) for value in mean]).view(-1, 1, 1)
+    image = image.repeat(1, height + -height % patch_size, width + -width % patch_size)
+    image[:, :height, :width] = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
+    return image
+
+
+def batches_of_one_shape(
+    items: Iterable[T], batch_size: int, shape: Callable[[T], tuple[int, ...]]
+) -> Iterator[list[T]]:
+    """Batches of equal shape, so that no image is padded for its neighbours' sake, which its tokens would show.
+
+    Holds four batches at most; the order changes.
+    """
+    waiting: dict[tuple[int, ...], list[T]] = {}
+    held = 0
+    for each in items:
+        key = tuple(shape(each))
+        waiting.setdefault(key, []).append(each)
+        held += 1
+        full = len(waiting[key]) == batch_size
+        if full or held >= 4 * batch_size:
+            batch = waiting.pop(key if full else max(waiting, key=lambda other: len(waiting[other])))
+            held -= len(batch)
+            yield batch
+    yield from waiting.values()
+
+
 def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
     """Normalised patch tokens of the last block as a map, float32 on the encoder's device.
 
@@ -67,13 +101,6 @@ def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
         rows, columns = encoder.grid(*padded.shape[2:])
         found.append(encoder.tokens(padded).patches.mT.unflatten(2, (rows, columns)))
     return torch.cat(found)
-
-
-def require_finite(tokens: Tensor, names: Sequence[str], encoder: Encoder) -> None:
-    """RunError naming the first image whose tokens (B, ...) are not all finite."""
-    bad = (~torch.isfinite(tokens).flatten(1).all(dim=1)).nonzero()
-    if len(bad):
-        raise RunError(f"{names[int(bad[0])]}: its feature is not finite ({encoder.name})")
 
 
 def bilinear_matrix(out: int, length: int) -> np.ndarray:
@@ -260,45 +287,36 @@ def _order(turn: int, count: int, seed: int) -> np.ndarray:
     return generator(seed, turn, ORDER_STREAM).permutation(count)
 
 
-class TrainingStream(Generic[T]):
+@contextmanager
+def training_stream(
+    load: Callable[[int, np.random.Generator], T], count: int, batch_size: int, steps: int, seed: int, workers: int
+) -> Iterator[Callable[[int], list[tuple[int, T]]]]:
     """Batches of samples by step, loaded ahead in threads; the same samples whatever step the training begins with.
 
-    load  (image, rng) -> sample; all randomness comes from `rng`, which is a function of the seed and the position
+    load    (image, rng) -> sample; all randomness comes from `rng`, which is a function of the seed and the position
+    count   images, each of which comes once in every pass
+
+    yields  step -> [(image, sample)]; steps are asked for in order, another one begins anew
     """
 
-    def __init__(
-        self,
-        load: Callable[[int, np.random.Generator], T],
-        count: int,
-        batch_size: int,
-        steps: int,
-        seed: int,
-        workers: int,
-    ) -> None:
-        self.load, self.count, self.batch_size, self.steps = load, count, batch_size, steps
-        self.seed, self.workers = seed, workers
-        self._next = -1
-        self._samples: Iterator[tuple[int, T]] = iter(())
+    def sample(position: int) -> tuple[int, T]:
+        index = shuffled(position, count, seed)
+        return index, load(index, generator(seed, position, SAMPLE_STREAM))
 
-    def __call__(self, step: int) -> list[tuple[int, T]]:
-        """(image, sample) of one step. Steps are asked for in order; another one begins anew."""
-        if step != self._next:
-            self.close()
-            positions = range(step * self.batch_size, max(self.steps, step + 1) * self.batch_size)
-            self._samples = parallel(self._sample, positions, self.workers)
-        self._next = step + 1
-        return [next(self._samples) for _ in range(self.batch_size)]
+    def samples_from(step: int) -> Generator[tuple[int, T], None, None]:
+        yield from parallel(sample, range(step * batch_size, max(steps, step + 1) * batch_size), workers)
 
-    def _sample(self, position: int) -> tuple[int, T]:
-        index = shuffled(position, self.count, self.seed)
-        return index, self.load(index, generator(self.seed, position, SAMPLE_STREAM))
+    samples, following = samples_from(0), 0
 
-    def close(self) -> None:
-        """End the threads."""
-        getattr(self._samples, "close", lambda: None)()
+    def batch(step: int) -> list[tuple[int, T]]:
+        nonlocal samples, following
+        if step != following:
+            samples.close()
+            samples = samples_from(step)
+        following = step + 1
+        return list(islice(samples, batch_size))
 
-    def __enter__(self) -> TrainingStream[T]:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    try:
+        yield batch
+    finally:
+        samples.close()  # ends the threads

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dinoreg.checkpoint.format import write_atomic
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.features.images import still_batches
-from dinoreg.runtime.errors import RunError
+from dinoreg.evaluation.features.rows import Progress, extract_rows
 
 FLUSH_ROWS = 4096  # rows written between notes of how far the extraction is
-Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
 
 
 @dataclass(frozen=True)
@@ -106,27 +104,20 @@ class FeatureStore:
             "precision": str(encoder.dtype).removeprefix("torch."),
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        path, note = self.folder / f"{name}.npy", self.folder / f"{name}.json"
-        done = self._rows_done(path, note)
-        rows: np.ndarray | None = np.load(path, mmap_mode="r+") if done else None
-        if done < len(source):
-            batches = still_batches(source, transform, self.batch_size, self.workers, start=done)
-            left = -(-(len(source) - done) // self.batch_size)
-            flushed = done
-            for images in self.progress(batches, left, f"{what} ({encoder.name})"):
-                values = self._values(encoder, images, numbers, mean_patch)
-                bad = (~torch.isfinite(values).flatten(1).all(dim=1)).nonzero()
-                if len(bad):
-                    raise RunError(f"{source.name(done + int(bad[0]))}: its feature is not finite ({encoder.name})")
-                if rows is None:
-                    rows = self._create(path, (len(source), *values.shape[1:]))
-                rows[done : done + len(values)] = values.numpy()
-                done += len(values)
-                if done - flushed >= FLUSH_ROWS or done == len(source):
-                    rows.flush()  # type: ignore[attr-defined]
-                    write_atomic(note, json.dumps({**key, "done": done}) + "\n")
-                    flushed = done
-        return Features(np.load(path, mmap_mode="r"), slots)
+        rows = extract_rows(
+            self.folder / f"{name}.npy",
+            encoder,
+            source,
+            partial(still_batches, source, transform, self.batch_size, self.workers),
+            lambda images: self._values(encoder, images, numbers, mean_patch),
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            progress=self.progress,
+            what=what,
+            flush_every=FLUSH_ROWS,
+            note=key,
+        )
+        return Features(rows, slots)
 
     @torch.no_grad()
     def _values(self, encoder: Encoder, images: Tensor, blocks: Sequence[int], mean_patch: bool) -> Tensor:
@@ -136,21 +127,6 @@ class FeatureStore:
         if mean_patch:
             found.append(layers[-1].patches.mean(dim=1))
         return torch.stack(found, dim=1).float().cpu()
-
-    def _rows_done(self, path: Path, note: Path) -> int:
-        try:
-            done = int(json.loads(note.read_text())["done"])
-            return done if path.is_file() and 0 <= done <= len(np.load(path, mmap_mode="r")) else 0
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
-
-    def _create(self, path: Path, shape: tuple[int, ...]) -> np.ndarray:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return np.lib.format.open_memmap(path, mode="w+", dtype=self.dtype, shape=shape)
-        except OSError as error:
-            size = int(np.prod(shape)) * self.dtype.itemsize / 2**30
-            raise RunError(f"{self.folder}: cannot keep {size:.1f} GiB of features ({error.strerror})") from None
 
 
 def _tensor(array: np.ndarray) -> Tensor:

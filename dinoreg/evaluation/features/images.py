@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -78,18 +78,31 @@ def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int)
                 future.cancel()
 
 
+def stack_images(images: Sequence[np.ndarray]) -> Tensor:
+    """Images (h, w, 3) of one size -> (b, 3, h, w) of their type, channels innermost in memory."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def load_batches(
+    load: Callable[[int], np.ndarray], indices: Sequence[int], batch_size: int, workers: int = 0
+) -> Iterator[Tensor]:
+    """What `load` gives for each index, (h, w, 3) uint8 of one size, in order: (b, 3, h, w)."""
+    waiting: list[np.ndarray] = []
+    for pixels in parallel(load, indices, workers):
+        waiting.append(pixels)
+        if len(waiting) == batch_size:
+            yield stack_images(waiting)
+            waiting = []
+    if waiting:
+        yield stack_images(waiting)
+
+
 def still_batches(
     source: Source, transform: Callable[[Image.Image], np.ndarray], batch_size: int, workers: int = 0, start: int = 0
 ) -> Iterator[Tensor]:
     """The images from `start` on, transformed, in order: (b, 3, h, w) uint8, channels innermost in memory."""
-    held: list[np.ndarray] = []
-    for pixels in parallel(lambda index: transform(read_rgb(source, index)), range(start, len(source)), workers):
-        held.append(pixels)
-        if len(held) == batch_size:
-            yield torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2)
-            held = []
-    if held:
-        yield torch.from_numpy(np.stack(held)).permute(0, 3, 1, 2)
+    indices = range(start, len(source))
+    return load_batches(lambda index: transform(read_rgb(source, index)), indices, batch_size, workers)
 
 
 def default_workers() -> int:

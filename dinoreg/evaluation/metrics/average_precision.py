@@ -12,7 +12,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-POINTS = ("11", "all", "step")
+POINTS = ("11", "101", "all", "step")
+COCO_RECALLS = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,19 @@ class Curve:
     def average(self, points: str = "all") -> float:
         """Average precision in [0, 1]; NaN where there is nothing to find.
 
-        points  "11": mean of the envelope at recall 0, 0.1, ..., 1; "all": area under the envelope;
-                "step": area under the precision itself, as scikit-learn has it
+        points  "11": mean of the envelope at recall 0, 0.1, ..., 1; "101": at 0, 0.01, ..., 1, as COCO has it;
+                "all": area under the envelope; "step": area under the precision itself, as scikit-learn has it
         """
         if points not in POINTS:
             raise ValueError(f"points={points!r}: expected one of {', '.join(POINTS)}")
         if self.positives <= 0:
             return float("nan")
-        if points == "11":
-            reached = np.searchsorted(10 * self.true, np.arange(11) * self.positives, side="left")
-            return float(np.append(self.envelope, 0.0)[reached].sum() / 11)
+        if points in ("11", "101"):
+            if points == "11":
+                reached = np.searchsorted(10 * self.true, np.arange(11) * self.positives, side="left")
+            else:
+                reached = np.searchsorted(self.true / self.positives, COCO_RECALLS, side="left")
+            return float(np.append(self.envelope, 0.0)[reached].mean())
         height = self.envelope if points == "all" else self.precision
         return float((np.diff(self.true, prepend=0.0) * height).sum() / self.positives)
 

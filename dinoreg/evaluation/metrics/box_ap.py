@@ -14,6 +14,8 @@ from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.metrics.average_precision import Curve
@@ -21,7 +23,6 @@ from dinoreg.evaluation.metrics.boxes import areas, overlaps
 
 VOC_OVERLAP = 0.5
 COCO_OVERLAPS = np.linspace(0.5, 0.95, 10)
-COCO_RECALLS = np.linspace(0, 1, 101)
 MAX_DETECTIONS = 100  # of an image and class that COCO looks at
 # Square pixels, both ends included.
 COCO_AREAS: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -41,6 +42,12 @@ class Detections:
     boxes: np.ndarray
     labels: np.ndarray
     scores: np.ndarray
+
+    @classmethod
+    def of(cls, images: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Detections:
+        """The boxes (k, 4), labels (k,) and scores (k,) of each image in a row, on the CPU."""
+        boxes, labels, scores = (torch.cat([each[part] for each in images]).numpy() for part in range(3))
+        return cls(np.repeat(np.arange(len(images)), [len(each[1]) for each in images]), boxes, labels, scores)
 
 
 @dataclass(frozen=True)
@@ -104,17 +111,17 @@ class ClassMatches:
         return ClassMatches(self.image, self.hit[rows], self.counted[rows], self.positives)
 
 
-def voc_matches(found: Detections, truth: Truth, overlap: float = VOC_OVERLAP) -> list[ClassMatches]:
+def voc_matches(found: Detections, truth: Truth) -> list[ClassMatches]:
     """For every class, which detections count as right by VOC's development kit.
 
-    A detection belongs to the object that it overlaps most, if that is by `overlap` or more. Of several that belong to
+    A detection belongs to the object that it overlaps most, if that is by a half or more. Of several that belong to
     one object the surest is right and the others are wrong; those of a difficult object do not count.
     """
     hit, counted = np.zeros((1, len(found.image)), dtype=bool), np.ones((1, len(found.image)), dtype=bool)
     for detections, objects in _pairs(found, truth):
         shared = overlaps(found.boxes[detections], truth.boxes[objects])
         nearest = shared.argmax(axis=1)
-        near = shared[np.arange(len(detections)), nearest] >= overlap
+        near = shared[np.arange(len(detections)), nearest] >= VOC_OVERLAP
         difficult = truth.ignored[objects][nearest]
         counted[0, detections[near & difficult]] = False
         rows = np.flatnonzero(near & ~difficult)
@@ -123,40 +130,30 @@ def voc_matches(found: Detections, truth: Truth, overlap: float = VOC_OVERLAP) -
     return _by_class(found, truth, hit, counted, ~truth.ignored)
 
 
-def coco_matches(
-    found: Detections,
-    truth: Truth,
-    thresholds: np.ndarray = COCO_OVERLAPS,
-    sizes: Mapping[str, tuple[float, float]] = COCO_AREAS,
-    max_detections: int = MAX_DETECTIONS,
-) -> dict[str, list[ClassMatches]]:
-    """For every size and class, which detections count as right by COCO's rules.
+def coco_matches(found: Detections, truth: Truth) -> dict[str, list[ClassMatches]]:
+    """For every size of COCO_AREAS and class, which detections count as right by COCO's rules.
 
     From the surest on, a detection takes the free object that it overlaps most (of equals the last), one that counts
     before one that does not; objects of other sizes, difficult ones and crowds do not count, and neither do what takes
     them and what takes nothing but is of another size itself.
     """
-    limits = np.array(list(sizes.values()))  # (A, 2)
-    own = areas(found.boxes)
-    outside = (own[None] < limits[:, :1]) | (own[None] > limits[:, 1:])  # (A, n)
-    ignored = truth.ignored[None] | (truth.area[None] < limits[:, :1]) | (truth.area[None] > limits[:, 1:])  # (A, m)
-    kept = np.zeros(len(found.image), dtype=bool)
-    for group in _groups(found):
-        kept[group[:max_detections]] = True
-    shape = (len(limits), len(thresholds), len(found.image))
-    hit, counted = np.zeros(shape, dtype=bool), np.broadcast_to(~outside[:, None], shape).copy()
-    least = np.minimum(thresholds, 1 - 1e-10)
-    for detections, objects in _pairs(found, truth):
-        shared = overlaps(found.boxes[detections[:max_detections]], truth.boxes[objects], truth.crowd[objects])
-        taken = _take(shared, ignored[:, objects], truth.crowd[objects], least)  # (A, T, d) number of the object or -1
-        matched = taken >= 0
-        aside = np.take_along_axis(ignored[:, None, objects], np.maximum(taken, 0), axis=2)
-        places = detections[:max_detections]
-        hit[:, :, places] = matched & ~aside
-        counted[:, :, places] = np.where(matched, ~aside, counted[:, :, places])
+    groups = [group[:MAX_DETECTIONS] for group in _groups(found)]
+    rows = np.sort(np.concatenate(groups)) if groups else np.zeros(0, dtype=np.int64)
+    found = Detections(found.image[rows], found.boxes[rows], found.labels[rows], found.scores[rows])
+    low, high = np.array(list(COCO_AREAS.values())).T[:, :, None]  # (A, 1) each
+    area = areas(found.boxes)
+    ignored = truth.ignored | (truth.area < low) | (truth.area > high)  # (A, m)
+    shape = (len(low), len(COCO_OVERLAPS), len(area))
+    hit = np.zeros(shape, dtype=bool)
+    counted = np.broadcast_to(((area >= low) & (area <= high))[:, None], shape).copy()
+    for places, objects in _pairs(found, truth):
+        shared = overlaps(found.boxes[places], truth.boxes[objects], truth.crowd[objects])
+        matched = _match(shared, ignored[:, objects], truth.crowd[objects])  # (A, T, d) number of the object or -1
+        right = ~np.take_along_axis(ignored[:, None, objects], np.maximum(matched, 0), axis=2)
+        hit[:, :, places] = (matched >= 0) & right
+        counted[:, :, places] = np.where(matched >= 0, right, counted[:, :, places])
     return {
-        name: _by_class(found, truth, hit[place], counted[place], ~ignored[place], kept)
-        for place, name in enumerate(sizes)
+        name: _by_class(found, truth, hit[size], counted[size], ~ignored[size]) for size, name in enumerate(COCO_AREAS)
     }
 
 
@@ -177,46 +174,38 @@ def _class_precision(each: ClassMatches, points: str, weights: np.ndarray | None
         return np.full(thresholds, np.nan)
     weight = np.ones(len(each.image)) if weights is None else weights[each.image].astype(np.float64)
     running = np.cumsum(weight)
-    found = np.zeros(thresholds)
+    precision = np.zeros(thresholds)
     for number, (hit, counted) in enumerate(zip(each.hit, each.counted, strict=True)):
         # Recall grows at hits only, and the best precision further on is reached at one: only hits need be looked at.
         places = np.flatnonzero(hit)
-        if not len(places):
-            continue
-        right = np.cumsum(weight[places])
-        seen = (running if counted.all() else np.cumsum(weight * counted))[places]
-        curve = Curve(right, seen - right, total)
-        if points == "101":
-            reached = np.searchsorted(right / total, COCO_RECALLS, side="left")
-            found[number] = np.append(curve.envelope, 0.0)[reached].mean()
-        else:
-            found[number] = curve.average(points)
-    return found
+        if len(places):
+            true = np.cumsum(weight[places])
+            judged = (running if counted.all() else np.cumsum(weight * counted))[places]
+            precision[number] = Curve(true, judged - true, total).average(points)
+    return precision
 
 
-def _take(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray, least: np.ndarray) -> np.ndarray:
-    """The object that each detection (surest first) takes under every size and threshold, or -1.
+def _match(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """The object that each detection (surest first) is matched to under every size and threshold, or -1.
 
-    shared (d, m), ignored (A, m), crowd (m,), least (T,) -> (A, T, d) int64
+    shared (d, m), ignored (A, m), crowd (m,) -> (A, T, d) int64
     """
+    # All sizes and thresholds at once: COCOeval's loops over them take seven times as long (6.3 s for 1,000 images of
+    # 80 classes with 100 detections each, 0.9 s here), which is minutes on COCO's 5,000 with baselines and rates.
+    least = np.minimum(COCO_OVERLAPS, 1 - 1e-10)
     count, num_objects = shared.shape
-    free = np.ones((len(ignored), len(least), num_objects), dtype=bool)
-    taken = np.full((len(ignored), len(least), count), -1)
-    first, second = np.nonzero(np.ones(taken.shape[:2]))
-    counts = ~ignored[:, None]  # (A, 1, m)
+    match = np.full((len(ignored), len(least), count), -1)
+    free = np.ones((*match.shape[:2], num_objects), dtype=bool)
     for number in np.flatnonzero(shared.max(axis=1) >= least.min()):
-        row = shared[number]
-        fits = free & (row >= least[:, None])  # (A, T, m)
-        first_choice = fits & counts
-        fits = np.where(first_choice.any(axis=2, keepdims=True), first_choice, fits)
-        value = np.where(fits, row, -1.0)
-        last = num_objects - 1 - value[..., ::-1].argmax(axis=2)  # (A, T)
-        some = fits.any(axis=2)
-        taken[:, :, number] = np.where(some, last, -1)
-        busy = some & ~crowd[last]
-        where = busy.reshape(-1)
-        free[first[where], second[where], last.reshape(-1)[where]] = False
-    return taken
+        fits = free & (shared[number] >= least[:, None])  # (A, T, m)
+        preferred = fits & ~ignored[:, None]
+        fits = np.where(preferred.any(axis=2, keepdims=True), preferred, fits)
+        last = num_objects - 1 - np.where(fits, shared[number], -1.0)[..., ::-1].argmax(axis=2)  # (A, T)
+        any_fits = fits.any(axis=2)
+        match[:, :, number] = np.where(any_fits, last, -1)
+        where = np.nonzero(any_fits & ~crowd[last])
+        free[(*where, last[where])] = False
+    return match
 
 
 def _groups(found: Detections) -> list[np.ndarray]:
@@ -233,32 +222,21 @@ def _pairs(found: Detections, truth: Truth) -> Iterator[tuple[np.ndarray, np.nda
     order = np.lexsort((truth.image, truth.labels))
     key = truth.labels[order] * max(truth.num_images, 1) + truth.image[order]
     for group in _groups(found):
-        wanted = found.labels[group[0]] * max(truth.num_images, 1) + found.image[group[0]]
-        start, end = np.searchsorted(key, wanted, "left"), np.searchsorted(key, wanted, "right")
+        own_key = found.labels[group[0]] * max(truth.num_images, 1) + found.image[group[0]]
+        start, end = np.searchsorted(key, own_key, "left"), np.searchsorted(key, own_key, "right")
         if end > start:
             yield group, order[start:end]
 
 
 def _by_class(
-    found: Detections,
-    truth: Truth,
-    hit: np.ndarray,
-    counted: np.ndarray,
-    positive: np.ndarray,
-    kept: np.ndarray | None = None,
+    found: Detections, truth: Truth, hit: np.ndarray, counted: np.ndarray, positive: np.ndarray
 ) -> list[ClassMatches]:
     """The flags (T, n) class by class, each from the surest detection of all images on."""
     order = np.lexsort((found.image, -found.scores, found.labels))
-    if kept is not None:
-        order = order[kept[order]]
     bounds = np.searchsorted(found.labels[order], np.arange(truth.num_classes + 1))
     matches = []
     for label, (start, end) in enumerate(pairwise(bounds)):
         rows = order[start:end]
-        objects = truth.image[positive & (truth.labels == label)]
-        matches.append(
-            ClassMatches(
-                found.image[rows], hit[:, rows], counted[:, rows], np.bincount(objects, minlength=truth.num_images)
-            )
-        )
+        positives = np.bincount(truth.image[positive & (truth.labels == label)], minlength=truth.num_images)
+        matches.append(ClassMatches(found.image[rows], hit[:, rows], counted[:, rows], positives))
     return matches

@@ -23,19 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import PROTOCOLS, Task
-from dinoreg.evaluation.context import SAVE_SECONDS, Context
+from dinoreg.evaluation.benchmark import Task
+from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic, mean_per_class_accuracy, top1
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.protocols.logistic import class_tokens, labelled
+from dinoreg.evaluation.protocols.classification import METRICS, Classification, class_tokens
+from dinoreg.evaluation.protocols.measurement import resumable_map
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.softmax_regression import fit_logistic, select_and_fit
+from dinoreg.evaluation.solvers.regularisation_path import fit_logistic, select_and_fit
 from dinoreg.runtime.errors import UserError
 
 FIXED_UP_TO = 10  # labels per class, on average; with more, C is chosen
 FIXED_C = 10.0  # for features of unit spread; on digits and on planted classes 1 loses points, 100 changes little
-METRICS = {"top-1": top1, "mean per class": mean_per_class_accuracy}
 
 
 @dataclass(frozen=True)
@@ -77,41 +77,40 @@ class Spread:
 
 def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
     """A row for each setting: shots from most to least, then shares from most to least."""
-    if task.metric not in METRICS:
-        raise UserError(f"metric {task.metric!r}: few-shot has {' and '.join(METRICS)}")
-    train, test = labelled(data, "train"), labelled(data, "test")
-    train_features, test_features = (
-        class_tokens(encoder, split, context, name) for name, split in (("train", train), ("test", test))
+    measured, chosen = Classification(data, task, context, "few-shot"), options.few_shot
+    train, test = measured.split("train"), measured.split("test")
+    features, test_features = (
+        class_tokens(encoder, split.source, context, name) for name, split in (("train", train), ("test", test))
     )
-    spread = Spread.of(train_features)
-    chosen = options.few_shot
+    spread = Spread.of(features)
     settings = [Setting(shots=shots) for shots in sorted(chosen.shots, reverse=True)]
     settings += [Setting(share=share) for share in sorted(chosen.shares, reverse=True)]
-    tag = repr((chosen, options.logistic, context.seed, context.image_size, encoder.identity, train.source.stamp()))
-    saved = context.load_state("few_shot")
-    done: dict[str, dict[str, Any]] = saved["done"] if saved is not None and saved["tag"] == tag else {}
-    last_saved = time.monotonic()
-    rows = []
-    for setting in settings:
-        started = time.monotonic()
+    draws = [
+        (setting, context.seed + repeat)
+        for setting in settings
         # Where all images are taken there is nothing to draw.
-        repeats = 1 if drawn(train, setting, 0).size == len(train) else chosen.repeats
-        scored = []
-        for repeat in context.progress(range(repeats), repeats, f"{setting.title} ({encoder.name})"):
-            name = f"{setting.title}, draw {repeat}"
-            if name not in done:
-                index = drawn(train, setting, context.seed + repeat)
-                done[name] = score(
-                    train_features, train, index, test_features, spread, options, context.seed + repeat, encoder.device
-                )
-            scored.append(done[name])
-            if time.monotonic() - last_saved > SAVE_SECONDS:
-                context.save_state("few_shot", {"tag": tag, "done": done})
-                last_saved = time.monotonic()
-        row = _row(setting, scored, train, test, task.metric, options, context)
-        variant = ", ".join(filter(None, (setting.title, data.variant)))
-        rows.append(Row(**row, variant=variant, hours=(time.monotonic() - started) / 3600))
-    return rows
+        for repeat in range(1 if setting.counts(_available(train)).sum() == len(train) else chosen.repeats)
+    ]
+
+    def scored(place: int, _: None) -> dict[str, Any]:
+        setting, seed = draws[place]
+        started = time.monotonic()
+        found = score(
+            features, train, drawn(train, setting, seed), test_features, spread, options, seed, encoder.device
+        )
+        return {**found, "hours": (time.monotonic() - started) / 3600}
+
+    key = (chosen, options.logistic, context.seed, context.image_size, encoder.identity, train.source.stamp())
+    results = resumable_map(context, "few_shot", key, len(draws), scored, f"draws ({encoder.name})")
+    return [
+        _row(measured, setting, [each for each, (of, _) in zip(results, draws) if of == setting], options)
+        for setting in settings
+    ]
+
+
+def _available(train: Labelled) -> np.ndarray:
+    """Images of each class (K,)."""
+    return np.bincount(train.labels, minlength=train.num_classes)
 
 
 def drawn(train: Labelled, setting: Setting, seed: int) -> np.ndarray:
@@ -121,7 +120,7 @@ def drawn(train: Labelled, setting: Setting, seed: int) -> np.ndarray:
     """
     order = np.random.default_rng([seed, 2718]).permutation(len(train))
     order = order[np.argsort(train.labels[order], kind="stable")]  # by class, at random within a class
-    available = np.bincount(train.labels, minlength=train.num_classes)
+    available = _available(train)
     rank = np.arange(len(train)) - np.repeat(np.cumsum(available) - available, available)
     return np.sort(order[rank < np.repeat(setting.counts(available), available)])
 
@@ -141,28 +140,27 @@ def score(
     labels = torch.from_numpy(train.labels[index])
     if spread.power == 0:
         raise UserError("every training image has the same feature: there is nothing to learn from")
-    path: list[list[float]] = []
     if len(index) <= FIXED_UP_TO * len(labels.unique()):
-        model = fit_logistic(rows, labels, train.num_classes, FIXED_C / spread.power, device=device)
+        C, path = FIXED_C / spread.power, []
+        model = fit_logistic(rows, labels, train.num_classes, C, device=device)
     else:
         given = options.logistic
-        cs = tuple(np.geomspace(given.min_c, given.max_c, given.num_c))
         found = select_and_fit(
             rows,
             labels,
             train.num_classes,
-            cs,
+            np.geomspace(given.min_c, given.max_c, given.num_c).tolist(),
             validation_share=given.validation_share,
             seed=seed,
             patience=given.patience,
             device=device,
         )
-        model, path = found.model, [[each.C, each.accuracy] for each in found.path]
+        C, model, path = found.C, found.model, [[each.C, each.accuracy] for each in found.path]
     means = class_means(rows, labels, train.num_classes, spread)
     return {
         "logistic": model.predict(test_features),
         "nearest": torch.cat([nearest_mean(spread.unit(rows), means) for rows in test_features.split(4096)]),
-        "C": float(model.C),
+        "C": C,
         "path": path,
     }
 
@@ -209,55 +207,49 @@ def interval(predicted: np.ndarray, labels: np.ndarray, metric: str, samples: in
     return bootstrap_statistic(count, resampled, samples=samples)
 
 
-def _row(
-    setting: Setting,
-    scored: list[dict[str, Any]],
-    train: Labelled,
-    test: Labelled,
-    metric: str,
-    options: EvalOptions,
-    context: Context,
-) -> dict[str, Any]:
-    """The fields of a row, but for its variant and hours."""
-    found = {key: np.stack([each[key].numpy() for each in scored]) for key in ("logistic", "nearest")}
+def _row(measured: Classification, setting: Setting, scored: list[dict[str, Any]], options: EvalOptions) -> Row:
+    train, test, metric, context = (
+        measured.split("train"),
+        measured.split("test"),
+        measured.task.metric,
+        measured.context,
+    )
+    predicted = {key: np.stack([each[key].numpy() for each in scored]) for key in ("logistic", "nearest")}
     values = {
-        key: {name: [function(each, test.labels) for each in predicted] for name, function in METRICS.items()}
-        for key, predicted in found.items()
+        key: {name: [function(draw, test.labels) for draw in draws] for name, function in METRICS.items()}
+        for key, draws in predicted.items()
     }
-    bounds = {key: interval(predicted, test.labels, metric) for key, predicted in found.items()}
-    available = np.bincount(train.labels, minlength=train.num_classes)
+    available = _available(train)
     counts = setting.counts(available)
-    chose = bool(scored[0]["path"])
     share = f"a class-balanced {options.logistic.validation_share:.0%} of the drawn labels, seed of the draw"
-    return {
-        "protocol": PROTOCOLS["few_shot"][1],
-        "metric": metric,
-        "value": float(np.mean(values["logistic"][metric])),
-        "low": bounds["logistic"][0],
-        "high": bounds["logistic"][1],
-        "chosen_on": share if chose else "",
-        "seeds": tuple(context.seed + repeat for repeat in range(len(scored))),
-        "n_train": int(counts.sum()),
-        "n_test": len(test),
-        "chance": 1.0 / train.num_classes,
-        "settings": {
+    fixed = f"{FIXED_C:g} / mean squared distance of the training features from their mean"
+    chosen = bool(scored[0]["path"])
+    return measured.row(
+        float(np.mean(values["logistic"][metric])),
+        interval(predicted["logistic"], test.labels, metric),
+        variant=setting.title,
+        chosen_on=share if chosen else "",
+        seeds=tuple(context.seed + repeat for repeat in range(len(scored))),
+        n_train=int(counts.sum()),
+        n_test=len(test),
+        hours=sum(each["hours"] for each in scored),
+        chance=1.0 / train.num_classes,
+        settings={
             "shots": setting.shots,
             "share": setting.share,
             "draws": len(scored),
             "C": [each["C"] for each in scored],
-            "C from": share
-            if chose
-            else f"{FIXED_C:g} / mean squared distance of the training features from their mean",
+            "C from": share if chosen else fixed,
             "image_size": context.image_size,
         },
-        "details": {
+        details={
             "micro and macro": {name: float(np.mean(each)) for name, each in values["logistic"].items()},
             "each draw": values["logistic"][metric],
             "nearest class mean": float(np.mean(values["nearest"][metric])),
-            "nearest class mean, interval": list(bounds["nearest"]),
+            "nearest class mean, interval": list(interval(predicted["nearest"], test.labels, metric)),
         },
-        "note": _note(setting, available, counts),
-    }
+        note=_note(setting, available, counts),
+    )
 
 
 def _note(setting: Setting, available: np.ndarray, counts: np.ndarray) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
+from PIL import Image
+from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import Task
@@ -14,69 +14,54 @@ from dinoreg.evaluation.features.images import CentreCrop, read_rgb
 from dinoreg.evaluation.metrics.bootstrap import knn_predict
 from dinoreg.evaluation.metrics.knn_rankme import nearest_neighbours
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.protocols.logistic import accuracy_rows, labelled
+from dinoreg.evaluation.protocols.classification import GREEN, GROUND, RED, Classification
 from dinoreg.evaluation.result import Row
 
 RESIZE = 256 / 224  # short side over crop, as DINOv2's k-NN and linear evaluations have it
 GALLERY = 6  # neighbours shown beside a query
+SIDE, BLUE = 112, (59, 125, 216)  # pixels of a picture in a strip, edge of the query
 
 
 def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
     """One row for each k, the k of 20 first where it is among them: the papers do not say which they quote."""
-    started = time.monotonic()
-    train, test = labelled(data, "train"), labelled(data, "test")
+    measured, chosen = Classification(data, task, context), options.knn
+    train, test = measured.split("train"), measured.split("test")
     crop = CentreCrop(round(context.image_size * RESIZE), context.image_size)
     bank, queries = (
-        context.features.extract(encoder, split.source, crop, (-1,), what=f"features of {name}").cls()
+        context.features.extract(encoder, split.source, crop, what=f"features of {name}").cls()
         for name, split in (("train", train), ("test", test))
     )
-    chosen = options.knn
-    labels = torch.from_numpy(train.labels)
     votes = knn_predict(
-        bank.to(encoder.device) if encoder.device.type != "cpu" else bank,
-        labels,
+        bank.to(encoder.device),
+        torch.from_numpy(train.labels),
         queries,
         k=chosen.k,
         temperature=chosen.temperature,
         num_classes=train.num_classes,
     )
-    hours = (time.monotonic() - started) / 3600
-    if context.examples is not None:
-        _gallery(bank, queries, train, test, context)
-    rows = []
-    for k in sorted(chosen.k, key=lambda each: (each != 20, each)):
-        common = {
-            "variant": ", ".join(filter(None, (f"k = {k}", data.variant))),
-            "seeds": (context.seed,),
-            "n_train": len(train),
-            "n_test": len(test),
-            "chance": 1.0 / train.num_classes,
-            "settings": {"k": k, "temperature": chosen.temperature, "image_size": context.image_size},
-            "hours": hours,
-        }
-        predicted = votes[k].argmax(dim=-1).cpu().numpy()
-        rows += accuracy_rows("weighted k-NN", predicted, test.labels, task.metric, common)[:1]
-    return rows
+    _gallery(bank, queries, train, test, context)
+    settings = {"temperature": chosen.temperature, "image_size": context.image_size}
+    return [
+        measured.accuracy_row(votes[k].argmax(dim=-1).cpu().numpy(), variant=f"k = {k}", settings={"k": k, **settings})
+        for k in sorted(chosen.k, key=lambda each: (each != 20, each))
+    ]
 
 
-def _gallery(bank: torch.Tensor, queries: torch.Tensor, train: Labelled, test: Labelled, context: Context) -> None:
-    """Strips of a test image and its nearest training images."""
-    from PIL import Image
-
-    assert context.examples is not None
-    context.examples.mkdir(parents=True, exist_ok=True)
+def _gallery(bank: Tensor, queries: Tensor, train: Labelled, test: Labelled, context: Context) -> None:
+    """Strips of a test image and its nearest training images; green edges for those of its class."""
+    if context.examples is None:
+        return
     generator = torch.Generator().manual_seed(context.seed)
     picked = torch.randperm(len(test), generator=generator)[: context.num_examples]
     _, nearest = nearest_neighbours(bank, queries[picked], min(GALLERY, len(train)))
-    side = 112
-    show = CentreCrop(side, side)
-    for number, (query, found) in enumerate(zip(picked.tolist(), nearest.tolist())):
-        strip = Image.new("RGB", ((len(found) + 1) * (side + 6) + 6, side + 6), (24, 27, 33))
-        pictures = [(read_rgb(test.source, query), True), *((read_rgb(train.source, each), False) for each in found)]
-        same = [True, *(train.labels[each] == test.labels[query] for each in found)]
-        for place, ((picture, is_query), alike) in enumerate(zip(pictures, same)):
-            left = place * (side + 6) + (0 if is_query else 6)
-            edge = (59, 125, 216) if is_query else (21, 127, 91) if alike else (179, 50, 43)
-            strip.paste(edge, (left, 0, left + side + 6, side + 6))
+    show, pitch = CentreCrop(SIDE, SIDE), SIDE + 6
+    for number, (query, neighbours) in enumerate(zip(picked.tolist(), nearest.tolist())):
+        strip = Image.new("RGB", ((len(neighbours) + 1) * pitch + 6, pitch), GROUND)
+        panels = [(read_rgb(test.source, query), BLUE, 0)]
+        for place, index in enumerate(neighbours, 1):
+            alike = train.labels[index] == test.labels[query]
+            panels.append((read_rgb(train.source, index), GREEN if alike else RED, place * pitch + 6))
+        for picture, edge, left in panels:
+            strip.paste(edge, (left, 0, left + pitch, pitch))
             strip.paste(Image.fromarray(show(picture)), (left + 3, 3))
-        strip.save(context.examples / f"knn_{number:02d}.png")
+        context.save_example(strip, "knn", number)

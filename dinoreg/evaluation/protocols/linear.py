@@ -8,9 +8,9 @@ reported split*: a row chosen so says so, and `linear.choose_on=train` chooses o
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,19 +22,21 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.dense.windows import shuffled, training_stream
 from dinoreg.evaluation.features.cache import Features
-from dinoreg.evaluation.features.images import CentreCrop, parallel, read_rgb
+from dinoreg.evaluation.features.images import CentreCrop, read_rgb
 from dinoreg.evaluation.options import EvalOptions, LinearOptions
+from dinoreg.evaluation.protocols.classification import Classification, draw_mistakes
 from dinoreg.evaluation.protocols.knn import RESIZE
-from dinoreg.evaluation.protocols.logistic import accuracy_rows, draw_mistakes, labelled
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, choose_best
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.softmax_regression import balanced_split
-from dinoreg.evaluation.solvers.train_heads import cosine, generator, train_heads
+from dinoreg.evaluation.solvers.regularisation_path import balanced_split
+from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
 from dinoreg.runtime.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop: share of the area, width over height
 HELD_OUT = 0.1  # of train, for choosing the head where the reported split is not to be looked at
-ORDER, CROP = 1, 2  # streams of random numbers
+CHUNK = 4096  # rows of features that are scored at once
 
 
 @dataclass(frozen=True)
@@ -57,43 +59,24 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     chosen = options.linear
     if chosen.choose_on not in ("test", "train"):
         raise UserError(f"linear.choose_on={chosen.choose_on}: expected test or train")
-    started = time.monotonic()
-    train, test = labelled(data, "train"), labelled(data, "test")
-    val = data.splits.get("val")
-    deepest = min(max(chosen.blocks), encoder.depth)
-    kinds = [
-        Kind(blocks, bool(pool))
-        for blocks in sorted({min(each, encoder.depth) for each in chosen.blocks})
-        for pool in sorted({min(each, int(encoder.pools)) for each in chosen.avgpool})
-    ]
-    grid = Grid(encoder, train, kinds, deepest, chosen, context)
+    measured = Classification(data, task, context)
+    train, test, val = measured.splits()
+    held_out = np.zeros(len(train), dtype=bool)
     if val is None and chosen.choose_on == "train":
         held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed).numpy()
-        grid.use(np.flatnonzero(~held_out))
-    grid.train()
-    if isinstance(val, Labelled):
-        scores, where = grid.scores(grid.features(val, "val"), val.labels), "the official validation split"
-    elif chosen.choose_on == "train":
-        kept = np.flatnonzero(held_out)
-        scores = grid.scores(grid.features(train, "train"), train.labels, kept)
-        where = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
-    else:
-        scores, where = {}, "the reported split itself, as published"
+    grid = Grid(encoder, train, np.flatnonzero(~held_out), chosen, context)
     features = grid.features(test, "test")
-    reported = grid.scores(features, test.labels)
-    scores = scores or reported
-    best = max(scores, key=lambda name: scores[name])
+    grid.train(features.rows.shape[2])
+    reported, validation, words = grid.scores(features, test.labels), None, OFFICIAL
+    if val is not None:
+        validation = grid.scores(grid.features(val, "val"), val.labels)
+    elif held_out.any():
+        validation = grid.scores(grid.features(train, "train"), train.labels, np.flatnonzero(held_out))
+        words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
+    best, chosen_on = choose_best(reported, validation, words)
+    chosen_on += ", as published" * (chosen_on == REPORTED)
     predicted = grid.predict(best, features)
-    if context.examples is not None:
-        draw_mistakes(test, predicted, data.class_names, context, "linear")
-    common = {
-        "chosen_on": where,
-        "seeds": (context.seed,),
-        "n_train": len(grid.rows),
-        "n_test": len(test),
-        "chance": 1.0 / train.num_classes,
-        "hours": (time.monotonic() - started) / 3600,
-    }
+    draw_mistakes(test, predicted, data.class_names, context, "linear")
     settings = {
         "steps": grid.steps,
         "batch_size": grid.batch_size,
@@ -101,166 +84,154 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         "image_size": context.image_size,
         "optimizer": "SGD, momentum 0.9, cosine to 0",
         "best": best,
-        "grid": {name: reported[name] for name in reported},
+        "grid": reported,
     }
-    rows = accuracy_rows(
-        "linear grid", predicted, test.labels, task.metric, {**common, "settings": settings, "variant": data.variant}
-    )
-    for kind in kinds if len(kinds) > 1 else ():
-        name = max((each for each in scores if grid.kinds[each] == kind), key=lambda each: scores[each])
-        words = ", ".join(filter(None, (str(kind), data.variant)))
-        own = {**common, "variant": words, "settings": {"best": name}}
-        rows += accuracy_rows("linear grid", grid.predict(name, features), test.labels, task.metric, own)[:1]
+    common: dict[str, Any] = {"chosen_on": chosen_on, "n_train": len(grid.rows)}
+    rows = measured.accuracy_rows(predicted, settings=settings, **common)
+    for kind in grid.kinds if len(grid.kinds) > 1 else ():
+        names = grid.names(kind)
+        own = None if validation is None else {name: validation[name] for name in names}
+        name, _ = choose_best({name: reported[name] for name in names}, own)
+        settings = {"best": name}
+        rows.append(measured.accuracy_row(grid.predict(name, features), variant=str(kind), settings=settings, **common))
     return rows
 
 
 class Grid:
-    """All heads of the grid, the images that they learn from, and the features that they are scored on."""
+    """All heads of the grid, the images that they learn from, and the features that they are scored on.
+
+    rows   of the training split that the heads learn from
+    kinds  of input; the heads of one kind, which differ by their rate, are one linear map side by side
+    maps   {kind: its heads' map to (rates x classes) logits}, once trained
+    """
 
     def __init__(
-        self,
-        encoder: Encoder,
-        train: Labelled,
-        kinds: list[Kind],
-        deepest: int,
-        options: LinearOptions,
-        context: Context,
+        self, encoder: Encoder, train: Labelled, rows: np.ndarray, options: LinearOptions, context: Context
     ) -> None:
-        self.encoder, self.split, self.deepest, self.options, self.context = encoder, train, deepest, options, context
-        self.blocks = tuple(range(encoder.depth - deepest, encoder.depth))
-        self.pooled = any(kind.avgpool for kind in kinds)
-        self.batch_size = min(options.batch_size, len(train))
-        self.rows = np.arange(len(train))
-        self.kinds = {f"{kind}, lr {lr:g}": kind for kind in kinds for lr in options.lrs}
-        self.rates = {f"{kind}, lr {lr:g}": lr for kind in kinds for lr in options.lrs}
-        self.heads: dict[str, nn.Module] = {}
-        per_epoch = options.epoch_steps or math.ceil(len(train) / self.batch_size)
-        self.steps = options.epochs * per_epoch
-        self._stream: Iterator[np.ndarray] | None = None
-        self._order: tuple[int, np.ndarray] = (-1, self.rows)
+        self.encoder, self.split, self.rows, self.options, self.context = encoder, train, rows, options, context
+        self.deepest = min(max(options.blocks), encoder.depth)
+        self.blocks = tuple(range(encoder.depth - self.deepest, encoder.depth))
+        self.kinds = [
+            Kind(blocks, bool(pool))
+            for blocks in sorted({min(each, encoder.depth) for each in options.blocks})
+            for pool in sorted({min(each, int(encoder.pools)) for each in options.avgpool})
+        ]
+        self.pooled = any(kind.avgpool for kind in self.kinds)
+        self.batch_size = min(options.batch_size, len(rows))
+        self.steps = options.epochs * (options.epoch_steps or math.ceil(len(rows) / self.batch_size))
+        self.maps: dict[Kind, nn.Linear] = {}
 
-    def use(self, rows: np.ndarray) -> None:
-        """Learn from these training images only."""
-        self.rows = rows
-        self.batch_size = min(self.batch_size, len(rows))
+    def names(self, kind: Kind) -> list[str]:
+        """Of the heads of one kind of input, a rate each."""
+        return [f"{kind}, lr {lr:g}" for lr in self.options.lrs]
 
     def features(self, split: Labelled, what: str) -> Features:
-        """Centre-crop features of a split, cached: class tokens of the asked blocks, and the mean patch token."""
+        """Centre-crop features of a split, cached: class tokens of the blocks in use, and the mean patch token."""
         crop = CentreCrop(round(self.context.image_size * RESIZE), self.context.image_size)
         return self.context.features.extract(
             self.encoder, split.source, crop, self.blocks, self.pooled, what=f"features of {what}"
         )
 
-    def train(self) -> None:
-        cached = None if self.options.augment else self.features(self.split, "train")
-        if cached is not None:
-            dim = cached.rows.shape[2]
-        else:
-            dim = self._encode(_stacked([self._augmented(0, int(self.rows[0]))])).shape[2]
-        device = self.encoder.device
-        widths = {kind: len(kind.slots(self.deepest)) * dim for kind in set(self.kinds.values())}
-        torch_generator = torch.Generator().manual_seed(self.context.seed)
-        for name, kind in self.kinds.items():
-            head = nn.Linear(widths[kind], self.split.num_classes)
-            nn.init.normal_(head.weight, std=0.01, generator=torch_generator)
-            nn.init.zeros_(head.bias)
-            self.heads[name] = head.to(device)
-        scale = self.batch_size / 256
-        optimizers = {
-            name: torch.optim.SGD(head.parameters(), lr=self.rates[name] * scale, momentum=0.9)
-            for name, head in self.heads.items()
+    def logits(self, x: Tensor) -> dict[Kind, Tensor]:
+        """Every head's logits: {kind: (b, rates, classes)} of features (b, slots, D)."""
+        shape = (len(x), len(self.options.lrs), self.split.num_classes)
+        return {
+            kind: linear(x[:, kind.slots(self.deepest)].flatten(1)).view(shape) for kind, linear in self.maps.items()
         }
 
-        def losses(step: int) -> Mapping[str, Tensor]:
-            rows = self._batch(step)
-            if cached is not None:
-                rows = np.sort(rows)  # the file is read in one direction
-                x = torch.from_numpy(np.asarray(cached.rows[rows])).float().to(device)
-            else:
-                x = self._encode(self._images(step))
-            y = torch.from_numpy(self.split.labels[rows]).to(device)
-            inputs = {kind: x[:, kind.slots(self.deepest)].flatten(1) for kind in widths}
-            return {name: F.cross_entropy(head(inputs[self.kinds[name]]), y) for name, head in self.heads.items()}
+    def losses(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """{head: its mean cross-entropy, times its rate} of features (b, slots, D) with labels (b,).
 
-        train_heads(
-            self.heads, optimizers, losses, self.steps, lambda step: cosine(step, self.steps), self.context, "linear"
-        )
+        SGD at the rate 1 then moves a head as SGD at the head's own rate would: momentum is linear in the gradient.
+        """
+        found: dict[str, Tensor] = {}
+        for kind, logits in self.logits(x).items():
+            truth = labels[:, None].expand(logits.shape[:2])
+            losses = F.cross_entropy(logits.transpose(1, 2), truth, reduction="none").mean(dim=0)  # (rates,)
+            rates = losses.new_tensor(self.options.lrs) * (self.batch_size / 256)
+            found |= dict(zip(self.names(kind), (losses * rates).unbind()))
+        return found
+
+    def start(self, width: int) -> None:
+        """Fresh heads over tokens of some width."""
+        random = torch.Generator().manual_seed(self.context.seed)
+        for kind in self.kinds:
+            size = len(kind.slots(self.deepest)) * width
+            self.maps[kind] = nn.Linear(size, len(self.options.lrs) * self.split.num_classes)
+            nn.init.normal_(self.maps[kind].weight, std=0.01, generator=random)
+            nn.init.zeros_(self.maps[kind].bias)
+            self.maps[kind].to(self.encoder.device)
+
+    def train(self, width: int) -> None:
+        """Train fresh heads over tokens of some width."""
+        self.start(width)
+        heads = {str(kind): linear for kind, linear in self.maps.items()}
+        sgd = {key: torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9) for key, head in heads.items()}
+        cached = None if self.options.augment else self.features(self.split, "train")
+        seed, workers = self.context.seed, self.context.workers
+        with training_stream(self._crop, len(self.rows), self.batch_size, self.steps, seed, workers) as stream:
+
+            def losses(step: int) -> dict[str, Tensor]:
+                x, rows = self.stored(cached, step) if cached is not None else self.augmented(stream(step))
+                return self.losses(x, torch.from_numpy(self.split.labels[rows]).to(x.device))
+
+            train_heads(heads, sgd, losses, self.steps, lambda step: cosine(step, self.steps), self.context, "linear")
+
+    def stored(self, features: Features, step: int) -> tuple[Tensor, np.ndarray]:
+        """Cached features (b, slots, D) of the training images of a step, and which images these are."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
+        picked = [shuffled(position, len(self.rows), self.context.seed) for position in positions]
+        rows = np.sort(self.rows[picked])  # the file is read in one direction
+        return torch.from_numpy(np.asarray(features.rows[rows])).float().to(self.encoder.device), rows
+
+    def augmented(self, samples: Sequence[tuple[int, np.ndarray]]) -> tuple[Tensor, np.ndarray]:
+        """Features (b, slots, D) of the crops of a step, and which training images they were taken of."""
+        images = torch.from_numpy(np.stack([crop for _, crop in samples])).permute(0, 3, 1, 2)
+        return self._encode(images), self.rows[[index for index, _ in samples]]
 
     @torch.no_grad()
-    def predict(self, name: str, features: Features, rows: np.ndarray | None = None) -> np.ndarray:
-        """Classes (n,) by one head; all of `features`, or some rows of it."""
-        slots, head = self.kinds[name].slots(self.deepest), self.heads[name]
-        found = []
-        for x in _chunks(features, rows):
-            found.append(head(x[:, slots].flatten(1).to(self.encoder.device)).argmax(dim=-1).cpu().numpy())
-        return np.concatenate(found)
+    def predict(self, name: str, features: Features) -> np.ndarray:
+        """Classes (n,) by one head."""
+        kind = next(kind for kind in self.kinds if name in self.names(kind))
+        place = self.names(kind).index(name)
+        chunks = (self.logits(x)[kind][:, place].argmax(dim=-1) for _, x in self._chunks(features))
+        return torch.cat(list(chunks)).cpu().numpy()
 
     @torch.no_grad()
     def scores(self, features: Features, labels: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
-        """Top-1 of every head; -1 for one whose training went wrong."""
-        truth = labels if rows is None else labels[rows]
-        correct = dict.fromkeys(self.heads, 0)
-        start = 0
-        for x in _chunks(features, rows):
-            x, y = x.to(self.encoder.device), torch.from_numpy(truth[start : start + len(x)]).to(self.encoder.device)
-            inputs = {kind: x[:, kind.slots(self.deepest)].flatten(1) for kind in set(self.kinds.values())}
-            for name, head in self.heads.items():
-                logits = head(inputs[self.kinds[name]])
-                finite = bool(torch.isfinite(logits).all())
-                correct[name] += int((logits.argmax(dim=-1) == y).sum()) if finite else -len(truth)
-            start += len(x)
-        return {name: max(count / len(truth), -1.0) for name, count in correct.items()}
+        """Top-1 of every head on all images, or some rows; -1 for one whose training went wrong."""
+        truth = torch.from_numpy(labels if rows is None else labels[rows]).to(self.encoder.device)
+        found: dict[str, float] = {}
+        for kind in self.kinds:
+            right = torch.zeros(len(self.options.lrs), device=truth.device, dtype=torch.float64)
+            for part, x in self._chunks(features, rows):
+                logits = self.logits(x)[kind]
+                right += (logits.argmax(dim=-1) == truth[part, None]).sum(dim=0)
+                right[~torch.isfinite(logits).all(dim=-1).all(dim=0)] = -torch.inf
+            found |= dict(zip(self.names(kind), (right / len(truth)).clamp(min=-1.0).tolist()))
+        return found
+
+    def _chunks(self, features: Features, rows: np.ndarray | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Which, and (b, slots, D) float32 on the device, of all or some rows, in order."""
+        total = len(features) if rows is None else len(rows)
+        for start in range(0, total, CHUNK):
+            part = slice(start, start + CHUNK)
+            values = features.rows[part if rows is None else rows[part]]
+            yield part, torch.from_numpy(np.array(values, dtype=np.float32)).to(self.encoder.device)
 
     def _encode(self, images: Tensor) -> Tensor:
         """(b, slots, D) on the device."""
         found = []
         for part in images.split(self.context.batch_size):
             layers = self.encoder.layers(part, self.blocks)
-            slots = [tokens.cls for tokens in layers]
-            if self.pooled:
-                slots.append(layers[-1].patches.mean(dim=1))
-            found.append(torch.stack(slots, dim=1))
+            pooled = [layers[-1].patches.mean(dim=1)] if self.pooled else []
+            found.append(torch.stack([*(tokens.cls for tokens in layers), *pooled], dim=1))
         return torch.cat(found)
 
-    def _batch(self, step: int) -> np.ndarray:
-        """The training images of a step."""
-        draws = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return np.array([self._draw(draw) for draw in draws])
-
-    def _draw(self, draw: int) -> int:
-        """Every image once per epoch, in an order of its own."""
-        epoch, place = divmod(draw, len(self.rows))
-        if self._order[0] != epoch:
-            self._order = (epoch, generator(self.context.seed, epoch, ORDER).permutation(self.rows))
-        return int(self._order[1][place])
-
-    def _images(self, step: int) -> Tensor:
-        """Augmented training images of a step (batch_size, 3, S, S) uint8, read ahead in threads."""
-        if self._stream is None:
-            draws = range(step * self.batch_size, self.steps * self.batch_size)
-            order = {}  # type: dict[int, int]
-
-            def load(draw: int) -> np.ndarray:
-                return self._augmented(draw, order.pop(draw))
-
-            def planned() -> Iterator[int]:
-                for draw in draws:
-                    order[draw] = self._draw(draw)
-                    yield draw
-
-            self._stream = parallel(load, planned(), self.context.workers)
-        return _stacked([next(self._stream) for _ in range(self.batch_size)])
-
-    def _augmented(self, draw: int, index: int) -> np.ndarray:
-        """A random resized crop, flipped half of the time: (S, S, 3) uint8."""
-        return random_resized_crop(
-            read_rgb(self.split.source, index), self.context.image_size, generator(self.context.seed, draw, CROP)
-        )
-
-
-def _stacked(images: list[np.ndarray]) -> Tensor:
-    """Images (S, S, 3) uint8 as one batch (b, 3, S, S)."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    def _crop(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        """A random resized crop of one of the images learnt from, flipped half of the time: (S, S, 3) uint8."""
+        image = read_rgb(self.split.source, int(self.rows[index]))
+        return random_resized_crop(image, self.context.image_size, rng)
 
 
 def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -286,11 +257,3 @@ def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator)
     # Cropped first, as torchvision does, so that the filter sees no pixels from beyond the crop.
     pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels
-
-
-def _chunks(features: Features, rows: np.ndarray | None, size: int = 4096) -> Iterator[Tensor]:
-    """(b, slots, D) float32 of all or some rows, in order."""
-    total = len(features) if rows is None else len(rows)
-    for start in range(0, total, size):
-        part = features.rows[start : start + size] if rows is None else features.rows[rows[start : start + size]]
-        yield torch.from_numpy(np.array(part, dtype=np.float32))

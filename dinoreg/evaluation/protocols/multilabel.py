@@ -8,165 +8,119 @@ loss). Images that show only difficult instances of a class count neither way fo
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, MultiLabelled
-from dinoreg.evaluation.features.images import CentreCrop, read_rgb
 from dinoreg.evaluation.metrics.average_precision import Curve, Ranking, average_precision
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.protocols.logistic import caption
+from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.feature_matrix import Parts
-from dinoreg.evaluation.solvers.sigmoid_regression import BinaryModels, BinaryProblem
+from dinoreg.evaluation.solvers.feature_matrix import Parts, Rows
+from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, SigmoidProblem
+from dinoreg.evaluation.solvers.regularisation_path import Examples, Path, walk_path
 from dinoreg.runtime.errors import UserError
 
+MISSING = "the {name} split is missing, or its images do not have a set of classes each"
 METRICS = {"11-point mAP": "11", "all-points mAP": "all"}
-SCORES_AT_ONCE = 4096  # rows
 PATH_TOLERANCE, FINAL_TOLERANCE = 1e-5, 1e-7  # of the loss summed over classes
 BOOTSTRAP_WORK = 400_000_000  # image-class pairs ranked again at most, between 100 and 1,000 draws
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the validation images chose: C (K,), the models there, and (C, mean validation AP) along the path.
-
-    decided  (K,) bool: the class could be fitted and judged; the others take the middle C of these
-    """
-
-    C: np.ndarray
-    models: BinaryModels
-    path: list[tuple[float, float]]
-    decided: np.ndarray
-
-
 def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
     """The task's metric, then the other of 11-point and all-points mAP."""
-    if task.metric not in METRICS:
-        raise UserError(f"metric {task.metric!r}: multi-label classification has {' and '.join(METRICS)}")
-    started = time.monotonic()
-    chosen = options.multilabel
-    splits = {name: _split(data, name) for name in ("train", "val", "test") if name != "val" or name in data.splits}
-    crop = CentreCrop(context.image_size, context.image_size)
-    features = {
-        name: context.features.extract(encoder, split.source, crop, what=f"features of {name}").cls()
+    measured = Measurement(data, task, context, MultiLabelled, MISSING, "multi-label classification", list(METRICS))
+    chosen, train, test, val = options.multilabel, *measured.splits()
+    splits = {"train": train, "test": test} | ({} if val is None else {"val": val})
+    examples = {
+        name: Examples.of(class_tokens(encoder, split.source, context, name), torch.from_numpy(split.labels))
         for name, split in splits.items()
     }
-    labels = {name: torch.from_numpy(np.ascontiguousarray(split.labels)) for name, split in splits.items()}
-    fit, held, everything = _parts(features, labels, chosen.validation_share, context.seed)
-    choice = choose(
+    fit, held = examples["train"], examples.get("val")
+    everything = fit if held is None else fit.joined(held)
+    if held is None:
+        fit, held = _held_out(fit, chosen.validation_share, context.seed)
+    values = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c)
+    Cs, path = choose(
         fit,
         held,
-        np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c),
+        context.progress(values, len(values), "values of C"),
         patience=chosen.patience,
         points=METRICS[task.metric],
         device=encoder.device,
-        context=context,
     )
-    problem = BinaryProblem(*everything, device=encoder.device)
-    model = problem.solve(torch.from_numpy(choice.C), init=choice.models, tolerance=FINAL_TOLERANCE)
-    test = splits["test"]
-    scores = _scores(model, [(features["test"], None)], encoder.device)
-    if context.examples is not None:
-        _draw(test, scores, data.class_names, context)
-    share = f"{chosen.validation_share:.0%} of train, seed {context.seed}"
+    problem = SigmoidProblem(*everything, device=encoder.device)
+    model = problem.solve(torch.from_numpy(Cs), path.model, tolerance=FINAL_TOLERANCE)
+    scores = _scores(model, examples["test"].parts, encoder.device)
+    _draw(test, scores, data.class_names, context)
     names = [str(name) for name in data.class_names] or [str(number) for number in range(test.num_classes)]
-    settings = {
-        "C": dict(zip(names, choice.C.tolist())),
-        "path": choice.path,
-        "image_size": context.image_size,
-        "choice": "each class by its own validation average precision",
-        "converged": model.converged,
-    }
-    common = Row(
-        protocol="multi-label logistic regression",
-        metric=task.metric,
-        value=0.0,
-        low=0.0,
-        high=0.0,
-        variant=data.variant,
-        chosen_on="the official validation split" if "val" in splits else share,
-        seeds=(context.seed,),
+    return mean_ap_rows(
+        measured,
+        scores,
+        test.labels,
+        names,
+        chosen_on=f"{chosen.validation_share:.0%} of train, seed {context.seed}" if val is None else OFFICIAL,
         n_train=problem.data.n,
         n_test=len(test),
-        settings=settings,
-        note=_note(problem.fitted.cpu().numpy(), test.labels, names),
+        settings={
+            "C": dict(zip(names, Cs.tolist())),
+            "path": [[each.C, _mean(each.scores)] for each in path.visited],
+            "image_size": context.image_size,
+            "choice": "each class by its own validation average precision",
+            "converged": model.converged,
+        },
+        note=_note(problem.fitted.numpy(), test.labels, names),
     )
-    rows = mean_ap_rows(scores, test.labels, names, common)
-    hours = (time.monotonic() - started) / 3600
-    return [replace(row, hours=hours) for row in sorted(rows, key=lambda row: row.metric != task.metric)]
 
 
 def choose(
-    fit: tuple[Parts, Tensor],
-    held: tuple[Parts, Tensor],
-    Cs: np.ndarray,
-    *,
-    patience: int | None,
-    points: str,
-    device: torch.device | str,
-    context: Context | None = None,
-) -> Choice:
-    """Walk the path of C upwards, each fit starting at the one before, and keep every class's best on `held`.
+    fit: Examples, held: Examples, Cs: Iterable[float], *, patience: int | None, points: str, device: torch.device | str
+) -> tuple[np.ndarray, Path]:
+    """The C of each class (K,), best by its average precision on `held`, and the path on which they were found.
 
     fit, held  features and their labels (n, K)
+    points     of the average precision: a value of METRICS
     patience   a class leaves the path after this many values that better neither its average precision nor its loss
 
-    Raises UserError where no class has both positive and negative images to fit and a held-out image to judge.
+    A class that cannot be fitted or judged takes the middle C of the others. UserError where that is every class.
     """
-    problem = BinaryProblem(*fit, device=device)
-    truth = held[1].numpy()
-    K = truth.shape[1]
-    decided = problem.fitted.cpu().numpy() & (truth >= 0).any(axis=0)
+    problem, truth = SigmoidProblem(*fit, device=device), held.labels.numpy()
+    counted = truth >= 0
+    decided = problem.fitted.numpy() & counted.any(axis=0)
     if not decided.any():
         raise UserError("no class has both images with and images without it in train, and any in validation")
-    best_ap, best_loss, lowest = np.full(K, -1.0), np.full(K, np.inf), np.full(K, np.inf)
-    best_c, idle = np.full(K, float(Cs[0])), np.zeros(K, dtype=int)
-    now, models = np.full(K, np.nan), None
-    best: BinaryModels | None = None
-    active, path = decided.copy(), []
-    values = sorted(float(C) for C in Cs)
-    for C in values if context is None else context.progress(values, len(values), "values of C"):
-        if not active.any():
-            break
-        which = torch.from_numpy(np.flatnonzero(active))
-        models = problem.solve(torch.full((K,), C), which, models, PATH_TOLERANCE)
-        best = models if best is None else best
-        scores = _scores(models, held[0], device)
-        for k in np.flatnonzero(active):
-            counted = truth[:, k] >= 0
-            now[k] = average_precision(scores[:, k], truth[:, k] == 1, ~counted, points)
-            z, y = torch.from_numpy(scores[counted, k]).double(), torch.from_numpy(truth[counted, k]).double()
-            loss = float(F.binary_cross_entropy_with_logits(z, y))
-            ap = -1.0 if np.isnan(now[k]) else now[k]  # without positives the loss decides
-            better = (ap, -loss) > (best_ap[k], -best_loss[k])
-            idle[k] = 0 if better or loss < lowest[k] else idle[k] + 1
-            lowest[k] = min(lowest[k], loss)
-            if better:
-                best_ap[k], best_loss[k], best_c[k] = ap, loss, C
-                best.weight[k], best.bias[k] = models.weight[k], models.bias[k]
-        path.append((C, float(np.nanmean(now)) if not np.isnan(now).all() else float("nan")))
-        if patience is not None:
-            active &= idle < patience
-    assert best is not None
-    best_c[~decided] = np.exp(np.median(np.log(best_c[decided])))
-    return Choice(best_c, best, path, decided)
+
+    def judge(model: LogisticModel) -> tuple[np.ndarray, np.ndarray]:
+        logits = _scores(model, held.parts, device)
+        scores, losses = np.full(truth.shape[1], np.nan), np.full(truth.shape[1], np.nan)
+        for k in np.flatnonzero(decided):
+            y = truth[counted[:, k], k]
+            scores[k] = average_precision(logits[:, k], truth[:, k] == 1, ~counted[:, k], points)
+            losses[k] = np.logaddexp(0, np.where(y == 1, -1.0, 1.0) * logits[counted[:, k], k]).mean()
+        return scores, losses
+
+    path = walk_path(problem, Cs, judge, decided, patience, PATH_TOLERANCE)
+    middle = np.exp(np.median(np.log(path.C[decided])))
+    return np.where(decided, path.C, middle), path
 
 
-def mean_ap_rows(scores: np.ndarray, labels: np.ndarray, names: Sequence[str], common: Row) -> list[Row]:
+def mean_ap_rows(
+    measured: Measurement[MultiLabelled], scores: np.ndarray, labels: np.ndarray, names: Sequence[str], **fields: Any
+) -> list[Row]:
     """11-point and all-points mAP of scores (n, K), with intervals over images; classes that no image has are left out.
 
     labels  (n, K) 1, 0 or -1 (not counted)
+    fields  of Row
+
+    The task's metric comes first.
     """
     n, K = labels.shape
     present = [k for k in range(K) if (labels[:, k] == 1).any()]
@@ -174,32 +128,22 @@ def mean_ap_rows(scores: np.ndarray, labels: np.ndarray, names: Sequence[str], c
         raise UserError("no test image has any of the classes")
     rankings = [Ranking(scores[:, k], labels[:, k] == 1, labels[:, k] < 0) for k in present]
     draws = int(np.clip(BOOTSTRAP_WORK / (n * len(present)), 100, 1000))
-    rng = np.random.default_rng(common.seeds[0])
+    rng = np.random.default_rng(measured.context.seed)
     rows = []
     for metric, points in METRICS.items():
 
         def mean_ap(weights: np.ndarray, points: str = points) -> float:
             counts = weights.astype(np.float64)
             values = [ranking.curve(counts).average(points) for ranking in rankings]
-            values = [value for value in values if not np.isnan(value)]
-            return float(np.mean(values)) if values else float("nan")
+            return _mean(np.array(values))
 
         values = [ranking.curve().average(points) for ranking in rankings]
-        low, high = bootstrap_statistic(n, mean_ap, samples=draws)
+        interval = bootstrap_statistic(n, mean_ap, samples=draws)
         chance = float(np.mean([_random_order(ranking, points, rng) for ranking in rankings]))
         details = {"AP": {names[k]: value for k, value in zip(present, values)}, "bootstrap draws": draws}
-        rows.append(
-            replace(
-                common,
-                metric=metric,
-                value=float(np.mean(values)),
-                low=low,
-                high=high,
-                chance=chance,
-                details=details,
-            )
-        )
-    return rows
+        row = measured.row(float(np.mean(values)), interval, metric=metric, chance=chance, details=details, **fields)
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.metric != measured.task.metric)
 
 
 def _random_order(ranking: Ranking, points: str, rng: np.random.Generator, draws: int = 10) -> float:
@@ -211,42 +155,26 @@ def _random_order(ranking: Ranking, points: str, rng: np.random.Generator, draws
     return float(np.mean(found))
 
 
-def _split(data: Data, name: str) -> MultiLabelled:
-    split = data.splits.get(name)
-    if not isinstance(split, MultiLabelled):
-        raise UserError(f"the {name} split is missing, or its images do not have a set of classes each")
-    return split
-
-
-Side = tuple[Parts, Tensor]
-
-
-def _parts(features: dict[str, Tensor], labels: dict[str, Tensor], share: float, seed: int) -> tuple[Side, Side, Side]:
-    """What C is fitted on, what it is judged on, and what the last fit sees: features and labels."""
-    if "val" in features:
-        official: list[Side] = [([(features[name], None)], labels[name]) for name in ("train", "val")]
-        (x, y), (held_x, held_y) = official
-        return official[0], official[1], ([*x, *held_x], torch.cat([y, held_y]))
-    count = len(labels["train"])
+def _held_out(train: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+    """The training images without a random share of them, and these."""
+    ((features, _),), labels = train
+    count = len(labels)
     if count < 2:
         raise UserError(f"{count} labelled image is too few to hold out some of them")
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
-    cut = min(max(round(share * count), 1), count - 1)
-    kept, out = order[cut:].sort().values, order[:cut].sort().values
-    sides: list[Side] = [([(features["train"], index)], labels["train"][index]) for index in (kept, out)]
-    return sides[0], sides[1], ([(features["train"], None)], labels["train"])
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[np.random.default_rng(seed).permutation(count)[: min(max(round(share * count), 1), count - 1)]] = True
+    return Examples.of(features, labels, ~mask), Examples.of(features, labels, mask)
 
 
-def _scores(models: BinaryModels, parts: Parts, device: torch.device | str) -> np.ndarray:
+def _scores(model: LogisticModel, parts: Parts, device: torch.device | str) -> np.ndarray:
     """Logits (n, K) float32 of features that may be memory-mapped."""
-    found = []
-    for features, index in parts:
-        count = len(features if index is None else index)
-        for start in range(0, count, SCORES_AT_ONCE):
-            stop = min(start + SCORES_AT_ONCE, count)
-            rows = features[start:stop] if index is None else features[index[start:stop]]
-            found.append(models.logits(rows.to(device).float()).cpu().numpy())
-    return np.concatenate(found)
+    return torch.cat([logits.cpu() for _, logits in model.chunks(Rows(parts), device)]).numpy()
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that are numbers; NaN where none is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def _note(fitted: np.ndarray, test: np.ndarray, names: Sequence[str]) -> str:
@@ -261,20 +189,15 @@ def _note(fitted: np.ndarray, test: np.ndarray, names: Sequence[str]) -> str:
 
 
 def _draw(test: MultiLabelled, scores: np.ndarray, names: Sequence[str], context: Context) -> None:
-    """A few test images, with the classes that are said and those that are there; mistakes first."""
-    assert context.examples is not None
-    said, true, counted = scores > 0, test.labels == 1, test.labels >= 0
-    wrong = ((said != true) & counted).any(axis=1)
-    order = np.random.default_rng(context.seed).permutation(len(test))
-    mistakes, right = order[wrong[order]], order[~wrong[order]]
-    half = context.num_examples // 2
-    picked = [*mistakes[: max(half, context.num_examples - len(right))], *right][: context.num_examples]
+    """A few test images, with the classes that are predicted and those that are there; mistakes first."""
+    predicted, true = scores > 0, test.labels == 1
 
     def text(row: np.ndarray) -> str:
         return ", ".join(str(names[k]) if len(names) else str(k) for k in np.flatnonzero(row).tolist()) or "nothing"
 
-    context.examples.mkdir(parents=True, exist_ok=True)
-    for number, index in enumerate(int(each) for each in picked):
-        lines = [f"said {text(said[index])}", f"has {text(true[index])}"]
-        picture = caption(read_rgb(test.source, index), lines, not wrong[index])
-        picture.save(context.examples / f"multilabel_{number:02d}.png")
+    wrong = ((predicted != true) & (test.labels >= 0)).any(axis=1)
+
+    def lines(index: int) -> list[str]:
+        return [f"said {text(predicted[index])}", f"has {text(true[index])}"]
+
+    draw_predictions(test.source, wrong, lines, context, "multilabel")

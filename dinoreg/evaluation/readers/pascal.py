@@ -7,45 +7,29 @@ count pixels from 1 and include both ends; ours are continuous with ends exclusi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 import numpy as np
 
-from dinoreg.config.keys import nearest
+from dinoreg.config.option import nearest
 from dinoreg.data.source import Source
-from dinoreg.evaluation.data import IGNORED, Boxed, MultiLabelled, Segmented
-from dinoreg.evaluation.dense.label_maps import read_mask
-from dinoreg.evaluation.readers.text import lines, missing, paths_source
+from dinoreg.evaluation.benchmark import Options, Reader
+from dinoreg.evaluation.data import IGNORED, Boxed, Data, MultiLabelled, Segmented, Split
+from dinoreg.evaluation.readers.files import lines, listed, missing, paths_source, read_bytes, segmented
 from dinoreg.runtime.errors import UserError
 
 CLASSES = (
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 NUMBERS = {name: number for number, name in enumerate(CLASSES)}
 WITH_GROUND = ("background", *CLASSES)  # of the masks
+PRESENCE = MappingProxyType({"1": 1, "+1": 1, "0": -1, "-1": 0})  # in a class list: ours
 MOST_BYTES = 1 << 22  # of one annotation; real ones have a few thousand
 
 
@@ -63,17 +47,15 @@ class Devkit:
     def names(self, split: str, kind: str = "Main") -> list[str]:
         """The images of a split in the order of its list; `kind` is "Main" or "Segmentation"."""
         path = self.folder / "ImageSets" / kind / f"{split}.txt"
-        found = [line.split()[0] for line in lines(path, self.dataset, self.archives[split])]
-        if not found:
-            raise UserError(f"{self.dataset}: {path} lists no images")
-        if len(set(found)) < len(found):
+        names = [line.split()[0] for line in listed(path, self.dataset, self.archives[split])]
+        if len(set(names)) < len(names):
             raise UserError(f"{self.dataset}: {path} lists an image twice")
-        for name in found:
+        for name in names:
             if "/" in name or "\\" in name or name in (".", ".."):
                 raise UserError(
                     f"{self.dataset}: {path} lists {name!r}, expected the name of an image without a folder"
                 )
-        return found
+        return names
 
     def labelled(self, split: str) -> MultiLabelled:
         """Which classes each image of a split shows, by the class lists; -1 where only difficult ones."""
@@ -84,34 +66,22 @@ class Devkit:
     def boxed(self, split: str) -> Boxed:
         """Every object of a split's images, by the annotations; difficult ones are marked, parts are not objects."""
         names = self.names(split)
-        boxes, labels, difficult, crowd = [], [], [], []
+        boxes, labels, difficult = [], [], []
         for name in names:
             rows = objects(self.folder / "Annotations" / f"{name}.xml", self.dataset, self.archives[split])
             boxes.append(np.array([row[0] for row in rows], dtype=np.float32).reshape(-1, 4))
             labels.append(np.array([row[1] for row in rows], dtype=np.int64))
             difficult.append(np.array([row[2] for row in rows], dtype=bool))
-            crowd.append(np.zeros(len(rows), dtype=bool))
+        crowd = [np.zeros_like(each) for each in difficult]
         return Boxed(self._source(names), boxes, labels, len(CLASSES), difficult, crowd)
 
     def segmented(self, split: str) -> Segmented:
         """Masks of 21 classes, the ground first; void outlines are ignored."""
         names = self.names(split, "Segmentation")
-        folder = self.folder / "SegmentationClass"
-        if not folder.is_dir():
-            raise missing(folder, self.dataset, self.archives[split])
-
-        def mask(index: int) -> np.ndarray:
-            name = names[index]
-            path = folder / f"{name}.png"
-            values = read_mask(path, self.folder / "JPEGImages" / f"{name}.jpg", self.dataset)
-            wrong = values[(values != IGNORED) & ((values < 0) | (values >= len(WITH_GROUND)))]
-            if len(wrong):
-                expected = f"0..{len(CLASSES)} or {IGNORED}"
-                raise UserError(f"{self.dataset}: {path} has the value {wrong[0]}, expected {expected}")
-            return values.astype(np.uint8)
-
-        stamp = paths_source(folder, [f"{name}.png" for name in names], self.dataset).stamp()
-        return Segmented(self._source(names), mask, len(WITH_GROUND), stamp)
+        masks = self.folder / "SegmentationClass"
+        if not masks.is_dir():
+            raise missing(masks, self.dataset, self.archives[split])
+        return segmented(self.folder / "JPEGImages", masks, names, range(len(WITH_GROUND)), IGNORED, self.dataset)
 
     def _source(self, names: Sequence[str]) -> Source:
         return paths_source(self.folder / "JPEGImages", (f"{name}.jpg" for name in names), self.dataset)
@@ -119,21 +89,49 @@ class Devkit:
     def _presence(self, label: str, split: str, names: Sequence[str]) -> np.ndarray:
         """(n,) int8 of one class list: 1 present, 0 absent, -1 not counted. The files say 1, -1 and 0."""
         path = self.folder / "ImageSets/Main" / f"{label}_{split}.txt"
-        told: dict[str, int] = {}
+        presence: dict[str, int] = {}
         for line in lines(path, self.dataset, self.archives[split]):
             fields = line.split()
-            if len(fields) != 2 or fields[1] not in ("1", "+1", "0", "-1"):
+            if len(fields) != 2 or fields[1] not in PRESENCE:
                 raise UserError(f"{self.dataset}: {path}: {line!r}, expected an image and 1, 0 or -1")
-            told[fields[0]] = {"1": 1, "+1": 1, "0": -1, "-1": 0}[fields[1]]
+            presence[fields[0]] = PRESENCE[fields[1]]
         for name in names:
-            if name not in told:
+            if name not in presence:
                 raise UserError(f"{self.dataset}: {path} does not list {name}, which {split}.txt does")
-        return np.array([told[name] for name in names], dtype=np.int8)
+        return np.array([presence[name] for name in names], dtype=np.int8)
+
+
+def voc_folders(year: str) -> tuple[str, ...]:
+    """Where the tree of a year may lie below `root`."""
+    inside = f"VOCdevkit/VOC{year}"
+    return (inside, f"VOC{year}", f"voc{year}", f"voc/{inside}", f"voc{year}/{inside}")
+
+
+def voc_reader(
+    dataset: str,
+    archives: dict[str, str],
+    read_split: Callable[[Devkit, str], Split],
+    splits: Mapping[str, str],
+    class_names: Sequence[str] = CLASSES,
+    variant: str = "",
+) -> Reader:
+    """A reader of some splits.
+
+    read_split  a method of Devkit: labelled, boxed or segmented
+    splits      {what we call it: what its list is called}
+    """
+
+    def read(folder: Path, options: Options) -> Data:
+        kit = Devkit(folder, dataset, archives)
+        parts = {split: read_split(kit, name) for split, name in splits.items()}
+        return Data(parts, class_names, variant, extra={"rule": dataset})
+
+    return read
 
 
 def objects(path: Path, dataset: str, archive: str) -> list[tuple[tuple[float, float, float, float], int, bool]]:
     """(box, class, difficult) of every object of an annotation, in its order. UserError for what is not as expected."""
-    found = []
+    rows = []
     for element in parse(path, dataset, archive).iterfind("object"):
         name = (element.findtext("name") or "").strip()
         if name not in NUMBERS:
@@ -142,8 +140,8 @@ def objects(path: Path, dataset: str, archive: str) -> list[tuple[tuple[float, f
         if difficult not in ("0", "1"):
             raise UserError(f"{dataset}: {path}: difficult is {difficult!r}, expected 0 or 1")
         box = element.find("bndbox")  # a direct child: those of parts are not
-        found.append((_box(box, path, dataset), NUMBERS[name], difficult == "1"))
-    return found
+        rows.append((_box(box, path, dataset), NUMBERS[name], difficult == "1"))
+    return rows
 
 
 def _box(element: Element | None, path: Path, dataset: str) -> tuple[float, float, float, float]:
@@ -159,14 +157,7 @@ def _box(element: Element | None, path: Path, dataset: str) -> tuple[float, floa
 
 def parse(path: Path, dataset: str, archive: str) -> Element:
     """The root of an XML file. A document type is refused: it is where entities that explode are declared."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{dataset}: {path} has more than {MOST_BYTES // 2**20} MiB, too many for an annotation")
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise missing(path, dataset, archive) from None
-    except OSError as error:
-        raise UserError(f"{dataset}: {path} cannot be read ({error.strerror})") from None
+    data = read_bytes(path, dataset, archive, MOST_BYTES)
     builder, parser = TreeBuilder(), expat.ParserCreate()
 
     def refuse(*_: object) -> None:

@@ -7,14 +7,15 @@ a training that was stopped goes on as if it had not been.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinoreg.evaluation.context import SAVE_SECONDS, Context
+from dinoreg.evaluation.context import Context
 from dinoreg.runtime.errors import RunError
 
 
@@ -49,63 +50,61 @@ def train_heads(
 ) -> dict[str, float]:
     """Train every head for `steps` steps; heads are changed in place and left in evaluation mode.
 
-    losses     step -> {head: () loss}; it reads the images, runs the backbone without gradients, and the heads with
+    losses     step -> {key: () loss}; it reads the images, runs the backbone without gradients, and the heads with.
+               One for each head, or several where a module holds several heads side by side
     factor     step -> what each optimizer's own rate is multiplied by
     name       of the saved state, distinct within the evaluation
     clip_grad  largest gradient norm of a head
 
-    returns {head: mean loss of the last tenth}; a head whose loss stops being finite is NaN from then on and left as it
-    was. Raises RunError when that happens to all of them.
+    returns {key: mean loss of the last tenth}; once a loss is not finite it is NaN, and its head learns no more.
+    Raises RunError when that happens to all of them.
     """
-    start = 0
-    broken: set[str] = set()
-    tail = {key: [] for key in heads}  # type: dict[str, list[float]]
-    saved = context.load_state(name)
-    if saved is not None and set(saved["heads"]) == set(heads):
-        start, broken = int(saved["step"]), set(saved["broken"])
+    saved = context.saved(name, sorted(heads))
+    start, broken, tail = 0, set[str](), dict[str, list[float]]()
+    if saved.state is not None:
+        start, broken, tail = saved.state["step"], set(saved.state["broken"]), saved.state["tail"]
         for key in heads:
-            heads[key].load_state_dict(saved["heads"][key])
-            optimizers[key].load_state_dict(saved["optimizers"][key])
-            tail[key] = [float(value) for value in saved["tail"][key]]
-    base = {key: [group["lr"] for group in optimizers[key].param_groups] for key in heads}
-    if saved is not None and start:
-        base = {key: [float(value) for value in saved["base"][key]] for key in heads}
+            heads[key].load_state_dict(saved.state["heads"][key])
+            optimizers[key].load_state_dict(saved.state["optimizers"][key])
+    groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     for head in heads.values():
         head.train()
-    last_saved = time.monotonic()
     for step in context.progress(range(start, steps), steps - start, name):
-        for key, optimizer in optimizers.items():
-            for group, lr in zip(optimizer.param_groups, base[key]):
-                group["lr"] = lr * factor(step)
-        found = {key: loss for key, loss in losses(step).items() if key not in broken}
-        values = {key: float(loss.detach()) for key, loss in found.items()}
-        broken |= {key for key, value in values.items() if not math.isfinite(value)}
-        if len(broken) == len(heads):
+        for group in groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
+        found = losses(step)
+        values = torch.stack([loss.detach() for loss in found.values()]).tolist()  # the one wait for the device
+        broken |= {key for key, value in zip(found, values) if not math.isfinite(value)}
+        if len(broken) == len(found):
             raise RunError(f"{name}: the loss of every head stopped being finite at step {step}; use lower rates")
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         torch.stack([loss for key, loss in found.items() if key not in broken]).sum().backward()
         for key, head in heads.items():
-            if key in broken:
-                continue
             if clip_grad is not None:
                 nn.utils.clip_grad_norm_(head.parameters(), clip_grad)
-            optimizers[key].step()
-            if step + 1 > 0.9 * steps:
-                tail[key].append(values[key])
-        if time.monotonic() - last_saved > SAVE_SECONDS:
-            last_saved = time.monotonic()
-            context.save_state(
-                name,
-                {
-                    "step": step + 1,
-                    "broken": sorted(broken),
-                    "heads": {key: head.state_dict() for key, head in heads.items()},
-                    "optimizers": {key: optimizer.state_dict() for key, optimizer in optimizers.items()},
-                    "base": base,
-                    "tail": tail,
-                },
-            )
+            optimizers[key].step()  # a parameter without a gradient is left as it is
+        if step + 1 > 0.9 * steps:
+            for key, value in zip(found, values):
+                tail.setdefault(key, []).append(value)
+        saved.save_when_due(partial(_state, step + 1, broken, tail, heads, optimizers))
     for head in heads.values():
         head.eval()
-    return {key: math.nan if key in broken or not tail[key] else float(np.mean(tail[key])) for key in heads}
+    return {key: math.nan if key in broken else float(np.mean(values)) for key, values in tail.items()}
+
+
+def _state(
+    step: int,
+    broken: set[str],
+    tail: dict[str, list[float]],
+    heads: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+) -> dict[str, Any]:
+    """What a training that was stopped goes on from."""
+    return {
+        "step": step,
+        "broken": sorted(broken),
+        "tail": tail,
+        "heads": {key: head.state_dict() for key, head in heads.items()},
+        "optimizers": {key: optimizer.state_dict() for key, optimizer in optimizers.items()},
+    }

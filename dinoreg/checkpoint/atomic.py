@@ -1,0 +1,87 @@
+"""Files that are there whole or not at all, and in words why one could not be written or read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: str | bytes, token: str = "") -> None:
+    """Replace `path` in one rename; a kill leaves the old content or the new.
+
+    token  makes the name of the unfinished file this writer's own, where another may be writing the same file
+    """
+    data = content.encode() if isinstance(content, str) else content
+    aside = part_name(path, token)
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def part_name(path: Path, token: str = "") -> Path:
+    """The name under which a file is written before it gets its own."""
+    return path.with_name(f"{path.name}{token and '.'}{token}.part")
+
+
+def cause(error: BaseException) -> BaseException:
+    """What went wrong in the first place: of a collective save, the first process's own error; an OSError if it can."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return cause(error.failures[min(error.failures)][0])
+    while not isinstance(error, OSError) and isinstance(error.__cause__ or error.__context__, BaseException):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+        if isinstance(error, CheckpointException):
+            return cause(error)
+    if "inline_container.cc" in str(error):  # what torch's writer makes of a write that failed; the first error is lost
+        return OSError(errno.ENOSPC, f"a write was cut short ({os.strerror(errno.ENOSPC)}, or a failing disk)")
+    number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
+
+
+def reason(error: BaseException) -> str:
+    """In a few words, why a file could not be written or read."""
+    error = cause(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def remedy(error: BaseException, run: Path) -> str:
+    """What to do about a checkpoint that could not be written, in a sentence."""
+    first = cause(error)
+    number = first.errno if isinstance(first, OSError) else None
+    if number == errno.ENOSPC:
+        free = shutil.disk_usage(run).free / 2**30
+        return f"Make room on the disk of {run} ({free:.1f} GiB are free), or lower checkpoint.keep."
+    if number == errno.EDQUOT:
+        return f"The quota on the disk of {run} is used up: make room there, or lower checkpoint.keep."
+    if number in (errno.EACCES, errno.EPERM):
+        return f"Give this user the right to write to {run} again."
+    if number == errno.EROFS:
+        return f"The disk of {run} can only be read: have it mounted for writing (it may have been found faulty)."
+    if number in (errno.EIO, errno.ESTALE):
+        return f"The storage under {run} fails: have it looked at before more is written there."
+    return "None needed if the next one is written."

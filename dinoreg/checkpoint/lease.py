@@ -1,0 +1,95 @@
+"""Whose run it is: only one start of a job writes into a run folder.
+
+Slurm may start a job again while its first copy still runs on a machine that is only out of reach. The run folder's
+`owner.json` says which copy the run belongs to; it is read again just before a checkpoint appears, and a copy that
+finds another's name there stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dinoreg.checkpoint.atomic import part_name, write_atomic
+from dinoreg.checkpoint.format import remove_unfinished
+from dinoreg.config.overwrite import OWNER
+from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.runtime.errors import RunError, UserError
+
+
+class TakenOver(RunError):
+    """Another copy of this job has claimed the run folder; this one must not write there any more."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One start of a run: a random token, and where it is.
+
+    job, restarts  Slurm's job id and how often Slurm has started it again; None outside Slurm
+    time           of the start, seconds since 1970
+    """
+
+    token: str
+    host: str
+    pid: int
+    job: str | None
+    restarts: int
+    time: float
+
+    def __str__(self) -> str:
+        place = f"process {self.pid}" if self.job is None else f"job {self.job}"
+        again = f" (restart {self.restarts})" if self.restarts else ""
+        return f"{place}{again} on {self.host} at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.time))}"
+
+    def successor(self, run: Path) -> Lease | None:
+        """The start that has claimed the run folder since; None while it is still this one's."""
+        owner = owner_of(run)
+        return None if owner is None or owner.token == self.token else owner
+
+    def check(self, run: Path) -> None:
+        """TakenOver when the run folder is another start's by now."""
+        successor = self.successor(run)
+        if successor is not None:
+            raise TakenOver(f"{run} was taken over by {successor}; this copy ({self}) stops writing there")
+
+
+def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
+    """Make the run folder this start's own, and remove what dead writers left there. Called by all processes.
+
+    raises UserError when it cannot be written
+    """
+    with ranks.collective_errors():
+        lease = None
+        if ranks.is_main:
+            restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+            lease = Lease(
+                token=secrets.token_hex(4),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                job=os.environ.get("SLURM_JOB_ID"),
+                restarts=int(restarts) if restarts.isdigit() else 0,
+                time=time.time(),
+            )
+            try:
+                write_atomic(run / OWNER, json.dumps(asdict(lease), indent=1) + "\n", lease.token)
+            except OSError as error:
+                raise UserError(f"out={run}: cannot be written ({error.strerror})") from None
+            remove_unfinished(run / "checkpoints")
+            for pattern in (part_name(Path(OWNER), "*").name, "checkpoints/*.part", "teacher/*.part"):
+                for path in run.glob(pattern):
+                    path.unlink(missing_ok=True)
+    owner: Lease = ranks.from_main(lease)
+    return owner
+
+
+def owner_of(run: Path) -> Lease | None:
+    """Whom the run folder belongs to; None where that is not written, or not to be read."""
+    try:
+        return Lease(**json.loads((run / OWNER).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,0 +1,47 @@
+"""How a command that failed is explained, in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
+
+
+@contextmanager
+def running(out: str | None) -> Iterator[None]:
+    """Around the work itself: failures name the log, an interruption says how to go on."""
+    log = Path(out) / "train.log" if out else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is None or not (Path(out) / "checkpoints" / "last").is_file():
+            raise
+        advice = f"interrupted; go on with: dinoreg pretrain {out} resume=true"
+        raise Interrupted(advice, signal.SIGINT) from None
+    except (UserError, Interrupted, BrokenPipeError):
+        raise
+    except RunError as error:
+        where = f" (log: {log})" if log is not None and log.is_file() else ""
+        located = RunError(f"{one_line(error)}{where}")
+        located.reported = error.reported
+        raise located from error
+    except Exception as error:
+        if log is None or not (log.parent / "config.yaml").is_file():  # not (yet) a run's folder
+            raise
+        with open(log, "a") as file:
+            file.write(traceback.format_exc())
+        if os.environ.get("DINOREG_DEBUG") == "1":
+            traceback.print_exc()
+        raise RunError(f"{explain_error(error)} (traceback: {log})") from error
+
+
+def explain_error(error: BaseException) -> str:
+    """What an unexpected error means where that is known, else its type and text."""
+    from dinoreg.commands.doctor import explain
+
+    return explain(error) or f"{type(error).__name__}: {one_line(error)}"

@@ -1,0 +1,178 @@
+"""The keys of the verbs that have keys of their own, besides those of configs, evaluations and launches.
+
+Nothing here imports torch, so that help and wrong spellings answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinoreg.config.option import REQUIRED, Options, check, option
+from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS
+
+TOKENS = ("cls", "mean", "cls+mean", "patches")
+FORMATS = "timm, transformers, meta (torch.hub), safetensors or onnx"
+
+
+@dataclass(frozen=True)
+class NoOptions(Options):
+    """Of a verb without keys."""
+
+
+@dataclass(frozen=True)
+class DoctorOptions(NoOptions, verb="doctor"):
+    pass
+
+
+@dataclass(frozen=True)
+class QuickstartOptions(Options, verb="quickstart"):
+    out: str | None = option(None, "the run folder; none: runs/quickstart")
+    seed: int = option(0, "of weights, data order, crops and masks", low=0, high=MAX_SEED)
+    overwrite: bool = option(False, "delete what is in `out` first")
+
+
+@dataclass(frozen=True)
+class ReportOptions(Options, verb="report"):
+    out: str | None = option(None, "the HTML file; none: report.html, in the run's folder if it is one run")
+
+
+@dataclass(frozen=True)
+class InspectOptions(Options, verb="inspect"):
+    data: str | list[str] = option(REQUIRED, "a folder of images, [several], a list of paths, or scenes")
+    sample: int = option(1000, "images that are opened and decoded", unit="image", low=1)
+
+
+@dataclass(frozen=True)
+class ExportOptions(Options, verb="export"):
+    weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or a model name")
+    format: str = option(REQUIRED, FORMATS)
+    out: str = option(REQUIRED, "folder to write; new or empty")
+    size: int | tuple[int, int] | None = option(None, "pixels or [height,width] that positions are resampled to")
+
+
+@dataclass(frozen=True)
+class EmbedOptions(Options, verb="embed"):
+    data: str | list[str] = option(REQUIRED, "a folder, an image, a list of paths, tars, scenes, or [several]")
+    weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, a model's name")
+    out: str = option(REQUIRED, "the file to write, .safetensors or .parquet")
+    token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
+    image_size: int | None = option(None, "side of the centre crop; none: 224 or less", unit="pixel", low=1)
+    batch_size: int = option(32, "images at a time", low=1)
+    dtype: str = option("float32", "of the numbers in the file", choices=("float32", "float16"))
+    device: str = option("auto", DEVICE)
+    precision: str = option("auto", "of the computation; auto: bf16 where the hardware has it", choices=PRECISIONS)
+    workers: int | None = option(None, "decoding threads; none: a core each, at most 16", low=0, high=1024)
+    overwrite: bool = option(False, "replace a finished file, drop an unfinished one that was begun with other keys")
+
+
+@dataclass(frozen=True)
+class RegistersOptions(Options, verb="registers"):
+    weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or model names, with commas between")
+    images: str = option(REQUIRED, "a folder (one subfolder a class adds probes), a list of paths, scenes")
+    out: str | None = option(None, "folder for registers.html; none: runs/registers/NAMES")
+    size: int | None = option(None, "pixels a side; none: the first model's own, enlarged where it is small")
+    num_images: int = option(300, "images at most, from all over the source", low=2)
+    labels: bool = option(True, "whether the subfolders of `images` are classes")
+    test_time: bool = option(True, "try a test-time register on models that have outliers and no registers")
+    seed: int = option(0, "of the probes' split, of patches drawn and of noise", low=0, high=MAX_SEED)
+    device: str = option("auto", DEVICE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(all(self.models), "weights", self.weights, "names with one comma between them")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """What `weights` names: one model, or several with commas between."""
+        if not isinstance(self.weights, str):
+            return self.weights
+        return (self.weights,) if Path(self.weights).exists() else tuple(self.weights.split(","))
+
+
+@dataclass(frozen=True)
+class ViewOptions(Options, verb="view"):
+    weights: str = option(REQUIRED, "a run folder, a weight file, or a model's name (random weights)")
+    images: str | list[str] | None = option(
+        None, "an image, a folder, [several], a list, tars, scenes; none: the run's"
+    )
+    out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
+    num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1)
+    size: int | tuple[int, int] | None = option(None, "pixels, a side or [height, width]; none: the model's own")
+    device: str = option("auto", DEVICE)
+
+
+@dataclass(frozen=True)
+class AttentionOptions(ViewOptions, verb="view attention"):
+    layer: str = option("-1", "blocks, as 11 or 0,5,11 or all; -1 is the last")
+    head: str = option("all", "all (the mean and each) | mean | a number from 0")
+
+
+@dataclass(frozen=True)
+class PcaOptions(ViewOptions, verb="view pca"):
+    layer: str = option("-1", "the block; -1 is the last")
+    foreground: bool = option(False, "set the foreground apart, and fit the colours on it alone")
+    basis: str | None = option(None, "file of a colour basis, used where it is there, else written")
+
+
+@dataclass(frozen=True)
+class NormsOptions(ViewOptions, verb="view norms"):
+    pass
+
+
+@dataclass(frozen=True)
+class CropsOptions(Options, verb="view crops"):
+    out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
+    num: int = option(8, "at most", unit="image", low=1)
+
+
+VIEWS: dict[str, type[Options]] = {
+    "attention": AttentionOptions,
+    "pca": PcaOptions,
+    "norms": NormsOptions,
+    "crops": CropsOptions,
+}
+
+
+@dataclass(frozen=True)
+class PlanOptions(Options, verb="plan"):
+    nodes: int | None = option(None, "machines; with none of nodes, gpus, gpu and memory: one process here", low=1)
+    gpus: int | None = option(None, "devices of a machine; none: 8, or 1 on a CPU", low=1)
+    gpu: str | None = option(None, "their kind, as h100, a100-40, rtx4090; none: the one here, else h100")
+    memory: float | None = option(None, "GiB of a device; none: what that kind has", above=0)
+    link: float | None = option(None, "GB/s from a device to other machines; none: what is usual for its kind", above=0)
+    local_link: float | None = option(None, "GB/s from a device to its neighbours; none: its maker's figure", above=0)
+    utilisation: float | None = option(
+        None,
+        "where nothing is measured; none: by the width",
+        above=0,
+        high=1,
+        expected="a share of the peak in (0, 1]",
+    )
+    num_images: int | None = option(None, "in the data set; none: counted in data=, where that is here", low=1)
+    disk: float = option(1.0, "GB/s at which all processes together write a checkpoint", above=0)
+    probe: bool | None = option(None, "run a few steps here; none: on CUDA if it fits, on a CPU if quick")
+    out: str | None = option(None, "JSON file for every figure")
+
+
+@dataclass(frozen=True)
+class StatusOptions(NoOptions, verb="launch status"):
+    pass
+
+
+@dataclass(frozen=True)
+class LogsOptions(Options, verb="launch logs"):
+    job: str | None = option(None, "its number; none: one that runs, else one that failed, else the last")
+    task: int = option(0, "process of the job")
+    lines: int = option(40, "of its end", low=0)
+    follow: bool = option(False, "and what is added until the job is over")
+
+
+@dataclass(frozen=True)
+class CancelOptions(Options, verb="launch cancel"):
+    job: str | None = option(None, "its number; none: all of the launch")
+    save: bool = option(False, "ask trainings to save and end by themselves")
+
+
+# What can be done with jobs that are there, and the keys of each.
+ACTIONS: dict[str, type[Options]] = {"status": StatusOptions, "logs": LogsOptions, "cancel": CancelOptions}

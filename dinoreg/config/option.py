@@ -1,0 +1,430 @@
+"""One language of options: a field of a frozen dataclass declares each, and all that is done with it follows from that.
+
+`lr: float | None = option(None, "peak rate, used as given", low=0)` gives a key its type, default, help and range.
+`section(OptimConfig)` declares a field that holds further options, with dotted keys (`optim.lr`). From the
+declarations come the parsing of `key=value` and of YAML, the checks, the messages with the nearest spelling, and
+`--help`, for configs, verbs, evaluations, jobs and datasets alike. Nothing here imports torch: help answers at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import PurePath
+from typing import Any, ClassVar, TypeVar
+
+from dinoreg.runtime.errors import UserError
+
+MAX_LISTED = 12  # a class with more keys than this does not list them all in a message
+REQUIRED: Any = dataclasses.MISSING  # instead of the default of an option that must be given
+T = TypeVar("T")
+
+# ------------------------------------------------------------------------------------------------------------
+# Declaring
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is said of an option besides its name, type and default; `option` makes it.
+
+    low, high      bounds that belong to the range; of a list or tuple they hold for every element, as choices do
+    above, below   bounds that do not
+    unit           what a number counts, in the singular: "pixel"
+    choices        the texts that are accepted
+    ascending      a pair [low, high] must be in order
+    empty          whether a list may have no elements; `option` says no where the default has some
+    pattern        a regular expression that the whole text must match; `expected` says it in words
+    shapes_result  whether a run's weights, or an evaluation's numbers, depend on it; None: as its section says
+    """
+
+    help: str
+    unit: str = ""
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    ascending: bool = False
+    empty: bool = False
+    pattern: str = ""
+    expected: str = ""
+    shapes_result: bool | None = None
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value of the declared type lies in the range, or among the choices. None always does."""
+        if isinstance(value, (list, tuple)):
+            in_order = not self.ascending or list(value) == sorted(value)
+            return in_order and (self.empty or len(value) > 0) and all(self.allows(item) for item in value)
+        if value is None or isinstance(value, bool):
+            return True
+        if isinstance(value, str):
+            fits = not self.pattern or re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
+            return fits and (not self.choices or value in self.choices)
+        return (
+            math.isfinite(value)
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def accepted(self, value: Any = None) -> str:
+        """The range or the choices in words, "" where there are none; `value` tells a list from a single value."""
+        words = self.expected or _listed(self.choices) or self._range()
+        if isinstance(value, (list, tuple)):
+            start = "[low, high]" if self.ascending else "" if value or self.empty else "one or more"
+            return ", ".join(filter(None, (start, words and f"each {words}")))
+        return words
+
+    def _range(self) -> str:
+        lower = f"[{self.low}" if self.low is not None else f"({self.above}" if self.above is not None else ""
+        upper = f"{self.high}]" if self.high is not None else f"{self.below})" if self.below is not None else ""
+        number = f"number of {self.unit}s" if self.unit else "number"
+        if lower and upper:
+            return f"a {number} in {lower}, {upper}"
+        if self.above is not None:
+            return f"a {number} above {self.above}" if self.above else f"a positive {number}"
+        if lower or upper:
+            bound = self.low if lower else upper[:-1]
+            unit = f" {self.unit}{'' if bound == 1 else 's'}" if self.unit else ""
+            return f"{'at least' if lower else 'at most' if self.high is not None else 'less than'} {bound}{unit}"
+        return f"{self.unit}s" if self.unit else ""
+
+    def check(self, key: str, value: Any, or_none: bool = False) -> None:
+        """UserError naming the key, the value and what is accepted, where the value is not."""
+        if not self.allows(value):
+            close = nearest(str(value), self.choices) if self.choices else ""
+            check(False, key, value, f"{self.accepted(value)}{', or none' if or_none else ''}{close}")
+
+
+def option(default: Any, help: str, **declared: Any) -> Any:
+    """A field of a class of `Options`; the keywords are those of `Declaration`."""
+    declared.setdefault("empty", not isinstance(default, tuple))
+    return dataclasses.field(default=default, metadata={"option": Declaration(help, **declared)})
+
+
+def fraction(default: Any, help: str, **declared: Any) -> Any:
+    """A share or a probability, in [0, 1]."""
+    return option(default, help, low=0, high=1, **declared)
+
+
+def section(cls: type[Options], shapes_result: bool = True) -> Any:
+    """A field that holds the options of another class, each under the field's name and a dot."""
+    return dataclasses.field(default_factory=cls, metadata={"shapes_result": shapes_result})
+
+
+class Options:
+    """Base of the frozen dataclasses of options: one that is made holds only values that its fields accept.
+
+    class ModelConfig(Options, section="model")   messages name the keys model.KEY
+    class EmbedOptions(Options, verb="embed")     messages name the verb whose keys they are
+    """
+
+    _section: ClassVar[str] = ""
+    _verb: ClassVar[str] = ""
+
+    def __init_subclass__(cls, section: str = "", verb: str = "", **rest: Any) -> None:
+        super().__init_subclass__(**rest)
+        if section:
+            cls._section = f"{section}."
+        if verb:
+            cls._verb = verb
+
+    def __post_init__(self) -> None:
+        """Checks each option by itself; a class whose options depend on each other goes on with `check`."""
+        cls: Any = type(self)
+        for item in dataclasses.fields(cls):
+            if "option" in item.metadata:
+                or_none = type(None) in _kinds(_hints(cls)[item.name])
+                item.metadata["option"].check(f"{self._section}{item.name}", getattr(self, item.name), or_none)
+
+
+def check(condition: bool, key: str, value: object, expected: str) -> None:
+    """UserError `KEY=VALUE: expected …` unless the condition holds: for what relates an option to others."""
+    if not condition:
+        shown = f"{value:g}" if isinstance(value, float) else _typed(value)
+        raise UserError(f"{key}={shown}: expected {expected}")
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _sections(cls: type) -> dict[str, Any]:
+    return {name: hint for name, hint in _hints(cls).items() if dataclasses.is_dataclass(hint)}
+
+
+def keys_of(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a class of options with its type, in the order of their declaration."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(cls):
+        hint = _hints(cls)[item.name]
+        name = f"{prefix}{item.name}"
+        found |= keys_of(hint, f"{name}.") if dataclasses.is_dataclass(hint) else {name: hint}
+    return found
+
+
+def flat(options: Any, shaping: bool = False, prefix: str = "", shapes: bool = True) -> dict[str, Any]:
+    """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only what the result depends on."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(options):
+        value, name = getattr(options, item.name), f"{prefix}{item.name}"
+        declared = item.metadata.get("option")
+        if declared is None:
+            found |= flat(value, shaping, f"{name}.", item.metadata["shapes_result"])
+        elif not shaping or (shapes if declared.shapes_result is None else declared.shapes_result):
+            found[name] = value
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Text(str):
+    """The text behind `key=` on the command line, to be read as the key's type asks."""
+
+
+def read(cls: type[T], overrides: Mapping[str, Any] | Iterable[str]) -> tuple[T, frozenset[str]]:
+    """(options, dotted keys that were given) of `key=value` texts, or of a mapping from Python.
+
+    raises  UserError for an unknown key, naming the nearest, a value of the wrong type or one that is not accepted
+    """
+    values = typed(dotted(overrides), cls)
+    return build(cls, values), frozenset(values)
+
+
+def split_texts(cls: type, texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(texts that give a key of `cls`, all others) of `key=value` texts, for commands that take other keys besides."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    for text in texts:
+        parts[text.partition("=")[0] not in keys_of(cls)].append(text)
+    return parts
+
+
+def dotted(values: Mapping[str, Any] | Iterable[str], prefix: str = "", where: str = "command line") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} or ["optim.lr=1"] as {"optim.lr": 1}.
+
+    raises  UserError for a text without key or value, a key given twice, and ${…}: a config is data, it may not read
+            the environment or other keys
+    """
+    found: dict[str, Any] = {}
+    if not isinstance(values, Mapping):
+        for text in values:
+            key, separator, value = text.partition("=")
+            if not separator or not key:
+                raise UserError(f"{text}: expected key=value")
+            if key in found:
+                raise UserError(f"{key}: given twice")
+            found[key] = Text(value)
+        return dotted(found, prefix, where)
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            found |= dotted(value, f"{name}.", where)
+            continue
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, str) and "${" in item:
+                raise UserError(f"{where}: {item}: ${{…}} is not allowed in a config")
+        found[name] = value
+    return found
+
+
+def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> dict[str, Any]:
+    """The values of dotted keys as the types that `cls` declares; `where` they come from is for messages."""
+    known = keys_of(cls)
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        parent = name.rpartition(".")[0]
+        below = next((key for key in known if key.startswith(f"{name}.")), None)
+        if name in known:
+            if isinstance(value, Mapping):
+                raise UserError(f"{name}: is a value, not a section ({where})")
+            found[name] = convert(value, known[name], name, where)
+        elif parent in known:
+            raise UserError(f"{parent}: is a value, not a section ({where})")
+        elif below is None:
+            verb = getattr(cls, "_verb", "")
+            hint = nearest(name, known) or nearest(name.rpartition(".")[2], known)
+            accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
+            source = f"of dinoreg {verb}" if verb else f"({where})"
+            raise UserError(f"{name}: unknown key {source}{hint}{accepted if len(known) <= MAX_LISTED else ''}")
+        elif value != {}:
+            raise UserError(f"{name}={value}: expected keys below it, such as {below} ({where})")
+    return found
+
+
+def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """The dataclass of flat, dotted values; keys that are not given keep their defaults.
+
+    raises  UserError for a required key that is not given, and for a value that is not accepted
+    """
+    sections = _sections(cls)
+    arguments: dict[str, Any] = {}
+    for item in dataclasses.fields(typing.cast(Any, cls)):
+        name = f"{prefix}{item.name}"
+        if item.name in sections:
+            arguments[item.name] = build(sections[item.name], values, f"{name}.")
+        elif name in values:
+            arguments[item.name] = values[name]
+        elif item.default is REQUIRED:
+            verb = getattr(cls, "_verb", "")
+            help = item.metadata["option"].help
+            raise UserError(f"{verb}: {name}= is missing: {help}; see dinoreg {verb} --help")
+    return cls(**arguments)
+
+
+def read_value(key: str, value: Any, field: dataclasses.Field) -> Any:
+    """A value of one option that stands in no class, as the type of its default; UserError where it is not accepted."""
+    found = convert(value, type(field.default), key, "options")
+    field.metadata["option"].check(key, found)
+    return found
+
+
+class _WrongType(Exception):
+    pass
+
+
+def convert(value: Any, hint: Any, key: str, where: str) -> Any:
+    """`value` as the type that the key declares; text of the command line is read as that type."""
+    try:
+        return _coerce(_read_text(str(value), hint) if isinstance(value, Text) else value, hint)
+    except _WrongType:
+        raise UserError(f"{key}={_typed(value)}: expected {_type_words(hint)} ({where})") from None
+
+
+def _read_text(text: str, hint: Any) -> Any:
+    kinds = _kinds(hint)
+    if type(None) in kinds and text.lower() in ("none", "null", "~"):
+        return None
+    if text == "":
+        raise _WrongType
+    if str in kinds:  # a path or a name stays the text it is, whatever YAML would make of it
+        takes_list = any(typing.get_origin(kind) is list for kind in kinds)
+        if takes_list and text.startswith("[") and text.endswith("]"):
+            return next(csv.reader([text[1:-1]], skipinitialspace=True), [])
+        return text
+    from omegaconf import OmegaConf  # here, so that help does not wait for it
+
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    except Exception:  # whatever YAML and OmegaConf object to, it is not a value of this type
+        raise _WrongType from None
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """`value` as `hint`; 3 passes for 3.0 and 1e4 for 10000, but no text and no truth value for a number."""
+    kinds = _kinds(hint)
+    if value is None or (type(None) in kinds and isinstance(value, str) and value.lower() == "none"):
+        if type(None) in kinds:
+            return None
+        raise _WrongType
+    for kind in kinds:
+        if typing.get_origin(kind) in (tuple, list):
+            inner = typing.get_args(kind)
+            any_length = typing.get_origin(kind) is list or inner[-1] is Ellipsis
+            if any_length and _is_number(value):
+                value = [value]
+            if isinstance(value, (list, tuple)) and (any_length or len(value) == len(inner)):
+                hints = [inner[0]] * len(value) if any_length else inner
+                items = [_coerce(item, each) for item, each in zip(value, hints)]
+                return tuple(items) if typing.get_origin(kind) is tuple else items
+        elif kind is bool and isinstance(value, bool):
+            return value
+        elif kind is str and isinstance(value, (str, PurePath)):
+            return str(value)
+        elif kind in (int, float) and _is_number(value) and (kind is float or float(value).is_integer()):
+            return kind(value)
+    raise _WrongType
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond what a float holds
+        return False
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """ "; did you mean …?" for the closest of `known`, or nothing where none is close."""
+    known = list(known)
+    matches = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not matches:  # a right name in the wrong section
+        leaf = key.rsplit(".", 1)[-1]
+        leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}
+        matches = [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)]
+    return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def describe(options: Any, prefix: str = "") -> list[tuple[str, str, str]]:
+    """Rows of help, (key, "type = value", meaning), of a class of options, with its defaults, or of one with values.
+
+    The meaning ends with what is accepted, in brackets.
+    """
+    cls = options if isinstance(options, type) else type(options)
+    rows = []
+    for item in dataclasses.fields(cls):
+        name = f"{prefix}{item.name}"
+        if "option" in item.metadata:
+            rows.append(_row(name, str(item.type), item, getattr(options, item.name, REQUIRED)))
+        else:
+            rows += describe(getattr(options, item.name, _hints(cls)[item.name]), f"{name}.")
+    return rows
+
+
+def describe_fields(fields: Mapping[str, dataclasses.Field], prefix: str = "") -> list[tuple[str, str, str]]:
+    """The rows of `describe` for options that stand in no class, by name."""
+    return [_row(f"{prefix}{name}", type(item.default).__name__, item, item.default) for name, item in fields.items()]
+
+
+def _row(key: str, kind: str, item: dataclasses.Field, value: Any) -> tuple[str, str, str]:
+    declared = item.metadata["option"]
+    accepted = declared.accepted(item.default)
+    shown = ", required" if value is REQUIRED else f" = {_typed(value)}"
+    return key, f"{kind.replace('None', 'none')}{shown}", f"{declared.help} ({accepted})" if accepted else declared.help
+
+
+def _typed(value: Any) -> str:
+    """A value as one would type it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in value) + "]"
+    return str(value)
+
+
+def _listed(words: tuple[str, ...]) -> str:
+    """a, b or c"""
+    return " or ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
+
+
+def _type_words(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
+    words = []
+    for kind in _kinds(hint):
+        inner = typing.get_args(kind)
+        if typing.get_origin(kind) is tuple and inner[-1] is not Ellipsis:
+            words.append(f"{len(inner)} numbers, like [{', '.join('ab'[: len(inner)])}]")
+        elif inner:
+            words.append("a list of texts" if inner[0] is str else "a list of numbers")
+        else:
+            words.append(names[kind])
+    return " or ".join(words)

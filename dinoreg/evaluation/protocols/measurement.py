@@ -1,0 +1,143 @@
+"""What every protocol does around its own arithmetic: take splits, choose a candidate, resume a pass, give rows.
+
+A protocol reads from top to bottom in its `evaluate`:
+
+    measured = Measurement(data, task, context, Segmented, MISSING, "segmentation")     # starts the clock
+    train, test, val = measured.splits()                                                # val: None where not official
+    …                                                                                   # learn something from train
+    tried = scores of every candidate on val, or None                                   # {candidate: score}
+    reported = scores of every candidate on test
+    best, chosen_on = choose_best(reported, tried)
+    return [measured.row(reported[best], interval, n_train=len(train), n_test=len(test), chosen_on=chosen_on)]
+
+A long pass over images (or draws, or pairs) is `resumable_map(context, "name", key, count, compute, "what", load)`: a
+list of what `compute` gave for each, saved now and then.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from dinoreg.evaluation.benchmark import PROTOCOLS, Task
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.features.images import parallel
+from dinoreg.evaluation.result import Row
+from dinoreg.runtime.errors import UserError
+
+S = TypeVar("S")  # kind of a split
+K = TypeVar("K")  # name of a candidate
+T = TypeVar("T")
+
+OFFICIAL, REPORTED = "the official validation split", "the reported split itself"
+
+
+class Measurement(Generic[S]):
+    """One protocol on one dataset with one encoder: its splits, and rows that share what is true of all of them."""
+
+    def __init__(
+        self,
+        data: Data,
+        task: Task,
+        context: Context,
+        kind: type[S],
+        missing: str,
+        subject: str = "",
+        metrics: Sequence[str] = (),
+    ) -> None:
+        """Check the task's metric and start the clock. UserError for a metric that the protocol does not have.
+
+        kind      class of the splits, such as Labelled
+        missing   message for a split that is missing, empty or of another kind; {name} and {splits} are filled in
+        subject   what the protocol measures, in the message about a wrong metric
+        metrics   that may be the headline; any where empty
+        """
+        if metrics and task.metric not in metrics:
+            raise UserError(f"metric {task.metric!r}: {subject} has {' and '.join(metrics)}")
+        self.data, self.task, self.context, self.kind, self.missing = data, task, context, kind, missing
+        self.started = time.monotonic()
+
+    def split(self, name: str) -> S:
+        """A split by name; UserError where it is missing, empty or of another kind."""
+        split = self.data.splits.get(name)
+        if not isinstance(split, self.kind) or not len(split):  # type: ignore[arg-type]
+            raise UserError(self.missing.format(name=name, splits=", ".join(self.data.splits)))
+        return split
+
+    def splits(self) -> tuple[S, S, S | None]:
+        """The splits "train" and "test", and "val" where there is an official one; UserError as `split` raises it."""
+        return self.split("train"), self.split("test"), self.split("val") if "val" in self.data.splits else None
+
+    def row(
+        self,
+        value: float,
+        interval: tuple[float, float],
+        *,
+        metric: str | None = None,
+        variant: str = "",
+        **fields: Any,
+    ) -> Row:
+        """One figure with its 95 % interval (low, high), in the protocol's name; by default of the task's metric.
+
+        variant  what tells it from the other rows; the dataset's own variant is put behind
+        fields   of Row: n_train, n_test, chosen_on, settings, details, …; `hours` are those since the start
+        """
+        shared: dict[str, Any] = {
+            "protocol": PROTOCOLS[self.task.protocol][1],
+            "metric": metric or self.task.metric,
+            "variant": ", ".join(filter(None, (variant, self.data.variant))),
+            "seeds": (self.context.seed,),
+            "hours": (time.monotonic() - self.started) / 3600,
+        }
+        return Row(value=value, low=interval[0], high=interval[1], **(shared | fields))
+
+
+def choose_best(
+    reported: Mapping[K, float],
+    validation: Mapping[K, float] | None = None,
+    chosen_on: str = OFFICIAL,
+    higher_is_better: bool = True,
+) -> tuple[K, str]:
+    """The best candidate (the first of equals), and in words what it was chosen on.
+
+    reported    {candidate: score on the reported split}
+    validation  the same on images that are not reported; None: the reported scores decide, and the words say so
+    chosen_on   the words for `validation`
+
+    A single candidate is chosen on nothing: "". A score that is not finite loses to every other.
+    """
+    if len(reported) == 1:
+        return next(iter(reported)), ""
+    scores, words = (reported, REPORTED) if validation is None else (validation, chosen_on)
+    sign = 1 if higher_is_better else -1
+    return max(scores, key=lambda key: sign * scores[key] if math.isfinite(scores[key]) else -math.inf), words
+
+
+def resumable_map(
+    context: Context,
+    name: str,
+    key: object,
+    count: int,
+    compute: Callable[[int, Any], T],
+    what: str,
+    load: Callable[[int], Any] = lambda index: None,
+) -> list[T]:
+    """[compute(index, load(index)) for index in range(count)], saved now and then and at the end.
+
+    name     of the saved state, distinct within the evaluation
+    key      what the results depend on; a state that was saved under another (by its repr) is not used
+    compute  gives tensors, plain values, or lists and dicts of them: what `Context.save_state` can keep
+    what     is shown beside the progress
+    load     runs ahead in `context.workers` threads
+    """
+    saved = context.saved(name, key)
+    results: list[T] = saved.state["results"] if saved.state is not None else []
+    first = len(results)
+    loaded = parallel(load, range(first, count), context.workers)
+    for index, each in enumerate(context.progress(loaded, count - first, what), first):
+        results.append(compute(index, each))
+        saved.save_when_due(lambda: {"results": results}, now=index + 1 == count)
+    return results

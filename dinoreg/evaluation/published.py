@@ -1,0 +1,111 @@
+"""Papers that several datasets quote, and the rows that they have in common; the numbers stand in `eval/NAME.py`."""
+
+from __future__ import annotations
+
+from dinoreg.evaluation.benchmark import Published
+
+REGISTERS = "DINOv2 with registers, arXiv 2309.16588v2"
+DINOV2 = "DINOv2, arXiv 2304.07193v2"
+CARD = "DINOv2's README and model card"
+DINOV3 = "DINOv3, arXiv 2508.10104"
+BASELINE = f"{DINOV3}, baseline row"
+LOST = "LOST, arXiv 2109.14279, its repository"
+DENOISING = "Denoising ViTs, arXiv 2401.02957"
+TEST_TIME = "Vision Transformers Don't Need Trained Registers, arXiv 2506.08010"
+
+Family = tuple[float, float, float, float]  # of ViT-S, B, L and g/14
+
+
+def released(
+    values: Family, source: str, note: str = "", *, registers: int | None = 0, ending: str = "", variant: str = ""
+) -> tuple[Published, ...]:
+    """Figures of the four released DINOv2 models: ViT-S, B and L/14, distilled from ViT-g/14, and itself.
+
+    note       what differs from our protocol
+    registers  0 or 4, said with each row; None leaves it to the note
+    ending     of the models' names, such as ", +ms"
+    """
+    suffix = " reg4" if registers else ""
+    names = [*(f"DINOv2 ViT-{size}/14{suffix} (distilled)" for size in "SBL"), f"DINOv2 ViT-g/14{suffix}"]
+    kinds = ["distilled from ViT-g on LVD-142M"] * 3 + ["LVD-142M"]
+    rows = []
+    for name, kind, value in zip(names, kinds, values, strict=True):
+        training = "" if registers is None else f"{registers or 'no'} registers, {kind}"
+        differs = "; ".join(filter(None, (training, note)))
+        rows.append(Published(name + ending, value, source, differs, variant))
+    return tuple(rows)
+
+
+def single_tokens(
+    model: str,
+    values: tuple[float, float, float],
+    differs: str,
+    source: str = f"{REGISTERS}, Table 1",
+    last: str = "outlier patch token",
+) -> tuple[Published, ...]:
+    """Figures of one token alone, in percent: the class token, a normal patch token and the last one."""
+    return tuple(
+        Published(model, value, source, f"the {token} alone; {differs}", "" if token == "class token" else token)
+        for token, value in zip(("class token", "normal patch token", last), values, strict=True)
+    )
+
+
+def fine_grained(
+    dinov2: Family, larger: float, tokens: tuple[float, float, float], note: str = ""
+) -> tuple[Published, ...]:
+    """A dataset's published logistic-regression figures, in percent, of the three tables that have a column for it.
+
+    dinov2  ViT-S, B, L and g/14 at 224 px (DINOv2, Table 8)
+    larger  ViT-g/14 at 448 px (DINOv3, Table 22)
+    tokens  the class token, a normal and an outlier patch token of ViT-g/14 (Registers, Table 1)
+    note    what else differs for this dataset, said with each
+    """
+    accuracy = "; ".join(filter(None, ("called accuracy, per image or per class not stated", note)))
+    unverified = f"1,024 patch tokens; whether with registers was not verified; {accuracy}"
+    return (
+        *released(dinov2, f"{DINOV2}, Table 8", accuracy),
+        Published("DINOv2 ViT-g/14 at 448 px", larger, f"{DINOV3}, Table 22", unverified),
+        *single_tokens("DINOv2-g, 0 registers", tokens, accuracy),
+    )
+
+
+def corloc(
+    registers: tuple[float, float],
+    others: tuple[float, float, float, float],
+    dino: tuple[float, float, float],
+    test_time: tuple[float, float, float, float],
+    denoising: tuple[float, float],
+    token_cut: float,
+) -> tuple[Published, ...]:
+    """A dataset's published CorLoc, in percent.
+
+    registers  DINOv2 ViT-L/14 on ImageNet-22k with 0 and with 4 registers (Registers, Table 3)
+    others     there: DeiT-III with 0 and 4, OpenCLIP with 0 and 4
+    dino       the original DINO's ViT-S/16, B/16 and S/8 (LOST)
+    test_time  the released ViT-L/14 with none, 4 trained and one test-time register; OpenCLIP ViT-B/16
+    denoising  the released ViT-B/14 with 0 and 4 registers (Denoising ViTs)
+    token_cut  ViT-g/14 by TokenCut (DINOv3)
+    """
+    table_3 = f"{REGISTERS}, Table 3"
+    bias = "a manually chosen bias on the Gram matrix, its value and the block not published"
+    swept = "bias swept in [-1, 0] over the last four blocks, the best quoted; 3 seeds"
+    no_bias = "LOST without a bias"
+    large, base = "DINOv2 ViT-L/14 (released)", "DINOv2 ViT-B/14 (released)"
+    return (
+        Published("DINOv2 ViT-L/14 (ImageNet-22k), 0 registers", registers[0], table_3, f"keys; {bias}"),
+        Published("DINOv2 ViT-L/14 (ImageNet-22k), 4 registers", registers[1], table_3, f"keys; {bias}"),
+        Published("DeiT-III ViT-B, 0 registers", others[0], table_3, f"values; {bias}"),
+        Published("DeiT-III ViT-B, 4 registers", others[1], table_3, f"values; {bias}"),
+        Published("OpenCLIP ViT-B/16, 0 registers", others[2], table_3, f"values; {bias}"),
+        Published("OpenCLIP ViT-B/16, 4 registers", others[3], table_3, f"values; {bias}"),
+        Published("DINO ViT-S/16", dino[0], LOST, no_bias),
+        Published("DINO ViT-B/16", dino[1], LOST, no_bias),
+        Published("DINO ViT-S/8", dino[2], LOST, no_bias),
+        Published(f"{large}, 0 registers", test_time[0], TEST_TIME, swept),
+        Published(f"{large}, 4 registers", test_time[1], TEST_TIME, swept),
+        Published(f"{large}, 1 test-time register", test_time[2], TEST_TIME, swept),
+        Published("OpenCLIP ViT-B/16, 0 registers", test_time[3], TEST_TIME, swept),
+        Published(f"{base}, 0 registers", denoising[0], DENOISING, f"{no_bias}; the whole image's box scores as much"),
+        Published(f"{base}, 4 registers", denoising[1], DENOISING, f"{no_bias}; Registers' figure not reproduced"),
+        Published("DINOv2 ViT-g/14", token_cut, BASELINE, "TokenCut on output patch tokens, threshold swept; 448 px"),
+    )

@@ -1,0 +1,80 @@
+"""Files with a number for every pixel: label maps, which must have the size of their image, and depth maps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dinoreg.runtime.errors import UserError
+
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
+GREY = 0  # colour type of a PNG
+DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I")  # Pillow's names
+MILLIMETRES = 1000.0  # in a metre
+
+
+def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
+    """A label map of whole numbers (H, W), uint8 or int32, as they stand in the file (of a palette: the indices).
+
+    image    the picture it belongs to, whose header alone is read: both must have the same size
+    dataset  in front of every message
+
+    Raises UserError naming the file when it is missing, unreadable, coloured, or of another size than its image.
+    """
+    where = f"{dataset}: {path}" if dataset else f"{path}:"
+    try:
+        with Image.open(path) as opened:
+            values, mode, bits = np.asarray(opened), opened.mode, _grey_bits(path)
+    except FileNotFoundError:
+        raise UserError(f"{where} is missing; it is the mask of {image.name}") from None
+    except UNREADABLE as error:
+        raise unreadable(where, "a mask", error) from None
+    if values.ndim != 2:
+        raise UserError(f"{where} is a picture in colour ({mode}), expected a palette or grey PNG of class numbers")
+    if bits in (2, 4):  # Pillow stretches these to 0..255
+        values = values // (255 // (2**bits - 1))
+    require_size(where, values, image, dataset)
+    return values.astype(np.uint8 if values.dtype.itemsize == 1 else np.int32, copy=False)
+
+
+def read_depth_map(path: Path) -> np.ndarray:
+    """A 16-bit PNG (or TIFF) of millimetres, 0 where unknown -> (H, W) float32 metres; UserError naming the file."""
+    try:
+        with Image.open(path) as opened:
+            mode, values = opened.mode, np.asarray(opened)
+    except UNREADABLE as error:
+        raise unreadable(f"{path}:", "a depth map", error) from None
+    if mode not in DEPTH_MODES:
+        raise UserError(
+            f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel, in millimetres"
+        )
+    return values.astype(np.float32) / np.float32(MILLIMETRES)
+
+
+def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "") -> None:
+    """UserError unless a map (H, W) has the size of its image; `where` names the map."""
+    try:
+        with Image.open(image) as opened:
+            width, height = opened.size
+    except UNREADABLE as error:
+        raise unreadable(f"{dataset}: {image}" if dataset else f"{image}:", "an image", error) from None
+    if values.shape != (height, width):
+        raise UserError(
+            f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
+        )
+
+
+def unreadable(where: str, what: str, error: BaseException) -> UserError:
+    """The error for a file that cannot be read as what it should be."""
+    missing = isinstance(error, FileNotFoundError)
+    reason = "there is no such file" if missing else " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{where} cannot be read as {what} ({reason[:200]})")
+
+
+def _grey_bits(path: Path) -> int:
+    """Bits of a grey PNG's pixel as the file has them; 0 for any other kind of picture."""
+    with open(path, "rb") as file:
+        head = file.read(26)  # signature, length, "IHDR", width, height, bits, colour type
+    return head[24] if len(head) == 26 and head.startswith(b"\x89PNG") and head[25] == GREY else 0

@@ -1,0 +1,15 @@
+"""By what a file is recognised: its SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits; raises OSError where it cannot be read."""
+    running = hashlib.sha256()  # hashlib.file_digest comes with Python 3.11
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            running.update(block)
+    return running.hexdigest()

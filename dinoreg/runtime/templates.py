@@ -1,0 +1,67 @@
+"""Jinja templates, which stand in `templates/` beside the code that fills them in.
+
+In `*.html.j2` every value is escaped for HTML, in `*.md.j2` for Markdown; `| safe` marks text of our own. Values of
+other templates (`*.txt.j2`) are put in as they are. A name that a template is not given is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def render(template: str, **values: Any) -> str:
+    """A template filled in.
+
+    template  path below `dinoreg/`, such as "reports/templates/run.html.j2"
+    """
+    return _environment(Path(template).suffixes[-2]).get_template(template).render(**values)
+
+
+def escape_markdown(value: object) -> str:
+    """A value on one line, with every character escaped that Markdown or HTML would act on; `| safe` is left alone."""
+    if hasattr(value, "__html__"):
+        return str(value)
+    return re.sub(r"([\\`*_{}\[\]<>#|!~]|(?<=\])\()", r"\\\1", re.sub(r"\s+", " ", str(value)))
+
+
+@lru_cache
+def _environment(kind: str) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(PACKAGE),
+        autoescape=kind == ".html",
+        finalize=escape_markdown if kind == ".md" else None,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "score": score, "position": position, "extent": extent}
+    return environment
+
+
+def percent(share: float) -> str:
+    """0.0237 -> 2.4 %, with two digits where it is small."""
+    return "0 %" if share == 0 else f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.3g} %"
+
+
+def score(value: float, unit: str = "share") -> str:
+    """0.7123 -> 71.2 %; shares outside of [0, 1] as they are; other units behind the number."""
+    if unit != "share":
+        return f"{value:.3g} {unit}"
+    return f"{100 * value:.1f} %" if 0.0 <= value <= 1.0 else f"{value:.4g}"
+
+
+def position(value: float, low: float, high: float) -> str:
+    """Where a value lies on a scale from `low` to `high`, as CSS writes it: 3 from 1 to 5 -> 50.00%"""
+    return f"{100 * (min(max(value, low), high) - low) / max(high - low, 1e-12):.2f}%"
+
+
+def extent(start: float, end: float, low: float, high: float) -> str:
+    """How much of the scale from `low` to `high` lies between `start` and `end`, as CSS writes it."""
+    return f"{max(100 * (min(end, high) - max(start, low)) / max(high - low, 1e-12), 0):.2f}%"
