@@ -42,6 +42,9 @@ DEFAULT = ("dinoreg", "dinoreg, no drop path", "dinoreg, 8192 prototypes")
 def build(settings: dict[str, Any]) -> Any:
     """One variant of dinoreg, warmed up; see `measure.serve`."""
     from dinoreg.config.load import load_config
+    from dinoreg.plan.devices import cpu_device
+    from dinoreg.plan.job import describe
+    from dinoreg.plan.operations import operations_of
     from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
     from dinoreg.train.schedules import Now
     from dinoreg.train.state import build_networks, build_state
@@ -75,12 +78,14 @@ def build(settings: dict[str, Any]) -> Any:
     now = Now(lr=1e-4, last_layer_lr=1e-4, weight_decay=0.04, momentum=0.992, teacher_temp=0.04)
     options = {"loss": config.loss, "dtype": dtype, "clip_grad": config.optim.clip_grad, "accumulate": 1, "seed": 0}
 
+    operations = operations_of(describe(config, 1, 1, cpu_device())).total  # of one image
+
     def step() -> None:
         train_step(state, batches[state.step % len(batches)], now, **options)
 
     def take() -> measure.Measurement:
         spent = measure.seconds(step, device, settings["steps"])
-        executed = operations(config, student.backbone, batches) * config.batch_size / spent
+        executed = operations * config.batch_size / spent
         return {
             "images_per_s": config.batch_size / spent,
             "gflops": executed / 1e9,
@@ -120,30 +125,6 @@ def random_batch(config: Any, patch_size: int, number: int, device: torch.device
         position=count * (number + 1),
         data_time=0.0,
     )
-
-
-def operations(config: Any, backbone: Any, batches: list[Any]) -> float:
-    """Floating-point operations of one image in a step, those that drop path skips left out."""
-    import flops
-
-    images = 2 * config.batch_size
-    encoder = flops.Encoder(
-        backbone.dim, backbone.depth, backbone.patch_size, backbone.num_registers, backbone.ffn, backbone.ffn_ratio
-    )
-    return flops.step(
-        encoder,
-        global_size=config.crops.global_size,
-        local_size=config.crops.local_size,
-        num_local=config.crops.num_local,
-        prototypes=config.head.prototypes,
-        dino_bottleneck=config.head.bottleneck_dim,
-        ibot_bottleneck=config.head.bottleneck_dim,
-        hidden_dim=config.head.hidden_dim,
-        masked_patches=sum(len(batch.mask_indices) for batch in batches) / len(batches) / config.batch_size,
-        kept_share=max(1, int(images * (1 - config.model.drop_path))) / images,
-        all_tokens=False,
-        patch_embedding_gradient=False,
-    ).total
 
 
 def phases(state: Any, batch: Any, now: Any, config: Any, dtype: torch.dtype, device: torch.device) -> dict[str, float]:

@@ -346,6 +346,22 @@ def session(device: str, timeout: float) -> Iterator[Ranks]:
         _leave(ranks, place is not None, healthy)
 
 
+@contextmanager
+def simulated_session(count: int) -> Iterator[Ranks]:
+    """Be rank 0 of `count` processes of which the others do not exist: collectives return at once, moving nothing.
+
+    Within it, collectives work on fake tensors as well.
+    """
+    import torch.distributed._tools.fake_collectives  # noqa: F401 - registers them for tensors without values
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield Ranks(0, count)
+    finally:
+        dist.destroy_process_group()
+
+
 def _leave(ranks: Ranks, owns_group: bool, healthy: bool) -> None:
     """Close all connections; the others notice, at the latest when this process has gone."""
     if owns_group and not healthy and "nccl" in dist.get_backend_config():

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from dinoreg.plan.job import Job, describe
 from dinoreg.plan.memory import Memory, memory_of
+from dinoreg.plan.operations import operations_of
 from dinoreg.plan.traffic import collectives
-from dinoreg.runtime.errors import UserError
 
 # In the order in which they are preferred: the first ones change where things are kept, the last one the run itself.
 KEYS = (
@@ -54,14 +54,16 @@ def remedies(job: Job, most: int = 3) -> list[Remedy]:
     """
     base = _seconds(job)
     harmless, others = KEYS[:4], KEYS[4:]
-    for extra, least in ((0, FEW_IMAGES), (0, 1), (1, 1), (2, 1)):
+    for extra, fewest in ((0, FEW_IMAGES), (0, 1), (1, 1), (2, 1)):
+        additions = list(itertools.combinations(others, extra))
+        if not any(_fits(job, _strongest(job, (*harmless, *more), fewest)) for more in additions):
+            continue
         for count in range(len(harmless) + 1):
             found = [
-                Remedy(overrides, memory, _seconds(changed) / base - 1)
+                Remedy(overrides, memory_of(change(job, overrides)), _seconds(change(job, overrides)) / base - 1)
                 for keys in itertools.combinations(harmless, count)
-                for more in itertools.combinations(others, extra)
-                if keys or more
-                for overrides, changed, memory in _first_fits(job, (*keys, *more), least)
+                for more in additions
+                if (overrides := _mildest(job, (*keys, *more), fewest))
             ]
             if found:
                 return sorted(found, key=lambda remedy: (_change_of_run(job, remedy), remedy.slower))[:most]
@@ -82,27 +84,43 @@ def _change_of_run(job: Job, remedy: Remedy) -> float:
     return job.config.batch_size / remedy.overrides.get("batch_size", job.config.batch_size) - 1
 
 
-def _first_fits(job: Job, keys: tuple[str, ...], least: int) -> Iterator[tuple[dict[str, Any], Job, Memory]]:
-    """For these keys the mildest values that fit, if any do: the later a key stands in KEYS, the less it is moved.
+def _mildest(job: Job, keys: tuple[str, ...], fewest: int) -> dict[str, Any]:
+    """For these keys the mildest values that fit, {} if none do: the later a key stands in `keys`, the less it moves.
 
-    least  images of a micro-batch
+    fewest  images of a micro-batch
     """
-    for values in itertools.product(*(_values(job, key) for key in reversed(keys))):
-        overrides = dict(zip(keys, reversed(values)))
-        try:
-            changed = change(job, overrides)
-        except UserError:  # such as micro-batches that do not divide the batch
-            continue
-        if "optim.accumulate" in overrides and changed.micro_batch_size < least:
-            continue
-        memory = memory_of(changed)
-        if memory.fits:
-            yield overrides, changed, memory
-            return
+    overrides: dict[str, Any] = {}
+    for position in reversed(range(len(keys))):
+        key, earlier = keys[position], keys[:position]
+        values = _values(change(job, overrides), key, fewest)
+        # Memory falls along the values, so that halving finds the first one that fits.
+        choices = [_strongest(job, earlier, fewest, {**overrides, key: value}) for value in values]
+        first = bisect.bisect_left(choices, True, key=lambda choice: _fits(job, choice))
+        if first == len(values):
+            return {}
+        overrides[key] = values[first]
+    return overrides
 
 
-def _values(job: Job, key: str) -> list[Any]:
-    """Values of a key that save memory over the job's own, the mildest first."""
+def _strongest(job: Job, keys: tuple[str, ...], fewest: int, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`overrides`, and besides the values of `keys` that save most."""
+    strongest = dict(overrides or {})
+    for key in reversed(keys):
+        values = _values(change(job, strongest), key, fewest)
+        if values:
+            strongest[key] = values[-1]
+    return strongest
+
+
+def _fits(job: Job, overrides: dict[str, Any]) -> bool:
+    return memory_of(change(job, overrides)).fits
+
+
+def _values(job: Job, key: str, fewest: int) -> list[Any]:
+    """Values of a key that save memory over the job's own, the mildest first.
+
+    fewest  images of a micro-batch
+    """
     config = job.config
     batch = config.batch_size
     if key == "parallel.strategy":
@@ -112,7 +130,8 @@ def _values(job: Job, key: str) -> list[Any]:
     if key == "model.checkpointing":
         return [] if config.model.checkpointing else [True]
     if key == "optim.accumulate":
-        return [parts for parts in range(config.optim.accumulate + 1, batch + 1) if batch % parts == 0]
+        parts = range(config.optim.accumulate + 1, batch // fewest + 1)
+        return [count for count in parts if batch % count == 0]
     if key == "loss.koleo_ranks":
         if config.loss.koleo_weight == 0:
             return []
@@ -139,7 +158,7 @@ def change(job: Job, overrides: dict[str, Any]) -> Job:
 def _seconds(job: Job) -> float:
     """A step on paper over its images: only ratios of it mean anything."""
     peak = job.device.peak(job.precision)
-    operations = job.flops().total * job.config.batch_size + job.koleo_flops()
+    operations = operations_of(job).total * job.config.batch_size + job.koleo_operations()
     computing = operations / (0.3 * peak if peak else _ASSUMED_FLOPS)
     exchanges = collectives(job)
     hidden = sum(each.seconds(job.device) for each in exchanges if each.hidden)

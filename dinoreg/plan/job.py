@@ -10,11 +10,7 @@ import torch
 from torch import nn
 
 from dinoreg.config.load import Config
-from dinoreg.models.heads import PrototypeHead
-from dinoreg.models.vit import RegisterViT
-from dinoreg.plan.activations import kept_images
 from dinoreg.plan.devices import Device
-from dinoreg.plan.flops import Encoder, Step, step
 from dinoreg.runtime.device import pick_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.parallelize import choose_strategy
@@ -43,12 +39,10 @@ class Unit:
 
 @dataclass(frozen=True)
 class Head:
-    """A prototype head: its sizes, its parameters, and what it sees ("cls", "patches")."""
+    """A prototype head: its prototypes and its parameters."""
 
     prototypes: int
-    bottleneck_dim: int
     unit: Unit
-    sees: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -59,10 +53,20 @@ class Sizes:
     heads  {"dino_head", "ibot_head"}; one for both when tied
     """
 
-    encoder: Encoder
-    rates: tuple[float, ...]
+    dim: int
+    depth: int
+    patch_size: int
+    num_registers: int
     units: tuple[Unit, ...]
     heads: dict[str, Head]
+
+    def patches(self, size: int) -> int:
+        """Patches of a square image of `size` pixels."""
+        return (size // self.patch_size) ** 2
+
+    def tokens(self, size: int) -> int:
+        """Class token, registers and patches of a square image of `size` pixels."""
+        return 1 + self.num_registers + self.patches(size)
 
     @property
     def backbone(self) -> int:
@@ -103,11 +107,6 @@ class Job:
         return self.config.batch_size // self.config.optim.accumulate
 
     @property
-    def element(self) -> int:
-        """Bytes of a number in a matrix product."""
-        return ELEMENT[self.precision]
-
-    @property
     def strategy(self) -> str:
         """ "single" | "ddp" | "fsdp"."""
         return choose_strategy(self.config.parallel, self.sizes.student, self.world_size)
@@ -140,19 +139,13 @@ class Job:
     def has_anchor(self) -> bool:
         return self.config.loss.anchor_weight > 0
 
-    def groups(self, images: int) -> list[tuple[int, int]]:
-        """(crops, pixels a side) of the student's packed groups for `images` images."""
-        crops = self.config.crops
-        found = [(2 * images, crops.global_size), (crops.num_local * images, crops.local_size)]
-        return [group for group in found if group[0]]
-
     def masked_patches(self, images: int, worst: bool = False) -> int:
         """Hidden patches of `images` images' global crops; with `worst`, three standard deviations above the mean.
 
         Masks are stratified over the batch of all processes, so that a part of it has more or fewer of them.
         """
         mask, crops = self.config.mask, 2 * images
-        patches = self.sizes.encoder.patches(self.config.crops.global_size)
+        patches = self.sizes.patches(self.config.crops.global_size)
         masked = int(2 * self.global_batch_size * mask.probability) / (2 * self.global_batch_size)
         low, high = mask.ratio
         share = (low + high) / 2
@@ -163,75 +156,31 @@ class Job:
         variance = max(0.0, square - (masked * share) ** 2) * (1 - images / self.global_batch_size)
         return min(math.ceil(mean + 3 * patches * math.sqrt(crops * variance)), int(crops * high * patches))
 
-    def rows(self, head: Head, images: int, masked: int, of_teacher: bool = False) -> int:
-        """Tokens that go through a head for `images` images with `masked` hidden patches."""
-        views = 2 if of_teacher else 2 + self.config.crops.num_local
-        return views * images * ("cls" in head.sees) + masked * ("patches" in head.sees)
-
-    def flops(self) -> Step:
-        """Operations of one image in a step, those that drop path skips left out."""
-        config, images = self.config, self.micro_batch_size
-        heads = list(self.sizes.heads.values())
-        counts, rates = [count for count, _ in self.groups(images)], self.sizes.rates
-        shares = [sum(kept_images(count, rate) for rate in rates) / count / len(rates) for count in counts]
-        return step(
-            self.sizes.encoder,
-            global_size=config.crops.global_size,
-            local_size=config.crops.local_size,
-            num_local=config.crops.num_local,
-            prototypes=heads[0].prototypes,
-            ibot_prototypes=heads[-1].prototypes,
-            dino_bottleneck=heads[0].bottleneck_dim,
-            ibot_bottleneck=heads[-1].bottleneck_dim,
-            hidden_dim=config.head.hidden_dim,
-            head_layers=config.head.layers,
-            masked_patches=self.masked_patches(config.batch_size) / config.batch_size,
-            kept_share=shares,
-            last_kept_share=[kept_images(count, rates[-1]) / count for count in counts],
-            all_tokens=False,
-            patch_embedding_gradient=False,
-            checkpointing=config.model.checkpointing,
-            anchor=self.has_anchor,
-            class_tokens_first=config.optim.accumulate > 1 and config.loss.koleo_weight > 0,
-        )
-
-    def koleo_flops(self) -> float:
+    def koleo_operations(self) -> float:
         """Operations of one process's search for neighbours in a step: both views' products of all pairs."""
         if self.config.loss.koleo_weight == 0:
             return 0.0
-        return 2 * 2 * (self.koleo_ranks * self.config.batch_size) ** 2 * self.sizes.encoder.dim
+        return 2 * 2 * (self.koleo_ranks * self.config.batch_size) ** 2 * self.sizes.dim
 
 
 def measure_sizes(config: Config) -> Sizes:
     """The sizes of a config's networks, from the networks themselves; no memory is taken."""
     with torch.device("meta"):
         student, _ = build_networks(config)
-    backbone: RegisterViT = student.backbone
-    inside = {id(parameter) for parameter in backbone.blocks.parameters()}
-    rest = [parameter for parameter in backbone.parameters() if id(parameter) not in inside]
-    tied = "ibot_head" not in student
-    heads = {}
-    for name in ("dino_head", "ibot_head"):
-        if name in student:
-            sees = ("cls", "patches") if tied else ("cls",) if name == "dino_head" else ("patches",)
-            head: PrototypeHead = getattr(student, name)
-            prototypes, bottleneck = head.last_layer.weight_v.shape
-            heads[name] = Head(prototypes, bottleneck, _unit(head.parameters()), sees)
+    backbone = student.backbone
+    in_blocks = {id(parameter) for parameter in backbone.blocks.parameters()}
+    rest = [parameter for parameter in backbone.parameters() if id(parameter) not in in_blocks]
+    heads = {name: student[name] for name in student if name != "backbone"}
     return Sizes(
-        encoder=Encoder(
-            dim=backbone.dim,
-            depth=backbone.depth,
-            patch_size=backbone.patch_size,
-            num_registers=backbone.num_registers,
-            ffn=backbone.ffn,
-            ffn_ratio=backbone.ffn_ratio,
-            in_channels=backbone.in_channels,
-            heads=backbone.heads,
-            layerscale=bool(backbone.layerscale),
-        ),
-        rates=tuple(block.drop_path for block in backbone.blocks),  # type: ignore[misc]
+        dim=backbone.dim,
+        depth=backbone.depth,
+        patch_size=backbone.patch_size,
+        num_registers=backbone.num_registers,
         units=(*(_unit(block.parameters()) for block in backbone.blocks), _unit(rest)),
-        heads=heads,
+        heads={
+            name: Head(len(head.last_layer.weight_g), _unit(head.parameters()))  # type: ignore[union-attr, arg-type]
+            for name, head in heads.items()
+        },
     )
 
 

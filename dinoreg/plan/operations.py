@@ -1,72 +1,54 @@
-"""Operations of one image, in closed form and counted by fvcore on the real networks."""
+"""Floating-point operations of one image in a training step, counted while the step runs on fake tensors.
+
+Counted are matrix products, a multiply-add as two: linear maps and attention, as they are executed. Norms, activations
+and losses are left out (below one percent). What drop path skips is not computed, and neither is the last FFN of tokens
+that no loss looks at.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
+from collections import Counter
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
-from dinoreg.config.load import Config
-from dinoreg.plan.flops import head as head_flops
 from dinoreg.plan.job import Job
-from dinoreg.train.state import build_networks
-
-TOLERANCE = 0.01
+from dinoreg.plan.memory import BLOCKS
+from dinoreg.plan.trace import trace_job
 
 
 @dataclass(frozen=True)
-class Check:
-    """One network's forward pass: floating-point operations by the formula and as fvcore counts them."""
+class Operations:
+    """One image's share of a training step, in floating-point operations.
 
-    name: str
-    formula: float
-    counted: float
+    student    backbone on all crops, forward and backward
+    teacher    backbone on the global crops
+    heads      the student's and the teacher's
+    again      forward passes that are repeated or added: recomputed blocks, an anchor, KoLeo's pass over micro-batches
+    attention  products with (T, T) matrices; contained in the others
+    """
+
+    student: float
+    teacher: float
+    heads: float
+    again: float
+    attention: float
 
     @property
-    def difference(self) -> float:
-        """Relative, of the formula from the count."""
-        return self.formula / self.counted - 1
-
-    @property
-    def agrees(self) -> bool:
-        return abs(self.difference) <= TOLERANCE
+    def total(self) -> float:
+        return self.student + self.teacher + self.heads + self.again
 
 
-def check_operations(job: Job) -> list[Check]:
-    """The backbone on each kind of crop and each head on a token, by formula and by fvcore."""
-    config, encoder = job.config, job.sizes.encoder
-    # fvcore has no count for fused attention kernels: the networks are built anew with the plain one, without memory.
-    plain = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="plain"))
-    with torch.device("meta"):
-        student, _ = build_networks(plain)
-        student.eval()
-        checks = []
-        for name, size in _crops(config):
-            images = torch.empty(1, encoder.in_channels, size, size)
-            checks.append(Check(f"backbone, {name}", encoder.forward(size), _count(student.backbone, images)))
-        for name, head in job.sizes.heads.items():
-            formula = head_flops(
-                encoder.dim, head.prototypes, head.bottleneck_dim, config.head.hidden_dim, config.head.layers
-            )
-            checks.append(Check(name, formula, _count(student[name], torch.empty(1, encoder.dim))))
-    return checks
+def operations_of(job: Job) -> Operations:
+    """Operations of one image of this job; KoLeo's search, which depends on the whole batch, is `job.koleo_operations`.
 
-
-def _crops(config: Config) -> list[tuple[str, int]]:
-    crops = [("global crop", config.crops.global_size)]
-    return [*crops, ("local crop", config.crops.local_size)] if config.crops.num_local else crops
-
-
-def _count(module: nn.Module, inputs: torch.Tensor) -> float:
-    """fvcore counts a multiply-add once; norms, which it counts too, are no matrix products."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from fvcore.nn import FlopCountAnalysis
-
-        analysis = FlopCountAnalysis(module, inputs)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
-        counted = analysis.by_operator()
-        return 2.0 * (sum(counted.values()) - counted.get("layer_norm", 0))
+    Every micro-batch takes as many. With a deep backbone two smaller ones are counted: each block adds the same.
+    """
+    depth, parts = job.sizes.depth, min(2, job.config.optim.accumulate)
+    masked = (job.masked_patches(job.micro_batch_size),) * parts
+    blocks = depth if depth <= BLOCKS[1] else BLOCKS[0]
+    counts: Counter[str] = Counter(trace_job(job, blocks, masked, alone=True).operations)
+    if blocks < depth:
+        more = Counter(trace_job(job, BLOCKS[1], masked, alone=True).operations)
+        for kind, count in more.items():
+            counts[kind] += (count - counts[kind]) * (depth - blocks) // (BLOCKS[1] - blocks)
+    images = job.micro_batch_size * parts
+    return Operations(**{name: counts[name] / images for name in Operations.__dataclass_fields__})

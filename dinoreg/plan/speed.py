@@ -18,6 +18,7 @@ from dinoreg.data.loader import Batch
 from dinoreg.data.masks import block_masks, mask_tensors
 from dinoreg.plan.job import Job
 from dinoreg.plan.memory import memory_of
+from dinoreg.plan.operations import operations_of
 from dinoreg.runtime.device import DTYPES, keep_freed_memory, peak_memory
 from dinoreg.train.parallelize import compile_backbones
 from dinoreg.train.schedules import Now
@@ -65,7 +66,7 @@ def estimate(job: Job, utilisation: float | None = None) -> Speed | None:
 
     utilisation  share of the peak; None: `utilisation_of` the width, on a CPU CPU_SHARE of what is timed here
     """
-    operations = job.flops().total + job.koleo_flops() / job.config.batch_size
+    operations = operations_of(job).total + job.koleo_operations() / job.config.batch_size
     peak = job.device.peak(job.precision)
     if peak is None and job.device.kind == "cpu":
         share = utilisation or CPU_SHARE
@@ -74,7 +75,7 @@ def estimate(job: Job, utilisation: float | None = None) -> Speed | None:
         return Speed(share * rate / operations, False, source, job.config.batch_size)
     if peak is None:
         return None
-    share = utilisation or utilisation_of(job.sizes.encoder.dim)
+    share = utilisation or utilisation_of(job.sizes.dim)
     source = f"estimate: {share:.0%} of {peak / 1e12:.0f} TFLOP/s, {job.precision}, assumed" + (
         "" if utilisation is None else " by you"
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dinoreg.plan.devices import CONTEXT_GIB, FRAGMENTATION, GIB, LINK_SHARE, NCCL_GIB
-from dinoreg.plan.memory import PARTS
-from dinoreg.plan.run import Plan
+from dinoreg.plan.recorder import PARTS
+from dinoreg.plan.result import Plan
 
 Row = tuple[str, str, str]  # name, figure, words
 
@@ -65,53 +65,37 @@ def _sections(plan: Plan) -> Iterable[tuple[str, list[Row]]]:
 
 
 def _networks(plan: Plan) -> list[Row]:
-    job, sizes, flops = plan.job, plan.job.sizes, plan.job.flops()
-    config, encoder = job.config, sizes.encoder
+    sizes, operations, crops = plan.job.sizes, plan.operations, plan.job.config.crops
     heads = sum(head.unit.parameters for head in sizes.heads.values())
-    crops = [f"{encoder.tokens(config.crops.global_size)} (global crop)"]
-    if config.crops.num_local:
-        crops.append(f"{encoder.tokens(config.crops.local_size)} (local crop)")
+    tokens = [f"{sizes.tokens(crops.global_size)} (global crop)"]
+    if crops.num_local:
+        tokens.append(f"{sizes.tokens(crops.local_size)} (local crop)")
     parts = [
-        f"student {flops.student / 1e9:.4g}",
-        f"teacher {flops.teacher / 1e9:.4g}",
-        f"heads {flops.heads / 1e9:.4g}",
-        *([f"again {flops.again / 1e9:.4g}"] if flops.again else []),
+        f"{name} {getattr(operations, name) / 1e9:.4g}"
+        for name in ("student", "teacher", "heads", "again")
+        if getattr(operations, name)
     ]
-    worst = max(plan.checks, key=lambda check: abs(check.difference))
-    differs = f"{abs(worst.difference):.2%}"
-    saved = f", drop path saves {_share(flops.dropped / (flops.total + flops.dropped))}" if flops.dropped else ""
-    step = flops.total * job.global_batch_size + job.koleo_flops() * job.world_size
-    told = f"backbone {_millions(sizes.backbone)}, heads {_millions(heads)}; the teacher has as many"
+    counts = f"backbone {_millions(sizes.backbone)}, heads {_millions(heads)}; the teacher has as many"
     return [
-        ("parameters", _millions(sizes.student), told),
-        ("tokens", "", ", ".join(crops)),
-        ("an image", f"{flops.total / 1e9:.4g} GFLOP", ", ".join(parts)),
-        (
-            "",
-            "",
-            f"attention {_share(flops.attention / flops.total)}{saved}; fvcore's count differs by {differs}",
-        ),
-        ("a step", f"{step / 1e12:.4g} TFLOP", ""),
+        ("parameters", _millions(sizes.student), counts),
+        ("tokens", "", ", ".join(tokens)),
+        ("an image", f"{operations.total / 1e9:.4g} GFLOP", ", ".join(parts)),
+        ("", "", f"attention {_share(operations.attention / operations.total)}"),
+        ("a step", f"{plan.operations_per_step / 1e12:.4g} TFLOP", ""),
     ]
 
 
 def _memory(plan: Plan) -> list[Row]:
     memory, config = plan.memory, plan.job.config
     peak = memory.peak
-    later = max(moment.parts.get("gradients", 0) for moment in memory.moments)
+    most_gradients = max(moment.parts.get("gradients", 0) for moment in memory.moments)
     words = {
-        "gradients": f"at most {gib(later)}, when activations have gone"
-        if later > peak.parts.get("gradients", 0)
-        else "",
-        "activations of the backbone": f"{config.optim.accumulate} micro-batches"
-        if config.optim.accumulate > 1
-        else "",
         "logits and targets": f"{', '.join(str(head.prototypes) for head in plan.job.sizes.heads.values())} prototypes",
         "weights in low precision": "copies that the backward pass needs",
         "gathered weights": f"in {config.parallel.param_dtype}",
     }
-    if later > peak.parts.get("gradients", 0):
-        words["gradients"] = f"at most {gib(later)}, when activations have gone"
+    if most_gradients > peak.parts.get("gradients", 0):
+        words["gradients"] = f"at most {gib(most_gradients)}, when activations have gone"
     if config.optim.accumulate > 1:
         words["activations of the backbone"] = f"of one of {config.optim.accumulate} micro-batches"
     if config.model.checkpointing:
@@ -119,11 +103,11 @@ def _memory(plan: Plan) -> list[Row]:
     rows = [
         (part, gib(peak.parts.get(part, 0)), words.get(part, ""))
         for part in PARTS
-        if peak.parts.get(part, 0) or (part == "gradients" and later)
+        if peak.parts.get(part, 0) or (part == "gradients" and most_gradients)
     ]
     if memory.context:
         several = f", {NCCL_GIB} GiB NCCL" if plan.job.world_size > 1 else ""
-        share = f"assumed: {CONTEXT_GIB} GiB CUDA{several}, {FRAGMENTATION:.0%} of what comes and goes"
+        share = f"assumed: {CONTEXT_GIB} GiB CUDA{several}, {FRAGMENTATION:.1%} of what comes and goes"
         rows.append(("context, fragments", gib(memory.context + memory.fragments), share))
     available = f"of {gib(memory.available)}" if memory.available else ""
     return [*rows, ("needed", gib(memory.needed), available)]

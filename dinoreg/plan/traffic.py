@@ -97,7 +97,7 @@ def _statistics(job: Job) -> list[Collective]:
         found = [Collective("centres, all-reduce", 4 * prototypes, 2, *everyone, 2, False)]
     if loss.koleo_weight > 0:
         ranks = job.koleo_ranks
-        tokens = 4 * 2 * job.config.batch_size * sizes.encoder.dim
+        tokens = 4 * 2 * job.config.batch_size * sizes.dim
         found.append(Collective("KoLeo, all-gather", ranks * tokens, 1, ranks, min(ranks, job.gpus), 1, False))
     scalars = 1 + (len(heads) + 1) * (job.strategy == "fsdp")
     found.append(Collective("losses and norms, all-reduce", 4 * 5 * scalars, scalars, *everyone, 2, False))

@@ -52,15 +52,18 @@ def parallelize(
     anchor: RegisterViT | None,
     device: torch.device,
     ranks: Ranks,
+    mesh: DeviceMesh | None = None,
 ) -> Modules:
     """Distribute the networks, all on `device`, over the processes; returns the student's modules as a step calls them.
+
+    mesh  of the processes, for FSDP2; None: `device_mesh` of all of them
 
     FSDP2 turns parameters into DTensors in place, so this comes before the optimizer is built.
     """
     num_parameters = sum(p.numel() for p in student.parameters())
     strategy = choose_strategy(options, num_parameters, ranks.world_size)
     if strategy == "fsdp":
-        mesh = device_mesh(device, options.shard, ranks.world_size)
+        mesh = mesh or device_mesh(device, options.shard, ranks.world_size)
         policy = MixedPrecisionPolicy(
             param_dtype=None if options.param_dtype == "fp32" else DTYPES[options.param_dtype],
             reduce_dtype=DTYPES[options.reduce_dtype],

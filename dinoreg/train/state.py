@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 
 from dinoreg.config.load import Config
 from dinoreg.distributed.process_group import ALONE, Ranks
@@ -156,12 +157,16 @@ def build_state(
     dtype: torch.dtype,
     anchor: RegisterViT | None = None,
     ranks: Ranks = ALONE,
+    mesh: DeviceMesh | None = None,
 ) -> TrainState:
-    """Step 0 of a run on `device`; `dtype` is the autocast dtype, of which fp16 needs loss scaling."""
+    """Step 0 of a run on `device`; `dtype` is the autocast dtype, of which fp16 needs loss scaling.
+
+    mesh  of the processes, for FSDP2; None: all of them, as `parallel.shard` says
+    """
     student.to(device).train()
     teacher.to(device)
     anchor = None if anchor is None else anchor.to(device)
-    train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device, ranks)
+    train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device, ranks, mesh)
     optimizer = build_optimizer(
         student,
         student.backbone.depth,

@@ -1,0 +1,178 @@
+"""The real training step on fake tensors, which needs neither a device nor its memory.
+
+PyTorch's FakeTensorMode gives tensors a shape and no values. Of many processes this one plays rank 0, whose
+collectives move nothing: FSDP2 gathers and frees weights as it always does.
+
+The step runs on fake CPU tensors, since a backward pass on fake CUDA tensors needs a CUDA device. CUDA's autocast lists
+more operations that stay in float32 than the CPU's, but none that a step calls under autocast on anything else; fused
+attention keeps the same tensors on both. DDP cannot run on fake tensors: such a step runs unwrapped, see `memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+
+from dinoreg.config.load import Config
+from dinoreg.config.schema import ParallelConfig
+from dinoreg.data.loader import Batch
+from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
+from dinoreg.plan.job import Job
+from dinoreg.plan.recorder import Parts, Recorder
+from dinoreg.runtime import tiling
+from dinoreg.runtime.device import DTYPES
+from dinoreg.runtime.errors import UserError
+from dinoreg.train.optimizer import start_moments
+from dinoreg.train.parallelize import device_mesh
+from dinoreg.train.schedules import Now
+from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.step import train_step
+
+CPU = torch.device("cpu")
+NOW = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher_temp=0.05)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a step held and computed, as `Recorder` tells.
+
+    peaks                    {moment: {part: bytes}}
+    peaks_without_gradients  where most was held besides gradients, for DDP, which keeps these in buffers of its own
+    operations               {kind: floating-point operations}
+    """
+
+    peaks: dict[str, Parts]
+    peaks_without_gradients: dict[str, Parts]
+    operations: dict[str, int]
+
+
+def trace_job(job: Job, depth: int, masked: tuple[int, ...], alone: bool = False) -> Trace:
+    """A step of a job whose backbone has `depth` blocks, in micro-batches of so many masked patches.
+
+    alone  on one process, whatever the job has
+    """
+    config, parts = job.config, len(masked)
+    attention = "sdpa" if job.backend == "xformers" else job.backend  # which keeps a little more, and runs anywhere
+    world_size = 1 if alone else job.world_size
+    parallel = replace(config.parallel, strategy=job.strategy) if world_size > 1 else ParallelConfig()
+    return trace_step(
+        Config(
+            batch_size=job.micro_batch_size * parts,
+            model=replace(config.model, depth=depth, attention=attention),
+            head=config.head,
+            crops=config.crops,
+            loss=replace(config.loss, koleo_ranks=None) if alone else config.loss,
+            optim=replace(config.optim, accumulate=parts),
+            parallel=parallel,
+        ),
+        job.precision,
+        world_size,
+        job.device.kind,
+        masked,
+    )
+
+
+@lru_cache(maxsize=512)
+def trace_step(config: Config, precision: str, world_size: int, device_kind: str, masked: tuple[int, ...]) -> Trace:
+    """One training step of rank 0 of `world_size` processes, on fake tensors.
+
+    config       with a strategy of its own ("ddp" runs unwrapped) and an attention backend that runs on a CPU
+    precision    "bf16" | "fp16" | "fp32"
+    device_kind  "cuda" | "cpu": how large pieces the losses work on
+    masked       masked patches of each micro-batch
+    raises       UserError inside a process group, since the step pretends one
+    """
+    if world_size > 1 and dist.is_initialized():
+        raise UserError("a plan for several processes cannot be made inside a process group; make it before")
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(_pieces_of(device_kind))
+        ranks = stack.enter_context(simulated_session(world_size)) if world_size > 1 else ALONE
+        sharded = config.parallel.strategy == "fsdp"
+        mesh = device_mesh(CPU, config.parallel.shard, world_size) if sharded else None
+        stack.enter_context(FakeTensorMode())
+        state = _fake_state(config, precision, ranks, mesh)
+        return record_step(config, state, _fake_batch(config, state, sum(masked)), precision, masked)
+
+
+def record_step(config: Config, state: TrainState, batch: Batch, precision: str, masked: tuple[int, ...] = ()) -> Trace:
+    """Take a step that is not the first one, and record it.
+
+    masked  of each micro-batch, for fake tensors; empty for real ones
+    """
+    if not state.optimizer.state:
+        start_moments(state.optimizer)
+    centers = {center.shape[-1] for center in state.centers.values()}
+    koleo_ranks = config.loss.koleo_ranks or state.ranks.world_size
+    recorder = Recorder(centers, koleo_ranks * config.batch_size, masked)
+    recorder.hold_state(state, batch)
+    with recorder.watching(state), recorder:
+        train_step(
+            state,
+            batch,
+            NOW,
+            loss=config.loss,
+            dtype=DTYPES[precision],
+            clip_grad=config.optim.clip_grad,
+            accumulate=config.optim.accumulate,
+            seed=0,
+        )
+    recorder.label_gradients(state.student)
+    return Trace(recorder.peaks(), recorder.peaks(without=("gradients",)), dict(recorder.operations))
+
+
+def _fake_state(config: Config, precision: str, ranks: Ranks, mesh: DeviceMesh | None) -> TrainState:
+    """A run's state, made while FakeTensorMode is on; sharded over the mesh, if there is one."""
+    with torch.device("meta"):  # where drawing start weights costs nothing
+        student, teacher = build_networks(config)
+        anchor = build_networks(config)[1].backbone if config.loss.anchor_weight > 0 else None
+    for network in (student, teacher, anchor):
+        if network is not None:
+            _give_fake_parameters(network)
+            network.__dict__["to"] = lambda *_, network=network: network  # fake parameters cannot be moved
+    owners = ALONE if mesh is None else ranks
+    state = build_state(config, student, teacher, CPU, DTYPES[precision], anchor, owners, mesh)
+    state.ranks = ranks
+    return state
+
+
+def _give_fake_parameters(network: nn.Module) -> None:
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad))
+
+
+def _fake_batch(config: Config, state: TrainState, masked: int) -> Batch:
+    crops, count, channels = config.crops, config.batch_size, config.model.in_channels
+    patches = (crops.global_size // state.student.backbone.patch_size) ** 2
+    local_shape = (crops.num_local * count, channels, crops.local_size, crops.local_size)
+    return Batch(
+        global_crops=torch.empty(2 * count, channels, crops.global_size, crops.global_size),
+        local_crops=torch.empty(local_shape) if crops.num_local else None,
+        mask=torch.empty(2 * count, patches, dtype=torch.bool),
+        mask_indices=torch.empty(masked, dtype=torch.int64),
+        mask_weights=torch.empty(masked),
+        sample_ids=np.arange(count),
+        position=count,
+        data_time=0.0,
+    )
+
+
+@contextmanager
+def _pieces_of(device_kind: str) -> Iterator[None]:
+    """The losses' scratch memory as large as it is on that kind of device."""
+    size = tiling.CPU_CHUNK
+    tiling.CPU_CHUNK = size if device_kind == "cpu" else tiling.DEVICE_PIECE
+    try:
+        yield
+    finally:
+        tiling.CPU_CHUNK = size
