@@ -17,8 +17,8 @@ from dinoreg.runtime.dependencies import DEPENDENCIES, LINUX_X86, find, install,
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [row.name for row in DEPENDENCIES]
-# What runs instead of being imported, by what shows it in .ci/run.
-TOOLS = {"pytest-xdist": " -n 2 --dist", "ruff": "/ruff", "mypy": "/mypy", "wheel": 'pip" wheel'}
+# What runs instead of being imported, by what shows it in .ci/run or pyproject.toml.
+TOOLS = {"pytest-xdist": "--dist loadfile", "ruff": "/ruff", "mypy": "/mypy", "wheel": 'pip" wheel'}
 
 
 def imports(*folders: str) -> Iterator[str]:
@@ -41,7 +41,7 @@ def test_every_dependency_has_a_use_in_the_code() -> None:
     code |= {"tensorboard"} if "torch.utils.tensorboard" in names else set()
     code |= {package for form in FORMATS.values() for package in form.packages}  # what torch.onnx.export imports
     tests = {name.partition(".")[0] for name in imports("tests", "benchmarks", "setup.py")}
-    script = (ROOT / ".ci" / "run").read_text()
+    script = (ROOT / ".ci" / "run").read_text() + (ROOT / "pyproject.toml").read_text()
     for row in DEPENDENCIES:
         if row.name in TOOLS:
             assert TOOLS[row.name] in script, row.name
