@@ -74,15 +74,15 @@ def batches_of_one_shape(
     Holds four batches at most; the order changes.
     """
     waiting: dict[tuple[int, ...], list[T]] = {}
-    held = 0
+    count = 0
     for each in items:
         key = tuple(shape(each))
         waiting.setdefault(key, []).append(each)
-        held += 1
+        count += 1
         full = len(waiting[key]) == batch_size
-        if full or held >= 4 * batch_size:
+        if full or count >= 4 * batch_size:
             batch = waiting.pop(key if full else max(waiting, key=lambda other: len(waiting[other])))
-            held -= len(batch)
+            count -= len(batch)
             yield batch
     yield from waiting.values()
 
@@ -95,12 +95,12 @@ def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
 
     returns     (B, D, rows, columns)
     """
-    found = []
+    maps = []
     for part in images.split(max(batch_size, 1)):
         padded = centre_pad(part.to(encoder.device).float() / 255, encoder.patch_size, encoder.mean)
         rows, columns = encoder.grid(*padded.shape[2:])
-        found.append(encoder.tokens(padded).patches.mT.unflatten(2, (rows, columns)))
-    return torch.cat(found)
+        maps.append(encoder.tokens(padded).patches.mT.unflatten(2, (rows, columns)))
+    return torch.cat(maps)
 
 
 def bilinear_matrix(out: int, length: int) -> np.ndarray:
@@ -180,10 +180,10 @@ class Windows:
 
     def argmax(self, maps: Tensor, height: int, width: int, elements: int = 1 << 24) -> np.ndarray:
         """The strongest of K maps at each pixel: (height, width) int64. Arguments as for `rows_of`."""
-        found = np.empty((height, width), dtype=np.int64)
+        strongest = np.empty((height, width), dtype=np.int64)
         for rows, block in self.rows_of(maps, height, width, elements):
-            found[rows] = block.argmax(dim=0).cpu().numpy()
-        return found
+            strongest[rows] = block.argmax(dim=0).cpu().numpy()
+        return strongest
 
     def _axis(self, length: int, starts: Sequence[int], out: int) -> np.ndarray:
         """(out, windows x patches): from the patch grids along one axis to the pixels of the answer."""
