@@ -12,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Option, Options, classification_tasks, needs
+from dinoreg.config.option import option
+from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import REGISTERS, fine_grained, single_tokens
 from dinoreg.evaluation.readers.arrays import BottomCutSource
@@ -65,7 +66,7 @@ BENCHMARK = Benchmark(
     ),
     download=ARCHIVE,
     licence="non-commercial research only",
-    options=(Option("crop_banner", True, "cut off the 20 rows of pixels at the bottom that hold a copyright banner"),),
+    options={"crop_banner": option(True, "cut off the 20 rows of pixels at the bottom that hold a copyright banner")},
     aliases=("fgvc-aircraft", "fgvc_aircraft"),
 )
 

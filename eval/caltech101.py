@@ -13,7 +13,8 @@ import hashlib
 from pathlib import Path
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Option, Options, classification_tasks, needs
+from dinoreg.config.option import option
+from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
 from dinoreg.evaluation.readers.files import labelled
@@ -27,8 +28,6 @@ BACKGROUND = "BACKGROUND_Google"
 def read(folder: Path, options: Options) -> Data:
     """A seeded draw of `train_per_class` images per class without replacement, and all the rest."""
     count, seed = options["train_per_class"], options["seed"]
-    if count < 1:
-        raise UserError(f"{NAME}.train_per_class={count}: expected at least 1")
     images = folder / IMAGES
     names = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
     names = [name for name in names if name != BACKGROUND]
@@ -68,10 +67,10 @@ BENCHMARK = Benchmark(
     ),
     download="caltech-101.zip (101_ObjectCategories.tar.gz in it)",
     licence="image copyrights vary; no licence text found",
-    options=(
-        Option("train_per_class", 30, "images of each class to learn from; all others are the test"),
-        Option("seed", 0, "of the draw"),
-    ),
+    options={
+        "train_per_class": option(30, "images of each class to learn from; all others are the test", low=1),
+        "seed": option(0, "of the draw", low=0),
+    },
     aliases=("caltech-101", "caltech"),
 )
 

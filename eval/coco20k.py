@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Options, Task
+from dinoreg.config.option import option
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Task
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import corloc
 from dinoreg.evaluation.readers.coco import read_instances
@@ -32,9 +33,7 @@ ROW = re.compile(r"(?:.*_)?(\d{1,12})\.jpg")
 
 def read(folder: Path, options: Options) -> Data:
     """The listed images, in the list's order, called "test": discovery reports on all of them."""
-    year = options.get("annotations", "auto")
-    if year not in ("auto", *YEARS):
-        raise UserError(f"{NAME}.annotations={year}: expected auto, 2014 or 2017")
+    year = options["annotations"]
     list_file = next((folder / name for name in LISTS if (folder / name).exists()), folder / LISTS[0])
     ids = _ids(list_file)
     if year == "auto":
@@ -104,7 +103,9 @@ BENCHMARK = Benchmark(
     ),
     download=f"the list of {LIST}; train2014.zip with annotations_trainval2014.zip, or those of 2017",
     licence="photographs of Flickr under Flickr's terms; annotations CC BY 4.0 as commonly stated, unverified",
-    options=(Option("annotations", "auto", "whose boxes: 2014, 2017, or auto: those of 2014 where they are there"),),
+    options={
+        "annotations": option("auto", "whose boxes; auto: of 2014 where they are there", choices=("auto", *YEARS))
+    },
     aliases=("coco-20k", "coco_20k"),
 )
 

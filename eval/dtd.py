@@ -11,21 +11,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Option, Options, classification_tasks, needs
+from dinoreg.config.option import option
+from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
 from dinoreg.evaluation.readers.files import class_of, labelled, listed
-from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "dtd", "dtd-r1.0.1.tar.gz"
-SPLITS, PARTITIONS = ("train", "val", "test"), 10
+SPLITS = ("train", "val", "test")
 
 
 def read(folder: Path, options: Options) -> Data:
     """The three parts of one of the ten official splits, in the order of their files."""
     partition = options["split"]
-    if not 1 <= partition <= PARTITIONS:
-        raise UserError(f"{NAME}.split={partition}: expected 1..{PARTITIONS}")
     where = {split: folder / "labels" / f"{split}{partition}.txt" for split in SPLITS}
     rows: dict[str, list[tuple[str, str]]] = {}
     for split, path in where.items():
@@ -49,7 +47,7 @@ BENCHMARK = Benchmark(
     ),
     download=ARCHIVE,
     licence="research use; no licence text found",
-    options=(Option("split", 1, "which of the ten official splits, 1..10"),),
+    options={"split": option(1, "which of the ten official splits", low=1, high=10)},
     aliases=("textures",),
 )
 

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 from dinoreg.commands.main import script
+from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import index_folder
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import Source
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Options, Published, linear_tasks
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import BASELINE, CARD, DINOV2, REGISTERS, TEST_TIME, released, single_tokens
 from dinoreg.evaluation.readers.files import lines, paths_source, present
@@ -188,7 +189,7 @@ BENCHMARK = Benchmark(
     ),
     download="ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (ILSVRC2012_devkit_t12.tar.gz for a flat val/)",
     licence="account and terms of access: non-commercial research",
-    options=(Option("extra", "", "folder of DINOv2's entries-*.npy; by default `extra`, where there is one"),),
+    options={"extra": option("", "folder of DINOv2's entries-*.npy; by default `extra`, where there is one")},
     aliases=("imagenet", "in1k", "imagenet-1k", "ilsvrc2012"),
 )
 

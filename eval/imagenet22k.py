@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dinoreg.commands.main import script
+from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.open import labelled_folder
@@ -25,7 +26,7 @@ from dinoreg.data.rng import philox
 from dinoreg.data.source import Source
 from dinoreg.data.sources import ChosenSource
 from dinoreg.data.tar_index import TarSource, index_tars
-from dinoreg.evaluation.benchmark import Benchmark, Option, Options, linear_tasks, needs
+from dinoreg.evaluation.benchmark import Benchmark, Options, linear_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.readers.files import lines
 from dinoreg.runtime.errors import UserError
@@ -40,10 +41,6 @@ UNREADABLE = frozenset({"n06470073_47249.JPEG"})  # no image at all, in every co
 
 def read(folder: Path, options: Options) -> Data:
     """A seeded choice of training images, and of held-out images as "test", each at most so many per class."""
-    least = {"holdout_per_class": 1, "train_per_class": 0, "seed": 0}
-    for key, bound in least.items():
-        if options[key] < bound:
-            raise UserError(f"{NAME}.{key}={options[key]}: expected a whole number, at least {bound}")
     source, names, labels, wnids = _images(folder, options, None)
     usable = np.flatnonzero(labels >= 0)
     ranks = _ranks(names, options["seed"])[usable]
@@ -138,8 +135,8 @@ def _has(folder: Path, suffix: str) -> bool:
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """Every readable image, without labels. Any classes will do: many copies hold a part of them."""
     folders = [folder for folder in (*(root / name for name in BENCHMARK.folders), root) if folder.is_dir()]
-    found = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
-    source, _, labels, _ = _images(found or BENCHMARK.find(root), options, index_dir)  # find says what is expected
+    chosen = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
+    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), options, index_dir)  # find says what is expected
     return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
 
 
@@ -154,13 +151,13 @@ BENCHMARK = Benchmark(
     tasks=linear_tasks(read),
     download="fall11_whole.tar (21,841 classes); the 2021 release, winter21_whole.tar.gz, has 19,167 of them",
     licence="account and terms of access: non-commercial research",
-    options=(
-        Option("holdout_per_class", 10, "images of each class held out to report on, at most half of the class"),
-        Option("train_per_class", 100, "images of each class to train on, at most; 0: all that are not held out"),
-        Option("seed", 0, "of the choice of both"),
-        Option("extra", "", "folder of DINOv2's entries.npy; by default `extra`, where there is one"),
-        Option("skip", "", "a text file of images to leave out (n06470073_47249.JPEG), one a line"),
-    ),
+    options={
+        "holdout_per_class": option(10, "images of each class held out to report on, at most half of it", low=1),
+        "train_per_class": option(100, "images of each class to train on, at most; 0: all not held out", low=0),
+        "seed": option(0, "of the choice of both", low=0),
+        "extra": option("", "folder of DINOv2's entries.npy; by default `extra`, where there is one"),
+        "skip": option("", "a text file of images to leave out (n06470073_47249.JPEG), one a line"),
+    },
     aliases=("in22k", "imagenet-22k", "imagenet21k", "in21k"),
 )
 

@@ -27,9 +27,10 @@ from threading import Lock
 import numpy as np
 
 from dinoreg.commands.main import script
+from dinoreg.config.option import option
 from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
-from dinoreg.evaluation.benchmark import Benchmark, Option, Options, Published, Task, needs
+from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
 from dinoreg.evaluation.published import DINOV2, DINOV3, REGISTERS, TEST_TIME, released
@@ -52,6 +53,7 @@ LISTS = (
     ("nyudepthv2_train_files_with_gt.txt", "nyudepthv2_test_files_with_gt.txt"),
     ("nyu_train.txt", "nyu_test.txt"),
 )
+LAYOUTS = ("auto", "labelled", "sync")
 BASES = {"train": ("sync", "train", "."), "test": ("official_splits/test", "test", ".")}
 LIST_ARCHIVE = "train_test_inputs of BTS, or the lists of the Monocular-Depth-Estimation-Toolbox"
 FRAMES_ARCHIVE = {"train": "sync.zip of BTS", "test": "official_splits of BTS, made from the labelled file"}
@@ -60,9 +62,6 @@ FRAMES_ARCHIVE = {"train": "sync.zip of BTS", "test": "official_splits of BTS, m
 def read(folder: Path, options: Options) -> Data:
     """The splits of the chosen layout; of both, `auto` takes `sync`, to which the published numbers belong."""
     layout, depths = options["layout"], options["depths"]
-    for key, known in (("layout", ("auto", "labelled", "sync")), ("depths", ("raw", "filled"))):
-        if options[key] not in known:
-            raise UserError(f"{NAME}.{key}={options[key]}: expected {', '.join(known)}")
     lists = next((pair for pair in LISTS if all((folder / name).is_file() for name in pair)), LISTS[0])
     if layout == "auto":
         layout = "sync" if (folder / lists[0]).is_file() and (folder / lists[1]).is_file() else "labelled"
@@ -235,10 +234,10 @@ BENCHMARK = Benchmark(
     ),
     download=f"{LABELLED} and {SPLITS}; or, for the published protocol, BTS's sync.zip, official_splits and file lists",
     licence="no licence text found; unverified",
-    options=(
-        Option("layout", "auto", "auto | labelled (the .mat file, NYU-795) | sync (BTS folders and lists)"),
-        Option("depths", "raw", "raw | filled (in-painted; labelled layout only)"),
-    ),
+    options={
+        "layout": option("auto", "labelled: the .mat file, NYU-795; sync: BTS folders and lists", choices=LAYOUTS),
+        "depths": option("raw", "filled: in-painted, of the labelled layout only", choices=("raw", "filled")),
+    },
     aliases=("nyud", "nyu_depth_v2"),
 )
 

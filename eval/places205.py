@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from dinoreg.commands.main import script
+from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.source import Source
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Options, Published, linear_tasks
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import BASELINE, DINOV2, released, single_tokens
 from dinoreg.evaluation.readers.files import listed, paths_source, present, whole_number
@@ -110,7 +111,7 @@ BENCHMARK = Benchmark(
     ),
     download="imagesPlaces205_resize.tar.gz and trainvalsplit_places205.tar.gz",
     licence="registration with MIT CSAIL's terms; images not redistributable (unverified)",
-    options=(Option("images", "", "folder of the images; by default where the archive unpacks to"),),
+    options={"images": option("", "folder of the images; by default where the archive unpacks to")},
     aliases=("places",),
 )
 

@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from dinoreg.commands.main import script
+from dinoreg.config.option import option
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Need, Option, Options, Published, Task
+from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, Task
 from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.readers.files import missing, paths_source, read_bytes
 from dinoreg.runtime.errors import UserError
@@ -41,8 +42,6 @@ def read(folder: Path, options: Options) -> Data:
 
     The splits are those of the first pass; all passes are extra["passes"] = {pass: splits}, with one source of frames.
     """
-    if options["pass"] not in (*PASSES, "both"):
-        raise UserError(f"{NAME}.pass={options['pass']}: expected clean, final or both")
     wanted = PASSES if options["pass"] == "both" else (options["pass"],)
     root = folder / "training"
     for part in (*wanted, "flow", "occlusions", "invalid"):
@@ -194,7 +193,7 @@ BENCHMARK = Benchmark(
         "(flow, occlusions, invalid); the test part has no public flow and is not needed"
     ),
     licence="derived from the Blender film Sintel, CC BY as commonly stated; not verified",
-    options=(Option("pass", "both", "which rendering is matched: clean, final or both"),),
+    options={"pass": option("both", "which rendering is matched", choices=(*PASSES, "both"))},
     aliases=("mpi-sintel", "mpi_sintel"),
 )
 

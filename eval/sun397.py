@@ -11,22 +11,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Option, Options, classification_tasks, needs
+from dinoreg.config.option import option
+from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
 from dinoreg.evaluation.readers.files import labelled, lines, listed, missing
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE, PARTITIONS = "sun397", "SUN397.tar.gz", "Partitions.zip"
-SPLITS = 10
 PLACES = ("", "..", "Partitions", "../Partitions")  # of the lists, from the dataset's folder
 
 
 def read(folder: Path, options: Options) -> Data:
     """Both halves of one of the ten splits, in the order of their files."""
-    split = int(options.get("split", 1))
-    if not 1 <= split <= SPLITS:
-        raise UserError(f"{NAME}.split={split}: expected 1..{SPLITS}")
+    split = options["split"]
     path = folder / "ClassName.txt"
     names = [line.removeprefix("/") for line in lines(path, NAME, ARCHIVE)]
     if len(set(names)) != len(names):
@@ -70,7 +68,7 @@ BENCHMARK = Benchmark(
     ),
     download="SUN397.tar.gz and Partitions.zip (inside SUN397/ or beside it)",
     licence="research use; no licence text found",
-    options=(Option("split", 1, "which of the ten official splits, 1..10"),),
+    options={"split": option(1, "which of the ten official splits", low=1, high=10)},
     aliases=("sun", "sun-397"),
 )
 

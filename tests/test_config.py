@@ -116,6 +116,8 @@ def test_data_and_the_section_data_go_together(tmp_path: Path) -> None:
     assert (config.data.source, config.data.workers) == ("photos/", 3)
     assert load_config(None, ["data.workers=3", "data=x"]).data.source == "x"
     assert load_config(None, {"data.workers": 3, "data": {"source": "x"}}).data.workers == 3
+    assert load_config(write(tmp_path, "data: {}\nmodel: {}\n")) == Config()
+    assert "expected keys below it" in refusal(source=write(tmp_path, "model: null\n"))
 
 
 def test_an_empty_path_is_refused() -> None:

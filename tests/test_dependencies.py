@@ -40,7 +40,6 @@ def test_every_dependency_has_a_use_in_the_code() -> None:
     code = {name.partition(".")[0] for name in names}
     code |= {"tensorboard"} if "torch.utils.tensorboard" in names else set()
     code |= {package for form in FORMATS.values() for package in form.packages}  # what torch.onnx.export imports
-    code |= {"jinja2", "pycocotools"}  # in the change that moves reports to templates, and detection to COCOeval
     tests = {name.partition(".")[0] for name in imports("tests", "benchmarks", "setup.py")}
     script = (ROOT / ".ci" / "run").read_text()
     for row in DEPENDENCIES:

@@ -235,6 +235,9 @@ def test_the_list_names_every_dataset_with_metric_and_licence(capsys: pytest.Cap
         assert benchmark.name in shown
         for task in benchmark.tasks:
             assert task.metric.split()[0] in shown
+        for key, line in zip(benchmark.options, benchmark.options_in_words(), strict=True):
+            assert line.startswith(f"{benchmark.name}.{key}: ")
+            assert f"{benchmark.name}.{key}:" in shown
 
 
 def test_a_declaration_of_ones_own_works_by_path(root: Path, weights: Path, tmp_path: Path) -> None:

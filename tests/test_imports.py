@@ -113,11 +113,16 @@ def test_what_is_imported_at_once_is_a_core_dependency() -> None:
 
 
 def test_importing_dinoreg_and_asking_for_help_load_no_torch() -> None:
-    for code in (
-        "import dinoreg, dinoreg.config.load",
-        "from dinoreg.commands.main import main; main(['pretrain', '--help']); main(['nonsense'])",
+    slow = {"torch", "omegaconf", "rich", "submitit", "numpy"}
+    for code, absent in (
+        ("import dinoreg, dinoreg.config.load", slow),
+        ("from dinoreg.commands.main import main; main(['--version']); main(['pretrain', '--help'])", slow),
+        ("from dinoreg.commands.main import main; main(['launch', '--help']); main(['eval', '--help'])", slow),
+        ("from dinoreg.commands.main import main; main(['nonsense']); main(['embed', 'tokn=x'])", slow),
+        ("from dinoreg.commands.main import main; main(['pretrain', 'vits14_reg4', '--help'])", slow - {"omegaconf"}),
+        ("from dinoreg.commands.main import main; main(['pretrain', 'vits14_reg4', 'sed=1'])", slow - {"omegaconf"}),
     ):
-        check = f"import sys; {code}; assert 'torch' not in sys.modules, 'torch was imported'"
+        check = f"import sys; {code}; loaded = {absent} & set(sys.modules); assert not loaded, loaded"
         done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
 

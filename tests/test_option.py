@@ -23,7 +23,7 @@ CLASSES = sorted(
 
 @dataclass(frozen=True)
 class Inner(Options, section="inner"):
-    share: float = fraction(0.5, "of all", shapes_weights=False)
+    share: float = fraction(0.5, "of all", shapes_result=False)
     kind: str = option("cat", "of animal", choices=("cat", "dog", "bird"))
     span: tuple[float, float] = option((0.0, 1.0), "of values", low=0, ascending=True)
     counts: tuple[int, ...] = option((1, 2), "of things", low=1)
@@ -104,7 +104,7 @@ def test_help_shows_type_default_meaning_and_range_or_the_values_given() -> None
 def test_what_shapes_no_weights_can_be_left_out() -> None:
     options = Outer("x")
     assert set(flat(options)) == set(keys_of(Outer))
-    assert set(flat(options)) - set(flat(options, of_weights=True)) == {"inner.share"}
+    assert set(flat(options)) - set(flat(options, shaping=True)) == {"inner.share"}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -285,8 +285,8 @@ BROKEN: dict[str, list[Broken]] = {
         (append("labels/val1.txt", "banded\n"), "dtd: … expected class/file"),
         (append("labels/val1.txt", "banded/../../../x.jpg\n"), "dtd: … leaves"),
         (append("labels/val1.txt", "/etc/x\n"), "dtd: … class/file"),
-        (nothing, "dtd.split=0: expected 1..10", {"split": 0}),
-        (nothing, "dtd.split=11: expected 1..10", {"split": 11}),
+        (nothing, "dtd.split=0: expected a number in [1, 10]", {"split": 0}),
+        (nothing, "dtd.split=11: expected a number in [1, 10]", {"split": 11}),
         (nothing, "train3.txt is missing; it comes from dtd-r1.0.1.tar.gz", {"split": 3}),
     ],
     "flowers102": [
@@ -312,7 +312,7 @@ BROKEN: dict[str, list[Broken]] = {
         (nothing, "imagenet22k: … no class of two images or more"),
         (
             nothing,
-            "imagenet22k.holdout_per_class=0: expected a whole number, at least 1",
+            "imagenet22k.holdout_per_class=0: expected at least 1",
             {"holdout_per_class": 0},
         ),
         (nothing, "imagenet22k.hold: unknown option … holdout_per_class", {"hold": 3}),
@@ -366,7 +366,7 @@ BROKEN: dict[str, list[Broken]] = {
                 ("", "lists no images"),
             )
         ),
-        (nothing, "nyu.layout=mat: expected auto, labelled, sync", {"layout": "mat"}),
+        (nothing, "nyu.layout=mat: expected auto, labelled or sync", {"layout": "mat"}),
         (
             nothing,
             "nyu.depths=filled: the sync layout holds raw depths only",
@@ -443,7 +443,7 @@ BROKEN: dict[str, list[Broken]] = {
             )
         ),
         (nothing, "Training_03.txt is missing; it comes from Partitions.zip", {"split": 3}),
-        (nothing, "sun397.split=11: expected 1..10", {"split": 11}),
+        (nothing, "sun397.split=11: expected a number in [1, 10]", {"split": 11}),
         (
             both(
                 text("ClassName.txt", "/../outside\n"),

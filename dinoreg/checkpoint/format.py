@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dinoreg.checkpoint.atomic import part_name, reason, sync, write_atomic
 from dinoreg.checkpoint.metadata import METADATA, Reader, TensorPlanner
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 
@@ -262,22 +262,23 @@ def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     return numbers
 
 
-def _verify_together(path: Path) -> dict[str, Any]:
+def _verify_together(path: Path, ranks: Ranks) -> dict[str, Any]:
     """`verify` by all processes, each its share of the files; all come to the same verdict."""
-    with distributed.collective_errors():
-        return verify(path, distributed.rank(), distributed.world_size())
+    with ranks.collective_errors():
+        return verify(path, ranks.rank, ranks.world_size)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with those that were passed over.
 
     Called by all processes, which get the same answer.
     """
     damaged = []
-    names = sorted((path.name for path in folder.glob("step_*")), reverse=True)
-    for name in distributed.from_main(names):
+    with ranks.collective_errors():
+        names = _list_checkpoints(folder)
+    for name in ranks.from_main(names):
         try:
-            _verify_together(folder / name)
+            _verify_together(folder / name, ranks)
         except RunError as error:
             damaged.append(f"{error}; passed over")
             continue
@@ -285,8 +286,23 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def _list_checkpoints(folder: Path) -> list[str]:
+    """The names of the checkpoints in a folder, newest first; RunError when it is there and cannot be listed."""
+    try:
+        return sorted((name for name in os.listdir(folder) if name.startswith("step_")), reverse=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"checkpoints in {folder}: unreadable ({reason(error)})") from None
+
+
 def load(
-    path: Path, tensors: dict[str, Any], numbers: dict[str, Any] | None = None, *, verified: bool = False
+    path: Path,
+    tensors: dict[str, Any],
+    numbers: dict[str, Any] | None = None,
+    *,
+    verified: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Fill `tensors` (nested, as given to `save`; plain or DTensor) in place; returns the numbers.
 
@@ -296,8 +312,8 @@ def load(
     verified  the files have been checked just now, by `newest`
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
-    loaded = verify(path, -1) if verified else _verify_together(path)
-    with distributed.collective_errors():
+    loaded = verify(path, -1) if verified else _verify_together(path, ranks)
+    with ranks.collective_errors():
         for name, value in (numbers or {}).items():
             if type(loaded.get(name)) is not type(value):
                 raise RunError(f"checkpoint {path}: unreadable ({NUMBERS} has no {type(value).__name__} {name})")

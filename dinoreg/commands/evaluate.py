@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.runner import Planned, Request, check_size, choose, evaluate_all, preflight
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.json_files import read_json
 
 
 def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
@@ -112,16 +112,21 @@ def _not_evaluated(folder: Path) -> list[str]:
 
 def _is_finished(run: Path) -> bool:
     """Whether a folder is a run that trains no more: until then its page belongs to the training."""
-    try:
-        return json.loads((run / "status.json").read_text())["phase"] == "finished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return read_json(run / "status.json").get("phase") == "finished"
 
 
 def list_datasets() -> None:
     """Print the table of every dataset: task, classes, splits, metrics and protocols, download, licence."""
     table = Table(title="dinoreg eval NAME weights=… root=…", show_lines=True)
-    for heading in ("name", "task", "classes", "images", "metric (protocol)", "folder and download", "licence"):
+    for heading in (
+        "name",
+        "task",
+        "classes",
+        "images",
+        "metric (protocol)",
+        "folder, download and options",
+        "licence",
+    ):
         table.add_column(heading, overflow="fold")
     for benchmark in benchmarks().values():
         metrics = "\n".join(f"{task.metric} ({PROTOCOLS[task.protocol][1]})" for task in benchmark.tasks)
@@ -137,6 +142,9 @@ def list_datasets() -> None:
     console = Console()
     # A pipe has no width: a line that nobody wrapped is easier to search.
     Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
+    print("keys of single datasets:")
+    for benchmark in benchmarks().values():
+        print("".join(f"  {line}\n" for line in benchmark.options_in_words()), end="")
 
 
 def _prepare(names: Sequence[str], request: Request, everything: bool) -> tuple[list[Planned], dict[str, str]]:

@@ -57,7 +57,9 @@ def load_config(
         layers.insert(0, (str(path), _read_yaml(path)))
     values: dict[str, Any] = {}
     for where, layer in layers:
-        given = typed({"data.source" if key == "data" else key: value for key, value in layer.items()}, Config, where)
+        if layer.get("data", {}) != {}:  # short for its source
+            layer["data.source"] = layer.pop("data")
+        given = typed(layer, Config, where)
         for group in EXCLUSIVE:
             if any(given.get(key) is not None and given[key] is not False for key in group):  # 0 is a value
                 unset = False if group == COMMAND_ONLY else None

@@ -42,7 +42,7 @@ class Declaration:
     ascending      a pair [low, high] must be in order
     empty          whether a list may have no elements; `option` says no where the default has some
     pattern        a regular expression that the whole text must match; `expected` says it in words
-    shapes_weights whether a run's weights depend on it; None: as those of its section do
+    shapes_result  whether a run's weights, or an evaluation's numbers, depend on it; None: as its section says
     """
 
     help: str
@@ -56,7 +56,7 @@ class Declaration:
     empty: bool = False
     pattern: str = ""
     expected: str = ""
-    shapes_weights: bool | None = None
+    shapes_result: bool | None = None
 
     def allows(self, value: Any) -> bool:
         """Whether a value of the declared type lies in the range, or among the choices. None always does."""
@@ -116,9 +116,9 @@ def fraction(default: Any, help: str, **declared: Any) -> Any:
     return option(default, help, low=0, high=1, **declared)
 
 
-def section(cls: type[Options], shapes_weights: bool = True) -> Any:
+def section(cls: type[Options], shapes_result: bool = True) -> Any:
     """A field that holds the options of another class, each under the field's name and a dot."""
-    return dataclasses.field(default_factory=cls, metadata={"shapes_weights": shapes_weights})
+    return dataclasses.field(default_factory=cls, metadata={"shapes_result": shapes_result})
 
 
 class Options:
@@ -173,15 +173,15 @@ def keys_of(cls: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def flat(options: Any, of_weights: bool = False, prefix: str = "", shapes: bool = True) -> dict[str, Any]:
-    """{"optim.lr": 0.004, …}: every value by its dotted key; `of_weights`: only of those that shape a run's weights."""
+def flat(options: Any, shaping: bool = False, prefix: str = "", shapes: bool = True) -> dict[str, Any]:
+    """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only what the result depends on."""
     found: dict[str, Any] = {}
     for item in dataclasses.fields(options):
         value, name = getattr(options, item.name), f"{prefix}{item.name}"
         declared = item.metadata.get("option")
         if declared is None:
-            found |= flat(value, of_weights, f"{name}.", item.metadata["shapes_weights"])
-        elif not of_weights or (shapes if declared.shapes_weights is None else declared.shapes_weights):
+            found |= flat(value, shaping, f"{name}.", item.metadata["shapes_result"])
+        elif not shaping or (shapes if declared.shapes_result is None else declared.shapes_result):
             found[name] = value
     return found
 
@@ -283,6 +283,13 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     return cls(**arguments)
 
 
+def read_value(key: str, value: Any, field: dataclasses.Field) -> Any:
+    """A value of one option that stands in no class, as the type of its default; UserError where it is not accepted."""
+    found = convert(value, type(field.default), key, "options")
+    field.metadata["option"].check(key, found)
+    return found
+
+
 class _WrongType(Exception):
     pass
 
@@ -376,15 +383,23 @@ def describe(options: Any, prefix: str = "") -> list[tuple[str, str, str]]:
     rows = []
     for item in dataclasses.fields(cls):
         name = f"{prefix}{item.name}"
-        if "option" not in item.metadata:
+        if "option" in item.metadata:
+            rows.append(_row(name, str(item.type), item, getattr(options, item.name, REQUIRED)))
+        else:
             rows += describe(getattr(options, item.name, _hints(cls)[item.name]), f"{name}.")
-            continue
-        declared, value = item.metadata["option"], getattr(options, item.name, REQUIRED)
-        accepted = declared.accepted(item.default)
-        meaning = f"{declared.help} ({accepted})" if accepted else declared.help
-        shown = ", required" if value is REQUIRED else f" = {_typed(value)}"
-        rows.append((name, f"{str(item.type).replace('None', 'none')}{shown}", meaning))
     return rows
+
+
+def describe_fields(fields: Mapping[str, dataclasses.Field], prefix: str = "") -> list[tuple[str, str, str]]:
+    """The rows of `describe` for options that stand in no class, by name."""
+    return [_row(f"{prefix}{name}", type(item.default).__name__, item, item.default) for name, item in fields.items()]
+
+
+def _row(key: str, kind: str, item: dataclasses.Field, value: Any) -> tuple[str, str, str]:
+    declared = item.metadata["option"]
+    accepted = declared.accepted(item.default)
+    shown = ", required" if value is REQUIRED else f" = {_typed(value)}"
+    return key, f"{kind.replace('None', 'none')}{shown}", f"{declared.help} ({accepted})" if accepted else declared.help
 
 
 def _typed(value: Any) -> str:

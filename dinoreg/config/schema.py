@@ -43,8 +43,8 @@ class ModelConfig(Options, section="model"):
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0)
     attention: str = option("auto", "what computes the attention", choices=("auto", "xformers", "sdpa", "plain"))
-    checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_weights=False)
-    compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_weights=False)
+    checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_result=False)
+    compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_result=False)
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,11 @@ class DataConfig(Options, section="data"):
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     workers: int | None = option(
-        None, "decoding threads; none: one per core, at most 16", low=0, high=1024, shapes_weights=False
+        None, "decoding threads; none: one per core, at most 16", low=0, high=1024, shapes_result=False
     )
-    prefetch: int = option(2, "batches prepared ahead", low=1, high=1000, shapes_weights=False)
-    index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_weights=False)
-    max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_weights=False)
+    prefetch: int = option(2, "batches prepared ahead", low=1, high=1000, shapes_result=False)
+    index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_result=False)
+    max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)
     max_pixels: int = option(200_000_000, "larger images count as unreadable")
 
 
@@ -147,10 +147,8 @@ class ParallelConfig(Options, section="parallel"):
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
     shard: int | None = option(None, "fsdp: processes that share one copy of the state; none: all; fewer: HSDP", low=1)
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
-    param_dtype: str = option(
-        "fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_weights=True
-    )
-    reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_weights=True)
+    param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
+    reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)
     timeout: float = option(600.0, "without an answer after which others are lost", unit="second", above=0)
     check_every: int = option(1000, "steps between comparisons of all copies of weights; 0: never", low=0)
 
@@ -189,18 +187,18 @@ class HealthConfig(Options, section="health"):
 
 @dataclass(frozen=True)
 class Config(Options):
-    out: str | None = option(None, "the run folder", shapes_weights=False)
+    out: str | None = option(None, "the run folder", shapes_result=False)
     init: str | None = option(None, "weights to start from: a run, a teacher file, a Meta .pth or a model name")
     steps: int | None = option(None, "length of the run in optimizer steps; excludes images and epochs", low=1)
     images: int | None = option(None, "length of the run in images", low=1)
     epochs: float | None = option(None, "length of the run in passes over the data", above=0)
     batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
-    device: str = option("auto", DEVICE, shapes_weights=False)
+    device: str = option("auto", DEVICE, shapes_result=False)
     precision: str = option("auto", "auto: bf16 where the hardware has it", choices=PRECISIONS)
-    threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_weights=False)
-    resume: bool = option(False, "go on with the run in `out`", shapes_weights=False)
-    overwrite: bool = option(False, "delete what is in `out` first", shapes_weights=False)
+    threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
+    resume: bool = option(False, "go on with the run in `out`", shapes_result=False)
+    overwrite: bool = option(False, "delete what is in `out` first", shapes_result=False)
     model: ModelConfig = section(ModelConfig)
     head: HeadConfig = section(HeadConfig)
     crops: CropSettings = section(CropSettings)
@@ -211,11 +209,11 @@ class Config(Options):
     schedule: ScheduleConfig = section(ScheduleConfig)
     adapt: AdaptConfig = section(AdaptConfig)
     data: DataConfig = section(DataConfig)
-    parallel: ParallelConfig = section(ParallelConfig, shapes_weights=False)
-    checkpoint: CheckpointConfig = section(CheckpointConfig, shapes_weights=False)
-    log: LogConfig = section(LogConfig, shapes_weights=False)
-    probe: ProbeConfig = section(ProbeConfig, shapes_weights=False)
-    health: HealthConfig = section(HealthConfig, shapes_weights=False)
+    parallel: ParallelConfig = section(ParallelConfig, shapes_result=False)
+    checkpoint: CheckpointConfig = section(CheckpointConfig, shapes_result=False)
+    log: LogConfig = section(LogConfig, shapes_result=False)
+    probe: ProbeConfig = section(ProbeConfig, shapes_result=False)
+    health: HealthConfig = section(HealthConfig, shapes_result=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -270,7 +268,7 @@ class Config(Options):
 
     def shaping(self) -> dict[str, Any]:
         """Every option that shapes the weights, by its dotted key; what only watches or places the run is left out."""
-        return flat(self, of_weights=True)
+        return flat(self, shaping=True)
 
     def hash(self) -> str:
         """Twelve hexadecimal digits over what shapes the weights (`shaping`) and nothing else."""

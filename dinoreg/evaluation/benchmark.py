@@ -6,14 +6,14 @@ The inside finds declarations by name or path and never imports them as packages
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dinoreg.config.bundled import bundled
-from dinoreg.config.option import nearest
+from dinoreg.config.option import describe_fields, nearest, read_value
 from dinoreg.data.declared import load_declaration
 from dinoreg.runtime.errors import UserError
 
@@ -93,21 +93,13 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Option:
-    """A choice of how a dataset is read, set as NAME.KEY=VALUE; its type is that of the default."""
-
-    name: str
-    default: bool | int | float | str
-    meaning: str
-
-
-@dataclass(frozen=True)
 class Benchmark:
     """A dataset.
 
     name      as in `dinoreg eval NAME`
     folders   names that its folder may have below `root`; `root` itself is tried last
     layouts   each a set of paths that together make the dataset readable; the first is the one that messages name
+    options   choices of how it is read, set as NAME.KEY=VALUE: {KEY: option(default, help, …)}
     splits    in words, for the list: by default the counts of the first task, "3,680 / 3,669"
     """
 
@@ -121,7 +113,7 @@ class Benchmark:
     licence: str
     task: str = "classification"
     splits: str = ""
-    options: tuple[Option, ...] = ()
+    options: Mapping[str, Field] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -147,20 +139,20 @@ class Benchmark:
         return max(pairs, key=lambda pair: sum(need.met(pair[0]) for need in pair[1]))
 
     def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Every option of the dataset with its value; UserError for an unknown one or a wrong type."""
-        from dinoreg.config.option import convert
-
-        known = {option.name: option for option in self.options}
+        """Every option of the dataset with its value; UserError for an unknown one or a value that is not accepted."""
         for key in given:
-            if key not in known:
-                accepted = f"; accepted: {', '.join(known)}" if known else "; it has no options"
-                raise UserError(f"{self.name}.{key}: unknown option{nearest(key, known)}{accepted}")
+            if key not in self.options:
+                accepted = f"; accepted: {', '.join(self.options)}" if self.options else "; it has no options"
+                raise UserError(f"{self.name}.{key}: unknown option{nearest(key, self.options)}{accepted}")
         return {
-            name: convert(given[name], type(option.default), f"{self.name}.{name}", "options")
-            if name in given
-            else option.default
-            for name, option in known.items()
+            name: read_value(f"{self.name}.{name}", given[name], item) if name in given else item.default
+            for name, item in self.options.items()
         }
+
+    def options_in_words(self) -> list[str]:
+        """A line for each option: how it is set, its default and what it does."""
+        rows = describe_fields(self.options, f"{self.name}.")
+        return [f"{key}: {meaning}, default {kind.partition(' = ')[2] or 'empty'}" for key, kind, meaning in rows]
 
 
 def needs(archive: str, *paths: str) -> tuple[Need, ...]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.config.option import nearest
+from dinoreg.config.option import flat, nearest
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.context import Context, show_progress
@@ -36,20 +36,6 @@ from dinoreg.runtime.errors import RunError, UserError
 logger = logging.getLogger(__name__)
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
-# Options that do not shape a number.
-INCIDENTAL = (
-    "root",
-    "out",
-    "device",
-    "workers",
-    "batch_size",
-    "overwrite",
-    "features",
-    "examples",
-    "strict",
-    "weights",
-    "report",
-)
 
 
 @dataclass(frozen=True)
@@ -304,7 +290,8 @@ def _effective(request: Request, task: Task) -> EvalOptions:
 
 def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
     """16 hexadecimal digits over all that shapes a result: weights, images, ground truth, options."""
-    values = {key: value for key, value in dataclasses.asdict(request.options).items() if key not in INCIDENTAL}
+    shaping = {key.partition(".")[0] for key in flat(request.options, shaping=True)}
+    values = {key: value for key, value in dataclasses.asdict(request.options).items() if key in shaping}
     data = [
         (
             task.protocol,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from dinoreg.config.bundled import bundled
+from dinoreg.config.option import option
 from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Option, Options, Reader, Task, counts_in_words
+from dinoreg.evaluation.benchmark import Benchmark, Options, Reader, Task, counts_in_words
 from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
 from dinoreg.evaluation.custom.tables import SUFFIXES, Table, read_table
@@ -31,12 +32,13 @@ from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.runtime.errors import UserError
 
 NAME = "own"
-OPTIONS = (
-    Option("test_share", 0.2, "share of each class that is held out for testing where no split is given"),
-    Option("seed", 0, "of that hold-out"),
-    Option("labels", "", "of a table: the columns that hold labels, with commas between; empty: label, or all others"),
-    Option("root", "", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
-)
+SHARE = "a share between 0 and 1"
+OPTIONS = {
+    "test_share": option(0.2, "of each class, held out where no split is given", above=0, below=1, expected=SHARE),
+    "seed": option(0, "of that hold-out", low=0),
+    "labels": option("", "of a table: the columns that hold labels, with commas between; empty: label, or all others"),
+    "root": option("", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
+}
 EPOCH_STEPS = (100, 1250)  # fewest and most steps in one of the linear protocol's ten epochs
 PAIRS = {"masks": ("segmentation", "mIoU", segmented), "depth": ("depth", "RMSE", depths)}
 
@@ -65,7 +67,7 @@ def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
     )
     values = blank.option_values(options)
     # What was given is the default from here on, whether or not the reader is told again.
-    given = tuple(replace(option, default=values[option.name]) for option in OPTIONS)
+    given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
     blank = replace(blank, name=_name(path), options=given)
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
         return _of_pairs(blank, path, kinds, values["test_share"], values["seed"])
