@@ -18,7 +18,7 @@ from dinoreg.runtime.dependencies import DEPENDENCIES, LINUX_X86, find, install,
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [row.name for row in DEPENDENCIES]
 # What runs instead of being imported, by what shows it in .ci/run.
-TOOLS = {"pytest-xdist": "pytest -n 2", "ruff": "/ruff", "mypy": "/mypy", "wheel": 'pip" wheel'}
+TOOLS = {"pytest-xdist": " -n 2 --dist", "ruff": "/ruff", "mypy": "/mypy", "wheel": 'pip" wheel'}
 
 
 def imports(*folders: str) -> Iterator[str]:

@@ -110,7 +110,7 @@ def save(
 
     try:
         on_first_rank(lambda: _begin(aside))
-        _ignore_single_process_warning()
+        _ignore_expected_warnings()
         writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
         state = _by_part(flatten(tensors))
         dcp.save(state, checkpoint_id=aside, storage_writer=writer, process_group=group, no_dist=group is None)
@@ -184,9 +184,10 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest(path)}
 
 
-def _ignore_single_process_warning() -> None:
-    """DCP warns whenever it is used by a single process, which here is the plain case."""
+def _ignore_expected_warnings() -> None:
+    """DCP warns whenever it is used by a single process, which here is the plain case, and of its own use of storages."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
 def remove_unfinished(folder: Path, token: str = "") -> None:
@@ -346,7 +347,7 @@ def read_plain(path: Path, prefix: str) -> dict[str, Tensor]:
 
 def _read(reader: Reader, tensors: dict[str, Any]) -> None:
     """Every process reads by itself: nothing has to be agreed on, whatever the sharding."""
-    _ignore_single_process_warning()
+    _ignore_expected_warnings()
     try:
         dcp.load(tensors, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
     except (OSError, CheckpointException) as error:

@@ -80,7 +80,7 @@ class RegistersOptions(Options, verb="registers"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(all(self.models), "weights", self.weights, "names with one comma between them")
+        check(bool(self.models) and all(self.models), "weights", self.weights, "names with one comma between them")
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ class Ranks:
             problem = error
         if self.world_size == 1:
             return
-        kinds = {UserError: "user", RunError: "run"}
+        kinds: dict[type[Exception], str] = {UserError: "user", RunError: "run"}
         own = None if problem is None else (kinds.get(type(problem), "other"), f"{problem}" or type(problem).__name__)
         errors = self.gather_objects(own)
         failed = [rank for rank, error in enumerate(errors) if error is not None]
