@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.dense import windows as dense
+from dinoreg.evaluation.dense.segmentation_head import photometric_distortion, scale_saturation, turn_hue
 from dinoreg.evaluation.dense.windows import (
     Windows,
     bilinear_matrix,
@@ -20,11 +21,8 @@ from dinoreg.evaluation.dense.windows import (
     fit_size,
     pad_to,
     patch_grid,
-    photometric_distortion,
-    scale_saturation,
     shuffled,
     training_stream,
-    turn_hue,
     window_starts,
 )
 from dinoreg.evaluation.features.rows import require_finite

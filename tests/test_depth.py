@@ -381,7 +381,7 @@ def test_an_image_whose_feature_is_not_finite_is_named(tmp_path: Path) -> None:
         ({"lrs": (0.0,)}, "depth.lrs"),
         ({"steps": 0}, "depth.steps=0: expected at least 1"),
         ({"num_bins": 1}, "depth.num_bins=1"),
-        ({"min_depth": 11.0}, "depth.min_depth=11.0"),
+        ({"min_depth": 11.0}, "depth.min_depth=11: expected less than depth.max_depth=10"),
         ({"max_size": 0}, "depth.max_size=0"),
     ],
 )

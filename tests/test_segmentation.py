@@ -399,14 +399,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"size": 0}, "segmentation.size=0: expected a positive"),
-            ({"stride": 19}, "segmentation.stride=19: expected 1 to segmentation.size=18 pixels"),
+            ({"size": 0}, "segmentation.size=0: expected at least 1 pixel"),
+            ({"stride": 19}, "segmentation.stride=19: expected at most segmentation.size=18 pixels"),
             ({"steps": 0}, "segmentation.steps=0: expected at least 1"),
-            ({"warmup_steps": -1}, "segmentation.warmup_steps=-1: expected zero or more"),
+            ({"warmup_steps": -1}, "segmentation.warmup_steps=-1: expected at least 0"),
             ({"batch_size": 0}, "segmentation.batch_size=0: expected at least 1"),
-            ({"lrs": ()}, r"segmentation.lrs=\[\]: expected one or more positive"),
-            ({"lrs": (0.0,)}, r"segmentation.lrs=\[0.0\]: expected one or more positive"),
-            ({"weight_decays": (-1.0,)}, r"segmentation.weight_decays=\[-1.0\]: expected one or more"),
+            ({"lrs": ()}, r"segmentation.lrs=\[\]: expected one or more, each a positive number"),
+            ({"lrs": (0.0,)}, r"segmentation.lrs=\[0\]: expected each a positive number"),
+            ({"weight_decays": (-1.0,)}, r"segmentation.weight_decays=\[-1\]: expected each at least 0"),
         ],
     )
     def test_options_out_of_range(self, changes: dict[str, Any], message: str) -> None:

@@ -86,7 +86,7 @@ def truth(pairs: FlowPairs, index: int, geometry: Geometry) -> Truth:
     shapes = [flow.shape[:2], *(mask.shape for mask in masks)]
     if any(shape != geometry.size for shape in shapes):
         name = pairs.source.name(int(pairs.first[index]))
-        given = ", ".join("x".join(map(str, shape)) for shape in shapes)
+        sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
         expected = "x".join(map(str, geometry.size))
-        raise UserError(f"{name}: flow, validity and occlusion are of {given} pixels, expected {expected} each")
+        raise UserError(f"{name}: flow, validity and occlusion are of {sizes} pixels, expected {expected} each")
     return Truth(torch.from_numpy(flow), torch.from_numpy(masks[0]), torch.from_numpy(masks[1]))

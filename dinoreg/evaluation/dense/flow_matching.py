@@ -62,11 +62,11 @@ def match(first: Tensor, second: Tensor, grid: tuple[int, int], temperature: flo
     positions = _positions(grid, first)
     rows = max(BLOCK // len(second), 1)
     again = torch.is_grad_enabled() and rows < len(first)
-    found = []
+    matches = []
     for block in first.split(rows):
-        given = (block, second, positions, grid, temperature, window)
-        found.append(checkpoint(_expected, *given, use_reentrant=False) if again else _expected(*given))
-    return torch.cat(found) - positions
+        arguments = (block, second, positions, grid, temperature, window)
+        matches.append(checkpoint(_expected, *arguments, use_reentrant=False) if again else _expected(*arguments))
+    return torch.cat(matches) - positions
 
 
 def _positions(grid: tuple[int, int], like: Tensor) -> Tensor:

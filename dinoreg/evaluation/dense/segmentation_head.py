@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinoreg.evaluation.data import IGNORED, Segmented
-from dinoreg.evaluation.dense.windows import crop_origin, fit_size, pad_to, photometric_distortion, upsampling
+from dinoreg.evaluation.dense.windows import crop_origin, fit_size, pad_to, upsampling
 from dinoreg.evaluation.features.images import read_rgb
 from dinoreg.runtime.errors import UserError
 
@@ -106,3 +106,51 @@ def training_crop(
     if rng.random() < 0.5:
         pixels, labels = pixels[:, ::-1], labels[:, ::-1]
     return pad_to(photometric_distortion(pixels, rng), size, fill), pad_to(labels, size, IGNORED)
+
+
+def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """SSD's distortion of colours: each part with probability one half, contrast before or after the other two.
+
+    image  (H, W, 3) uint8; brightness ±32 of 255, contrast and saturation x 0.5 to 1.5, hue ±36 degrees
+    """
+    x = image.astype(np.float32)
+    brightness, contrast, saturation, hue = rng.random(4) < 0.5
+    contrast_first = rng.random() < 0.5
+    shift, gain = np.float32(rng.uniform(-32, 32)), np.float32(rng.uniform(0.5, 1.5))
+    colour, turn = rng.uniform(0.5, 1.5), rng.uniform(-36, 36)
+    if brightness:
+        x = np.clip(x + shift, 0, 255)
+    if contrast and contrast_first:
+        x = np.clip(x * gain, 0, 255)
+    if saturation:
+        x = scale_saturation(x, colour)
+    if hue:
+        x = turn_hue(x, turn)
+    if contrast and not contrast_first:
+        x = np.clip(x * gain, 0, 255)
+    return (x + 0.5).astype(np.uint8)
+
+
+def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
+    """(H, W, 3) float32 in [0, 255] with HSV's saturation times `factor`, at most 1."""
+    value = image.max(axis=2, keepdims=True)
+    reach = value - image.min(axis=2, keepdims=True)  # saturation is reach / value
+    limit = np.divide(value, reach, out=np.ones_like(value), where=reach > 0)
+    return np.clip(value - (value - image) * np.minimum(np.float32(factor), limit), 0, 255)
+
+
+def turn_hue(image: np.ndarray, degrees: float) -> np.ndarray:
+    """(H, W, 3) float32 in [0, 255] with HSV's hue turned; saturation and value stay."""
+    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
+    value = image.max(axis=2)
+    reach = value - image.min(axis=2)
+    safe = np.where(reach > 0, reach, 1)
+    sector = np.where(
+        value == red, (green - blue) / safe, np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    )
+    sector += np.float32(degrees / 60)
+    turned = np.empty_like(image)
+    for channel, offset in enumerate((5, 3, 1)):
+        k = (sector + offset) % 6
+        turned[..., channel] = value - reach * np.clip(np.minimum(k, 4 - k), 0, 1)
+    return turned

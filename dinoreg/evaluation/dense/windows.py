@@ -74,15 +74,15 @@ def batches_of_one_shape(
     Holds four batches at most; the order changes.
     """
     waiting: dict[tuple[int, ...], list[T]] = {}
-    held = 0
+    count = 0
     for each in items:
         key = tuple(shape(each))
         waiting.setdefault(key, []).append(each)
-        held += 1
+        count += 1
         full = len(waiting[key]) == batch_size
-        if full or held >= 4 * batch_size:
+        if full or count >= 4 * batch_size:
             batch = waiting.pop(key if full else max(waiting, key=lambda other: len(waiting[other])))
-            held -= len(batch)
+            count -= len(batch)
             yield batch
     yield from waiting.values()
 
@@ -95,12 +95,12 @@ def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
 
     returns     (B, D, rows, columns)
     """
-    found = []
+    maps = []
     for part in images.split(max(batch_size, 1)):
         padded = centre_pad(part.to(encoder.device).float() / 255, encoder.patch_size, encoder.mean)
         rows, columns = encoder.grid(*padded.shape[2:])
-        found.append(encoder.tokens(padded).patches.mT.unflatten(2, (rows, columns)))
-    return torch.cat(found)
+        maps.append(encoder.tokens(padded).patches.mT.unflatten(2, (rows, columns)))
+    return torch.cat(maps)
 
 
 def bilinear_matrix(out: int, length: int) -> np.ndarray:
@@ -180,10 +180,10 @@ class Windows:
 
     def argmax(self, maps: Tensor, height: int, width: int, elements: int = 1 << 24) -> np.ndarray:
         """The strongest of K maps at each pixel: (height, width) int64. Arguments as for `rows_of`."""
-        found = np.empty((height, width), dtype=np.int64)
+        strongest = np.empty((height, width), dtype=np.int64)
         for rows, block in self.rows_of(maps, height, width, elements):
-            found[rows] = block.argmax(dim=0).cpu().numpy()
-        return found
+            strongest[rows] = block.argmax(dim=0).cpu().numpy()
+        return strongest
 
     def _axis(self, length: int, starts: Sequence[int], out: int) -> np.ndarray:
         """(out, windows x patches): from the patch grids along one axis to the pixels of the answer."""
@@ -227,54 +227,6 @@ def pad_to(array: np.ndarray, size: int, value: int | Sequence[int]) -> np.ndarr
     padded[:] = value
     padded[: array.shape[0], : array.shape[1]] = array
     return padded
-
-
-def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """SSD's distortion of colours: each part with probability one half, contrast before or after the other two.
-
-    image  (H, W, 3) uint8; brightness ±32 of 255, contrast and saturation x 0.5 to 1.5, hue ±36 degrees
-    """
-    x = image.astype(np.float32)
-    brightness, contrast, saturation, hue = rng.random(4) < 0.5
-    contrast_first = rng.random() < 0.5
-    shift, gain = np.float32(rng.uniform(-32, 32)), np.float32(rng.uniform(0.5, 1.5))
-    colour, turn = rng.uniform(0.5, 1.5), rng.uniform(-36, 36)
-    if brightness:
-        x = np.clip(x + shift, 0, 255)
-    if contrast and contrast_first:
-        x = np.clip(x * gain, 0, 255)
-    if saturation:
-        x = scale_saturation(x, colour)
-    if hue:
-        x = turn_hue(x, turn)
-    if contrast and not contrast_first:
-        x = np.clip(x * gain, 0, 255)
-    return (x + 0.5).astype(np.uint8)
-
-
-def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """(H, W, 3) float32 in [0, 255] with HSV's saturation times `factor`, at most 1."""
-    value = image.max(axis=2, keepdims=True)
-    reach = value - image.min(axis=2, keepdims=True)  # saturation is reach / value
-    limit = np.divide(value, reach, out=np.ones_like(value), where=reach > 0)
-    return np.clip(value - (value - image) * np.minimum(np.float32(factor), limit), 0, 255)
-
-
-def turn_hue(image: np.ndarray, degrees: float) -> np.ndarray:
-    """(H, W, 3) float32 in [0, 255] with HSV's hue turned; saturation and value stay."""
-    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
-    value = image.max(axis=2)
-    reach = value - image.min(axis=2)
-    safe = np.where(reach > 0, reach, 1)
-    sector = np.where(
-        value == red, (green - blue) / safe, np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    )
-    sector += np.float32(degrees / 60)
-    turned = np.empty_like(image)
-    for channel, offset in enumerate((5, 3, 1)):
-        k = (sector + offset) % 6
-        turned[..., channel] = value - reach * np.clip(np.minimum(k, 4 - k), 0, 1)
-    return turned
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
