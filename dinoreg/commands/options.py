@@ -80,7 +80,8 @@ class RegistersOptions(Options, verb="registers"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(all(self.models), "weights", self.weights, "names with one comma between them")
+        named = bool(self.models) and all(self.models)
+        check(named, "weights", self.weights, "one or more names, with one comma between")
 
     @property
     def models(self) -> tuple[str, ...]:
