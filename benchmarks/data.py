@@ -143,7 +143,7 @@ def reference(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
 def dinoreg_loader(settings: dict[str, Any]) -> Any:
     """dinoreg's loader; with `finish` False it hands over what would go to an accelerator."""
     from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
-    from dinoreg.data.loader import BatchLoader
+    from dinoreg.data.loader import BatchLoader, Reading, Views
     from dinoreg.data.open import open_source
     from dinoreg.runtime.device import keep_freed_memory
 
@@ -157,16 +157,13 @@ def dinoreg_loader(settings: dict[str, Any]) -> Any:
     torch.set_num_threads(1)
     # Neither the CPU, where workers finish the crops, nor CUDA: "meta" takes what it is sent and does nothing.
     kind, device = (BatchLoader, "cpu") if settings["finish"] else (Uint8Loader, "meta")
+    crops = CropSettings(local_size=settings["local_size"])
     return kind(
         open_source(settings["folder"], index_dir=settings["index_dir"]),
-        crops=CropSettings(local_size=settings["local_size"]),
-        augment=AugmentSettings(),
-        mask=MaskSettings(),
-        patch_size=settings["patch_size"],
+        Views(crops, AugmentSettings(), MaskSettings(), settings["patch_size"]),
+        Reading(workers=settings["workers"], reduced_decode=settings.get("reduced_decode", True)),
         batch_size=settings["batch_size"],
-        workers=settings["workers"],
         device=device,
-        reduced_decode=settings.get("reduced_decode", True),
     )
 
 

@@ -135,8 +135,8 @@ def _has(folder: Path, suffix: str) -> bool:
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """Every readable image, without labels. Any classes will do: many copies hold a part of them."""
     folders = [folder for folder in (*(root / name for name in BENCHMARK.folders), root) if folder.is_dir()]
-    found = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
-    source, _, labels, _ = _images(found or BENCHMARK.find(root), options, index_dir)  # find says what is expected
+    chosen = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
+    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), options, index_dir)  # find says what is expected
     return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
 
 

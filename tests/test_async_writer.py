@@ -31,6 +31,7 @@ from training import loss_trace, read_lines, tiny_config
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint import lease
 from dinoreg.checkpoint.async_writer import Writer
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.train.loop import pretrain
@@ -47,9 +48,13 @@ def tensors(value: float, size: int = 5) -> dict[str, Any]:
     }
 
 
+joined: list[Ranks] = [ALONE]  # the processes that this one is among; the last entry counts
+
+
 def open_writer(run: Path, **options: Any) -> Writer:
     run.mkdir(exist_ok=True)
     given = {"keep": 9, "keep_hours": None, "asynchronous": True, "max_failures": 3, "timeout": 30.0, **options}
+    given["ranks"] = joined[-1]
     return Writer(run, describe_teacher={"architecture": {"dim": 8}, "config_hash": "abc"}, **given)
 
 
@@ -664,11 +669,11 @@ def assert_whole(state: dict[str, Any], seed: int) -> None:
 
 def load_whole(run: Path, world_size: int, seed: int) -> None:
     """The newest checkpoint, by however many processes there are now, is the state of `seed`."""
-    path, damaged = checkpoint.newest(run / "checkpoints")
+    path, damaged = checkpoint.newest(run / "checkpoints", joined[-1])
     assert path is not None
     assert damaged == []
     state = spread_values(None, world_size)
-    assert checkpoint.load(path, state, verified=True)["seed"] == seed
+    assert checkpoint.load(path, state, verified=True, ranks=joined[-1])["seed"] == seed
     assert_whole(state, seed)
 
 
@@ -720,7 +725,7 @@ def _save_by_two(number: int, folder: Path) -> None:
     writer.save(2, spread_values(2, 2), {"step": 2, "seed": 2})
     with pytest.raises(RunError, match="No space left on device") as caught:
         writer.wait()
-    assert caught.value.collective
+    assert writer.ranks.is_common(caught.value)
     assert caught.value.reported == (number == 1)
     checkpoint._own_files = own_files
     assert [failure.step for failure in writer.poll()] == [2]
@@ -735,7 +740,7 @@ def _save_by_two(number: int, folder: Path) -> None:
         if number == 0:
             shard.write_bytes(content[:-200] + bytes([content[-200] ^ 1]) + content[-199:])
         dist.barrier()
-        path, damaged = checkpoint.newest(run / "checkpoints")
+        path, damaged = checkpoint.newest(run / "checkpoints", joined[-1])
         assert path == run / "checkpoints" / "step_0000001"
         assert len(damaged) == 1
         assert name in damaged[0]
@@ -749,7 +754,7 @@ def _save_by_two(number: int, folder: Path) -> None:
     strange = spread_values(None, 2)
     strange["plain"]["center0"] = torch.zeros(3)
     with pytest.raises(UserError, match=r"plain.center0 is \(10000,\), this model has \(3,\)"):
-        checkpoint.load(run / "checkpoints" / "step_0000002", strange)
+        checkpoint.load(run / "checkpoints" / "step_0000002", strange, ranks=joined[-1])
     writer.close()
 
     # Two copies of everything: DDP's plain tensors, and HSDP's shards, are written once.
@@ -804,6 +809,7 @@ def _worker(number: int, folder: str) -> None:
         if number < world_size:
             store = f"file://{folder}/store{phase}"
             dist.init_process_group("gloo", init_method=store, rank=number, world_size=world_size)
+            joined.append(Ranks.of_default_group(30.0))
             work(number, Path(folder))
             dist.destroy_process_group()
         else:  # until the others are through

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from dinoreg.distributed.process_group import Ranks
 from dinoreg.losses.centering import sinkhorn_knopp, softmax_center, update_center
 
 
@@ -152,15 +153,16 @@ def test_targets_of_a_step_do_not_depend_on_the_mean_of_that_step() -> None:
 def _one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ranks = Ranks.of_default_group(30.0)
     logits = _logits(9, 13)
     logits[5:] += 0.4  # the processes' own maxima differ
     for name, cut in (("uneven", 5), ("empty", 9)):
         rows = logits[:cut] if rank == 0 else logits[cut:]
-        targets = sinkhorn_knopp(rows, 0.05)
-        center = update_center(torch.ones(1, 13), rows)
+        targets = sinkhorn_knopp(rows, 0.05, ranks=ranks)
+        center = update_center(torch.ones(1, 13), rows, ranks=ranks)
         torch.save((targets, center), f"{folder}/{name}{rank}.pt")
-    nobody = sinkhorn_knopp(logits[:0], 0.05), update_center(torch.ones(1, 13), logits[:0])
-    torch.save(nobody, f"{folder}/nobody{rank}.pt")
+    no_rows = sinkhorn_knopp(logits[:0], 0.05, ranks=ranks), update_center(torch.ones(1, 13), logits[:0], ranks=ranks)
+    torch.save(no_rows, f"{folder}/nobody{rank}.pt")
     dist.destroy_process_group()
 
 

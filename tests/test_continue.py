@@ -122,8 +122,8 @@ def test_a_step_pulls_every_visible_token_towards_the_anchors_of_the_whole_image
 
 def test_without_a_weight_there_is_no_anchor_to_pay_for(first: Path, tmp_path: Path) -> None:
     setup = prepare(continued(tmp_path / "run", first, loss__anchor_weight=0.0))
-    assert setup.start is not None
-    assert setup.start.anchor is None
+    assert setup.init is not None
+    assert setup.init.anchor is None
     assert setup.new_state().anchor is None
 
 
@@ -139,7 +139,7 @@ def test_the_anchor_is_not_computed_while_the_backbone_stands_still(
 
     monkeypatch.setattr(RegisterViT, "forward", counted)
     setup = prepare(continued(tmp_path / "run", first))
-    assert setup.start is not None
+    assert setup.init is not None
     pretrain(continued(tmp_path / "run", first))
     assert sorted(calls.count(network) for network in set(calls)) == [7, 10, 10]  # anchor, student, teacher
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -168,7 +168,7 @@ def test_a_run_without_init_knows_no_stages() -> None:
     assert {schedules.at(step).backbone for step in range(20)} == {1.0}
     config = tiny_config("unused", adapt__heads=0.5, adapt__layer_decay=0.1, adapt__lr=0.01)
     setup = prepare(config)
-    assert setup.start is None
+    assert setup.init is None
     assert setup.schedules.at(0).backbone == 1.0
     multipliers = {group["lr_multiplier"] for group in setup.new_state().optimizer.param_groups}
     assert min(multipliers) == pytest.approx(0.9**3 * 0.2)

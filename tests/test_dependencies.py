@@ -18,7 +18,7 @@ from dinoreg.runtime.dependencies import DEPENDENCIES, LINUX_X86, find, install,
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [row.name for row in DEPENDENCIES]
 # What runs instead of being imported, by what shows it in .ci/run.
-TOOLS = {"pytest-xdist": "pytest -n 2", "ruff": "/ruff", "mypy": "/mypy", "wheel": 'pip" wheel'}
+TOOLS = {"pytest-xdist": " -n 2 --dist", "ruff": "/ruff", "mypy": "/mypy", "wheel": 'pip" wheel'}
 
 
 def imports(*folders: str) -> Iterator[str]:
@@ -40,7 +40,6 @@ def test_every_dependency_has_a_use_in_the_code() -> None:
     code = {name.partition(".")[0] for name in names}
     code |= {"tensorboard"} if "torch.utils.tensorboard" in names else set()
     code |= {package for form in FORMATS.values() for package in form.packages}  # what torch.onnx.export imports
-    code |= {"jinja2", "pycocotools"}  # in the change that moves reports to templates, and detection to COCOeval
     tests = {name.partition(".")[0] for name in imports("tests", "benchmarks", "setup.py")}
     script = (ROOT / ".ci" / "run").read_text()
     for row in DEPENDENCIES:

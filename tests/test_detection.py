@@ -300,10 +300,10 @@ def test_a_random_vit_reads_them_too_and_coco_quotes_the_mean_over_thresholds(
 ) -> None:
     torch.manual_seed(0)
     encoder = wrap(RegisterViT(image_size=32, patch_size=8, dim=64, depth=1, heads=4, num_registers=2))
-    rows = run(*planted, tmp_path, encoder, metric="AP")
+    rows = run(*planted, tmp_path, encoder, metric="AP", steps=240)
     assert [(row.metric, row.variant) for row in rows] == [("AP", ""), ("AP50", "")]
     assert 0.1 < rows[0].value < rows[1].value
-    assert rows[1].value > 0.5
+    assert rows[1].value > 0.8
     assert set(rows[0].details) >= {"AP75", "AP small", "AP medium", "AP large", "whole-image boxes"}
 
 

@@ -9,15 +9,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dinoreg.distributed.process_group import all_reduce_max, all_reduce_sum, is_distributed, rank, world_size
+from dinoreg.distributed.process_group import ALONE, Ranks
 
 
 def test_one_process_is_rank_zero_of_one() -> None:
-    assert not is_distributed()
-    assert (rank(), world_size()) == (0, 1)
+    assert (ALONE.rank, ALONE.world_size, ALONE.is_main) == (0, 1, True)
 
 
-@pytest.mark.parametrize("reduce", [all_reduce_sum, all_reduce_max])
+@pytest.mark.parametrize("reduce", [ALONE.all_reduce_sum, ALONE.all_reduce_max, ALONE.all_reduce_mean])
 def test_on_one_process_a_reduction_is_the_tensor_itself(reduce: object) -> None:
     tensor = torch.randn(3, 4)
     assert reduce(tensor) is tensor  # type: ignore[operator]
@@ -30,14 +29,15 @@ def _values(number: int) -> torch.Tensor:
 def _one_of_two(number: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=number, world_size=2)
+    ranks = Ranks.of_default_group(30.0)
     own = _values(number)
     results = {
-        "place": torch.tensor([rank(), world_size(), int(is_distributed())]),
-        "sum": all_reduce_sum(own),
-        "max": all_reduce_max(own),
-        "transposed": all_reduce_sum(own.T),
-        "scalar": all_reduce_sum(torch.tensor(float(number + 1))),
-        "count": all_reduce_sum(torch.tensor([2**40 + number])),
+        "place": torch.tensor([ranks.rank, ranks.world_size, int(ranks.is_main)]),
+        "sum": ranks.all_reduce_sum(own),
+        "max": ranks.all_reduce_max(own),
+        "transposed": ranks.all_reduce_sum(own.T),
+        "scalar": ranks.all_reduce_sum(torch.tensor(float(number + 1))),
+        "count": ranks.all_reduce_sum(torch.tensor([2**40 + number])),
         "own": own,
     }
     torch.save(results, f"{folder}/{number}.pt")
@@ -49,7 +49,7 @@ def test_two_processes_get_the_sum_and_the_maximum_and_keep_their_own(tmp_path: 
     first, second = _values(0), _values(1)
     for number in range(2):
         results = torch.load(tmp_path / f"{number}.pt")
-        assert results["place"].tolist() == [number, 2, 1]
+        assert results["place"].tolist() == [number, 2, int(number == 0)]
         assert torch.equal(results["sum"], first + second)
         assert torch.equal(results["max"], torch.where(first > second, first, second))
         assert torch.equal(results["transposed"], (first + second).T)

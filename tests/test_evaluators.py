@@ -23,7 +23,7 @@ FAST = {
     "segmentation": [
         "segmentation.size=48",
         "segmentation.stride=32",
-        "segmentation.steps=60",
+        "segmentation.steps=120",
         "segmentation.batch_size=6",
         "segmentation.lrs=[0.01]",
     ],

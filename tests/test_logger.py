@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from dinoreg.train import logger as log_module
-from dinoreg.train.logger import LINES, LineFile, RunLog
+from dinoreg.train.logger import LINES, LineFile, RunLog, TensorBoard
 
 
 def values(step: int, **others: Any) -> dict[str, Any]:
@@ -160,7 +160,8 @@ def test_a_full_disk_is_named_once_and_the_lines_lost_to_it_are_counted(
     monkeypatch.setattr(log_module, "_LogFile", lambda _: real("/dev/full"))
     with open_log(tmp_path, num_steps=3, tensorboard=True) as log:
         log._lines["metrics.jsonl"] = LineFile(Path("/dev/full"))
-        log._writer = NoRoom()
+        log._tensorboard = TensorBoard(tmp_path, 1)
+        log._tensorboard.writer = NoRoom()
         for step in (1, 2, 3):
             log.metrics(values(step))
         log.append("probe.jsonl", {"step": 3, "rankme": 1.0})
@@ -243,8 +244,8 @@ def test_on_a_terminal_there_is_a_progress_bar_instead(tmp_path: Path, monkeypat
         for step in range(11, 31):
             log.metrics(values(step))
         log.say("a word")
-        assert log._progress is not None
-        (task,) = log._progress.tasks
+        assert log.display.progress is not None
+        (task,) = log.display.progress.tasks
         assert (task.completed, task.total) == (30, 80)
         assert task.fields["losses"] == "loss 7.250  100 img/s"
     shown = screen.getvalue()

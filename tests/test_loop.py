@@ -4,10 +4,12 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,69 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_the_s
     assert loss_trace(out) == loss_trace(whole)
 
 
+LIST_FILES = os.listdir
+
+
+def everything_in(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def remove_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def append_a_byte(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(folder / "state.json", "ab") as file:
+        file.write(b" ")
+
+
+def failing_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "digest", fail)
+
+
+def no_permission(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> list[str]:
+        if path == folder.parent:
+            raise PermissionError(13, "Permission denied")
+        return LIST_FILES(path)
+
+    monkeypatch.setattr(checkpoint.os, "listdir", refuse)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (remove_manifest, r"step_0000002: unreadable \(No such file or directory\)"),
+        (append_a_byte, r"step_0000002: state\.json has \d+ of \d+ bytes"),
+        (failing_disk, r"step_0000002: unreadable \(Input/output error\)"),
+        (no_permission, r"checkpoints: unreadable \(Permission denied\)"),
+    ],
+)
+def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_anew_by_a_resume(
+    tmp_path: Path,
+    damage: Callable[[Path, pytest.MonkeyPatch], None],
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = pretrain(tiny_config(tmp_path / "run", steps=2, checkpoint__every=1))
+    for folder in list((out / "checkpoints").glob("step_*")):
+        damage(folder, monkeypatch)
+    with monkeypatch.context() as readable:
+        readable.setattr(os, "listdir", LIST_FILES)
+        before = everything_in(out)
+    with pytest.raises(RunError, match=reason) as failure:
+        pretrain(tiny_config(out, resume=True, steps=4))
+    assert "\n" not in str(failure.value)
+    monkeypatch.undo()
+    assert everything_in(out) == before
+    shutil.rmtree(out / "checkpoints")
+    pretrain(tiny_config(out, resume=True, steps=1))  # nothing there to lose
+    assert "nothing to resume" in (out / "train.log").read_text()
+
+
 def test_weights_of_a_run_start_another_in_student_and_teacher(tmp_path: Path) -> None:
     first = pretrain(tiny_config(tmp_path / "first"))
     setup = prepare(tiny_config(tmp_path / "second", init=str(first)))
@@ -162,9 +227,9 @@ def test_a_run_resumed_with_other_options_or_other_code_says_so_in_a_line_each(
 
 def test_overwrite_starts_anew_but_never_deletes_what_is_not_a_run(tmp_path: Path) -> None:
     out = pretrain(tiny_config(tmp_path / "run", steps=2))
-    (out / "old").write_text("x")
+    (out / "report.html").write_text("of the first run")
     pretrain(tiny_config(out, steps=1, overwrite=True))
-    assert not (out / "old").exists()
+    assert not (out / "report.html").exists()
     assert len(loss_trace(out)) == 1
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -172,6 +237,16 @@ def test_overwrite_starts_anew_but_never_deletes_what_is_not_a_run(tmp_path: Pat
     with pytest.raises(UserError, match="not overwritten"):
         pretrain(tiny_config(photos, overwrite=True))
     assert (photos / "me.jpg").exists()
+
+
+def test_overwrite_works_through_a_link_to_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    out = tmp_path / "run"
+    out.symlink_to(tmp_path / "scratch", target_is_directory=True)
+    pretrain(tiny_config(out, steps=2))
+    pretrain(tiny_config(out, steps=1, overwrite=True))
+    assert out.is_symlink()
+    assert len(loss_trace(tmp_path / "scratch")) == 1
 
 
 def test_accumulated_runs_follow_the_whole_batch(tmp_path: Path) -> None:

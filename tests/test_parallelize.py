@@ -20,7 +20,16 @@ from training import LOSSES, loss_trace, read_lines, tiny_config
 
 from dinoreg.config.load import Config, load_config
 from dinoreg.config.schema import LossConfig, ParallelConfig
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import (
+    ALONE,
+    Agreement,
+    Place,
+    Ranks,
+    is_main_process,
+    pick_cuda_index,
+    place_from_environment,
+    session,
+)
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
@@ -132,8 +141,8 @@ def _until(config: Config, stop: int) -> None:
     def counted(self: BatchLoader) -> Any:
         batch = original(self)
         # On many processes the agreement takes one step more.
-        early = 0 if distributed.world_size() == 1 else 1
-        if batch.position == 12 * (stop - early) and distributed.is_main():
+        early = 0 if place_from_environment() is None else 1
+        if batch.position == 12 * (stop - early) and is_main_process():
             os.kill(os.getpid(), signal.SIGUSR1)
         return batch
 
@@ -145,7 +154,7 @@ def _until(config: Config, stop: int) -> None:
     finally:
         BatchLoader.__next__ = original  # type: ignore[method-assign]
     assert asked == [signal.SIGUSR1]
-    if distributed.is_main():
+    if is_main_process():
         assert json.loads((Path(str(config.out)) / "status.json").read_text())["step"] == stop
 
 
@@ -175,42 +184,42 @@ def test_the_same_processes_repeat_a_run_bit_for_bit_and_hybrids_and_drop_path_w
 
 def _in_session(folder: str) -> None:
     """Everything that needs two processes and no run; what is found goes to `folder`."""
-    with distributed.session("cpu", 30.0):
-        rank = distributed.rank()
-        found: dict[str, Any] = {"gathered": distributed.gather_objects(rank * 10), "main": distributed.from_main(rank)}
+    with session("cpu", 30.0) as ranks:
+        rank = ranks.rank
+        found: dict[str, Any] = {"gathered": ranks.gather_objects(rank * 10), "main": ranks.from_main(rank)}
         rows = torch.arange(6.0).view(3, 2) + 100 * rank
-        found["rows"] = distributed.gather_rows(rows).tolist()
-        found["alone"] = distributed.gather_rows(rows, 1).tolist()
-        agreement = distributed.Agreement()
+        found["rows"] = ranks.gather_rows(rows).tolist()
+        found["alone"] = ranks.gather_rows(rows, 1).tolist()
+        agreement = Agreement(ranks)
         found["agreed"] = [agreement.maximum(number) for number in ([0, 0, 0, 0] if rank else [0, 10, 0, 0])]
 
         features = torch.randn(8, 5, generator=torch.Generator().manual_seed(rank), dtype=torch.float32)
-        value, gradient = koleo_of_processes(features, 0.5, None)
+        value, gradient = koleo_of_processes(features, 0.5, None, ranks)
         found["koleo"] = (float(value), gradient.tolist())
-        value, gradient = koleo_of_processes(features, 0.5, 1)
+        value, gradient = koleo_of_processes(features, 0.5, 1, ranks)
         found["own koleo"] = (float(value), gradient.tolist())
 
         for name, work in {
             "fine": lambda: None,
             "user": lambda: _fail(UserError("no such folder"), rank == 1),
-            "nested": lambda: _fail_early(rank),
+            "nested": lambda: _fail_early(ranks),
         }.items():
             try:
-                with distributed.collective_errors():
+                with ranks.collective_errors():
                     work()
                 found[name] = "fine"
             except (UserError, RunError) as error:
-                found[name] = (type(error).__name__, str(error), error.reported, error.collective)
+                found[name] = (type(error).__name__, str(error), error.reported, ranks.is_common(error))
 
         order = Path(folder) / "order"
-        with distributed.main_first(), open(order, "a") as file:
+        with ranks.main_first(), open(order, "a") as file:
             file.write(f"{rank}\n")
 
         same, other = torch.ones(3), torch.full((3,), 1.0 + 1e-7 * rank)
-        check_replicas(4, 48, {"weights": same})
+        check_replicas(4, 48, {"weights": same}, ranks)
         for name, call in {
-            "weights": lambda: check_replicas(4, 48, {"weights": same, "bias": other}),
-            "position": lambda: check_replicas(4, 48 + rank, {"weights": same}),
+            "weights": lambda: check_replicas(4, 48, {"weights": same, "bias": other}, ranks),
+            "position": lambda: check_replicas(4, 48 + rank, {"weights": same}, ranks),
         }.items():
             try:
                 call()
@@ -224,10 +233,10 @@ def _fail(error: Exception, really: bool) -> None:
         raise error
 
 
-def _fail_early(rank: int) -> None:
+def _fail_early(ranks: Ranks) -> None:
     """Rank 1 fails before the inner agreement that rank 0 waits at."""
-    _fail(RunError("early"), rank == 1)
-    with distributed.main_first():
+    _fail(RunError("early"), ranks.rank == 1)
+    with ranks.main_first():
         pass
 
 
@@ -269,8 +278,8 @@ def test_processes_gather_agree_and_fail_together(tmp_path: Path) -> None:
 
 def _one_after_the_other(count: int) -> None:
     for number in range(count):
-        with distributed.session("cpu", 30.0):
-            assert distributed.gather_objects(number) == [number, number]
+        with session("cpu", 30.0) as ranks:
+            assert ranks.gather_objects(number) == [number, number]
         if os.environ["RANK"] == "0":
             time.sleep(random.random() * 0.02)  # the other is ahead, by this much
 
@@ -287,8 +296,8 @@ def _low_precision(folder: str) -> None:
             parallel__reduce_dtype=dtype,
         )  # fmt: skip
         pretrain(config)
-    with distributed.session("cpu", 30.0):
-        setup = prepare(run_config(Path(folder) / "none", 2, parallel__strategy="fsdp"))
+    with session("cpu", 30.0) as ranks:
+        setup = prepare(run_config(Path(folder) / "none", 2, parallel__strategy="fsdp"), ranks)
         state = setup.new_state()
         blocks = state.student.backbone.blocks
         assert all(isinstance(block, FSDPModule) for block in blocks)
@@ -351,15 +360,15 @@ def test_on_one_process_nothing_is_wrapped_and_nothing_is_exchanged(tmp_path: Pa
     state = prepare(run_config(tmp_path / "run", 1)).new_state()
     assert state.train_modules is state.student
     assert isinstance(state.student.backbone, RegisterViT)
-    assert distributed.Agreement().maximum(15) == 15
+    assert Agreement(ALONE).maximum(15) == 15
     with without_reduction(state.train_modules, True):
         pass
-    check_replicas(1, 1, state.replicated())
+    check_replicas(1, 1, state.replicated(), ALONE)
     error = UserError("x")
-    with pytest.raises(UserError) as caught, distributed.collective_errors():
+    with pytest.raises(UserError) as caught, ALONE.collective_errors():
         raise error
     assert caught.value is error
-    assert not error.collective
+    assert not ALONE.is_common(error)
 
 
 def test_the_odd_one_out_is_named() -> None:
@@ -377,11 +386,11 @@ def test_the_odd_one_out_is_named() -> None:
 
 
 def test_the_place_of_a_process_comes_from_torchrun_or_from_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = distributed.place_from_environment
+    place = place_from_environment
     assert place({}) is None
     assert place({"WORLD_SIZE": "1", "RANK": "0"}) is None
     run = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
-    assert place(run) == distributed.Place(3, 4, 1, "n1", 29500)
+    assert place(run) == Place(3, 4, 1, "n1", 29500)
     with pytest.raises(UserError, match=r"WORLD_SIZE=4: RANK and MASTER_PORT missing"):
         place({"WORLD_SIZE": "4", "MASTER_ADDR": "n1"})
     with pytest.raises(UserError, match=r"RANK=three: expected a whole number"):
@@ -400,10 +409,10 @@ def test_the_place_of_a_process_comes_from_torchrun_or_from_srun(monkeypatch: py
 
 
 def test_fewer_devices_than_processes_are_refused() -> None:
-    assert distributed.pick_cuda_index(2, 4, 4) == 2
-    assert distributed.pick_cuda_index(3, 1, 4) == 0  # the scheduler bound one device to each process
+    assert pick_cuda_index(2, 4, 4) == 2
+    assert pick_cuda_index(3, 1, 4) == 0  # the scheduler bound one device to each process
     with pytest.raises(UserError, match=r"process 3 of 4 on this machine: it has 2 CUDA devices"):
-        distributed.pick_cuda_index(3, 2, 4)
+        pick_cuda_index(3, 2, 4)
 
 
 def test_the_anchor_of_parts_is_that_of_the_whole() -> None:

@@ -20,7 +20,6 @@ from dinoreg.scenes.render import (
     SceneDataset,
     render,
     render_image,
-    render_pair,
 )
 
 FIELDS = ("image", "labels", "boxes", "box_labels", "segmentation", "instances", "depth")
@@ -106,11 +105,11 @@ def test_the_labelled_object_is_the_largest() -> None:
 def test_an_object_without_a_visible_pixel_is_in_no_ground_truth() -> None:
     drawn = scenes.plan(4, 0)
     main = drawn.things[0]
-    inside = main.poses[0]._replace(radius=0.2 * main.poses[0].radius)
-    hidden = main._replace(label=(main.label + 1) % NUM_CLASSES, poses=(inside, inside), near=main.near + 1.0)
-    outside = hidden._replace(poses=(inside._replace(x=500.0),) * 2)
-    seen = scenes._render(drawn._replace(things=[outside, main, hidden]), 4, 64, 0, 0)
-    alone = scenes._render(drawn._replace(things=[main]), 4, 64, 0, 0)
+    inside = main.pose._replace(radius=0.2 * main.pose.radius)
+    hidden = main._replace(label=(main.label + 1) % NUM_CLASSES, pose=inside, near=main.near + 1.0)
+    outside = hidden._replace(pose=inside._replace(x=500.0))
+    seen = scenes._render(drawn._replace(things=[outside, main, hidden]), 4, 64, 0)
+    alone = scenes._render(drawn._replace(things=[main]), 4, 64, 0)
     np.testing.assert_array_equal(seen.instances, alone.instances)
     np.testing.assert_array_equal(seen.segmentation, alone.segmentation)
     np.testing.assert_array_equal(seen.boxes, alone.boxes)
@@ -121,99 +120,16 @@ def test_what_is_visible_is_nearer_than_what_it_hides() -> None:
     compared = 0
     for i in range(120):
         drawn = scenes.plan(i, 7)
-        together = scenes._render(drawn, i, 64, 7, 0)
-        empty = scenes._render(drawn._replace(things=[]), i, 64, 7, 0)
+        together = scenes._render(drawn, i, 64, 7)
+        empty = scenes._render(drawn._replace(things=[]), i, 64, 7)
         assert (together.depth <= empty.depth).all()
         for k, thing in enumerate(drawn.things):
-            alone = scenes._render(drawn._replace(things=[thing]), i, 64, 7, 0)
+            alone = scenes._render(drawn._replace(things=[thing]), i, 64, 7)
             assert (alone.depth[alone.instances == 1] < empty.depth[alone.instances == 1]).all()
             hidden = (alone.instances == 1) & (together.instances != 0) & (together.instances != k + 1)
             assert (together.depth[hidden] < alone.depth[hidden]).all()
             compared += hidden.sum()
     assert compared > 500
-
-
-def test_the_first_frame_of_a_pair_is_the_scene_itself() -> None:
-    first, second, flow, valid = render_pair(11, 44, seed=1)
-    assert_same(first, render(11, 44, seed=1))
-    assert second.image.shape == (44, 44, 3)
-    assert (flow.shape, flow.dtype) == ((44, 44, 2), np.float32)
-    assert (valid.shape, valid.dtype) == ((44, 44), bool)
-    assert (first.image != second.image).any()
-
-
-def test_flow_is_the_rigid_motion_of_the_object_written_out_pixel_by_pixel() -> None:
-    size, index = 56, 21
-    first, _, flow, _ = render_pair(index, size)
-    drawn = scenes.plan(index)
-    for row in range(0, size, 3):
-        for column in range(0, size, 3):
-            x, y = (column + 0.5) * 64 / size, (row + 0.5) * 64 / size
-            owner = first.instances[row, column]
-            if owner == 0:
-                moved = (x + drawn.pan[0], y + drawn.pan[1])
-            else:
-                a, b = drawn.things[owner - 1].poses
-                turn, grow = b.angle - a.angle, b.radius / a.radius
-                dx, dy = (x - a.x) * grow, (y - a.y) * grow
-                moved = (
-                    b.x + dx * np.cos(turn) - dy * np.sin(turn),
-                    b.y + dx * np.sin(turn) + dy * np.cos(turn),
-                )
-            expected = (np.array(moved) - (x, y)) * size / 64
-            np.testing.assert_allclose(flow[row, column], expected, atol=2e-4)
-
-
-def look_up(plane: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Bilinear look-up at pixel coordinates whose integers are pixel centres, clamped at the border."""
-    size = plane.shape[0]
-    x, y = np.clip(x, 0, size - 1.001), np.clip(y, 0, size - 1.001)
-    i, j = y.astype(int), x.astype(int)
-    fy, fx = (y - i)[..., None], (x - j)[..., None]
-    top = plane[i, j] * (1 - fx) + plane[i, j + 1] * fx
-    bottom = plane[i + 1, j] * (1 - fx) + plane[i + 1, j + 1] * fx
-    return top * (1 - fy) + bottom * fy
-
-
-def test_the_second_frame_taken_back_along_the_flow_is_the_first() -> None:
-    """Instances agree wherever valid except within a pixel of an outline; the picture agrees far better."""
-    size = 96
-    rows, columns = np.mgrid[:size, :size]
-    warped_error, still_error = [], []
-    for i in range(24):
-        first, second, flow, valid = render_pair(i, size, seed=9)
-        x, y = columns + flow[..., 0], rows + flow[..., 1]
-        j, k = np.clip(np.rint(x).astype(int), 0, size - 1), np.clip(np.rint(y).astype(int), 0, size - 1)
-        wrong = valid & (second.instances[k, j] != first.instances)
-        near_outline = np.zeros_like(valid)
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                shifted = second.instances[np.clip(k + dy, 0, size - 1), np.clip(j + dx, 0, size - 1)]
-                near_outline |= shifted == first.instances
-        # A part thinner than a pixel may own no pixel in the second frame.
-        assert (valid & ~near_outline).sum() <= 2, i
-        assert wrong.sum() < 0.03 * valid.sum()
-        assert 0.3 < valid.mean() < 1.0
-        before, after = first.image.astype(float), second.image.astype(float)
-        warped_error.append(np.abs(look_up(after, x, y) - before)[valid].mean())
-        still_error.append(np.abs(after - before)[valid].mean())
-    assert np.mean(warped_error) < 0.5 * np.mean(still_error)
-
-
-def test_a_pixel_is_not_valid_exactly_where_its_place_is_outside_or_covered_in_the_second_frame() -> None:
-    """Covered: the second frame, drawn eight times finer, shows another owner at the place."""
-    size, refine = 32, 8
-    for i in range(12):
-        first, _, flow, valid = render_pair(i, size, seed=4)
-        fine = render_pair(i, size * refine, seed=4)[1]
-        rows, columns = np.mgrid[:size, :size]
-        x, y = columns + 0.5 + flow[..., 0], rows + 0.5 + flow[..., 1]
-        inside = (x >= 0) & (x < size) & (y >= 0) & (y < size)
-        assert not valid[~inside].any()
-        j = np.clip((x * refine).astype(int), 0, size * refine - 1)
-        k = np.clip((y * refine).astype(int), 0, size * refine - 1)
-        same_owner = fine.instances[k, j] == first.instances
-        assert np.mean(valid[inside] != same_owner[inside]) < 0.01
 
 
 def test_every_block_of_consecutive_scenes_holds_each_class_once() -> None:

@@ -25,6 +25,7 @@ from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
 
 from dinoreg.commands.main import main
+from dinoreg.config.load import load_config, to_yaml
 from dinoreg.jobs.records import read_records
 
 pytestmark = [
@@ -231,7 +232,7 @@ def test_what_sbatch_refuses_is_told_in_its_own_words_and_leaves_nothing(
 
 def test_a_run_that_was_to_be_overwritten_survives_a_refusal(cluster: SlurmCluster) -> None:
     Path("precious").mkdir()
-    Path("precious/config.yaml").write_text("seed: 1\n")
+    Path("precious/config.yaml").write_text(to_yaml(load_config(None, {"seed": 1})))
     assert main(["launch", "pretrain", tiny_file("tiny"), "overwrite=true", "out=precious", "gpus_per_node=3"]) == 2
     assert [path.name for path in Path("precious").iterdir()] == ["config.yaml"]
     assert not list(Path().glob(".precious*"))

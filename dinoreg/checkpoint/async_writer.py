@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.atomic import remedy
 from dinoreg.checkpoint.lease import TakenOver, acquire
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,13 @@ class Writer:
         describe_teacher: dict[str, Any],
         max_failures: int,
         timeout: float,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         describe_teacher  architecture, preprocessing and config hash, for the teacher file's JSON
         max_failures      failed checkpoints in a row that end the run
         timeout           seconds after which a process that does not answer counts as lost
+        ranks             the processes that write together
         raises            UserError when the folder cannot be written
         """
         self.run = run
@@ -74,9 +76,10 @@ class Writer:
         self.describe_teacher = describe_teacher
         self.max_failures = max_failures
         self.timeout = timeout
-        self.lease = acquire(run)
+        self.ranks = ranks
+        self.lease = acquire(run, ranks)
         self.group: Any = None
-        if distributed.world_size() > 1:
+        if ranks.world_size > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self.stall = 0.0
         self.write_time: float | None = None
@@ -186,9 +189,9 @@ class Writer:
             )
         except RunError:
             # Whoever takes over clears away what others have begun: then it is not the disk that is to blame.
-            checkpoint.on_all_ranks(self.group, lambda: self.lease.check(self.run) if distributed.is_main() else None)
+            checkpoint.on_all_ranks(self.group, lambda: self.lease.check(self.run) if self.ranks.is_main else None)
             raise
-        if distributed.is_main():
+        if self.ranks.is_main:
             with suppress(OSError):
                 checkpoint.retire_teachers(self.run)
 
@@ -254,7 +257,8 @@ class Writer:
                 if limit > 1:
                     many = f"{self._failures} checkpoints in a row could not be written; the last: {problem}"
                     problem = RunError(many)
-            problem.collective, problem.reported = True, not distributed.is_main()
+            problem.reported = not self.ranks.is_main
+            self.ranks.mark_common(problem)
         raise problem
 
 

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dinoreg.checkpoint.atomic import part_name, reason, sync, write_atomic
 from dinoreg.checkpoint.metadata import METADATA, Reader, TensorPlanner
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 
@@ -110,7 +110,7 @@ def save(
 
     try:
         on_first_rank(lambda: _begin(aside))
-        _ignore_single_process_warning()
+        _ignore_expected_warnings()
         writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
         state = _by_part(flatten(tensors))
         dcp.save(state, checkpoint_id=aside, storage_writer=writer, process_group=group, no_dist=group is None)
@@ -184,9 +184,10 @@ def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": digest(path)}
 
 
-def _ignore_single_process_warning() -> None:
-    """DCP warns whenever it is used by a single process, which here is the plain case."""
+def _ignore_expected_warnings() -> None:
+    """DCP warns whenever it is used by a single process, which here is the plain case, and of its own use of storages."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
 def remove_unfinished(folder: Path, token: str = "") -> None:
@@ -262,22 +263,23 @@ def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     return numbers
 
 
-def _verify_together(path: Path) -> dict[str, Any]:
+def _verify_together(path: Path, ranks: Ranks) -> dict[str, Any]:
     """`verify` by all processes, each its share of the files; all come to the same verdict."""
-    with distributed.collective_errors():
-        return verify(path, distributed.rank(), distributed.world_size())
+    with ranks.collective_errors():
+        return verify(path, ranks.rank, ranks.world_size)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with those that were passed over.
 
     Called by all processes, which get the same answer.
     """
     damaged = []
-    names = sorted((path.name for path in folder.glob("step_*")), reverse=True)
-    for name in distributed.from_main(names):
+    with ranks.collective_errors():
+        names = _list_checkpoints(folder)
+    for name in ranks.from_main(names):
         try:
-            _verify_together(folder / name)
+            _verify_together(folder / name, ranks)
         except RunError as error:
             damaged.append(f"{error}; passed over")
             continue
@@ -285,8 +287,23 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, damaged
 
 
+def _list_checkpoints(folder: Path) -> list[str]:
+    """The names of the checkpoints in a folder, newest first; RunError when it is there and cannot be listed."""
+    try:
+        return sorted((name for name in os.listdir(folder) if name.startswith("step_")), reverse=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"checkpoints in {folder}: unreadable ({reason(error)})") from None
+
+
 def load(
-    path: Path, tensors: dict[str, Any], numbers: dict[str, Any] | None = None, *, verified: bool = False
+    path: Path,
+    tensors: dict[str, Any],
+    numbers: dict[str, Any] | None = None,
+    *,
+    verified: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Fill `tensors` (nested, as given to `save`; plain or DTensor) in place; returns the numbers.
 
@@ -296,8 +313,8 @@ def load(
     verified  the files have been checked just now, by `newest`
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
-    loaded = verify(path, -1) if verified else _verify_together(path)
-    with distributed.collective_errors():
+    loaded = verify(path, -1) if verified else _verify_together(path, ranks)
+    with ranks.collective_errors():
         for name, value in (numbers or {}).items():
             if type(loaded.get(name)) is not type(value):
                 raise RunError(f"checkpoint {path}: unreadable ({NUMBERS} has no {type(value).__name__} {name})")
@@ -330,7 +347,7 @@ def read_plain(path: Path, prefix: str) -> dict[str, Tensor]:
 
 def _read(reader: Reader, tensors: dict[str, Any]) -> None:
     """Every process reads by itself: nothing has to be agreed on, whatever the sharding."""
-    _ignore_single_process_warning()
+    _ignore_expected_warnings()
     try:
         dcp.load(tensors, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
     except (OSError, CheckpointException) as error:

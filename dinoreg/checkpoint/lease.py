@@ -17,10 +17,9 @@ from pathlib import Path
 
 from dinoreg.checkpoint.atomic import part_name, write_atomic
 from dinoreg.checkpoint.format import remove_unfinished
-from dinoreg.distributed import process_group as distributed
+from dinoreg.config.overwrite import OWNER
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.errors import RunError, UserError
-
-OWNER = "owner.json"
 
 
 class TakenOver(RunError):
@@ -59,14 +58,14 @@ class Lease:
             raise TakenOver(f"{run} was taken over by {successor}; this copy ({self}) stops writing there")
 
 
-def acquire(run: Path) -> Lease:
+def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
     """Make the run folder this start's own, and remove what dead writers left there. Called by all processes.
 
     raises UserError when it cannot be written
     """
-    with distributed.collective_errors():
+    with ranks.collective_errors():
         lease = None
-        if distributed.is_main():
+        if ranks.is_main:
             restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
             lease = Lease(
                 token=secrets.token_hex(4),
@@ -84,7 +83,7 @@ def acquire(run: Path) -> Lease:
             for pattern in (part_name(Path(OWNER), "*").name, "checkpoints/*.part", "teacher/*.part"):
                 for path in run.glob(pattern):
                     path.unlink(missing_ok=True)
-    owner: Lease = distributed.from_main(lease)
+    owner: Lease = ranks.from_main(lease)
     return owner
 
 

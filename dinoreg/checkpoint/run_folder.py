@@ -34,6 +34,7 @@ class Probe:
 
     @property
     def unit(self) -> str:
+        """Of the values: "share" (in [0, 1]), or what stands behind the number."""
         return str(self.details.get("unit", "share"))
 
 
@@ -56,6 +57,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The folder's own."""
         return self.folder.resolve().name or str(self.folder)
 
     @property
@@ -66,11 +68,13 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
+        """Steps that the run is to make."""
         value = self.status.get("num_steps", self.config.get("steps"))
         return int(number(value)) if is_number(value) else None
 
     @property
     def images_seen(self) -> int | None:
+        """Images of all processes up to the last line of metrics.jsonl."""
         value = self.metrics[-1].get("images") if self.metrics else None
         return int(number(value)) if is_number(value) else None
 
@@ -93,6 +97,7 @@ class Run:
         return [a for a, _ in finite], [b for _, b in finite]
 
     def last(self, key: str) -> float | None:
+        """The last finite value of a key of metrics.jsonl or probe.jsonl."""
         values = self.series(key)[1]
         return values[-1] if values else None
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.runner import Planned, Request, check_size, choose, evaluate_all, preflight
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.json_files import read_json
 
 
 def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
@@ -112,10 +112,7 @@ def _not_evaluated(folder: Path) -> list[str]:
 
 def _is_finished(run: Path) -> bool:
     """Whether a folder is a run that trains no more: until then its page belongs to the training."""
-    try:
-        return json.loads((run / "status.json").read_text())["phase"] == "finished"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return read_json(run / "status.json").get("phase") == "finished"
 
 
 def list_datasets() -> None:

@@ -80,8 +80,7 @@ class RegistersOptions(Options, verb="registers"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        named = bool(self.models) and all(self.models)
-        check(named, "weights", self.weights, "one or more names, with one comma between")
+        check(bool(self.models) and all(self.models), "weights", self.weights, "names with one comma between them")
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -46,11 +46,11 @@ def _read_pretrain(arguments: list[str]) -> tuple[Config]:
 def _pretrain(config: Config, **hooks: Any) -> None:
     """hooks are handed to the training by what runs it: a job listens to its checkpoints."""
     with running(config.out):
-        from dinoreg.distributed.process_group import is_main
+        from dinoreg.distributed.process_group import is_main_process
         from dinoreg.train.loop import pretrain
 
         run = Path(pretrain(config, **hooks))
-        if not is_main():
+        if not is_main_process():
             return
         from dinoreg.commands.report import report_run
 

@@ -32,13 +32,13 @@ def center_crops(source: Source, indices: Iterable[int], size: int, in_channels:
 
     returns (n, C, size, size) uint8, and the n indices that could be read
     """
-    images, kept = [], []
+    images, readable = [], []
     for index in indices:
         try:
             images.append(center_crop(decode(source.read(index), in_channels), size))
         except (BadImage, OSError):
             continue
-        kept.append(index)
+        readable.append(index)
     if not images:
         return torch.empty(0, in_channels, size, size, dtype=torch.uint8), []
-    return torch.stack(images), kept
+    return torch.stack(images), readable

@@ -41,13 +41,13 @@ class Pretraining:
 
 def known_names() -> dict[str, Path]:
     """Names and aliases of the datasets that can be a source, and where each is declared."""
-    found = {}
+    paths = {}
     for path in sorted(bundled("eval").glob("*.py")):
         # A look at the text first: running a file that declares no source would be for nothing.
         if re.search(r"^PRETRAINING\b", path.read_text(encoding="utf-8"), re.MULTILINE):
             benchmark = load_declaration(path).BENCHMARK
-            found.update(dict.fromkeys((benchmark.name, *benchmark.aliases), path))
-    return found
+            paths.update(dict.fromkeys((benchmark.name, *benchmark.aliases), path))
+    return paths
 
 
 def open_named(name: str, options: str, index_dir: str | None, kinds: str) -> Source:

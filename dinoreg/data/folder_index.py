@@ -1,4 +1,4 @@
-"""The index of a folder of images: which files it holds, found once and kept, in one deterministic order.
+"""The index of a folder of images: which files it holds, found once and cached, in one deterministic order.
 
 Names are kept as one block of bytes, so that a million files cost tens of megabytes and no Python object
 each. Files are not examined one by one: on a network file system that would take minutes. A kept index is
@@ -58,13 +58,13 @@ def index_folder(root: str | os.PathLike[str], index_dir: str | os.PathLike[str]
     if not os.path.isdir(root):
         what = "is a file, expected a folder" if os.path.exists(root) else "does not exist"
         raise UserError(f"data: {root} {what}")
-    kept = _kept_index(root, index_dir)
-    paths = _read_index(kept, root) if kept else None
+    cache = _index_path(root, index_dir)
+    paths = _read_index(cache, root) if cache else None
     if paths is None:
         started = time.time_ns()
         paths, folders, times = _scan(root)
-        if kept and len(paths):
-            _write_index(kept, root, paths, folders, times, started)
+        if cache and len(paths):
+            _write_index(cache, root, paths, folders, times, started)
     if not len(paths):
         known = " ".join(sorted(extension[1:] for extension in EXTENSIONS))
         raise UserError(f"data: no image files below {root} (looked for {known})")
@@ -77,7 +77,7 @@ def cache_folder() -> Path:
     return Path(base) / "dinoreg"
 
 
-def _kept_index(root: str, index_dir: str | os.PathLike[str] | None) -> Path:
+def _index_path(root: str, index_dir: str | os.PathLike[str] | None) -> Path:
     digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:32]
     return Path(index_dir or cache_folder() / "index") / f"{digest}.npz"
 
@@ -124,10 +124,10 @@ def _list_folder(path: str) -> tuple[list[bytes], list[str]]:
     return names, below
 
 
-def _read_index(kept: Path, root: str) -> PathBlock | None:
-    """The kept index of `root`; None when there is none, it is damaged, or the folder has changed since."""
+def _read_index(cache: Path, root: str) -> PathBlock | None:
+    """The cached index of `root`; None when there is none, it is damaged, or the folder has changed since."""
     try:
-        with np.load(kept, allow_pickle=False) as file:
+        with np.load(cache, allow_pickle=False) as file:
             if int(file["version"]) != _VERSION or file["root"].tobytes() != os.fsencode(root):
                 return None
             folders, times = PathBlock(file["folders"].tobytes()), file["times"]
@@ -141,7 +141,7 @@ def _read_index(kept: Path, root: str) -> PathBlock | None:
         return None
 
 
-def _write_index(kept: Path, root: str, paths: PathBlock, folders: list[str], times: list[int], scanned: int) -> None:
+def _write_index(cache: Path, root: str, paths: PathBlock, folders: list[str], times: list[int], scanned: int) -> None:
     arrays = {
         "version": np.array(_VERSION),
         "root": np.frombuffer(os.fsencode(root), dtype=np.uint8),
@@ -150,7 +150,7 @@ def _write_index(kept: Path, root: str, paths: PathBlock, folders: list[str], ti
         "times": np.array(times, dtype=np.int64),
         "paths": np.frombuffer(paths.block, dtype=np.uint8),
     }
-    save_arrays(kept, arrays)
+    save_arrays(cache, arrays)
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

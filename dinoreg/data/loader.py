@@ -18,7 +18,6 @@ import time
 import weakref
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,13 +36,67 @@ from dinoreg.runtime.errors import RunError, UserError
 BAD_ALLOWANCE = 10  # bad images that never end a run, unless none at all are allowed
 _ATTEMPTS = 1000  # substitutes tried for one bad image
 _LISTED = 100  # bad images named when a run ends over them
-_MOST_WORKERS = 16  # when not told how many
+_MOST_WORKERS = 16  # unless data.workers says otherwise
 _CROP_STREAM, _COLOUR_STREAM = 1, 2  # uses of the seed
-# A batch is handed out in pieces. Where workers compute floats their number is fixed, because a mean's rounding
-# may depend on the company of a crop; larger pieces also mean fewer, longer operations and less waiting for the
+# A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding
+# may depend on the company of a crop; larger parts also mean fewer, longer operations and less waiting for the
 # interpreter lock.
-_PIECES_ON_CPU = 8
-_PIECES_PER_WORKER = 4
+_PARTS_ON_CPU = 8
+_PARTS_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class Views:
+    """What a batch makes of an image: its crops, their colours, and the patches hidden from the student.
+
+    raises UserError for settings that do not fit together
+    """
+
+    crops: CropSettings
+    augment: AugmentSettings
+    mask: MaskSettings
+    patch_size: int
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        for name, size in (("global_size", self.crops.global_size), ("local_size", self.crops.local_size)):
+            if size % self.patch_size and (name == "global_size" or self.crops.num_local):
+                raise UserError(f"crops.{name}={size} is not divisible by the patch size {self.patch_size}")
+        for name, values in (("mean", self.augment.mean), ("std", self.augment.std)):
+            if len(values) not in (1, self.in_channels):
+                expected = f"expected 1 or {self.in_channels} (channels)"
+                raise UserError(f"augment.{name} has {len(values)} values, {expected}")
+
+    @property
+    def sizes(self) -> list[int]:
+        """Pixels a side of every crop of an image, the two global ones first."""
+        return [self.crops.global_size] * 2 + [self.crops.local_size] * self.crops.num_local
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    workers           threads; None for one per core (per two cores when the step runs on the CPU), at most 16; 0 for
+                      the consumer's own thread, when it asks
+    prefetch          batches prepared ahead, at least 1
+    max_bad_fraction  of the images seen that may be unreadable
+    max_pixels        larger images count as bad
+    reduced_decode    let a large JPEG be decoded at 1/2, 1/4 or 1/8 where no crop loses pixels by it
+    """
+
+    workers: int | None = None
+    prefetch: int = 2
+    max_bad_fraction: float = 0.01
+    max_pixels: int = MAX_PIXELS
+    reduced_decode: bool = True
+
+    def num_workers(self, device: torch.device) -> int:
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        # On a CPU the step wants the cores as well.
+        return min(max(1, cores // 2) if device.type == "cpu" else cores, _MOST_WORKERS)
 
 
 @dataclass
@@ -63,9 +116,11 @@ class Batch:
 class _Slot:
     """The memory that workers write one batch's crops to."""
 
-    def __init__(self, batch_size: int, channels: int, crops: CropSettings, pinned: bool) -> None:
+    def __init__(self, batch_size: int, views: Views, pinned: bool) -> None:
+        crops = views.crops
+
         def buffer(rows: int, size: int) -> Tensor:
-            pixels = torch.empty(rows, size, size, channels, dtype=torch.uint8, pin_memory=pinned)
+            pixels = torch.empty(rows, size, size, views.in_channels, dtype=torch.uint8, pin_memory=pinned)
             return pixels.permute(0, 3, 1, 2)
 
         self.global_crops = buffer(2 * batch_size, crops.global_size)  # (2B, C, H, W), channels innermost
@@ -92,7 +147,7 @@ class _Job:
     bad: dict[str, str] = field(default_factory=dict)
     error: BaseException | None = None
     finished: list[Tensor | None] = field(default_factory=list)  # on a CPU: the global and the local crops, float
-    pieces: int = 0  # still to be finished
+    parts: int = 0  # still to be finished
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -102,34 +157,29 @@ class _Engine:
     def __init__(
         self,
         source: Source,
-        crops: CropSettings,
-        augment: AugmentSettings,
-        mask: MaskSettings,
+        views: Views,
+        reading: Reading,
         *,
-        grid: tuple[int, int],
         batch_size: int,
         seed: int,
-        in_channels: int,
-        max_pixels: int,
-        reduced_decode: bool,
+        device: torch.device,
         rank: int,
         world_size: int,
-        workers: int,
-        device: torch.device,
     ) -> None:
-        self.source, self.crops, self.augment, self.mask = source, crops, augment, mask
-        self.grid, self.batch_size, self.seed = grid, batch_size, seed
-        self.in_channels, self.max_pixels, self.reduced_decode = in_channels, max_pixels, reduced_decode
-        self.rank, self.world_size, self.device = rank, world_size, device
+        self.source, self.views, self.reading = source, views, reading
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.rank, self.world_size = rank, world_size
+        self.grid = (views.crops.global_size // views.patch_size,) * 2
+        self.sizes = views.sizes
         self.sampler = Sampler(source.groups(), seed)
-        self.sizes = [crops.global_size] * 2 + [crops.local_size] * crops.num_local
         self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
         self.lock = threading.Lock()
         self.tasks: queue.SimpleQueue[tuple[_Job, int, int] | None] = queue.SimpleQueue()
         self.threads: list[threading.Thread] = []
         self.stopping = False
-        if workers:
-            self._start(workers)
+        num_workers = reading.num_workers(device)
+        if num_workers:
+            self._start(num_workers)
 
     def _start(self, workers: int) -> None:
         # A thread's own number of compute threads can only be set through a call that also changes the
@@ -185,26 +235,28 @@ class _Engine:
             job.done.set()
             return
         on_cpu = self.device.type == "cpu"
-        size = -(-self.batch_size // (_PIECES_ON_CPU if on_cpu else _PIECES_PER_WORKER * max(1, len(self.threads))))
-        pieces = [(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
-        job.pieces = len(pieces)
+        size = -(-self.batch_size // (_PARTS_ON_CPU if on_cpu else _PARTS_PER_WORKER * max(1, len(self.threads))))
+        parts = [(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
+        job.parts = len(parts)
         if not self.threads:
-            for first, last in pieces:
+            for first, last in parts:
                 self._fill(job, first, last)
             return
-        for first, last in pieces:
+        for first, last in parts:
             self.tasks.put((job, first, last))
 
     def _plan(self, job: _Job) -> None:
         """Draw everything random that a batch needs: ids, boxes, colour changes, masks."""
-        batch, views = self.batch_size, len(self.sizes)
+        batch, views, mask = self.batch_size, len(self.sizes), self.views.mask
         job.ids, job.epochs = self.sampler.at(job.position + self.rank * batch + np.arange(batch))
 
         def numbers(stream: int, count: int) -> np.ndarray:
             return uniforms(self.seed, stream, job.epochs, job.ids, views, count)
 
-        job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.crops)
-        colours = photometric.draw_photometric(numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW), self.augment)
+        job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.views.crops)
+        colours = photometric.draw_photometric(
+            numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW), self.views.augment
+        )
         job.colours = colours.swapaxes(0, 1).reshape(views * batch, -1)  # crop-major
         images = batch * self.world_size
         hidden = [
@@ -213,10 +265,10 @@ class _Engine:
                 job.position // images,
                 2 * images,
                 self.grid,
-                self.mask.probability,
-                self.mask.ratio,
-                self.mask.min_patches,
-                aspect=self.mask.aspect,
+                mask.probability,
+                mask.ratio,
+                mask.min_patches,
+                aspect=mask.aspect,
                 first=view * images + self.rank * batch,  # the crop's number does not depend on the processes
                 count=batch,
             )
@@ -230,7 +282,7 @@ class _Engine:
         if self.device.type == "cpu":
             slot = job.slot
             job.finished = [torch.empty(slot.global_crops.shape), None]
-            if self.crops.num_local:
+            if self.views.crops.num_local:
                 job.finished[1] = torch.empty(slot.local_crops.shape)
         if job.slot.copied is not None:
             job.slot.copied.synchronize()
@@ -247,21 +299,21 @@ class _Engine:
         except BaseException as error:  # whatever it is, the consumer must hear of it
             job.error = error
         with self.lock:
-            job.pieces -= 1
-            finished = job.pieces == 0
+            job.parts -= 1
+            finished = job.parts == 0
         if finished:
             job.done.set()
 
     def _finish_on_cpu(self, job: _Job, first: int, last: int) -> None:
-        """Augment the crops of images first..last in this thread, a cache-sized piece at a time."""
+        """Augment the crops of images first..last in this thread, a cache-sized part at a time."""
         batch, views = self.batch_size, len(self.sizes)
         rows = (np.arange(views)[:, None] * batch + np.arange(first, last)).ravel()  # crop-major, all views
         split = 2 * (last - first)
         groups = ((job.slot.global_crops, rows[:split], 0), (job.slot.local_crops, rows[split:], 2 * batch))
-        for (pixels, mine, offset), out in zip(groups, job.finished):
+        for (pixels, own_rows, offset), out in zip(groups, job.finished):
             if out is not None:
                 colours = job.colours[offset : offset + len(pixels)]
-                photometric.augment(pixels, colours, self.augment, out, mine - offset)
+                photometric.augment(pixels, colours, self.views.augment, out, own_rows - offset)
 
     def _fill_row(self, job: _Job, row: int) -> None:
         original, epoch = int(job.ids[row]), int(job.epochs[row])
@@ -282,10 +334,10 @@ class _Engine:
         raise RunError(f"data: no usable image found in {_ATTEMPTS} tries in place of {name} ({reason})")
 
     def _crop_image(self, job: _Job, row: int, sample: int) -> None:
-        image = EncodedImage(self.source.read(sample), self.in_channels, self.max_pixels)
-        boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.crops.ratio)
+        image = EncodedImage(self.source.read(sample), self.views.in_channels, self.reading.max_pixels)
+        boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
         reduction = 1
-        if self.reduced_decode and image.format == "JPEG":
+        if self.reading.reduced_decode and image.format == "JPEG":
             reduction = geometry.reduction_for(boxes, self.sizes)
         pixels = image.pixels(reduction)
         if reduction > 1:
@@ -293,6 +345,9 @@ class _Engine:
             boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]
         for box, out in zip(boxes, job.slot.views[row]):
             geometry.cut_crop(pixels, box, out)
+
+
+DEFAULT_READING = Reading()
 
 
 class BatchLoader:
@@ -306,73 +361,42 @@ class BatchLoader:
     def __init__(
         self,
         source: Source,
+        views: Views,
+        reading: Reading = DEFAULT_READING,
         *,
-        crops: CropSettings,
-        augment: AugmentSettings,
-        mask: MaskSettings,
-        patch_size: int,
         batch_size: int,
         seed: int = 0,
-        workers: int | None = None,
         device: torch.device | str = "cpu",
         position: int = 0,
-        max_bad_fraction: float = 0.01,
-        in_channels: int = 3,
-        prefetch: int = 2,
-        max_pixels: int = MAX_PIXELS,
-        reduced_decode: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         """Start the workers; they prepare nothing before the first batch is asked for.
 
-        batch_size      images B of this process; all processes together advance by B * world_size
-        workers         threads; None for one per core (per two cores when the step runs on the CPU), at most 16; 0 for
-                        the consumer's own thread, when it asks
-        position        where to start, a multiple of B * world_size
-        prefetch        batches prepared ahead, at least 1
-        max_pixels      larger images count as bad
-        reduced_decode  let a large JPEG be decoded at 1/2, 1/4 or 1/8 where no crop loses pixels by it
-        raises          UserError for settings that do not fit together
+        batch_size  images B of this process; all processes together advance by B * world_size
+        position    where to start, a multiple of B * world_size
+        raises      UserError for a batch size below 1
         """
-        for name, size in (("global_size", crops.global_size), ("local_size", crops.local_size)):
-            if size % patch_size and (name == "global_size" or crops.num_local):
-                raise UserError(f"crops.{name}={size} is not divisible by the patch size {patch_size}")
-        for name, values in (("mean", augment.mean), ("std", augment.std)):
-            if len(values) not in (1, in_channels):
-                raise UserError(f"augment.{name} has {len(values)} values, expected 1 or {in_channels} (channels)")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: expected at least 1")
-        if workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            # On a CPU the step wants the cores as well.
-            workers = max(1, cores // 2) if torch.device(device).type == "cpu" else cores
-            workers = min(workers, _MOST_WORKERS)
-        self.source, self.device = source, torch.device(device)
-        self.batch_size, self.max_bad_fraction = batch_size, max_bad_fraction
+        self.source, self.views, self.device = source, views, torch.device(device)
+        self.batch_size, self.max_bad_fraction = batch_size, reading.max_bad_fraction
         self.bad: dict[str, str] = {}
-        self._settings, self._stride = augment, batch_size * world_size
+        self._stride = batch_size * world_size
         self._delivered = self._submitted = position
-        grid = (crops.global_size // patch_size,) * 2
         self._engine = _Engine(
             source,
-            crops,
-            augment,
-            mask,
-            grid=grid,
+            views,
+            reading,
             batch_size=batch_size,
             seed=seed,
-            in_channels=in_channels,
-            max_pixels=max_pixels,
-            reduced_decode=reduced_decode,
+            device=self.device,
             rank=rank,
             world_size=world_size,
-            workers=workers,
-            device=self.device,
         )
         self._finalizer = weakref.finalize(self, self._engine.stop)  # also runs when the interpreter exits
-        self._ahead = max(1, prefetch) if workers else 0
-        self._free = [_Slot(batch_size, in_channels, crops, self.device.type == "cuda") for _ in range(self._ahead + 1)]
+        self._ahead = max(1, reading.prefetch) if self._engine.threads else 0
+        self._free = [_Slot(batch_size, views, self.device.type == "cuda") for _ in range(self._ahead + 1)]
         self._jobs: collections.deque[_Job] = collections.deque()
 
     def __iter__(self) -> BatchLoader:
@@ -394,19 +418,6 @@ class BatchLoader:
     def position(self) -> int:
         """Samples drawn up to and with the last batch handed out, by all processes together."""
         return self._delivered
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a restart needs: the position, and the bad images listed so far."""
-        return {"position": self._delivered, "bad": dict(self.bad)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the batch at which `state_dict` was taken."""
-        while self._jobs:
-            job = self._jobs.popleft()
-            job.done.wait()
-            self._free.append(job.slot)
-        self._delivered = self._submitted = int(state["position"])
-        self.bad = dict(state["bad"])
 
     def __next__(self) -> Batch:
         if not self._finalizer.alive:
@@ -458,10 +469,10 @@ class BatchLoader:
     def _augment(self, job: _Job) -> list[Tensor | None]:
         """Send the crops to the device and augment them there, without waiting for it."""
         split, slot = 2 * self.batch_size, job.slot
-        first = photometric.augment(self._send(slot.global_crops), job.colours[:split], self._settings)
+        first = photometric.augment(self._send(slot.global_crops), job.colours[:split], self.views.augment)
         if not len(slot.local_crops):
             return [first, None]
-        return [first, photometric.augment(self._send(slot.local_crops), job.colours[split:], self._settings)]
+        return [first, photometric.augment(self._send(slot.local_crops), job.colours[split:], self.views.augment)]
 
     def _send(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

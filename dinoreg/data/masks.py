@@ -41,18 +41,6 @@ class _Streams:
         return self._rng
 
 
-def default_max_patches(image_size: int | tuple[int, int], patch_size: int) -> int:
-    """The largest rectangle, in patches: half of the image, rounded as the published runs did.
-
-    0.5 * height // patch_size * width // patch_size, from left to right: 98 for 224/16, 128 for 224/14, and
-    666 (not 684) for 518/14. The published runs are square; for a rectangle the height is the side that is
-    halved. For sizes that are whole numbers of patches this is (rows // 2) * columns, the default of
-    `block_masks`.
-    """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return int(0.5 * height // patch_size * width // patch_size)
-
-
 def _strata(num_crops: int, probability: float, ratio: tuple[float, float]) -> np.ndarray:
     """Edges (n + 1,) of the n equal ranges of the hidden share, one for each of the n masked crops."""
     if not 0 <= probability <= 1:
@@ -60,22 +48,6 @@ def _strata(num_crops: int, probability: float, ratio: tuple[float, float]) -> n
     if not 0 <= ratio[0] <= ratio[1] <= 1:
         raise UserError(f"mask ratio is {ratio}; expected two rising numbers from 0 to 1")
     return np.linspace(ratio[0], ratio[1], int(num_crops * probability) + 1)
-
-
-def mask_upper_bound(
-    num_crops: int,
-    grid: tuple[int, int],
-    probability: float = 0.5,
-    ratio: tuple[float, float] = (0.1, 0.5),
-    count: int | None = None,
-) -> int:
-    """A number of masked patches that `block_masks` never exceeds, for buffers of a fixed size.
-
-    count  bound any `count` of the num_crops masks together (one process's rows) instead of all of them
-    """
-    edges = _strata(num_crops, probability, ratio)
-    largest = [int(grid[0] * grid[1] * edge) for edge in edges[1:]]
-    return sum(largest if count is None else largest[max(0, len(largest) - count) :])
 
 
 def block_masks(

@@ -48,8 +48,8 @@ class PathSource(Source):
         count = min(len(self), STAMPED_FILES)
         for index in np.linspace(0, len(self) - 1, count).astype(np.int64):
             try:
-                found = os.stat(self.name(int(index)))
-                digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode())
+                info = os.stat(self.name(int(index)))
+                digest.update(f"{info.st_size} {info.st_mtime_ns} ".encode())
             except OSError:
                 digest.update(b"missing ")
         return digest.hexdigest()[:16]

@@ -126,20 +126,20 @@ def index_tars(
     Raises UserError, in one line, for no archives, a damaged one, or a listing that does not fit them.
     """
     root = os.path.abspath(root)
-    archives, sizes, seen = _archives(root)
+    archives, sizes, states = _archives(root)
     entries = Path(extra or os.path.join(root, "extra")) / "entries.npy"
     logs: dict[str, str] = {}
     if entries.is_file():
-        seen.append(_seen(entries))
+        states.append(_file_state(entries))
     elif extra is not None:
         raise UserError(f"data: {entries} is missing, expected DINOv2's table of the images in the archives of {root}")
     else:
         logs, log_evidence = _logs(root, archives)
-        seen += log_evidence
-    evidence = hashlib.sha256(repr(seen).encode()).hexdigest()
+        states += log_evidence
+    evidence = hashlib.sha256(repr(states).encode()).hexdigest()
     digest = hashlib.sha256(os.fsencode(f"tars\0{root}\0{entries}")).hexdigest()[:32]
-    kept = Path(index_dir or cache_folder() / "index") / f"{digest}.npz"
-    members = _read_kept(kept, evidence, archives, newest=max(time for _, _, time in seen))
+    index_file = Path(index_dir or cache_folder() / "index") / f"{digest}.npz"
+    members = _read_index(index_file, evidence, archives, newest=max(time for _, _, time in states))
     if members is None:
         started = time.time_ns()
         if entries.is_file():
@@ -148,7 +148,7 @@ def index_tars(
             members = _from_archives(root, archives, sizes, logs)
         if not len(members):
             raise UserError(f"data: no image files in the {len(archives)} archives of {root}")
-        _write_kept(kept, evidence, members, started)
+        _write_index(index_file, evidence, members, started)
     return members
 
 
@@ -165,11 +165,11 @@ def _archives(root: str) -> tuple[list[str], np.ndarray, list[tuple[str, int, in
         raise UserError(f"data: cannot read the folder {root}: {error.strerror}") from error
     if not names:
         raise UserError(f"data: no .tar archives in {root}")
-    seen = [_seen(Path(root, name)) for name in names]
-    return names, np.array([size for _, size, _ in seen], dtype=np.int64), seen
+    states = [_file_state(Path(root, name)) for name in names]
+    return names, np.array([size for _, size, _ in states], dtype=np.int64), states
 
 
-def _seen(path: Path) -> tuple[str, int, int]:
+def _file_state(path: Path) -> tuple[str, int, int]:
     found = path.stat()
     return path.name, found.st_size, found.st_mtime_ns
 
@@ -182,13 +182,13 @@ def _logs(root: str, archives: Iterable[str]) -> tuple[dict[str, str], list[tupl
     present = set(os.listdir(folder))
     logs = {name: f"{name.removesuffix('.tar')}.log" for name in archives}
     logs = {name: str(folder / log) for name, log in logs.items() if log in present}
-    return logs, [_seen(Path(log)) for log in logs.values()]
+    return logs, [_file_state(Path(log)) for log in logs.values()]
 
 
-def _read_kept(kept: Path, evidence: str, archives: Sequence[str], newest: int) -> TarMembers | None:
-    """The kept index; None when there is none, it is damaged, or the archives have changed since."""
+def _read_index(index_file: Path, evidence: str, archives: Sequence[str], newest: int) -> TarMembers | None:
+    """The cached index; None when there is none, it is damaged, or the archives have changed since."""
     try:
-        with np.load(kept, allow_pickle=False) as file:
+        with np.load(index_file, allow_pickle=False) as file:
             if int(file["version"]) != _VERSION or file["evidence"].tobytes() != evidence.encode():
                 return None
             if newest > int(file["scanned"]) - SETTLED_NS:
@@ -201,7 +201,7 @@ def _read_kept(kept: Path, evidence: str, archives: Sequence[str], newest: int) 
     return members if whole else None
 
 
-def _write_kept(kept: Path, evidence: str, members: TarMembers, scanned: int) -> None:
+def _write_index(index_file: Path, evidence: str, members: TarMembers, scanned: int) -> None:
     arrays = {
         "version": np.array(_VERSION),
         "evidence": np.frombuffer(evidence.encode(), dtype=np.uint8),
@@ -211,7 +211,7 @@ def _write_kept(kept: Path, evidence: str, members: TarMembers, scanned: int) ->
         "start": members.start,
         "end": members.end,
     }
-    save_arrays(kept, arrays)
+    save_arrays(index_file, arrays)
 
 
 # ------------------------------------------------------------------------------------------------------------

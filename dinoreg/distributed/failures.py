@@ -1,9 +1,10 @@
-"""Finding out who is lost: each process answers a short question on a port of its own, from a thread.
+"""Which process is lost: each answers a health check on a port of its own, from a thread.
 
 A failed collective says that somebody did not come, seldom who. A process that has died refuses the connection, one
 behind a cut cable does not take it, one that is stopped takes it and says nothing; those that are well answer. A
-process that fails tells the others why before it leaves: they wait in a collective until its connections close, which
-gloo's do only when it has gone and can be asked no more.
+process that fails sends the others its reason before it leaves: they wait in a collective until its connections close,
+which gloo's do only when it has gone and answers no more. (torch's TCPStore would not do for this: it lives on rank 0's
+machine and is lost with it, and a process that is stopped stays in it.)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 ANSWER_SECONDS = 3.0
 WELL = b"well"
 MOST_BYTES = 400
-_ASKED_AT_ONCE = 64
+_MAX_CONNECTIONS = 64
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,18 @@ class Peers:
     """The processes of a run, and this one's answering thread.
 
     gather  collects one value of every process, in the order of the ranks
-    toward  host that all processes reach (where rank 0 listens): the address that leads there is the one to be asked at
+    toward  host that all processes reach (where rank 0 listens): the address that leads there is the one to answer at
     """
 
     def __init__(self, rank: int, gather: Callable[[Any], list[Any]], toward: str | None = None) -> None:
         self._listener = socket.create_server(("", 0), backlog=128)
         port = self._listener.getsockname()[1]
         self._answer = WELL
-        self._told: dict[int, str] = {}  # by rank, why it stops
+        self._reasons: dict[int, str] = {}  # by rank, why it stopped
         self._thread = threading.Thread(target=self._serve, name="dinoreg-peers", daemon=True)
         self._thread.start()
-        everyone = gather((socket.gethostname(), _own_address(toward), os.getpid(), port))
-        self.all = [Peer(number, *each) for number, each in enumerate(everyone)]
+        places = gather((socket.gethostname(), _own_address(toward), os.getpid(), port))
+        self.all = [Peer(number, *place) for number, place in enumerate(places)]
         self.own = self.all[rank]
 
     def close(self) -> None:
@@ -60,12 +61,12 @@ class Peers:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closing alone does not
         self._listener.close()
 
-    def tell(self, reason: str) -> None:
-        """Let the others know why this process stops; from now on it also answers with that."""
+    def broadcast_failure(self, reason: str) -> None:
+        """Send the others the reason why this process stops; from now on it also answers with that."""
         self._answer = f"stopped: {reason}".encode()[:MOST_BYTES]
         message = f"{self.own.rank} stopped: {reason}".encode()[:MOST_BYTES]
-        with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-            list(pool.map(lambda peer: _tell(peer, message), self._others()))
+        with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
+            list(pool.map(lambda peer: _send(peer, message), self._others()))
 
     def _serve(self) -> None:
         while True:
@@ -81,29 +82,29 @@ class Peers:
                 except OSError:
                     continue
             if reason and number.isdecimal():
-                self._told[int(number)] = reason
+                self._reasons[int(number)] = reason
 
     def missing(self) -> list[tuple[Peer, str]]:
-        """The processes that do not answer, and how they fail to."""
+        """The processes that do not answer well, each with its state in words."""
         others = self._others()
-        with ThreadPoolExecutor(min(_ASKED_AT_ONCE, max(1, len(others)))) as pool:
-            answers = pool.map(_ask, others)
-        return [(peer, how) for peer, how in zip(others, answers) if how is not None]
+        with ThreadPoolExecutor(min(_MAX_CONNECTIONS, max(1, len(others)))) as pool:
+            answers = pool.map(_check, others)
+        return [(peer, state) for peer, state in zip(others, answers) if state is not None]
 
     def _others(self) -> list[Peer]:
         return [peer for peer in self.all if peer != self.own]
 
     def explain(self, step: int | None, timeout: float) -> str:
-        """One line: who is lost, after which step, and what to do. Stays for a moment, so that the others can ask."""
+        """One line: who is lost, after which step, and what to do. Waits until the others have checked this one."""
         started = time.monotonic()
         lost = self.missing()
         time.sleep(max(0.0, ANSWER_SECONDS - (time.monotonic() - started)))
         me = f"{self.own} stopped" if step is None else f"{self.own} stopped after step {step}"
         if not lost:
             return f"{me}: a collective failed or took more than parallel.timeout={timeout:.0f} s, yet all answer"
-        # Those who have told why they stop come first: the others may have ended because of them.
-        lost.sort(key=lambda each: each[0].rank not in self._told)
-        names = "; ".join(f"{peer}: {self._told.get(peer.rank, how)}" for peer, how in lost[:8])
+        # Those that sent a reason come first: the others may have ended because of them.
+        lost.sort(key=lambda peer_and_state: peer_and_state[0].rank not in self._reasons)
+        names = "; ".join(f"{peer}: {self._reasons.get(peer.rank, state)}" for peer, state in lost[:8])
         more = f" and {len(lost) - 8} more" if len(lost) > 8 else ""
         return f"{me}: lost {names}{more}. Go on with the same command and resume=true"
 
@@ -128,15 +129,15 @@ def _connect(peer: Peer) -> socket.socket:
     return connection
 
 
-def _tell(peer: Peer, message: bytes) -> None:
-    """Leave a message with a peer that takes it; others are lost themselves."""
+def _send(peer: Peer, message: bytes) -> None:
+    """Send a message to a peer that accepts it; others are lost themselves."""
     with suppress(OSError), _connect(peer) as connection:
         connection.recv(MOST_BYTES)  # its answer, or closing would take the message back
         connection.sendall(message)
 
 
-def _ask(peer: Peer) -> str | None:
-    """None when the peer answers, else in words how it fails to."""
+def _check(peer: Peer) -> str | None:
+    """The state of a peer in words; None when it is well."""
     try:
         with _connect(peer) as connection:
             answer = connection.recv(MOST_BYTES)

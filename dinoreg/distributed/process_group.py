@@ -1,4 +1,4 @@
-"""Many processes: who they are, sums over them, and how they agree; on one process every function is the identity.
+"""Many processes: who they are, sums over them, and how they agree; on one process every method is the identity.
 
 A process learns its place from its environment (torchrun's names, or Slurm's under a bare srun). Tensors travel through
 the default group, NCCL on CUDA and gloo elsewhere. Small numbers and messages travel through a gloo group of their own,
@@ -7,7 +7,6 @@ so that agreeing on something never waits for the device and never mixes with th
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,219 @@ from dinoreg.runtime.errors import RunError, UserError
 _NCCL_GRACE_SECONDS = 120.0
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The processes of a run
+
+
+class Ranks:
+    """The processes of a run, as one of them sees them; `Ranks()` is a process on its own.
+
+    rank, world_size  this process's number, and how many there are
+    """
+
+    def __init__(self, rank: int = 0, world_size: int = 1, control: Any = None, peers: Peers | None = None) -> None:
+        """
+        control  the gloo group that messages travel through
+        peers    finds out which process is lost when a collective fails
+        """
+        self.rank, self.world_size = rank, world_size
+        self.control, self.peers = control, peers
+        self._subgroups: dict[int, Any] = {}
+        self._common_error: BaseException | None = None
+
+    @classmethod
+    def of_default_group(cls, timeout: float) -> Ranks:
+        """The processes of torch.distributed's default group, all of which call this; `timeout` in seconds."""
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        return cls(dist.get_rank(), dist.get_world_size(), control)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files and speaks for all."""
+        return self.rank == 0
+
+    # Tensors
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all processes, of the same shape; `tensor` itself on one process."""
+        return self._all_reduce(tensor, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """The elementwise maximum of `tensor` over all processes; `tensor` itself on one process."""
+        return self._all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """The mean of `tensor` over all processes; `tensor` itself on one process."""
+        return tensor if self.world_size == 1 else self.all_reduce_sum(tensor) / self.world_size
+
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self.world_size == 1:
+            return tensor
+        result = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, op=operation)
+        return result
+
+    def gather_rows(self, tensor: Tensor, group_size: int | None = None) -> Tensor:
+        """(n, …) of each process -> (G·n, …), in the order of the ranks; `tensor` itself on one process. No gradient.
+
+        group_size  processes G that gather among themselves, consecutive ranks; it divides the number of processes.
+                    None: all
+        """
+        size = self.world_size if group_size is None else group_size
+        if size == 1:
+            return tensor
+        rows = tensor.detach().contiguous()
+        gathered = torch.empty(size * len(rows), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+        # PyTorch 2.14 gave it another name and warns of the old one.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(gathered, rows, group=self._subgroup(size))
+        return gathered
+
+    def _subgroup(self, size: int) -> Any:
+        """The process group of this rank's `size` consecutive ranks; None, the default group, for all."""
+        if size == self.world_size:
+            return None
+        if self.world_size % size:
+            raise UserError(f"{self.world_size} processes do not divide into groups of {size}")
+        if size not in self._subgroups:
+            firsts = range(0, self.world_size, size)
+            groups = [dist.new_group(list(range(first, first + size))) for first in firsts]
+            self._subgroups[size] = groups[self.rank // size]
+        return self._subgroups[size]
+
+    # Messages, off the device
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every process's small picklable value, in the order of the ranks. They come from our own processes alone."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's small picklable value, on every rank: for decisions that hang on a clock or on one machine."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    @contextmanager
+    def collective_errors(self) -> Iterator[None]:
+        """What is done inside succeeds on all ranks, or fails on all of them with the error of the first that failed.
+
+        The error of another rank is raised here as well, naming the rank, and marked as reported. Nests:
+        a rank that fails early meets the others at whichever agreement they have reached, and all of them end there.
+        """
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.world_size == 1 or self.is_common(error):
+                raise
+            problem = error
+        if self.world_size == 1:
+            return
+        kinds: dict[type[Exception], str] = {UserError: "user", RunError: "run"}
+        own = None if problem is None else (kinds.get(type(problem), "other"), f"{problem}" or type(problem).__name__)
+        errors = self.gather_objects(own)
+        failed = [rank for rank, error in enumerate(errors) if error is not None]
+        if not failed:
+            return
+        if problem is not None and failed[0] == self.rank:
+            self.mark_common(problem)
+            raise problem
+        kind, message = errors[failed[0]]
+        elsewhere = (UserError if kind == "user" else RunError)(f"rank {failed[0]}: {message}")
+        elsewhere.reported = True
+        self.mark_common(elsewhere)
+        raise elsewhere from problem
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 does what is inside before the others do; the failure of one is everybody's."""
+        if not self.is_main:
+            with self.collective_errors():
+                pass
+        with self.collective_errors():
+            yield
+        if self.is_main:
+            with self.collective_errors():
+                pass
+
+    def mark_common(self, error: BaseException) -> None:
+        """All processes end with this error: nobody has to be told of it."""
+        self._common_error = error
+
+    def is_common(self, error: BaseException) -> bool:
+        return error is self._common_error
+
+    # Lost processes
+
+    def diagnose_failure(self, error: BaseException, step: int | None, timeout: float) -> RunError | None:
+        """In words, which processes a failed collective was waiting for; None when the error is not about that.
+
+        step  after which it failed; None: outside the steps
+        """
+        if self.peers is None or not is_collective_failure(error):
+            return None
+        explained = RunError(self.peers.explain(step, timeout))
+        self.mark_common(explained)  # the others have found out by themselves, or are gone
+        return explained
+
+    def broadcast_failure(self, error: BaseException) -> None:
+        """Let the others, which wait in a collective, know why this process stops."""
+        if self.peers is not None and not self.is_common(error):
+            self.peers.broadcast_failure(" ".join(str(error).split()) or type(error).__name__)
+
+
+ALONE = Ranks()
+
+
+class Agreement:
+    """Whole numbers whose maximum over all processes each of them learns one step later, so that nobody waits.
+
+    On one process the maximum is the number itself, at once.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._pending: tuple[Any, Tensor] | None = None
+
+    def maximum(self, value: int) -> int:
+        """Give this step's number; returns the largest of the step before (0 at the first)."""
+        if self.ranks.world_size == 1:
+            return value
+        agreed = 0
+        if self._pending is not None:
+            work, numbers = self._pending
+            work.wait()
+            agreed = int(numbers)
+        numbers = torch.tensor(value)
+        work = dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.ranks.control, async_op=True)
+        self._pending = (work, numbers)
+        return agreed
+
+
+def is_collective_failure(error: BaseException) -> bool:
+    """Whether an exception comes from torch.distributed, as opposed to the program's own.
+
+    gloo has no class of its own: what fails in it, in DDP's and FSDP's backward passes too, is a plain RuntimeError.
+    """
+    if isinstance(error, dist.DistError):
+        return True
+    if isinstance(error, RunError):  # in words already
+        return False
+    text = str(error).lower()
+    signs = ("connection closed by peer", "timed out waiting", "gloo", "nccl", "connection reset", "broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A process's place
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a process stands: its rank among `world_size`, its number on its machine, and where rank 0 listens."""
@@ -35,37 +247,6 @@ class Place:
     local_rank: int
     address: str
     port: int
-
-
-_control: Any = None
-_peers: Peers | None = None
-_subgroups: dict[int, Any] = {}
-_sessions = itertools.count()
-_stores: dict[tuple[str, int], dist.Store] = {}  # where this process has met the others, by address and port
-
-
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if is_distributed() else 1
-
-
-def is_main() -> bool:
-    """Whether this process writes the run's files and speaks for all; before and after a session, too."""
-    if is_distributed():
-        return dist.get_rank() == 0
-    place = place_from_environment()
-    return place is None or place.rank == 0
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Starting and ending
 
 
 def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -124,52 +305,56 @@ def pick_cuda_index(local_rank: int, device_count: int, local_world_size: int) -
     )
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks for all, where no session is open; a process on its own does."""
+    place = place_from_environment()
+    return place is None or place.rank == 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Joining and leaving
+
+
 @contextmanager
-def session(device: str, timeout: float) -> Iterator[None]:
+def session(device: str, timeout: float) -> Iterator[Ranks]:
     """Join the process group that the environment describes, if any, and leave it at the end.
 
     device   as given by the user: auto | cpu | cuda | cuda:N | mps
-    timeout  seconds that a process waits for the others before it gives them up as lost
+    timeout  seconds that a process waits for the others before it counts them as lost
     raises   UserError when there are fewer devices than processes; RunError when the others cannot be reached
     """
-    global _control, _peers
-    place = None if is_distributed() else place_from_environment()
-    owner = place is not None
+    joined = dist.is_available() and dist.is_initialized()
+    place = None if joined else place_from_environment()
     if place is not None:
         _join(place, device, timeout)
-    if is_distributed():
-        _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        _peers = Peers(rank(), gather_objects, toward=os.environ.get("MASTER_ADDR"))
-        if place is not None:
-            _check_devices(device)
+    ranks = Ranks()
+    if joined or place is not None:
+        ranks = Ranks.of_default_group(timeout)
+        ranks.peers = Peers(ranks.rank, ranks.gather_objects, toward=os.environ.get("MASTER_ADDR"))
+    healthy = False
     try:
-        yield
+        if place is not None:
+            _check_devices(device, ranks)
+        yield ranks
+        healthy = True
     except Exception as error:
-        explained = diagnose_failure(error, None, timeout)
+        explained = ranks.diagnose_failure(error, None, timeout)
         if explained is not None:
-            _leave(owner, healthy=False)
             raise explained from error
-        if _peers is not None and not getattr(error, "collective", False):
-            _peers.tell(" ".join(str(error).split()) or type(error).__name__)
-        _leave(owner, healthy=False)
+        ranks.broadcast_failure(error)
         raise
-    except BaseException:
-        _leave(owner, healthy=False)
-        raise
-    _leave(owner, healthy=True)
+    finally:
+        _leave(ranks, place is not None, healthy)
 
 
-def _leave(owner: bool, healthy: bool) -> None:
+def _leave(ranks: Ranks, owns_group: bool, healthy: bool) -> None:
     """Close all connections; the others notice, at the latest when this process has gone."""
-    global _control, _peers
-    if owner and not healthy and "nccl" in dist.get_backend_config():
-        dist.destroy_process_group(_control)  # NCCL itself would wait for the lost
-    elif owner:
+    if owns_group and not healthy and "nccl" in dist.get_backend_config():
+        dist.destroy_process_group(ranks.control)  # NCCL itself would wait for the lost
+    elif owns_group:
         dist.destroy_process_group()  # or gloo's threads turn an exception into an abort
-    if _peers is not None:
-        _peers.close()
-    _control, _peers = None, None
-    _subgroups.clear()
+    if ranks.peers is not None:
+        ranks.peers.close()
 
 
 def _join(place: Place, device: str, timeout: float) -> None:
@@ -183,18 +368,17 @@ def _join(place: Place, device: str, timeout: float) -> None:
         MASTER_ADDR=place.address,
         MASTER_PORT=str(place.port),
     )
+    meeting = _meetings.setdefault((place.address, place.port), _Meeting())
     try:
-        store = _meet(place, timedelta(seconds=timeout))
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if cuda else "gloo",
-            # Two runs of one process may meet in the same store, which remembers the first one's addresses.
-            store=dist.PrefixStore(f"dinoreg-{next(_sessions)}", store),
+            store=meeting.next_store(timedelta(seconds=timeout)),
             rank=place.rank,
             world_size=place.world_size,
             timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
         )
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
-        _stores.pop((place.address, place.port), None)  # another try meets anew
+        meeting.store = None  # another try meets anew
         reason = str(error).splitlines()[0][:200]
         raise RunError(
             f"rank {place.rank} of {place.world_size} could not meet the others at {place.address}:{place.port} "
@@ -202,203 +386,36 @@ def _join(place: Place, device: str, timeout: float) -> None:
         ) from None
 
 
-def _meet(place: Place, timeout: timedelta) -> dist.Store:
-    """The store of all processes. It outlives a session: a process that is ahead would find it closing in the next."""
-    key = (place.address, place.port)
-    if key not in _stores:
-        _stores[key], _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    _stores[key].set_timeout(timeout)
-    return _stores[key]
+@dataclass
+class _Meeting:
+    """Where this process meets the others, and how often it has.
+
+    The store outlives a session: a process that is ahead would find it closing in the next.
+    """
+
+    store: dist.Store | None = None
+    sessions: int = 0
+
+    def next_store(self, timeout: timedelta) -> dist.Store:
+        """The store as a new session sees it, without the addresses that the sessions before it have left there."""
+        if self.store is None:
+            self.store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        self.store.set_timeout(timeout)
+        self.sessions += 1
+        return dist.PrefixStore(f"dinoreg-{self.sessions}", self.store)
 
 
-def _check_devices(device: str) -> None:
+_meetings: dict[tuple[str, int], _Meeting] = {}  # by address and port
+
+
+def _check_devices(device: str, ranks: Ranks) -> None:
     """Each process computes on a device of its own."""
     if device == "cpu" or not torch.cuda.is_available():
         return
-    mine = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    everyone = gather_objects(mine)
-    sharing = [number for number, other in enumerate(everyone) if other == mine]
+    own = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    sharing = [rank for rank, other in enumerate(ranks.gather_objects(own)) if other == own]
     if len(sharing) > 1:
         raise UserError(
             f"ranks {', '.join(map(str, sharing))} share one CUDA device: their machine has fewer devices than "
             "processes; ask for as many processes as there are devices (or device=cpu)"
         )
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Tensors of all processes
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all processes, of the same shape; `tensor` itself on one process."""
-    if world_size() == 1:
-        return tensor
-    total = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
-    return total
-
-
-def all_reduce_max(tensor: Tensor) -> Tensor:
-    """The elementwise maximum of `tensor` over all processes; `tensor` itself on one process."""
-    if world_size() == 1:
-        return tensor
-    largest = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return largest
-
-
-def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """The mean of `tensor` over all processes; `tensor` itself on one process."""
-    return tensor if world_size() == 1 else all_reduce_sum(tensor) / world_size()
-
-
-def gather_rows(tensor: Tensor, group_size: int | None = None) -> Tensor:
-    """(n, …) of each process -> (G·n, …), in the order of the ranks; `tensor` itself on one process. No gradient.
-
-    group_size  processes G that gather among themselves, consecutive ranks; it divides the number of processes.
-                None: all
-    """
-    size = world_size() if group_size is None else group_size
-    if size == 1:
-        return tensor
-    rows = tensor.detach().contiguous()
-    gathered = torch.empty(size * len(rows), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-    # PyTorch 2.14 gave it another name and warns of the old one.
-    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(gathered, rows, group=subgroup(size))
-    return gathered
-
-
-def subgroup(size: int) -> Any:
-    """The process group of this rank's `size` consecutive ranks; None, the default group, for all."""
-    world = world_size()
-    if size == world:
-        return None
-    if world % size:
-        raise UserError(f"{world} processes do not divide into groups of {size}")
-    if size not in _subgroups:
-        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
-        _subgroups[size] = groups[rank() // size]
-    return _subgroups[size]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Agreeing, off the device
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """Everybody's small picklable value, in the order of the ranks. Values come from our own processes alone."""
-    if world_size() == 1:
-        return [value]
-    everyone: list[Any] = [None] * world_size()
-    dist.all_gather_object(everyone, value, group=_control)
-    return everyone
-
-
-def from_main(value: Any) -> Any:
-    """Rank 0's small picklable value, on every rank: for decisions that hang on a clock or on one machine."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0, group=_control)
-    return box[0]
-
-
-@contextmanager
-def collective_errors() -> Iterator[None]:
-    """What is done inside succeeds on all ranks, or fails on all of them with the error of the first that failed.
-
-    The error of another rank is raised here as well, naming the rank, and marked as reported. Nests:
-    a rank that fails early meets the others at whichever agreement they have reached, and all of them end there.
-    """
-    problem: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        if world_size() == 1 or getattr(error, "collective", False):
-            raise
-        problem = error
-    if world_size() == 1:
-        return
-    kinds = {UserError: "user", RunError: "run"}
-    mine = None if problem is None else (kinds.get(type(problem), "other"), f"{problem}" or type(problem).__name__)
-    everyone = gather_objects(mine)
-    failed = [number for number, each in enumerate(everyone) if each is not None]
-    if not failed:
-        return
-    if problem is not None and failed[0] == rank():
-        problem.collective = True  # type: ignore[attr-defined]
-        raise problem
-    kind, message = everyone[failed[0]]
-    elsewhere: Exception = (UserError if kind == "user" else RunError)(f"rank {failed[0]}: {message}")
-    elsewhere.collective = elsewhere.reported = True  # type: ignore[attr-defined]
-    raise elsewhere from problem
-
-
-@contextmanager
-def main_first() -> Iterator[None]:
-    """Rank 0 does what is inside before the others do; the failure of one is everybody's."""
-    if is_main():
-        with collective_errors():
-            yield
-        with collective_errors():
-            pass
-    else:
-        with collective_errors():
-            pass
-        with collective_errors():
-            yield
-
-
-class Agreement:
-    """Whole numbers whose maximum over all processes everybody learns one step later, so that nobody waits.
-
-    On one process the maximum is the number itself, at once.
-    """
-
-    def __init__(self) -> None:
-        self._pending: tuple[Any, Tensor] | None = None
-
-    def maximum(self, value: int) -> int:
-        """Give this step's number; returns the largest of the step before (0 at the first)."""
-        if world_size() == 1:
-            return value
-        agreed = 0
-        if self._pending is not None:
-            work, numbers = self._pending
-            work.wait()
-            agreed = int(numbers)
-        numbers = torch.tensor(value)
-        self._pending = (dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=_control, async_op=True), numbers)
-        return agreed
-
-    def finish(self) -> int:
-        """The largest number of the last step, waited for."""
-        if self._pending is None:
-            return 0
-        (work, numbers), self._pending = self._pending, None
-        work.wait()
-        return int(numbers)
-
-
-def diagnose_failure(error: BaseException, step: int | None, timeout: float) -> RunError | None:
-    """In words, which processes a failed collective was waiting for; None when the error is not about that.
-
-    step  after which it failed; None: outside the steps
-    """
-    if not is_distributed() or _peers is None or not is_collective_failure(error):
-        return None
-    explained = RunError(_peers.explain(step, timeout))
-    explained.collective = True  # the others have found out by themselves, or are gone
-    return explained
-
-
-def is_collective_failure(error: BaseException) -> bool:
-    """Whether an exception comes from torch.distributed, as opposed to the program's own."""
-    if isinstance(error, dist.DistError):
-        return True
-    if isinstance(error, RunError):  # in words already
-        return False
-    text = str(error).lower()
-    signs = ("connection closed by peer", "timed out waiting", "gloo", "nccl", "connection reset", "broken pipe")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

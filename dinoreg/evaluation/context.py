@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.evaluation.features.cache import FeatureStore
@@ -50,8 +55,6 @@ class Context:
 
     def save_state(self, name: str, state: dict[str, Any]) -> None:
         """Keep tensors and plain values under a name, whole or not at all."""
-        import io
-
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self.state.mkdir(parents=True, exist_ok=True)
@@ -93,24 +96,16 @@ class SavedState:
 
 
 def show_progress(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterator[T]:
-    """The items, with count, rate and time left: one line rewritten on a terminal, a line now and then elsewhere."""
-    terminal = sys.stderr.isatty()
+    """The items, with a bar on a terminal; elsewhere a line now and then with count, rate and time left."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(items, escape(what), total, console=console, transient=True)
+        return
     started = shown = time.monotonic()
-    done = 0
     for done, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - shown >= (0.2 if terminal else SHOW_SECONDS):
-            shown = now
-            rate = done / (now - started)
-            left = _clock((total - done) / rate) if total else "?"
-            line = f"{what}: {done:,}/{total:,} · {rate:,.1f} {unit}/s · {left} left"
-            print(f"\r\x1b[2K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
-    if terminal and done:
-        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+        if now - shown >= SHOW_SECONDS:
+            shown, rate = now, done / (now - started)
+            left = timedelta(seconds=int((total - done) / rate)) if total else "?"
+            print(f"{what}: {done:,}/{total:,} · {rate:,.1f} {unit}/s · {left} left", file=sys.stderr, flush=True)

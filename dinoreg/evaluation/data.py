@@ -6,7 +6,7 @@ Every image comes through a `Source` (bytes or pixels by index, with a name for 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,33 @@ from dinoreg.runtime.errors import UserError
 IGNORED = 255  # in a segmentation mask: void, counts neither way
 
 
+class Split:
+    """Images of any kind of ground truth; what a check and a cache need to know of it."""
+
+    source: Source
+
+    def maps(self) -> dict[str, Callable[[int], np.ndarray]]:
+        """{what it is called: index -> (H, W, ...)} of ground truth that lies over the pixels."""
+        return {}
+
+    def image(self, index: int) -> int:
+        """Where image `index` of the split lies in the source."""
+        return index
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """Ground truth that is held in memory."""
+        yield from ()
+
+    def truth_stamp(self) -> str:
+        """16 hexadecimal digits that change when the ground truth does."""
+        digest = hashlib.sha256(str(getattr(self, "stamp", "")).encode())
+        for each in self.arrays():
+            digest.update(np.ascontiguousarray(each).tobytes())
+        return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
-class Labelled:
+class Labelled(Split):
     """Images with one class each.
 
     labels  (n,) int64 in [0, num_classes)
@@ -42,9 +67,12 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def arrays(self) -> Iterator[np.ndarray]:
+        yield self.labels
+
 
 @dataclass(frozen=True)
-class MultiLabelled:
+class MultiLabelled(Split):
     """Images with a set of classes each.
 
     labels  (n, num_classes) int8: 1 present, 0 absent, -1 not to be counted for that class
@@ -63,9 +91,12 @@ class MultiLabelled:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def arrays(self) -> Iterator[np.ndarray]:
+        yield self.labels
+
 
 @dataclass(frozen=True)
-class Segmented:
+class Segmented(Split):
     """Images with a class for every pixel.
 
     mask  index -> (H, W) uint8 of the image's own size: class in [0, num_classes), or 255 where ignored;
@@ -80,9 +111,12 @@ class Segmented:
     def __len__(self) -> int:
         return len(self.source)
 
+    def maps(self) -> dict[str, Callable[[int], np.ndarray]]:
+        return {"mask": self.mask}
+
 
 @dataclass(frozen=True)
-class DepthMaps:
+class DepthMaps(Split):
     """Images with a depth for every pixel.
 
     depth  index -> (H, W) float32 metres of the image's own size, 0 where unknown
@@ -95,9 +129,12 @@ class DepthMaps:
     def __len__(self) -> int:
         return len(self.source)
 
+    def maps(self) -> dict[str, Callable[[int], np.ndarray]]:
+        return {"depth map": self.depth}
+
 
 @dataclass(frozen=True)
-class Boxed:
+class Boxed(Split):
     """Images with boxes.
 
     boxes      per image (k, 4) float32: x0, y0, x1, y1 in pixels, continuous (ends exclusive)
@@ -118,9 +155,13 @@ class Boxed:
     def __len__(self) -> int:
         return len(self.source)
 
+    def arrays(self) -> Iterator[np.ndarray]:
+        for kind in (self.boxes, self.labels, self.difficult, self.crowd):
+            yield from kind
+
 
 @dataclass(frozen=True)
-class FlowPairs:
+class FlowPairs(Split):
     """Pairs of consecutive frames with the flow from the first to the second.
 
     first, second  (n,) indices into `source`
@@ -142,8 +183,11 @@ class FlowPairs:
     def __len__(self) -> int:
         return len(self.first)
 
+    def maps(self) -> dict[str, Callable[[int], np.ndarray]]:
+        return {"flow": self.flow, "validity mask": self.valid, "occlusion mask": self.occluded}
 
-Split = Labelled | MultiLabelled | Segmented | DepthMaps | Boxed | FlowPairs
+    def image(self, index: int) -> int:
+        return int(self.first[index])
 
 
 @dataclass(frozen=True)
@@ -160,18 +204,6 @@ class Data:
     class_names: Sequence[str] = ()
     variant: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
-
-
-def truth_stamp(split: Any) -> str:
-    """16 hexadecimal digits that change when a split's ground truth does."""
-    digest = hashlib.sha256(str(getattr(split, "stamp", "")).encode())
-    if isinstance(split, Labelled | MultiLabelled):
-        digest.update(np.ascontiguousarray(split.labels).tobytes())
-    if isinstance(split, Boxed):
-        for kind in (split.boxes, split.labels, split.difficult, split.crowd):
-            for each in kind:
-                digest.update(np.ascontiguousarray(each).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _match(source: Source, labels: np.ndarray) -> None:

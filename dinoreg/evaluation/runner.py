@@ -10,12 +10,10 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,12 @@ from dinoreg.config.option import flat, nearest
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.context import Context, show_progress
-from dinoreg.evaluation.data import Boxed, Data, DepthMaps, FlowPairs, Segmented, truth_stamp
+from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.features.cache import FeatureStore
 from dinoreg.evaluation.features.images import default_workers, read_rgb
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Result, Row, plain
 from dinoreg.runtime.errors import RunError, UserError
-
-logger = logging.getLogger(__name__)
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
 
@@ -136,24 +132,15 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
         if not len(split):
             raise UserError(f"{benchmark.name}: the {name} split has no images")
         for index in np.unique(np.linspace(0, len(split) - 1, SAMPLED).astype(int)).tolist():
-            frame = int(split.first[index]) if isinstance(split, FlowPairs) else index
-            width, height = read_rgb(split.source, frame).size
-            truth: dict[str, Callable[[int], np.ndarray]] = {}
-            if isinstance(split, Segmented):
-                truth = {"mask": split.mask}
-            elif isinstance(split, DepthMaps):
-                truth = {"depth map": split.depth}
-            elif isinstance(split, FlowPairs):
-                truth = {"flow": split.flow, "validity mask": split.valid, "occlusion mask": split.occluded}
-            elif isinstance(split, Boxed):
-                boxes = split.boxes[index]
-                if len(boxes) and not np.isfinite(boxes).all():
-                    raise UserError(f"{split.source.name(index)}: a box is not finite")
-            for what, read in truth.items():
-                shape = read(index).shape[:2]
-                if shape != (height, width):
+            place = split.image(index)
+            width, height = read_rgb(split.source, place).size
+            if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
+                raise UserError(f"{split.source.name(place)}: a box is not finite")
+            for what, read in split.maps().items():
+                rows, columns = read(index).shape[:2]
+                if (rows, columns) != (height, width):
                     raise UserError(
-                        f"{split.source.name(frame)}: its {what} is {shape[0]}x{shape[1]}, the image {height}x{width}"
+                        f"{split.source.name(place)}: its {what} is {rows}x{columns}, the image {height}x{width}"
                     )
 
 
@@ -162,19 +149,9 @@ def evaluate_all(encoder: Encoder, plans: Sequence[Planned], request: Request, f
 
     A dataset that fails raises after what it had finished was kept: run the same again to go on.
     """
-    options = request.options
     folder.mkdir(parents=True, exist_ok=True)
     for plan in plans:
-        path = folder / f"{plan.benchmark.name}.json"
-        key = _key(encoder, plan, request)
-        kept = read_result(path)
-        if kept is not None and kept.key == key and not options.overwrite:
-            yield kept
-            continue
-        result = _evaluate(encoder, plan, request, folder, key)
-        write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
-        shutil.rmtree(_unfinished(folder, plan), ignore_errors=True)
-        yield result
+        yield _Evaluation(encoder, plan, request, folder).result()
 
 
 def read_result(path: Path) -> Result | None:
@@ -185,90 +162,109 @@ def read_result(path: Path) -> Result | None:
         return None
 
 
-def _evaluate(encoder: Encoder, plan: Planned, request: Request, folder: Path, key: str) -> Result:
-    options = request.options
-    started = time.time()
-    examples = folder / "examples" / plan.benchmark.name
-    if options.examples:
-        shutil.rmtree(examples, ignore_errors=True)
-    encoders: dict[str, Callable[[], Encoder]] = {"": lambda: encoder}
-    if options.baselines:
-        pixels = PixelEncoder(encoder.patch_size, encoder.image_size, encoder.in_channels, device=encoder.device)
-        encoders |= {"random init": lambda: encoder.random_init(options.seed), "raw pixels": lambda: pixels}
-    rows: dict[str, list[Row]] = {}
-    for role, make in encoders.items():
-        rows[role] = []
-        subject: Encoder | None = None  # made when a task first needs it, once for all of them
-        for task, data in plan.tasks:
-            done = _unfinished(folder, plan) / f"{task.protocol}{'-' * bool(role)}{role.replace(' ', '-')}.json"
-            found = None if options.overwrite else _kept_rows(done, key)
-            if found is None:
-                context = _context(encoder, plan, task, role, key, options, folder, examples)
-                module = importlib.import_module(PROTOCOLS[task.protocol][0])
+class _Evaluation:
+    """One dataset with one encoder and its baselines; finished tasks are kept under a key over all that counts."""
+
+    def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
+        self.encoder, self.plan, self.request, self.options = encoder, plan, request, request.options
+        self.path = folder / f"{plan.benchmark.name}.json"
+        self.unfinished = folder / ".unfinished" / plan.benchmark.name
+        self.examples = folder / "examples" / plan.benchmark.name
+        self.features = Path(self.options.features) if self.options.features else folder.parent / "features"
+        self.key = _key(encoder, plan, request)
+
+    def result(self) -> Result:
+        """The result that is on disk under the same key, else a new one, written."""
+        kept = read_result(self.path)
+        if kept is not None and kept.key == self.key and not self.options.overwrite:
+            return kept
+        started = time.time()
+        if self.options.examples:
+            shutil.rmtree(self.examples, ignore_errors=True)
+        rows = {"": self.rows("", lambda: self.encoder)}
+        if self.options.baselines:
+            rows["random init"] = self.rows("random init", lambda: self.encoder.random_init(self.options.seed))
+            rows["raw pixels"] = self.rows("raw pixels", self.pixels)
+        own = rows.pop("")
+        result = Result(self.plan.benchmark.name, self.key, own, rows, self.facts(started))
+        write_atomic(self.path, json.dumps(result.as_dict(), indent=1) + "\n")
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        return result
+
+    def pixels(self) -> Encoder:
+        """The baseline without a network."""
+        like = self.encoder
+        return PixelEncoder(like.patch_size, like.image_size, like.in_channels, device=like.device)
+
+    def rows(self, role: str, make: Callable[[], Encoder]) -> tuple[Row, ...]:
+        """The rows of every task in one role, "" for the encoder itself; what was finished before is not done again.
+
+        make  gives the encoder: called when a task first needs it, once for all of them
+        """
+        subject: Encoder | None = None
+        found: list[Row] = []
+        for task, data in self.plan.tasks:
+            path = self.unfinished / f"{_name(task, role)}.json"
+            rows = None if self.options.overwrite else _kept_rows(path, self.key)
+            if rows is None:
                 subject = subject or make()
+                module = importlib.import_module(PROTOCOLS[task.protocol][0])
                 try:
-                    rows_of_task = module.evaluate(subject, data, task, _effective(request, task), context)
-                    # One wording, so that published numbers and baselines find their rows.
-                    title = PROTOCOLS[task.protocol][1]
-                    found = [dataclasses.replace(row, protocol=title) for row in rows_of_task]
+                    rows = module.evaluate(
+                        subject, data, task, _effective(self.request, task), self.context(task, role)
+                    )
                 except (UserError, RunError) as error:
-                    raise type(error)(f"{plan.benchmark.name}, {task.protocol}: {error}") from error
-                done.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(done, json.dumps({"key": key, "rows": [row.as_dict() for row in found]}))
-            rows[role] += found
-    facts = {
-        "title": plan.benchmark.title,
-        "task": plan.benchmark.task,
-        "weights": {"name": encoder.name, "identity": encoder.identity},
-        "precision": str(encoder.dtype).removeprefix("torch."),
-        "image_size": options.image_size or encoder.default_size,
-        "seed": options.seed,
-        "published": [
-            {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
-            for task, _ in plan.tasks
-            for number in task.published
-        ],
-        "warnings": list(plan.warnings),
-        "seconds": time.time() - started,
-        "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
-    }
-    own = tuple(rows.pop(""))
-    return Result(plan.benchmark.name, key, own, {name: tuple(found) for name, found in rows.items()}, facts)
+                    raise type(error)(f"{self.plan.benchmark.name}, {task.protocol}: {error}") from error
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
+            found += rows
+        return tuple(found)
+
+    def context(self, task: Task, role: str) -> Context:
+        """What a protocol is given besides its data."""
+        options = self.options
+        workers = default_workers() if options.workers is None else options.workers
+
+        def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
+            return show_progress(items, total, f"{self.plan.benchmark.name} · {what}")
+
+        return Context(
+            features=FeatureStore(self.features, options.features_dtype, options.batch_size, workers, progress),
+            # With the key in its name, a state is never met by other weights or options.
+            state=self.unfinished / self.key / _name(task, role),
+            examples=self.examples if options.examples and not role else None,
+            seed=options.seed,
+            image_size=options.image_size or self.encoder.default_size,
+            batch_size=options.batch_size,
+            workers=workers,
+            num_examples=options.examples,
+            progress=progress,
+        )
+
+    def facts(self, started: float) -> dict[str, Any]:
+        """What a result says of its evaluation besides the rows."""
+        benchmark, encoder = self.plan.benchmark, self.encoder
+        return {
+            "title": benchmark.title,
+            "task": benchmark.task,
+            "weights": {"name": encoder.name, "identity": encoder.identity},
+            "precision": str(encoder.dtype).removeprefix("torch."),
+            "image_size": self.options.image_size or encoder.default_size,
+            "seed": self.options.seed,
+            "published": [
+                {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
+                for task, _ in self.plan.tasks
+                for number in task.published
+            ],
+            "warnings": list(self.plan.warnings),
+            "seconds": time.time() - started,
+            "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
+        }
 
 
-def _context(
-    encoder: Encoder,
-    plan: Planned,
-    task: Task,
-    role: str,
-    key: str,
-    options: EvalOptions,
-    folder: Path,
-    examples: Path,
-) -> Context:
-    workers = default_workers() if options.workers is None else options.workers
-    progress = partial(_progress, plan.benchmark.name)
-    store = Path(options.features) if options.features else folder.parent / "features"
-    return Context(
-        features=FeatureStore(store, options.features_dtype, options.batch_size, workers, progress),
-        # With the key in its name, a state is never met by other weights or options.
-        state=_unfinished(folder, plan) / key / f"{task.protocol} {role}".strip().replace(" ", "-"),
-        examples=examples if options.examples and not role else None,
-        seed=options.seed,
-        image_size=options.image_size or encoder.default_size,
-        batch_size=options.batch_size,
-        workers=workers,
-        num_examples=options.examples,
-        progress=progress,
-    )
-
-
-def _progress(dataset: str, items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-    return show_progress(items, total, f"{dataset} · {what}")
-
-
-def _unfinished(folder: Path, plan: Planned) -> Path:
-    return folder / ".unfinished" / plan.benchmark.name
+def _name(task: Task, role: str) -> str:
+    """Of a task's files in one role."""
+    return "-".join([task.protocol, *role.split()])
 
 
 def _kept_rows(path: Path, key: str) -> list[Row] | None:
@@ -293,16 +289,8 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
     shaping = {key.partition(".")[0] for key in flat(request.options, shaping=True)}
     values = {key: value for key, value in dataclasses.asdict(request.options).items() if key in shaping}
     data = [
-        (
-            task.protocol,
-            task.metric,
-            dict(task.options),
-            found.variant,
-            name,
-            len(split),
-            split.source.stamp(),
-            truth_stamp(split),
-        )
+        (task.protocol, task.metric, dict(task.options), found.variant, name)
+        + (len(split), split.source.stamp(), split.truth_stamp())
         for task, found in plan.tasks
         for name, split in found.splits.items()
     ]

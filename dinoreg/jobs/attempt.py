@@ -27,7 +27,7 @@ from dinoreg.jobs.job_type import Arguments, Group
 from dinoreg.jobs.records import add_event, cancel_file, read_events
 from dinoreg.jobs.status import saved_step
 from dinoreg.jobs.submit import NO_TIMEOUT
-from dinoreg.runtime.errors import Interrupted, RunError
+from dinoreg.runtime.errors import EarlyEnd, Interrupted, RunError
 
 STUCK = 3  # restarts in a row without a new checkpoint that end a training
 FIRST_PORT, NUM_PORTS = 12_000, 20_000  # below those that systems hand out by themselves
@@ -294,7 +294,7 @@ def _aside(path: Path) -> Path:
 def _was_reported(error: BaseException | None) -> bool:
     """Whether it is another process that explains this failure."""
     while error is not None:
-        if getattr(error, "reported", False):
+        if isinstance(error, EarlyEnd) and error.reported:
             return True
         error = error.__cause__
     return False

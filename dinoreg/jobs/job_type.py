@@ -71,7 +71,7 @@ class Plan:
     folder   where its records, logs and code go: `folder/launch/`
     files    small files to write before submission
     links    {new name: weights to be kept under it}, hard links where the disk can
-    clears   folders to delete first (overwrite=true)
+    clears   folders whose run is deleted first (overwrite=true)
     notes    lines to tell the user
     """
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import read_json_lines
 
 JOBS = "jobs.jsonl"
 
@@ -76,7 +77,7 @@ def read_records(folder: str | Path) -> list[Record]:
         raise UserError(f"{folder}: nothing was launched for this folder (no {path})")
     names = {each.name for each in fields(Record)}
     found = []
-    for line in read_lines(path):
+    for line in read_json_lines(path):
         try:
             found.append(Record(**{key: line[key] for key in names}))
         except KeyError:
@@ -85,7 +86,7 @@ def read_records(folder: str | Path) -> list[Record]:
 
 
 def next_launch(launch: Path) -> int:
-    return 1 + max((int(line.get("launch", 0)) for line in read_lines(launch / JOBS)), default=0)
+    return 1 + max((int(line.get("launch", 0)) for line in read_json_lines(launch / JOBS)), default=0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -102,7 +103,9 @@ def read_events(launch: Path, job: str, rank: int | None = None) -> list[dict[st
     for path in launch.glob(f"{job}_{'*' if rank is None else rank}_events.jsonl"):
         middle = path.name.removeprefix(f"{job}_").removesuffix("_events.jsonl")
         if middle.isdigit():
-            found += [{**line, "rank": int(middle)} for line in read_lines(path) if "event" in line and "time" in line]
+            found += [
+                {**line, "rank": int(middle)} for line in read_json_lines(path) if "event" in line and "time" in line
+            ]
     return sorted(found, key=lambda line: float(line["time"]))
 
 
@@ -128,23 +131,6 @@ def append(path: Path, *lines: dict[str, Any]) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that are JSON objects; [] where there is none."""
-    try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = []
-    for text in texts:
-        try:
-            content = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
 
 
 def last_lines(path: Path, count: int, size: int = 1 << 18) -> list[str]:

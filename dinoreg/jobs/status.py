@@ -21,10 +21,10 @@ from dinoreg.jobs.records import (
     launch_folder,
     log_files,
     read_events,
-    read_lines,
     read_records,
 )
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import read_json
 
 # Slurm's reasons, as people say them.
 REASONS = {
@@ -211,7 +211,7 @@ def progress(record: Record) -> str:
     """How far a training is: "step 1200 of 5000, 35.2 images/s, 1:02:03 left"; "" for other jobs."""
     if not record.run:
         return ""
-    state = next(iter(read_lines(Path(record.run) / "status.json")), {})
+    state = read_json(Path(record.run) / "status.json")
     metrics: dict[str, Any] = {}
     for line in last_lines(Path(record.run) / "metrics.jsonl", 2):
         with contextlib.suppress(ValueError):

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from submitit.core.utils import DelayedSubmission
 
+from dinoreg.config.overwrite import put_back, set_aside
 from dinoreg.jobs import local_queue as local
 from dinoreg.jobs import slurm
 from dinoreg.jobs.job_type import Group, Job, Plan, Request
@@ -71,7 +72,7 @@ def show(plan: Plan, settings: dict[str, LaunchOptions], say: Callable[[str], No
     """What a launch would do, in full; nothing is written."""
     folder = launch_folder(plan.folder).absolute()
     for path in plan.clears:
-        say(f"would delete {path}")
+        say(f"would delete the run in {path}")
     for path, source in plan.links.items():
         say(f"would keep {source} as {path}")
     for number, (path, text) in enumerate(plan.files.items()):
@@ -126,7 +127,7 @@ class _Submission:
         self.job, self.plan, self.settings, self.make = job, plan, settings, make
         self.launch = launch_folder(plan.folder).absolute()
         self.made: list[Path] = []  # files and folders that were not there before
-        self.aside: dict[Path, Path] = {}  # runs that are to be overwritten, until the jobs have been accepted
+        self.aside: list[Path] = []  # runs that are to be overwritten, until the jobs have been accepted
         self.submitted: dict[str, list[str]] = {}
         self.records: list[Record] = []
 
@@ -140,7 +141,7 @@ class _Submission:
             else:
                 self._start_here()
             add_records(self.launch, self.records)
-            for path in self.aside.values():
+            for path in self.aside:
                 shutil.rmtree(path, ignore_errors=True)
         except BaseException as error:
             self._take_back()
@@ -153,8 +154,7 @@ class _Submission:
 
     def _write(self) -> None:
         for path in self.plan.clears:
-            self.aside[path] = path.with_name(f".{path.name}.overwritten-{os.getpid()}")
-            os.rename(path, self.aside[path])
+            self.aside.append(set_aside(path))
         self._make_folder(self.launch)
         options = next(iter(self.settings.values()))
         self.code = copy_package(self.launch / "code") if options.code == "copy" else PACKAGE.parent
@@ -184,9 +184,8 @@ class _Submission:
             else:
                 with contextlib.suppress(OSError):
                     path.rmdir()
-        for path, held in self.aside.items():
-            shutil.rmtree(path, ignore_errors=True)
-            os.rename(held, path)
+        for path in self.aside:
+            put_back(path)
 
     def _record(self, group: Group, index: int, job: str, runner: list[int]) -> None:
         options = self.settings[group.name]

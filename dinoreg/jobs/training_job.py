@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinoreg.config.load import Config, load_config, require_complete, to_yaml
+from dinoreg.config.overwrite import check_out, run_entries
 from dinoreg.jobs.job_type import Arguments
 from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
@@ -35,28 +36,11 @@ def training(source: str, overrides: Sequence[str]) -> Training:
     config = load_config(source, overrides)
     require_complete(config)
     out = Path(str(config.out))
-    clears = _check_out(config, out)
+    check_out(config, out)
+    clears = (out,) if config.overwrite and run_entries(out) else ()
     _check_data(config)
     path = launch_folder(out) / "config.yaml"
     return Training(out, ("pretrain", str(path), "resume=true"), path, to_yaml(config), clears)
-
-
-def _check_out(config: Config, out: Path) -> tuple[Path, ...]:
-    """What has to be deleted first; UserError where a run cannot go to `out`."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out}: is a file, expected a folder")
-    if not out.is_dir() or all(path.suffix == ".part" or path.name == "launch" for path in out.iterdir()):
-        return ()
-    is_run = (out / "config.yaml").is_file()
-    if config.overwrite:
-        if not is_run:
-            raise UserError(f"out={out}: holds something other than a run (no config.yaml); it is not overwritten")
-        return (out,)
-    if not config.resume:
-        raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
-    if not is_run:
-        raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
-    return ()
 
 
 def _check_data(config: Config) -> None:

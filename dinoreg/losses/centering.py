@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dinoreg.distributed.process_group import all_reduce_max, all_reduce_sum
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.tiling import chunks, rows_per_chunk
 
 # A row whose largest logit lies more than this many temperatures below the largest logit of all rows is
@@ -24,13 +24,14 @@ def _working_dtype(logits: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int = 3, ranks: Ranks = ALONE) -> Tensor:
     """Assign rows to prototypes so that each row has mass 1 and each prototype about n / K.
 
     logits        (n, K)  this process's teacher logits; n may be 0 and may differ between processes, which
                           must all call at the same time (one max and `iterations` sums are exchanged)
     teacher_temp  > 0, the same on all processes
     iterations    >= 1
+    ranks         the processes whose rows are one batch
     returns       (n, K)  float32 (float64 for float64 logits); every row sums to 1, prototypes are balanced
                           only approximately, because the rows are normalised last
 
@@ -53,7 +54,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
     for rows in chunks(0, num_rows, size):
         row_max[rows] = logits[rows].amax(dim=-1, keepdim=True)
     largest = row_max.amax() if num_rows else torch.full((), -torch.inf, dtype=dtype, device=logits.device)
-    shift = torch.minimum(all_reduce_max(largest), row_max + _MAX_DEPTH * teacher_temp)  # (n, 1)
+    shift = torch.minimum(ranks.all_reduce_max(largest), row_max + _MAX_DEPTH * teacher_temp)  # (n, 1)
 
     for rows in chunks(0, num_rows, size):
         part = torch.sub(logits[rows], shift[rows], out=targets[rows])
@@ -61,7 +62,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
         mass += part.sum(dim=0)
 
     for _ in range(iterations):
-        scale = all_reduce_sum(mass).clamp_min(smallest_mass).reciprocal()  # (K,)
+        scale = ranks.all_reduce_sum(mass).clamp_min(smallest_mass).reciprocal()  # (K,)
         mass = torch.zeros_like(mass)
         for rows in chunks(0, num_rows, size):
             part = targets[rows].mul_(scale)
@@ -89,12 +90,13 @@ def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float | Tensor)
 
 
 @torch.no_grad()
-def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9) -> Tensor:
+def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9, ranks: Ranks = ALONE) -> Tensor:
     """momentum * center + (1 - momentum) * the mean of the logits over the rows of all processes.
 
     center   (1, K)   float32
     logits   (n, K)   this step's teacher logits; n may be 0 and may differ between processes, which must
                       all call at the same time (one sum is exchanged)
+    ranks             the processes whose rows are one batch
     returns  (1, K)   a new tensor; equal to `center` if no process has a row
 
     The result serves the NEXT step: the targets of a step see the statistics of the steps before it only, so
@@ -106,7 +108,7 @@ def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9) -> Tens
     for rows in chunks(0, logits.shape[0], rows_per_chunk(num_prototypes, logits.device)):
         sums[:-1] += logits[rows].sum(dim=0, dtype=center.dtype)
     sums[-1] = logits.shape[0]
-    sums = all_reduce_sum(sums)
+    sums = ranks.all_reduce_sum(sums)
     count = sums[-1]
     mean = sums[:-1] / count.clamp_min(1)
     return torch.where(count > 0, center * momentum + mean * (1 - momentum), center)

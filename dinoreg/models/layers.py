@@ -249,9 +249,9 @@ def _views(shapes: Shapes, kept: Sequence[Tensor]) -> list[tuple[slice, slice, i
     """For each group: its rows among all tokens, its rows among the kept tokens, its number of images."""
     rows, start, stop = [], 0, 0
     for (images, tokens), index in zip(shapes, kept, strict=True):
-        here, there = images * tokens, len(index) * tokens
-        rows.append((slice(start, start + here), slice(stop, stop + there), images))
-        start, stop = start + here, stop + there
+        in_x, in_y = images * tokens, len(index) * tokens
+        rows.append((slice(start, start + in_x), slice(stop, stop + in_y), images))
+        start, stop = start + in_x, stop + in_y
     return rows
 
 
@@ -264,8 +264,8 @@ class _GatherSamples(torch.autograd.Function):
         ctx.shapes = shapes
         views = _views(shapes, kept)
         out = x.new_empty(views[-1][1].stop, x.shape[1])
-        for (here, there, images), index in zip(views, kept, strict=True):
-            torch.index_select(x[here].view(images, -1), 0, index, out=out[there].view(len(index), -1))
+        for (in_x, in_y, images), index in zip(views, kept, strict=True):
+            torch.index_select(x[in_x].view(images, -1), 0, index, out=out[in_y].view(len(index), -1))
         return out
 
     @staticmethod
@@ -274,8 +274,8 @@ class _GatherSamples(torch.autograd.Function):
         kept = ctx.saved_tensors
         views = _views(ctx.shapes, kept)
         out = grad.new_zeros(views[-1][0].stop, grad.shape[1])
-        for (here, there, images), index in zip(views, kept, strict=True):
-            out[here].view(images, -1).index_copy_(0, index, grad[there].contiguous().view(len(index), -1))
+        for (in_x, in_y, images), index in zip(views, kept, strict=True):
+            out[in_x].view(images, -1).index_copy_(0, index, grad[in_y].contiguous().view(len(index), -1))
         return out, None, *(None for _ in kept)
 
 
@@ -285,10 +285,10 @@ class _AddSamples(torch.autograd.Function):
         ctx.save_for_backward(y if gamma is not None else None, gamma, *kept)
         ctx.shapes, ctx.dtype = shapes, y.dtype
         out = x.clone(memory_format=torch.contiguous_format)
-        for (here, there, images), index in zip(_views(shapes, kept), kept, strict=True):
-            part = y[there] if gamma is None else y[there] * gamma
+        for (in_x, in_y, images), index in zip(_views(shapes, kept), kept, strict=True):
+            part = y[in_y] if gamma is None else y[in_y] * gamma
             part = part.to(x.dtype).view(len(index), -1)
-            out[here].view(images, -1).index_add_(0, index, part, alpha=images / len(index))
+            out[in_x].view(images, -1).index_add_(0, index, part, alpha=images / len(index))
         return out
 
     @staticmethod
@@ -298,9 +298,9 @@ class _AddSamples(torch.autograd.Function):
         grad = grad.contiguous()
         views = _views(ctx.shapes, kept)
         grad_y = grad.new_empty(views[-1][1].stop, grad.shape[1])
-        for (here, there, images), index in zip(views, kept, strict=True):
-            part = grad_y[there]
-            torch.index_select(grad[here].view(images, -1), 0, index, out=part.view(len(index), -1))
+        for (in_x, in_y, images), index in zip(views, kept, strict=True):
+            part = grad_y[in_y]
+            torch.index_select(grad[in_x].view(images, -1), 0, index, out=part.view(len(index), -1))
             part.mul_(images / len(index))
         grad_gamma = None
         if gamma is not None:

@@ -255,11 +255,11 @@ class RegisterViT(nn.Module):
         """Blocks start .. stop - 1 over packed tokens (S, D); of the last one only `rows`."""
         backends = self._backends(x, shapes)
         for index, block in enumerate(self.blocks[start:stop], start):
-            asked = rows if index == stop - 1 else None
+            selected = rows if index == stop - 1 else None
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, shapes, backends, packed, asked, use_reentrant=False)
+                x = checkpoint(block, x, shapes, backends, packed, selected, use_reentrant=False)
             else:
-                x = block(x, shapes, backends, packed, asked)
+                x = block(x, shapes, backends, packed, selected)
         return x
 
     def _backends(self, x: Tensor, shapes: Shapes) -> tuple[str, ...]:

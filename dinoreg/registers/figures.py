@@ -15,7 +15,7 @@ from PIL import Image
 from dinoreg.registers.measure import Measured
 from dinoreg.reports.plots import COLOURS, DOTTED, SETTINGS, percent_tick, short_tick
 from dinoreg.visualize.attention import token_names
-from dinoreg.visualize.contact_sheet import colour_map, figure_image, sheet, tile
+from dinoreg.visualize.contact_sheet import colour_map, figure_image, map_row, sheet
 
 INK, GRID = "#808690", "#80869040"  # grey that reads on white and on black
 TILE = 104  # pixels, height of a map
@@ -57,8 +57,8 @@ def _draw_last(axes: Any, record: dict[str, Any]) -> None:
     edges, shares = np.array(record["histogram"]["edges"]), np.array(record["histogram"]["shares"][-1])
     axes.stairs(np.maximum(shares, 1e-7), edges, fill=True, color=COLOURS[0], alpha=0.75)
     limits = [(record["limit"]["value"], "limit"), (record["limit"]["paper"], "150")]
-    kept = shares > 0
-    low, high = edges[:-1][kept].min(), edges[1:][kept].max()
+    filled = shares > 0
+    low, high = edges[:-1][filled].min(), edges[1:][filled].max()
     high = max(high, record["limit"]["value"] * 1.1)
     for value, name in limits:
         if low < value <= high * 1.3:
@@ -103,9 +103,8 @@ def map_sheet(measured: Measured, images: np.ndarray) -> Image.Image:
     norms = measured.norms[-1, :count].reshape(count, rows, columns).numpy()
     lines = []
     for picture, norm, attention in zip(images, norms, measured.attention.numpy()):
-        first = tile(picture, TILE)
         maps = [colour_map(norm, float(norms.max())), *map(colour_map, attention)]
-        lines.append([first, *(tile(each, TILE, first.width, smooth=False) for each in maps)])
+        lines.append(map_row(picture, maps, TILE))
     names = [name.replace("register", "reg") for name in token_names(tokens - 1)]
     return sheet(lines, ["image", "norms", *names])
 

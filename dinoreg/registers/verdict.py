@@ -67,6 +67,7 @@ def comparison(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]
 
 
 def or_dash(value: Any, written: Callable[[Any], str]) -> str:
+    """A value as `written` writes it, a dash for None."""
     return DASH if value is None else written(value)
 
 

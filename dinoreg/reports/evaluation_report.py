@@ -49,6 +49,7 @@ class Record:
 
     @property
     def title(self) -> str:
+        """The dataset's name for people, else its name."""
         return str(self.content.get("title") or self.probe.dataset)
 
 

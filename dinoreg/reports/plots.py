@@ -115,6 +115,7 @@ def loss_charts(run: Run) -> list[Chart]:
 
 
 def schedule_charts(run: Run) -> list[Chart]:
+    """What is set over the course of the run."""
     return _charts(run, SCHEDULES)
 
 
@@ -134,6 +135,7 @@ def health_charts(run: Run) -> list[Chart]:
 
 
 def speed_charts(run: Run) -> list[Chart]:
+    """Images per second, seconds per step and of waiting for images, peak memory in GiB."""
     steps, memory = run.series("max_memory")
     gib = [Line("peak", steps, [value / 2**30 for value in memory])] if steps else []
     return [
@@ -262,10 +264,12 @@ def short(value: float) -> str:
 
 
 def short_tick(value: float, _position: object = None) -> str:
+    """A tick's label: 12500 -> 12.5k"""
     return short(value)
 
 
 def percent_tick(value: float, _position: object = None) -> str:
+    """A tick's label: 0.5 -> 50 %"""
     return f"{100 * value:.4g} %"
 
 

@@ -125,6 +125,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
 
 
 def hardware(run: Run) -> tuple[str, str]:
+    """What the run computed on, and the processor beside it where that is a GPU."""
     devices = run.environment.get("cuda")
     names = [str(device.get("name")) for device in devices or [] if isinstance(device, dict)]
     device = str(run.config.get("device") or "auto")

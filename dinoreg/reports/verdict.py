@@ -82,6 +82,7 @@ def judge(probe: Probe) -> Verdict:
 
 
 def health(run: Run) -> str:
+    """The problems that the health monitor named, in a sentence."""
     names = list(dict.fromkeys(str(event.get("name", "unnamed")) for event in run.events))
     if not names:
         return "The health monitor found nothing wrong."
@@ -89,6 +90,7 @@ def health(run: Run) -> str:
 
 
 def progress(run: Run) -> str:
+    """How far the run is, in a sentence."""
     total = f" of {run.num_steps:,}" if run.num_steps else ""
     return f"The run is at step {run.step:,}{total}."
 

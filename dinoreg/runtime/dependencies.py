@@ -67,7 +67,6 @@ DEPENDENCIES = (
     Dependency("jinja2", "core", ">=3.1,<4", "templates of reports and model cards (torch needs it too)"),
     Dependency("scipy", "eval", ">=1.11,<2", "datasets that come as MATLAB files, and object discovery"),
     Dependency("h5py", "eval", ">=3.10,<4", "datasets that come as HDF5"),
-    Dependency("pycocotools", "eval", ">=2.0.8,<3", "the official COCO metric of detection", "pycocotools.mask"),
     Dependency("pyarrow", "data", ">=15,<27", "lists of images and features as .parquet", "pyarrow.parquet"),
     Dependency("tifffile", "data", ">=2024.1", "TIFF images with more than 8 bits or an odd layout"),
     Dependency("timm", "export", ">=1.0.16,<2", "its models, and the parity check of an export to it"),
@@ -86,6 +85,7 @@ DEPENDENCIES = (
     ),
     Dependency("scikit-image", "test", ">=0.23,<1", "real photographs that come inside a package", "skimage"),
     Dependency("torchmetrics", "test", ">=1.4,<2", "the mIoU that ours is compared with"),
+    Dependency("pycocotools", "test", ">=2.0.8,<3", "the official COCO metric, which ours is compared with"),
 )
 
 

@@ -43,18 +43,12 @@ class Pose(NamedTuple):
         dx, dy, mirror = x - np.float32(self.x), y - np.float32(self.y), np.float32(self.mirror)
         return dx * (cos * mirror) + dy * (sin * mirror), dy * cos - dx * sin
 
-    def to_picture(self, x: Array, y: Array) -> tuple[Array, Array]:
-        """Body coordinates, two planes, to picture coordinates (units)."""
-        cos, sin = np.float32(np.cos(self.angle) * self.radius), np.float32(np.sin(self.angle) * self.radius)
-        x = x * np.float32(self.mirror)
-        return x * cos - y * sin + np.float32(self.x), x * sin + y * cos + np.float32(self.y)
-
 
 class Thing(NamedTuple):
-    """An object: its class, style and colours, its distance, and its pose in both frames of a pair."""
+    """An object: its class, pose, style and colours, and its distance."""
 
     label: int
-    poses: tuple[Pose, Pose]
+    pose: Pose
     style: list[float]
     frequency: float  # texture periods in one radius
     colours: Array  # (4, 3): ground, pattern, parts, detail
@@ -72,7 +66,6 @@ class Plan(NamedTuple):
     frequency: float  # background texture periods in one unit
     turn: float
     colours: Array  # (2, 3)
-    pan: tuple[float, float]  # movement of the background between the two frames, units
     far: float  # distance of the background at the picture's lower edge, metres
     light: tuple[float, float]
     gradient: tuple[float, float, float]
@@ -144,13 +137,7 @@ def _place(draw: Draws, radius: float, taken: list[Pose]) -> tuple[float, float]
 def _thing(draw: Draws, label: int, x: float, y: float, radius: float, behind: float) -> Thing:
     kind = KINDS[label]
     pose = Pose(x, y, radius, draw(-kind.turn, kind.turn), 1.0 if draw() < 0.5 else -1.0)
-    moved = Pose(
-        x + draw(-5.0, 5.0),
-        y + draw(-5.0, 5.0),
-        radius * draw(0.9, 1.12),
-        pose.angle + draw(-0.26, 0.26),
-        pose.mirror,
-    )
+    draw.several(4)  # of no use today; without them all scenes would be others
     period = draw(6.2, 9.2) * min(max(radius / 20.0, 0.55), 1.5) ** 0.5
     hue = PALETTES[kind.background] + 0.5  # what lives there stands out against it
     ground, pattern = _two_tone(draw, hue, (0.15, 0.30))
@@ -160,7 +147,7 @@ def _thing(draw: Draws, label: int, x: float, y: float, radius: float, behind: f
     bulge = BULGE * metres
     near = max(metres * FOCAL / radius - bulge, behind)
     colours = np.array([ground, pattern, parts, detail], np.float32)
-    return Thing(label, (pose, moved), draw.several(6), radius / period, colours, near, bulge)
+    return Thing(label, pose, draw.several(6), radius / period, colours, near, bulge)
 
 
 def plan(index: int, seed: int = 0) -> Plan:
@@ -172,7 +159,7 @@ def plan(index: int, seed: int = 0) -> Plan:
     radius = 0.5 * UNITS * draw(0.62, 0.98)
     spread = max(0.5 * UNITS - 0.85 * radius, 2.0)
     main = _thing(draw, label, 0.5 * UNITS + draw(-spread, spread), 0.5 * UNITS + draw(-spread, spread), radius, 0.05)
-    things, taken = [main], [main.poses[0]]
+    things, taken = [main], [main.pose]
     for _ in range((0, 1, 1, 2)[draw.below(4)]):
         small = max(radius * draw(0.32, 0.55), 5.0)
         place = _place(draw, small, taken)
@@ -181,18 +168,20 @@ def plan(index: int, seed: int = 0) -> Plan:
             continue
         behind = things[-1].near + things[-1].bulge + 0.02
         things.append(_thing(draw, other, *place, small, behind))
-        taken.append(things[-1].poses[0])
+        taken.append(things[-1].pose)
     deepest = things[-1].near + things[-1].bulge
     angle = draw(0.0, 2.0 * np.pi)
+    style, frequency, turn = draw.several(3), 1.0 / draw(5.5, 8.5), draw(-0.45, 0.45)
+    colours = np.array(_two_tone(draw, PALETTES[background], (0.08, 0.18)), np.float32)
+    draw.several(2)  # as in `_thing`
     return Plan(
         label=label,
         things=things,
         background=background,
-        style=draw.several(3),
-        frequency=1.0 / draw(5.5, 8.5),
-        turn=draw(-0.45, 0.45),
-        colours=np.array(_two_tone(draw, PALETTES[background], (0.08, 0.18)), np.float32),
-        pan=(draw(-4.0, 4.0), draw(-4.0, 4.0)),
+        style=style,
+        frequency=frequency,
+        turn=turn,
+        colours=colours,
         far=deepest * draw(1.1, 1.8),
         light=(float(np.cos(angle)), float(np.sin(angle))),
         gradient=(draw(0.8, 1.1), draw(-0.25, 0.25), draw(-0.25, 0.25)),

@@ -6,7 +6,7 @@ the class; light and pose carry almost nothing, and colours, as in nature, go wi
 tell a third of the classes from the rest. What the crops of one picture share thus says something about the
 class, which is what DINO-style pretraining feeds on and what makes minutes of it on a CPU worth probing.
 
-`scene_plan` draws what is random, `scene_shapes` holds the forms, `scene_textures` materials and backgrounds.
+`layout` draws what is random, `shapes` holds the forms, `textures` materials and backgrounds.
 """
 
 from __future__ import annotations
@@ -67,11 +67,9 @@ def _coverage(distance: Array, pixels: float) -> Array:
     return np.clip(share, 0.0, 1.0, out=share)
 
 
-def _paint_background(scene: Plan, size: int, frame: int) -> Array:
+def _paint_background(scene: Plan, size: int) -> Array:
     """(3, S, S) float32, lit."""
     x, y = _centres(size)[None, :], _centres(size)[:, None]
-    if frame:
-        x, y = x - np.float32(scene.pan[0]), y - np.float32(scene.pan[1])
     cos, sin = (np.float32(f(scene.turn) * scene.frequency) for f in (np.cos, np.sin))
     pattern = BACKGROUNDS[scene.background](
         x * cos + y * sin, y * cos - x * sin, size / (UNITS * scene.frequency), scene.style
@@ -95,13 +93,13 @@ def _shift(start: int, stop: int, move: int, size: int) -> tuple[slice, slice]:
     return slice(low - move - start, max(high - move - start, low - move - start)), slice(low, max(high, low))
 
 
-def _paint(canvas: Array, scene: Plan, thing: Thing, frame: int, size: int) -> tuple[slice, slice, Array, Array] | None:
+def _paint(canvas: Array, scene: Plan, thing: Thing, size: int) -> tuple[slice, slice, Array, Array] | None:
     """Shade and blend one object into `canvas`; None if it is out of the picture.
 
     returns the rows and columns of its window and, in it, where it covers the pixel centres and its relief: 1
     on the outline, 0 where the object bulges most towards the camera
     """
-    pose = thing.poses[frame]
+    pose = thing.pose
     reach = REACH * pose.radius + 1.0
     x0, x1 = _window(pose.x, reach, size)
     y0, y1 = _window(pose.y, reach, size)
@@ -143,9 +141,9 @@ def _paint(canvas: Array, scene: Plan, thing: Thing, frame: int, size: int) -> t
     return slice(y0, y1), slice(x0, x1), extent < 0.0, relief
 
 
-def _expose(canvas: Array, scene: Plan, index: int, seed: int, frame: int) -> Array:
+def _expose(canvas: Array, scene: Plan, index: int, seed: int) -> Array:
     """Sensor gain and noise, then 8 bits: (3, S, S) float32 to (S, S, 3) uint8."""
-    noise = generator(seed, NOISE_STREAM + 8 * frame, index).standard_normal(canvas.shape[1:], dtype=np.float32)
+    noise = generator(seed, NOISE_STREAM, index).standard_normal(canvas.shape[1:], dtype=np.float32)
     canvas *= (scene.gain * np.float32(255.0))[:, None, None]
     canvas += noise * np.float32(255.0 * scene.noise)
     np.clip(canvas, 0.0, 255.0, out=canvas)
@@ -154,39 +152,39 @@ def _expose(canvas: Array, scene: Plan, index: int, seed: int, frame: int) -> Ar
 
 def _boxes(instances: Array, count: int) -> tuple[Array, list[int]]:
     """Tight boxes (O, 4) of the instances that have a visible pixel, and which ones these are."""
-    boxes, kept = [], []
+    boxes, visible_ones = [], []
     for k in range(count):
         visible = instances == k + 1
         columns, rows = np.flatnonzero(visible.any(axis=0)), np.flatnonzero(visible.any(axis=1))
         if len(rows):
             boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-            kept.append(k)
-    return np.array(boxes, np.float32).reshape(-1, 4), kept
+            visible_ones.append(k)
+    return np.array(boxes, np.float32).reshape(-1, 4), visible_ones
 
 
-def _render(scene: Plan, index: int, size: int, seed: int, frame: int) -> Scene:
-    canvas = _paint_background(scene, size, frame)
+def _render(scene: Plan, index: int, size: int, seed: int) -> Scene:
+    canvas = _paint_background(scene, size)
     instances = np.zeros((size, size), np.uint8)
     unit = _centres(size) * np.float32(1.0 / UNITS)
     depth = np.repeat((np.float32(scene.far) * (np.float32(1.6) - np.float32(0.6) * unit))[:, None], size, axis=1)
     for k in reversed(range(len(scene.things))):
         thing = scene.things[k]
-        painted = _paint(canvas, scene, thing, frame, size)
+        painted = _paint(canvas, scene, thing, size)
         if painted is not None:
             rows, columns, covered, relief = painted
             np.copyto(instances[rows, columns], np.uint8(k + 1), where=covered)
             surface = relief * np.float32(thing.bulge) + np.float32(thing.near)
             np.copyto(depth[rows, columns], surface, where=covered)
-    boxes, kept = _boxes(instances, len(scene.things))
+    boxes, visible = _boxes(instances, len(scene.things))
     renumber = np.zeros(len(scene.things) + 1, np.uint8)
-    renumber[[k + 1 for k in kept]] = np.arange(1, len(kept) + 1)
+    renumber[[k + 1 for k in visible]] = np.arange(1, len(visible) + 1)
     classes = np.zeros(len(scene.things) + 1, np.uint8)
     classes[1:] = [1 + thing.label for thing in scene.things]
-    box_labels = np.array([scene.things[k].label for k in kept], np.int64)
+    box_labels = np.array([scene.things[k].label for k in visible], np.int64)
     labels = np.zeros(NUM_CLASSES, bool)
     labels[box_labels] = True
     return Scene(
-        image=_expose(canvas, scene, index, seed, frame),
+        image=_expose(canvas, scene, index, seed),
         label=scene.label,
         labels=labels,
         boxes=boxes,
@@ -199,45 +197,16 @@ def _render(scene: Plan, index: int, size: int, seed: int, frame: int) -> Scene:
 
 def render(index: int, size: int = 64, seed: int = 0) -> Scene:
     """Scene `index` of the endless set `seed`, `size` pixels a side. UserError for negative arguments."""
-    return _render(plan(index, seed), index, size, seed, 0)
+    return _render(plan(index, seed), index, size, seed)
 
 
 def render_image(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
     """Only the picture of `render`, (S, S, 3) uint8, the same to the bit."""
     scene = plan(index, seed)
-    canvas = _paint_background(scene, size, 0)
+    canvas = _paint_background(scene, size)
     for thing in reversed(scene.things):
-        _paint(canvas, scene, thing, 0, size)
-    return _expose(canvas, scene, index, seed, 0)
-
-
-def render_pair(index: int, size: int = 64, seed: int = 0) -> tuple[Scene, Scene, np.ndarray, np.ndarray]:
-    """Two frames of scene `index`: objects move, turn and grow rigidly, the background pans.
-
-    returns the two scenes (the first equals `render`), flow (S, S, 2) float32 in pixels, (u, v) = (right,
-    down) from each pixel of the first frame to its place in the second, and valid (S, S) bool: True where
-    that place is inside the second picture and not behind another object. Light does not move with the
-    objects.
-    """
-    scene = plan(index, seed)
-    first, second = (_render(scene, index, size, seed, frame) for frame in (0, 1))
-    x, y = (np.ascontiguousarray(a) for a in np.meshgrid(_centres(size), _centres(size)))
-    target_x, target_y = x + np.float32(scene.pan[0]), y + np.float32(scene.pan[1])
-    owner = np.full((size, size), len(scene.things))
-    for k, thing in reversed(list(enumerate(scene.things))):
-        here, there = thing.poses
-        body_x, body_y = here.to_body(x, y)
-        mine = _extent(KINDS[thing.label].form(body_x, body_y, thing.style)) < 0.0
-        moved_x, moved_y = there.to_picture(body_x, body_y)
-        target_x, target_y = np.where(mine, moved_x, target_x), np.where(mine, moved_y, target_y)
-        owner[mine] = k
-    valid = (target_x >= 0.0) & (target_x < UNITS) & (target_y >= 0.0) & (target_y < UNITS)
-    for k, thing in enumerate(scene.things):
-        body_x, body_y = thing.poses[1].to_body(target_x, target_y)
-        hidden = _extent(KINDS[thing.label].form(body_x, body_y, thing.style)) < 0.0
-        valid &= ~(hidden & (owner > k))
-    flow = np.stack([target_x - x, target_y - y], axis=-1) * np.float32(size / UNITS)
-    return first, second, flow, valid
+        _paint(canvas, scene, thing, size)
+    return _expose(canvas, scene, index, seed)
 
 
 class SceneDataset:

@@ -1,25 +1,27 @@
 """Is the run learning, and if not, what is wrong: signals of every step, and diagnoses in words.
 
 Cheap signals (entropies, prototype usage, feature spread) are taken every step and stay on the device; rank, weight
-updates and pixels are looked at where metrics are written. A diagnosis is a name, what was seen and a remedy.
+updates and pixels are measured where metrics are written. A diagnosis is a name, what was seen and a remedy.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import rankme
 from dinoreg.train.parallelize import local
 from dinoreg.train.step import StepResult
 
-# Class tokens kept for the effective rank: enough for a stable figure, small enough to cost nothing.
+# Class tokens held for the effective rank: enough for a stable figure, small enough to cost nothing.
 RANK_WINDOW = 512
 
 # A healthy AdamW run moves its weights by 1e-4 to 1e-2 of their norm a step (a small network with a high rate most).
@@ -31,6 +33,8 @@ FLAT_FEATURES = 1e-3
 LOW_RANK = 1.5
 FEW_PROTOTYPES = 0.02
 DATA_BOUND = 0.3
+SAME_PIXELS = 1e-3
+LINES_IN_A_ROW = 3
 
 
 @dataclass(frozen=True)
@@ -42,21 +46,120 @@ class Diagnosis:
     remedy: str
 
 
-REMEDIES = {
-    "learning-rate-too-high": "Lower optim.lr (or optim.base_lr) by a factor of 3 to 10, or lengthen schedule.warmup.",
-    "constant-images": "Look at the images with `dinoreg inspect data=…`: their pixels are all the same.",
-    "frozen-student": "Check that the learning rate is not zero and that parameters require gradients.",
-    "teacher-follows-student": "Raise schedule.momentum: 0.99 to 0.996 at the start suits most runs.",
-    "batch-too-small": "Raise batch_size to 16 or more; optim.accumulate keeps the memory as it is.",
-    "uniform-targets": "Lower schedule.teacher_temp, raise the learning rate, use fewer head.prototypes, or "
-    "loss.centering=sinkhorn.",
-    "single-prototype": "Use loss.centering=sinkhorn, or raise schedule.teacher_temp.",
-    "feature-collapse": "Raise loss.koleo_weight, lower the learning rate, or use loss.centering=sinkhorn.",
-    "few-prototypes-used": "Use loss.centering=sinkhorn or fewer head.prototypes.",
-    "non-finite-steps": "Lower the learning rate, use precision=bf16 or fp32, and look at the listed images.",
+def read_signals(metrics: Mapping[str, Any], num_prototypes: int) -> SimpleNamespace:
+    """What the rules look at in one line of metrics; what it lacks is NaN, and no rule applies to that."""
+    largest_entropy = math.log(max(num_prototypes, 2))
+    return SimpleNamespace(
+        step=int(metrics["step"]),
+        batch=metrics.get("global_batch_size", 2),
+        pixels=metrics.get("pixel_std", math.nan),
+        lr=metrics.get("backbone_lr", metrics.get("lr", 0.0)),  # of the weights whose updates are measured
+        update=metrics.get("update_ratio", math.nan),
+        distance=metrics.get("teacher_distance", math.nan),
+        entropy=metrics.get("teacher_entropy", math.nan) / largest_entropy,  # 1: a uniform guess
+        marginal=metrics.get("target_marginal_entropy", math.nan) / largest_entropy,  # 0: one prototype for all
+        usage=metrics.get("prototype_usage", 1.0),
+        rank=metrics.get("feature_rank", math.nan),
+        spread=metrics.get("feature_std", math.nan),
+        rejected=metrics.get("nonfinite_steps", 0),
+        waiting=metrics.get("data_time", 0.0) / max(metrics.get("step_time", 1.0), 1e-9),
+    )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One diagnosis: when it applies, and its message, with names of `read_signals` in braces.
+
+    at_once  it cannot be chance: one line is enough         late  only after the run's grace
+    """
+
+    name: str
+    applies: Callable[[SimpleNamespace], bool]
+    message: str
+    remedy: str
+    at_once: bool = False
+    late: bool = False
+
+
+RULES = (
+    Rule(
+        "batch-too-small",
+        lambda x: x.batch < 2,
+        "a global batch of {batch} image: no image has a neighbour",
+        "Raise batch_size to 16 or more; optim.accumulate keeps the memory as it is.",
+        at_once=True,
+    ),
+    Rule(
+        "constant-images",
+        lambda x: x.pixels < SAME_PIXELS,
+        "pixels vary by {pixels:.2g} over the whole batch (normalised)",
+        "Look at the images with `dinoreg inspect data=…`: their pixels are all the same.",
+    ),
+    Rule(
+        "learning-rate-too-high",
+        lambda x: x.update > UPDATE_TOO_LARGE,
+        "a step moves the weights by {update:.1%} of their norm (healthy: 0.01 % to 1 %)",
+        "Lower optim.lr (or optim.base_lr) by a factor of 3 to 10, or lengthen schedule.warmup.",
+    ),
+    Rule(
+        "frozen-student",
+        lambda x: x.lr > 0 and x.update == 0.0,
+        "the learning rate is {lr:.2g}, yet no weight moves",
+        "Check that the learning rate is not zero and that parameters require gradients.",
+    ),
+    Rule(
+        "teacher-follows-student",
+        lambda x: x.update > 0 and x.distance < 0.01 * x.update,
+        "the teacher is {distance:.2g} from the student, far less than one step moves ({update:.2g})",
+        "Raise schedule.momentum: 0.99 to 0.996 at the start suits most runs.",
+    ),
+    Rule(
+        "uniform-targets",
+        lambda x: x.entropy > UNIFORM,
+        "the teacher's targets have {entropy:.1%} of the entropy of a uniform guess at step {step}",
+        "Lower schedule.teacher_temp, raise the learning rate, use fewer head.prototypes, or loss.centering=sinkhorn.",
+        late=True,
+    ),
+    Rule(
+        "single-prototype",
+        lambda x: x.marginal < SINGLE,
+        "all images get the same prototype (marginal entropy {marginal:.1%} of ln K)",
+        "Use loss.centering=sinkhorn, or raise schedule.teacher_temp.",
+        late=True,
+    ),
+    Rule(
+        "few-prototypes-used",
+        lambda x: x.marginal >= SINGLE and x.usage < FEW_PROTOTYPES,
+        "{usage:.1%} of the prototypes are used",
+        "Use loss.centering=sinkhorn or fewer head.prototypes.",
+        late=True,
+    ),
+    Rule(
+        "feature-collapse",
+        lambda x: x.pixels >= SAME_PIXELS and x.batch > 1 and (x.rank < LOW_RANK or x.spread < FLAT_FEATURES),
+        "class tokens are nearly equal (effective rank {rank:.2f}, spread {spread:.2g})",
+        "Raise loss.koleo_weight, lower the learning rate, or use loss.centering=sinkhorn.",
+        late=True,
+    ),
+    Rule(
+        "non-finite-steps",
+        lambda x: x.rejected > 0,
+        "{rejected} step(s) were not finite and were left out",
+        "Lower the learning rate, use precision=bf16 or fp32, and look at the listed images.",
+        at_once=True,
+    ),
+    Rule(
+        "data-bound",
+        lambda x: x.waiting > DATA_BOUND,
+        "{waiting:.0%} of the time goes to waiting for images",
+        "Raise data.workers, store smaller images, or use a faster disk.",
+        late=True,
+    ),
+)
+
+REMEDIES = {rule.name: rule.remedy for rule in RULES} | {
     "forgetting": "Lower adapt.lr, raise loss.anchor_weight, train on general images too (data=[DOMAIN,GENERAL] with "
     "data.weights), or use a checkpoint from before the fall.",
-    "data-bound": "Raise data.workers, store smaller images, or use a faster disk.",
 }
 
 
@@ -66,12 +169,13 @@ class Health:
     num_prototypes  K of the DINO head          grace  steps before slow-starting signals are judged
     """
 
-    def __init__(self, num_prototypes: int, grace: int) -> None:
+    def __init__(self, num_prototypes: int, grace: int, ranks: Ranks = ALONE) -> None:
         self.num_prototypes = num_prototypes
         self.grace = grace
+        self.ranks = ranks
         self.features: deque[Tensor] = deque()
         self.reported: set[str] = set()
-        self._suspicions: dict[str, int] = {}
+        self._in_a_row: dict[str, int] = {}  # by rule, lines that it has applied to
         self._clear()
 
     def _clear(self) -> None:
@@ -92,7 +196,7 @@ class Health:
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps += 1
         self.features.append(features)
-        while sum(len(kept) for kept in self.features) - len(self.features[0]) >= RANK_WINDOW:
+        while sum(map(len, self.features)) - len(self.features[0]) >= RANK_WINDOW:
             self.features.popleft()
 
     @torch.no_grad()
@@ -103,80 +207,34 @@ class Health:
         """
         if self._steps == 0 or self._marginal is None:
             return {}
-        means = distributed.all_reduce_mean(torch.stack(list(self._sums.values()))) / self._steps
+        means = self.ranks.all_reduce_mean(torch.stack(list(self._sums.values()))) / self._steps
         metrics = dict(zip(self._sums, means.tolist()))
         metrics["teacher_entropy_max"] = math.log(self.num_prototypes)
-        marginal = distributed.all_reduce_mean(self._marginal) / self._steps
+        marginal = self.ranks.all_reduce_mean(self._marginal) / self._steps
         metrics["target_marginal_entropy"] = float(torch.special.entr(marginal).sum())
         # A prototype counts as used when it gets at least a tenth of its even share.
         metrics["prototype_usage"] = float((marginal > 0.1 / self.num_prototypes).float().mean())
-        share = -(-RANK_WINDOW // distributed.world_size())
-        window = distributed.gather_rows(torch.cat(list(self.features))[-share:])
+        share = -(-RANK_WINDOW // self.ranks.world_size)
+        window = self.ranks.gather_rows(torch.cat(list(self.features))[-share:])
         metrics["feature_rank"] = rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan
         self._clear()
         return metrics
 
-    def diagnose(self, metrics: dict[str, Any]) -> list[Diagnosis]:
+    def diagnose(self, metrics: Mapping[str, Any]) -> list[Diagnosis]:
         """What is wrong according to one line of metrics; each diagnosis is given once a run.
 
         A signal that can be chance in one line has to show in three lines in a row.
         """
-        found: list[tuple[str, str, bool]] = []  # name, message, certain at once
-
-        def suspect(name: str, condition: bool, message: str, at_once: bool = False) -> None:
-            if condition:
-                found.append((name, message, at_once))
-
-        step = int(metrics["step"])
-        late = step >= self.grace
-        update = metrics.get("update_ratio", math.nan)
-        lr = metrics.get("backbone_lr", metrics.get("lr", 0.0))  # of the weights that are watched
-        entropy = metrics.get("teacher_entropy", math.nan) / math.log(max(self.num_prototypes, 2))
-        marginal = metrics.get("target_marginal_entropy", math.nan) / math.log(max(self.num_prototypes, 2))
-        pixels = metrics.get("pixel_std", math.nan)
-        batch = metrics.get("global_batch_size", 2)
-
-        suspect("batch-too-small", batch < 2, f"a global batch of {batch} image: no image has a neighbour", True)
-        suspect("constant-images", pixels < 1e-3, f"pixels vary by {pixels:.2g} over the whole batch (normalised)")
-        suspect(
-            "learning-rate-too-high",
-            update > UPDATE_TOO_LARGE,
-            f"a step moves the weights by {update:.1%} of their norm (healthy: 0.01 % to 1 %)",
-        )
-        suspect("frozen-student", lr > 0 and update == 0.0, f"the learning rate is {lr:.2g}, yet no weight moves")
-        distance = metrics.get("teacher_distance", math.nan)
-        suspect(
-            "teacher-follows-student",
-            update > 0 and distance < 0.01 * update,
-            f"the teacher is {distance:.2g} from the student, far less than one step moves ({update:.2g})",
-        )
-        suspect(
-            "uniform-targets",
-            late and entropy > UNIFORM,
-            f"the teacher's targets have {entropy:.1%} of the entropy of a uniform guess at step {step}",
-        )
-        suspect(
-            "single-prototype",
-            late and marginal < SINGLE,
-            f"all images get the same prototype (marginal entropy {marginal:.1%} of ln K)",
-        )
-        usage = metrics.get("prototype_usage", 1.0)
-        suspect(
-            "few-prototypes-used",
-            late and marginal >= SINGLE and usage < FEW_PROTOTYPES,
-            f"{usage:.1%} of the prototypes are used",
-        )
-        rank, spread = metrics.get("feature_rank", math.nan), metrics.get("feature_std", math.nan)
-        suspect(
-            "feature-collapse",
-            late and pixels >= 1e-3 and batch > 1 and (rank < LOW_RANK or spread < FLAT_FEATURES),
-            f"class tokens are nearly equal (effective rank {rank:.2f}, spread {spread:.2g})",
-        )
-        rejected = metrics.get("nonfinite_steps", 0)
-        suspect("non-finite-steps", rejected > 0, f"{rejected} step(s) were not finite and were left out", True)
-        busy = metrics.get("data_time", 0.0) / max(metrics.get("step_time", 1.0), 1e-9)
-        suspect("data-bound", late and busy > DATA_BOUND, f"{busy:.0%} of the time goes to waiting for images")
-        return self._confirm(found)
+        signals = read_signals(metrics, self.num_prototypes)
+        late = signals.step >= self.grace
+        suspected = [rule for rule in RULES if (late or not rule.late) and rule.applies(signals)]
+        self._in_a_row = {rule.name: self._in_a_row.get(rule.name, 0) + 1 for rule in suspected}
+        diagnoses = []
+        for rule in suspected:
+            if rule.name not in self.reported and (rule.at_once or self._in_a_row[rule.name] >= LINES_IN_A_ROW):
+                self.reported.add(rule.name)
+                diagnoses.append(Diagnosis(rule.name, rule.message.format(**vars(signals)), rule.remedy))
+        return diagnoses
 
     def forgetting(self, start: float, step: int, now: float, margin: float) -> list[Diagnosis]:
         """Whether the k-NN accuracy of the general probe has fallen from `start` at `step` by more than `margin`.
@@ -186,19 +244,9 @@ class Health:
         if not now < start - margin or "forgetting" in self.reported:
             return []
         self.reported.add("forgetting")
-        fallen = f"k-NN on probe.general fell from {start:.1%} at step {step} to {now:.1%}"
-        message = f"{fallen}, by more than probe.margin ({100 * margin:.3g} points)"
+        message = f"k-NN on probe.general fell from {start:.1%} at step {step} to {now:.1%}"
+        message += f", by more than probe.margin ({100 * margin:.3g} points)"
         return [Diagnosis("forgetting", message, REMEDIES["forgetting"])]
-
-    def _confirm(self, found: list[tuple[str, str, bool]]) -> list[Diagnosis]:
-        names = {name for name, _, _ in found}
-        self._suspicions = {name: self._suspicions.get(name, 0) + 1 for name in names}
-        confirmed = []
-        for name, message, at_once in found:
-            if name not in self.reported and (at_once or self._suspicions[name] >= 3):
-                self.reported.add(name)
-                confirmed.append(Diagnosis(name, message, REMEDIES[name]))
-        return confirmed
 
 
 def _spread(features: Tensor) -> Tensor:
@@ -210,7 +258,8 @@ def _spread(features: Tensor) -> Tensor:
 class WeightWatch:
     """Update-to-weight ratio and student-teacher distance, measured on a few weight matrices around one step."""
 
-    def __init__(self, student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
+    def __init__(self, student: nn.ModuleDict, teacher: nn.ModuleDict, ranks: Ranks) -> None:
+        self.ranks = ranks
         names = [name for name, p in student["backbone"].named_parameters() if p.ndim == 2 and "blocks" in name]
         chosen = names[:: max(1, len(names) // 4)][:4]
         students = dict(student["backbone"].named_parameters())
@@ -228,14 +277,13 @@ class WeightWatch:
         """{"update_ratio", "teacher_distance"}: norms of differences over the norm of the weights."""
         if not self._before:
             return {}
-        norm = _norm(self._before)
-        moved = _norm([now - then for now, then in zip(self.student, self._before)])
-        apart = _norm([now - average for now, average in zip(self.student, self.teacher)])
+        norm = self._norm(self._before)
+        moved = self._norm([now - then for now, then in zip(self.student, self._before)])
+        apart = self._norm([now - average for now, average in zip(self.student, self.teacher)])
         self._before = []
         return {"update_ratio": float(moved / norm), "teacher_distance": float(apart / norm)}
 
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """The joint norm over all processes. Copies of a tensor count each, which ratios of such norms do not see."""
-    squares = torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
-    return distributed.all_reduce_sum(squares).sqrt()
+    def _norm(self, tensors: list[Tensor]) -> Tensor:
+        """The joint norm over all processes. Replicas of a tensor count each, which ratios of such norms do not see."""
+        squares = torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
+        return self.ranks.all_reduce_sum(squares).sqrt()

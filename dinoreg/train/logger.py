@@ -1,6 +1,6 @@
 """What a run leaves to read: the console, train.log, metrics.jsonl, TensorBoard, and the lists under health/.
 
-One process writes, rank 0; the others have a log that keeps silent.
+One process writes, rank 0; the others have a silent log.
 """
 
 from __future__ import annotations
@@ -47,67 +47,68 @@ _CONSOLE = (
 LINES = ("metrics.jsonl", "probe.jsonl", "health/events.jsonl", "health/nonfinite.jsonl")
 
 
-class RunLog:
+class SilentLog:
+    """The log of a process that is not rank 0: it takes everything and writes nothing."""
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def say(self, message: str, level: int = logging.INFO) -> None:
+        """One line for people."""
+
+    def metrics(self, values: Mapping[str, Any]) -> None:
+        """One line of metrics."""
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """One JSON line at the end of one of `LINES`."""
+
+    def flush(self) -> None:
+        """Have the lines on the disk: called before a checkpoint that vouches for them. OSError when they are not."""
+
+
+class RunLog(SilentLog):
     """The files and the console of one run; a context manager.
 
     On resume, lines that the unbroken run will write again (of later steps) are removed first. A file that cannot be
-    written, on a full disk say, is named once and does not end the run: what becomes of it is for checkpoints to say.
+    written, on a full disk say, is named once and does not end the run: checkpoints decide that.
     """
 
     def __init__(self, out: Path, *, step: int, num_steps: int, tensorboard: bool) -> None:
         self.out = out
         self.num_steps = num_steps
-        self._fortieth = -1
         (out / "health").mkdir(parents=True, exist_ok=True)
         for name in LINES:
-            _keep_until(out / name, step if step > 0 else -1)  # a run that starts anew writes step 0 again
+            _truncate(out / name, step if step > 0 else -1)  # a run that starts anew writes step 0 again
         self._lines = {name: LineFile(out / name) for name in LINES}
-        self._refused: set[str] = set()
-        self._writer: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(out), purge_step=step + 1)
-        self._excepthook = threading.excepthook
-        threading.excepthook = self._thread_failed
+        self._failing: set[str] = set()
+        self._tensorboard = TensorBoard(out, step + 1) if tensorboard else None
         self._handler = _LogFile(out / "train.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
         self._level = logger.level
         logger.addHandler(self._handler)
         logger.setLevel(logging.INFO)
         self.console = Console(stderr=True)
-        self._progress: Progress | None = None
-        if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("[bold]pretrain"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[losses]}"),
-                console=self.console,
-            )
-            self._task = self._progress.add_task("pretrain", total=num_steps, completed=step, losses="")
+        self.display = StepDisplay(self.console, step, num_steps)
 
     def __enter__(self) -> RunLog:
-        if self._progress:
-            self._progress.start()
+        self.display.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress:
-            self._progress.stop()
+        self.display.stop()
         for name, lines in self._lines.items():
             lost = lines.close()
             if lost:
                 self.say(f"{self.out / name}: its last lines could not be written: {lost}", logging.WARNING)
-        if self._writer:
-            with suppress(OSError):
-                self._writer.close()
-        threading.excepthook = self._excepthook
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         logger.removeHandler(self._handler)
         logger.setLevel(self._level)
         with suppress(OSError):
@@ -123,80 +124,130 @@ class RunLog:
         """One line of metrics.jsonl, TensorBoard scalars, and the console line."""
         self._add("metrics.jsonl", values)
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
-        self._scalars("train", numbers, values["step"])
+        self._add_scalars("train", numbers, values["step"])
         line = "  ".join(f"{key}: {form.format(values[key])}" for key, form in _CONSOLE if key in values)
         logger.info("step %d/%d  %s", values["step"], self.num_steps, line)
-        if self._progress:
-            short = f"loss {values['total_loss']:.3f}  {values['images_per_second']:.0f} img/s"
-            self._progress.update(self._task, completed=values["step"], losses=short)
-        elif self._due(values["step"]):
-            left = (self.num_steps - values["step"]) * values["step_time"]
-            self.console.print(
-                f"step {values['step']}/{self.num_steps}  {line}  left: {_clock(left)}",
-                highlight=False,
-                soft_wrap=True,
-            )
-
-    def _due(self, step: int) -> bool:
-        """Without a terminal, about forty lines a run."""
-        fortieth = step * 40 // self.num_steps
-        due, self._fortieth = fortieth != self._fortieth, fortieth
-        return due
+        self.display.show(values, line)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """One JSON line at the end of one of `LINES`."""
         self._add(name, line)
         if name == "probe.jsonl":
             numbers = {key: value for key, value in line.items() if isinstance(value, float)}
-            self._scalars("probe", numbers, line["step"])
+            self._add_scalars("probe", numbers, line["step"])
 
     def flush(self) -> None:
-        """Have the lines on the disk: called before a checkpoint that vouches for them. OSError when they are not."""
         for lines in self._lines.values():
             lines.flush()
 
     def _add(self, name: str, line: Mapping[str, Any]) -> None:
         error = self._lines[name].add(line)
         if error is None:
-            self._refused.discard(name)
-        elif name not in self._refused:
-            self._refused.add(name)
-            kept = "its lines are kept until it can be"
-            self.say(f"{self.out / name}: cannot be written ({error.strerror}); {kept}", logging.WARNING)
+            self._failing.discard(name)
+        elif name not in self._failing:
+            self._failing.add(name)
+            reason = f"cannot be written ({error.strerror}); its lines are kept until it can be"
+            self.say(f"{self.out / name}: {reason}", logging.WARNING)
 
-    def _scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
-        if self._writer is None:
-            return
-        try:
-            for key, value in values.items():
-                self._writer.add_scalar(f"{kind}/{key}", value, step)
-        except OSError as error:  # its thread has met with it, and has ended
-            self._writer = None
+    def _add_scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
+        error = self._tensorboard.add(kind, values, step) if self._tensorboard is not None else None
+        if error is not None:
             reason = f"cannot be written ({error.strerror or error})"
             self.say(f"{self.out}: TensorBoard's events {reason}; they end at step {step}", logging.WARNING)
 
+
+class StepDisplay:
+    """How far a run is, on the console: a progress bar on a terminal, else about forty lines a run."""
+
+    def __init__(self, console: Console, step: int, num_steps: int) -> None:
+        self.console = console
+        self.num_steps = num_steps
+        self._fortieth = -1
+        self.progress: Progress | None = None
+        if console.is_terminal:
+            self.progress = Progress(
+                TextColumn("[bold]pretrain"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}"),
+                console=console,
+            )
+            self._task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
+
+    def start(self) -> None:
+        if self.progress:
+            self.progress.start()
+
+    def stop(self) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def show(self, values: Mapping[str, Any], line: str) -> None:
+        """The metrics of a step; `line` is how they read without a bar."""
+        step = values["step"]
+        if self.progress:
+            losses = f"loss {values['total_loss']:.3f}  {values['images_per_second']:.0f} img/s"
+            self.progress.update(self._task, completed=step, losses=losses)
+            return
+        fortieth = step * 40 // self.num_steps
+        if fortieth != self._fortieth:
+            left = _clock((self.num_steps - step) * values["step_time"])
+            self.console.print(f"step {step}/{self.num_steps}  {line}  left: {left}", highlight=False, soft_wrap=True)
+        self._fortieth = fortieth
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, until they cannot be written any more."""
+
+    def __init__(self, out: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer: Any = SummaryWriter(str(out), purge_step=first_step)
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._thread_failed
+
+    def add(self, kind: str, values: Mapping[str, float], step: int) -> OSError | None:
+        """Add `kind/name` scalars; returns once why that is no longer possible."""
+        if self.writer is None:
+            return None
+        try:
+            for key, value in values.items():
+                self.writer.add_scalar(f"{kind}/{key}", value, step)
+        except OSError as error:  # its thread has met with it, and has ended
+            self.writer = None
+            return error
+        return None
+
+    def close(self) -> None:
+        if self.writer is not None:
+            with suppress(OSError):
+                self.writer.close()
+        threading.excepthook = self._excepthook
+
     def _thread_failed(self, failure: Any) -> None:
-        """What stops TensorBoard's thread is kept and raised by the next call, which tells of it in one line."""
-        told = isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard")
-        if not told:
+        """What stops TensorBoard's thread is raised again by the next call, and reported there in one line."""
+        from_tensorboard = type(failure.thread).__module__.startswith("tensorboard")
+        if not (from_tensorboard and isinstance(failure.exc_value, OSError)):
             self._excepthook(failure)
 
 
 class LineFile:
-    """JSON lines at the end of a file, handed to the system as they come.
+    """JSON lines at the end of a file, written as they come.
 
-    Lines that cannot be written are kept and go before the next ones. The file stays open, so that a copy of the run
-    which was taken over writes on where its successor, who has replaced the file, does not read.
+    Lines that cannot be written are buffered and go before the next ones. The file stays open, so that a copy of the
+    run which was taken over writes on where its successor, which has replaced the file, does not read.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
-        self._kept = b""
+        self._buffer = b""
         self._synced = True
 
     def add(self, line: Mapping[str, Any]) -> OSError | None:
         """Write a line; returns why that could not be done yet."""
-        self._kept += json.dumps({key: _plain(value) for key, value in line.items()}).encode() + b"\n"
+        self._buffer += json.dumps({key: _plain(value) for key, value in line.items()}).encode() + b"\n"
         try:
             self._write()
         except OSError as error:
@@ -215,11 +266,11 @@ class LineFile:
         with suppress(OSError):
             self._write()
         self._file.close()
-        return self._kept.count(b"\n")
+        return self._buffer.count(b"\n")
 
     def _write(self) -> None:
-        while self._kept:  # a disk that is about to be full takes a part
-            self._kept = self._kept[self._file.write(self._kept) :]
+        while self._buffer:  # a disk that is about to be full takes a part
+            self._buffer = self._buffer[self._file.write(self._buffer) :]
             self._synced = False
 
 
@@ -231,43 +282,16 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
 
 
-class SilentLog(RunLog):
-    """The log of a process that is not rank 0: it takes everything and writes nothing."""
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    def __enter__(self) -> SilentLog:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-    def say(self, message: str, level: int = logging.INFO) -> None:
-        pass
-
-    def metrics(self, values: Mapping[str, Any]) -> None:
-        pass
-
-    def append(self, name: str, line: Mapping[str, Any]) -> None:
-        pass
-
-    def flush(self) -> None:
-        pass
-
-
-def _keep_until(path: Path, step: int) -> None:
+def _truncate(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, and a last line that a kill cut short. The file is replaced by another."""
-    kept = []
+    lines = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                lines.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    write_atomic(path, "".join(f"{line}\n" for line in kept))
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
 
 
 def _plain(value: Any) -> Any:

@@ -1,8 +1,7 @@
 """The training loop of a run, from its config to a finished run folder.
 
-`train` is the loop itself, in the open: batch, schedules, step, health, metrics, probe, checkpoint. What a step
-computes stands in `step.py`, what is refused before it starts in `setup.py`, what is written down in `record.py` and
-`saving.py`.
+`train` is the loop itself, in the open: batch, schedules, step, metrics, probe, checkpoint. What a step computes stands
+in `step.py`, what is refused before it starts in `prepare.py`, what is written down in `metrics.py` and `resume.py`.
 """
 
 from __future__ import annotations
@@ -13,38 +12,37 @@ import math
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from dinoreg.checkpoint import format as checkpoint
+import torch
+
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config
-from dinoreg.distributed import process_group as distributed
+from dinoreg.data.loader import BatchLoader
+from dinoreg.distributed.process_group import Agreement, Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted
 from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
-from dinoreg.train.metrics import Clock, record_rejected, report_diagnoses, run_probe, step_metrics
+from dinoreg.train.metrics import Monitor
+from dinoreg.train.online_probe import ProbeRunner
 from dinoreg.train.parallelize import check_replicas, compile_backbones
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
-from dinoreg.train.resume import (
-    open_writer,
-    report_checkpoints,
-    restore,
-    roll_back,
-    save,
-    status,
-    too_many_nonfinite,
-    write_skipped,
-)
+from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
+from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import TrainState
-from dinoreg.train.step import train_step
+from dinoreg.train.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
+
+# An fp16 loss scale may halve this often before a non-finite step means anything.
+FP16_GRACE = 16
 
 
 def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None = None) -> Path:
@@ -54,142 +52,178 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     raises UserError before anything is written when the config, the data or the weights cannot be used; RunError
     when the run fails; Interrupted when a signal ended it, after its state was saved
     """
-    with distributed.session(config.device, config.parallel.timeout):
-        with distributed.collective_errors():
-            setup = prepare(config)
-        check_shared(setup)
-        with distributed.collective_errors():
-            if distributed.is_main():
-                claim_folder(setup)
+    with session(config.device, config.parallel.timeout) as ranks:
+        with ranks.collective_errors():
+            setup = prepare(config, ranks)
+        out = setup.out
+        check_shared(out, ranks)
+        newest, messages = find_checkpoint(out, ranks) if config.resume else (None, [])
+        with ranks.collective_errors():
+            if ranks.is_main:
+                claim_folder(config, out, setup.init, setup.teacher.backbone)
         state = setup.new_state()
-        writer = open_writer(setup)
-        resumed = restore(setup, state) if config.resume else []
-        with open_log(setup, state) as log:
-            if distributed.is_main():
-                log_run_header(setup, state, resumed, log)
+        writer = setup.open_writer()
+        if newest is not None:
+            messages += restore(state, newest, setup.source)
+        if config.resume and state.step == 0:
+            messages.append(f"nothing to resume in {out}: starting at step 0")
+        with open_log(out, state.step, setup.num_steps, config.log.tensorboard, ranks) as log:
+            run = build_run(config, setup, state, writer, log, on_checkpoint)
+            if ranks.is_main:
+                log_run_header(config, setup, state, messages, log)
+            run.checkpoints.write_status(state.step)
             try:
                 with Signals() as signals:
-                    train(setup, state, log, signals, writer, on_checkpoint)
+                    train(run, state, signals)
             except Exception as error:
-                diagnosis = distributed.diagnose_failure(error, state.step, config.parallel.timeout)
+                diagnosis = ranks.diagnose_failure(error, state.step, config.parallel.timeout)
                 if diagnosis is None:
                     raise
                 log.say(str(diagnosis), logging.ERROR)
                 raise diagnosis from error
-            log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {setup.out}")
-    return setup.out
+            log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {out}")
+    return out
 
 
-def open_log(setup: Setup, state: TrainState) -> RunLog:
-    if not distributed.is_main():
-        return SilentLog(setup.out)
-    return RunLog(setup.out, step=state.step, num_steps=setup.num_steps, tensorboard=setup.config.log.tensorboard)
+def open_log(out: Path, step: int, num_steps: int, tensorboard: bool, ranks: Ranks) -> SilentLog:
+    return RunLog(out, step=step, num_steps=num_steps, tensorboard=tensorboard) if ranks.is_main else SilentLog()
 
 
-def train(
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with.
+
+    step           (state, batch, now) -> StepResult: one optimizer step
+    batches        state -> the loader, from the samples on that `state` has reached
+    probes_start   whether the weights are probed before the first step
+    log_every, save_every, check_every   steps between lines of metrics, checkpoints, comparisons of replicas (0: never)
+    max_nonfinite  steps in a row that may be rejected before the run rolls back; max_rollbacks  before it ends
+    """
+
+    num_steps: int
+    schedules: Schedules
+    step: Callable[..., StepResult]
+    batches: Callable[[TrainState], BatchLoader]
+    monitor: Monitor
+    probes: ProbeRunner | None
+    probes_start: bool
+    checkpoints: Checkpoints
+    log_every: int
+    save_every: int
+    check_every: int
+    max_nonfinite: int
+    max_rollbacks: int
+
+
+def build_run(
+    config: Config,
     setup: Setup,
     state: TrainState,
-    log: RunLog,
-    signals: Signals,
     writer: Writer,
-    on_checkpoint: Callable[[int, Path], None] | None = None,
-) -> None:
-    """Train to the end of the run, or until a signal asks to stop (Interrupted, after saving)."""
-    config = setup.config
-    health = Health(config.head.prototypes, grace=max(100, setup.num_steps // 5))
-    weights = WeightWatch(state.student, state.teacher)
-    probe_every = config.probe.every if config.probe.every is not None else max(1, setup.num_steps // 10)
-    save_every = config.checkpoint.every or min(2000, max(1, setup.num_steps // 10))
-    clock = Clock()
-    agreement = distributed.Agreement()
+    log: SilentLog,
+    on_checkpoint: Callable[[int, Path], None] | None,
+) -> Run:
+    """From a config to the objects that the loop works with."""
+    num_steps, ranks, fp16 = setup.num_steps, setup.ranks, setup.dtype == torch.float16
+    health = Health(config.head.prototypes, grace=max(100, num_steps // 5), ranks=ranks)
+    weights = WeightWatch(state.student, state.teacher, ranks)
+    pretrained = setup.init is not None
+    monitor = Monitor(
+        log, health, weights, setup.source, config.batch_size, fp16=fp16, pretrained=pretrained, ranks=ranks
+    )
+    probes = None
+    if setup.probe is not None:
+        probes = ProbeRunner(setup.probe, setup.general, config.probe, num_steps, setup.device, setup.dtype, monitor)
     if config.model.compile:
         compile_backbones(state.student, state.teacher)
+    return Run(
+        num_steps=num_steps,
+        schedules=setup.schedules,
+        step=partial(
+            train_step,
+            loss=config.loss,
+            dtype=setup.dtype,
+            clip_grad=config.optim.clip_grad,
+            accumulate=config.optim.accumulate,
+            seed=config.seed,
+        ),
+        batches=setup.batches,
+        monitor=monitor,
+        probes=probes,
+        probes_start=pretrained or setup.general is not None,
+        checkpoints=Checkpoints(setup.out, writer, setup.source, num_steps, log, ranks, on_checkpoint),
+        log_every=config.log.every,
+        save_every=config.checkpoint.every or min(2000, max(1, num_steps // 10)),
+        check_every=config.parallel.check_every,
+        max_nonfinite=config.health.max_nonfinite + (FP16_GRACE if fp16 else 0),
+        max_rollbacks=config.health.max_rollbacks,
+    )
 
-    if state.step == 0 and setup.probe is not None and probe_every > 0 and (setup.start or setup.general):
-        run_probe(setup, state, log, clock, health)  # what the run starts with, to compare with later
 
-    batches = setup.batches(state)
+def train(run: Run, state: TrainState, signals: Signals) -> None:
+    """Train to the end of the run, or until a signal asks to stop (Interrupted, after saving)."""
+    monitor, probes, checkpoints = run.monitor, run.probes, run.checkpoints
+    agreement = Agreement(state.ranks)
+    if probes is not None and state.step == 0 and run.probes_start:
+        probes.run(state)  # to compare with later
+    batches = run.batches(state)
     try:
-        while state.step < setup.num_steps:
+        while state.step < run.num_steps:
             batch = next(batches)
-            now = setup.schedules.at(state.step)
-            logs_now = every(config.log.every, state.step + 1) or state.step + 1 == setup.num_steps
+            now = run.schedules.at(state.step)
+            last = state.step + 1 == run.num_steps
+            logs_now = last or every(run.log_every, state.step + 1)
             if logs_now:
-                weights.before()
-            result = train_step(
-                state,
-                batch,
-                now,
-                loss=config.loss,
-                dtype=setup.dtype,
-                clip_grad=config.optim.clip_grad,
-                accumulate=config.optim.accumulate,
-                seed=config.seed,
-            )
-            health.observe(result)
-            clock.add(batch, result)
+                monitor.weights.before()
+            result = run.step(state, batch, now)
+            monitor.observe(batch, result)
 
             if logs_now:  # the one place that waits for the device
-                metrics = step_metrics(setup, state, batch, result, now)
-                metrics |= weights.after() | health.summarise() | clock.read(setup.global_batch_size)
-                metrics |= record_rejected(setup, log, clock, state)
-                metrics["checkpoint_stall"] = writer.read_stall()
-                log.metrics(metrics)
-                notify_checkpoints(report_checkpoints(setup, log, writer), setup, on_checkpoint)
-                report_diagnoses(log, state.step, health.diagnose(metrics))
-                if too_many_nonfinite(setup, state):
+                metrics = monitor.write(state, batch, result, now, checkpoints.writer.read_stall())
+                checkpoints.poll()
+                monitor.report(state.step, monitor.health.diagnose(metrics))
+                if float(state.rejected) >= run.max_nonfinite:
                     batches.close()
-                    roll_back(setup, state, log, writer, batches.bad)
-                    batches = setup.batches(state)
+                    checkpoints.roll_back(state, batches.bad, run.max_rollbacks)
+                    batches = run.batches(state)
                     continue
-            last = state.step == setup.num_steps
             stop = agreement.maximum(signals.received)  # the signal that some process got
-            if config.parallel.check_every and every(config.parallel.check_every, state.step):
-                check_replicas(state.step, state.position, state.replicated())
-            improved = False
-            if setup.probe is not None and probe_every > 0 and (every(probe_every, state.step) or last):
-                improved = run_probe(setup, state, log, clock, health)
-            good = every(save_every, state.step) and float(state.rejected) == 0  # a state to come back to
+            if run.check_every and every(run.check_every, state.step):
+                check_replicas(state.step, state.position, state.replicated(), state.ranks)
+            improved = probes is not None and probes.is_due(state.step) and probes.run(state)
+            good = every(run.save_every, state.step) and float(state.rejected) == 0  # a state to come back to
             if good or improved or last or stop:
-                published = save(setup, state, log, batches, writer, best=improved, wait=last or stop > 0)
-                notify_checkpoints(published, setup, on_checkpoint)
+                checkpoints.save(state, batches.bad, best=improved, wait=last or stop > 0)
             if stop and not last:
-                interrupted = Interrupted(
-                    f"stopped by {signal.Signals(stop).name} after step {state.step} of {setup.num_steps}; "
-                    f"go on with the same command and resume=true (state saved in {setup.out})",
-                    stop,
-                )
-                interrupted.reported = not distributed.is_main()
-                raise interrupted
+                raise interruption(stop, state, run.num_steps, checkpoints.out)
             del batch, result  # the targets are as large as the logits: the next step needs the room
     finally:
         batches.close()
-        writer.close()
-        with suppress(OSError):  # a full disk has been reported by then
-            report_checkpoints(setup, log, writer)
-            if distributed.is_main():
-                write_skipped(setup, batches.bad)
-
-
-def notify_checkpoints(steps: list[int], setup: Setup, on_checkpoint: Callable[[int, Path], None] | None) -> None:
-    """Name the teacher files of new checkpoints to whoever wants to know."""
-    if on_checkpoint is not None and distributed.is_main():
-        for step in steps:
-            on_checkpoint(step, setup.out / "teacher" / f"{checkpoint.step_name(step)}.safetensors")
+        checkpoints.close(batches.bad)
 
 
 def every(period: int, step: int) -> bool:
     return step % period == 0
 
 
-def log_run_header(setup: Setup, state: TrainState, resumed: list[str], log: RunLog) -> None:
-    """Say what is about to happen, and keep the environment beside the run."""
-    config = setup.config
+def interruption(stop: int, state: TrainState, num_steps: int, out: Path) -> Interrupted:
+    """The error with which all processes end after the signal `stop`."""
+    interrupted = Interrupted(
+        f"stopped by {signal.Signals(stop).name} after step {state.step} of {num_steps}; "
+        f"go on with the same command and resume=true (state saved in {out})",
+        stop,
+    )
+    interrupted.reported = not state.ranks.is_main
+    state.ranks.mark_common(interrupted)
+    return interrupted
+
+
+def log_run_header(config: Config, setup: Setup, state: TrainState, messages: list[str], log: SilentLog) -> None:
+    """Say what is about to happen, and write the environment beside the run."""
     path = setup.out / "environment.json"
-    found = environment()
-    if state.step > 0:
-        setup.notes.extend(changed_code(path, found))
-    write_atomic(path, json.dumps(found, indent=1) + "\n")
+    now = environment()
+    notes = [*setup.notes, *(changed_code(path, now) if state.step > 0 else []), *messages]
+    write_atomic(path, json.dumps(now, indent=1) + "\n")
     backbone = state.student.backbone
     parameters = sum(p.numel() for p in backbone.parameters())
     num_tokens = 1 + backbone.num_registers + math.prod(backbone.grid)
@@ -198,14 +232,9 @@ def log_run_header(setup: Setup, state: TrainState, resumed: list[str], log: Run
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {str(setup.dtype)[6:]}, "
         f"attention {attention}, {len(setup.source)} images, {setup.num_steps} steps of {setup.global_batch_size}"
     )
-    for note in setup.notes:
+    for note in notes:
         log.say(note)
-    for message in resumed:
-        log.say(message)
-    if config.resume and state.step == 0:
-        log.say(f"nothing to resume in {setup.out}: starting at step 0")
     logger.info("config:\n%s", (setup.out / "config.yaml").read_text())
-    status(setup, state, "running")
 
 
 def changed_code(path: Path, now: dict[str, Any]) -> list[str]:

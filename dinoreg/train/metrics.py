@@ -1,4 +1,4 @@
-"""What a run writes down between steps: a line of metrics, left-out steps, diagnoses, probes."""
+"""What a run writes down between steps: a line of metrics, the samples of rejected steps, diagnoses."""
 
 from __future__ import annotations
 
@@ -10,143 +10,136 @@ import torch
 from torch import Tensor
 
 from dinoreg.data.loader import Batch
-from dinoreg.distributed import process_group as distributed
+from dinoreg.data.source import Source
+from dinoreg.distributed.process_group import Ranks
 from dinoreg.runtime.device import peak_memory
-from dinoreg.train.health import Diagnosis, Health
-from dinoreg.train.logger import RunLog
-from dinoreg.train.prepare import Setup
+from dinoreg.train.health import Diagnosis, Health, WeightWatch
+from dinoreg.train.logger import SilentLog
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import StepResult
 
-
-def step_metrics(setup: Setup, state: TrainState, batch: Batch, result: StepResult, now: Now) -> dict[str, float | int]:
-    """The values of this very step, under dinov2's names; losses as they are optimised."""
-    losses = {
-        "total_loss": "total",
-        "dino_global_crops_loss": "dino_global",
-        "dino_local_crops_loss": "dino_local",
-        "ibot_loss": "ibot",
-        "koleo_loss": "koleo",
-        "anchor_loss": "anchor",
-    }
-    return {
-        "step": state.step,
-        "images": state.step * setup.global_batch_size,
-        **{name: float(result.losses[key]) for name, key in losses.items() if key in result.losses},
-        "lr": now.lr,
-        **({"backbone_lr": now.lr * now.backbone} if setup.start is not None else {}),
-        "wd": now.weight_decay,
-        "mom": now.momentum,
-        "teacher_temp": now.teacher_temp,
-        "last_layer_lr": now.last_layer_lr,
-        **{name: float(norm) for name, norm in result.norms.items()},
-        "current_batch_size": setup.config.batch_size,
-        "global_batch_size": setup.global_batch_size,
-        "pixel_std": float(batch.global_crops.std(dim=(0, 2, 3)).max()),
-        "max_memory": peak_memory(setup.device),
-        **({"loss_scale": float(state.loss_scale)} if setup.dtype == torch.float16 else {}),
-    }
+# dinov2's names of the losses.
+LOSS_NAMES = {
+    "total_loss": "total",
+    "dino_global_crops_loss": "dino_global",
+    "dino_local_crops_loss": "dino_local",
+    "ibot_loss": "ibot",
+    "koleo_loss": "koleo",
+    "anchor_loss": "anchor",
+}
 
 
 class Clock:
-    """Step and data times since the last line of metrics, and which steps were accepted."""
+    """Step and data times since the last line of metrics, in seconds."""
 
     def __init__(self) -> None:
-        self.probing = 0.0  # seconds spent in probes since the run began
-        self.started = time.perf_counter()
-        self._reset()
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
         self._since = time.perf_counter()
         self._data = 0.0
         self._paused = 0.0
-        self.steps: list[tuple[np.ndarray, Tensor]] = []
 
-    def add(self, batch: Batch, result: StepResult) -> None:
+    def add(self, batch: Batch) -> None:
         self._data += batch.data_time
-        self.steps.append((batch.sample_ids, result.accepted))
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training: probes."""
         self._paused += seconds
 
-    def read(self, global_batch_size: int) -> dict[str, float]:
+    def read(self, num_steps: int, global_batch_size: int) -> dict[str, float]:
+        """Means over the `num_steps` steps since the last restart."""
         elapsed = time.perf_counter() - self._since - self._paused
-        steps = max(1, len(self.steps))
         return {
-            "step_time": elapsed / steps,
-            "data_time": self._data / steps,
-            "images_per_second": global_batch_size * steps / elapsed,
+            "step_time": elapsed / num_steps,
+            "data_time": self._data / num_steps,
+            "images_per_second": global_batch_size * num_steps / elapsed,
         }
 
-    def finish_window(self) -> list[tuple[np.ndarray, Tensor]]:
-        """Sample ids and acceptance of the steps since the last line; starts the next window."""
-        steps = self.steps
-        self._reset()
-        return steps
 
+class Monitor:
+    """Follows a run step by step and writes its metrics and diagnoses.
 
-def record_rejected(setup: Setup, log: RunLog, clock: Clock, state: TrainState) -> dict[str, int]:
-    """Name the samples of steps that were left out because they were not finite."""
-    steps = clock.finish_window()
-    accepted = torch.stack([flag for _, flag in steps]).tolist()
-    first = state.step - len(steps) + 1
-    rejected = 0
-    for offset, ((sample_ids, _), fine) in enumerate(zip(steps, accepted)):
-        if not fine:
-            rejected += 1
-            ids = [int(i) for each in distributed.gather_objects(sample_ids.tolist()) for i in each]
-            names = [setup.source.name(i) for i in ids]
-            log.append("health/nonfinite.jsonl", {"step": first + offset, "sample_ids": ids, "names": names})
-    overflow_is_normal = setup.dtype == torch.float16 and float(state.loss_scale) > 1.0
-    return {"nonfinite_steps": 0 if overflow_is_normal else rejected}
-
-
-def report_diagnoses(log: RunLog, step: int, diagnoses: list[Diagnosis]) -> None:
-    for found in diagnoses:
-        log.say(f"health: {found.name} at step {step}: {found.message}. {found.remedy}", logging.WARNING)
-        log.append(
-            "health/events.jsonl",
-            {"step": step, "name": found.name, "message": found.message, "remedy": found.remedy},
-        )
-
-
-def run_probe(setup: Setup, state: TrainState, log: RunLog, clock: Clock, health: Health) -> bool:
-    """Probe the teacher; returns whether it is the best so far. Left out when it would take too much of the time.
-
-    Both ends of a run are always probed, the beginning where there is something to compare with (`init=`).
+    batch_size  images a step, of this process
+    fp16        whether the loss is scaled, so that overflow is normal
+    pretrained  whether the backbone started from weights, with a learning rate of its own
     """
-    elapsed = time.perf_counter() - clock.started
-    ends = state.step in (0, setup.num_steps)
-    if not ends and distributed.from_main(clock.probing > setup.config.probe.max_share * elapsed):
-        return False
-    values = distributed.from_main(measure(setup, state))  # machines may differ in the last digit
-    if state.step > 0:  # the first is no reason to leave out the next
-        clock.probing += values["probe_time"]
-    clock.pause(values["probe_time"])
-    log.append("probe.jsonl", {"step": state.step, **values})
-    shown = "  ".join(f"{key}: {value:.4g}" for key, value in values.items() if key != "probe_time")
-    log.say(f"probe at step {state.step}: {shown}")
-    if setup.general is not None:
-        now = values["general_knn_top1"]
-        start = state.history.setdefault("general", {"step": state.step, "knn_top1": now})
-        margin = setup.config.probe.margin
-        report_diagnoses(log, state.step, health.forgetting(start["knn_top1"], start["step"], now, margin))
-    metric = setup.config.probe.metric if setup.config.probe.metric in values else "rankme"
-    best = state.history.get("best")
-    if state.step == 0 or (best is not None and best["metric"] == metric and best["value"] >= values[metric]):
-        return False
-    state.history["best"] = {"metric": metric, "value": values[metric], "step": state.step}
-    return True
 
+    def __init__(
+        self,
+        log: SilentLog,
+        health: Health,
+        weights: WeightWatch,
+        source: Source,
+        batch_size: int,
+        *,
+        fp16: bool,
+        pretrained: bool,
+        ranks: Ranks,
+    ) -> None:
+        self.log, self.health, self.weights, self.source, self.ranks = log, health, weights, source, ranks
+        self.batch_size, self.global_batch_size = batch_size, batch_size * ranks.world_size
+        self.fp16, self.pretrained = fp16, pretrained
+        self.clock = Clock()
+        self._steps: list[tuple[np.ndarray, Tensor]] = []  # sample ids and acceptance, since the last line
 
-def measure(setup: Setup, state: TrainState) -> dict[str, float]:
-    """{"rankme", ["knn_top1"], ["general_rankme", "general_knn_top1"], "probe_time"} of the teacher."""
-    assert setup.probe is not None
-    values = setup.probe.measure(state.teacher.backbone, setup.device, setup.dtype)
-    if setup.general is not None:
-        general = setup.general.measure(state.teacher.backbone, setup.device, setup.dtype)
-        values["probe_time"] += general.pop("probe_time")
-        values |= {f"general_{key}": value for key, value in general.items()}
-    return values
+    def observe(self, batch: Batch, result: StepResult) -> None:
+        """Take the signals of one step; nothing waits for the device."""
+        self.health.observe(result)
+        self.clock.add(batch)
+        self._steps.append((batch.sample_ids, result.accepted))
+
+    def write(
+        self, state: TrainState, batch: Batch, result: StepResult, now: Now, checkpoint_stall: float
+    ) -> dict[str, float | int]:
+        """Write one line of metrics, waiting for the device, and return it. Called by all processes."""
+        metrics = self._of_step(state, batch, result, now)
+        metrics |= self.weights.after() | self.health.summarise()
+        metrics |= self.clock.read(len(self._steps), self.global_batch_size)
+        rejected = self._record_rejected(state.step)
+        overflow_is_normal = self.fp16 and float(state.loss_scale) > 1.0
+        metrics["nonfinite_steps"] = 0 if overflow_is_normal else rejected
+        metrics["checkpoint_stall"] = checkpoint_stall
+        self.log.metrics(metrics)
+        return metrics
+
+    def _of_step(self, state: TrainState, batch: Batch, result: StepResult, now: Now) -> dict[str, float | int]:
+        """The values of this very step, under dinov2's names; losses as they are optimised."""
+        losses = {name: float(result.losses[key]) for name, key in LOSS_NAMES.items() if key in result.losses}
+        return {
+            "step": state.step,
+            "images": state.step * self.global_batch_size,
+            **losses,
+            "lr": now.lr,
+            **({"backbone_lr": now.lr * now.backbone} if self.pretrained else {}),
+            "wd": now.weight_decay,
+            "mom": now.momentum,
+            "teacher_temp": now.teacher_temp,
+            "last_layer_lr": now.last_layer_lr,
+            **{name: float(norm) for name, norm in result.norms.items()},
+            "current_batch_size": self.batch_size,
+            "global_batch_size": self.global_batch_size,
+            "pixel_std": float(batch.global_crops.std(dim=(0, 2, 3)).max()),
+            "max_memory": peak_memory(batch.global_crops.device),
+            **({"loss_scale": float(state.loss_scale)} if self.fp16 else {}),
+        }
+
+    def _record_rejected(self, step: int) -> int:
+        """Name the samples of steps that were left out because they were not finite; returns how many steps."""
+        steps, self._steps = self._steps, []
+        self.clock.restart()
+        accepted = torch.stack([flag for _, flag in steps]).tolist()
+        rejected = [index for index, flag in enumerate(accepted) if not flag]
+        for index in rejected:
+            ids = [int(i) for part in self.ranks.gather_objects(steps[index][0].tolist()) for i in part]
+            line = {"step": step - len(steps) + 1 + index, "sample_ids": ids}
+            self.log.append("health/nonfinite.jsonl", {**line, "names": [self.source.name(i) for i in ids]})
+        return len(rejected)
+
+    def report(self, step: int, diagnoses: list[Diagnosis]) -> None:
+        """Say what is wrong, on the console and in `health/events.jsonl`."""
+        for diagnosis in diagnoses:
+            text = f"{diagnosis.name} at step {step}: {diagnosis.message}. {diagnosis.remedy}"
+            self.log.say(f"health: {text}", logging.WARNING)
+            self.log.append("health/events.jsonl", {"step": step, **vars(diagnosis)})

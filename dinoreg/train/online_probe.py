@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from dinoreg.config.load import Config
+from dinoreg.config.schema import ProbeConfig
 from dinoreg.data.center_crop import center_crops
 from dinoreg.data.open import labelled_folder, open_source
 from dinoreg.data.source import Source
 from dinoreg.data.sources import ScenesSource
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
+from dinoreg.train.metrics import Monitor
+from dinoreg.train.state import TrainState
 
 NEIGHBOURS = 20
 BATCH_SIZE = 128
@@ -43,10 +46,12 @@ class Probe:
     std: Tensor
 
     @torch.no_grad()
-    def measure(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    def measure(
+        self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE
+    ) -> dict[str, float]:
         """{"rankme", ["knn_top1"], "probe_time"} of a backbone in eval mode; fractions in [0, 1], seconds."""
         started = time.perf_counter()
-        features = self.features(backbone, device, dtype)
+        features = self.features(backbone, device, dtype, ranks)
         result = {"rankme": rankme(features - features.mean(dim=0))}
         if self.labels is not None:
             half = len(features) // 2
@@ -62,19 +67,84 @@ class Probe:
         return {**result, "probe_time": time.perf_counter() - started}
 
     @torch.no_grad()
-    def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Tensor:
         """Class tokens (n, D), float32, on `device`; of all processes, which call together, the same on each."""
-        share = -(-len(self.images) // distributed.world_size())
-        first = distributed.rank() * share
+        share = -(-len(self.images) // ranks.world_size)
+        first = ranks.rank * share
         # The last shares are filled up: a sharded backbone has to be called equally often everywhere.
-        mine = torch.arange(first, first + share).clamp(max=len(self.images) - 1)
+        indices = torch.arange(first, first + share).clamp(max=len(self.images) - 1)
         rows = []
-        for some in mine.split(BATCH_SIZE):
-            images = self.images[some]
+        for part in indices.split(BATCH_SIZE):
+            images = self.images[part]
             pixels = (images.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
             with autocast(device, dtype):
                 rows.append(backbone(pixels).cls.float())
-        return distributed.gather_rows(torch.cat(rows))[: len(self.images)]
+        return ranks.gather_rows(torch.cat(rows))[: len(self.images)]
+
+
+class ProbeRunner:
+    """Probes the teacher of a run now and then, writes the results down, and says when it is the best so far.
+
+    general  the probe on what a run that started from weights must not forget
+    monitor  is told of the time that probes take, and of what was forgotten
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        general: Probe | None,
+        options: ProbeConfig,
+        num_steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        monitor: Monitor,
+    ) -> None:
+        self.probe, self.general, self.options, self.num_steps = probe, general, options, num_steps
+        self.device, self.dtype = device, dtype
+        self.monitor, self.log, self.ranks = monitor, monitor.log, monitor.ranks
+        self.every = options.every if options.every is not None else max(1, num_steps // 10)
+        self._started = time.perf_counter()
+        self._probing = 0.0  # seconds spent in probes
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.num_steps
+
+    def run(self, state: TrainState) -> bool:
+        """Probe the teacher; returns whether it is the best so far. Left out when it would take too much of the time.
+
+        Both ends of a run are always probed, the beginning where there is something to compare with (`init=`).
+        """
+        elapsed = time.perf_counter() - self._started
+        ends = state.step in (0, self.num_steps)
+        if not ends and self.ranks.from_main(self._probing > self.options.max_share * elapsed):
+            return False
+        values = self.ranks.from_main(self._measure(state.teacher.backbone))  # machines may differ in the last digit
+        if state.step > 0:  # the first is no reason to leave out the next
+            self._probing += values["probe_time"]
+        self.monitor.clock.pause(values["probe_time"])
+        self.log.append("probe.jsonl", {"step": state.step, **values})
+        shown = "  ".join(f"{key}: {value:.4g}" for key, value in values.items() if key != "probe_time")
+        self.log.say(f"probe at step {state.step}: {shown}")
+        if self.general is not None:
+            now = values["general_knn_top1"]
+            start = state.history.setdefault("general", {"step": state.step, "knn_top1": now})
+            diagnoses = self.monitor.health.forgetting(start["knn_top1"], start["step"], now, self.options.margin)
+            self.monitor.report(state.step, diagnoses)
+        metric = self.options.metric if self.options.metric in values else "rankme"
+        best = state.history.get("best")
+        if state.step == 0 or (best is not None and best["metric"] == metric and best["value"] >= values[metric]):
+            return False
+        state.history["best"] = {"metric": metric, "value": values[metric], "step": state.step}
+        return True
+
+    def _measure(self, backbone: nn.Module) -> dict[str, float]:
+        """{"rankme", ["knn_top1"], ["general_rankme", "general_knn_top1"], "probe_time"} of the teacher's backbone."""
+        values = self.probe.measure(backbone, self.device, self.dtype, self.ranks)
+        if self.general is not None:
+            general = self.general.measure(backbone, self.device, self.dtype, self.ranks)
+            values["probe_time"] += general.pop("probe_time")
+            values |= {f"general_{key}": value for key, value in general.items()}
+        return values
 
 
 def build_probe(config: Config, source: Source) -> Probe | None:
@@ -87,8 +157,8 @@ def build_probe(config: Config, source: Source) -> Probe | None:
     if config.probe.data is not None:
         return _labelled_probe(config, "probe.data", config.probe.data)
     order = np.random.default_rng(0).permutation(len(source))[: config.probe.num_images]
-    images, kept = center_crops(source, order.tolist(), config.crops.global_size, config.model.in_channels)
-    return None if len(kept) < 4 else _probe(config, images, None, 0)
+    images, readable = center_crops(source, order.tolist(), config.crops.global_size, config.model.in_channels)
+    return None if len(readable) < 4 else _probe(config, images, None, 0)
 
 
 def build_general(config: Config) -> Probe | None:
@@ -104,9 +174,9 @@ def build_general(config: Config) -> Probe | None:
 def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
     source, all_labels, class_names = _labelled(spec, config.probe.num_images)
     order = np.random.default_rng(0).permutation(len(all_labels))[: config.probe.num_images]
-    images, kept = center_crops(source, order.tolist(), config.crops.global_size, config.model.in_channels)
-    labels = np.asarray(all_labels)[kept]
-    if len(kept) < 4 or len(set(labels[: len(kept) // 2])) < 2:
+    images, readable = center_crops(source, order.tolist(), config.crops.global_size, config.model.in_channels)
+    labels = np.asarray(all_labels)[readable]
+    if len(readable) < 4 or len(set(labels[: len(readable) // 2])) < 2:
         raise UserError(f"{key}={spec}: expected at least 4 readable images of 2 classes")
     return _probe(config, images, labels, len(class_names))
 

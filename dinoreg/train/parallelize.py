@@ -1,9 +1,9 @@
 """A run's networks on many processes: DDP, FSDP2 or HSDP, chosen once and wrapped from outside.
 
-A step reads the same whatever is chosen: it calls `called["backbone"]` and the heads, and backward passes leave the
-mean of all processes' gradients. DDP keeps a copy of everything on each process. FSDP2 shards parameters, gradients,
-moments and the teacher, a block at a time, over `parallel.shard` consecutive processes; the groups of an HSDP run hold
-copies of one another.
+A step reads the same whatever is chosen: it calls `train_modules["backbone"]` and the heads, and backward passes
+leave the mean of all processes' gradients. DDP keeps a replica of everything on each process. FSDP2 shards parameters,
+gradients, moments and the teacher, a block at a time, over `parallel.shard` consecutive processes; the groups of an
+HSDP run hold replicas of one another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dinoreg.config.schema import LossConfig, ParallelConfig
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import DTYPES
 from dinoreg.runtime.errors import RunError, UserError
@@ -51,15 +51,16 @@ def parallelize(
     teacher: nn.ModuleDict,
     anchor: RegisterViT | None,
     device: torch.device,
+    ranks: Ranks,
 ) -> Modules:
-    """Spread the networks, all on `device`, over the processes; returns the student's modules as a step calls them.
+    """Distribute the networks, all on `device`, over the processes; returns the student's modules as a step calls them.
 
     FSDP2 turns parameters into DTensors in place, so this comes before the optimizer is built.
     """
     num_parameters = sum(p.numel() for p in student.parameters())
-    strategy = choose_strategy(options, num_parameters, distributed.world_size())
+    strategy = choose_strategy(options, num_parameters, ranks.world_size)
     if strategy == "fsdp":
-        mesh = device_mesh(device, options.shard)
+        mesh = device_mesh(device, options.shard, ranks.world_size)
         policy = MixedPrecisionPolicy(
             param_dtype=None if options.param_dtype == "fp32" else DTYPES[options.param_dtype],
             reduce_dtype=DTYPES[options.reduce_dtype],
@@ -76,13 +77,12 @@ def parallelize(
     return student
 
 
-def device_mesh(device: torch.device, shard_size: int | None) -> DeviceMesh:
-    """All processes in one dimension, or (copies, shards) for HSDP."""
-    world_size = distributed.world_size()
+def device_mesh(device: torch.device, shard_size: int | None, world_size: int) -> DeviceMesh:
+    """All processes in one dimension, or (replicas, shards) for HSDP."""
     if shard_size is None or shard_size == world_size:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     shape = (world_size // shard_size, shard_size)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("copy", "shard"))
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(networks: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
@@ -137,7 +137,7 @@ def without_reduction(train_modules: Modules, active: bool) -> Iterator[None]:
 
 
 def reshard(networks: nn.Module) -> None:
-    """Give up gathered weights, so that `parameters()` are the shards. Needed after a forward without backward."""
+    """Free gathered weights, so that `parameters()` are the shards. Needed after a forward without backward."""
     for module in networks.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -154,21 +154,20 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Copies that must not drift apart
+# Replicas that must not drift apart
 
 
-def check_replicas(step: int, position: int, tensors: Mapping[str, Tensor]) -> None:
-    """Compare step, data position and all tensors between the processes that hold copies of them, bit by bit.
+def check_replicas(step: int, position: int, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Compare step, data position and all tensors between the processes that hold replicas of them, bit by bit.
 
     tensors  by name; parts of sharded ones are compared with the same parts of other groups
     raises   RunError naming the ranks and what differs, on all ranks
     """
-    if distributed.world_size() == 1:
+    if ranks.world_size == 1:
         return
     digests = {"step": str(step), "position": str(position)}
     digests |= {f"{name}{_part(tensor)}": _digest(local(tensor)) for name, tensor in tensors.items()}
-    everyone = distributed.gather_objects(digests)
-    problems = find_drift(everyone)
+    problems = find_drift(ranks.gather_objects(digests))
     if problems:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise RunError(
@@ -177,11 +176,13 @@ def check_replicas(step: int, position: int, tensors: Mapping[str, Tensor]) -> N
         )
 
 
-def find_drift(everyone: list[dict[str, str]]) -> list[str]:
+def find_drift(digests_of_ranks: list[dict[str, str]]) -> list[str]:
     """Sentences about names whose digests differ between ranks; the digest of most ranks is taken to be right."""
     problems = []
-    for name in sorted({name for digests in everyone for name in digests}, key=lambda name: (" " in name, name)):
-        held = {rank: digests[name] for rank, digests in enumerate(everyone) if name in digests}
+    for name in sorted(
+        {name for digests in digests_of_ranks for name in digests}, key=lambda name: (" " in name, name)
+    ):
+        held = {rank: digests[name] for rank, digests in enumerate(digests_of_ranks) if name in digests}
         values = list(held.values())
         common = max(values, key=values.count)
         odd = [rank for rank, value in held.items() if value != common]

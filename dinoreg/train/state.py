@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from dinoreg.config.load import Config
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.registry import build
 from dinoreg.models.vit import RegisterViT
@@ -43,7 +44,8 @@ class TrainState:
     rejected   ()  non-finite steps in a row, counted on the device
     step       optimizer steps taken          position   samples drawn from the data
     anchor     the frozen backbone that `loss.anchor_weight` holds on to, if any
-    called     the student's modules as a step calls them: the student itself, or DDP around each module
+    train_modules  the student's modules as a step calls them: the student itself, or DDP around each module
+    ranks      the processes that train it together
     """
 
     student: Networks
@@ -59,6 +61,7 @@ class TrainState:
     rollbacks: int = 0
     history: dict[str, Any] = field(default_factory=dict)
     anchor: RegisterViT | None = None
+    ranks: Ranks = ALONE
 
     def tensors(self) -> dict[str, Any]:
         """The tensors of a checkpoint, by name, sharing memory with this state."""
@@ -73,13 +76,13 @@ class TrainState:
         }
 
     def replicated(self) -> dict[str, Tensor]:
-        """Every tensor of which processes hold copies that must stay equal, by name."""
+        """Every tensor of which processes hold replicas that must stay equal, by name."""
         networks = {"student": self.student, "teacher": self.teacher}
-        found = {f"{kind}.{name}": p for kind, network in networks.items() for name, p in network.named_parameters()}
-        return found | {f"centers.{name}": center for name, center in self.centers.items()}
+        weights = {f"{kind}.{name}": p for kind, network in networks.items() for name, p in network.named_parameters()}
+        return weights | {f"centers.{name}": center for name, center in self.centers.items()}
 
     def numbers(self) -> dict[str, Any]:
-        """The rest of a checkpoint: plain numbers and lists, kept as JSON."""
+        """The rest of a checkpoint: plain numbers and lists, written as JSON."""
         return {
             "step": self.step,
             "position": self.position,
@@ -152,12 +155,13 @@ def build_state(
     device: torch.device,
     dtype: torch.dtype,
     anchor: RegisterViT | None = None,
+    ranks: Ranks = ALONE,
 ) -> TrainState:
     """Step 0 of a run on `device`; `dtype` is the autocast dtype, of which fp16 needs loss scaling."""
     student.to(device).train()
     teacher.to(device)
     anchor = None if anchor is None else anchor.to(device)
-    train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device)
+    train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device, ranks)
     optimizer = build_optimizer(
         student,
         student.backbone.depth,
@@ -180,4 +184,5 @@ def build_state(
         scale_age=torch.zeros((), dtype=torch.int32, device=device),
         rejected=torch.zeros((), device=device),
         anchor=anchor,
+        ranks=ranks,
     )

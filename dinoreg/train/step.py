@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dinoreg.config.schema import LossConfig
 from dinoreg.data.loader import Batch
-from dinoreg.distributed import process_group as distributed
+from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.losses.centering import sinkhorn_knopp, softmax_center, update_center
 from dinoreg.losses.dino import dino_loss
@@ -129,7 +129,7 @@ def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
 def project(networks: Modules, cls_tokens: list[Tensor], patch_tokens: Tensor) -> tuple[Tensor, ...]:
     """Logits of groups of class tokens (n, D) and of patch tokens (m, D): one call of a tied head, two of untied ones.
 
-    The pieces are split, not sliced: the gradient of a slice is a zero-filled copy of the whole.
+    The groups are split, not sliced: the gradient of a slice is a zero-filled copy of the whole.
     """
     sizes = [len(tokens) for tokens in cls_tokens]
     if "ibot_head" in networks:
@@ -148,6 +148,7 @@ def teacher_targets(
     loss: LossConfig,
     dtype: torch.dtype,
     accumulate: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Targets:
     """The teacher's prototype assignments of both views and of the masked patches, over the whole batch."""
     device = batch.global_crops.device
@@ -165,36 +166,36 @@ def teacher_targets(
     cls_all = _restore(cls_logits, [part.rows for part in parts])
     patch_all = _restore(patch_logits, [part.masked_rows for part in parts])
     if loss.centering == "sinkhorn":
-        dino = sinkhorn_knopp(cls_all, teacher_temp, loss.sinkhorn_iterations)
-        ibot = sinkhorn_knopp(patch_all, teacher_temp, loss.sinkhorn_iterations)
-        following = centers
+        dino = sinkhorn_knopp(cls_all, teacher_temp, loss.sinkhorn_iterations, ranks)
+        ibot = sinkhorn_knopp(patch_all, teacher_temp, loss.sinkhorn_iterations, ranks)
+        next_centers = centers
     else:
         dino = softmax_center(cls_all, centers["dino"], teacher_temp)
         ibot = softmax_center(patch_all, centers["ibot"], teacher_temp)
-        following = {
-            "dino": update_center(centers["dino"], cls_all, loss.center_momentum),
-            "ibot": update_center(centers["ibot"], patch_all, loss.center_momentum),
+        next_centers = {
+            "dino": update_center(centers["dino"], cls_all, loss.center_momentum, ranks),
+            "ibot": update_center(centers["ibot"], patch_all, loss.center_momentum, ranks),
         }
-    return Targets(dino, ibot, _restore(features, [part.rows for part in parts]), following)
+    return Targets(dino, ibot, _restore(features, [part.rows for part in parts]), next_centers)
 
 
-def _restore(pieces: list[Tensor], rows: list[Tensor | None]) -> Tensor:
+def _restore(parts: list[Tensor], rows: list[Tensor | None]) -> Tensor:
     """Put the rows of micro-batches back in the order of the batch."""
     known = [row for row in rows if row is not None]
-    return torch.cat(pieces)[torch.cat(known).argsort()] if known else pieces[0]
+    return torch.cat(parts)[torch.cat(known).argsort()] if known else parts[0]
 
 
 def student_inputs(part: MicroBatch, anchored: bool) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
     """The groups of crops that the student's backbone sees, their masks, and the patches that losses look at.
 
-    anchored  the anchor's loss looks at what is not masked as well: what is behind the mask is for iBOT to say
+    anchored  the anchor's loss needs the visible patches as well; those behind the mask are iBOT's
     """
-    asked = part.mask_indices
+    patches = part.mask_indices
     if anchored:
-        asked = torch.cat([asked, (~part.mask).flatten().nonzero()[:, 0]])
+        patches = torch.cat([patches, (~part.mask).flatten().nonzero()[:, 0]])
     if part.local_crops is None:
-        return [part.global_crops], [part.mask], [asked]
-    return [part.global_crops, part.local_crops], [part.mask, None], [asked, asked[:0]]
+        return [part.global_crops], [part.mask], [patches]
+    return [part.global_crops, part.local_crops], [part.mask, None], [patches, patches[:0]]
 
 
 def student_losses(
@@ -205,22 +206,21 @@ def student_losses(
     dtype: torch.dtype,
     anchor: nn.Module | None = None,
     frozen: bool = False,
-    num_seen: Tensor | None = None,
+    num_visible: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The unweighted losses of some images (DINO, iBOT, anchor), and the student's global class tokens (2b, D).
 
-    anchor  the backbone whose tokens of the same, unmasked crops are to be stayed near; None: no such loss
-    frozen  no gradient goes to the backbone, only to the heads
-    num_seen ()  unmasked patches of such a part on average, for the anchor's mean; None: of this part
+    anchor       the backbone whose tokens of the same, unmasked crops are to be stayed near; None: no such loss
+    frozen       no gradient goes to the backbone, only to the heads
+    num_visible ()  unmasked patches of such a part on average, for the anchor's mean; None: of this part
     """
-    groups, masks, asked = student_inputs(part, anchor is not None)
+    groups, masks, patches = student_inputs(part, anchor is not None)
     num_masked = len(part.mask_indices)
-    num_others = len(asked[0]) - num_masked
     with autocast(part.global_crops.device, dtype):
         with torch.set_grad_enabled(not frozen and torch.is_grad_enabled()):
-            tokens = student["backbone"](groups, masks, asked)
+            tokens = student["backbone"](groups, masks, patches)
         global_tokens = tokens[0].cls
-        masked, others = tokens[0].patches.split([num_masked, num_others])
+        masked, visible = tokens[0].patches.split([num_masked, len(patches[0]) - num_masked])
         global_logits, *local_logits, patch_logits = project(student, [t.cls for t in tokens], masked)
     dino_global, dino_local = dino_loss(
         global_logits,
@@ -238,9 +238,9 @@ def student_losses(
     losses = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
     if anchor is not None:
         with torch.no_grad(), autocast(part.global_crops.device, dtype):
-            there = anchor(part.global_crops)
-        same = there.patches.flatten(0, 1)[asked[0][num_masked:]]
-        losses["anchor"] = anchor_loss(global_tokens, others, there.cls, same, num_seen)
+            anchored = anchor(part.global_crops)
+        anchor_patches = anchored.patches.flatten(0, 1)[patches[0][num_masked:]]
+        losses["anchor"] = anchor_loss(global_tokens, visible, anchored.cls, anchor_patches, num_visible)
     return losses, global_tokens
 
 
@@ -249,7 +249,7 @@ def koleo_of_views(features: Tensor) -> Tensor:
     return koleo_loss(features[: len(features) // 2]) + koleo_loss(features[len(features) // 2 :])
 
 
-def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None) -> tuple[Tensor, Tensor]:
+def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Weighted KoLeo over the images of several processes, and what this process backpropagates for it.
 
     features   (2B, D)  this process's class tokens, crop-major
@@ -258,14 +258,14 @@ def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None) -
                (2B, D)  its gradient with respect to `features`, times the number of those processes, because the mean
                         over processes that follows divides by it
     """
-    size = distributed.world_size() if num_ranks is None else num_ranks
-    everyone = distributed.gather_rows(features.detach().float(), size)  # (G·2B, D)
-    views = everyone.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(1, 2)  # (2, G·B, D)
+    size = ranks.world_size if num_ranks is None else num_ranks
+    gathered = ranks.gather_rows(features.detach().float(), size)  # (G·2B, D)
+    views = gathered.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(1, 2)  # (2, G·B, D)
     views = views.contiguous().requires_grad_()
     with torch.enable_grad():
         value = weight * koleo_of_views(views.flatten(0, 1))
         (gradient,) = torch.autograd.grad(value, views)
-    own = distributed.rank() % size
+    own = ranks.rank % size
     return value.detach(), size * gradient.unflatten(1, (size, -1))[:, own].flatten(0, 1)
 
 
@@ -294,60 +294,58 @@ def backward(
     }
     anchor = state.anchor if loss.anchor_weight > 0 and not frozen else None
     parts = list(micro_batches(batch, accumulate))
-    num_seen = _mean_seen(batch, accumulate) if anchor is not None else None
+    ranks = state.ranks
+    seeds = [micro_batch_seed(seed, index, ranks.rank) for index in range(accumulate)]
+    num_visible = ranks.all_reduce_mean((~batch.mask).sum().float()) / accumulate if anchor is not None else None
     koleo = loss.koleo_weight > 0
-    alone = accumulate == 1 and distributed.world_size() == 1  # then autograd sees all of KoLeo's batch
+    alone = accumulate == 1 and ranks.world_size == 1  # then autograd sees all of KoLeo's batch
     totals: dict[str, Tensor] = {}
     koleo_gradient: Tensor | None = None
     if koleo and accumulate > 1:
-        features = _class_tokens(state.student, parts, dtype, seed, anchor is not None)
-        totals["koleo"], koleo_gradient = koleo_of_processes(features, loss.koleo_weight, loss.koleo_ranks)
+        features = _class_tokens(state.student, parts, dtype, seeds, anchor is not None)
+        totals["koleo"], koleo_gradient = koleo_of_processes(features, loss.koleo_weight, loss.koleo_ranks, ranks)
     for index, part in enumerate(parts):
-        seed_step(seed, index)
+        torch.manual_seed(seeds[index])
         with without_reduction(state.train_modules, index + 1 < len(parts)):
             losses, cls_tokens = student_losses(
-                state.train_modules, part, targets, loss, dtype, anchor, frozen, num_seen
+                state.train_modules, part, targets, loss, dtype, anchor, frozen, num_visible
             )
             share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
             if koleo and alone:
                 share["koleo"] = loss.koleo_weight * koleo_of_views(cls_tokens)
             elif koleo and accumulate == 1:
-                totals["koleo"], koleo_gradient = koleo_of_processes(cls_tokens, loss.koleo_weight, loss.koleo_ranks)
+                totals["koleo"], koleo_gradient = koleo_of_processes(
+                    cls_tokens, loss.koleo_weight, loss.koleo_ranks, ranks
+                )
             objective = torch.stack(list(share.values())).sum()
             if koleo_gradient is not None:
                 objective = objective + (cls_tokens.float() * part.of_crops(koleo_gradient)).sum()
             (objective * state.loss_scale).backward()
         for name, value in share.items():
             totals[name] = totals[name] + value.detach() if name in totals else value.detach()
-    means = distributed.all_reduce_mean(torch.stack(list(totals.values())))
+    means = ranks.all_reduce_mean(torch.stack(list(totals.values())))
     totals = dict(zip(totals, means))
     totals["total"] = means.sum()
     return totals
 
 
-def _mean_seen(batch: Batch, accumulate: int) -> Tensor:
-    """Unmasked patches of one process's micro-batch on average, ()."""
-    seen = (~batch.mask).sum().float()
-    return distributed.all_reduce_mean(seen) / accumulate
-
-
 @torch.no_grad()
 def _class_tokens(
-    student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.dtype, seed: int, anchored: bool
+    student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.dtype, seeds: list[int], anchored: bool
 ) -> Tensor:
     """The student's global class tokens (2B, D) float32, exactly as the passes with gradient will see them."""
     tokens = []
-    for index, part in enumerate(parts):
-        seed_step(seed, index)
+    for part, seed in zip(parts, seeds):
+        torch.manual_seed(seed)
         # The local crops take part so that drop path consumes the same random numbers in both passes.
         with autocast(part.global_crops.device, dtype):
             tokens.append(student["backbone"](*student_inputs(part, anchored))[0].cls.float())
     return _restore(tokens, [part.rows for part in parts])
 
 
-def seed_step(seed: int, part: int = 0) -> None:
-    """Make the randomness inside the networks (drop path) a function of seed, step, micro-batch and process."""
-    torch.manual_seed((seed * 1_000_003 + part + distributed.rank() * 998_244_353_000) % 2**63)
+def micro_batch_seed(seed: int, index: int, rank: int) -> int:
+    """The seed of the randomness inside the networks (drop path), by step, micro-batch and process."""
+    return (seed * 1_000_003 + index + rank * 998_244_353_000) % 2**63
 
 
 def train_step(
@@ -366,7 +364,9 @@ def train_step(
     Whether it is finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits. While
     `now.backbone` is 0 the backbone gets no gradient at all, so neither rates nor weight decay can move it.
     """
-    targets = teacher_targets(state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate)
+    targets = teacher_targets(
+        state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, state.ranks
+    )
     state.optimizer.zero_grad(set_to_none=True)
     step_seed = seed * 2**32 + state.step
     losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen=now.backbone == 0.0)

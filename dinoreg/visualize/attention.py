@@ -15,7 +15,7 @@ from torch import Tensor
 from dinoreg.models.attention import attention_weights
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
-from dinoreg.visualize.contact_sheet import colour_map, sheet, tile, to_pixels
+from dinoreg.visualize.contact_sheet import colour_map, map_row, sheet, tile, to_pixels
 from dinoreg.visualize.gallery import ModelGallery
 from dinoreg.visualize.subject import safe_name
 
@@ -84,6 +84,7 @@ def attention_budget(rows: Tensor) -> list[Budget]:
 
 
 def token_names(num_registers: int) -> list[str]:
+    """Of the class token and the registers, as they stand in a sequence."""
     return ["CLS"] + [f"register {number + 1}" for number in range(num_registers)]
 
 
@@ -101,10 +102,7 @@ def attention_sheet(
     """
     pixels = to_pixels(images, mean, std)
     maps = attention_maps(model, images, layer).cpu().numpy()
-    rows = []
-    for picture, tokens in zip(pixels, maps):
-        first = tile(picture, height)
-        rows.append([first] + [tile(colour_map(each), height, first.width, smooth=False) for each in tokens])
+    rows = [map_row(picture, map(colour_map, tokens), height) for picture, tokens in zip(pixels, maps)]
     return sheet(rows, ["image", *token_names(model.num_registers)])
 
 
@@ -182,15 +180,14 @@ def token_sheet(
     pixels (H, W, 3) uint8; maps (rows, 1+R, h, w); over: drawn over the picture
     """
     first = tile(pixels, TILE)
-    small = np.asarray(first)
     rows = []
     for number, tokens in enumerate(maps):
-        left = first if number == 0 else Image.new("RGBA", first.size, (0, 0, 0, 0))
-        drawn = [
-            Image.fromarray(overlay(small, each)) if over else tile(colour_map(each), TILE, first.width, smooth=False)
-            for each in tokens
-        ]
-        rows.append([left, *drawn])
+        if over:
+            row = [first, *(Image.fromarray(overlay(np.asarray(first), each)) for each in tokens)]
+        else:
+            row = map_row(pixels, map(colour_map, tokens), TILE)
+        blank = Image.new("RGBA", first.size, (0, 0, 0, 0))
+        rows.append(row if number == 0 else [blank, *row[1:]])
     return sheet(rows, columns, labels)
 
 

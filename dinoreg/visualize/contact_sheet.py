@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib
 import numpy as np
@@ -56,6 +56,12 @@ def tile(pixels: np.ndarray, height: int, width: int | None = None, smooth: bool
     if width is None:
         width = max(1, round(height * picture.width / picture.height))
     return picture.resize((width, height), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
+
+
+def map_row(pixels: np.ndarray, maps: Iterable[np.ndarray], height: int) -> list[Image.Image]:
+    """An image (H, W, 3) uint8, and painted maps of it (h, w, 3) uint8, as tiles of one size side by side."""
+    first = tile(pixels, height)
+    return [first, *(tile(each, height, first.width, smooth=False) for each in maps)]
 
 
 def sheet(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinoreg.config.load import Config, find_config, load_config
 from dinoreg.data.decode import decode
-from dinoreg.data.loader import Batch, BatchLoader
+from dinoreg.data.loader import Batch, BatchLoader, Reading, Views
 from dinoreg.data.source import Source
 from dinoreg.models.registry import parse_name
 from dinoreg.runtime.errors import UserError
@@ -98,19 +98,9 @@ def view_crops(config: str, overrides: Sequence[str] = (), out: str | None = Non
 
 def first_batch(config: Config, source: Source, patch_size: int, batch_size: int) -> tuple[Batch, dict[str, str]]:
     """The first training batch that a config makes of a source, and {name: reason} of images that it left out."""
-    loader = BatchLoader(
-        source,
-        crops=config.crops,
-        augment=config.augment,
-        mask=config.mask,
-        patch_size=patch_size,
-        batch_size=batch_size,
-        seed=config.seed,
-        workers=0,
-        max_bad_fraction=1.0,
-        max_pixels=config.data.max_pixels,
-        in_channels=config.model.in_channels,
-    )
+    views = Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels)
+    reading = Reading(workers=0, max_bad_fraction=1.0, max_pixels=config.data.max_pixels)
+    loader = BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed)
     with loader:
         return next(loader), loader.bad
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports import html
 from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, short_tick
-from dinoreg.visualize.contact_sheet import colour_map, figure_image, sheet, tile
+from dinoreg.visualize.contact_sheet import colour_map, figure_image, map_row, sheet
 from dinoreg.visualize.gallery import ModelGallery
 
 TILE = 92  # pixels, the height of a map
@@ -130,11 +130,8 @@ def _map_sheets(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) ->
         blocks = range(first, min(first + _BLOCKS_A_SHEET, depth))
         rows = []
         for number, image in enumerate(pixels):
-            row = [tile(image, TILE)]
-            for block in blocks:
-                values, top = norms.patches[block, number].reshape(grid).numpy(), float(norms.patches[block].max())
-                row.append(tile(colour_map(values, top, "viridis"), TILE, row[0].width, smooth=False))
-            rows.append(row)
+            values = ((norms.patches[b, number].reshape(grid).numpy(), float(norms.patches[b].max())) for b in blocks)
+            rows.append(map_row(image, (colour_map(each, top, "viridis") for each, top in values), TILE))
         ending = f"-blocks{blocks[0]}-{blocks[-1]}" if depth > _BLOCKS_A_SHEET else ""
         yield ending, sheet(rows, ["image", *(f"block {block}" for block in blocks)])
 

@@ -30,7 +30,7 @@ class LoadReport:
     loaded: tuple[str, ...]  # taken as they are
     reshaped: tuple[str, ...]  # "pos_embed: 16x16 -> 37x37"
     left_out: tuple[str, ...]  # in the file, not in the encoder: heads, and what stands beside a state dict
-    fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
+    fresh: tuple[str, ...] = ()  # in the encoder, not in the file: keep their start values
     adapted: tuple[str, ...] = ()  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
     grafted: tuple[str, ...] = ()  # "register_tokens: 4 fresh registers"
     source: str = "Meta"  # whose file: "dinoreg", "Meta", "timm" or "transformers"
@@ -42,26 +42,14 @@ class LoadReport:
             if which:
                 parts.append(f"{verb} {', '.join(which)}")
         if self.left_out:
-            parts.append(f"left out {len(self.left_out)} ({', '.join(sorted(_groups(self.left_out)))})")
+            groups = sorted({key.partition(".")[0] for key in self.left_out})
+            parts.append(f"left out {len(self.left_out)} ({', '.join(groups)})")
         rest = [key for key in self.fresh if not any(line.startswith(f"{key}:") for line in self.grafted)]
         if rest:
             parts.append(f"not in the file: {', '.join(rest)}")
         if self.positions:
             parts.append(self.positions)
         return "; ".join(parts)
-
-
-def _groups(keys: tuple[str, ...]) -> set[str]:
-    return {key.split(".")[0] for key in keys}
-
-
-@dataclass(frozen=True)
-class Changes:
-    """What `fit` did, by key: one line each for the report."""
-
-    reshaped: Mapping[str, str]
-    adapted: Mapping[str, str]
-    grafted: Mapping[str, str]
 
 
 def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, whose: str = "the model's is") -> None:
@@ -84,13 +72,15 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
 
 def fit(
     weights: Weights, theirs: Mapping[str, Any], ours: Mapping[str, Any], adapt_channels: str | None
-) -> tuple[dict[str, Tensor], Changes]:
+) -> tuple[dict[str, Tensor], LoadReport]:
     """The backbone of `weights` for the architecture `ours`; new tensors, none of the old is changed.
 
-    Grafted registers are named in the changes and not among the tensors: their start values are the model's matter.
+    Grafted registers are named in the report and not among the tensors: their start values are the model's matter. So
+    is what else is missing, which the report does not name yet.
     """
     state = dict(weights.backbone)
-    reshaped, adapted, grafted = {}, {}, {}
+    reshaped, adapted = {}, {}
+    grafted: list[str] = []
     grids = [tuple(side // a["patch_size"] for side in a["image_size"]) for a in (theirs, ours)]
     if grids[0] != grids[1]:
         positions, (old, new) = state["pos_embed"], grids
@@ -98,20 +88,36 @@ def fit(
         state["pos_embed"] = torch.cat([positions[:, :1], moved], dim=1)
         reshaped["pos_embed"] = f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
     before, after = theirs["in_channels"], ours["in_channels"]
+    key = "patch_embed.proj.weight"
     if before != after:
         if adapt_channels is None:
             raise UserError(
                 f"weights {weights.path}: in_channels is {before}, the model's is {after}; "
                 f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how to adapt the projection (in a run: adapt.channels)"
             )
-        key = "patch_embed.proj.weight"
         state[key] = channels(state[key], after, adapt_channels)
         adapted[key] = f"{key}: {before} -> {after} channels ({adapt_channels})"
     elif adapt_channels is not None and adapt_channels not in CHANNEL_WAYS:
-        channels(state["patch_embed.proj.weight"], after, adapt_channels)  # a wrong choice is wrong at any number
+        channels(state[key], after, adapt_channels)  # a wrong choice is wrong at any number
     if ours["num_registers"] and not theirs["num_registers"]:
-        grafted["register_tokens"] = f"register_tokens: {ours['num_registers']} fresh registers"
-    return state, Changes(reshaped, adapted, grafted)
+        grafted.append(f"register_tokens: {ours['num_registers']} fresh registers")
+    return state, LoadReport(
+        path=weights.path,
+        loaded=tuple(key for key in weights.backbone if key not in {**reshaped, **adapted}),
+        reshaped=tuple(reshaped.values()),
+        left_out=(*weights.heads, *weights.others),
+        adapted=tuple(adapted.values()),
+        grafted=tuple(grafted),
+        source=SOURCES[weights.source],
+        positions=_describe_positions(SOURCES[weights.source], theirs, ours),
+    )
+
+
+def _describe_positions(whose: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    was, now = (describe_resampling(a["antialias"], a["position_offset"]) for a in (theirs, ours))
+    if was != now:
+        return f"positions are resampled {now}, as the model says; {whose}: {was}"
+    return f"positions are resampled {now}, as {whose} does"
 
 
 def channels(weight: Tensor, number: int, way: str) -> Tensor:
@@ -133,30 +139,3 @@ def channels(weight: Tensor, number: int, way: str) -> Tensor:
     if way == "repeat":
         return weight[:, torch.arange(number) % before] * (before / number)
     return torch.cat([weight, weight.new_zeros(weight.shape[0], number - before, *weight.shape[2:])], dim=1)
-
-
-def describe(
-    weights: Weights,
-    theirs: Mapping[str, Any],
-    ours: Mapping[str, Any],
-    changes: Changes,
-    fresh: tuple[str, ...],
-) -> LoadReport:
-    """The report on weights that went into a model of the architecture `ours`."""
-    whose = SOURCES[weights.source]
-    was, now = (describe_resampling(a["antialias"], a["position_offset"]) for a in (theirs, ours))
-    positions = f"positions are resampled {now}, as {whose} does"
-    if was != now:
-        positions = f"positions are resampled {now}, as the model says; {whose}: {was}"
-    changed = {**changes.reshaped, **changes.adapted}
-    return LoadReport(
-        path=weights.path,
-        loaded=tuple(key for key in weights.backbone if key not in changed),
-        reshaped=tuple(changes.reshaped.values()),
-        left_out=(*weights.heads, *weights.others),
-        fresh=fresh,
-        adapted=tuple(changes.adapted.values()),
-        grafted=tuple(changes.grafted.values()),
-        source=whose,
-        positions=positions,
-    )

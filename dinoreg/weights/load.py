@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from dinoreg.models.registry import HEAD_DIM, _check_options, build
 from dinoreg.models.vit import TOKEN_STD, RegisterViT, as_pair
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.adapt import LoadReport, check_same, describe, fit
+from dinoreg.weights.adapt import LoadReport, check_same, fit
 from dinoreg.weights.resolve import Weights, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -48,9 +49,9 @@ def _fitted(
     in what no adaptation bridges."""
     ours = model.architecture()
     check_same(theirs, ours, weights.path, whose)
-    state, changes = fit(weights, theirs, ours, adapt_channels)
-    fresh = _check_keys(model, state, weights.path, {"mask_token", *changes.grafted})
-    return state, describe(weights, theirs, ours, changes, fresh)
+    state, report = fit(weights, theirs, ours, adapt_channels)
+    spare = {"mask_token", "register_tokens"} if report.grafted else {"mask_token"}
+    return state, replace(report, fresh=_check_keys(model, state, weights.path, spare))
 
 
 def _check_keys(model: RegisterViT, state: Mapping[str, Tensor], path: Path, spare: set[str]) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ def _flip(tensor: str, state: Any) -> None:
 
     from dinoreg.train.parallelize import local
 
-    local(state.copies()[tensor]).detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 16)
+    local(state.replicated()[tensor]).detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 16)
 
 
 def _clock(jump: float, **_: Any) -> None:

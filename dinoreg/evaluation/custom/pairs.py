@@ -78,15 +78,15 @@ def find_pairs(root: Path, kind: str) -> Pairs:
     listing = Listing(root)
     stems: dict[str, dict[str, list[str]]] = {}
     for base in _bases(root):
-        found = index_folder(root / base / "images")
-        for number in range(len(found)):
-            folder, name = os.path.split(found[number])
+        paths = index_folder(root / base / "images")
+        for path in (paths[number] for number in range(len(paths))):
+            folder, name = os.path.split(path)
             stem = os.path.splitext(name)[0]
             place = os.path.join(base, kind, folder)
             if place not in stems:
                 stems[place] = _by_stem(sorted(listing.names(place)), SUFFIXES[kind])
             matches = stems[place].get(stem, [])
-            image = os.path.join(base, "images", found[number])
+            image = os.path.join(base, "images", path)
             if len(matches) != 1:
                 what = f"has no {' or '.join(SUFFIXES[kind])}" if not matches else f"has {len(matches)} files"
                 raise UserError(f"{root / image} {what} of the same name in {root / place}")

@@ -75,12 +75,12 @@ def read_table(file: Path, root: Path | None = None, columns: Sequence[str] = ()
         raise UserError(f"{file}: has no column path, expected path, label and, if wanted, split in its first line")
     if not rows.cells:
         raise UserError(f"{file}: lists no images")
-    root = file.parent if root is None else root
+    root = Path(os.path.abspath(file.parent if root is None else root))
     first_places: dict[str, str] = {}
     for place, entry in rows.column("path"):
         if not entry:
             raise UserError(f"{file} {place}: the path is empty")
-        path = inside(os.path.abspath(root), entry, f"{file} {place}", "own.root")
+        path = inside(str(root), entry, f"{file} {place}", "own.root")
         if path in first_places:
             raise UserError(f"{file} {place}: {path} is listed before, in {first_places[path]}")
         first_places[path] = place

@@ -84,23 +84,23 @@ def assign(
     """
     points = centres(grid, patch_size)
     outside = (points[:, 0] >= width) | (points[:, 1] >= height)
-    found = Targets(torch.full((len(points),), BACKGROUND), torch.zeros(len(points), 4))
+    targets = Targets(torch.full((len(points),), BACKGROUND), torch.zeros(len(points), 4))
     corners = torch.from_numpy(np.asarray(boxes, dtype=np.float32).reshape(-1, 4))
     if len(corners):
         # (N, k, 4): from the centre to the left, the top, the right and the bottom.
         reach = torch.cat([points[:, None] - corners[None, :, :2], corners[None, :, 2:] - points[:, None]], dim=2)
         inside = reach.min(dim=2).values > 0
-        aside = torch.from_numpy(np.asarray(ignored, dtype=bool))
-        found.labels[(inside & aside).any(dim=1)] = IGNORED
+        uncounted = torch.from_numpy(np.asarray(ignored, dtype=bool))
+        targets.labels[(inside & uncounted).any(dim=1)] = IGNORED
         area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
-        smallest = torch.where(inside & ~aside, area, torch.inf).min(dim=1)
+        smallest = torch.where(inside & ~uncounted, area, torch.inf).min(dim=1)
         owner = torch.isfinite(smallest.values)
         index = smallest.indices[owner]
-        found.labels[owner] = torch.from_numpy(np.asarray(labels, dtype=np.int64))[index]
-        found.reach[owner] = reach[owner, index] / patch_size
-    found.labels[outside] = IGNORED
-    found.reach[outside] = 0.0
-    return found
+        targets.labels[owner] = torch.from_numpy(np.asarray(labels, dtype=np.int64))[index]
+        targets.reach[owner] = reach[owner, index] / patch_size
+    targets.labels[outside] = IGNORED
+    targets.reach[outside] = 0.0
+    return targets
 
 
 def centre_ness(reach: Tensor) -> Tensor:
@@ -140,9 +140,9 @@ def box_loss(answers: Answers, targets: Targets) -> Tensor:
     with torch.autocast(answers.logits.device.type, enabled=False):
         positive = targets.labels >= 0
         count = positive.sum().clamp(min=1)
-        wanted = torch.zeros_like(answers.logits)
-        wanted[positive, targets.labels[positive]] = 1.0
-        loss = focal_loss(answers.logits, wanted) / count
+        one_hot = torch.zeros_like(answers.logits)
+        one_hot[positive, targets.labels[positive]] = 1.0
+        loss = focal_loss(answers.logits, one_hot) / count
         if not bool(positive.any()):
             return loss
         reach = targets.reach[positive]
@@ -178,5 +178,5 @@ def detect(
     height, width = size
     boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor((width, height, width, height)))
     boxes = boxes / boxes.new_tensor((*scale, *scale))
-    kept = batched_nms(boxes, best.values, labels, nms)[:max_boxes]
-    return boxes[kept].cpu(), labels[kept].cpu(), best.values[kept].cpu()
+    remaining = batched_nms(boxes, best.values, labels, nms)[:max_boxes]
+    return boxes[remaining].cpu(), labels[remaining].cpu(), best.values[remaining].cpu()

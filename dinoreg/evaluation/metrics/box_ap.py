@@ -111,17 +111,17 @@ class ClassMatches:
         return ClassMatches(self.image, self.hit[rows], self.counted[rows], self.positives)
 
 
-def voc_matches(found: Detections, truth: Truth, overlap: float = VOC_OVERLAP) -> list[ClassMatches]:
+def voc_matches(found: Detections, truth: Truth) -> list[ClassMatches]:
     """For every class, which detections count as right by VOC's development kit.
 
-    A detection belongs to the object that it overlaps most, if that is by `overlap` or more. Of several that belong to
+    A detection belongs to the object that it overlaps most, if that is by a half or more. Of several that belong to
     one object the surest is right and the others are wrong; those of a difficult object do not count.
     """
     hit, counted = np.zeros((1, len(found.image)), dtype=bool), np.ones((1, len(found.image)), dtype=bool)
     for detections, objects in _pairs(found, truth):
         shared = overlaps(found.boxes[detections], truth.boxes[objects])
         nearest = shared.argmax(axis=1)
-        near = shared[np.arange(len(detections)), nearest] >= overlap
+        near = shared[np.arange(len(detections)), nearest] >= VOC_OVERLAP
         difficult = truth.ignored[objects][nearest]
         counted[0, detections[near & difficult]] = False
         rows = np.flatnonzero(near & ~difficult)
@@ -137,25 +137,23 @@ def coco_matches(found: Detections, truth: Truth) -> dict[str, list[ClassMatches
     before one that does not; objects of other sizes, difficult ones and crowds do not count, and neither do what takes
     them and what takes nothing but is of another size itself.
     """
+    groups = [group[:MAX_DETECTIONS] for group in _groups(found)]
+    rows = np.sort(np.concatenate(groups)) if groups else np.zeros(0, dtype=np.int64)
+    found = Detections(found.image[rows], found.boxes[rows], found.labels[rows], found.scores[rows])
     low, high = np.array(list(COCO_AREAS.values())).T[:, :, None]  # (A, 1) each
-    own = areas(found.boxes)
+    area = areas(found.boxes)
     ignored = truth.ignored | (truth.area < low) | (truth.area > high)  # (A, m)
-    shape = (len(low), len(COCO_OVERLAPS), len(own))
+    shape = (len(low), len(COCO_OVERLAPS), len(area))
     hit = np.zeros(shape, dtype=bool)
-    counted = np.broadcast_to(((own >= low) & (own <= high))[:, None], shape).copy()
+    counted = np.broadcast_to(((area >= low) & (area <= high))[:, None], shape).copy()
     for places, objects in _pairs(found, truth):
-        places = places[:MAX_DETECTIONS]
         shared = overlaps(found.boxes[places], truth.boxes[objects], truth.crowd[objects])
-        taken = _take(shared, ignored[:, objects], truth.crowd[objects])  # (A, T, d) number of the object or -1
-        right = ~np.take_along_axis(ignored[:, None, objects], np.maximum(taken, 0), axis=2)
-        hit[:, :, places] = (taken >= 0) & right
-        counted[:, :, places] = np.where(taken >= 0, right, counted[:, :, places])
-    kept = np.zeros(len(own), dtype=bool)
-    for group in _groups(found):
-        kept[group[:MAX_DETECTIONS]] = True
+        matched = _match(shared, ignored[:, objects], truth.crowd[objects])  # (A, T, d) number of the object or -1
+        right = ~np.take_along_axis(ignored[:, None, objects], np.maximum(matched, 0), axis=2)
+        hit[:, :, places] = (matched >= 0) & right
+        counted[:, :, places] = np.where(matched >= 0, right, counted[:, :, places])
     return {
-        name: _by_class(found, truth, hit[place], counted[place], ~ignored[place], kept)
-        for place, name in enumerate(COCO_AREAS)
+        name: _by_class(found, truth, hit[size], counted[size], ~ignored[size]) for size, name in enumerate(COCO_AREAS)
     }
 
 
@@ -176,21 +174,19 @@ def _class_precision(each: ClassMatches, points: str, weights: np.ndarray | None
         return np.full(thresholds, np.nan)
     weight = np.ones(len(each.image)) if weights is None else weights[each.image].astype(np.float64)
     running = np.cumsum(weight)
-    found = np.zeros(thresholds)
+    precision = np.zeros(thresholds)
     for number, (hit, counted) in enumerate(zip(each.hit, each.counted, strict=True)):
         # Recall grows at hits only, and the best precision further on is reached at one: only hits need be looked at.
         places = np.flatnonzero(hit)
-        if not len(places):
-            continue
-        right = np.cumsum(weight[places])
-        seen = (running if counted.all() else np.cumsum(weight * counted))[places]
-        curve = Curve(right, seen - right, total)
-        found[number] = curve.average(points)
-    return found
+        if len(places):
+            true = np.cumsum(weight[places])
+            judged = (running if counted.all() else np.cumsum(weight * counted))[places]
+            precision[number] = Curve(true, judged - true, total).average(points)
+    return precision
 
 
-def _take(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """The object that each detection (surest first) takes under every size and threshold, or -1.
+def _match(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.ndarray:
+    """The object that each detection (surest first) is matched to under every size and threshold, or -1.
 
     shared (d, m), ignored (A, m), crowd (m,) -> (A, T, d) int64
     """
@@ -198,18 +194,18 @@ def _take(shared: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.ndar
     # 80 classes with 100 detections each, 0.9 s here), which is minutes on COCO's 5,000 with baselines and rates.
     least = np.minimum(COCO_OVERLAPS, 1 - 1e-10)
     count, num_objects = shared.shape
-    taken = np.full((len(ignored), len(least), count), -1)
-    free = np.ones((*taken.shape[:2], num_objects), dtype=bool)
+    match = np.full((len(ignored), len(least), count), -1)
+    free = np.ones((*match.shape[:2], num_objects), dtype=bool)
     for number in np.flatnonzero(shared.max(axis=1) >= least.min()):
         fits = free & (shared[number] >= least[:, None])  # (A, T, m)
         preferred = fits & ~ignored[:, None]
         fits = np.where(preferred.any(axis=2, keepdims=True), preferred, fits)
         last = num_objects - 1 - np.where(fits, shared[number], -1.0)[..., ::-1].argmax(axis=2)  # (A, T)
-        matched = fits.any(axis=2)
-        taken[:, :, number] = np.where(matched, last, -1)
-        where = np.nonzero(matched & ~crowd[last])
+        any_fits = fits.any(axis=2)
+        match[:, :, number] = np.where(any_fits, last, -1)
+        where = np.nonzero(any_fits & ~crowd[last])
         free[(*where, last[where])] = False
-    return taken
+    return match
 
 
 def _groups(found: Detections) -> list[np.ndarray]:
@@ -226,32 +222,21 @@ def _pairs(found: Detections, truth: Truth) -> Iterator[tuple[np.ndarray, np.nda
     order = np.lexsort((truth.image, truth.labels))
     key = truth.labels[order] * max(truth.num_images, 1) + truth.image[order]
     for group in _groups(found):
-        wanted = found.labels[group[0]] * max(truth.num_images, 1) + found.image[group[0]]
-        start, end = np.searchsorted(key, wanted, "left"), np.searchsorted(key, wanted, "right")
+        own_key = found.labels[group[0]] * max(truth.num_images, 1) + found.image[group[0]]
+        start, end = np.searchsorted(key, own_key, "left"), np.searchsorted(key, own_key, "right")
         if end > start:
             yield group, order[start:end]
 
 
 def _by_class(
-    found: Detections,
-    truth: Truth,
-    hit: np.ndarray,
-    counted: np.ndarray,
-    positive: np.ndarray,
-    kept: np.ndarray | None = None,
+    found: Detections, truth: Truth, hit: np.ndarray, counted: np.ndarray, positive: np.ndarray
 ) -> list[ClassMatches]:
     """The flags (T, n) class by class, each from the surest detection of all images on."""
     order = np.lexsort((found.image, -found.scores, found.labels))
-    if kept is not None:
-        order = order[kept[order]]
     bounds = np.searchsorted(found.labels[order], np.arange(truth.num_classes + 1))
     matches = []
     for label, (start, end) in enumerate(pairwise(bounds)):
         rows = order[start:end]
-        objects = truth.image[positive & (truth.labels == label)]
-        matches.append(
-            ClassMatches(
-                found.image[rows], hit[:, rows], counted[:, rows], np.bincount(objects, minlength=truth.num_images)
-            )
-        )
+        positives = np.bincount(truth.image[positive & (truth.labels == label)], minlength=truth.num_images)
+        matches.append(ClassMatches(found.image[rows], hit[:, rows], counted[:, rows], positives))
     return matches

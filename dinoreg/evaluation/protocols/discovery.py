@@ -41,29 +41,28 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     measured = Measurement(data, task, context, Boxed, MISSING, "object discovery", ("CorLoc",))
     test = measured.split("test")
     check_boxes(test, "test")
-    blocks = _blocks(encoder, settings.blocks)
+    # An encoder of one block (raw pixels) has only that to offer.
+    blocks = [0] if encoder.depth == 1 else list(dict.fromkeys(encoder.block(each) for each in settings.blocks))
     sweep = [(block, bias) for block in blocks for bias in dict.fromkeys(settings.biases)]
-    found = _find(encoder, test, blocks, settings, context)
-    boxes, alone = found[:-1, :, :4], found[:-1, :, 4]
-    whole = found[-1, :, :4]
-
+    *boxes, image_box = _find(encoder, test, blocks, settings, context)
     truth = [np.asarray(each)[~np.asarray(crowd, dtype=bool)] for each, crowd in zip(test.boxes, test.crowd)]
-    hits = np.array([correct(each, truth) for each in boxes])  # (S, n)
-    whole_hits = correct(whole, truth)
-    best, chosen_on = choose_best(dict(enumerate(hits.mean(axis=1).tolist())))
-    covers = (boxes == whole).all(axis=2)
+    hits = np.array([correct(each[:, :4], truth) for each in boxes])  # (S, n)
     figures = [
         {
             "block": block,
             "bias": bias,
-            "CorLoc": float(hits[place].mean()),
-            "box is the whole image": float(covers[place].mean()),
-            "box is the seed alone": float(alone[place].mean()),
+            "CorLoc": float(hit.mean()),
+            "box is the whole image": float((each[:, :4] == image_box[:, :4]).all(axis=1).mean()),
+            "box is the seed alone": float(each[:, 4].mean()),
         }
-        for place, (block, bias) in enumerate(sweep)
+        for (block, bias), each, hit in zip(sweep, boxes, hits, strict=True)
     ]
+    best, chosen_on = choose_best({place: each["CorLoc"] for place, each in enumerate(figures)})
+    block, bias = sweep[best]
+    _draw(encoder, test, replace(settings, blocks=(block,), biases=(bias,)), boxes[best][:, :4], truth, context)
+    baseline_hits = correct(image_box[:, :4], truth)
     details: dict[str, Any] = {
-        "whole-image box": float(whole_hits.mean()),
+        "whole-image box": float(baseline_hits.mean()),
         "box is the whole image": figures[best]["box is the whole image"],
         "box is the seed alone": figures[best]["box is the seed alone"],
         "images without boxes": sum(not len(each) for each in truth),
@@ -71,10 +70,8 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     }
     if len(sweep) > 1 and len(test) > 1:
         details["chosen on one half of the images, scored on the other"] = crosswise(hits)
-    block, bias = sweep[best]
-    _draw(encoder, test, replace(settings, blocks=(block,), biases=(bias,)), boxes[best], truth, context)
     model = measured.row(
-        float(hits[best].mean()),
+        figures[best]["CorLoc"],
         bootstrap_interval(hits[best], seed=context.seed),
         variant=_variant(settings),
         chosen_on=chosen_on,
@@ -83,8 +80,8 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         details=details,
     )
     baseline = measured.row(
-        float(whole_hits.mean()),
-        bootstrap_interval(whole_hits, seed=context.seed),
+        float(baseline_hits.mean()),
+        bootstrap_interval(baseline_hits, seed=context.seed),
         variant="whole-image box",
         n_test=len(test),
         note="no model: one box around the whole image",
@@ -122,13 +119,6 @@ def _variant(settings: DiscoveryOptions) -> str:
     return kind if blocks * biases == 1 else f"{kind}, best of {blocks} x {biases} blocks x biases"
 
 
-def _blocks(encoder: Encoder, blocks: Sequence[int]) -> list[int]:
-    """Distinct block numbers from 0; an encoder of one block (raw pixels) has only that to offer."""
-    if encoder.depth == 1:
-        return [0]
-    return list(dict.fromkeys(encoder.block(each) for each in blocks))
-
-
 def _find(
     encoder: Encoder, test: Boxed, blocks: Sequence[int], settings: DiscoveryOptions, context: Context
 ) -> np.ndarray:
@@ -145,17 +135,13 @@ def _find(
             rows.append([x0, y0, min(x1, width), min(y1, height), found.alone])
         return [*rows, [0, 0, width, height, False]]
 
+    def load(index: int) -> np.ndarray:
+        return np.asarray(read_rgb(test.source, index))
+
     key = (encoder.identity, test.source.stamp(), list(blocks), settings)
-    found = resumable_map(
-        context,
-        "discovery",
-        key,
-        len(test),
-        boxes_of,
-        f"object discovery (LOST) ({encoder.name})",
-        lambda index: np.asarray(read_rgb(test.source, index)),
-    )
-    return np.array(found, dtype=np.float64).transpose(1, 0, 2)
+    what = f"object discovery (LOST) ({encoder.name})"
+    boxes = resumable_map(context, "discovery", key, len(test), boxes_of, what, load)
+    return np.array(boxes, dtype=np.float64).transpose(1, 0, 2)
 
 
 def _objects(

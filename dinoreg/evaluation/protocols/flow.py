@@ -62,8 +62,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         passes[name] = {split: measured.split(split) for split in SPLITS}
     matching = Matching(encoder, passes, settings, context)
     zero_shot = {
-        (name, split): matching.measure(matching.zero_shot, name, split, "zero_shot")
-        for name in passes
+        split: {name: matching.measure(matching.zero_shot, name, split, "zero_shot") for name in passes}
         for split in ("test", "train")
     }
     projection = matching.fit()
@@ -91,14 +90,15 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     }
     n_train = sum(len(splits["train"]) for splits in passes.values())
     rows = []
+    for kind, tallies, fields in (
+        ("linear", projected, {"settings": learned, "n_train": n_train}),
+        ("zero-shot", zero_shot["test"], {"settings": fixed}),
+    ):
+        for name, splits in passes.items():
+            rows.append(_row(of_test, kind, name, tallies[name], splits["test"].scenes, **fields))
     for name, splits in passes.items():
-        scenes = splits["test"].scenes
-        rows.append(_row(of_test, "linear", name, projected[name], scenes, settings=learned, n_train=n_train))
-    for name, splits in passes.items():
-        rows.append(_row(of_test, "zero-shot", name, zero_shot[name, "test"], splits["test"].scenes, settings=fixed))
-    for name, splits in passes.items():
-        both = torch.cat([zero_shot[name, split] for split in SPLITS])
-        scenes = [*splits["train"].scenes, *splits["test"].scenes]
+        both = torch.cat([zero_shot[split][name] for split in SPLITS])
+        scenes = [scene for split in SPLITS for scene in splits[split].scenes]
         rows.append(_row(of_all, "zero-shot", name, both, scenes, settings=fixed))
     forget_tokens(context)
     return rows

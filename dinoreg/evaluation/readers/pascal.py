@@ -123,15 +123,15 @@ def voc_reader(
 
     def read(folder: Path, options: Options) -> Data:
         kit = Devkit(folder, dataset, archives)
-        found = {split: read_split(kit, name) for split, name in splits.items()}
-        return Data(found, class_names, variant, extra={"rule": dataset})
+        parts = {split: read_split(kit, name) for split, name in splits.items()}
+        return Data(parts, class_names, variant, extra={"rule": dataset})
 
     return read
 
 
 def objects(path: Path, dataset: str, archive: str) -> list[tuple[tuple[float, float, float, float], int, bool]]:
     """(box, class, difficult) of every object of an annotation, in its order. UserError for what is not as expected."""
-    found = []
+    rows = []
     for element in parse(path, dataset, archive).iterfind("object"):
         name = (element.findtext("name") or "").strip()
         if name not in NUMBERS:
@@ -140,8 +140,8 @@ def objects(path: Path, dataset: str, archive: str) -> list[tuple[tuple[float, f
         if difficult not in ("0", "1"):
             raise UserError(f"{dataset}: {path}: difficult is {difficult!r}, expected 0 or 1")
         box = element.find("bndbox")  # a direct child: those of parts are not
-        found.append((_box(box, path, dataset), NUMBERS[name], difficult == "1"))
-    return found
+        rows.append((_box(box, path, dataset), NUMBERS[name], difficult == "1"))
+    return rows
 
 
 def _box(element: Element | None, path: Path, dataset: str) -> tuple[float, float, float, float]:

@@ -117,10 +117,10 @@ def read_dictionary(path: Path, dataset: str, max_bytes: int = MAX_BYTES) -> dic
         with path.open("rb") as file:
             _check_instructions(file)
             file.seek(0)
-            found = _Unpickler(file, encoding="latin1").load()
-        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+            values = _Unpickler(file, encoding="latin1").load()
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise _Refused("it holds no dictionary with names for keys")
-        return {key: _array(value) if isinstance(value, _Ndarray) else value for key, value in found.items()}
+        return {key: _array(value) if isinstance(value, _Ndarray) else value for key, value in values.items()}
     except OSError as error:
         raise UserError(f"{dataset}: {path} cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged program fails in whichever way it happens to

@@ -1,12 +1,14 @@
-"""Limited-memory BFGS with a strong Wolfe line search, on one flat float64 vector on any device.
+"""Limited-memory BFGS with a weak Wolfe line search, on one flat float64 vector on any device.
 
-Nocedal and Wright, Numerical Optimization, algorithms 7.4 (two-loop recursion) and 3.5/3.6 (line search). It
-differs from `torch.optim.LBFGS` in its stopping rule: the predicted decrease of the next step, which is in
-units of the objective and so says how far the minimum still is.
+Nocedal and Wright, Numerical Optimization, algorithm 7.4 (two-loop recursion); Lewis and Overton, Nonsmooth
+optimization via quasi-Newton methods, algorithm 2.6 (line search). `torch.optim.LBFGS` and SciPy's L-BFGS-B need as
+many evaluations to the same value, but their stopping rules, on the gradient and on the last decrease, do not say how
+far the minimum still is. The rule here is the predicted decrease of the next step, in units of the objective.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -89,60 +91,22 @@ def _line_search(
     curvature: float = 0.9,
     max_trials: int = 25,
 ) -> _Trial | None:
-    """A step length under the strong Wolfe conditions, or None when rounding hides any decrease."""
+    """A step length under the weak Wolfe conditions, by doubling and bisection from 1, which nearly always does.
 
-    def at(length: float) -> _Trial:
-        value, gradient = objective(x + length * direction)
-        return _Trial(length, value, float(gradient @ direction), gradient)
-
-    def low_enough(trial: _Trial) -> bool:
-        return trial.value <= origin.value + decrease * trial.length * origin.slope
-
-    def flat_enough(trial: _Trial) -> bool:
-        return abs(trial.slope) <= -curvature * origin.slope
-
-    before = origin
-    low: _Trial | None = None  # of an interval known to hold a minimum, the end with the lower value
-    high = origin
-    length = 1.0
+    None when rounding hides any decrease.
+    """
+    length, low, high = 1.0, 0.0, math.inf
     for _ in range(max_trials):
-        trial = at(length)
-        if low is None:  # still looking for an interval that holds a minimum
-            if not low_enough(trial) or (before is not origin and trial.value >= before.value):
-                low, high = before, trial
-            elif flat_enough(trial):
-                return trial
-            elif trial.slope >= 0:
-                low, high = trial, before
-            else:
-                before, length = trial, 2.0 * trial.length
-                continue
-        elif not low_enough(trial) or trial.value >= low.value:
-            high = trial
+        value, gradient = objective(x + length * direction)
+        slope = float(gradient @ direction)
+        if not value <= origin.value + decrease * length * origin.slope:
+            high = length
+        elif slope < curvature * origin.slope:
+            low = length
         else:
-            if flat_enough(trial):
-                return trial
-            if trial.slope * (high.length - low.length) >= 0:
-                high = low
-            low = trial
-        if abs(high.length - low.length) <= 1e-14 * max(high.length, low.length):
-            break  # the interval has shrunk to rounding: nothing between its ends is left to try
-        length = _between(low, high)
-    return low if low is not None and low is not origin and low_enough(low) else None
-
-
-def _between(low: _Trial, high: _Trial) -> float:
-    """The minimiser of the cubic through both ends, kept a tenth of the interval away from either."""
-    width = high.length - low.length
-    bend = low.slope + high.slope - 3.0 * (high.value - low.value) / width
-    inside = bend * bend - low.slope * high.slope
-    share = 0.5
-    if inside >= 0 and bend == bend:
-        root = inside**0.5 * (1.0 if width > 0 else -1.0)
-        denominator = high.slope - low.slope + 2.0 * root
-        if denominator != 0:
-            share = 1.0 - (high.slope + root - bend) / denominator
-    return low.length + width * min(max(share, 0.1), 0.9)
+            return _Trial(length, value, slope, gradient)
+        length = 2.0 * length if high == math.inf else (low + high) / 2
+    return None
 
 
 def flat(*parts: Tensor) -> Tensor:

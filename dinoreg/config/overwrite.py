@@ -1,0 +1,116 @@
+"""A run folder as a place to write to: what `out=` may name, and what `overwrite=true` may delete there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+
+from dinoreg.config.load import Config, load_config, to_yaml
+from dinoreg.runtime.errors import UserError
+
+OWNER = "owner.json"
+
+# Everything that a run, and the commands that work on it, leave in its folder.
+_WRITTEN_BY_RUNS = (
+    *("config.yaml", OWNER, "environment.json", "status.json", "init.safetensors", "init.json"),
+    *("checkpoints", "teacher", "train.log", "metrics.jsonl", "probe.jsonl", "skipped.jsonl", "health"),
+    *("events.out.tfevents.*", "report.html", "eval", "view", "launch", ".overwritten-*", "*.part"),
+)
+# Deleted last, so that a deletion that was interrupted can be done again.
+_MARKS = (OWNER, "config.yaml")
+# There before the first start of a run, or left by a kill in its very first write.
+_BEFORE_A_RUN = ("launch", ".overwritten-*", "*.part")
+
+
+def check_out(config: Config, out: Path) -> None:
+    """UserError in one line when `config` must not write a run to `out`; nothing is touched."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"out={out}: is a file, expected a folder")
+    if config.overwrite:
+        run_entries(out)
+    elif not out.is_dir() or all(_matches(path, _BEFORE_A_RUN) for path in out.iterdir()):
+        return
+    elif not config.resume:
+        raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
+    elif not (out / "config.yaml").is_file():
+        raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
+
+
+def run_entries(out: Path) -> list[Path]:
+    """The files and folders of the run in `out`, in the order in which to delete them; [] where none has begun.
+
+    raises UserError when `out` does not hold a run of ours, or something else besides
+    """
+    if not out.is_dir():
+        return []
+    entries = sorted(out.iterdir(), key=lambda path: (path.name in _MARKS, path.name))
+    if all(_matches(path, _BEFORE_A_RUN) for path in entries):
+        return []
+    config = out / "config.yaml"
+    if not (_is_lease(out / OWNER) or _is_resolved_config(config)):
+        why = "its config.yaml is not one that a run wrote" if config.exists() else "no config.yaml"
+        raise UserError(f"out={out}: holds something other than a run ({why}); it is not overwritten")
+    foreign = [path.name for path in entries if not _matches(path, _WRITTEN_BY_RUNS)]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise UserError(f"out={out}: holds {foreign[0]}{more}, which no run writes; it is not overwritten")
+    return entries
+
+
+def delete_run(out: Path) -> None:
+    """Delete the run in `out`; the folder itself, or the link to it, stays.
+
+    raises UserError as `run_entries`, OSError when something cannot be deleted
+    """
+    for path in run_entries(out):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def set_aside(out: Path) -> Path:
+    """Move the run in `out` into a folder of its own inside `out`; returns it, for `put_back` or for deletion.
+
+    raises UserError as `run_entries`, OSError when something cannot be moved
+    """
+    entries = run_entries(out)
+    aside = out / f".overwritten-{os.getpid()}"
+    aside.mkdir()
+    try:
+        for path in entries:
+            os.rename(path, aside / path.name)
+    except OSError:
+        put_back(aside)
+        raise
+    return aside
+
+
+def put_back(aside: Path) -> None:
+    """Undo `set_aside`."""
+    for path in aside.iterdir():
+        os.rename(path, aside.parent / path.name)
+    aside.rmdir()
+
+
+def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
+def _is_lease(path: Path) -> bool:
+    """Whether this is the file by which a start of a run claims its folder."""
+    try:
+        return {"token", "host", "pid"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+def _is_resolved_config(path: Path) -> bool:
+    """Whether this is a config with every key written out, the first file of a run; a user's own states a few."""
+    try:
+        return path.is_file() and path.read_text() == to_yaml(load_config(path))
+    except (OSError, UserError, ValueError, RecursionError):
+        return False
