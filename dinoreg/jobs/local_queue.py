@@ -26,8 +26,9 @@ from typing import Any
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from dinoreg.jobs.options import LaunchOptions
-from dinoreg.jobs.records import cancel_file, log_files
+from dinoreg.jobs.records import cancel_file, log_files, replace_text
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import read_json, read_text
 
 POLL_SECONDS = 0.2
 TRAINING_GRACE, GRACE = 30.0, 3.0  # seconds from SIGTERM to SIGKILL: what trains saves first
@@ -36,7 +37,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 @dataclass
 class LocalJob:
-    """A job of the plan that the runner works off.
+    """A job as the plan file states it.
 
     python   shell words that start Python, up to the module to run
     seconds  time limit, 0 for none; signal_seconds before it, the job is asked to save
@@ -57,9 +58,8 @@ def check(options: LaunchOptions) -> None:
     """UserError for what this machine cannot give."""
     if options.nodes > 1:
         raise UserError(f"nodes={options.nodes}: cluster=local is this machine alone; expected nodes=1")
-    found = len(devices())
-    if (options.gpus_per_node or 0) > found:
-        raise UserError(f"gpus_per_node={options.gpus_per_node}: this machine has {found}")
+    if (options.gpus_per_node or 0) > len(devices()):
+        raise UserError(f"gpus_per_node={options.gpus_per_node}: this machine has {len(devices())}")
     if options.container is not None:
         raise UserError("container: jobs of cluster=local run in this environment; use it with cluster=slurm")
 
@@ -106,11 +106,7 @@ def is_alive(runner: Sequence[int]) -> bool:
 
 def read_state(launch: Path, job: str) -> dict[str, Any]:
     """{"state", "begun", "ended", "restarts"} of a local job; PENDING where nothing was written yet."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(_state_file(launch, job).read_text())
-        if isinstance(content, dict) and "state" in content:
-            return content
-    return {"state": "PENDING", "begun": None, "ended": None, "restarts": 0}
+    return {"state": "PENDING", "begun": None, "ended": None, "restarts": 0, **read_json(_state_file(launch, job))}
 
 
 def _state_file(launch: Path, job: str) -> Path:
@@ -123,7 +119,7 @@ def _state_file(launch: Path, job: str) -> Path:
 
 @dataclass
 class Running:
-    """A job of the plan at work."""
+    """A job of the plan and the processes that run it."""
 
     plan: LocalJob
     state: str = "PENDING"
@@ -132,17 +128,14 @@ class Running:
     restarts: int = 0
     gpus: list[str] = field(default_factory=list)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    ends_as: str = ""  # the state to end in, once it has been told to end
+    ends_as: str = ""  # the state to end in, once it is being terminated
     kill_at: float = 0.0
-    asked: bool = False
+    save_requested: bool = False
 
     def write(self, launch: Path) -> None:
-        pids = [process.pid for process in self.processes]
-        facts = {key: getattr(self, key) for key in ("state", "begun", "ended", "restarts")}
-        path = _state_file(launch, self.plan.job)
-        aside = path.with_name(f"{path.name}.part")
-        aside.write_text(json.dumps({**facts, "processes": pids}))
-        os.replace(aside, path)
+        state = {key: getattr(self, key) for key in ("state", "begun", "ended", "restarts")}
+        state["processes"] = [process.pid for process in self.processes]
+        replace_text(_state_file(launch, self.plan.job), json.dumps(state))
 
     def signal(self, number: int) -> None:
         """To every process of the job, and what these started."""
@@ -151,8 +144,14 @@ class Running:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, number)
 
+    def request_save(self) -> None:
+        """Send the signal to save, once a start."""
+        if not self.save_requested:
+            self.save_requested = True
+            self.signal(signal.SIGUSR2)
+
     def end(self, state: str) -> None:
-        """Tell it to end; what is still there after a while is killed."""
+        """Terminate the job; processes that are left after the grace period are killed."""
         if not self.ends_as:
             self.ends_as = state
             self.kill_at = time.monotonic() + (TRAINING_GRACE if self.plan.trains else GRACE)
@@ -160,7 +159,7 @@ class Running:
 
 
 class Runner:
-    """Works off the plan of one launch."""
+    """Runs the jobs of one launch to their ends."""
 
     def __init__(self, launch: Path, jobs: Sequence[LocalJob], max_parallel: int) -> None:
         self.launch = launch
@@ -175,18 +174,21 @@ class Runner:
         while any(job.state not in ENDED for job in self.jobs):
             for job in self.jobs:
                 if job.state == "RUNNING":
-                    self._look_after(job)
+                    self._poll(job)
             for job in self.jobs:
                 if job.state == "PENDING":
-                    self._consider(job)
+                    self._start_if_ready(job)
             time.sleep(POLL_SECONDS)
 
     def _stop(self, *_: Any) -> None:
         self.stopping = True
 
-    def _consider(self, job: Running) -> None:
-        """Start a job whose turn it is."""
-        if self.stopping or cancel_file(self.launch, job.plan.job).exists():
+    def _is_cancelled(self, job: Running) -> bool:
+        return self.stopping or cancel_file(self.launch, job.plan.job).exists()
+
+    def _start_if_ready(self, job: Running) -> None:
+        """Start a job whose dependencies have ended, if a place and its GPUs are free."""
+        if self._is_cancelled(job):
             self._close(job, "CANCELLED")
             return
         ended = {each.plan.job for each in self.jobs if each.state in ENDED}
@@ -200,9 +202,8 @@ class Runner:
         with socket.socket() as probe:  # a free port, chosen anew for every start
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        words = ["-u", "-m", "submitit.core._submit", str(self.launch)]
-        command = f"exec {plan.python} {shlex.join(words)}"
-        job.processes, job.ends_as, job.asked, job.begun = [], "", False, time.time()
+        command = f"exec {plan.python} -u -m submitit.core._submit {shlex.quote(str(self.launch))}"
+        job.processes, job.ends_as, job.save_requested, job.begun = [], "", False, time.time()
         for task in range(plan.tasks):
             errors, output = log_files(self.launch, plan.job, task)
             with open(errors, "ab") as stderr, open(output, "ab") as stdout:
@@ -220,8 +221,7 @@ class Runner:
         job.write(self.launch)
 
     def _environment(self, job: Running, task: int, port: int) -> dict[str, str]:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        found = {
+        variables = {
             "SUBMITIT_EXECUTOR": "local",
             "SUBMITIT_LOCAL_JOB_ID": job.plan.job,
             "SUBMITIT_LOCAL_NTASKS": str(job.plan.tasks),
@@ -234,54 +234,41 @@ class Runner:
             "MASTER_PORT": str(port),
         }
         if job.plan.tasks > 1:  # each takes all cores otherwise
-            found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // job.plan.tasks)))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // job.plan.tasks)))
         if job.plan.gpus:
-            found["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
-        return found
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+        return variables
 
-    def _look_after(self, job: Running) -> None:
+    def _poll(self, job: Running) -> None:
+        """One step of a running job: end it, start it again, or pass on a request to save or to end."""
         codes = [process.poll() for process in job.processes]
         if all(code is not None for code in codes):
-            if job.ends_as == "REQUEUE" or (not job.ends_as and LOCAL_REQUEUE_RETURN_CODE in codes):
-                if self.stopping:
-                    self._close(job, "CANCELLED")
-                else:
-                    job.restarts += 1
-                    self._start(job)
+            requeues = job.ends_as == "REQUEUE" or (not job.ends_as and LOCAL_REQUEUE_RETURN_CODE in codes)
+            if requeues and not self.stopping:
+                job.restarts += 1
+                self._start(job)
+            elif requeues:
+                self._close(job, "CANCELLED")
             else:
                 self._close(job, job.ends_as or ("FAILED" if any(codes) else "COMPLETED"))
             return
+        running = time.time() - (job.begun or 0.0)
         if LOCAL_REQUEUE_RETURN_CODE in codes and not job.ends_as:
             job.ends_as, job.kill_at = "REQUEUE", time.monotonic() + TRAINING_GRACE  # the others leave by themselves
         elif any(codes):
             job.end("FAILED")
-        elif self.stopping or cancel_file(self.launch, job.plan.job).exists():
-            self._cancel(job)
-        elif job.plan.seconds and job.begun is not None:
-            self._watch_limit(job)
+        elif self._is_cancelled(job):
+            if not self.stopping and "save" in read_text(cancel_file(self.launch, job.plan.job)):
+                job.request_save()  # the job then ends by itself
+            else:
+                job.end("CANCELLED")
+        elif job.plan.seconds and running > job.plan.seconds:
+            job.end("TIMEOUT")
+        elif job.plan.seconds and running > job.plan.seconds - job.plan.signal_seconds:
+            job.request_save()  # the job then asks to be started again
         if job.ends_as and time.monotonic() > job.kill_at:
             job.signal(signal.SIGKILL)
-
-    def _cancel(self, job: Running) -> None:
-        """At once, or after a save: the job then ends by itself."""
-        wish = ""
-        with contextlib.suppress(OSError):
-            wish = cancel_file(self.launch, job.plan.job).read_text()
-        if self.stopping or "save" not in wish:
-            job.end("CANCELLED")
-        elif not job.asked:
-            job.asked = True
-            job.signal(signal.SIGUSR2)
-
-    def _watch_limit(self, job: Running) -> None:
-        """Ask for a save before the limit (the job then restarts), end it at the limit."""
-        assert job.begun is not None
-        running = time.time() - job.begun
-        if running > job.plan.seconds:
-            job.end("TIMEOUT")
-        elif running > job.plan.seconds - job.plan.signal_seconds and not job.asked:
-            job.asked = True
-            job.signal(signal.SIGUSR2)
 
     def _close(self, job: Running, state: str) -> None:
         job.state, job.ended = state, time.time()

@@ -76,13 +76,8 @@ def read_records(folder: str | Path) -> list[Record]:
     if not path.is_file():
         raise UserError(f"{folder}: nothing was launched for this folder (no {path})")
     names = {each.name for each in fields(Record)}
-    found = []
-    for line in read_json_lines(path):
-        try:
-            found.append(Record(**{key: line[key] for key in names}))
-        except KeyError:
-            continue
-    return found
+    lines = [line for line in read_json_lines(path) if names <= line.keys()]
+    return [Record(**{key: line[key] for key in names}) for line in lines]
 
 
 def next_launch(launch: Path) -> int:
@@ -99,14 +94,13 @@ def add_event(launch: Path, job: str, rank: int, event: str, **facts: Any) -> No
 
 def read_events(launch: Path, job: str, rank: int | None = None) -> list[dict[str, Any]]:
     """Events of a job in the order of their times; `rank` is added to each."""
-    found = []
+    events = []
     for path in launch.glob(f"{job}_{'*' if rank is None else rank}_events.jsonl"):
-        middle = path.name.removeprefix(f"{job}_").removesuffix("_events.jsonl")
-        if middle.isdigit():
-            found += [
-                {**line, "rank": int(middle)} for line in read_json_lines(path) if "event" in line and "time" in line
-            ]
-    return sorted(found, key=lambda line: float(line["time"]))
+        writer = path.name.removeprefix(f"{job}_").removesuffix("_events.jsonl")
+        if writer.isdigit():
+            lines = [line for line in read_json_lines(path) if "event" in line and "time" in line]
+            events += [{**line, "rank": int(writer)} for line in lines]
+    return sorted(events, key=lambda line: float(line["time"]))
 
 
 def cancel_file(launch: Path, job: str) -> Path:
@@ -120,6 +114,13 @@ def log_files(launch: Path, job: str, task: int = 0) -> tuple[Path, Path]:
 
 # ------------------------------------------------------------------------------------------------------------
 # Files
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file that readers find either as it was or complete."""
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(text)
+    os.replace(aside, path)
 
 
 def append(path: Path, *lines: dict[str, Any]) -> None:

@@ -15,32 +15,29 @@ from pathlib import Path
 from dinoreg.config.bundled import PACKAGE, bundled
 from dinoreg.runtime.errors import UserError
 
-FOLDERS = ("configs", "eval", "launch")
+DECLARATIONS = ("configs", "eval", "launch")
 
 
 def package_files() -> dict[str, Path]:
-    """Every file of the package and its declarations, by its place in a copy."""
-    files = {
-        f"dinoreg/{path.relative_to(PACKAGE).as_posix()}": path
-        for path in PACKAGE.rglob("*")
-        if path.is_file() and not {"__pycache__", "_bundled"} & set(path.relative_to(PACKAGE).parts)
-    }
-    for name in FOLDERS:
-        folder = bundled(name)
+    """Every file of the package and its declarations, by its place in a copy, in the order of these places."""
+    folders = {"dinoreg": PACKAGE} | {f"dinoreg/_bundled/{name}": bundled(name) for name in DECLARATIONS}
+    files = {}
+    for place, folder in folders.items():
         for path in folder.rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
-                files[f"dinoreg/_bundled/{name}/{path.relative_to(folder).as_posix()}"] = path
+            name = path.relative_to(folder)
+            if path.is_file() and not {"__pycache__", "_bundled"} & set(name.parts):
+                files[f"{place}/{name.as_posix()}"] = path
     return dict(sorted(files.items()))
 
 
 def fingerprint(files: dict[str, Path]) -> str:
     """Twelve hexadecimal digits over names and contents."""
-    running = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name, path in files.items():
         content = path.read_bytes()
-        running.update(f"{name}\0{len(content)}\0".encode())
-        running.update(content)
-    return running.hexdigest()[:12]
+        hashed.update(f"{name}\0{len(content)}\0".encode())
+        hashed.update(content)
+    return hashed.hexdigest()[:12]
 
 
 def copy_package(folder: Path) -> Path:
@@ -48,26 +45,20 @@ def copy_package(folder: Path) -> Path:
 
     raises UserError when the folder cannot be written
     """
+    files = package_files()
+    target = folder / fingerprint(files)
+    if target.is_dir():
+        return target
     try:
-        files = package_files()
-        target = folder / fingerprint(files)
-        if target.is_dir():
-            return target
         folder.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder, prefix=".unfinished-"))
-        try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-", ignore_cleanup_errors=True) as aside:
             for name, path in files.items():
-                place = aside / name
+                place = Path(aside) / target.name / name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, place)
-            aside.chmod(0o755)
-            if not target.is_dir():
-                os.rename(aside, target)
-        except OSError:
-            if not target.is_dir():  # another launch may have been quicker
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(Path(aside) / target.name, target)
     except OSError as error:
-        raise UserError(f"{folder}: the code cannot be copied there ({error.strerror or error}); see code=") from None
+        if not target.is_dir():  # another launch may have been quicker
+            reason = error.strerror or error
+            raise UserError(f"{folder}: the code cannot be copied there ({reason}); see code=") from None
     return target
