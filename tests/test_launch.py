@@ -536,7 +536,7 @@ def test_under_slurm_sigterm_requeues_a_preempted_job_and_not_a_cancelled_one(
     attempt.on_slurm = True
     asked: list[str] = []
     monkeypatch.setattr(slurm, "own_state", lambda job: asked.append(job) or state)
-    assert attempt._comes_back(signal.SIGTERM) is again
+    assert attempt._is_requeued_after(signal.SIGTERM) is again
     assert asked == ["local1.0"]
 
 

@@ -97,12 +97,10 @@ def report_results(folder: Path) -> Path:
 
 def _not_evaluated(folder: Path) -> list[str]:
     """A line for each dataset that the newest launch into this folder did not get to the end with."""
-    from dinoreg.jobs.records import JOBS, launch_folder, read_records
+    from dinoreg.jobs.records import read_records
     from dinoreg.jobs.status import examine
 
     out = folder.parent.parent
-    if not (launch_folder(out) / JOBS).is_file():
-        return []
     records = read_records(out)
     target = folder.resolve()
     reports = [each for each in records if each.group == "report" and Path(each.command[-1]).resolve() == target]

@@ -35,8 +35,7 @@ def launch_command(arguments: Sequence[str], verbs: Mapping[str, Verb], run_verb
 
 
 def _launch(name: str, arguments: Sequence[str], verbs: Mapping[str, Verb], run_verb: Callable[..., None]) -> None:
-    from dinoreg.jobs.attempt import make_command
-    from dinoreg.jobs.control import failed, follow
+    from dinoreg.jobs.control import follow, require_success
     from dinoreg.jobs.submit import launch, shown
 
     close = get_close_matches(name, ACTIONS, n=1, cutoff=0.75)
@@ -49,24 +48,22 @@ def _launch(name: str, arguments: Sequence[str], verbs: Mapping[str, Verb], run_
     options, overrides, given = split_options(keys)
     request = Request(plain[0] if plain else None, tuple(overrides), options, given, partial(check_command, verbs))
     try:
-        launched = launch(job, request, partial(make_command, run_verb), _say)
+        folder, records = launch(job, request, run_verb, _say)
     except UserError as error:
         raise _with_hint(error, overrides) from None
-    if launched is None:  # a dry run
+    if options.dry_run:
         return
-    for group in dict.fromkeys(record.group for record in launched.records):
-        jobs = [record for record in launched.records if record.group == group]
+    for group in dict.fromkeys(record.group for record in records):
+        jobs = [record for record in records if record.group == group]
         names = jobs[0].job if len(jobs) == 1 else f"{jobs[0].job} to {jobs[-1].job}"
         _say(f"submitted: {group}, job {names}: {shown(jobs[0].command)}{' …' if len(jobs) > 1 else ''}")
-    _say(f"dinoreg launch status {launched.folder}")
+    _say(f"dinoreg launch status {folder}")
     if options.wait:
         try:
-            problem = failed(follow(launched.folder, launched.records, _say))
+            require_success(follow(folder, records, _say))
         except KeyboardInterrupt:
-            _say(f"the jobs go on; dinoreg launch cancel {launched.folder} ends them")
+            _say(f"the jobs go on; dinoreg launch cancel {folder} ends them")
             raise
-        if problem is not None:
-            raise problem
 
 
 def check_command(verbs: Mapping[str, Verb], arguments: Sequence[str]) -> None:

@@ -21,13 +21,12 @@ from typing import Any, NoReturn
 import submitit
 from submitit.core.utils import DelayedSubmission
 
-from dinoreg.jobs import entry as start
-from dinoreg.jobs import slurm
-from dinoreg.jobs.job_type import Arguments, Group
+from dinoreg.jobs import entry, slurm
+from dinoreg.jobs.job_type import Arguments
+from dinoreg.jobs.options import NO_TIMEOUT
 from dinoreg.jobs.records import add_event, cancel_file, read_events
 from dinoreg.jobs.status import saved_step
-from dinoreg.jobs.submit import NO_TIMEOUT
-from dinoreg.runtime.errors import EarlyEnd, Interrupted, RunError
+from dinoreg.runtime.errors import Interrupted, RunError, one_line
 
 STUCK = 3  # restarts in a row without a new checkpoint that end a training
 FIRST_PORT, NUM_PORTS = 12_000, 20_000  # below those that systems hand out by themselves
@@ -68,19 +67,6 @@ class Command:
         return DelayedSubmission(self)
 
 
-def make_command(run_verb: Callable[..., None], group: Group, index: int, launch: Path, requeues: int) -> Command:
-    """The job that runs a group's command number `index`."""
-    return Command(
-        run_verb=run_verb,
-        arguments=group.commands[index],
-        launch=str(launch),
-        run=str(group.runs[index]) if group.runs else "",
-        evaluate=group.evaluate,
-        removes=tuple(map(str, group.removes)),
-        requeues=requeues,
-    )
-
-
 class Attempt:
     """One start of a job, in one of its processes."""
 
@@ -94,7 +80,7 @@ class Attempt:
         name = "SLURM_RESTART_COUNT" if self.on_slurm else "DINOREG_RESTARTS"
         self.restarts = int(os.environ.get(name) or 0)
         self.user_signal = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
-        self._submitits: Any = None  # its handler, which checkpoints and requeues
+        self._submitit_handler: Any = None  # checkpoints and requeues
 
     @property
     def step(self) -> int | None:
@@ -114,8 +100,8 @@ class Attempt:
 
     def run(self) -> str:
         """Run the command; returns how it ended. Whatever it raises is noted, for `dinoreg launch status`."""
-        self._clear_away()
-        self._export_place()
+        self._delete_leftovers()
+        self._export_ranks()
         evaluations = Evaluations(self)
         try:
             if self.rank == 0:
@@ -132,11 +118,9 @@ class Attempt:
             evaluations.finish(SUBMISSION_SECONDS_INTERRUPTED)
             return self._leave(stop.signal_number, str(stop))
         except Exception as error:
-            line = " ".join(str(error).split()) or type(error).__name__
-            known = type(error).__module__.startswith("dinoreg")
-            self.note(
-                "failed", error=line if known else f"{type(error).__name__}: {line}", reported=_was_reported(error)
-            )
+            line = one_line(error)
+            kind = "" if type(error).__module__.startswith("dinoreg") else f"{type(error).__name__}: "
+            self.note("failed", error=kind + line, reported=_is_reported(error))
             print(f"dinoreg: {line}", file=sys.stderr, flush=True)
             raise
         if self.rank == 0:
@@ -148,8 +132,8 @@ class Attempt:
     # --------------------------------------------------------------------------------------------------------
     # Before the command
 
-    def _clear_away(self) -> None:
-        """What an earlier start left: its result would be taken for this one's, half-written files stop submitit."""
+    def _delete_leftovers(self) -> None:
+        """An earlier start's result would be taken for this one's, and half-written files stop submitit."""
         paths = self.environment.paths
         leftovers = [paths.result_pickle] if self.restarts else []
         leftovers.append(_aside(paths.result_pickle))
@@ -158,8 +142,8 @@ class Attempt:
         for path in leftovers:
             path.unlink(missing_ok=True)
 
-    def _export_place(self) -> None:
-        """Who this process is among the job's, under torchrun's names."""
+    def _export_ranks(self) -> None:
+        """Set torchrun's environment variables for this process."""
         job = self.environment
         os.environ.update(
             RANK=str(self.rank),
@@ -176,11 +160,11 @@ class Attempt:
 
         On other ranks submitit's handler only says so; were they to leave first, rank 0 would take them for lost.
         """
-        self._submitits = signal.getsignal(self.user_signal)
-        delayed = getattr(getattr(self._submitits, "__self__", None), "_delayed", None)
+        self._submitit_handler = signal.getsignal(self.user_signal)
+        delayed = getattr(getattr(self._submitit_handler, "__self__", None), "_delayed", None)
         if delayed is not None and delayed._timeout_min is None:  # a job without a time limit
             delayed.set_timeout(NO_TIMEOUT, delayed._timeout_countdown)
-        if self.rank == 0 and callable(self._submitits):
+        if self.rank == 0 and callable(self._submitit_handler):
             signal.signal(self.user_signal, lambda number, frame: sys.exit(self._exit_code(number)))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {self.user_signal})
 
@@ -191,7 +175,7 @@ class Attempt:
     def _begin(self) -> None:
         """Note the start; RunError when there have been too many, or these led nowhere."""
         self.note("start", step=self.step, nodes=list(self.environment.hostnames))
-        if cancel_file(self.launch, self.job).exists():
+        if self._is_cancelled():
             raise RunError("cancelled before it began again")
         if self.restarts > self.command.requeues:
             raise RunError(f"restarted more than {self.command.requeues} times (requeues=); {self.advice}")
@@ -214,17 +198,20 @@ class Attempt:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)  # rank 0 speaks for all; waiting here would be waiting to be killed
-        if not self._comes_back(number):
-            step = self.step
-            saved = "nothing was saved" if step is None else f"saved at step {step}"
-            why = "as asked" if cancel_file(self.launch, self.job).exists() else f"by {signal.Signals(number).name}"
-            self.note("stopped", why=f"{why}, {saved}" if self.command.run else why)
-            print(f"dinoreg: {words}", file=sys.stderr, flush=True)
-            return "stopped"
-        self._requeue()
+        if self._is_requeued_after(number):
+            self._requeue()
+        why = "as asked" if self._is_cancelled() else f"by {signal.Signals(number).name}"
+        if self.command.run:
+            why += ", nothing was saved" if self.step is None else f", saved at step {self.step}"
+        self.note("stopped", why=why)
+        print(f"dinoreg: {words}", file=sys.stderr, flush=True)
+        return "stopped"
 
-    def _comes_back(self, number: int) -> bool:
-        if cancel_file(self.launch, self.job).exists():
+    def _is_cancelled(self) -> bool:
+        return cancel_file(self.launch, self.job).exists()
+
+    def _is_requeued_after(self, number: int) -> bool:
+        if self._is_cancelled():
             return False
         if number in (signal.SIGUSR1, signal.SIGUSR2, self.user_signal):
             return True
@@ -239,7 +226,7 @@ class Attempt:
             (self.launch / f"{self.job}_requeue").touch()
             sys.exit(0)
         try:
-            self._submitits(self.user_signal, None)
+            self._submitit_handler(self.user_signal, None)
         except (subprocess.SubprocessError, OSError) as error:
             # Slurm may have been quicker: then this start just ends, and an error file would outlive it.
             if slurm.own_state(self.environment.raw_job_id) in PENDING_STATES:
@@ -253,37 +240,26 @@ class Evaluations:
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
-        self.sending: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def send(self, step: int, teacher: Path) -> None:
         """Called between two steps: starts `dinoreg launch evaluate …` and returns; never raises."""
         command = self.attempt.command
         try:
-            place = [sys.executable, str(Path(start.__file__).resolve()), "-u", "-m", "dinoreg", "launch"]
-            words = [*command.evaluate, f"weights={teacher}", f"out={command.run}"]
-            log = Path(command.launch) / f"{self.attempt.job}_evaluate.log"
-            with open(log, "ab") as output:
-                process = subprocess.Popen(
-                    [*place, *words], env=_outside(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
-                )
-            self.sending.append(process)
+            words = [sys.executable, str(Path(entry.__file__).resolve()), "-u", "-m", "dinoreg", "launch"]
+            words += [*command.evaluate, f"weights={teacher}", f"out={command.run}"]
+            log = self.attempt.launch / f"{self.attempt.job}_evaluate.log"
+            with open(log, "ab") as output, slurm.outside_job():
+                process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            self.processes.append(process)
         except Exception as error:
             print(f"dinoreg: step {step} is not evaluated ({error})", file=sys.stderr, flush=True)
 
     def finish(self, seconds: float) -> None:
         """Wait for submissions that are under way, which would end with the job."""
-        for process in self.sending:
+        for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
-
-
-def _outside() -> dict[str, str]:
-    """This environment without what the scheduler says about this job: Slurm would ask for the same again."""
-    with submitit.helpers.clean_env(["DINOREG_RESTARTS"]):
-        found = dict(os.environ)
-    if "SLURM_CONF" in os.environ:
-        found["SLURM_CONF"] = os.environ["SLURM_CONF"]
-    return found
 
 
 def _aside(path: Path) -> Path:
@@ -291,10 +267,8 @@ def _aside(path: Path) -> Path:
     return path.with_suffix(f"{path.suffix}.save_tmp")
 
 
-def _was_reported(error: BaseException | None) -> bool:
-    """Whether it is another process that explains this failure."""
-    while error is not None:
-        if isinstance(error, EarlyEnd) and error.reported:
-            return True
+def _is_reported(error: BaseException | None) -> bool:
+    """Whether another process of the job reports the cause of this failure."""
+    while error is not None and not getattr(error, "reported", False):
         error = error.__cause__
-    return False
+    return error is not None

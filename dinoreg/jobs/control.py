@@ -12,7 +12,7 @@ from dinoreg.jobs.status import JobStatus, examine, require_jobs
 from dinoreg.runtime.errors import RunError, UserError
 
 POLL_SECONDS, MAX_POLL_SECONDS = 1.0, 30.0
-LOG_SECONDS = 0.5
+LOG_SECONDS, STATUS_SECONDS = 0.5, 5.0
 
 
 def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) -> list[JobStatus]:
@@ -20,27 +20,26 @@ def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) 
     printed: dict[str, str] = {}
     pause = POLL_SECONDS
     while True:
-        found = examine(folder, records)
-        for each in found:
+        statuses = examine(folder, records)
+        for each in statuses:
             # Progress changes all the time; a line is worth printing when the state does, or at a slow poll.
-            known = each.state if pause < MAX_POLL_SECONDS or each.is_over else each.line
-            if printed.get(each.record.job) != known:
-                printed[each.record.job] = known
+            news = each.state if pause < MAX_POLL_SECONDS or each.is_over else each.line
+            if printed.get(each.record.job) != news:
+                printed[each.record.job] = news
                 say(each.line)
-        if all(each.is_over for each in found):
-            return found
+        if all(each.is_over for each in statuses):
+            return statuses
         time.sleep(pause)
         pause = min(MAX_POLL_SECONDS, pause * 1.2)
 
 
-def failed(found: Sequence[JobStatus]) -> RunError | None:
-    """The failure of one job, or the number of those that failed."""
-    bad = [each for each in found if not each.is_well]
-    if not bad:
-        return None
-    if len(bad) == 1:
-        return RunError(f"job {bad[0].line}")
-    return RunError(f"{len(bad)} of {len(found)} jobs did not finish; the first: {bad[0].line}")
+def require_success(statuses: Sequence[JobStatus]) -> None:
+    """RunError that names the job that failed, or the number of those that did and the first."""
+    failed = [each for each in statuses if not each.is_well]
+    if len(failed) == 1:
+        raise RunError(f"job {failed[0].line}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(statuses)} jobs did not finish; the first: {failed[0].line}")
 
 
 def show_logs(folder: str, job: str | None, task: int, lines: int, follows: bool, write: Callable[[str], None]) -> None:
@@ -48,50 +47,45 @@ def show_logs(folder: str, job: str | None, task: int, lines: int, follows: bool
 
     job  None: one that runs, else one that failed, else the last that wrote anything
     """
-    chosen = _choose(folder, require_jobs(folder, job))
     launch = launch_folder(folder)
+    chosen = _choose(launch, require_jobs(folder, job))
     record = chosen.record
     if not 0 <= task < record.nodes * record.tasks:
         raise UserError(f"task={task}: job {record.job} has tasks 0 to {record.nodes * record.tasks - 1}")
-    paths = [path for path in log_files(launch, record.job, task) if path.is_file()]
+    paths = log_files(launch, record.job, task)
     write(f"job {chosen.line}\n")
-    if not paths and not follows:
-        write(f"no log yet; it will be {log_files(launch, record.job, task)[0]}\n")
-    places: dict[Path, int] = {}
-    for path in paths:
-        places[path] = path.stat().st_size
-        if places[path]:
+    if not follows and not any(path.is_file() for path in paths):
+        write(f"no log yet; it will be {paths[0]}\n")
+    offsets = {path: path.stat().st_size if path.is_file() else 0 for path in paths}
+    for path, size in offsets.items():
+        if size:
             write(f"== {path}\n" + "".join(f"{line}\n" for line in last_lines(path, lines)))
     if follows:
-        _tail(folder, record, list(log_files(launch, record.job, task)), places, write)
+        _tail(folder, record, offsets, write)
 
 
-def _choose(folder: str, found: Sequence[JobStatus]) -> JobStatus:
-    launch = launch_folder(folder)
-    for wanted in (lambda each: each.state == "running", lambda each: each.state == "failed"):
-        for each in reversed(found):
-            if wanted(each):
-                return each
-    written = [each for each in found if any(path.is_file() for path in log_files(launch, each.record.job))]
-    return (written or list(found))[-1]
+def _choose(launch: Path, statuses: Sequence[JobStatus]) -> JobStatus:
+    running = [each for each in statuses if each.state == "running"]
+    failed = [each for each in statuses if each.state == "failed"]
+    logged = [each for each in statuses if any(path.is_file() for path in log_files(launch, each.record.job))]
+    return (running or failed or logged or statuses)[-1]
 
 
-def _tail(
-    folder: str, record: Record, paths: Sequence[Path], places: dict[Path, int], write: Callable[[str], None]
-) -> None:
+def _tail(folder: str, record: Record, offsets: dict[Path, int], write: Callable[[str], None]) -> None:
+    """Write what comes into the files after their offsets, until the job is over."""
     checked = time.monotonic()
     over = False
     while True:
-        for path in paths:
-            if path.is_file() and path.stat().st_size > places.get(path, 0):
+        for path, offset in offsets.items():
+            if path.is_file() and path.stat().st_size > offset:
                 with open(path, "rb") as file:
-                    file.seek(places.get(path, 0))
-                    new = file.read()
-                places[path] = places.get(path, 0) + len(new)
-                write(new.decode(errors="replace"))
+                    file.seek(offset)
+                    added = file.read()
+                offsets[path] = offset + len(added)
+                write(added.decode(errors="replace"))
         if over:
             return
-        if time.monotonic() - checked > 5:
+        if time.monotonic() - checked > STATUS_SECONDS:
             checked = time.monotonic()
             over = examine(folder, [record])[0].is_over
         time.sleep(LOG_SECONDS)
@@ -103,23 +97,17 @@ def cancel(folder: str, job: str | None, save: bool, say: Callable[[str], None])
     save  trainings that run are asked to save and end by themselves, however long that takes; otherwise they save if
           they can within the time that the site leaves between SIGTERM and SIGKILL
     """
-    launch = launch_folder(folder)
     live = [each for each in require_jobs(folder, job) if not each.is_over]
     if not live:
         say("nothing to cancel: all jobs are over")
-        return
-    live.sort(key=lambda each: (each.state == "running", not each.record.after))
-    at_once = []
-    for each in live:
+    terminated = []
+    for each in sorted(live, key=lambda each: (each.state == "running", not each.record.after)):
         record = each.record
-        waits = save and each.state == "running" and bool(record.run)
-        cancel_file(launch, record.job).write_text("save\n" if waits else "now\n")
-        if record.cluster == "slurm":
-            if waits:
-                slurm.ask_to_save(record.job)
-            else:
-                at_once.append(record.job)
-        how = "asked to save and end" if waits else "cancelled"
-        say(f"{record.job}  {record.title}: {how}")
-    if at_once:
-        slurm.cancel(at_once)
+        saves = save and each.state == "running" and bool(record.run)
+        cancel_file(launch_folder(folder), record.job).write_text("save\n" if saves else "now\n")
+        if record.cluster == "slurm" and saves:
+            slurm.cancel([record.job], "--signal=USR2")
+        elif record.cluster == "slurm":
+            terminated.append(record.job)
+        say(f"{record.job}  {record.title}: {'asked to save and end' if saves else 'cancelled'}")
+    slurm.cancel(terminated)

@@ -16,6 +16,8 @@ from dinoreg.runtime.errors import UserError
 CLUSTERS = ("slurm", "local")
 CODES = ("copy", "shared")
 SIGNAL_DELAY = 120  # seconds
+NO_TIMEOUT = 60 * 24 * 365  # minutes; what submitit counts with where there is no limit
+PLACEMENT = ("partition", "account", "qos", "constraint", "exclude", "reservation")  # where jobs run, and who pays
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,7 @@ class LaunchOptions(Options):
 
     @property
     def on_slurm(self) -> bool:
-        cluster = self.cluster or ("slurm" if shutil.which("sbatch") else "local")
-        return cluster == "slurm"
+        return self.cluster == "slurm" or (self.cluster is None and shutil.which("sbatch") is not None)
 
     @property
     def tasks(self) -> int:
@@ -113,9 +114,7 @@ class LaunchOptions(Options):
             words.append(f"{self.mem} of memory a node")
         if self.time:
             words.append(f"{self.minutes} minutes, asked to save {self.signal_seconds} s before the end")
-        for key in ("partition", "account", "qos", "constraint", "exclude", "reservation", "container"):
-            if getattr(self, key):
-                words.append(f"{key} {getattr(self, key)}")
+        words += [f"{key} {getattr(self, key)}" for key in (*PLACEMENT, "container") if getattr(self, key)]
         return ", ".join(words)
 
 
@@ -138,16 +137,13 @@ def read_time(text: str) -> int:
     MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES and DAYS-HOURS:MINUTES:SECONDS;
     raises UserError for anything else
     """
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
-    if found is not None:
-        days, *rest = (None if part is None else int(part) for part in found.groups())
-        first, second, third = rest
-        if days is not None:
-            seconds = ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
-        elif third is not None:
-            seconds = ((first or 0) * 60 + (second or 0)) * 60 + third
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is not None:
+        days, first, second, third = (int(part or 0) for part in match.groups())
+        if match[1] is not None or match[4] is not None:  # begins with days or hours
+            seconds = ((days * 24 + first) * 60 + second) * 60 + third
         else:
-            seconds = (first or 0) * 60 + (second or 0)
+            seconds = first * 60 + second
         if seconds > 0:
             return -(-seconds // 60)
     raise UserError(f"time={text}: expected minutes, hours:minutes:seconds or days-hours, as 90, 8:00:00 or 2-00")

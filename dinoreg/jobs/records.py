@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_json_lines
 
 JOBS = "jobs.jsonl"
@@ -71,12 +70,9 @@ def add_records(launch: Path, records: Iterable[Record]) -> None:
 
 
 def read_records(folder: str | Path) -> list[Record]:
-    """The jobs launched for a folder, in the order of submission; UserError when there are none."""
-    path = launch_folder(folder) / JOBS
-    if not path.is_file():
-        raise UserError(f"{folder}: nothing was launched for this folder (no {path})")
+    """The jobs launched for a folder, in the order of submission; [] where there are none."""
     names = {each.name for each in fields(Record)}
-    lines = [line for line in read_json_lines(path) if names <= line.keys()]
+    lines = [line for line in read_json_lines(launch_folder(folder) / JOBS) if names <= line.keys()]
     return [Record(**{key: line[key] for key in names}) for line in lines]
 
 

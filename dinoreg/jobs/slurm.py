@@ -21,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from dinoreg.config.option import nearest
 from dinoreg.jobs import entry as start
-from dinoreg.jobs.options import LaunchOptions
+from dinoreg.jobs.options import PLACEMENT, LaunchOptions
 from dinoreg.runtime.errors import RunError, UserError
 
 PROGRAMS = ("sbatch", "srun", "squeue", "scontrol", "sinfo", "scancel")
@@ -31,7 +31,7 @@ ANSWER_SECONDS = 60
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as Slurm tells it.
+    """The state of a job as the scheduler reports it.
 
     state    PENDING, RUNNING, COMPLETED, FAILED, …
     reason   why it is pending, or has ended
@@ -65,7 +65,7 @@ def require(options: LaunchOptions) -> None:
             )
     answer = ask("sinfo", "-a", "-h", "-o", "%R")
     if answer.returncode:
-        raise UserError(f"cluster=slurm: sinfo failed: {_words(answer.stderr)}")
+        raise UserError(f"cluster=slurm: sinfo failed: {_one_line(answer.stderr)}")
     known = sorted(set(answer.stdout.split()))
     for name in (options.partition or "").split(","):
         if name and name not in known:
@@ -74,46 +74,42 @@ def require(options: LaunchOptions) -> None:
 
 def max_array_size() -> int:
     """Jobs that one array may have."""
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config").stdout)
-    return max(1, int(found[1])) if found else DEFAULT_ARRAY_SIZE
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config").stdout)
+    return max(1, int(match[1])) if match else DEFAULT_ARRAY_SIZE
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Submission
 
 
-def executor(
+def make_executor(
     launch: Path, options: LaunchOptions, name: str, code: Path, after: Sequence[str] = (), size: int = 1
 ) -> submitit.SlurmExecutor:
     """submitit's executor for one job, or an array of `size`, that asks for what `options` say."""
-    made = submitit.SlurmExecutor(launch, max_num_timeout=options.requeues, python=interpreter(options, launch, code))
+    python = interpreter(options, launch, code)
+    executor = submitit.SlurmExecutor(launch, max_num_timeout=options.requeues, python=python)
     srun_args = ["--kill-on-bad-exit=1"]
     if options.cpus_per_task:  # srun does not take it over from sbatch
         srun_args.append(f"--cpus-per-task={options.cpus_per_task}")
     if options.container and not _is_apptainer(options.container):
-        mounts = ",".join(dict.fromkeys([*_own_mounts(launch, code), *options.mounts]))
+        mounts = _mounts(options, launch, code)
         srun_args += [f"--container-image={options.container}", f"--container-mounts={mounts}"]
         srun_args.append(f"--container-workdir={Path.cwd()}")
+    same_names = ("nodes", "cpus_per_task", "mem", *PLACEMENT)
+    parameters = {key: value for key in same_names if (value := getattr(options, key)) is not None}
     extra: dict[str, Any] = {"requeue": True}
-    if options.reservation:
-        extra["reservation"] = options.reservation
+    if "reservation" in parameters:  # submitit does not know it
+        extra["reservation"] = parameters.pop("reservation")
     for item in options.extra_args:
         key, separator, value = item.partition("=")
         extra[key] = value if separator else True
-    made.update_parameters(
+    executor.update_parameters(
+        **parameters,
         job_name=name,
-        nodes=options.nodes,
         ntasks_per_node=options.tasks,
         gpus_per_node=options.gpus_per_node or None,
-        cpus_per_task=options.cpus_per_task,
-        mem=options.mem,
         time=options.minutes,
         signal_delay_s=options.signal_seconds,
-        partition=options.partition,
-        account=options.account,
-        qos=options.qos,
-        constraint=options.constraint,
-        exclude=options.exclude,
         dependency=f"afterany:{':'.join(after)}" if after else None,
         array_parallelism=options.max_parallel or size,
         setup=options.setup_lines or None,
@@ -122,52 +118,53 @@ def executor(
         wckey=None,  # submitit's default is a key that a site need not know
         additional_parameters=extra,
     )
-    return made
+    return executor
 
 
-def script(made: submitit.SlurmExecutor, size: int = 1) -> str:
-    """The file that sbatch will get."""
-    held = dict(made.parameters)
-    try:
-        if size > 1:
-            made.parameters["map_count"] = size
-        return made._make_submission_file_text(made._submitit_command_str, "")
-    finally:
-        made.parameters = held
+def script(executor: submitit.SlurmExecutor, size: int = 1) -> str:
+    """The file that sbatch will get from an executor that is not used for anything else."""
+    if size > 1:
+        executor.parameters["map_count"] = size
+    return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
-def submit(made: submitit.SlurmExecutor, commands: Sequence[Callable[[], Any]]) -> list[str]:
-    """Submit one job, or an array; returns the jobs' names. RunError with sbatch's own words when it refuses."""
-    # A job that submits another must not hand on what Slurm told it about itself; SLURM_CONF is the site's.
-    conf = os.environ.get("SLURM_CONF")
-    unsaid = io.StringIO()  # submitit prints sbatch's words, which are in its exception, too
-    try:
-        with submitit.helpers.clean_env(), contextlib.redirect_stderr(unsaid):
-            if conf is not None:
-                os.environ["SLURM_CONF"] = conf
-            jobs = made.submit_array(list(commands))
+def submit(executor: submitit.SlurmExecutor, commands: Sequence[Callable[[], Any]]) -> list[str]:
+    """Submit one job, or an array; returns the jobs' names. RunError with sbatch's message when it refuses."""
+    try:  # submitit prints sbatch's message, which is in its exception, too
+        with outside_job(), contextlib.redirect_stderr(io.StringIO()):
+            jobs = executor.submit_array(list(commands))
     except (FailedJobError, FailedSubmissionError) as error:
-        raise RunError(f"sbatch refused the job: {_words(str(error))}") from None
+        raise RunError(f"sbatch refused the job: {_one_line(str(error))}") from None
     return [job.job_id for job in jobs]
+
+
+@contextlib.contextmanager
+def outside_job() -> Iterator[None]:
+    """The environment without the variables of the job that this process runs in: sbatch would ask for the same again.
+
+    SLURM_CONF is the site's and stays.
+    """
+    site = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
+    with submitit.helpers.clean_env(["DINOREG_RESTARTS"]):
+        os.environ.update(site)
+        yield
 
 
 def interpreter(options: LaunchOptions, launch: Path, code: Path) -> str:
     """The shell words that start Python in a job, up to the module that is to be run."""
     place = code / "dinoreg" / "jobs" / Path(start.__file__).name
     if options.container is None:
-        program = shlex.quote(options.python or sys.executable)
-        return f"{' '.join([*_hold_back(), program])} {shlex.quote(str(place))}"
+        return shlex.join([*_block_signal(), options.python or sys.executable, str(place)])
     words = [options.python or "python3", str(place)]
     if _is_apptainer(options.container):
-        binds = ",".join(dict.fromkeys([*_own_mounts(launch, code), *options.mounts]))
         gpus = ["--nv"] if options.gpus_per_node else []
-        words = ["apptainer", "exec", *gpus, "--bind", binds, options.container, *words]
+        words = ["apptainer", "exec", *gpus, "--bind", _mounts(options, launch, code), options.container, *words]
     return shlex.join(words)
 
 
 @lru_cache(maxsize=1)
-def _hold_back() -> tuple[str, ...]:
-    """Start programs with SIGUSR2 held back, where this system's `env` can: before Python's first line, too."""
+def _block_signal() -> tuple[str, ...]:
+    """Words that start a program with SIGUSR2 blocked, where this system's `env` can: it holds from the first line."""
     program = shutil.which("env")
     if program is None or subprocess.run([program, "--block-signal=USR2", "true"], capture_output=True).returncode:
         return ()
@@ -178,9 +175,9 @@ def _is_apptainer(container: str) -> bool:
     return container.endswith(".sif")
 
 
-def _own_mounts(launch: Path, code: Path) -> Iterator[str]:
-    for folder in (Path.cwd(), launch, code):
-        yield f"{folder.resolve()}:{folder.resolve()}"
+def _mounts(options: LaunchOptions, launch: Path, code: Path) -> str:
+    own = [f"{folder.resolve()}:{folder.resolve()}" for folder in (Path.cwd(), launch, code)]
+    return ",".join(dict.fromkeys([*own, *options.mounts]))
 
 
 def _requeue_from_outside(launch: Path) -> list[str]:
@@ -206,40 +203,35 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
     squeue knows what is pending, running or has ended within minutes, sacct, where the site keeps accounts, all.
     """
     wanted = list(jobs)
-    found: dict[str, JobState] = {}
+    known: dict[str, JobState] = {}
     for chunk in _chunks(sorted({job.partition("_")[0] for job in wanted})):
         answer = ask("squeue", "-a", "-h", "-r", "-t", "all", "-j", ",".join(chunk), "-o", "%i|%T|%r|%N|%M|%S")
         if answer.returncode and "Invalid job id" not in answer.stderr:
-            raise RunError(f"squeue failed: {_words(answer.stderr)}")
-        for line in answer.stdout.splitlines():
-            job, *rest = line.split("|")
-            if len(rest) == 5:
-                found[job] = JobState(*(text if text not in ("N/A", "None") else "" for text in rest))
-    forgotten = [job for job in wanted if job not in found]
+            raise RunError(f"squeue failed: {_one_line(answer.stderr)}")
+        known |= _parse_states(answer.stdout, columns=6)
+    forgotten = sorted({job.partition("_")[0] for job in wanted if job not in known})
     if forgotten and shutil.which("sacct"):
-        for chunk in _chunks(sorted({job.partition("_")[0] for job in forgotten})):
-            form = "JobID,State,Reason,NodeList,Elapsed"
-            answer = ask("sacct", "-X", "-n", "-P", "-j", ",".join(chunk), "-o", form)
-            for line in answer.stdout.splitlines():
-                job, *rest = line.split("|")
-                if len(rest) == 4 and job in forgotten:
-                    state, reason, nodes, elapsed = (text if text != "None" else "" for text in rest)
-                    found[job] = JobState(state.partition(" ")[0], reason, nodes, elapsed)
-    return {job: found[job] for job in wanted if job in found}
+        for chunk in _chunks(forgotten):
+            columns = "JobID,State,Reason,NodeList,Elapsed"
+            answer = ask("sacct", "-X", "-n", "-P", "-j", ",".join(chunk), "-o", columns)
+            known = _parse_states(answer.stdout, columns=5) | known
+    return {job: known[job] for job in wanted if job in known}
 
 
-def cancel(jobs: Sequence[str]) -> None:
-    """End jobs: SIGTERM, and SIGKILL after the site's KillWait."""
-    for chunk in _chunks(list(jobs)):
-        answer = ask("scancel", *chunk)
+def _parse_states(table: str, columns: int) -> dict[str, JobState]:
+    """{job: its state} of a table of jobs with the fields of `JobState` in order; other lines are skipped."""
+    rows = [line.split("|") for line in table.splitlines()]
+    cells = [["" if text in ("N/A", "None") else text for text in row] for row in rows if len(row) == columns]
+    # sacct says who: "CANCELLED by 1000"
+    return {job: JobState(state.partition(" ")[0], *rest) for job, state, *rest in cells}
+
+
+def cancel(jobs: Sequence[str], *options: str) -> None:
+    """End jobs by SIGTERM, and SIGKILL after the site's KillWait; or what `options` of scancel say instead."""
+    for chunk in _chunks(jobs):
+        answer = ask("scancel", *options, *chunk)
         if answer.returncode and "Invalid job id" not in answer.stderr:
-            raise RunError(f"scancel failed: {_words(answer.stderr)}")
-
-
-def ask_to_save(job: str) -> None:
-    answer = ask("scancel", "--signal=USR2", job)
-    if answer.returncode:
-        raise RunError(f"scancel failed: {_words(answer.stderr)}")
+            raise RunError(f"scancel failed: {_one_line(answer.stderr)}")
 
 
 def own_state(job: str) -> str:
@@ -254,7 +246,7 @@ def _chunks(items: Sequence[str], size: int = 200) -> Iterator[Sequence[str]]:
         yield items[first : first + size]
 
 
-def _words(text: str) -> str:
-    """What a program said, in one line, without its name before each."""
-    lines = [re.sub(r"^(sbatch|srun|squeue|scancel|sinfo|scontrol): ", "", line) for line in text.strip().splitlines()]
-    return "; ".join(re.sub(r"^error: ", "", line) for line in lines if line)[:500] or "without a word"
+def _one_line(text: str) -> str:
+    """A program's message in one line, without its name before each."""
+    lines = [re.sub(rf"^(({'|'.join(PROGRAMS)}): )?(error: )?", "", line) for line in text.strip().splitlines()]
+    return "; ".join(line for line in lines if line)[:500] or "without a word"

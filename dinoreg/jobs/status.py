@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from dinoreg.jobs import local_queue as local
 from dinoreg.jobs import slurm
 from dinoreg.jobs.records import (
+    JOBS,
     Record,
     cancel_file,
     last_lines,
@@ -24,7 +26,7 @@ from dinoreg.jobs.records import (
     read_records,
 )
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.json_files import is_number, read_json, read_text
 
 # Slurm's reasons, as people say them.
 REASONS = {
@@ -79,30 +81,32 @@ class JobStatus:
 
 
 def examine(folder: str | Path, records: Sequence[Record] | None = None) -> list[JobStatus]:
-    """Every job launched for a folder; only those of its last launch that matter where it was launched often."""
-    records = read_records(folder) if records is None else records
-    known: dict[str, slurm.JobState] = {}
+    """The status of these jobs of a folder, or of every job launched for it: UserError where there are none."""
+    if records is None:
+        records = read_records(folder)
+        if not records:
+            raise UserError(f"{folder}: nothing was launched for this folder (no {launch_folder(folder) / JOBS})")
+    states: dict[str, slurm.JobState] = {}
     note = ""
-    wanted = [record.job for record in records if record.cluster == "slurm"]
-    if wanted and shutil.which("squeue"):
-        known = slurm.states(wanted)
-    elif wanted:
+    slurm_jobs = [record.job for record in records if record.cluster == "slurm"]
+    if slurm_jobs and shutil.which("squeue"):
+        states = slurm.states(slurm_jobs)
+    elif slurm_jobs:
         note = "there is no squeue on this machine's PATH"
-    return [_status_of(launch_folder(folder), record, known.get(record.job), note) for record in records]
+    return [_status_of(launch_folder(folder), record, states.get(record.job), note) for record in records]
 
 
 def describe(folder: str | Path) -> list[str]:
     """What `dinoreg launch status` prints. Of finished launches but the last, one line each."""
-    found = examine(folder)
-    newest = max(each.record.launch for each in found)
+    statuses = examine(folder)
+    newest = max(each.record.launch for each in statuses)
     lines = []
-    for number in sorted({each.record.launch for each in found}):
-        jobs = [each for each in found if each.record.launch == number]
+    for number in sorted({each.record.launch for each in statuses}):
+        jobs = [each for each in statuses if each.record.launch == number]
         if number == newest or any(not each.is_over for each in jobs):
             lines += [each.line for each in jobs]
         else:
-            words = [each.state for each in jobs]
-            counts = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+            counts = ", ".join(f"{count} {state}" for state, count in Counter(each.state for each in jobs).items())
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(jobs[0].record.time))
             lines.append(f"launch {number} ({jobs[0].record.kind}, {when}): {counts}")
     return lines
@@ -114,36 +118,34 @@ def _status_of(launch: Path, record: Record, known: slurm.JobState | None, note:
     if record.cluster == "local":
         known = _local_state(launch, record)
     if known is None:
-        state, text = _from_events(launch, record, events)
+        state, text = _from_events(events, ("lost", "the scheduler knows it no more, and it wrote no ending"))
         return JobStatus(record, state, _join(text, note))
-    slurm_state = known.state
-    if slurm_state in PENDING:
+    if known.state in PENDING:
         return JobStatus(record, "pending", _join(_reason(record, known), restarts))
-    if slurm_state in RUNNING:
-        where = f"on {known.nodes}" if known.nodes else ""
-        spent = f"{where} for {known.elapsed}".strip() if known.elapsed else where
-        ending = "" if slurm_state == "RUNNING" else slurm_state.lower()
-        wish = "asked to end" if cancel_file(launch, record.job).exists() else ""
-        return JobStatus(record, "running", _join(ending, spent, progress(record), restarts, wish))
-    if slurm_state == "COMPLETED":
-        state, text = _from_events(launch, record, events, "finished")
+    if known.state in RUNNING:
+        phase = "" if known.state == "RUNNING" else known.state.lower()
+        nodes = f"on {known.nodes}" if known.nodes else ""
+        elapsed = f"for {known.elapsed}" if known.elapsed else ""
+        ending = "asked to end" if cancel_file(launch, record.job).exists() else ""
+        text = _join(phase, f"{nodes} {elapsed}".strip(), progress(record), restarts, ending)
+        return JobStatus(record, "running", text)
+    if known.state == "COMPLETED":
+        state, text = _from_events(events, ("finished", ""))
         return JobStatus(record, state, _join(text, restarts))
-    if slurm_state.startswith("CANCELLED"):
+    if known.state == "CANCELLED":
         return JobStatus(record, "cancelled", _join(_last_save(record, events), restarts))
-    if slurm_state == "GONE":
-        return JobStatus(
-            record, "lost", "its process is gone without an ending: the machine was restarted, or it was killed"
-        )
-    return JobStatus(record, "failed", _join(ENDINGS.get(slurm_state, ""), failure(launch, record, events), restarts))
+    if known.state == "GONE":
+        text = "its process is gone without an ending: the machine was restarted, or it was killed"
+        return JobStatus(record, "lost", text)
+    return JobStatus(record, "failed", _join(ENDINGS.get(known.state, ""), failure(launch, record, events), restarts))
 
 
 def _local_state(launch: Path, record: Record) -> slurm.JobState:
     content = local.read_state(launch, record.job)
-    state = str(content["state"])
+    state, begun = str(content["state"]), content["begun"]
     if state not in local.ENDED and not local.is_alive(record.runner):
         state = "GONE"
-    begun = content.get("begun")
-    elapsed = clock(time.time() - begun) if state == "RUNNING" and isinstance(begun, (int, float)) else ""
+    elapsed = clock(time.time() - begun) if state == "RUNNING" and is_number(begun) else ""
     reason = "Dependency" if record.after else "Resources"
     return slurm.JobState(state, reason if state == "PENDING" else "", "", elapsed)
 
@@ -157,35 +159,30 @@ def _reason(record: Record, known: slurm.JobState) -> str:
     return reason
 
 
-def _from_events(
-    launch: Path, record: Record, events: Sequence[dict[str, Any]], otherwise: str = "lost"
-) -> tuple[str, str]:
-    """(state, text) from what the job wrote last."""
-    last = next((line for line in reversed(events) if line["event"] in ("end", "stopped", "failed")), None)
-    if last is None:
-        return otherwise, "" if otherwise != "lost" else "the scheduler knows it no more, and it wrote no ending"
-    if last["event"] == "end":
-        return "finished", ""
-    if last["event"] == "stopped":
-        return "stopped", str(last.get("why", ""))
-    return "failed", str(last.get("error", ""))
+def _from_events(events: Sequence[dict[str, Any]], otherwise: tuple[str, str]) -> tuple[str, str]:
+    """(state, text) from the last ending that the job wrote, or `otherwise` where it wrote none."""
+    endings = {"end": "finished", "stopped": "stopped", "failed": "failed"}
+    for line in reversed(events):
+        if line["event"] in endings:
+            return endings[line["event"]], str(line.get("why") or line.get("error") or "")
+    return otherwise
 
 
 def failure(launch: Path, record: Record, events: Sequence[dict[str, Any]]) -> str:
     """Why a job failed, in one line: its own words, else the last of its log."""
     starts = [line["time"] for line in events if line["event"] == "start"]
-    own = [line for line in events if line["event"] == "failed" and line["time"] >= max(starts, default=0)]
-    if own:
-        line = next((line for line in own if not line.get("reported")), own[0])
+    failures = [line for line in events if line["event"] == "failed" and line["time"] >= max(starts, default=0)]
+    if failures:
+        line = next((line for line in failures if not line.get("reported")), failures[0])
         rank = f"rank {line['rank']}: " if record.tasks * record.nodes > 1 and line["rank"] else ""
         return f"{rank}{line.get('error', '')}"
     for task in range(record.tasks * record.nodes):
         for path in log_files(launch, record.job, task):
             lines = [line.strip() for line in last_lines(path, 40)]
-            words = [line for line in lines if line and not re.match(r"(srun|slurmstepd|submitit)\b|\*\*\* ", line)]
-            said = [line for line in lines if line.startswith(("slurmstepd: error", "srun: error"))]
-            if words or said:
-                return f"{(words or said)[-1]} ({path})"
+            own = [line for line in lines if line and not re.match(r"(srun|slurmstepd|submitit)\b|\*\*\* ", line)]
+            slurms = [line for line in lines if line.startswith(("slurmstepd: error", "srun: error"))]
+            if own or slurms:
+                return f"{(own or slurms)[-1]} ({path})"
     where = "" if record.cluster == "local" else f"; do the machines share the disk of {launch}?"
     return f"it ended before it wrote a line{where}"
 
@@ -200,11 +197,8 @@ def _last_save(record: Record, events: Sequence[dict[str, Any]]) -> str:
 
 def saved_step(run: str | Path) -> int | None:
     """The step that a run would go on from; None where nothing is saved."""
-    try:
-        found = re.fullmatch(r"step_(\d+)", (Path(run) / "checkpoints" / "last").read_text().strip())
-    except OSError:
-        return None
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"step_(\d+)", read_text(Path(run) / "checkpoints" / "last").strip())
+    return int(match[1]) if match else None
 
 
 def progress(record: Record) -> str:
@@ -214,15 +208,15 @@ def progress(record: Record) -> str:
     state = read_json(Path(record.run) / "status.json")
     metrics: dict[str, Any] = {}
     for line in last_lines(Path(record.run) / "metrics.jsonl", 2):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # the last may be half written
             metrics = json.loads(line)
     step, total = metrics.get("step", state.get("step")), state.get("num_steps")
     if not isinstance(step, int) or not isinstance(total, int):
         return "not training yet"
     words = [f"step {step} of {total}"]
-    if isinstance(metrics.get("images_per_second"), (int, float)):
+    if is_number(metrics.get("images_per_second")):
         words.append(f"{metrics['images_per_second']:.1f} images/s")
-    if isinstance(metrics.get("step_time"), (int, float)):
+    if is_number(metrics.get("step_time")):
         words.append(f"{clock((total - step) * metrics['step_time'])} left")
     return ", ".join(words)
 
@@ -248,11 +242,11 @@ def _join(*parts: str) -> str:
 
 def require_jobs(folder: str | Path, job: str | None) -> list[JobStatus]:
     """The jobs of a folder, or the one that was named (an array: all its elements); UserError when there is none."""
-    found = examine(folder)
+    statuses = examine(folder)
     if job is None:
-        return found
-    named = [each for each in found if each.record.job == job or each.record.job.partition("_")[0] == job]
+        return statuses
+    named = [each for each in statuses if job in (each.record.job, each.record.job.partition("_")[0])]
     if not named:
-        known = ", ".join(dict.fromkeys(each.record.job for each in found))
+        known = ", ".join(dict.fromkeys(each.record.job for each in statuses))
         raise UserError(f"job={job}: no job of {folder}; known: {known[:300]}")
     return named

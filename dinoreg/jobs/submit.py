@@ -1,7 +1,4 @@
-"""From a plan to jobs: everything is looked at first, then written, then submitted; what is refused leaves nothing.
-
-What runs inside a job is made by the caller (`make`), so that this part knows submission only.
-"""
+"""From a plan to jobs: everything is checked first, then written, then submitted; what is refused leaves nothing."""
 
 from __future__ import annotations
 
@@ -13,49 +10,37 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 from submitit.core.utils import DelayedSubmission
 
 from dinoreg.config.overwrite import put_back, set_aside
 from dinoreg.jobs import local_queue as local
 from dinoreg.jobs import slurm
+from dinoreg.jobs.attempt import Command
 from dinoreg.jobs.job_type import Group, Job, Plan, Request
-from dinoreg.jobs.options import LaunchOptions
-from dinoreg.jobs.records import JOBS, Record, add_records, launch_folder, next_launch, read_records
+from dinoreg.jobs.options import NO_TIMEOUT, LaunchOptions
+from dinoreg.jobs.records import Record, add_records, launch_folder, next_launch, read_records, replace_text
 from dinoreg.jobs.snapshot import copy_package
+from dinoreg.jobs.status import examine
 from dinoreg.runtime.errors import RunError, UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
-NO_TIMEOUT = 60 * 24 * 365  # minutes; what submitit counts with where there is no limit
 
 
-class Make(Protocol):
-    """Builds what a job runs: one command of a group."""
+def launch(
+    job: Job, request: Request, run_verb: Callable[..., None], say: Callable[[str], None]
+) -> tuple[Path, list[Record]]:
+    """Submit what a request asks for; returns (folder whose `launch/` has the records, jobs), no jobs for a dry run.
 
-    def __call__(self, group: Group, index: int, launch: Path, requeues: int) -> Callable[[], Any]: ...
-
-
-@dataclass(frozen=True)
-class Launched:
-    """Jobs that were submitted, and the folder whose `launch/` tells of them."""
-
-    folder: Path
-    records: tuple[Record, ...]
-
-
-def launch(job: Job, request: Request, make: Make, say: Callable[[str], None]) -> Launched | None:
-    """Submit what a request asks for; None for a dry run.
-
+    run_verb  runs one of dinoreg's verbs inside a job, see `Command`
     raises UserError, with nothing written, for whatever is wrong with the request or refused by the scheduler
     """
     options = request.options
     if options.on_slurm:
         slurm.require(options)
     plan = job.plan(request)
-    settings = {group.name: _settings(group, options, plan.folder) for group in plan.groups}
+    settings = {group.name: _group_options(group, options, plan.folder) for group in plan.groups}
     if not options.on_slurm:
         for each in settings.values():
             local.check(each)
@@ -64,8 +49,8 @@ def launch(job: Job, request: Request, make: Make, say: Callable[[str], None]) -
         say(note)
     if options.dry_run:
         show(plan, settings, say)
-        return None
-    return Launched(plan.folder, tuple(_Submission(job, plan, settings, make).run()))
+        return plan.folder, []
+    return plan.folder, _Submission(job.name, plan, settings, run_verb).run()
 
 
 def show(plan: Plan, settings: dict[str, LaunchOptions], say: Callable[[str], None]) -> None:
@@ -86,9 +71,10 @@ def show(plan: Plan, settings: dict[str, LaunchOptions], say: Callable[[str], No
             say(f"  {shown(command)}")
         if options.on_slurm:
             code = folder / "code" / "CONTENT" if options.code == "copy" else PACKAGE.parent
-            for size in _pieces(len(group.commands), slurm.max_array_size()):
-                made = slurm.executor(folder, options, str(options.name), code, ["JOB"] * bool(group.after), size)
-                say(f"would submit:\n{_indented(slurm.script(made, size))}")
+            for size in _array_sizes(len(group.commands), slurm.max_array_size()):
+                after = ["JOB"] if group.after else []
+                executor = slurm.make_executor(folder, options, str(options.name), code, after, size)
+                say(f"would submit:\n{_indented(slurm.script(executor, size))}")
     say("dry_run=true: nothing was written, nothing submitted")
 
 
@@ -96,7 +82,7 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join(["dinoreg", *command])
 
 
-def _settings(group: Group, options: LaunchOptions, folder: Path) -> LaunchOptions:
+def _group_options(group: Group, options: LaunchOptions, folder: Path) -> LaunchOptions:
     """What the jobs of a group ask for, under a name that squeue can show."""
     own = dataclasses.replace(options, **dict(group.options))
     name = own.name or f"{group.name}-{folder.resolve().name}"
@@ -105,42 +91,47 @@ def _settings(group: Group, options: LaunchOptions, folder: Path) -> LaunchOptio
 
 def _refuse_a_second_launch(plan: Plan) -> None:
     """A run folder belongs to one job at a time."""
-    from dinoreg.jobs.status import examine
-
-    wanted = {run.resolve() for group in plan.groups for run in group.runs}
-    for folder in sorted({plan.folder, *(run for group in plan.groups for run in group.runs)}):
-        if not (launch_folder(folder) / JOBS).is_file():
-            continue
-        records = [record for record in read_records(folder) if record.run and Path(record.run).resolve() in wanted]
-        for found in examine(folder, records):
-            if not found.is_over:
+    runs = [run for group in plan.groups for run in group.runs]
+    resolved = {run.resolve() for run in runs}
+    for folder in sorted({plan.folder, *runs}):
+        records = [record for record in read_records(folder) if record.run and Path(record.run).resolve() in resolved]
+        for status in examine(folder, records):
+            if not status.is_over:
                 raise UserError(
-                    f"out={found.record.run}: job {found.record.job} ({found.record.title}) is still {found.state}; "
-                    f"dinoreg launch cancel {folder} ends it"
+                    f"out={status.record.run}: job {status.record.job} ({status.record.title}) is still "
+                    f"{status.state}; dinoreg launch cancel {folder} ends it"
                 )
 
 
 class _Submission:
-    """One launch on its way; what it had made is taken back when it is refused."""
+    """The submission of one launch; what it has written is taken back when it is refused."""
 
-    def __init__(self, job: Job, plan: Plan, settings: dict[str, LaunchOptions], make: Make) -> None:
-        self.job, self.plan, self.settings, self.make = job, plan, settings, make
+    def __init__(
+        self, kind: str, plan: Plan, settings: dict[str, LaunchOptions], run_verb: Callable[..., None]
+    ) -> None:
+        self.kind, self.plan, self.settings, self.run_verb = kind, plan, settings, run_verb
+        self.options = settings[plan.groups[0].name]
         self.launch = launch_folder(plan.folder).absolute()
-        self.made: list[Path] = []  # files and folders that were not there before
+        self.created: list[Path] = []  # folders that were not there before
         self.aside: list[Path] = []  # runs that are to be overwritten, until the jobs have been accepted
         self.submitted: dict[str, list[str]] = {}
-        self.records: list[Record] = []
 
     def run(self) -> list[Record]:
         try:
             self._write()
-            self.number = next_launch(self.launch)
-            if next(iter(self.settings.values())).on_slurm:
+            number = next_launch(self.launch)
+            runner: list[int] = []
+            if self.options.on_slurm:
                 for group in self.plan.groups:
                     self._submit_to_slurm(group)
             else:
-                self._start_here()
-            add_records(self.launch, self.records)
+                runner = self._start_local_runner(number)
+            records = [
+                self._record(group, index, job, number, runner)
+                for group in self.plan.groups
+                for index, job in enumerate(self.submitted[group.name])
+            ]
+            add_records(self.launch, records)
             for path in self.aside:
                 shutil.rmtree(path, ignore_errors=True)
         except BaseException as error:
@@ -150,19 +141,16 @@ class _Submission:
             if isinstance(error, RunError):  # the scheduler's refusal is the request's fault
                 raise UserError(str(error)) from None
             raise
-        return self.records
+        return records
 
     def _write(self) -> None:
         for path in self.plan.clears:
             self.aside.append(set_aside(path))
         self._make_folder(self.launch)
-        options = next(iter(self.settings.values()))
-        self.code = copy_package(self.launch / "code") if options.code == "copy" else PACKAGE.parent
+        self.code = copy_package(self.launch / "code") if self.options.code == "copy" else PACKAGE.parent
         for path, text in self.plan.files.items():
             self._make_folder(path.parent)
-            aside = path.with_name(f"{path.name}.part")
-            aside.write_text(text)
-            os.replace(aside, path)
+            replace_text(path, text)
         for path, source in self.plan.links.items():
             self._make_folder(path.parent)
             keep(source, path)
@@ -170,15 +158,14 @@ class _Submission:
     def _make_folder(self, path: Path) -> None:
         missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        self.made += missing[::-1]
+        self.created += missing[::-1]
 
     def _take_back(self) -> None:
         """Nothing submitted, nothing written."""
-        jobs = [job for group in self.submitted.values() for job in group]
-        if jobs:
+        if self.options.on_slurm:
             with contextlib.suppress(RunError, UserError):
-                slurm.cancel(jobs)
-        for path in reversed(self.made):
+                slurm.cancel([job for jobs in self.submitted.values() for job in jobs])
+        for path in reversed(self.created):
             if path.name == "launch" or self.launch in path.parents:
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -187,82 +174,82 @@ class _Submission:
         for path in self.aside:
             put_back(path)
 
-    def _record(self, group: Group, index: int, job: str, runner: list[int]) -> None:
+    def _record(self, group: Group, index: int, job: str, number: int, runner: list[int]) -> Record:
         options = self.settings[group.name]
-        self.records.append(
-            Record(
-                job=job,
-                launch=self.number,
-                kind=self.job.name,
-                group=group.name,
-                cluster="slurm" if options.on_slurm else "local",
-                command=list(group.commands[index]),
-                nodes=options.nodes,
-                tasks=options.tasks,
-                run=str(group.runs[index]) if group.runs else "",
-                after=self._waits_for(group),
-                runner=runner,
-                code=str(self.code),
-                directory=str(Path.cwd()),
-                time=time.time(),
-            )
+        return Record(
+            job=job,
+            launch=number,
+            kind=self.kind,
+            group=group.name,
+            cluster="slurm" if options.on_slurm else "local",
+            command=list(group.commands[index]),
+            nodes=options.nodes,
+            tasks=options.tasks,
+            run=str(group.runs[index]) if group.runs else "",
+            after=self._dependencies(group),
+            runner=runner,
+            code=str(self.code),
+            directory=str(Path.cwd()),
+            time=time.time(),
         )
 
-    def _waits_for(self, group: Group) -> list[str]:
+    def _dependencies(self, group: Group) -> list[str]:
         return [job for name in group.after for job in self.submitted[name]]
 
-    def _commands(self, group: Group) -> list[Callable[[], Any]]:
-        requeues = self.settings[group.name].requeues
-        return [self.make(group, index, self.launch, requeues) for index in range(len(group.commands))]
+    def _commands(self, group: Group) -> list[Command]:
+        return [
+            Command(
+                run_verb=self.run_verb,
+                arguments=arguments,
+                launch=str(self.launch),
+                run=str(group.runs[index]) if group.runs else "",
+                evaluate=group.evaluate,
+                removes=tuple(map(str, group.removes)),
+                requeues=self.options.requeues,
+            )
+            for index, arguments in enumerate(group.commands)
+        ]
 
     def _submit_to_slurm(self, group: Group) -> None:
         options = self.settings[group.name]
-        after = sorted({job.partition("_")[0] for job in self._waits_for(group)}, key=int)  # an array by its one number
-        jobs: list[str] = []
-        self.submitted[group.name] = jobs
+        after = sorted({job.partition("_")[0] for job in self._dependencies(group)}, key=int)  # an array as a whole
+        jobs = self.submitted[group.name] = []
         commands = self._commands(group)
-        for size in _pieces(len(commands), slurm.max_array_size()):
-            made = slurm.executor(self.launch, options, str(options.name), self.code, after, size)
-            jobs += slurm.submit(made, commands[len(jobs) : len(jobs) + size])
-        for index, job in enumerate(jobs):
-            self._record(group, index, job, [])
+        for size in _array_sizes(len(commands), slurm.max_array_size()):
+            executor = slurm.make_executor(self.launch, options, str(options.name), self.code, after, size)
+            jobs += slurm.submit(executor, commands[len(jobs) : len(jobs) + size])
 
-    def _start_here(self) -> None:
-        plans: list[local.LocalJob] = []
+    def _start_local_runner(self, number: int) -> list[int]:
+        """Returns what identifies the runner of this launch, as in `Record`."""
+        local_jobs: list[local.LocalJob] = []
+        python = slurm.interpreter(self.options, self.launch, self.code)
         for group in self.plan.groups:
             options = self.settings[group.name]
-            first = f"local{self.number}.{len(self.submitted)}"
+            name = f"local{number}.{len(self.submitted)}"
             commands = self._commands(group)
-            jobs = [first] if len(commands) == 1 else [f"{first}_{index}" for index in range(len(commands))]
-            python = slurm.interpreter(options, self.launch, self.code)
+            jobs = [name] if len(commands) == 1 else [f"{name}_{index}" for index in range(len(commands))]
             for job, command in zip(jobs, commands):
                 delayed = DelayedSubmission(command)
                 delayed.set_timeout(NO_TIMEOUT, options.requeues)
                 delayed.dump(self.launch / f"{job}_submitted.pkl")
-                plans.append(
-                    local.LocalJob(
-                        job=job,
-                        after=self._waits_for(group),
-                        tasks=options.tasks,
-                        gpus=options.gpus_per_node or 0,
-                        seconds=60 * (options.minutes or 0),
-                        signal_seconds=options.signal_seconds,
-                        setup=options.setup_lines,
-                        python=python,
-                        trains=bool(group.runs),
-                    )
+            local_jobs += [
+                local.LocalJob(
+                    job=job,
+                    after=self._dependencies(group),
+                    tasks=options.tasks,
+                    gpus=options.gpus_per_node or 0,
+                    seconds=60 * (options.minutes or 0),
+                    signal_seconds=options.signal_seconds,
+                    setup=options.setup_lines,
+                    python=python,
+                    trains=bool(group.runs),
                 )
+                for job in jobs
+            ]
             self.submitted[group.name] = jobs
-        options = next(iter(self.settings.values()))
         # Without GPUs to count by, jobs side by side would only slow each other down.
-        places = options.max_parallel or (len(local.devices()) if options.gpus_per_node else 1)
-        runner = local.begin(
-            self.launch, self.number, plans, places, slurm.interpreter(options, self.launch, self.code)
-        )
-        for group in self.plan.groups:
-            for index, job in enumerate(self.submitted[group.name]):
-                self._record(group, index, job, runner)
-        self.submitted.clear()
+        places = self.options.max_parallel or (len(local.devices()) if self.options.gpus_per_node else 1)
+        return local.begin(self.launch, number, local_jobs, places, python)
 
 
 def keep(source: Path, target: Path) -> None:
@@ -276,7 +263,7 @@ def keep(source: Path, target: Path) -> None:
     os.replace(aside, target)
 
 
-def _pieces(count: int, size: int) -> list[int]:
+def _array_sizes(count: int, size: int) -> list[int]:
     """Sizes of the arrays that `count` jobs are submitted in."""
     return [min(size, count - first) for first in range(0, count, size)]
 
