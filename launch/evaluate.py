@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinoreg.commands.main import main
-from dinoreg.jobs.job_type import Group, Job, Plan, Request
+from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
 from dinoreg.jobs.training_job import kept_weights, run_of, step_of
 from dinoreg.runtime.errors import UserError
 
@@ -25,43 +25,38 @@ REPORT_MINUTES = 60
 
 
 def plan(request: Request) -> Plan:
-    if request.source is None:
-        raise UserError("launch evaluate: missing NAMES: datasets with commas between, all, or a labelled folder")
     from dinoreg.commands.evaluate import read_request
     from dinoreg.weights.resolve import find_weights
 
     evaluation = read_request(request.overrides)
     if evaluation.options.weights is None:
         raise UserError("launch evaluate: weights= is missing: a run folder, a weight file, or a model's name")
-    if request.options.world_size > 1:
-        raise UserError(
-            f"nodes={request.options.nodes}, {request.options.tasks} processes: a dataset is evaluated by one"
-        )
+    request.require_one_process("a dataset is evaluated by one")
     chosen, notes = datasets(request.source, evaluation)
 
     weights = evaluation.options.weights
     file, run = find_weights(weights), run_of(weights)
     links: Mapping[Path, Path] = {}
     files: Mapping[Path, str] = {}
-    used = weights
+    weights_argument = weights
     if run is not None and file is not None:
         links, files, kept = kept_weights(run, file)
-        used = str(kept)
+        weights_argument = str(kept)
     stem = Path(weights).stem if file is not None else weights.replace(":", "-").replace("/", "-")
     out = Path(evaluation.options.out or run or Path("runs") / "eval" / stem)
     step = step_of(file) if file is not None else 0
 
     commands = []
     for name, benchmark in chosen.items():
-        own = [item for item in request.without("weights", "out") if _belongs(item, benchmark, evaluation)]
-        commands.append(("eval", name, f"weights={used}", f"out={out}", *own, "report=false"))
+        keys = [item for item in request.without("weights", "out") if _concerns(item, benchmark, evaluation)]
+        commands.append(("eval", name, f"weights={weights_argument}", f"out={out}", *keys, "report=false"))
     results = out / "eval" / f"{step:07d}"
     groups = (
-        Group("evaluate", tuple(commands), options=_one_process(request)),
+        Group("evaluate", tuple(commands), options=ONE_PROCESS),
         Group(
             "report",
             (("report", str(results)),),
-            options={**_one_process(request), "gpus_per_node": None, "time": _shorter(request)},
+            options={**ONE_PROCESS, "gpus_per_node": None, "time": _shorter(request)},
             after=("evaluate",),
             removes=tuple(links),
         ),
@@ -70,34 +65,28 @@ def plan(request: Request) -> Plan:
 
 
 def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
-    """{what `dinoreg eval` is to be given: benchmark} of those whose data are there, and what is left out of `all`."""
+    """{argument of `dinoreg eval`: benchmark} of those whose data are there, and notes on those `all` leaves out."""
     from dinoreg.evaluation.runner import choose
 
     parts = [names] if Path(names).exists() else [name for name in names.split(",") if name]
-    if parts == ["all"]:
-        return _readable(evaluation)
-    found = {}
-    for part in parts:
-        (benchmark,) = choose([part], evaluation)
-        _find(benchmark, evaluation)
-        found[part] = benchmark
-    return found, []
-
-
-def _readable(evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
-    from dinoreg.evaluation.runner import choose
-
-    found, notes = {}, []
-    for benchmark in choose(["all"], evaluation):
+    skips = parts == ["all"]
+    if skips:
+        requested = [(benchmark.name, benchmark) for benchmark in choose(parts, evaluation)]
+    else:
+        requested = [(part, benchmark) for part in parts for benchmark in choose([part], evaluation)]
+    chosen, notes = {}, []
+    for name, benchmark in requested:
         try:
             _find(benchmark, evaluation)
         except UserError as error:
+            if not skips:
+                raise
             notes.append(f"not evaluated: {error}")
         else:
-            found[benchmark.name] = benchmark
-    if not found:
+            chosen[name] = benchmark
+    if skips and not chosen:
         raise UserError(f"evaluate all: none of the datasets can be read below root={evaluation.options.root}")
-    return found, notes
+    return chosen, notes
 
 
 def _find(benchmark: Benchmark, evaluation: Evaluation) -> None:
@@ -109,7 +98,7 @@ def _find(benchmark: Benchmark, evaluation: Evaluation) -> None:
     benchmark.find(evaluation.options.root)
 
 
-def _belongs(item: str, benchmark: Benchmark, evaluation: Evaluation) -> bool:
+def _concerns(item: str, benchmark: Benchmark, evaluation: Evaluation) -> bool:
     """Whether a key is for this dataset: NAME.KEY of another one is not."""
     section = item.partition("=")[0].partition(".")[0]
     return section in (benchmark.name, *benchmark.aliases) or not any(
@@ -124,10 +113,6 @@ def _aliases(name: str) -> tuple[str, ...]:
     return known[name].aliases if name in known else ()
 
 
-def _one_process(request: Request) -> dict[str, object]:
-    return {"nodes": 1, "tasks_per_node": 1}
-
-
 def _shorter(request: Request) -> str | None:
     """The report takes minutes, and a short job finds its place soon."""
     minutes = request.options.minutes
@@ -139,6 +124,7 @@ JOB = Job(
     summary="an array of evaluations, one task for each dataset, and the report when all have ended",
     usage="evaluate NAME[,NAME…]|all|PATH weights=… root=FOLDER [gpus_per_node=1 max_parallel= time= …]",
     plan=plan,
+    source="NAMES: datasets with commas between, all, or a labelled folder",
 )
 
 if __name__ == "__main__":

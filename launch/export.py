@@ -12,12 +12,11 @@ from dinoreg.runtime.errors import UserError
 
 
 def plan(request: Request) -> Plan:
-    if request.source is not None:
+    if request.source:
         raise UserError(f"launch export: {request.source}: expected key=value, as weights=RUN format=onnx out=FOLDER")
     command = ("export", *request.overrides)
     request.check(command)
-    if request.options.world_size > 1:
-        raise UserError(f"nodes={request.options.nodes}, {request.options.tasks} processes: an export is made by one")
+    request.require_one_process("an export is made by one")
     # An export's own folder has to be new, so its records lie with the run that it comes from.
     run = run_of(str(request.value("weights")))
     folder = run or Path("runs") / "export" / Path(str(request.value("out"))).name

@@ -8,30 +8,23 @@ that is saved is evaluated by jobs of its own while training goes on; keys of th
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 from dinoreg.commands.main import main
 from dinoreg.jobs.job_type import Arguments, Group, Job, Plan, Request
-from dinoreg.jobs.options import OPTION_NAMES, split_options
+from dinoreg.jobs.options import PLACEMENT, split_options
 from dinoreg.jobs.training_job import training
 from dinoreg.runtime.errors import UserError
 
-# What evaluations ask for unless they are told otherwise: where training runs, too, but not as much of it.
-INHERITED = (
-    *("cluster", "partition", "account", "qos", "constraint", "exclude", "reservation"),
-    *("setup", "python", "code"),
-)
+# Options that evaluations take over from the training where they are not given: they run in the same place.
+INHERITED = ("cluster", *PLACEMENT, "setup", "python", "code")
 
 
 def plan(request: Request) -> Plan:
-    if request.source is None:
-        raise UserError("launch pretrain: missing CONFIG, a name in configs/, a YAML file or a run folder")
-    mine = [item for item in request.overrides if not item.startswith(("evaluate=", "evaluate."))]
-    found = training(request.source, mine)
-    evaluate = evaluation(request)
-    notes = [f"{folder}: what is there is deleted once the job is accepted" for folder in found.clears]
-    group = Group("pretrain", (found.command,), runs=(found.out,), evaluate=evaluate)
-    return Plan(found.out, (group,), {found.config_file: found.config_text}, clears=found.clears, notes=tuple(notes))
+    overrides = [item for item in request.overrides if not item.startswith(("evaluate=", "evaluate."))]
+    run = training(request.source, overrides)
+    notes = [f"{folder}: what is there is deleted once the job is accepted" for folder in run.clears]
+    group = Group("pretrain", (run.command,), runs=(run.out,), evaluate=evaluation(request))
+    return Plan(run.out, (group,), {run.config_file: run.config_text}, clears=run.clears, notes=tuple(notes))
 
 
 def evaluation(request: Request) -> Arguments:
@@ -52,22 +45,10 @@ def evaluation(request: Request) -> Arguments:
         if item.partition("=")[0] in ("weights", "out"):
             raise UserError(f"evaluate.{item}: each checkpoint's teacher is evaluated into the run's folder")
     request.check(("eval", names, *keys))
-    inherited = [text for name in INHERITED if name not in given for text in _written(request, name)]
-    if request.options.gpus_per_node and "gpus_per_node" not in given:
-        inherited.append("gpus_per_node=1")
-    return ("evaluate", names, *keys, *inherited, *(item for item in own if item.partition("=")[0] in OPTION_NAMES))
-
-
-def _written(request: Request, name: str) -> Sequence[str]:
-    """An option as it can be typed, where it was given."""
-    value = getattr(request.options, name)
-    if name not in request.given or value is None:
-        return []
-    return [f"{name}=[{','.join(_quoted(item) for item in value)}]" if isinstance(value, list) else f"{name}={value}"]
-
-
-def _quoted(item: str) -> str:
-    return '"' + item.replace('"', '""') + '"'
+    inherited = {name: text for name, text in request.given.items() if name in INHERITED}
+    if request.options.gpus_per_node:
+        inherited["gpus_per_node"] = "gpus_per_node=1"
+    return ("evaluate", names, *keys, *{**inherited, **given}.values())
 
 
 JOB = Job(
@@ -75,6 +56,7 @@ JOB = Job(
     summary="train as one job of all processes; evaluate=NAMES evaluates each checkpoint in jobs of its own",
     usage="pretrain CONFIG data=FOLDER out=FOLDER [nodes= gpus_per_node= time= …] [evaluate=NAMES evaluate.root=… …]",
     plan=plan,
+    source="CONFIG, a name in configs/, a YAML file or a run folder",
 )
 
 if __name__ == "__main__":

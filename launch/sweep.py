@@ -13,7 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from dinoreg.commands.main import main
-from dinoreg.jobs.job_type import Group, Job, Plan, Request
+from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
 from dinoreg.jobs.training_job import training
 from dinoreg.runtime.errors import UserError
 
@@ -21,30 +21,27 @@ MAX_NAME = 120
 
 
 def plan(request: Request) -> Plan:
-    if request.source is None:
-        raise UserError("launch sweep: missing CONFIG, a name in configs/ or a YAML file")
     grid, fixed = read_grid(request.overrides)
     out = request.value("out")
     if out is None:
         raise UserError("out: missing; say where the runs' folders go, for example out=runs/sweep")
     shared = [item for item in fixed if item.partition("=")[0] != "out"]
-    found = []
+    trainings = []
     for values in itertools.product(*grid.values()):
         chosen = [f"{key}={value}" for key, value in zip(grid, values)]
-        found.append(training(request.source, [*shared, *chosen, f"out={Path(out) / run_name(chosen)}"]))
-    clears = tuple(path for each in found for path in each.clears)
-    runs = tuple(each.out for each in found)
+        trainings.append(training(request.source, [*shared, *chosen, f"out={Path(out) / run_name(chosen)}"]))
     groups = (
-        Group("sweep", tuple(each.command for each in found), runs=runs),
+        Group("sweep", tuple(each.command for each in trainings), runs=tuple(each.out for each in trainings)),
         Group(
             "report",
             (("report", out, f"out={Path(out) / 'compare.html'}"),),
-            options={"nodes": 1, "tasks_per_node": 1, "gpus_per_node": None},
+            options={**ONE_PROCESS, "gpus_per_node": None},
             after=("sweep",),
         ),
     )
-    files = {each.config_file: each.config_text for each in found}
-    notes = (f"{len(found)} trainings: {' x '.join(f'{len(values)} of {key}' for key, values in grid.items())}",)
+    files = {each.config_file: each.config_text for each in trainings}
+    clears = tuple(path for each in trainings for path in each.clears)
+    notes = (f"{len(trainings)} trainings: {' x '.join(f'{len(values)} of {key}' for key, values in grid.items())}",)
     return Plan(Path(out), groups, files, clears=clears, notes=notes)
 
 
@@ -96,6 +93,7 @@ JOB = Job(
     summary="a grid of trainings, each a job of its own, and their comparison when all have ended",
     usage="sweep CONFIG data=FOLDER out=FOLDER sweep.KEY=[A,B] [sweep.KEY2=[C,D]] [max_parallel= gpus_per_node= …]",
     plan=plan,
+    source="CONFIG, a name in configs/ or a YAML file",
 )
 
 if __name__ == "__main__":

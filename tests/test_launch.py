@@ -60,7 +60,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def plan_of(job: str, *arguments: str) -> Plan:
     plain = [each for each in arguments if "=" not in each]
     options, rest, given = split_options([each for each in arguments if "=" in each])
-    request = Request(plain[0] if plain else None, tuple(rest), options, given, partial(check_command, VERBS))
+    request = Request(plain[0] if plain else "", tuple(rest), options, given, partial(check_command, VERBS))
     return find_job(job).plan(request)
 
 
@@ -263,7 +263,7 @@ def test_evaluations_beside_a_training_ask_for_what_it_asked_for_but_for_its_siz
     assert (name, datasets) == ("evaluate", "pets,cifar10")
     assert set(rest) == {
         *("root=/data", "knn.k=[5]", "time=60", "account=me"),
-        *("partition=gpu", "gpus_per_node=1", 'setup=["module load a","date"]'),
+        *("partition=gpu", "gpus_per_node=1", "setup=[module load a,date]"),
     }
     options, keys, _ = split_options(rest)
     assert options.setup_lines == ["module load a", "date"]

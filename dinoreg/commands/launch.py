@@ -46,7 +46,9 @@ def _launch(name: str, arguments: Sequence[str], verbs: Mapping[str, Verb], run_
     if len(plain) > 1:
         raise UserError(f"launch {job.name}: {plain[1]}: expected key=value; usage: dinoreg launch {job.usage}")
     options, overrides, given = split_options(keys)
-    request = Request(plain[0] if plain else None, tuple(overrides), options, given, partial(check_command, verbs))
+    if job.source and not plain:
+        raise UserError(f"launch {job.name}: missing {job.source}")
+    request = Request(plain[0] if plain else "", tuple(overrides), options, given, partial(check_command, verbs))
     try:
         folder, records = launch(job, request, run_verb, _say)
     except UserError as error:

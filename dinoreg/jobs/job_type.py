@@ -17,28 +17,34 @@ from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
 
 Arguments = tuple[str, ...]  # of the command `dinoreg`
+ONE_PROCESS: Mapping[str, Any] = {"nodes": 1, "tasks_per_node": 1}  # options of jobs such as reports
 
 
 @dataclass(frozen=True)
 class Request:
     """What was typed behind `dinoreg launch JOB`.
 
-    source     the first argument that is no key=value: a config, a list of datasets; None where there is none
+    source     the first argument that is no key=value: a config, a list of datasets; "" where there is none
     overrides  key=value for the command; the job's own keys are in `options`
-    given      names of the options that were given, the others have their defaults
+    given      {name: NAME=VALUE as typed} of the options that were given, the others have their defaults
     check      refuses a command line that its verb would refuse, with a UserError, and starts nothing
     """
 
-    source: str | None
+    source: str
     overrides: tuple[str, ...]
     options: LaunchOptions
-    given: frozenset[str] = frozenset()
+    given: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Sequence[str]], None] = lambda arguments: None
 
     def value(self, key: str) -> str | None:
         """The text given for a key of the command, or None."""
         texts = [item.partition("=")[2] for item in self.overrides if item.partition("=")[0] == key]
         return texts[-1] if texts else None
+
+    def require_one_process(self, reason: str) -> None:
+        """UserError that ends with the reason, where more processes were asked for."""
+        if self.options.world_size > 1:
+            raise UserError(f"nodes={self.options.nodes}, {self.options.tasks} processes: {reason}")
 
     def without(self, *keys: str) -> list[str]:
         return [item for item in self.overrides if item.partition("=")[0] not in keys]
@@ -85,12 +91,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """A kind of job: its name, what it does in a line, how it is called, and the request's plan."""
+    """A kind of job.
+
+    summary  what it does, in a line
+    usage    how it is called
+    plan     what a request makes it do
+    source   the first argument in words, "CONFIG, a YAML file", where a request must have one
+    """
 
     name: str
     summary: str
     usage: str
     plan: Callable[[Request], Plan]
+    source: str = ""
 
 
 def job_files() -> dict[str, Path]:
@@ -99,28 +112,24 @@ def job_files() -> dict[str, Path]:
 
 
 def find_job(name: str) -> Job:
-    """A shipped kind of job by name, or one of the user's own by the path of its file."""
-    if name.endswith(".py"):
-        return load_job(Path(name))
+    """A shipped kind of job by name, or the `JOB` of a Python file of the user's own by its path, which is run.
+
+    raises UserError where there is none
+    """
     known = job_files()
-    if name in known:
-        return load_job(known[name])
-    raise UserError(
-        f"launch: {name}: unknown job{nearest(name, known)}; known: {', '.join(known)}, or a .py of one's own"
-    )
-
-
-def load_job(path: Path) -> Job:
-    """The `JOB` of a Python file. The file is run: it is the user's own code, as a config is not."""
+    path = Path(name) if name.endswith(".py") else known.get(name)
+    if path is None:
+        raise UserError(
+            f"launch: {name}: unknown job{nearest(name, known)}; known: {', '.join(known)}, or a .py of one's own"
+        )
     if not path.is_file():
         raise UserError(f"launch: {path}: no such file; expected a Python file with a JOB")
     try:
-        module = run_file(path, "dinoreg_job")
+        job = getattr(run_file(path, "dinoreg_job"), "JOB", None)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"launch: {path}: cannot be loaded ({type(error).__name__}: {error})") from error
-    job = getattr(module, "JOB", None)
     if not isinstance(job, Job):
         raise UserError(f"launch: {path}: has no JOB of type dinoreg.jobs.job_type.Job")
     return job

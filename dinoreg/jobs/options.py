@@ -121,14 +121,14 @@ class LaunchOptions(Options):
 OPTION_NAMES = tuple(keys_of(LaunchOptions))
 
 
-def split_options(arguments: Iterable[str]) -> tuple[LaunchOptions, list[str], frozenset[str]]:
-    """(options of the job, what is left for the command, names of the options given) of `key=value` arguments.
+def split_options(arguments: Iterable[str]) -> tuple[LaunchOptions, list[str], dict[str, str]]:
+    """(options of the job, what is left for the command, {name: text} of the options given) of `key=value` arguments.
 
     raises UserError for a value of the wrong type or out of range
     """
-    own, rest = split_texts(LaunchOptions, arguments)
-    options, given = read(LaunchOptions, own)
-    return options, rest, given
+    given, rest = split_texts(LaunchOptions, arguments)
+    options, _ = read(LaunchOptions, given)
+    return options, rest, {text.partition("=")[0]: text for text in given}
 
 
 def read_time(text: str) -> int:

@@ -72,8 +72,8 @@ def show(plan: Plan, settings: dict[str, LaunchOptions], say: Callable[[str], No
         if options.on_slurm:
             code = folder / "code" / "CONTENT" if options.code == "copy" else PACKAGE.parent
             for size in _array_sizes(len(group.commands), slurm.max_array_size()):
-                after = ["JOB"] if group.after else []
-                executor = slurm.make_executor(folder, options, str(options.name), code, after, size)
+                dependencies = ["JOB"] if group.after else []
+                executor = slurm.make_executor(folder, options, str(options.name), code, dependencies, size)
                 say(f"would submit:\n{_indented(slurm.script(executor, size))}")
     say("dry_run=true: nothing was written, nothing submitted")
 
@@ -205,7 +205,7 @@ class _Submission:
                 run=str(group.runs[index]) if group.runs else "",
                 evaluate=group.evaluate,
                 removes=tuple(map(str, group.removes)),
-                requeues=self.options.requeues,
+                requeues=self.settings[group.name].requeues,
             )
             for index, arguments in enumerate(group.commands)
         ]
