@@ -48,7 +48,7 @@ def plan(request: Request) -> Plan:
 
     commands = []
     for name, benchmark in chosen.items():
-        keys = [item for item in request.without("weights", "out") if _concerns(item, benchmark, evaluation)]
+        keys = [item for item in request.without("weights", "out") if _concerns(item, benchmark)]
         commands.append(("eval", name, f"weights={weights_argument}", f"out={out}", *keys, "report=false"))
     results = out / "eval" / f"{step:07d}"
     groups = (
@@ -98,19 +98,11 @@ def _find(benchmark: Benchmark, evaluation: Evaluation) -> None:
     benchmark.find(evaluation.options.root)
 
 
-def _concerns(item: str, benchmark: Benchmark, evaluation: Evaluation) -> bool:
+def _concerns(item: str, benchmark: Benchmark) -> bool:
     """Whether a key is for this dataset: NAME.KEY of another one is not."""
-    section = item.partition("=")[0].partition(".")[0]
-    return section in (benchmark.name, *benchmark.aliases) or not any(
-        section in (name, *_aliases(name)) for name in evaluation.dataset
-    )
+    from dinoreg.commands.evaluate import read_request
 
-
-def _aliases(name: str) -> tuple[str, ...]:
-    from dinoreg.evaluation.benchmark import benchmarks
-
-    known = benchmarks()
-    return known[name].aliases if name in known else ()
+    return set(read_request([item]).dataset) <= {benchmark.name, *benchmark.aliases}
 
 
 def _shorter(request: Request) -> str | None:

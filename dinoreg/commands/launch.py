@@ -6,7 +6,6 @@ it here.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -16,6 +15,8 @@ from dinoreg.commands.options import ACTIONS, CancelOptions, LogsOptions
 from dinoreg.jobs.job_type import Request, find_job, job_files
 from dinoreg.jobs.options import OPTION_NAMES, split_options
 from dinoreg.runtime.errors import UserError
+
+_say = partial(print, flush=True)
 
 
 def launch_command(arguments: Sequence[str], verbs: Mapping[str, Verb], run_verb: Callable[..., None]) -> None:
@@ -36,7 +37,7 @@ def launch_command(arguments: Sequence[str], verbs: Mapping[str, Verb], run_verb
 
 def _launch(name: str, arguments: Sequence[str], verbs: Mapping[str, Verb], run_verb: Callable[..., None]) -> None:
     from dinoreg.jobs.control import follow, require_success
-    from dinoreg.jobs.submit import launch, shown
+    from dinoreg.jobs.submit import command_line, launch
 
     close = get_close_matches(name, ACTIONS, n=1, cutoff=0.75)
     if close and name not in job_files():
@@ -58,7 +59,7 @@ def _launch(name: str, arguments: Sequence[str], verbs: Mapping[str, Verb], run_
     for group in dict.fromkeys(record.group for record in records):
         jobs = [record for record in records if record.group == group]
         names = jobs[0].job if len(jobs) == 1 else f"{jobs[0].job} to {jobs[-1].job}"
-        _say(f"submitted: {group}, job {names}: {shown(jobs[0].command)}{' …' if len(jobs) > 1 else ''}")
+        _say(f"submitted: {group}, job {names}: {command_line(jobs[0].command)}{' …' if len(jobs) > 1 else ''}")
     _say(f"dinoreg launch status {folder}")
     if options.wait:
         try:
@@ -106,18 +107,9 @@ def _act(name: str, arguments: Sequence[str]) -> None:
         raise UserError(f"launch {name}: {problem}")
     folder = folders[0]
     if isinstance(options, LogsOptions):
-        control.show_logs(folder, options.job, options.task, options.lines, options.follow, _write)
+        control.show_logs(folder, options.job, options.task, options.lines, options.follow, partial(_say, end=""))
     elif isinstance(options, CancelOptions):
         control.cancel(folder, options.job, options.save, _say)
     else:
         for line in status.describe(folder):
             _say(line)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -27,6 +27,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.jobs.records import cancel_file, log_files, replace_text
+from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_json, read_text
 
@@ -37,7 +38,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 @dataclass
 class LocalJob:
-    """A job as the plan file states it.
+    """A job of the plan file.
 
     python   shell words that start Python, up to the module to run
     seconds  time limit, 0 for none; signal_seconds before it, the job is asked to save
@@ -118,15 +119,14 @@ def _state_file(launch: Path, job: str) -> Path:
 
 
 @dataclass
-class Running:
-    """A job of the plan and the processes that run it."""
+class Running(LocalJob):
+    """A job and the processes that run it."""
 
-    plan: LocalJob
     state: str = "PENDING"
     begun: float | None = None
     ended: float | None = None
     restarts: int = 0
-    gpus: list[str] = field(default_factory=list)
+    devices: list[str] = field(default_factory=list)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     ends_as: str = ""  # the state to end in, once it is being terminated
     kill_at: float = 0.0
@@ -135,7 +135,7 @@ class Running:
     def write(self, launch: Path) -> None:
         state = {key: getattr(self, key) for key in ("state", "begun", "ended", "restarts")}
         state["processes"] = [process.pid for process in self.processes]
-        replace_text(_state_file(launch, self.plan.job), json.dumps(state))
+        replace_text(_state_file(launch, self.job), json.dumps(state))
 
     def signal(self, number: int) -> None:
         """To every process of the job, and what these started."""
@@ -154,17 +154,15 @@ class Running:
         """Terminate the job; processes that are left after the grace period are killed."""
         if not self.ends_as:
             self.ends_as = state
-            self.kill_at = time.monotonic() + (TRAINING_GRACE if self.plan.trains else GRACE)
+            self.kill_at = time.monotonic() + (TRAINING_GRACE if self.trains else GRACE)
             self.signal(signal.SIGTERM)
 
 
 class Runner:
     """Runs the jobs of one launch to their ends."""
 
-    def __init__(self, launch: Path, jobs: Sequence[LocalJob], max_parallel: int) -> None:
-        self.launch = launch
-        self.jobs = [Running(job) for job in jobs]
-        self.max_parallel = max_parallel
+    def __init__(self, launch: Path, jobs: Sequence[Running], max_parallel: int) -> None:
+        self.launch, self.jobs, self.max_parallel = launch, jobs, max_parallel
         self.free = devices()
         self.stopping = False
 
@@ -184,32 +182,31 @@ class Runner:
         self.stopping = True
 
     def _is_cancelled(self, job: Running) -> bool:
-        return self.stopping or cancel_file(self.launch, job.plan.job).exists()
+        return self.stopping or cancel_file(self.launch, job.job).exists()
 
     def _start_if_ready(self, job: Running) -> None:
         """Start a job whose dependencies have ended, if a place and its GPUs are free."""
         if self._is_cancelled(job):
             self._close(job, "CANCELLED")
             return
-        ended = {each.plan.job for each in self.jobs if each.state in ENDED}
+        ended = {each.job for each in self.jobs if each.state in ENDED}
         places = self.max_parallel - sum(each.state == "RUNNING" for each in self.jobs)
-        if set(job.plan.after) <= ended and places > 0 and len(self.free) >= job.plan.gpus:
-            job.gpus, self.free = self.free[: job.plan.gpus], self.free[job.plan.gpus :]
+        if set(job.after) <= ended and places > 0 and len(self.free) >= job.gpus:
+            job.devices, self.free = self.free[: job.gpus], self.free[job.gpus :]
             self._start(job)
 
     def _start(self, job: Running) -> None:
-        plan = job.plan
         with socket.socket() as probe:  # a free port, chosen anew for every start
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = f"exec {plan.python} -u -m submitit.core._submit {shlex.quote(str(self.launch))}"
+        command = f"exec {job.python} -u -m submitit.core._submit {shlex.quote(str(self.launch))}"
         job.processes, job.ends_as, job.save_requested, job.begun = [], "", False, time.time()
-        for task in range(plan.tasks):
-            errors, output = log_files(self.launch, plan.job, task)
+        for task in range(job.tasks):
+            errors, output = log_files(self.launch, job.job, task)
             with open(errors, "ab") as stderr, open(output, "ab") as stdout:
                 job.processes.append(
                     subprocess.Popen(
-                        ["bash", "-c", " && ".join([*plan.setup, command])],
+                        ["bash", "-c", " && ".join([*job.setup, command])],
                         env={**os.environ, **self._environment(job, task, port)},
                         stdin=subprocess.DEVNULL,
                         stdout=stdout,
@@ -223,8 +220,8 @@ class Runner:
     def _environment(self, job: Running, task: int, port: int) -> dict[str, str]:
         variables = {
             "SUBMITIT_EXECUTOR": "local",
-            "SUBMITIT_LOCAL_JOB_ID": job.plan.job,
-            "SUBMITIT_LOCAL_NTASKS": str(job.plan.tasks),
+            "SUBMITIT_LOCAL_JOB_ID": job.job,
+            "SUBMITIT_LOCAL_NTASKS": str(job.tasks),
             "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
             "SUBMITIT_LOCAL_NODEID": "0",
             "SUBMITIT_LOCAL_LOCALID": str(task),
@@ -233,11 +230,11 @@ class Runner:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        if job.plan.tasks > 1:  # each takes all cores otherwise
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // job.plan.tasks)))
-        if job.plan.gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+        if job.tasks > 1:  # each takes all cores otherwise
+            threads = max(1, usable_cores() // job.tasks)
+            variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+        if job.gpus:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(job.devices)
         return variables
 
     def _poll(self, job: Running) -> None:
@@ -259,28 +256,28 @@ class Runner:
         elif any(codes):
             job.end("FAILED")
         elif self._is_cancelled(job):
-            if not self.stopping and "save" in read_text(cancel_file(self.launch, job.plan.job)):
+            if not self.stopping and "save" in read_text(cancel_file(self.launch, job.job)):
                 job.request_save()  # the job then ends by itself
             else:
                 job.end("CANCELLED")
-        elif job.plan.seconds and running > job.plan.seconds:
+        elif job.seconds and running > job.seconds:
             job.end("TIMEOUT")
-        elif job.plan.seconds and running > job.plan.seconds - job.plan.signal_seconds:
+        elif job.seconds and running > job.seconds - job.signal_seconds:
             job.request_save()  # the job then asks to be started again
         if job.ends_as and time.monotonic() > job.kill_at:
             job.signal(signal.SIGKILL)
 
     def _close(self, job: Running, state: str) -> None:
         job.state, job.ended = state, time.time()
-        self.free += job.gpus
-        job.gpus = []
+        self.free += job.devices
+        job.devices = []
         job.write(self.launch)
 
 
 def main(arguments: Sequence[str]) -> None:
     plan = Path(arguments[0])
     content = json.loads(plan.read_text())
-    jobs = [LocalJob(**each) for each in content["jobs"]]
+    jobs = [Running(**each) for each in content["jobs"]]
     Runner(plan.parent, jobs, content["max_parallel"]).run()
 
 

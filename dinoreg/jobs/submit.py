@@ -68,7 +68,7 @@ def show(plan: Plan, settings: dict[str, LaunchOptions], say: Callable[[str], No
         after = f", after {' and '.join(group.after)} (however it ended)" if group.after else ""
         say(f"{group.name}: {jobs}{after}, each {options.in_words()}")
         for command in group.commands:
-            say(f"  {shown(command)}")
+            say(f"  {command_line(command)}")
         if options.on_slurm:
             code = folder / "code" / "CONTENT" if options.code == "copy" else PACKAGE.parent
             for size in _array_sizes(len(group.commands), slurm.max_array_size()):
@@ -78,8 +78,8 @@ def show(plan: Plan, settings: dict[str, LaunchOptions], say: Callable[[str], No
     say("dry_run=true: nothing was written, nothing submitted")
 
 
-def shown(command: Sequence[str]) -> str:
-    return shlex.join(["dinoreg", *command])
+def command_line(arguments: Sequence[str]) -> str:
+    return shlex.join(["dinoreg", *arguments])
 
 
 def _group_options(group: Group, options: LaunchOptions, folder: Path) -> LaunchOptions:
