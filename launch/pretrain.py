@@ -33,14 +33,14 @@ def evaluation(request: Request) -> Arguments:
     Raises UserError for what that launch would refuse.
     """
     names = request.value("evaluate")
-    own = [item.removeprefix("evaluate.") for item in request.overrides if item.startswith("evaluate.")]
+    texts = [item.removeprefix("evaluate.") for item in request.overrides if item.startswith("evaluate.")]
     if names is None:
-        if own:
-            raise UserError(f"evaluate.{own[0]}: expected evaluate=NAMES beside it, the datasets to evaluate on")
+        if texts:
+            raise UserError(f"evaluate.{texts[0]}: expected evaluate=NAMES beside it, the datasets to evaluate on")
         return ()
     if request.options.container is not None:
         raise UserError("evaluate: a job in a container cannot submit others; leave evaluate= or container= out")
-    _, keys, given = split_options(own)
+    _, keys, given = split_options(texts)
     for item in keys:
         if item.partition("=")[0] in ("weights", "out"):
             raise UserError(f"evaluate.{item}: each checkpoint's teacher is evaluated into the run's folder")

@@ -52,7 +52,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> 
         time.sleep(0.2)
 
 
-def found(folder: Path | str, group: str | None = None) -> list[JobStatus]:
+def statuses(folder: Path | str, group: str | None = None) -> list[JobStatus]:
     records = [record for record in read_records(folder) if group in (None, record.group)]
     return examine(folder, records)
 
@@ -61,14 +61,14 @@ def ended(folder: Path | str, seconds: float = SECONDS) -> list[JobStatus]:
     """The jobs of a folder when all of them are over."""
 
     def over() -> list[JobStatus]:
-        jobs = found(folder)
+        jobs = statuses(folder)
         return jobs if all(job.is_over for job in jobs) else []
 
     try:
         return until(over, f"{folder} over", seconds)
     except AssertionError as error:
         logs = [path.read_text(errors="replace")[-1500:] for path in (Path(folder) / "launch").glob("*_log.*")]
-        raise AssertionError("\n".join([str(error), *(job.line for job in found(folder)), *logs])) from None
+        raise AssertionError("\n".join([str(error), *(job.line for job in statuses(folder)), *logs])) from None
 
 
 def step_of(folder: Path | str) -> int:

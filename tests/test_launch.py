@@ -15,7 +15,7 @@ from typing import Any
 
 import matplotlib
 import pytest
-from jobs_on_trial import EVALUATION, ended, events, found, labelled_folder, tiny_file, trains, until
+from jobs_on_trial import EVALUATION, ended, events, labelled_folder, statuses, tiny_file, trains, until
 from processes import on_processes, pretrain_each
 from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
@@ -937,6 +937,6 @@ def test_evaluations_end_in_one_report_that_names_what_failed(capsys: pytest.Cap
     assert "broken" not in table
     assert "broken: failed" in (results / "report.html").read_text()
     assert not list((run / "launch" / "weights").rglob("*.safetensors"))
-    assert [each.state for each in found(run)] == ["finished", "finished", "failed", "finished"]
-    assert [each.record.job for each in found(run)] == ["local1.0_0", "local1.0_1", "local1.0_2", "local1.1"]
+    assert [each.state for each in statuses(run)] == ["finished", "finished", "failed", "finished"]
+    assert [each.record.job for each in statuses(run)] == ["local1.0_0", "local1.0_1", "local1.0_2", "local1.1"]
     assert len(read_records(run)) == 4

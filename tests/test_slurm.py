@@ -19,7 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-from jobs_on_trial import EVALUATION, ended, events, found, labelled_folder, step_of, tiny_file, trains, until
+from jobs_on_trial import EVALUATION, ended, events, labelled_folder, statuses, step_of, tiny_file, trains, until
 from slurm_cluster import SlurmCluster, obstacle
 from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
@@ -265,7 +265,7 @@ def test_a_folder_that_the_machines_do_not_share_is_guessed(cluster: SlurmCluste
 
 def test_a_job_that_waits_is_cancelled_where_it_waits(cluster: SlurmCluster) -> None:
     pretrain("waiting", "slurm_args=[hold]")
-    assert found("waiting")[0].text == f"held; scontrol release {job_of('waiting')} lets it go"
+    assert statuses("waiting")[0].text == f"held; scontrol release {job_of('waiting')} lets it go"
     launch("cancel", "waiting")
     (job,) = ended("waiting")
     assert job.state == "cancelled"
@@ -331,7 +331,7 @@ def test_cancelled_trainings_are_saved_and_do_not_come_back(done: Done, capsys: 
     assert "stopped by SIGUSR2 after step" in capsys.readouterr().out
     more = f"steps={step_of('saved') + 2}"
     assert main(["launch", "pretrain", "saved", "resume=true", more, "wait=true"]) == 0
-    assert found("saved")[-1].state == "finished"
+    assert statuses("saved")[-1].state == "finished"
 
 
 def test_a_failure_ends_a_job_and_is_told(done: Done) -> None:

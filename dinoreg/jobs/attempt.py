@@ -192,7 +192,7 @@ class Attempt:
     # --------------------------------------------------------------------------------------------------------
     # After an interruption
 
-    def _leave(self, number: int, words: str) -> str:
+    def _leave(self, number: int, message: str) -> str:
         """Requeue the job (this does not return), or end it for good: then returns how it ended."""
         if self.rank != 0:
             sys.stdout.flush()
@@ -204,7 +204,7 @@ class Attempt:
         if self.command.run:
             why += ", nothing was saved" if self.step is None else f", saved at step {self.step}"
         self.note("stopped", why=why)
-        print(f"dinoreg: {words}", file=sys.stderr, flush=True)
+        print(f"dinoreg: {message}", file=sys.stderr, flush=True)
         return "stopped"
 
     def _is_cancelled(self) -> bool:
@@ -246,11 +246,11 @@ class Evaluations:
         """Called between two steps: starts `dinoreg launch evaluate …` and returns; never raises."""
         command = self.attempt.command
         try:
-            words = [sys.executable, str(Path(entry.__file__).resolve()), "-u", "-m", "dinoreg", "launch"]
-            words += [*command.evaluate, f"weights={teacher}", f"out={command.run}"]
+            command_line = [sys.executable, str(Path(entry.__file__).resolve()), "-u", "-m", "dinoreg", "launch"]
+            command_line += [*command.evaluate, f"weights={teacher}", f"out={command.run}"]
             log = self.attempt.launch / f"{self.attempt.job}_evaluate.log"
             with open(log, "ab") as output, slurm.outside_job():
-                process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+                process = subprocess.Popen(command_line, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             self.processes.append(process)
         except Exception as error:
             print(f"dinoreg: step {step} is not evaluated ({error})", file=sys.stderr, flush=True)

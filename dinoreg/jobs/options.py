@@ -105,17 +105,17 @@ class LaunchOptions(Options):
         """What one job asks for, in one line; what is not given is not asked for."""
         nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
         tasks = "1 process" if self.tasks == 1 else f"{self.tasks} processes"
-        words = [f"{nodes} with {tasks}"]
+        parts = [f"{nodes} with {tasks}"]
         if self.gpus_per_node:
-            words.append(f"{self.gpus_per_node} GPU{'s' * (self.gpus_per_node > 1)} a node")
+            parts.append(f"{self.gpus_per_node} GPU{'s' * (self.gpus_per_node > 1)} a node")
         if self.cpus_per_task:
-            words.append(f"{self.cpus_per_task} cores a process")
+            parts.append(f"{self.cpus_per_task} cores a process")
         if self.mem:
-            words.append(f"{self.mem} of memory a node")
+            parts.append(f"{self.mem} of memory a node")
         if self.time:
-            words.append(f"{self.minutes} minutes, asked to save {self.signal_seconds} s before the end")
-        words += [f"{key} {getattr(self, key)}" for key in (*PLACEMENT, "container") if getattr(self, key)]
-        return ", ".join(words)
+            parts.append(f"{self.minutes} minutes, asked to save {self.signal_seconds} s before the end")
+        parts += [f"{key} {getattr(self, key)}" for key in (*PLACEMENT, "container") if getattr(self, key)]
+        return ", ".join(parts)
 
 
 OPTION_NAMES = tuple(keys_of(LaunchOptions))

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -152,10 +152,10 @@ def outside_job() -> Iterator[None]:
 
 def interpreter(options: LaunchOptions, launch: Path, code: Path) -> str:
     """The shell words that start Python in a job, up to the module that is to be run."""
-    place = code / "dinoreg" / "jobs" / Path(start.__file__).name
+    script_path = code / "dinoreg" / "jobs" / Path(start.__file__).name
     if options.container is None:
-        return shlex.join([*_block_signal(), options.python or sys.executable, str(place)])
-    words = [options.python or "python3", str(place)]
+        return shlex.join([*_block_signal(), options.python or sys.executable, str(script_path)])
+    words = [options.python or "python3", str(script_path)]
     if _is_apptainer(options.container):
         gpus = ["--nv"] if options.gpus_per_node else []
         words = ["apptainer", "exec", *gpus, "--bind", _mounts(options, launch, code), options.container, *words]
@@ -197,25 +197,24 @@ def _requeue_from_outside(launch: Path) -> list[str]:
 # Jobs that are there
 
 
-def states(jobs: Iterable[str]) -> dict[str, JobState]:
+def states(jobs: Sequence[str]) -> dict[str, JobState]:
     """What Slurm knows of these jobs; those it has forgotten are left out.
 
     squeue knows what is pending, running or has ended within minutes, sacct, where the site keeps accounts, all.
     """
-    wanted = list(jobs)
     known: dict[str, JobState] = {}
-    for chunk in _chunks(sorted({job.partition("_")[0] for job in wanted})):
+    for chunk in _chunks(sorted({job.partition("_")[0] for job in jobs})):
         answer = ask("squeue", "-a", "-h", "-r", "-t", "all", "-j", ",".join(chunk), "-o", "%i|%T|%r|%N|%M|%S")
         if answer.returncode and "Invalid job id" not in answer.stderr:
             raise RunError(f"squeue failed: {_one_line(answer.stderr)}")
         known |= _parse_states(answer.stdout, columns=6)
-    forgotten = sorted({job.partition("_")[0] for job in wanted if job not in known})
+    forgotten = sorted({job.partition("_")[0] for job in jobs if job not in known})
     if forgotten and shutil.which("sacct"):
         for chunk in _chunks(forgotten):
             columns = "JobID,State,Reason,NodeList,Elapsed"
             answer = ask("sacct", "-X", "-n", "-P", "-j", ",".join(chunk), "-o", columns)
             known = _parse_states(answer.stdout, columns=5) | known
-    return {job: known[job] for job in wanted if job in known}
+    return {job: known[job] for job in jobs if job in known}
 
 
 def _parse_states(table: str, columns: int) -> dict[str, JobState]:

@@ -53,9 +53,9 @@ def copy_package(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-", ignore_cleanup_errors=True) as aside:
             for name, path in files.items():
-                place = Path(aside) / target.name / name
-                place.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, place)
+                copied = Path(aside) / target.name / name
+                copied.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copied)
             os.rename(Path(aside) / target.name, target)
     except OSError as error:
         if not target.is_dir():  # another launch may have been quicker

@@ -213,12 +213,12 @@ def progress(record: Record) -> str:
     step, total = metrics.get("step", state.get("step")), state.get("num_steps")
     if not isinstance(step, int) or not isinstance(total, int):
         return "not training yet"
-    words = [f"step {step} of {total}"]
+    parts = [f"step {step} of {total}"]
     if is_number(metrics.get("images_per_second")):
-        words.append(f"{metrics['images_per_second']:.1f} images/s")
+        parts.append(f"{metrics['images_per_second']:.1f} images/s")
     if is_number(metrics.get("step_time")):
-        words.append(f"{clock((total - step) * metrics['step_time'])} left")
-    return ", ".join(words)
+        parts.append(f"{clock((total - step) * metrics['step_time'])} left")
+    return ", ".join(parts)
 
 
 def _restarts(events: Sequence[dict[str, Any]]) -> str:

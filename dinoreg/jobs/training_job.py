@@ -65,8 +65,8 @@ def run_of(weights: str | Path) -> Path | None:
 
 def step_of(weights: Path) -> int:
     """The step of a run's teacher file; 0 for other weights."""
-    found = _TEACHER.fullmatch(weights.name)
-    return int(found[1]) if found else 0
+    match = _TEACHER.fullmatch(weights.name)
+    return int(match[1]) if match else 0
 
 
 def kept_weights(run: Path, weights: Path) -> tuple[dict[Path, Path], dict[Path, str], Path]:
