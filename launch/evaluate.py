@@ -6,12 +6,11 @@ is there, whether or not every task went well. The weights of a run are kept for
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinoreg.commands.main import main
+from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
 from dinoreg.jobs.training_job import kept_weights, run_of, step_of
 from dinoreg.runtime.errors import UserError
@@ -120,4 +119,4 @@ JOB = Job(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(["launch", __file__, *sys.argv[1:]]))
+    script(JOB, "launch")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from dinoreg.commands.main import main
+from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import Group, Job, Plan, Request
 from dinoreg.jobs.training_job import run_of
 from dinoreg.runtime.errors import UserError
@@ -31,4 +30,4 @@ JOB = Job(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(["launch", __file__, *sys.argv[1:]]))
+    script(JOB, "launch")

@@ -7,9 +7,7 @@ that is saved is evaluated by jobs of its own while training goes on; keys of th
 
 from __future__ import annotations
 
-import sys
-
-from dinoreg.commands.main import main
+from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import Arguments, Group, Job, Plan, Request
 from dinoreg.jobs.options import PLACEMENT, split_options
 from dinoreg.jobs.training_job import training
@@ -60,4 +58,4 @@ JOB = Job(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(["launch", __file__, *sys.argv[1:]]))
+    script(JOB, "launch")

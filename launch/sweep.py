@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from dinoreg.commands.main import main
+from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
 from dinoreg.jobs.training_job import training
 from dinoreg.runtime.errors import UserError
@@ -21,11 +21,11 @@ MAX_NAME = 120
 
 
 def plan(request: Request) -> Plan:
-    grid, fixed = read_grid(request.overrides)
+    grid = read_grid(request.overrides)
     out = request.value("out")
     if out is None:
         raise UserError("out: missing; say where the runs' folders go, for example out=runs/sweep")
-    shared = [item for item in fixed if item.partition("=")[0] != "out"]
+    shared = [item for item in request.without("out") if not item.startswith("sweep.")]
     trainings = []
     for values in itertools.product(*grid.values()):
         chosen = [f"{key}={value}" for key, value in zip(grid, values)]
@@ -45,16 +45,13 @@ def plan(request: Request) -> Plan:
     return Plan(Path(out), groups, files, clears=clears, notes=notes)
 
 
-def read_grid(overrides: tuple[str, ...]) -> tuple[dict[str, list[str]], list[str]]:
-    """({key: its values as typed}, overrides that hold for all); UserError for no such key, or a wrong list."""
+def read_grid(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """{key: its values as typed} of the keys `sweep.KEY`; UserError where there are none, or for a wrong list."""
     grid: dict[str, list[str]] = {}
-    fixed = []
     for item in overrides:
-        key, _, text = item.partition("=")
-        if not key.startswith("sweep."):
-            fixed.append(item)
+        if not item.startswith("sweep."):
             continue
-        key = key.removeprefix("sweep.")
+        key, _, text = item.removeprefix("sweep.").partition("=")
         if not (text.startswith("[") and text.endswith("]")):
             raise UserError(f"sweep.{key}={text}: expected a list of values, as sweep.{key}=[A,B]")
         values = split_values(text[1:-1])
@@ -67,7 +64,7 @@ def read_grid(overrides: tuple[str, ...]) -> tuple[dict[str, list[str]], list[st
         raise UserError(
             "launch sweep: nothing varies; expected sweep.KEY=[A,B], for example sweep.optim.lr=[1e-3,2e-3]"
         )
-    return grid, fixed
+    return grid
 
 
 def split_values(text: str) -> list[str]:
@@ -97,4 +94,4 @@ JOB = Job(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(["launch", __file__, *sys.argv[1:]]))
+    script(JOB, "launch")

@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def script(benchmark: Any) -> None:
+def script(declaration: Any, verb: str = "eval") -> None:
     """Run a declaration as a script: `python eval/pets.py weights=… root=…` is `dinoreg eval pets weights=… root=…`."""
     path = getattr(sys.modules["__main__"], "__file__", None)
-    raise SystemExit(main(["eval", str(path or benchmark.name), *sys.argv[1:]]))
+    raise SystemExit(main([verb, str(path or declaration.name), *sys.argv[1:]]))
 
 
 def _dispatch(arguments: list[str]) -> int:
