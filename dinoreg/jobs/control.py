@@ -1,4 +1,4 @@
-"""Jobs that are there: follow them to their end, read their logs, end them."""
+"""Submitted jobs: follow them to their end, read their logs, cancel them."""
 
 from __future__ import annotations
 

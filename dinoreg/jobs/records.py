@@ -120,7 +120,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def append(path: Path, *lines: dict[str, Any]) -> None:
-    """Whole lines in one write, so that two writers do not mix."""
+    """Append lines in one write, so that those of two writers do not mix."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:

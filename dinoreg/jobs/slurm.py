@@ -20,7 +20,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from dinoreg.config.option import nearest
-from dinoreg.jobs import entry as start
+from dinoreg.jobs import entry
 from dinoreg.jobs.options import PLACEMENT, LaunchOptions
 from dinoreg.runtime.errors import RunError, UserError
 
@@ -152,7 +152,7 @@ def outside_job() -> Iterator[None]:
 
 def interpreter(options: LaunchOptions, launch: Path, code: Path) -> str:
     """The shell words that start Python in a job, up to the module that is to be run."""
-    script_path = code / "dinoreg" / "jobs" / Path(start.__file__).name
+    script_path = code / "dinoreg" / "jobs" / Path(entry.__file__).name
     if options.container is None:
         return shlex.join([*_block_signal(), options.python or sys.executable, str(script_path)])
     words = [options.python or "python3", str(script_path)]
@@ -194,7 +194,7 @@ def _requeue_from_outside(launch: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Jobs that are there
+# States of submitted jobs
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:

@@ -44,7 +44,7 @@ def training(source: str, overrides: Sequence[str]) -> Training:
 
 
 def _check_data(config: Config) -> None:
-    """Paths that are not there are found now, and not after hours in a queue."""
+    """UserError for a missing path at submission, rather than after hours in a queue."""
     sources = config.data.source if isinstance(config.data.source, list) else [config.data.source]
     for source in sources:
         text = str(source)
