@@ -199,6 +199,7 @@ def test_the_teacher_file_is_there_before_its_checkpoint(tmp_path: Path, monkeyp
     assert seen == [[]]
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_losses_whether_and_however_checkpoints_are_written(tmp_path: Path) -> None:
     plain = loss_trace(pretrain(tiny_config(tmp_path / "plain", checkpoint__every=100)))
     for asynchronous in (True, False):
@@ -508,6 +509,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_instant_of_writing_leaves_a_whole_checkpoint_and_little_to_clear_away(tmp_path: Path) -> None:
     script = tmp_path / "kills.py"
     script.write_text(textwrap.dedent(KILLS))
@@ -818,6 +820,7 @@ def _worker(number: int, folder: str) -> None:
                 time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_what_any_number_of_processes_wrote_any_other_reads_and_one_failure_is_everybodys(tmp_path: Path) -> None:
     mp.spawn(_worker, args=(str(tmp_path),), nprocs=3)
     assert (tmp_path / "survived").exists()

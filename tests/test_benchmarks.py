@@ -130,6 +130,7 @@ def test_a_variant_that_cannot_start_is_reported_with_its_last_words(
         measure.Worker(str(script), {})
 
 
+@pytest.mark.slow
 def test_a_variant_answers_from_its_own_process_whatever_it_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_the_photographs_are_the_same_every_time_and_of_the_size_asked_for(
     assert file.read_bytes()[:2] == b"\xff\xd8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "results"),
     [

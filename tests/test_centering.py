@@ -166,6 +166,7 @@ def _one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_targets_and_the_center_of_one(tmp_path: Path) -> None:
     mp.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
     logits = _logits(9, 13)

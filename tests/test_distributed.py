@@ -44,6 +44,7 @@ def _one_of_two(number: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_sum_and_the_maximum_and_keep_their_own(tmp_path: Path) -> None:
     mp.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
     first, second = _values(0), _values(1)
