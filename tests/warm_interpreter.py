@@ -10,6 +10,7 @@ the arguments, environment, working folder and import path of its command, and l
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -172,6 +173,8 @@ def main(modules: Sequence[str]) -> None:
     sys.path[:] = [part for part in sys.path if part not in own]
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"{threads} threads after the imports; a fork would lose all but one"
+    gc.collect()
+    gc.freeze()  # a fork that ends would otherwise visit, and so copy, all that was imported
     answers = os.dup(1)
     os.set_inheritable(answers, False)
     os.dup2(2, 1)
