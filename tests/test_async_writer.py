@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mounts import mounted_disk
+from processes import start_each
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -822,7 +822,7 @@ def _worker(number: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_what_any_number_of_processes_wrote_any_other_reads_and_one_failure_is_everybodys(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=3)
+    start_each(3, _worker, str(tmp_path))
     assert (tmp_path / "survived").exists()
 
     for name, step, seed in (("sharded", 3, 3), ("plain", 3, 6), ("hybrid", 1, 5)):
