@@ -373,6 +373,7 @@ def test_a_search_for_neighbours_that_grows_with_the_processes_is_pointed_out() 
 # ---------------------------------------------------------------- what does not fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gpus", "memory", "best"),
     [
@@ -398,12 +399,14 @@ def test_the_fewest_overrides_that_fit_are_advised(name: str, gpus: int, memory:
             assert not memory_of(change(job, fewer)).fits
 
 
+@pytest.mark.slow
 def test_sharding_is_advised_where_the_state_is_what_is_too_large() -> None:
     config = load_config("vitg14_reg4_in22k", ["parallel.strategy=ddp", "batch_size=1"])
     found = remedies(describe(config, 1, 8, device(memory=24 * GIB)))
     assert str(found[0]) == "parallel.strategy=fsdp"
 
 
+@pytest.mark.slow
 def test_the_batch_is_touched_only_when_nothing_else_is_enough() -> None:
     config = load_config("vitl16_short_reg4_in1k", ["head.prototypes=1000000"])
     job = describe(config, 1, 1, device(memory=32 * GIB))
@@ -413,6 +416,7 @@ def test_the_batch_is_touched_only_when_nothing_else_is_enough() -> None:
     assert not memory_of(change(job, {"model.checkpointing": True, "optim.accumulate": 64})).fits
 
 
+@pytest.mark.slow
 def test_nothing_is_advised_for_what_fits_on_no_account() -> None:
     with pytest.raises(UserError, match=r"^does not fit: .* GiB a device as it is, .* with model.checkpointing=true"):
         plan(load_config("vitg14_reg4_in22k"), gpus=1, gpu="t4")

@@ -52,6 +52,8 @@ def remedies(job: Job, most: int = 3) -> list[Remedy]:
     Micro-batches of a few images leave a device idle, a smaller batch is another run, as is another group for KoLeo:
     these are tried only when nothing else is enough.
     """
+    if not smallest(job).memory.fits:
+        return []
     base = _seconds(job)
     harmless, others = KEYS[:4], KEYS[4:]
     for extra, fewest in ((0, FEW_IMAGES), (0, 1), (1, 1), (2, 1)):

@@ -62,13 +62,7 @@ def plan(
         notes.append(f"No gpu= was given and none is here: {device.name} is assumed.")
     device = dataclasses.replace(device, link=link or device.link, local_link=local_link or device.local_link)
     job = describe(config, nodes, gpus, device)
-    if all(getattr(config, key) is None for key in BUDGETS):
-        raise UserError("no budget: give one of steps=, images= or epochs=")
-    num_images = num_images or _count_images(config, notes)
-    if config.epochs is not None and num_images is None:
-        raise UserError(f"epochs={config.epochs:g}: the data are not here to be counted; give num_images=, or steps=")
-    num_steps = config.num_steps(num_images or 1, job.world_size)
-
+    num_steps, num_images = _length(job, num_images, notes)
     needed, operations = memory_of(job), operations_of(job)
     advice = () if needed.fits else tuple(remedies(job))
     if not needed.fits and not advice:
@@ -87,6 +81,17 @@ def plan(
         advice=advice,
         notes=tuple(notes),
     )
+
+
+def _length(job: Job, num_images: int | None, notes: list[str]) -> tuple[int, int | None]:
+    """Steps of the run, and images of the data set where they are known."""
+    config = job.config
+    if all(getattr(config, key) is None for key in BUDGETS):
+        raise UserError("no budget: give one of steps=, images= or epochs=")
+    num_images = num_images or _count_images(config, notes)
+    if config.epochs is not None and num_images is None:
+        raise UserError(f"epochs={config.epochs:g}: the data are not here to be counted; give num_images=, or steps=")
+    return config.num_steps(num_images or 1, job.world_size), num_images
 
 
 def _check_whole(**values: int | None) -> None:

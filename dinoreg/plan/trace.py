@@ -95,7 +95,7 @@ def trace_step(config: Config, precision: str, world_size: int, device_kind: str
         raise UserError("a plan for several processes cannot be made inside a process group; make it before")
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(_pieces_of(device_kind))
+        stack.enter_context(_pieces_of(device_kind, sum(masked) * config.head.prototypes))
         ranks = stack.enter_context(simulated_session(world_size)) if world_size > 1 else ALONE
         sharded = config.parallel.strategy == "fsdp"
         mesh = device_mesh(CPU, config.parallel.shard, world_size) if sharded else None
@@ -168,10 +168,10 @@ def _fake_batch(config: Config, state: TrainState, masked: int) -> Batch:
 
 
 @contextmanager
-def _pieces_of(device_kind: str) -> Iterator[None]:
-    """The losses' scratch memory as large as it is on that kind of device."""
+def _pieces_of(device_kind: str, logits: int) -> Iterator[None]:
+    """The losses' scratch memory as large as it is on that kind of device, but at most 64 pieces of so many logits."""
     size = tiling.CPU_CHUNK
-    tiling.CPU_CHUNK = size if device_kind == "cpu" else tiling.DEVICE_PIECE
+    tiling.CPU_CHUNK = max(size, logits // 64) if device_kind == "cpu" else tiling.DEVICE_PIECE
     try:
         yield
     finally:

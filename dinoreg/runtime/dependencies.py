@@ -56,7 +56,7 @@ DEPENDENCIES = (
     Dependency("torchvision", "core", ">=0.25,<0.30", "decoding JPEGs without the interpreter lock, and box overlaps"),
     Dependency("numpy", "core", ">=1.26,<3", "counter-based randomness (Philox) and the scene renderer"),
     Dependency("xformers", "core", "", "attention over packed crops; loaded only where there is a CUDA device"),
-    Dependency("fvcore", "core", ">=0.1.5,<0.2", "parameter schedulers, and FLOP counts in the benchmarks"),
+    Dependency("fvcore", "core", ">=0.1.5,<0.2", "parameter schedulers"),
     Dependency("submitit", "core", ">=1.5,<2", "jobs on Slurm"),
     Dependency("omegaconf", "core", ">=2.3,<3", "YAML and dotted overrides, with 1e-3 read as a number"),
     Dependency("safetensors", "core", ">=0.4.3,<1", "weight files that cannot carry code"),

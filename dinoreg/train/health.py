@@ -196,7 +196,8 @@ class Health:
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._steps += 1
         self.features.append(features)
-        while sum(map(len, self.features)) - len(self.features[0]) >= RANK_WINDOW:
+        # Whole steps, so that the images are the same however many processes share them.
+        while self.ranks.world_size * (sum(map(len, self.features)) - len(self.features[0])) >= RANK_WINDOW:
             self.features.popleft()
 
     @torch.no_grad()
@@ -215,7 +216,8 @@ class Health:
         # A prototype counts as used when it gets at least a tenth of its even share.
         metrics["prototype_usage"] = float((marginal > 0.1 / self.num_prototypes).float().mean())
         share = -(-RANK_WINDOW // self.ranks.world_size)
-        window = self.ranks.gather_rows(torch.cat(list(self.features))[-share:])
+        own = self.features[0][-share:] if len(self.features) == 1 else torch.cat(list(self.features))
+        window = self.ranks.gather_rows(own)
         metrics["feature_rank"] = rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan
         self._clear()
         return metrics
