@@ -89,10 +89,19 @@ def card_code(folder: Path) -> str:
 
 
 def ask_stranger(
-    folder: Path, format: str, cases: dict[str, Tensor], place: Path, registers: int, block: bool = True
+    folder: Path,
+    format: str,
+    cases: dict[str, Tensor],
+    place: Path,
+    registers: int,
+    block: bool = True,
+    run: Any = subprocess.run,
 ) -> dict[str, list[Tensor]]:
     """Run the card's own code in a process without dinoreg, then the model on `cases`; {case: [cls, registers,
-    patches]}."""
+    patches]}.
+
+    run  starts that process, as `subprocess.run` does
+    """
     place.mkdir(exist_ok=True)
     save_file(cases, place / "in.safetensors")
     body = (
@@ -110,9 +119,7 @@ def ask_stranger(
     environment["PYTHONDONTWRITEBYTECODE"] = "1"
     if not block:  # the card's code imports dinoreg, from where these tests do
         environment["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
-    done = subprocess.run(
-        [sys.executable, "-c", body], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = run([sys.executable, "-c", body], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     answers = load_file(place / "out.safetensors")
     return {name: [answers[f"{name}/{i}"] for i in range(3)] for name in cases}

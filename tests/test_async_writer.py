@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from mounts import mounted_disk
+from processes import start_each
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -199,6 +199,7 @@ def test_the_teacher_file_is_there_before_its_checkpoint(tmp_path: Path, monkeyp
     assert seen == [[]]
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_losses_whether_and_however_checkpoints_are_written(tmp_path: Path) -> None:
     plain = loss_trace(pretrain(tiny_config(tmp_path / "plain", checkpoint__every=100)))
     for asynchronous in (True, False):
@@ -508,6 +509,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_instant_of_writing_leaves_a_whole_checkpoint_and_little_to_clear_away(tmp_path: Path) -> None:
     script = tmp_path / "kills.py"
     script.write_text(textwrap.dedent(KILLS))
@@ -818,8 +820,9 @@ def _worker(number: int, folder: str) -> None:
                 time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_what_any_number_of_processes_wrote_any_other_reads_and_one_failure_is_everybodys(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(str(tmp_path),), nprocs=3)
+    start_each(3, _worker, str(tmp_path))
     assert (tmp_path / "survived").exists()
 
     for name, step, seed in (("sharded", 3, 3), ("plain", 3, 6), ("hybrid", 1, 5)):

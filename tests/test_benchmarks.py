@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from warm_interpreter import WarmInterpreter
 
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.vit import RegisterViT
@@ -130,6 +131,7 @@ def test_a_variant_that_cannot_start_is_reported_with_its_last_words(
         measure.Worker(str(script), {})
 
 
+@pytest.mark.slow
 def test_a_variant_answers_from_its_own_process_whatever_it_prints(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -166,6 +168,14 @@ def test_the_photographs_are_the_same_every_time_and_of_the_size_asked_for(
     assert file.read_bytes()[:2] == b"\xff\xd8"
 
 
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[WarmInterpreter]:
+    """Processes for the benchmarks, with what most of them import."""
+    with WarmInterpreter("torch", "dinoreg.commands.main", "dinoreg.train.loop") as started:
+        yield started
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "results"),
     [
@@ -185,13 +195,10 @@ def test_the_photographs_are_the_same_every_time_and_of_the_size_asked_for(
         ),
     ],
 )
-def test_a_benchmark_runs_in_its_shortest_form_and_ends_with_one_line_of_json(name: str, results: set[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), "--short"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def test_a_benchmark_runs_in_its_shortest_form_and_ends_with_one_line_of_json(
+    name: str, results: set[str], interpreter: WarmInterpreter
+) -> None:
+    done = interpreter.run([sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), "--short"])
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["benchmark"] == name

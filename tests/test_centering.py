@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import start_each
 from torch import Tensor
 
 from dinoreg.distributed.process_group import Ranks
@@ -166,8 +166,9 @@ def _one_of_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_targets_and_the_center_of_one(tmp_path: Path) -> None:
-    mp.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
+    start_each(2, _one_of_two, str(tmp_path))
     logits = _logits(9, 13)
     logits[5:] += 0.4
     for name, cut in (("uneven", 5), ("empty", 9)):

@@ -464,6 +464,7 @@ def test_the_benchmark_is_named_by_the_data_and_keeps_the_options_that_were_give
     assert own_benchmark(clash, {}).name == "own_pets"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "options"),
     [

@@ -35,6 +35,7 @@ def imports(*folders: str) -> Iterator[str]:
                     yield ast.literal_eval(node.args[0])
 
 
+@pytest.mark.slow
 def test_every_dependency_has_a_use_in_the_code() -> None:
     names = set(imports("dinoreg", "eval", "launch"))
     code = {name.partition(".")[0] for name in names}

@@ -271,6 +271,7 @@ def planted() -> tuple[Boxed, Boxed]:
     return coloured(32, seed=1), coloured(16, seed=2)
 
 
+@pytest.mark.slow
 def test_planted_objects_are_found_and_shuffled_ones_are_not(planted: tuple[Boxed, Boxed], tmp_path: Path) -> None:
     train, test = planted
     eleven, every = run(train, test, tmp_path / "true", examples=True, steps=120)

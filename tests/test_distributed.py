@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import start_each
 
 from dinoreg.distributed.process_group import ALONE, Ranks
 
@@ -44,8 +44,9 @@ def _one_of_two(number: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_get_the_sum_and_the_maximum_and_keep_their_own(tmp_path: Path) -> None:
-    mp.spawn(_one_of_two, args=(str(tmp_path),), nprocs=2)
+    start_each(2, _one_of_two, str(tmp_path))
     first, second = _values(0), _values(1)
     for number in range(2):
         results = torch.load(tmp_path / f"{number}.pt")

@@ -254,6 +254,7 @@ def test_a_declaration_of_ones_own_works_by_path(root: Path, weights: Path, tmp_
         find_benchmark(str(tmp_path / "torn.py"))
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_evaluated_in_place_at_its_step(root: Path, tmp_path: Path) -> None:
     from training import tiny_config
 

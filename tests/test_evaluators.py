@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from dinoreg.config.bundled import bundled
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 
 NAMES = sorted(path.stem for path in bundled("eval").glob("*.py"))
+# Cheap ones, of image classes and of boxes without labels; the others take longer and come with --slow.
+QUICK = ["cifar10", "coco20k"]
 FAST = {
     "logistic": ["logistic.num_c=6"],
     "knn": ["knn.k=[5]"],
@@ -50,26 +54,28 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(name: str, weights: Path, root: Path, out: Path) -> list[str]:
-    protocols = [task.protocol for task in benchmarks()[name].tasks]
-    fast = [option for protocol in dict.fromkeys(protocols) for option in FAST[protocol]]
-    common = [f"weights={weights}", f"root={root}", f"out={out}", "batch_size=32", "workers=0", "precision=fp32"]
-    return ["eval", name, *common, *fast, *OWN.get(name, [])]
+def common(weights: Path, root: Path, out: Path) -> list[str]:
+    return [f"weights={weights}", f"root={root}", f"out={out}", "batch_size=32", "workers=0", "precision=fp32"]
+
+
+def write(name: str, root: Path, shuffled: bool = False) -> None:
+    importlib.import_module(f"miniatures.{name}").write(root, shuffled=shuffled, **WRITTEN.get(name, {}))
 
 
 def run(name: str, weights: Path, folder: Path, shuffled: bool) -> dict:
     """The record of an evaluation; of shuffled ground truth without baselines."""
-    miniature = importlib.import_module(f"miniatures.{name}")
     root, out = folder / "datasets", folder / "out"
-    miniature.write(root, shuffled=shuffled, **WRITTEN.get(name, {}))
-    assert main([*command(name, weights, root, out), f"baselines={not shuffled}".lower()]) == 0
+    write(name, root, shuffled)
+    protocols = [task.protocol for task in benchmarks()[name].tasks]
+    fast = [option for protocol in dict.fromkeys(protocols) for option in FAST[protocol]]
+    options = [*fast, *OWN.get(name, []), f"baselines={not shuffled}".lower()]
+    assert main(["eval", name, *common(weights, root, out), *options]) == 0
     (path,) = (out / "eval" / "0000000").glob("*.json")
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_planted_answer_is_found_and_a_shuffled_one_is_not(name: str, weights: Path, tmp_path: Path) -> None:
-    planted, shuffled = (run(name, weights, tmp_path / str(kind), kind) for kind in (False, True))
+def assert_found(name: str, planted: dict, shuffled: dict) -> None:
+    """The evaluation of `name` finds the planted answer and its baselines, and no answer in shuffled truth."""
     assert planted["dataset"] == name
     assert set(planted["baselines"]) == {"random init", "raw pixels"}
     for record in (planted, shuffled):
@@ -79,7 +85,6 @@ def test_the_planted_answer_is_found_and_a_shuffled_one_is_not(name: str, weight
         for row in record["rows"]:
             assert row["low"] <= row["value"] + 1e-9
             assert row["value"] <= row["high"] + 1e-9
-    sign = 1 if planted["higher_is_better"] else -1
     for protocol in {row["protocol"] for row in planted["rows"]}:
         found, lost = (
             next(row for row in record["rows"] if row["protocol"] == protocol) for record in (planted, shuffled)
@@ -91,17 +96,31 @@ def test_the_planted_answer_is_found_and_a_shuffled_one_is_not(name: str, weight
             assert lost["value"] < found["value"] - 0.25, protocol
 
 
-@pytest.mark.slow
-def test_all_over_a_root_with_every_dataset_gives_one_report(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("name", QUICK)
+def test_an_evaluation_finds_the_planted_answer_and_none_in_shuffled_ones(
+    name: str, weights: Path, tmp_path: Path
 ) -> None:
-    root, out = tmp_path / "datasets", tmp_path / "out"
+    planted, shuffled = (run(name, weights, tmp_path / str(kind), kind) for kind in (False, True))
+    assert_found(name, planted, shuffled)
+
+
+@pytest.fixture(scope="module")
+def everything(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of `eval all` over a root with every dataset, and what the command wrote to stderr."""
+    folder = tmp_path_factory.mktemp("all")
+    root, out = folder / "datasets", folder / "out"
     for name in NAMES:
-        importlib.import_module(f"miniatures.{name}").write(root, **WRITTEN.get(name, {}))
+        write(name, root)
     fast = [option for options in (*FAST.values(), *OWN.values()) for option in options]
-    common = [f"weights={weights}", f"root={root}", f"out={out}", "batch_size=32", "workers=0", "examples=2"]
-    assert main(["eval", "all", *common, *fast]) == 0
-    folder = out / "eval" / "0000000"
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        assert main(["eval", "all", *common(weights, root, out), "examples=2", *fast]) == 0
+    return out / "eval" / "0000000", errors.getvalue()
+
+
+@pytest.mark.slow
+def test_all_over_a_root_with_every_dataset_gives_one_report(everything: tuple[Path, str]) -> None:
+    folder, errors = everything
     assert {path.stem for path in folder.glob("*.json")} == set(NAMES)
     assert len(NAMES) == 22
     page, table = (folder / "report.html").read_text(), (folder / "table.md").read_text()
@@ -109,4 +128,14 @@ def test_all_over_a_root_with_every_dataset_gives_one_report(
         assert benchmark.title.replace("&", "&amp;") in page
         assert benchmark.title in table
     assert page.count("<section") == 1 + 22
-    assert "not evaluated" not in capsys.readouterr().err
+    assert "not evaluated" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in QUICK])
+def test_the_planted_answer_is_found_and_a_shuffled_one_is_not(
+    name: str, everything: tuple[Path, str], weights: Path, tmp_path: Path
+) -> None:
+    """Planted answers are those of `eval all`, where a dataset has the same options as in a command of its own."""
+    planted = json.loads((everything[0] / f"{name}.json").read_text())
+    assert_found(name, planted, run(name, weights, tmp_path, shuffled=True))

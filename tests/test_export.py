@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,14 @@ from dinoreg.export.run import read_certificate
 from dinoreg.export.source import read_source
 from dinoreg.runtime.errors import RunError, UserError
 from tests.exporting import ask_stranger, assert_same_tokens, card_code, images, vit, write_run
+from tests.warm_interpreter import WarmInterpreter
+
+PEERS = (
+    "torch",
+    "safetensors.torch",
+    "timm",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers",
+)
 
 
 def cases(model: object, *sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -39,25 +49,45 @@ def light(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return run, dinoreg.export(run, "meta", folder / "out")
 
 
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[WarmInterpreter]:
+    """Processes without dinoreg that need not import the peers again."""
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    with WarmInterpreter(*PEERS) as started:
+        yield started
+
+
+@pytest.fixture
+def peers(interpreter: WarmInterpreter, monkeypatch: pytest.MonkeyPatch) -> WarmInterpreter:
+    """Certificates run their peers there. (`light` and the test of the libraries' own readers start new processes.)"""
+    monkeypatch.setattr(certificate, "subprocess", SimpleNamespace(run=interpreter.run))
+    return interpreter
+
+
 # What strangers read
 
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 @pytest.mark.parametrize("format", ["timm", "transformers"])
 @pytest.mark.slow
-def test_a_stranger_reads_what_the_source_computes(format: str, ffn: str, tmp_path: Path) -> None:
+def test_a_stranger_reads_what_the_source_computes(
+    format: str, ffn: str, tmp_path: Path, peers: WarmInterpreter
+) -> None:
     model = vit(ffn=ffn, num_registers=4 if ffn == "mlp" else 8)
     run = write_run(tmp_path / "run", model)
     out = dinoreg.export(run, format=format, out=tmp_path / "out")
     asked = cases(model, (40, 40), (24, 64), (72, 72))
-    answers = ask_stranger(out, format, asked, tmp_path / "ask", model.num_registers)
+    answers = ask_stranger(out, format, asked, tmp_path / "ask", model.num_registers, run=peers.run)
     assert_same_tokens(model, asked, answers, 1e-5)
     again = dinoreg.load(out)
     asked = cases(model, (40, 40))
     assert_same_tokens(model, asked, {name: list(again(x)) for name, x in asked.items()}, 1e-5)
 
 
-@pytest.mark.parametrize("format", ["meta", pytest.param("safetensors", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.usefixtures("peers")
+@pytest.mark.parametrize("format", ["meta", "safetensors"])
 def test_the_light_formats_are_read_too(format: str, tmp_path: Path) -> None:
     model = vit(image_size=(32, 40), antialias=False, position_offset=0.1, layerscale=None)
     run = write_run(tmp_path / "run", model, image_size=[32, 40])
@@ -73,7 +103,9 @@ def test_the_light_formats_are_read_too(format: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_without_registers_each_library_resamples_its_own_way_and_the_certificate_says_so(tmp_path: Path) -> None:
+def test_without_registers_each_library_resamples_its_own_way_and_the_certificate_says_so(
+    tmp_path: Path, peers: WarmInterpreter
+) -> None:
     model = vit(num_registers=0, antialias=False, position_offset=0.1)
     run = write_run(tmp_path / "run", model)
     for format in ("timm", "transformers"):
@@ -87,7 +119,8 @@ def test_without_registers_each_library_resamples_its_own_way_and_the_certificat
         # Made for another size, it is exact there.
         other = dinoreg.export(run, format, tmp_path / f"{format}_24", size=24)
         asked = cases(model, (24, 24))
-        assert_same_tokens(model, asked, ask_stranger(other, format, asked, tmp_path / "ask", 0), 1e-5)
+        answers = ask_stranger(other, format, asked, tmp_path / "ask", 0, run=peers.run)
+        assert_same_tokens(model, asked, answers, 1e-5)
 
 
 @pytest.mark.slow
@@ -151,6 +184,8 @@ def break_shape(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in state.items() if key != "norm.bias"}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("peers")
 @pytest.mark.parametrize(("broken", "said"), [(break_cls, "differs from the source"), (break_shape, "could not load")])
 def test_a_broken_converter_fails_closed(
     broken: object, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -164,6 +199,7 @@ def test_a_broken_converter_fails_closed(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("peers")
 @pytest.mark.parametrize(("format", "name"), [("timm", "to_timm"), ("transformers", "to_transformers")])
 def test_a_swapped_pair_of_norms_fails_closed(
     format: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -182,6 +218,7 @@ def test_a_swapped_pair_of_norms_fails_closed(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("peers")
 def test_weights_that_are_no_numbers_are_not_certified(tmp_path: Path) -> None:
     model = vit()
     with torch.no_grad():
@@ -192,6 +229,7 @@ def test_weights_that_are_no_numbers_are_not_certified(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_once_the_peer_has_begun_dinoreg_cannot_be_imported() -> None:
     code = "import dinoreg.export.peer as peer; peer.block_dinoreg(); import dinoreg"
     done = subprocess.run(
@@ -239,6 +277,8 @@ def test_a_wrong_argument_is_one_line_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("peers")
 def test_out_must_be_new_or_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", vit())
     (tmp_path / "full").mkdir()

@@ -128,14 +128,17 @@ def run(out: Path, **overrides: object) -> set[str]:
     return named_in(out)
 
 
+@pytest.mark.slow
 def test_a_plain_run_is_healthy(tmp_path: Path) -> None:
     assert run(tmp_path / "run", batch_size=16) - {"data-bound"} == set()
 
 
+@pytest.mark.slow
 def test_a_learning_rate_a_hundred_times_too_high_is_named(tmp_path: Path) -> None:
     assert "learning-rate-too-high" in run(tmp_path / "run", optim__lr=100 * TINY["optim.lr"])
 
 
+@pytest.mark.slow
 def test_all_black_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
@@ -143,15 +146,18 @@ def test_all_black_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "constant-images" in run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_frozen_student_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     assert "frozen-student" in run(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_teacher_without_momentum_is_named(tmp_path: Path) -> None:
     assert "teacher-follows-student" in run(tmp_path / "run", schedule__momentum=(0.0, 0.0))
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_is_named(tmp_path: Path) -> None:
     assert "batch-too-small" in run(tmp_path / "run", batch_size=1)
 

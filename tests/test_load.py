@@ -116,6 +116,7 @@ def test_a_misspelt_name_or_option_is_answered_with_the_nearest_one() -> None:
         build("vitt16_reg4", drop_pth=0.1)
 
 
+@pytest.mark.slow
 def test_every_name_builds_and_options_override_it() -> None:
     with torch.device("meta"):
         for size in "tsblg":

@@ -295,6 +295,7 @@ def test_the_number_of_compute_threads_stays_as_it_was(photos: Source) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_an_interpreter_with_a_loader_left_open_exits() -> None:
     code = (
         "from dinoreg.data.loader import BatchLoader, Reading, Views; from dinoreg.data.open import open_source\n"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import TINY, loss_trace, read_lines, tiny_config
+from warm_interpreter import WarmInterpreter
 
 import dinoreg
 from dinoreg.checkpoint import format as checkpoint
@@ -28,6 +29,12 @@ from dinoreg.weights.load import load
 
 def teacher_of(out: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(out / "teacher" / f"{checkpoint.step_name(step)}.safetensors")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unbroken tiny run. Read only."""
+    return pretrain(tiny_config(tmp_path_factory.mktemp("plain") / "run"))
 
 
 def test_a_run_leaves_the_folder_of_the_design(tmp_path: Path) -> None:
@@ -54,13 +61,15 @@ def test_a_run_leaves_the_folder_of_the_design(tmp_path: Path) -> None:
     assert re.search(r"parameters, cpu float32, attention (sdpa|plain), \d+ images", (out / "train.log").read_text())
 
 
-def test_the_same_config_gives_the_same_run_and_another_seed_another(tmp_path: Path) -> None:
-    one, two = pretrain(tiny_config(tmp_path / "a")), pretrain(tiny_config(tmp_path / "b", data__workers=3))
-    assert loss_trace(one) == loss_trace(two)
-    other = pretrain(tiny_config(tmp_path / "c", seed=1))
-    assert loss_trace(other)[0] != loss_trace(one)[0]
+@pytest.mark.slow
+def test_the_same_config_gives_the_same_run_and_another_seed_another(plain: Path, tmp_path: Path) -> None:
+    again = pretrain(tiny_config(tmp_path / "again", data__workers=3))
+    assert loss_trace(plain) == loss_trace(again)
+    other = pretrain(tiny_config(tmp_path / "other", seed=1))
+    assert loss_trace(other)[0] != loss_trace(plain)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"loss__centering": "softmax"}, {"loss__centering": "sinkhorn", "precision": "bf16"}]
 )
@@ -86,15 +95,15 @@ def test_a_run_stopped_and_resumed_equals_the_unbroken_one_bit_for_bit(tmp_path:
         assert torch.equal(teacher_of(parts, 8)[name], value), name
 
 
-def test_a_finished_run_resumed_does_nothing_more(tmp_path: Path) -> None:
-    out = pretrain(tiny_config(tmp_path / "run"))
+def test_a_finished_run_resumed_does_nothing_more(plain: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(plain, tmp_path / "run", symlinks=True)
     before = loss_trace(out)
     pretrain(tiny_config(out, resume=True))
     assert loss_trace(out) == before
 
 
-def test_a_longer_budget_goes_on_from_where_the_run_ended(tmp_path: Path) -> None:
-    out = pretrain(tiny_config(tmp_path / "run"))
+def test_a_longer_budget_goes_on_from_where_the_run_ended(plain: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(plain, tmp_path / "run", symlinks=True)
     before = loss_trace(out)
     pretrain(tiny_config(out, resume=True, steps=10))
     assert loss_trace(out)[:8] == before
@@ -106,15 +115,17 @@ def test_resuming_in_an_empty_folder_starts_the_run(tmp_path: Path) -> None:
     assert len(loss_trace(out)) == 8
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_the_same(tmp_path: Path) -> None:
-    whole = pretrain(tiny_config(tmp_path / "whole"))
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_passed_over_and_the_run_still_ends_the_same(
+    plain: Path, tmp_path: Path
+) -> None:
     out = pretrain(tiny_config(tmp_path / "run", steps=8, checkpoint__every=3))
     newest = out / "checkpoints" / "step_0000008"
     file = next(newest.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-1])
     pretrain(tiny_config(out, resume=True, checkpoint__every=3))
     assert "step_0000008" in (out / "train.log").read_text()
-    assert loss_trace(out) == loss_trace(whole)
+    assert loss_trace(out) == loss_trace(plain)
 
 
 LIST_FILES = os.listdir
@@ -180,10 +191,9 @@ def test_a_run_whose_checkpoints_cannot_be_read_is_not_begun_anew_by_a_resume(
     assert "nothing to resume" in (out / "train.log").read_text()
 
 
-def test_weights_of_a_run_start_another_in_student_and_teacher(tmp_path: Path) -> None:
-    first = pretrain(tiny_config(tmp_path / "first"))
-    setup = prepare(tiny_config(tmp_path / "second", init=str(first)))
-    expected = load(first).state_dict()
+def test_weights_of_a_run_start_another_in_student_and_teacher(plain: Path, tmp_path: Path) -> None:
+    setup = prepare(tiny_config(tmp_path / "second", init=str(plain)))
+    expected = load(plain).state_dict()
     for networks in (setup.student, setup.teacher):
         for name, value in networks.backbone.state_dict().items():
             assert torch.equal(value, expected[name]), name
@@ -203,6 +213,7 @@ def test_a_resumed_run_keeps_its_architecture(tmp_path: Path, overrides: dict[st
         pretrain(tiny_config(out, resume=True, **overrides))
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_other_options_or_other_code_says_so_in_a_line_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +260,7 @@ def test_overwrite_works_through_a_link_to_a_folder(tmp_path: Path) -> None:
     assert len(loss_trace(tmp_path / "scratch")) == 1
 
 
+@pytest.mark.slow
 def test_accumulated_runs_follow_the_whole_batch(tmp_path: Path) -> None:
     options = {"model__drop_path": 0.0, "steps": 4, "loss__centering": "sinkhorn"}
     whole = loss_trace(pretrain(tiny_config(tmp_path / "whole", **options)))
@@ -310,16 +322,27 @@ def test_a_disk_that_stays_full_ends_the_run_in_words_and_leaves_the_last_checkp
     assert not list((out / "checkpoints").glob(".unfinished-*"))
 
 
-def start(out: Path, steps: int) -> subprocess.Popen[bytes]:
-    """The tiny run as a process of its own, through the command line."""
+# All that a run imports, also what it imports late.
+RUN_IMPORTS = (
+    *("torch.distributed.checkpoint", "torch.utils.serialization", "numpy.ctypeslib", "rich._emoji_codes"),
+    *("dinoreg.commands.main", "dinoreg.checkpoint.async_writer", "dinoreg.train.loop", "dinoreg.commands.report"),
+)
+
+
+def command(out: Path, steps: int) -> list[str]:
+    """The tiny run through the command line, with a checkpoint at every step."""
     keys = {**TINY, "steps": steps, "out": out, "checkpoint.every": 1, "resume": "true", "log.every": 1}
     arguments = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in keys.items()]
     arguments = [argument.replace("=None", "=none") for argument in arguments]
     path = out.parent / "plain.yaml"
     path.write_text("batch_size: 6\n")
-    command = [sys.executable, "-m", "dinoreg", "pretrain", str(path), *arguments]
+    return [sys.executable, "-m", "dinoreg", "pretrain", str(path), *arguments]
+
+
+def start(out: Path, steps: int) -> subprocess.Popen[bytes]:
+    """That run as a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    return subprocess.Popen(command(out, steps), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
 
 
 def steps_written(out: Path) -> int:
@@ -337,9 +360,22 @@ def test_kill_9_at_random_instants_and_resume_leaves_the_unbroken_losses(tmp_pat
 
     rng = random.Random(0)
     out = tmp_path / "killed"
-    killed = torn = 0
-    for _ in range(200):
-        run = start(out, num_steps)
+    with WarmInterpreter(*RUN_IMPORTS) as interpreter:
+        killed, torn = kill_until_through(out, num_steps, kills, rng, interpreter)
+    assert killed >= kills
+    assert torn >= 1, "no kill hit the writing of a checkpoint"
+    assert loss_trace(out) == loss_trace(tmp_path / "whole")
+    for name, value in teacher_of(tmp_path / "whole", num_steps).items():
+        assert torch.equal(teacher_of(out, num_steps)[name], value), name
+
+
+def kill_until_through(
+    out: Path, num_steps: int, kills: int, rng: random.Random, interpreter: WarmInterpreter
+) -> tuple[int, int]:
+    """Start the run again after each kill; returns the kills, and how many hit the writing of a checkpoint."""
+    torn = 0
+    for killed in range(200):
+        run = interpreter.start(command(out, num_steps), env={**os.environ, "OMP_NUM_THREADS": "1"})
         begun = steps_written(out)
         # Let it take a step or two before the blow, then strike at any instant of the next.
         while run.poll() is None and killed < kills and steps_written(out) < min(begun + 1, num_steps):
@@ -351,20 +387,12 @@ def test_kill_9_at_random_instants_and_resume_leaves_the_unbroken_losses(tmp_pat
             else:
                 time.sleep(rng.uniform(0.0, 0.15))
             run.send_signal(signal.SIGKILL)
-        run.wait(timeout=600)
-        assert run.stderr is not None
-        errors = run.stderr.read()
-        run.stderr.close()
-        if run.returncode == 0:
-            break
-        assert run.returncode == -signal.SIGKILL, errors.decode()
-        killed += 1
+        code = run.wait(timeout=600)
+        if code == 0:
+            return killed, torn
+        assert code == -signal.SIGKILL, run.errors()
         torn += bool(list((out / "checkpoints").glob(".unfinished-*")))
-    assert killed >= kills
-    assert torn >= 1, "no kill hit the writing of a checkpoint"
-    assert loss_trace(out) == loss_trace(tmp_path / "whole")
-    for name, value in teacher_of(tmp_path / "whole", num_steps).items():
-        assert torch.equal(teacher_of(out, num_steps)[name], value), name
+    raise AssertionError("the run did not end")
 
 
 @pytest.mark.slow
@@ -381,6 +409,7 @@ def test_a_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert last == checkpoint.step_name(steps_written(out))
 
 
+@pytest.mark.slow
 def test_every_training_state_that_is_kept_has_its_teacher_file(tmp_path: Path) -> None:
     out = pretrain(tiny_config(tmp_path / "run", checkpoint__every=1, checkpoint__keep=1, probe__every=1))
     states = {path.name for path in (out / "checkpoints").glob("step_*")}

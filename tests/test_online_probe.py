@@ -235,6 +235,7 @@ def test_best_follows_the_rank_where_there_are_no_labels(tmp_path: Path) -> None
     assert checkpoint.read_pointer(out / "checkpoints", "best") == checkpoint.step_name(best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_share", "steps"), [(0.0, [2, 8]), (1.0, [2, 4, 6, 8])])
 def test_probes_beyond_their_share_of_the_time_are_left_out_but_for_the_last(
     max_share: float, steps: list[int], tmp_path: Path
@@ -243,6 +244,7 @@ def test_probes_beyond_their_share_of_the_time_are_left_out_but_for_the_last(
     assert [line["step"] for line in read_lines(out / "probe.jsonl")] == steps
 
 
+@pytest.mark.slow
 def test_a_probe_changes_nothing_in_the_run_it_looks_at(tmp_path: Path) -> None:
     from training import loss_trace
 
@@ -251,6 +253,7 @@ def test_a_probe_changes_nothing_in_the_run_it_looks_at(tmp_path: Path) -> None:
     assert loss_trace(looked_at) == loss_trace(alone)
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_resumed_run_remembers_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = iter([0.9, 0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.8])
 

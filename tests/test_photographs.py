@@ -209,6 +209,7 @@ def test_a_folder_of_photographs_trains_is_stopped_resumes_and_lists_what_it_ski
     assert_names_the_bad_files(skipped(out, album))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_before_the_second_pass_keeps_the_list_of_the_first(
     album: Path, plain: Path, tmp_path: Path
 ) -> None:
@@ -268,6 +269,7 @@ def test_the_first_bad_file_ends_a_run_that_allows_none(
         assert str(album / name) in last
 
 
+@pytest.mark.slow
 def test_too_large_a_share_of_bad_files_ends_the_run_with_one_line_and_the_list(
     album: Path, plain: Path, tmp_path: Path
 ) -> None:
@@ -305,6 +307,7 @@ def test_a_folder_without_one_usable_image_ends_in_words(plain: Path, tmp_path: 
         dinoreg.pretrain(plain, **values)
 
 
+@pytest.mark.slow
 def test_several_folders_are_drawn_by_their_weights(album: Path, plain: Path, tmp_path: Path) -> None:
     """Through the command line; which files were drawn shows in the ids of rejected steps, here in the index."""
     out = tmp_path / "run"
@@ -319,6 +322,7 @@ def test_several_folders_are_drawn_by_their_weights(album: Path, plain: Path, tm
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_a_list_of_paths_trains_on_the_files_it_names(album: Path, plain: Path, tmp_path: Path) -> None:
     names = ["china.jpg", "people/astronaut.JPG", "odd/cmyk.jpg", "odd/deep.tiff", "things/dot.png", "gone.jpg"]
     table = album / "list.csv"
@@ -358,6 +362,7 @@ def test_the_python_api_trains_on_the_folder_and_loads_the_run(album: Path, tmp_
         assert torch.equal(model.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_a_probe_on_labelled_photographs_reads_them_through_the_same_decoder(
     album: Path, plain: Path, tmp_path: Path
 ) -> None:

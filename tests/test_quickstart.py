@@ -36,6 +36,7 @@ def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "NUM_TEST", 50)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_scenes")
 def test_the_three_probes_have_the_same_images_and_differ_in_their_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

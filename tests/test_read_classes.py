@@ -891,6 +891,7 @@ def test_a_source_that_cannot_be_opened_says_so_in_one_line(tmp_path: Path, spec
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_reads_the_tars_and_lists_their_truncated_image(tmp_path: Path) -> None:
     root = tmp_path / "a, b"  # a comma without a key behind it is part of the path
     imagenet22k.write(root, per_class=3, truncated=True)

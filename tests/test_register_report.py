@@ -112,6 +112,7 @@ def test_norms_that_are_not_finite_end_the_report() -> None:
         measure(wrap(model, "broken"), pictures(4))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_command_compares_models_and_cleans_the_planted_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

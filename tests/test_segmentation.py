@@ -197,6 +197,7 @@ class TestPlanted:
 
         return run
 
+    @pytest.mark.slow
     def test_a_random_network_finds_classes_that_are_colours(self, rows: Callable[[Encoder, bool], Row]) -> None:
         torch.manual_seed(0)
         model = RegisterViT(image_size=28, patch_size=7, dim=24, depth=2, heads=2, num_registers=2)
@@ -210,6 +211,7 @@ class TestPlanted:
         assert set(row.details["iou"]) == {f"object {n}, thing {n}" for n in range(1, 151)}
         assert sum(math.isfinite(value) for value in row.details["iou"].values()) >= 4
 
+    @pytest.mark.slow
     def test_pixels_find_them_too_and_shuffled_masks_give_the_baseline(
         self, rows: Callable[[Encoder, bool], Row]
     ) -> None:
