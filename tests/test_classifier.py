@@ -60,7 +60,7 @@ def test_it_learns_a_separable_problem_and_its_registers_take_part(pool: str) ->
     images, labels = stripes(48)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(240):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
