@@ -11,7 +11,6 @@ the batch's (pinned) memory, where processes would pay for every crop's way betw
 from __future__ import annotations
 
 import collections
-import os
 import queue
 import threading
 import time
@@ -31,6 +30,7 @@ from dinoreg.data.masks import block_masks, mask_tensors
 from dinoreg.data.rng import uniforms
 from dinoreg.data.sampler import Sampler
 from dinoreg.data.source import Source
+from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import RunError, UserError
 
 BAD_ALLOWANCE = 10  # bad images that never end a run, unless none at all are allowed
@@ -94,7 +94,7 @@ class Reading:
     def num_workers(self, device: torch.device) -> int:
         if self.workers is not None:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         # On a CPU the step wants the cores as well.
         return min(max(1, cores // 2) if device.type == "cpu" else cores, _MOST_WORKERS)
 

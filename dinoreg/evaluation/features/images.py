@@ -7,7 +7,6 @@ the file is believed by its content, `.convert("RGB")` always, EXIF orientation 
 from __future__ import annotations
 
 import io
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
+from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -107,5 +107,5 @@ def still_batches(
 
 def default_workers() -> int:
     """Decoding threads: one for every core but one, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return min(max(cores - 1, 1), 16)
