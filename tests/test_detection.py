@@ -296,6 +296,7 @@ def test_planted_objects_are_found_and_shuffled_ones_are_not(planted: tuple[Boxe
     assert [70, 200, 120] in colours
 
 
+@pytest.mark.slow
 def test_a_random_vit_reads_them_too_and_coco_quotes_the_mean_over_thresholds(
     planted: tuple[Boxed, Boxed], tmp_path: Path
 ) -> None:

@@ -867,6 +867,7 @@ def test_a_cancelled_job_is_given_the_time_to_save_that_it_needs() -> None:
     assert (state("polite"), state("after")) == ("COMPLETED", "CANCELLED")
 
 
+@pytest.mark.slow
 def test_a_limit_is_a_limit() -> None:
     run_plan(local_job("stubborn", seconds=1, setup=["trap '' TERM", "sleep 30"]))
     assert state("stubborn") == "TIMEOUT"

@@ -114,6 +114,7 @@ def test_every_part_of_a_step_is_told_apart() -> None:
     assert "activations of the heads" not in peaks[BACKWARD_END]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "processes"),
     [

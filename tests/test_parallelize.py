@@ -87,6 +87,7 @@ def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
         assert two["images"] == one["images"] == 600
 
 
+@pytest.mark.slow
 def test_the_tolerance_is_that_of_rounding_itself(tmp_path: Path) -> None:
     def trace(nudge: float) -> list[float]:
         setup = prepare(run_config(tmp_path / "none", 1))

@@ -237,6 +237,7 @@ def test_inspect_names_the_same_bad_files_and_uses_the_odd_ones(
         assert kind in shown, kind
 
 
+@pytest.mark.slow
 def test_every_good_file_of_the_folder_trains(album: Path, plain: Path, tmp_path: Path) -> None:
     """Each as the only file of its folder: with no other to take its place, a bad one ends the run."""
     names = [str(Path(folder) / file) for folder, file, _ in PLACES.values()] + list(ODD)

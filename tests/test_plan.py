@@ -167,6 +167,7 @@ def test_hidden_patches_vary_between_processes_but_not_on_one() -> None:
     assert many.masked_patches(32) * 1.1 < many.masked_patches(32, worst=True) < 64 * 0.5 * 64
 
 
+@pytest.mark.slow
 def test_everything_that_is_said_to_save_memory_does() -> None:
     config = small(parallel__strategy="fsdp")
     base = memory_of(describe(config, 1, 8, device())).needed
@@ -274,6 +275,7 @@ def test_a_probe_trains_real_steps_and_leaves_the_random_numbers_alone() -> None
     assert found.source == "measured: 10 steps of 2 images on one process here"
 
 
+@pytest.mark.slow
 def test_what_takes_long_on_a_cpu_is_not_probed_unasked() -> None:
     config = load_config("vitl16_short_reg4_in1k", ["device=cpu"])
     assert not worth_probing(describe(config, 1, 1, dataclasses.replace(plan_run.cpu_device(), memory=0)))
@@ -346,6 +348,7 @@ def test_steps_images_and_epochs_follow_from_budget_and_batch() -> None:
     assert away.notes[0].startswith("The images could not be counted here: ")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_as_large_as_a_real_one(tmp_path: Path) -> None:
     config = small()
     state = state_of(config)
@@ -362,6 +365,7 @@ def test_a_checkpoint_is_as_large_as_a_real_one(tmp_path: Path) -> None:
     assert shared.copy == found.size // 16
 
 
+@pytest.mark.slow
 def test_a_search_for_neighbours_that_grows_with_the_processes_is_pointed_out() -> None:
     config = load_config("vits14_reg4")
     found = plan(config, nodes=64, gpu="h100")

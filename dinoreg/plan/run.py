@@ -58,6 +58,8 @@ def plan(
         raise UserError(f"utilisation={utilisation:g}: expected a share of the peak in (0, 1]")
     notes: list[str] = []
     nodes, gpus, device, here = _machines(config, nodes, gpus, gpu, memory)
+    if probe and not here:
+        raise UserError(f"probe=true: there is no {device.name} here to measure on; leave probe= out")
     if gpu is None and not here:
         notes.append(f"No gpu= was given and none is here: {device.name} is assumed.")
     device = dataclasses.replace(device, link=link or device.link, local_link=local_link or device.local_link)
@@ -163,8 +165,6 @@ def _speed(
 ) -> Speed | None:
     import torch
 
-    if wanted and not here:
-        raise UserError(f"probe=true: there is no {job.device.name} here to measure on; leave probe= out")
     if wanted and not needed.fits:
         notes.append("Nothing was measured: the run does not fit as it is.")
     elif here and (wanted or (wanted is None and utilisation is None and worth_probing(job))):

@@ -17,6 +17,7 @@ from dinoreg.runtime.errors import UserError
 WEIGHT = "student.backbone.patch_embed.proj.weight"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "named"),
     [({"strategy": "ddp"}, f"{WEIGHT} of rank 1"), ({"strategy": "fsdp", "parallel__shard": 1}, f"{WEIGHT} (shard 0)")],
@@ -73,6 +74,7 @@ def test_a_clock_that_jumps_moves_neither_losses_nor_retention_nor_the_time_left
     faults.finish(out, processes=2, checkpoint__keep_hours=1.0)
 
 
+@pytest.mark.slow
 def test_processes_whose_folders_are_not_one_are_refused_in_one_line(faults: Faults, tmp_path: Path) -> None:
     folders = [tmp_path / "here", tmp_path / "there"]
     for folder in folders:
@@ -87,6 +89,7 @@ def test_processes_whose_folders_are_not_one_are_refused_in_one_line(faults: Fau
     assert list(folders[0].iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "environment", "words"),
     [

@@ -84,6 +84,7 @@ def test_one_that_stands_still_is_named_for_not_answering(three: list[Peers]) ->
         assert three[0].missing() == [(still, "does not answer")]
 
 
+@pytest.mark.slow
 def test_why_one_stops_is_known_to_the_others_when_it_is_long_gone(three: list[Peers]) -> None:
     three[1].broadcast_failure("LookupError: the storage driver gave up")
     three[1].close()
