@@ -12,6 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dinoreg.runtime.errors import one_line
+
 
 def sync(path: Path) -> None:
     """Flush a file or folder to the disk."""
@@ -66,7 +68,7 @@ def reason(error: BaseException) -> str:
     error = cause(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error, 200)
 
 
 def remedy(error: BaseException, run: Path) -> str:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinoreg.distributed.failures import Peers
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError, UserError, one_line
 
 # NCCL's own watchdog ends a process without a word; the control group's time-out has to come first.
 _NCCL_GRACE_SECONDS = 120.0
@@ -188,7 +188,7 @@ class Ranks:
     def broadcast_failure(self, error: BaseException) -> None:
         """Let the others, which wait in a collective, know why this process stops."""
         if self.peers is not None and not self.is_common(error):
-            self.peers.broadcast_failure(" ".join(str(error).split()) or type(error).__name__)
+            self.peers.broadcast_failure(one_line(error))
 
 
 ALONE = Ranks()

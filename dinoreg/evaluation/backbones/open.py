@@ -16,7 +16,7 @@ from torch import nn
 from dinoreg.config.option import nearest
 from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, seeded, wrap
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 from dinoreg.weights.convert import unwrap
 from dinoreg.weights.files import read_file
 from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
@@ -115,7 +115,7 @@ def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtyp
         model, info = transformers.AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
         model = model.float()
     except Exception as error:  # from_pretrained raises whatever its parts do
-        raise UserError(f"weights={path}: not a model of transformers ({_brief(error)})") from None
+        raise UserError(f"weights={path}: not a model of transformers ({one_line(error, 160)})") from None
     # The library fills what it misses with random numbers; only the pooler, which no evaluation asks, may be missing.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
@@ -125,7 +125,3 @@ def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtyp
         stated = preprocessing_of(path, "transformers")
         mean, std = stated.get("mean", mean), stated.get("std", std)
     return wrap(model, path.resolve().name, mean, std, device, dtype)
-
-
-def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -21,7 +21,7 @@ from torch import Tensor
 from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
 from dinoreg.runtime.environment import usable_cores
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 
 T = TypeVar("T")
 
@@ -35,8 +35,7 @@ def read_rgb(source: Source, index: int) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
     except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{source.name(index)}: cannot be read as an image ({reason[:200]})") from None
+        raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error, 200)})") from None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from dinoreg.data.sources import PathSource
 from dinoreg.evaluation.data import IGNORED, Labelled, Segmented
 from dinoreg.evaluation.readers.pixel_maps import read_label_map
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 
 
 def missing(path: Path, dataset: str, archive: str) -> UserError:
@@ -151,8 +151,7 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
     try:
         variables = loadmat(str(path), appendmat=False, variable_names=list(names))
     except Exception as error:  # what scipy raises for a damaged file depends on where the damage is
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{dataset}: {path} cannot be read as a MATLAB file ({reason})") from None
+        raise UserError(f"{dataset}: {path} cannot be read as a MATLAB file ({one_line(error, 200)})") from None
     for name in names:
         if name not in variables:
             raise UserError(f"{dataset}: {path} has no variable {name}; expected the file of {archive}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 GREY = 0  # colour type of a PNG
@@ -69,8 +69,8 @@ def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "")
 def unreadable(where: str, what: str, error: BaseException) -> UserError:
     """The error for a file that cannot be read as what it should be."""
     missing = isinstance(error, FileNotFoundError)
-    reason = "there is no such file" if missing else " ".join(str(error).split()) or type(error).__name__
-    return UserError(f"{where} cannot be read as {what} ({reason[:200]})")
+    reason = "there is no such file" if missing else one_line(error, 200)
+    return UserError(f"{where} cannot be read as {what} ({reason})")
 
 
 def _grey_bits(path: Path) -> int:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 
 MAX_BYTES = 256 << 20  # the largest of the real files, CIFAR-100's train, has 155 MB
 
@@ -124,9 +124,8 @@ def read_dictionary(path: Path, dataset: str, max_bytes: int = MAX_BYTES) -> dic
     except OSError as error:
         raise UserError(f"{dataset}: {path} cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged program fails in whichever way it happens to
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         what = "is refused" if isinstance(error, _Refused) else "is not a readable pickle"
-        raise UserError(f"{dataset}: {path} {what}: {reason}") from None
+        raise UserError(f"{dataset}: {path} {what}: {one_line(error, 200)}") from None
 
 
 def _check_instructions(file: BinaryIO) -> None:
