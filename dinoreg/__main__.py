@@ -1,7 +1,5 @@
 """`python -m dinoreg` is the command `dinoreg`."""
 
-from __future__ import annotations
-
 import sys
 
 from dinoreg.commands.main import main

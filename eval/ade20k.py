@@ -4,8 +4,6 @@ Masks hold 0 for "other", which is ignored, and 1..150 for the classes of `objec
 The folders are the official split; there are no public labels for the test images, so validation is what is reported.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dinoreg.commands.main import script

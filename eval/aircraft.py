@@ -7,8 +7,6 @@ whether they did. We do, and every row says so. Metric: mean per class (SimCLR B
 of an earlier edition's 10,200 images and 102 variants.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dinoreg.commands.main import script

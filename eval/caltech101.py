@@ -7,8 +7,6 @@ a hash of seed, category and file name, so that a seed means the same images eve
 Metric: mean per class, since the classes are very unequal; 5 of the 30 for choosing C (BYOL, App. D).
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

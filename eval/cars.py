@@ -7,8 +7,6 @@ with a flag `test`. Classes are 1-based there. Boxes are not used; a few images 
 Metric: top-1 (SimCLR B.8.1); 1,650 of train for choosing C (BYOL, App. D).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

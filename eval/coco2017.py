@@ -5,8 +5,6 @@ object stay: false detections in them count. Boxes without width or height are d
 labels are withheld: val is what is reported.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dinoreg.commands.main import script

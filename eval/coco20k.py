@@ -5,8 +5,6 @@ same images under `%012d.jpg` with the same ids, so that either year's files ser
 two years' annotations was not verified, and the result says which were read.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Four lists are joined by id, never by position: `images.txt` (id path), `image_c
 grey, and some are in ImageNet too. Metric: top-1 (Birdsnap's in SimCLR B.8.1); no validation split is official.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -6,8 +6,6 @@ in the order of their names over all three lists. torchvision unpacks the archiv
 Metric: top-1; C is chosen on val and the final fit takes train and val.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dinoreg.commands.main import script

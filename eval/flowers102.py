@@ -6,8 +6,6 @@ ids of the three splits; both count from 1. The official test (`tstid`, 6,149 im
 Metric: mean per class (SimCLR B.8.1); C is chosen on val (`valid`) and the final fit takes train and val.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -5,8 +5,6 @@ same as lines of `meta/{train,test}.txt`. Classes are numbered in the order of t
 cleaned, by design. Metric: top-1 (SimCLR B.8.1); 68,175 / 7,575 of train for choosing C (BYOL, App. D).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dinoreg.commands.main import script

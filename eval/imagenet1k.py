@@ -8,8 +8,6 @@ Protocols: DINOv2's linear grid (App. B.3) and weighted k-NN. Some files are CMY
 believed by their content.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import warnings

@@ -7,8 +7,6 @@ every copy and layout holds out the same ones. Classes nest (a tench is a fish t
 included; no published number exists for this probe.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import zlib

@@ -7,8 +7,6 @@ grid (App. B.3), weighted k-NN besides. torchvision's reader does not look at th
 not used.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -15,8 +15,6 @@ Of public ViT-B/14 models DVT (arXiv 2401.02957) publishes no RMSE but delta1 86
 AbsRel .1238 and .1190. No published number was found for NYU-795.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ files lie among them: the lists say what counts, and the bytes say what a file i
 B.8.1); 20 images of each class are held out of trainval for choosing C (BYOL, App. D: 2,940 / 740).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -6,8 +6,6 @@ report on val (100 images of each class), which is the split "test" here. These 
 Places365. Protocol: DINOv2's linear grid (App. B.3), weighted k-NN besides.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

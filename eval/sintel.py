@@ -4,8 +4,6 @@ Pairs are consecutive frames of a scene; the flow file of frame k leads from k t
 Occlusion masks come one for each pair, masks of invalid pixels one for each frame.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ were unpacked. Some files hold PNG or GIF under `.jpg`. The papers use the first
 B.8.1); 10 images of each class are held out of train for choosing C (BYOL, App. D: 15,880 / 3,970).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dinoreg.commands.main import script

@@ -5,8 +5,6 @@
 annotations. The "VOC" column of the DINOv2 tables is the classification.
 """
 
-from __future__ import annotations
-
 from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Published, Task, needs
 from dinoreg.evaluation.published import DENOISING, corloc, fine_grained

@@ -5,8 +5,6 @@ name, so the lists count. Masks are palette pictures: 0 the ground, 1..20 the cl
 learnt from the 1,464 official masks, not from the 10,582 that include the SBD.
 """
 
-from __future__ import annotations
-
 from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Published, Task, needs
 from dinoreg.evaluation.published import BASELINE, DENOISING, DINOV2, corloc, released

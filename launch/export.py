@@ -1,7 +1,5 @@
 """An export as a job: `dinoreg launch export weights=runs/a format=onnx out=export/a`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from dinoreg.commands.main import script

@@ -5,8 +5,6 @@ nothing to go on from, those after a time limit, a preemption or a lost machine 
 that is saved is evaluated by jobs of its own while training goes on; keys of these are written evaluate.KEY=VALUE.
 """
 
-from __future__ import annotations
-
 from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import Arguments, Group, Job, Plan, Request
 from dinoreg.jobs.options import PLACEMENT, split_options

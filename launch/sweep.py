@@ -4,8 +4,6 @@
 Each training is a job of its own in OUT/KEY=VALUE,…, and a job after them compares those that can be compared.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Sequence

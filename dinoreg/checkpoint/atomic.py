@@ -1,7 +1,5 @@
 """Files that are there whole or not at all, and in words why one could not be written or read."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -8,8 +8,6 @@ Many processes write one checkpoint together, each its share of the files, and a
 on one of them fails on all, with the same words.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

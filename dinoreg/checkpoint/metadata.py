@@ -5,8 +5,6 @@ goes through an unpickler that admits DCP's plain data classes only, and entries
 is read and once more where DCP would load them. Tensors are read by torch.load with weights_only=True.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 from pathlib import Path

@@ -3,8 +3,6 @@
 `read_run` loads all that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence

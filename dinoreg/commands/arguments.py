@@ -3,8 +3,6 @@
 Nothing here imports torch, so that help and wrong spellings answer at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

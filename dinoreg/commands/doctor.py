@@ -3,8 +3,6 @@
 Nothing here needs a working PyTorch: an installation that cannot be imported is what one asks a doctor about.
 """
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import Any

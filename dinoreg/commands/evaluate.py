@@ -3,8 +3,6 @@
 `dinoreg.evaluation` measures, `dinoreg.reports` shows; here the two meet.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """How a command that failed is explained, in one line."""
 
-from __future__ import annotations
-
 import os
 import signal
 import traceback

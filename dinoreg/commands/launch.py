@@ -4,8 +4,6 @@
 it here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial

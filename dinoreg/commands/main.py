@@ -5,8 +5,6 @@ code 2 and nothing written. A failure at run time is one line, the log's path an
 that do the work are imported inside the verbs: help and wrong spellings answer at once.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

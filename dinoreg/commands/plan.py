@@ -1,7 +1,5 @@
 """`dinoreg plan`: what a run will cost before it starts."""
 
-from __future__ import annotations
-
 from dinoreg.commands.arguments import read_options, source_and_overrides
 from dinoreg.commands.options import PlanOptions
 from dinoreg.config.load import Config, load_config

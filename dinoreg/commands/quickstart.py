@@ -4,8 +4,6 @@ The measure is the evaluators' logistic regression on scenes the run has not see
 protocol: the same network before training, and the raw pixels.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

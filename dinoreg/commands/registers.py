@@ -4,8 +4,6 @@
 found is measured a second time with a test-time register.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from functools import partial

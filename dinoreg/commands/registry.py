@@ -1,7 +1,5 @@
 """The verbs of the command line: what each takes, and the call that does its work."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

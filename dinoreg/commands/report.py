@@ -1,7 +1,5 @@
 """`dinoreg report`: the page of a run with its pictures, of several runs beside each other, or of an evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`dinoreg view`: pictures of what a model sees, or of the crops that a config makes."""
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

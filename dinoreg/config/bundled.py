@@ -1,7 +1,5 @@
 """Where configs/, eval/ and launch/ are: beside the package in a checkout, inside it in a wheel."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -6,8 +6,6 @@ config says (the inverted blur, a checkpoint every three epochs) is kept and not
 either translated or listed with a reason; none is dropped in silence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any

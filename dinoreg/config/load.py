@@ -4,8 +4,6 @@ A value comes from, in order of precedence: `key=value` overrides, the YAML file
 differs), the default.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping

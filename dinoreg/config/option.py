@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import difflib
+import inspect
 import math
 import re
 import types
@@ -382,11 +383,11 @@ def describe(options: Any, prefix: str = "") -> list[tuple[str, str, str]]:
     cls = options if isinstance(options, type) else type(options)
     rows = []
     for item in dataclasses.fields(cls):
-        name = f"{prefix}{item.name}"
+        name, kind = f"{prefix}{item.name}", _hints(cls)[item.name]
         if "option" in item.metadata:
-            rows.append(_row(name, str(item.type), item, getattr(options, item.name, REQUIRED)))
+            rows.append(_row(name, inspect.formatannotation(kind), item, getattr(options, item.name, REQUIRED)))
         else:
-            rows += describe(getattr(options, item.name, _hints(cls)[item.name]), f"{name}.")
+            rows += describe(getattr(options, item.name, kind), f"{name}.")
     return rows
 
 

@@ -1,7 +1,5 @@
 """A run folder as a place to write to: what `out=` may name, and what `overwrite=true` may delete there."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

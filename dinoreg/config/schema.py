@@ -6,8 +6,6 @@ methods: printed and logged, never written back.
 Crops, augmentation and masks are declared with the code that reads them, in `dinoreg.config.view_settings`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

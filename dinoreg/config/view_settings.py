@@ -1,7 +1,5 @@
 """The options of crops, photometric augmentation and block masks, with DINOv2's defaults (its code)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dinoreg.config.option import Options, check, fraction, option

@@ -10,8 +10,6 @@ and the rows are sorted by the slot in which hue comes, so that hue runs on slic
 known on the CPU before anything is sent, so nothing here waits for the device.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from enum import IntEnum

@@ -1,7 +1,5 @@
 """Images as an evaluation sees them: short side resized, centre cropped, nothing random."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -5,8 +5,6 @@ box of an allowed ratio. Boxes are known before an image is decoded, so that a J
 reduced scale.
 """
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -8,8 +8,6 @@ scaled by 255, others from their least to their greatest value; of an animation 
 truncated file is bad, never padded with grey.
 """
 
-from __future__ import annotations
-
 import io
 import struct
 from collections.abc import Callable

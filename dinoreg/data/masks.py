@@ -5,8 +5,6 @@ over the masked crops of a step, so every batch has light and heavy masks. All d
 step, crop): a process that needs some crops of a step computes the masks of these only.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """From `data=` to a source: a folder, several, a list of paths, a declared dataset, or the embedded scenes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 

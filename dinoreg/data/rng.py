@@ -4,8 +4,6 @@ Philox 4x32-10 (Salmon et al., 2011) over whole arrays of counters at once, so t
 millisecond and do not depend on which worker, process or restart asks for them.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

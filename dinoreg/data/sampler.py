@@ -5,8 +5,6 @@ in which every group has its exact share, in shuffled order; within its share ea
 of its own.
 """
 
-from __future__ import annotations
-
 import functools
 import threading
 from collections.abc import Callable

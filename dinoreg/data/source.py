@@ -1,7 +1,5 @@
 """What a source of images is: images by index, undecoded."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 

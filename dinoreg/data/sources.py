@@ -3,8 +3,6 @@
 A source hands out undecoded images by index. It knows nothing of order, crops or batches.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a source of images is like: formats, sizes, bad files, duplicates, pixel statistics."""
 
-from __future__ import annotations
-
 import collections
 import hashlib
 import os

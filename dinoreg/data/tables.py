@@ -1,7 +1,5 @@
 """Lists and tables of images as files: text with a path a line, CSV, TSV and parquet; and which paths they may name."""
 
-from __future__ import annotations
-
 import csv
 import os
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ Where an archive's members lie is found once: in DINOv2's `extra/entries.npy`, i
 no name of a member is ever used as a path, and every read is checked against the header that it starts with.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

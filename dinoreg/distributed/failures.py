@@ -7,8 +7,6 @@ which gloo's do only when it has gone and answers no more. (torch's TCPStore wou
 machine and is lost with it, and a process that is stopped stays in it.)
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

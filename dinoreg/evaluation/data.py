@@ -3,8 +3,6 @@
 Every image comes through a `Source` (bytes or pixels by index, with a name for messages); labels are checked here.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

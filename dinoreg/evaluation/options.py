@@ -3,8 +3,6 @@
 The defaults are the published protocols.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dinoreg.config.option import Options, check, fraction, option, section

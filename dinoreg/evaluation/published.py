@@ -1,7 +1,5 @@
 """Papers that several datasets quote, and the rows that they have in common; the numbers stand in `eval/NAME.py`."""
 
-from __future__ import annotations
-
 from dinoreg.evaluation.benchmark import Published
 
 REGISTERS = "DINOv2 with registers, arXiv 2309.16588v2"

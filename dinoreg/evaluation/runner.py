@@ -4,8 +4,6 @@
 encoder) that is done is kept at once, so that an interrupted evaluation goes on where it was.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import importlib

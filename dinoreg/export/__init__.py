@@ -4,8 +4,6 @@ Python binds a package's name in its parent as soon as anything inside it is imp
 `dinoreg.export` would be overwritten by this module; making the module callable keeps both meanings.
 """
 
-from __future__ import annotations
-
 import sys
 import types
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ All of it is read from the run folder and the certificate; what is not known is 
 are somebody's, so a text from them is shown on one line, with nothing in it that Markdown would act on.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ output, must stay below the format's bound. In the lower dtype both sides round,
 below three times what rounding alone does to the source. A difference that is no number is above every bound.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

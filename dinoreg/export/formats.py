@@ -4,8 +4,6 @@ Every writer fills a folder from a model whose state dict has Meta's names; `din
 of the others. Whether the library then computes the same is for the certificate to find out.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

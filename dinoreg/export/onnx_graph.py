@@ -5,8 +5,6 @@ There the positions are resampled in the graph by the matrices of `resample.py`,
 kernels exactly; up to MAX_GRID patches an extent.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

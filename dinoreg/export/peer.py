@@ -5,8 +5,6 @@ imported: what it computes comes from the artefact and its library alone. One ar
 format, the artefact's folder, the code that loads it per dtype, the inputs and where the answers go.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -5,8 +5,6 @@ Both are linear and separable, so a row matrix and a column matrix say them exac
 the graph from the target size, out of arithmetic that every runtime has.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """`dinoreg export`: write an artefact aside, certify it, describe it, and only then give it its name."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import importlib.util

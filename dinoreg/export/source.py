@@ -1,7 +1,5 @@
 """What is exported: a model, the pixels it expects, and the run it came from."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -5,8 +5,6 @@ the time it gets here (all processes agree on the step); rank 0 then lets submit
 come back: it was cancelled, restarted too often, or restarted again and again without getting any further.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

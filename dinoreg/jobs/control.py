@@ -1,7 +1,5 @@
 """Submitted jobs: follow them to their end, read their logs, cancel them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ handlers: without one it would kill the process. The copy this file lies in come
 not at all, so that a job never runs a checkout that happens to be its working folder.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ Whatever runs in a job could have been typed: a declaration only says which comm
 wait for which, and what they need. The inside finds declarations by name or path; they import this module.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

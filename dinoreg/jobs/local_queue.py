@@ -6,8 +6,6 @@ what asks for it (submitit's exit code), asks for a save before the time limit, 
 fails. A job's state is `JOB_local.json`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 No site's defaults: what is not given is not asked for, and the scheduler decides.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterable

@@ -9,8 +9,6 @@
 Everything is read with care: a kill may have cut a line short, and another program may have written here.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

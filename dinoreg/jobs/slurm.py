@@ -1,7 +1,5 @@
 """Slurm: what the site offers, submission through submitit, and the states of jobs in Slurm's own terms."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

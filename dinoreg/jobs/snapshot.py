@@ -4,8 +4,6 @@ The copy is named by its content, so that launches of the same code share one, a
 touched. It has the form of an installed wheel: declarations lie inside the package.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """How jobs are doing, in words: what the scheduler says, what the job wrote about itself, how far the run has come."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

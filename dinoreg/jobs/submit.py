@@ -1,7 +1,5 @@
 """From a plan to jobs: everything is checked first, then written, then submitted; what is refused leaves nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """What kinds of job share: a training as one command that every start can use, and weights kept for later."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

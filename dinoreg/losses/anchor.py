@@ -5,8 +5,6 @@ what the features were good for. The distance is one minus the cosine, blind to 
 neighbours and linear probes on normalised features are.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

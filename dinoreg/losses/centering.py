@@ -5,8 +5,6 @@ They are functions of all rows of the effective batch: a caller that accumulates
 all micro-batches at once. Rows of other processes enter through sums that are the identity on one process.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

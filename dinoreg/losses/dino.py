@@ -5,8 +5,6 @@ float32, a cache-sized piece at a time, and keeps of the (n, K) matrix its gradi
 the logits: a float32 copy of the logits or of their softmax never exists.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """iBOT's loss (iBOT section 3, DINOv2 section 4): predict the teacher's targets of the hidden patches."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from dinoreg.losses.dino import soft_cross_entropy

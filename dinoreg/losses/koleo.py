@@ -1,7 +1,5 @@
 """The KoLeo regulariser (Sablayrolles et al. 2019; DINOv2 section 4): spread the features of a batch."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

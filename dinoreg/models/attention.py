@@ -5,8 +5,6 @@ Three backends compute the same numbers: `xformers` (one call for a packed batch
 short sequences). The sequence of one group is never mixed with that of another, nor one image with another.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache

@@ -3,8 +3,6 @@
 The same blocks as the encoder, trained from scratch on labels: images in, class logits out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -4,8 +4,6 @@ An MLP to a narrow bottleneck, L2 normalisation, then a weight-normalised produc
 prototype's learned length times the cosine between token and prototype.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 from typing import Any

@@ -5,8 +5,6 @@ Token-wise layers run once over it, whatever the number of groups; attention and
 groups' shapes. Parameter names are those of the published DINOv2 weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ image's grid. Parameter names and shapes are those of the published DINOv2 weigh
 they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

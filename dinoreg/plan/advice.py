@@ -1,7 +1,5 @@
 """What to change when a job does not fit: the fewest overrides under which it does, found by trying them."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import itertools

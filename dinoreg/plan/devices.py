@@ -3,8 +3,6 @@
 Memory is what PyTorch finds on the device, a little less than the number in its name.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """A run as far as its cost goes: its networks' sizes, its batch, its processes and what they compute on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A step of a deep backbone is not run whole. Within a moment of the step memory g
 and with each micro-batch that comes before, so that a step of few blocks and micro-batches is extended along both.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dinoreg.plan.devices import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB

@@ -5,8 +5,6 @@ and losses are left out (below one percent). What drop path skips is not compute
 that no loss looks at.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

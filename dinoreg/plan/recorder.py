@@ -4,8 +4,6 @@ Works on real tensors and on fake ones. A storage counts from the operation that
 is for (its part) follows from where in the step it was made. Operations are those of matrix products.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence

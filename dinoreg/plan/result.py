@@ -1,7 +1,5 @@
 """What a plan holds: everything that can be known about a run before it starts, and as JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass

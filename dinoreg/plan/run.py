@@ -1,7 +1,5 @@
 """Making a plan: what a run will cost, or in one line why it cannot run at all."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Images a second of one process: measured by a few real steps where the device is at hand, else an estimate."""
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import logging

@@ -1,7 +1,5 @@
 """A plan on one screen."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from dinoreg.plan.devices import CONTEXT_GIB, FRAGMENTATION, GIB, LINK_SHARE, NCCL_GIB

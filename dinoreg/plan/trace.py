@@ -8,8 +8,6 @@ more operations that stay in float32 than the CPU's, but none that a step calls 
 attention keeps the same tensors on both. DDP cannot run on fake tensors: such a step runs unwrapped, see `memory`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ all-gather or a reduce-scatter sends the (n-1)/n-th part, an all-reduce twice th
 links to the others, so that a group with m processes on each machine has m of them.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The figures of the register report: norms per block, positions of outliers, maps of norms and attention."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

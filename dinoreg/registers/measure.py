@@ -4,8 +4,6 @@ Two passes over the pictures: norms after every block, which tell the outliers; 
 the probes, boxes LOST; without them these parts are left out and the rest stands.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ DINOv2-g; scales differ between models, so the limit here is each model's own, a
 the tokens beyond it are a group of their own or only the end of a tail. Everything here is a function of tensors.
 """
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

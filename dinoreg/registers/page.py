@@ -4,8 +4,6 @@ It shows what `measure.py` has measured and measures nothing itself. A picture n
 of attention that look clean are no proof that features are (Lappe and Giese, arXiv 2505.05892).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -7,8 +7,6 @@ ranked by how much more active they are at outliers than at other patches, so th
 count, and "largest" is by magnitude, because SwiGLU's units have a sign.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

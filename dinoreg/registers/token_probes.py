@@ -6,8 +6,6 @@ one that the network has never met, so a loss under zeros proves little; its mea
 or the content it has in another image are replacements that the network may take for real.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """What the register report says in words (`templates/verdict.txt.j2`), and its table: models in columns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

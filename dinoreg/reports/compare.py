@@ -1,7 +1,5 @@
 """Several runs side by side: a table, what differs in their configs, and their curves over one another."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 It reads the records in `eval/<step>/` and nothing else, so that it can be written again at any time and anywhere.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -3,8 +3,6 @@
 The pages are templates (`templates/*.html.j2`); here is what they hold besides text.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import time

@@ -1,7 +1,5 @@
 """Line charts of a run as SVG: metrics.jsonl and probe.jsonl, grouped by the question they answer."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence

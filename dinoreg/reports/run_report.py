@@ -1,7 +1,5 @@
 """`report.html`: a run as one self-contained page, from whatever its folder holds at the time."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the probe and the health monitor say about a run, in words: helps, no benefit, harms, not measured."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from dinoreg.checkpoint.run_folder import Probe, Run

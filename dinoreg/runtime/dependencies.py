@@ -4,8 +4,6 @@
 next major version, or the one from which an API that we use is announced to go.
 """
 
-from __future__ import annotations
-
 import platform
 import sys
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The machine under a run: device, precision, memory allocator, threads."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import sys

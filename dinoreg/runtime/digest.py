@@ -1,7 +1,5 @@
 """By what a file is recognised: its SHA-256."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a run ran on: versions, processor, accelerators, memory, disk. Also what `dinoreg doctor` prints."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """How a command ends early: what the user gave is wrong, the run itself failed, or a signal asked for it."""
 
-from __future__ import annotations
-
 
 class EarlyEnd(Exception):
     """An end that is said in one line.

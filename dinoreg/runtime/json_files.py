@@ -1,7 +1,5 @@
 """JSON files that a kill may have cut short or somebody may have edited: what cannot be read is left out."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -4,8 +4,6 @@ In `*.html.j2` every value is escaped for HTML, in `*.md.j2` for Markdown; `| sa
 other templates (`*.txt.j2`) are put in as they are. A name that a template is not given is an error.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 from pathlib import Path

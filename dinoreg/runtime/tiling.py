@@ -5,8 +5,6 @@ elementwise passes. A piece that fits in the processor's cache makes all passes 
 on an accelerator a piece only bounds the scratch memory, so it is much larger.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

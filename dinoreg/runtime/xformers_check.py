@@ -3,8 +3,6 @@
 An import alone proves little. A build made for another PyTorch imports well, warns, and then finds no kernel.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import lru_cache
 

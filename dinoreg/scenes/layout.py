@@ -4,8 +4,6 @@ A plan is a pure function of (seed, index) and knows no picture size. Lengths ar
 picture's side, so a scene is the same at every size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple

@@ -9,8 +9,6 @@ class, which is what DINO-style pretraining feeds on and what makes minutes of i
 `layout` draws what is random, `shapes` holds the forms, `textures` materials and backgrounds.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 

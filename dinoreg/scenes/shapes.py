@@ -6,8 +6,6 @@ wears the material, to the parts the object carries (legs, wings, wheels ...) an
 body. Distances are close to Euclidean near the outline, which is all that smooth edges need.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ are computed once per process, so a texture costs a few array operations per pic
 in every direction (a pan of the plane never runs out of it).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple

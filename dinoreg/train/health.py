@@ -4,8 +4,6 @@ Cheap signals (entropies, prototype usage, feature spread) are taken every step 
 updates and pixels are measured where metrics are written. A diagnosis is a name, what was seen and a remedy.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Mapping

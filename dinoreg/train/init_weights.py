@@ -4,8 +4,6 @@ A copy in the run folder (`init.safetensors`, with its digest and origin beside 
 the file it came from: it is what a resumed run rebuilds its anchor from.
 """
 
-from __future__ import annotations
-
 import copy
 import errno
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a run writes down between steps: a line of metrics, the samples of rejected steps, diagnoses."""
 
-from __future__ import annotations
-
 import logging
 import time
 

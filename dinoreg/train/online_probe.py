@@ -5,8 +5,6 @@ k-NN is the DINO papers' weighted vote with half of the images as the bank; Rank
 needs no labels and is always there.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ The groups follow DINOv2: per submodule (backbone and each head), parameters wit
 multiplier and last-layer flag share one group.
 """
 
-from __future__ import annotations
-
 import re
 
 import torch

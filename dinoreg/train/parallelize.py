@@ -6,8 +6,6 @@ gradients, moments and the teacher, a block at a time, over `parallel.shard` con
 HSDP run hold replicas of one another.
 """
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping

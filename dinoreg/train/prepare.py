@@ -1,7 +1,5 @@
 """From a config to everything a run needs. Whatever can be refused is refused here, before a file is written."""
 
-from __future__ import annotations
-
 import secrets
 import time
 from contextlib import suppress

@@ -3,8 +3,6 @@
 All of it is done by all processes together; the files beside the checkpoints are written by rank 0.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

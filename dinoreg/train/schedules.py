@@ -4,8 +4,6 @@ Warm-ups are inclusive: with w warm-up steps, step 0 has 0 and step w - 1 the pe
 the warm-up to the end of the run and stay at their final value beyond it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler

@@ -1,7 +1,5 @@
 """What training carries from step to step: student, teacher, optimizer, centres, counters."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, field
 from typing import Any

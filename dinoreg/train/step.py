@@ -8,8 +8,6 @@ global crops and clean local ones. A step computed in micro-batches has the stat
 formed over all of it before the student starts, and KoLeo's neighbours are searched in all of it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

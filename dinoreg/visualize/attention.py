@@ -1,7 +1,5 @@
 """Where the class token and each register look: attention weights of any block and head, as pictures."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

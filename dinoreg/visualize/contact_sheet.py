@@ -1,7 +1,5 @@
 """Contact sheets: labelled tiles in rows, on a transparent ground that suits a light and a dark page."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterable, Sequence
 

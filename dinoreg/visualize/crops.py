@@ -1,7 +1,5 @@
 """What the networks see: the augmented crops of a training batch, and the patches hidden from the student."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The files of one view: PNG pictures in `OUT/<view>/`, and a page `OUT/<view>.html` that holds them all."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ An artifact is a patch token whose norm is many times that of the others. The fi
 are those of the residual stream after each block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple

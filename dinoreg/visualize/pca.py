@@ -5,8 +5,6 @@ shared by several checkpoints. As in the paper, the first component can set the 
 come from a basis of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The pictures of a run for its report: PCA of patches, attention maps and crops, in `view/<step>/`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Works on whatever `dinoreg.weights.load.load` opens; a bare name gets random weights, the same ones every time.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -4,8 +4,6 @@ Nothing else may differ. Positions are resampled as the library does in which th
 resized on loading equals that library's at the new size. `LoadReport` names what was taken, changed, added, left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ positions are resampled) comes from what is stated beside the file, or follows t
 is stated must never contradict the shapes.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

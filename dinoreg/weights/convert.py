@@ -10,8 +10,6 @@ that the encoder forms at every step, so outputs stay the same bit for bit, but 
 `timm_remainder` keeps them for who wants the way back to be exact too.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping

@@ -5,8 +5,6 @@ is executed, no name in it leads out of its folder, and a file of n bytes never 
 tensors. Whatever is wrong ends as one line of UserError.
 """
 
-from __future__ import annotations
-
 import json
 import pickle
 import zipfile

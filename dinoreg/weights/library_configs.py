@@ -4,8 +4,6 @@ Only what `RegisterViT` computes is accepted; a config that asks for anything el
 another epsilon) raises NotHeld, so that nothing is loaded into a model that would answer differently.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ same architectures are understood too. Weights come from a run, a file or a libr
 silently: every tensor is loaded, made to fit (`adapt.py`) or left out by name, and a report says which.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import replace

@@ -5,8 +5,6 @@ of transformers or of timm. The keys say whose a file is; `convert.py` renames t
 encoder off them. Files are untrusted: see `weight_files.py`; no pointer leaves its run folder.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ Whatever RegisterViT can hold exactly is opened as one; what it cannot hold runs
 timm's own model run, say so: `timm:NAME` or `timm:NAME:FILE`.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,6 @@
 Where no split is given, a seeded share of every class is held out, and the result says so.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping

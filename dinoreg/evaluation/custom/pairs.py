@@ -8,8 +8,6 @@ masks  PNG whose pixel values (of a palette: the indices) are classes, 255 is no
 depth  PNG of 16 bits in millimetres, or .npy, .tif, .tiff of floats in metres; 0 (or not finite) is unknown
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Sequence

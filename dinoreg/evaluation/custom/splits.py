@@ -4,8 +4,6 @@ Splits come from folders or from a column, under their usual names. Where there 
 is held out; where there is a validation split but no test split, the validation images are what is reported on.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@
 A `classes.txt` beside the table fixes the classes and their order, a name a line.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

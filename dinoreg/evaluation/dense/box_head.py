@@ -4,8 +4,6 @@ No published head is purely linear in the patch, so this one is FCOS (Tian et al
 its towers and pyramid: a patch whose centre lies in a box answers for it, the smallest box where there are several.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Linear box heads on a frozen encoder: the images as it takes them, how heads are trained, what they find."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple

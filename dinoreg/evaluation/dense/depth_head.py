@@ -4,8 +4,6 @@ Follows DINOv2 §7.4 and its released heads: 256 bins, scores normalised by thei
 the final norm; trained by the scale-invariant loss and half the multi-scale gradient loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ The variations are those of the NYU recipe behind DINOv2's: a border cut off, ro
 2.5 degrees, flip, random crop of 416 x 544, gamma, brightness and colour.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 

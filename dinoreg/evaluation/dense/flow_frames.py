@@ -5,8 +5,6 @@ backbone sees a frame once. On disk they take frames x patches x D numbers of th
 float32 for one pass of MPI Sintel with ViT-S/14. They lie in the folder of unfinished work and go when it is done.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from contextlib import suppress

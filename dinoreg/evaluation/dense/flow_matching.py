@@ -4,8 +4,6 @@ Every patch of a frame is compared with every patch of the next; a softmax over 
 give the displacement. A flow is (..., 2) with (u, v) = (right, down).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ the connected patches that are alike to these together (paper §3). "Alike" is a
 paper (Darcet et al. 2023, §3.3) adds a bias to the products first, because some models' are almost all positive.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

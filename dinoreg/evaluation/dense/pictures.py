@@ -4,8 +4,6 @@ Label maps have a palette of distinct colours. Of a flow, hue is the direction a
 that says which is which.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """The linear segmentation head, its loss on full-size labels, and the crops that it learns from (DINOv2 §7.4)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ and one for columns: `Windows.rows_of` streams the answer in blocks of rows, wha
 Reference datasets P5; the geometry of crops and windows is that of the segmentation toolbox which DINOv2 used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

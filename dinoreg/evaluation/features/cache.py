@@ -4,8 +4,6 @@ A row holds the class token after each of the asked blocks and, last, the mean p
 The file's key is a hash over everything that shapes its numbers, so that another model, image or crop never meets it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence

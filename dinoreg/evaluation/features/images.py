@@ -4,8 +4,6 @@ Decoding and resizing go through Pillow exactly as torchvision's transforms do o
 the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with antialiasing.
 """
 
-from __future__ import annotations
-
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence

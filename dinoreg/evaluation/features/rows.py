@@ -1,7 +1,5 @@
 """Rows computed from the images of a source, in a memory-mapped file that is filled in order and resumed."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ Equal scores are one step of the curve, so that the order of the images never ma
 compared as whole numbers, 10 · found >= k · all: in floating point 3 of 10 would miss the level 0.3.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

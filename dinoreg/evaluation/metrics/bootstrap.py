@@ -3,8 +3,6 @@
 `rankme` and `knn_predict` live in `knn_rankme.py`: the probe inside a run needs them without the rest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

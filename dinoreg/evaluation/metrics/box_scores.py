@@ -1,7 +1,5 @@
 """The figures that a detector is quoted by: VOC's AP50 under both readings of the curve; COCO's AP, AP50, by size."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType

@@ -4,8 +4,6 @@ A box is x0, y0, x1, y1 in pixels, continuous, ends exclusive. Overlaps of VOC's
 "+1 pixel" areas of its development kit are the same numbers, of (xmin - 1, ymin - 1, xmax, ymax).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ The scores are those of Eigen et al. as DINOv2 reports them: each is taken over 
 averaged over images. The losses are the scale-invariant loss and the multi-scale gradient loss on logarithms of depth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import numpy as np

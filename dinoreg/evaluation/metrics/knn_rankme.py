@@ -4,8 +4,6 @@
 `knn_predict` is DINO's weighted nearest-neighbour vote (Wu et al., arXiv 1805.01978).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ without a confusion matrix for each. The mIoU is the benchmarks': the counts of 
 pixels of 255 do not count, and classes that never occur are left out of the mean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """What the protocols of classification share: splits and metrics, features, rows of accuracy, pictures of mistakes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Follows DINOv2 §7.4 and its released heads: lin.1 reads the last block, lin.4 f
 spread over the depth. Both, and all learning rates, are trained at once on one pass of the backbone (`depth_head`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

@@ -5,8 +5,6 @@ VOC or COCO score detectors (`box_scores`). The protocol is ours: no purely line
 that published detectors are no measure for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any

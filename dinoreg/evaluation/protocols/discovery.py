@@ -5,8 +5,6 @@ zeros, as LOST does; the padded patches take part. Blocks and biases are swept i
 chose by hand can be repeated; then the best is quoted, says so, and the whole sweep stands beside it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any

@@ -9,8 +9,6 @@ one of zero-shot suits the spread of one encoder's cosines and not another's, an
 without blur and fog, so that what differs between encoders is the matching. Nothing is chosen on the scored scenes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """P2, weighted k-NN on frozen class tokens, for every k of the options: DINO's protocol, no training at all."""
 
-from __future__ import annotations
-
 import torch
 from PIL import Image
 from torch import Tensor

@@ -5,8 +5,6 @@ momentum 0.9 and a cosine to zero, random resized crops and flips. The published
 reported split*: a row chosen so says so, and `linear.choose_on=train` chooses on held-out images instead.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ SimCLR B.8.1 and DINOv2 §7.2: no augmentation, short side to the crop's size an
 chosen on the official validation split or on a seeded tenth of train, refitted on train and validation, scored once.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from dinoreg.evaluation.backbones.encoder import Encoder

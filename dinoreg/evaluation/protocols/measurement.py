@@ -14,8 +14,6 @@ A long pass over images (or draws, or pairs) is `resumable_map(context, "name", 
 list of what `compute` gave for each, saved now and then.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

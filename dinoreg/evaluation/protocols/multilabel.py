@@ -6,8 +6,6 @@ independent, so is the choice: each class takes the C of its own best validation
 loss). Images that show only difficult instances of a class count neither way for it, in fitting and in scoring.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

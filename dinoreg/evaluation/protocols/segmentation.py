@@ -6,8 +6,6 @@ trained at once behind one pass of the backbone. Where a crop or window had to b
 is cut off again after upsampling, so that logits lie over the pixels that they are for.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial

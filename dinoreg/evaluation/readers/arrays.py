@@ -3,8 +3,6 @@
 CIFAR comes as arrays; Aircraft's files carry a banner that is no part of the picture.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 from functools import cached_property

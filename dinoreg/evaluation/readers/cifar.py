@@ -1,7 +1,5 @@
 """CIFAR's "python version": pickled batches of 32 x 32 images, for `eval/cifar10.py` and `eval/cifar100.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Readers that the declarations in `eval/` share: text lists, JSON, MATLAB files, listed images, missing files."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence

@@ -4,8 +4,6 @@
 count pixels from 1 and include both ends; ours are continuous with ends exclusive, (xmin - 1, ymin - 1, xmax, ymax).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Files with a number for every pixel: label maps, which must have the size of their image, and depth maps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -6,8 +6,6 @@ that such a file calls, so that not even NumPy's own unpickling sees the file's 
 Python 2, whose text is read as Latin-1.
 """
 
-from __future__ import annotations
-
 import pickle
 import pickletools
 from collections.abc import Callable, Mapping

@@ -3,8 +3,6 @@
 The axes serve the solver: divided by the curvature along each, the Hessian of a logistic loss is nearly the identity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

@@ -6,8 +6,6 @@ many evaluations to the same value, but their stopping rules, on the gradient an
 far the minimum still is. The rule here is the predicted decrease of the next step, in units of the objective.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import NamedTuple

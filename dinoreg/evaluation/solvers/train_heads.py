@@ -4,8 +4,6 @@ The backbone sees a batch once; every head has its own loss and optimizer. Rando
 a training that was stopped goes on as if it had not been.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
