@@ -1,17 +1,16 @@
-"""From the bytes of an image file to uint8 pixels, whatever the file turns out to be.
+"""From the bytes of an image file to its pixels on the scale of bytes, 0 to 255, whatever the file turns out to be.
 
-JPEG is the quick path (torchvision's decoder, or Pillow's at a reduced DCT scale); everything else goes
-through Pillow, multi-band TIFF through tifffile. A file is believed by its first bytes, never by its name.
-What is done to the unusual ones: EXIF orientation is applied; alpha is composited on white; palettes and
-CMYK become RGB; 16-bit pixels keep their full range as 8 bits (65535 -> 255); float pixels in 0..1 are
-scaled by 255, others from their least to their greatest value; of an animation the first frame counts. A
-truncated file is bad, never padded with grey.
+JPEG is the quick path (torchvision's decoder, or Pillow's at a reduced DCT scale); other pictures of eight bits go
+through Pillow, deeper ones through `scientific`. A file is believed by its first bytes, never by its name. What is done
+to the unusual ones: EXIF orientation is applied; alpha is composited on white; palettes and CMYK become RGB; pixels of
+more than eight bits become floats by the range of their data set (`value_range`); of an animation the first frame
+counts, and as many pages of one size as there are channels are these channels. A truncated file is bad, never padded
+with grey.
 """
 
 import io
 import struct
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +18,14 @@ import torchvision  # noqa: F401 (loads the operator image::decode_jpeg)
 from PIL import Image
 from torch import Tensor
 
+from dinoreg.data import scientific
+from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, to_byte_scale
+
 MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956,970 in any case
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs a program
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
-_ORIENTATION_TAG = 0x0112
+_ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258
 _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
 
 
@@ -44,16 +46,14 @@ def _find_jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
 _decode_jpeg = _find_jpeg_operator()
 
 
-class BadImage(Exception):
-    """A file that cannot be used as an image. `str(error)` is the reason, without the file's name."""
-
-
 class EncodedImage:
     """An image whose size is known and whose pixels are decoded when asked for.
 
     height, width  pixels, after EXIF orientation
     format         "JPEG", "PNG", ... by content; "array" when it came as pixels
-    mode           the file's own channels in Pillow's words ("RGB", "L", "CMYK", "I;16", ...)
+    mode           the file's own channels in Pillow's words ("RGB", "L", "CMYK", ...), deeper ones by their type
+                   ("uint16 x 3")
+    pages          pictures in the file; more than one where an animation or a stack is cut to its first
     """
 
     def __init__(
@@ -62,25 +62,28 @@ class EncodedImage:
         in_channels: int = 3,
         max_pixels: int = MAX_PIXELS,
         min_side: int = MIN_SIDE,
+        value_range: ValueRange | None = None,
     ) -> None:
         """Read the header. Raises BadImage when it is no image, too large, too small or of other channels."""
-        self.in_channels = in_channels
+        self.in_channels, self.value_range, self.pages = in_channels, value_range, 1
         self._data = b"" if isinstance(data, np.ndarray) else data
         self._pixels: Tensor | None = None
         self._orientation = 1
         self.components = 0
         if isinstance(data, np.ndarray):
             self.format, self.mode = "array", "RGB" if data.ndim == 3 else "L"
-            self._pixels = _from_array(data, in_channels)
+            self._pixels = self._scaled(RawPixels(data if data.ndim == 3 else data[:, :, None]))
             self.height, self.width = self._pixels.shape[1:]
         elif not data:
             raise BadImage("the file is empty")
         elif not self._read_jpeg_header():
-            self._open_with_pillow(max_pixels)
+            self._open_other(max_pixels)
         _check_size(self.height, self.width, max_pixels, min_side)
 
     def pixels(self, reduction: int = 1) -> Tensor:
-        """Decode. Returns (in_channels, h, w) uint8, channels innermost in memory; BadImage when it fails.
+        """Decode. Returns (in_channels, h, w), channels innermost in memory; BadImage when it fails.
+
+        uint8 where the file has eight bits and its data set no range of its own, else float32 in 0..255.
 
         reduction  1, 2, 4 or 8; a JPEG comes with its sides divided by it (rounded up), other formats ignore
                    it
@@ -114,43 +117,96 @@ class EncodedImage:
         # bytearray: torch warns about memory that it may not write to
         encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
         try:
-            return _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
+            pixels = _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
         except RuntimeError:
             return self._jpeg_with_pillow(1)  # for what the other refuses; Pillow has the last word
+        return pixels if self.value_range is None else self._scaled(RawPixels(pixels.permute(1, 2, 0).numpy()))
 
     def _jpeg_with_pillow(self, reduction: int) -> Tensor:
         with Image.open(io.BytesIO(self._data), formats=("JPEG",)) as image:
             if reduction > 1:
                 mode = "L" if self.in_channels == 1 else "RGB"
                 image.draft(mode, (image.width // reduction, image.height // reduction))
-            return _from_pillow(image, self.in_channels)
+            return self._scaled(RawPixels(_rgb_or_bands(image, self.in_channels)))
 
-    def _open_with_pillow(self, max_pixels: int) -> None:
+    def _open_other(self, max_pixels: int) -> None:
+        """Decode what is no JPEG of the quick path."""
         try:
-            with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
-                self.format, self.mode = str(image.format), image.mode
-                _check_size(image.height, image.width, max_pixels, 1)
-                if image.format == "TIFF" and self.in_channels not in (1, 3):
-                    self._pixels = _multi_band_tiff(self._data, self.in_channels)
-                else:
-                    orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
-                    if image.format == "TIFF":
-                        orientation = 1  # Pillow turns a TIFF itself while it loads
-                    self._pixels = _orient(_from_pillow(image, self.in_channels), orientation)
+            if scientific.is_deep_png(self._data):
+                self._check_header(max_pixels)
+                raw = scientific.read_deep_png(self._data)
+                self._pixels = self._scaled(raw)
+                self.mode = f"{raw.values.dtype} x {raw.values.shape[2]}"
+            elif scientific.is_dicom(self._data):
+                raw = scientific.read_dicom(self._data)
+                self.format, self.mode = "DICOM", f"{raw.values.dtype} x {raw.values.shape[2]}"
+                self._pixels = self._scaled(raw)
+            elif scientific.is_tiff(self._data) and self._is_scientific(max_pixels):
+                raw, orientation, self.pages = scientific.read_tiff(self._data, self.in_channels, max_pixels)
+                self.format, self.mode = "TIFF", f"{raw.values.dtype} x {raw.values.shape[2]}"
+                self._pixels = _orient(self._scaled(raw), orientation)
+            else:
+                self._open_with_pillow(max_pixels)
         except BadImage:
             raise
         except Exception as error:
-            if self._data[:4] in (b"II*\0", b"MM\0*") and self.in_channels not in (1, 3):
-                self.format, self.mode = "TIFF", f"{self.in_channels} bands"
-                self._pixels = _multi_band_tiff(self._data, self.in_channels)
-            else:
-                raise BadImage(_reason(error)) from error
+            raise BadImage(_reason(error)) from error
+        assert self._pixels is not None
         self.height, self.width = self._pixels.shape[1:]
 
+    def _check_header(self, max_pixels: int) -> None:
+        """Refuse what is too large before it is decoded, by Pillow's reading of the header."""
+        with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
+            self.format = str(image.format)
+            _check_size(image.height, image.width, max_pixels, 1)
 
-def decode(data: bytes | np.ndarray, in_channels: int = 3, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decode a whole image. Returns (in_channels, H, W) uint8; raises BadImage when it cannot be used."""
-    return EncodedImage(data, in_channels, max_pixels, min_side=1).pixels()
+    def _is_scientific(self, max_pixels: int) -> bool:
+        """Whether a TIFF is not for Pillow: more than eight bits, bands, or pages that are channels."""
+        try:
+            with Image.open(io.BytesIO(self._data), formats=("TIFF",)) as image:
+                _check_size(image.height, image.width, max_pixels, 1)
+                bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))  # type: ignore[attr-defined]
+                pages = getattr(image, "n_frames", 1)
+                if self.in_channels not in (1, 3):
+                    return True
+                if image.mode.startswith("I;16"):
+                    return False
+                return max(bits) > 8 or (image.mode == "L" and pages == self.in_channels > 1)
+        except BadImage:
+            raise
+        except Exception:
+            return True  # tifffile may know it
+
+    def _open_with_pillow(self, max_pixels: int) -> None:
+        with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
+            self.format, self.mode, self.pages = str(image.format), image.mode, getattr(image, "n_frames", 1)
+            _check_size(image.height, image.width, max_pixels, 1)
+            # Pillow turns a TIFF itself while it loads.
+            orientation = 1 if image.format == "TIFF" else int(image.getexif().get(_ORIENTATION_TAG, 1))
+            if image.mode.startswith("I"):
+                image.load()
+                values = np.asarray(image)[:, :, None].astype(np.uint16)
+                turned = scientific.white_is_zero(image)
+                pixels = self._scaled(RawPixels(values, white_is_zero=turned))
+            else:
+                pixels = self._scaled(RawPixels(_rgb_or_bands(image, self.in_channels)))
+            self._pixels = _orient(pixels, orientation)
+
+    def _scaled(self, raw: RawPixels) -> Tensor:
+        return _from_array(to_byte_scale(raw, self.value_range), self.in_channels)
+
+
+def decode(
+    data: bytes | np.ndarray,
+    in_channels: int = 3,
+    max_pixels: int = MAX_PIXELS,
+    value_range: ValueRange | None = None,
+) -> Tensor:
+    """Decode a whole image. Returns (in_channels, H, W) on the scale of bytes, see `EncodedImage.pixels`.
+
+    raises BadImage when it cannot be used
+    """
+    return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
 
 
 def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
@@ -210,14 +266,13 @@ def _check_size(height: int, width: int, max_pixels: int, min_side: int) -> None
         raise BadImage(f"{width}x{height} pixels, the shorter side is below {min_side}")
 
 
-def _from_pillow(image: Image.Image, in_channels: int) -> Tensor:
-    """An opened Pillow image as (in_channels, H, W) uint8; loads it, so it raises what Pillow raises."""
+def _rgb_or_bands(image: Image.Image, in_channels: int) -> np.ndarray:
+    """An opened Pillow image of eight bits as (H, W, C); loads it, so it raises what Pillow raises."""
     image.load()
     mode = image.mode
-    if mode.startswith("I") or mode == "F":
-        return _from_array(_to_uint8(np.asarray(image)), in_channels)
     if in_channels not in (1, 3):
-        return _from_array(np.asarray(image), in_channels)
+        array = np.asarray(image)
+        return array if array.ndim == 3 else array[:, :, None]
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -227,51 +282,19 @@ def _from_pillow(image: Image.Image, in_channels: int) -> Tensor:
         if target == "L" and image.mode not in ("1", "RGB"):
             image = image.convert("RGB")
         image = image.convert(target)
-    return _from_array(np.array(image), in_channels)
-
-
-def _multi_band_tiff(data: bytes, in_channels: int) -> Tensor:
-    try:
-        import tifffile
-    except ImportError as error:
-        raise BadImage("TIFF with other than 1 or 3 channels needs the package tifffile") from error
-    try:
-        array: Any = tifffile.imread(io.BytesIO(data), key=0)
-    except Exception as error:
-        raise BadImage(_reason(error)) from error
-    if array.ndim == 3 and array.shape[0] == in_channels and array.shape[2] != in_channels:
-        array = array.transpose(1, 2, 0)  # planes one behind the other
-    return _from_array(_to_uint8(array), in_channels)
-
-
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    if array.dtype == np.uint8:
-        return array
-    low, high = float(array.min()), float(array.max())
-    if not np.isfinite(low) or not np.isfinite(high):
-        raise BadImage("pixels that are not finite")
-    if np.issubdtype(array.dtype, np.integer) and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0
-    elif low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    scaled = (array.astype(np.float32) - low) * (255.0 / max(high - low, 1e-12))
-    return np.rint(scaled).clip(0, 255).astype(np.uint8)
+    array = np.array(image)
+    return array if array.ndim == 3 else array[:, :, None]
 
 
 def _from_array(array: np.ndarray, in_channels: int) -> Tensor:
-    """(H, W) or (H, W, C) uint8 pixels as (in_channels, H, W); a grey image is repeated to three channels."""
-    if array.dtype != np.uint8:
-        raise BadImage(f"pixels of type {array.dtype}, expected uint8")
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim == 3 and array.shape[2] == 1 and in_channels == 3:
+    """(H, W, C) as (in_channels, H, W), type kept; grey is repeated to three channels, colour becomes luma for one."""
+    if array.shape[2] == 1 and in_channels == 3:
         array = np.repeat(array, 3, axis=2)
-    if array.ndim == 3 and array.shape[2] == 3 and in_channels == 1:
+    elif array.shape[2] == 3 and in_channels == 1:
         grey = array @ np.array([0.299, 0.587, 0.114])
-        array = np.rint(grey).astype(np.uint8)[:, :, None]
-    if array.ndim != 3 or array.shape[2] != in_channels:
-        channels = array.shape[2] if array.ndim == 3 else array.ndim
-        raise BadImage(f"{channels} channels, expected {in_channels}")
+        array = (np.rint(grey) if array.dtype == np.uint8 else grey).astype(array.dtype)[:, :, None]
+    if array.shape[2] != in_channels:
+        raise BadImage(f"{array.shape[2]} channels, expected {in_channels}")
     if not array.flags.writeable or not array.flags.c_contiguous:
         array = np.array(array, order="C")
     return torch.from_numpy(array).permute(2, 0, 1)

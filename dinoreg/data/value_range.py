@@ -1,0 +1,88 @@
+"""Which values of a pixel are black and which are white: pixels of any type on the scale of bytes, 0 to 255.
+
+Eight-bit pixels stay as they are. Deeper ones become float32, so that no level is lost, by one range for the whole
+data set (`data.range`), never by the least and greatest value of each picture: pictures of one set then compare.
+Without a range an unsigned type stands for its own (65535 is white), and floats for 0 to 1; whatever else needs one.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class BadImage(Exception):
+    """A file that cannot be used as an image. `str(error)` is the reason, without the file's name."""
+
+
+class ValueRange(NamedTuple):
+    """The values that become 0 and 255; one of each, or one for every channel."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+class RawPixels(NamedTuple):
+    """Pixels as a file has them.
+
+    values          (H, W, C) of any real type
+    alpha           (H, W) in 0..1, or None where nothing is transparent
+    white_is_zero   whether the least value is white (TIFF's PhotometricInterpretation 0, DICOM's MONOCHROME1)
+    nodata          a value that says "not measured", besides NaN; such pixels become black
+    own_range       the range that the file itself declares (a DICOM window); a data set's goes before it
+    """
+
+    values: np.ndarray
+    alpha: np.ndarray | None = None
+    white_is_zero: bool = False
+    nodata: float | None = None
+    own_range: tuple[float, float] | None = None
+
+
+def to_byte_scale(raw: RawPixels, value_range: ValueRange | None) -> np.ndarray:
+    """(H, W, C) on the scale of bytes: uint8 as they are where nothing is to be scaled, else float32 in 0..255.
+
+    raises BadImage where neither the type nor a range says what is black and what is white
+    """
+    values = raw.values
+    if values.dtype == np.uint8 and value_range is None and raw.nodata is None:
+        pixels = 255 - values if raw.white_is_zero else values
+    else:
+        missing = ~np.isfinite(values)
+        if raw.nodata is not None:
+            missing |= values == raw.nodata
+        low, high = _limits(raw, value_range, missing)
+        scaled = (values.astype(np.float64) - low) * (255.0 / (np.asarray(high, dtype=np.float64) - low))
+        pixels = scaled.clip(0.0, 255.0).astype(np.float32)
+        if raw.white_is_zero:
+            pixels = np.float32(255.0) - pixels
+        pixels[missing] = 0.0
+    if raw.alpha is None:
+        return pixels
+    alpha = raw.alpha[:, :, None].astype(np.float32)
+    return pixels * alpha + np.float32(255.0) * (1 - alpha)  # on white
+
+
+def _limits(
+    raw: RawPixels, value_range: ValueRange | None, missing: np.ndarray
+) -> tuple[np.ndarray | float, np.ndarray | float]:
+    if value_range is not None:
+        channels = raw.values.shape[2]
+        for name, limits in zip(("low", "high"), value_range):
+            if len(limits) not in (1, channels):
+                raise BadImage(f"{channels} channels, but data.range has {len(limits)} {name} values")
+        return np.array(value_range.low), np.array(value_range.high)
+    if raw.own_range is not None:
+        return raw.own_range
+    kind = raw.values.dtype
+    if kind == np.bool_:
+        return 0.0, 1.0
+    if np.issubdtype(kind, np.unsignedinteger):
+        return 0.0, float(np.iinfo(kind).max)
+    measured = raw.values[~missing]
+    low, high = (float(measured.min()), float(measured.max())) if measured.size else (0.0, 1.0)
+    if np.issubdtype(kind, np.floating) and low >= 0 and high <= 1:
+        return 0.0, 1.0
+    raise BadImage(
+        f"{kind} values from {low:g} to {high:g}: data.range=[LOW,HIGH] has to say which are black and white "
+        "(dinoreg inspect measures it)"
+    )
