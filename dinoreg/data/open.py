@@ -67,8 +67,7 @@ def labelled_folder(
     left out. Raises UserError when there are fewer than two classes.
     """
     root = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    found = index_folder(root, index_dir)
-    paths = [name for name in (found[i] for i in range(len(found))) if os.sep in name]
+    paths = [path for path in index_folder(root, index_dir) if os.sep in path]
     folders = [name.split(os.sep, 1)[0] for name in paths]
     names = sorted(set(folders))
     if len(names) < 2:

@@ -5,7 +5,7 @@ A source hands out undecoded images by index. It knows nothing of order, crops o
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -42,15 +42,20 @@ class PathSource(Source):
 
     def stamp(self) -> str:
         """By sizes and times of change; of more than STAMPED_FILES files, of that many at equal distances."""
-        digest = hashlib.sha256(self.paths.block)
-        count = min(len(self), STAMPED_FILES)
-        for index in np.linspace(0, len(self) - 1, count).astype(np.int64):
-            try:
-                info = os.stat(self.name(int(index)))
-                digest.update(f"{info.st_size} {info.st_mtime_ns} ".encode())
-            except OSError:
-                digest.update(b"missing ")
-        return digest.hexdigest()[:16]
+        indices = np.linspace(0, len(self) - 1, min(len(self), STAMPED_FILES)).astype(np.int64)
+        return stamp_of_files(self.paths.block, (self.name(int(index)) for index in indices))
+
+
+def stamp_of_files(start: bytes, paths: Iterable[str]) -> str:
+    """16 hexadecimal digits that change with `start` and with the sizes and times of change of files."""
+    digest = hashlib.sha256(start)
+    for path in paths:
+        try:
+            status = os.stat(path)
+            digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+        except OSError:
+            digest.update(b"missing ")
+    return digest.hexdigest()[:16]
 
 
 class ScenesSource(Source):

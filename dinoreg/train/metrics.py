@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -56,6 +57,7 @@ class Clock:
         }
 
 
+@dataclass
 class Monitor:
     """Follows a run step by step and writes its metrics and diagnoses.
 
@@ -64,21 +66,17 @@ class Monitor:
     pretrained  whether the backbone started from weights, with a learning rate of its own
     """
 
-    def __init__(
-        self,
-        log: SilentLog,
-        health: Health,
-        weights: WeightWatch,
-        source: Source,
-        batch_size: int,
-        *,
-        fp16: bool,
-        pretrained: bool,
-        ranks: Ranks,
-    ) -> None:
-        self.log, self.health, self.weights, self.source, self.ranks = log, health, weights, source, ranks
-        self.batch_size, self.global_batch_size = batch_size, batch_size * ranks.world_size
-        self.fp16, self.pretrained = fp16, pretrained
+    log: SilentLog
+    health: Health
+    weights: WeightWatch
+    source: Source
+    ranks: Ranks
+    batch_size: int
+    fp16: bool
+    pretrained: bool
+
+    def __post_init__(self) -> None:
+        self.global_batch_size = self.batch_size * self.ranks.world_size
         self.clock = Clock()
         self._steps: list[tuple[np.ndarray, Tensor]] = []  # sample ids and acceptance, since the last line
 
