@@ -100,14 +100,14 @@ def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options
     """Batches are of `batch_size` images of the source, readable or not: one that went on equals one that did not."""
     import torch
 
-    from dinoreg.data.decode import BadImage, decode
+    from dinoreg.data.decode import BadImage
     from dinoreg.evaluation.context import show_progress
     from dinoreg.evaluation.features.images import default_workers, parallel
     from dinoreg.visualize.subject import fit
 
     def read(index: int) -> Tensor | str:
         try:
-            return fit(decode(source.read(index), encoder.in_channels), size, size)
+            return fit(source.pixels(index, encoder.in_channels), size, size)
         except BadImage as error:
             return str(error)
 

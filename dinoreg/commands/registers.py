@@ -85,7 +85,7 @@ def read_pictures(options: RegistersOptions, size: int, channels: int) -> tuple[
     images, kept, skipped = [], [], []
     for index in order:
         try:
-            images.append(fit_size(decode(source.read(index), channels), size, size))
+            images.append(fit_size(source.pixels(index, channels), size, size))
             kept.append(index)
         except (BadImage, OSError) as error:
             skipped.append((source.name(index), " ".join(str(error).split())))

@@ -128,6 +128,9 @@ class AdaptConfig(Options, section="adapt"):
 class DataConfig(Options, section="data"):
     source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
+    range: list[float] | None = option(
+        None, "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type"
+    )
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     workers: int | None = option(
         None, "decoding threads; none: one per core, at most 16", low=0, high=1024, shapes_result=False
@@ -136,6 +139,17 @@ class DataConfig(Options, section="data"):
     index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_result=False)
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)
     max_pixels: int = option(200_000_000, "larger images count as unreadable")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        numbers = self.range or [0, 1]
+        ordered = all(low < high for low, high in zip(numbers[::2], numbers[1::2]))
+        check(
+            len(numbers) % 2 == 0 and ordered,
+            "data.range",
+            self.range,
+            "LOW,HIGH with LOW below HIGH, once or per channel",
+        )
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def augment(
 ) -> Tensor:
     """Apply the drawn changes and normalise.
 
-    crops    (n, C, h, w) uint8 on the device, in any memory layout
+    crops    (n, C, h, w) uint8, or float32 in 0..255, on the device, in any memory layout
     params   (n, len(P)) float32, one row a crop, on the CPU
     out      (n, C, h, w) float32 to write to; allocated when missing
     rows     the rows to work on; all of them when missing

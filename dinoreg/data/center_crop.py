@@ -6,21 +6,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.source import Source
+from dinoreg.data.value_range import BadImage
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
     """Resize the short side to `size` (antialiased bicubic) and crop the centre: torchvision's Resize and CenterCrop.
 
-    image   (C, H, W) uint8
-    returns (C, size, size) uint8
+    image   (C, H, W) uint8, or float32 in 0..255
+    returns (C, size, size) of the same type
     """
     height, width = image.shape[1:]
     short = min(height, width)
     shape = (size * height // short, size * width // short)
     if shape != (height, width):
-        image = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
+        image = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0].clamp_(0, 255)
     top, left = round((shape[0] - size) / 2), round((shape[1] - size) / 2)
     return image[:, top : top + size, left : left + size]
 
@@ -28,15 +28,17 @@ def center_crop(image: Tensor, size: int) -> Tensor:
 def center_crops(source: Source, indices: Iterable[int], size: int, in_channels: int = 3) -> tuple[Tensor, list[int]]:
     """Centre crops of some images of a source; unreadable ones are left out.
 
-    returns (n, C, size, size) uint8, and the n indices that could be read
+    returns (n, C, size, size) uint8, or float32 in 0..255 where one of them has more than eight bits, and the n indices
+            that could be read
     """
     images, readable = [], []
     for index in indices:
         try:
-            images.append(center_crop(decode(source.read(index), in_channels), size))
+            images.append(center_crop(source.pixels(index, in_channels), size))
         except (BadImage, OSError):
             continue
         readable.append(index)
     if not images:
         return torch.empty(0, in_channels, size, size, dtype=torch.uint8), []
-    return torch.stack(images), readable
+    deep = any(image.dtype != torch.uint8 for image in images)
+    return torch.stack([image.float() if deep else image for image in images]), readable

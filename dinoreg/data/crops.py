@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.config.view_settings import CropSettings
@@ -81,11 +82,16 @@ def reduce_box(box: tuple[int, int, int, int], reduction: int, height: int, widt
 def cut_crop(image: Tensor, box: tuple[int, int, int, int], out: Tensor) -> None:
     """Cut one box and resample it with an antialiased bicubic kernel, rounding to uint8 as Pillow does.
 
-    image  (C, H, W) uint8; quickest when the channels lie innermost in memory, as a decoder leaves them
-    out    (1, C, h, w) uint8, written in place; channels innermost in memory
+    image  (C, H, W) uint8 or float32 in 0..255; quickest when the channels lie innermost in memory, as a decoder
+           leaves them
+    out    (1, C, h, w) uint8, or float32 for data sets of more than eight bits; written in place; channels innermost
     """
     top, left, height, width = box
     source = image[None, :, top : top + height, left : left + width]
+    if image.dtype != torch.uint8 or out.dtype != torch.uint8:
+        pixels = F.interpolate(source.float(), out.shape[-2:], mode="bicubic", antialias=True).clamp_(0, 255)
+        out.copy_(pixels if out.dtype != torch.uint8 else pixels.round_())
+        return
     # The out= form writes into the batch buffer: allocating each crop costs as much as computing it.
     torch.ops.aten._upsample_bicubic2d_aa.out(source, out.shape[-2:], False, None, None, out=out)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data import augment as photometric
 from dinoreg.data import crops as geometry
-from dinoreg.data.decode import MAX_PIXELS, BadImage, EncodedImage
+from dinoreg.data.decode import MAX_PIXELS, BadImage
 from dinoreg.data.masks import block_masks, mask_tensors
 from dinoreg.data.rng import uniforms
 from dinoreg.data.sampler import Sampler
@@ -82,6 +82,7 @@ class Reading:
     prefetch          batches prepared ahead, at least 1
     max_bad_fraction  of the images seen that may be unreadable
     max_pixels        larger images count as bad
+    deep              keep crops as floats, for data sets of more than eight bits; else they are rounded to bytes
     reduced_decode    let a large JPEG be decoded at 1/2, 1/4 or 1/8 where no crop loses pixels by it
     """
 
@@ -89,6 +90,7 @@ class Reading:
     prefetch: int = 2
     max_bad_fraction: float = 0.01
     max_pixels: int = MAX_PIXELS
+    deep: bool = False
     reduced_decode: bool = True
 
     def num_workers(self, device: torch.device) -> int:
@@ -116,15 +118,15 @@ class Batch:
 class _Slot:
     """The memory that workers write one batch's crops to.
 
-    groups  uint8 crops by size: (2B, C, H, W), then (L*B, C, h, w) if there are local ones; channels innermost
+    groups  crops by size, of `dtype`: (2B, C, H, W), then (L*B, C, h, w) if there are local ones; channels innermost
     """
 
-    def __init__(self, batch_size: int, views: Views, pinned: bool) -> None:
+    def __init__(self, batch_size: int, views: Views, dtype: torch.dtype, pinned: bool) -> None:
         counts = ((2, views.crops.global_size), (views.crops.num_local, views.crops.local_size))
         self.groups = [
-            torch.empty(
-                count * batch_size, size, size, views.in_channels, dtype=torch.uint8, pin_memory=pinned
-            ).permute(0, 3, 1, 2)
+            torch.empty(count * batch_size, size, size, views.in_channels, dtype=dtype, pin_memory=pinned).permute(
+                0, 3, 1, 2
+            )
             for count, size in counts
             if count
         ]
@@ -294,7 +296,7 @@ class _Engine:
         raise RunError(f"data: no usable image found in {_ATTEMPTS} tries in place of {name} ({reason})")
 
     def _crop_image(self, job: _Job, row: int, sample: int) -> None:
-        image = EncodedImage(self.source.read(sample), self.views.in_channels, self.reading.max_pixels)
+        image = self.source.image(sample, self.views.in_channels, self.reading.max_pixels)
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
         reduction = 1
         if self.reading.reduced_decode and image.format == "JPEG":
@@ -347,7 +349,9 @@ class BatchLoader:
         self._engine = _Engine(source, views, reading, batch_size, seed, self.device, rank, world_size)
         self._finalizer = weakref.finalize(self, self._engine.stop)  # also runs when the interpreter exits
         self._ahead = 0 if self._engine.pool is None else max(1, reading.prefetch)
-        self._free = [_Slot(batch_size, views, self.device.type == "cuda") for _ in range(self._ahead + 1)]
+        pixels = torch.float32 if reading.deep else torch.uint8
+        pinned = self.device.type == "cuda"
+        self._free = [_Slot(batch_size, views, pixels, pinned) for _ in range(self._ahead + 1)]
         self._jobs: collections.deque[_Job] = collections.deque()
 
     def __iter__(self) -> BatchLoader:

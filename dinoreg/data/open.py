@@ -10,6 +10,7 @@ from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_folder
 from dinoreg.data.source import Source
 from dinoreg.data.sources import JoinedSource, PathSource, ScenesSource
 from dinoreg.data.tables import inside, parquet_table, rows_of
+from dinoreg.data.value_range import ValueRange
 from dinoreg.runtime.errors import UserError
 
 KINDS = (
@@ -26,6 +27,7 @@ def open_source(
     weights: Sequence[float] | None = None,
     index_dir: str | os.PathLike[str] | None = None,
     root: str | os.PathLike[str] | None = None,
+    value_range: Sequence[float] | None = None,
 ) -> Source:
     """Open what `data=` names.
 
@@ -35,9 +37,21 @@ def open_source(
                sizes
     index_dir  where folder indexes are kept; by default the user's cache folder
     root       the folder that the paths of a list must stay in; by default the list's own
+    value_range  LOW,HIGH of the whole data set, or of each channel; by default each file's type says it
 
     Raises UserError, in one line, for what is missing, empty, unreadable or of an unknown kind.
     """
+    source = _open(spec, weights, index_dir, root)
+    source.value_range = ValueRange.of(value_range)
+    return source
+
+
+def _open(
+    spec: str | os.PathLike[str] | Sequence[str],
+    weights: Sequence[float] | None,
+    index_dir: str | os.PathLike[str] | None,
+    root: str | os.PathLike[str] | None,
+) -> Source:
     if not isinstance(spec, (str, os.PathLike)):
         return _open_several(list(spec), weights, index_dir, root)
     if weights is not None and len(weights) != 1:
@@ -59,7 +73,9 @@ def open_source(
 
 
 def labelled_folder(
-    path: str | os.PathLike[str], index_dir: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    index_dir: str | os.PathLike[str] | None = None,
+    value_range: Sequence[float] | None = None,
 ) -> tuple[PathSource, np.ndarray, list[str]]:
     """A folder with one subfolder per class, for probes.
 
@@ -74,7 +90,9 @@ def labelled_folder(
         raise UserError(f"{root} has {len(names)} subfolder(s) with images, expected one per class, at least two")
     numbers = {name: number for number, name in enumerate(names)}
     labels = np.array([numbers[folder] for folder in folders], dtype=np.int64)
-    return PathSource(root, PathBlock.of(paths)), labels, names
+    source = PathSource(root, PathBlock.of(paths))
+    source.value_range = ValueRange.of(value_range)
+    return source, labels, names
 
 
 def _open_several(
@@ -90,7 +108,7 @@ def _open_several(
             raise UserError(f"data.weights has {len(weights)} numbers for {len(specs)} sources")
         if not all(0 < weight < float("inf") for weight in weights):
             raise UserError(f"data.weights={list(weights)}: expected positive numbers")
-    parts = [open_source(spec, None, index_dir, root) for spec in specs]
+    parts = [_open(spec, None, index_dir, root) for spec in specs]
     return parts[0] if len(parts) == 1 else JoinedSource(parts, weights)
 
 

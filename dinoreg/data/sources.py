@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.source import Group, Source
+from dinoreg.data.value_range import BadImage
 from dinoreg.scenes import render as scenes
 
 STAMPED_FILES = 50_000  # whose sizes and times are looked at when features are cached
@@ -132,6 +132,7 @@ class ChosenSource(Source):
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
+        self.value_range = source.value_range
 
     def __len__(self) -> int:
         return len(self.indices)

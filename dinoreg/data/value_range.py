@@ -5,6 +5,7 @@ data set (`data.range`), never by the least and greatest value of each picture: 
 Without a range an unsigned type stands for its own (65535 is white), and floats for 0 to 1; whatever else needs one.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,11 @@ class ValueRange(NamedTuple):
 
     low: tuple[float, ...]
     high: tuple[float, ...]
+
+    @classmethod
+    def of(cls, numbers: Sequence[float] | None) -> "ValueRange | None":
+        """From LOW,HIGH, or LOW,HIGH,LOW,HIGH,... for each channel, as `data.range` is written."""
+        return None if numbers is None else cls(tuple(numbers[::2]), tuple(numbers[1::2]))
 
 
 class RawPixels(NamedTuple):

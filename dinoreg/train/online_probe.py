@@ -169,7 +169,7 @@ def build_general(config: Config) -> Probe | None:
 
 
 def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
-    probe = _probe(config, *_labelled(spec, config.probe.num_images))
+    probe = _probe(config, *_labelled(spec, config.probe.num_images, config.data.range))
     assert probe.labels is not None
     if len(probe.images) < 4 or len(probe.labels[: len(probe.labels) // 2].unique()) < 2:
         raise UserError(f"{key}={spec}: expected at least 4 readable images of 2 classes")
@@ -184,12 +184,12 @@ def _probe(config: Config, source: Source, labels: np.ndarray | None = None, num
     return Probe(images, None if labels is None else torch.from_numpy(labels[readable]), num_classes, mean, std)
 
 
-def _labelled(spec: str, count: int) -> tuple[Source, np.ndarray, int]:
+def _labelled(spec: str, count: int, value_range: list[float] | None) -> tuple[Source, np.ndarray, int]:
     """Images, their labels (n,) int64 and the number of classes."""
     if spec == "scenes" or spec.startswith("scenes:"):
         source = open_source(spec if ":" in spec else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
         assert isinstance(source, ScenesSource)
         labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
         return source, np.array(labels), len(CLASS_NAMES)
-    folder, folder_labels, names = labelled_folder(spec)
+    folder, folder_labels, names = labelled_folder(spec, value_range=value_range)
     return folder, folder_labels, len(names)

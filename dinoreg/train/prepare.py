@@ -66,11 +66,12 @@ class Setup:
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of this run, from the samples on that `state` has reached."""
         config, data = self.config, self.config.data
-        patch_size = self.student.backbone.patch_size
+        patch_size, channels = self.student.backbone.patch_size, config.model.in_channels
+        deep = self.source.is_deep(channels)
         loader = BatchLoader(
             self.source,
-            Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels),
-            Reading(data.workers, data.prefetch, data.max_bad_fraction, data.max_pixels),
+            Views(config.crops, config.augment, config.mask, patch_size, channels),
+            Reading(data.workers, data.prefetch, data.max_bad_fraction, data.max_pixels, deep),
             batch_size=config.batch_size,
             seed=config.seed,
             device=self.device,
@@ -95,6 +96,7 @@ class Setup:
                     "mean": list(config.augment.mean),
                     "std": list(config.augment.std),
                     "image_size": config.crops.global_size,
+                    "range": config.data.range,
                 },
                 "config_hash": config.hash(),
             },
@@ -159,7 +161,7 @@ def _open_data(data: DataConfig, ranks: Ranks) -> Source:
     if data.source is None:
         raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
     with ranks.main_first():  # the others find the index ready
-        return open_source(data.source, weights=data.weights, root=data.root, index_dir=data.index_dir)
+        return open_source(data.source, data.weights, data.index_dir, data.root, data.range)
 
 
 def _check_parallel(config: Config, student: Networks, world_size: int) -> str:

@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 
 from dinoreg.config.load import Config, find_config, load_config
-from dinoreg.data.decode import decode
 from dinoreg.data.loader import Batch, BatchLoader, Reading, Views
 from dinoreg.data.source import Source
 from dinoreg.models.registry import parse_name
@@ -112,7 +111,7 @@ def default_folder(config: str) -> Path:
 
 
 def _original(source: Source, index: int, settings: Config) -> Image.Image:
-    pixels = decode(source.read(index), settings.model.in_channels)[None]  # (1, C, H, W)
+    pixels = source.pixels(index, settings.model.in_channels)[None]  # (1, C, H, W)
     return tile(to_pixels(pixels.float() / 255, (0.0,), (1.0,))[0], TILE)
 
 

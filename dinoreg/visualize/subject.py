@@ -19,7 +19,7 @@ from dinoreg.checkpoint.run_folder import newest_teacher, run_of, teacher_step
 from dinoreg.config.load import load_config
 from dinoreg.config.schema import DataConfig
 from dinoreg.data.center_crop import center_crop
-from dinoreg.data.decode import BadImage, decode
+from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
@@ -208,7 +208,7 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
         return center_crop(image, height)
     scale = max(height / rows, width / columns)
     shape = (max(height, round(rows * scale)), max(width, round(columns * scale)))
-    resized = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0]
+    resized = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0].clamp_(0, 255)
     top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
     return resized[:, top : top + height, left : left + width]
 
@@ -231,7 +231,7 @@ def read_pictures(
     pixels, names, skipped = [], [], []
     for index in evenly_spaced(len(source), num or NUM_IMAGES):
         try:
-            pixels.append(fit(decode(source.read(index), subject.model.in_channels), *size))
+            pixels.append(fit(source.pixels(index, subject.model.in_channels), *size))
             names.append(source.name(index))
         except BadImage as error:
             skipped.append((source.name(index), str(error)))
@@ -267,7 +267,7 @@ def config_source(data: DataConfig, missing: str) -> Source:
     if data.source is None:
         raise UserError(missing)
     index = Path(data.index_dir) if data.index_dir else None
-    return open_source(data.source, weights=data.weights, root=data.root, index_dir=index)
+    return open_source(data.source, data.weights, index, data.root, data.range)
 
 
 def newest_step(run: Path) -> int:
