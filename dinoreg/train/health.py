@@ -177,21 +177,17 @@ class Health:
         self._clear()
 
     def _clear(self) -> None:
-        self._sums: dict[str, Tensor] = {}
         self._steps = 0
-        self._marginal: Tensor | None = None
+        self._sums: Tensor | float = 0.0  # (2,) of the targets' entropy and the features' spread
+        self._marginal: Tensor | float = 0.0  # (K,) of the mean targets
 
     @torch.no_grad()
     def observe(self, result: StepResult) -> None:
         """Take the signals of one step; nothing waits for the device."""
-        targets = result.targets.dino  # (2B, K)
+        targets, features = result.targets.dino, result.targets.features  # (2B, K), (2B, D)
         entropy = torch.special.entr(targets).sum(dim=-1).mean()
-        marginal = targets.mean(dim=0)  # (K,)
-        self._marginal = marginal if self._marginal is None else self._marginal + marginal
-        features = result.targets.features
-        signals = {"teacher_entropy": entropy, "feature_std": _spread(features)}
-        for name, value in signals.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._sums = self._sums + torch.stack([entropy, _spread(features)])
+        self._marginal = self._marginal + targets.mean(dim=0)
         self._steps += 1
         self.features.append(features)
         # Whole steps, so that the images are the same however many processes share them.
@@ -204,21 +200,23 @@ class Health:
 
         They are those of all processes, which call together; the spread is the mean of each one's own batch.
         """
-        if self._steps == 0 or self._marginal is None:
+        if not isinstance(self._sums, Tensor) or not isinstance(self._marginal, Tensor):
             return {}
-        means = self.ranks.all_reduce_mean(torch.stack(list(self._sums.values()))) / self._steps
-        metrics = dict(zip(self._sums, means.tolist()))
-        metrics["teacher_entropy_max"] = math.log(self.num_prototypes)
+        entropy, spread = (self.ranks.all_reduce_mean(self._sums) / self._steps).tolist()
         marginal = self.ranks.all_reduce_mean(self._marginal) / self._steps
-        metrics["target_marginal_entropy"] = float(torch.special.entr(marginal).sum())
-        # A prototype counts as used when it gets at least a tenth of its even share.
-        metrics["prototype_usage"] = float((marginal > 0.1 / self.num_prototypes).float().mean())
         share = -(-RANK_WINDOW // self.ranks.world_size)
         own = self.features[0][-share:] if len(self.features) == 1 else torch.cat(list(self.features))
         window = self.ranks.gather_rows(own)
-        metrics["feature_rank"] = rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan
         self._clear()
-        return metrics
+        return {
+            "teacher_entropy": entropy,
+            "feature_std": spread,
+            "teacher_entropy_max": math.log(self.num_prototypes),
+            "target_marginal_entropy": float(torch.special.entr(marginal).sum()),
+            # A prototype counts as used when it gets at least a tenth of its even share.
+            "prototype_usage": float((marginal > 0.1 / self.num_prototypes).float().mean()),
+            "feature_rank": rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan,
+        }
 
     def diagnose(self, metrics: Mapping[str, Any]) -> list[Diagnosis]:
         """What is wrong according to one line of metrics; each diagnosis is given once a run.
@@ -262,10 +260,9 @@ class WeightWatch:
         self.ranks = ranks
         names = [name for name, p in student["backbone"].named_parameters() if p.ndim == 2 and "blocks" in name]
         chosen = names[:: max(1, len(names) // 4)][:4]
-        students = dict(student["backbone"].named_parameters())
-        teachers = dict(teacher["backbone"].named_parameters())
-        self.student = [local(students[name]) for name in chosen]
-        self.teacher = [local(teachers[name]) for name in chosen]
+        self.student, self.teacher = (
+            [local(networks["backbone"].get_parameter(name)) for name in chosen] for networks in (student, teacher)
+        )
         self._before: list[Tensor] = []
 
     @torch.no_grad()
@@ -274,13 +271,11 @@ class WeightWatch:
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
-        """{"update_ratio", "teacher_distance"}: norms of differences over the norm of the weights."""
-        if not self._before:
-            return {}
-        norm = self._norm(self._before)
-        moved = self._norm([now - then for now, then in zip(self.student, self._before)])
+        """{"update_ratio", "teacher_distance"}: norms of differences over the norm of the weights at `before`."""
+        before, self._before = self._before, []
+        norm = self._norm(before)
+        moved = self._norm([now - then for now, then in zip(self.student, before)])
         apart = self._norm([now - average for now, average in zip(self.student, self.teacher)])
-        self._before = []
         return {"update_ratio": float(moved / norm), "teacher_distance": float(apart / norm)}
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:

@@ -82,12 +82,7 @@ class TrainState:
 
     def numbers(self) -> dict[str, Any]:
         """The rest of a checkpoint: plain numbers and lists, written as JSON."""
-        return {
-            "step": self.step,
-            "position": self.position,
-            "rollbacks": self.rollbacks,
-            "history": self.history,
-        }
+        return {name: getattr(self, name) for name in ("step", "position", "rollbacks", "history")}
 
     def load(self, tensors: dict[str, Any], numbers: dict[str, Any]) -> None:
         """Take over a checkpoint read into `tensors()` of this very state."""
@@ -99,30 +94,15 @@ class TrainState:
             self.centers[name].copy_(center)
         for name in ("loss_scale", "scale_age", "rejected"):
             getattr(self, name).copy_(tensors[name])
-        self.step = numbers["step"]
-        self.position = numbers["position"]
+        self.step, self.position, self.history = numbers["step"], numbers["position"], numbers["history"]
         self.rollbacks = max(self.rollbacks, numbers["rollbacks"])
-        self.history = numbers["history"]
 
 
 def build_backbone(config: Config) -> RegisterViT:
-    model = config.model
-    shape = {key: getattr(model, key) for key in ("dim", "depth", "heads", "ffn") if getattr(model, key) is not None}
-    return build(
-        model.name,
-        image_size=config.crops.global_size,
-        ffn_ratio=model.ffn_ratio,
-        layerscale=model.layerscale,
-        drop_path=model.drop_path,
-        drop_path_uniform=model.drop_path_uniform,
-        in_channels=model.in_channels,
-        antialias=model.antialias,
-        position_offset=model.position_offset,
-        init_std=model.init_std,
-        attention=model.attention,
-        checkpointing=model.checkpointing,
-        **shape,
-    )
+    """The config's network on the CPU; what the config leaves open is as the model's name says."""
+    options = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
+    del options["compile"]  # done from outside
+    return build(**options, image_size=config.crops.global_size)
 
 
 def build_networks(config: Config) -> tuple[Networks, Networks]:
