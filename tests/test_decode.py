@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from dinoreg.data import decode as decode_module
 from dinoreg.data.decode import BadImage, EncodedImage, decode, jpeg_header
+from dinoreg.data.value_range import ValueRange
 
 PHOTO = Image.fromarray(skimage.data.astronaut()).crop((60, 10, 260, 160))  # 200 x 150
 
@@ -138,11 +139,14 @@ def test_sixteen_bit_pixels_keep_their_whole_range(kind: str) -> None:
     assert (pixels.min(), pixels.max()) == (0, 255)
 
 
-def test_float_tiff_is_scaled_from_its_range() -> None:
-    unit, wide = np.random.default_rng(0).random((9, 11), dtype=np.float32), np.linspace(-50, 3000, 99)
-    assert np.abs(array(encoded(Image.fromarray(unit), "TIFF"))[..., 0] - unit * 255).max() <= 0.51
-    pixels = array(encoded(Image.fromarray(wide.reshape(9, 11).astype(np.float32)), "TIFF"))
-    assert (pixels.min(), pixels.max()) == (0, 255)
+def test_float_tiff_is_of_0_to_1_or_needs_a_range() -> None:
+    unit = np.random.default_rng(0).random((9, 11), dtype=np.float32)
+    wide = encoded(Image.fromarray(np.linspace(-50, 3000, 99).reshape(9, 11).astype(np.float32)), "TIFF")
+    assert np.abs(array(encoded(Image.fromarray(unit), "TIFF"))[..., 0] - unit * 255).max() <= 1e-4
+    with pytest.raises(BadImage, match=r"from -50 to 3000: data.range="):
+        decode(wide)
+    pixels = array(wide, value_range=ValueRange((-50,), (3000,)))[..., 0]
+    assert np.abs(pixels.ravel() - np.linspace(0, 255, 99)).max() < 1e-3
 
 
 def test_many_band_tiff_gives_its_bands_in_either_planar_order() -> None:

@@ -39,6 +39,8 @@ class ReportOptions(Options, verb="report"):
 class InspectOptions(Options, verb="inspect"):
     data: str | list[str] = option(REQUIRED, "a folder of images, [several], a list of paths, or scenes")
     sample: int = option(1000, "images that are opened and decoded", unit="image", low=1)
+    in_channels: int = option(3, "image channels of the model that is to see them", low=1, high=65536)
+    range: list[float] | None = option(None, "LOW,HIGH as in data.range; none: each file's type says it")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class EncodedImage:
     mode           the file's own channels in Pillow's words ("RGB", "L", "CMYK", ...), deeper ones by their type
                    ("uint16 x 3")
     pages          pictures in the file; more than one where an animation or a stack is cut to its first
+    raw            the pixels as the file has them; None for a JPEG, which is decoded when asked for
     """
 
     def __init__(
@@ -66,18 +67,19 @@ class EncodedImage:
     ) -> None:
         """Read the header. Raises BadImage when it is no image, too large, too small or of other channels."""
         self.in_channels, self.value_range, self.pages = in_channels, value_range, 1
+        self.components, self._orientation = 0, 1
         self._data = b"" if isinstance(data, np.ndarray) else data
-        self._pixels: Tensor | None = None
-        self._orientation = 1
-        self.components = 0
+        self.raw: RawPixels | None = None
         if isinstance(data, np.ndarray):
             self.format, self.mode = "array", "RGB" if data.ndim == 3 else "L"
-            self._pixels = self._scaled(RawPixels(data if data.ndim == 3 else data[:, :, None]))
-            self.height, self.width = self._pixels.shape[1:]
+            self.raw = RawPixels(data if data.ndim == 3 else data[:, :, None])
         elif not data:
             raise BadImage("the file is empty")
         elif not self._read_jpeg_header():
-            self._open_other(max_pixels)
+            self.raw = self._read_other(max_pixels)
+        if self.raw is not None:
+            height, width = self.raw.values.shape[:2]
+            self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
         _check_size(self.height, self.width, max_pixels, min_side)
 
     def pixels(self, reduction: int = 1) -> Tensor:
@@ -88,17 +90,18 @@ class EncodedImage:
         reduction  1, 2, 4 or 8; a JPEG comes with its sides divided by it (rounded up), other formats ignore
                    it
         """
-        if self._pixels is not None:
-            return self._pixels
-        try:
-            if reduction > 1 or self.components not in (1, 3) or self.in_channels not in (1, 3):
-                image = self._jpeg_with_pillow(reduction)
-            else:
-                image = self._whole_jpeg()
-        except BadImage:
-            raise
-        except Exception as error:
-            raise BadImage(_reason(error)) from error
+        if self.raw is not None:
+            image = self._scaled(self.raw)
+        else:
+            try:
+                if reduction > 1 or self.components not in (1, 3) or self.in_channels not in (1, 3):
+                    image = self._jpeg_with_pillow(reduction)
+                else:
+                    image = self._whole_jpeg()
+            except BadImage:
+                raise
+            except Exception as error:
+                raise BadImage(_reason(error)) from error
         return _orient(image, self._orientation)
 
     def _read_jpeg_header(self) -> bool:
@@ -129,30 +132,26 @@ class EncodedImage:
                 image.draft(mode, (image.width // reduction, image.height // reduction))
             return self._scaled(RawPixels(_rgb_or_bands(image, self.in_channels)))
 
-    def _open_other(self, max_pixels: int) -> None:
+    def _read_other(self, max_pixels: int) -> RawPixels:
         """Decode what is no JPEG of the quick path."""
         try:
             if scientific.is_deep_png(self._data):
                 self._check_header(max_pixels)
                 raw = scientific.read_deep_png(self._data)
-                self._pixels = self._scaled(raw)
-                self.mode = f"{raw.values.dtype} x {raw.values.shape[2]}"
             elif scientific.is_dicom(self._data):
-                raw = scientific.read_dicom(self._data)
-                self.format, self.mode = "DICOM", f"{raw.values.dtype} x {raw.values.shape[2]}"
-                self._pixels = self._scaled(raw)
+                self.format = "DICOM"
+                raw = scientific.read_dicom(self._data, max_pixels)
             elif scientific.is_tiff(self._data) and self._is_scientific(max_pixels):
-                raw, orientation, self.pages = scientific.read_tiff(self._data, self.in_channels, max_pixels)
-                self.format, self.mode = "TIFF", f"{raw.values.dtype} x {raw.values.shape[2]}"
-                self._pixels = _orient(self._scaled(raw), orientation)
+                self.format = "TIFF"
+                raw, self._orientation, self.pages = scientific.read_tiff(self._data, self.in_channels, max_pixels)
             else:
-                self._open_with_pillow(max_pixels)
+                return self._read_with_pillow(max_pixels)
         except BadImage:
             raise
         except Exception as error:
             raise BadImage(_reason(error)) from error
-        assert self._pixels is not None
-        self.height, self.width = self._pixels.shape[1:]
+        self.mode = f"{raw.values.dtype} x {raw.values.shape[2]}"
+        return raw
 
     def _check_header(self, max_pixels: int) -> None:
         """Refuse what is too large before it is decoded, by Pillow's reading of the header."""
@@ -177,20 +176,18 @@ class EncodedImage:
         except Exception:
             return True  # tifffile may know it
 
-    def _open_with_pillow(self, max_pixels: int) -> None:
+    def _read_with_pillow(self, max_pixels: int) -> RawPixels:
         with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
             self.format, self.mode, self.pages = str(image.format), image.mode, getattr(image, "n_frames", 1)
             _check_size(image.height, image.width, max_pixels, 1)
-            # Pillow turns a TIFF itself while it loads.
-            orientation = 1 if image.format == "TIFF" else int(image.getexif().get(_ORIENTATION_TAG, 1))
-            if image.mode.startswith("I"):
-                image.load()
-                values = np.asarray(image)[:, :, None].astype(np.uint16)
-                turned = scientific.white_is_zero(image)
-                pixels = self._scaled(RawPixels(values, white_is_zero=turned))
-            else:
-                pixels = self._scaled(RawPixels(_rgb_or_bands(image, self.in_channels)))
-            self._pixels = _orient(pixels, orientation)
+            if image.format != "TIFF":  # which Pillow turns itself while it loads
+                self._orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+            if not image.mode.startswith("I"):
+                return RawPixels(_rgb_or_bands(image, self.in_channels))
+            image.load()
+            self.mode = "uint16 x 1"
+            values = np.asarray(image)[:, :, None].astype(np.uint16)
+            return RawPixels(values, white_is_zero=scientific.white_is_zero(image))
 
     def _scaled(self, raw: RawPixels) -> Tensor:
         return _from_array(to_byte_scale(raw, self.value_range), self.in_channels)

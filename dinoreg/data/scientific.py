@@ -90,7 +90,7 @@ def _pages_as_channels(file: Any, in_channels: int) -> np.ndarray:
     return np.stack(pages, axis=2)
 
 
-def read_dicom(data: bytes) -> RawPixels:
+def read_dicom(data: bytes, max_pixels: int) -> RawPixels:
     """A DICOM picture through pydicom, in the units of its rescale slope and intercept (Hounsfield for CT).
 
     Its own window, where it has one, says what is black and white, unless the data set has a range; of several frames
@@ -102,6 +102,8 @@ def read_dicom(data: bytes) -> RawPixels:
     except ImportError:
         raise BadImage("a DICOM file needs the package pydicom") from None
     file = pydicom.dcmread(io.BytesIO(data))
+    if int(file.Rows) * int(file.Columns) > max_pixels:
+        raise BadImage(f"{file.Columns}x{file.Rows} pixels, more than the limit of {max_pixels}")
     values = file.pixel_array
     if int(file.get("NumberOfFrames", 1) or 1) > 1:
         values = values[0]

@@ -67,6 +67,7 @@ DEPENDENCIES = (
     Dependency("h5py", "eval", ">=3.10,<4", "datasets that come as HDF5"),
     Dependency("pyarrow", "data", ">=15,<27", "lists of images and features as .parquet", "pyarrow.parquet"),
     Dependency("tifffile", "data", ">=2024.1", "TIFF images with more than 8 bits or an odd layout"),
+    Dependency("pydicom", "data", ">=3,<4", "DICOM images"),
     Dependency("timm", "export", ">=1.0.16,<2", "its models, and the parity check of an export to it"),
     Dependency("transformers", "export", ">=4.51,<6", "transformers' models, and the parity check of an export to it"),
     Dependency("onnx", "export", ">=1.16,<2", "writing ONNX files"),
