@@ -128,11 +128,8 @@ def _embed(options: EmbedOptions) -> None:
 def _inspect(options: InspectOptions) -> None:
     from dinoreg.data.statistics import inspect_source, render_inspection
 
-    print(
-        render_inspection(
-            inspect_source(options.data, options.sample, in_channels=options.in_channels, value_range=options.range)
-        )
-    )
+    found = inspect_source(options.data, options.sample, in_channels=options.in_channels, value_range=options.range)
+    print(render_inspection(found))
 
 
 def _launch(arguments: list[str]) -> None:

@@ -40,7 +40,7 @@ def read_deep_png(data: bytes) -> RawPixels:
 def read_tiff(data: bytes, in_channels: int, max_pixels: int) -> tuple[RawPixels, int, int]:
     """A TIFF through tifffile: any type, bands as samples, planes or pages.
 
-    returns pixels, EXIF orientation (1..8), and how many pages the file has
+    returns pixels, EXIF orientation (1..8), and how many pages the file has that are no channels
     raises BadImage where tifffile (or what it needs for a compression) is not installed, and where the pages are
            neither the channels of one picture nor a first picture of that many channels
     """
@@ -54,8 +54,9 @@ def read_tiff(data: bytes, in_channels: int, max_pixels: int) -> tuple[RawPixels
         if page.imagelength * page.imagewidth > max_pixels:
             raise BadImage(f"{page.imagewidth}x{page.imagelength} pixels, more than the limit of {max_pixels}")
         values = _channels_last(page.asarray(), page, in_channels)
-        if values.shape[2] == 1 and in_channels > 1 and (in_channels != 3 or len(file.pages) == 3):
-            values = _pages_as_channels(file, in_channels)
+        pages = len(file.pages)
+        if values.shape[2] == 1 and in_channels > 1 and (in_channels != 3 or pages == 3):
+            values, pages = _pages_as_channels(file, in_channels), 1
         nodata = page.tags.get(_GDAL_NODATA)
         white_is_zero = page.photometric == _WHITE_IS_ZERO
         alpha = None
@@ -65,7 +66,7 @@ def read_tiff(data: bytes, in_channels: int, max_pixels: int) -> tuple[RawPixels
         missing = None if nodata is None else _number(nodata.value)
         orientation = page.tags.get(_ORIENTATION)
         turned = 1 if orientation is None else int(orientation.value)
-        return RawPixels(values, alpha, white_is_zero, missing), turned, len(file.pages)
+        return RawPixels(values, alpha, white_is_zero, missing), turned, pages
 
 
 def _channels_last(values: np.ndarray, page: Any, in_channels: int) -> np.ndarray:

@@ -110,9 +110,8 @@ def _sample(raw: RawPixels) -> np.ndarray:
     """Some values of a picture, from all over it, without those that say "not measured"."""
     values = raw.values.reshape(-1)
     values = values[:: max(1, len(values) // _VALUES)].astype(np.float64)
-    return (
-        values[np.isfinite(values) & (values != raw.nodata)] if raw.nodata is not None else values[np.isfinite(values)]
-    )
+    measured = np.isfinite(values)
+    return values[measured if raw.nodata is None else measured & (values != raw.nodata)]
 
 
 def _values(images: list[dict[str, Any]]) -> dict[str, Any]:
