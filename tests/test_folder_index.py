@@ -40,7 +40,7 @@ def test_images_are_found_at_any_depth_by_extension_in_any_case_and_in_one_order
         "c/f.bmp",
         "c/g.tif",
         "notes.txt",
-        "h.gif",
+        "h.svg",
     )
     touch(tmp_path, ".hidden/i.jpg", "._b.jpg", "folder.jpg/inner.png")
     expected = [
@@ -115,14 +115,24 @@ def test_the_cache_folder_is_where_the_desktop_standard_says(monkeypatch: pytest
     assert cache_folder() == Path.home() / ".cache" / "dinoreg"
 
 
-def test_linked_folders_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+def test_linked_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
     root, other = tmp_path / "photos", tmp_path / "other"
     touch(root, "a/b.jpg")
     touch(other, "c.jpg")
     (root / "a" / "up").symlink_to(root)
     (root / "linked").symlink_to(other)
     (root / "more").symlink_to(other)
-    assert names(index_folder(root, tmp_path / "kept")) == ["a/b.jpg", "linked/c.jpg"]
+    assert names(index_folder(root, tmp_path / "kept")) == ["a/b.jpg", "linked/c.jpg", "more/c.jpg"]
+
+
+def test_a_link_in_a_circle_is_one_bad_image_and_what_is_no_image_is_counted(tmp_path: Path) -> None:
+    root = tmp_path / "photos"
+    touch(root, "a.jpg", "b.HEIC", "sub/c.heic", "sub/notes", ".hidden.txt")
+    (root / "round.jpg").symlink_to(root / "round.jpg")
+    for _ in range(2):  # found, then read from the index that was kept
+        found = index_folder(root, tmp_path / "kept")
+        assert names(found) == ["a.jpg", "round.jpg"]
+        assert found.passed_over == {".heic": 2, "": 1}
 
 
 def test_a_missing_an_empty_folder_and_a_file_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -12,23 +12,28 @@ import os
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from dinoreg.runtime.errors import UserError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
+_FORMATS = "jpg jpeg jpe jfif mpo png webp tif tiff bmp gif ppm pgm pbm pnm dcm dicom"
+EXTENSIONS = frozenset(f".{name}" for name in _FORMATS.split())
 SETTLED_NS = 1_000_000_000
-_VERSION = 2
+_VERSION = 3
 
 
 class PathBlock:
-    """An immutable sequence of paths, stored as NUL-terminated names in one block of bytes."""
+    """An immutable sequence of paths, stored as NUL-terminated names in one block of bytes.
 
-    def __init__(self, block: bytes) -> None:
-        self.block = block
+    passed_over  how many other files were found beside them, by ending (".heic", "" for none)
+    """
+
+    def __init__(self, block: bytes, passed_over: Mapping[str, int] | None = None) -> None:
+        self.block, self.passed_over = block, dict(passed_over or {})
         self._ends = np.flatnonzero(self.as_array() == 0)
 
     @classmethod
@@ -62,8 +67,9 @@ def index_folder(root: str | os.PathLike[str], index_dir: str | os.PathLike[str]
     index_dir  where the index is kept; by default the user's cache folder. One that cannot be written is
                done without.
 
-    Folders are entered in the order of their names, a folder's own files first. Linked folders are followed,
-    each real folder once. Raises UserError for a folder that is missing, cannot be read or holds no image.
+    Folders are entered in the order of their names, a folder's own files first. Linked folders are followed, but
+    not into a folder that they lie in; a link that leads nowhere counts as an unreadable image if it is called like
+    one. Raises UserError for a folder that is missing, cannot be read or holds no image.
     """
     root = os.path.abspath(root)
     if not os.path.isdir(root):
@@ -73,13 +79,20 @@ def index_folder(root: str | os.PathLike[str], index_dir: str | os.PathLike[str]
     evidence = f"{_VERSION} {root}"
     kept = load_index(file, evidence)
     if kept is not None and _unchanged(root, PathBlock.from_array(kept["folders"]), kept["times"]):
-        return PathBlock.from_array(kept["paths"])
+        endings = PathBlock.from_array(kept["endings"])
+        return PathBlock(kept["paths"].tobytes(), dict(zip(endings, kept["counts"].tolist())))
     started = time.time_ns()
     paths, folders, times = _scan(root)
     if not len(paths):
         known = " ".join(sorted(extension[1:] for extension in EXTENSIONS))
         raise UserError(f"data: no image files below {root} (looked for {known})")
-    arrays = {"folders": PathBlock.of(folders).as_array(), "times": np.array(times), "paths": paths.as_array()}
+    arrays = {
+        "folders": PathBlock.of(folders).as_array(),
+        "times": np.array(times),
+        "paths": paths.as_array(),
+        "endings": PathBlock.of(list(paths.passed_over)).as_array(),
+        "counts": np.array(list(paths.passed_over.values()), dtype=np.int64),
+    }
     save_index(file, evidence, arrays, started, newest=max(times))
     return paths
 
@@ -141,38 +154,48 @@ def _scan(root: str) -> tuple[PathBlock, list[str], list[int]]:
     pieces: list[bytes] = []
     folders: list[str] = []
     times: list[int] = []
-    visited: set[tuple[int, int]] = set()
-    waiting = [""]
+    passed_over: Counter[str] = Counter()
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]  # folders, and what they lie in
     while waiting:
-        folder = waiting.pop()
+        folder, above = waiting.pop()
         path = os.path.join(root, folder)
         try:
             status = os.stat(path)
-            if (status.st_dev, status.st_ino) in visited:
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
                 continue
-            visited.add((status.st_dev, status.st_ino))
-            names, below = _list_folder(path)
+            names, below = _list_folder(path, passed_over)
         except OSError as error:
             raise UserError(f"data: cannot read the folder {path}: {error.strerror}") from error
         folders.append(folder)
         times.append(status.st_mtime_ns)
         prefix = os.fsencode(folder) + b"/" if folder else b""
         pieces.extend(prefix + name + b"\0" for name in sorted(names))
-        waiting.extend(os.path.join(folder, name) for name in sorted(below, reverse=True))
-    return PathBlock(b"".join(pieces)), folders, times
+        inside = above | {identity}
+        waiting.extend((os.path.join(folder, name), inside) for name in sorted(below, reverse=True))
+    return PathBlock(b"".join(pieces), passed_over), folders, times
 
 
-def _list_folder(path: str) -> tuple[list[bytes], list[str]]:
-    """The names of a folder's image files, and of its subfolders."""
+def _list_folder(path: str, passed_over: Counter[str]) -> tuple[list[bytes], list[str]]:
+    """The names of a folder's image files, and of its subfolders; other files are counted by their endings."""
     names: list[bytes] = []
     below: list[str] = []
     with os.scandir(path) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS
-            if entry.is_dir():
+            ending = os.path.splitext(entry.name)[1].lower()
+            if _is_folder(entry):
                 below.append(entry.name)
-            elif is_image and entry.is_file():
+            elif ending in EXTENSIONS and (entry.is_symlink() or entry.is_file()):
                 names.append(os.fsencode(entry.name))
+            else:
+                passed_over[ending] += 1
     return names, below
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads in a circle
+        return False

@@ -29,6 +29,11 @@ class Source(ABC):
 
     value_range: ValueRange | None = None
 
+    @property
+    def passed_over(self) -> dict[str, int]:
+        """Files that lie between the images and are none, by ending."""
+        return {}
+
     @abstractmethod
     def __len__(self) -> int: ...
 

@@ -5,6 +5,7 @@ A source hands out undecoded images by index. It knows nothing of order, crops o
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,6 +24,10 @@ class PathSource(Source):
 
     def __init__(self, root: str, paths: PathBlock) -> None:
         self.root, self.paths = root, paths
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        return self.paths.passed_over
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -97,6 +102,10 @@ class JoinedSource(Source):
     def __init__(self, parts: Sequence[Source], weights: Sequence[float] | None = None) -> None:
         self.parts, self.weights = list(parts), weights
         self._starts = np.cumsum([0] + [len(part) for part in parts])
+
+    @property
+    def passed_over(self) -> dict[str, int]:
+        return dict(sum((Counter(part.passed_over) for part in self.parts), Counter()))
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -40,7 +40,8 @@ def inspect_source(
                mean, std (per channel, of pixels in 0..1, every image weighing the same; None without images), types
                (of pixels -> images), values (least, 0.1 %, 99.9 %, greatest) and used (the share of their type's
                range) of images of more than eight bits or None, range (a suggestion for `data.range`, or None),
-               pages (how many in a file -> images, where more than one)
+               passed_over (files that are no images, by ending), pages (how many in a file -> images, where more
+               than one)
     raises     UserError as `open_source` does
     """
     source = open_source(spec, value_range=value_range)
@@ -71,6 +72,7 @@ def inspect_source(
         "small": int((shorter < crop_size).sum()),
         "bad": {image["name"]: image["bad"] for image in images if "bad" in image},
         **_values(images),
+        "passed_over": source.passed_over,
         "pages": dict(collections.Counter(image["pages"] for image in images if image.get("pages", 1) > 1)),
         "duplicates": [names for names in names_of_contents.values() if len(names) > 1],
         "mean": None if mean is None else mean.round(4).tolist(),
