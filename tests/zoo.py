@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tifffile
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 HEIGHT, WIDTH = 24, 36
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
@@ -284,6 +286,60 @@ def channels() -> dict[str, Animal]:
     return found
 
 
+def dicom(values: np.ndarray, photometric: str, bits: int, **elements: Any) -> bytes:
+    """A DICOM file of one picture, (H, W) or (H, W, 3)."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    data = Dataset()
+    data.file_meta = meta
+    data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+    data.Rows, data.Columns = values.shape[:2]
+    data.SamplesPerPixel = 1 if values.ndim == 2 else 3
+    if values.ndim == 3:
+        data.PlanarConfiguration = 0
+    data.PhotometricInterpretation = photometric
+    data.BitsAllocated, data.BitsStored, data.HighBit = values.dtype.itemsize * 8, bits, bits - 1
+    data.PixelRepresentation = int(values.dtype.kind == "i")
+    for name, value in elements.items():
+        setattr(data, name, value)
+    data.PixelData = values.tobytes()
+    file = io.BytesIO()
+    data.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def medical() -> dict[str, Animal]:
+    """DICOM: twelve bits, white as zero, a rescale to Hounsfield units, a window, colour."""
+    whole = grey(stretched(TWELVE, 0, 4095))
+    hounsfield = TWELVE.astype(np.float64) - 1024
+    # Window centre 40, width 400: black up to 39.5 - 199.5, white from 39.5 + 199.5 (DICOM PS3.3, C.11.2.1.2).
+    window = grey(stretched(hounsfield, -160, 239))
+    scale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
+    return {
+        "twelve.dcm": Animal(dicom(TWELVE, "MONOCHROME2", 12), whole, 1e-3),
+        "white_is_zero.dcm": Animal(dicom(4095 - TWELVE, "MONOCHROME1", 12), whole, 1e-3),
+        "rgb.dcm": Animal(dicom(PICTURE, "RGB", 8), PICTURE),
+        "ct_window.dcm": Animal(
+            dicom(TWELVE, "MONOCHROME2", 12, WindowCenter=40, WindowWidth=400, **scale), window, 1e-3
+        ),
+        "ct_range.dcm": Animal(
+            dicom(TWELVE, "MONOCHROME2", 12, WindowCenter=40, WindowWidth=400, **scale),
+            grey(stretched(hounsfield, -1024, 2048)),
+            1e-3,
+            3,
+            (-1024, 2048),
+        ),
+        "ct_signed.dcm": Animal(
+            dicom(hounsfield.astype(np.int16), "MONOCHROME2", 16),
+            grey(stretched(hounsfield, -1024, 2048)),
+            1e-3,
+            3,
+            (-1024, 2048),
+        ),
+    }
+
+
 def zoo() -> dict[str, Animal]:
     """Every file by its name."""
-    return {**eight_bits(), **jpegs(), **deep(), **channels()}
+    return {**eight_bits(), **jpegs(), **deep(), **channels(), **medical()}
