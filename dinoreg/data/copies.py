@@ -1,0 +1,89 @@
+"""Which images of a set are copies of one another: equal files, and pictures that were only saved anew or resized.
+
+A copy on both sides of a split is a test question that was in the book (Barz & Denzler 2020, "Do we train on test
+data?", arXiv 1902.00423).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dinoreg.data.source import Source
+from dinoreg.data.value_range import BadImage
+from dinoreg.runtime.environment import usable_cores
+
+THUMBNAIL = 16  # pixels a side of what near-equal pictures are compared by
+MOST_COMPARED = 20_000  # pictures; of larger sets only equal files are found
+SAME = 1.5  # levels of 255 by which the thumbnails of one picture may differ on average
+LEAST_CONTRAST = 8.0  # levels; flatter pictures are alike without being copies
+_AT_ONCE = 512
+
+
+class Copies(NamedTuple):
+    """Contents of images, and who is whose copy.
+
+    digests  (n, 32) uint8, SHA-256 of each file; zeros for one that cannot be read
+    groups   (n,) int64, the same number for copies: the place of the first of them
+    """
+
+    digests: np.ndarray
+    groups: np.ndarray
+
+
+def find_copies(source: Source, indices: Sequence[int] | None = None, in_channels: int = 3) -> Copies:
+    """The contents of these images of a source (all of them by default); reads every file once.
+
+    Two pictures are one when their files are equal, or when their thumbnails are: 16 x 16 pixels that differ by at most
+    1.5 levels of 255 on average, of pictures that are not flat.
+    """
+    chosen = range(len(source)) if indices is None else indices
+    compare = len(chosen) <= MOST_COMPARED
+
+    def look(index: int) -> tuple[bytes, np.ndarray | None]:
+        try:
+            data = source.read(index)
+        except (BadImage, OSError):
+            return bytes(32), None
+        digest = hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
+        try:
+            return digest, _thumbnail(source, index, in_channels) if compare else None
+        except BadImage:
+            return digest, None
+
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        found = list(pool.map(look, map(int, chosen)))
+    digests = np.frombuffer(b"".join(digest for digest, _ in found), dtype=np.uint8).reshape(-1, 32)
+    _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
+    groups = first[inverse.ravel()].astype(np.int64)
+    readable = digests.any(axis=1)
+    groups[~readable] = np.flatnonzero(~readable)
+    if compare:
+        _join_near(groups, [thumbnail for _, thumbnail in found])
+    return Copies(digests, groups)
+
+
+def _thumbnail(source: Source, index: int, in_channels: int) -> np.ndarray | None:
+    """(C * 16 * 16,) float32 in 0..255; None for a flat picture."""
+    pixels = source.pixels(index, in_channels)[None].float()
+    small = F.interpolate(pixels, (THUMBNAIL, THUMBNAIL), mode="area").flatten()
+    return small.numpy() if float(small.std()) >= LEAST_CONTRAST else None
+
+
+def _join_near(groups: np.ndarray, thumbnails: Sequence[np.ndarray | None]) -> None:
+    """Give near-equal pictures the group of the first of them, in place."""
+    places = np.array([place for place, each in enumerate(thumbnails) if each is not None], dtype=np.int64)
+    if len(places) < 2:
+        return
+    values = torch.from_numpy(np.stack([thumbnails[place] for place in places]))  # type: ignore[arg-type]
+    for start in range(0, len(places), _AT_ONCE):
+        part = values[start : start + _AT_ONCE]
+        distances = torch.cdist(part, values, p=1.0) / values.shape[1]
+        for row, column in (distances <= SAME).nonzero().tolist():
+            one, other = sorted((groups[places[start + row]], groups[places[column]]))
+            if one != other:
+                groups[groups == other] = one
