@@ -21,8 +21,7 @@ from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.rng import philox
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ChosenSource
+from dinoreg.data.source import ChosenSource, Source
 from dinoreg.data.tar_index import TarSource, index_tars
 from dinoreg.evaluation.benchmark import Benchmark, Options, linear_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled

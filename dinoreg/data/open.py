@@ -8,8 +8,7 @@ import numpy as np
 
 from dinoreg.data.declared import open_named
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_folder
-from dinoreg.data.source import Source
-from dinoreg.data.sources import JoinedSource, PathSource, ScenesSource
+from dinoreg.data.source import JoinedSource, PathSource, ScenesSource, Source
 from dinoreg.data.tables import inside, parquet_table, rows_of
 from dinoreg.runtime.errors import UserError
 

@@ -21,8 +21,7 @@ import numpy as np
 
 from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
-from dinoreg.data.source import Source
-from dinoreg.data.sources import stamp_of_files
+from dinoreg.data.source import Source, stamp_of_files
 from dinoreg.runtime.errors import UserError
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it

@@ -16,8 +16,7 @@ from dinoreg.config.load import Config
 from dinoreg.config.schema import ProbeConfig
 from dinoreg.data.center_crop import center_crops
 from dinoreg.data.open import labelled_folder, open_source
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource, Source
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast

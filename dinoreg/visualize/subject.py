@@ -22,8 +22,7 @@ from dinoreg.data.center_crop import center_crop
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock
 from dinoreg.data.open import open_source
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ChosenSource, JoinedSource, PathSource
+from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, Source
 from dinoreg.data.tar_index import TarSource, index_tars
 from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD
 from dinoreg.models.vit import RegisterViT
