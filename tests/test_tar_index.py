@@ -31,7 +31,7 @@ def pack(path: Path, members: Members, **options: object) -> None:
 
 
 def source(root: Path, **options: object) -> TarSource:
-    return TarSource(str(root), index_tars(root, **options))  # type: ignore[arg-type]
+    return index_tars(root, **options)  # type: ignore[arg-type]
 
 
 def contents(found: TarSource) -> dict[str, bytes]:
