@@ -118,7 +118,7 @@ def test_offsets_beyond_four_gibibytes_are_read(tmp_path: Path) -> None:
         last.size = 3
         file.write(last.tobuf(tarfile.USTAR_FORMAT) + b"abc".ljust(512, b"\0") + bytes(1024))
     found = source(tmp_path)
-    assert int(found.members.start[0]) == (5 << 30) + 512
+    assert int(found.start[0]) == (5 << 30) + 512
     assert contents(found) == {f"{tmp_path}/a.tar:last.jpg": b"abc"}
 
 

@@ -145,14 +145,7 @@ def build_state(
     teacher.to(device)
     anchor = None if anchor is None else anchor.to(device)
     train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device, ranks, mesh)
-    optimizer = build_optimizer(
-        student,
-        student.backbone.depth,
-        layer_decay=config.layer_decay(),
-        patch_embed_lr=config.optim.patch_embed_lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-    )
+    optimizer = build_optimizer(student, student.backbone.depth, config.layer_decay(), config.optim)
     if config.init is not None and config.adapt.heads > 0:
         start_moments(optimizer)
     heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}
