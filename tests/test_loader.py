@@ -93,7 +93,7 @@ def test_a_batch_has_the_shapes_and_masks_of_its_settings(photos: Source) -> Non
     assert first.global_crops.dtype == torch.float32
     assert (first.position, second.position) == (5, 10)
     for step, batch in enumerate((first, second)):
-        expected = torch.from_numpy(block_masks(1, step, 10, (3, 3)))
+        expected = torch.from_numpy(block_masks(1, step, 10, (3, 3), MaskSettings()))
         assert torch.equal(batch.mask, expected)
         assert torch.equal(batch.mask_indices, expected.flatten().nonzero()[:, 0])
         assert len(batch.mask_weights) == len(batch.mask_indices)

@@ -224,19 +224,10 @@ class _Engine:
         crop_major = colours.swapaxes(0, 1).reshape(num_views * batch, -1)
         job.colours = np.split(crop_major, [2 * batch])
         images = batch * self.world_size
+        step = job.position // images
         hidden = [
-            block_masks(
-                self.seed,
-                job.position // images,
-                2 * images,
-                self.grid,
-                mask.probability,
-                mask.ratio,
-                mask.min_patches,
-                aspect=mask.aspect,
-                first=view * images + self.rank * batch,  # the crop's number does not depend on the processes
-                count=batch,
-            )
+            # The crop's number does not depend on the processes.
+            block_masks(self.seed, step, 2 * images, self.grid, mask, view * images + self.rank * batch, batch)
             for view in range(2)
         ]
         crop_mask = torch.from_numpy(np.concatenate(hidden))
