@@ -6,16 +6,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dinoreg.data.declared import open_named
+from dinoreg.data.declared import KINDS, open_named
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_folder
 from dinoreg.data.source import JoinedSource, PathSource, ScenesSource, Source
 from dinoreg.data.tables import inside, parquet_table, rows_of
 from dinoreg.runtime.errors import UserError
 
-KINDS = (
-    "a folder, a list of paths (.txt .csv .tsv .parquet), scenes[:count=,size=,seed=], "
-    "a dataset by name (imagenet22k:root=FOLDER)"
-)
 LISTS = (".txt", ".lst", ".csv", ".tsv", ".parquet")
 
 
@@ -59,7 +55,7 @@ def open_source(
     if os.path.isfile(spec):
         return _open_list(spec, root)
     if colon and name.isidentifier():
-        return open_named(name, options, None if index_dir is None else os.fspath(index_dir), KINDS)
+        return open_named(name, options, None if index_dir is None else os.fspath(index_dir))
     raise UserError(f"data: {spec} does not exist, expected {KINDS}")
 
 

@@ -118,7 +118,7 @@ class ProbeRunner:
         )  # machines may differ in the last digit
         if state.step > 0:  # the first is no reason to leave out the next
             self._probing += values["probe_time"]
-        self.monitor.clock.pause(values["probe_time"])
+        self.monitor.pause(values["probe_time"])
         self.monitor.log.append("probe.jsonl", {"step": state.step, **values})
         shown = "  ".join(f"{key}: {value:.4g}" for key, value in values.items() if key != "probe_time")
         self.monitor.log.say(f"probe at step {state.step}: {shown}")

@@ -19,7 +19,7 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
-from dinoreg.train.init_weights import InitialWeights, check_same_init, copy_init, load_init
+from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.online_probe import Probe, build_general, build_probe
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
@@ -194,7 +194,9 @@ def changed_config(config: Config, out: Path) -> list[str]:
     if not config.resume or not path.is_file():
         return []
     before = load_config(path)
-    check_same_init(before.init, config.init, out)
+    if before.init != config.init:
+        started = "without init=" if before.init is None else f"from init={before.init}"
+        raise UserError(f"init={config.init}: the run in {out} was started {started}; a resumed run keeps its start")
     for section in SHAPING:
         then, now = vars(getattr(before, section)), vars(getattr(config, section))
         for key in now:
