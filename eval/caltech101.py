@@ -27,8 +27,8 @@ def read(folder: Path, options: Options) -> Data:
     """A seeded draw of `train_per_class` images per class without replacement, and all the rest."""
     count, seed = options["train_per_class"], options["seed"]
     images = folder / IMAGES
-    names = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
-    names = [name for name in names if name != BACKGROUND]
+    folders = {path.name for path in images.iterdir() if path.is_dir() and path.name[0] != "."}
+    names = sorted(folders - {BACKGROUND})
     if not names:
         raise UserError(f"{NAME}: {images} has no category folders; they come from {ARCHIVE}")
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}

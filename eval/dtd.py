@@ -13,7 +13,7 @@ from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import class_of, labelled, listed
+from dinoreg.evaluation.readers.files import labelled, matched
 
 NAME, ARCHIVE = "dtd", "dtd-r1.0.1.tar.gz"
 SPLITS = ("train", "val", "test")
@@ -22,12 +22,12 @@ SPLITS = ("train", "val", "test")
 def read(folder: Path, options: Options) -> Data:
     """The three parts of one of the ten official splits, in the order of their files."""
     partition = options["split"]
-    where = {split: folder / "labels" / f"{split}{partition}.txt" for split in SPLITS}
-    rows: dict[str, list[tuple[str, str]]] = {}
-    for split, path in where.items():
-        rows[split] = [(class_of(file, path, NAME, "class/file"), file) for file in listed(path, NAME, ARCHIVE)]
+    rows = {}
+    for split in SPLITS:
+        path = folder / "labels" / f"{split}{partition}.txt"
+        rows[split] = [(name, file) for file, name in matched(path, r"(([^/]+)/.+)", "class/file", NAME, ARCHIVE)]
     names = sorted({name for split in SPLITS for name, _ in rows[split]})
-    splits = {split: labelled(folder / "images", rows[split], names, where[split], NAME) for split in SPLITS}
+    splits = {split: labelled(folder / "images", rows[split], names, folder / "labels", NAME) for split in SPLITS}
     return Data(splits, names, variant=f"split {partition}")
 
 

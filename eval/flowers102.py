@@ -8,14 +8,11 @@ Metric: mean per class (SimCLR B.8.1); C is chosen on val (`valid`) and the fina
 
 from pathlib import Path
 
-import numpy as np
-
 from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import matlab, paths_source
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.files import matlab_numbers, paths_source
 
 NAME, ARCHIVE = "flowers102", "102flowers.tgz"
 LABELS, SETS = "imagelabels.mat", "setid.mat"
@@ -25,26 +22,14 @@ NUM_CLASSES = 102
 
 def read(folder: Path, options: Options) -> Data:
     """The three official splits, in the order of their lists of ids."""
-    labels = _whole(matlab(folder / LABELS, ("labels",), NAME, LABELS)["labels"], folder / LABELS, "label", NUM_CLASSES)
-    sets = matlab(folder / SETS, tuple(SPLITS.values()), NAME, SETS)
+    labels = matlab_numbers(folder / LABELS, ("labels",), NUM_CLASSES, NAME, LABELS)["labels"]
+    sets = matlab_numbers(folder / SETS, SPLITS.values(), len(labels), NAME, SETS)
     splits = {}
     for split, variable in SPLITS.items():
-        ids = _whole(sets[variable], folder / SETS, f"id in {variable}", len(labels))
+        ids = sets[variable]
         source = paths_source(folder / "jpg", (f"image_{number:05d}.jpg" for number in ids), NAME)
         splits[split] = Labelled(source, labels[ids - 1] - 1, int(labels.max()))
     return Data(splits)
-
-
-def _whole(values: np.ndarray, path: Path, what: str, most: int) -> np.ndarray:
-    """(n,) int64 out of a (1, n) or (n, 1) array of whole numbers in 1..most."""
-    numbers = np.asarray(values).ravel()
-    numeric = numbers.size and numbers.dtype.kind in "uif"
-    if not numeric or not np.all(np.isfinite(numbers) & (numbers == np.floor(numbers))):
-        raise UserError(f"{NAME}: {path}: expected a list of whole numbers for each {what}")
-    outside = numbers[(numbers < 1) | (numbers > most)]
-    if outside.size:
-        raise UserError(f"{NAME}: {path}: {what} is {outside[0]:g}, expected 1..{most}")
-    return numbers.astype(np.int64)
 
 
 BENCHMARK = Benchmark(

@@ -11,7 +11,7 @@ from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import class_of, labelled, listed, missing, read_json
+from dinoreg.evaluation.readers.files import labelled, matched, read_json
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "food101", "food-101.tar.gz"
@@ -28,23 +28,16 @@ def read(folder: Path, options: Options) -> Data:
 def _rows(meta: Path, split: str) -> list[tuple[str, str]]:
     """(class, path below images/) of a split, of its JSON file or else of its text file."""
     path, text = meta / f"{split}.json", meta / f"{split}.txt"
-    if path.exists():
-        classes = read_json(path, NAME, ARCHIVE)
-        if not isinstance(classes, dict) or not all(isinstance(rows, list) for rows in classes.values()):
-            raise UserError(f'{NAME}: {path}: expected {{"class": ["class/id", …], …}}')
-        entries = [(name, str(row)) for name, rows in classes.items() for row in rows]
-    elif text.exists():
-        path = text
-        entries = [("", row) for row in listed(text, NAME, ARCHIVE)]
-    else:
-        raise missing(path, NAME, ARCHIVE)
-    rows = []
-    for key, row in entries:
-        name = class_of(row, path, NAME, "class/id")
-        if key not in ("", name):
-            raise UserError(f"{NAME}: {path}: {row!r} is listed under the class {key!r}")
-        rows.append((name, f"{row}.jpg"))
-    return rows
+    if text.exists() and not path.exists():
+        return [(name, f"{row}.jpg") for row, name in matched(text, r"(([^/]+)/.+)", "class/id", NAME, ARCHIVE)]
+    classes = read_json(path, NAME, ARCHIVE)
+    if not isinstance(classes, dict) or not all(isinstance(rows, list) for rows in classes.values()):
+        raise UserError(f'{NAME}: {path}: expected {{"class": ["class/id", …], …}}')
+    entries = [(name, str(row)) for name, rows in classes.items() for row in rows]
+    for name, row in entries:
+        if not row.startswith(f"{name}/"):
+            raise UserError(f"{NAME}: {path}: {row!r} is listed under the class {name!r}, expected class/id")
+    return [(name, f"{row}.jpg") for name, row in entries]
 
 
 BENCHMARK = Benchmark(

@@ -13,7 +13,7 @@ from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import labelled, lines, listed, missing
+from dinoreg.evaluation.readers.files import labelled, lines, matched, missing
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE, PARTITIONS = "sun397", "SUN397.tar.gz", "Partitions.zip"
@@ -40,8 +40,8 @@ def _half(folder: Path, file: str, names: list[str]) -> Labelled:
     path = next((each for each in candidates if each.is_file()), None)
     if path is None:
         raise missing(candidates[0], NAME, f"{PARTITIONS} (unpack it inside {folder.name} or beside it)")
-    images = [line.removeprefix("/") for line in listed(path, NAME, PARTITIONS)]
-    return labelled(folder, [(image.rpartition("/")[0], image) for image in images], names, path, NAME)
+    rows = matched(path, r"/?((.*)/.*)", "/class/image", NAME, PARTITIONS)
+    return labelled(folder, [(name, image) for image, name in rows], names, path, NAME)
 
 
 BENCHMARK = Benchmark(

@@ -20,7 +20,7 @@ from torchvision.datasets import CocoDetection, Sintel, VOCDetection, VOCSegment
 from dinoreg.evaluation.benchmark import find_benchmark
 from dinoreg.evaluation.data import Boxed, FlowPairs, MultiLabelled, Segmented
 from dinoreg.evaluation.features.images import read_rgb
-from dinoreg.evaluation.readers.coco import Ragged, read_instances
+from dinoreg.evaluation.readers.coco import read_instances
 from dinoreg.evaluation.readers.pascal import CLASSES, objects
 from dinoreg.runtime.errors import UserError
 from tests.miniatures import ade20k, coco20k, coco2017, nyu, sintel, voc2007, voc2012
@@ -352,16 +352,6 @@ def test_polygons_are_dropped_as_each_object_closes(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert len(found.objects[0]) == 400
     assert peak < 2.5 * path.stat().st_size  # bytes and text; the polygons' numbers would take ten times as much
-
-
-def test_ragged_arrays_are_a_sequence() -> None:
-    ragged = Ragged(np.arange(6), np.array([0, 2, 2, 6]))
-    assert [each.tolist() for each in ragged] == [[0, 1], [], [2, 3, 4, 5]]
-    assert ragged[-1].tolist() == [2, 3, 4, 5]
-    assert [each.tolist() for each in ragged[1:]] == [[], [2, 3, 4, 5]]
-    assert [each.tolist() for each in ragged.take(np.array([2, 0, 2]))] == [[2, 3, 4, 5], [0, 1], [2, 3, 4, 5]]
-    with pytest.raises(IndexError):
-        ragged[3]
 
 
 def test_shuffled_boxes_of_coco_are_not_those_of_the_pictures(tmp_path: Path) -> None:

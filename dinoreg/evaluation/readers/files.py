@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,20 @@ def listed(path: Path, dataset: str, archive: str) -> list[str]:
     return rows
 
 
+def matched(path: Path, form: str, expected: str, dataset: str, archive: str) -> list[tuple[str, ...]]:
+    """The groups of the regular expression `form` in every line of a list of images.
+
+    expected  the form in words; UserError saying so, and the row, for a line of another one and for an empty list
+    """
+    found = []
+    for number, line in enumerate(listed(path, dataset, archive), 1):
+        match = re.fullmatch(form, line)
+        if match is None:
+            raise UserError(f"{dataset}: {path} row {number}: {line[:120]!r}, expected {expected}")
+        found.append(match.groups())
+    return found
+
+
 def read_json(
     path: Path, dataset: str, archive: str, object_hook: Callable[[dict[str, Any]], Any] | None = None
 ) -> Any:
@@ -88,29 +103,32 @@ def present(source: PathSource, dataset: str, archive: str, sample: int = 16) ->
 
 
 def labelled(
-    folder: Path, rows: Sequence[tuple[str, str]], classes: Sequence[str], where: Path, dataset: str
+    folder: Path, rows: Sequence[tuple[str, ...]], classes: Sequence[str] | range, where: Path, dataset: str
 ) -> Labelled:
-    """Images below a folder with one class each.
+    """Images below a folder with one class each; rows and classes as for `class_labels`."""
+    labels = class_labels(rows, classes, where, dataset)
+    return Labelled(paths_source(folder, (path for _, path in rows), dataset), labels, len(classes))
 
-    rows     (class name, path), as the list `where` has them
-    classes  names in the order of their numbers
-    Raises UserError for a name that is no class and for a path that would leave the folder.
+
+def class_labels(
+    rows: Sequence[tuple[str, ...]], classes: Sequence[str] | range, where: Path, dataset: str
+) -> np.ndarray:
+    """The labels (n,) int64 of images.
+
+    rows     (class, path), as the list `where` has them
+    classes  names in the order of their labels; or the range of the numbers that the list has instead
+    Raises UserError for a name or number that is no class.
     """
-    numbers = {name: number for number, name in enumerate(classes)}
+    labels_of = {name: label for label, name in enumerate(classes)}
     labels = []
-    for name, _ in rows:
-        if name not in numbers:
-            raise UserError(f"{dataset}: {where}: {name!r} is not among the {len(numbers)} classes")
-        labels.append(numbers[name])
-    return Labelled(paths_source(folder, (path for _, path in rows), dataset), np.array(labels), len(classes))
-
-
-def class_of(row: str, where: Path, dataset: str, form: str) -> str:
-    """The class in a row `class/file`; UserError saying the expected form for any other row."""
-    name, _, file = row.partition("/")
-    if not (name and file):
-        raise UserError(f"{dataset}: {where}: {row!r}, expected {form}")
-    return name
+    for name, path in rows:
+        if isinstance(classes, range):
+            labels.append(whole_number(name, f"the class of {path}", where, classes[0], classes[-1]) - classes[0])
+        elif name in labels_of:
+            labels.append(labels_of[name])
+        else:
+            raise UserError(f"{dataset}: {where}: {name!r} is not among the {len(classes)} classes")
+    return np.array(labels, dtype=np.int64)
 
 
 def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, void: int, dataset: str) -> Segmented:
@@ -154,6 +172,23 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
         if name not in variables:
             raise UserError(f"{dataset}: {path} has no variable {name}; expected the file of {archive}")
     return {name: np.asarray(variables[name]) for name in names}
+
+
+def matlab_numbers(path: Path, names: Iterable[str], most: int, dataset: str, archive: str) -> dict[str, np.ndarray]:
+    """The named variables of a MATLAB file, each a list of whole numbers in 1..most, as (n,) int64 with n > 0.
+
+    Raises UserError as `matlab` does, and for any other content.
+    """
+    lists = {}
+    for name, values in matlab(path, names, dataset, archive).items():
+        numbers = values.ravel()
+        if not numbers.size or numbers.dtype.kind not in "uif" or (numbers != np.floor(numbers)).any():
+            raise UserError(f"{dataset}: {path}: {name} is not what it should be, expected a list of whole numbers")
+        outside = numbers[(numbers < 1) | (numbers > most)]
+        if outside.size:
+            raise UserError(f"{dataset}: {path}: {name} holds {outside[0]:g}, expected 1..{most}")
+        lists[name] = numbers.astype(np.int64)
+    return lists
 
 
 def whole_number(text: str, what: str, where: Path, least: int, most: int) -> int:
