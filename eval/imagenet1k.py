@@ -25,7 +25,16 @@ from dinoreg.data.source import Source
 from dinoreg.data.sources import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.published import BASELINE, CARD, DINOV2, REGISTERS, TEST_TIME, released, single_tokens
+from dinoreg.evaluation.published import (
+    BASELINE,
+    CARD,
+    DINOV2,
+    TEST_TIME,
+    at_test_time,
+    released,
+    single_tokens,
+    with_registers,
+)
 from dinoreg.evaluation.readers.files import lines, paths_source, present
 from dinoreg.runtime.errors import UserError
 
@@ -34,9 +43,7 @@ NEEDS = {
     "train": Need("train", "ILSVRC2012_img_train.tar, each of whose 1,000 tars becomes a folder train/<wnid>"),
     "val": Need("val", "ILSVRC2012_img_val.tar, sorted into folders val/<wnid>"),
 }
-REG = f"{REGISTERS}, Table 2a"
 D2 = f"{DINOV2}, Table 4"
-PAIRS = "image and text (Shutterstock)"
 TOKEN = "no registers; logistic regression instead of the grid"
 ANY_K = "which k is quoted is not stated"
 HEAD = "released head on 1 block"
@@ -117,17 +124,14 @@ def _meta(folder: Path) -> Meta | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch has to say about other pickles is no help here
-            meta = torch.load(path, map_location="cpu", weights_only=True)
+            names, wnids = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(text, str) for text in (*names, *wnids, *sum(names.values(), ()))):
+            raise TypeError("expected names of wnids and a list of wnids")
     except Exception as error:  # a pickle can be broken, or forbidden, in many ways
         raise UserError(
             f"{NAME}: {path} is not the file that torchvision writes ({type(error).__name__}); it may be deleted"
         ) from None
-    plain = type(meta) is tuple and len(meta) == 2 and type(meta[0]) is dict and type(meta[1]) is list
-    if plain:
-        plain = all(type(key) is str and type(names) is tuple for key, names in meta[0].items())
-    if not plain or any(type(text) is not str for text in (*meta[1], *sum(meta[0].values(), ()))):
-        raise UserError(f"{NAME}: {path} does not hold names of wnids and a list of wnids; it may be deleted")
-    return meta
+    return names, wnids
 
 
 def _names(folder: Path, meta: Meta | None) -> dict[str, str]:
@@ -161,23 +165,18 @@ BENCHMARK = Benchmark(
         read,
         {"train": 1_281_167, "test": 50_000},
         linear=(
-            Published("DINOv2 ViT-L/14 (IN-22k), 4 registers", 84.8, REG),
-            Published("DINOv2 ViT-L/14 (IN-22k), 0 registers", 84.3, REG),
-            Published("DeiT-III ViT-B (IN-22k), 4 registers", 84.7, REG, "supervised backbone"),
-            Published("DeiT-III ViT-B (IN-22k), 0 registers", 84.7, REG, "supervised backbone"),
-            Published("OpenCLIP ViT-B/16, 4 registers", 78.1, REG, PAIRS),
-            Published("OpenCLIP ViT-B/16, 0 registers", 78.2, REG, PAIRS),
+            *with_registers(
+                (84.3, 84.8, 84.7, 84.7, 78.2, 78.1),
+                "Table 2a",
+                ("", "supervised backbone", "image and text (Shutterstock)"),
+            ),
             *single_tokens("DINOv2 ViT-g/14", (86.0, 65.8, 69.0), TOKEN),
             *released((81.1, 84.5, 86.3, 86.5), D2),
             Published("DINOv2 ViT-g/14", 86.7, D2, "no registers, LVD-142M; 448 px"),
             *released((80.9, 84.6, 86.7, 87.1), CARD, registers=4),
             *released((80.8, 84.4, 86.5, 87.0), CARD, HEAD, registers=4),
             Published("DINOv2 ViT-g/14", 87.3, BASELINE, "448 px; DINOv3's linear protocol"),
-            Published("DINOv2 ViT-L/14 (distilled)", 86.36, TEST_TIME, "no registers; mean of 3 seeds, ± 0.11"),
-            Published("DINOv2 ViT-L/14 reg4 (distilled)", 86.69, TEST_TIME, "4 registers; mean of 3 seeds, ± 0.09"),
-            Published(
-                "DINOv2 ViT-L/14 (distilled)", 86.38, TEST_TIME, "one test-time register; mean of 3 seeds, ± 0.10"
-            ),
+            *at_test_time((86.36, 86.69, 86.38), "", (", ± 0.11", ", ± 0.09", ", ± 0.10")),
             Published("OpenCLIP ViT-B/16", 77.42, TEST_TIME, "image and text; no registers"),
         ),
         knn=(

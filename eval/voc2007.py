@@ -6,8 +6,8 @@ annotations. The "VOC" column of the DINOv2 tables is the classification.
 """
 
 from dinoreg.commands.main import script
-from dinoreg.evaluation.benchmark import Benchmark, Published, Task, needs
-from dinoreg.evaluation.published import DENOISING, corloc, fine_grained
+from dinoreg.evaluation.benchmark import Benchmark, Task, needs
+from dinoreg.evaluation.published import corloc, denoised, fine_grained
 from dinoreg.evaluation.readers.pascal import CLASSES, Devkit, voc_folders, voc_reader
 
 NAME = "voc2007"
@@ -38,8 +38,7 @@ BENCHMARK = Benchmark(
             metric="CorLoc",
             counts={"test": 5_011},
             published=corloc(
-                registers=(35.3, 55.4),
-                others=(11.7, 27.1, 38.8, 37.1),
+                registers=(35.3, 55.4, 11.7, 27.1, 38.8, 37.1),
                 dino=(61.9, 60.1, 55.5),
                 test_time=(32.2, 56.2, 53.8, 30.8),
                 denoising=(30.8, 38.0),
@@ -51,10 +50,7 @@ BENCHMARK = Benchmark(
             read=voc_reader(NAME, ARCHIVES, Devkit.boxed, {"train": "trainval", "test": "test"}),
             metric="AP50",
             counts={"train": 5_011, "test": 4_952},
-            published=(
-                Published("DINOv2 ViT-B/14 (released), 0 registers", 81.4, DENOISING, VITDET),
-                Published("DINOv2 ViT-B/14 (released), 4 registers", 80.9, DENOISING, VITDET),
-            ),
+            published=denoised((81.4, 80.9), (VITDET, VITDET)),
         ),
     ),
     download=f"{TRAINVAL} and {TEST} of the VOC 2007 challenge, unpacked over each other",

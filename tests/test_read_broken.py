@@ -354,8 +354,8 @@ BROKEN: dict[str, list[Broken]] = {
         (text("val2018.json", "[1]"), "inat2018: … val2018.json has no list 'images', expected"),
     ],
     "nyu": [
-        (nyu_splits([1, 5], [2]), "splits.mat: trainNdxs holds 1..5, expected 1..4"),
-        (nyu_splits([0, 1], [2]), "trainNdxs holds 0..1, expected 1..4"),
+        (nyu_splits([1, 5], [2]), "splits.mat: trainNdxs holds 5, expected 1..4"),
+        (nyu_splits([0, 1], [2]), "trainNdxs holds 0, expected 1..4"),
         (nyu_splits([1, 2], [2, 3]), "frame 2 is in both splits"),
         (cut("nyu_depth_v2_labeled.mat"), "nyu_depth_v2_labeled.mat: … cannot be read, expected a MATLAB 7.3 file"),
         (nyu_turned, "images (4, 3, 64, 48) and rawDepths (4, 48, 64), expected"),

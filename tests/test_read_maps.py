@@ -97,7 +97,7 @@ def test_published_figures_are_percent_with_a_source() -> None:
     assert dict(task.counts) == {"train": 20_210, "test": 2_000}
     values = {each.model: each.value for each in task.published}
     assert len(values) == len(task.published)
-    assert values["DINOv2 ViT-L/14 on ImageNet-22k, 4 registers"] == 47.9
+    assert values["DINOv2 ViT-L/14 (ImageNet-22k), 4 registers"] == 47.9
     assert values["DINOv2 ViT-S/14 (distilled)"] == 44.3
     assert all(20 < each.value < 60 and "arXiv" in each.source for each in task.published)
 
@@ -459,7 +459,7 @@ def test_published_depths_stand_with_their_models() -> None:
     assert numbers["DINOv2 ViT-S/14 (distilled)", "lin.4", "DINOv2"] == 0.417
     assert numbers["DINOv2 ViT-g/14", "lin.4", "DINOv2"] == 0.298
     assert numbers["DINOv2 ViT-L/14 (ImageNet-22k), 4 registers", "", "DINOv2"] == 0.366
-    assert numbers["DINOv2 ViT-L/14 (LVD-142M), 4 registers", "", "Vision"] == 0.3823
+    assert numbers["DINOv2 ViT-L/14 (released), 4 registers", "", "Vision"] == 0.3823
     assert len(numbers) == len(find_benchmark("nyu").tasks[0].published) == 23
 
 
