@@ -71,7 +71,13 @@ def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
         return _of_pairs(blank, path, kinds, values["test_share"], values["seed"])
     if path.is_file() and path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: is a file, expected a folder or a {', '.join(SUFFIXES)} file")
-    table = _read_folder(path) if path.is_dir() else _read_table(path, values["root"], values["labels"])
+    if path.is_dir():
+        table = _read_folder(path)
+    else:
+        root, labels = values["root"], [name.strip() for name in values["labels"].split(",") if name.strip()]
+        if root and not Path(root).expanduser().is_dir():
+            raise UserError(f"own.root={root}: is not a folder")
+        table = read_table(path, Path(root).expanduser() if root else path.parent, labels)
     return _of_labels(blank, _split(table, path, values["test_share"], values["seed"]))
 
 
@@ -79,10 +85,9 @@ def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], share: float, seed
     tasks = []
     for kind in kinds:
         protocol, metric, read = PAIRS[kind]
-        pairs = find_pairs(path, kind)
-        rows, _ = pairs.split(share, seed)
-        tasks.append(Task(protocol, _once(partial(read, pairs, share, seed)), metric))
-    splits = counts_in_words({name: len(part) for name, part in rows.items()})
+        pairs = find_pairs(path, kind, share, seed)
+        tasks.append(Task(protocol, _once(partial(read, pairs)), metric))
+    splits = counts_in_words({name: len(rows) for name, rows in pairs.rows.items()})
     return replace(blank, task=" and ".join(task.protocol for task in tasks), splits=splits, tasks=tuple(tasks))
 
 
@@ -144,13 +149,6 @@ def _has_split_folders(path: Path, files: list[str]) -> bool:
         other = next(name for name in folders if name.lower() not in SPLIT_WORDS)
         raise UserError(f"{path}: holds {other}/ beside train and test, expected folders of splits or of classes")
     return "train" in words and None not in words
-
-
-def _read_table(path: Path, root: str, labels: str) -> Table:
-    base = Path(root).expanduser().absolute() if root else None
-    if base is not None and not base.is_dir():
-        raise UserError(f"own.root={root}: is not a folder")
-    return read_table(path, base, tuple(name.strip() for name in labels.split(",") if name.strip()))
 
 
 def _split(table: Table, path: Path, share: float, seed: int) -> Data:

@@ -9,10 +9,10 @@ depth  PNG of 16 bits in millimetres, or .npy, .tif, .tiff of floats in metres; 
 """
 
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,9 @@ from PIL import Image
 
 from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.custom.splits import SPLIT_WORDS, Listing, parts
+from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
 from dinoreg.evaluation.custom.tables import read_classes
-from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented
+from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented, Split
 from dinoreg.evaluation.features.images import default_workers, parallel
 from dinoreg.evaluation.readers.pixel_maps import (
     UNREADABLE,
@@ -38,28 +38,38 @@ SUFFIXES = {"masks": (".png",), "depth": (".png", ".npy", ".tif", ".tiff")}
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images and the mask or depth map of each, all relative to `root`; each's split, or None where nothing says so."""
+    """Images and the mask or depth map of each, all relative to `root`; rows of each split, and how it was split."""
 
     root: Path
     images: list[str]
     truths: list[str]
-    words: list[str] | None
+    rows: dict[str, np.ndarray]
+    variant: str
 
-    def split(self, share: float, seed: int) -> tuple[dict[str, np.ndarray], str]:
-        """Rows of each split, and how they were split in words."""
-        groups = np.zeros(len(self.images), dtype=np.int64)
-        return parts(self.words, groups, share, seed, self.root, per_class=False)
-
-    def source(self, rows: np.ndarray) -> PathSource:
-        return PathSource(str(self.root), PathBlock.of([self.images[row] for row in rows]))
-
-    def stamp(self, rows: np.ndarray) -> str:
-        """Changes when the masks or depth maps do."""
-        return PathSource(str(self.root), PathBlock.of([self.truths[row] for row in rows])).stamp()
-
-    def paths(self, row: int) -> tuple[Path, Path]:
+    def files(self, row: int) -> tuple[Path, Path]:
         """The mask or depth map, and its image."""
         return self.root / self.truths[row], self.root / self.images[row]
+
+    def data(
+        self,
+        kind: Callable[..., Split],
+        read: Callable[[Path, Path], np.ndarray],
+        *extra: int,
+        names: Sequence[str] = (),
+    ) -> Data:
+        """Each split as a `kind` of images with what `read` gives of the files of one; `extra` goes between."""
+
+        def truth(rows: np.ndarray, index: int) -> np.ndarray:
+            return read(*self.files(rows[index]))
+
+        splits = {}
+        for split, rows in self.rows.items():
+            images, truths = (
+                PathSource(str(self.root), PathBlock.of([paths[row] for row in rows]))
+                for paths in (self.images, self.truths)
+            )
+            splits[split] = kind(images, partial(truth, rows), *extra, truths.stamp())
+        return Data(splits, names, self.variant)
 
 
 def kinds_of_pairs(root: Path) -> list[str]:
@@ -68,23 +78,30 @@ def kinds_of_pairs(root: Path) -> list[str]:
     return [kind for kind in SUFFIXES if any((root / base / kind).is_dir() for base in bases)]
 
 
-def find_pairs(root: Path, kind: str) -> Pairs:
-    """Every image with its mask or depth map; UserError naming the first that lacks one."""
+def find_pairs(root: Path, kind: str, share: float, seed: int) -> Pairs:
+    """Every image with its mask or depth map; UserError naming the first that lacks one.
+
+    share, seed  of the images that are held out where folders do not say what is tested
+    """
     images: list[str] = []
     truths: list[str] = []
     words: list[str | None] = []
-    listing = Listing(root)
-    stems: dict[str, dict[str, list[str]]] = {}
+
+    @cache
+    def names_by_stem(place: str) -> dict[str, list[str]]:
+        found = defaultdict(list)
+        for name in sorted(os.listdir(root / place)) if (root / place).is_dir() else ():
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in SUFFIXES[kind] and name[0] != ".":
+                found[stem].append(name)
+        return found
+
     for base in _bases(root):
         paths = index_folder(root / base / "images")
         for path in (paths[number] for number in range(len(paths))):
             folder, name = os.path.split(path)
-            stem = os.path.splitext(name)[0]
-            place = os.path.join(base, kind, folder)
-            if place not in stems:
-                stems[place] = _by_stem(sorted(listing.names(place)), SUFFIXES[kind])
-            matches = stems[place].get(stem, [])
-            image = os.path.join(base, "images", path)
+            place, image = os.path.join(base, kind, folder), os.path.join(base, "images", path)
+            matches = names_by_stem(place).get(os.path.splitext(name)[0], [])
             if len(matches) != 1:
                 what = f"has no {' or '.join(SUFFIXES[kind])}" if not matches else f"has {len(matches)} files"
                 raise UserError(f"{root / image} {what} of the same name in {root / place}")
@@ -97,55 +114,37 @@ def find_pairs(root: Path, kind: str) -> Pairs:
     known = [word for word in words if word is not None]
     if "train" in known and None in words:
         raise UserError(f"{root / images[words.index(None)]}: lies in no split, though others lie in train")
-    return Pairs(root, images, truths, known if len(known) == len(words) else None)
+    split_of = known if len(known) == len(words) else None
+    return Pairs(root, images, truths, *parts(split_of, np.zeros(len(images)), share, seed, root, per_class=False))
 
 
-def segmented(pairs: Pairs, share: float, seed: int) -> Data:
+def segmented(pairs: Pairs) -> Data:
     """The pairs as masks; without a classes.txt every mask is read once to count the classes."""
-    names = read_classes(pairs.root / "classes.txt")
-    if names is not None:
-        num_classes = len(names)
-    else:
-        every = range(len(pairs.images))
-        largest = parallel(lambda row: _largest(read_classes_of_pixels(*pairs.paths(row))), every, default_workers())
-        num_classes = max(largest) + 1
+    names = read_classes(pairs.root / "classes.txt") or []
+    num_classes = len(names)
+    if not names:
+
+        def largest(row: int) -> int:
+            mask = read_mask(*pairs.files(row))
+            return max(np.setdiff1d(mask, IGNORED).tolist(), default=-1)
+
+        num_classes = max(parallel(largest, range(len(pairs.images)), default_workers())) + 1
     if not 2 <= num_classes <= IGNORED:
         raise UserError(f"{pairs.root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
-
-    def mask(rows: np.ndarray, index: int) -> np.ndarray:
-        path, image = pairs.paths(rows[index])
-        classes = read_classes_of_pixels(path, image)
-        if (largest := _largest(classes)) >= num_classes:
-            raise UserError(f"{path}: label {largest} is out of range, expected 0..{num_classes - 1} or {IGNORED}")
-        return classes
-
-    rows, variant = pairs.split(share, seed)
-    splits = {
-        name: Segmented(pairs.source(part), partial(mask, part), num_classes, pairs.stamp(part))
-        for name, part in rows.items()
-    }
-    return Data(splits, class_names=names or (), variant=variant)
+    return pairs.data(Segmented, partial(read_mask, num_classes=num_classes), num_classes, names=names)
 
 
-def depths(pairs: Pairs, share: float, seed: int) -> Data:
+def depths(pairs: Pairs) -> Data:
     """The pairs as depth maps."""
-
-    def depth(rows: np.ndarray, index: int) -> np.ndarray:
-        return read_metres(*pairs.paths(rows[index]))
-
-    rows, variant = pairs.split(share, seed)
-    splits = {
-        name: DepthMaps(pairs.source(part), partial(depth, part), pairs.stamp(part)) for name, part in rows.items()
-    }
-    return Data(splits, variant=variant)
+    return pairs.data(DepthMaps, read_metres)
 
 
-def read_classes_of_pixels(path: Path, image: Path) -> np.ndarray:
-    """A mask (H, W) uint8 of its image's size; UserError for colours, more than 8 bits in use, or another size."""
+def read_mask(path: Path, image: Path, num_classes: int = IGNORED) -> np.ndarray:
+    """A mask (H, W) uint8 of its image's size; UserError for colours, a class out of range, or another size."""
     values = read_label_map(path, image)
-    if values.min() < 0 or values.max() > IGNORED:
-        worst = int(values.max() if values.max() > IGNORED else values.min())
-        raise UserError(f"{path}: label {worst} is out of range, expected 0..{IGNORED - 1} or {IGNORED}")
+    wrong = values[(values < 0) | ((values >= num_classes) & (values != IGNORED))]
+    if wrong.size:
+        raise UserError(f"{path}: label {wrong.max()} is out of range, expected 0..{num_classes - 1} or {IGNORED}")
     return values.astype(np.uint8)
 
 
@@ -189,12 +188,3 @@ def _bases(root: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror})") from None
     return [name for name in below if name.lower() in SPLIT_WORDS and (root / name / "images").is_dir()]
-
-
-def _by_stem(names: Sequence[str], suffixes: Sequence[str]) -> dict[str, list[str]]:
-    stems: dict[str, list[str]] = {}
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in suffixes and not name.startswith("."):
-            stems.setdefault(stem, []).append(name)
-    return stems
