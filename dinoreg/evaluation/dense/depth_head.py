@@ -5,6 +5,7 @@ the final norm; trained by the scale-invariant loss and half the multi-scale gra
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -99,7 +100,8 @@ class DepthHeads:
         options, device = self.options, self.encoder.device
         self._build(*size)
         names = {key: f"lin.{key[0]} lr {key[1]:g}" for key in self.heads}
-        warmup, loss_warmup = warmup_steps(options), loss_warmup_steps(options)
+        factor = partial(cosine, steps=options.steps, warmup=warmup_steps(options))
+        loss_warmup = loss_warmup_steps(options)
 
         def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             return training_crop(*read_pair(train, index), size, border, options.max_size, rng)
@@ -116,9 +118,6 @@ class DepthHeads:
                 loss = scale_invariant_loss(predicted, depth, valid, step < loss_warmup)
                 found[name] = loss + GRADIENT_WEIGHT * gradient_loss(predicted, depth, valid)
             return found
-
-        def factor(step: int) -> float:
-            return cosine(step, options.steps, warmup)
 
         heads = {names[key]: head for key, head in self.heads.items()}
         optimizers = {
@@ -200,6 +199,4 @@ class DepthHeads:
 
 def resized(depth: Tensor, shape: tuple[int, ...]) -> np.ndarray:
     """(h, w) -> (H, W) float32, bilinear."""
-    if tuple(depth.shape) != tuple(shape):
-        depth = F.interpolate(depth[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[0, 0]
-    return depth.cpu().numpy()
+    return F.interpolate(depth[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import adjust_hue
 
 from dinoreg.evaluation.data import IGNORED, Segmented
 from dinoreg.evaluation.dense.windows import crop_origin, fit_size, pad_to, upsampling
@@ -139,16 +140,5 @@ def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 def turn_hue(image: np.ndarray, degrees: float) -> np.ndarray:
     """(H, W, 3) float32 in [0, 255] with HSV's hue turned; saturation and value stay."""
-    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
-    value = image.max(axis=2)
-    reach = value - image.min(axis=2)
-    safe = np.where(reach > 0, reach, 1)
-    sector = np.where(
-        value == red, (green - blue) / safe, np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    )
-    sector += np.float32(degrees / 60)
-    turned = np.empty_like(image)
-    for channel, offset in enumerate((5, 3, 1)):
-        k = (sector + offset) % 6
-        turned[..., channel] = value - reach * np.clip(np.minimum(k, 4 - k), 0, 1)
-    return turned
+    pixels = torch.from_numpy(image / 255).permute(2, 0, 1)
+    return 255 * adjust_hue(pixels, degrees / 360).permute(1, 2, 0).numpy()
