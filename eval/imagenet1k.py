@@ -9,7 +9,6 @@ believed by their content.
 """
 
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -84,16 +83,13 @@ def _listed(folder: Path, split: str, extra: str, meta: Meta | None) -> tuple[So
     if split != "val" or meta is None:
         how = f", or torchvision's meta.bin in {folder}" if split == "val" else ""
         raise UserError(f"{NAME}: {below} has no folders of classes; expected {below}/<wnid>/<image>.JPEG{how}")
-    paths, wnids = index_folder(below), meta[1]
-    chosen = []
-    for name in (paths[index] for index in range(len(paths))):
-        number = re.search(r"_(\d{8})\.", name)
-        if number is None or not 1 <= int(number[1]) <= len(wnids):
-            raise UserError(
-                f"{NAME}: {below / name} is not one of the {len(wnids)} images that meta.bin has classes for"
-            )
-        chosen.append(wnids[int(number[1]) - 1])
-    return PathSource(str(below), paths), np.array(chosen)
+    source = PathSource(str(below), index_folder(below))
+    wnid_of = {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(meta[1], 1)}
+    stems = [Path(source.name(index)).stem for index in range(len(source))]
+    if unknown := [place for place, stem in enumerate(stems) if stem not in wnid_of]:
+        path, count = source.name(unknown[0]), len(wnid_of)
+        raise UserError(f"{NAME}: {path} is not one of the {count} images that meta.bin has classes for")
+    return source, np.array([wnid_of[stem] for stem in stems])
 
 
 def _entries(folder: Path, split: str, extra: str) -> Path:

@@ -20,7 +20,6 @@ import numpy as np
 from dinoreg.config.bundled import bundled
 from dinoreg.config.option import option
 from dinoreg.data.folder_index import PathBlock, index_folder
-from dinoreg.data.open import labelled_folder
 from dinoreg.data.sources import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Options, Reader, Task, counts_in_words
 from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
@@ -85,9 +84,9 @@ def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], share: float, seed
     tasks = []
     for kind in kinds:
         protocol, metric, read = PAIRS[kind]
-        pairs = find_pairs(path, kind, share, seed)
-        tasks.append(Task(protocol, _once(partial(read, pairs)), metric))
-    splits = counts_in_words({name: len(rows) for name, rows in pairs.rows.items()})
+        pairs, variant = find_pairs(path, kind, share, seed)
+        tasks.append(Task(protocol, _once(partial(read, path, pairs, variant)), metric))
+    splits = counts_in_words({split: len(images) for split, (images, _) in pairs.items()})
     return replace(blank, task=" and ".join(task.protocol for task in tasks), splits=splits, tasks=tuple(tasks))
 
 
@@ -127,18 +126,15 @@ def _read_folder(path: Path) -> Table:
     """Folders of classes, or of splits that hold such folders."""
     index = index_folder(path)
     files = [name for name in (index[number] for number in range(len(index))) if os.sep in name]
-    if not _has_split_folders(path, files):
-        source, labels, names = labelled_folder(path)
-        return Table(path, [source.paths[number] for number in range(len(source))], labels, names, None)
+    in_splits = _has_split_folders(path, files)
     for file in files:
-        if file.count(os.sep) < 2:
+        if in_splits and file.count(os.sep) < 2:
             raise UserError(f"{path / file}: lies in a split but in no class, expected SPLIT/CLASS/IMAGE")
-    splits, classes = zip(*(file.split(os.sep)[:2] for file in files), strict=True)
-    unique, labels = np.unique(classes, return_inverse=True)
-    names = unique.tolist()
+    names, labels = np.unique([file.split(os.sep)[in_splits] for file in files], return_inverse=True)
     if len(names) < 2:
-        raise UserError(f"{path}: every image is of the class {names[0]!r}, expected at least two classes")
-    return Table(path, files, labels, names, [SPLIT_WORDS[split.lower()] for split in splits])
+        raise UserError(f"{path}: has images in {len(names)} folder(s), expected one per class, at least two")
+    words = [SPLIT_WORDS[file.split(os.sep)[0].lower()] for file in files] if in_splits else None
+    return Table(path, files, labels, names.tolist(), words)
 
 
 def _has_split_folders(path: Path, files: list[str]) -> bool:

@@ -10,8 +10,6 @@ depth  PNG of 16 bits in millimetres, or .npy, .tif, .tiff of floats in metres; 
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -22,12 +20,13 @@ from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.sources import PathSource
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
 from dinoreg.evaluation.custom.tables import read_classes
-from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented, Split
+from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented
 from dinoreg.evaluation.features.images import default_workers, parallel
+from dinoreg.evaluation.readers.files import paired
 from dinoreg.evaluation.readers.pixel_maps import (
     UNREADABLE,
     read_depth_map,
-    read_label_map,
+    read_mask,
     require_size,
     unreadable,
 )
@@ -36,40 +35,7 @@ from dinoreg.runtime.errors import UserError
 SUFFIXES = {"masks": (".png",), "depth": (".png", ".npy", ".tif", ".tiff")}
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Images and the mask or depth map of each, all relative to `root`; rows of each split, and how it was split."""
-
-    root: Path
-    images: list[str]
-    truths: list[str]
-    rows: dict[str, np.ndarray]
-    variant: str
-
-    def files(self, row: int) -> tuple[Path, Path]:
-        """The mask or depth map, and its image."""
-        return self.root / self.truths[row], self.root / self.images[row]
-
-    def data(
-        self,
-        kind: Callable[..., Split],
-        read: Callable[[Path, Path], np.ndarray],
-        *extra: int,
-        names: Sequence[str] = (),
-    ) -> Data:
-        """Each split as a `kind` of images with what `read` gives of the files of one; `extra` goes between."""
-
-        def truth(rows: np.ndarray, index: int) -> np.ndarray:
-            return read(*self.files(rows[index]))
-
-        splits = {}
-        for split, rows in self.rows.items():
-            images, truths = (
-                PathSource(str(self.root), PathBlock.of([paths[row] for row in rows]))
-                for paths in (self.images, self.truths)
-            )
-            splits[split] = kind(images, partial(truth, rows), *extra, truths.stamp())
-        return Data(splits, names, self.variant)
+Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
 
 
 def kinds_of_pairs(root: Path) -> list[str]:
@@ -78,10 +44,12 @@ def kinds_of_pairs(root: Path) -> list[str]:
     return [kind for kind in SUFFIXES if any((root / base / kind).is_dir() for base in bases)]
 
 
-def find_pairs(root: Path, kind: str, share: float, seed: int) -> Pairs:
-    """Every image with its mask or depth map; UserError naming the first that lacks one.
+def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, str]:
+    """Every image with its mask or depth map, by split, and how they were split in words.
 
     share, seed  of the images that are held out where folders do not say what is tested
+
+    Raises UserError naming the first image that lacks its file.
     """
     images: list[str] = []
     truths: list[str] = []
@@ -115,37 +83,39 @@ def find_pairs(root: Path, kind: str, share: float, seed: int) -> Pairs:
     if "train" in known and None in words:
         raise UserError(f"{root / images[words.index(None)]}: lies in no split, though others lie in train")
     split_of = known if len(known) == len(words) else None
-    return Pairs(root, images, truths, *parts(split_of, np.zeros(len(images)), share, seed, root, per_class=False))
+    rows, variant = parts(split_of, np.zeros(len(images)), share, seed, root, per_class=False)
+
+    def source(paths: list[str], chosen: np.ndarray) -> PathSource:
+        return PathSource(str(root), PathBlock.of([paths[row] for row in chosen]))
+
+    return {split: (source(images, chosen), source(truths, chosen)) for split, chosen in rows.items()}, variant
 
 
-def segmented(pairs: Pairs) -> Data:
+def segmented(root: Path, pairs: Pairs, variant: str) -> Data:
     """The pairs as masks; without a classes.txt every mask is read once to count the classes."""
-    names = read_classes(pairs.root / "classes.txt") or []
-    num_classes = len(names)
-    if not names:
-
-        def largest(row: int) -> int:
-            mask = read_mask(*pairs.files(row))
-            return max(np.setdiff1d(mask, IGNORED).tolist(), default=-1)
-
-        num_classes = max(parallel(largest, range(len(pairs.images)), default_workers())) + 1
+    names = read_classes(root / "classes.txt") or []
+    num_classes = len(names) or max(_largest_class(*sources) for sources in pairs.values()) + 1
     if not 2 <= num_classes <= IGNORED:
-        raise UserError(f"{pairs.root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
-    return pairs.data(Segmented, partial(read_mask, num_classes=num_classes), num_classes, names=names)
+        raise UserError(f"{root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
+    read = partial(read_mask, classes=range(num_classes))
+    splits = {split: paired(Segmented, *sources, read, num_classes) for split, sources in pairs.items()}
+    return Data(splits, names, variant)
 
 
-def depths(pairs: Pairs) -> Data:
+def _largest_class(images: PathSource, masks: PathSource) -> int:
+    """The largest class of some masks; -1 where every pixel is ignored."""
+
+    def largest(index: int) -> int:
+        mask = read_mask(Path(masks.name(index)), Path(images.name(index)), range(IGNORED))
+        return max(np.setdiff1d(mask, IGNORED).tolist(), default=-1)
+
+    return max(parallel(largest, range(len(masks)), default_workers()))
+
+
+def depths(_root: Path, pairs: Pairs, variant: str) -> Data:
     """The pairs as depth maps."""
-    return pairs.data(DepthMaps, read_metres)
-
-
-def read_mask(path: Path, image: Path, num_classes: int = IGNORED) -> np.ndarray:
-    """A mask (H, W) uint8 of its image's size; UserError for colours, a class out of range, or another size."""
-    values = read_label_map(path, image)
-    wrong = values[(values < 0) | ((values >= num_classes) & (values != IGNORED))]
-    if wrong.size:
-        raise UserError(f"{path}: label {wrong.max()} is out of range, expected 0..{num_classes - 1} or {IGNORED}")
-    return values.astype(np.uint8)
+    splits = {split: paired(DepthMaps, *sources, read_metres) for split, sources in pairs.items()}
+    return Data(splits, variant=variant)
 
 
 def read_metres(path: Path, image: Path) -> np.ndarray:

@@ -13,8 +13,6 @@ from PIL import Image
 from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
 
-_HASHED_IMAGES = 4096  # copied at a time
-
 
 class ArraySource(Source):
     """Images of one size held in memory.
@@ -44,8 +42,8 @@ class ArraySource(Source):
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
-        for start in range(0, len(self.pixels), _HASHED_IMAGES):
-            digest.update(self.pixels[start : start + _HASHED_IMAGES].tobytes())
+        for image in self.pixels:
+            digest.update(image.tobytes())
         return digest.hexdigest()[:16]
 
 

@@ -61,7 +61,6 @@ def _values(path: Path, keys: Sequence[str], dataset: str, archive: str) -> list
     if not path.is_file():
         raise missing(path, dataset, archive)
     values = read_dictionary(path, dataset)
-    for key in keys:
-        if key not in values:
-            raise UserError(f"{dataset}: {path} has no entry {key!r}; it has {list(values)[:8]}")
+    if lacking := [key for key in keys if key not in values]:
+        raise UserError(f"{dataset}: {path} has no entry {lacking[0]!r}; it has {list(values)[:8]}")
     return [values[key] for key in keys]

@@ -4,15 +4,16 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.data import IGNORED, Labelled, Segmented
-from dinoreg.evaluation.readers.pixel_maps import read_label_map
+from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
+from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
 
@@ -131,25 +132,35 @@ def class_labels(
     return np.array(labels, dtype=np.int64)
 
 
-def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, void: int, dataset: str) -> Segmented:
-    """Images `NAME.jpg` with masks `NAME.png`, each read when it is asked for.
+S = TypeVar("S", Segmented, DepthMaps)
 
-    classes  the values of the classes 0..K-1 in a mask
-    void     the value that is ignored
+
+def paired(
+    kind: Callable[..., S],
+    images: PathSource,
+    truths: PathSource,
+    read: Callable[[Path, Path], np.ndarray],
+    *extra: int,
+) -> S:
+    """Images with what lies over the pixels of each, in files of their own that are read when they are asked for.
+
+    read   (one of `truths`, its image) -> (H, W)
+    extra  what `kind` takes besides: of Segmented the number of classes
     """
-    first, last = classes[0], classes[-1]
-    expected = f"{void}..{last}" if void == first - 1 else f"{first}..{last} or {void}"
 
-    def mask(index: int) -> np.ndarray:
-        path = masks / f"{names[index]}.png"
-        values = read_label_map(path, images / f"{names[index]}.jpg", dataset)
-        wrong = values[(values != void) & ((values < first) | (values > last))]
-        if len(wrong):
-            raise UserError(f"{dataset}: {path} has the value {wrong[0]}, expected {expected}")
-        return np.where(values == void, IGNORED, values - first).astype(np.uint8)
+    def truth(index: int) -> np.ndarray:
+        return read(Path(truths.name(index)), Path(images.name(index)))
 
-    stamp = paths_source(masks, (f"{name}.png" for name in names), dataset).stamp()
-    return Segmented(paths_source(images, (f"{name}.jpg" for name in names), dataset), mask, len(classes), stamp)
+    return kind(images, truth, *extra, truths.stamp())
+
+
+def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, void: int, dataset: str) -> Segmented:
+    """Images `NAME.jpg` with masks `NAME.png`; classes and void as for `read_mask`."""
+    source = paths_source(images, (f"{name}.jpg" for name in names), dataset)
+    truths = paths_source(masks, (f"{name}.png" for name in names), dataset)
+    return paired(
+        Segmented, source, truths, partial(read_mask, classes=classes, void=void, dataset=dataset), len(classes)
+    )
 
 
 def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict[str, np.ndarray]:
