@@ -14,7 +14,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Task
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import corloc
 from dinoreg.evaluation.readers.coco import positions, read_instances
-from dinoreg.evaluation.readers.files import matched, paths_source
+from dinoreg.evaluation.readers.files import first_existing, matched, paths_source
 from dinoreg.runtime.errors import UserError
 
 NAME = "coco20k"
@@ -29,22 +29,17 @@ JSON = "annotations/instances_train{}.json"
 def read(folder: Path, options: Options) -> Data:
     """The listed images, in the list's order, called "test": discovery reports on all of them."""
     year = options["annotations"]
-    list_file = next((folder / name for name in LISTS if (folder / name).exists()), folder / LISTS[0])
+    list_file = first_existing(folder, LISTS)
     form = "train2014/COCO_train2014_<id>.jpg"
     ids = [int(number) for (number,) in matched(list_file, r"(?:.*_)?(\d{1,12})\.jpg", form, NAME, LIST)]
     repeated = [number for number, count in Counter(ids).items() if count > 1]
     if repeated:
         raise UserError(f"{NAME}: {list_file} lists image {repeated[0]} twice")
-    if year == "auto":
-        year = next((each for each in YEARS if (folder / JSON.format(each)).exists()), YEARS[0])
-    path = folder / JSON.format(year)
-    instances = read_instances(path, NAME, f"annotations_trainval{year}.zip", empty=False)
+    path = first_existing(folder, [JSON.format(each) for each in (YEARS if year == "auto" else (year,))])
+    instances = read_instances(path, NAME, f"annotations_trainval{path.stem[-4:]}.zip", empty=False)
     places = positions(instances.ids, ids, f"{list_file} names image", f"{NAME}: {path}")
-    images, of_images = next(
-        ((folder / name, each) for each in YEARS for name in FOLDERS[each] if (folder / name).is_dir()),
-        (folder / FOLDERS["2014"][0], "2014"),
-    )
-    source = paths_source(images, (FILES[of_images].format(number) for number in ids), NAME)
+    images = first_existing(folder, [name for each in YEARS for name in FOLDERS[each]])
+    source = paths_source(images, (FILES[images.name[-4:]].format(number) for number in ids), NAME)
     variant = f"boxes of {path.name}, images of {images.name}"
     split = instances.boxed(source, places)
     return Data({"test": split}, class_names=instances.categories, variant=variant, extra={"rule": "coco"})

@@ -22,18 +22,9 @@ from dinoreg.data.folder_index import index_folder
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import Source
 from dinoreg.data.sources import PathSource
+from dinoreg.evaluation import published
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.published import (
-    BASELINE,
-    CARD,
-    DINOV2,
-    TEST_TIME,
-    at_test_time,
-    released,
-    single_tokens,
-    with_registers,
-)
 from dinoreg.evaluation.readers.files import lines, paths_source, present
 from dinoreg.runtime.errors import UserError
 
@@ -42,7 +33,7 @@ NEEDS = {
     "train": Need("train", "ILSVRC2012_img_train.tar, each of whose 1,000 tars becomes a folder train/<wnid>"),
     "val": Need("val", "ILSVRC2012_img_val.tar, sorted into folders val/<wnid>"),
 }
-D2 = f"{DINOV2}, Table 4"
+D2 = f"{published.DINOV2}, Table 4"
 TOKEN = "no registers; logistic regression instead of the grid"
 ANY_K = "which k is quoted is not stated"
 HEAD = "released head on 1 block"
@@ -105,10 +96,8 @@ def _from_entries(folder: Path, split: str, entries: Path) -> tuple[Source, np.n
     if table.ndim != 1 or not {"actual_index", "class_id"} <= set(table.dtype.names or ()):
         raise UserError(f"{NAME}: {entries} has no columns actual_index and class_id")
     wnids, numbers = table["class_id"], table["actual_index"]
-    if split == "train":
-        paths = [f"train/{wnid}/{wnid}_{number}.JPEG" for wnid, number in zip(wnids, numbers)]
-    else:
-        paths = [f"val/{wnid}/ILSVRC2012_val_{number:08d}.JPEG" for wnid, number in zip(wnids, numbers)]
+    form = "train/{0}/{0}_{1}.JPEG" if split == "train" else "val/{0}/ILSVRC2012_val_{1:08d}.JPEG"
+    paths = [form.format(wnid, number) for wnid, number in zip(wnids, numbers)]
     return present(paths_source(folder, paths, NAME), NAME, NEEDS[split].archive), wnids
 
 
@@ -161,23 +150,23 @@ BENCHMARK = Benchmark(
         read,
         {"train": 1_281_167, "test": 50_000},
         linear=(
-            *with_registers(
+            *published.with_registers(
                 (84.3, 84.8, 84.7, 84.7, 78.2, 78.1),
                 "Table 2a",
                 ("", "supervised backbone", "image and text (Shutterstock)"),
             ),
-            *single_tokens("DINOv2 ViT-g/14", (86.0, 65.8, 69.0), TOKEN),
-            *released((81.1, 84.5, 86.3, 86.5), D2),
+            *published.single_tokens("DINOv2 ViT-g/14", (86.0, 65.8, 69.0), TOKEN),
+            *published.released((81.1, 84.5, 86.3, 86.5), D2),
             Published("DINOv2 ViT-g/14", 86.7, D2, "no registers, LVD-142M; 448 px"),
-            *released((80.9, 84.6, 86.7, 87.1), CARD, registers=4),
-            *released((80.8, 84.4, 86.5, 87.0), CARD, HEAD, registers=4),
-            Published("DINOv2 ViT-g/14", 87.3, BASELINE, "448 px; DINOv3's linear protocol"),
-            *at_test_time((86.36, 86.69, 86.38), "", (", ± 0.11", ", ± 0.09", ", ± 0.10")),
-            Published("OpenCLIP ViT-B/16", 77.42, TEST_TIME, "image and text; no registers"),
+            *published.released((80.9, 84.6, 86.7, 87.1), published.CARD, registers=4),
+            *published.released((80.8, 84.4, 86.5, 87.0), published.CARD, HEAD, registers=4),
+            Published("DINOv2 ViT-g/14", 87.3, published.BASELINE, "448 px; DINOv3's linear protocol"),
+            *published.at_test_time((86.36, 86.69, 86.38), "", (", ± 0.11", ", ± 0.09", ", ± 0.10")),
+            Published("OpenCLIP ViT-B/16", 77.42, published.TEST_TIME, "image and text; no registers"),
         ),
         knn=(
-            *released((79.0, 82.1, 83.5, 83.5), D2, ANY_K),
-            *released((79.1, 82.0, 83.8, 83.7), CARD, ANY_K, registers=4),
+            *published.released((79.0, 82.1, 83.5, 83.5), D2, ANY_K),
+            *published.released((79.1, 82.0, 83.8, 83.7), published.CARD, ANY_K, registers=4),
         ),
     ),
     download="ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (ILSVRC2012_devkit_t12.tar.gz for a flat val/)",

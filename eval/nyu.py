@@ -77,10 +77,9 @@ def read(folder: Path, options: Options) -> Data:
 def _listed(folder: Path, name: str, split: str) -> DepthMaps:
     """The frames of a list file."""
     rows = matched(folder / name, r"/*(\S+)\s+/*(\S+).*", "an image and its depth", NAME, LIST_ARCHIVE)
-    tried = [folder / base for base in BASES[split]]
-    base = next((each for each in tried if (each / rows[0][0]).is_file()), None)
-    if base is None:
-        raise missing(tried[0] / rows[0][0], NAME, FRAMES_ARCHIVE[split])
+    base = folder / next((each for each in BASES[split] if (folder / each / rows[0][0]).is_file()), BASES[split][0])
+    if not (base / rows[0][0]).is_file():
+        raise missing(base / rows[0][0], NAME, FRAMES_ARCHIVE[split])
     images = paths_source(base, (image for image, _ in rows), NAME)
     maps = paths_source(base, (depth for _, depth in rows), NAME)
     return paired(DepthMaps, images, maps, lambda path, _image: read_depth_map(path))

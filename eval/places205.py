@@ -16,7 +16,7 @@ from dinoreg.data.sources import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import BASELINE, DINOV2, released, single_tokens
-from dinoreg.evaluation.readers.files import class_labels, matched, paths_source, present, whole_number
+from dinoreg.evaluation.readers.files import class_labels, first_existing, matched, paths_source, present, whole_number
 from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES, LISTS = "places205", "imagesPlaces205_resize.tar.gz", "trainvalsplit_places205.tar.gz"
@@ -70,9 +70,7 @@ def _source(folder: Path, rows: list[tuple[str, str]], given: str) -> PathSource
                 f"{NAME}.images={given}: {base} is not a folder; expected the one with the images of {IMAGES}"
             )
     else:
-        base = next((folder / each for each in UNPACKED if (folder / each).is_dir()), folder)
-        if base == folder and not (folder / rows[0][1]).exists():
-            base = folder / UNPACKED[0]  # which the message names
+        base = folder if (folder / rows[0][1]).exists() else first_existing(folder, UNPACKED)
     return present(
         paths_source(base, (file for _, file in rows), NAME), NAME, f"{IMAGES} (elsewhere: {NAME}.images=FOLDER)"
     )

@@ -13,11 +13,11 @@ from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import labelled, lines, matched, missing
+from dinoreg.evaluation.readers.files import first_existing, labelled, lines, matched
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE, PARTITIONS = "sun397", "SUN397.tar.gz", "Partitions.zip"
-PLACES = ("", "..", "Partitions", "../Partitions")  # of the lists, from the dataset's folder
+PLACES = (".", "..", "Partitions", "../Partitions")  # of the lists, from the dataset's folder
 
 
 def read(folder: Path, options: Options) -> Data:
@@ -36,11 +36,9 @@ def read(folder: Path, options: Options) -> Data:
 
 
 def _half(folder: Path, file: str, names: list[str]) -> Labelled:
-    candidates = [folder / place / file for place in PLACES]
-    path = next((each for each in candidates if each.is_file()), None)
-    if path is None:
-        raise missing(candidates[0], NAME, f"{PARTITIONS} (unpack it inside {folder.name} or beside it)")
-    rows = matched(path, r"/?((.*)/.*)", "/class/image", NAME, PARTITIONS)
+    path = first_existing(folder, [f"{place}/{file}" for place in PLACES])
+    archive = f"{PARTITIONS} (unpack it inside {folder.name} or beside it)"
+    rows = matched(path, r"/?((.*)/.*)", "/class/image", NAME, archive)
     return labelled(folder, [(name, image) for image, name in rows], names, path, NAME)
 
 

@@ -23,13 +23,7 @@ from dinoreg.evaluation.custom.tables import read_classes
 from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented
 from dinoreg.evaluation.features.images import default_workers, parallel
 from dinoreg.evaluation.readers.files import paired
-from dinoreg.evaluation.readers.pixel_maps import (
-    UNREADABLE,
-    read_depth_map,
-    read_mask,
-    require_size,
-    unreadable,
-)
+from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, read_depth_map, read_mask, require_size, unreadable
 from dinoreg.runtime.errors import UserError
 
 SUFFIXES = {"masks": (".png",), "depth": (".png", ".npy", ".tif", ".tiff")}

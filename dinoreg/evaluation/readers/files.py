@@ -23,6 +23,12 @@ def missing(path: Path, dataset: str, archive: str) -> UserError:
     return UserError(f"{dataset}: {path} is missing; it comes from {archive}")
 
 
+def first_existing(folder: Path, names: Iterable[str]) -> Path:
+    """The first of these below the folder that is there; of none the first, which messages then name."""
+    paths = [folder / name for name in names]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
 def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) -> bytes:
     """A file's content; UserError for one that is missing, cannot be read, or has more than `most` bytes."""
     try:
