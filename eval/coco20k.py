@@ -5,7 +5,6 @@ same images under `%012d.jpg` with the same ids, so that either year's files ser
 two years' annotations was not verified, and the result says which were read.
 """
 
-from collections import Counter
 from pathlib import Path
 
 from dinoreg.commands.main import script
@@ -14,8 +13,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Task
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import corloc
 from dinoreg.evaluation.readers.coco import positions, read_instances
-from dinoreg.evaluation.readers.files import first_existing, matched, paths_source
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.files import first_existing, matched, paths_source, require_distinct
 
 NAME = "coco20k"
 LIST = "LOST's repository (valeoai/LOST, datasets/coco_20k_filenames.txt)"
@@ -32,9 +30,7 @@ def read(folder: Path, options: Options) -> Data:
     list_file = first_existing(folder, LISTS)
     form = "train2014/COCO_train2014_<id>.jpg"
     ids = [int(number) for (number,) in matched(list_file, r"(?:.*_)?(\d{1,12})\.jpg", form, NAME, LIST)]
-    repeated = [number for number, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise UserError(f"{NAME}: {list_file} lists image {repeated[0]} twice")
+    require_distinct(ids, "image", f"{NAME}: {list_file}")
     path = first_existing(folder, [JSON.format(each) for each in (YEARS if year == "auto" else (year,))])
     instances = read_instances(path, NAME, f"annotations_trainval{path.stem[-4:]}.zip", empty=False)
     places = positions(instances.ids, ids, f"{list_file} names image", f"{NAME}: {path}")

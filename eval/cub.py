@@ -11,7 +11,7 @@ from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import labelled, lines, whole_number
+from dinoreg.evaluation.readers.files import labelled, matched, require_distinct, whole_number
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "cub", "CUB_200_2011.tgz"
@@ -38,14 +38,9 @@ def read(folder: Path, options: Options) -> Data:
 
 def _by_id(path: Path) -> dict[int, str]:
     """The rest of each line by the number before it."""
-    rows: dict[int, str] = {}
-    for line in lines(path, NAME, ARCHIVE):
-        number, _, rest = line.partition(" ")
-        key = whole_number(number, "an id", path, 0, 10**9)
-        if not rest or key in rows:
-            raise UserError(f"{NAME}: {path}: {line!r}: {'listed twice' if rest else 'nothing after the id'}")
-        rows[key] = rest
-    return rows
+    rows = matched(path, r"(\d+) (.+)", "an id, a space and what has it", NAME, ARCHIVE)
+    require_distinct((number for number, _ in rows), "id", f"{NAME}: {path}")
+    return {int(number): rest for number, rest in rows}
 
 
 BENCHMARK = Benchmark(

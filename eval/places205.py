@@ -16,7 +16,15 @@ from dinoreg.data.sources import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import BASELINE, DINOV2, released, single_tokens
-from dinoreg.evaluation.readers.files import class_labels, first_existing, matched, paths_source, present, whole_number
+from dinoreg.evaluation.readers.files import (
+    class_labels,
+    first_existing,
+    matched,
+    paths_source,
+    present,
+    require_distinct,
+    whole_number,
+)
 from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES, LISTS = "places205", "imagesPlaces205_resize.tar.gz", "trainvalsplit_places205.tar.gz"
@@ -50,12 +58,12 @@ def _categories(folder: Path) -> list[str]:
     path = folder / CATEGORIES
     if not path.is_file():
         return [f"class {number}" for number in range(CLASSES)]
-    names: dict[int, str] = {}
-    for text, name in _rows(path):
-        number = whole_number(text, f"the number of {name}", path, 0, CLASSES - 1)
-        if number in names:
-            raise UserError(f"{NAME}: {path}: two classes have the number {number}")
-        names[number] = name.strip("/").partition("/")[2] or name
+    rows = _rows(path)
+    require_distinct((number for number, _ in rows), "number", f"{NAME}: {path}")
+    names = {
+        whole_number(number, f"the number of {name}", path, 0, CLASSES - 1): name.strip("/").partition("/")[2] or name
+        for number, name in rows
+    }
     if sorted(names) != list(range(len(names))):
         raise UserError(f"{NAME}: {path}: the numbers of its {len(names)} classes are not 0..{len(names) - 1}")
     return [names[number] for number in range(len(names))]

@@ -13,8 +13,7 @@ from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import first_existing, labelled, lines, matched
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.files import first_existing, labelled, lines, matched, require_distinct
 
 NAME, ARCHIVE, PARTITIONS = "sun397", "SUN397.tar.gz", "Partitions.zip"
 PLACES = (".", "..", "Partitions", "../Partitions")  # of the lists, from the dataset's folder
@@ -25,8 +24,7 @@ def read(folder: Path, options: Options) -> Data:
     split = options["split"]
     path = folder / "ClassName.txt"
     names = [line.removeprefix("/") for line in lines(path, NAME, ARCHIVE)]
-    if len(set(names)) != len(names):
-        raise UserError(f"{NAME}: {path} lists a class twice")
+    require_distinct(names, "class", f"{NAME}: {path}")
     halves = {
         half: _half(folder, f"{prefix}_{split:02d}.txt", names)
         for half, prefix in (("train", "Training"), ("test", "Testing"))

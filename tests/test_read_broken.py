@@ -252,7 +252,7 @@ BROKEN: dict[str, list[Broken]] = {
             "has the box (1.0, 2.0, -3.0, 4.0)",
         ),
         (changed(TRAIN_2017, lambda v: v["annotations"][0].update(iscrowd=2)), "coco2017: … iscrowd 2"),
-        (changed(TRAIN_2017, lambda v: v["images"].append(v["images"][0])), "coco2017: … is there twice"),
+        (changed(TRAIN_2017, lambda v: v["images"].append(v["images"][0])), "coco2017: … lists image … twice"),
         (changed(TRAIN_2017, lambda v: v["images"][0].update(file_name="../../secret.jpg")), "coco2017: … leaves"),
         (changed(TRAIN_2017, lambda v: v["images"][0].pop("file_name")), "an image without id and file_name"),
         (changed(TRAIN_2017, lambda v: v.pop("categories")), "coco2017: … no list 'categories'"),
@@ -272,10 +272,10 @@ BROKEN: dict[str, list[Broken]] = {
         (nothing, "coco20k.annotations=2015: expected auto, 2014 or 2017", {"annotations": "2015"}),
     ],
     "cub": [
-        (append("image_class_labels.txt", "\n1 1\n"), "image_class_labels.txt: … listed twice"),
+        (append("image_class_labels.txt", "\n1 1\n"), "image_class_labels.txt lists id 1 twice"),
         (append("image_class_labels.txt", "\n99 1\n"), "image 99 is in only one of … image_class_labels.txt"),
-        (append("image_class_labels.txt", "\n99\n"), "image_class_labels.txt: … nothing after the id"),
-        (append("train_test_split.txt", "\nx 1\n"), "train_test_split.txt: an id is 'x', expected a whole number"),
+        (append("image_class_labels.txt", "\n99\n"), "image_class_labels.txt row … '99', expected an id, a space and"),
+        (append("train_test_split.txt", "\nx 1\n"), "train_test_split.txt row … 'x 1', expected an id"),
         (append("images.txt", "\n99 ../outside.jpg\n"), "image 99 is in only one of … images.txt"),
         (append("classes.txt", "\n5 005.Crested_Auklet\n"), "classes.txt does not number its classes 1..4"),
         (line("image_class_labels.txt", "1 ", "1 4"), "the class of … .jpg is 4, expected 1..3"),
@@ -411,7 +411,7 @@ BROKEN: dict[str, list[Broken]] = {
                 ("train", "../../secret.jpg 0\n", "leaves"),
                 ("train", "/etc/passwd 0\n", "leaves"),
                 ("train", "\n\n", "lists no images"),
-                ("categoryIndex", "/a/abbey 0\n/b/basilica 0\n", "two classes have the number 0"),
+                ("categoryIndex", "/a/abbey 0\n/b/basilica 0\n", "categoryIndex_places205.csv lists number 0 twice"),
                 ("categoryIndex", "/a/abbey 0\n/b/basilica 2\n", "are not 0..1"),
                 ("categoryIndex", "/a/abbey 205\n", "expected 0..204"),
             )
@@ -476,7 +476,7 @@ BROKEN: dict[str, list[Broken]] = {
         *(
             (voc_list(name, change), expected, {"protocol": "multilabel"})
             for name, change, expected in (
-                ("train.txt", lambda rows: rows + rows.split()[0], "lists an image twice"),
+                ("train.txt", lambda rows: rows + rows.split()[0], "train.txt lists image … twice"),
                 ("train.txt", lambda rows: "../../a\n" + rows, "expected the name of an image without a folder"),
                 ("train.txt", lambda rows: "\n", "lists no images"),
                 ("train.txt", lambda rows: rows + "999999\n", "does not list 999999, which train.txt does"),

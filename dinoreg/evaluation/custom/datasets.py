@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, replace
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from dinoreg.config.bundled import bundled
 from dinoreg.config.option import option
 from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.sources import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Options, Reader, Task, counts_in_words
+from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
 from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
 from dinoreg.evaluation.custom.tables import SUFFIXES, Table, read_table
@@ -85,15 +84,13 @@ def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], share: float, seed
     for kind in kinds:
         protocol, metric, read = PAIRS[kind]
         pairs, variant = find_pairs(path, kind, share, seed)
-        tasks.append(Task(protocol, _once(partial(read, path, pairs, variant)), metric))
+        tasks.append(Task(protocol, _reader(read, path, pairs, variant), metric))
     splits = counts_in_words({split: len(images) for split, (images, _) in pairs.items()})
     return replace(blank, task=" and ".join(task.protocol for task in tasks), splits=splits, tasks=tuple(tasks))
 
 
 def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
-    def read(_folder: Path, _options: Options) -> Data:
-        return data
-
+    read = _reader(lambda: data)
     train = data.splits["train"]
     several = isinstance(train, MultiLabelled)
     # On cached features a step costs next to nothing, and few images need few of them; the head is chosen on
@@ -116,10 +113,9 @@ def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
     )
 
 
-def _once(read: Callable[[], Data]) -> Reader:
-    """A reader that reads once, however many protocols ask; folder and options it knows already."""
-    cached = lru_cache(maxsize=1)(read)
-    return lambda _folder, _options: cached()
+def _reader(read: Callable[..., Data], *arguments: Any) -> Reader:
+    """A reader that knows its folder and options already."""
+    return lambda _folder, _options: read(*arguments)
 
 
 def _read_folder(path: Path) -> Table:

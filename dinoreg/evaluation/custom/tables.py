@@ -101,20 +101,20 @@ def _labels(file: Path, cells: Mapping[str, Column], chosen: Sequence[str]) -> t
     if len(columns) > 1:
         return np.array([_indicators(file, name, cells[name]) for name in columns], dtype=np.int8).T, columns
     column, given = cells[columns[0]], read_classes(file.parent / "classes.txt")
-    if any(SEPARATOR in cell for _, cell in column):
-        sets = [[part.strip() for part in cell.split(SEPARATOR) if part.strip()] for _, cell in column]
-        number, names = _numbering({part for parts in sets for part in parts}, given)
-        labels = np.zeros((len(sets), len(names)), dtype=np.int8)
-        for row, ((place, _), parts) in enumerate(zip(column, sets, strict=True)):
-            labels[row, [number(part, f"{file} {place}") for part in parts]] = 1
-        return labels, names
-    for place, cell in column:
-        if not cell:
-            raise UserError(f"{file} {place}: the label is empty")
-    number, names = _numbering({cell for _, cell in column}, given)
-    if len(names) < 2:
+    several = any(SEPARATOR in cell for _, cell in column)
+    sets = {place: [part.strip() for part in cell.split(SEPARATOR) if part.strip()] for place, cell in column}
+    if not several and (empty := [place for place, parts in sets.items() if not parts]):
+        raise UserError(f"{file} {empty[0]}: the label is empty")
+    number, names = _numbering({part for parts in sets.values() for part in parts}, given)
+    if not several and len(names) < 2:
         raise UserError(f"{file}: every image has the label {names[0]!r}, expected at least two classes")
-    return np.array([number(cell, f"{file} {place}") for place, cell in column], dtype=np.int64), names
+    numbers = [[number(part, f"{file} {place}") for part in parts] for place, parts in sets.items()]
+    if not several:
+        return np.array(numbers, dtype=np.int64)[:, 0], names
+    labels = np.zeros((len(numbers), len(names)), dtype=np.int8)
+    for row, present in zip(labels, numbers, strict=True):
+        row[present] = 1
+    return labels, names
 
 
 def _indicators(file: Path, name: str, column: Column) -> list[int]:

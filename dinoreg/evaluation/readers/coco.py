@@ -18,7 +18,7 @@ import numpy as np
 
 from dinoreg.data.source import Source
 from dinoreg.evaluation.data import Boxed
-from dinoreg.evaluation.readers.files import read_json
+from dinoreg.evaluation.readers.files import read_json, require_distinct
 from dinoreg.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -64,9 +64,7 @@ def read_instances(path: Path, dataset: str, archive: str, empty: bool = True) -
     if not files or not categories:
         raise UserError(f"{where} has {len(files)} images and {len(categories)} categories")
     ids = np.array([number for number, _ in files], dtype=np.int64)
-    repeated = np.flatnonzero(np.diff(ids) == 0)
-    if len(repeated):
-        raise UserError(f"{where}: image {ids[repeated[0]]} is there twice")
+    require_distinct(ids.tolist(), "image", where)
     lacking = "an object without image_id, category_id and bbox"
     rows = np.fromiter(converted(annotations, partial(_annotation, where), lacking, where), dtype=ANNOTATION)
     owners = positions(ids, rows["image"], "an object is of image", where)

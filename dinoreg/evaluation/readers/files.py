@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -54,26 +55,27 @@ def lines(path: Path, dataset: str, archive: str) -> list[str]:
     return [line.strip() for line in read_text(path, dataset, archive).splitlines() if line.strip()]
 
 
-def listed(path: Path, dataset: str, archive: str) -> list[str]:
-    """The lines of a list of images; UserError for an empty one."""
-    rows = lines(path, dataset, archive)
-    if not rows:
-        raise UserError(f"{dataset}: {path} lists no images")
-    return rows
-
-
 def matched(path: Path, form: str, expected: str, dataset: str, archive: str) -> list[tuple[str, ...]]:
     """The groups of the regular expression `form` in every line of a list of images.
 
     expected  the form in words; UserError saying so, and the row, for a line of another one and for an empty list
     """
-    found = []
-    for number, line in enumerate(listed(path, dataset, archive), 1):
+    rows, found = lines(path, dataset, archive), []
+    if not rows:
+        raise UserError(f"{dataset}: {path} lists no images")
+    for number, line in enumerate(rows, 1):
         match = re.fullmatch(form, line)
         if match is None:
             raise UserError(f"{dataset}: {path} row {number}: {line[:120]!r}, expected {expected}")
         found.append(match.groups())
     return found
+
+
+def require_distinct(values: Iterable[object], what: str, where: str) -> None:
+    """UserError naming the first value that `where`, a list of them, has twice."""
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        raise UserError(f"{where} lists {what} {repeated[0]} twice")
 
 
 def read_json(

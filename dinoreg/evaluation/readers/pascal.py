@@ -17,7 +17,7 @@ from dinoreg.config.option import nearest
 from dinoreg.data.source import Source
 from dinoreg.evaluation.benchmark import Options, Reader
 from dinoreg.evaluation.data import IGNORED, Boxed, Data, MultiLabelled, Segmented, Split
-from dinoreg.evaluation.readers.files import listed, matched, missing, paths_source, read_bytes, segmented
+from dinoreg.evaluation.readers.files import matched, missing, paths_source, read_bytes, require_distinct, segmented
 from dinoreg.runtime.errors import UserError
 
 CLASSES = (
@@ -44,14 +44,10 @@ class Devkit:
     def names(self, split: str, kind: str = "Main") -> list[str]:
         """The images of a split in the order of its list; `kind` is "Main" or "Segmentation"."""
         path = self.folder / "ImageSets" / kind / f"{split}.txt"
-        names = [line.split()[0] for line in listed(path, self.dataset, self.archives[split])]
-        if len(set(names)) < len(names):
-            raise UserError(f"{self.dataset}: {path} lists an image twice")
-        for name in names:
-            if "/" in name or "\\" in name or name in (".", ".."):
-                raise UserError(
-                    f"{self.dataset}: {path} lists {name!r}, expected the name of an image without a folder"
-                )
+        form = r"([^\s/\\.][^\s/\\]*)(?:\s.*)?"
+        rows = matched(path, form, "the name of an image without a folder", self.dataset, self.archives[split])
+        names = [name for (name,) in rows]
+        require_distinct(names, "image", f"{self.dataset}: {path}")
         return names
 
     def labelled(self, split: str) -> MultiLabelled:
