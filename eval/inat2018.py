@@ -29,8 +29,7 @@ NEEDS = {split: Need(f"{split}2018.json", f"{split}2018.json.tar.gz") for split 
 
 def read(folder: Path, options: Options) -> Data:
     """The training set, and the published validation set as "test"."""
-    (elements,) = _lists(folder, "train", "categories")
-    where = f"{NAME}: {folder / NEEDS['train'].path}"
+    where, elements = _lists(folder, "train", "categories")
     names = dict(converted(elements, category_name, "a category without id and name", where))
     ids = np.array(sorted(names))  # 0..8141 in the official file, which makes the ids the labels
     splits = {"train": _split(folder, "train", ids), "test": _split(folder, "val", ids)}
@@ -39,9 +38,8 @@ def read(folder: Path, options: Options) -> Data:
 
 def _split(folder: Path, split: str, ids: np.ndarray) -> Labelled:
     """The images in the file's order, each with the rank of its category among the ids."""
-    elements, annotations = _lists(folder, split, "images", "annotations")
-    where = f"{NAME}: {folder / NEEDS[split].path}"
-    source, images = _source(folder, elements, where)
+    where, elements, annotations = _lists(folder, split, "images", "annotations")
+    source, images = _source(folder, where, elements)
     lacking = "an annotation without image_id and category_id"
     category_of = dict(
         converted(annotations, lambda each: (int(each["image_id"]), int(each["category_id"])), lacking, where)
@@ -55,20 +53,22 @@ def _split(folder: Path, split: str, ids: np.ndarray) -> Labelled:
     return Labelled(source, positions(ids, categories, "an image is of category", where), len(ids))
 
 
-def _source(folder: Path, elements: list[Any], where: str) -> tuple[PathSource, list[int]]:
+def _source(folder: Path, where: str, elements: list[Any]) -> tuple[PathSource, list[int]]:
     """The images in the file's order, and their ids."""
     files = list(converted(elements, image_file, "an image without id and file_name", where))
     return present(paths_source(folder, (file for _, file in files), NAME), NAME, IMAGES), [each for each, _ in files]
 
 
-def _lists(folder: Path, split: str, *names: str) -> list[list[Any]]:
-    return read_lists(folder / NEEDS[split].path, names, NAME, NEEDS[split].archive)
+def _lists(folder: Path, split: str, *names: str) -> tuple[Any, ...]:
+    """How messages call the file of a split, and its lists of these names."""
+    path = folder / NEEDS[split].path
+    return f"{NAME}: {path}", *read_lists(path, names, NAME, NEEDS[split].archive)
 
 
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """The images of a published split, without labels."""
     folder = BENCHMARK.find(root, ((NEEDS[split],),))
-    return _source(folder, _lists(folder, split, "images")[0], f"{NAME}: {folder / NEEDS[split].path}")[0]
+    return _source(folder, *_lists(folder, split, "images"))[0]
 
 
 PRETRAINING = Pretraining(images, splits=("train", "val"))

@@ -87,7 +87,6 @@ class DepthHeads:
     def __init__(self, encoder: Encoder, options: DepthOptions, seed: int) -> None:
         self.encoder, self.options, self.seed = encoder, options, seed
         self.blocks = {variant: head_blocks(variant, encoder.depth) for variant in options.variants}
-        self._layers = sorted({block for blocks in self.blocks.values() for block in blocks})
         self.heads: dict[Key, DepthHead] = {}
 
     def fit(self, train: DepthMaps, size: tuple[int, int], border: Crop | None, context: Context) -> dict[Key, float]:
@@ -158,22 +157,20 @@ class DepthHeads:
             for row, (index, _, true) in enumerate(batch):
                 yield index, true, {key: resized(depth[row], true.shape) for key, depth in predicted.items()}
 
-    def _tokens(self, images: Tensor, names: Sequence[str]) -> tuple[list[Tokens], tuple[int, int]]:
-        """Tokens of the wanted blocks, and the grid, of images padded with what normalises to zero."""
+    def _tokens(self, images: Tensor, names: Sequence[str]) -> tuple[dict[int, Tokens], tuple[int, int]]:
+        """{block: tokens} of the blocks that heads read, and the grid, of images padded with what normalises to zero."""
         padded = centre_pad(images, self.encoder.patch_size, self.encoder.mean)
-        tokens = self.encoder.layers(padded, self._layers, norm=False)
-        for each in tokens:
+        layers = sorted({block for blocks in self.blocks.values() for block in blocks})
+        tokens = dict(zip(layers, self.encoder.layers(padded, layers, norm=False), strict=True))
+        for each in tokens.values():
             require_finite(each.cls, names, self.encoder)
             require_finite(each.patches, names, self.encoder)
         return tokens, self.encoder.grid(padded.shape[2], padded.shape[3])
 
-    def _of_variant(self, tokens: list[Tokens], variant: int) -> list[Tokens]:
-        return [tokens[self._layers.index(block)] for block in self.blocks[variant]]
-
-    def _depth(self, key: Key, tokens: list[Tokens], grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    def _depth(self, key: Key, tokens: Mapping[int, Tokens], grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
         """(B, H, W) metres at the pixels of the images of `size`: the padding is cut off again."""
         patch = self.encoder.patch_size
-        depth = self.heads[key](self._of_variant(tokens, key[0]), grid)
+        depth = self.heads[key]([tokens[block] for block in self.blocks[key[0]]], grid)
         full = (grid[0] * patch, grid[1] * patch)
         depth = F.interpolate(depth[:, None], size=full, mode="bilinear", align_corners=False)[:, 0]
         top, left = (centre_padding(side, patch)[0] for side in size)
@@ -184,8 +181,8 @@ class DepthHeads:
         blank = torch.zeros(1, self.encoder.in_channels, height, width, device=self.encoder.device)
         tokens, _ = self._tokens(blank, ["a blank image"])
         options = self.options
-        for variant in self.blocks:
-            widths = [(each.patches.shape[-1], each.cls.shape[-1]) for each in self._of_variant(tokens, variant)]
+        for variant, blocks in self.blocks.items():
+            widths = [(tokens[block].patches.shape[-1], tokens[block].cls.shape[-1]) for block in blocks]
             for lr in options.lrs:
                 with seeded(self.seed):  # the same start for every rate
                     head = DepthHead(widths, options.num_bins, options.min_depth, options.max_depth)
