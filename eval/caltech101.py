@@ -8,6 +8,7 @@ Metric: mean per class, since the classes are very unequal; 5 of the 30 for choo
 """
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 from dinoreg.commands.main import script
@@ -33,14 +34,14 @@ def read(folder: Path, options: Options) -> Data:
         raise UserError(f"{NAME}: {images} has no category folders; they come from {ARCHIVE}")
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for name in names:
-        files = sorted(path.name for path in (images / name).iterdir() if path.suffix.lower() == ".jpg")
+        files = [path.name for path in (images / name).iterdir() if path.suffix.lower() == ".jpg"]
         if len(files) <= count:
             raise UserError(
                 f"{NAME}: {images / name} has {len(files)} images, expected more than train_per_class={count}"
             )
-        drawn = set(sorted(files, key=lambda file: _rank(seed, name, file))[:count])
-        for file in files:
-            rows["train" if file in drawn else "test"].append((name, f"{name}/{file}"))
+        ranked = sorted(files, key=partial(_rank, seed, name))
+        for split, drawn in (("train", ranked[:count]), ("test", ranked[count:])):
+            rows[split] += [(name, f"{name}/{file}") for file in sorted(drawn)]
     splits = {split: labelled(images, rows[split], names, images, NAME) for split in rows}
     return Data(splits, names, variant=f"{count} per class, seed {seed}")
 

@@ -470,7 +470,7 @@ BROKEN: dict[str, list[Broken]] = {
                 ("<difficult>0", "<difficult>2", "difficult is '2'"),
                 ("</annotation>", "", "is not XML"),
                 ("<annotation>", '<!DOCTYPE a [<!ENTITY x "xxx">]><annotation>', "declares a document type"),
-                ("</annotation>", "</annotation>" + " " * (1 << 22), "more than 4 MiB"),
+                ("</annotation>", "</annotation>" + " " * (1 << 22), "more than the 4,194,304 bytes"),
             )
         ),
         *(

@@ -158,7 +158,7 @@ class DepthHeads:
                 yield index, true, {key: resized(depth[row], true.shape) for key, depth in predicted.items()}
 
     def _tokens(self, images: Tensor, names: Sequence[str]) -> tuple[dict[int, Tokens], tuple[int, int]]:
-        """{block: tokens} of the blocks that heads read, and the grid, of images padded with what normalises to zero."""
+        """{block: tokens} of the blocks that heads read, and the grid; images are padded with what normalises to 0."""
         padded = centre_pad(images, self.encoder.patch_size, self.encoder.mean)
         layers = sorted({block for blocks in self.blocks.values() for block in blocks})
         tokens = dict(zip(layers, self.encoder.layers(padded, layers, norm=False), strict=True))

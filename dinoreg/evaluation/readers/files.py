@@ -34,7 +34,7 @@ def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) 
     """A file's content; UserError for one that is missing, cannot be read, or has more than `most` bytes."""
     try:
         if most is not None and path.stat().st_size > most:
-            raise UserError(f"{dataset}: {path} has more than {most >> 20} MiB, too many for a file of its kind")
+            raise UserError(f"{dataset}: {path} has more than the {most:,} bytes that a file of its kind may have")
         return path.read_bytes()
     except FileNotFoundError:
         raise missing(path, dataset, archive) from None
