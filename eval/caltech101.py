@@ -50,6 +50,11 @@ def _rank(seed: int, category: str, file: str) -> bytes:
     return hashlib.sha256(f"{seed}/{category}/{file}".encode()).digest()
 
 
+COUNTS = {"train": 3_030, "test": 5_647}
+PUBLISHED = fine_grained(
+    (97.0, 96.1, 97.5, 97.6), 95.9, (96.9, 73.2, 97.6), "another draw of the split, not stated which"
+)
+
 BENCHMARK = Benchmark(
     name=NAME,
     title="Caltech-101",
@@ -58,12 +63,8 @@ BENCHMARK = Benchmark(
     folders=("caltech101", "caltech-101", "Caltech101"),
     layouts=(needs(ARCHIVE, IMAGES),),
     tasks=classification_tasks(
-        read,
-        "mean per class",
-        {"train": 3_030, "test": 5_647},
-        fine_grained((97.0, 96.1, 97.5, 97.6), 95.9, (96.9, 73.2, 97.6), "another draw of the split, not stated which"),
-        validation_images=505,  # 5 of 30 of each class
-    ),
+        read, "mean per class", COUNTS, PUBLISHED, validation_images=505
+    ),  # 5 of 30 of each class
     download="caltech-101.zip (101_ObjectCategories.tar.gz in it)",
     licence="image copyrights vary; no licence text found",
     options={

@@ -43,18 +43,16 @@ def _by_id(path: Path) -> dict[int, str]:
     return {int(number): rest for number, rest in rows}
 
 
+COUNTS = {"train": 5_994, "test": 5_794}
+PUBLISHED = fine_grained((88.1, 89.6, 90.5, 91.6), 91.6, (91.3, 18.6, 84.9))
+
 BENCHMARK = Benchmark(
     name=NAME,
     title="CUB-200-2011",
     classes=200,
     folders=("CUB_200_2011", "cub", "cub200"),
     layouts=(needs(ARCHIVE, "images", IMAGES, LABELS, SPLIT, CLASSES),),
-    tasks=classification_tasks(
-        read,
-        "top-1",
-        {"train": 5_994, "test": 5_794},
-        fine_grained((88.1, 89.6, 90.5, 91.6), 91.6, (91.3, 18.6, 84.9)),
-    ),
+    tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED),
     download=ARCHIVE,
     licence="image copyrights vary; no licence text found",
     aliases=("cub200", "cub-200-2011", "cub_200_2011"),

@@ -33,6 +33,7 @@ NEEDS = {
     "train": Need("train", "ILSVRC2012_img_train.tar, each of whose 1,000 tars becomes a folder train/<wnid>"),
     "val": Need("val", "ILSVRC2012_img_val.tar, sorted into folders val/<wnid>"),
 }
+TRAINED = ("", "supervised backbone", "image and text (Shutterstock)")
 D2 = f"{published.DINOV2}, Table 4"
 TOKEN = "no registers; logistic regression instead of the grid"
 ANY_K = "which k is quoted is not stated"
@@ -138,6 +139,22 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     return PathSource(str(folder / split), index_folder(folder / split, index_dir))
 
 
+LINEAR = (
+    *published.with_registers((84.3, 84.8, 84.7, 84.7, 78.2, 78.1), "Table 2a", TRAINED),
+    *published.single_tokens("DINOv2 ViT-g/14", (86.0, 65.8, 69.0), TOKEN),
+    *published.released((81.1, 84.5, 86.3, 86.5), D2),
+    Published("DINOv2 ViT-g/14", 86.7, D2, "no registers, LVD-142M; 448 px"),
+    *published.released((80.9, 84.6, 86.7, 87.1), published.CARD, registers=4),
+    *published.released((80.8, 84.4, 86.5, 87.0), published.CARD, HEAD, registers=4),
+    Published("DINOv2 ViT-g/14", 87.3, published.BASELINE, "448 px; DINOv3's linear protocol"),
+    *published.at_test_time((86.36, 86.69, 86.38), "", (", ± 0.11", ", ± 0.09", ", ± 0.10")),
+    Published("OpenCLIP ViT-B/16", 77.42, published.TEST_TIME, "image and text; no registers"),
+)
+KNN = (
+    *published.released((79.0, 82.1, 83.5, 83.5), D2, ANY_K),
+    *published.released((79.1, 82.0, 83.8, 83.7), published.CARD, ANY_K, registers=4),
+)
+
 PRETRAINING = Pretraining(images, splits=("train", "val"), options=("extra",))
 BENCHMARK = Benchmark(
     name=NAME,
@@ -146,29 +163,7 @@ BENCHMARK = Benchmark(
     splits="1,281,167 / 50,000 (the published validation set)",
     folders=("imagenet1k", "imagenet-1k", "imagenet", "ImageNet", "ILSVRC2012", "in1k"),
     layouts=((NEEDS["train"], NEEDS["val"]),),
-    tasks=linear_tasks(
-        read,
-        {"train": 1_281_167, "test": 50_000},
-        linear=(
-            *published.with_registers(
-                (84.3, 84.8, 84.7, 84.7, 78.2, 78.1),
-                "Table 2a",
-                ("", "supervised backbone", "image and text (Shutterstock)"),
-            ),
-            *published.single_tokens("DINOv2 ViT-g/14", (86.0, 65.8, 69.0), TOKEN),
-            *published.released((81.1, 84.5, 86.3, 86.5), D2),
-            Published("DINOv2 ViT-g/14", 86.7, D2, "no registers, LVD-142M; 448 px"),
-            *published.released((80.9, 84.6, 86.7, 87.1), published.CARD, registers=4),
-            *published.released((80.8, 84.4, 86.5, 87.0), published.CARD, HEAD, registers=4),
-            Published("DINOv2 ViT-g/14", 87.3, published.BASELINE, "448 px; DINOv3's linear protocol"),
-            *published.at_test_time((86.36, 86.69, 86.38), "", (", ± 0.11", ", ± 0.09", ", ± 0.10")),
-            Published("OpenCLIP ViT-B/16", 77.42, published.TEST_TIME, "image and text; no registers"),
-        ),
-        knn=(
-            *published.released((79.0, 82.1, 83.5, 83.5), D2, ANY_K),
-            *published.released((79.1, 82.0, 83.8, 83.7), published.CARD, ANY_K, registers=4),
-        ),
-    ),
+    tasks=linear_tasks(read, {"train": 1_281_167, "test": 50_000}, LINEAR, KNN),
     download="ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (ILSVRC2012_devkit_t12.tar.gz for a flat val/)",
     licence="account and terms of access: non-commercial research",
     options={"extra": option("", "folder of DINOv2's entries-*.npy; by default `extra`, where there is one")},

@@ -71,6 +71,13 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     return _source(folder, *_lists(folder, split, "images"))[0]
 
 
+PUBLISHED = (
+    *released((69.0, 76.4, 80.4, 81.6), f"{DINOV2}, Table 7"),
+    *released((69.5, 76.3, 79.8, 81.6), CARD),
+    *released((67.6, 73.8, 80.9, 81.5), CARD, registers=4),
+    Published("DINOv2 ViT-g/14", 80.7, BASELINE, "448 px; DINOv3's linear protocol"),
+)
+
 PRETRAINING = Pretraining(images, splits=("train", "val"))
 BENCHMARK = Benchmark(
     name=NAME,
@@ -79,16 +86,7 @@ BENCHMARK = Benchmark(
     splits="437,513 / 24,426 (the published validation set)",
     folders=("inat2018", "inaturalist2018", "iNaturalist2018", "inat", "inaturalist"),
     layouts=((NEEDS["train"], NEEDS["val"], Need("train_val2018", IMAGES)),),
-    tasks=linear_tasks(
-        read,
-        {"train": 437_513, "test": 24_426},
-        linear=(
-            *released((69.0, 76.4, 80.4, 81.6), f"{DINOV2}, Table 7"),
-            *released((69.5, 76.3, 79.8, 81.6), CARD),
-            *released((67.6, 73.8, 80.9, 81.5), CARD, registers=4),
-            Published("DINOv2 ViT-g/14", 80.7, BASELINE, "448 px; DINOv3's linear protocol"),
-        ),
-    ),
+    tasks=linear_tasks(read, {"train": 437_513, "test": 24_426}, PUBLISHED),
     download="train_val2018.tar.gz, train2018.json.tar.gz and val2018.json.tar.gz (visipedia/inat_comp, 2018)",
     licence="non-commercial research, no redistribution; a licence per image in the json",
     aliases=("inaturalist2018", "inat", "inaturalist"),

@@ -90,6 +90,12 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     return _source(folder, _rows(folder / NEEDS[split].path), options["images"])
 
 
+PUBLISHED = (
+    *released((62.9, 66.2, 67.3, 67.5), f"{DINOV2}, Table 7"),
+    Published("DINOv2 ViT-g/14", 68.2, BASELINE, "448 px; DINOv3's linear protocol"),
+    *single_tokens("DINOv2 ViT-g/14", (66.4, 53.1, 55.1), TOKEN),
+)
+
 PRETRAINING = Pretraining(images, splits=("train", "val"), options=("images",))
 BENCHMARK = Benchmark(
     name=NAME,
@@ -98,15 +104,7 @@ BENCHMARK = Benchmark(
     splits="2,448,873 / 20,500 (the published validation set)",
     folders=("places205", "Places205", "places"),
     layouts=((NEEDS["train"], NEEDS["val"]),),
-    tasks=linear_tasks(
-        read,
-        {"train": 2_448_873, "test": 20_500},
-        linear=(
-            *released((62.9, 66.2, 67.3, 67.5), f"{DINOV2}, Table 7"),
-            Published("DINOv2 ViT-g/14", 68.2, BASELINE, "448 px; DINOv3's linear protocol"),
-            *single_tokens("DINOv2 ViT-g/14", (66.4, 53.1, 55.1), TOKEN),
-        ),
-    ),
+    tasks=linear_tasks(read, {"train": 2_448_873, "test": 20_500}, PUBLISHED),
     download="imagesPlaces205_resize.tar.gz and trainvalsplit_places205.tar.gz",
     licence="registration with MIT CSAIL's terms; images not redistributable (unverified)",
     options={"images": option("", "folder of the images; by default where the archive unpacks to")},

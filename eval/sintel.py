@@ -135,6 +135,12 @@ LEARNED = (
     "an upper bound and no probe: a network is trained on the frozen features to refine the flow; "
     "quoted from a secondary source, training data and scored scenes not verified"
 )
+# No number of DINOv2, with registers or without, was found for matching or a linear probe on Sintel.
+PUBLISHED = (
+    Published("trained matcher on frozen DINOv2 (upper bound)", 2.81, "arXiv 2605.08000", LEARNED, "final"),
+    Published("DinoFlow, learned head on frozen DINOv3-S (upper bound)", 3.97, DINOFLOW, LEARNED, "clean"),
+)
+
 BENCHMARK = Benchmark(
     name=NAME,
     title="MPI Sintel",
@@ -146,19 +152,7 @@ BENCHMARK = Benchmark(
         tuple(Need(f"training/{part}", ARCHIVES[part]) for part in (each, "flow", "occlusions", "invalid"))
         for each in PASSES
     ),
-    tasks=(
-        Task(
-            protocol="flow",
-            read=read,
-            metric="EPE",
-            counts={"train": 943, "test": 98},
-            # No number of DINOv2, with registers or without, was found for matching or a linear probe on Sintel.
-            published=(
-                Published("trained matcher on frozen DINOv2 (upper bound)", 2.81, "arXiv 2605.08000", LEARNED, "final"),
-                Published("DinoFlow, learned head on frozen DINOv3-S (upper bound)", 3.97, DINOFLOW, LEARNED, "clean"),
-            ),
-        ),
-    ),
+    tasks=(Task("flow", read, "EPE", {"train": 943, "test": 98}, PUBLISHED),),
     download=(
         "MPI-Sintel-complete.zip, or MPI-Sintel-training_images.zip and MPI-Sintel-training_extras.zip "
         "(flow, occlusions, invalid); the test part has no public flow and is not needed"

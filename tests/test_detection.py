@@ -100,7 +100,7 @@ def test_assignment_equals_a_loop_over_patches_and_boxes() -> None:
         start = rng.uniform(0, 16, (count, 2))
         boxes = np.concatenate([start, start + rng.uniform(0, 12, (count, 2))], axis=1).astype(np.float32)
         labels, ignored = rng.integers(0, 3, count), rng.random(count) < 0.3
-        found = assign(grid, patch, height, width, boxes, labels, ignored)
+        found = assign(centres(grid, patch), patch, (height, width), boxes, labels, ignored)
         for n in range(35):
             x, y = (n % 7 + 0.5) * patch, (n // 7 + 0.5) * patch
             inside = [k for k, (x0, y0, x1, y1) in enumerate(boxes) if x0 < x < x1 and y0 < y < y1]

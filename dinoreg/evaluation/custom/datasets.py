@@ -92,25 +92,17 @@ def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], share: float, seed
 def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
     read = _reader(lambda: data)
     train = data.splits["train"]
-    several = isinstance(train, MultiLabelled)
-    # On cached features a step costs next to nothing, and few images need few of them; the head is chosen on
-    # held-out training images, so that the reported ones stay unseen.
-    steps = int(np.clip(-(-len(train) // 1024), *EPOCH_STEPS))
-    linear = {"augment": False, "choose_on": "train", "epoch_steps": steps}
-    return replace(
-        blank,
-        task="multi-label classification" if several else "classification",
-        classes=train.num_classes,
-        splits=counts_in_words({name: len(part) for name, part in data.splits.items()}),
-        tasks=(Task("multilabel", read, "all-points mAP"),)
-        if several
-        else (
-            Task("logistic", read, "top-1"),
-            Task("linear", read, "top-1", options=linear),
-            Task("knn", read, "top-1"),
-            Task("few_shot", read, "top-1"),
-        ),
-    )
+    if isinstance(train, MultiLabelled):
+        kind, tasks = "multi-label classification", [Task("multilabel", read, "all-points mAP")]
+    else:
+        # On cached features a step costs next to nothing, and few images need few of them; the head is chosen on
+        # held-out training images, so that the reported ones stay unseen.
+        steps = int(np.clip(-(-len(train) // 1024), *EPOCH_STEPS))
+        options = {"linear": {"augment": False, "choose_on": "train", "epoch_steps": steps}}
+        protocols = ("logistic", "linear", "knn", "few_shot")
+        kind, tasks = "classification", [Task(each, read, "top-1", options=options.get(each, {})) for each in protocols]
+    splits = counts_in_words({name: len(part) for name, part in data.splits.items()})
+    return replace(blank, task=kind, classes=train.num_classes, splits=splits, tasks=tuple(tasks))
 
 
 def _reader(read: Callable[..., Data], *arguments: Any) -> Reader:

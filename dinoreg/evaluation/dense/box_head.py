@@ -65,22 +65,16 @@ def centres(grid: tuple[int, int], patch_size: int) -> Tensor:
 
 
 def assign(
-    grid: tuple[int, int],
-    patch_size: int,
-    height: int,
-    width: int,
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    ignored: np.ndarray,
+    points: Tensor, patch_size: int, size: tuple[int, int], boxes: np.ndarray, labels: np.ndarray, ignored: np.ndarray
 ) -> Targets:
     """Which box each patch of an image answers for.
 
-    height, width  of the image before padding; a patch whose centre is in the padding is ignored
-    boxes          (k, 4) in pixels; those that are empty are left out
-    ignored        (k,) bool: difficult objects and crowds: nobody answers for them, but a patch in one is no background
+    points   (N, 2) centres of the patches
+    size     (height, width) of the image before padding; a patch whose centre is in the padding is ignored
+    boxes    (k, 4) in pixels; those that are empty are left out
+    ignored  (k,) bool: difficult objects and crowds: nobody answers for them, but a patch in one is no background
     """
-    points = centres(grid, patch_size)
-    outside = (points[:, 0] >= width) | (points[:, 1] >= height)
+    outside = (points[:, 0] >= size[1]) | (points[:, 1] >= size[0])
     targets = Targets(torch.full((len(points),), BACKGROUND), torch.zeros(len(points), 4))
     corners = torch.from_numpy(np.asarray(boxes, dtype=np.float32).reshape(-1, 4))
     if len(corners):

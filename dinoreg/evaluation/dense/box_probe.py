@@ -57,8 +57,8 @@ def prepare(
     if flip:
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
     ignored = np.asarray(split.difficult[index], dtype=bool) | np.asarray(split.crowd[index], dtype=bool)
-    grid = encoder.grid(image.shape[1], image.shape[2])
-    targets = assign(grid, encoder.patch_size, height, width, boxes, split.labels[index], ignored)
+    points = centres(encoder.grid(image.shape[1], image.shape[2]), encoder.patch_size)
+    targets = assign(points, encoder.patch_size, (height, width), boxes, split.labels[index], ignored)
     return prepared._replace(targets=targets)
 
 

@@ -98,7 +98,8 @@ class DepthHeads:
         loss_warmup = loss_warmup_steps(options)
 
         def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-            return training_crop(*read_pair(train, index), size, border, options.max_size, rng)
+            image, metres = read_pair(train, index)
+            return training_crop(shrink(image, options.max_size), metres, size, border, rng)
 
         def losses(step: int) -> Mapping[str, Tensor]:
             indices, crops = zip(*stream(step))
