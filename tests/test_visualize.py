@@ -162,7 +162,7 @@ def test_images_are_taken_from_all_over_a_source() -> None:
 
 
 def test_a_chart_is_the_same_svg_every_time_and_needs_nothing_from_outside() -> None:
-    chart = Chart("Loss", lines=[Line("a", range(40), range(40), smooth=True)], levels={"ln K": 3.0})
+    chart = Chart("Loss", lines=[Line("a", range(40), range(40))], levels={"ln K": 3.0}, smooth=True)
     svg = draw_chart(chart)
     assert svg == draw_chart(chart)
     assert darkened(svg) != svg
@@ -183,7 +183,7 @@ def test_charts_of_few_zero_or_equal_values_are_drawn(line: Line) -> None:
 @pytest.mark.parametrize("values", [[29.0, 30.0, 31.0], [0.0, 0.0, 0.0], [5.0, 5.0, 5.0]])
 def test_no_marker_is_cut_by_the_frame_of_a_chart_from_zero(values: list[float]) -> None:
     svg = ElementTree.fromstring(
-        draw_chart(Chart("c", lines=[Line("a", [1, 2, 3], values, marker=True)], from_zero=True))
+        draw_chart(Chart("c", lines=[Line("a", [1, 2, 3], values)], marker=True, from_zero=True))
     )
     tag = "{http://www.w3.org/2000/svg}"
     (clip,) = svg.findall(f".//{tag}clipPath/{tag}rect")

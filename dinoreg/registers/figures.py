@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image
 
 from dinoreg.registers.measure import Measured
-from dinoreg.reports.plots import COLOURS, DOTTED, SETTINGS, percent_tick, short_tick
+from dinoreg.reports.plots import COLOURS, DOTTED, SETTINGS, percent_tick, short
 from dinoreg.visualize.attention import token_names
 from dinoreg.visualize.contact_sheet import colour_map, figure_image, map_row, sheet
 
@@ -118,5 +118,5 @@ def _style(axes: Any) -> None:
 
 def _plain_log(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
-    axis.set_major_formatter(short_tick)
+    axis.set_major_formatter(short)
     axis.set_minor_formatter(NullFormatter())

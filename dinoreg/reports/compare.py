@@ -99,12 +99,14 @@ def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
             if by_images and run.images_seen and run.step:
                 x = [step * run.images_seen / run.metrics[-1]["step"] for step in x]
             if x:
-                lines.append(Line(name, x, y, smooth=not probed and key != "lr", marker=probed))
+                lines.append(Line(name, x, y))
         if lines:
             charts.append(
                 Chart(
                     title,
                     lines=lines,
+                    smooth=not probed and key != "lr",
+                    marker=probed,
                     percent=percent,
                     from_zero=percent or probed,
                     x_label="images" if by_images else "step",

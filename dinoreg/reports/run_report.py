@@ -6,7 +6,8 @@ from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Probe, Run, flatten, read_run
-from dinoreg.reports import html, plots
+from dinoreg.reports import html
+from dinoreg.reports.plots import run_charts
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import is_number
 
@@ -51,14 +52,6 @@ def write_report(run: str | Path, problem: str = "") -> Path:
 def render_report(run: Run, problem: str = "") -> str:
     """The page of a run; `problem` says why pictures are missing. Sections without content are left out."""
     total = f" of {run.num_steps:,}" if run.num_steps else ""
-    builders = {
-        "probe": plots.probe_charts,
-        "losses": plots.loss_charts,
-        "health": plots.health_charts,
-        "schedules": plots.schedule_charts,
-        "speed": plots.speed_charts,
-        "other": plots.other_charts,
-    }
     names = [*PICTURES, *sorted(set(run.pictures) - set(PICTURES))]
     return html.page(
         "reports/templates/run.html.j2",
@@ -68,7 +61,7 @@ def render_report(run: Run, problem: str = "") -> str:
         words=verdict(run),
         figures=figures(run),
         probes=[(probe, html.probe_scale("this run", probe), _details(probe)) for probe in run.newest_probes()],
-        charts={name: html.charts(build(run)) for name, build in builders.items()},
+        charts={name: html.charts(each) for name, each in run_charts(run).items()},
         pictures=[(name, _picture(name, run.pictures[name])) for name in names if name in run.pictures],
         problem=problem,
         skipped=[(line.get("name", ""), line.get("reason", "")) for line in run.skipped[:MAX_LISTED]],

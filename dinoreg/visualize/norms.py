@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports import html
-from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, short_tick
+from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, short
 from dinoreg.visualize.contact_sheet import colour_map, figure_image, map_row, sheet
 from dinoreg.visualize.gallery import ModelGallery
 
@@ -113,12 +113,10 @@ def norm_chart(norms: TokenNorms) -> Chart:
     names = {"median": "median patch", "p99": "99th percentile", "max": "largest patch", "cls": "CLS"}
     if norms.registers.shape[2]:
         names["registers"] = "registers"
-    lines = [
-        Line(name, range(len(rows)), [row[key] or 0.0 for row in rows], marker=True) for key, name in names.items()
-    ]
+    lines = [Line(name, range(len(rows)), [row[key] or 0.0 for row in rows]) for key, name in names.items()]
     values = [value for line in lines for value in line.y if value > 0]
     wide = bool(values) and max(values) > 30 * min(values)
-    return Chart("Norm after each block", "", lines, log=wide, from_zero=not wide, x_label="block")
+    return Chart("Norm after each block", "", lines, marker=True, log=wide, from_zero=not wide, x_label="block")
 
 
 def _map_sheets(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) -> Iterator[tuple[str, Image.Image]]:
@@ -168,7 +166,7 @@ def _draw_histogram(axes: Axes, norms: TokenNorms, block: int) -> None:
     axes.set_title(f"block {block}", color=INK, fontsize=8, pad=2)
     axes.tick_params(which="both", colors=INK, length=2)
     axes.set_xlim(left=0)
-    axes.yaxis.set_major_formatter(short_tick)
+    axes.yaxis.set_major_formatter(short)
     axes.yaxis.set_minor_formatter(NullFormatter())
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
