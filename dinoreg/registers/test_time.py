@@ -8,6 +8,7 @@ count, and "largest" is by magnitude, because SwiGLU's units have a sign.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -153,17 +154,14 @@ def fit_test_time_register(
 
 def _hidden_units(model: RegisterViT, images: Tensor, blocks: range) -> list[Tensor]:
     """The activations (B T, hidden) of the feed-forward layers of some blocks, in block order."""
-    seen: list[Tensor] = []
-    handles = [
-        _output_layer(model, block).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
-        for block in blocks
-    ]
-    try:
+    hidden: list[Tensor] = []
+    with ExitStack() as handles:
+        for block in blocks:
+            layer = _output_layer(model, block)
+            handle = layer.register_forward_pre_hook(lambda _module, inputs: hidden.append(inputs[0].detach()))
+            handles.enter_context(handle)
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    return hidden
 
 
 def _share(patches: Sequence[Tensor], limit: float) -> float:
