@@ -141,8 +141,8 @@ def _probe_charts(run: Run) -> list[Chart]:
         probes = [probe for probe in run.probes if probe.dataset == dataset]
         steps, values = [probe.step for probe in probes], [probe.value for probe in probes]
         accuracy.lines.append(Line(f"linear, {dataset}", steps, values))
-    chances = {probe.details.get("chance") for probe in run.newest_probes()}
-    accuracy.levels.update({f"chance {100 * each:.3g} %": float(each) for each in chances if is_number(each)})
+    chances = [probe.details["chance"] for probe in run.newest_probes() if is_number(probe.details.get("chance"))]
+    accuracy.levels.update({f"chance {100 * each:.3g} %": float(each) for each in chances})
     return [
         accuracy,
         _chart(run, "Effective rank of the probe's features", {"rankme": "rank"}, marker=True, from_zero=True),

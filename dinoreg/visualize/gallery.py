@@ -18,6 +18,9 @@ from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
 
 FORMAT = "dinoreg-view"
 RECORD = "view.json"
+Fact = tuple[str, str, str]  # what, value, small print
+Images = str | Sequence[str] | None
+Size = int | Sequence[int] | None
 _PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.png")
 
 
@@ -29,12 +32,10 @@ class Gallery:
 
     def __init__(self, view: str, out: Path) -> None:
         """Checks `out` and writes nothing; raises UserError when it cannot be a folder."""
-        for path in (out, *out.parents):
+        self.view, self.out, self.folder = view, out, out / view
+        for path in (*reversed(out.parents), out, self.folder):
             if path.exists() and not path.is_dir():
                 raise UserError(f"out={out}: {path} is a file, expected a folder")
-        self.view, self.out, self.folder = view, out, out / view
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"out={out}: {self.folder} is a file, expected a folder")
         self.saved: list[str] = []  # names of the pictures
 
     def picture(self, stem: str, image: Image.Image, description: str, note: str = "") -> html.Picture | None:
@@ -48,12 +49,7 @@ class Gallery:
         return html.picture(path, description, note)
 
     def write_page(
-        self,
-        title: str,
-        facts: Sequence[tuple[str, str, str]],
-        record: Mapping[str, Any],
-        folder: str = "visualize",
-        **values: Any,
+        self, title: str, facts: Sequence[Fact], record: Mapping[str, Any], folder: str = "visualize", **values: Any
     ) -> Path:
         """Write the page and the record of numbers beside the pictures; returns the page's path.
 
@@ -93,15 +89,7 @@ class ModelGallery(Gallery):
     """
 
     def __init__(
-        self,
-        view: str,
-        weights: str,
-        images: str | Sequence[str] | None,
-        out: str | None,
-        *,
-        size: int | Sequence[int] | None,
-        num: int | None,
-        device: str,
+        self, view: str, *, weights: str, images: Images, out: str | None, size: Size, num: int | None, device: str
     ) -> None:
         """The arguments are those of `dinoreg view`; writes nothing; raises UserError for what does not fit."""
         self.subject = open_subject(weights, device)
@@ -112,23 +100,16 @@ class ModelGallery(Gallery):
         self.pictures = read_pictures(self.subject, images, num, self.size)
         self.pixels = to_pixels(self.pictures.images, self.subject.mean, self.subject.std)
 
-    def finish(
-        self, title: str, record: Mapping[str, Any], facts: Sequence[tuple[str, str, str]] = (), **values: Any
-    ) -> Path:
+    def finish(self, title: str, record: Mapping[str, Any], facts: Sequence[Fact] = (), **values: Any) -> Path:
         """Write the page, with what every view states: model, resolution, images, and those left out."""
-        model, skipped = self.model, self.pictures.skipped
+        model, name, images = self.model, self.subject.name, self.pictures
         (height, width), (rows, columns) = self.size, self.grid
         registers = f"{model.num_registers} register{'s' * (model.num_registers != 1)}"
-        names = self.pictures.names
+        left_out = f"{len(images.skipped)} could not be read" if images.skipped else ""
         about = [
-            (
-                "model",
-                self.subject.name,
-                f"{model.depth} blocks of {model.heads} heads, width {model.dim}, {registers}",
-            ),
-            ("images", str(len(names)), f"{len(skipped)} could not be read" if skipped else ""),
+            ("model", name, f"{model.depth} blocks of {model.heads} heads, width {model.dim}, {registers}"),
+            ("images", str(len(images.names)), left_out),
             ("resolution", f"{height} x {width} px", f"{rows} x {columns} patches of {model.patch_size} px"),
         ]
-        record = {"weights": self.subject.name, "size": self.size, "images": names, **record}
-        title = f"{title} of {self.subject.name}"
-        return self.write_page(title, [*about, *facts], record, skipped=skipped, **values)
+        record = {"weights": name, "size": self.size, "images": images.names, **record}
+        return self.write_page(f"{title} of {name}", [*about, *facts], record, skipped=images.skipped, **values)

@@ -6,7 +6,7 @@ are those of the residual stream after each block.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,10 @@ from torch import Tensor
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports import html
 from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, short
-from dinoreg.visualize.contact_sheet import colour_map, figure_image, map_row, sheet
+from dinoreg.visualize.contact_sheet import INK, colour_map, figure_image, map_row, sheet
 from dinoreg.visualize.gallery import ModelGallery
 
 TILE = 92  # pixels, the height of a map
-INK = "#868690"
 _BLOCKS_A_SHEET = 12
 _BINS = 60
 
@@ -49,20 +48,13 @@ def token_norms(model: RegisterViT, images: Tensor) -> TokenNorms:
     return TokenNorms(*(torch.cat(each, dim=1) for each in norms))
 
 
-def view_norms(
-    weights: str,
-    images: str | Sequence[str] | None = None,
-    out: str | None = None,
-    *,
-    size: int | Sequence[int] | None = None,
-    num: int | None = None,
-    device: str = "auto",
-) -> Path:
+def view_norms(**request: Any) -> Path:
     """Draw maps and histograms of the tokens' norms after each block; returns the page's path.
 
-    raises  UserError, before anything is written, for a size, image or model that does not fit or is not there
+    request  weights, images and the rest of what `ModelGallery` takes
+    raises   UserError, before anything is written, for a size, image or model that does not fit or is not there
     """
-    gallery = ModelGallery("norms", weights, images, out, size=size, num=num, device=device)
+    gallery = ModelGallery("norms", **request)
     norms = token_norms(gallery.model, gallery.pictures.images)
     maps = [
         gallery.picture(f"maps{ending}", drawn, f"norms of patch tokens{ending}")
@@ -70,50 +62,35 @@ def view_norms(
     ]
     histograms = gallery.picture("histograms", histogram_sheet(norms), "histograms of norms, one for each block")
     rows = summary(norms)
+    charts, numbers = html.charts([norm_chart(rows)]), [_cells(block, row) for block, row in enumerate(rows)]
     return gallery.finish(
-        "Token norms",
-        {"blocks": rows},
-        charts=html.charts([norm_chart(norms)]),
-        histograms=histograms,
-        maps=maps,
-        numbers=_written(rows),
+        "Token norms", {"blocks": rows}, charts=charts, histograms=histograms, maps=maps, numbers=numbers
     )
 
 
-def summary(norms: TokenNorms) -> list[dict[str, float | None]]:
-    """For each block the median, 99th percentile and largest norm of patches, and the means of CLS and registers."""
-    rows: list[dict[str, float | None]] = []
+def summary(norms: TokenNorms) -> list[dict[str, Any]]:
+    """For each block the median, 99th percentile and largest norm of patches, and the means of CLS and registers (None
+    without)."""
+    rows = []
     for cls, registers, patches in zip(*norms):
-        values = patches.numpy()
-        rows.append(
-            {
-                "median": float(np.median(values)),
-                "p99": float(np.percentile(values, 99)),
-                "max": float(values.max()),
-                "cls": float(cls.mean()),
-                "registers": float(registers.mean()) if registers.numel() else None,
-            }
-        )
+        median, p99 = np.median(patches.numpy()), np.percentile(patches.numpy(), 99)
+        row = {"median": float(median), "p99": float(p99), "max": float(patches.max()), "cls": float(cls.mean())}
+        rows.append({**row, "registers": float(registers.mean()) if registers.numel() else None})
     return rows
 
 
-def _written(rows: Sequence[dict[str, float | None]]) -> list[list[str]]:
-    table = []
-    for number, row in enumerate(rows):
-        median, largest = row["median"] or 0.0, row["max"] or 0.0
-        ratio = largest / median if median else None
-        values = (median, row["p99"], largest, ratio, row["cls"], row["registers"])
-        table.append([str(number), *("\u2013" if each is None else f"{each:.3g}" for each in values)])
-    return table
+def _cells(block: int, row: dict[str, Any]) -> list[str]:
+    ratio = row["max"] / row["median"] if row["median"] else None
+    values = (row["median"], row["p99"], row["max"], ratio, row["cls"], row["registers"])
+    return [str(block), *("\u2013" if each is None else f"{each:.3g}" for each in values)]
 
 
-def norm_chart(norms: TokenNorms) -> Chart:
-    """The norms over the blocks."""
-    rows = summary(norms)
+def norm_chart(rows: Sequence[dict[str, Any]]) -> Chart:
+    """The norms over the blocks, from their summary."""
     names = {"median": "median patch", "p99": "99th percentile", "max": "largest patch", "cls": "CLS"}
-    if norms.registers.shape[2]:
+    if rows[0]["registers"] is not None:
         names["registers"] = "registers"
-    lines = [Line(name, range(len(rows)), [row[key] or 0.0 for row in rows]) for key, name in names.items()]
+    lines = [Line(name, range(len(rows)), [row[key] for row in rows]) for key, name in names.items()]
     values = [value for line in lines for value in line.y if value > 0]
     wide = bool(values) and max(values) > 30 * min(values)
     return Chart("Norm after each block", "", lines, marker=True, log=wide, from_zero=not wide, x_label="block")
