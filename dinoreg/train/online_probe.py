@@ -192,7 +192,8 @@ def _probe(config: Config, images: Tensor, labels: np.ndarray | None, num_classe
 
 def _labelled(spec: str, count: int) -> tuple[Source, np.ndarray, list[str]]:
     if spec == "scenes" or spec.startswith("scenes:"):
-        from dinoreg.scenes.render import CLASS_NAMES, label_of
+        from dinoreg.scenes.layout import label_of
+        from dinoreg.scenes.render import CLASS_NAMES
 
         source = open_source(spec if ":" in spec else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
         assert isinstance(source, ScenesSource)
