@@ -63,22 +63,19 @@ def register_neurons(
     last_block  the block after which outliers stand out: later units see them but do not make them
     raises UserError where no patch is an outlier, or none is not
     """
-    blocks = range(last_block + 1)
-    sums = [[torch.zeros(()), torch.zeros(())] for _ in blocks]
-    counts = [0, 0]
+    width = _output_layer(model, 0).in_features
+    sums, counts = torch.zeros(2, last_block + 1, width, dtype=torch.float64), torch.zeros(2, 1, 1, dtype=torch.float64)
     for images, mask in zip(batches, outliers, strict=True):
-        hidden = _hidden_units(model, images, blocks)
-        mask = mask.to(images.device)
-        for kind, chosen in enumerate((mask, ~mask)):
-            counts[kind] += int(chosen.sum())
-            for block in blocks:
-                activation = hidden[block].unflatten(0, (len(images), -1))[:, 1 + model.num_registers :]
-                sums[block][kind] = sums[block][kind] + activation[chosen].abs().sum(dim=0, dtype=torch.float64).cpu()
-    if not all(counts):
+        kinds = torch.stack([mask, ~mask]).to(images.device)
+        counts += kinds.sum(dim=(1, 2), dtype=torch.float64).cpu().view(2, 1, 1)
+        for block, hidden in enumerate(_hidden_units(model, images, last_block + 1)):
+            activation = hidden.unflatten(0, (len(images), -1))[:, 1 + model.num_registers :].abs()
+            sums[:, block] += torch.stack([activation[kind].sum(dim=0, dtype=torch.float64) for kind in kinds]).cpu()
+    if not counts.all():
         raise UserError("test-time registers need images with outlier patches and with others")
-    scores = torch.stack([at / counts[0] - elsewhere / counts[1] for at, elsewhere in sums])  # (blocks, hidden)
+    at, elsewhere = sums / counts
+    scores = at - elsewhere  # (blocks, hidden)
     best = scores.flatten().topk(min(count, scores.numel()))
-    width = scores.shape[1]
     return [RegisterNeuron(int(i) // width, int(i) % width, float(v)) for v, i in zip(best.values, best.indices)]
 
 
@@ -152,11 +149,11 @@ def fit_test_time_register(
     return Fitted(best[1], tuple(ranked[: best[0].neurons]), before, tuple(trials))
 
 
-def _hidden_units(model: RegisterViT, images: Tensor, blocks: range) -> list[Tensor]:
-    """The activations (B T, hidden) of the feed-forward layers of some blocks, in block order."""
+def _hidden_units(model: RegisterViT, images: Tensor, blocks: int) -> list[Tensor]:
+    """The activations (B T, hidden) of the feed-forward layers of the first blocks, in block order."""
     hidden: list[Tensor] = []
     with ExitStack() as handles:
-        for block in blocks:
+        for block in range(blocks):
             layer = _output_layer(model, block)
             handle = layer.register_forward_pre_hook(lambda _module, inputs: hidden.append(inputs[0].detach()))
             handles.enter_context(handle)

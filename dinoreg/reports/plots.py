@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -181,7 +182,8 @@ def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
             _draw(axes, line, chart, COLOURS[number % len(COLOURS)])
         _draw_levels(axes, chart.levels)
         _set_scales(axes, chart)
-        _set_style(axes)
+        set_style(axes, INK, GRID)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
         if legend:
             axes.legend(
                 loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, labelcolor=INK,
@@ -204,8 +206,7 @@ def _draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
 def _set_scales(axes: Axes, chart: Chart) -> None:
     if chart.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        set_log_ticks(axes.yaxis, 7)
     elif chart.from_zero:
         axes.update_datalim([(float(axes.dataLim.x0), 0.0)])
         axes.margins(y=0.08)  # of all that is shown, and before a limit is set, which then stays as it is
@@ -216,14 +217,21 @@ def _set_scales(axes: Axes, chart: Chart) -> None:
     axes.set_xlabel(chart.x_label, color=INK)
 
 
-def _set_style(axes: Axes) -> None:
+def set_log_ticks(axis: Axis, count: int) -> None:
+    """At most `count` ticks at 1, 2 and 5 times powers of ten, written short."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=count))
+    axis.set_major_formatter(short)
+    axis.set_minor_formatter(NullFormatter())
+
+
+def set_style(axes: Axes, ink: str, line: str, spines: Sequence[str] = ("bottom",), tick_length: int = 0) -> None:
+    """No ground, labels in the colour `ink`, and of the frame only some spines, in the colour `line`."""
     axes.patch.set_alpha(0)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=INK, length=0)
+    axes.tick_params(which="both", colors=ink, length=tick_length)
     for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(GRID)
+        spine.set_visible(side in spines)
+        spine.set_color(line)
 
 
 def darkened(svg: bytes) -> bytes:

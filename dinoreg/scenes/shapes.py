@@ -49,11 +49,11 @@ def ellipse(x: Array, y: Array, cx: float, cy: float, a: float, b: float, angle:
     if angle:
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
-    across, along = np.float32(1.0 / b), np.float32(1.0 / a)
-    dx, dy = dx * along, dy * across
-    level = np.sqrt(dx * dx + dy * dy)
-    dx, dy = dx * along, dy * across
-    slope = np.sqrt(dx * dx + dy * dy) + np.float32(1e-4)  # of `level`, up to the factor 1 / level
+    scale_x, scale_y = np.float32(1.0 / a), np.float32(1.0 / b)
+    u, v = dx * scale_x, dy * scale_y
+    level = np.sqrt(u * u + v * v)
+    u, v = u * scale_x, v * scale_y
+    slope = np.sqrt(u * u + v * v) + np.float32(1e-4)  # of `level`, up to the factor 1 / level
     return level * (level - 1.0) / slope
 
 
@@ -63,8 +63,8 @@ def rod(x: Array, y: Array, start: tuple[float, float], end: tuple[float, float]
     scale = 1.0 / (length_x**2 + length_y**2)
     dx, dy = x - np.float32(start[0]), y - np.float32(start[1])
     along = np.clip(dx * np.float32(length_x * scale) + dy * np.float32(length_y * scale), 0.0, 1.0)
-    dx, dy = dx - along * np.float32(length_x), dy - along * np.float32(length_y)
-    return np.sqrt(dx * dx + dy * dy) - np.float32(radius)
+    u, v = dx - along * np.float32(length_x), dy - along * np.float32(length_y)
+    return np.sqrt(u * u + v * v) - np.float32(radius)
 
 
 def box(x: Array, y: Array, cx: float, cy: float, a: float, b: float, radius: float) -> Array:

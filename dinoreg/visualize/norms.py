@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports import html
-from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, short
+from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, set_style, short
 from dinoreg.visualize.contact_sheet import INK, colour_map, figure_image, map_row, sheet
 from dinoreg.visualize.gallery import ModelGallery
 
@@ -118,10 +118,8 @@ def histogram_sheet(norms: TokenNorms) -> Image.Image:
     with rc_context(SETTINGS | {"font.size": 7}):
         figure = Figure(figsize=(width, height), dpi=120)
         # Fixed margins: fitting them to the labels would take longer than drawing.
-        figure.subplots_adjust(
-            left=0.4 / width, right=1 - 0.1 / width, bottom=0.25 / height, top=1 - 0.5 / height, wspace=0.18,
-            hspace=0.32,
-        )  # fmt: skip
+        figure.subplots_adjust(left=0.4 / width, right=1 - 0.1 / width, bottom=0.25 / height, top=1 - 0.5 / height)
+        figure.subplots_adjust(wspace=0.18, hspace=0.32)
         for block in range(depth):
             _draw_histogram(figure.add_subplot(rows, columns, block + 1), norms, block)
         kinds = ["patches", "CLS", "registers"] if norms.registers.shape[2] else ["patches", "CLS"]
@@ -131,7 +129,6 @@ def histogram_sheet(norms: TokenNorms) -> Image.Image:
 
 
 def _draw_histogram(axes: Axes, norms: TokenNorms, block: int) -> None:
-    axes.patch.set_alpha(0)
     counts, edges = np.histogram(norms.patches[block].numpy(), bins=_BINS)
     # As steps: a bar for each bin would take most of the time. Half a patch is the floor of the log scale.
     axes.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=COLOURS[0])
@@ -141,10 +138,7 @@ def _draw_histogram(axes: Axes, norms: TokenNorms, block: int) -> None:
     for value in norms.registers[block].flatten().tolist():
         axes.axvline(value, color=COLOURS[2], linewidth=0.9, alpha=0.6)
     axes.set_title(f"block {block}", color=INK, fontsize=8, pad=2)
-    axes.tick_params(which="both", colors=INK, length=2)
     axes.set_xlim(left=0)
     axes.yaxis.set_major_formatter(short)
     axes.yaxis.set_minor_formatter(NullFormatter())
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(INK)
+    set_style(axes, INK, INK, tick_length=2)
