@@ -35,9 +35,8 @@ def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) ->
     """Write one page on several runs and return its path (`report.html` here when `out` is None)."""
     loaded = [read_run(run) for run in runs]
     names = run_names(loaded)
-    path = Path(out) if out is not None else Path("report.html")
-    if path.is_dir():
-        path = path / "report.html"
+    path = Path(out or "report.html")
+    path = path / "report.html" if path.is_dir() else path
     columns, rows = comparison(loaded, names)
     content = html.page(
         "reports/templates/compare.html.j2",
@@ -57,29 +56,24 @@ def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) ->
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Column headings and one row of text per run; columns that no run can fill are left out."""
     datasets = list(dict.fromkeys(probe.dataset for run in runs for probe in run.newest_probes()))
-    columns = ["run", "model", "step", "images", "img/s", "total loss", "k-NN", "RankMe"]
-    columns += [f"{dataset} (95 %)" for dataset in datasets] + ["problems"]
-    rows = [_row(run, name, datasets) for run, name in zip(runs, names)]
-    filled = [column for column in range(len(columns)) if column == 0 or any(row[column] for row in rows)]
-    return [columns[column] for column in filled], [[row[column] for column in filled] for row in rows]
-
-
-def _row(run: Run, name: str, datasets: Sequence[str]) -> list[str]:
-    """The cells of one run, "" where nothing is known."""
-    rates = run.series("images_per_second")[1]
-    knn, probes = run.last("knn_top1"), {probe.dataset: probe for probe in run.newest_probes()}
-    return [
-        name,
-        str(flatten(run.config).get("model.name") or ""),
-        f"{run.step:,}",
-        f"{run.images_seen:,}" if run.images_seen else "",
-        f"{statistics.median(rates):.0f}" if rates else "",
-        _number(run.last("total_loss")),
-        "" if knn is None else score(knn),
-        _number(run.last("rankme")),
-        *(_with_interval(probes[dataset]) if dataset in probes else "" for dataset in datasets),
-        ", ".join(dict.fromkeys(str(event.get("name", "")) for event in run.events)),
-    ]
+    rows = []
+    for run, name in zip(runs, names):
+        rates, knn = run.series("images_per_second")[1], run.last("knn_top1")
+        probes = {probe.dataset: _with_interval(probe) for probe in run.newest_probes()}
+        row = {
+            "run": name,
+            "model": str(flatten(run.config).get("model.name") or ""),
+            "step": f"{run.step:,}",
+            "images": f"{run.images_seen:,}" if run.images_seen else "",
+            "img/s": f"{statistics.median(rates):.0f}" if rates else "",
+            "total loss": _number(run.last("total_loss")),
+            "k-NN": "" if knn is None else score(knn),
+            "RankMe": _number(run.last("rankme")),
+        }
+        row |= {f"{dataset} (95 %)": probes.get(dataset, "") for dataset in datasets}
+        rows.append(row | {"problems": ", ".join(dict.fromkeys(str(event.get("name", "")) for event in run.events))})
+    filled = [column for column in rows[0] if column == "run" or any(row[column] for row in rows)]
+    return filled, [[row[column] for column in filled] for row in rows]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:

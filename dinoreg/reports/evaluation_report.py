@@ -18,8 +18,7 @@ from dinoreg.checkpoint.run_folder import Probe, read_probe
 from dinoreg.reports import html
 from dinoreg.reports.verdict import judge
 from dinoreg.runtime.json_files import is_number, read_json
-from dinoreg.runtime.templates import render as fill_in
-from dinoreg.runtime.templates import score
+from dinoreg.runtime.templates import render, score
 
 FORMAT = "dinoreg-evaluation"
 ROLES = ("random init", "raw pixels")
@@ -29,32 +28,25 @@ DASH = "\u2013"
 
 @dataclass(frozen=True)
 class Record:
-    """One dataset's file: its headline as a probe, the rows of the model, everything else as it stands."""
+    """One dataset's file: its headline as a probe, everything else as it stands.
+
+    weights    what was evaluated: its name and identity
+    rows       of the model, the headline first
+    published  the published numbers
+    examples   pictures
+    """
 
     probe: Probe
     content: dict[str, Any]
-    examples: tuple[Path, ...]
+    weights: dict[str, Any]
+    rows: list[dict[str, Any]]
+    published: list[dict[str, Any]]
+    examples: list[Path]
 
     @property
     def title(self) -> str:
         """The dataset's name for people, else its name."""
         return str(self.content.get("title") or self.probe.dataset)
-
-    @property
-    def weights(self) -> dict[str, Any]:
-        """What was evaluated: its name and identity."""
-        weights = self.content.get("weights")
-        return weights if isinstance(weights, dict) else {}
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Of the model, the headline first."""
-        return _dicts(self.content.get("rows"))
-
-    @property
-    def published(self) -> list[dict[str, Any]]:
-        """The published numbers."""
-        return [each for each in _dicts(self.content.get("published")) if is_number(each.get("value"))]
 
     def baseline(self, role: str, row: dict[str, Any]) -> dict[str, Any]:
         """The baseline's row for the same protocol, metric and variant, or {}."""
@@ -70,8 +62,11 @@ def read_records(folder: Path) -> list[Record]:
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
         if content.get("format") == FORMAT and is_number(content.get("value")):
-            examples = tuple(sorted((folder / "examples" / path.stem).glob("*.png")))
-            records.append(Record(read_probe(content, path), content, examples))
+            weights = (_dicts([content.get("weights")]) or [{}])[0]
+            published = [each for each in _dicts(content.get("published")) if is_number(each.get("value"))]
+            examples = sorted((folder / "examples" / path.stem).glob("*.png"))
+            rows = _dicts(content.get("rows"))
+            records.append(Record(read_probe(content, path), content, weights, rows, published, examples))
     return records
 
 
@@ -82,9 +77,14 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = ()) -> Path:
     """
     folder = Path(folder)
     records = read_records(folder)
-    write_atomic(folder / "table.md", markdown(records))
+    lines = [record_lines(record) for record in records]
+    values: dict[str, Any] = {"lead": _lead(records), "columns": COLUMNS}
+    cells = [[line.cells for line in each] for each in lines]
+    write_atomic(folder / "table.md", render("reports/templates/evaluation.md.j2", records=cells, **values))
     write_atomic(folder / "table.csv", comma_separated(records))
-    write_atomic(folder / "report.html", render(records, absent))
+    values["headlines"] = [line.cells for each in lines for line in each if line.is_headline]
+    values |= {"datasets": list(map(_section, records, cells)), "absent": absent}
+    write_atomic(folder / "report.html", html.page("reports/templates/evaluation.html.j2", "Evaluation", **values))
     return folder / "report.html"
 
 
@@ -102,12 +102,6 @@ def console_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """Every row of every dataset as one Markdown table, headlines in bold."""
-    rows = [[line.cells for line in record_lines(record)] for record in records]
-    return fill_in("reports/templates/evaluation.md.j2", lead=_lead(records), columns=COLUMNS, records=rows)
-
-
 def comma_separated(records: Sequence[Record]) -> str:
     """Every row with its numbers unrounded, for a spreadsheet."""
     text = io.StringIO()
@@ -123,21 +117,8 @@ def comma_separated(records: Sequence[Record]) -> str:
     return text.getvalue()
 
 
-def render(records: Sequence[Record], absent: Sequence[str] = ()) -> str:
-    """The page."""
-    return html.page(
-        "reports/templates/evaluation.html.j2",
-        "Evaluation",
-        lead=_lead(records),
-        columns=COLUMNS,
-        headlines=[line.cells for record in records for line in record_lines(record) if line.is_headline],
-        datasets=[_section(record) for record in records],
-        absent=absent,
-    )
-
-
-def _section(record: Record) -> dict[str, Any]:
-    """What the page shows of one dataset."""
+def _section(record: Record, cells: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What the page shows of one dataset, whose rows are given as cells under COLUMNS."""
     probe, rows, warnings = record.probe, record.rows, record.content.get("warnings")
     words, first = judge(probe), rows[0] if rows else {}
     notes = [f"Hyper-parameters were chosen on {first['chosen_on']}."] if first.get("chosen_on") else []
@@ -149,7 +130,7 @@ def _section(record: Record) -> dict[str, Any]:
         "notes": [*words.sentences, *notes],
         "facts": _facts(record, first),
         "scale": html.probe_scale("this model", probe),
-        "rows": [line.cells[1:-1] for line in record_lines(record)],
+        "rows": [row[1:-1] for row in cells],
         "pictures": [html.picture(path, f"{record.title}: {path.stem}") for path in record.examples],
         "settings": json.dumps([row.get("settings") for row in rows], indent=1),
     }
