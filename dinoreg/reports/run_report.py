@@ -23,21 +23,15 @@ DETAILS = {
 PICTURES = ("pca", "attention", "crops")  # those of every run, in the order of the page
 
 
-def write_report(run: str | Path, problem: str = "") -> Path:
+def write_report(folder: str | Path, problem: str = "") -> Path:
     """Write `report.html` into a run folder, from what is there, and return its path. What is not there is left out.
 
     problem  why its pictures could not be drawn, in a sentence (`visualize.run_pictures.draw_missing`)
     """
-    path = Path(run) / "report.html"
-    write_atomic(path, render_report(read_run(path.parent), problem))
-    return path
-
-
-def render_report(run: Run, problem: str) -> str:
-    """The page of a run; `problem` says why pictures are missing."""
+    run = read_run(folder)
     total = f" of {run.num_steps:,}" if run.num_steps else ""
     names = [*PICTURES, *sorted(set(run.pictures) - set(PICTURES))]
-    return html.page(
+    content = html.page(
         "reports/templates/run.html.j2",
         run.name,
         run=run,
@@ -51,6 +45,8 @@ def render_report(run: Run, problem: str) -> str:
         skipped=[(line.get("name", ""), line.get("reason", "")) for line in run.skipped[:MAX_LISTED]],
         environment=[(key, _plain(value)) for key, value in flatten(run.environment).items()],
     )
+    write_atomic(run.folder / "report.html", content)
+    return run.folder / "report.html"
 
 
 def _details(probe: Probe) -> list[str]:

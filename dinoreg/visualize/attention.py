@@ -1,6 +1,7 @@
 """Where the class token and each register look: attention weights of any block and head, as pictures."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,16 +139,11 @@ def view_attention(*, layer: str, head: str, **request: Any) -> Path:
                 drawn = token_sheet(gallery.pixels[number], chosen, ["image", *names], labels, over=kind == "overlay")
                 parts.append(gallery.picture(f"{stem}{ending}-{kind}", drawn, f"{what}, {kind}", what))
         shown.append((Path(name).name, parts))
-    means = [
-        (f"block {layer}", name, Budget(*budget))
+    means = {
+        f"block {layer}": {name: Budget(*budget)._asdict() for name, budget in zip(names, block)}
         for layer, block in zip(layers, np.mean(budgets, axis=0).tolist())
-        for name, budget in zip(names, block)
-    ]
-    table = [(*row, *(f"{100 * share:.1f} %" for share in each[:3]), f"{each.spread:.0f}") for *row, each in means]
-    numbers: dict[str, dict[str, Any]] = {block: {} for block, _, _ in means}
-    for block, name, budget in means:
-        numbers[block][name] = budget._asdict()
-    return gallery.finish("Attention", {"budget": numbers}, images=shown, budget=table)
+    }
+    return gallery.finish("Attention", {"budget": means}, images=shown, budget=means)
 
 
 def token_sheet(
@@ -157,15 +153,10 @@ def token_sheet(
 
     pixels (H, W, 3) uint8; maps (rows, 1+R, h, w); over: drawn over the picture
     """
-    first = tile(pixels, TILE)
-    rows = []
-    for number, tokens in enumerate(maps):
-        if over:
-            row = [first, *(Image.fromarray(overlay(np.asarray(first), each)) for each in tokens)]
-        else:
-            row = map_row(pixels, map(colour_map, tokens), TILE)
-        blank = Image.new("RGBA", first.size, (0, 0, 0, 0))
-        rows.append(row if number == 0 else [blank, *row[1:]])
+    paint = partial(overlay, np.asarray(tile(pixels, TILE))) if over else colour_map
+    rows = [map_row(pixels, map(paint, tokens), TILE) for tokens in maps]
+    for row in rows[1:]:
+        row[0] = Image.new("RGBA", row[0].size, (0, 0, 0, 0))
     return sheet(rows, columns, labels)
 
 
