@@ -230,16 +230,10 @@ class _Inspection:
                 if probe is not None:
                     probed[name] = probe
         rows = torch.arange(len(self.images)) if test is None else test.nonzero()[:, 0]
-        controls = []
-        if registers:
-            self.progress("controls: registers")
-            controls += self.controls("registers", rows, outliers, 0, probed)
+        controls = self.controls("registers", rows, outliers, 0, probed) if registers else []
         if first_block is not None:
-            self.progress("controls: outliers")
             controls += self.controls("outliers", rows[outliers[rows].any(dim=1)], outliers, first_block, probed)
-        probes = [{"token": name, **probe._asdict()} for name, probe in probed.items()]
-        for row in probes:
-            del row["model"]
+        probes = [{"token": name, **dict(zip(probe._fields, probe[:-1]))} for name, probe in probed.items()]
         return {"registers_alike": alike, "probes": probes, "controls": controls}
 
     def tokens(self, outliers: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -271,6 +265,7 @@ class _Inspection:
         rows    numbers of the images that are tried
         probed  the probes of the untouched backbone
         """
+        self.progress(f"controls: {what}")
         batches = [
             each for each in rows[:CONTROL_IMAGES].split(max(self.size, 2)) if len(each) > 1 or what == "outliers"
         ]

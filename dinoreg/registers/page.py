@@ -58,9 +58,9 @@ def write_registers(
     positions = position_figure(with_outliers) if with_outliers else None
     return gallery.write_page(
         "Register report",
-        facts,
         {"models": records},
         folder="registers",
+        facts=facts,
         lead=", ".join(names),
         judged=[(record, judge(record)) for record in records],
         compared_head=["", *names],

@@ -129,8 +129,7 @@ def fit_test_time_register(
     ranked = register_neurons(model, batches, outliers, last_block, max(counts))
     plain = [(model.prenorm(images), model(images)) for images in batches]
     before = _share([tokens[:, 1:] for tokens, _ in plain], limit)
-    trials: list[Trial] = []
-    best: tuple[Trial, RegisterViT] | None = None
+    tried: list[tuple[Trial, RegisterViT]] = []
     for count in sorted({min(count, len(ranked)) for count in counts}):
         changed = with_test_time_register(model, ranked[:count])
         share = _share([changed.prenorm(images)[:, 2:] for images in batches], limit)
@@ -139,14 +138,12 @@ def fit_test_time_register(
             now = changed(images)
             patches.append(F.cosine_similarity(now.patches, tokens.patches, dim=-1)[~mask.to(images.device)])
             classes.append(F.cosine_similarity(now.cls, tokens.cls, dim=-1))
-        trial = Trial(count, share, float(torch.cat(patches).mean()), float(torch.cat(classes).mean()))
-        trials.append(trial)
-        if best is None or trial.share < best[0].share:
-            best = (trial, changed)
+        cosines = (float(torch.cat(each).mean()) for each in (patches, classes))
+        tried.append((Trial(count, share, *cosines), changed))
         if share <= CLEANED * before:
             break
-    assert best is not None
-    return Fitted(best[1], tuple(ranked[: best[0].neurons]), before, tuple(trials))
+    best, changed = min(tried, key=lambda each: each[0].share)
+    return Fitted(changed, tuple(ranked[: best.neurons]), before, tuple(trial for trial, _ in tried))
 
 
 def _hidden_units(model: RegisterViT, images: Tensor, blocks: int) -> list[Tensor]:

@@ -128,27 +128,13 @@ def _section(record: Record, cells: Sequence[Sequence[str]]) -> dict[str, Any]:
         "record": record,
         "words": words,
         "notes": [*words.sentences, *notes],
-        "facts": _facts(record, first),
+        "first": first,
+        "square": isinstance(first.get("settings"), dict) and "image_size" in first["settings"],
         "scale": html.probe_scale("this model", probe),
         "rows": [row[1:-1] for row in cells],
         "pictures": [html.picture(path, f"{record.title}: {path.stem}") for path in record.examples],
         "settings": json.dumps([row.get("settings") for row in rows], indent=1),
     }
-
-
-def _facts(record: Record, first: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(what, value, small print) of a record whose first row is given."""
-    facts, probe, settings = record.content, record.probe, first.get("settings")
-    square = isinstance(settings, dict) and "image_size" in settings
-    hours = f"{facts['seconds'] / 3600:.2f} h" if is_number(facts.get("seconds")) else ""
-    return [
-        ("task", facts.get("task"), first.get("variant")),
-        (probe.metric, score(probe.value, probe.unit), first.get("protocol")),
-        ("images", f"{first.get('n_test', 0):,}", f"tested; {first.get('n_train', 0):,} learnt from"),
-        ("weights", record.weights.get("name"), record.weights.get("identity")),
-        ("input", f"{facts.get('image_size', '')} px" if square else "the images' own sizes", facts.get("precision")),
-        ("time", hours, f"seed {facts.get('seed', '')}, {facts.get('date', '')}"),
-    ]
 
 
 class Line(NamedTuple):

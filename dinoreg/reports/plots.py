@@ -10,7 +10,6 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -79,6 +78,7 @@ DINO = {
     "dino_global_crops_loss": "global",
     "dino_local_crops_loss": "local",
 }
+ENTROPY = {"teacher_entropy": "one target", "target_marginal_entropy": "average target"}
 # Rows of (title, {key of metrics.jsonl or probe.jsonl: name in the legend}, options of the chart); of keys joined by
 # "+" the sum is drawn.
 SECTIONS: dict[str, Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]]] = {
@@ -95,11 +95,7 @@ SECTIONS: dict[str, Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]]] 
         ("Teacher temperature", {"teacher_temp": "temperature"}, {}),
     ),
     "health": (
-        (
-            "Entropy of the teacher's targets",
-            {"teacher_entropy": "one target", "target_marginal_entropy": "average target"},
-            ZERO | {"ln_k": True},
-        ),
+        ("Entropy of the teacher's targets", ENTROPY, ZERO | {"ln_k": True}),
         ("Prototypes in use", {"prototype_usage": "used"}, ZERO | {"percent": True}),
         ("Effective rank of class tokens", {"feature_rank": "rank"}, ZERO),
         ("Spread of features", {"feature_std": "spread"}, ZERO),
@@ -144,10 +140,8 @@ def _probe_charts(run: Run) -> list[Chart]:
         accuracy.lines.append(Line(f"linear, {dataset}", steps, values))
     chances = [probe.details["chance"] for probe in run.newest_probes() if is_number(probe.details.get("chance"))]
     accuracy.levels.update({f"chance {100 * each:.3g} %": float(each) for each in chances})
-    return [
-        accuracy,
-        _chart(run, "Effective rank of the probe's features", {"rankme": "rank"}, marker=True, from_zero=True),
-    ]
+    ranks = _chart(run, "Effective rank of the probe's features", {"rankme": "rank"}, marker=True, from_zero=True)
+    return [accuracy, ranks]
 
 
 def _chart(run: Run, title: str, names: Mapping[str, str], *, ln_k: bool = False, **options: Any) -> Chart:
@@ -175,7 +169,6 @@ def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
         figure = Figure(figsize=(width, height))
         # Fixed margins: fitting them to the labels would take longer than everything else.
         figure.subplots_adjust(left=0.14, right=0.985, bottom=0.36 / height, top=1 - (0.08 + legend) / height)
-        FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         for number, line in enumerate(chart.lines):

@@ -7,7 +7,6 @@ from itertools import accumulate, zip_longest
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -42,7 +41,6 @@ def colour_map(values: np.ndarray, top: float | None = None, colours: str = "mag
 
 def figure_image(figure: Figure) -> Image.Image:
     """A figure of matplotlib as a picture on a transparent ground."""
-    FigureCanvasAgg(figure)
     figure.patch.set_alpha(0)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})

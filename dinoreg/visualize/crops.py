@@ -12,7 +12,7 @@ from dinoreg.data.loader import Batch, BatchLoader, Reading, Views
 from dinoreg.data.source import Source
 from dinoreg.models.registry import parse_name
 from dinoreg.visualize.contact_sheet import GREY, sheet, tile, to_pixels
-from dinoreg.visualize.gallery import Fact, Gallery
+from dinoreg.visualize.gallery import Gallery
 from dinoreg.visualize.subject import config_source, newest_step, safe_name
 
 TILE = 112  # pixels, the height of a global crop
@@ -73,10 +73,15 @@ def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: i
     names = [source.name(index) for index in indices]
     originals = [_original(source, index, settings) for index in indices]
     drawn = crop_sheet(batch, settings.augment.mean, settings.augment.std, patch, num, TILE, originals)
+    hidden = batch.mask.float().mean(dim=1)
     return gallery.write_page(
         f"Training crops of {config}",
-        _facts(settings, batch, patch, len(source)),
         {"config": config, "hash": settings.hash(), "images": names},
+        settings=settings,
+        patch=patch,
+        total=len(source),
+        shares=hidden[hidden > 0].tolist(),
+        num_masks=len(hidden),
         crops=gallery.picture("crops", drawn, "training crops"),
         images=[(name,) for name in names],
         skipped=sorted(unreadable.items()),
@@ -103,19 +108,3 @@ def default_folder(config: str) -> Path:
 def _original(source: Source, index: int, settings: Config) -> Image.Image:
     pixels = decode(source.read(index), settings.model.in_channels)[None]  # (1, C, H, W)
     return tile(to_pixels(pixels.float() / 255, (0.0,), (1.0,))[0], TILE)
-
-
-def _facts(settings: Config, batch: Batch, patch: int, total: int) -> list[Fact]:
-    crops = settings.crops
-    hidden = batch.mask.float().mean(dim=1)
-    masked = hidden[hidden > 0]
-    shares = f"{masked.min():.0%} to {masked.max():.0%} of their patches" if len(masked) else ""
-    rows = crops.global_size // patch
-    areas = [f"{low:.0%} to {high:.0%} of the area" for low, high in (crops.global_scale, crops.local_scale)]
-    local = (f"{crops.num_local} of {crops.local_size} px", areas[1]) if crops.num_local else ("none", "")
-    return [
-        ("data", f"{total:,} images", ""),
-        ("global crops", f"2 of {crops.global_size} px", f"{rows} x {rows} patches, {areas[0]}"),
-        ("local crops", *local),
-        ("masked crops", f"{len(masked)} of {len(hidden)}", shares or f"probability {settings.mask.probability:g}"),
-    ]

@@ -48,17 +48,14 @@ class Gallery:
         self.saved.append(path.name)
         return html.picture(path, description, note)
 
-    def write_page(
-        self, title: str, facts: Sequence[Fact], record: Mapping[str, Any], folder: str = "visualize", **values: Any
-    ) -> Path:
+    def write_page(self, title: str, record: Mapping[str, Any], folder: str = "visualize", **values: Any) -> Path:
         """Write the page and the record of numbers beside the pictures; returns the page's path.
 
-        facts   (what, value, small print), in tiles below the title
         folder  of `dinoreg/`, in which `templates/<view>.html.j2` is; it is given `values`
         """
         page = self.out / f"{self.view}.html"
         written = {"format": FORMAT, "view": self.view, **record, "pictures": self.saved}
-        content = html.page(f"{folder}/templates/{self.view}.html.j2", title, facts=facts, **values)
+        content = html.page(f"{folder}/templates/{self.view}.html.j2", title, **values)
         with self._writing():
             write_atomic(self.folder / RECORD, json.dumps(written, indent=1) + "\n")
             write_atomic(page, content)
@@ -112,4 +109,5 @@ class ModelGallery(Gallery):
             ("resolution", f"{height} x {width} px", f"{rows} x {columns} patches of {model.patch_size} px"),
         ]
         record = {"weights": name, "size": self.size, "images": images.names, **record}
-        return self.write_page(f"{title} of {name}", [*about, *facts], record, skipped=images.skipped, **values)
+        about += facts
+        return self.write_page(f"{title} of {name}", record, facts=about, skipped=images.skipped, **values)
