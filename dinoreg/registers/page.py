@@ -47,20 +47,14 @@ def write_registers(
     """
     gallery = Gallery(VIEW, out)
     records = [each.record for each in measured]
-    first, names = records[0], [record["name"] for record in records]
-    grids = dict.fromkeys("{} x {} patches".format(*each["grid"]) for each in records)
-    facts = [
-        ("models", str(len(records)), ""),
-        ("images", f"{first['images']:,}", first["source"]),
-        ("resolution", "{} x {} px".format(*first["image_size"]), ", ".join(grids)),
-    ]
+    names = [record["name"] for record in records]
     with_outliers = [record for record in records if record["outliers"]["patches"]]
     positions = position_figure(with_outliers) if with_outliers else None
     return gallery.write_page(
         "Register report",
         {"models": records},
         folder="registers",
-        facts=facts,
+        records=records,
         lead=", ".join(names),
         judged=[(record, judge(record)) for record in records],
         compared_head=["", *names],

@@ -6,6 +6,7 @@ It reads the records in `eval/<step>/` and nothing else, so that it can be writt
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Probe, read_probe
 from dinoreg.reports import html
 from dinoreg.reports.verdict import judge
-from dinoreg.runtime.json_files import is_number, read_json
+from dinoreg.runtime.json_files import is_number, number, read_json
 from dinoreg.runtime.templates import render, score
 
 FORMAT = "dinoreg-evaluation"
@@ -121,6 +122,7 @@ def _section(record: Record, cells: Sequence[Sequence[str]]) -> dict[str, Any]:
     """What the page shows of one dataset, whose rows are given as cells under COLUMNS."""
     probe, rows, warnings = record.probe, record.rows, record.content.get("warnings")
     words, first = judge(probe), rows[0] if rows else {}
+    hours = number(record.content.get("seconds")) / 3600
     notes = [f"Hyper-parameters were chosen on {first['chosen_on']}."] if first.get("chosen_on") else []
     notes += dict.fromkeys(str(row.get("note") or "") for row in rows)
     notes += [f"{line}." for line in (warnings if isinstance(warnings, list) else [])]
@@ -129,6 +131,7 @@ def _section(record: Record, cells: Sequence[Sequence[str]]) -> dict[str, Any]:
         "words": words,
         "notes": [*words.sentences, *notes],
         "first": first,
+        "hours": f"{hours:.2f} h" if not math.isnan(hours) else "",
         "square": isinstance(first.get("settings"), dict) and "image_size" in first["settings"],
         "scale": html.probe_scale("this model", probe),
         "rows": [row[1:-1] for row in cells],

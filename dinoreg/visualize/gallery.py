@@ -18,7 +18,6 @@ from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
 
 FORMAT = "dinoreg-view"
 RECORD = "view.json"
-Fact = tuple[str, str, str]  # what, value, small print
 Images = str | Sequence[str] | None
 Size = int | Sequence[int] | None
 _PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.png")
@@ -97,17 +96,9 @@ class ModelGallery(Gallery):
         self.pictures = read_pictures(self.subject, images, num, self.size)
         self.pixels = to_pixels(self.pictures.images, self.subject.mean, self.subject.std)
 
-    def finish(self, title: str, record: Mapping[str, Any], facts: Sequence[Fact] = (), **values: Any) -> Path:
-        """Write the page, with what every view states: model, resolution, images, and those left out."""
-        model, name, images = self.model, self.subject.name, self.pictures
-        (height, width), (rows, columns) = self.size, self.grid
-        registers = f"{model.num_registers} register{'s' * (model.num_registers != 1)}"
-        left_out = f"{len(images.skipped)} could not be read" if images.skipped else ""
-        about = [
-            ("model", name, f"{model.depth} blocks of {model.heads} heads, width {model.dim}, {registers}"),
-            ("images", str(len(images.names)), left_out),
-            ("resolution", f"{height} x {width} px", f"{rows} x {columns} patches of {model.patch_size} px"),
-        ]
-        record = {"weights": name, "size": self.size, "images": images.names, **record}
-        about += facts
-        return self.write_page(f"{title} of {name}", record, facts=about, skipped=images.skipped, **values)
+    def finish(self, title: str, record: Mapping[str, Any], **values: Any) -> Path:
+        """Write the page, which states the model, the resolution and the images, and those left out."""
+        name, names = self.subject.name, self.pictures.names
+        record = {"weights": name, "size": self.size, "images": names, **record}
+        values |= {"gallery": self, "skipped": self.pictures.skipped}
+        return self.write_page(f"{title} of {name}", record, **values)

@@ -62,10 +62,8 @@ def view_norms(**request: Any) -> Path:
     ]
     histograms = gallery.picture("histograms", histogram_sheet(norms), "histograms of norms, one for each block")
     rows = summary(norms)
-    charts, numbers = html.charts([norm_chart(rows)]), [_cells(block, row) for block, row in enumerate(rows)]
-    return gallery.finish(
-        "Token norms", {"blocks": rows}, charts=charts, histograms=histograms, maps=maps, numbers=numbers
-    )
+    charts = html.charts([norm_chart(rows)])
+    return gallery.finish("Token norms", {"blocks": rows}, charts=charts, histograms=histograms, maps=maps, rows=rows)
 
 
 def summary(norms: TokenNorms) -> list[dict[str, Any]]:
@@ -77,12 +75,6 @@ def summary(norms: TokenNorms) -> list[dict[str, Any]]:
         row = {"median": float(median), "p99": float(p99), "max": float(patches.max()), "cls": float(cls.mean())}
         rows.append({**row, "registers": float(registers.mean()) if registers.numel() else None})
     return rows
-
-
-def _cells(block: int, row: dict[str, Any]) -> list[str]:
-    ratio = row["max"] / row["median"] if row["median"] else None
-    values = (row["median"], row["p99"], row["max"], ratio, row["cls"], row["registers"])
-    return [str(block), *("\u2013" if each is None else f"{each:.3g}" for each in values)]
 
 
 def norm_chart(rows: Sequence[dict[str, Any]]) -> Chart:
