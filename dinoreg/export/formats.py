@@ -64,7 +64,7 @@ def write_timm(folder: Path, source: Source) -> None:
     """`model.safetensors` under timm's names, and `config.json` as timm saves it for a hub: the model's name, its
     arguments, the preprocessing."""
     model = source.model
-    state = _own(to_timm(model.state_dict(), model.num_registers))
+    state = _own(to_timm(model.state_dict()))
     _save(state, folder / "model.safetensors")
     hidden = hidden_dim(model)
     registers = "reg4_" if model.num_registers else ""

@@ -28,26 +28,25 @@ class LoadReport:
     loaded: tuple[str, ...]  # taken as they are
     reshaped: tuple[str, ...]  # "pos_embed: 16x16 -> 37x37"
     left_out: tuple[str, ...]  # in the file, not in the encoder: heads, and what stands beside a state dict
+    adapted: tuple[str, ...]  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
+    grafted: tuple[str, ...]  # "register_tokens: 4 fresh registers"
+    source: str  # whose file: "dinoreg", "Meta", "timm" or "transformers"
+    positions: str  # how the model resamples its positions, and whose way that is
     fresh: tuple[str, ...] = ()  # in the encoder, not in the file: keep their start values
-    adapted: tuple[str, ...] = ()  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
-    grafted: tuple[str, ...] = ()  # "register_tokens: 4 fresh registers"
-    source: str = "Meta"  # whose file: "dinoreg", "Meta", "timm" or "transformers"
-    positions: str = ""  # how the model resamples its positions, and whose way that is
 
     def __str__(self) -> str:
-        parts = [f"{len(self.loaded)} tensors loaded from {self.path} ({self.source})"]
-        for verb, which in (("reshaped", self.reshaped), ("adapted", self.adapted), ("grafted", self.grafted)):
-            if which:
-                parts.append(f"{verb} {', '.join(which)}")
-        if self.left_out:
-            groups = sorted({key.partition(".")[0] for key in self.left_out})
-            parts.append(f"left out {len(self.left_out)} ({', '.join(groups)})")
-        rest = [key for key in self.fresh if not any(line.startswith(f"{key}:") for line in self.grafted)]
-        if rest:
-            parts.append(f"not in the file: {', '.join(rest)}")
-        if self.positions:
-            parts.append(self.positions)
-        return "; ".join(parts)
+        groups = sorted({key.partition(".")[0] for key in self.left_out})
+        missing = [key for key in self.fresh if not any(line.startswith(f"{key}:") for line in self.grafted)]
+        parts = {
+            "reshaped": ", ".join(self.reshaped),
+            "adapted": ", ".join(self.adapted),
+            "grafted": ", ".join(self.grafted),
+            f"left out {len(self.left_out)}": f"({', '.join(groups)})" if groups else "",
+            "not in the file:": ", ".join(missing),
+        }
+        changes = [f"{what} {which}" for what, which in parts.items() if which]
+        first = f"{len(self.loaded)} tensors loaded from {self.path} ({self.source})"
+        return "; ".join([first, *changes, self.positions])
 
 
 def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, whose: str = "the model's is") -> None:
@@ -76,17 +75,16 @@ def fit(
     Grafted registers are named in the report and not among the tensors: their start values are the model's matter. So
     is what else is missing, which the report does not name yet.
     """
-    state = dict(weights.backbone)
-    reshaped, adapted = {}, {}
-    grafted: list[str] = []
-    grids = [tuple(side // a["patch_size"] for side in a["image_size"]) for a in (theirs, ours)]
-    if grids[0] != grids[1]:
-        positions, (old, new) = state["pos_embed"], grids
-        moved = resample_positions(positions[:, 1:], old, new, theirs["antialias"], theirs["position_offset"])
-        state["pos_embed"] = torch.cat([positions[:, :1], moved], dim=1)
-        reshaped["pos_embed"] = f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
+    if adapt_channels not in (None, *CHANNEL_WAYS):
+        raise UserError(f"adapt_channels={adapt_channels!r} is not known; expected one of {', '.join(CHANNEL_WAYS)}")
+    state, key = dict(weights.backbone), "patch_embed.proj.weight"
+    reshaped, adapted, grafted = [], [], []
+    old, new = ((a["image_size"][0] // a["patch_size"], a["image_size"][1] // a["patch_size"]) for a in (theirs, ours))
+    if old != new:
+        resampling = theirs["antialias"], theirs["position_offset"]
+        state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
+        reshaped.append(f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}")
     before, after = theirs["in_channels"], ours["in_channels"]
-    key = "patch_embed.proj.weight"
     if before != after:
         if adapt_channels is None:
             raise UserError(
@@ -94,28 +92,33 @@ def fit(
                 f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how to adapt the projection (in a run: adapt.channels)"
             )
         state[key] = channels(state[key], after, adapt_channels)
-        adapted[key] = f"{key}: {before} -> {after} channels ({adapt_channels})"
-    elif adapt_channels is not None and adapt_channels not in CHANNEL_WAYS:
-        channels(state[key], after, adapt_channels)  # a wrong choice is wrong at any number
+        adapted.append(f"{key}: {before} -> {after} channels ({adapt_channels})")
     if ours["num_registers"] and not theirs["num_registers"]:
         grafted.append(f"register_tokens: {ours['num_registers']} fresh registers")
+    whose = SOURCES[weights.source]
+    was, now = (describe_resampling(a["antialias"], a["position_offset"]) for a in (theirs, ours))
+    reason = f"as {whose} does" if was == now else f"as the model says; {whose}: {was}"
     return state, LoadReport(
         path=weights.path,
-        loaded=tuple(key for key in weights.backbone if key not in {**reshaped, **adapted}),
-        reshaped=tuple(reshaped.values()),
+        loaded=tuple(key for key, value in weights.backbone.items() if state[key] is value),
+        reshaped=tuple(reshaped),
         left_out=(*weights.heads, *weights.others),
-        adapted=tuple(adapted.values()),
+        adapted=tuple(adapted),
         grafted=tuple(grafted),
-        source=SOURCES[weights.source],
-        positions=_describe_positions(SOURCES[weights.source], theirs, ours),
+        source=whose,
+        positions=f"positions are resampled {now}, {reason}",
     )
 
 
-def _describe_positions(whose: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
-    was, now = (describe_resampling(a["antialias"], a["position_offset"]) for a in (theirs, ours))
-    if was != now:
-        return f"positions are resampled {now}, as the model says; {whose}: {was}"
-    return f"positions are resampled {now}, as {whose} does"
+def resample_pos_embed(
+    pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool, offset: float
+) -> Tensor:
+    """The class token's position as it is, those of the patches from one grid to another (see `resample_positions`).
+
+    pos_embed  (1, 1 + gh * gw, D) -> (1, 1 + h * w, D)
+    """
+    moved = resample_positions(pos_embed[:, 1:], old, new, antialias, offset)
+    return torch.cat([pos_embed[:, :1], moved], dim=1)
 
 
 def channels(weight: Tensor, number: int, way: str) -> Tensor:
@@ -125,10 +128,8 @@ def channels(weight: Tensor, number: int, way: str) -> Tensor:
     way     "mean": every channel gets the mean filter; "repeat": the filters in turn, over and over; both scaled by
             C / number, so that an image whose channels are all alike keeps its embedding (for "repeat" where `number`
             is a multiple of C). "zero": the first C channels keep their filters, the others start without effect
-    raises  UserError for another way, and where "repeat" or "zero" would drop channels
+    raises  UserError where "repeat" or "zero" would drop channels
     """
-    if way not in CHANNEL_WAYS:
-        raise UserError(f"adapt_channels={way!r} is not known; expected one of {', '.join(CHANNEL_WAYS)}")
     before = weight.shape[1]
     if way == "mean":
         return (weight.mean(dim=1, keepdim=True) * (before / number)).repeat(1, number, 1, 1)

@@ -13,7 +13,8 @@ from typing import Any
 from dinoreg.models.layers import NORM_EPS
 from dinoreg.models.registry import resampling
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.architecture import Stated, is_number
+from dinoreg.runtime.json_files import is_number
+from dinoreg.weights.architecture import Stated
 from dinoreg.weights.files import read_json
 
 CONFIG = "config.json"
@@ -54,23 +55,24 @@ def library_of(folder: Path) -> str | None:
     return "timm" if "architecture" in config else None
 
 
-def read_config(folder: Path, library: str) -> tuple[Stated, dict[str, Any]]:
-    """(what is stated about the architecture, `preprocessing_of`) of a library's folder.
+def read_config(folder: Path, library: str) -> Stated:
+    """What the config in a library's folder states about the architecture.
 
     raises NotHeld for a model that RegisterViT cannot hold, UserError for a file that makes no sense
     """
     path = folder / CONFIG
-    config = read_json(path)
-    stated = _timm(config, _pretrained(config), path) if library == "timm" else _dinov2(config, path)
-    return stated, preprocessing_of(folder, library)
+    return {"timm": _timm, "transformers": _dinov2}[library](read_json(path), path)
 
 
 def preprocessing_of(folder: Path, library: str) -> dict[str, Any]:
-    """{"mean", "std"} by channel, each where a library's folder states it."""
+    """{"mean", "std"}, each where a library's folder states it, as it stands there (see `stated_preprocessing`)."""
     if library == "timm":
-        return _preprocessing(_pretrained(read_json(folder / CONFIG)), "mean", "std", folder / CONFIG)
-    side = folder / "preprocessor_config.json"
-    return _preprocessing(read_json(side), "image_mean", "image_std", side) if side.is_file() else {}
+        config, prefix = _pretrained(read_json(folder / CONFIG)), ""
+    else:
+        side = folder / "preprocessor_config.json"
+        config, prefix = read_json(side) if side.is_file() else {}, "image_"
+    found = {key: config.get(f"{prefix}{key}") for key in ("mean", "std")}
+    return {key: values for key, values in found.items() if values is not None}
 
 
 def _pretrained(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +109,7 @@ def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
     return Stated(values, path.name, names | {"num_registers": "num_register_tokens", "ffn": "use_swiglu_ffn"})
 
 
-def _timm(config: Mapping[str, Any], pretrained: Mapping[str, Any], path: Path) -> Stated:
+def _timm(config: Mapping[str, Any], path: Path) -> Stated:
     """A folder that timm saves for a hub: its architecture's name, the arguments that were changed, the input size."""
     name = config.get("architecture")
     if not isinstance(name, str) or not _TIMM_VIT.fullmatch(name):
@@ -119,7 +121,7 @@ def _timm(config: Mapping[str, Any], pretrained: Mapping[str, Any], path: Path) 
         raise NotHeld(f"weights {path}: model_args has {unknown[0][:40]!r}, which the encoder does not know")
     values = {ours: arguments[theirs] for theirs, ours in _TIMM_ARGUMENTS.items() if theirs in arguments}
     values.setdefault("num_registers", int(found[1]) if (found := re.search(r"_reg(\d+)_", name)) else 0)
-    size = pretrained.get("input_size")
+    size = _pretrained(config).get("input_size")
     if "image_size" not in values and isinstance(size, list) and len(size) == 3:
         values["image_size"] = size[1:]
     for key in ("patch_size", "num_registers", "in_channels"):
@@ -130,13 +132,3 @@ def _timm(config: Mapping[str, Any], pretrained: Mapping[str, Any], path: Path) 
 
 def _one_side(size: Any) -> Any:
     return size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
-
-
-def _preprocessing(config: Mapping[str, Any], mean: str, std: str, path: Path) -> dict[str, Any]:
-    found = {"mean": config.get(mean), "std": config.get(std)}
-    for key, values in list(found.items()):
-        if values is None:
-            del found[key]
-        elif not isinstance(values, list) or not values or not all(is_number(value) for value in values):
-            raise UserError(f"weights {path}: {mean if key == 'mean' else std} is no list of numbers")
-    return found
