@@ -35,8 +35,9 @@ from dinoreg.visualize.pca import (
     read_basis,
     write_basis,
 )
-from dinoreg.visualize.subject import fit, open_images, open_subject, picture_size, stated_preprocessing
+from dinoreg.visualize.subject import fit, open_images, open_subject, picture_size
 from dinoreg.weights.library_configs import library_of, preprocessing_of
+from dinoreg.weights.preprocessing import stated_preprocessing
 
 REGISTERS = (0, 1, 4, 8)
 

@@ -56,7 +56,7 @@ def write_card(folder: Path, name: str, form: Format, source: Source, certificat
         overflow=overflows(certificate),
         mean=", ".join(f"{value:g}" for value in pixels.mean),
         std=", ".join(f"{value:g}" for value in pixels.std),
-        assumed=pixels.origin == "assumed",
+        assumed=pixels.assumed,
         one_size=any(check["note"].startswith("takes one image size") for check in certificate["checks"]),
         unbounded=bool(notes),
         random=source.path is None,

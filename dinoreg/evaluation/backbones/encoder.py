@@ -12,6 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
+from dinoreg.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 PUBLISHED_SIZE = 224  # pixels; the side at which classification is published
 PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
 
@@ -139,7 +139,11 @@ class _ModuleEncoder(Encoder):
         self.module = module.to(self.device).eval().requires_grad_(False)
         self.mean = _per_channel(mean, self.in_channels)
         self.std = _per_channel(std, self.in_channels)
-        self.identity = _identity(module, (name if not list(module.parameters()) else "", self.mean, self.std))
+
+    @cached_property
+    def identity(self) -> str:  # type: ignore[override]  # of the weights as they are when it is first asked
+        named = self.name if not list(self.module.parameters()) else ""
+        return _identity(self.module, (named, self.mean, self.std))
 
     def _like(self, module: nn.Module) -> Encoder:
         return type(self)(module, f"random {self.name}", self.mean, self.std, self.device, self.dtype)  # type: ignore[call-arg]
