@@ -353,7 +353,7 @@ def test_the_card_tells_data_steps_results_statistics_and_loading_in_four_lines(
 
 def card(weights: Path, exported: Path, folder: Path) -> str:
     """The card of `weights`, with the certificate of another export."""
-    write_card(folder, "meta", formats.FORMATS["meta"], read_source(weights), read_certificate(exported))
+    write_card(folder, formats.FORMATS["meta"], read_source(weights), read_certificate(exported))
     return (folder / "README.md").read_text()
 
 

@@ -7,6 +7,7 @@ kernels exactly; up to MAX_GRID patches an extent.
 
 import contextlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -60,7 +61,6 @@ def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixe
     plain.eval().requires_grad_(False)
     for name, file in FILES.items():
         _capture(_Outputs(plain.to(getattr(torch, name))).eval(), model, fixed, folder / file)
-    size: Any = list(model.image_size) if fixed else "any"
     return {
         "format": "dinoreg-onnx",
         "version": 1,
@@ -72,18 +72,20 @@ def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixe
             "registers": ["batch", model.num_registers, model.dim],
             "patches": ["batch", "patches", model.dim],
         },
-        "image_size": size,
+        "image_size": list(model.image_size) if fixed else "any",
         "native_image_size": list(model.image_size),
         "patch_size": model.patch_size,
         "max_extent": None if fixed else MAX_GRID * model.patch_size,
     }
 
 
-def drop_float16(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Remove the float16 graph of a model that overflows in that dtype; returns the facts without it."""
+def drop_float16(folder: Path) -> None:
+    """Remove the float16 graph of a model that overflows in that dtype, and its mention in `model.json`."""
     for path in folder.glob(f"{FILES['float16']}*"):  # and its weights, where they lie beside it
         path.unlink()
-    return facts | {"files": {"float32": FILES["float32"]}}
+    facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    facts["files"].pop("float16")
+    (folder / "model.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def _capture(graph: nn.Module, model: RegisterViT, fixed: bool, path: Path) -> None:
@@ -108,18 +110,12 @@ def _capture(graph: nn.Module, model: RegisterViT, fixed: bool, path: Path) -> N
             verbose=False,
         )
     assert program is not None
-    _name_patches(program, fixed)
+    if not fixed:  # the tracer left its formula where the number of patches stands
+        output: Any = program.model.graph.outputs[OUTPUTS.index("patches")]
+        batch, _, dim = output.shape
+        output.shape = type(output.shape)([batch, "patches", dim])
     size = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
     program.save(str(path), external_data=size > _MAX_INLINE)
-
-
-def _name_patches(program: Any, fixed: bool) -> None:
-    """Call the number of patches by its name, where the tracer left its formula."""
-    if fixed:
-        return
-    output = program.model.graph.outputs[OUTPUTS.index("patches")]
-    batch, _, dim = output.shape
-    output.shape = type(output.shape)([batch, "patches", dim])
 
 
 @contextlib.contextmanager

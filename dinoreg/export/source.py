@@ -1,7 +1,7 @@
 """What is exported: a model, the pixels it expects, and the run it came from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,21 @@ class Pixels:
     size: tuple[int, int]
     assumed: bool
 
+    def as_json(self) -> dict[str, Any]:
+        """For the JSON beside weights, which `read_source` reads."""
+        size: Any = self.size[0] if self.size[0] == self.size[1] else list(self.size)
+        return {"mean": list(self.mean), "std": list(self.std), "image_size": size}
+
 
 @dataclass(frozen=True)
 class Source:
     """A model to export.
 
-    given     what the caller named, without the folders above it, which are nobody else's business
-    path      the weight file, None for random weights
-    run       the run folder it came out of, if it did
-    metadata  the JSON beside a teacher file, what a library's folder says of preprocessing, else {}
+    given       what the caller named, without the folders above it, which are nobody else's business
+    path        the weight file, None for random weights
+    run         the run folder it came out of, if it did
+    size_given  whether the caller wants this image size, and no other where the format can be made for one
+    origin      "step" and "config_hash" of the run, as far as the JSON beside the weights says them
     """
 
     model: RegisterViT  # float32, on the CPU, in evaluation mode
@@ -46,13 +52,8 @@ class Source:
     path: Path | None
     run: Path | None
     pixels: Pixels
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def step(self) -> int | None:
-        """Of the run; None where the metadata does not say it."""
-        step = self.metadata.get("step")
-        return step if type(step) is int else None
+    size_given: bool
+    origin: dict[str, Any]
 
 
 def read_source(weights: str | Path, size: int | Sequence[int] | None = None) -> Source:
@@ -74,7 +75,9 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
     if size is not None:
         target = checked_size(size, model.patch_size)
         model, pixels = resized(model, target), replace(pixels, size=target)
-    return Source(model.requires_grad_(False), given, path, run, pixels, metadata)
+    kinds = {"step": int, "config_hash": str}
+    origin = {key: metadata[key] for key, kind in kinds.items() if type(metadata.get(key)) is kind}
+    return Source(model.requires_grad_(False), given, path, run, pixels, size is not None, origin)
 
 
 def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
