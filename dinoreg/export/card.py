@@ -26,7 +26,7 @@ def write_card(folder: Path, form: Format, source: Source, certificate: Mapping[
     run = Run(folder) if source.run is None else read_run(source.run)
     steps = {probe.step for probe in run.probes}
     measured = step if step in steps else max(steps, default=None)
-    height, width = source.pixels.size
+    height, width = source.size
     text = render(
         "export/templates/card.md.j2",
         form=form,

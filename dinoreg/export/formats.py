@@ -88,13 +88,12 @@ def write_timm(folder: Path, source: Source) -> None:
     }
     if model.num_registers:
         arguments["reg_tokens"] = model.num_registers
-    pixels = source.pixels
     pretrained = {
-        "input_size": [model.in_channels, *pixels.size],
+        "input_size": [model.in_channels, *source.size],
         "interpolation": "bicubic",
         "crop_pct": 1.0,
-        "mean": list(pixels.mean),
-        "std": list(pixels.std),
+        "mean": list(source.mean),
+        "std": list(source.std),
         "num_classes": 0,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
@@ -147,20 +146,19 @@ def write_transformers(folder: Path, source: Source) -> None:
     if with_registers:
         config["num_register_tokens"] = model.num_registers
     _write_json(folder / "config.json", config)
-    pixels = source.pixels
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": model.in_channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": round(min(pixels.size) * 256 / 224)},
+        "size": {"shortest_edge": round(min(source.size) * 256 / 224)},
         "resample": 3,  # bicubic
         "do_center_crop": True,
-        "crop_size": {"height": pixels.size[0], "width": pixels.size[1]},
+        "crop_size": {"height": source.size[0], "width": source.size[1]},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(pixels.mean),
-        "image_std": list(pixels.std),
+        "image_mean": list(source.mean),
+        "image_std": list(source.std),
     }
     _write_json(folder / "preprocessor_config.json", processor)
     _save(to_transformers(to_meta(model.state_dict())), folder / "model.safetensors")
@@ -218,7 +216,7 @@ def _save_described(source: Source, path: Path) -> None:
         "format": TEACHER_FORMAT,
         "version": 1,
         "architecture": source.model.architecture(),
-        "preprocessing": source.pixels.as_json(),
+        "preprocessing": source.preprocessing,
         **source.origin,
         "sha256": digest(path),
     }
@@ -228,7 +226,7 @@ def _save_described(source: Source, path: Path) -> None:
 def write_onnx_files(folder: Path, source: Source) -> None:
     """`model.onnx` in float32, `model_float16.onnx`, and `model.json` with what a caller has to know."""
     facts = write_onnx(folder, source.model, hub_arguments(source.model), source.size_given)
-    _write_json(folder / "model.json", facts | {"preprocessing": source.pixels.as_json()})
+    _write_json(folder / "model.json", facts | {"preprocessing": source.preprocessing})
 
 
 # ------------------------------------------------------------------------------------------------------ the table

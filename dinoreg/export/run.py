@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,16 +67,10 @@ def read_certificate(folder: Path) -> dict[str, Any]:
 def _format(name: str) -> Format:
     if name not in FORMATS:
         raise UserError(f"format={name}: expected one of {', '.join(FORMATS)}{nearest(str(name), FORMATS)}")
-    missing = [package for package in FORMATS[name].packages if not _installed(package)]
+    missing = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"format={name} needs {' and '.join(missing)}: {install(missing[0])}")
     return FORMATS[name]
-
-
-def _installed(package: str) -> bool:
-    if package in sys.modules:
-        return sys.modules[package] is not None
-    return importlib.util.find_spec(package) is not None
 
 
 def _target(out: str | Path) -> Path:

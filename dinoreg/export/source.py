@@ -1,7 +1,7 @@
 """What is exported: a model, the pixels it expects, and the run it came from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +18,34 @@ from dinoreg.weights.resolve import find_weights
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """How pictures become input: values in [0, 1], minus `mean`, over `std`, channel by channel.
-
-    size     height and width in pixels of the crop that the model is made for
-    assumed  whether nothing was recorded with the weights: published DINOv2's numbers, or none for other channels
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    size: tuple[int, int]
-    assumed: bool
-
-    def as_json(self) -> dict[str, Any]:
-        """For the JSON beside weights, which `read_source` reads."""
-        size: Any = self.size[0] if self.size[0] == self.size[1] else list(self.size)
-        return {"mean": list(self.mean), "std": list(self.std), "image_size": size}
-
-
-@dataclass(frozen=True)
 class Source:
-    """A model to export.
+    """A model to export, and how pictures become its input: values in [0, 1], minus `mean`, over `std`, by channel.
 
     given       what the caller named, without the folders above it, which are nobody else's business
     path        the weight file, None for random weights
     run         the run folder it came out of, if it did
-    size_given  whether the caller wants this image size, and no other where the format can be made for one
     origin      "step" and "config_hash" of the run, as far as the JSON beside the weights says them
+    assumed     whether no mean and std were recorded: published DINOv2's, or values as they are for other channels
+    size        height and width in pixels of the crop that the model is made for
+    size_given  whether the caller wants this image size, and no other where the format can be made for one
     """
 
     model: RegisterViT  # float32, on the CPU, in evaluation mode
     given: str
     path: Path | None
     run: Path | None
-    pixels: Pixels
-    size_given: bool
     origin: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    assumed: bool
+    size: tuple[int, int]
+    size_given: bool
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """For the JSON beside weights, which `read_source` reads."""
+        size: Any = self.size[0] if self.size[0] == self.size[1] else list(self.size)
+        return {"mean": list(self.mean), "std": list(self.std), "image_size": size}
 
 
 def read_source(weights: str | Path, size: int | Sequence[int] | None = None) -> Source:
@@ -71,13 +63,20 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
         given = f"{path.resolve().parent.name}/{path.name}"
     if path is not None and run is not None:
         given = f"{run.resolve().name}/{path.parent.name}/{path.name}"
-    pixels = _pixels(model, metadata, path)
+    stated = metadata.get("preprocessing")
+    stated = stated if isinstance(stated, dict) else {}
+    assumed = not (stated.get("mean") and stated.get("std"))
+    mean, std = stated_preprocessing({} if assumed else stated, model.in_channels, path, unknown=((0.0,), (1.0,)))
+    native = as_sides(stated.get("image_size"))
+    if native is None or any(side % model.patch_size for side in native):
+        native = model.image_size
     if size is not None:
-        target = checked_size(size, model.patch_size)
-        model, pixels = resized(model, target), replace(pixels, size=target)
+        native = checked_size(size, model.patch_size)
+        model = resized(model, native)
     kinds = {"step": int, "config_hash": str}
     origin = {key: metadata[key] for key, kind in kinds.items() if type(metadata.get(key)) is kind}
-    return Source(model.requires_grad_(False), given, path, run, pixels, size is not None, origin)
+    model.requires_grad_(False)
+    return Source(model, given, path, run, origin, mean, std, assumed, native, size is not None)
 
 
 def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
@@ -101,16 +100,3 @@ def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:
     positions = resample_pos_embed(model.pos_embed, model.grid, other.grid, *resampling)
     other.load_state_dict(model.state_dict() | {"pos_embed": positions}, assign=True)
     return other.eval().requires_grad_(False)
-
-
-def _pixels(model: RegisterViT, metadata: dict[str, Any], path: Path | None) -> Pixels:
-    """Statistics and size as the files beside the weights say, else as DINOv2 was published."""
-    stated = metadata.get("preprocessing")
-    stated = stated if isinstance(stated, dict) else {}
-    assumed = not (stated.get("mean") and stated.get("std"))
-    # Nothing is known of other channels than three: values in [0, 1] as they are.
-    mean, std = stated_preprocessing({} if assumed else stated, model.in_channels, path, unknown=((0.0,), (1.0,)))
-    size = as_sides(stated.get("image_size"))
-    if size is None or any(side % model.patch_size for side in size):
-        size = model.image_size
-    return Pixels(mean, std, size, assumed)

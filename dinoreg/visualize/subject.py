@@ -231,8 +231,7 @@ def config_source(data: DataConfig, missing: str) -> Source:
 
 def newest_step(run: Path) -> int:
     """The step of a run's newest teacher file, 0 before there is one."""
-    teacher = newest_teacher(run)
-    return teacher_step(teacher) or 0 if teacher is not None else 0
+    return teacher_step(newest_teacher(run) or run) or 0
 
 
 def safe_name(text: str, length: int = 60) -> str:

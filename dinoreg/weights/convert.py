@@ -109,7 +109,6 @@ def from_meta(state: Any) -> State:
 def to_meta(state: Mapping[str, Tensor]) -> State:
     """Meta's hub format from ours: the same names. A missing mask token is added as zeros, its value in a model that
     never hid a patch: without it neither Meta's strict loading nor timm's recognition of the format works."""
-    _need(state, "cls_token", "pos_embed", "patch_embed.proj.weight")
     return {"mask_token": state["cls_token"].new_zeros(1, state["cls_token"].shape[-1]), **state}
 
 
@@ -123,7 +122,6 @@ def to_timm(state: Mapping[str, Tensor]) -> State:
     reg_token. Without: positions keep the class token's. The mask token is dropped; SwiGLU's w12, w3 become fc1, fc2.
     Fold in float32 and cast afterwards: a sum of rounded halves is not the rounded sum.
     """
-    _need(state, "cls_token", "pos_embed")
     out = {_renamed(key, _TIMM_SWIGLU): value for key, value in state.items() if key != "mask_token"}
     if "register_tokens" in out:
         out["reg_token"] = out.pop("register_tokens")
@@ -140,7 +138,9 @@ def from_timm(state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) 
 
     grid  (rows, columns) of the positions; by default a square, UserError if that is in doubt
     """
-    _need(state, "cls_token", "pos_embed")
+    for key in ("cls_token", "pos_embed"):
+        if key not in state:
+            raise UserError(f"no {key!r} among the tensors; expected the state dict of a ViT with a class token")
     pairs = _reversed(_TIMM_SWIGLU) if _is_timm_swiglu(state) else ()
     out = {_renamed(key, pairs): value for key, value in state.items()}
     positions, registers = state["pos_embed"], out.pop("reg_token", None)
@@ -201,7 +201,6 @@ def to_transformers(state: Mapping[str, Tensor]) -> State:
     Query, key and value are views of the fused tensor, one after the other in memory. transformers always has
     LayerScale, so a model without gets factors of one, which change no bit of the output.
     """
-    _need(state, "cls_token", "pos_embed", "patch_embed.proj.weight")
     norms = {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.norm[12]\.weight", key)}
     scales = {re.sub(r"norm([12])\.weight", r"ls\1.gamma", key): torch.ones_like(norm) for key, norm in norms.items()}
     out: State = {}
@@ -225,12 +224,6 @@ FROM: dict[str, Callable[[Mapping[str, Tensor]], State]] = {
     "meta": from_meta,
     "transformers": from_transformers,
 }
-
-
-def _need(state: Mapping[str, Any], *keys: str) -> None:
-    for key in keys:
-        if key not in state:
-            raise UserError(f"no {key!r} among the tensors; expected the state dict of a ViT with a class token")
 
 
 def _renamed(key: str, pairs: Iterable[tuple[str, str]]) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dinoreg.models.registry import HEAD_DIM, _check_options, build
-from dinoreg.models.vit import TOKEN_STD, RegisterViT, as_pair
+from dinoreg.models.vit import TOKEN_STD, RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.adapt import LoadReport, check_same, fit
 from dinoreg.weights.resolve import Weights, find_weights, read_weights
@@ -44,29 +44,22 @@ def _fitted(
     weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """The tensors of `weights` for `model`, which stays as it is, and the report on them; UserError where they differ
-    in what no adaptation bridges."""
-    ours = model.architecture()
-    check_same(theirs, ours, weights.path, whose)
+    in what no adaptation bridges, or in more tensors than the mask token and grafted registers."""
+    ours, path = model.architecture(), weights.path
+    check_same(theirs, ours, path, whose)
     state, report = fit(weights, theirs, ours, adapt_channels)
-    spare = {"mask_token", "register_tokens"} if report.grafted else {"mask_token"}
-    return state, replace(report, fresh=_check_keys(model, state, weights.path, spare))
-
-
-def _check_keys(model: RegisterViT, state: Mapping[str, Tensor], path: Path, spare: set[str]) -> tuple[str, ...]:
-    """The keys among `spare` that are missing in `state`; UserError for any other difference from the model."""
     wanted = model.state_dict()
-    missing = sorted(wanted.keys() - state.keys() - spare)
+    fresh = wanted.keys() - state.keys()
+    missing = sorted(fresh - {"mask_token", *(("register_tokens",) if report.grafted else ())})
     unexpected = sorted(state.keys() - wanted.keys())
-    if missing:
-        raise UserError(f"weights {path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-    if unexpected:
-        raise UserError(f"weights {path}: {len(unexpected)} unknown tensors, the first is {unexpected[0]!r}")
+    for keys, what in ((missing, "tensors are missing"), (unexpected, "unknown tensors")):
+        if keys:
+            raise UserError(f"weights {path}: {len(keys)} {what}, the first is {keys[0]!r}")
     for key, value in state.items():
         if value.shape != wanted[key].shape:
-            raise UserError(
-                f"weights {path}: {key!r} has shape {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
-            )
-    return tuple(sorted(wanted.keys() - state.keys()))
+            shapes = f"{tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
+            raise UserError(f"weights {path}: {key!r} has shape {shapes}")
+    return state, replace(report, fresh=tuple(sorted(fresh)))
 
 
 class Loaded(NamedTuple):
@@ -84,11 +77,8 @@ def load_reported(
     _check_options(overrides)
     weights = read_weights(source)
     theirs = weights.architecture(overrides.get("heads"))
-    given = dict(overrides)
-    if "image_size" in given:
-        given["image_size"] = list(as_pair(given["image_size"], "image_size"))
     with torch.device("meta"):  # no memory for weights that are about to be replaced
-        model = RegisterViT(**(theirs | given))
+        model = RegisterViT(**(theirs | overrides))
     state, report = _fitted(weights, theirs, model, adapt_channels, "what was asked for is")
     if "mask_token" in report.fresh:
         state["mask_token"] = torch.zeros(1, model.dim)
