@@ -70,11 +70,15 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
     for dtype in ("float32", form.low):
         differences = (c["relative_difference"] for c in checks if c["bounded"] and c["dtype"] == dtype)
         largest[dtype] = max(differences, default=None)
+    parameters = sum(parameter.numel() for parameter in source.model.parameters())
+    weights = {"weights": source.given, "architecture": source.model.architecture(), "parameters": parameters}
+    if source.path is not None:
+        weights["sha256"] = digest(source.path)
     return {
         "format": "dinoreg-certificate",
         "version": 1,
         "artefact": {"format": form.name, "files": listing(folder)},
-        "source": _source_facts(source),
+        "source": weights | source.origin,
         "peer": facts,
         "bounds": {
             "float32": form.bound,
@@ -261,11 +265,3 @@ def listing(folder: Path) -> dict[str, Any]:
     """Size and digest of every file of an artefact."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files}
-
-
-def _source_facts(source: Source) -> dict[str, Any]:
-    facts: dict[str, Any] = {"weights": source.given, "architecture": source.model.architecture()}
-    facts["parameters"] = sum(parameter.numel() for parameter in source.model.parameters())
-    if source.path is not None and source.path.is_file():
-        facts["sha256"] = digest(source.path)
-    return facts | source.origin

@@ -18,12 +18,12 @@ from torch import Tensor
 from dinoreg.export import hub_model
 from dinoreg.export.onnx_graph import write_onnx
 from dinoreg.export.source import Source
-from dinoreg.models.layers import NORM_EPS
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import hidden_dim_of
 from dinoreg.weights.convert import to_meta, to_timm, to_transformers
+from dinoreg.weights.library_configs import DINOV2_ARGUMENTS, DINOV2_FIXED, TIMM_ARGUMENTS
 from dinoreg.weights.resolve import TEACHER_FORMAT
 
 # timm's register models by width; widths it has no name for are said in arguments over the nearest kind.
@@ -66,28 +66,17 @@ def write_timm(folder: Path, source: Source) -> None:
     arguments, the preprocessing."""
     model = source.model
     _save(to_timm(model.state_dict()), folder / "model.safetensors")
-    hidden = hidden_dim(model)
-    registers = "reg4_" if model.num_registers else ""
-    if model.ffn == "swiglu":  # only the giant's entry names the gated FFN, which JSON could not
-        name, ratio = f"vit_giant_patch14_{registers}dinov2", _timm_ratio(model.dim, 2 * hidden)
-    else:
-        name = f"vit_{TIMM_SIZES.get(model.dim, 'small')}_patch14_{registers}dinov2"
-        ratio = _timm_ratio(model.dim, hidden)
-    arguments: dict[str, Any] = {
-        "img_size": list(model.image_size),
-        "patch_size": model.patch_size,
-        "in_chans": model.in_channels,
-        "embed_dim": model.dim,
-        "depth": model.depth,
-        "num_heads": model.heads,
-        "mlp_ratio": ratio,
+    gated = model.ffn == "swiglu"
+    size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")  # no other names a gated FFN, and JSON could not
+    name = f"vit_{size}_patch14_{'reg4_' if model.num_registers else ''}dinov2"
+    architecture = model.architecture()
+    arguments = {theirs: architecture[ours] for ours, theirs in TIMM_ARGUMENTS.items()} | {
+        "mlp_ratio": _timm_ratio(model.dim, hidden_dim(model) * (2 if gated else 1)),
         # The factors come with the weights; zero is timm's way of saying that there are none.
         "init_values": 1e-5 if model.layerscale else 0.0,
         "num_classes": 0,
         "dynamic_img_size": True,
     }
-    if model.num_registers:
-        arguments["reg_tokens"] = model.num_registers
     pretrained = {
         "input_size": [model.in_channels, *source.size],
         "interpolation": "bicubic",
@@ -126,21 +115,16 @@ def write_transformers(folder: Path, source: Source) -> None:
             f"export with size={min(rows, columns) * model.patch_size}"
         )
     with_registers = model.num_registers > 0
-    config: dict[str, Any] = {
+    architecture = model.architecture()
+    config = {theirs: architecture[ours] for ours, (theirs, _) in DINOV2_ARGUMENTS.items()} | {
         "architectures": ["Dinov2WithRegistersModel" if with_registers else "Dinov2Model"],
         "model_type": "dinov2_with_registers" if with_registers else "dinov2",
-        "hidden_size": model.dim,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.heads,
         "mlp_ratio": _transformers_ratio(model),
-        "hidden_act": "gelu",
         "use_swiglu_ffn": model.ffn == "swiglu",
-        "qkv_bias": True,
+        **{theirs: ours for theirs, (_, ours) in DINOV2_FIXED.items()},
         "layerscale_value": 1.0,
-        "layer_norm_eps": NORM_EPS,
         "image_size": model.image_size[0],
         "patch_size": model.patch_size,
-        "num_channels": model.in_channels,
         "torch_dtype": "float32",
     }
     if with_registers:
@@ -181,7 +165,7 @@ def _transformers_ratio(model: RegisterViT) -> int:
 
 def write_meta(folder: Path, source: Source) -> None:
     """`model.pth`, the flat state dict of a hub file, `model.json`, and a `hubconf.py` that needs PyTorch alone."""
-    _save_described(source, folder / "model.pth")
+    write_described(folder, source, "model.pth")
     (folder / "hubconf.py").write_text(hub_text(source.model), encoding="utf-8")
 
 
@@ -204,13 +188,10 @@ def hub_arguments(model: RegisterViT) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- safetensors, ONNX
 
 
-def write_safetensors(folder: Path, source: Source) -> None:
-    """`model.safetensors` under Meta's names, and the `model.json` with which `dinoreg.load` reads it."""
-    _save_described(source, folder / "model.safetensors")
-
-
-def _save_described(source: Source, path: Path) -> None:
-    """The weights under Meta's names, and a JSON beside them: architecture, preprocessing, origin, digest."""
+def write_described(folder: Path, source: Source, name: str = "model.safetensors") -> None:
+    """The weights under Meta's names, and the `model.json` with which `dinoreg.load` reads them: architecture,
+    preprocessing, origin, digest."""
+    path = folder / name
     _save(to_meta(source.model.state_dict()), path)
     description = {
         "format": TEACHER_FORMAT,
@@ -262,7 +243,7 @@ _FORMATS = (
     ),
     Format(
         "safetensors",
-        write_safetensors,
+        write_described,
         (),
         "safetensors",
         'import dinoreg, torch\nmodel = dinoreg.load("model.safetensors")\n',

@@ -20,8 +20,8 @@ from dinoreg.weights.files import read_json
 CONFIG = "config.json"
 
 _DINOV2 = {"dinov2": 14, "dinov2_with_registers": 16}  # model types, and their default patch size
-# Arguments of RegisterViT by transformers' name and default.
-_DINOV2_ARGUMENTS = {
+# Arguments of RegisterViT: transformers' name and default.
+DINOV2_ARGUMENTS = {
     "dim": ("hidden_size", 768),
     "depth": ("num_hidden_layers", 12),
     "heads": ("num_attention_heads", 12),
@@ -30,10 +30,11 @@ _DINOV2_ARGUMENTS = {
     "ffn_ratio": ("mlp_ratio", 4),
 }
 # What RegisterViT has no argument for: transformers' default, and what the encoder has.
-_DINOV2_FIXED = {"layer_norm_eps": (1e-6, NORM_EPS), "qkv_bias": (True, True), "hidden_act": ("gelu", "gelu")}
+DINOV2_FIXED = {"layer_norm_eps": (1e-6, NORM_EPS), "qkv_bias": (True, True), "hidden_act": ("gelu", "gelu")}
 _TIMM_VIT = re.compile(r"vit_(tiny|small|base|large|giant)_patch\d+_(?:reg\d+_)?(?:dinov2|\d+)(?:\.\w+)?")
-_TIMM_ARGUMENTS = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "patch_size": "patch_size",
-                   "in_chans": "in_channels", "reg_tokens": "num_registers", "img_size": "image_size"}  # fmt: skip
+# Arguments of RegisterViT and of timm's ViT.
+TIMM_ARGUMENTS = {"dim": "embed_dim", "depth": "depth", "heads": "num_heads", "patch_size": "patch_size",
+                  "in_channels": "in_chans", "num_registers": "reg_tokens", "image_size": "img_size"}  # fmt: skip
 # Arguments of timm's ViT that change no output of its evaluation mode, or only the head's.
 _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_values", "no_embed_class", "mlp_ratio",
                   "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
@@ -85,10 +86,10 @@ def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _DINOV2:
         raise NotHeld(f"weights {path}: model_type is {str(kind)[:40]!r}, expected {' or '.join(_DINOV2)}")
-    values = {ours: config.get(theirs, default) for ours, (theirs, default) in _DINOV2_ARGUMENTS.items()}
+    values = {ours: config.get(theirs, default) for ours, (theirs, default) in DINOV2_ARGUMENTS.items()}
     swiglu = config.get("use_swiglu_ffn", False) is True
     wanted: dict[str, tuple[Any, Any]] = {
-        key: (config.get(key, default), ours) for key, (default, ours) in _DINOV2_FIXED.items()
+        key: (config.get(key, default), ours) for key, (default, ours) in DINOV2_FIXED.items()
     }
     if swiglu:
         del wanted["hidden_act"]  # SwiGLU's is SiLU whatever is written here
@@ -105,7 +106,7 @@ def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
         "ffn": "swiglu" if swiglu else "mlp",
         **resampling("transformers", int(with_registers)),
     }
-    names = {ours: theirs for ours, (theirs, _) in _DINOV2_ARGUMENTS.items()}
+    names = {ours: theirs for ours, (theirs, _) in DINOV2_ARGUMENTS.items()}
     return Stated(values, path.name, names | {"num_registers": "num_register_tokens", "ffn": "use_swiglu_ffn"})
 
 
@@ -116,18 +117,15 @@ def _timm(config: Mapping[str, Any], path: Path) -> Stated:
         raise NotHeld(f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT of the DINOv2 kind")
     arguments = config.get("model_args")
     arguments = arguments if isinstance(arguments, dict) else {}
-    unknown = [key for key in arguments if key not in _TIMM_ARGUMENTS and key not in _TIMM_HARMLESS]
+    unknown = [key for key in arguments if key not in {*TIMM_ARGUMENTS.values(), *_TIMM_HARMLESS}]
     if unknown:
         raise NotHeld(f"weights {path}: model_args has {unknown[0][:40]!r}, which the encoder does not know")
-    values = {ours: arguments[theirs] for theirs, ours in _TIMM_ARGUMENTS.items() if theirs in arguments}
+    values = {ours: _one_side(arguments[theirs]) for ours, theirs in TIMM_ARGUMENTS.items() if theirs in arguments}
     values.setdefault("num_registers", int(found[1]) if (found := re.search(r"_reg(\d+)_", name)) else 0)
     size = _pretrained(config).get("input_size")
     if "image_size" not in values and isinstance(size, list) and len(size) == 3:
         values["image_size"] = size[1:]
-    for key in ("patch_size", "num_registers", "in_channels"):
-        if key in values:
-            values[key] = _one_side(values[key])
-    return Stated(values | resampling("timm", 0), path.name, {ours: theirs for theirs, ours in _TIMM_ARGUMENTS.items()})
+    return Stated(values | resampling("timm", 0), path.name, TIMM_ARGUMENTS)
 
 
 def _one_side(size: Any) -> Any:
