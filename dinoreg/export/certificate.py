@@ -24,6 +24,7 @@ from torch import Tensor
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
 from dinoreg.export.source import Source, resized
+from dinoreg.models.registry import resampling
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError
@@ -65,7 +66,12 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
         for check in _compare(form, trial, answers):
             checks.append(check)
             if check["bounded"] and not check["passed"]:
-                raise RunError(_failure(form, check))
+                relative, where = check["relative_difference"], f"{check['size'][0]}x{check['size'][1]}"
+                far = f"{relative:.1e} of its scale, bound {check['bound']:.1e}" if relative else "no finite number"
+                raise RunError(
+                    f"format={form.name}: {form.peer} differs from the source: {check['output']} at {where} in "
+                    f"{check['dtype']} by {far}; nothing written"
+                )
     largest = {}
     for dtype in ("float32", form.low):
         differences = (c["relative_difference"] for c in checks if c["bounded"] and c["dtype"] == dtype)
@@ -125,17 +131,18 @@ def other_size(model: RegisterViT, square: bool = False) -> tuple[int, int]:
 
 def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[Trial]:
     model, native = source.model, source.model.image_size
-    at_native = _cases(model, (native, 1))
+    at_native = _cases(model, native, 1)
     if form.name == "onnx" and source.size_given:
-        return [Trial(model, folder, at_native | _cases(model, (native, 3)), note=ONE_SIZE)]
-    elsewhere = _cases(model, (other_size(model), 2))
-    ours = (model.antialias, float(model.position_offset))
-    theirs = form.resampling(model) if form.resampling else ours
+        return [Trial(model, folder, at_native | _cases(model, native, 3), note=ONE_SIZE)]
+    elsewhere = _cases(model, other_size(model), 2)
+    ours = {"antialias": model.antialias, "position_offset": float(model.position_offset)}
+    theirs = resampling(form.name, model.num_registers) if form.name in ("timm", "transformers") else ours
     if ours == theirs:
         return [Trial(model, folder, at_native | elsewhere)]
+    how, source_how = ("antialias={antialias}, offset={position_offset:g}".format(**each) for each in (theirs, ours))
     differs = (
-        f"{form.peer} resamples positions with antialias={theirs[0]}, offset={theirs[1]:g}, the source with "
-        f"antialias={ours[0]}, offset={ours[1]:g}: other sizes than the native one differ"
+        f"{form.peer} resamples positions with {how}, the source with {source_how}: other sizes than the native one "
+        "differ"
     )
     # The weights are proven at a second size by an artefact made for it, to which no resampling is left.
     square = other_size(model, square=True)
@@ -146,17 +153,15 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
     note = "exported for this size, positions resampled as the source does"
     return [
         Trial(model, folder, at_native),
-        Trial(moved.model, made, _cases(model, (square, 2)), note=note),
+        Trial(moved.model, made, _cases(model, square, 2), note=note),
         Trial(model, folder, elsewhere, bounded=False, note=differs),
     ]
 
 
-def _cases(model: RegisterViT, case: tuple[tuple[int, int], int]) -> dict[str, Tensor]:
-    """{name: images (B, C, H, W)} of one size and batch."""
-    (height, width), batch = case
+def _cases(model: RegisterViT, size: tuple[int, int], batch: int) -> dict[str, Tensor]:
+    """{name: images (B, C, H, W)} of one size."""
     generator = torch.Generator().manual_seed(SEED)
-    images = torch.randn(batch, model.in_channels, height, width, generator=generator)
-    return {f"{batch}x{height}x{width}": images}
+    return {f"{batch}x{size[0]}x{size[1]}": torch.randn(batch, model.in_channels, *size, generator=generator)}
 
 
 # ------------------------------------------------------------------------------------------------ the other side
@@ -249,16 +254,6 @@ def _answers(trial: Trial, dtype: torch.dtype) -> dict[tuple[str, str], Tensor]:
             for case, images in trial.cases.items()
             for output, value in zip(OUTPUTS, model(images.to(dtype)))
         }
-
-
-def _failure(form: Format, check: Mapping[str, Any]) -> str:
-    height, width = check["size"]
-    relative = check["relative_difference"]
-    by = "no finite number" if relative is None else f"{relative:.1e} of its scale, bound {check['bound']:.1e}"
-    return (
-        f"format={form.name}: {form.peer} differs from the source: {check['output']} at {height}x{width} in "
-        f"{check['dtype']} by {by}; nothing written"
-    )
 
 
 def listing(folder: Path) -> dict[str, Any]:

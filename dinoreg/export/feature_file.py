@@ -164,18 +164,16 @@ class RowFile:
             file.truncate()
             file.seek(_ROOM + features)
             file.write(lengths.cumsum().tobytes())
-            starts = features + lengths.nbytes
-            total = int(lengths.sum())
-            header = {
-                "__metadata__": texts,
-                "features": {
-                    "dtype": f"F{8 * self.dtype.itemsize}",
-                    "shape": [self.count, *self.shape],
-                    "data_offsets": [0, features],
-                },
-                "path_ends": {"dtype": "I64", "shape": [self.count], "data_offsets": [features, starts]},
-                "paths": {"dtype": "U8", "shape": [total], "data_offsets": [starts, starts + total]},
-            }
+            length = int(lengths.sum())
+            header: dict[str, Any] = {"__metadata__": texts}
+            begin = 0
+            for part, dtype, shape, size in (
+                ("features", f"F{8 * self.dtype.itemsize}", [self.count, *self.shape], features),
+                ("path_ends", "I64", [self.count], lengths.nbytes),
+                ("paths", "U8", [length], length),
+            ):
+                header[part] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
+                begin += size
             file.seek(0)
             file.write(struct.pack("<Q", _ROOM - 8) + json.dumps(header).encode().ljust(_ROOM - 8))
         return path

@@ -43,7 +43,6 @@ class Format:
     peer_load   what the peer runs instead, where the card's code uses dinoreg
     low         the second dtype of the certificate
     bound       the largest difference in float32, relative to the largest value of the output
-    resampling  (antialias, offset) with which the library resamples positions; None: as the model does
     """
 
     name: str
@@ -55,7 +54,6 @@ class Format:
     peer_load: str = ""
     low: str = "bfloat16"
     bound: float = 1e-5
-    resampling: Callable[[RegisterViT], tuple[bool, float]] | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------ timm
@@ -221,7 +219,6 @@ _FORMATS = (
         'import json, timm, torch\nsaved = json.load(open("config.json"))\nmodel = timm.create_model('
         'saved["architecture"], checkpoint_path="model.safetensors", **saved["model_args"]).eval()\n',
         "tokens = model.forward_features(torch.zeros({shape}))",
-        resampling=lambda model: (True, 0.0),
     ),
     Format(
         "transformers",
@@ -230,7 +227,6 @@ _FORMATS = (
         "transformers",
         'import torch\nfrom transformers import AutoModel\nmodel = AutoModel.from_pretrained(".").eval()\n',
         "tokens = model(torch.zeros({shape})).last_hidden_state",
-        resampling=lambda model: (model.num_registers > 0, 0.0),
     ),
     Format(
         "meta",

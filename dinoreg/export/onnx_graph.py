@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoreg.export.hub_model import PlainViT
 from dinoreg.export.resample import resample_in_graph
@@ -31,22 +31,20 @@ FILES = {"float32": "model.onnx", "float16": "model_float16.onnx"}
 _MAX_INLINE = 3 * 2**29
 
 
-class _Resampling(PlainViT):
-    """The plain encoder with positions by matrix products, always in the graph."""
+class _Graph(PlainViT):
+    """The plain encoder with its tokens by kind; unless `fixed`, with positions by matrix products in the graph."""
+
+    fixed = False
 
     def resampled_positions(self, rows: int, columns: int) -> Tensor:
+        if self.fixed:
+            return super().resampled_positions(rows, columns)
         positions = self.pos_embed[0, 1:].float().reshape(*self.grid, self.embed_dim)
         moved = resample_in_graph(positions, (rows, columns), self.antialias, self.position_offset)
         return moved.to(self.pos_embed.dtype)
 
-
-class _Outputs(nn.Module):
-    def __init__(self, vit: PlainViT) -> None:
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.vit.forward_features(images)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        features = self.forward_features(images)
         return features["x_norm_clstoken"], features["x_norm_regtokens"], features["x_norm_patchtokens"]
 
 
@@ -56,11 +54,12 @@ def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixe
     arguments  of the plain encoder that makes this model
     fixed      only the model's own image size, with its positions baked in; else any size
     """
-    plain = PlainViT(**arguments) if fixed else _Resampling(**arguments)
-    plain.load_state_dict({"mask_token": torch.zeros(1, model.dim), **model.state_dict()})
-    plain.eval().requires_grad_(False)
+    graph = _Graph(**arguments)
+    graph.fixed = fixed
+    graph.load_state_dict(model.state_dict())
+    graph.eval().requires_grad_(False)
     for name, file in FILES.items():
-        _capture(_Outputs(plain.to(getattr(torch, name))).eval(), model, fixed, folder / file)
+        _capture(graph.to(getattr(torch, name)), model, folder / file)
     return {
         "format": "dinoreg-onnx",
         "version": 1,
@@ -88,14 +87,13 @@ def drop_float16(folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _capture(graph: nn.Module, model: RegisterViT, fixed: bool, path: Path) -> None:
-    parameter = next(graph.parameters())
-    patch = model.patch_size
+def _capture(graph: _Graph, model: RegisterViT, path: Path) -> None:
+    patch = graph.patch_size
     # An example whose extents and batch all differ, and are not 1, which a tracer would take for a constant.
-    height, width = model.image_size if fixed else (3 * patch, 5 * patch)
-    images = torch.zeros(2, model.in_channels, height, width, dtype=parameter.dtype)
+    height, width = model.image_size if graph.fixed else (3 * patch, 5 * patch)
+    images = torch.zeros(2, model.in_channels, height, width, dtype=graph.cls_token.dtype)
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if not fixed:
+    if not graph.fixed:
         rows, columns = (torch.export.Dim(name, min=1, max=MAX_GRID) for name in ("rows", "columns"))
         dims |= {2: patch * rows, 3: patch * columns}
     with _quiet():
@@ -110,7 +108,7 @@ def _capture(graph: nn.Module, model: RegisterViT, fixed: bool, path: Path) -> N
             verbose=False,
         )
     assert program is not None
-    if not fixed:  # the tracer left its formula where the number of patches stands
+    if not graph.fixed:  # the tracer left its formula where the number of patches stands
         output: Any = program.model.graph.outputs[OUTPUTS.index("patches")]
         batch, _, dim = output.shape
         output.shape = type(output.shape)([batch, "patches", dim])

@@ -66,7 +66,7 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
     stated = metadata.get("preprocessing")
     stated = stated if isinstance(stated, dict) else {}
     assumed = not (stated.get("mean") and stated.get("std"))
-    mean, std = stated_preprocessing({} if assumed else stated, model.in_channels, path, unknown=((0.0,), (1.0,)))
+    mean, std = stated_preprocessing({} if assumed else stated, model.in_channels, path, ((0.0,), (1.0,)))
     native = as_sides(stated.get("image_size"))
     if native is None or any(side % model.patch_size for side in native):
         native = model.image_size

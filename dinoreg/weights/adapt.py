@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinoreg.models.vit import resample_positions
+from dinoreg.models.vit import RegisterViT, resample_positions
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import describe_resampling, hidden_dim_of
 from dinoreg.weights.resolve import SOURCES, Weights
@@ -32,7 +32,7 @@ class LoadReport:
     grafted: tuple[str, ...]  # "register_tokens: 4 fresh registers"
     source: str  # whose file: "dinoreg", "Meta", "timm" or "transformers"
     positions: str  # how the model resamples its positions, and whose way that is
-    fresh: tuple[str, ...] = ()  # in the encoder, not in the file: keep their start values
+    fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
 
     def __str__(self) -> str:
         groups = sorted({key.partition(".")[0] for key in self.left_out})
@@ -49,7 +49,7 @@ class LoadReport:
         return "; ".join([first, *changes, self.positions])
 
 
-def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, whose: str = "the model's is") -> None:
+def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, whose: str) -> None:
     """UserError naming the first property in which two architectures differ that no adaptation bridges."""
 
     def comparable(architecture: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,46 +68,65 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
 
 
 def fit(
-    weights: Weights, theirs: Mapping[str, Any], ours: Mapping[str, Any], adapt_channels: str | None
+    weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The backbone of `weights` for the architecture `ours`; new tensors, none of the old is changed.
+    """The tensors of `weights`, an encoder of the architecture `theirs`, for `model`; neither is changed.
 
-    Grafted registers are named in the report and not among the tensors: their start values are the model's matter. So
-    is what else is missing, which the report does not name yet.
+    Grafted registers and a missing mask token are named in the report and not among the tensors: their start values
+    are the caller's matter. UserError where the two differ in anything else that no adaptation bridges; its words for
+    the model's side are `whose`.
     """
     if adapt_channels not in (None, *CHANNEL_WAYS):
         raise UserError(f"adapt_channels={adapt_channels!r} is not known; expected one of {', '.join(CHANNEL_WAYS)}")
+    ours, path = model.architecture(), weights.path
+    check_same(theirs, ours, path, whose)
     state, key = dict(weights.backbone), "patch_embed.proj.weight"
-    reshaped, adapted, grafted = [], [], []
-    old, new = ((a["image_size"][0] // a["patch_size"], a["image_size"][1] // a["patch_size"]) for a in (theirs, ours))
+    reshaped: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+    old, new = (theirs["image_size"][0] // model.patch_size, theirs["image_size"][1] // model.patch_size), model.grid
     if old != new:
         resampling = theirs["antialias"], theirs["position_offset"]
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
-        reshaped.append(f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}")
-    before, after = theirs["in_channels"], ours["in_channels"]
+        reshaped = (f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}",)
+    before, after = theirs["in_channels"], model.in_channels
     if before != after:
         if adapt_channels is None:
             raise UserError(
-                f"weights {weights.path}: in_channels is {before}, the model's is {after}; "
+                f"weights {path}: in_channels is {before}, the model's is {after}; "
                 f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how to adapt the projection (in a run: adapt.channels)"
             )
         state[key] = channels(state[key], after, adapt_channels)
-        adapted.append(f"{key}: {before} -> {after} channels ({adapt_channels})")
-    if ours["num_registers"] and not theirs["num_registers"]:
-        grafted.append(f"register_tokens: {ours['num_registers']} fresh registers")
-    whose = SOURCES[weights.source]
+        adapted = (f"{key}: {before} -> {after} channels ({adapt_channels})",)
+    grafts = model.num_registers if not theirs["num_registers"] else 0
+    fresh = _check_keys(state, model, path, {"mask_token", "register_tokens"} if grafts else {"mask_token"})
+    source = SOURCES[weights.source]
     was, now = (describe_resampling(a["antialias"], a["position_offset"]) for a in (theirs, ours))
-    reason = f"as {whose} does" if was == now else f"as the model says; {whose}: {was}"
+    reason = f"as {source} does" if was == now else f"as the model says; {source}: {was}"
     return state, LoadReport(
-        path=weights.path,
+        path=path,
         loaded=tuple(key for key, value in weights.backbone.items() if state[key] is value),
-        reshaped=tuple(reshaped),
+        reshaped=reshaped,
         left_out=(*weights.heads, *weights.others),
-        adapted=tuple(adapted),
-        grafted=tuple(grafted),
-        source=whose,
+        adapted=adapted,
+        grafted=(f"register_tokens: {grafts} fresh registers",) if grafts else (),
+        fresh=fresh,
+        source=source,
         positions=f"positions are resampled {now}, {reason}",
     )
+
+
+def _check_keys(state: Mapping[str, Tensor], model: RegisterViT, path: Path, spare: set[str]) -> tuple[str, ...]:
+    """The keys among `spare` that are missing in `state`; UserError for any other difference from the model."""
+    wanted = model.state_dict()
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    for keys, what in ((sorted({*missing} - spare), "tensors are missing"), (unexpected, "unknown tensors")):
+        if keys:
+            raise UserError(f"weights {path}: {len(keys)} {what}, the first is {keys[0]!r}")
+    for key, value in state.items():
+        if value.shape != wanted[key].shape:
+            shapes = f"{tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
+            raise UserError(f"weights {path}: {key!r} has shape {shapes}")
+    return tuple(missing)
 
 
 def resample_pos_embed(

@@ -21,6 +21,9 @@ from dinoreg.runtime.errors import UserError
 
 State = dict[str, Tensor]
 
+FLOATING_POINT = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
+}  # fmt: skip
 WRAPPERS = ("teacher", "model", "state_dict")  # of a training file: the first of these that is there is taken
 
 _PREFIX = re.compile(r"^(?:(?:module|backbone|teacher|_orig_mod)\.)+")
@@ -73,8 +76,11 @@ def unwrap(content: Any) -> tuple[State, tuple[str, ...]]:
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"holds a {type(content).__name__}, expected a state dict of tensors")
     for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or not value.is_floating_point():
-            raise UserError(f"entry {str(key)[:80]!r} is not a floating-point tensor")
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(f"entry {str(key)[:80]!r} is not a tensor")
+        if value.dtype not in FLOATING_POINT:
+            dtype = str(value.dtype).removeprefix("torch.")
+            raise UserError(f"tensor {key[:80]!r} has dtype {dtype}, expected floating point")
     return dict(content), others
 
 

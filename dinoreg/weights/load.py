@@ -6,18 +6,15 @@ silently: every tensor is loaded, made to fit (`adapt.py`) or left out by name, 
 """
 
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from dinoreg.models.registry import HEAD_DIM, _check_options, build
 from dinoreg.models.vit import TOKEN_STD, RegisterViT
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.adapt import LoadReport, check_same, fit
+from dinoreg.weights.adapt import LoadReport, fit
 from dinoreg.weights.resolve import Weights, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -35,31 +32,9 @@ def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None
     weights = read_weights(source)
     tells_heads = model.dim % HEAD_DIM == 0  # as every published width does
     theirs = weights.architecture(None if tells_heads else model.heads)
-    state, report = _fitted(weights, theirs, model, adapt_channels, "the model's is")
+    state, report = fit(weights, theirs, model, adapt_channels, "the model's is")
     model.load_state_dict(state, strict=False)
     return report
-
-
-def _fitted(
-    weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors of `weights` for `model`, which stays as it is, and the report on them; UserError where they differ
-    in what no adaptation bridges, or in more tensors than the mask token and grafted registers."""
-    ours, path = model.architecture(), weights.path
-    check_same(theirs, ours, path, whose)
-    state, report = fit(weights, theirs, ours, adapt_channels)
-    wanted = model.state_dict()
-    fresh = wanted.keys() - state.keys()
-    missing = sorted(fresh - {"mask_token", *(("register_tokens",) if report.grafted else ())})
-    unexpected = sorted(state.keys() - wanted.keys())
-    for keys, what in ((missing, "tensors are missing"), (unexpected, "unknown tensors")):
-        if keys:
-            raise UserError(f"weights {path}: {len(keys)} {what}, the first is {keys[0]!r}")
-    for key, value in state.items():
-        if value.shape != wanted[key].shape:
-            shapes = f"{tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
-            raise UserError(f"weights {path}: {key!r} has shape {shapes}")
-    return state, replace(report, fresh=tuple(sorted(fresh)))
 
 
 class Loaded(NamedTuple):
@@ -79,7 +54,7 @@ def load_reported(
     theirs = weights.architecture(overrides.get("heads"))
     with torch.device("meta"):  # no memory for weights that are about to be replaced
         model = RegisterViT(**(theirs | overrides))
-    state, report = _fitted(weights, theirs, model, adapt_channels, "what was asked for is")
+    state, report = fit(weights, theirs, model, adapt_channels, "what was asked for is")
     if "mask_token" in report.fresh:
         state["mask_token"] = torch.zeros(1, model.dim)
     if "register_tokens" in report.fresh:

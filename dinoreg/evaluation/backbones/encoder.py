@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from dinoreg.weights.preprocessing import stated_preprocessing
 
 PUBLISHED_SIZE = 224  # pixels; the side at which classification is published
 PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
@@ -130,15 +130,14 @@ class _ModuleEncoder(Encoder):
         self,
         module: nn.Module,
         name: str,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.device, self.dtype, self.name = torch.device(device), dtype, name
         self.module = module.to(self.device).eval().requires_grad_(False)
-        self.mean = _per_channel(mean, self.in_channels)
-        self.std = _per_channel(std, self.in_channels)
+        self.mean, self.std = stated_preprocessing({"mean": mean, "std": std}, self.in_channels, name)
 
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # of the weights as they are when it is first asked
@@ -315,8 +314,7 @@ def wrap(
         return model
     stated = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     stated = stated if isinstance(stated, dict) else {}
-    mean = mean if mean is not None else stated.get("mean", IMAGENET_MEAN)
-    std = std if std is not None else stated.get("std", IMAGENET_STD)
+    mean, std = mean or stated.get("mean"), std or stated.get("std")
     kinds: list[tuple[type[_ModuleEncoder], bool]] = [
         (NativeEncoder, isinstance(model, RegisterViT)),
         (TransformersEncoder, hasattr(getattr(model, "config", None), "model_type")),
@@ -330,13 +328,6 @@ def wrap(
 
 def _split(tokens: Tensor, num_registers: int) -> Tokens:
     return Tokens(tokens[:, 0], tokens[:, 1 : 1 + num_registers], tokens[:, 1 + num_registers :])
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) not in (1, channels):
-        raise UserError(f"{len(numbers)} numbers for {channels} channels in the preprocessing")
-    return numbers * (channels if len(numbers) == 1 else 1)
 
 
 def _identity(module: nn.Module, rest: object) -> str:

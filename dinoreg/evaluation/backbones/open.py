@@ -19,7 +19,7 @@ from dinoreg.weights.convert import unwrap
 from dinoreg.weights.files import read_file
 from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
 from dinoreg.weights.load import load, load_reported
-from dinoreg.weights.preprocessing import IMAGENET_MEAN, stated_preprocessing
+from dinoreg.weights.preprocessing import stated_preprocessing
 from dinoreg.weights.resolve import FILES, find_weights
 
 
@@ -125,6 +125,5 @@ def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtyp
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UserError(f"weights={path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-    channels = getattr(model.config, "num_channels", len(IMAGENET_MEAN))
-    mean, std = stated_preprocessing(preprocessing_of(path, "transformers"), channels, path)
-    return wrap(model, path.resolve().name, mean, std, device, dtype)
+    stated = preprocessing_of(path, "transformers")
+    return wrap(model, path.resolve().name, stated.get("mean"), stated.get("std"), device, dtype)
