@@ -26,14 +26,12 @@ def write_card(folder: Path, form: Format, source: Source, certificate: Mapping[
     run = Run(folder) if source.run is None else read_run(source.run)
     steps = {probe.step for probe in run.probes}
     measured = step if step in steps else max(steps, default=None)
-    height, width = source.size
     text = render(
         "export/templates/card.md.j2",
         form=form,
         source=source,
         model=source.model,
         parameters=sum(parameter.numel() for parameter in source.model.parameters()),
-        code=form.load + form.use.format(shape=f"1, {source.model.in_channels}, {height}, {width}"),
         config=flatten(run.config),
         metrics=line_at(run.metrics, step),
         probe=line_at(run.probe, step),

@@ -35,14 +35,13 @@ _UNFILLED = "ARCHITECTURE: dict[str, Any] = {}\n"
 class Format:
     """One kind of artefact.
 
-    write       (folder, source) -> None
-    packages    modules that reading it back takes
-    peer        the library that is run for the certificate, as it is called
-    load, use   code that makes `model` in the artefact's folder, and code that runs it; "{shape}" is filled in.
-                Together they are the four lines on the model card, and the certificate's peer runs `load` itself
-    peer_load   what the peer runs instead, where the card's code uses dinoreg
-    low         the second dtype of the certificate
-    bound       the largest difference in float32, relative to the largest value of the output
+    write      (folder, source) -> None
+    packages   modules that reading it back takes
+    peer       the library that is run for the certificate, as it is called
+    load       code that makes `model` in the artefact's folder, for the model card and for the certificate's peer
+    peer_load  what the peer runs instead, where the card's code uses dinoreg
+    low        the second dtype of the certificate
+    bound      the largest difference in float32, relative to the largest value of the output
     """
 
     name: str
@@ -50,7 +49,6 @@ class Format:
     packages: tuple[str, ...]
     peer: str
     load: str
-    use: str
     peer_load: str = ""
     low: str = "bfloat16"
     bound: float = 1e-5
@@ -119,7 +117,7 @@ def write_transformers(folder: Path, source: Source) -> None:
         "model_type": "dinov2_with_registers" if with_registers else "dinov2",
         "mlp_ratio": _transformers_ratio(model),
         "use_swiglu_ffn": model.ffn == "swiglu",
-        **{theirs: ours for theirs, (_, ours) in DINOV2_FIXED.items()},
+        **DINOV2_FIXED,
         "layerscale_value": 1.0,
         "image_size": model.image_size[0],
         "patch_size": model.patch_size,
@@ -170,8 +168,6 @@ def write_meta(folder: Path, source: Source) -> None:
 def hub_text(model: RegisterViT) -> str:
     """The source of `hub_model.py` with this model's architecture in it."""
     text = Path(hub_model.__file__).read_text(encoding="utf-8")
-    if text.count(_UNFILLED) != 1:
-        raise RuntimeError("hub_model.py has lost the line that takes the architecture")
     lines = "".join(f"    {key!r}: {value!r},\n" for key, value in hub_arguments(model).items())
     return text.replace(_UNFILLED, f"{_UNFILLED[:-2]}\n{lines}}}\n".replace("'", '"'))
 
@@ -218,7 +214,6 @@ _FORMATS = (
         "timm",
         'import json, timm, torch\nsaved = json.load(open("config.json"))\nmodel = timm.create_model('
         'saved["architecture"], checkpoint_path="model.safetensors", **saved["model_args"]).eval()\n',
-        "tokens = model.forward_features(torch.zeros({shape}))",
     ),
     Format(
         "transformers",
@@ -226,7 +221,6 @@ _FORMATS = (
         ("transformers", "safetensors"),
         "transformers",
         'import torch\nfrom transformers import AutoModel\nmodel = AutoModel.from_pretrained(".").eval()\n',
-        "tokens = model(torch.zeros({shape})).last_hidden_state",
     ),
     Format(
         "meta",
@@ -234,8 +228,6 @@ _FORMATS = (
         (),
         "torch.hub",
         'import torch\nmodel = torch.hub.load(".", "backbone", source="local")\n',
-        "features = model.forward_features(torch.zeros({shape}))\n"
-        'cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]',
     ),
     Format(
         "safetensors",
@@ -243,7 +235,6 @@ _FORMATS = (
         (),
         "safetensors",
         'import dinoreg, torch\nmodel = dinoreg.load("model.safetensors")\n',
-        "cls, registers, patches = model(torch.zeros({shape}))",
         peer_load="import plain\nfrom safetensors.torch import load_file\n"
         'model = plain.backbone(pretrained=False)\nmodel.load_state_dict(load_file("model.safetensors"))\n',
     ),
@@ -254,8 +245,6 @@ _FORMATS = (
         "onnxruntime",
         "import numpy, onnxruntime\n"
         'model = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])\n',
-        'images = numpy.zeros(({shape}), dtype="float32")\n'
-        'cls, registers, patches = model.run(["cls", "registers", "patches"], {{"images": images}})',
         low="float16",
         bound=1e-4,
     ),

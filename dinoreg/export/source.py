@@ -10,9 +10,8 @@ import torch
 from dinoreg.checkpoint.run_folder import run_of
 from dinoreg.models.vit import RegisterViT, as_pair
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.adapt import resample_pos_embed
 from dinoreg.weights.architecture import as_sides
-from dinoreg.weights.load import load, load_reported
+from dinoreg.weights.load import load, load_reported, resample_pos_embed
 from dinoreg.weights.preprocessing import stated_preprocessing
 from dinoreg.weights.resolve import find_weights
 

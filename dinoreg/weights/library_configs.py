@@ -29,8 +29,8 @@ DINOV2_ARGUMENTS = {
     "in_channels": ("num_channels", 3),
     "ffn_ratio": ("mlp_ratio", 4),
 }
-# What RegisterViT has no argument for: transformers' default, and what the encoder has.
-DINOV2_FIXED = {"layer_norm_eps": (1e-6, NORM_EPS), "qkv_bias": (True, True), "hidden_act": ("gelu", "gelu")}
+# What RegisterViT has no argument for: as the encoder has it, which is transformers' default.
+DINOV2_FIXED: dict[str, Any] = {"layer_norm_eps": NORM_EPS, "qkv_bias": True, "hidden_act": "gelu"}
 _TIMM_VIT = re.compile(r"vit_(tiny|small|base|large|giant)_patch\d+_(?:reg\d+_)?(?:dinov2|\d+)(?:\.\w+)?")
 # Arguments of RegisterViT and of timm's ViT.
 TIMM_ARGUMENTS = {"dim": "embed_dim", "depth": "depth", "heads": "num_heads", "patch_size": "patch_size",
@@ -88,14 +88,11 @@ def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
         raise NotHeld(f"weights {path}: model_type is {str(kind)[:40]!r}, expected {' or '.join(_DINOV2)}")
     values = {ours: config.get(theirs, default) for ours, (theirs, default) in DINOV2_ARGUMENTS.items()}
     swiglu = config.get("use_swiglu_ffn", False) is True
-    wanted: dict[str, tuple[Any, Any]] = {
-        key: (config.get(key, default), ours) for key, (default, ours) in DINOV2_FIXED.items()
-    }
-    if swiglu:
-        del wanted["hidden_act"]  # SwiGLU's is SiLU whatever is written here
-    if "head_dim" in config and is_number(values["dim"]) and is_number(values["heads"]):
-        wanted["head_dim"] = (config["head_dim"], values["dim"] / values["heads"] if values["heads"] else None)
-    for key, (found, expected) in wanted.items():
+    fixed = {key: value for key, value in DINOV2_FIXED.items() if not (swiglu and key == "hidden_act")}  # SiLU always
+    if is_number(values["dim"]) and is_number(values["heads"]) and values["heads"]:
+        fixed["head_dim"] = values["dim"] / values["heads"]
+    for key, expected in fixed.items():
+        found = config.get(key, expected)
         close = is_number(found) and is_number(expected) and math.isclose(found, expected, rel_tol=1e-6)
         if not close and found != expected:
             raise NotHeld(f"weights {path}: {key}={found!r}, the encoder has {expected!r}")
