@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.sources import PathSource
+from dinoreg.data.source import PathSource
 from dinoreg.evaluation.data import IGNORED, Labelled, Segmented
 from dinoreg.evaluation.readers.pixel_maps import read_label_map
 from dinoreg.runtime.dependencies import install
