@@ -50,7 +50,7 @@ def test_every_consumer_scales_by_the_range_of_the_data_set(xrays: Path) -> None
     (pixels, *_), _ = center_crops(source, range(1), 64)
     stored = np.asarray(Image.open(source.name(0))).astype(np.float64)
     expected = torch.from_numpy((stored - LOW) / (HIGH - LOW) * 255)
-    for found in (pixels, source.pixels(0), source.image(0).pixels()):
+    for found in (pixels, source.decode(0), source.image(0).pixels()):
         assert (found.double() - expected).abs().max() < 1e-3
 
 
@@ -74,7 +74,7 @@ def test_hounsfield_units_need_a_range_and_slices_then_compare(tmp_path: Path) -
     for name, values in (("air", air), ("bone", bone)):
         tifffile.imwrite(tmp_path / f"{name}.tif", values, photometric="minisblack")
     source = open_source(tmp_path, value_range=[-1000, 1000])
-    first, second = source.pixels(0), source.pixels(1)
+    first, second = source.decode(0), source.decode(1)
     assert float(first[0, 0, 0]) == float(second[0, 0, 0]) == pytest.approx(255 * 1040 / 2000)
 
 

@@ -16,8 +16,7 @@ from rich.console import Console
 from dinoreg.commands.options import RegistersOptions
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.open import labelled_folder
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource, Source
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
@@ -85,7 +84,7 @@ def read_pictures(options: RegistersOptions, size: int, channels: int) -> tuple[
     images, kept, skipped = [], [], []
     for index in order:
         try:
-            images.append(fit_size(source.pixels(index, channels), size, size))
+            images.append(fit_size(source.decode(index, channels), size, size))
             kept.append(index)
         except (BadImage, OSError) as error:
             skipped.append((source.name(index), " ".join(str(error).split())))

@@ -34,7 +34,7 @@ def center_crops(source: Source, indices: Iterable[int], size: int, in_channels:
     images, readable = [], []
     for index in indices:
         try:
-            images.append(center_crop(source.pixels(index, in_channels), size))
+            images.append(center_crop(source.decode(index, in_channels), size))
         except (BadImage, OSError):
             continue
         readable.append(index)

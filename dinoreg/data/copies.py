@@ -69,7 +69,7 @@ def find_copies(source: Source, indices: Sequence[int] | None = None, in_channel
 
 def _thumbnail(source: Source, index: int, in_channels: int) -> np.ndarray | None:
     """(C * 16 * 16,) float32 in 0..255; None for a flat picture."""
-    pixels = source.pixels(index, in_channels)[None].float()
+    pixels = source.decode(index, in_channels)[None].float()
     small = F.interpolate(pixels, (THUMBNAIL, THUMBNAIL), mode="area").flatten()
     return small.numpy() if float(small.std()) >= LEAST_CONTRAST else None
 

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoreg.config.schema import DataConfig
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data import augment as photometric
 from dinoreg.data import crops as geometry
-from dinoreg.data.decode import MAX_PIXELS, BadImage
+from dinoreg.data.decode import BadImage
 from dinoreg.data.masks import block_masks, mask_tensors
 from dinoreg.data.rng import uniforms
 from dinoreg.data.sampler import Sampler
@@ -73,32 +74,13 @@ class Views:
         return [self.crops.global_size] * 2 + [self.crops.local_size] * self.crops.num_local
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How images are read.
-
-    workers           threads; None for one per core (per two cores when the step runs on the CPU), at most 16; 0 for
-                      the consumer's own thread, when it asks
-    prefetch          batches prepared ahead, at least 1
-    max_bad_fraction  of the images seen that may be unreadable
-    max_pixels        larger images count as bad
-    deep              keep crops as floats, for data sets of more than eight bits; else they are rounded to bytes
-    reduced_decode    let a large JPEG be decoded at 1/2, 1/4 or 1/8 where no crop loses pixels by it
-    """
-
-    workers: int | None = None
-    prefetch: int = 2
-    max_bad_fraction: float = 0.01
-    max_pixels: int = MAX_PIXELS
-    deep: bool = False
-    reduced_decode: bool = True
-
-    def num_workers(self, device: torch.device) -> int:
-        if self.workers is not None:
-            return self.workers
-        cores = usable_cores()
-        # On a CPU the step wants the cores as well.
-        return min(max(1, cores // 2) if device.type == "cpu" else cores, _MOST_WORKERS)
+def num_workers(workers: int | None, device: torch.device) -> int:
+    """Threads that read images: `data.workers`, or one per core (per two cores when the step runs on the CPU)."""
+    if workers is not None:
+        return workers
+    cores = usable_cores()
+    # On a CPU the step wants the cores as well.
+    return min(max(1, cores // 2) if device.type == "cpu" else cores, _MOST_WORKERS)
 
 
 @dataclass
@@ -178,7 +160,7 @@ class _Engine:
 
     source: Source
     views: Views
-    reading: Reading
+    reading: DataConfig
     batch_size: int
     seed: int
     device: torch.device
@@ -190,7 +172,7 @@ class _Engine:
         self.sampler = Sampler(self.source.groups(), self.seed)
         self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
         self.stopping = False
-        workers = self.reading.num_workers(self.device)
+        workers = num_workers(self.reading.workers, self.device)
         self.pool = _start_pool(workers) if workers else None
         num_parts = _PARTS_ON_CPU if self.device.type == "cpu" else _PARTS_PER_WORKER * max(1, workers)
         size = -(-self.batch_size // num_parts)
@@ -242,19 +224,10 @@ class _Engine:
         crop_major = colours.swapaxes(0, 1).reshape(num_views * batch, -1)
         job.colours = np.split(crop_major, [2 * batch])
         images = batch * self.world_size
+        step = job.position // images
         hidden = [
-            block_masks(
-                self.seed,
-                job.position // images,
-                2 * images,
-                self.grid,
-                mask.probability,
-                mask.ratio,
-                mask.min_patches,
-                aspect=mask.aspect,
-                first=view * images + self.rank * batch,  # the crop's number does not depend on the processes
-                count=batch,
-            )
+            # The crop's number does not depend on the processes.
+            block_masks(self.seed, step, 2 * images, self.grid, mask, view * images + self.rank * batch, batch)
             for view in range(2)
         ]
         crop_mask = torch.from_numpy(np.concatenate(hidden))
@@ -299,7 +272,7 @@ class _Engine:
         image = self.source.image(sample, self.views.in_channels, self.reading.max_pixels)
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
         reduction = 1
-        if self.reading.reduced_decode and image.format == "JPEG":
+        if image.format == "JPEG":
             reduction = geometry.reduction_for(boxes, self.views.sizes)
         pixels = image.pixels(reduction)
         if reduction > 1:
@@ -307,9 +280,6 @@ class _Engine:
             boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]
         for box, out in zip(boxes, job.slot.views[row]):
             geometry.cut_crop(pixels, box, out)
-
-
-DEFAULT_READING = Reading()
 
 
 class BatchLoader:
@@ -324,7 +294,7 @@ class BatchLoader:
         self,
         source: Source,
         views: Views,
-        reading: Reading = DEFAULT_READING,
+        reading: DataConfig,
         *,
         batch_size: int,
         seed: int = 0,
@@ -332,11 +302,15 @@ class BatchLoader:
         position: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        deep: bool = False,
     ) -> None:
         """Start the workers; they prepare nothing before the first batch is asked for.
 
+        reading     workers (0: images are read in the consumer's own thread, when it asks), prefetch, max_bad_fraction
+                    and max_pixels count
         batch_size  images B of this process; all processes together advance by B * world_size
         position    where to start, a multiple of B * world_size
+        deep        keep crops as floats, for data sets of more than eight bits; else they are rounded to bytes
         raises      UserError for a batch size below 1
         """
         if batch_size < 1:
@@ -348,8 +322,8 @@ class BatchLoader:
         self._delivered = self._submitted = position
         self._engine = _Engine(source, views, reading, batch_size, seed, self.device, rank, world_size)
         self._finalizer = weakref.finalize(self, self._engine.stop)  # also runs when the interpreter exits
-        self._ahead = 0 if self._engine.pool is None else max(1, reading.prefetch)
-        pixels = torch.float32 if reading.deep else torch.uint8
+        self._ahead = 0 if self._engine.pool is None else reading.prefetch
+        pixels = torch.float32 if deep else torch.uint8
         pinned = self.device.type == "cuda"
         self._free = [_Slot(batch_size, views, pixels, pinned) for _ in range(self._ahead + 1)]
         self._jobs: collections.deque[_Job] = collections.deque()

@@ -21,8 +21,7 @@ import numpy as np
 
 from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
-from dinoreg.data.source import Source
-from dinoreg.data.sources import stamp_of_files
+from dinoreg.data.source import Source, stamp_of_files
 from dinoreg.runtime.errors import UserError
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
@@ -35,10 +34,11 @@ _LOG_LINE = re.compile(r"block (\d+): (.+)")
 _LOG_END = re.compile(r"\*\* .* \*\*")  # "** Block of NULs **", "** End of File **"
 
 
-@dataclass(frozen=True)
-class TarMembers:
-    """Where the images of a folder of archives lie.
+@dataclass(frozen=True, eq=False)
+class TarSource(Source):
+    """The images in the archives of one folder. The archive is opened for each read, so that threads share nothing.
 
+    root      the folder, absolute
     archives  (a,) file names in the folder, ascending
     names     (n,) names of the members
     archive   (n,) int32, which archive each is in
@@ -46,6 +46,7 @@ class TarMembers:
     end       (n,) int64, the byte at which the next header begins
     """
 
+    root: str
     archives: Sequence[str]
     names: PathBlock
     archive: np.ndarray
@@ -55,59 +56,48 @@ class TarMembers:
     def __len__(self) -> int:
         return len(self.names)
 
-
-class TarSource(Source):
-    """Members of the archives in one folder. The archive is opened for each read, so that threads share nothing."""
-
-    def __init__(self, root: str, members: TarMembers) -> None:
-        self.root, self.members = root, members
-
-    def __len__(self) -> int:
-        return len(self.members)
-
     def read(self, index: int) -> bytes:
-        start, end = int(self.members.start[index]), int(self.members.end[index])
+        start, end = int(self.start[index]), int(self.end[index])
         if end - start > MAX_BYTES:
             raise BadImage(f"{end - start} bytes, more than the limit of {MAX_BYTES}")
         try:
             with open(self._archive(index), "rb") as file:
                 file.seek(start)
-                found = file.read(end - start)
+                member = file.read(end - start)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
         try:
-            size = tarfile.TarInfo.frombuf(found[:BLOCK], "utf-8", "surrogateescape").size
+            size = tarfile.TarInfo.frombuf(member[:BLOCK], "utf-8", "surrogateescape").size
         except tarfile.TarError:
             raise BadImage(f"no tar header at byte {start}: the archive is damaged or not the one indexed") from None
-        data = found[BLOCK : BLOCK + size]
+        data = member[BLOCK : BLOCK + size]
         if len(data) < size:
             raise BadImage(f"the archive ends or goes on with another file after {len(data)} of its {size} bytes")
         # 26 images of ImageNet-22k are packed once more inside; no image format begins with these two bytes.
         return _unpack(data) if data[:2] == b"\x1f\x8b" else data
 
     def name(self, index: int) -> str:
-        return f"{self._archive(index)}:{self.members.names[index]}"
+        return f"{self._archive(index)}:{self.names[index]}"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(PathBlock.of(list(self.members.archives)).block)
-        digest.update(self.members.names.block)
-        digest.update(self.members.archive.tobytes())
+        digest = hashlib.sha256(PathBlock.of(list(self.archives)).block)
+        digest.update(self.names.block)
+        digest.update(self.archive.tobytes())
         return digest.hexdigest()[:16]
 
     def stamp(self) -> str:
         """By sizes and times of change of the archives."""
-        paths = (os.path.join(self.root, archive) for archive in self.members.archives)
-        return stamp_of_files(self.fingerprint().encode(), paths)
+        return stamp_of_files(self.fingerprint().encode(), (os.path.join(self.root, name) for name in self.archives))
 
     def _archive(self, index: int) -> str:
-        return os.path.join(self.root, self.members.archives[int(self.members.archive[index])])
+        return os.path.join(self.root, self.archives[int(self.archive[index])])
 
 
 def index_tars(
     root: str | os.PathLike[str],
     index_dir: str | os.PathLike[str] | None = None,
     extra: str | os.PathLike[str] | None = None,
-) -> TarMembers:
+) -> TarSource:
     """The images in the archives `root/*.tar`: archives in the order of their names, members as they lie.
 
     index_dir  where the index is kept; by default the user's cache folder. One that cannot be written is done without
@@ -129,19 +119,20 @@ def index_tars(
     file = index_file(os.fsencode(f"tars\0{root}\0{entries}"), index_dir)
     kept = load_index(file, evidence)
     if kept is not None:
-        return TarMembers(archives, PathBlock.from_array(kept["names"]), kept["archive"], kept["start"], kept["end"])
+        names = PathBlock.from_array(kept["names"])
+        return TarSource(root, archives, names, kept["archive"], kept["start"], kept["end"])
     started = time.time_ns()
     sizes = np.array([size for _, size, _ in states[: len(archives)]], dtype=np.int64)
     if has_entries:
-        members = _from_entries(root, entries, archives, sizes)
+        source = _from_entries(root, entries, archives, sizes)
     else:
-        members = _from_archives(root, archives, sizes, logs)
-    if not len(members):
+        source = _from_archives(root, archives, sizes, logs)
+    if not len(source):
         raise UserError(f"data: no image files in the {len(archives)} archives of {root}")
-    arrays = {name: getattr(members, name) for name in ("archive", "start", "end")}
-    arrays["names"] = members.names.as_array()
+    arrays = {name: getattr(source, name) for name in ("archive", "start", "end")}
+    arrays["names"] = source.names.as_array()
     save_index(file, evidence, arrays, started, newest=max(changed for _, _, changed in states))
-    return members
+    return source
 
 
 def _archives(root: str) -> list[str]:
@@ -168,7 +159,7 @@ def _logs(root: str, archives: Iterable[str]) -> dict[str, str]:
 # Three ways to find the members
 
 
-def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> TarMembers:
+def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> TarSource:
     """From DINOv2's table, in its order, which is that of the indices of DINOv2's own runs."""
     try:
         table = np.load(entries, mmap_mode="r", allow_pickle=False)
@@ -197,10 +188,10 @@ def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.n
             f"data: {entries}: {table[at]['filename']} at bytes {start[at]}..{end[at]} does not lie in "
             f"{archives[archive[at]]} of {sizes[archive[at]]} bytes; without this file the archives are indexed anew"
         )
-    return TarMembers(archives, names, archive, start, end)
+    return TarSource(root, archives, names, archive, start, end)
 
 
-def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: dict[str, str]) -> TarMembers:
+def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: dict[str, str]) -> TarSource:
     """From block listings where there are any, else from the archives' own headers."""
     unlisted = [number for number, name in enumerate(archives) if name not in logs]
     if int(sizes[unlisted].sum()) > _WORTH_SAYING:
@@ -215,7 +206,8 @@ def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: 
 
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(members, range(len(archives))))
-    return TarMembers(
+    return TarSource(
+        root,
         archives,
         PathBlock(b"".join(block for block, _, _ in found)),
         np.repeat(np.arange(len(found), dtype=np.int32), [len(starts) for _, starts, _ in found]),

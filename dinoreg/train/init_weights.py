@@ -80,10 +80,3 @@ def copy_init(config: Config, out: Path, init: InitialWeights, backbone: Registe
 
 def _has_copy(config: Config, out: Path) -> bool:
     return config.resume and (out / COPY).is_file()
-
-
-def check_same_init(before: str | None, init: str | None, out: Path) -> None:
-    """UserError when a run is to be resumed with another `init=` than it was started with."""
-    if before != init:
-        started = "without init=" if before is None else f"from init={before}"
-        raise UserError(f"init={init}: the run in {out} was started {started}; a resumed run keeps its start")

@@ -16,13 +16,13 @@ from dinoreg.config.load import Config
 from dinoreg.config.schema import ProbeConfig
 from dinoreg.data.center_crop import center_crops
 from dinoreg.data.open import labelled_folder, open_source
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource, Source
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
-from dinoreg.scenes.render import CLASS_NAMES, label_of
+from dinoreg.scenes.layout import label_of
+from dinoreg.scenes.render import CLASS_NAMES
 from dinoreg.train.metrics import Monitor
 from dinoreg.train.state import TrainState
 
@@ -119,7 +119,7 @@ class ProbeRunner:
         )  # machines may differ in the last digit
         if state.step > 0:  # the first is no reason to leave out the next
             self._probing += values["probe_time"]
-        self.monitor.clock.pause(values["probe_time"])
+        self.monitor.pause(values["probe_time"])
         self.monitor.log.append("probe.jsonl", {"step": state.step, **values})
         shown = "  ".join(f"{key}: {value:.4g}" for key, value in values.items() if key != "probe_time")
         self.monitor.log.say(f"probe at step {state.step}: {shown}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinoreg.config.schema import OptimConfig
 from dinoreg.train.parallelize import full_tensor, local
 from dinoreg.train.schedules import Now
 
@@ -55,18 +56,11 @@ def parameter_groups(
     return list(groups.values())
 
 
-def build_optimizer(
-    student: nn.ModuleDict,
-    depth: int,
-    *,
-    layer_decay: float,
-    patch_embed_lr: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> torch.optim.AdamW:
-    """Fused AdamW; its rates are set every step by `set_rates`."""
-    groups = parameter_groups(student, depth, layer_decay, patch_embed_lr)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+def build_optimizer(student: nn.ModuleDict, depth: int, layer_decay: float, options: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; its rates are set every step by `set_rates`. `layer_decay` holds instead of that of the options."""
+    groups = parameter_groups(student, depth, layer_decay, options.patch_embed_lr)
+    betas = (options.beta1, options.beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=options.eps, weight_decay=0.0, fused=True)
 
 
 def start_moments(optimizer: torch.optim.Optimizer) -> None:

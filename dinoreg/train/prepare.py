@@ -3,7 +3,7 @@
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,14 +12,14 @@ from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.config.overwrite import check_out, delete_run
-from dinoreg.data.loader import BatchLoader, Reading, Views
+from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
-from dinoreg.train.init_weights import InitialWeights, check_same_init, copy_init, load_init
+from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.online_probe import Probe, build_general, build_probe
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
@@ -65,13 +65,13 @@ class Setup:
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of this run, from the samples on that `state` has reached."""
-        config, data = self.config, self.config.data
-        patch_size, channels = self.student.backbone.patch_size, config.model.in_channels
-        deep = self.source.is_deep(channels)
+        config, patch_size = self.config, self.student.backbone.patch_size
+        channels = config.model.in_channels
         loader = BatchLoader(
             self.source,
             Views(config.crops, config.augment, config.mask, patch_size, channels),
-            Reading(data.workers, data.prefetch, data.max_bad_fraction, data.max_pixels, deep),
+            config.data,
+            deep=self.source.is_deep(channels),
             batch_size=config.batch_size,
             seed=config.seed,
             device=self.device,
@@ -151,18 +151,11 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         student=student,
         teacher=teacher,
         init=init,
-        schedules=build_schedules(config, num_steps, ranks.world_size),
+        schedules=Schedules(
+            num_steps, config.peak_lr(ranks.world_size), config.schedule, config.adapt if init else None
+        ),
         notes=notes,
     )
-
-
-def build_schedules(config: Config, num_steps: int, world_size: int) -> Schedules:
-    """The schedules of a run; with `init=` those of `adapt` for the backbone besides."""
-    schedules = Schedules(num_steps=num_steps, peak_lr=config.peak_lr(world_size), **asdict(config.schedule))
-    if config.init is None:
-        return schedules
-    adapt = config.adapt
-    return replace(schedules, backbone_frozen=adapt.heads, backbone_warmup=adapt.warmup, backbone_rate=adapt.lr)
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
@@ -204,7 +197,9 @@ def changed_config(config: Config, out: Path) -> list[str]:
     if not config.resume or not path.is_file():
         return []
     before = load_config(path)
-    check_same_init(before.init, config.init, out)
+    if before.init != config.init:
+        started = "without init=" if before.init is None else f"from init={before.init}"
+        raise UserError(f"init={config.init}: the run in {out} was started {started}; a resumed run keeps its start")
     for section in SHAPING:
         then, now = vars(getattr(before, section)), vars(getattr(config, section))
         for key in now:

@@ -98,19 +98,15 @@ class TrainState:
         self.rollbacks = max(self.rollbacks, numbers["rollbacks"])
 
 
-def build_backbone(config: Config) -> RegisterViT:
-    """The config's network on the CPU; what the config leaves open is as the model's name says."""
-    options = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
-    del options["compile"]  # done from outside
-    return build(**options, image_size=config.crops.global_size)
-
-
 def build_networks(config: Config) -> tuple[Networks, Networks]:
     """Student and teacher, on the CPU, with equal weights that depend on the seed alone."""
     head = config.head
+    # What the config leaves open is as the model's name says; compiling is done from outside.
+    options = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
+    del options["compile"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build_backbone(config)
+        backbone = build(**options, image_size=config.crops.global_size)
 
         def prototype_head(prototypes: int, bottleneck_dim: int) -> PrototypeHead:
             return PrototypeHead(
@@ -145,14 +141,7 @@ def build_state(
     teacher.to(device)
     anchor = None if anchor is None else anchor.to(device)
     train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device, ranks, mesh)
-    optimizer = build_optimizer(
-        student,
-        student.backbone.depth,
-        layer_decay=config.layer_decay(),
-        patch_embed_lr=config.optim.patch_embed_lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-    )
+    optimizer = build_optimizer(student, student.backbone.depth, config.layer_decay(), config.optim)
     if config.init is not None and config.adapt.heads > 0:
         start_moments(optimizer)
     heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}
