@@ -8,7 +8,8 @@ or the content it has in another image are replacements that the network may tak
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -105,15 +106,13 @@ def replaced(model: RegisterViT, where: Tensor, contents: Tensor, first_block: i
     """
     rows = where.flatten().nonzero()[:, 0]
 
-    def put(block: int) -> object:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            changed = output.clone()
-            changed[rows.to(output.device)] = contents[block].to(output)
-            return changed
-
-        return hook
+    def replace(block: int, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[rows.to(output.device)] = contents[block].to(output)
+        return changed
 
     with ExitStack() as handles:
         for block in range(first_block, model.depth):
-            handles.enter_context(model.blocks[block].register_forward_hook(put(block)))  # type: ignore[arg-type]
+            hook: Any = partial(replace, block)
+            handles.enter_context(model.blocks[block].register_forward_hook(hook))
         yield

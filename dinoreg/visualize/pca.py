@@ -5,7 +5,6 @@ shared by several checkpoints. As in the paper, the first component can set the 
 come from a basis of its own.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.visualize.attention import chosen_layers
-from dinoreg.visualize.contact_sheet import GREY, map_row, sheet, tile, to_pixels
+from dinoreg.visualize.contact_sheet import GREY, map_row, sheet, tile
 from dinoreg.visualize.gallery import ModelGallery
 from dinoreg.visualize.subject import safe_name
 
@@ -120,14 +119,12 @@ def patch_colours(patches: Tensor, basis: PatchBasis) -> np.ndarray:
 
 
 @torch.no_grad()
-def pca_sheet(
-    model: RegisterViT, images: Tensor, mean: Sequence[float], std: Sequence[float], height: int = 120
-) -> Image.Image:
-    """Images (B, C, H, W) above their patches in colour, one column per image (2 B tiles)."""
+def pca_sheet(model: RegisterViT, images: Tensor, pixels: np.ndarray, height: int = 120) -> Image.Image:
+    """Images (B, C, H, W), shown as pixels (B, H, W, 3) uint8 above their patches in colour, one column each."""
     patches = model(images).patches
     grid = (images.shape[-2] // model.patch_size, images.shape[-1] // model.patch_size)
     colours = patch_colours(patches, patch_basis(patches)).reshape(len(images), *grid, 3)
-    return overview_sheet(to_pixels(images, mean, std), colours, len(images), height)
+    return overview_sheet(pixels, colours, len(images), height)
 
 
 # ------------------------------------------------------------------------------------------------------------
