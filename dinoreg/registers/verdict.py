@@ -24,7 +24,6 @@ def judge(record: dict[str, Any]) -> Verdict:
         total=record["images"] * record["grid"][0] * record["grid"][1],
         outlier_probe=_probe(record, "outlier patch"),
         patch_probe=patch_probe,
-        change=_change_without_registers(record),
         alike=ALIKE,
         large=LARGE,
     )
@@ -34,17 +33,6 @@ def judge(record: dict[str, Any]) -> Verdict:
 
 def _probe(record: dict[str, Any], token: str) -> dict[str, Any] | None:
     return next((probe for probe in record["probes"] if probe["token"] == token), None)
-
-
-def _change_without_registers(record: dict[str, Any]) -> dict[str, Any] | None:
-    """By how many points the class token's probe changes with the registers replaced; None without such a probe."""
-    rows = {row["kind"]: row for row in record["controls"] if row["what"] == "registers"}
-    if not rows or rows["as it is"]["cls_accuracy"] is None:
-        return None
-    base = rows["as it is"]["cls_accuracy"]
-    change = {kind: 100 * (row["cls_accuracy"] - base) for kind, row in rows.items()}
-    others = [value for kind, value in change.items() if kind not in ("as it is", "zero")]
-    return {"zero": change["zero"], "least": min(others), "most": max(others), "images": rows["zero"]["images"]}
 
 
 def console_table(records: Sequence[dict[str, Any]]) -> Table:

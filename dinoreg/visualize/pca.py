@@ -207,13 +207,9 @@ def view_pca(*, foreground: bool, basis: str | None, layer: str, **request: Any)
         write_basis(file, colours, split, origin)
     explained = explained_shares(patches[inside], colours)
     record = {"layer": layers[0], "basis": origin, "explained": explained}
-    facts = [
-        ("variance shown", f"{sum(explained):.0%}", " + ".join(f"{each:.0%}" for each in explained)),
-        ("basis", "from a file" if known else "of these images", f"fitted on {origin}" if known else ""),
-        ("foreground", f"{inside.float().mean():.0%}" if foreground else "", "of all patches"),
-    ]
-    values = {"layer": layers[0], "overview": overview, "pictures": parts}
-    return gallery.finish("Patch colours", record, facts=facts, **values)
+    share = float(inside.float().mean()) if foreground else None
+    values = {"overview": overview, "pictures": parts, "share": share, "known": known is not None}
+    return gallery.finish("Patch colours", record, **record, **values)
 
 
 def _fit(patches: Tensor, grid: tuple[int, int], foreground: bool) -> tuple[PatchBasis, Foreground | None]:
