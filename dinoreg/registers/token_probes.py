@@ -85,14 +85,13 @@ def replacement(kind: str, contents: Tensor, known: Moments, generator: torch.Ge
     """
     if kind == "zero":
         return torch.zeros_like(contents)
+    mean, std = (each[:, None].to(contents) for each in known)
     if kind == "mean":
-        return known.mean[:, None].to(contents).expand_as(contents)
+        return mean.expand_as(contents)
     if kind == "noise":
-        draw = torch.randn(contents.shape[1:], generator=generator).to(contents)
-        return known.mean[:, None].to(contents) + known.std[:, None].to(contents) * draw
+        return mean + std * torch.randn(contents.shape[1:], generator=generator).to(contents)
     if kind == "shuffle":
-        rows = contents.shape[1]
-        return contents.roll(max(rows // 2, 1), dims=1)
+        return contents.roll(max(contents.shape[1] // 2, 1), dims=1)
     raise ValueError(f"{kind!r} is not a replacement; expected one of {', '.join(CONTROLS)}")
 
 

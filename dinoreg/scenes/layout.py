@@ -116,10 +116,8 @@ def _two_tone(draw: Draws, hue: float, contrast: tuple[float, float]) -> list[li
     base = hue + draw(-0.06, 0.06)
     half = draw(*contrast) * (-1.0 if draw() < FLIPPED else 1.0)
     middle = draw(0.40, 0.62)
-    return [
-        _colour(base, draw(0.08, 0.20), middle + half),
-        _colour(base + draw(-0.08, 0.08), draw(0.08, 0.20), middle - half),
-    ]
+    first = _colour(base, draw(0.08, 0.20), middle + half)
+    return [first, _colour(base + draw(-0.08, 0.08), draw(0.08, 0.20), middle - half)]
 
 
 def _place(draw: Draws, radius: float, things: list[Thing]) -> tuple[float, float] | None:

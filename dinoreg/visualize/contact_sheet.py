@@ -1,12 +1,12 @@
 """Contact sheets: labelled tiles in rows, on a transparent ground that suits a light and a dark page."""
 
-import io
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, zip_longest
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -42,10 +42,9 @@ def colour_map(values: np.ndarray, top: float | None = None, colours: str = "mag
 def figure_image(figure: Figure) -> Image.Image:
     """A figure of matplotlib as a picture on a transparent ground."""
     figure.patch.set_alpha(0)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    with Image.open(buffer) as image:
-        return image.convert("RGBA")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba()).copy())
 
 
 def tile(pixels: np.ndarray, height: int, width: int | None = None, smooth: bool = True) -> Image.Image:
