@@ -14,8 +14,8 @@ from dinoreg.data.loader import Batch
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.plots import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, draw_chart, short
 from dinoreg.visualize.attention import attention_maps, attention_sheet
-from dinoreg.visualize.contact_sheet import GAP, LABEL, colour_map, sheet, to_pixels
 from dinoreg.visualize.crops import crop_sheet, hide
+from dinoreg.visualize.gallery import GAP, LABEL, colour_map, sheet, to_pixels
 from dinoreg.visualize.pca import patch_basis, patch_colours, pca_sheet
 from dinoreg.visualize.subject import Subject, read_pictures, view_size
 

@@ -23,7 +23,7 @@ from dinoreg.data.center_crop import center_crop
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
-from dinoreg.visualize.contact_sheet import GAP
+from dinoreg.visualize.gallery import GAP
 from dinoreg.visualize.norms import TokenNorms, summary, token_norms
 from dinoreg.visualize.pca import (
     explained_shares,

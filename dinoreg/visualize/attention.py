@@ -14,8 +14,7 @@ from torch import Tensor
 from dinoreg.models.attention import attention_weights
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
-from dinoreg.visualize.contact_sheet import colour_map, map_row, sheet, tile
-from dinoreg.visualize.gallery import ModelGallery
+from dinoreg.visualize.gallery import ModelGallery, colour_map, map_row, sheet, tile
 from dinoreg.visualize.subject import safe_name
 
 ALL, MEAN = "all", "mean"  # heads

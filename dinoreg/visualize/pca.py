@@ -19,8 +19,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.visualize.attention import chosen_layers
-from dinoreg.visualize.contact_sheet import GREY, map_row, sheet, tile
-from dinoreg.visualize.gallery import ModelGallery
+from dinoreg.visualize.gallery import GREY, ModelGallery, map_row, sheet, tile
 from dinoreg.visualize.subject import safe_name
 
 FORMAT = "dinoreg-patch-basis"

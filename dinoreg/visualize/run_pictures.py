@@ -6,8 +6,8 @@ from pathlib import Path
 from dinoreg.checkpoint.run_folder import newest_teacher
 from dinoreg.config.load import load_config
 from dinoreg.visualize.attention import attention_sheet
-from dinoreg.visualize.contact_sheet import to_pixels
 from dinoreg.visualize.crops import crop_sheet, first_batch
+from dinoreg.visualize.gallery import to_pixels
 from dinoreg.visualize.pca import pca_sheet
 from dinoreg.visualize.subject import NUM_IMAGES, open_subject, read_pictures, run_source, view_size
 
