@@ -9,23 +9,17 @@ from dinoreg.reports.verdict import Verdict
 from dinoreg.runtime.templates import percent, render, score
 
 DASH = "\u2013"
-ALIKE = 0.98  # mean cosine of registers that have not come apart
-LARGE = 5.0  # points of accuracy, a change that a few hundred test images can tell
 TONES = {"none": "good", "tail": "warn", "group": "bad"}
 FINDINGS = {"none": "no outliers", "tail": "a tail", "group": "outliers"}
 
 
 def judge(record: dict[str, Any]) -> Verdict:
     """What one model's figures say, in a sentence, and what follows from it and what does not."""
-    patch_probe = _probe(record, "normal patch, images with an outlier") or _probe(record, "normal patch")
     text = render(
         "registers/templates/verdict.txt.j2",
-        **record | {"added": record.get("added", False)},
-        total=record["images"] * record["grid"][0] * record["grid"][1],
+        **record,
         outlier_probe=_probe(record, "outlier patch"),
-        patch_probe=patch_probe,
-        alike=ALIKE,
-        large=LARGE,
+        patch_probe=_probe(record, "normal patch, images with an outlier") or _probe(record, "normal patch"),
     )
     headline, *sentences = (" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
     return Verdict(TONES[record["outliers"]["kind"]], headline, tuple(sentences))

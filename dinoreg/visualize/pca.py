@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.models.vit import RegisterViT
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError, UserError, one_line
 from dinoreg.visualize.attention import chosen_layers
 from dinoreg.visualize.gallery import GREY, ModelGallery, map_row, sheet, tile
 from dinoreg.visualize.subject import safe_name
@@ -149,8 +149,7 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
             stated = file.metadata() or {}
             tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0][:120]
-        raise UserError(f"basis={path}: not a whole safetensors file ({reason})") from None
+        raise UserError(f"basis={path}: not a whole safetensors file ({one_line(error, 120)})") from None
     shapes = {"basis.mean": (dim,), "basis.axes": (dim, 3), "basis.low": (3,), "basis.high": (3,)}
     split_shapes = {"foreground.mean": (dim,), "foreground.axis": (dim,), "foreground.threshold": ()}
     has_foreground = not split_shapes.keys().isdisjoint(tensors)
