@@ -173,8 +173,7 @@ def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
     dtype = pick_precision(options.precision, device)
     run, step = None, 0
     if isinstance(model, (str, Path)):
-        opened = open_encoder(str(model), device, dtype)
-        encoder, run, step = opened.encoder, opened.run, opened.step
+        encoder, run, step = open_encoder(str(model), device, dtype)
     else:
         encoder = wrap(model, device=device, dtype=dtype)
     check_size(encoder, options)
