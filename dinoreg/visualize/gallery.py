@@ -10,8 +10,9 @@ from typing import Any
 from PIL import Image
 
 from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.config.overwrite import check_folder
 from dinoreg.reports import html
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.visualize.contact_sheet import to_pixels
 from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
@@ -29,12 +30,8 @@ class Gallery:
 
     def __init__(self, view: str, out: Path) -> None:
         """Checks `out` and writes nothing; raises UserError when it cannot be a folder."""
-        for path in (out, *out.parents):
-            if path.exists() and not path.is_dir():
-                raise UserError(f"out={out}: {path} is a file, expected a folder")
+        check_folder(out, (out / view, out, *out.parents))
         self.view, self.out, self.folder = view, out, out / view
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"out={out}: {self.folder} is a file, expected a folder")
         self.saved: list[str] = []  # names of the pictures
 
     def picture(self, stem: str, image: Image.Image, description: str, note: str = "") -> html.Picture | None:
