@@ -142,10 +142,9 @@ def _complete(aside: Path, final: Path, numbers: dict[str, Any], parts: list[dic
     manifest[NUMBERS] = _entry(aside / NUMBERS)
     for name, entry in manifest.items():
         if not (aside / name).is_file() or (aside / name).stat().st_size != entry["size"]:
-            raise RunError(
-                f"checkpoint {final}: process 0 does not see {name} as another process wrote it; "
-                "the run folder has to be on a file system that all machines share"
-            )
+            what = f"process 0 does not see {name} as another process wrote it"
+            where = "the run folder has to be on a file system that all machines share"
+            raise RunError(f"checkpoint {final}: {what}; {where}")
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (aside / NUMBERS, aside / MANIFEST, aside):
         sync(path)
@@ -233,66 +232,56 @@ def _time_of(path: Path) -> float | None:
 # Training states: reading
 
 
-def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+def verify(path: Path, ranks: Ranks = ALONE, digests: bool = True) -> dict[str, Any]:
     """Check a checkpoint against its manifest; returns its numbers. Raises RunError naming what is wrong.
 
-    rank, world_size  of the files, this process computes the digests of its share among so many (-1: of none)
+    Called by all `ranks`, which come to the same verdict; each computes the digests of its share of the files.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for number, (name, expected) in enumerate(manifest.items()):
-            file = path / name
-            if file.parent != path:
-                raise RunError(f"checkpoint {path}: its manifest names {name}, outside the checkpoint")
-            if not file.is_file():
-                raise RunError(f"checkpoint {path}: {name} is missing")
-            if file.stat().st_size != expected["size"]:
-                raise RunError(f"checkpoint {path}: {name} has {file.stat().st_size} of {expected['size']} bytes")
-            if number % world_size == rank and digest(file) != expected["sha256"]:
-                raise RunError(f"checkpoint {path}: {name} is not what was written (its digest differs)")
-        for name in sorted({METADATA, NUMBERS, *Reader(path).data_files()} - manifest.keys()):
-            raise RunError(f"checkpoint {path}: its manifest does not name {name}")
-        numbers = json.loads((path / NUMBERS).read_text())
-        version = numbers.get("version")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"checkpoint {path}: unreadable ({reason(error)})") from None
-    if version != VERSION:
-        raise RunError(f"checkpoint {path}: format version {version}, expected {VERSION}")
-    return numbers
-
-
-def _verify_together(path: Path, ranks: Ranks) -> dict[str, Any]:
-    """`verify` by all processes, each its share of the files; all come to the same verdict."""
     with ranks.collective_errors():
-        return verify(path, ranks.rank, ranks.world_size)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            for number, (name, expected) in enumerate(manifest.items()):
+                file = path / name
+                if file.parent != path:
+                    raise RunError(f"checkpoint {path}: its manifest names {name}, outside the checkpoint")
+                if not file.is_file():
+                    raise RunError(f"checkpoint {path}: {name} is missing")
+                if (size := file.stat().st_size) != expected["size"]:
+                    raise RunError(f"checkpoint {path}: {name} has {size} of {expected['size']} bytes")
+                if digests and number % ranks.world_size == ranks.rank and digest(file) != expected["sha256"]:
+                    raise RunError(f"checkpoint {path}: {name} is not what was written (its digest differs)")
+            for name in sorted({METADATA, NUMBERS, *Reader(path).data_files()} - manifest.keys()):
+                raise RunError(f"checkpoint {path}: its manifest does not name {name}")
+            numbers: dict[str, Any] = json.loads((path / NUMBERS).read_text())
+            version = numbers.get("version")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunError(f"checkpoint {path}: unreadable ({reason(error)})") from None
+        if version != VERSION:
+            raise RunError(f"checkpoint {path}: format version {version}, expected {VERSION}")
+    return numbers
 
 
 def newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with those that were passed over.
 
-    Called by all processes, which get the same answer.
+    Called by all processes, which get the same answer. Raises RunError when the folder is there and cannot be listed.
     """
     damaged = []
     with ranks.collective_errors():
-        names = _list_checkpoints(folder)
+        try:
+            names = sorted((name for name in os.listdir(folder) if name.startswith("step_")), reverse=True)
+        except FileNotFoundError:
+            names = []
+        except OSError as error:
+            raise RunError(f"checkpoints in {folder}: unreadable ({reason(error)})") from None
     for name in ranks.from_main(names):
         try:
-            _verify_together(folder / name, ranks)
+            verify(folder / name, ranks)
         except RunError as error:
             damaged.append(f"{error}; passed over")
-            continue
-        return folder / name, damaged
+        else:
+            return folder / name, damaged
     return None, damaged
-
-
-def _list_checkpoints(folder: Path) -> list[str]:
-    """The names of the checkpoints in a folder, newest first; RunError when it is there and cannot be listed."""
-    try:
-        return sorted((name for name in os.listdir(folder) if name.startswith("step_")), reverse=True)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RunError(f"checkpoints in {folder}: unreadable ({reason(error)})") from None
 
 
 def load(
@@ -311,7 +300,7 @@ def load(
     verified  the files have been checked just now, by `newest`
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
-    loaded = verify(path, -1) if verified else _verify_together(path, ranks)
+    loaded = verify(path, ranks, digests=not verified)
     with ranks.collective_errors():
         for name, value in (numbers or {}).items():
             if type(loaded.get(name)) is not type(value):
@@ -321,11 +310,10 @@ def load(
         for name, tensor in flatten(tensors).items():
             if name not in stored:
                 raise UserError(f"checkpoint {path}: has no {name}; it belongs to another architecture")
-            if stored[name].size != tensor.shape:
-                raise UserError(
-                    f"checkpoint {path}: {name} is {tuple(stored[name].size)}, this model has {tuple(tensor.shape)}; "
-                    "it belongs to another architecture"
-                )
+            size, own = tuple(stored[name].size), tuple(tensor.shape)
+            if size != own:
+                what = f"{name} is {size}, this model has {own}"
+                raise UserError(f"checkpoint {path}: {what}; it belongs to another architecture")
         _read(reader, tensors)
     return loaded
 
@@ -333,12 +321,8 @@ def load(
 def read_plain(path: Path, prefix: str) -> dict[str, Tensor]:
     """Tensors of a checkpoint whose names begin with `prefix`, whole and on the CPU, by the rest of their names."""
     reader = Reader(path)
-    stored = reader.stored()
-    tensors = {
-        name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(prefix)
-    }
+    stored = {name: entry for name, entry in reader.stored().items() if name.startswith(prefix)}
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
     _read(reader, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
 
-from dinoreg.checkpoint.run_folder import read_run
+from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
 from dinoreg.data.sources import ScenesSource
@@ -49,7 +49,7 @@ def quickstart(out: str | Path | None = None, seed: int = 0, overwrite: bool = F
     pretrain(config)
     result = probe_run(config, out)
     report = report_run(out)
-    _show(result, verdict(read_run(out)).headline, time.perf_counter() - started, report)
+    _show(result, verdict(Run(out)).headline, time.perf_counter() - started, report)
     return out
 
 
@@ -86,7 +86,6 @@ def probe(encoder: Encoder, data: Data, folder: Path, name: str = "scenes", base
     benchmark = Benchmark(
         name=name,
         title="Embedded scenes",
-        task="classification",
         classes=data.splits["train"].num_classes,
         splits=f"{len(data.splits['train']):,} / {len(data.splits['test']):,}",
         folders=(),

@@ -5,21 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dinoreg.commands import options as keys
 from dinoreg.commands.arguments import Verb, config_and_options, is_key_value, read_options, source_and_overrides
 from dinoreg.commands.failures import running
-from dinoreg.commands.options import (
-    ACTIONS,
-    VIEWS,
-    DoctorOptions,
-    EmbedOptions,
-    ExportOptions,
-    InspectOptions,
-    NoOptions,
-    PlanOptions,
-    QuickstartOptions,
-    RegistersOptions,
-    ReportOptions,
-)
 from dinoreg.config.load import Config, load_config, require_complete, shipped_configs
 from dinoreg.config.option import nearest
 from dinoreg.evaluation.options import EvalOptions
@@ -31,15 +19,15 @@ from dinoreg.runtime.errors import UserError
 def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
     """A function of `dinoreg.MODULE`, imported when it is called, since most need torch; prints `RESULT: PATH`."""
 
-    def call(*args: Any, **keys: Any) -> None:
-        returned = getattr(importlib.import_module(f"dinoreg.{module}"), name)(*args, **keys)
+    def call(*args: Any, **named: Any) -> None:
+        returned = getattr(importlib.import_module(f"dinoreg.{module}"), name)(*args, **named)
         if result:
             print(f"{result}: {returned}")
 
     return call
 
 
-def _quickstart(options: QuickstartOptions) -> None:
+def _quickstart(options: keys.QuickstartOptions) -> None:
     with running(options.out or "runs/quickstart"):
         _function("commands.quickstart", "quickstart")(options.out, seed=options.seed, overwrite=options.overwrite)
 
@@ -84,14 +72,14 @@ def _read_eval(arguments: list[str]) -> tuple[Any, ...]:
     return names, read_request(overrides)
 
 
-def _read_report(arguments: list[str]) -> tuple[list[str], ReportOptions]:
-    runs, options = read_options(ReportOptions, arguments, positional=None)
+def _read_report(arguments: list[str]) -> tuple[list[str], keys.ReportOptions]:
+    runs, options = read_options(keys.ReportOptions, arguments, positional=None)
     if not runs:
         raise UserError("report: missing RUN, the folder of a run")
     return runs, options
 
 
-def _report(runs: list[str], options: ReportOptions) -> None:
+def _report(runs: list[str], options: keys.ReportOptions) -> None:
     results = Path(runs[0])
     if len(runs) == 1 and results.parent.name == "eval" and results.name.isdigit():
         _function("commands.evaluate", "report_results", "report")(results)
@@ -101,7 +89,7 @@ def _report(runs: list[str], options: ReportOptions) -> None:
         _function("commands.report", "report_runs", "report")(folders, out)
 
 
-def _export(options: ExportOptions) -> None:
+def _export(options: keys.ExportOptions) -> None:
     from dinoreg.export.certificate import summary
     from dinoreg.export.run import export, read_certificate
 
@@ -109,7 +97,7 @@ def _export(options: ExportOptions) -> None:
     print(f"certificate: {summary(read_certificate(folder))}\nexport: {folder}")
 
 
-def _inspect(options: InspectOptions) -> None:
+def _inspect(options: keys.InspectOptions) -> None:
     from dinoreg.data.statistics import inspect_source, render_inspection
 
     print(render_inspection(inspect_source(options.data, sample=options.sample)))
@@ -117,15 +105,15 @@ def _inspect(options: InspectOptions) -> None:
 
 def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """(kind of view, arguments of `dinoreg.visualize.KIND.view_KIND`)"""
-    expected = f"expected {', '.join(VIEWS)}"
+    expected = f"expected {', '.join(keys.VIEWS)}"
     if not arguments or is_key_value(arguments[0]):
         raise UserError(f"view: missing what to view; {expected}")
     kind, *rest = arguments
-    if kind not in VIEWS:
-        raise UserError(f"view: {kind}: unknown view{nearest(kind, VIEWS)}; {expected}")
+    if kind not in keys.VIEWS:
+        raise UserError(f"view: {kind}: unknown view{nearest(kind, keys.VIEWS)}; {expected}")
     if kind != "crops":
-        return kind, vars(read_options(VIEWS[kind], rest)[1])
-    config, overrides, options = config_and_options("view crops", VIEWS[kind], rest)
+        return kind, vars(read_options(keys.VIEWS[kind], rest)[1])
+    config, overrides, options = config_and_options("view crops", keys.VIEWS[kind], rest)
     return kind, {"config": config, "overrides": overrides, **vars(options)}
 
 
@@ -133,8 +121,8 @@ def _view(kind: str, values: dict[str, Any]) -> None:
     _function(f"visualize.{kind}", f"view_{kind}", "view")(**values)
 
 
-def _read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
-    config, overrides, options = config_and_options("plan", PlanOptions, arguments)
+def _read_plan(arguments: list[str]) -> tuple[Config, keys.PlanOptions]:
+    config, overrides, options = config_and_options("plan", keys.PlanOptions, arguments)
     return load_config(config, overrides), options
 
 
@@ -148,7 +136,7 @@ def _jobs() -> list[str]:
 
 
 def _read_doctor(arguments: list[str]) -> tuple[Path | None]:
-    runs, _ = read_options(DoctorOptions, arguments, positional=1)
+    runs, _ = read_options(keys.DoctorOptions, arguments, positional=1)
     return (_run_folder("doctor", runs[0]) if runs else None,)
 
 
@@ -156,7 +144,7 @@ VERBS: dict[str, Verb] = {
     "quickstart": Verb(
         "quickstart [out=FOLDER] [seed=0] [overwrite=false]",
         "pretrain a tiny model on the embedded scenes, probe it, write the report: CPU, minutes, no data",
-        QuickstartOptions,
+        keys.QuickstartOptions,
         _quickstart,
     ),
     "pretrain": Verb(
@@ -183,43 +171,43 @@ VERBS: dict[str, Verb] = {
     "registers": Verb(
         "registers weights=W[,W2…] images=FOLDER [out=FOLDER] [key=value …]",
         "look for artifact tokens, and at what registers do and hold; several models side by side",
-        RegistersOptions,
+        keys.RegistersOptions,
         _function("commands.registers", "report_registers"),
     ),
     "report": Verb(
         "report RUN… [out=FILE]",
         "write the report of a run, compare several (or all in a folder), or write that of RUN/eval/STEP",
-        ReportOptions,
+        keys.ReportOptions,
         _report,
         _read_report,
     ),
     "export": Verb(
         "export weights=… format=timm|transformers|meta|safetensors|onnx out=FOLDER [size=…]",
         "write a backbone for another library, with a certificate that it computes the same there, and a model card",
-        ExportOptions,
+        keys.ExportOptions,
         _export,
         details=("Exit code 1 and nothing written when the other library differs from the source above the bound.",),
     ),
     "inspect": Verb(
         "inspect data=FOLDER [sample=1000]",
         "count, sizes, formats and unreadable files of a data source",
-        InspectOptions,
+        keys.InspectOptions,
         _inspect,
     ),
     "embed": Verb(
         "embed data=FOLDER weights=… out=FILE.safetensors|FILE.parquet [key=value …]",
         "write the features of a folder, list or archive of images to one file; goes on where it was stopped",
-        EmbedOptions,
+        keys.EmbedOptions,
         _function("commands.embed", "embed", "features"),
     ),
     "view": Verb(
         "view attention|pca|norms weights=… images=… [key=value …]\n"
         "       dinoreg view crops CONFIG [data=…] [key=value …]",
         "pictures of what a model sees: attention, patch colours, token norms; or of the crops a config makes",
-        NoOptions,
+        keys.NoOptions,
         _view,
         _read_view,
-        kinds={f"view {kind}": keys for kind, keys in VIEWS.items()},
+        kinds={f"view {kind}": cls for kind, cls in keys.VIEWS.items()},
         details=("view crops takes the keys of pretrain besides, as data=photos/ or crops.num_local=4.",),
     ),
     "launch": Verb(
@@ -228,13 +216,13 @@ VERBS: dict[str, Verb] = {
         LaunchOptions,
         _function("commands.launch", "launch_command"),
         tuple,
-        kinds={f"launch {action} RUN": keys for action, keys in ACTIONS.items()},
+        kinds={f"launch {action} RUN": cls for action, cls in keys.ACTIONS.items()},
         details=_jobs,
     ),
     "plan": Verb(
         "plan CONFIG [nodes=1] [gpus=8] [gpu=h100] [out=FILE.json] [key=value …]",
         "what a run will cost before it starts: memory, speed, traffic, time, and what to change when it does not fit",
-        PlanOptions,
+        keys.PlanOptions,
         _function("commands.plan", "plan_command"),
         _read_plan,
         details=("All other keys are those of pretrain, as batch_size=32 or parallel.strategy=fsdp.",),
@@ -242,7 +230,7 @@ VERBS: dict[str, Verb] = {
     "doctor": Verb(
         "doctor [RUN]",
         "what this machine has and what is missing for what; or what happened to a run",
-        DoctorOptions,
+        keys.DoctorOptions,
         _function("commands.doctor", "doctor"),
         _read_doctor,
     ),

@@ -12,17 +12,19 @@ import csv
 import dataclasses
 import difflib
 import inspect
-import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
+from operator import attrgetter
 from pathlib import PurePath
 from typing import Any, ClassVar, TypeVar
 
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import is_number
 
 MAX_LISTED = 12  # a class with more keys than this does not list them all in a message
 REQUIRED: Any = dataclasses.MISSING  # instead of the default of an option that must be given
@@ -70,7 +72,7 @@ class Declaration:
             fits = not self.pattern or re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
             return fits and (not self.choices or value in self.choices)
         return (
-            math.isfinite(value)
+            is_number(value)
             and (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)
             and (self.above is None or value > self.above)
@@ -160,31 +162,24 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _sections(cls: type) -> dict[str, Any]:
-    return {name: hint for name, hint in _hints(cls).items() if dataclasses.is_dataclass(hint)}
-
-
-def keys_of(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a class of options with its type, in the order of their declaration."""
-    found: dict[str, Any] = {}
+def _walk(cls: Any, prefix: str = "", shapes: bool = True) -> Iterator[tuple[str, Any, dataclasses.Field, bool]]:
+    """(dotted key, type, field, whether a result depends on it) of every option, in the order of declaration."""
     for item in dataclasses.fields(cls):
-        hint = _hints(cls)[item.name]
-        name = f"{prefix}{item.name}"
-        found |= keys_of(hint, f"{name}.") if dataclasses.is_dataclass(hint) else {name: hint}
-    return found
-
-
-def flat(options: Any, shaping: bool = False, prefix: str = "", shapes: bool = True) -> dict[str, Any]:
-    """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only what the result depends on."""
-    found: dict[str, Any] = {}
-    for item in dataclasses.fields(options):
-        value, name = getattr(options, item.name), f"{prefix}{item.name}"
-        declared = item.metadata.get("option")
+        key, hint, declared = f"{prefix}{item.name}", _hints(cls)[item.name], item.metadata.get("option")
         if declared is None:
-            found |= flat(value, shaping, f"{name}.", item.metadata["shapes_result"])
-        elif not shaping or (shapes if declared.shapes_result is None else declared.shapes_result):
-            found[name] = value
-    return found
+            yield from _walk(hint, f"{key}.", item.metadata["shapes_result"])
+        else:
+            yield key, hint, item, shapes if declared.shapes_result is None else declared.shapes_result
+
+
+def keys_of(cls: Any) -> dict[str, Any]:
+    """Every dotted key of a class of options with its type, in the order of their declaration."""
+    return {key: hint for key, hint, _, _ in _walk(cls)}
+
+
+def flat(options: Any, shaping: bool = False) -> dict[str, Any]:
+    """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only what the result depends on."""
+    return {key: attrgetter(key)(options) for key, _, _, shapes in _walk(type(options)) if shapes or not shaping}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,12 +264,11 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
     raises  UserError for a required key that is not given, and for a value that is not accepted
     """
-    sections = _sections(cls)
     arguments: dict[str, Any] = {}
     for item in dataclasses.fields(typing.cast(Any, cls)):
         name = f"{prefix}{item.name}"
-        if item.name in sections:
-            arguments[item.name] = build(sections[item.name], values, f"{name}.")
+        if "option" not in item.metadata:
+            arguments[item.name] = build(_hints(cls)[item.name], values, f"{name}.")
         elif name in values:
             arguments[item.name] = values[name]
         elif item.default is REQUIRED:
@@ -325,34 +319,24 @@ def _read_text(text: str, hint: Any) -> Any:
 def _coerce(value: Any, hint: Any) -> Any:
     """`value` as `hint`; 3 passes for 3.0 and 1e4 for 10000, but no text and no truth value for a number."""
     kinds = _kinds(hint)
-    if value is None or (type(None) in kinds and isinstance(value, str) and value.lower() == "none"):
-        if type(None) in kinds:
-            return None
-        raise _WrongType
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() == "none")):
+        return None
     for kind in kinds:
         if typing.get_origin(kind) in (tuple, list):
             inner = typing.get_args(kind)
             any_length = typing.get_origin(kind) is list or inner[-1] is Ellipsis
-            if any_length and _is_number(value):
+            if any_length and is_number(value):
                 value = [value]
             if isinstance(value, (list, tuple)) and (any_length or len(value) == len(inner)):
-                hints = [inner[0]] * len(value) if any_length else inner
-                items = [_coerce(item, each) for item, each in zip(value, hints)]
-                return tuple(items) if typing.get_origin(kind) is tuple else items
+                items = (_coerce(item, each) for item, each in zip(value, repeat(inner[0]) if any_length else inner))
+                return typing.get_origin(kind)(items)
         elif kind is bool and isinstance(value, bool):
             return value
         elif kind is str and isinstance(value, (str, PurePath)):
             return str(value)
-        elif kind in (int, float) and _is_number(value) and (kind is float or float(value).is_integer()):
+        elif kind in (int, float) and is_number(value) and (kind is float or float(value).is_integer()):
             return kind(value)
     raise _WrongType
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond what a float holds
-        return False
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -375,20 +359,16 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def describe(options: Any, prefix: str = "") -> list[tuple[str, str, str]]:
+def describe(options: Any) -> list[tuple[str, str, str]]:
     """Rows of help, (key, "type = value", meaning), of a class of options, with its defaults, or of one with values.
 
     The meaning ends with what is accepted, in brackets.
     """
-    cls = options if isinstance(options, type) else type(options)
-    rows = []
-    for item in dataclasses.fields(cls):
-        name, kind = f"{prefix}{item.name}", _hints(cls)[item.name]
-        if "option" in item.metadata:
-            rows.append(_row(name, inspect.formatannotation(kind), item, getattr(options, item.name, REQUIRED)))
-        else:
-            rows += describe(getattr(options, item.name, kind), f"{name}.")
-    return rows
+    cls, values = (options, {}) if isinstance(options, type) else (type(options), flat(options))
+    return [
+        _row(key, inspect.formatannotation(hint), item, values.get(key, item.default))
+        for key, hint, item, _ in _walk(cls)
+    ]
 
 
 def describe_fields(fields: Mapping[str, dataclasses.Field], prefix: str = "") -> list[tuple[str, str, str]]:

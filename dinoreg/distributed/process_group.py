@@ -253,34 +253,30 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
 
     raises UserError when the variables are incomplete or not numbers
     """
-    if int_of(environment, "WORLD_SIZE", 1) > 1:
+
+    def number(name: str, default: int = 0) -> int:
+        return int_of(environment, name, default)
+
+    if (world_size := number("WORLD_SIZE", 1)) > 1:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
         if missing:
-            raise UserError(f"WORLD_SIZE={environment['WORLD_SIZE']}: {' and '.join(missing)} missing beside it")
-        number = int_of(environment, "RANK", 0)
-        return Place(
-            number,
-            int_of(environment, "WORLD_SIZE", 1),
-            int_of(environment, "LOCAL_RANK", number),
-            environment["MASTER_ADDR"],
-            int_of(environment, "MASTER_PORT", 0),
-        )
+            raise UserError(f"WORLD_SIZE={world_size}: {' and '.join(missing)} missing beside it")
+        rank = number("RANK")
+        address, port = environment["MASTER_ADDR"], number("MASTER_PORT")
+        return Place(rank, world_size, number("LOCAL_RANK", rank), address, port)
     # Set by srun only: a batch script or an allocation's shell has SLURM_NTASKS, yet is one process.
-    if "WORLD_SIZE" not in environment and int_of(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+    if "WORLD_SIZE" not in environment and (world_size := number("SLURM_STEP_NUM_TASKS", 1)) > 1:
         from submitit.slurm.slurm import SlurmJobEnvironment
 
-        job = int_of(environment, "SLURM_JOB_ID", 0) * 7 + int_of(environment, "SLURM_STEP_ID", 0)
-        return Place(
-            int_of(environment, "SLURM_PROCID", 0),
-            int_of(environment, "SLURM_STEP_NUM_TASKS", 1),
-            int_of(environment, "SLURM_LOCALID", 0),
-            environment.get("MASTER_ADDR") or SlurmJobEnvironment().hostnames[0],
-            int_of(environment, "MASTER_PORT", 20_000 + job % 30_000),  # the same for all ranks, another for each job
-        )
+        address = environment.get("MASTER_ADDR") or SlurmJobEnvironment().hostnames[0]
+        job = number("SLURM_JOB_ID") * 7 + number("SLURM_STEP_ID")
+        port = number("MASTER_PORT", 20_000 + job % 30_000)  # the same for all ranks, another for each job
+        return Place(number("SLURM_PROCID"), world_size, number("SLURM_LOCALID"), address, port)
     return None
 
 
 def int_of(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A whole number in the environment; UserError where it is none."""
     text = environment.get(name, str(default))
     try:
         return int(text)

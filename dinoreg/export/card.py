@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.run_folder import Probe, Run, flatten, line_at, read_run
+from dinoreg.checkpoint.run_folder import Probe, Run, flatten, line_at
 from dinoreg.export.certificate import OVERFLOW, overflows
 from dinoreg.export.formats import Format
 from dinoreg.export.onnx_graph import OPSET
@@ -38,7 +38,7 @@ def write_card(folder: Path, name: str, form: Format, source: Source, certificat
     """Write `README.md` into `folder`."""
     model, pixels = source.model, source.pixels
     height, width = pixels.size
-    run = None if source.run is None else read_run(source.run)
+    run = None if source.run is None else Run(source.run)
     notes = dict.fromkeys(check["note"] for check in certificate["checks"] if not check["bounded"])
     text = render(
         "export/templates/card.md.j2",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Run, flatten, read_run
+from dinoreg.checkpoint.run_folder import Run, flatten
 from dinoreg.reports import html
 from dinoreg.reports.plots import Chart, Line
 from dinoreg.runtime.templates import score
@@ -31,7 +31,7 @@ NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
 def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write one page on several runs and return its path (`report.html` here when `out` is None)."""
-    loaded = [read_run(run) for run in runs]
+    loaded = [Run(run) for run in runs]
     names = run_names(loaded)
     path = Path(out) if out is not None else Path("report.html")
     if path.is_dir():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Probe, Run, flatten, read_run
+from dinoreg.checkpoint.run_folder import Probe, Run, flatten
 from dinoreg.reports import html, plots
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import is_number
@@ -44,7 +44,7 @@ def write_report(run: str | Path, problem: str = "") -> Path:
     problem  why its pictures could not be drawn, in a sentence (`visualize.run_pictures.draw_missing`)
     """
     folder = Path(run)
-    write_atomic(folder / "report.html", render_report(read_run(folder), problem))
+    write_atomic(folder / "report.html", render_report(Run(folder), problem))
     return folder / "report.html"
 
 
