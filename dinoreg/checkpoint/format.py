@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dinoreg.checkpoint.atomic import part_name, reason, sync, write_atomic
+from dinoreg.checkpoint.atomic import reason, replacing, sync, write_atomic
 from dinoreg.checkpoint.metadata import METADATA, Reader, TensorPlanner
 from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.runtime import json_files
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 
@@ -211,21 +212,14 @@ def retire(folder: Path, keep: int, keep_hours: float | None = None) -> None:
     if keep_hours is not None:
         last: float | None = None
         for path in paths:
-            written = _time_of(path)
+            written = json_files.read_json(path / NUMBERS).get("time")
             # Counted from the one kept before, so that what was kept once stays; a clock set back begins anew.
-            if written is not None and (last is None or abs(written - last) >= keep_hours * 3600):
+            if json_files.is_number(written) and (last is None or abs(written - last) >= keep_hours * 3600):
                 spared.add(path.name)
                 last = written
     for path in paths:
         if path.name not in spared:
             _discard(path)
-
-
-def _time_of(path: Path) -> float | None:
-    try:
-        return float(json.loads((path / NUMBERS).read_text())["time"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -336,15 +330,9 @@ def _read(reader: Reader, tensors: dict[str, Any]) -> None:
         raise RunError(f"checkpoint {reader.path}: unreadable ({reason(error)})") from error
 
 
-def flatten(tensors: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Nested tensors by dotted name, as they are called in a checkpoint."""
-    flat: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+def flatten(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Nested tensors by dotted name, as they are called in a checkpoint; groups without tensors are left out."""
+    return {name: value for name, value in json_files.flatten(tensors).items() if isinstance(value, Tensor)}
 
 
 def _by_part(flat: dict[str, Tensor]) -> dict[str, Any]:
@@ -382,18 +370,11 @@ def write_teacher(
 
 def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str, Any], token: str = "") -> None:
     """A safetensors file of float32 tensors, after the JSON beside it; raises OSError or SafetensorError."""
-    aside = part_name(path, token)
-    try:
+    with replacing(path, token) as aside:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
         content = {"format": "dinoreg-teacher", "version": VERSION, **description, "sha256": digest(aside)}
-        sync(aside)
+        # First, so that the file never stands without its digest.
         write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n", token)
-        os.replace(aside, path)  # last, so that the file never stands without its digest
-        sync(path.parent)
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
 
 
 def retire_teachers(run: Path) -> None:

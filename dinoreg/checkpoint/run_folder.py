@@ -129,17 +129,6 @@ def run_of(weights: Path) -> Path | None:
     return run if weights.parent.name == "teacher" and (run / "config.yaml").is_file() else None
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"dim": 64}} -> {"model.dim": 64}"""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _whole(value: Any) -> int | None:
     return int(value) if is_number(value) else None
 

@@ -11,6 +11,7 @@ from dinoreg.config.option import REQUIRED, Options, check, option
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
+Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
 SHARE: dict[str, Any] = {"above": 0, "high": 1, "expected": "a share of the peak in (0, 1]"}
 FORMATS = "timm, transformers, meta (torch.hub), safetensors or onnx"
 
@@ -124,7 +125,7 @@ class CropsOptions(Options, verb="view crops"):
     num: int = option(8, "at most", unit="image", low=1)
 
 
-VIEWS = {"attention": AttentionOptions, "pca": PcaOptions, "norms": NormsOptions, "crops": CropsOptions}
+VIEWS: Kinds = {"attention": AttentionOptions, "pca": PcaOptions, "norms": NormsOptions, "crops": CropsOptions}
 
 
 @dataclass(frozen=True)
@@ -162,4 +163,4 @@ class CancelOptions(Options, verb="launch cancel"):
 
 
 # What can be done with jobs that are there, and the keys of each.
-ACTIONS: dict[str, type[Options]] = {"status": StatusOptions, "logs": LogsOptions, "cancel": CancelOptions}
+ACTIONS: Kinds = {"status": StatusOptions, "logs": LogsOptions, "cancel": CancelOptions}

@@ -24,7 +24,7 @@ from pathlib import PurePath
 from typing import Any, ClassVar, TypeVar
 
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.json_files import flatten, is_number
 
 MAX_LISTED = 12  # a class with more keys than this does not list them all in a message
 REQUIRED: Any = dataclasses.MISSING  # instead of the default of an option that must be given
@@ -207,31 +207,27 @@ def split_texts(cls: type, texts: Iterable[str]) -> tuple[list[str], list[str]]:
     return parts
 
 
-def dotted(values: Mapping[str, Any] | Iterable[str], prefix: str = "", where: str = "command line") -> dict[str, Any]:
+def dotted(values: Mapping[str, Any] | Iterable[str], where: str = "command line") -> dict[str, Any]:
     """{"optim": {"lr": 1}} or ["optim.lr=1"] as {"optim.lr": 1}.
 
     raises  UserError for a text without key or value, a key given twice, and ${…}: a config is data, it may not read
             the environment or other keys
     """
-    found: dict[str, Any] = {}
     if not isinstance(values, Mapping):
+        given: dict[str, Any] = {}
         for text in values:
             key, separator, value = text.partition("=")
             if not separator or not key:
                 raise UserError(f"{text}: expected key=value")
-            if key in found:
+            if key in given:
                 raise UserError(f"{key}: given twice")
-            found[key] = Text(value)
-        return dotted(found, prefix, where)
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            found |= dotted(value, f"{name}.", where)
-            continue
+            given[key] = Text(value)
+        values = given
+    found = flatten(values)
+    for value in found.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, str) and "${" in item:
                 raise UserError(f"{where}: {item}: ${{…}} is not allowed in a config")
-        found[name] = value
     return found
 
 
@@ -264,11 +260,12 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
     raises  UserError for a required key that is not given, and for a value that is not accepted
     """
+    declared: Any = cls
     arguments: dict[str, Any] = {}
-    for item in dataclasses.fields(typing.cast(Any, cls)):
+    for item in dataclasses.fields(declared):
         name = f"{prefix}{item.name}"
         if "option" not in item.metadata:
-            arguments[item.name] = build(_hints(cls)[item.name], values, f"{name}.")
+            arguments[item.name] = build(_hints(declared)[item.name], values, f"{name}.")
         elif name in values:
             arguments[item.name] = values[name]
         elif item.default is REQUIRED:

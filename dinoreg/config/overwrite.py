@@ -1,6 +1,5 @@
 """A run folder as a place to write to: what `out=` may name, and what `overwrite=true` may delete there."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import read_json
 
 OWNER = "owner.json"
 
@@ -107,10 +107,7 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
 
 def _is_lease(path: Path) -> bool:
     """Whether this is the file by which a start of a run claims its folder."""
-    try:
-        return {"token", "host", "pid"} <= json.loads(path.read_text()).keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
+    return {"token", "host", "pid"} <= read_json(path).keys()
 
 
 def _is_resolved_config(path: Path) -> bool:

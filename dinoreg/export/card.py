@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.run_folder import Probe, Run, flatten, line_at
+from dinoreg.checkpoint.run_folder import Probe, Run, line_at
 from dinoreg.export.certificate import OVERFLOW, overflows
 from dinoreg.export.formats import Format
 from dinoreg.export.onnx_graph import OPSET
 from dinoreg.export.source import Source
-from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.json_files import flatten, is_number
 from dinoreg.runtime.templates import render
 
 # What of a run's config a reader of the card wants first; the whole of it is in the run folder.

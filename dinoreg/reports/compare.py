@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Run, flatten
+from dinoreg.checkpoint.run_folder import Run
 from dinoreg.reports import html
 from dinoreg.reports.plots import Chart, Line
+from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import score
 
 CURVES = (

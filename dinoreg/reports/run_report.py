@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Probe, Run, flatten
+from dinoreg.checkpoint.run_folder import Probe, Run
 from dinoreg.reports import html, plots
 from dinoreg.reports.verdict import verdict
-from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.json_files import flatten, is_number
 
 MAX_LISTED = 200  # skipped images shown by name
 DETAILS = {
