@@ -38,9 +38,7 @@ def pretrain(config: str | Path | None = None, **overrides: Any) -> Path:
     from dinoreg.config.load import load_config, require_complete
     from dinoreg.train.loop import pretrain as run
 
-    resolved = load_config(config, overrides)
-    require_complete(resolved)
-    return Path(run(resolved))
+    return Path(run(require_complete(load_config(config, overrides))))
 
 
 def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:

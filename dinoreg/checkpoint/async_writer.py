@@ -13,12 +13,10 @@ import threading
 import time
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
@@ -26,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.atomic import remedy
 from dinoreg.checkpoint.lease import TakenOver, acquire
+from dinoreg.config.schema import CheckpointConfig
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.errors import RunError
 
@@ -50,7 +49,6 @@ class Writer(AbstractContextManager):
     Building it raises UserError when the folder cannot be written.
 
     describe_teacher  architecture, preprocessing and config hash, for the teacher file's JSON
-    max_failures      failed checkpoints in a row that end the run
     timeout           seconds after which a process that does not answer counts as lost
     ranks             the processes that write together
     stall             seconds that training waited in the last `save`: for the one before it, and for the copy
@@ -59,11 +57,8 @@ class Writer(AbstractContextManager):
     """
 
     run: Path
-    keep: int
-    keep_hours: float | None
-    asynchronous: bool
+    options: CheckpointConfig
     describe_teacher: dict[str, Any]
-    max_failures: int
     timeout: float
     ranks: Ranks = ALONE
     stall: float = 0.0
@@ -72,9 +67,7 @@ class Writer(AbstractContextManager):
 
     def __post_init__(self) -> None:
         self.lease = acquire(self.run, self.ranks)
-        self.group: Any = None
-        if self.ranks.world_size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+        self._writers = ALONE if self.ranks.world_size == 1 else Ranks.of_default_group(self.timeout)
         self._stall_unread = 0.0
         self._stager: DefaultStager | None = None
         self._thread: threading.Thread | None = None
@@ -96,21 +89,21 @@ class Writer(AbstractContextManager):
         wait    for the last of a run: returns when it is on the disk, RunError when it does not get there
         raises  RunError when too many in a row have failed, or when another copy of the job has taken over
         """
-        begun = time.perf_counter()
-        self._settle(self.max_failures if not wait else None)
+        started = time.perf_counter()
+        self._settle(self.options.max_failures if not wait else None)
         share = self._share(checkpoint.flatten(tensors))
         self._step = step
-        if self.asynchronous:
+        if self.options.asynchronous:
             arguments = (step, self._stage(share), copy.deepcopy(numbers), best)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
         else:
             self._write(step, share, numbers, best)
             if not wait:
-                self._settle(self.max_failures)
+                self._settle(self.options.max_failures)
         if wait:
             self.wait()
-        self.stall = time.perf_counter() - begun
+        self.stall = time.perf_counter() - started
         self._stall_unread += self.stall
 
     def wait(self) -> None:
@@ -145,7 +138,7 @@ class Writer(AbstractContextManager):
     # What follows the call of `save`, in the thread
 
     def _write(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], best: bool) -> None:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             self._write_or_raise(step, tensors, numbers, best)
         except BaseException as error:  # kept until all processes are together
@@ -153,19 +146,19 @@ class Writer(AbstractContextManager):
             if isinstance(error, RunError) and not isinstance(error, TakenOver):
                 self._reports.append(Failure(step, str(error), remedy(error, self.run)))
         else:
-            self.write_time = time.perf_counter() - begun
+            self.write_time = time.perf_counter() - started
             self.saved = step
             self._published.append(step)
             self._failures = 0
 
     def _write_or_raise(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], best: bool) -> None:
-        retention: Any = {"keep": self.keep, "keep_hours": self.keep_hours, "best": best}
-        writers: Any = {"group": self.group, "token": self.lease.token, "finish": partial(self._finish, step)}
+        retention: Any = {"keep": self.options.keep, "keep_hours": self.options.keep_hours, "best": best}
+        writers: Any = {"ranks": self._writers, "token": self.lease.token, "finish": partial(self._finish, step)}
         try:
             checkpoint.save(self.run / "checkpoints", step, tensors, numbers, **retention, **writers)
         except RunError:
-            # Whoever takes over clears away what others have begun: then it is not the disk that is to blame.
-            checkpoint.on_all_ranks(self.group, lambda: self.lease.check(self.run) if self.ranks.is_main else None)
+            # Whoever takes over clears away what others have started: then it is not the disk that is to blame.
+            checkpoint.on_main(self._writers, lambda: self.lease.check(self.run))
             raise
         if self.ranks.is_main:
             with suppress(OSError):
@@ -186,7 +179,7 @@ class Writer(AbstractContextManager):
 
     def _share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """DTensors, and of the plain tensors, equal everywhere, those that this process writes: about its share."""
-        if self.group is None:
+        if self.ranks.world_size == 1:
             return tensors
         plain = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
         load = [0] * self.ranks.world_size

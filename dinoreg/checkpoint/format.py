@@ -9,6 +9,7 @@ on one of them fails on all, with the same words.
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -75,7 +75,7 @@ def save(
     best: bool = False,
     *,
     keep_hours: float | None = None,
-    group: Any = None,
+    ranks: Ranks = ALONE,
     token: str = "",
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -84,17 +84,13 @@ def save(
     tensors  nested, by name. DTensors are written by the processes that hold them; of plain tensors, which are
              equal everywhere, each process may bring all or only its share
     numbers  JSON; those of process 0 are written
-    group    the processes that write this checkpoint together, each calling this; None: this one alone
+    ranks    the processes that write this checkpoint together, each calling this; no others use their control group
     token    makes the name of the unfinished folder this run's own
     finish   called by process 0 with the whole, still unpublished folder; what it raises prevents the publishing
     raises   RunError on all processes, when the disk is full or not writable; the previous checkpoint stays as it was
     """
     final = folder / step_name(step)
     aside = folder / f"{_UNFINISHED}{step_name(step)}{token and '.'}{token}"
-    rank = 0 if group is None else dist.get_rank(group)
-
-    def on_first_rank(work: Callable[[], None]) -> None:
-        on_all_ranks(group, lambda: work() if rank == 0 else None)
 
     def publish() -> None:
         _complete(aside, final, numbers, parts)
@@ -108,20 +104,21 @@ def save(
             write_pointer(folder, name, step, token)
 
     try:
-        on_first_rank(lambda: _begin(aside))
+        on_main(ranks, lambda: _begin(aside))
         _ignore_expected_warnings()
         writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
         state = _by_part(flatten(tensors))
-        dcp.save(state, checkpoint_id=aside, storage_writer=writer, process_group=group, no_dist=group is None)
-        parts = on_all_ranks(group, lambda: _own_files(aside, rank))
-        on_first_rank(publish)
+        alone = ranks.world_size == 1
+        dcp.save(state, checkpoint_id=aside, storage_writer=writer, process_group=ranks.control, no_dist=alone)
+        parts = on_all_ranks(ranks, lambda: _own_files(aside, ranks.rank))
+        on_main(ranks, publish)
     except (OSError, RunError, CheckpointException) as error:
-        if rank == 0:
+        if ranks.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, RunError):
             raise
         raise RunError(f"checkpoint {final} could not be written: {reason(error)}") from error
-    if rank == 0:
+    if ranks.is_main:
         with suppress(OSError):  # what stays too long takes room, no more
             retire(folder, keep, keep_hours)
     return final
@@ -151,9 +148,9 @@ def _complete(aside: Path, final: Path, numbers: dict[str, Any], parts: list[dic
         sync(path)
 
 
-def on_all_ranks(group: Any, work: Callable[[], T]) -> list[T]:
+def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     """Every process's result of `work`, in rank order; what one of them raises, all raise."""
-    if group is None:
+    if ranks.world_size == 1:
         return [work()]
     outcome: tuple[T | None, Exception | None]
     try:
@@ -161,13 +158,17 @@ def on_all_ranks(group: Any, work: Callable[[], T]) -> list[T]:
     except (OSError, RunError) as error:
         outcome = (None, error)
     except Exception as error:
-        outcome = (None, RunError(f"process {dist.get_rank(group)}: {type(error).__name__}: {error}"))
-    outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, outcome, group=group)
+        outcome = (None, RunError(f"process {ranks.rank}: {type(error).__name__}: {error}"))
+    outcomes = ranks.gather_objects(outcome)
     for _, problem in outcomes:
         if problem is not None:
             raise problem
     return [result for result, _ in outcomes]
+
+
+def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
+    """`work` by process 0; what it raises, all raise."""
+    on_all_ranks(ranks, lambda: work() if ranks.is_main else None)
 
 
 def _own_files(aside: Path, rank: int) -> dict[str, dict[str, Any]]:
@@ -212,9 +213,9 @@ def retire(folder: Path, keep: int, keep_hours: float | None = None) -> None:
     if keep_hours is not None:
         last: float | None = None
         for path in paths:
-            written = json_files.read_json(path / NUMBERS).get("time")
+            written = json_files.number(json_files.read_json(path / NUMBERS).get("time"))
             # Counted from the one kept before, so that what was kept once stays; a clock set back begins anew.
-            if json_files.is_number(written) and (last is None or abs(written - last) >= keep_hours * 3600):
+            if math.isfinite(written) and (last is None or abs(written - last) >= keep_hours * 3600):
                 spared.add(path.name)
                 last = written
     for path in paths:

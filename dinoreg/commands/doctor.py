@@ -43,35 +43,35 @@ def doctor(run: Path | None = None) -> None:
 
 def examine_machine() -> list[Section]:
     """What is here and what is missing for what."""
-    found = environment()
+    machine = environment()
     return [
-        ("machine", _machine_rows(found)),
-        ("packages", _package_rows(found)),
+        ("machine", _machine_rows(machine)),
+        ("packages", _package_rows(machine)),
         ("optional packages", _optional_rows()),
-        ("acceleration", _acceleration_rows(found)),
+        ("acceleration", _acceleration_rows(machine)),
     ]
 
 
-def _machine_rows(found: dict[str, Any]) -> list[Row]:
-    bf16 = {True: "with bf16", False: "without bf16 (precision=auto means fp32)", None: ""}[found["cpu_bf16"]]
-    commit = f", commit {found['commit']}" if found["commit"] else ""
+def _machine_rows(machine: dict[str, Any]) -> list[Row]:
+    bf16 = {True: "with bf16", False: "without bf16 (precision=auto means fp32)", None: ""}[machine["cpu_bf16"]]
+    commit = f", commit {machine['commit']}" if machine["commit"] else ""
     rows = [
-        ("dinoreg", "ok", f"{found['dinoreg']}{commit}"),
-        ("python", "ok", f"{found['python']} ({found['executable']})"),
-        ("system", "", found["platform"]),
-        ("processor", "", f"{found['cpu']}, {found['cores']} usable cores {bf16}".rstrip()),
-        ("memory", "", f"{found['memory_gib']} GiB"),
-        ("free disk", "problem" if found["free_disk_gib"] < 1 else "", f"{found['free_disk_gib']} GiB here"),
+        ("dinoreg", "ok", f"{machine['dinoreg']}{commit}"),
+        ("python", "ok", f"{machine['python']} ({machine['executable']})"),
+        ("system", "", machine["platform"]),
+        ("processor", "", f"{machine['cpu']}, {machine['cores']} usable cores {bf16}".rstrip()),
+        ("memory", "", f"{machine['memory_gib']} GiB"),
+        ("free disk", "problem" if machine["free_disk_gib"] < 1 else "", f"{machine['free_disk_gib']} GiB here"),
     ]
-    malloc = {name: value for name, value in found["variables"].items() if name.startswith(("MALLOC", "DINOREG"))}
+    malloc = {name: value for name, value in machine["variables"].items() if name.startswith(("MALLOC", "DINOREG"))}
     shown = ", ".join(f"{name}={value}" for name, value in malloc.items())
     rows.append(("allocator", "", shown or "freed memory is kept by runs on the CPU (DINOREG_MALLOC=0 turns it off)"))
     return rows
 
 
-def _package_rows(found: dict[str, Any]) -> list[Row]:
-    core = [row for row in DEPENDENCIES if row.name in found["packages"]]
-    return [(row.name, *_package(row, found["packages"][row.name])) for row in core]
+def _package_rows(machine: dict[str, Any]) -> list[Row]:
+    core = [row for row in DEPENDENCIES if row.name in machine["packages"]]
+    return [(row.name, *_package(row, machine["packages"][row.name])) for row in core]
 
 
 def _optional_rows() -> list[Row]:
@@ -111,15 +111,15 @@ def _xformers_problem() -> str | None:
         return _in_words(error)
 
 
-def _acceleration_rows(found: dict[str, Any]) -> list[Row]:
+def _acceleration_rows(machine: dict[str, Any]) -> list[Row]:
     rows = []
-    for index, device in enumerate(found["cuda"]):
+    for index, device in enumerate(machine["cuda"]):
         bf16 = "bf16" if device["bf16"] else "no bf16 (precision=auto means fp16)"
         size = f"{device['memory_gib']} GiB, compute capability {device['capability']}"
         rows.append((f"cuda:{index}", "ok", f"{device['name']}, {size}, {bf16}"))
     if not rows:
         rows.append(("cuda", "missing", "no CUDA device: runs use the CPU (everything works, slowly)"))
-    attention = found["attention"]
+    attention = machine["attention"]
     if attention is None:
         return [*rows, ("attention", "", "runs through PyTorch; xformers' kernels need CUDA")]
     through, reason = f"runs through {attention['backend']}", attention["reason"]

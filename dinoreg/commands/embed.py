@@ -100,11 +100,11 @@ def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options
             return str(error)
 
     workers = default_workers() if options.workers is None else options.workers
-    total, begun = len(source), rows.next
-    if begun:
-        print_status(f"embed: going on after {begun:,} of {total:,} images")
-    images = show_progress(parallel(read, range(begun, total), workers), total - begun, "embed", "images")
-    for first in range(begun, total, options.batch_size):
+    total, start = len(source), rows.next
+    if start:
+        print_status(f"embed: going on after {start:,} of {total:,} images")
+    images = show_progress(parallel(read, range(start, total), workers), total - start, "embed", "images")
+    for first in range(start, total, options.batch_size):
         batch = range(first, min(first + options.batch_size, total))
         readable: dict[int, Tensor] = {}
         for index, image in zip(batch, images):

@@ -79,16 +79,16 @@ def read_pictures(options: RegistersOptions, size: int, channels: int) -> tuple[
         with suppress(UserError):  # fewer than two subfolders: images without classes
             source, labels, names = labelled_folder(options.images)
     order = evenly_spaced(len(source), options.num_images)
-    images, kept, skipped = [], [], []
+    images, readable, skipped = [], [], []
     for index in order:
         try:
             images.append(fit_size(decode(source.read(index), channels), size, size))
-            kept.append(index)
+            readable.append(index)
         except (BadImage, OSError) as error:
             skipped.append((source.name(index), one_line(error)))
     if len(images) < 2:
         raise RunError(f"images={options.images}: {len(images)} of {len(order)} could be read, expected at least 2")
-    chosen = None if labels is None else torch.from_numpy(labels[kept]).long()
+    chosen = None if labels is None else torch.from_numpy(labels[readable]).long()
     return Pictures(torch.stack(images), chosen, len(names), None, options.images), skipped
 
 

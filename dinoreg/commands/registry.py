@@ -37,9 +37,7 @@ def _load_config(arguments: list[str]) -> Config:
 
 
 def _read_pretrain(arguments: list[str]) -> tuple[Config]:
-    config = _load_config(arguments)
-    require_complete(config)
-    return (config,)
+    return (require_complete(_load_config(arguments)),)
 
 
 def _pretrain(config: Config, **hooks: Any) -> None:
@@ -85,8 +83,10 @@ def _report(runs: list[str], options: keys.ReportOptions) -> None:
         _function("commands.evaluate", "report_results", "report")(results)
     else:
         folders = [folder for run in runs for folder in _run_folders("report", run)]
-        out = Path(options.out) if options.out else None
-        _function("commands.report", "report_runs", "report")(folders, out)
+        if len(folders) == 1 and options.out is None:
+            _function("commands.report", "report_run", "report")(folders[0])
+        else:
+            _function("reports.compare", "compare_report", "report")(folders, options.out and Path(options.out))
 
 
 def _export(options: keys.ExportOptions) -> None:

@@ -24,8 +24,8 @@ COMMAND_ONLY = ("resume", "overwrite")
 EXCLUSIVE = (BUDGETS, ("optim.base_lr", "optim.lr"), COMMAND_ONLY)
 
 
-def require_complete(config: Config) -> None:
-    """Refuse, before anything is written, a config that a run cannot start from.
+def require_complete(config: Config) -> Config:
+    """The config, if a run can start from it; nothing is written.
 
     raises  UserError where `out`, `data` or the budget is missing
     """
@@ -35,6 +35,7 @@ def require_complete(config: Config) -> None:
         raise UserError("data: missing; name a folder of images (data=photos/), a list of paths, or data=scenes")
     if all(getattr(config, key) is None for key in BUDGETS):
         raise UserError("no budget: give one of steps=, images= or epochs=")
+    return config
 
 
 # ------------------------------------------------------------------------------------------------------------

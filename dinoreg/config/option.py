@@ -223,25 +223,25 @@ def dotted(values: Mapping[str, Any] | Iterable[str], where: str = "command line
                 raise UserError(f"{key}: given twice")
             given[key] = Text(value)
         values = given
-    found = flatten(values)
-    for value in found.values():
+    by_key = flatten(values)
+    for value in by_key.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, str) and "${" in item:
                 raise UserError(f"{where}: {item}: ${{…}} is not allowed in a config")
-    return found
+    return by_key
 
 
 def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> dict[str, Any]:
     """The values of dotted keys as the types that `cls` declares; `where` they come from is for messages."""
     known = keys_of(cls)
-    found: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     for name, value in values.items():
         parent = name.rpartition(".")[0]
         below = next((key for key in known if key.startswith(f"{name}.")), None)
         if name in known:
             if isinstance(value, Mapping):
                 raise UserError(f"{name}: is a value, not a section ({where})")
-            found[name] = convert(value, known[name], name, where)
+            converted[name] = convert(value, known[name], name, where)
         elif parent in known:
             raise UserError(f"{parent}: is a value, not a section ({where})")
         elif below is None:
@@ -252,7 +252,7 @@ def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> 
             raise UserError(f"{name}: unknown key {source}{hint}{accepted if len(known) <= MAX_LISTED else ''}")
         elif value != {}:
             raise UserError(f"{name}={value}: expected keys below it, such as {below} ({where})")
-    return found
+    return converted
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -277,9 +277,9 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 def read_value(key: str, value: Any, field: dataclasses.Field) -> Any:
     """A value of one option that stands in no class, as the type of its default; UserError where it is not accepted."""
-    found = convert(value, type(field.default), key, "options")
-    field.metadata["option"].check(key, found)
-    return found
+    converted = convert(value, type(field.default), key, "options")
+    field.metadata["option"].check(key, converted)
+    return converted
 
 
 class _WrongType(Exception):

@@ -55,7 +55,8 @@ def run_entries(out: Path) -> list[Path]:
     if all(_matches(path, _BEFORE_A_RUN) for path in entries):
         return []
     config = out / "config.yaml"
-    if not (_is_lease(out / OWNER) or _is_resolved_config(config)):
+    is_claimed = {"token", "host", "pid"} <= read_json(out / OWNER).keys()  # by a start of a run, see `Lease`
+    if not (is_claimed or _is_resolved_config(config)):
         why = "its config.yaml is not one that a run wrote" if config.exists() else "no config.yaml"
         raise UserError(f"out={out}: holds something other than a run ({why}); it is not overwritten")
     foreign = [path.name for path in entries if not _matches(path, _WRITTEN_BY_RUNS)]
@@ -103,11 +104,6 @@ def put_back(aside: Path) -> None:
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(path.name, pattern) for pattern in patterns)
-
-
-def _is_lease(path: Path) -> bool:
-    """Whether this is the file by which a start of a run claims its folder."""
-    return {"token", "host", "pid"} <= read_json(path).keys()
 
 
 def _is_resolved_config(path: Path) -> bool:

@@ -23,6 +23,7 @@ from dinoreg.runtime.errors import RunError, UserError, one_line
 
 # NCCL's own watchdog ends a process without a word; the control group's time-out has to come first.
 _NCCL_GRACE_SECONDS = 120.0
+_ASK_FOR_FEWER = "ask for as many processes as there are devices (or device=cpu)"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,9 +101,7 @@ class Ranks:
         if self.world_size % size:
             raise UserError(f"{self.world_size} processes do not divide into groups of {size}")
         if size not in self._subgroups:
-            firsts = range(0, self.world_size, size)
-            groups = [dist.new_group(list(range(first, first + size))) for first in firsts]
-            self._subgroups[size] = groups[self.rank // size]
+            self._subgroups[size], _ = dist.new_subgroups(size)
         return self._subgroups[size]
 
     # Messages, off the device
@@ -294,10 +293,8 @@ def pick_cuda_index(local_rank: int, device_count: int, local_world_size: int) -
         return local_rank
     if device_count == 1:
         return 0
-    raise UserError(
-        f"process {local_rank} of {local_world_size} on this machine: it has {device_count} CUDA devices; "
-        "ask for as many processes as there are devices (or device=cpu)"
-    )
+    what = f"process {local_rank} of {local_world_size} on this machine: it has {device_count} CUDA devices"
+    raise UserError(f"{what}; {_ASK_FOR_FEWER}")
 
 
 def is_main_process() -> bool:
@@ -391,9 +388,9 @@ def _join(place: Place, device: str, timeout: float) -> None:
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
         meeting.store = None  # another try meets anew
         reason = str(error).splitlines()[0][:200]
+        where = f"{place.address}:{place.port} within {timeout:.0f} s"
         raise RunError(
-            f"rank {place.rank} of {place.world_size} could not meet the others at {place.address}:{place.port} "
-            f"within {timeout:.0f} s: {reason}"
+            f"rank {place.rank} of {place.world_size} could not meet the others at {where}: {reason}"
         ) from None
 
 
@@ -426,7 +423,5 @@ def _check_devices(device: str, ranks: Ranks) -> None:
     own = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     sharing = [rank for rank, other in enumerate(ranks.gather_objects(own)) if other == own]
     if len(sharing) > 1:
-        raise UserError(
-            f"ranks {', '.join(map(str, sharing))} share one CUDA device: their machine has fewer devices than "
-            "processes; ask for as many processes as there are devices (or device=cpu)"
-        )
+        what = "share one CUDA device: their machine has fewer devices than processes"
+        raise UserError(f"ranks {', '.join(map(str, sharing))} {what}; {_ASK_FOR_FEWER}")

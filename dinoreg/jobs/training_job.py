@@ -31,8 +31,7 @@ def training(source: str, overrides: Sequence[str]) -> Training:
     The resolved config is kept in the run's `launch/`; `overwrite=true` is done at submission, once.
     raises UserError for whatever `dinoreg pretrain` would refuse before it opens the data
     """
-    config = load_config(source, overrides)
-    require_complete(config)
+    config = require_complete(load_config(source, overrides))
     out = Path(str(config.out))
     check_out(config, out)
     clears = (out,) if config.overwrite and run_entries(out) else ()
