@@ -123,10 +123,12 @@ def teacher_step(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def run_of(weights: Path) -> Path | None:
-    """The run folder that a weight file lies in, `RUN/teacher/FILE`; None for other files."""
-    run = weights.parent.parent
-    return run if weights.parent.name == "teacher" and (run / "config.yaml").is_file() else None
+def run_of(weights: str | Path) -> Path | None:
+    """The run folder that weights belong to: the folder itself, or that of one of its teacher files; else None."""
+    path = Path(weights)
+    is_teacher = path.parent.name == "teacher" and teacher_step(path) is not None
+    run = path.parent.parent if is_teacher else path
+    return run if (run / "config.yaml").is_file() else None
 
 
 def _whole(value: Any) -> int | None:

@@ -80,7 +80,8 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"out={out}: is a folder, expected a file")
     if out.exists() and not overwrite:
         raise UserError(f"out={out}: is finished already; use overwrite=true to write it anew")
-    check_folder(out, out.parents)
+    for path in out.parents:
+        check_folder(path, f"out={out}: {path}")
 
 
 def row_shape(token: str, encoder: Encoder, size: int) -> tuple[int, ...]:

@@ -21,7 +21,6 @@ from dinoreg.evaluation.runner import Planned, Request, check_size, choose, eval
 from dinoreg.jobs.records import read_records as read_jobs
 from dinoreg.jobs.status import examine
 from dinoreg.reports.evaluation_report import console_table, read_records, write_evaluation
-from dinoreg.reports.run_report import write_report
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
@@ -92,6 +91,8 @@ def report_results(folder: Path) -> Path:
     report = write_evaluation(folder, absent)
     run = folder.parent.parent
     if read_json(run / "status.json").get("phase") == "finished":  # until then its page belongs to the training
+        from dinoreg.reports.run_report import write_report
+
         write_report(run)
     return report
 

@@ -40,7 +40,7 @@ def report_registers(options: RegistersOptions) -> Path:
     subjects = [open_subject(each, options.device) for each in options.models]
     size = _common_size(subjects, options.size)
     out = Path(options.out) if options.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
-    check_folder(out, [out])
+    check_folder(out, f"out={out}:")
     pictures, skipped = read_pictures(options, size, subjects[0].model.in_channels)
     measured: list[Measured] = []
     for encoder in _encoders(subjects):

@@ -7,6 +7,7 @@ either translated or listed with a reason; none is dropped in silence.
 """
 
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from dinoreg.runtime.errors import UserError
@@ -100,16 +101,16 @@ KEYS: dict[str, Key] = {
     "evaluation.eval_period_iterations": Key(12500, "probe.every"),
 }
 
-# Keys of dinov2's files that decide nothing here; a trailing dot stands for all keys below.
+# Keys of dinov2's files that decide nothing here, and why.
 DEAD: dict[str, str] = {
-    "compute_precision.": "precision and sharding follow precision= and the device",
+    "compute_precision.*": "precision and sharding follow precision= and the device",
     "train.saveckp_freq": "the reference does not read it either; see checkpoint.every and .keep",
     "train.cache_dataset": "the file index is always kept; images are never",
     "student.block_chunks": "blocks are one flat list; chunked weights are read all the same",
     "optim.lr": "the reference overwrites it with the scaled base_lr",
+    "student.*_bias": "always so here",
+    "*": "unknown to this reader; nothing follows from it",
 }
-# True here whatever the file says; another value changes the network and is refused.
-FIXED: dict[str, Any] = {"student.qkv_bias": True, "student.proj_bias": True, "student.ffn_bias": True}
 
 _OWN_SECTIONS = ("MODEL", "compute_precision", "dino", "ibot", "student", "teacher", "train", "evaluation")
 
@@ -142,7 +143,11 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
     content  the file, by dotted key; absent keys have the reference's defaults
     raises   UserError where a value has no counterpart here (an unknown arch, FFN, scaling rule, …)
     """
-    dead = [f"{key}: {reason}" for key in content if key not in KEYS and (reason := _why_dead(key, content[key]))]
+    for key in ("student.qkv_bias", "student.proj_bias", "student.ffn_bias"):
+        if not content.get(key, True):
+            raise UserError(f"{key}={content[key]}: expected true; the backbone always has these biases")
+    reasons = {key: next(why for name, why in DEAD.items() if fnmatchcase(key, name)) for key in content}
+    dead = [f"{key}: {why}" for key, why in reasons.items() if key not in KEYS]
     values = {key: content.get(key, each.default) for key, each in KEYS.items()}
     for key, each in KEYS.items():
         each.check(key, values[key])
@@ -221,14 +226,3 @@ def _dataset_folder(path: str) -> str | None:
     if root and name == "ImageNet":
         return f"{root.rstrip('/')}/{pairs.get('split', 'TRAIN').lower()}"
     return root or None
-
-
-def _why_dead(key: str, value: Any) -> str:
-    if key in FIXED:
-        if value != FIXED[key]:
-            raise UserError(f"{key}={value}: expected true; the backbone always has these biases")
-        return "always so here"
-    for name, reason in DEAD.items():
-        if key == name or (name.endswith(".") and key.startswith(name)):
-            return reason
-    return "unknown to this reader; nothing follows from it"

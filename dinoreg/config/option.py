@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import difflib
 import inspect
+import operator
 import re
 import types
 import typing
@@ -19,7 +20,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
-from operator import attrgetter
 from pathlib import PurePath
 from typing import Any, ClassVar, TypeVar
 
@@ -71,13 +71,8 @@ class Declaration:
         if isinstance(value, str):
             fits = not self.pattern or re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
             return fits and (not self.choices or value in self.choices)
-        return (
-            is_number(value)
-            and (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        bounds = (self.low, operator.ge), (self.high, operator.le), (self.above, operator.gt), (self.below, operator.lt)
+        return is_number(value) and all(bound is None or holds(value, bound) for bound, holds in bounds)
 
     def accepted(self, value: Any = None) -> str:
         """The range or the choices in words, "" where there are none; `value` tells a list from a single value."""
@@ -95,10 +90,9 @@ class Declaration:
             return f"a {number} in {lower}, {upper}"
         if self.above is not None:
             return f"a {number} above {self.above}" if self.above else f"a positive {number}"
-        if lower or upper:
-            bound = self.low if lower else upper[:-1]
-            unit = f" {self.unit}{'' if bound == 1 else 's'}" if self.unit else ""
-            return f"{'at least' if lower else 'at most' if self.high is not None else 'less than'} {bound}{unit}"
+        for words, bound in ("at least", self.low), ("at most", self.high), ("less than", self.below):
+            if bound is not None:
+                return f"{words} {bound}" + (f" {self.unit}{'' if bound == 1 else 's'}" if self.unit else "")
         return f"{self.unit}s" if self.unit else ""
 
     def check(self, key: str, value: Any, or_none: bool = False) -> None:
@@ -179,7 +173,9 @@ def keys_of(cls: Any) -> dict[str, Any]:
 
 def flat(options: Any, shaping: bool = False) -> dict[str, Any]:
     """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only what the result depends on."""
-    return {key: attrgetter(key)(options) for key, _, _, shapes in _walk(type(options)) if shapes or not shaping}
+    return {
+        key: operator.attrgetter(key)(options) for key, _, _, shapes in _walk(type(options)) if shapes or not shaping
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------

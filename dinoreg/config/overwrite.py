@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -24,16 +23,15 @@ _MARKS = (OWNER, "config.yaml")
 _BEFORE_A_RUN = ("launch", ".overwritten-*", "*.part")
 
 
-def check_folder(out: Path, folders: Iterable[Path]) -> None:
-    """UserError where one of `folders`, of which `out` is made, is a file."""
-    for path in folders:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"out={out}: {'' if path == out else f'{path} '}is a file, expected a folder")
+def check_folder(folder: Path, name: str) -> None:
+    """UserError that begins with `name` where a file stands in the place of a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{name} is a file, expected a folder")
 
 
 def check_out(config: Config, out: Path) -> None:
     """UserError in one line when `config` must not write a run to `out`; nothing is touched."""
-    check_folder(out, [out])
+    check_folder(out, f"out={out}:")
     if config.overwrite:
         run_entries(out)
     elif not out.is_dir() or all(_matches(path, _BEFORE_A_RUN) for path in out.iterdir()):

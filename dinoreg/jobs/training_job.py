@@ -1,6 +1,5 @@
 """What kinds of job share: a training as one command that every start can use, and weights kept for later."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,6 @@ from dinoreg.config.overwrite import check_out, run_entries
 from dinoreg.jobs.job_type import Arguments
 from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
-
-_TEACHER = re.compile(r"step_(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -47,23 +44,6 @@ def _check_data(config: Config) -> None:
         text = str(source)
         if text != "scenes" and ":" not in text and not Path(text).exists():
             raise UserError(f"data={text}: no such file or folder on this machine")
-
-
-def run_of(weights: str | Path) -> Path | None:
-    """The run folder that `weights=` belongs to: the folder itself, or that of one of its teacher files."""
-    path = Path(weights)
-    if (path / "config.yaml").is_file():
-        return path
-    home = path.parent.parent
-    if path.parent.name == "teacher" and _TEACHER.fullmatch(path.name) and (home / "config.yaml").is_file():
-        return home
-    return None
-
-
-def step_of(weights: Path) -> int:
-    """The step of a run's teacher file; 0 for other weights."""
-    match = _TEACHER.fullmatch(weights.name)
-    return int(match[1]) if match else 0
 
 
 def kept_weights(run: Path, weights: Path) -> tuple[dict[Path, Path], dict[Path, str], Path]:

@@ -30,7 +30,8 @@ class Gallery:
 
     def __init__(self, view: str, out: Path) -> None:
         """Checks `out` and writes nothing; raises UserError when it cannot be a folder."""
-        check_folder(out, (out / view, out, *out.parents))
+        for path in (out / view, out, *out.parents):
+            check_folder(path, f"out={out}: {path}")
         self.view, self.out, self.folder = view, out, out / view
         self.saved: list[str] = []  # names of the pictures
 
