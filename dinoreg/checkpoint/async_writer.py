@@ -5,8 +5,6 @@ on a process group of its own, since those of two threads on one group would mix
 written: the next save first waits for it, and there all processes learn how it went.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import threading

@@ -70,10 +70,17 @@ def evaluate_command(names: str | None = None, request: Request | None = None) -
         raise RunError("; ".join(failed))
 
 
-def evaluate_dataset(model: Any, dataset: str, options: Mapping[str, Any]) -> Any:
-    """`dinoreg.evaluate`: one Result, or a list of them."""
+def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
+    """Measure a backbone on a dataset; the same as `dinoreg eval DATASET weights=… key=value …`.
+
+    model    a RegisterViT, a ViT of timm or transformers, or whatever `weights=` takes: a run folder, a file, a name
+    dataset  a name of `dinoreg eval --list`, several with commas, "all", or the path of a labelled folder or CSV
+    options  the command line's keys: root="/datasets", out="runs/a", **{"knn.k": [20], "aircraft.crop_banner": False}
+    returns  dinoreg.evaluation.result.Result, or a list of them for several datasets; `.headline` is the figure
+    raises   UserError (a ValueError) for a wrong key, value, dataset or missing file, before anything is computed
+    """
     request = read_request(options)
-    plans, _ = _prepare(dataset, request)
+    plans, _ = _prepare(str(dataset), request)
     encoder, folder, _ = _open(model, request.options)
     results = list(evaluate_all(encoder, plans, request, folder))
     write_evaluation(folder)

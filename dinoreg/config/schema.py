@@ -125,7 +125,7 @@ class DataConfig(Options, section="data"):
     source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
-    workers: int | None = option(None, "decoding threads; none: a core each", low=0, high=1024, shapes_result=False)
+    workers: int | None = option(None, "threads; none: a core each, at most 16", low=0, high=1024, shapes_result=False)
     prefetch: int = option(2, "batches prepared ahead", low=1, high=1000, shapes_result=False)
     index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_result=False)
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)

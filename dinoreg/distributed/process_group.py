@@ -155,14 +155,10 @@ class Ranks:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 does what is inside before the others do; the failure of one is everybody's."""
-        if not self.is_main:
+        for mains_turn in (True, False):
             with self.collective_errors():
-                pass
-        with self.collective_errors():
-            yield
-        if self.is_main:
-            with self.collective_errors():
-                pass
+                if self.is_main is mains_turn:
+                    yield
 
     def mark_common(self, error: BaseException) -> None:
         """All processes end with this error: nobody has to be told of it."""
