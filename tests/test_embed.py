@@ -270,7 +270,7 @@ def test_somebody_elses_folder_is_not_deleted(run: Path, tmp_path: Path) -> None
 
 
 def test_only_a_few_images_are_read_ahead(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinoreg.data import sources
+    from dinoreg.data import source as sources
 
     read: list[int] = []
     inner = sources.ScenesSource.read
