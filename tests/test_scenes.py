@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dinoreg.data.source import ScenesSource
 
+from dinoreg.data.source import ScenesSource
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import layout as scene_plan
 from dinoreg.scenes import render as scenes
