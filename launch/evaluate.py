@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
-from dinoreg.jobs.training_job import kept_weights, run_of, step_of
+from dinoreg.jobs.training_job import kept_weights
 from dinoreg.runtime.errors import UserError
 
 # What evaluates takes seconds to import, and `dinoreg launch --help` reads this file.
@@ -24,6 +24,7 @@ REPORT_MINUTES = 60
 
 
 def plan(request: Request) -> Plan:
+    from dinoreg.checkpoint.run_folder import run_of, teacher_step
     from dinoreg.commands.evaluate import read_request
     from dinoreg.weights.resolve import find_weights
 
@@ -43,7 +44,7 @@ def plan(request: Request) -> Plan:
         weights_argument = str(kept)
     stem = Path(weights).stem if file is not None else weights.replace(":", "-").replace("/", "-")
     out = Path(evaluation.options.out or run or Path("runs") / "eval" / stem)
-    step = step_of(file) if file is not None else 0
+    step = (teacher_step(file) if file is not None else None) or 0
 
     commands = []
     for name, benchmark in chosen.items():

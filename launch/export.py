@@ -4,11 +4,12 @@ from pathlib import Path
 
 from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import Group, Job, Plan, Request
-from dinoreg.jobs.training_job import run_of
 from dinoreg.runtime.errors import UserError
 
 
 def plan(request: Request) -> Plan:
+    from dinoreg.checkpoint.run_folder import run_of  # here, so that help does not wait for it
+
     if request.source:
         raise UserError(f"launch export: {request.source}: expected key=value, as weights=RUN format=onnx out=FOLDER")
     command = ("export", *request.overrides)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from training import loss_trace, tiny_config
 
-from dinoreg.checkpoint.run_folder import read_run
+from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands import quickstart as module
 from dinoreg.commands.quickstart import probe_run, quickstart
 from dinoreg.config.load import Config
@@ -107,7 +107,7 @@ def test_a_whole_quickstart_trains_probes_prints_and_writes_the_report(
         assert f"{100 * each['value']:.1f}" in page
     assert "minutes in all" in shown
     assert "report.html" in shown.replace("\n", "")
-    assert verdict(read_run(out)).headline in shown
+    assert verdict(Run(out)).headline in shown
 
     # Once more on the finished run: it is not trained again, and nothing differs.
     before = loss_trace(out)

@@ -1,6 +1,5 @@
 """What kinds of job share: a training as one command that every start can use, and weights kept for later."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,6 @@ from dinoreg.config.overwrite import check_out, run_entries
 from dinoreg.jobs.job_type import Arguments
 from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
-
-_TEACHER = re.compile(r"step_(\d+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ def training(source: str, overrides: Sequence[str]) -> Training:
     The resolved config is kept in the run's `launch/`; `overwrite=true` is done at submission, once.
     raises UserError for whatever `dinoreg pretrain` would refuse before it opens the data
     """
-    config = load_config(source, overrides)
-    require_complete(config)
+    config = require_complete(load_config(source, overrides))
     out = Path(str(config.out))
     check_out(config, out)
     clears = (out,) if config.overwrite and run_entries(out) else ()
@@ -48,23 +44,6 @@ def _check_data(config: Config) -> None:
         text = str(source)
         if text != "scenes" and ":" not in text and not Path(text).exists():
             raise UserError(f"data={text}: no such file or folder on this machine")
-
-
-def run_of(weights: str | Path) -> Path | None:
-    """The run folder that `weights=` belongs to: the folder itself, or that of one of its teacher files."""
-    path = Path(weights)
-    if (path / "config.yaml").is_file():
-        return path
-    home = path.parent.parent
-    if path.parent.name == "teacher" and _TEACHER.fullmatch(path.name) and (home / "config.yaml").is_file():
-        return home
-    return None
-
-
-def step_of(weights: Path) -> int:
-    """The step of a run's teacher file; 0 for other weights."""
-    match = _TEACHER.fullmatch(weights.name)
-    return int(match[1]) if match else 0
 
 
 def kept_weights(run: Path, weights: Path) -> tuple[dict[Path, Path], dict[Path, str], Path]:

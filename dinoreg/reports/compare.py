@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Run, flatten, read_run
+from dinoreg.checkpoint.run_folder import Run
 from dinoreg.reports import html
 from dinoreg.reports.plots import SMOOTH, Chart, Line
+from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import score
 
 PROBED = {"marker": True, "from_zero": True}
@@ -32,7 +33,7 @@ NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
 def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write one page on several runs and return its path (`report.html` here when `out` is None)."""
-    loaded = [read_run(run) for run in runs]
+    loaded = [Run(run) for run in runs]
     names = run_names(loaded)
     path = Path(out or "report.html")
     path = path / "report.html" if path.is_dir() else path

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Probe, Run, flatten, read_run
+from dinoreg.checkpoint.run_folder import Probe, Run
 from dinoreg.reports import html
 from dinoreg.reports.plots import run_charts
 from dinoreg.reports.verdict import verdict
-from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.json_files import flatten, is_number
 
 MAX_LISTED = 200  # skipped images shown by name
 DETAILS = {
@@ -28,7 +28,7 @@ def write_report(folder: str | Path, problem: str = "") -> Path:
 
     problem  why its pictures could not be drawn, in a sentence (`visualize.run_pictures.draw_missing`)
     """
-    run = read_run(folder)
+    run = Run(folder)
     total = f" of {run.num_steps:,}" if run.num_steps else ""
     names = [*PICTURES, *sorted(set(run.pictures) - set(PICTURES))]
     content = html.page(

@@ -21,8 +21,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.config.overwrite import check_folder
 from dinoreg.reports import html
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
 
@@ -117,8 +118,7 @@ class Gallery:
         """Checks `out` and writes nothing; raises UserError when it cannot be a folder."""
         self.view, self.out, self.folder = view, out, out / view
         for path in (*reversed(out.parents), out, self.folder):
-            if path.exists() and not path.is_dir():
-                raise UserError(f"out={out}: {path} is a file, expected a folder")
+            check_folder(path, f"out={out}: {path}")
         self.saved: list[str] = []  # names of the pictures
 
     def picture(self, stem: str, image: Image.Image, description: str, note: str = "") -> html.Picture | None:
