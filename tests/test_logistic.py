@@ -102,7 +102,9 @@ def test_rows_in_chunks_give_the_fit_of_all_rows_at_once(monkeypatch: pytest.Mon
         monkeypatch.setattr("dinoreg.evaluation.solvers.feature_matrix.IN_MEMORY", 0)
     assert fit_logistic(x, y, 3, 0.5).objective == pytest.approx(whole.objective, rel=1e-6)
     again = select_and_fit(x, y, 3, (0.1, 1.0))
-    assert [each.loss for each in again.path] == pytest.approx([each.loss for each in chosen.path], rel=1e-4)
+    assert [each.losses[0] for each in again.visited] == pytest.approx(
+        [each.losses[0] for each in chosen.visited], rel=1e-4
+    )
 
 
 def test_the_chosen_C_is_the_best_on_validation_and_the_refit_uses_every_row() -> None:
@@ -110,10 +112,10 @@ def test_the_chosen_C_is_the_best_on_validation_and_the_refit_uses_every_row() -
     held_x, held_y = clusters(200, 8, 4)
     Cs = (1e-5, 1e-3, 1e-1, 10.0)
     chosen = select_and_fit(x, y, 4, Cs, validation=(held_x, held_y), patience=None)
-    assert [each.C for each in chosen.path] == list(Cs)
-    assert max(chosen.path, key=lambda each: (each.accuracy, -each.loss)).C == chosen.C
-    split = select_and_fit(x, y, 4, (chosen.C,))
-    direct = fit_logistic(x, y, 4, chosen.C)
+    assert [each.C for each in chosen.visited] == list(Cs)
+    assert chosen.C.item() == max(chosen.visited, key=lambda each: (each.scores[0], -each.losses[0])).C
+    split = select_and_fit(x, y, 4, (chosen.C.item(),))
+    direct = fit_logistic(x, y, 4, chosen.C.item())
     assert split.model.objective == pytest.approx(direct.objective, rel=1e-5)
 
 
@@ -122,7 +124,7 @@ def test_the_path_ends_when_stronger_fits_stop_helping() -> None:
     noise = y[torch.randperm(60, generator=torch.Generator().manual_seed(0))]  # labels without a pattern
     Cs = [10.0**e for e in range(-6, 6)]
     short = select_and_fit(x, noise, 3, Cs, patience=2)
-    assert len(short.path) < len(select_and_fit(x, noise, 3, Cs, patience=None).path) == len(Cs)
+    assert len(short.visited) < len(select_and_fit(x, noise, 3, Cs, patience=None).visited) == len(Cs)
 
 
 def test_the_held_out_share_is_seeded_and_balanced() -> None:

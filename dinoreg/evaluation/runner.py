@@ -5,6 +5,7 @@ encoder) that is done is kept at once, so that an interrupted evaluation goes on
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
@@ -23,11 +24,12 @@ from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.features.cache import FeatureStore
 from dinoreg.evaluation.features.images import default_workers, read_rgb
 from dinoreg.evaluation.options import EvalOptions
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.json_files import read_json
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
 
@@ -134,8 +136,8 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
             width, height = read_rgb(split.source, place).size
             if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
                 raise UserError(f"{split.source.name(place)}: a box is not finite")
-            for what, read in split.maps().items():
-                rows, columns = read(index).shape[:2]
+            for name_of_map, what in split.PIXELS:
+                rows, columns = getattr(split, name_of_map)(index).shape[:2]
                 if (rows, columns) != (height, width):
                     raise UserError(
                         f"{split.source.name(place)}: its {what} is {rows}x{columns}, the image {height}x{width}"
@@ -155,8 +157,8 @@ def evaluate_all(encoder: Encoder, plans: Sequence[Planned], request: Request, f
 def read_result(path: Path) -> Result | None:
     """A result that was written; None where there is none, or the file is torn or of another kind."""
     try:
-        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Result.from_dict(read_json(path))
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -165,77 +167,73 @@ class _Evaluation:
 
     def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
         self.encoder, self.plan, self.request, self.options = encoder, plan, request, request.options
-        self.path = folder / f"{plan.benchmark.name}.json"
-        self.unfinished = folder / ".unfinished" / plan.benchmark.name
-        self.examples = folder / "examples" / plan.benchmark.name
-        self.features = Path(self.options.features) if self.options.features else folder.parent / "features"
+        self.name, self.folder = plan.benchmark.name, folder
+        self.unfinished = folder / ".unfinished" / self.name
         self.key = _key(encoder, plan, request)
 
     def result(self) -> Result:
         """The result that is on disk under the same key, else a new one, written."""
-        kept = read_result(self.path)
-        if kept is not None and kept.key == self.key and not self.options.overwrite:
-            return kept
+        path, encoder, options = self.folder / f"{self.name}.json", self.encoder, self.options
+        known = read_result(path)
+        if known is not None and known.key == self.key and not options.overwrite:
+            return known
         started = time.time()
-        if self.options.examples:
-            shutil.rmtree(self.examples, ignore_errors=True)
-        rows = {"": self.rows("", lambda: self.encoder)}
-        if self.options.baselines:
-            rows["random init"] = self.rows("random init", lambda: self.encoder.random_init(self.options.seed))
-            rows["raw pixels"] = self.rows("raw pixels", self.pixels)
-        own = rows.pop("")
-        result = Result(self.plan.benchmark.name, self.key, own, rows, self.facts(started))
-        write_atomic(self.path, json.dumps(result.as_dict(), indent=1) + "\n")
+        if options.examples:
+            shutil.rmtree(self.folder / "examples" / self.name, ignore_errors=True)
+        own = self.rows("", lambda: encoder)
+        baselines = {}
+        if options.baselines:
+            sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
+            baselines["random init"] = self.rows("random init", lambda: encoder.random_init(options.seed))
+            baselines["raw pixels"] = self.rows("raw pixels", lambda: PixelEncoder(*sizes, device=encoder.device))
+        result = Result(self.name, self.key, own, baselines, self.facts(started))
+        write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return result
-
-    def pixels(self) -> Encoder:
-        """The baseline without a network."""
-        like = self.encoder
-        return PixelEncoder(like.patch_size, like.image_size, like.in_channels, device=like.device)
 
     def rows(self, role: str, make: Callable[[], Encoder]) -> tuple[Row, ...]:
         """The rows of every task in one role, "" for the encoder itself; what was finished before is not done again.
 
         make  gives the encoder: called when a task first needs it, once for all of them
         """
-        subject: Encoder | None = None
+        encoder = functools.cache(make)
         found: list[Row] = []
         for task, data in self.plan.tasks:
-            path = self.unfinished / f"{_name(task, role)}.json"
-            rows = None if self.options.overwrite else _kept_rows(path, self.key)
-            if rows is None:
-                subject = subject or make()
-                module = importlib.import_module(PROTOCOLS[task.protocol][0])
-                try:
-                    rows = module.evaluate(
-                        subject, data, task, _effective(self.request, task), self.context(task, role)
-                    )
-                except (UserError, RunError) as error:
-                    raise type(error)(f"{self.plan.benchmark.name}, {task.protocol}: {error}") from error
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
+            name = "-".join([task.protocol, *role.split()])
+            path = self.unfinished / f"{name}.json"
+            finished = {} if self.options.overwrite else read_json(path)
+            if finished.get("key") == self.key:
+                found += [Row.from_dict(row) for row in finished["rows"]]
+                continue
+            module = importlib.import_module(PROTOCOLS[task.protocol][0])
+            options = _effective(self.request, task)
+            try:
+                rows = module.evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
+            except (UserError, RunError) as error:
+                raise type(error)(f"{self.name}, {task.protocol}: {error}") from error
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
             found += rows
         return tuple(found)
 
-    def context(self, task: Task, role: str) -> Context:
-        """What a protocol is given besides its data."""
+    def context(self, name: str, role: str) -> Context:
+        """What a protocol is given besides its data; `name` is that of its files."""
         options = self.options
-        workers = default_workers() if options.workers is None else options.workers
 
         def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-            return show_progress(items, total, f"{self.plan.benchmark.name} · {what}")
+            return show_progress(items, total, f"{self.name} · {what}")
 
         return Context(
-            features=FeatureStore(self.features, options.features_dtype, options.batch_size, workers, progress),
+            features=Path(options.features) if options.features else self.folder.parent / "features",
             # With the key in its name, a state is never met by other weights or options.
-            state=self.unfinished / self.key / _name(task, role),
-            examples=self.examples if options.examples and not role else None,
+            state=self.unfinished / self.key / name,
+            examples=self.folder / "examples" / self.name if options.examples and not role else None,
             seed=options.seed,
             image_size=options.image_size or self.encoder.default_size,
             batch_size=options.batch_size,
-            workers=workers,
+            workers=default_workers() if options.workers is None else options.workers,
             num_examples=options.examples,
+            features_dtype=options.features_dtype,
             progress=progress,
         )
 
@@ -258,19 +256,6 @@ class _Evaluation:
             "seconds": time.time() - started,
             "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         }
-
-
-def _name(task: Task, role: str) -> str:
-    """Of a task's files in one role."""
-    return "-".join([task.protocol, *role.split()])
-
-
-def _kept_rows(path: Path, key: str) -> list[Row] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return [Row.from_dict(row) for row in content["rows"]] if content["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _effective(request: Request, task: Task) -> EvalOptions:

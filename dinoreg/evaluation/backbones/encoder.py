@@ -11,7 +11,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -66,10 +66,10 @@ class Encoder(ABC):
         norm    apply the final norm to each
         """
         wanted = [self.block(each) for each in blocks]
+        ascending = sorted(set(wanted))
         with autocast(self.device, self.dtype):
-            found = self._layers(self.prepare(images), sorted(set(wanted)), norm)
-        by_block = dict(zip(sorted(set(wanted)), found))
-        return [Tokens(*(part.float() for part in by_block[each])) for each in wanted]
+            found = self._layers(self.prepare(images), ascending, norm)
+        return [Tokens(*(part.float() for part in found[ascending.index(each)])) for each in wanted]
 
     @torch.no_grad()
     def qkv(self, images: Tensor, block: int = -1) -> dict[str, Tensor]:
@@ -157,8 +157,6 @@ class NativeEncoder(_ModuleEncoder):
         super().__init__(module, *arguments, **options)
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        if list(blocks) == [self.depth - 1] and norm:
-            return [self.module(x)]
         return self.module.intermediate_tokens(x, blocks, norm)
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,9 +191,6 @@ class TimmEncoder(_ModuleEncoder):
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
         model: Any = self.module
-        if list(blocks) == [self.depth - 1] and norm:
-            tokens = model.forward_features(x)
-            return [_split(tokens, self.num_registers)]
         found = model.forward_intermediates(
             x, indices=list(blocks), return_prefix_tokens=True, norm=norm, output_fmt="NLC", intermediates_only=True
         )
@@ -203,16 +198,20 @@ class TimmEncoder(_ModuleEncoder):
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
         model: Any = self.module
-        with _captured(model.blocks[block].attn.qkv) as seen:
+        with _captured(model.blocks[block].attn.qkv) as outputs:
             model.forward_features(x)
-        q, k, v = seen[0][:, 1 + self.num_registers :].chunk(3, dim=-1)
+        q, k, v = outputs[0][:, 1 + self.num_registers :].chunk(3, dim=-1)
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
         with seeded(seed):
             model = copy.deepcopy(self.module)
             model.init_weights()  # type: ignore[operator]
-            return self._like(_reset_rest(model))
+            for key in ("reg_token", "cls_token", "pos_embed"):  # which `init_weights` leaves alone
+                value = getattr(model, key, None)
+                if isinstance(value, nn.Parameter):
+                    nn.init.trunc_normal_(value.data, std=0.02)
+            return self._like(model)
 
 
 class TransformersEncoder(_ModuleEncoder):
@@ -244,13 +243,17 @@ class TransformersEncoder(_ModuleEncoder):
         return [_split(each, self.num_registers) for each in chosen]
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        layer = dict(_layer_of(self.module, block).named_modules())
+        lists = (each for each in self.module.modules() if isinstance(each, nn.ModuleList) and len(each) == self.depth)
+        blocks = next(lists, None)  # wherever this version keeps it
+        if blocks is None:
+            raise UserError(f"{type(self.module).__name__}: its list of blocks was not found")
+        layer = dict(blocks[block].named_modules())
         # The names before and after transformers 5.
         endings = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
         parts = [next(layer[name] for name in layer if name.endswith(pair)) for pair in endings]
-        with _captured(*parts) as seen:
+        with _captured(*parts) as outputs:
             self._forward(x)
-        q, k, v = (each[:, 1 + self.num_registers :] for each in seen)
+        q, k, v = (outputs[place][:, 1 + self.num_registers :] for place in range(3))
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
@@ -313,15 +316,16 @@ def wrap(
     stated = stated if isinstance(stated, dict) else {}
     mean = mean if mean is not None else stated.get("mean", IMAGENET_MEAN)
     std = std if std is not None else stated.get("std", IMAGENET_STD)
-    kinds: list[tuple[type[_ModuleEncoder], bool]] = [
-        (NativeEncoder, isinstance(model, RegisterViT)),
-        (TransformersEncoder, hasattr(getattr(model, "config", None), "model_type")),
-        (TimmEncoder, hasattr(model, "forward_intermediates")),
-    ]
-    for kind, fits in kinds:
-        if fits:
-            return kind(model, name or type(model).__name__, mean, std, device, dtype)
-    raise UserError(f"{type(model).__name__}: expected a RegisterViT, or a ViT of timm or transformers")
+    kind: type[_ModuleEncoder]
+    if isinstance(model, RegisterViT):
+        kind = NativeEncoder
+    elif hasattr(getattr(model, "config", None), "model_type"):
+        kind = TransformersEncoder
+    elif hasattr(model, "forward_intermediates"):
+        kind = TimmEncoder
+    else:
+        raise UserError(f"{type(model).__name__}: expected a RegisterViT, or a ViT of timm or transformers")
+    return kind(model, name or type(model).__name__, mean, std, device, dtype)
 
 
 def _split(tokens: Tensor, num_registers: int) -> Tokens:
@@ -343,38 +347,15 @@ def _identity(module: nn.Module, rest: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def _layer_of(model: Any, block: int) -> nn.Module:
-    """Block `block` of a transformers ViT, wherever its version keeps the list."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
-            return module[block]
-    raise UserError(f"{type(model).__name__}: its list of blocks was not found")
-
-
-def _reset_rest(model: nn.Module) -> nn.Module:
-    """Tokens and positions that timm's `init_weights` leaves alone."""
-    for key in ("reg_token", "cls_token", "pos_embed"):
-        value = getattr(model, key, None)
-        if isinstance(value, nn.Parameter):
-            nn.init.trunc_normal_(value.data, std=0.02)
-    return model
-
-
 @contextmanager
-def _captured(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of some modules in the forward pass that happens inside."""
-    seen: dict[int, Tensor] = {}
-    outputs: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, n=n: seen.__setitem__(n, output))
-        for n, module in enumerate(modules)
-    ]
-    try:
+def _captured(*modules: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """{place: output} of some modules in the forward pass that happens inside."""
+    outputs: dict[int, Tensor] = {}
+    with ExitStack() as hooks:
+        for place, module in enumerate(modules):
+            handle = module.register_forward_hook(lambda _m, _i, output, at=place: outputs.__setitem__(at, output))
+            hooks.callback(handle.remove)
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-        outputs += [seen[n] for n in sorted(seen)]
 
 
 @contextmanager

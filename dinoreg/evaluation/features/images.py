@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -84,25 +85,11 @@ def load_batches(
     load: Callable[[int], np.ndarray], indices: Sequence[int], batch_size: int, workers: int = 0
 ) -> Iterator[Tensor]:
     """What `load` gives for each index, (h, w, 3) uint8 of one size, in order: (b, 3, h, w)."""
-    waiting: list[np.ndarray] = []
-    for pixels in parallel(load, indices, workers):
-        waiting.append(pixels)
-        if len(waiting) == batch_size:
-            yield stack_images(waiting)
-            waiting = []
-    if waiting:
-        yield stack_images(waiting)
-
-
-def still_batches(
-    source: Source, transform: Callable[[Image.Image], np.ndarray], batch_size: int, workers: int = 0, start: int = 0
-) -> Iterator[Tensor]:
-    """The images from `start` on, transformed, in order: (b, 3, h, w) uint8, channels innermost in memory."""
-    indices = range(start, len(source))
-    return load_batches(lambda index: transform(read_rgb(source, index)), indices, batch_size, workers)
+    images = parallel(load, indices, workers)
+    while batch := list(islice(images, batch_size)):
+        yield stack_images(batch)
 
 
 def default_workers() -> int:
     """Decoding threads: one for every core but one, at most 16."""
-    cores = usable_cores()
-    return min(max(cores - 1, 1), 16)
+    return min(max(usable_cores() - 1, 1), 16)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.features.images import load_batches
 from dinoreg.runtime.errors import RunError
-
-Progress = Callable[[Iterable[Any], int, str], Iterator[Any]]
+from dinoreg.runtime.json_files import read_json
 
 
 def require_finite(tokens: Tensor, names: Sequence[str], encoder: Encoder) -> None:
@@ -26,25 +27,25 @@ def require_finite(tokens: Tensor, names: Sequence[str], encoder: Encoder) -> No
 
 
 def extract_rows(
+    context: Context,
     path: Path,
     encoder: Encoder,
     source: Source,
-    batches: Callable[[int], Iterator[Tensor]],
+    load: Callable[[int], np.ndarray],
     compute: Callable[[Tensor], Tensor],
     *,
     batch_size: int,
-    dtype: np.dtype,
-    progress: Progress,
     what: str,
     flush_every: int,
     note: Mapping[str, Any] | None = None,
     advice: str = "",
 ) -> np.ndarray:
-    """What `compute` gives for every image of a source: (images, ...) of `dtype`, memory-mapped and read only.
+    """What `compute` gives for every image of a source: (images, ...) of `features_dtype`, memory-mapped and
+    read only.
 
     path         of the .npy file; a .json beside it holds `note` and how far the extraction is
-    batches      first image -> batches (b, 3, h, w) of it and all after it, of `batch_size` images each
-    compute      batch -> (b, ...), one row for each image
+    load         image -> (h, w, 3) uint8, all of one size; runs ahead in threads
+    compute      batch (b, 3, h, w) of `batch_size` images -> (b, ...), one row for each image
     what         is shown beside the progress
     flush_every  rows between two notes of how far the extraction is
     advice       behind the message that the disk is full
@@ -56,11 +57,13 @@ def extract_rows(
     done = flushed = _rows_done(path, noted)
     rows: np.ndarray | None = np.load(path, mmap_mode="r+") if done else None
     left = -(-(len(source) - done) // batch_size)
-    for images in progress(batches(done), left, f"{what} ({encoder.name})") if left else ():
+    batches = load_batches(load, range(done, len(source)), batch_size, context.workers)
+    for images in context.progress(batches, left, f"{what} ({encoder.name})") if left else ():
         values = compute(images)
         require_finite(values, [source.name(done + place) for place in range(len(values))], encoder)
         if rows is None:
-            rows = _create(path, (len(source), *values.shape[1:]), dtype, what, advice)
+            shape = (len(source), *values.shape[1:])
+            rows = _create(path, shape, np.dtype(context.features_dtype), what, advice)
         rows[done : done + len(values)] = values.cpu().numpy()
         done += len(values)
         if done - flushed >= flush_every or done == len(source):
@@ -72,7 +75,7 @@ def extract_rows(
 
 def _rows_done(path: Path, noted: Path) -> int:
     try:
-        done = int(json.loads(noted.read_text())["done"])
+        done = int(read_json(noted)["done"])
         return done if 0 <= done <= len(np.load(path, mmap_mode="r")) else 0
     except (OSError, ValueError, KeyError, TypeError):
         return 0

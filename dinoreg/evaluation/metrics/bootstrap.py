@@ -1,16 +1,16 @@
-"""Scores of a classifier and how sure they are: top-1, mean per class, percentile bootstrap.
-
-`rankme` and `knn_predict` live in `knn_rankme.py`: the probe inside a run needs them without the rest.
-"""
+"""Scores of a classifier and how sure they are: top-1, mean per class, percentile bootstrap."""
 
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 
-__all__ = ["bootstrap_interval", "bootstrap_statistic", "knn_predict", "mean_per_class_accuracy", "rankme", "top1"]
+def nanmean(values: ArrayLike) -> float:
+    """The mean of the values that are finite; NaN where none is."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def top1(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -56,7 +56,11 @@ def bootstrap_interval(
                 for start in range(0, samples, rows)
             ]
         )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return _percentiles(means, confidence)
+
+
+def _percentiles(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -86,7 +90,4 @@ def bootstrap_statistic(
         [statistic(np.bincount(rng.integers(0, count, size=count), minlength=count)) for _ in range(samples)]
     )
     values = values[np.isfinite(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return _percentiles(values, confidence) if len(values) else (float("nan"), float("nan"))

@@ -6,6 +6,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from dinoreg.evaluation.metrics.bootstrap import nanmean
 from dinoreg.evaluation.metrics.box_ap import (
     ClassMatches,
     Detections,
@@ -50,13 +51,18 @@ class Scores:
 
 
 def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ()) -> Scores:
-    """A detector's figures by a rule of RULES; shares in [0, 1], averaged over the classes that occur."""
+    """A detector's figures by a rule of RULES; shares in [0, 1], averaged over the classes that occur.
+
+    names  of the K classes, for `per_class`, which holds those that have one
+    """
     if rule == "coco":
         by_size = coco_matches(found, truth)
         every = by_size["all"]
         precision = average_precision(every, "101")
-        details = {f"AP {size}": mean(average_precision(by_size[size], "101")) for size in ("small", "medium", "large")}
-        details["AP75"] = mean(precision[5:6])
+        details = {
+            f"AP {size}": nanmean(average_precision(by_size[size], "101")) for size in ("small", "medium", "large")
+        }
+        details["AP75"] = nanmean(precision[5:6])
         half = [matches.at(0) for matches in every]
         figures = (_figure("AP", "", every, "101", names), _figure("AP50", "", half, "101", names))
         return Scores(figures, details)
@@ -77,23 +83,11 @@ def whole_images(sizes: np.ndarray, often: np.ndarray) -> Detections:
     return Detections(np.arange(count).repeat(classes), boxes, np.tile(np.arange(classes), count), scores)
 
 
-def mean(precision: np.ndarray) -> float:
-    """The mean over what is not NaN; NaN where all is."""
-    values = precision[np.isfinite(precision)]
-    return float(values.mean()) if len(values) else float("nan")
-
-
 def _figure(metric: str, variant: str, matches: list[ClassMatches], points: str, names: Sequence[str]) -> Figure:
     precision = average_precision(matches, points)
-    per_class = {
-        str(names[label]) if label < len(names) else str(label): mean(precision[:, label])
-        for label in range(precision.shape[1])
-        if np.isfinite(precision[:, label]).any()
-    }
-    return Figure(
-        metric,
-        variant,
-        mean(precision),
-        per_class,
-        lambda weights: mean(average_precision(matches, points, weights)),
-    )
+    per_class = {name: nanmean(values) for name, values in zip(names, precision.T) if np.isfinite(values).any()}
+
+    def resampled(weights: np.ndarray) -> float:
+        return nanmean(average_precision(matches, points, weights))
+
+    return Figure(metric, variant, nanmean(precision), per_class, resampled)

@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.lost import Found, gram, lost
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
 from dinoreg.evaluation.dense.windows import pad_to_patches
@@ -24,7 +23,7 @@ from dinoreg.evaluation.features.images import read_rgb
 from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
-from dinoreg.evaluation.options import DiscoveryOptions, EvalOptions
+from dinoreg.evaluation.options import DiscoveryOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
@@ -33,11 +32,11 @@ MIN_OVERLAP = 0.5  # of the box with a true one
 MAX_PATCHES = 20_000  # of one image: their similarities take 1.6 GB
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """CorLoc of the best block and bias, then of the box that is the whole image, which needs no model at all."""
-    settings = options.discovery
-    measured = Measurement(data, task, context, Boxed, MISSING, "object discovery", ("CorLoc",))
-    test = measured.split("test")
+    measured.check_metric("object discovery", ("CorLoc",))
+    settings, encoder, context = measured.options.discovery, measured.encoder, measured.context
+    test = measured.split("test", Boxed, MISSING)
     check_boxes(test, "test")
     # An encoder of one block (raw pixels) has only that to offer.
     blocks = [0] if encoder.depth == 1 else list(dict.fromkeys(encoder.block(each) for each in settings.blocks))

@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, FlowPairs
+from dinoreg.evaluation.data import FlowPairs
 from dinoreg.evaluation.dense.flow_frames import forget_tokens, frame_tokens, truth
 from dinoreg.evaluation.dense.flow_matching import TALLY, Geometry, Projection, Truth, figures, match, tally
 from dinoreg.evaluation.dense.pictures import draw_flow
 from dinoreg.evaluation.features.images import parallel, read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
-from dinoreg.evaluation.options import EvalOptions, FlowOptions
+from dinoreg.evaluation.options import FlowOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.train_heads import cosine, generator, train_heads
@@ -44,21 +43,20 @@ Matcher = Callable[[Tensor, Tensor], Tensor]  # unit tokens (N, D) of two frames
 Loaded = tuple[Tensor, Tensor, Truth]  # tokens (N, D) of both frames of a pair, and what is known of it
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """Rows "linear" and "zero-shot" of each pass: end-point error in pixels, lower is better.
 
     data  splits "train" and "test" of FlowPairs, all frames of one size; several renderings of the same scenes come as
           extra["passes"] = {name: splits}, the first of which gives the headline
     """
-    settings = options.flow
-    of_test = Measurement(data, task, context, FlowPairs, MISSING.format(which=""), "optical flow", ("EPE",))
-    of_all = Measurement(replace(data, variant="all pairs"), task, context, FlowPairs, "")
+    measured.check_metric("optical flow", ("EPE",))
+    settings, data, context = measured.options.flow, measured.data, measured.context
     passes: dict[str, dict[str, FlowPairs]] = {}
     for name, splits in (data.extra.get("passes") or {"": data.splits}).items():
         missing = MISSING.format(which=f" of the {name} pass" if name else "")
-        measured = Measurement(replace(data, splits=splits), task, context, FlowPairs, missing)
-        passes[name] = {split: measured.split(split) for split in SPLITS}
-    matching = Matching(encoder, passes, settings, context)
+        of_pass = replace(measured, data=replace(data, splits=splits))
+        passes[name] = {split: of_pass.split(split, FlowPairs, missing) for split in SPLITS}
+    matching = Matching(measured.encoder, passes, settings, context)
     zero_shot = {
         split: {name: matching.measure(matching.zero_shot, name, split, "zero_shot") for name in passes}
         for split in ("test", "train")
@@ -74,7 +72,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         "patches": list(matching.geometry.grid),
         "frames_resized_to": list(matching.geometry.working),
         "upscale": settings.upscale,
-        "tokens_on_disk": context.features.dtype.name,
+        "tokens_on_disk": context.features_dtype,
         "test_scenes": sorted(set(matching.first["test"].scenes)),
     }
     fixed = {**shared, "temperature": settings.temperature, "window": settings.window}
@@ -93,7 +91,8 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         ("zero-shot", zero_shot["test"], {"settings": fixed}),
     ):
         for name, splits in passes.items():
-            rows.append(_row(of_test, kind, name, tallies[name], splits["test"].scenes, **fields))
+            rows.append(_row(measured, kind, name, tallies[name], splits["test"].scenes, **fields))
+    of_all = replace(measured, data=replace(data, variant="all pairs"))
     for name, splits in passes.items():
         both = torch.cat([zero_shot[split][name] for split in SPLITS])
         scenes = [scene for split in SPLITS for scene in splits[split].scenes]
@@ -123,7 +122,7 @@ class Matching:
         # A pair takes many megabytes, so that few are loaded ahead.
         self.context = replace(context, workers=min(context.workers, AHEAD))
         stamps = [(name, split, len(pairs), pairs.source.stamp()) for name, split, pairs in everything]
-        key: list[Any] = [encoder.identity, str(encoder.dtype), context.features.dtype.name, stamps]
+        key: list[Any] = [encoder.identity, str(encoder.dtype), context.features_dtype, stamps]
         key += [asdict(self.geometry), asdict(settings), context.seed]
         # States of unfinished work are named by this, so that none is taken up under other options.
         self.key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
@@ -219,9 +218,7 @@ class Matching:
         return (torch.tensor(total) / max(count, 1)).float()
 
 
-def _row(
-    measured: Measurement[FlowPairs], kind: str, name: str, tallies: Tensor, scenes: Sequence[str], **fields: Any
-) -> Row:
+def _row(measured: Measurement, kind: str, name: str, tallies: Tensor, scenes: Sequence[str], **fields: Any) -> Row:
     """The row of one measurement: tallies (pairs, 3, len(TALLY)) of the matcher, of no flow and of mean flow."""
     sums, counts = (tallies[:, 0, TALLY.index(key)].numpy() for key in ("sum", "count"))
 

@@ -16,9 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder
-from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, Segmented
+from dinoreg.evaluation.data import Segmented
 from dinoreg.evaluation.dense.pictures import panel, triptych
 from dinoreg.evaluation.dense.segmentation_head import (
     LONGEST,
@@ -39,7 +38,7 @@ from dinoreg.evaluation.dense.windows import (
 from dinoreg.evaluation.features.images import stack_images
 from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
-from dinoreg.evaluation.options import EvalOptions, SegmentationOptions
+from dinoreg.evaluation.options import SegmentationOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.train_heads import polynomial, train_heads
@@ -48,18 +47,16 @@ from dinoreg.runtime.errors import UserError
 MISSING = "segmentation needs a split {name!r} with masks; the dataset has {splits}"
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """mIoU of linear heads. With several heads the first row is the best of them, and one row for each follows.
 
     The best is chosen on "val" where the dataset has one besides the reported "test", else on "test" itself, and
     `chosen_on` says so. UserError for a missing split and for masks that do not fit their images.
     """
-    settings = options.segmentation
-    measured = Measurement(data, task, context, Segmented, MISSING)
-    train, test, val = measured.splits()
-    probe = LinearProbe(encoder, settings, context)
+    train, test, val = measured.splits(Segmented, MISSING)
+    probe = LinearProbe(measured.encoder, measured.options.segmentation, measured.context)
     heads, losses = probe.train(train)
-    names = class_keys(data.class_names, test.num_classes)
+    names = class_keys(measured.data.class_names, test.num_classes)
 
     def scores(counts: Mapping[str, Confusion]) -> dict[str, float]:
         """By which the best head is chosen; one that diverged is only if all did."""
@@ -74,7 +71,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         most_frequent, constant = counts[key].constant()
         return measured.row(
             counts[key].miou(),
-            counts[key].interval(seed=context.seed),
+            counts[key].interval(seed=measured.context.seed),
             variant=variant,
             chosen_on=chosen_on,
             n_train=len(train),

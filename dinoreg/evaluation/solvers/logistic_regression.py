@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dinoreg.evaluation.solvers.feature_matrix import CentredRows, Parts, Rows
+from dinoreg.evaluation.solvers.feature_matrix import CentredRows, Rows
 from dinoreg.evaluation.solvers.lbfgs import flat, minimize
 
 LOGITS = 1 << 21  # logits in flight while fitting: 8 MB
@@ -59,8 +59,8 @@ class LogisticModel:
 
     def chunks(self, rows: Rows, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
         """Which rows, and their logits (m, K) float32 on the device; the rows may be memory-mapped."""
-        for start, x in rows.chunks(ROWS):
-            yield slice(start, start + len(x)), self.logits(x.to(device))
+        for part, x in rows.chunks(ROWS):
+            yield part, self.logits(x.to(device))
 
     def with_classes_of(self, other: LogisticModel, classes: Tensor) -> LogisticModel:
         """This model with some classes (K,) bool taken from another."""
@@ -75,9 +75,10 @@ class LogisticModel:
 class LogisticProblem(ABC):
     """Centred features with their principal axes, shared by every C; what a subclass adds are labels and loss.
 
-    fitted   (K,) bool: the classes that the rows say something about
-    counts   (K,) rows that count for each class
-    penalty  factor of ||W||² / 2
+    fitted    (K,) bool: the classes that the rows say something about
+    counts    (K,) rows that count for each class
+    log_odds  (K,) float64 intercepts to start from beside weights of 0: they know how often each class occurs
+    penalty   factor of ||W||² / 2
 
     With x = (feature - mean) / scale, logits are x A + b; A (D, k) holds the scaled weights of the classes in question.
     """
@@ -86,11 +87,12 @@ class LogisticProblem(ABC):
 
     fitted: Tensor
     counts: Tensor
+    log_odds: Tensor
     penalty = 1.0
 
     def __init__(
         self,
-        parts: Parts,
+        rows: Rows,
         *,
         standardize: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -98,12 +100,10 @@ class LogisticProblem(ABC):
     ) -> None:
         """Read the features; ValueError where one is not finite.
 
-        parts        feature matrices that follow one another, each with the ascending rows that are meant, or None for
-                     all; they may be memory-mapped and of any floating type
         standardize  divide each feature by its standard deviation first, which changes what the penalty means
         dtype        of the large products; sums and parameters are float64 either way
         """
-        self.data = CentredRows(parts, dtype, device, standardize)
+        self.data = CentredRows(rows, dtype, device, standardize)
 
     def solve(
         self,
@@ -123,7 +123,7 @@ class LogisticProblem(ABC):
         Cs = torch.as_tensor(C, dtype=torch.float64).expand(len(self.fitted))
         if not bool((Cs > 0).all()):
             raise ValueError(f"every class needs a C above 0, got {Cs.min():g}")
-        model = self._start() if init is None else init
+        model = self._start if init is None else init
         which = (self.fitted if classes is None else self.fitted & classes).nonzero()[:, 0]
         if not len(which):
             return model
@@ -173,17 +173,13 @@ class LogisticProblem(ABC):
     def _logits(self, a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Chunks of rows: which they are, the rows (m, D) and their logits (m, k)."""
         a, b = a.to(self.data.dtype), b.to(self.data.dtype)
-        for start, x in self.data.chunks(max(256, LOGITS // len(b))):
-            yield slice(start, start + len(x)), x, torch.addmm(b, x, a)
+        for part, x in self.data.chunks(max(256, LOGITS // len(b))):
+            yield part, x, torch.addmm(b, x, a)
 
-    def _model(self, bias: Tensor) -> LogisticModel:
-        """Zero weights beside intercepts (K,)."""
-        weight = torch.zeros(len(bias), self.data.dim, dtype=torch.float64)
-        return LogisticModel(weight, bias, torch.zeros(len(bias), dtype=torch.float64), self.fitted)
-
-    @abstractmethod
+    @property
     def _start(self) -> LogisticModel:
-        """The model that knows how often each class occurs."""
+        weight = torch.zeros(len(self.fitted), self.data.dim, dtype=torch.float64)
+        return LogisticModel(weight, self.log_odds, torch.zeros_like(self.log_odds), self.fitted)
 
     @abstractmethod
     def _losses(self, z: Tensor, part: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,25 +193,23 @@ class LogisticProblem(ABC):
 class SoftmaxProblem(LogisticProblem):
     """One class out of K for each row.
 
-    labels  (n,) integers in [0, K); ValueError for anything else
+    rows  with labels (n,), integers in [0, K); ValueError for anything else
 
     The free intercept of a class without rows would go to minus infinity: it is left out, and never predicted.
     """
 
     exclusive = True
 
-    def __init__(self, parts: Parts, labels: ArrayLike | Tensor, num_classes: int, **options: Any) -> None:
-        super().__init__(parts, **options)
-        known = checked_labels(labels, self.data.n, num_classes)
-        self.frequencies = torch.bincount(known, minlength=num_classes).double()
-        self.fitted = self.frequencies > 0
-        self.counts = torch.full_like(self.frequencies, self.data.n)
+    def __init__(self, rows: Rows, num_classes: int, **options: Any) -> None:
+        super().__init__(rows, **options)
+        known = checked_labels(rows.labels, self.data.n, num_classes)
+        frequencies = torch.bincount(known, minlength=num_classes).double()
+        self.fitted = frequencies > 0
+        self.counts = torch.full_like(frequencies, self.data.n)
+        self.log_odds = (frequencies / self.data.n).log()
         self.penalty = 2.0 if num_classes == 2 else 1.0  # scikit-learn penalises one vector for two classes
         places = self.fitted.cumsum(0) - 1  # among the classes that occur
         self.labels = places[known].to(self.data.device)[:, None]  # (n, 1)
-
-    def _start(self) -> LogisticModel:
-        return self._model((self.frequencies / self.data.n).log())
 
     def _losses(self, z: Tensor, part: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
         true = self.labels[part]
@@ -233,24 +227,23 @@ class SoftmaxProblem(LogisticProblem):
 class SigmoidProblem(LogisticProblem):
     """K independent binary regressions on the same features; each has a C of its own.
 
-    labels  (n, K) 1 present, 0 absent, -1 not counted for that class; ValueError for another shape or value
+    rows  with labels (n, K): 1 present, 0 absent, -1 not counted for that class; ValueError for others
     """
 
     exclusive = False
 
-    def __init__(self, parts: Parts, labels: Tensor, **options: Any) -> None:
-        super().__init__(parts, **options)
+    def __init__(self, rows: Rows, **options: Any) -> None:
+        super().__init__(rows, **options)
+        labels = rows.labels
         if labels.ndim != 2 or len(labels) != self.data.n:
             raise ValueError(f"labels of shape {tuple(labels.shape)} for {self.data.n} rows, expected (n, K)")
         if not torch.isin(labels, torch.tensor([-1, 0, 1], dtype=labels.dtype)).all():
             raise ValueError("labels must be 1, 0 or -1")
         self.labels = labels.to(self.data.device, torch.int8)
-        self.counts, self.present = ((labels >= least).sum(dim=0).double().cpu() for least in (0, 1))
-        self.fitted = (self.present > 0) & (self.present < self.counts)
-
-    def _start(self) -> LogisticModel:
-        odds = (self.present / (self.counts - self.present)).log()
-        return self._model(torch.nan_to_num(odds, nan=-UNSEEN, posinf=UNSEEN, neginf=-UNSEEN))
+        self.counts, present = ((labels >= least).sum(dim=0).double().cpu() for least in (0, 1))
+        self.fitted = (present > 0) & (present < self.counts)
+        odds = (present / (self.counts - present)).log()
+        self.log_odds = odds.nan_to_num(nan=-UNSEEN, posinf=UNSEEN, neginf=-UNSEEN)
 
     def _losses(self, z: Tensor, part: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
         labels = self.labels[part][:, columns]

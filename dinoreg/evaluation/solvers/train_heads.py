@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.context import Context, SavedState
 from dinoreg.runtime.errors import RunError
 
 
@@ -57,7 +57,7 @@ def train_heads(
     returns {key: mean loss of the last tenth}; once a loss is not finite it is NaN, and its head learns no more.
     Raises RunError when that happens to all of them.
     """
-    saved = context.saved(name, sorted(heads))
+    saved = SavedState(context, name, sorted(heads))
     start, broken, tail = 0, set[str](), dict[str, list[float]]()
     if saved.state is not None:
         start, broken, tail = saved.state["step"], set(saved.state["broken"]), saved.state["tail"]
