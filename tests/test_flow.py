@@ -22,7 +22,7 @@ from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.dense import flow_frames, flow_matching
 from dinoreg.evaluation.dense.flow_matching import Geometry, Projection, Truth, figures, match, tally
 from dinoreg.evaluation.dense.pictures import draw_flow, flow_colours
-from dinoreg.evaluation.features import rows as feature_rows
+from dinoreg.evaluation.features import cache as feature_rows
 from dinoreg.evaluation.options import EvalOptions, FlowOptions
 from dinoreg.evaluation.protocols import flow
 from dinoreg.evaluation.protocols.measurement import Measurement

@@ -14,7 +14,7 @@ from rich.table import Table
 from dinoreg.config.option import dotted, read
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.runner import Planned, Request, check_size, choose, evaluate_all, preflight
+from dinoreg.evaluation.runner import Planned, Request, check_size, choose, measure, preflight
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
 
@@ -67,7 +67,7 @@ def evaluate_dataset(model: Any, dataset: str, options: Mapping[str, Any]) -> An
     names = [dataset] if Path(dataset).exists() else dataset.split(",")
     plans, _ = _prepare(names, request, dataset == "all")
     encoder, folder, _ = _open(model, request.options)
-    results = list(evaluate_all(encoder, plans, request, folder))
+    results = [measure(encoder, plan, request, folder) for plan in plans]
     from dinoreg.reports.evaluation_report import write_evaluation
 
     write_evaluation(folder)
@@ -188,9 +188,8 @@ def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: P
     failed = []
     for plan in plans:
         try:
-            for result in evaluate_all(encoder, [plan], request, folder):
-                row = result.headline
-                _say(f"{plan.benchmark.name}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
+            row = measure(encoder, plan, request, folder).headline
+            _say(f"{plan.benchmark.name}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
         except (UserError, RunError) as error:
             if len(plans) == 1:
                 raise

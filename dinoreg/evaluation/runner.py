@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.config.option import flat, nearest
+from dinoreg.config.option import check, flat, nearest
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.context import Context, show_progress
@@ -60,18 +60,19 @@ class Request:
 
 def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
     """The benchmarks of `dinoreg eval NAME,NAME | all | PATH`; UserError for one that is not known."""
-    found: list[Benchmark] = []
+    chosen: dict[str, Benchmark] = {}
     for name in names:
         if name == "all":
-            found += benchmarks().values()
-        elif Path(name).exists() and not name.endswith(".py"):
+            chosen |= benchmarks()
+            continue
+        if Path(name).exists() and not name.endswith(".py"):
             from dinoreg.evaluation.custom.datasets import own_benchmark
 
-            found.append(own_benchmark(Path(name), request.dataset.get("own", {})))
+            benchmark = own_benchmark(Path(name), request.dataset.get("own", {}))
         else:
-            found.append(find_benchmark(name))
-    unique = {benchmark.name: benchmark for benchmark in found}
-    return list(unique.values())
+            benchmark = find_benchmark(name)
+        chosen[benchmark.name] = benchmark
+    return list(chosen.values())
 
 
 def preflight(chosen: Sequence[Benchmark], request: Request) -> tuple[list[Planned], dict[str, str]]:
@@ -144,14 +145,12 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
                     )
 
 
-def evaluate_all(encoder: Encoder, plans: Sequence[Planned], request: Request, folder: Path) -> Iterator[Result]:
-    """Measure every planned dataset and write `folder/<dataset>.json`; yields each result when it is there.
+def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
+    """Measure a planned dataset and write `folder/<dataset>.json`; a result that is there under the same key is read.
 
     A dataset that fails raises after what it had finished was kept: run the same again to go on.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for plan in plans:
-        yield _Evaluation(encoder, plan, request, folder).result()
+    return _Evaluation(encoder, plan, request, folder).result()
 
 
 def read_result(path: Path) -> Result | None:
@@ -166,27 +165,42 @@ class _Evaluation:
     """One dataset with one encoder and its baselines; finished tasks are kept under a key over all that counts."""
 
     def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
-        self.encoder, self.plan, self.request, self.options = encoder, plan, request, request.options
-        self.name, self.folder = plan.benchmark.name, folder
+        self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
+        self.name = plan.benchmark.name
         self.unfinished = folder / ".unfinished" / self.name
         self.key = _key(encoder, plan, request)
 
     def result(self) -> Result:
         """The result that is on disk under the same key, else a new one, written."""
-        path, encoder, options = self.folder / f"{self.name}.json", self.encoder, self.options
+        path, encoder, options = self.folder / f"{self.name}.json", self.encoder, self.request.options
         known = read_result(path)
         if known is not None and known.key == self.key and not options.overwrite:
             return known
         started = time.time()
         if options.examples:
             shutil.rmtree(self.folder / "examples" / self.name, ignore_errors=True)
-        own = self.rows("", lambda: encoder)
-        baselines = {}
+        own, baselines = self.rows("", lambda: encoder), {}
         if options.baselines:
             sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
             baselines["random init"] = self.rows("random init", lambda: encoder.random_init(options.seed))
             baselines["raw pixels"] = self.rows("raw pixels", lambda: PixelEncoder(*sizes, device=encoder.device))
-        result = Result(self.name, self.key, own, baselines, self.facts(started))
+        facts = {
+            "title": self.plan.benchmark.title,
+            "task": self.plan.benchmark.task,
+            "weights": {"name": encoder.name, "identity": encoder.identity},
+            "precision": str(encoder.dtype).removeprefix("torch."),
+            "image_size": options.image_size or encoder.default_size,
+            "seed": options.seed,
+            "published": [
+                {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
+                for task, _ in self.plan.tasks
+                for number in task.published
+            ],
+            "warnings": list(self.plan.warnings),
+            "seconds": time.time() - started,
+            "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
+        }
+        result = Result(self.name, self.key, own, baselines, facts)
         write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return result
@@ -201,7 +215,7 @@ class _Evaluation:
         for task, data in self.plan.tasks:
             name = "-".join([task.protocol, *role.split()])
             path = self.unfinished / f"{name}.json"
-            finished = {} if self.options.overwrite else read_json(path)
+            finished = {} if self.request.options.overwrite else read_json(path)
             if finished.get("key") == self.key:
                 found += [Row.from_dict(row) for row in finished["rows"]]
                 continue
@@ -218,7 +232,7 @@ class _Evaluation:
 
     def context(self, name: str, role: str) -> Context:
         """What a protocol is given besides its data; `name` is that of its files."""
-        options = self.options
+        options = self.request.options
 
         def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
             return show_progress(items, total, f"{self.name} · {what}")
@@ -236,26 +250,6 @@ class _Evaluation:
             features_dtype=options.features_dtype,
             progress=progress,
         )
-
-    def facts(self, started: float) -> dict[str, Any]:
-        """What a result says of its evaluation besides the rows."""
-        benchmark, encoder = self.plan.benchmark, self.encoder
-        return {
-            "title": benchmark.title,
-            "task": benchmark.task,
-            "weights": {"name": encoder.name, "identity": encoder.identity},
-            "precision": str(encoder.dtype).removeprefix("torch."),
-            "image_size": self.options.image_size or encoder.default_size,
-            "seed": self.options.seed,
-            "published": [
-                {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
-                for task, _ in self.plan.tasks
-                for number in task.published
-            ],
-            "warnings": list(self.plan.warnings),
-            "seconds": time.time() - started,
-            "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
-        }
 
 
 def _effective(request: Request, task: Task) -> EvalOptions:
@@ -284,9 +278,7 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
 
 def check_size(encoder: Encoder, options: EvalOptions) -> None:
     """UserError unless `image_size` is a whole number of patches."""
-    size = options.image_size
-    if size is not None and size % encoder.patch_size:
-        below = max(size // encoder.patch_size, 1) * encoder.patch_size
-        raise UserError(
-            f"image_size={size}: expected a multiple of the patch size {encoder.patch_size}, for example {below}"
-        )
+    size, patch = options.image_size, encoder.patch_size
+    if size is not None:
+        expected = f"a multiple of the patch size {patch}, for example {max(size // patch, 1) * patch}"
+        check(size % patch == 0, "image_size", size, expected)

@@ -19,8 +19,8 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import FlowPairs
 from dinoreg.evaluation.dense.flow_matching import Geometry, Truth
+from dinoreg.evaluation.features.cache import extract_rows
 from dinoreg.evaluation.features.images import read_rgb
-from dinoreg.evaluation.features.rows import extract_rows
 from dinoreg.runtime.errors import UserError
 
 FLUSH_FRAMES = 32  # written between notes of how far the extraction is

@@ -1,6 +1,6 @@
 """Pixels for evaluation: decoded as the published numbers were, resized and cropped without chance, in batches.
 
-Decoding and resizing go through Pillow exactly as torchvision's transforms do on its images:
+Decoding and resizing go through Pillow, as torchvision's transforms do on its images:
 the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with antialiasing.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, functional
 
 from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
@@ -46,15 +47,8 @@ class CentreCrop:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(size, size, 3) uint8."""
-        width, height = image.size
-        short = min(width, height)
-        # The long side is truncated, as torchvision does.
-        scaled = (int(self.resize * width / short), int(self.resize * height / short))
-        if scaled != image.size:
-            image = image.resize(scaled, Image.Resampling.BICUBIC)
-        width, height = image.size
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        scaled = functional.resize(image, [self.resize], InterpolationMode.BICUBIC)
+        return np.asarray(functional.center_crop(scaled, [self.size]))
 
 
 def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from dinoreg.data.source import Source
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
+from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic, mean_per_class_accuracy, top1
@@ -17,7 +18,7 @@ from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 
 PICTURE_SIZE = 224  # pixels of an example
-GREEN, RED, GROUND = (21, 127, 91), (179, 50, 43), (24, 27, 33)  # of pictures' edges and what is around them
+GREEN, RED = (21, 127, 91), (179, 50, 43)  # of pictures' edges
 METRICS = {"top-1": top1, "mean per class": mean_per_class_accuracy}
 MISSING = "the {name} split is missing, or its images do not have one class each"
 
@@ -103,16 +104,14 @@ def draw_predictions(
     at_most = max(context.num_examples // 2, context.num_examples - len(right))
     picked = [*mistakes[:at_most], *right][: context.num_examples]
     for number, index in enumerate(int(each) for each in picked):
-        picture = _captioned(read_rgb(source, index), lines(index), GREEN if not wrong[index] else RED)
-        context.save_example(picture, prefix, number)
+        picture = framed(read_rgb(source, index), PICTURE_SIZE, 4, GREEN if not wrong[index] else RED)
+        caption = lines(index)
+        canvas = ImageOps.expand(picture, (0, 0, 0, 14 * len(caption)), BACKGROUND)
+        for place, line in enumerate(caption):
+            ImageDraw.Draw(canvas).text((6, PICTURE_SIZE + 7 + 14 * place), line[:38], fill=TEXT)
+        context.save_example(canvas, prefix, number)
 
 
-def _captioned(image: Image.Image, lines: list[str], edge: tuple[int, int, int]) -> Image.Image:
-    picture = Image.fromarray(CentreCrop(PICTURE_SIZE, PICTURE_SIZE)(image))
-    canvas = Image.new("RGB", (PICTURE_SIZE + 8, PICTURE_SIZE + 8 + 14 * len(lines)), GROUND)
-    draw = ImageDraw.Draw(canvas)
-    draw.rectangle((0, 0, PICTURE_SIZE + 7, PICTURE_SIZE + 7), fill=edge)
-    canvas.paste(picture, (4, 4))
-    for number, line in enumerate(lines):
-        draw.text((6, PICTURE_SIZE + 7 + 14 * number), line[:38], fill=(228, 232, 239))
-    return canvas
+def framed(image: Image.Image, side: int, width: int, edge: tuple[int, int, int]) -> Image.Image:
+    """The centre crop of an image, `side` pixels high and wide, in a frame of some width and colour."""
+    return ImageOps.expand(Image.fromarray(CentreCrop(side, side)(image)), width, edge)

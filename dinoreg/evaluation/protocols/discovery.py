@@ -19,8 +19,8 @@ from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.lost import Found, gram, lost
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
 from dinoreg.evaluation.dense.windows import pad_to_patches
+from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import read_rgb
-from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
 from dinoreg.evaluation.options import DiscoveryOptions

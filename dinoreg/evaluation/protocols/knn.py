@@ -1,15 +1,15 @@
 """P2, weighted k-NN on frozen class tokens, for every k of the options: DINO's protocol, no training at all."""
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
+from dinoreg.evaluation.dense.pictures import strip
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_rgb
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, nearest_neighbours
-from dinoreg.evaluation.protocols.classification import GREEN, GROUND, RED, accuracy_row, labelled_splits
+from dinoreg.evaluation.protocols.classification import GREEN, RED, accuracy_row, framed, labelled_splits
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 
@@ -46,14 +46,9 @@ def _gallery(bank: Tensor, queries: Tensor, train: Labelled, test: Labelled, con
     generator = torch.Generator().manual_seed(context.seed)
     picked = torch.randperm(len(test), generator=generator)[: context.num_examples]
     _, nearest = nearest_neighbours(bank, queries[picked], min(GALLERY, len(train)))
-    show, pitch = CentreCrop(SIDE, SIDE), SIDE + 6
     for number, (query, neighbours) in enumerate(zip(picked.tolist(), nearest.tolist())):
-        strip = Image.new("RGB", ((len(neighbours) + 1) * pitch + 6, pitch), GROUND)
-        panels = [(read_rgb(test.source, query), BLUE, 0)]
-        for place, index in enumerate(neighbours, 1):
-            alike = train.labels[index] == test.labels[query]
-            panels.append((read_rgb(train.source, index), GREEN if alike else RED, place * pitch + 6))
-        for picture, edge, left in panels:
-            strip.paste(edge, (left, 0, left + pitch, pitch))
-            strip.paste(Image.fromarray(show(picture)), (left + 3, 3))
-        context.save_example(strip, "knn", number)
+        panels = [framed(read_rgb(test.source, query), SIDE, 3, BLUE)]
+        for index in neighbours:
+            edge = GREEN if train.labels[index] == test.labels[query] else RED
+            panels.append(framed(read_rgb(train.source, index), SIDE, 3, edge))
+        context.save_example(strip(panels), "knn", number)

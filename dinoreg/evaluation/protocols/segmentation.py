@@ -35,8 +35,8 @@ from dinoreg.evaluation.dense.windows import (
     patch_grid,
     training_stream,
 )
+from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import stack_images
-from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
 from dinoreg.evaluation.options import SegmentationOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map

@@ -6,7 +6,6 @@ a training that was stopped goes on as if it had not been.
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,6 +63,16 @@ def train_heads(
         for key in heads:
             heads[key].load_state_dict(saved.state["heads"][key])
             optimizers[key].load_state_dict(saved.state["optimizers"][key])
+
+    def state() -> dict[str, Any]:
+        return {
+            "step": step + 1,
+            "broken": sorted(broken),
+            "tail": tail,
+            "heads": {key: head.state_dict() for key, head in heads.items()},
+            "optimizers": {key: optimizer.state_dict() for key, optimizer in optimizers.items()},
+        }
+
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     for head in heads.values():
         head.train()
@@ -85,24 +94,7 @@ def train_heads(
         if step + 1 > 0.9 * steps:
             for key, value in zip(found, values):
                 tail.setdefault(key, []).append(value)
-        saved.save_when_due(partial(_state, step + 1, broken, tail, heads, optimizers))
+        saved.save_when_due(state)
     for head in heads.values():
         head.eval()
     return {key: math.nan if key in broken else float(np.mean(values)) for key, values in tail.items()}
-
-
-def _state(
-    step: int,
-    broken: set[str],
-    tail: dict[str, list[float]],
-    heads: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-) -> dict[str, Any]:
-    """What a training that was stopped goes on from."""
-    return {
-        "step": step,
-        "broken": sorted(broken),
-        "tail": tail,
-        "heads": {key: head.state_dict() for key, head in heads.items()},
-        "optimizers": {key: optimizer.state_dict() for key, optimizer in optimizers.items()},
-    }
