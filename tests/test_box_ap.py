@@ -20,8 +20,15 @@ from dinoreg.evaluation.data import Boxed, Data, Labelled
 from dinoreg.evaluation.dense.pictures import draw_boxes, strip
 from dinoreg.evaluation.dense.windows import pad_to_patches
 from dinoreg.evaluation.metrics.bootstrap import nanmean
-from dinoreg.evaluation.metrics.box_ap import Detections, Truth, average_precision, coco_matches, voc_matches
-from dinoreg.evaluation.metrics.box_scores import score, whole_images
+from dinoreg.evaluation.metrics.box_ap import (
+    Detections,
+    Truth,
+    average_precision,
+    coco_matches,
+    score,
+    voc_matches,
+    whole_images,
+)
 from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement

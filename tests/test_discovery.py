@@ -55,7 +55,8 @@ def test_planted_objects_are_found_at_the_images_own_size_and_boxes_end_with_the
     assert headline.value == 1.0
     assert headline.chosen_on == ""
     assert headline.n_test == 12
-    found = discovery._find(PIXELS, split, [0], DiscoveryOptions(), context(tmp_path / "again"))
+    again = Measurement(PIXELS, Data({"test": split}), TASK, EvalOptions(), context(tmp_path / "again"))
+    found = discovery._find(again, split, DiscoveryOptions(blocks=(0,)))
     np.testing.assert_array_equal(found[0, :, :4], np.concatenate(list(split.boxes)))
     # Some objects reach into a patch that the picture cuts off.
     assert any(box[0][2] % 8 or box[0][3] % 8 for box in split.boxes)

@@ -17,7 +17,7 @@ from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
-from dinoreg.evaluation.features.images import CentreCrop, load_batches, read_rgb
+from dinoreg.evaluation.features.images import CentreCrop, parallel, read_rgb
 from dinoreg.runtime.errors import RunError, UserError
 
 CROP = CentreCrop(32, 32)
@@ -150,10 +150,22 @@ def test_the_centre_crop_equals_torchvisions(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 3])
-def test_batches_keep_the_order_whatever_the_number_of_threads(folder: Path, workers: int) -> None:
+def test_images_keep_their_order_whatever_the_number_of_threads(folder: Path, workers: int) -> None:
     source: Source = open_source(str(folder))
-    indices = range(2, len(source))
-    batches = list(load_batches(lambda index: CROP(read_rgb(source, index)), indices, 4, workers))
-    assert [len(batch) for batch in batches] == [4, 4, 1]
-    for index, image in enumerate(torch.cat(batches), 2):
-        assert np.array_equal(image.permute(1, 2, 0).numpy(), CROP(read_rgb(source, index)))
+    loaded = list(parallel(lambda index: CROP(read_rgb(source, index)), range(2, len(source)), workers))
+    assert len(loaded) == 9
+    for index, image in enumerate(loaded, 2):
+        assert np.array_equal(image, CROP(read_rgb(source, index)))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_batches_are_whole_but_for_the_last(folder: Path, tmp_path: Path, workers: int) -> None:
+    sizes: list[int] = []
+    encoder = small_encoder()
+    inner = encoder._layers
+    encoder._layers = lambda x, *rest: sizes.append(len(x)) or inner(x, *rest)  # type: ignore[method-assign,func-returns-value]
+    place = dataclasses.replace(where(tmp_path), workers=workers)
+    found = extract_features(place, encoder, open_source(str(folder)), CROP)
+    assert sizes == [4, 4, 3]
+    alone = extract_features(where(tmp_path / "alone", batch_size=1), encoder, open_source(str(folder)), CROP)
+    np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task, find_benchmark
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, MultiLabelled
-from dinoreg.evaluation.metrics.average_precision import average_precision
+from dinoreg.evaluation.metrics.average_precision import Ranking
 from dinoreg.evaluation.options import EvalOptions, MultilabelOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.protocols.multilabel import choose, evaluate
@@ -108,7 +108,7 @@ def test_each_class_takes_the_C_of_its_best_validation_average_precision() -> No
         scores = {}
         for C in Cs:
             peer = LogisticRegression(C=C, tol=1e-8, max_iter=20_000).fit(x[kept].numpy(), y[kept, k].numpy())
-            scores[C] = average_precision(peer.decision_function(held_x.numpy()), held == 1, held < 0)
+            scores[C] = Ranking(peer.decision_function(held_x.numpy()), held == 1, held < 0).curve().average("11")
         assert scores[chosen[k]] == pytest.approx(max(scores.values()), abs=0.01)
     assert len(set(chosen)) > 1
     _, short = choose(fit, judged, np.geomspace(1e-6, 1e5, 45), patience=2, points="11", device="cpu")

@@ -9,6 +9,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.features.images import load_batches, read_rgb
+from dinoreg.evaluation.features.images import parallel, read_rgb, stack_images
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
 
@@ -125,9 +126,10 @@ def extract_rows(
     done = flushed = _rows_done(path, noted)
     rows: np.ndarray | None = np.load(path, mmap_mode="r+") if done else None
     left = -(-(len(source) - done) // batch_size)
-    batches = load_batches(load, range(done, len(source)), batch_size, context.workers)
+    loaded = parallel(load, range(done, len(source)), context.workers)
+    batches = iter(lambda: list(islice(loaded, batch_size)), [])
     for images in context.progress(batches, left, f"{what} ({encoder.name})") if left else ():
-        values = compute(images)
+        values = compute(stack_images(images))
         require_finite(values, [source.name(done + place) for place in range(len(values))], encoder)
         if rows is None:
             shape = (len(source), *values.shape[1:])

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -73,15 +72,6 @@ def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int)
 def stack_images(images: Sequence[np.ndarray]) -> Tensor:
     """Images (h, w, 3) of one size -> (b, 3, h, w) of their type, channels innermost in memory."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def load_batches(
-    load: Callable[[int], np.ndarray], indices: Sequence[int], batch_size: int, workers: int = 0
-) -> Iterator[Tensor]:
-    """What `load` gives for each index, (h, w, 3) uint8 of one size, in order: (b, 3, h, w)."""
-    images = parallel(load, indices, workers)
-    while batch := list(islice(images, batch_size)):
-        yield stack_images(batch)
 
 
 def default_workers() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dinoreg.evaluation.data import IGNORED
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic, nanmean
+from dinoreg.evaluation.metrics.bootstrap import nanmean
 from dinoreg.runtime.errors import UserError
 
 
@@ -76,10 +76,6 @@ class Confusion:
         """Share of each true class's pixels that are right, averaged over the classes that the masks have."""
         right, true, _ = self.totals()
         return nanmean(_ratio(right, true))
-
-    def interval(self, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """95 % percentile bootstrap interval of `miou` over images."""
-        return bootstrap_statistic(self.num_images, self.miou, samples=samples, seed=seed)
 
     def constant(self) -> tuple[int, float]:
         """The class that most true pixels have, and the mIoU of predicting it everywhere: the trivial baseline."""

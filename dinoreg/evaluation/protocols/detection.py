@@ -1,7 +1,7 @@
 """P8, detection by a linear probe of single patches: what a box head reads off frozen tokens without a detector.
 
 Last block's patch tokens after the final norm, BatchNorm and one linear map (`box_head`), trained with flips; scored as
-VOC or COCO score detectors (`box_scores`). The protocol is ours: no purely linear one is published, so every row says
+VOC or COCO score detectors (`box_ap`). The protocol is ours: no purely linear one is published, so every row says
 that published detectors are no measure for it.
 """
 
@@ -15,8 +15,7 @@ from dinoreg.evaluation.dense.box_probe import BoxProbe
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
 from dinoreg.evaluation.features.images import read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
-from dinoreg.evaluation.metrics.box_ap import Detections, Truth
-from dinoreg.evaluation.metrics.box_scores import RULES, score, whole_images
+from dinoreg.evaluation.metrics.box_ap import RULES, Detections, Truth, score, whole_images
 from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes
 from dinoreg.evaluation.options import DetectionOptions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement, choose_best
@@ -32,7 +31,7 @@ SHOWN_SCORE = 0.3  # of boxes in pictures
 def evaluate(measured: Measurement) -> list[Row]:
     """AP50 by VOC's rules with 11 and with all points, or COCO's AP and AP50; the task's metric first.
 
-    data  splits "train" and "test" of boxes, "val" where official; extra["rule"] is a key of `box_scores.RULES`, by
+    data  splits "train" and "test" of boxes, "val" where official; extra["rule"] is a key of `box_ap.RULES`, by
           default "coco" for the metric AP and "voc2007" for AP50
     """
     settings, metric, context = measured.options.detection, measured.task.metric, measured.context

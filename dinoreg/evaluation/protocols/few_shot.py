@@ -25,7 +25,9 @@ from dinoreg.evaluation.options import LogisticOptions
 from dinoreg.evaluation.protocols.classification import METRICS, class_tokens, draws_interval, labelled_splits
 from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.regularisation_path import fit_logistic, select_and_fit
+from dinoreg.evaluation.solvers.feature_matrix import Rows
+from dinoreg.evaluation.solvers.logistic_regression import SoftmaxProblem
+from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
 from dinoreg.runtime.errors import UserError
 
 FIXED_UP_TO = 10  # labels per class, on average; with more, C is chosen
@@ -68,9 +70,8 @@ def evaluate(measured: Measurement) -> list[Row]:
     """A row for each setting: shots from most to least, then shares from most to least."""
     options, encoder, context = measured.options, measured.encoder, measured.context
     train, test, _ = labelled_splits(measured, "few-shot")
-    features, test_features = (
-        class_tokens(measured, split.source, name) for name, split in (("train", train), ("test", test))
-    )
+    features = class_tokens(measured, train.source, "train")
+    test_features = class_tokens(measured, test.source, "test")
     spread = Spread(features)
     settings = [Setting(shots=shots) for shots in sorted(options.few_shot.shots, reverse=True)]
     settings += [Setting(share=share) for share in sorted(options.few_shot.shares, reverse=True)]
@@ -90,10 +91,8 @@ def evaluate(measured: Measurement) -> list[Row]:
 
     key = (options.few_shot, options.logistic, context.seed, context.image_size, encoder.identity, train.source.stamp())
     results = resumable_map(context, "few_shot", key, len(draws), scored, f"draws ({encoder.name})")
-    return [
-        _row(measured, setting, train, test, [each for each, (of, _) in zip(results, draws) if of == setting])
-        for setting in settings
-    ]
+    by_setting = {of: [each for each, draw in zip(results, draws) if draw[0] == of] for of in settings}
+    return [_row(measured, setting, train, test, scored) for setting, scored in by_setting.items()]
 
 
 def _available(train: Labelled) -> np.ndarray:
@@ -130,7 +129,7 @@ def score(
         raise UserError("every training image has the same feature: there is nothing to learn from")
     if len(index) <= FIXED_UP_TO * len(labels.unique()):
         C, path = FIXED_C / spread.power, []
-        model = fit_logistic(rows, labels, train.num_classes, C, device=device)
+        model = SoftmaxProblem(Rows.of(rows, labels), train.num_classes, device=device).solve(C)
     else:
         found = select_and_fit(
             rows,
@@ -155,9 +154,8 @@ def score(
 def class_means(features: Tensor, labels: Tensor, num_classes: int, spread: Spread) -> Tensor:
     """The mean of each class's centred unit features (K, D); NaN for a class without any."""
     total = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
-    for start in range(0, len(features), 4096):
-        part = slice(start, start + 4096)
-        total.index_add_(0, labels[part], spread.unit(features[part]).double())
+    for rows, classes in zip(features.split(4096), labels.split(4096)):
+        total.index_add_(0, classes, spread.unit(rows).double())
     counts = torch.bincount(labels, minlength=num_classes)
     return (total / counts[:, None]).float()
 

@@ -9,10 +9,8 @@ one of zero-shot suits the spread of one encoder's cosines and not another's, an
 without blur and fog, so that what differs between encoders is the matching. Nothing is chosen on the scored scenes.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -84,19 +82,19 @@ def evaluate(measured: Measurement) -> list[Row]:
         "window": 0,
         "fitted_on": "the training scenes of " + (" and ".join(filter(None, passes)) or "all"),
     }
+    scenes = {split: {name: splits[split].scenes for name, splits in passes.items()} for split in SPLITS}
     n_train = sum(len(splits["train"]) for splits in passes.values())
-    rows = []
-    for kind, tallies, fields in (
-        ("linear", projected, {"settings": learned, "n_train": n_train}),
-        ("zero-shot", zero_shot["test"], {"settings": fixed}),
-    ):
-        for name, splits in passes.items():
-            rows.append(_row(measured, kind, name, tallies[name], splits["test"].scenes, **fields))
+    rows = [
+        _row(measured, "linear", name, projected[name], scenes["test"][name], settings=learned, n_train=n_train)
+        for name in passes
+    ]
+    for name in passes:
+        rows.append(_row(measured, "zero-shot", name, zero_shot["test"][name], scenes["test"][name], settings=fixed))
     of_all = replace(measured, data=replace(data, variant="all pairs"))
-    for name, splits in passes.items():
+    for name in passes:
         both = torch.cat([zero_shot[split][name] for split in SPLITS])
-        scenes = [scene for split in SPLITS for scene in splits[split].scenes]
-        rows.append(_row(of_all, "zero-shot", name, both, scenes, settings=fixed))
+        pairs = [scene for split in SPLITS for scene in scenes[split][name]]
+        rows.append(_row(of_all, "zero-shot", name, both, pairs, settings=fixed))
     forget_tokens(context)
     return rows
 
@@ -122,10 +120,9 @@ class Matching:
         # A pair takes many megabytes, so that few are loaded ahead.
         self.context = replace(context, workers=min(context.workers, AHEAD))
         stamps = [(name, split, len(pairs), pairs.source.stamp()) for name, split, pairs in everything]
-        key: list[Any] = [encoder.identity, str(encoder.dtype), context.features_dtype, stamps]
-        key += [asdict(self.geometry), asdict(settings), context.seed]
-        # States of unfinished work are named by this, so that none is taken up under other options.
-        self.key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+        # States of unfinished work are kept under this, so that none is taken up under other options.
+        made_of = (encoder.identity, encoder.dtype, context.features_dtype)
+        self.key = (*made_of, stamps, self.geometry, settings, context.seed)
         self.constants = torch.stack([torch.zeros(2), self._mean_flow()]).to(self.device)
 
     def zero_shot(self, first: Tensor, second: Tensor) -> Tensor:
@@ -175,11 +172,9 @@ class Matching:
                 count += len(difference)
             return {"linear": total / max(count, 1)}
 
-        def factor(step: int) -> float:
-            return cosine(step, settings.steps, settings.steps // 20)
-
-        name = f"flow_{self.key}_linear"
-        train_heads({"linear": projection}, {"linear": optimizer}, losses, settings.steps, factor, self.context, name)
+        factor = partial(cosine, steps=settings.steps, warmup=settings.steps // 20)
+        heads, optimizers = {"linear": projection}, {"linear": optimizer}
+        train_heads(heads, optimizers, losses, settings.steps, factor, self.context, "flow_linear", depends_on=self.key)
         return projection
 
     @torch.no_grad()
@@ -227,9 +222,8 @@ def _row(measured: Measurement, kind: str, name: str, tallies: Tensor, scenes: S
         return float(drawn @ sums) / pixels if pixels else float("nan")
 
     own, zero, mean = (figures(tallies[:, place]) for place in range(3))
-    by_scene = {}
-    for scene in sorted(set(scenes)):
-        by_scene[scene] = figures(tallies[torch.from_numpy(np.asarray(scenes) == scene), 0])["all"]
+    of_scene = {scene: torch.from_numpy(np.asarray(scenes) == scene) for scene in sorted(set(scenes))}
+    by_scene = {scene: figures(tallies[pairs, 0])["all"] for scene, pairs in of_scene.items()}
     return measured.row(
         own.pop("all"),
         bootstrap_statistic(len(tallies), pooled, seed=measured.context.seed),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dinoreg.evaluation.data import MultiLabelled
-from dinoreg.evaluation.metrics.average_precision import Curve, Ranking, average_precision
+from dinoreg.evaluation.metrics.average_precision import Curve, Ranking
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic, nanmean
 from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
@@ -96,7 +96,7 @@ def choose(
         scores, losses = np.full(truth.shape[1], np.nan), np.full(truth.shape[1], np.nan)
         for k in np.flatnonzero(decided):
             y = truth[counted[:, k], k]
-            scores[k] = average_precision(logits[:, k], truth[:, k] == 1, ~counted[:, k], points)
+            scores[k] = Ranking(logits[:, k], truth[:, k] == 1, ~counted[:, k]).curve().average(points)
             losses[k] = np.logaddexp(0, np.where(y == 1, -1.0, 1.0) * logits[counted[:, k], k]).mean()
         return scores, losses
 

@@ -8,6 +8,7 @@ is cut off again after upsampling, so that logits lie over the pixels that they 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -37,11 +38,12 @@ from dinoreg.evaluation.dense.windows import (
 )
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import stack_images
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
 from dinoreg.evaluation.options import SegmentationOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.train_heads import polynomial, train_heads
+from dinoreg.evaluation.solvers.train_heads import linear, train_heads
 from dinoreg.runtime.errors import UserError
 
 MISSING = "segmentation needs a split {name!r} with masks; the dataset has {splits}"
@@ -71,7 +73,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         most_frequent, constant = counts[key].constant()
         return measured.row(
             counts[key].miou(),
-            counts[key].interval(seed=measured.context.seed),
+            bootstrap_statistic(len(test), counts[key].miou, seed=measured.context.seed),
             variant=variant,
             chosen_on=chosen_on,
             n_train=len(train),
@@ -147,9 +149,7 @@ class LinearProbe:
             require_finite(tokens, [split.source.name(index) for index in indices], encoder)
             return {key: pixel_loss(head(tokens), labels, encoder.patch_size) for key, head in heads.items()}
 
-        def factor(step: int) -> float:
-            return polynomial(step, steps, warmup(settings))
-
+        factor = partial(linear, steps=steps, warmup=warmup(settings))
         with training_stream(load, len(split), settings.batch_size, steps, context.seed, context.workers) as stream:
             ended = train_heads(heads, optimizers, losses, steps, factor, context, "segmentation")
         return heads, ended
@@ -185,16 +185,13 @@ class LinearProbe:
         settings, (lr, decay) = self.settings, self.combinations[key]
         return {
             "head": "last block's patch tokens after the final norm, batch norm, 1x1 convolution, bilinear upsampling",
+            **asdict(settings),
             "lr": lr,
             "weight_decay": decay,
-            "steps": settings.steps,
             "warmup_steps": warmup(settings),
-            "batch_size": settings.batch_size,
             "schedule": "linear warm-up, then linear to 0 (poly, power 1)",
             "optimizer": "AdamW",
-            "size": settings.size,
             "padded_size": sum(centre_padding(settings.size, self.encoder.patch_size)) + settings.size,
-            "stride": settings.stride,
             "scales": list(SCALES),
             "cat_max_ratio": MOST_OF_ONE_CLASS,
             "augmentation": "scale, crop, horizontal flip, photometric distortion",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 DECREASE, CURVATURE = 1e-4, 0.9  # of the weak Wolfe conditions
+MAX_STEPS, HISTORY = 1000, 10  # pairs of step and change of gradient that are remembered
 MAX_TRIALS = 25  # step lengths of one line search
 Objective = Callable[[Tensor], tuple[float, Tensor]]
 
@@ -27,9 +28,7 @@ class Minimum(NamedTuple):
     converged: bool
 
 
-def minimize(
-    objective: Objective, x: Tensor, tolerance: float = 1e-8, max_steps: int = 1000, history: int = 10
-) -> Minimum:
+def minimize(objective: Objective, x: Tensor, tolerance: float = 1e-8) -> Minimum:
     """Minimise a smooth convex function.
 
     objective   x (p,) -> (value, gradient (p,)); scale x so that the Hessian is near the identity
@@ -37,7 +36,7 @@ def minimize(
     """
     value, gradient = objective(x)
     pairs: list[tuple[Tensor, Tensor, float]] = []  # (step, change of gradient, 1 / their product)
-    for step in range(max_steps):
+    for step in range(MAX_STEPS):
         direction = _two_loop(gradient, pairs)
         slope = float(gradient @ direction)
         if -0.5 * slope <= tolerance:
@@ -53,9 +52,9 @@ def minimize(
         curvature = float(moved @ change)
         if curvature > 1e-10 * float(change @ change):
             pairs.append((moved, change, 1.0 / curvature))
-            del pairs[:-history]
+            del pairs[:-HISTORY]
         x, gradient = x + moved, after
-    return Minimum(x, value, max_steps, False)
+    return Minimum(x, value, MAX_STEPS, False)
 
 
 def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, float]]) -> Tensor:

@@ -30,7 +30,8 @@ class LogisticModel:
     """A fitted classifier: weight (K, D) and bias (K,) float64 on the CPU, and how the fit ended.
 
     losses     (K,) mean loss over the rows that count + ||w||² / (2 C n) of each class, 0 where there was nothing to
-               fit; the loss of a softmax, which belongs to no single class, is shared equally
+               fit; the loss of a softmax, which belongs to no single class, is shared equally. Their sum, times C n, is
+               scikit-learn's objective
     fitted     (K,) bool: whether there was anything to fit
     steps      of the solver
     converged  whether it met its tolerance
@@ -42,11 +43,6 @@ class LogisticModel:
     fitted: Tensor
     steps: int = 0
     converged: bool = True
-
-    @property
-    def objective(self) -> float:
-        """The minimised mean: the sum of `losses`. Times C n it is scikit-learn's objective."""
-        return float(self.losses.sum())
 
     def logits(self, features: Tensor) -> Tensor:
         """features (n, D) -> logits (n, K) float32 on the features' device."""
@@ -111,7 +107,6 @@ class LogisticProblem(ABC):
         init: LogisticModel | None = None,
         classes: Tensor | None = None,
         tolerance: float = 1e-8,
-        max_steps: int = 1000,
     ) -> LogisticModel:
         """Minimise the mean losses plus penalties, summed over classes; ValueError for a C that is not above 0.
 
@@ -132,8 +127,8 @@ class LogisticProblem(ABC):
         a, b = (weight * data.scale).mT.contiguous(), bias + weight @ data.mean  # over centred rows
         ridge = self.penalty / (Cs * self.counts)[which].to(data.mean)
         columns, counts = which.to(data.device), self.counts[which].to(data.mean)
-        variances = (self._variances(z, part, columns).sum(0, dtype=b.dtype) for part, _, z in self._logits(a, b))
-        spread = sum(variances, torch.zeros_like(b)) / counts  # the mean p (1 - p) of each class (k,)
+        chances = (self._probabilities(z, part, columns) for part, _, z in self._logits(a, b))
+        spread = sum(((p * (1 - p)).sum(0, dtype=b.dtype) for p in chances), torch.zeros_like(b)) / counts  # (k,)
         along, across = data.curvature(spread, ridge)
         level = spread.clamp(min=1e-12).sqrt()  # (k,) for the intercepts
 
@@ -149,7 +144,7 @@ class LogisticProblem(ABC):
             losses, grad_a, grad_b = penalised(*unpack(v))
             return float(losses.sum()), flat(data.stretch(grad_a, 1 / along, 1 / across), grad_b / level)
 
-        end = minimize(objective, flat(data.stretch(a, along, across), b * level), tolerance, max_steps)
+        end = minimize(objective, flat(data.stretch(a, along, across), b * level), tolerance)
         a, b = unpack(end.x)
         weight = a.mT / data.scale
         found = (weight, b - weight @ data.mean, penalised(a, b)[0])
@@ -186,8 +181,8 @@ class LogisticProblem(ABC):
         """The losses of logits (m, k) summed over rows (k,), and their gradient by the logits; may overwrite z."""
 
     @abstractmethod
-    def _variances(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
-        """p (1 - p) of logits (m, k), 0 where a row does not count."""
+    def _probabilities(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
+        """Of each class by logits (m, k), 0 where a row does not count."""
 
 
 class SoftmaxProblem(LogisticProblem):
@@ -219,9 +214,8 @@ class SoftmaxProblem(LogisticProblem):
         error.scatter_add_(1, true, error.new_full((1, 1), -1.0).expand_as(true))
         return (total / z.shape[1]).expand(z.shape[1]), error
 
-    def _variances(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
-        p = z.softmax(dim=1)
-        return p * (1 - p)
+    def _probabilities(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
+        return z.softmax(dim=1)
 
 
 class SigmoidProblem(LogisticProblem):
@@ -251,9 +245,8 @@ class SigmoidProblem(LogisticProblem):
         losses = (counted * F.softplus(z) - present * z).sum(dim=0, dtype=torch.float64)
         return losses, counted * z.sigmoid() - present
 
-    def _variances(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
-        p = z.sigmoid()
-        return (self.labels[part][:, columns] >= 0) * p * (1 - p)
+    def _probabilities(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
+        return (self.labels[part][:, columns] >= 0) * z.sigmoid()
 
 
 def checked_labels(labels: ArrayLike | Tensor, rows: int, num_classes: int) -> Tensor:

@@ -94,24 +94,6 @@ def walk_path(
     return Path(best_c, best, tuple(visited))
 
 
-def fit_logistic(
-    features: Tensor,
-    labels: ArrayLike | Tensor,
-    num_classes: int,
-    C: float = 1.0,
-    *,
-    init: LogisticModel | None = None,
-    tolerance: float = 1e-8,
-    **options: Any,
-) -> LogisticModel:
-    """Minimise C * sum of cross-entropies + ||W||² / 2, the objective of scikit-learn's LogisticRegression.
-
-    features (n, D) finite, labels (n,) integers in [0, num_classes); `options` of LogisticProblem
-    """
-    rows = Rows.of(features, checked_labels(labels, len(features), num_classes))
-    return SoftmaxProblem(rows, num_classes, **options).solve(C, init, tolerance=tolerance)
-
-
 def select_and_fit(
     features: Tensor,
     labels: ArrayLike | Tensor,
