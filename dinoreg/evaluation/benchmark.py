@@ -49,7 +49,12 @@ class Need:
     archive: str
 
     def met(self, folder: Path) -> bool:
+        """Whether it is there."""
         return any(True for _ in folder.glob(self.path))
+
+    def message(self, folder: Path) -> str:
+        """That it is missing, and where it comes from."""
+        return f"{folder / self.path} is missing; it comes from {self.archive}"
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class Benchmark:
         named = pairs[: -len(layouts)]
         folder, layout = max(named, key=lambda pair: sum(need.met(pair[0]) for need in pair[1]))
         missing = next(need for need in layout if not need.met(folder))
-        raise UserError(f"{self.name}: {folder / missing.path} is missing; it comes from {missing.archive}")
+        raise UserError(f"{self.name}: {missing.message(folder)}")
 
     def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every option of the dataset with its value; UserError for an unknown one or a value that is not accepted."""
@@ -170,10 +175,7 @@ def classification_tasks(
     validation_images  how many of the training images are held out to choose the regularisation
     """
     share = {} if validation_images is None else {"validation_share": validation_images / counts["train"]}
-    return (
-        Task("logistic", read, metric, counts, published, options=share),
-        Task("knn", read, knn_metric, counts),
-    )
+    return (Task("logistic", read, metric, counts, published, options=share), Task("knn", read, knn_metric, counts))
 
 
 def linear_tasks(

@@ -39,7 +39,6 @@ class Planned:
     """A dataset that is there: each task with its data."""
 
     benchmark: Benchmark
-    folder: Path
     tasks: tuple[tuple[Task, Data], ...]
     warnings: tuple[str, ...] = ()
 
@@ -108,8 +107,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             continue
         absent = next((need for need in task.needs if not need.met(folder)), None)
         if absent is not None:
-            where = f"{folder / absent.path} is missing; it comes from {absent.archive}"
-            warnings.append(f"{benchmark.name}: left out {task.protocol}: {where}")
+            warnings.append(f"{benchmark.name}: left out {task.protocol}: {absent.message(folder)}")
             continue
         if task.read not in seen:
             seen[task.read] = task.read(folder, values)
@@ -124,7 +122,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
     warnings = list(dict.fromkeys(warnings))
     if warnings and request.options.strict:
         raise UserError(f"{'; '.join(warnings)} (strict=true)")
-    return Planned(benchmark, folder, tuple(tasks), tuple(warnings))
+    return Planned(benchmark, tuple(tasks), tuple(warnings))
 
 
 def _sample(benchmark: Benchmark, data: Data) -> None:
@@ -140,9 +138,8 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
             for name_of_map, what in split.PIXELS:
                 rows, columns = getattr(split, name_of_map)(index).shape[:2]
                 if (rows, columns) != (height, width):
-                    raise UserError(
-                        f"{split.source.name(place)}: its {what} is {rows}x{columns}, the image {height}x{width}"
-                    )
+                    sizes = f"its {what} is {rows}x{columns}, the image {height}x{width}"
+                    raise UserError(f"{split.source.name(place)}: {sizes}")
 
 
 def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
@@ -255,8 +252,6 @@ class _Evaluation:
 def _effective(request: Request, task: Task) -> EvalOptions:
     """The options with those that the dataset sets for its protocol, except where the user said otherwise."""
     own = {key: value for key, value in task.options.items() if f"{task.protocol}.{key}" not in request.explicit}
-    if not own:
-        return request.options
     section = dataclasses.replace(getattr(request.options, task.protocol), **own)
     return dataclasses.replace(request.options, **{task.protocol: section})
 

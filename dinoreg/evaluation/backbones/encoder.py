@@ -126,6 +126,8 @@ class Encoder(ABC):
 class _ModuleEncoder(Encoder):
     """An encoder around an nn.Module: where it is, what it weighs, how it is made anew."""
 
+    module: Any
+
     def __init__(
         self,
         module: nn.Module,
@@ -178,35 +180,32 @@ class TimmEncoder(_ModuleEncoder):
     Sizes other than the model's own need `dynamic_img_size=True` when it is created.
     """
 
-    def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
-        model: Any = module
-        if not hasattr(model, "forward_intermediates") or getattr(model, "cls_token", None) is None:
+    def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
+        if not hasattr(module, "forward_intermediates") or getattr(module, "cls_token", None) is None:
             raise UserError(f"{type(module).__name__}: expected a ViT of timm with a class token")
-        self.dim, self.depth = model.embed_dim, len(model.blocks)
-        self.patch_size = int(model.patch_embed.patch_size[0])
-        self.num_registers = int(model.num_prefix_tokens) - 1
-        self.in_channels = int(model.patch_embed.proj.in_channels)
-        self.image_size = (int(model.patch_embed.img_size[0]), int(model.patch_embed.img_size[1]))
+        self.dim, self.depth = module.embed_dim, len(module.blocks)
+        self.patch_size = int(module.patch_embed.patch_size[0])
+        self.num_registers = int(module.num_prefix_tokens) - 1
+        self.in_channels = int(module.patch_embed.proj.in_channels)
+        self.image_size = (int(module.patch_embed.img_size[0]), int(module.patch_embed.img_size[1]))
         super().__init__(module, *arguments, **options)
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        model: Any = self.module
-        found = model.forward_intermediates(
+        found = self.module.forward_intermediates(
             x, indices=list(blocks), return_prefix_tokens=True, norm=norm, output_fmt="NLC", intermediates_only=True
         )
         return [Tokens(prefix[:, 0], prefix[:, 1:], patches) for patches, prefix in found]
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        model: Any = self.module
-        with _captured(model.blocks[block].attn.qkv) as outputs:
-            model.forward_features(x)
+        with _captured(self.module.blocks[block].attn.qkv) as outputs:
+            self.module.forward_features(x)
         q, k, v = outputs[0][:, 1 + self.num_registers :].chunk(3, dim=-1)
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
         with seeded(seed):
             model = copy.deepcopy(self.module)
-            model.init_weights()  # type: ignore[operator]
+            model.init_weights()
             for key in ("reg_token", "cls_token", "pos_embed"):  # which `init_weights` leaves alone
                 value = getattr(model, key, None)
                 if isinstance(value, nn.Parameter):
@@ -217,10 +216,9 @@ class TimmEncoder(_ModuleEncoder):
 class TransformersEncoder(_ModuleEncoder):
     """A ViT of transformers: Dinov2Model, Dinov2WithRegistersModel, ViTModel."""
 
-    def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
-        model: Any = module
-        settings: Any = getattr(model, "config", None)
-        if not hasattr(model, "layernorm") or not hasattr(settings, "patch_size"):
+    def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
+        settings: Any = getattr(module, "config", None)
+        if not hasattr(module, "layernorm") or not hasattr(settings, "patch_size"):
             raise UserError(f"{type(module).__name__}: expected a ViT of transformers with a final `layernorm`")
         self.dim, self.depth = settings.hidden_size, settings.num_hidden_layers
         self.patch_size, self.in_channels = int(settings.patch_size), int(settings.num_channels)
@@ -229,17 +227,15 @@ class TransformersEncoder(_ModuleEncoder):
         super().__init__(module, *arguments, **options)
 
     def _forward(self, x: Tensor, **options: Any) -> Any:
-        model: Any = self.module
-        if model.config.model_type == "vit":
+        if self.module.config.model_type == "vit":
             options["interpolate_pos_encoding"] = True
-        return model(pixel_values=x, **options)
+        return self.module(pixel_values=x, **options)
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        model: Any = self.module
         if list(blocks) == [self.depth - 1] and norm:
             return [_split(self._forward(x).last_hidden_state, self.num_registers)]
         states = self._forward(x, output_hidden_states=True).hidden_states[1:]
-        chosen = (model.layernorm(states[each]) if norm else states[each] for each in blocks)
+        chosen = (self.module.layernorm(states[each]) if norm else states[each] for each in blocks)
         return [_split(each, self.num_registers) for each in chosen]
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ COCO: the rules of pycocotools' COCOeval, where a crowd takes any number of dete
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -106,11 +106,6 @@ class ClassMatches:
     hit: np.ndarray
     counted: np.ndarray
     positives: np.ndarray
-
-    def at(self, threshold: int) -> ClassMatches:
-        """Under one of the overlap thresholds alone."""
-        rows = slice(threshold, threshold + 1)
-        return ClassMatches(self.image, self.hit[rows], self.counted[rows], self.positives)
 
 
 def voc_matches(found: Detections, truth: Truth) -> list[ClassMatches]:
@@ -284,7 +279,7 @@ def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ())
             f"AP {size}": nanmean(average_precision(by_size[size], "101")) for size in ("small", "medium", "large")
         }
         details["AP75"] = nanmean(precision[5:6])
-        half = [matches.at(0) for matches in every]
+        half = [replace(each, hit=each.hit[:1], counted=each.counted[:1]) for each in every]
         figures = (_figure("AP", "", every, "101", names), _figure("AP50", "", half, "101", names))
         return Scores(figures, details)
     matches = voc_matches(found, truth)

@@ -39,8 +39,8 @@ def evaluate(measured: Measurement) -> list[Row]:
     test = measured.split("test", Boxed, MISSING)
     check_boxes(test, "test")
     # An encoder of one block (raw pixels) has only that to offer.
-    blocks = [0] if encoder.depth == 1 else [encoder.block(each) for each in settings.blocks]
-    distinct = replace(settings, blocks=tuple(dict.fromkeys(blocks)), biases=tuple(dict.fromkeys(settings.biases)))
+    numbers = [0] if encoder.depth == 1 else [encoder.block(each) for each in settings.blocks]
+    distinct = replace(settings, blocks=tuple(dict.fromkeys(numbers)), biases=tuple(dict.fromkeys(settings.biases)))
     sweep = list(product(distinct.blocks, distinct.biases))
     *boxes, image_box = _find(measured, test, distinct)
     truth = [np.asarray(each)[~np.asarray(crowd, dtype=bool)] for each, crowd in zip(test.boxes, test.crowd)]
@@ -67,10 +67,12 @@ def evaluate(measured: Measurement) -> list[Row]:
     }
     if len(sweep) > 1 and len(test) > 1:
         details["chosen on one half of the images, scored on the other"] = crosswise(hits)
+    kind = f"{settings.feature}s{', normalised' if settings.normalise else ''}"
+    blocks, biases = len(settings.blocks), len(settings.biases)
     model = measured.row(
         figures[best]["CorLoc"],
         bootstrap_interval(hits[best], seed=context.seed),
-        variant=_variant(settings),
+        variant=kind if blocks * biases == 1 else f"{kind}, best of {blocks} x {biases} blocks x biases",
         chosen_on=chosen_on,
         n_test=len(test),
         settings={**asdict(settings), "block": block, "bias": bias, "image_size": "the image's own"},
@@ -108,12 +110,6 @@ def features_of(encoder: Encoder, image: Tensor, blocks: Sequence[int], feature:
     if feature == "token":
         return [tokens.patches[0] for tokens in encoder.layers(image[None], blocks)]
     return [encoder.qkv(image[None], block)[feature][0] for block in blocks]
-
-
-def _variant(settings: DiscoveryOptions) -> str:
-    kind = f"{settings.feature}s{', normalised' if settings.normalise else ''}"
-    blocks, biases = len(settings.blocks), len(settings.biases)
-    return kind if blocks * biases == 1 else f"{kind}, best of {blocks} x {biases} blocks x biases"
 
 
 def _find(measured: Measurement, test: Boxed, sweep: DiscoveryOptions) -> np.ndarray:

@@ -200,11 +200,8 @@ class Grid:
             for kind, logits in self.logits(x).items():
                 right[kind] += (logits.argmax(dim=-1) == part[:, None]).sum(dim=0)
                 right[kind][~torch.isfinite(logits).all(dim=-1).all(dim=0)] = -torch.inf
-        return {
-            name: score
-            for kind, count in right.items()
-            for name, score in zip(self.names(kind), (count / len(truth)).clamp(min=-1.0).tolist())
-        }
+        names = [name for kind in self.kinds for name in self.names(kind)]
+        return dict(zip(names, (torch.cat(list(right.values())) / len(truth)).clamp(min=-1.0).tolist()))
 
     def _chunks(self, features: np.ndarray, rows: np.ndarray) -> Iterator[Tensor]:
         """(b, slots, D) float32 on the device, of some rows in order."""
@@ -224,20 +221,18 @@ def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator)
     returns (size, size, 3) uint8
     """
     width, height = image.size
-    box = None
     for _ in range(10):
         area = width * height * rng.uniform(*SCALE)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-            box = (left, top, left + w, top + h)
             break
-    if box is None:  # an image too long for the ratios: the largest central crop that they allow
+    else:  # an image too long for the ratios: the largest central crop that they allow
         ratio = min(max(width / height, RATIO[0]), RATIO[1])
         w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
         left, top = (width - w) // 2, (height - h) // 2
-        box = (left, top, left + w, top + h)
     # Cropped first, as torchvision does, so that the filter sees no pixels from beyond the crop.
-    pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+    crop = image.crop((left, top, left + w, top + h))
+    pixels = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels

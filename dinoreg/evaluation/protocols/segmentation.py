@@ -29,13 +29,7 @@ from dinoreg.evaluation.dense.segmentation_head import (
     read_pair,
     training_crop,
 )
-from dinoreg.evaluation.dense.windows import (
-    Windows,
-    centre_padding,
-    fit_size,
-    patch_grid,
-    training_stream,
-)
+from dinoreg.evaluation.dense.windows import Windows, centre_padding, fit_size, patch_grid, training_stream
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import stack_images
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic

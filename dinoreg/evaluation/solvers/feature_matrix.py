@@ -60,11 +60,17 @@ class CentredRows:
     """
 
     def __init__(
-        self, rows: Rows, dtype: torch.dtype, device: torch.device | str | None, standardize: bool = False
+        self,
+        rows: Rows,
+        *,
+        standardize: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> None:
         """Read everything once or a few times. ValueError for a feature that is not finite, or matrices out of shape.
 
-        standardize  divide each feature by its standard deviation
+        standardize  divide each feature by its standard deviation first, which changes what a penalty means
+        dtype        of the large products; sums are float64 either way
         """
         first = rows.parts[0][0]
         for features, _ in rows.parts:

@@ -86,20 +86,9 @@ class LogisticProblem(ABC):
     log_odds: Tensor
     penalty = 1.0
 
-    def __init__(
-        self,
-        rows: Rows,
-        *,
-        standardize: bool = False,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        """Read the features; ValueError where one is not finite.
-
-        standardize  divide each feature by its standard deviation first, which changes what the penalty means
-        dtype        of the large products; sums and parameters are float64 either way
-        """
-        self.data = CentredRows(rows, dtype, device, standardize)
+    def __init__(self, rows: Rows, **options: Any) -> None:
+        """Read the features; ValueError where one is not finite. `options` are those of CentredRows."""
+        self.data = CentredRows(rows, **options)
 
     def solve(
         self,
@@ -137,8 +126,14 @@ class LogisticProblem(ABC):
             return data.stretch(scaled, 1 / along, 1 / across), v[-len(which) :] / level
 
         def penalised(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            losses, grad_a, grad_b = self._mean_losses(a, b, columns, counts)
-            return losses + 0.5 * ridge * a.square().sum(dim=0), grad_a + ridge * a, grad_b
+            losses, grad_a, grad_b = torch.zeros_like(b), torch.zeros_like(a), torch.zeros_like(b)
+            for part, x, z in self._logits(a, b):
+                loss, error = self._losses(z, part, columns)
+                losses += loss
+                grad_a += (x.mT @ error).double()
+                grad_b += error.sum(dim=0, dtype=torch.float64)
+            penalty = 0.5 * ridge * a.square().sum(dim=0)
+            return losses / counts + penalty, grad_a / counts + ridge * a, grad_b / counts
 
         def objective(v: Tensor) -> tuple[float, Tensor]:
             losses, grad_a, grad_b = penalised(*unpack(v))
@@ -154,16 +149,6 @@ class LogisticProblem(ABC):
         if self.exclusive:
             whole[1][~self.fitted] = whole[1][self.fitted].min() - UNSEEN
         return LogisticModel(whole[0], whole[1], whole[2], self.fitted, end.steps, end.converged)
-
-    def _mean_losses(self, a: Tensor, b: Tensor, columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean loss of each class (k,), and the gradients (D, k) and (k,)."""
-        losses, grad_a, grad_b = torch.zeros_like(b), torch.zeros_like(a), torch.zeros_like(b)
-        for part, x, z in self._logits(a, b):
-            loss, error = self._losses(z, part, columns)
-            losses += loss
-            grad_a += (x.mT @ error).double()
-            grad_b += error.sum(dim=0, dtype=torch.float64)
-        return losses / counts, grad_a / counts, grad_b / counts
 
     def _logits(self, a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Chunks of rows: which they are, the rows (m, D) and their logits (m, k)."""
@@ -197,7 +182,7 @@ class SoftmaxProblem(LogisticProblem):
 
     def __init__(self, rows: Rows, num_classes: int, **options: Any) -> None:
         super().__init__(rows, **options)
-        known = checked_labels(rows.labels, self.data.n, num_classes)
+        known = as_labels(rows.labels, self.data.n, num_classes)
         frequencies = torch.bincount(known, minlength=num_classes).double()
         self.fitted = frequencies > 0
         self.counts = torch.full_like(frequencies, self.data.n)
@@ -249,7 +234,7 @@ class SigmoidProblem(LogisticProblem):
         return (self.labels[part][:, columns] >= 0) * z.sigmoid()
 
 
-def checked_labels(labels: ArrayLike | Tensor, rows: int, num_classes: int) -> Tensor:
+def as_labels(labels: ArrayLike | Tensor, rows: int, num_classes: int) -> Tensor:
     """Labels (rows,) as int64 on the CPU; ValueError unless they are integers in [0, num_classes)."""
     values = torch.as_tensor(labels).detach().cpu()
     if values.shape != (rows,) or rows == 0:

@@ -16,25 +16,18 @@ from torch import Tensor
 
 from dinoreg.evaluation.metrics.bootstrap import nanmean
 from dinoreg.evaluation.solvers.feature_matrix import Rows
-from dinoreg.evaluation.solvers.logistic_regression import (
-    LogisticModel,
-    LogisticProblem,
-    SoftmaxProblem,
-    checked_labels,
-)
+from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, LogisticProblem, SoftmaxProblem, as_labels
 
-REFERENCE_CS: tuple[float, ...] = tuple(10.0 ** np.linspace(-6, 5, 45))  # DINOv2's grid
 PATH_TOLERANCE, FINAL_TOLERANCE = 1e-6, 1e-7  # of the mean loss, while C is chosen by accuracy and afterwards
 
 
 @dataclass(frozen=True)
 class Visited:
-    """One C of a path: (G,) scores and mean losses on the held-out rows, and the solver's steps."""
+    """One C of a path: (G,) scores and mean losses on the held-out rows."""
 
     C: float
     scores: np.ndarray
     losses: np.ndarray
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def walk_path(
         classes = torch.from_numpy(active).expand(len(problem.fitted))
         model = problem.solve(float(C), model, classes, tolerance)
         scores, losses = judge(model)
-        visited.append(Visited(float(C), scores, losses, model.steps))
+        visited.append(Visited(float(C), scores, losses))
         scores = np.nan_to_num(scores, nan=-1.0)  # where there is no score the loss decides
         better = active & ((scores > best_score) | ((scores == best_score) & (losses < best_loss)))
         idle = np.where(better | (losses < lowest), 0, idle + 1)
@@ -98,7 +91,7 @@ def select_and_fit(
     features: Tensor,
     labels: ArrayLike | Tensor,
     num_classes: int,
-    Cs: Sequence[float] = REFERENCE_CS,
+    Cs: Sequence[float],
     *,
     validation: tuple[Tensor, ArrayLike | Tensor] | None = None,
     validation_share: float = 0.1,
@@ -112,11 +105,11 @@ def select_and_fit(
     memory-mapped and of any size: beyond a gigabyte they are read in chunks, never copied whole. `options` are those of
     LogisticProblem. ValueError for labels or Cs out of range, and for too few rows.
     """
-    rows = Rows.of(features, checked_labels(labels, len(features), num_classes))
+    rows = Rows.of(features, as_labels(labels, len(features), num_classes))
     if not Cs or min(Cs) <= 0:
         raise ValueError(f"every C must be above 0, got {tuple(Cs)}")
     if validation is not None:
-        fit, held = rows, Rows.of(validation[0], checked_labels(validation[1], len(validation[0]), num_classes))
+        fit, held = rows, Rows.of(validation[0], as_labels(validation[1], len(validation[0]), num_classes))
         rows = fit + held
     else:
         mask = balanced_split(rows.labels, validation_share, seed)
