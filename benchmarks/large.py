@@ -108,7 +108,7 @@ def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
         name = next(name for name, split in splits.items() if split.source is source)
         return np.load(folder / f"{name}.npy", mmap_mode="r")
 
-    for module in (shared, neighbours, linear):
+    for module in (shared, linear):
         module.extract_features = stored  # type: ignore[attr-defined]
     encoder = wrap(RegisterViT(image_size=16, patch_size=8, dim=64, depth=1, heads=1))
     context = Context(folder, folder / "state", None, 0, 16, 64, 0, 0, progress=show_progress)

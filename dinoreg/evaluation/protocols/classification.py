@@ -74,12 +74,20 @@ def draws_interval(predicted: np.ndarray, labels: np.ndarray, metric: str, sampl
     return bootstrap_statistic(count, resampled, samples=samples)
 
 
-def class_tokens(measured: Measurement, source: Source, what: str, token: str = "cls") -> Tensor:
-    """Frozen features of the centre crops of a source, (n, D), or (n, 2 D) for "cls+mean", on the CPU."""
-    context = measured.context
-    crop = CentreCrop(context.image_size, context.image_size)
-    pooled, what = token == "cls+mean", f"features of {what}"
-    return feature_matrix(extract_features(context, measured.encoder, source, crop, mean_patch=pooled, what=what))
+def class_tokens(
+    measured: Measurement, source: Source, what: str, mean_patch: bool = False, resize: float = 1.0
+) -> Tensor:
+    """Frozen class tokens of the centre crops of a source, (n, D), on the CPU, of the type on disk.
+
+    what        the images are, beside the progress
+    mean_patch  the mean patch token beside the class token, (n, 2 D), where the encoder's has its width
+    resize      short side over the crop's side
+    """
+    size = measured.context.image_size
+    crop, what = CentreCrop(round(size * resize), size), f"features of {what}"
+    return feature_matrix(
+        extract_features(measured.context, measured.encoder, source, crop, mean_patch=mean_patch, what=what)
+    )
 
 
 def draw_mistakes(measured: Measurement, test: Labelled, predicted: np.ndarray, prefix: str) -> None:

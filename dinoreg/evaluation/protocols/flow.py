@@ -18,15 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import FlowPairs
 from dinoreg.evaluation.dense.flow_frames import forget_tokens, frame_tokens, truth
 from dinoreg.evaluation.dense.flow_matching import TALLY, Geometry, Projection, Truth, figures, match, tally
 from dinoreg.evaluation.dense.pictures import draw_flow
 from dinoreg.evaluation.features.images import parallel, read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
-from dinoreg.evaluation.options import FlowOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.train_heads import cosine, generator, train_heads
@@ -37,7 +34,8 @@ SPLITS = ("train", "test")
 INTERVAL_NOTE = "the interval draws pairs; pairs of one scene are alike, so for other scenes it is too narrow"
 MISSING = "the {{name}} split{which} is missing, or it does not hold pairs of frames with flow"
 
-Matcher = Callable[[Tensor, Tensor], Tensor]  # unit tokens (N, D) of two frames -> (N, 2) in patches
+# Unit tokens (N, D) of two frames and their grid -> displacements (N, 2) in patches.
+Matcher = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 Loaded = tuple[Tensor, Tensor, Truth]  # tokens (N, D) of both frames of a pair, and what is known of it
 
 
@@ -54,18 +52,15 @@ def evaluate(measured: Measurement) -> list[Row]:
         missing = MISSING.format(which=f" of the {name} pass" if name else "")
         of_pass = replace(measured, data=replace(data, splits=splits))
         passes[name] = {split: of_pass.split(split, FlowPairs, missing) for split in SPLITS}
-    matching = Matching(measured.encoder, passes, settings, context)
+    matching = Matching(measured, passes)
+    matcher = partial(match, temperature=settings.temperature, window=settings.window)
     zero_shot = {
-        split: {name: matching.measure(matching.zero_shot, name, split, "zero_shot") for name in passes}
+        split: {name: matching.measure(matcher, name, split, "zero_shot") for name in passes}
         for split in ("test", "train")
     }
     projection = matching.fit()
-
-    def linear(first: Tensor, second: Tensor) -> Tensor:
-        return projection(first, second, matching.geometry.grid)
-
-    projected = {name: matching.measure(linear, name, "test", "projected") for name in passes}
-    matching.draw(linear)
+    projected = {name: matching.measure(projection, name, "test", "projected") for name in passes}
+    matching.draw(projection)
     shared = {
         "patches": list(matching.geometry.grid),
         "frames_resized_to": list(matching.geometry.working),
@@ -105,9 +100,8 @@ class Matching:
     passes  {name of a rendering: {"train" and "test": pairs}}; the tokens of their frames are read or extracted here
     """
 
-    def __init__(
-        self, encoder: Encoder, passes: dict[str, dict[str, FlowPairs]], settings: FlowOptions, context: Context
-    ) -> None:
+    def __init__(self, measured: Measurement, passes: dict[str, dict[str, FlowPairs]]) -> None:
+        encoder, settings, context = measured.encoder, measured.options.flow, measured.context
         self.passes, self.settings, self.device = passes, settings, encoder.device
         self.first = next(iter(passes.values()))
         width, height = read_rgb(self.first["train"].source, 0).size
@@ -124,9 +118,6 @@ class Matching:
         made_of = (encoder.identity, encoder.dtype, context.features_dtype)
         self.key = (*made_of, stamps, self.geometry, settings, context.seed)
         self.constants = torch.stack([torch.zeros(2), self._mean_flow()]).to(self.device)
-
-    def zero_shot(self, first: Tensor, second: Tensor) -> Tensor:
-        return match(first, second, self.geometry.grid, self.settings.temperature, self.settings.window)
 
     @torch.no_grad()
     def measure(self, matcher: Matcher, name: str, split: str, kind: str) -> Tensor:
@@ -157,16 +148,13 @@ class Matching:
             picked = generator(seed, step).choice(len(pairs), size=size, replace=False)
             return [self._load(*pairs[each]) for each in picked]
 
-        def matched(first: Tensor, second: Tensor) -> Tensor:
-            return projection(first, second, self.geometry.grid)
-
         def losses(step: int) -> dict[str, Tensor]:
             nonlocal ahead
             if ahead is None:  # a training that goes on does not begin at step 0
                 ahead = parallel(batch, range(step, settings.steps), self.context.workers)
             total, count = torch.zeros((), device=self.device), 0
             for loaded in next(ahead):
-                predicted, known = self._predict(matched, loaded)
+                predicted, known = self._predict(projection, loaded)
                 difference = predicted[known.valid] - known.flow[known.valid]
                 total = total + (difference.square().sum(dim=-1) + ROUNDING**2).sqrt().sum()
                 count += len(difference)
@@ -197,7 +185,8 @@ class Matching:
     def _predict(self, matcher: Matcher, loaded: Loaded) -> tuple[Tensor, Truth]:
         """The matcher's flow (H, W, 2) in pixels, and what is known, both on the device."""
         first, second = (tokens.to(self.device).float() for tokens in loaded[:2])
-        return self.geometry.to_pixels(matcher(first, second)), Truth(*(part.to(self.device) for part in loaded[2]))
+        flow = self.geometry.to_pixels(matcher(first, second, self.geometry.grid))
+        return flow, Truth(*(part.to(self.device) for part in loaded[2]))
 
     def _mean_flow(self) -> Tensor:
         """(2,): the flow of all valid pixels of the training pairs, averaged; the best that knows no picture."""

@@ -6,10 +6,9 @@ from torch import Tensor
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.pictures import strip
-from dinoreg.evaluation.features.cache import extract_features, feature_matrix
-from dinoreg.evaluation.features.images import CentreCrop, read_rgb
+from dinoreg.evaluation.features.images import read_rgb
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, nearest_neighbours
-from dinoreg.evaluation.protocols.classification import GREEN, RED, accuracy_row, framed, labelled_splits
+from dinoreg.evaluation.protocols.classification import GREEN, RED, accuracy_row, class_tokens, framed, labelled_splits
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 
@@ -22,11 +21,8 @@ def evaluate(measured: Measurement) -> list[Row]:
     """One row for each k, the k of 20 first where it is among them: the papers do not say which they quote."""
     chosen, encoder, context = measured.options.knn, measured.encoder, measured.context
     train, test, _ = labelled_splits(measured)
-    crop = CentreCrop(round(context.image_size * RESIZE), context.image_size)
-    bank, queries = (
-        feature_matrix(extract_features(context, encoder, split.source, crop, what=f"features of {name}"))
-        for name, split in (("train", train), ("test", test))
-    )
+    bank = class_tokens(measured, train.source, "train", resize=RESIZE)
+    queries = class_tokens(measured, test.source, "test", resize=RESIZE)
     labels = torch.from_numpy(train.labels)
     votes = knn_predict(bank.to(encoder.device), labels, queries, chosen.k, chosen.temperature, train.num_classes)
     _gallery(bank, queries, train, test, context)

@@ -16,9 +16,10 @@ def evaluate(measured: Measurement) -> list[Row]:
     """The headline (top-1 or mean per class, as the task says) and the other of the two."""
     chosen, encoder, context = measured.options.logistic, measured.encoder, measured.context
     train, test, val = labelled_splits(measured)
-    features = class_tokens(measured, train.source, "train", chosen.token)
-    validation = None if val is None else (class_tokens(measured, val.source, "val", chosen.token), val.labels)
-    test_features = class_tokens(measured, test.source, "test", chosen.token)
+    pooled = chosen.token == "cls+mean"
+    features = class_tokens(measured, train.source, "train", pooled)
+    validation = None if val is None else (class_tokens(measured, val.source, "val", pooled), val.labels)
+    test_features = class_tokens(measured, test.source, "test", pooled)
     Cs = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c).tolist()
     found = select_and_fit(
         features,
