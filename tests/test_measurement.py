@@ -9,7 +9,7 @@ import pytest
 import torch
 from encoders import context
 
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource
 from dinoreg.evaluation.backbones.encoder import PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled

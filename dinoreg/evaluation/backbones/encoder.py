@@ -12,6 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
+from dinoreg.weights.preprocessing import stated_preprocessing
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 PUBLISHED_SIZE = 224  # pixels; the side at which classification is published
 PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
 
@@ -132,16 +132,19 @@ class _ModuleEncoder(Encoder):
         self,
         module: nn.Module,
         name: str,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.device, self.dtype, self.name = torch.device(device), dtype, name
         self.module = module.to(self.device).eval().requires_grad_(False)
-        self.mean = _per_channel(mean, self.in_channels)
-        self.std = _per_channel(std, self.in_channels)
-        self.identity = _identity(module, (name if not list(module.parameters()) else "", self.mean, self.std))
+        self.mean, self.std = stated_preprocessing({"mean": mean, "std": std}, self.in_channels, name)
+
+    @cached_property
+    def identity(self) -> str:  # type: ignore[override]  # of the weights as they are when it is first asked
+        named = self.name if not list(self.module.parameters()) else ""
+        return _identity(self.module, (named, self.mean, self.std))
 
     def _like(self, module: nn.Module) -> Encoder:
         return type(self)(module, f"random {self.name}", self.mean, self.std, self.device, self.dtype)  # type: ignore[call-arg]
@@ -310,8 +313,7 @@ def wrap(
         return model
     stated = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     stated = stated if isinstance(stated, dict) else {}
-    mean = mean if mean is not None else stated.get("mean", IMAGENET_MEAN)
-    std = std if std is not None else stated.get("std", IMAGENET_STD)
+    mean, std = mean or stated.get("mean"), std or stated.get("std")
     kind: type[_ModuleEncoder]
     if isinstance(model, RegisterViT):
         kind = NativeEncoder
@@ -326,13 +328,6 @@ def wrap(
 
 def _split(tokens: Tensor, num_registers: int) -> Tokens:
     return Tokens(tokens[:, 0], tokens[:, 1 : 1 + num_registers], tokens[:, 1 + num_registers :])
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) not in (1, channels):
-        raise UserError(f"{len(numbers)} numbers for {channels} channels in the preprocessing")
-    return numbers * (channels if len(numbers) == 1 else 1)
 
 
 def _identity(module: nn.Module, rest: object) -> str:
