@@ -11,7 +11,7 @@ import importlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -231,9 +231,6 @@ class _Evaluation:
         """What a protocol is given besides its data; `name` is that of its files."""
         options = self.request.options
 
-        def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-            return show_progress(items, total, f"{self.name} · {what}")
-
         return Context(
             features=Path(options.features) if options.features else self.folder.parent / "features",
             # With the key in its name, a state is never met by other weights or options.
@@ -245,7 +242,7 @@ class _Evaluation:
             workers=default_workers() if options.workers is None else options.workers,
             num_examples=options.examples,
             features_dtype=options.features_dtype,
-            progress=progress,
+            progress=lambda items, total, what: show_progress(items, total, f"{self.name} · {what}"),
         )
 
 

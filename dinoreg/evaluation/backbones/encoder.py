@@ -144,7 +144,11 @@ class _ModuleEncoder(Encoder):
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # of the weights as they are when it is first asked
         named = self.name if not list(self.module.parameters()) else ""
-        return _identity(self.module, (named, self.mean, self.std))
+        digest = hashlib.sha256(repr((named, self.mean, self.std)).encode())
+        for key, value in sorted(self.module.state_dict().items()):
+            digest.update(f"{key} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _like(self, module: nn.Module) -> Encoder:
         return type(self)(module, f"random {self.name}", self.mean, self.std, self.device, self.dtype)  # type: ignore[call-arg]
@@ -328,14 +332,6 @@ def wrap(
 
 def _split(tokens: Tensor, num_registers: int) -> Tokens:
     return Tokens(tokens[:, 0], tokens[:, 1 : 1 + num_registers], tokens[:, 1 + num_registers :])
-
-
-def _identity(module: nn.Module, rest: object) -> str:
-    digest = hashlib.sha256(repr(rest).encode())
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(f"{key} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @contextmanager
