@@ -25,7 +25,7 @@ from dinoreg.evaluation.dense.windows import (
     training_stream,
     window_starts,
 )
-from dinoreg.evaluation.features.rows import require_finite
+from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError
 

@@ -17,7 +17,7 @@ from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.runner import Planned, Request, check_size, choose, evaluate_all, preflight
+from dinoreg.evaluation.runner import Planned, Request, check_size, choose, measure, preflight
 from dinoreg.jobs.records import read_records as read_jobs
 from dinoreg.jobs.status import examine
 from dinoreg.reports.evaluation_report import console_table, read_records, write_evaluation
@@ -82,7 +82,7 @@ def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
     request = read_request(options)
     plans, _ = _prepare(str(dataset), request)
     encoder, folder, _ = _open(model, request.options)
-    results = list(evaluate_all(encoder, plans, request, folder))
+    results = [measure(encoder, plan, request, folder) for plan in plans]
     write_evaluation(folder)
     return results[0] if len(results) == 1 and dataset != "all" else results
 
@@ -181,9 +181,8 @@ def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: P
     failed = []
     for plan in plans:
         try:
-            for result in evaluate_all(encoder, [plan], request, folder):
-                row = result.headline
-                print_status(f"{plan.benchmark.name}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
+            row = measure(encoder, plan, request, folder).headline
+            print_status(f"{plan.benchmark.name}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
         except (UserError, RunError) as error:
             if len(plans) == 1:
                 raise
