@@ -1,9 +1,9 @@
 """`dinoreg plan`: what a run will cost before it starts."""
 
 from dinoreg.commands.arguments import read_options, source_and_overrides
-from dinoreg.commands.options import PlanOptions
 from dinoreg.config.load import Config, load_config
 from dinoreg.config.option import split_texts
+from dinoreg.config.plan_options import PlanOptions
 
 
 def read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
@@ -18,10 +18,9 @@ def run_plan(config: Config, options: PlanOptions) -> None:
     from dinoreg.plan import plan
     from dinoreg.plan.text import show
 
-    values = dict(vars(options))
-    out = values.pop("out")
-    found = plan(config, **values)
-    written = None if out is None else found.write(out)
+    found = plan(config, **vars(options))
+    if options.out is not None:
+        found.write(options.out)
     show(found)
-    if written is not None:
-        print(f"plan: {written}")
+    if options.out is not None:
+        print(f"plan: {options.out}")

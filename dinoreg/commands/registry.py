@@ -15,7 +15,6 @@ from dinoreg.commands.options import (
     ExportOptions,
     InspectOptions,
     NoOptions,
-    PlanOptions,
     QuickstartOptions,
     RegistersOptions,
     ReportOptions,
@@ -23,6 +22,7 @@ from dinoreg.commands.options import (
 from dinoreg.commands.plan import read_plan, run_plan
 from dinoreg.commands.view import read_view, view
 from dinoreg.config.load import Config, load_config, require_complete
+from dinoreg.config.plan_options import PlanOptions
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError

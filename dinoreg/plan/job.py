@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -159,6 +160,25 @@ class Job:
         if self.config.loss.koleo_weight == 0:
             return 0.0
         return 2 * 2 * (self.koleo_ranks * self.config.batch_size) ** 2 * self.sizes.dim
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it is, fit for JSON."""
+        config = self.config
+        return {
+            "model": config.model.name,
+            "nodes": self.nodes,
+            "gpus": self.gpus,
+            "processes": self.world_size,
+            "device": self.device.name,
+            "strategy": self.strategy,
+            "shard": self.shard_size,
+            "precision": self.precision,
+            "attention": self.backend,
+            "batch_size": config.batch_size,
+            "global_batch_size": self.global_batch_size,
+            "accumulate": config.optim.accumulate,
+            "checkpointing": config.model.checkpointing,
+        }
 
 
 def measure_sizes(config: Config) -> Sizes:

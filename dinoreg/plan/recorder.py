@@ -40,6 +40,7 @@ PARTS = (
     "crops",
     WORKING,
 )
+STATE = PARTS[:4]  # what stays from step to step
 # Moments of a step, in their order. Within each of them the same tensors are alive, but for the number of blocks.
 TEACHER, CLASS_TOKENS, KOLEO, STUDENT = "teacher", "class tokens", "KoLeo", "student and losses"
 LAST_BLOCKS, BLOCKS, BACKWARD_END = "backward, last blocks", "backward, blocks", "backward, end"
@@ -238,6 +239,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # of a fake tensor: autograd asks for it at every turn
+            return func(*args)
         if self._moment in (LAST_BLOCKS, BLOCKS, BACKWARD_END) and not _in_backward():
             self._enter(UPDATE)
         if func is aten.nonzero.default and self._masked:

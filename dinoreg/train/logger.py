@@ -28,6 +28,7 @@ from rich.progress import (
 )
 
 from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.runtime.durations import clock
 
 logger = logging.getLogger("dinoreg")
 
@@ -193,7 +194,7 @@ class StepDisplay:
             return
         fortieth = step * 40 // self.num_steps
         if fortieth != self._fortieth:
-            left = _clock((self.num_steps - step) * values["step_time"])
+            left = clock((self.num_steps - step) * values["step_time"])
             self.console.print(f"step {step}/{self.num_steps}  {line}  left: {left}", highlight=False, soft_wrap=True)
         self._fortieth = fortieth
 
@@ -299,9 +300,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
