@@ -20,7 +20,7 @@ from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
 from dinoreg.plan import plan
 from dinoreg.plan.advice import change, remedies
 from dinoreg.plan.devices import DEVICES, GIB, Device, find_device, recognise
-from dinoreg.plan.job import Unit, describe, measure_sizes
+from dinoreg.plan.job import describe, measure_sizes, padded
 from dinoreg.plan.memory import memory_of, operations_of
 from dinoreg.plan.speed import Speed, estimate, probe, worth_probing
 from dinoreg.plan.step import random_batch
@@ -97,21 +97,19 @@ def take_step(config: Config, state: TrainState) -> None:
 )
 def test_parameters_are_those_of_the_published_models(name: str, backbone: int, head: int) -> None:
     sizes = measure_sizes(load_config(name))
-    assert sizes.backbone == backbone
-    assert [each.unit.parameters for each in sizes.heads.values()] == [head]
+    assert sizes.parameters == {"backbone": backbone, "dino_head": head}
     assert sizes.student == backbone + head
 
 
 def test_an_untied_head_is_counted() -> None:
     sizes = measure_sizes(tiny_config(**{"head.separate": True, "head.ibot_prototypes": 16}))
-    assert {name: head.prototypes for name, head in sizes.heads.items()} == {"dino_head": 24, "ibot_head": 16}
+    assert sizes.prototypes == {"dino_head": 24, "ibot_head": 16}
 
 
 def test_what_is_gathered_has_whole_rows_of_every_process() -> None:
-    unit = Unit(((10, 3), (1, 7)))
-    assert unit.parameters == 37
-    assert unit.padded(1) == 37
-    assert unit.padded(4) == 12 * 3 + 4 * 7
+    network = torch.nn.ParameterList([torch.empty(10, 3), torch.empty(1, 7)])
+    assert padded(network, 1) == 37
+    assert padded(network, 4) == 12 * 3 + 4 * 7
 
 
 # ---------------------------------------------------------------- memory

@@ -10,7 +10,7 @@ from dinoreg.config.option import build, flat
 from dinoreg.plan.job import Job, describe
 from dinoreg.plan.memory import Memory, memory_from, memory_of, operations_of
 from dinoreg.plan.recorder import PARTS, STATE, TEACHER, WORKING
-from dinoreg.plan.traffic import collectives
+from dinoreg.plan.traffic import step_of
 
 # In the order in which they are preferred: the first ones change where things are kept, the last one the run itself.
 KEYS = (
@@ -177,10 +177,8 @@ def change(job: Job, overrides: dict[str, Any]) -> Job:
 
 def _seconds(job: Job) -> float:
     """A step on paper over its images: only ratios of it mean anything."""
-    peak = job.device.peak(job.precision)
-    operations = operations_of(job, worst=True).total * job.config.batch_size + job.koleo_operations()
-    computing = operations / (0.3 * peak if peak else _ASSUMED_FLOPS)
-    exchanges = collectives(job)
-    hidden = sum(each.seconds(job.device) for each in exchanges if each.hidden)
-    exposed = sum(each.seconds(job.device) for each in exchanges if not each.hidden)
-    return (max(computing, hidden) + exposed) / job.config.batch_size
+    batch_size, peak = job.config.batch_size, job.device.peak(job.precision)
+    operations = operations_of(job, worst=True).total * batch_size + job.koleo_operations()
+    seconds = step_of(job, operations / (0.3 * peak if peak else _ASSUMED_FLOPS)).seconds
+    assert seconds is not None
+    return seconds / batch_size

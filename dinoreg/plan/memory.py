@@ -171,7 +171,7 @@ def operations_of(job: Job, worst: bool = False) -> Operations:
     masked = _masked(job, parts) if worst else (job.masked_patches(job.micro_batch_size),) * parts
     counts: dict[str, float] = defaultdict(float)
     for times, blocks, _ in _depths(depth, _few(depth, BLOCKS), parts):
-        for kind, count in trace_job(job, blocks, masked, alone=not worst).operations.items():
+        for kind, count in trace_job(job if worst else job.alone(), blocks, masked).operations.items():
             counts[kind] += times * count
     images = job.micro_batch_size * parts
     return Operations(**{name: counts[name] / images for name in Operations.__dataclass_fields__})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from dinoreg.train.parallelize import local
 from dinoreg.train.state import TrainState
@@ -54,11 +54,6 @@ _ATTENTION = (
 )
 
 
-def _fused_attention(query: Tensor, key: Tensor) -> int:
-    """Floating-point operations of self-attention, (B, heads, T, head_dim) each: two products with (T, T) matrices."""
-    return 4 * query.numel() * key.shape[-2]
-
-
 def count_operations(function: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
     """Floating-point operations of a matrix product, 0 of anything else.
 
@@ -66,9 +61,9 @@ def count_operations(function: Any, args: Sequence[Any], kwargs: dict[str, Any],
     operation of the model. PyTorch's own counter has no formula for the CPU's kernel.
     """
     if function is aten._scaled_dot_product_flash_attention_for_cpu:
-        return _fused_attention(*args[:2])
+        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
     if function is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return 2 * _fused_attention(*args[1:3])
+        return 2 * int(sdpa_flop_count(*(tensor.shape for tensor in args[1:4])))
     formula = flop_registry.get(function)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 

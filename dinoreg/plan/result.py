@@ -9,26 +9,10 @@ from dinoreg.plan.advice import Remedy
 from dinoreg.plan.job import Job
 from dinoreg.plan.memory import Memory, Operations
 from dinoreg.plan.speed import Speed
-from dinoreg.plan.traffic import Collective
+from dinoreg.plan.traffic import Collective, Step
 from dinoreg.runtime.errors import UserError
 
 MEMORY_FIGURES = ("available", "needed", "allocated", "context", "fragments", "peak")
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step. Data and checkpoints are not waited for.
-
-    computing, seconds  of one device, and of the whole; None where nothing is known of the device's speed
-    communicating       seconds; `hidden` of them can go on beside the computing
-    sent                bytes that one process sends
-    """
-
-    computing: float | None
-    communicating: float
-    hidden: float
-    sent: int
-    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -109,12 +93,7 @@ class Plan:
         return {
             "job": job.as_dict(),
             "fits": self.fits,
-            "parameters": {
-                "backbone": sizes.backbone,
-                **{name: head.unit.parameters for name, head in sizes.heads.items()},
-                "student": sizes.student,
-                "teacher": sizes.student,
-            },
+            "parameters": {**sizes.parameters, "student": sizes.student, "teacher": sizes.student},
             "tokens": tokens,
             "operations_per_image": {**asdict(self.operations), "total": self.operations.total},
             "operations_per_step": self.operations_per_step,

@@ -12,9 +12,9 @@ from dinoreg.plan.advice import remedies, smallest
 from dinoreg.plan.devices import GIB, Device, cpu_device, find_device, local_device
 from dinoreg.plan.job import Job, describe
 from dinoreg.plan.memory import Memory, Operations, memory_of, operations_of
-from dinoreg.plan.result import Checkpoint, Plan, Run, Step
-from dinoreg.plan.speed import Speed, alone, estimate, probe, worth_probing
-from dinoreg.plan.traffic import Collective, collectives
+from dinoreg.plan.result import Checkpoint, Plan, Run
+from dinoreg.plan.speed import Speed, estimate, probe, worth_probing
+from dinoreg.plan.traffic import Step, collectives, step_of
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.templates import render
 
@@ -51,14 +51,13 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
     operations = operations_of(job)
     speed = _speed(job, needed, here, options, notes)
     notes += _remarks(job, operations, speed, num_images)
-    exchanges = tuple(collectives(job))
-    step = _step(job, speed, exchanges)
+    step = step_of(job, None if speed is None else config.batch_size / speed.images_per_second)
     return Plan(
         job=job,
         memory=needed,
         operations=operations,
         speed=speed,
-        exchanges=exchanges,
+        exchanges=tuple(collectives(job)),
         step=step,
         run=_run(job, step, num_steps, num_images),
         checkpoint=_checkpoint(job, num_steps, options.disk),
@@ -142,16 +141,6 @@ def _speed(job: Job, needed: Memory, here: bool, options: PlanOptions, notes: li
     return estimate(job, options.utilisation)
 
 
-def _step(job: Job, speed: Speed | None, exchanges: tuple[Collective, ...]) -> Step:
-    seconds = {each: each.seconds(job.device) for each in exchanges}
-    communicating, hidden = sum(seconds.values()), sum(seconds[each] for each in exchanges if each.hidden)
-    sent = sum(each.sent for each in exchanges)
-    if speed is None:
-        return Step(None, communicating, hidden, sent, None)
-    computing = job.config.batch_size / speed.images_per_second
-    return Step(computing, communicating, hidden, sent, max(computing, hidden) + communicating - hidden)
-
-
 def _run(job: Job, step: Step, num_steps: int, num_images: int | None) -> Run:
     images = num_steps * job.global_batch_size
     epochs = None if num_images is None else images / num_images
@@ -174,7 +163,7 @@ def _remarks(job: Job, operations: Operations, speed: Speed | None, num_images: 
         pairs=4 * (job.koleo_ranks * config.batch_size) ** 2,
         share=job.koleo_operations() / (operations.total * config.batch_size),
         measured=measured,
-        expected=memory_of(alone(job)).allocated if measured else None,  # what was measured is one process
+        expected=memory_of(job.alone()).allocated if measured else None,  # what was measured is one process
         KOLEO_SHARE=KOLEO_SHARE,
         GIB=GIB,
     )
@@ -183,7 +172,8 @@ def _remarks(job: Job, operations: Operations, speed: Speed | None, num_images: 
 
 def _checkpoint(job: Job, num_steps: int, disk: float) -> Checkpoint:
     config = job.config
-    centers = 4 * sum(head.prototypes for head in job.sizes.heads.values()) * (1 if len(job.sizes.heads) > 1 else 2)
+    prototypes = list(job.sizes.prototypes.values())
+    centers = 4 * (prototypes[0] + prototypes[-1])
     size = STATE_BYTES * job.sizes.student + centers
     teacher = 4 * job.sizes.student
     return Checkpoint(

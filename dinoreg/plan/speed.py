@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from dinoreg.config.load import Config
-from dinoreg.config.schema import ParallelConfig
 from dinoreg.plan.job import Job
 from dinoreg.plan.memory import memory_of, operations_of
 from dinoreg.plan.step import random_batch, take_step
@@ -99,7 +98,7 @@ def probe(job: Job, device: torch.device) -> Speed | None:
 
     On a CPU the batch is as large as a step of a few seconds allows: its rate hardly depends on it.
     """
-    job = alone(job)
+    job = job.alone()
     config = job.config
     if device.type == "cpu":
         keep_freed_memory()
@@ -118,17 +117,9 @@ def probe(job: Job, device: torch.device) -> Speed | None:
             torch.cuda.empty_cache()
 
 
-def alone(job: Job) -> Job:
-    """The same job on one process."""
-    config = dataclasses.replace(
-        job.config, parallel=ParallelConfig(), loss=dataclasses.replace(job.config.loss, koleo_ranks=None)
-    )
-    return dataclasses.replace(job, config=config, nodes=1, gpus=1)
-
-
 def worth_probing(job: Job) -> bool:
     """Whether to probe unasked: on CUDA where one process can hold the run, on a CPU where a step takes moments."""
-    single = alone(job)
+    single = job.alone()
     if job.device.kind != "cuda":
         guess = estimate(single)
         if guess is None or single.config.batch_size / guess.images_per_second > QUICK_SECONDS:

@@ -47,7 +47,7 @@ def _text(plan: Plan) -> str:
         "plan/templates/plan.txt.j2",
         plan=plan,
         shares=[f"{name} {count / 1e9:.4g}" for name, count in kinds.items() if count],
-        prototypes=[head.prototypes for head in plan.job.sizes.heads.values()],
+        prototypes=plan.job.sizes.prototypes.values(),
         held={part: held.get(part, 0) for part in PARTS if part in held or (part == "gradients" and most_gradients)},
         most_gradients=most_gradients,
         **{name: getattr(devices, name) for name in ("CONTEXT_GIB", "NCCL_GIB", "FRAGMENTATION", "LINK_SHARE")},

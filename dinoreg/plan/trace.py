@@ -50,27 +50,23 @@ class Trace:
     operations: dict[str, int]
 
 
-def trace_job(job: Job, depth: int, masked: tuple[int, ...], alone: bool = False) -> Trace:
-    """A step of a job whose backbone has `depth` blocks, in micro-batches of so many masked patches.
-
-    alone  on one process, whatever the job has
-    """
+def trace_job(job: Job, depth: int, masked: tuple[int, ...]) -> Trace:
+    """A step of a job whose backbone has `depth` blocks, in micro-batches of so many masked patches."""
     config, parts = job.config, len(masked)
     attention = "sdpa" if job.backend == "xformers" else job.backend  # which keeps a little more, and runs anywhere
-    world_size = 1 if alone else job.world_size
-    parallel = replace(config.parallel, strategy=job.strategy) if world_size > 1 else ParallelConfig()
+    parallel = replace(config.parallel, strategy=job.strategy) if job.world_size > 1 else ParallelConfig()
     return trace_step(
         Config(
             batch_size=job.micro_batch_size * parts,
             model=replace(config.model, depth=depth, attention=attention),
             head=config.head,
             crops=config.crops,
-            loss=replace(config.loss, koleo_ranks=None) if alone else config.loss,
+            loss=config.loss,
             optim=replace(config.optim, accumulate=parts),
             parallel=parallel,
         ),
         job.precision,
-        world_size,
+        job.world_size,
         job.device.kind,
         masked,
     )
