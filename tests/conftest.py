@@ -27,11 +27,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A process for each core that may be used; where tests are named, this process alone, which starts sooner."""
+    """A process for each core that may be used; where tests are named, this process alone, which starts sooner.
+
+    The thorough tests wait for other processes half of their time, so that one more finds room beside them.
+    """
     if config.args_source is pytest.Config.ArgsSource.ARGS:
         config.option.dist = "no"
         return 0
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1 if config.getoption("--slow") else cores
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

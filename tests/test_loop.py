@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training import TINY, loss_trace, read_lines, tiny_config
-from warm_interpreter import WarmInterpreter
+from warm_interpreter import RUN_IMPORTS, WarmInterpreter
 
 import dinoreg
 from dinoreg.checkpoint import format as checkpoint
@@ -322,13 +322,6 @@ def test_a_disk_that_stays_full_ends_the_run_in_words_and_leaves_the_last_checkp
     assert not list((out / "checkpoints").glob(".unfinished-*"))
 
 
-# All that a run imports, also what it imports late.
-RUN_IMPORTS = (
-    *("torch.distributed.checkpoint", "torch.utils.serialization", "numpy.ctypeslib", "rich._emoji_codes"),
-    *("dinoreg.commands.main", "dinoreg.checkpoint.async_writer", "dinoreg.train.loop", "dinoreg.commands.report"),
-)
-
-
 def command(out: Path, steps: int) -> list[str]:
     """The tiny run through the command line, with a checkpoint at every step."""
     keys = {**TINY, "steps": steps, "out": out, "checkpoint.every": 1, "resume": "true", "log.every": 1}
@@ -353,7 +346,7 @@ def steps_written(out: Path) -> int:
 @pytest.mark.slow
 def test_kill_9_at_random_instants_and_resume_leaves_the_unbroken_losses(tmp_path: Path) -> None:
     """20 kills, every second one while a checkpoint is being written (one is, at every step)."""
-    num_steps, kills = 200, 20
+    num_steps, kills = 100, 20
     whole = start(tmp_path / "whole", num_steps)
     _, errors = whole.communicate(timeout=600)
     assert whole.returncode == 0, errors.decode()

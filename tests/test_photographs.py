@@ -5,12 +5,10 @@ The photographs are those that scikit-image and scikit-learn carry in their pack
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +21,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from training import TINY, loss_trace, read_lines
+from warm_interpreter import RUN_IMPORTS, WarmInterpreter, WarmProcess
 
 import dinoreg
 from dinoreg.checkpoint import format as checkpoint
@@ -121,25 +120,18 @@ def plain(tmp_path: Path) -> Path:
     return path
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dinoreg", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True)
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[WarmInterpreter]:
+    with WarmInterpreter(*RUN_IMPORTS) as started:
+        yield started
 
 
-def finish(run: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, errors = run.communicate(timeout=600)
-    return run.returncode, out, errors
+def start(interpreter: WarmInterpreter, arguments: list[str]) -> WarmProcess:
+    return interpreter.start([sys.executable, "-m", "dinoreg", *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-@contextlib.contextmanager
-def ended(run: subprocess.Popen[str]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if run.poll() is None:
-            run.kill()
-            run.wait()
+def finish(run: WarmProcess) -> tuple[int, str, str]:
+    return run.wait(600), run.output(), run.errors()
 
 
 def steps_written(out: Path) -> int:
@@ -163,14 +155,13 @@ def assert_names_the_bad_files(found: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_a_folder_of_photographs_trains_is_stopped_resumes_and_lists_what_it_skipped(
-    album: Path, plain: Path, tmp_path: Path
+    album: Path, plain: Path, tmp_path: Path, interpreter: WarmInterpreter
 ) -> None:
     """Through the command line; the traces of an unbroken run and of one stopped by SIGTERM are the same."""
-    # 150 steps of 6 are 45 passes over the files, bad ones included.
-    steps = 150
-    whole = start(command("pretrain", plain, data=album, out=tmp_path / "whole", steps=steps))
-    with ended(whole):
-        code, printed, errors = finish(whole)
+    # 60 steps of 6 are 18 passes over the files, bad ones included.
+    steps = 60
+    whole = command("pretrain", plain, data=album, out=tmp_path / "whole", steps=steps)
+    code, printed, errors = finish(start(interpreter, whole))
     assert code == 0, errors
     assert f"report: {tmp_path / 'whole' / 'report.html'}" in printed
     assert len(loss_trace(tmp_path / "whole")) == steps
@@ -181,12 +172,11 @@ def test_a_folder_of_photographs_trains_is_stopped_resumes_and_lists_what_it_ski
 
     out = tmp_path / "parts"
     arguments = command("pretrain", plain, data=album, out=out, steps=steps)
-    first = start(arguments)
-    with ended(first):
-        while first.poll() is None and steps_written(out) < 5:
-            time.sleep(0.005)
-        first.send_signal(signal.SIGTERM)
-        code, _, errors = finish(first)
+    first = start(interpreter, arguments)
+    while first.poll() is None and steps_written(out) < 5:
+        time.sleep(0.005)
+    first.send_signal(signal.SIGTERM)
+    code, _, errors = finish(first)
     assert code == 128 + signal.SIGTERM, errors
     last = errors.strip().splitlines()[-1]
     assert last.startswith("dinoreg: stopped by SIGTERM after step")
@@ -194,15 +184,11 @@ def test_a_folder_of_photographs_trains_is_stopped_resumes_and_lists_what_it_ski
     reached = steps_written(out)
     assert 5 <= reached < steps
     assert checkpoint.read_pointer(out / "checkpoints", "last") == checkpoint.step_name(reached)
-    refused = start(arguments)
-    with ended(refused):
-        code, _, errors = finish(refused)
+    code, _, errors = finish(start(interpreter, arguments))
     assert (code, errors.count("\n")) == (2, 1)
     assert "resume=true" in errors
 
-    second = start([*arguments, "resume=true"])
-    with ended(second):
-        code, _, errors = finish(second)
+    code, _, errors = finish(start(interpreter, [*arguments, "resume=true"]))
     assert code == 0, errors
     assert f"resumed from {out / 'checkpoints' / checkpoint.step_name(reached)}" in errors
     assert loss_trace(out) == loss_trace(tmp_path / "whole")
@@ -272,7 +258,7 @@ def test_the_first_bad_file_ends_a_run_that_allows_none(
 
 @pytest.mark.slow
 def test_too_large_a_share_of_bad_files_ends_the_run_with_one_line_and_the_list(
-    album: Path, plain: Path, tmp_path: Path
+    album: Path, plain: Path, tmp_path: Path, interpreter: WarmInterpreter
 ) -> None:
     """In a process of its own: exit code, the last line on stderr and nothing else of an error there."""
     photos = tmp_path / "photos"
@@ -282,9 +268,8 @@ def test_too_large_a_share_of_bad_files_ends_the_run_with_one_line_and_the_list(
     for name in names:
         (photos / name).write_text("not a picture\n")
     out = tmp_path / "run"
-    run = start(command("pretrain", plain, data=photos, out=out, data__max_bad_fraction=0.5))
-    with ended(run):
-        code, _, errors = finish(run)
+    arguments = command("pretrain", plain, data=photos, out=out, data__max_bad_fraction=0.5)
+    code, _, errors = finish(start(interpreter, arguments))
     assert code == 1
     assert "Traceback" not in errors
     (line,) = [line for line in errors.splitlines() if line.startswith("dinoreg: ")]

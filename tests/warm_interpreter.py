@@ -26,6 +26,11 @@ from types import TracebackType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+# All that a training imports, also what it imports late.
+RUN_IMPORTS = (
+    *("torch.distributed.checkpoint", "torch.utils.serialization", "numpy.ctypeslib", "rich._emoji_codes"),
+    *("dinoreg.commands.main", "dinoreg.checkpoint.async_writer", "dinoreg.train.loop", "dinoreg.commands.report"),
+)
 
 
 class WarmProcess:

@@ -30,10 +30,8 @@ def take_step(config: Config, state: TrainState, batch: Batch, dtype: torch.dtyp
 
 def random_batch(config: Config, patch_size: int, device: torch.device) -> Batch:
     """A batch of random pixels with the masks that a run of one process draws."""
-    mask = config.mask
     grid = (config.crops.global_size // patch_size,) * 2
-    count = 2 * config.batch_size
-    hidden = block_masks(0, 0, count, grid, mask.probability, mask.ratio, mask.min_patches, aspect=mask.aspect)
+    hidden = block_masks(0, 0, 2 * config.batch_size, grid, config.mask)
     indices, weights = mask_tensors(hidden)
     return masked_batch(config, torch.from_numpy(hidden).to(device), indices.to(device), weights.to(device))
 
