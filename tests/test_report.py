@@ -19,8 +19,9 @@ from dinoreg.commands.report import report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.compare import compare_report, comparison, differences, run_names
-from dinoreg.reports.run_report import duration, write_report
+from dinoreg.reports.run_report import write_report
 from dinoreg.reports.verdict import verdict
+from dinoreg.runtime.durations import duration
 
 VOID = {"meta", "img", "source", "br"}
 

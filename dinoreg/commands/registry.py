@@ -10,6 +10,7 @@ from dinoreg.commands.arguments import Verb, config_and_options, is_key_value, r
 from dinoreg.commands.failures import running
 from dinoreg.config.load import Config, load_config, require_complete, shipped_configs
 from dinoreg.config.option import nearest
+from dinoreg.config.plan_options import PlanOptions
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
@@ -121,8 +122,8 @@ def _view(kind: str, values: dict[str, Any]) -> None:
     _function(f"visualize.{kind}", f"view_{kind}", "view")(**values)
 
 
-def _read_plan(arguments: list[str]) -> tuple[Config, keys.PlanOptions]:
-    config, overrides, options = config_and_options("plan", keys.PlanOptions, arguments)
+def _read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
+    config, overrides, options = config_and_options("plan", PlanOptions, arguments)
     return load_config(config, overrides), options
 
 
@@ -222,7 +223,7 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "plan CONFIG [nodes=1] [gpus=8] [gpu=h100] [out=FILE.json] [key=value …]",
         "what a run will cost before it starts: memory, speed, traffic, time, and what to change when it does not fit",
-        keys.PlanOptions,
+        PlanOptions,
         _function("commands.plan", "plan_command"),
         _read_plan,
         details=("All other keys are those of pretrain, as batch_size=32 or parallel.strategy=fsdp.",),

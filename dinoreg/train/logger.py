@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.runtime.durations import clock
 
 logger = logging.getLogger("dinoreg")
 
@@ -181,7 +182,7 @@ class StepDisplay:
             return
         fortieth = step * 40 // self.num_steps
         if fortieth != self._fortieth:
-            left = _clock((self.num_steps - step) * values["step_time"])
+            left = clock((self.num_steps - step) * values["step_time"])
             self.console.print(f"step {step}/{self.num_steps}  {line}  left: {left}", highlight=False, soft_wrap=True)
         self._fortieth = fortieth
 
@@ -287,9 +288,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
