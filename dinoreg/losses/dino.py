@@ -26,12 +26,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        student_temp: float,
-        weights: Tensor | None,
-        target_shift: int,
+        ctx: Any, logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None, target_shift: int
     ) -> Tensor:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         blocks = logits.unflatten(0, (-1, targets.shape[0])) if targets.shape[0] else logits[None]
@@ -96,11 +91,7 @@ def _scratch(blocks: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def soft_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    student_temp: float,
-    weights: Tensor | None = None,
-    target_shift: int = 0,
+    logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None = None, target_shift: int = 0
 ) -> Tensor:
     """sum_i w_i * H(q_i, s_i) with H(q, s) = -sum_k q_k * log_softmax(s / student_temp)_k.
 

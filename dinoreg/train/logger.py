@@ -231,7 +231,6 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         self._buffer = b""
-        self._synced = True
 
     def add(self, line: Mapping[str, Any]) -> OSError | None:
         """Write a line; returns why that could not be done yet."""
@@ -245,9 +244,7 @@ class LineFile:
     def flush(self) -> None:
         """Have everything on the disk; OSError when it cannot be."""
         self._write()
-        if not self._synced:
-            os.fsync(self._file.fileno())
-            self._synced = True
+        os.fsync(self._file.fileno())
 
     def close(self) -> int:
         """Returns how many lines could not be written."""
@@ -259,7 +256,6 @@ class LineFile:
     def _write(self) -> None:
         while self._buffer:  # a disk that is about to be full takes a part
             self._buffer = self._buffer[self._file.write(self._buffer) :]
-            self._synced = False
 
 
 class _LogFile(logging.FileHandler):
