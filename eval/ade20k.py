@@ -9,7 +9,7 @@ from pathlib import Path
 from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, Segmented
-from dinoreg.evaluation.published import BASELINE, DENOISING, DINOV2, REGISTERS, TEST_TIME, released
+from dinoreg.evaluation.published import BASELINE, DINOV2, at_test_time, denoised, released, with_registers
 from dinoreg.evaluation.readers.files import lines, missing, segmented
 from dinoreg.runtime.errors import UserError
 
@@ -29,19 +29,13 @@ def read(folder: Path, options: Options) -> Data:
 
 def _split(folder: Path, part: str) -> Segmented:
     images, masks = folder / "images" / part, folder / "annotations" / part
-    names, drawn = _stems(images, ".jpg"), _stems(masks, ".png")
+    names = {path.stem for path in images.glob("[!.]*.jpg")}
+    drawn = {path.stem for path in masks.glob("[!.]*.png")}
     if not names:
         raise UserError(f"{NAME}: {images} has no .jpg images; they come from {ARCHIVE}")
     for stem in sorted(names ^ drawn):
         raise missing(masks / f"{stem}.png" if stem in names else images / f"{stem}.jpg", NAME, ARCHIVE)
     return segmented(images, masks, sorted(names), range(1, NUM_CLASSES + 1), 0, NAME)
-
-
-def _stems(folder: Path, ending: str) -> set[str]:
-    try:
-        return {path.stem for path in folder.iterdir() if path.suffix.lower() == ending and path.name[0] != "."}
-    except OSError:
-        raise missing(folder, NAME, ARCHIVE) from None
 
 
 def _names(path: Path) -> list[str]:
@@ -55,18 +49,12 @@ def _names(path: Path) -> list[str]:
     return [row[-1].strip() for row in rows]
 
 
-REG = (f"{REGISTERS}, Table 2a", "the head's settings are not stated; position tables interpolated with antialiasing")
+UNSTATED = "the head's settings are not stated; position tables interpolated with antialiasing"
 MS = "+ms: last 4 blocks, 640 px windows, test at several scales"
 D2 = f"{DINOV2}, Table 10"
-DVT = (DENOISING, "Denoising ViT's code and settings")
-TTR = (TEST_TIME, "Denoising ViT's code and settings; mean of 3 seeds")
+DVT = "Denoising ViT's code and settings"
 PUBLISHED = (
-    Published("DINOv2 ViT-L/14 on ImageNet-22k, no registers", 46.6, *REG),
-    Published("DINOv2 ViT-L/14 on ImageNet-22k, 4 registers", 47.9, *REG),
-    Published("DeiT-III ViT-B, no registers", 38.9, *REG),
-    Published("DeiT-III ViT-B, 4 registers", 39.1, *REG),
-    Published("OpenCLIP ViT-B/16, no registers", 26.6, *REG),
-    Published("OpenCLIP ViT-B/16, 4 registers", 26.7, *REG),
+    *with_registers((46.6, 47.9, 38.9, 39.1, 26.6, 26.7), "Table 2a", (UNSTATED,) * 3),
     *released((44.3, 47.3, 47.7, 49.0), D2),
     *released((47.2, 51.3, 53.1, 53.0), D2, MS, ending=", +ms"),
     Published(
@@ -75,12 +63,8 @@ PUBLISHED = (
         BASELINE,
         "best of lr {1e-4, 3e-4, 1e-3} x weight decay {1e-4, 1e-3}; that the model has registers is inferred",
     ),
-    Published("DINOv2 ViT-B/14 (released), no registers", 47.29, *DVT),
-    Published("DINOv2 ViT-B/14 (released), 4 registers", 48.22, *DVT),
-    Published("DINOv2 ViT-L/14 (released), no registers", 48.27, *TTR),
-    Published("DINOv2 ViT-L/14 (released), 4 registers", 49.07, *TTR),
-    Published("DINOv2 ViT-L/14 (released), one test-time register", 49.13, *TTR),
-    Published("OpenCLIP ViT-B/16", 40.14, *TTR),
+    *denoised((47.29, 48.22), (DVT, DVT)),
+    *at_test_time((48.27, 49.07, 49.13, 40.14), f"{DVT}; "),
 )
 
 BENCHMARK = Benchmark(

@@ -7,16 +7,16 @@ whether they did. We do, and every row says so. Metric: mean per class (SimCLR B
 of an earlier edition's 10,200 images and 102 variants.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
-from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import REGISTERS, fine_grained, single_tokens
 from dinoreg.evaluation.readers.arrays import BottomCutSource
-from dinoreg.evaluation.readers.files import labelled, lines, listed
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.files import labelled, lines, matched
 
 NAME, ARCHIVE = "aircraft", "fgvc-aircraft-2013b.tar.gz"
 BANNER_ROWS = 20  # pixels
@@ -32,36 +32,28 @@ def read(folder: Path, options: Options) -> Data:
     splits = {}
     for split in SPLITS:
         path = below / f"images_variant_{split}.txt"
-        rows = []
-        for line in listed(path, NAME, ARCHIVE):
-            image, _, variant = line.partition(" ")
-            if not variant:
-                raise UserError(f"{NAME}: {path}: {image!r} has no class, expected a number, a space and a variant")
-            rows.append((variant, f"{image}.jpg"))
-        splits[split] = labelled(below / "images", rows, names, path, NAME)
-        if options["crop_banner"]:
-            source = BottomCutSource(splits[split].source, BANNER_ROWS)
-            splits[split] = Labelled(source, splits[split].labels, len(names))
+        rows = matched(path, r"(\S+) (.+)", "a number, a space and a variant", NAME, ARCHIVE)
+        part = labelled(below / "images", [(variant, f"{image}.jpg") for image, variant in rows], names, path, NAME)
+        cut = options["crop_banner"]
+        splits[split] = replace(part, source=BottomCutSource(part.source, BANNER_ROWS)) if cut else part
     return Data(splits, names, variant="banner cut off" if options["crop_banner"] else "banner left in")
 
 
 FILES = ("images", "variants.txt", *(f"images_variant_{split}.txt" for split in SPLITS))
+COUNTS = {"train": 3_334, "val": 3_333, "test": 3_333}
+PUBLISHED = (
+    *fine_grained((74.0, 79.4, 81.5, 87.2), 88.5, (87.3, 17.1, 79.1), BANNER_UNKNOWN),
+    *single_tokens(f"{SIZE}, 0 registers", (84.6, 15.5, 73.3), BANNER_UNKNOWN, TABLE_4),
+    *single_tokens(f"{SIZE}, 1 register", (85.2, 14.5, 71.1), BANNER_UNKNOWN, TABLE_4, last="register token"),
+)
+
 BENCHMARK = Benchmark(
     name=NAME,
     title="FGVC-Aircraft",
     classes=100,
     folders=("fgvc-aircraft-2013b", "fgvc-aircraft", "aircraft"),
     layouts=(needs(ARCHIVE, *(f"data/{path}" for path in FILES)), needs(ARCHIVE, *FILES)),
-    tasks=classification_tasks(
-        read,
-        "mean per class",
-        {"train": 3_334, "val": 3_333, "test": 3_333},
-        (
-            *fine_grained((74.0, 79.4, 81.5, 87.2), 88.5, (87.3, 17.1, 79.1), BANNER_UNKNOWN),
-            *single_tokens(f"{SIZE}, 0 registers", (84.6, 15.5, 73.3), BANNER_UNKNOWN, TABLE_4),
-            *single_tokens(f"{SIZE}, 1 register", (85.2, 14.5, 71.1), BANNER_UNKNOWN, TABLE_4, last="register token"),
-        ),
-    ),
+    tasks=classification_tasks(read, "mean per class", COUNTS, PUBLISHED),
     download=ARCHIVE,
     licence="non-commercial research only",
     options={"crop_banner": option(True, "cut off the 20 rows of pixels at the bottom that hold a copyright banner")},

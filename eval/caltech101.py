@@ -8,6 +8,7 @@ Metric: mean per class, since the classes are very unequal; 5 of the 30 for choo
 """
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 from dinoreg.commands.main import script
@@ -27,20 +28,20 @@ def read(folder: Path, options: Options) -> Data:
     """A seeded draw of `train_per_class` images per class without replacement, and all the rest."""
     count, seed = options["train_per_class"], options["seed"]
     images = folder / IMAGES
-    names = sorted(path.name for path in images.iterdir() if path.is_dir() and not path.name.startswith("."))
-    names = [name for name in names if name != BACKGROUND]
+    folders = {path.name for path in images.iterdir() if path.is_dir() and path.name[0] != "."}
+    names = sorted(folders - {BACKGROUND})
     if not names:
         raise UserError(f"{NAME}: {images} has no category folders; they come from {ARCHIVE}")
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for name in names:
-        files = sorted(path.name for path in (images / name).iterdir() if path.suffix.lower() == ".jpg")
+        files = [path.name for path in (images / name).iterdir() if path.suffix.lower() == ".jpg"]
         if len(files) <= count:
             raise UserError(
                 f"{NAME}: {images / name} has {len(files)} images, expected more than train_per_class={count}"
             )
-        drawn = set(sorted(files, key=lambda file: _rank(seed, name, file))[:count])
-        for file in files:
-            rows["train" if file in drawn else "test"].append((name, f"{name}/{file}"))
+        ranked = sorted(files, key=partial(_rank, seed, name))
+        for split, drawn in (("train", ranked[:count]), ("test", ranked[count:])):
+            rows[split] += [(name, f"{name}/{file}") for file in sorted(drawn)]
     splits = {split: labelled(images, rows[split], names, images, NAME) for split in rows}
     return Data(splits, names, variant=f"{count} per class, seed {seed}")
 
@@ -48,6 +49,11 @@ def read(folder: Path, options: Options) -> Data:
 def _rank(seed: int, category: str, file: str) -> bytes:
     return hashlib.sha256(f"{seed}/{category}/{file}".encode()).digest()
 
+
+COUNTS = {"train": 3_030, "test": 5_647}
+PUBLISHED = fine_grained(
+    (97.0, 96.1, 97.5, 97.6), 95.9, (96.9, 73.2, 97.6), "another draw of the split, not stated which"
+)
 
 BENCHMARK = Benchmark(
     name=NAME,
@@ -57,12 +63,8 @@ BENCHMARK = Benchmark(
     folders=("caltech101", "caltech-101", "Caltech101"),
     layouts=(needs(ARCHIVE, IMAGES),),
     tasks=classification_tasks(
-        read,
-        "mean per class",
-        {"train": 3_030, "test": 5_647},
-        fine_grained((97.0, 96.1, 97.5, 97.6), 95.9, (96.9, 73.2, 97.6), "another draw of the split, not stated which"),
-        validation_images=505,  # 5 of 30 of each class
-    ),
+        read, "mean per class", COUNTS, PUBLISHED, validation_images=505
+    ),  # 5 of 30 of each class
     download="caltech-101.zip (101_ObjectCategories.tar.gz in it)",
     licence="image copyrights vary; no licence text found",
     options={

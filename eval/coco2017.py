@@ -25,12 +25,11 @@ def read(folder: Path, options: Options) -> Data:
     categories: list[str] = []
     for split, name in SPLITS.items():
         path = folder / "annotations" / f"instances_{name}.json"
-        instances = read_instances(path, NAME, BOXES)
+        instances = read_instances(path, NAME, BOXES, empty=split != "train")
         if categories and instances.categories != categories:
             raise UserError(f"{NAME}: {path} has other categories than those of {SPLITS['train']}")
         categories = instances.categories
         images = folder / name if (folder / name).is_dir() else folder / "images" / name
-        instances = instances.without_empty() if split == "train" else instances
         splits[split] = instances.boxed(paths_source(images, instances.files, NAME))
     return Data(splits, class_names=categories, variant="val2017", extra={"rule": "coco"})
 

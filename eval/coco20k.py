@@ -5,19 +5,15 @@ same images under `%012d.jpg` with the same ids, so that either year's files ser
 two years' annotations was not verified, and the result says which were read.
 """
 
-import re
 from pathlib import Path
-
-import numpy as np
 
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Task
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import corloc
-from dinoreg.evaluation.readers.coco import read_instances
-from dinoreg.evaluation.readers.files import listed, paths_source
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.coco import positions, read_instances
+from dinoreg.evaluation.readers.files import first_existing, matched, paths_source, require_distinct
 
 NAME = "coco20k"
 LIST = "LOST's repository (valeoai/LOST, datasets/coco_20k_filenames.txt)"
@@ -26,45 +22,32 @@ YEARS = ("2014", "2017")
 FILES = {"2014": "COCO_train2014_{:012d}.jpg", "2017": "{:012d}.jpg"}
 FOLDERS = {year: (f"train{year}", f"images/train{year}") for year in YEARS}
 JSON = "annotations/instances_train{}.json"
-ROW = re.compile(r"(?:.*_)?(\d{1,12})\.jpg")
 
 
 def read(folder: Path, options: Options) -> Data:
     """The listed images, in the list's order, called "test": discovery reports on all of them."""
     year = options["annotations"]
-    list_file = next((folder / name for name in LISTS if (folder / name).exists()), folder / LISTS[0])
-    ids = _ids(list_file)
-    if year == "auto":
-        year = next((each for each in YEARS if (folder / JSON.format(each)).exists()), YEARS[0])
-    path = folder / JSON.format(year)
-    instances = read_instances(path, NAME, f"annotations_trainval{year}.zip").without_empty()
-    places = np.searchsorted(instances.ids, ids).clip(max=len(instances.ids) - 1)
-    unknown = np.flatnonzero(instances.ids[places] != ids)
-    if len(unknown):
-        raise UserError(f"{NAME}: image {ids[unknown[0]]} of {list_file} is not in {path}")
-    images, of_images = next(
-        ((folder / name, each) for each in YEARS for name in FOLDERS[each] if (folder / name).is_dir()),
-        (folder / FOLDERS["2014"][0], "2014"),
-    )
-    source = paths_source(images, (FILES[of_images].format(number) for number in ids.tolist()), NAME)
+    list_file = first_existing(folder, LISTS)
+    form = "train2014/COCO_train2014_<id>.jpg"
+    ids = [int(number) for (number,) in matched(list_file, r"(?:.*_)?(\d{1,12})\.jpg", form, NAME, LIST)]
+    require_distinct(ids, "image", f"{NAME}: {list_file}")
+    path = first_existing(folder, [JSON.format(each) for each in (YEARS if year == "auto" else (year,))])
+    instances = read_instances(path, NAME, f"annotations_trainval{path.stem[-4:]}.zip", empty=False)
+    places = positions(instances.ids, ids, f"{list_file} names image", f"{NAME}: {path}")
+    images = first_existing(folder, [name for each in YEARS for name in FOLDERS[each]])
+    source = paths_source(images, (FILES[images.name[-4:]].format(number) for number in ids), NAME)
     variant = f"boxes of {path.name}, images of {images.name}"
-    split = instances.take(places).boxed(source)
+    split = instances.boxed(source, places)
     return Data({"test": split}, class_names=instances.categories, variant=variant, extra={"rule": "coco"})
 
 
-def _ids(path: Path) -> np.ndarray:
-    """The ids of the listed images (n,) int64."""
-    ids: dict[int, None] = {}
-    for line in listed(path, NAME, LIST):
-        match = ROW.fullmatch(line)
-        if match is None:
-            raise UserError(f"{NAME}: {path}: {line!r}, expected train2014/COCO_train2014_<id>.jpg")
-        number = int(match[1])
-        if number in ids:
-            raise UserError(f"{NAME}: {path} lists image {number} twice")
-        ids[number] = None
-    return np.array(list(ids), dtype=np.int64)
-
+PUBLISHED = corloc(
+    registers=(26.9, 42.0, 10.7, 25.1, 31.0, 27.9),
+    dino=(50.7, 50.0, 49.5),
+    test_time=(25.4, 42.3, 41.9, 23.4),
+    denoising=(23.4, 26.9),
+    token_cut=45.4,
+)
 
 BENCHMARK = Benchmark(
     name=NAME,
@@ -83,22 +66,7 @@ BENCHMARK = Benchmark(
         for of_images in sorted(YEARS, key=lambda year: year != boxes)
         for images in FOLDERS[of_images]
     ),
-    tasks=(
-        Task(
-            protocol="discovery",
-            read=read,
-            metric="CorLoc",
-            counts={"test": 19_817},
-            published=corloc(
-                registers=(26.9, 42.0),
-                others=(10.7, 25.1, 31.0, 27.9),
-                dino=(50.7, 50.0, 49.5),
-                test_time=(25.4, 42.3, 41.9, 23.4),
-                denoising=(23.4, 26.9),
-                token_cut=45.4,
-            ),
-        ),
-    ),
+    tasks=(Task("discovery", read, "CorLoc", {"test": 19_817}, PUBLISHED),),
     download=f"the list of {LIST}; train2014.zip with annotations_trainval2014.zip, or those of 2017",
     licence="photographs of Flickr under Flickr's terms; annotations CC BY 4.0 as commonly stated, unverified",
     options={

@@ -13,7 +13,7 @@ from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import class_of, labelled, listed
+from dinoreg.evaluation.readers.files import labelled, matched
 
 NAME, ARCHIVE = "dtd", "dtd-r1.0.1.tar.gz"
 SPLITS = ("train", "val", "test")
@@ -22,14 +22,17 @@ SPLITS = ("train", "val", "test")
 def read(folder: Path, options: Options) -> Data:
     """The three parts of one of the ten official splits, in the order of their files."""
     partition = options["split"]
-    where = {split: folder / "labels" / f"{split}{partition}.txt" for split in SPLITS}
-    rows: dict[str, list[tuple[str, str]]] = {}
-    for split, path in where.items():
-        rows[split] = [(class_of(file, path, NAME, "class/file"), file) for file in listed(path, NAME, ARCHIVE)]
+    rows = {}
+    for split in SPLITS:
+        path = folder / "labels" / f"{split}{partition}.txt"
+        rows[split] = [(name, file) for file, name in matched(path, r"(([^/]+)/.+)", "class/file", NAME, ARCHIVE)]
     names = sorted({name for split in SPLITS for name, _ in rows[split]})
-    splits = {split: labelled(folder / "images", rows[split], names, where[split], NAME) for split in SPLITS}
+    splits = {split: labelled(folder / "images", rows[split], names, folder / "labels", NAME) for split in SPLITS}
     return Data(splits, names, variant=f"split {partition}")
 
+
+COUNTS = {"train": 1_880, "val": 1_880, "test": 1_880}
+PUBLISHED = fine_grained((80.6, 83.3, 84.0, 84.5), 86.8, (85.2, 63.1, 84.9))
 
 BENCHMARK = Benchmark(
     name=NAME,
@@ -37,12 +40,7 @@ BENCHMARK = Benchmark(
     classes=47,
     folders=("dtd/dtd", "dtd", "dtd-r1.0.1/dtd"),
     layouts=(needs(ARCHIVE, "images", *(f"labels/{split}1.txt" for split in SPLITS)),),
-    tasks=classification_tasks(
-        read,
-        "top-1",
-        {"train": 1_880, "val": 1_880, "test": 1_880},
-        fine_grained((80.6, 83.3, 84.0, 84.5), 86.8, (85.2, 63.1, 84.9)),
-    ),
+    tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED),
     download=ARCHIVE,
     licence="research use; no licence text found",
     options={"split": option(1, "which of the ten official splits", low=1, high=10)},

@@ -8,14 +8,11 @@ Metric: mean per class (SimCLR B.8.1); C is chosen on val (`valid`) and the fina
 
 from pathlib import Path
 
-import numpy as np
-
 from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import matlab, paths_source
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.files import matlab_numbers, paths_source
 
 NAME, ARCHIVE = "flowers102", "102flowers.tgz"
 LABELS, SETS = "imagelabels.mat", "setid.mat"
@@ -25,27 +22,18 @@ NUM_CLASSES = 102
 
 def read(folder: Path, options: Options) -> Data:
     """The three official splits, in the order of their lists of ids."""
-    labels = _whole(matlab(folder / LABELS, ("labels",), NAME, LABELS)["labels"], folder / LABELS, "label", NUM_CLASSES)
-    sets = matlab(folder / SETS, tuple(SPLITS.values()), NAME, SETS)
+    labels = matlab_numbers(folder / LABELS, ("labels",), NUM_CLASSES, NAME, LABELS)["labels"]
+    sets = matlab_numbers(folder / SETS, SPLITS.values(), len(labels), NAME, SETS)
     splits = {}
     for split, variable in SPLITS.items():
-        ids = _whole(sets[variable], folder / SETS, f"id in {variable}", len(labels))
+        ids = sets[variable]
         source = paths_source(folder / "jpg", (f"image_{number:05d}.jpg" for number in ids), NAME)
         splits[split] = Labelled(source, labels[ids - 1] - 1, int(labels.max()))
     return Data(splits)
 
 
-def _whole(values: np.ndarray, path: Path, what: str, most: int) -> np.ndarray:
-    """(n,) int64 out of a (1, n) or (n, 1) array of whole numbers in 1..most."""
-    numbers = np.asarray(values).ravel()
-    numeric = numbers.size and numbers.dtype.kind in "uif"
-    if not numeric or not np.all(np.isfinite(numbers) & (numbers == np.floor(numbers))):
-        raise UserError(f"{NAME}: {path}: expected a list of whole numbers for each {what}")
-    outside = numbers[(numbers < 1) | (numbers > most)]
-    if outside.size:
-        raise UserError(f"{NAME}: {path}: {what} is {outside[0]:g}, expected 1..{most}")
-    return numbers.astype(np.int64)
-
+COUNTS = {"train": 1_020, "val": 1_020, "test": 6_149}
+PUBLISHED = fine_grained((99.6, 99.6, 99.7, 99.7), 99.7, (99.7, 59.5, 99.6))
 
 BENCHMARK = Benchmark(
     name=NAME,
@@ -53,12 +41,7 @@ BENCHMARK = Benchmark(
     classes=NUM_CLASSES,
     folders=("flowers-102", "flowers102", "oxford-flowers-102"),
     layouts=((*needs(ARCHIVE, "jpg"), *(Need(file, f"{file}, a file of its own") for file in (LABELS, SETS))),),
-    tasks=classification_tasks(
-        read,
-        "mean per class",
-        {"train": 1_020, "val": 1_020, "test": 6_149},
-        fine_grained((99.6, 99.6, 99.7, 99.7), 99.7, (99.7, 59.5, 99.6)),
-    ),
+    tasks=classification_tasks(read, "mean per class", COUNTS, PUBLISHED),
     download="102flowers.tgz, imagelabels.mat, setid.mat",
     licence="research use; no licence text found",
     aliases=("flowers", "flowers-102", "oxford-flowers"),

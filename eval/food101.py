@@ -11,7 +11,7 @@ from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import class_of, labelled, listed, missing, read_json
+from dinoreg.evaluation.readers.files import labelled, matched, read_json
 from dinoreg.runtime.errors import UserError
 
 NAME, ARCHIVE = "food101", "food-101.tar.gz"
@@ -28,24 +28,20 @@ def read(folder: Path, options: Options) -> Data:
 def _rows(meta: Path, split: str) -> list[tuple[str, str]]:
     """(class, path below images/) of a split, of its JSON file or else of its text file."""
     path, text = meta / f"{split}.json", meta / f"{split}.txt"
-    if path.exists():
-        classes = read_json(path, NAME, ARCHIVE)
-        if not isinstance(classes, dict) or not all(isinstance(rows, list) for rows in classes.values()):
-            raise UserError(f'{NAME}: {path}: expected {{"class": ["class/id", …], …}}')
-        entries = [(name, str(row)) for name, rows in classes.items() for row in rows]
-    elif text.exists():
-        path = text
-        entries = [("", row) for row in listed(text, NAME, ARCHIVE)]
-    else:
-        raise missing(path, NAME, ARCHIVE)
-    rows = []
-    for key, row in entries:
-        name = class_of(row, path, NAME, "class/id")
-        if key not in ("", name):
-            raise UserError(f"{NAME}: {path}: {row!r} is listed under the class {key!r}")
-        rows.append((name, f"{row}.jpg"))
-    return rows
+    if text.exists() and not path.exists():
+        return [(name, f"{row}.jpg") for row, name in matched(text, r"(([^/]+)/.+)", "class/id", NAME, ARCHIVE)]
+    classes = read_json(path, NAME, ARCHIVE)
+    if not isinstance(classes, dict) or not all(isinstance(rows, list) for rows in classes.values()):
+        raise UserError(f'{NAME}: {path}: expected {{"class": ["class/id", …], …}}')
+    entries = [(name, str(row)) for name, rows in classes.items() for row in rows]
+    for name, row in entries:
+        if not row.startswith(f"{name}/"):
+            raise UserError(f"{NAME}: {path}: {row!r} is listed under the class {name!r}, expected class/id")
+    return [(name, f"{row}.jpg") for name, row in entries]
 
+
+COUNTS = {"train": 75_750, "test": 25_250}
+PUBLISHED = fine_grained((89.1, 92.8, 94.3, 94.7), 95.6, (94.7, 74.2, 93.5))
 
 BENCHMARK = Benchmark(
     name=NAME,
@@ -53,13 +49,7 @@ BENCHMARK = Benchmark(
     classes=101,
     folders=("food-101", "food101", "Food-101"),
     layouts=tuple(needs(ARCHIVE, "images", f"meta/train.{kind}", f"meta/test.{kind}") for kind in ("json", "txt")),
-    tasks=classification_tasks(
-        read,
-        "top-1",
-        {"train": 75_750, "test": 25_250},
-        fine_grained((89.1, 92.8, 94.3, 94.7), 95.6, (94.7, 74.2, 93.5)),
-        validation_images=7_575,
-    ),
+    tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED, validation_images=7_575),
     download=ARCHIVE,
     licence="research use; photographs from Foodspotting; no licence text found",
     aliases=("food-101", "food"),

@@ -9,7 +9,6 @@ believed by their content.
 """
 
 import os
-import re
 import warnings
 from pathlib import Path
 
@@ -22,9 +21,9 @@ from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import index_folder
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import PathSource, Source
+from dinoreg.evaluation import published
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.published import BASELINE, CARD, DINOV2, REGISTERS, TEST_TIME, released, single_tokens
 from dinoreg.evaluation.readers.files import lines, paths_source, present
 from dinoreg.runtime.errors import UserError
 
@@ -33,9 +32,8 @@ NEEDS = {
     "train": Need("train", "ILSVRC2012_img_train.tar, each of whose 1,000 tars becomes a folder train/<wnid>"),
     "val": Need("val", "ILSVRC2012_img_val.tar, sorted into folders val/<wnid>"),
 }
-REG = f"{REGISTERS}, Table 2a"
-D2 = f"{DINOV2}, Table 4"
-PAIRS = "image and text (Shutterstock)"
+TRAINED = ("", "supervised backbone", "image and text (Shutterstock)")
+D2 = f"{published.DINOV2}, Table 4"
 TOKEN = "no registers; logistic regression instead of the grid"
 ANY_K = "which k is quoted is not stated"
 HEAD = "released head on 1 block"
@@ -76,16 +74,13 @@ def _listed(folder: Path, split: str, extra: str, meta: Meta | None) -> tuple[So
     if split != "val" or meta is None:
         how = f", or torchvision's meta.bin in {folder}" if split == "val" else ""
         raise UserError(f"{NAME}: {below} has no folders of classes; expected {below}/<wnid>/<image>.JPEG{how}")
-    paths, wnids = index_folder(below), meta[1]
-    chosen = []
-    for name in (paths[index] for index in range(len(paths))):
-        number = re.search(r"_(\d{8})\.", name)
-        if number is None or not 1 <= int(number[1]) <= len(wnids):
-            raise UserError(
-                f"{NAME}: {below / name} is not one of the {len(wnids)} images that meta.bin has classes for"
-            )
-        chosen.append(wnids[int(number[1]) - 1])
-    return PathSource(str(below), paths), np.array(chosen)
+    source = PathSource(str(below), index_folder(below))
+    wnid_of = {f"ILSVRC2012_val_{number:08d}": wnid for number, wnid in enumerate(meta[1], 1)}
+    stems = [Path(source.name(index)).stem for index in range(len(source))]
+    if unknown := [place for place, stem in enumerate(stems) if stem not in wnid_of]:
+        path, count = source.name(unknown[0]), len(wnid_of)
+        raise UserError(f"{NAME}: {path} is not one of the {count} images that meta.bin has classes for")
+    return source, np.array([wnid_of[stem] for stem in stems])
 
 
 def _entries(folder: Path, split: str, extra: str) -> Path:
@@ -101,10 +96,8 @@ def _from_entries(folder: Path, split: str, entries: Path) -> tuple[Source, np.n
     if table.ndim != 1 or not {"actual_index", "class_id"} <= set(table.dtype.names or ()):
         raise UserError(f"{NAME}: {entries} has no columns actual_index and class_id")
     wnids, numbers = table["class_id"], table["actual_index"]
-    if split == "train":
-        paths = [f"train/{wnid}/{wnid}_{number}.JPEG" for wnid, number in zip(wnids, numbers)]
-    else:
-        paths = [f"val/{wnid}/ILSVRC2012_val_{number:08d}.JPEG" for wnid, number in zip(wnids, numbers)]
+    form = "train/{0}/{0}_{1}.JPEG" if split == "train" else "val/{0}/ILSVRC2012_val_{1:08d}.JPEG"
+    paths = [form.format(wnid, number) for wnid, number in zip(wnids, numbers)]
     return present(paths_source(folder, paths, NAME), NAME, NEEDS[split].archive), wnids
 
 
@@ -116,17 +109,14 @@ def _meta(folder: Path) -> Meta | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch has to say about other pickles is no help here
-            meta = torch.load(path, map_location="cpu", weights_only=True)
+            names, wnids = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(text, str) for text in (*names, *wnids, *sum(names.values(), ()))):
+            raise TypeError("expected names of wnids and a list of wnids")
     except Exception as error:  # a pickle can be broken, or forbidden, in many ways
         raise UserError(
             f"{NAME}: {path} is not the file that torchvision writes ({type(error).__name__}); it may be deleted"
         ) from None
-    plain = type(meta) is tuple and len(meta) == 2 and type(meta[0]) is dict and type(meta[1]) is list
-    if plain:
-        plain = all(type(key) is str and type(names) is tuple for key, names in meta[0].items())
-    if not plain or any(type(text) is not str for text in (*meta[1], *sum(meta[0].values(), ()))):
-        raise UserError(f"{NAME}: {path} does not hold names of wnids and a list of wnids; it may be deleted")
-    return meta
+    return names, wnids
 
 
 def _names(folder: Path, meta: Meta | None) -> dict[str, str]:
@@ -148,6 +138,22 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     return PathSource(str(folder / split), index_folder(folder / split, index_dir))
 
 
+LINEAR = (
+    *published.with_registers((84.3, 84.8, 84.7, 84.7, 78.2, 78.1), "Table 2a", TRAINED),
+    *published.single_tokens("DINOv2 ViT-g/14", (86.0, 65.8, 69.0), TOKEN),
+    *published.released((81.1, 84.5, 86.3, 86.5), D2),
+    Published("DINOv2 ViT-g/14", 86.7, D2, "no registers, LVD-142M; 448 px"),
+    *published.released((80.9, 84.6, 86.7, 87.1), published.CARD, registers=4),
+    *published.released((80.8, 84.4, 86.5, 87.0), published.CARD, HEAD, registers=4),
+    Published("DINOv2 ViT-g/14", 87.3, published.BASELINE, "448 px; DINOv3's linear protocol"),
+    *published.at_test_time((86.36, 86.69, 86.38), "", (", ± 0.11", ", ± 0.09", ", ± 0.10")),
+    Published("OpenCLIP ViT-B/16", 77.42, published.TEST_TIME, "image and text; no registers"),
+)
+KNN = (
+    *published.released((79.0, 82.1, 83.5, 83.5), D2, ANY_K),
+    *published.released((79.1, 82.0, 83.8, 83.7), published.CARD, ANY_K, registers=4),
+)
+
 PRETRAINING = Pretraining(images, splits=("train", "val"), options=("extra",))
 BENCHMARK = Benchmark(
     name=NAME,
@@ -156,34 +162,7 @@ BENCHMARK = Benchmark(
     splits="1,281,167 / 50,000 (the published validation set)",
     folders=("imagenet1k", "imagenet-1k", "imagenet", "ImageNet", "ILSVRC2012", "in1k"),
     layouts=((NEEDS["train"], NEEDS["val"]),),
-    tasks=linear_tasks(
-        read,
-        {"train": 1_281_167, "test": 50_000},
-        linear=(
-            Published("DINOv2 ViT-L/14 (IN-22k), 4 registers", 84.8, REG),
-            Published("DINOv2 ViT-L/14 (IN-22k), 0 registers", 84.3, REG),
-            Published("DeiT-III ViT-B (IN-22k), 4 registers", 84.7, REG, "supervised backbone"),
-            Published("DeiT-III ViT-B (IN-22k), 0 registers", 84.7, REG, "supervised backbone"),
-            Published("OpenCLIP ViT-B/16, 4 registers", 78.1, REG, PAIRS),
-            Published("OpenCLIP ViT-B/16, 0 registers", 78.2, REG, PAIRS),
-            *single_tokens("DINOv2 ViT-g/14", (86.0, 65.8, 69.0), TOKEN),
-            *released((81.1, 84.5, 86.3, 86.5), D2),
-            Published("DINOv2 ViT-g/14", 86.7, D2, "no registers, LVD-142M; 448 px"),
-            *released((80.9, 84.6, 86.7, 87.1), CARD, registers=4),
-            *released((80.8, 84.4, 86.5, 87.0), CARD, HEAD, registers=4),
-            Published("DINOv2 ViT-g/14", 87.3, BASELINE, "448 px; DINOv3's linear protocol"),
-            Published("DINOv2 ViT-L/14 (distilled)", 86.36, TEST_TIME, "no registers; mean of 3 seeds, ± 0.11"),
-            Published("DINOv2 ViT-L/14 reg4 (distilled)", 86.69, TEST_TIME, "4 registers; mean of 3 seeds, ± 0.09"),
-            Published(
-                "DINOv2 ViT-L/14 (distilled)", 86.38, TEST_TIME, "one test-time register; mean of 3 seeds, ± 0.10"
-            ),
-            Published("OpenCLIP ViT-B/16", 77.42, TEST_TIME, "image and text; no registers"),
-        ),
-        knn=(
-            *released((79.0, 82.1, 83.5, 83.5), D2, ANY_K),
-            *released((79.1, 82.0, 83.8, 83.7), CARD, ANY_K, registers=4),
-        ),
-    ),
+    tasks=linear_tasks(read, {"train": 1_281_167, "test": 50_000}, LINEAR, KNN),
     download="ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (ILSVRC2012_devkit_t12.tar.gz for a flat val/)",
     licence="account and terms of access: non-commercial research",
     options={"extra": option("", "folder of DINOv2's entries-*.npy; by default `extra`, where there is one")},

@@ -108,24 +108,18 @@ def _skipped(folder: Path, skip: str) -> frozenset[str]:
 def _ranks(names: PathBlock, seed: int) -> np.ndarray:
     """(n,) uint64 that depend on a file's own name and the seed alone."""
     sums = np.fromiter(map(zlib.crc32, _own_names(names)), dtype=np.uint64, count=len(names))
-    ranks = np.empty(len(names), dtype=np.uint64)
-    for first in range(0, len(sums), RANKS):
-        some = sums[first : first + RANKS]
+    ranks = []
+    for some in np.split(sums, range(RANKS, len(sums), RANKS)):
         counters = np.zeros((len(some), 4), dtype=np.uint64)
         counters[:, 0] = some
         words = philox(seed, counters).astype(np.uint64)
-        ranks[first : first + RANKS] = words[:, 0] << np.uint64(32) | words[:, 1]
-    return ranks
+        ranks.append(words[:, 0] << np.uint64(32) | words[:, 1])
+    return np.concatenate(ranks)
 
 
 def _has(folder: Path, suffix: str) -> bool:
     """Whether a class's tar (".tar") or folder ("") is there."""
-    with os.scandir(folder) as entries:
-        stems = ((os.path.splitext(entry.name), entry.is_dir()) for entry in entries)
-        return any(
-            end == suffix and WNID.fullmatch(stem) is not None and is_dir == (suffix == "")
-            for (stem, end), is_dir in stems
-        )
+    return any(path.is_dir() == (suffix == "") for path in folder.glob(f"n{'[0-9]' * 8}{suffix}"))
 
 
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:

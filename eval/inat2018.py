@@ -18,7 +18,8 @@ from dinoreg.data.source import PathSource, Source
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import BASELINE, CARD, DINOV2, released
-from dinoreg.evaluation.readers.files import paths_source, present, read_json
+from dinoreg.evaluation.readers.coco import category_name, converted, image_file, positions, read_lists
+from dinoreg.evaluation.readers.files import paths_source, present
 from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES = "inat2018", "train_val2018.tar.gz"
@@ -27,65 +28,54 @@ NEEDS = {split: Need(f"{split}2018.json", f"{split}2018.json.tar.gz") for split 
 
 def read(folder: Path, options: Options) -> Data:
     """The training set, and the published validation set as "test"."""
-    content = _content(folder, "train")
-    path = folder / NEEDS["train"].path
-    try:
-        names = {int(each["id"]): str(each["name"]) for each in content["categories"]}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{NAME}: {path} has no list of categories with id and name") from None
-    ids = sorted(names)  # 0..8141 in the official file, which makes the ids the labels
-    ranks = {category: rank for rank, category in enumerate(ids)}
-    train = _split(folder, "train", content, ranks)
-    test = _split(folder, "val", _content(folder, "val"), ranks)
-    return Data({"train": train, "test": test}, class_names=[names[category] for category in ids])
+    where, elements = _lists(folder, "train", "categories")
+    names = dict(converted(elements, category_name, "a category without id and name", where))
+    ids = np.array(sorted(names))  # 0..8141 in the official file, which makes the ids the labels
+    splits = {"train": _split(folder, "train", ids), "test": _split(folder, "val", ids)}
+    return Data(splits, class_names=[names[category] for category in sorted(names)])
 
 
-def _split(folder: Path, split: str, content: dict[str, Any], ranks: dict[int, int]) -> Labelled:
-    """The images in the file's order, each with its label."""
+def _split(folder: Path, split: str, ids: np.ndarray) -> Labelled:
+    """The images in the file's order, each with the rank of its category among the ids."""
+    where, elements, annotations = _lists(folder, split, "images", "annotations")
+    source, images = _source(folder, where, elements)
+    lacking = "an annotation without image_id and category_id"
+    category_of = dict(
+        converted(annotations, lambda each: (int(each["image_id"]), int(each["category_id"])), lacking, where)
+    )
+    if len(category_of) != len(annotations) or len(set(images)) != len(images):
+        raise UserError(f"{where} has two annotations of one image, or two images of one id")
+    for image in images:
+        if image not in category_of:
+            raise UserError(f"{where}: image {image} has no annotation")
+    categories = np.array([category_of[image] for image in images])
+    return Labelled(source, positions(ids, categories, "an image is of category", where), len(ids))
+
+
+def _source(folder: Path, where: str, elements: list[Any]) -> tuple[PathSource, list[int]]:
+    """The images in the file's order, and their ids."""
+    files = list(converted(elements, image_file, "an image without id and file_name", where))
+    return present(paths_source(folder, (file for _, file in files), NAME), NAME, IMAGES), [each for each, _ in files]
+
+
+def _lists(folder: Path, split: str, *names: str) -> tuple[Any, ...]:
+    """How messages call the file of a split, and its lists of these names."""
     path = folder / NEEDS[split].path
-    try:
-        category = {int(each["image_id"]): int(each["category_id"]) for each in content["annotations"]}
-        count = len(content["annotations"])
-        images = [int(each["id"]) for each in content["images"]]
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{NAME}: {path} has no annotations with image_id and category_id") from None
-    if len(category) != count or len(set(images)) != len(images):
-        raise UserError(f"{NAME}: {path} has two annotations of one image, or two images of one id")
-    labels = np.empty(len(images), dtype=np.int64)
-    for position, image in enumerate(images):
-        if image not in category:
-            raise UserError(f"{NAME}: {path}: image {image} has no annotation")
-        if category[image] not in ranks:
-            raise UserError(
-                f"{NAME}: {path}: image {image} is of category {category[image]}, which is out of range: "
-                f"{NEEDS['train'].path} has {len(ranks)} categories"
-            )
-        labels[position] = ranks[category[image]]
-    return Labelled(_source(folder, split, content), labels, len(ranks))
-
-
-def _source(folder: Path, split: str, content: dict[str, Any]) -> PathSource:
-    path = folder / NEEDS[split].path
-    try:
-        files = [str(each["file_name"]) for each in content["images"]]
-    except (KeyError, TypeError):
-        raise UserError(f"{NAME}: {path} has no images with id and file_name") from None
-    return present(paths_source(folder, files, NAME), NAME, IMAGES)
-
-
-def _content(folder: Path, split: str) -> dict[str, Any]:
-    path, archive = folder / NEEDS[split].path, NEEDS[split].archive
-    content = read_json(path, NAME, archive)
-    if not isinstance(content, dict):
-        raise UserError(f"{NAME}: {path} is not the object with images and annotations that {archive} holds")
-    return content
+    return f"{NAME}: {path}", *read_lists(path, names, NAME, NEEDS[split].archive)
 
 
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """The images of a published split, without labels."""
     folder = BENCHMARK.find(root, ((NEEDS[split],),))
-    return _source(folder, split, _content(folder, split))
+    return _source(folder, *_lists(folder, split, "images"))[0]
 
+
+PUBLISHED = (
+    *released((69.0, 76.4, 80.4, 81.6), f"{DINOV2}, Table 7"),
+    *released((69.5, 76.3, 79.8, 81.6), CARD),
+    *released((67.6, 73.8, 80.9, 81.5), CARD, registers=4),
+    Published("DINOv2 ViT-g/14", 80.7, BASELINE, "448 px; DINOv3's linear protocol"),
+)
 
 PRETRAINING = Pretraining(images, splits=("train", "val"))
 BENCHMARK = Benchmark(
@@ -95,16 +85,7 @@ BENCHMARK = Benchmark(
     splits="437,513 / 24,426 (the published validation set)",
     folders=("inat2018", "inaturalist2018", "iNaturalist2018", "inat", "inaturalist"),
     layouts=((NEEDS["train"], NEEDS["val"], Need("train_val2018", IMAGES)),),
-    tasks=linear_tasks(
-        read,
-        {"train": 437_513, "test": 24_426},
-        linear=(
-            *released((69.0, 76.4, 80.4, 81.6), f"{DINOV2}, Table 7"),
-            *released((69.5, 76.3, 79.8, 81.6), CARD),
-            *released((67.6, 73.8, 80.9, 81.5), CARD, registers=4),
-            Published("DINOv2 ViT-g/14", 80.7, BASELINE, "448 px; DINOv3's linear protocol"),
-        ),
-    ),
+    tasks=linear_tasks(read, {"train": 437_513, "test": 24_426}, PUBLISHED),
     download="train_val2018.tar.gz, train2018.json.tar.gz and val2018.json.tar.gz (visipedia/inat_comp, 2018)",
     licence="non-commercial research, no redistribution; a licence per image in the json",
     aliases=("inaturalist2018", "inat", "inaturalist"),

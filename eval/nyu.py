@@ -17,8 +17,6 @@ AbsRel .1238 and .1190. No published number was found for NYU-795.
 
 import hashlib
 import os
-from collections.abc import Sequence
-from copy import copy
 from pathlib import Path
 from threading import Lock
 
@@ -26,16 +24,15 @@ import numpy as np
 
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
-from dinoreg.data.decode import BadImage
-from dinoreg.data.source import Source
+from dinoreg.data.source import ChosenSource, Source
 from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
-from dinoreg.evaluation.published import DINOV2, DINOV3, REGISTERS, TEST_TIME, released
-from dinoreg.evaluation.readers.files import listed, matlab, missing, paths_source
+from dinoreg.evaluation.published import DINOV2, DINOV3, at_test_time, released, with_registers
+from dinoreg.evaluation.readers.files import matched, matlab_numbers, missing, paired, paths_source
 from dinoreg.evaluation.readers.pixel_maps import read_depth_map
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 
 NAME = "nyu"
 SIZE = (480, 640)  # height, width that the crops are stated for
@@ -78,19 +75,13 @@ def read(folder: Path, options: Options) -> Data:
 
 def _listed(folder: Path, name: str, split: str) -> DepthMaps:
     """The frames of a list file."""
-    rows = []
-    for number, line in enumerate(listed(folder / name, NAME, LIST_ARCHIVE), 1):
-        fields = line.split()
-        if len(fields) < 2:
-            raise UserError(f"{NAME}: {folder / name} row {number}: {line!r}, expected an image and its depth")
-        rows.append((fields[0].lstrip("/"), fields[1].lstrip("/")))
-    tried = [folder / base for base in BASES[split]]
-    base = next((each for each in tried if (each / rows[0][0]).is_file()), None)
-    if base is None:
-        raise missing(tried[0] / rows[0][0], NAME, FRAMES_ARCHIVE[split])
+    rows = matched(folder / name, r"/*(\S+)\s+/*(\S+).*", "an image and its depth", NAME, LIST_ARCHIVE)
+    base = folder / next((each for each in BASES[split] if (folder / each / rows[0][0]).is_file()), BASES[split][0])
+    if not (base / rows[0][0]).is_file():
+        raise missing(base / rows[0][0], NAME, FRAMES_ARCHIVE[split])
     images = paths_source(base, (image for image, _ in rows), NAME)
     maps = paths_source(base, (depth for _, depth in rows), NAME)
-    return DepthMaps(images, lambda index: read_depth_map(Path(maps.name(index))), maps.stamp())
+    return paired(DepthMaps, images, maps, lambda path, _image: read_depth_map(path))
 
 
 class LabelledFrames(Source):
@@ -106,32 +97,23 @@ class LabelledFrames(Source):
             raise UserError(f"{NAME}: reading {path} needs h5py: {install('h5py')}") from None
         self.path, self.key = path, {"raw": "rawDepths", "filled": "depths"}[depths]
         self._lock = Lock()
-        shapes: list[tuple[int, ...]] = []
-        keys = ("images", self.key)
         try:
             self._file = h5py.File(path, "r")
-            for key in keys:
-                shapes.append(tuple(self._file[key].shape))
+            images, maps = (tuple(self._file[key].shape) for key in ("images", self.key))
+        except FileNotFoundError:
+            raise missing(path, NAME, LABELLED_ARCHIVE) from None
         except (OSError, KeyError, AttributeError) as error:
-            what, reason = keys[len(shapes)], " ".join(str(error).split())[:160]
-            raise UserError(f"{NAME}: {path}: {what} cannot be read, expected a MATLAB 7.3 file ({reason})") from None
-        images, maps = shapes
+            what = f"images and {self.key} cannot be read, expected a MATLAB 7.3 file"
+            raise UserError(f"{NAME}: {path}: {what} ({one_line(error, 160)})") from None
         if len(images) != 4 or images[1] != 3 or maps != (images[0], *images[2:]):
             raise UserError(
                 f"{NAME}: {path}: images {images} and {self.key} {maps}, expected (n, 3, width, height) and "
                 f"(n, width, height)"
             )
         self.total, _, self.width, self.height = images
-        self.numbers: Sequence[int] = range(self.total)
-
-    def split(self, numbers: Sequence[int]) -> DepthMaps:
-        """Some frames with their depths, by their numbers from 0."""
-        frames = copy(self)
-        frames.numbers = numbers
-        return DepthMaps(frames, frames.depth)
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return self.total
 
     def read(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8, black outside FRAME."""
@@ -144,22 +126,18 @@ class LabelledFrames(Source):
         """(H, W) float32 metres; 0 where unknown."""
         try:
             return np.ascontiguousarray(self._read(self.key, index).T, dtype=np.float32)
-        except BadImage as error:
-            raise UserError(f"{NAME}: {self.path}: {error}") from None
+        except OSError as error:
+            raise UserError(f"{NAME}: {self.name(index)}: {self.key} cannot be read ({one_line(error, 160)})") from None
 
     def _read(self, key: str, index: int) -> np.ndarray:
-        number = self.numbers[index]
-        try:
-            with self._lock:
-                return self._file[key][number]
-        except OSError as error:
-            raise BadImage(f"frame {number + 1} of {key} cannot be read: {error}") from error
+        with self._lock:
+            return self._file[key][index]
 
     def name(self, index: int) -> str:
-        return f"{self.path}: frame {self.numbers[index] + 1}"
+        return f"{self.path}: frame {index + 1}"
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{LABELLED} {self.total} {list(self.numbers)}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{LABELLED} {self.total}".encode()).hexdigest()[:16]
 
     def stamp(self) -> str:
         stat = os.stat(self.path)
@@ -167,35 +145,23 @@ class LabelledFrames(Source):
 
 
 def _labelled(folder: Path, depths: str) -> dict[str, DepthMaps]:
-    for name, archive in ((LABELLED, LABELLED_ARCHIVE), (SPLITS, SPLITS_ARCHIVE)):
-        if not (folder / name).is_file():
-            raise missing(folder / name, NAME, archive)
     frames, path = LabelledFrames(folder / LABELLED, depths), folder / SPLITS
-    variables = matlab(path, ("trainNdxs", "testNdxs"), NAME, SPLITS_ARCHIVE)
-    numbers = {split: variables[f"{split}Ndxs"].astype(np.int64).ravel() for split in ("train", "test")}
-    for split, picked in numbers.items():
-        if not len(picked):
-            raise UserError(f"{NAME}: {path}: {split}Ndxs is empty")
-        if picked.min() < 1 or picked.max() > frames.total:
-            held = f"{picked.min()}..{picked.max()}"
-            raise UserError(f"{NAME}: {path}: {split}Ndxs holds {held}, expected 1..{frames.total}")
-    shared = np.intersect1d(numbers["train"], numbers["test"])
+    train, test = matlab_numbers(path, ("trainNdxs", "testNdxs"), frames.total, NAME, SPLITS_ARCHIVE).values()
+    shared = np.intersect1d(train, test)
     if len(shared):
         raise UserError(f"{NAME}: {path}: frame {shared[0]} is in both splits")
-    return {split: frames.split((picked - 1).tolist()) for split, picked in numbers.items()}
+
+    def split(chosen: np.ndarray) -> DepthMaps:
+        return DepthMaps(ChosenSource(frames, chosen), lambda index: frames.depth(int(chosen[index])))
+
+    return {"train": split(train - 1), "test": split(test - 1)}
 
 
-DVT_CODE = "head and settings of DVT (final norm, rate 5e-3): compare within this paper; mean of 3 seeds"
+DVT_CODE = "head and settings of DVT (final norm, rate 5e-3): compare within this paper"
+SCALE = "lin.1 or lin.4 is not stated; by its scale lin.1"
 PUBLISHED = (
-    *(
-        Published(f"{model}, {registers} registers", value, f"{REGISTERS}, Table 2a", differs)
-        for model, training, values in (
-            ("DINOv2 ViT-L/14 (ImageNet-22k)", "", (0.378, 0.366)),
-            ("DeiT-III ViT-B (ImageNet-22k)", "", (0.511, 0.512)),
-            ("OpenCLIP ViT-B/16", "trained on Shutterstock; ", (0.702, 0.661)),
-        )
-        for differs in (f"{training}lin.1 or lin.4 is not stated; by its scale lin.1",)
-        for registers, value in zip((0, 4), values)
+    *with_registers(
+        (0.378, 0.366, 0.511, 0.512, 0.702, 0.661), "Table 2a", (SCALE, SCALE, f"trained on Shutterstock; {SCALE}")
     ),
     *released((0.449, 0.399, 0.384, 0.344), f"{DINOV2}, Table 11", variant="lin.1"),
     *released((0.417, 0.362, 0.333, 0.298), f"{DINOV2}, Table 11", variant="lin.4"),
@@ -209,10 +175,7 @@ PUBLISHED = (
         "batch norm and a linear layer on the last block without class token, SigLoss only, rates and decays swept; "
         "that it is the model with registers was concluded from another column",
     ),
-    Published("DINOv2 ViT-L/14 (LVD-142M), 0 registers", 0.3876, TEST_TIME, f"{DVT_CODE}, +- .0014"),
-    Published("DINOv2 ViT-L/14 (LVD-142M), 4 registers", 0.3823, TEST_TIME, f"{DVT_CODE}, +- .0011"),
-    Published("DINOv2 ViT-L/14 (LVD-142M), one test-time register", 0.3774, TEST_TIME, f"{DVT_CODE}, +- .0013"),
-    Published("OpenCLIP ViT-B/16", 0.6025, TEST_TIME, DVT_CODE),
+    *at_test_time((0.3876, 0.3823, 0.3774, 0.6025), f"{DVT_CODE}; ", (", ± .0014", ", ± .0011", ", ± .0013", "")),
 )
 
 BENCHMARK = Benchmark(

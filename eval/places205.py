@@ -8,8 +8,6 @@ Places365. Protocol: DINOv2's linear grid (App. B.3), weighted k-NN besides.
 
 from pathlib import Path
 
-import numpy as np
-
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
@@ -17,7 +15,15 @@ from dinoreg.data.source import PathSource, Source
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import BASELINE, DINOV2, released, single_tokens
-from dinoreg.evaluation.readers.files import listed, paths_source, present, whole_number
+from dinoreg.evaluation.readers.files import (
+    class_labels,
+    first_existing,
+    matched,
+    paths_source,
+    present,
+    require_distinct,
+    whole_number,
+)
 from dinoreg.runtime.errors import UserError
 
 NAME, IMAGES, LISTS = "places205", "imagesPlaces205_resize.tar.gz", "trainvalsplit_places205.tar.gz"
@@ -35,21 +41,15 @@ def read(folder: Path, options: Options) -> Data:
     for split, name in (("train", "train"), ("test", "val")):
         path = folder / NEEDS[name].path
         rows = _rows(path)
-        labels = [whole_number(text, f"the class of {file}", path, 0, len(names) - 1) for file, text in rows]
-        source = _source(folder, [file for file, _ in rows], options["images"])
-        splits[split] = Labelled(source, np.array(labels), len(names))
+        labels = class_labels(rows, range(len(names)), path, NAME)
+        splits[split] = Labelled(_source(folder, rows, options["images"]), labels, len(names))
     return Data(splits, class_names=names)
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
-    """(file, class as it is written) of every row of a list."""
-    rows = []
-    for line in listed(path, NAME, LISTS):
-        file, space, text = line.rpartition(" ")
-        if not space:
-            raise UserError(f"{NAME}: {path}: {line[:120]!r}, expected a file, a space and the number of its class")
-        rows.append((file, text))
-    return rows
+    """(class as it is written, file) of every row of a list."""
+    found = matched(path, r"(.+) (\S+)", "a file, a space and the number of its class", NAME, LISTS)
+    return [(number, file) for file, number in found]
 
 
 def _categories(folder: Path) -> list[str]:
@@ -57,18 +57,18 @@ def _categories(folder: Path) -> list[str]:
     path = folder / CATEGORIES
     if not path.is_file():
         return [f"class {number}" for number in range(CLASSES)]
-    names: dict[int, str] = {}
-    for name, text in _rows(path):
-        number = whole_number(text, f"the number of {name}", path, 0, CLASSES - 1)
-        if number in names:
-            raise UserError(f"{NAME}: {path}: two classes have the number {number}")
-        names[number] = name.strip("/").partition("/")[2] or name
+    rows = _rows(path)
+    require_distinct((number for number, _ in rows), "number", f"{NAME}: {path}")
+    names = {
+        whole_number(number, f"the number of {name}", path, 0, CLASSES - 1): name.strip("/").partition("/")[2] or name
+        for number, name in rows
+    }
     if sorted(names) != list(range(len(names))):
         raise UserError(f"{NAME}: {path}: the numbers of its {len(names)} classes are not 0..{len(names) - 1}")
     return [names[number] for number in range(len(names))]
 
 
-def _source(folder: Path, files: list[str], given: str) -> PathSource:
+def _source(folder: Path, rows: list[tuple[str, str]], given: str) -> PathSource:
     """The listed files below the folder of images: the given one, or where the archive unpacks to."""
     if given:
         base = folder / Path(given).expanduser()
@@ -77,17 +77,23 @@ def _source(folder: Path, files: list[str], given: str) -> PathSource:
                 f"{NAME}.images={given}: {base} is not a folder; expected the one with the images of {IMAGES}"
             )
     else:
-        base = next((folder / each for each in UNPACKED if (folder / each).is_dir()), folder)
-        if base == folder and not (folder / files[0]).exists():
-            base = folder / UNPACKED[0]  # which the message names
-    return present(paths_source(base, files, NAME), NAME, f"{IMAGES} (elsewhere: {NAME}.images=FOLDER)")
+        base = folder if (folder / rows[0][1]).exists() else first_existing(folder, UNPACKED)
+    return present(
+        paths_source(base, (file for _, file in rows), NAME), NAME, f"{IMAGES} (elsewhere: {NAME}.images=FOLDER)"
+    )
 
 
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
     """The images of a published split, without labels."""
     folder = BENCHMARK.find(root, ((NEEDS[split],),))
-    return _source(folder, [file for file, _ in _rows(folder / NEEDS[split].path)], options["images"])
+    return _source(folder, _rows(folder / NEEDS[split].path), options["images"])
 
+
+PUBLISHED = (
+    *released((62.9, 66.2, 67.3, 67.5), f"{DINOV2}, Table 7"),
+    Published("DINOv2 ViT-g/14", 68.2, BASELINE, "448 px; DINOv3's linear protocol"),
+    *single_tokens("DINOv2 ViT-g/14", (66.4, 53.1, 55.1), TOKEN),
+)
 
 PRETRAINING = Pretraining(images, splits=("train", "val"), options=("images",))
 BENCHMARK = Benchmark(
@@ -97,15 +103,7 @@ BENCHMARK = Benchmark(
     splits="2,448,873 / 20,500 (the published validation set)",
     folders=("places205", "Places205", "places"),
     layouts=((NEEDS["train"], NEEDS["val"]),),
-    tasks=linear_tasks(
-        read,
-        {"train": 2_448_873, "test": 20_500},
-        linear=(
-            *released((62.9, 66.2, 67.3, 67.5), f"{DINOV2}, Table 7"),
-            Published("DINOv2 ViT-g/14", 68.2, BASELINE, "448 px; DINOv3's linear protocol"),
-            *single_tokens("DINOv2 ViT-g/14", (66.4, 53.1, 55.1), TOKEN),
-        ),
-    ),
+    tasks=linear_tasks(read, {"train": 2_448_873, "test": 20_500}, PUBLISHED),
     download="imagesPlaces205_resize.tar.gz and trainvalsplit_places205.tar.gz",
     licence="registration with MIT CSAIL's terms; images not redistributable (unverified)",
     options={"images": option("", "folder of the images; by default where the archive unpacks to")},

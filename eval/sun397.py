@@ -13,11 +13,10 @@ from dinoreg.config.option import option
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import fine_grained
-from dinoreg.evaluation.readers.files import labelled, lines, listed, missing
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.files import first_existing, labelled, lines, matched, require_distinct
 
 NAME, ARCHIVE, PARTITIONS = "sun397", "SUN397.tar.gz", "Partitions.zip"
-PLACES = ("", "..", "Partitions", "../Partitions")  # of the lists, from the dataset's folder
+PLACES = (".", "..", "Partitions", "../Partitions")  # of the lists, from the dataset's folder
 
 
 def read(folder: Path, options: Options) -> Data:
@@ -25,8 +24,7 @@ def read(folder: Path, options: Options) -> Data:
     split = options["split"]
     path = folder / "ClassName.txt"
     names = [line.removeprefix("/") for line in lines(path, NAME, ARCHIVE)]
-    if len(set(names)) != len(names):
-        raise UserError(f"{NAME}: {path} lists a class twice")
+    require_distinct(names, "class", f"{NAME}: {path}")
     halves = {
         half: _half(folder, f"{prefix}_{split:02d}.txt", names)
         for half, prefix in (("train", "Training"), ("test", "Testing"))
@@ -36,13 +34,16 @@ def read(folder: Path, options: Options) -> Data:
 
 
 def _half(folder: Path, file: str, names: list[str]) -> Labelled:
-    candidates = [folder / place / file for place in PLACES]
-    path = next((each for each in candidates if each.is_file()), None)
-    if path is None:
-        raise missing(candidates[0], NAME, f"{PARTITIONS} (unpack it inside {folder.name} or beside it)")
-    images = [line.removeprefix("/") for line in listed(path, NAME, PARTITIONS)]
-    return labelled(folder, [(image.rpartition("/")[0], image) for image in images], names, path, NAME)
+    path = first_existing(folder, [f"{place}/{file}" for place in PLACES])
+    archive = f"{PARTITIONS} (unpack it inside {folder.name} or beside it)"
+    rows = matched(path, r"/?((.*)/.*)", "/class/image", NAME, archive)
+    return labelled(folder, [(name, image) for image, name in rows], names, path, NAME)
 
+
+COUNTS = {"train": 19_850, "test": 19_850}
+PUBLISHED = fine_grained(
+    (74.4, 77.3, 78.7, 78.7), 78.9, (78.6, 37.7, 78.5), "DINOv2's data drew on this training split"
+)
 
 BENCHMARK = Benchmark(
     name=NAME,
@@ -57,13 +58,7 @@ BENCHMARK = Benchmark(
         )
         for place in PLACES
     ),
-    tasks=classification_tasks(
-        read,
-        "top-1",
-        {"train": 19_850, "test": 19_850},
-        fine_grained((74.4, 77.3, 78.7, 78.7), 78.9, (78.6, 37.7, 78.5), "DINOv2's data drew on this training split"),
-        validation_images=3_970,
-    ),
+    tasks=classification_tasks(read, "top-1", COUNTS, PUBLISHED, validation_images=3_970),
     download="SUN397.tar.gz and Partitions.zip (inside SUN397/ or beside it)",
     licence="research use; no licence text found",
     options={"split": option(1, "which of the ten official splits", low=1, high=10)},

@@ -112,7 +112,7 @@ def test_a_crop_and_its_depth_stay_together(monkeypatch: pytest.MonkeyPatch) -> 
     places = set()
     for seed in range(8):
         rng = np.random.default_rng(seed)
-        pixels, metres = training_crop(image, depth, (40, 52), ((0, 60, 0, 90), (60, 90)), 640, rng)
+        pixels, metres = training_crop(image, depth, (40, 52), ((0, 60, 0, 90), (60, 90)), rng)
         assert pixels.shape == (40, 52, 3)
         assert metres.shape == (40, 52)
         known = metres > 0
@@ -130,7 +130,7 @@ def test_colours_change_but_not_depth(monkeypatch: pytest.MonkeyPatch) -> None:
     depth = np.full((20, 30), 3.0, dtype=np.float32)
     shown = set()
     for seed in range(20):
-        pixels, metres = training_crop(image, depth, (8, 8), None, 640, np.random.default_rng(seed))
+        pixels, metres = training_crop(image, depth, (8, 8), None, np.random.default_rng(seed))
         shown.add(round(float(pixels[4, 4, 0]), 4))
         assert set(np.unique(metres)) <= {0.0, 3.0}
         assert 0 <= pixels.min() <= pixels.max() <= 1
@@ -157,7 +157,7 @@ def test_crops_are_416_by_544_or_less_in_proportion(
 
 def test_an_image_smaller_than_the_crop_is_filled_up_with_unknown_depth() -> None:
     image = Image.fromarray(np.full((10, 12, 3), 200, dtype=np.uint8))
-    pixels, metres = training_crop(image, np.full((10, 12), 2.0, "f4"), (16, 20), None, 640, np.random.default_rng(3))
+    pixels, metres = training_crop(image, np.full((10, 12), 2.0, "f4"), (16, 20), None, np.random.default_rng(3))
     assert pixels.shape == (16, 20, 3)
     assert (metres[10:] == 0).all()
     assert (metres[:, 12:] == 0).all()

@@ -31,7 +31,7 @@ def refused(path: Path, content: bytes, expected: str, **options: int) -> None:
     """One line that names the dataset, the file and the reason."""
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        read_dictionary(path, "cifar10", **options)
+        read_dictionary(path, "cifar10", "archive", **options)
     message = str(caught.value)
     assert message.startswith(f"cifar10: {path} ")
     assert "\n" not in message
@@ -41,14 +41,14 @@ def refused(path: Path, content: bytes, expected: str, **options: int) -> None:
 def test_a_python_2_pickle_is_read_as_pickle_itself_reads_it(tmp_path: Path) -> None:
     path = tmp_path / "data_batch_1"
     path.write_bytes(python2.dumps(BATCH))
-    assert same(read_dictionary(path, "cifar10"), pickle.loads(path.read_bytes(), encoding="latin1"))
-    assert same(read_dictionary(path, "cifar10"), BATCH)
+    assert same(read_dictionary(path, "cifar10", "archive"), pickle.loads(path.read_bytes(), encoding="latin1"))
+    assert same(read_dictionary(path, "cifar10", "archive"), BATCH)
 
 
 def test_the_text_protocol_is_read_as_pickle_itself_reads_it(tmp_path: Path) -> None:
     path, names = tmp_path / "batches.meta", {"num_vis": 3072, "label_names": ["airplane", "bird"]}
     path.write_bytes(python2.dumps_as_text(names))
-    assert read_dictionary(path, "cifar10") == pickle.loads(path.read_bytes(), encoding="latin1") == names
+    assert read_dictionary(path, "cifar10", "archive") == pickle.loads(path.read_bytes(), encoding="latin1") == names
 
 
 @pytest.mark.parametrize("protocol", range(5))
@@ -56,7 +56,7 @@ def test_the_text_protocol_is_read_as_pickle_itself_reads_it(tmp_path: Path) -> 
 def test_a_batch_written_anew_by_python_3_is_read_too(tmp_path: Path, protocol: int, order: Any) -> None:
     path, batch = tmp_path / "batch", {**BATCH, "data": np.asarray(ROWS, order=order)}
     path.write_bytes(pickle.dumps(batch, protocol=protocol))
-    assert same(read_dictionary(path, "cifar10"), BATCH)
+    assert same(read_dictionary(path, "cifar10", "archive"), BATCH)
 
 
 class Hostile:
@@ -118,7 +118,7 @@ def test_arrays_of_objects_and_arrays_that_do_not_fill_their_shape_are_refused(t
 
 def test_every_cut_of_a_batch_is_a_readable_message(tmp_path: Path) -> None:
     content = python2.dumps({"data": ROWS[:2], "labels": [1, 2], "filenames": ["a", "b"]})
-    assert read_dictionary(_written(tmp_path / "whole", content), "cifar10")["labels"] == [1, 2]
+    assert read_dictionary(_written(tmp_path / "whole", content), "cifar10", "archive")["labels"] == [1, 2]
     for length in range(len(content)):
         refused(tmp_path / "cut", content[:length], "is not a readable pickle")
 
@@ -130,10 +130,10 @@ def _written(path: Path, content: bytes) -> Path:
 
 def test_a_file_above_the_size_limit_is_not_opened(tmp_path: Path) -> None:
     content = python2.dumps(BATCH)
-    refused(tmp_path / "batch", content, f"at most {len(content) - 1:,}", max_bytes=len(content) - 1)
-    assert same(read_dictionary(tmp_path / "batch", "cifar10", max_bytes=len(content)), BATCH)
+    refused(tmp_path / "batch", content, f"more than the {len(content) - 1:,} bytes", max_bytes=len(content) - 1)
+    assert same(read_dictionary(tmp_path / "batch", "cifar10", "archive", max_bytes=len(content)), BATCH)
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cifar10: .*none cannot be read \(No such file"):
-        read_dictionary(tmp_path / "none", "cifar10")
+    with pytest.raises(UserError, match=r"cifar10: .*none is missing; it comes from archive"):
+        read_dictionary(tmp_path / "none", "cifar10", "archive")

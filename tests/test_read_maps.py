@@ -20,7 +20,7 @@ from torchvision.datasets import CocoDetection, Sintel, VOCDetection, VOCSegment
 from dinoreg.evaluation.benchmark import find_benchmark
 from dinoreg.evaluation.data import Boxed, FlowPairs, MultiLabelled, Segmented
 from dinoreg.evaluation.features.images import read_rgb
-from dinoreg.evaluation.readers.coco import Ragged, read_instances
+from dinoreg.evaluation.readers.coco import read_instances
 from dinoreg.evaluation.readers.pascal import CLASSES, objects
 from dinoreg.runtime.errors import UserError
 from tests.miniatures import ade20k, coco20k, coco2017, nyu, sintel, voc2007, voc2012
@@ -97,7 +97,7 @@ def test_published_figures_are_percent_with_a_source() -> None:
     assert dict(task.counts) == {"train": 20_210, "test": 2_000}
     values = {each.model: each.value for each in task.published}
     assert len(values) == len(task.published)
-    assert values["DINOv2 ViT-L/14 on ImageNet-22k, 4 registers"] == 47.9
+    assert values["DINOv2 ViT-L/14 (ImageNet-22k), 4 registers"] == 47.9
     assert values["DINOv2 ViT-S/14 (distilled)"] == 44.3
     assert all(20 < each.value < 60 and "arXiv" in each.source for each in task.published)
 
@@ -354,16 +354,6 @@ def test_polygons_are_dropped_as_each_object_closes(tmp_path: Path) -> None:
     assert peak < 2.5 * path.stat().st_size  # bytes and text; the polygons' numbers would take ten times as much
 
 
-def test_ragged_arrays_are_a_sequence() -> None:
-    ragged = Ragged(np.arange(6), np.array([0, 2, 2, 6]))
-    assert [each.tolist() for each in ragged] == [[0, 1], [], [2, 3, 4, 5]]
-    assert ragged[-1].tolist() == [2, 3, 4, 5]
-    assert [each.tolist() for each in ragged[1:]] == [[], [2, 3, 4, 5]]
-    assert [each.tolist() for each in ragged.take(np.array([2, 0, 2]))] == [[2, 3, 4, 5], [0, 1], [2, 3, 4, 5]]
-    with pytest.raises(IndexError):
-        ragged[3]
-
-
 def test_shuffled_boxes_of_coco_are_not_those_of_the_pictures(tmp_path: Path) -> None:
     coco20k.write(tmp_path / "a")
     coco20k.write(tmp_path / "b", shuffled=True)
@@ -469,7 +459,7 @@ def test_published_depths_stand_with_their_models() -> None:
     assert numbers["DINOv2 ViT-S/14 (distilled)", "lin.4", "DINOv2"] == 0.417
     assert numbers["DINOv2 ViT-g/14", "lin.4", "DINOv2"] == 0.298
     assert numbers["DINOv2 ViT-L/14 (ImageNet-22k), 4 registers", "", "DINOv2"] == 0.366
-    assert numbers["DINOv2 ViT-L/14 (LVD-142M), 4 registers", "", "Vision"] == 0.3823
+    assert numbers["DINOv2 ViT-L/14 (released), 4 registers", "", "Vision"] == 0.3823
     assert len(numbers) == len(find_benchmark("nyu").tasks[0].published) == 23
 
 

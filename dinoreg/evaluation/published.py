@@ -1,5 +1,7 @@
 """Papers that several datasets quote, and the rows that they have in common; the numbers stand in `eval/NAME.py`."""
 
+from collections.abc import Sequence
+
 from dinoreg.evaluation.benchmark import Published
 
 REGISTERS = "DINOv2 with registers, arXiv 2309.16588v2"
@@ -32,6 +34,40 @@ def released(
         differs = "; ".join(filter(None, (training, note)))
         rows.append(Published(name + ending, value, source, differs, variant))
     return tuple(rows)
+
+
+def with_registers(
+    values: tuple[float, float, float, float, float, float], table: str, differs: tuple[str, str, str] = ("", "", "")
+) -> tuple[Published, ...]:
+    """Figures of Registers' three backbones, each trained with 0 and with 4 registers.
+
+    table    of that paper
+    differs  what differs from our protocol for each backbone
+    """
+    models = ("DINOv2 ViT-L/14 (ImageNet-22k)", "DeiT-III ViT-B (ImageNet-22k)", "OpenCLIP ViT-B/16")
+    columns = [(f"{model}, {count} registers", each) for model, each in zip(models, differs) for count in (0, 4)]
+    return tuple(
+        Published(name, value, f"{REGISTERS}, {table}", each)
+        for (name, each), value in zip(columns, values, strict=True)
+    )
+
+
+def at_test_time(values: Sequence[float], differs: str, spreads: Sequence[str] = ("",) * 4) -> tuple[Published, ...]:
+    """Figures of the released ViT-L/14 with 0, 4 trained and one test-time register, and of OpenCLIP's ViT-B/16.
+
+    values, spreads  means over three seeds in this order, as many as are stated, and what is said of their spread
+    """
+    names = [f"DINOv2 ViT-L/14 (released), {count}" for count in ("0 registers", "4 registers", "1 test-time register")]
+    rows = zip([*names, "OpenCLIP ViT-B/16"], values, spreads)
+    return tuple(Published(name, value, TEST_TIME, f"{differs}mean of 3 seeds{spread}") for name, value, spread in rows)
+
+
+def denoised(values: tuple[float, float], differs: tuple[str, str]) -> tuple[Published, ...]:
+    """Figures of the released ViT-B/14 with 0 and with 4 registers in the paper on denoising."""
+    return tuple(
+        Published(f"DINOv2 ViT-B/14 (released), {count} registers", value, DENOISING, each)
+        for count, value, each in zip((0, 4), values, differs, strict=True)
+    )
 
 
 def single_tokens(
@@ -68,8 +104,7 @@ def fine_grained(
 
 
 def corloc(
-    registers: tuple[float, float],
-    others: tuple[float, float, float, float],
+    registers: tuple[float, float, float, float, float, float],
     dino: tuple[float, float, float],
     test_time: tuple[float, float, float, float],
     denoising: tuple[float, float],
@@ -77,33 +112,21 @@ def corloc(
 ) -> tuple[Published, ...]:
     """A dataset's published CorLoc, in percent.
 
-    registers  DINOv2 ViT-L/14 on ImageNet-22k with 0 and with 4 registers (Registers, Table 3)
-    others     there: DeiT-III with 0 and 4, OpenCLIP with 0 and 4
+    registers  DINOv2 ViT-L/14 on ImageNet-22k, DeiT-III and OpenCLIP, each with 0 and 4 (Registers, Table 3)
     dino       the original DINO's ViT-S/16, B/16 and S/8 (LOST)
     test_time  the released ViT-L/14 with none, 4 trained and one test-time register; OpenCLIP ViT-B/16
     denoising  the released ViT-B/14 with 0 and 4 registers (Denoising ViTs)
     token_cut  ViT-g/14 by TokenCut (DINOv3)
     """
-    table_3 = f"{REGISTERS}, Table 3"
     bias = "a manually chosen bias on the Gram matrix, its value and the block not published"
-    swept = "bias swept in [-1, 0] over the last four blocks, the best quoted; 3 seeds"
+    swept = "bias swept in [-1, 0] over the last four blocks, the best quoted; "
     no_bias = "LOST without a bias"
-    large, base = "DINOv2 ViT-L/14 (released)", "DINOv2 ViT-B/14 (released)"
     return (
-        Published("DINOv2 ViT-L/14 (ImageNet-22k), 0 registers", registers[0], table_3, f"keys; {bias}"),
-        Published("DINOv2 ViT-L/14 (ImageNet-22k), 4 registers", registers[1], table_3, f"keys; {bias}"),
-        Published("DeiT-III ViT-B, 0 registers", others[0], table_3, f"values; {bias}"),
-        Published("DeiT-III ViT-B, 4 registers", others[1], table_3, f"values; {bias}"),
-        Published("OpenCLIP ViT-B/16, 0 registers", others[2], table_3, f"values; {bias}"),
-        Published("OpenCLIP ViT-B/16, 4 registers", others[3], table_3, f"values; {bias}"),
+        *with_registers(registers, "Table 3", (f"keys; {bias}", f"values; {bias}", f"values; {bias}")),
         Published("DINO ViT-S/16", dino[0], LOST, no_bias),
         Published("DINO ViT-B/16", dino[1], LOST, no_bias),
         Published("DINO ViT-S/8", dino[2], LOST, no_bias),
-        Published(f"{large}, 0 registers", test_time[0], TEST_TIME, swept),
-        Published(f"{large}, 4 registers", test_time[1], TEST_TIME, swept),
-        Published(f"{large}, 1 test-time register", test_time[2], TEST_TIME, swept),
-        Published("OpenCLIP ViT-B/16, 0 registers", test_time[3], TEST_TIME, swept),
-        Published(f"{base}, 0 registers", denoising[0], DENOISING, f"{no_bias}; the whole image's box scores as much"),
-        Published(f"{base}, 4 registers", denoising[1], DENOISING, f"{no_bias}; Registers' figure not reproduced"),
+        *at_test_time(test_time, swept),
+        *denoised(denoising, (f"{no_bias}; the whole image's box scores as much", f"{no_bias}; not Registers' figure")),
         Published("DINOv2 ViT-g/14", token_cut, BASELINE, "TokenCut on output patch tokens, threshold swept; 448 px"),
     )

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, replace
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ import numpy as np
 from dinoreg.config.bundled import bundled
 from dinoreg.config.option import option
 from dinoreg.data.folder_index import PathBlock, index_folder
-from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import PathSource
-from dinoreg.evaluation.benchmark import Benchmark, Options, Reader, Task, counts_in_words
+from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
 from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
 from dinoreg.evaluation.custom.tables import SUFFIXES, Table, read_table
@@ -71,7 +69,13 @@ def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
         return _of_pairs(blank, path, kinds, values["test_share"], values["seed"])
     if path.is_file() and path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: is a file, expected a folder or a {', '.join(SUFFIXES)} file")
-    table = _read_folder(path) if path.is_dir() else _read_table(path, values["root"], values["labels"])
+    if path.is_dir():
+        table = _read_folder(path)
+    else:
+        root, labels = values["root"], [name.strip() for name in values["labels"].split(",") if name.strip()]
+        if root and not Path(root).expanduser().is_dir():
+            raise UserError(f"own.root={root}: is not a folder")
+        table = read_table(path, Path(root).expanduser() if root else path.parent, labels)
     return _of_labels(blank, _split(table, path, values["test_share"], values["seed"]))
 
 
@@ -79,61 +83,46 @@ def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], share: float, seed
     tasks = []
     for kind in kinds:
         protocol, metric, read = PAIRS[kind]
-        pairs = find_pairs(path, kind)
-        rows, _ = pairs.split(share, seed)
-        tasks.append(Task(protocol, _once(partial(read, pairs, share, seed)), metric))
-    splits = counts_in_words({name: len(part) for name, part in rows.items()})
+        pairs, variant = find_pairs(path, kind, share, seed)
+        tasks.append(Task(protocol, _reader(read, path, pairs, variant), metric))
+    splits = counts_in_words({split: len(images) for split, (images, _) in pairs.items()})
     return replace(blank, task=" and ".join(task.protocol for task in tasks), splits=splits, tasks=tuple(tasks))
 
 
 def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
-    def read(_folder: Path, _options: Options) -> Data:
-        return data
-
+    read = _reader(lambda: data)
     train = data.splits["train"]
-    several = isinstance(train, MultiLabelled)
-    # On cached features a step costs next to nothing, and few images need few of them; the head is chosen on
-    # held-out training images, so that the reported ones stay unseen.
-    steps = int(np.clip(-(-len(train) // 1024), *EPOCH_STEPS))
-    linear = {"augment": False, "choose_on": "train", "epoch_steps": steps}
-    return replace(
-        blank,
-        task="multi-label classification" if several else "classification",
-        classes=train.num_classes,
-        splits=counts_in_words({name: len(part) for name, part in data.splits.items()}),
-        tasks=(Task("multilabel", read, "all-points mAP"),)
-        if several
-        else (
-            Task("logistic", read, "top-1"),
-            Task("linear", read, "top-1", options=linear),
-            Task("knn", read, "top-1"),
-            Task("few_shot", read, "top-1"),
-        ),
-    )
+    if isinstance(train, MultiLabelled):
+        kind, tasks = "multi-label classification", [Task("multilabel", read, "all-points mAP")]
+    else:
+        # On cached features a step costs next to nothing, and few images need few of them; the head is chosen on
+        # held-out training images, so that the reported ones stay unseen.
+        steps = int(np.clip(-(-len(train) // 1024), *EPOCH_STEPS))
+        options = {"linear": {"augment": False, "choose_on": "train", "epoch_steps": steps}}
+        protocols = ("logistic", "linear", "knn", "few_shot")
+        kind, tasks = "classification", [Task(each, read, "top-1", options=options.get(each, {})) for each in protocols]
+    splits = counts_in_words({name: len(part) for name, part in data.splits.items()})
+    return replace(blank, task=kind, classes=train.num_classes, splits=splits, tasks=tuple(tasks))
 
 
-def _once(read: Callable[[], Data]) -> Reader:
-    """A reader that reads once, however many protocols ask; folder and options it knows already."""
-    cached = lru_cache(maxsize=1)(read)
-    return lambda _folder, _options: cached()
+def _reader(read: Callable[..., Data], *arguments: Any) -> Reader:
+    """A reader that knows its folder and options already."""
+    return lambda _folder, _options: read(*arguments)
 
 
 def _read_folder(path: Path) -> Table:
     """Folders of classes, or of splits that hold such folders."""
     index = index_folder(path)
     files = [name for name in (index[number] for number in range(len(index))) if os.sep in name]
-    if not _has_split_folders(path, files):
-        source, labels, names = labelled_folder(path)
-        return Table(path, [source.paths[number] for number in range(len(source))], labels, names, None)
+    in_splits = _has_split_folders(path, files)
     for file in files:
-        if file.count(os.sep) < 2:
+        if in_splits and file.count(os.sep) < 2:
             raise UserError(f"{path / file}: lies in a split but in no class, expected SPLIT/CLASS/IMAGE")
-    splits, classes = zip(*(file.split(os.sep)[:2] for file in files), strict=True)
-    unique, labels = np.unique(classes, return_inverse=True)
-    names = unique.tolist()
+    names, labels = np.unique([file.split(os.sep)[in_splits] for file in files], return_inverse=True)
     if len(names) < 2:
-        raise UserError(f"{path}: every image is of the class {names[0]!r}, expected at least two classes")
-    return Table(path, files, labels, names, [SPLIT_WORDS[split.lower()] for split in splits])
+        raise UserError(f"{path}: has images in {len(names)} folder(s), expected one per class, at least two")
+    words = [SPLIT_WORDS[file.split(os.sep)[0].lower()] for file in files] if in_splits else None
+    return Table(path, files, labels, names.tolist(), words)
 
 
 def _has_split_folders(path: Path, files: list[str]) -> bool:
@@ -144,13 +133,6 @@ def _has_split_folders(path: Path, files: list[str]) -> bool:
         other = next(name for name in folders if name.lower() not in SPLIT_WORDS)
         raise UserError(f"{path}: holds {other}/ beside train and test, expected folders of splits or of classes")
     return "train" in words and None not in words
-
-
-def _read_table(path: Path, root: str, labels: str) -> Table:
-    base = Path(root).expanduser().absolute() if root else None
-    if base is not None and not base.is_dir():
-        raise UserError(f"own.root={root}: is not a folder")
-    return read_table(path, base, tuple(name.strip() for name in labels.split(",") if name.strip()))
 
 
 def _split(table: Table, path: Path, share: float, seed: int) -> Data:

@@ -9,10 +9,8 @@ depth  PNG of 16 bits in millimetres, or .npy, .tif, .tiff of floats in metres; 
 """
 
 import os
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections import Counter, defaultdict
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,46 +18,18 @@ from PIL import Image
 
 from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.source import PathSource
-from dinoreg.evaluation.custom.splits import SPLIT_WORDS, Listing, parts
+from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
 from dinoreg.evaluation.custom.tables import read_classes
 from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented
 from dinoreg.evaluation.features.images import default_workers, parallel
-from dinoreg.evaluation.readers.pixel_maps import (
-    UNREADABLE,
-    read_depth_map,
-    read_label_map,
-    require_size,
-    unreadable,
-)
+from dinoreg.evaluation.readers.files import paired
+from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, read_depth_map, read_mask, require_size, unreadable
 from dinoreg.runtime.errors import UserError
 
 SUFFIXES = {"masks": (".png",), "depth": (".png", ".npy", ".tif", ".tiff")}
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Images and the mask or depth map of each, all relative to `root`; each's split, or None where nothing says so."""
-
-    root: Path
-    images: list[str]
-    truths: list[str]
-    words: list[str] | None
-
-    def split(self, share: float, seed: int) -> tuple[dict[str, np.ndarray], str]:
-        """Rows of each split, and how they were split in words."""
-        groups = np.zeros(len(self.images), dtype=np.int64)
-        return parts(self.words, groups, share, seed, self.root, per_class=False)
-
-    def source(self, rows: np.ndarray) -> PathSource:
-        return PathSource(str(self.root), PathBlock.of([self.images[row] for row in rows]))
-
-    def stamp(self, rows: np.ndarray) -> str:
-        """Changes when the masks or depth maps do."""
-        return PathSource(str(self.root), PathBlock.of([self.truths[row] for row in rows])).stamp()
-
-    def paths(self, row: int) -> tuple[Path, Path]:
-        """The mask or depth map, and its image."""
-        return self.root / self.truths[row], self.root / self.images[row]
+Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
 
 
 def kinds_of_pairs(root: Path) -> list[str]:
@@ -68,23 +38,32 @@ def kinds_of_pairs(root: Path) -> list[str]:
     return [kind for kind in SUFFIXES if any((root / base / kind).is_dir() for base in bases)]
 
 
-def find_pairs(root: Path, kind: str) -> Pairs:
-    """Every image with its mask or depth map; UserError naming the first that lacks one."""
+def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, str]:
+    """Every image with its mask or depth map, by split, and how they were split in words.
+
+    share, seed  of the images that are held out where folders do not say what is tested
+
+    Raises UserError naming the first image that lacks its file.
+    """
     images: list[str] = []
     truths: list[str] = []
     words: list[str | None] = []
-    listing = Listing(root)
-    stems: dict[str, dict[str, list[str]]] = {}
+
+    @cache
+    def names_by_stem(place: str) -> dict[str, list[str]]:
+        found = defaultdict(list)
+        for name in sorted(os.listdir(root / place)) if (root / place).is_dir() else ():
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in SUFFIXES[kind] and name[0] != ".":
+                found[stem].append(name)
+        return found
+
     for base in _bases(root):
         paths = index_folder(root / base / "images")
         for path in (paths[number] for number in range(len(paths))):
             folder, name = os.path.split(path)
-            stem = os.path.splitext(name)[0]
-            place = os.path.join(base, kind, folder)
-            if place not in stems:
-                stems[place] = _by_stem(sorted(listing.names(place)), SUFFIXES[kind])
-            matches = stems[place].get(stem, [])
-            image = os.path.join(base, "images", path)
+            place, image = os.path.join(base, kind, folder), os.path.join(base, "images", path)
+            matches = names_by_stem(place).get(os.path.splitext(name)[0], [])
             if len(matches) != 1:
                 what = f"has no {' or '.join(SUFFIXES[kind])}" if not matches else f"has {len(matches)} files"
                 raise UserError(f"{root / image} {what} of the same name in {root / place}")
@@ -97,56 +76,40 @@ def find_pairs(root: Path, kind: str) -> Pairs:
     known = [word for word in words if word is not None]
     if "train" in known and None in words:
         raise UserError(f"{root / images[words.index(None)]}: lies in no split, though others lie in train")
-    return Pairs(root, images, truths, known if len(known) == len(words) else None)
+    split_of = known if len(known) == len(words) else None
+    rows, variant = parts(split_of, np.zeros(len(images)), share, seed, root, per_class=False)
+
+    def source(paths: list[str], chosen: np.ndarray) -> PathSource:
+        return PathSource(str(root), PathBlock.of([paths[row] for row in chosen]))
+
+    return {split: (source(images, chosen), source(truths, chosen)) for split, chosen in rows.items()}, variant
 
 
-def segmented(pairs: Pairs, share: float, seed: int) -> Data:
+def segmented(root: Path, pairs: Pairs, variant: str) -> Data:
     """The pairs as masks; without a classes.txt every mask is read once to count the classes."""
-    names = read_classes(pairs.root / "classes.txt")
-    if names is not None:
-        num_classes = len(names)
-    else:
-        every = range(len(pairs.images))
-        largest = parallel(lambda row: _largest(read_classes_of_pixels(*pairs.paths(row))), every, default_workers())
-        num_classes = max(largest) + 1
+    names = read_classes(root / "classes.txt") or []
+    num_classes = len(names) or max(_largest_class(*sources) for sources in pairs.values()) + 1
     if not 2 <= num_classes <= IGNORED:
-        raise UserError(f"{pairs.root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
-
-    def mask(rows: np.ndarray, index: int) -> np.ndarray:
-        path, image = pairs.paths(rows[index])
-        classes = read_classes_of_pixels(path, image)
-        if (largest := _largest(classes)) >= num_classes:
-            raise UserError(f"{path}: label {largest} is out of range, expected 0..{num_classes - 1} or {IGNORED}")
-        return classes
-
-    rows, variant = pairs.split(share, seed)
-    splits = {
-        name: Segmented(pairs.source(part), partial(mask, part), num_classes, pairs.stamp(part))
-        for name, part in rows.items()
-    }
-    return Data(splits, class_names=names or (), variant=variant)
+        raise UserError(f"{root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
+    read = partial(read_mask, classes=range(num_classes))
+    splits = {split: paired(Segmented, *sources, read, num_classes) for split, sources in pairs.items()}
+    return Data(splits, names, variant)
 
 
-def depths(pairs: Pairs, share: float, seed: int) -> Data:
+def _largest_class(images: PathSource, masks: PathSource) -> int:
+    """The largest class of some masks; -1 where every pixel is ignored."""
+
+    def largest(index: int) -> int:
+        mask = read_mask(Path(masks.name(index)), Path(images.name(index)), range(IGNORED))
+        return max(np.setdiff1d(mask, IGNORED).tolist(), default=-1)
+
+    return max(parallel(largest, range(len(masks)), default_workers()))
+
+
+def depths(_root: Path, pairs: Pairs, variant: str) -> Data:
     """The pairs as depth maps."""
-
-    def depth(rows: np.ndarray, index: int) -> np.ndarray:
-        return read_metres(*pairs.paths(rows[index]))
-
-    rows, variant = pairs.split(share, seed)
-    splits = {
-        name: DepthMaps(pairs.source(part), partial(depth, part), pairs.stamp(part)) for name, part in rows.items()
-    }
+    splits = {split: paired(DepthMaps, *sources, read_metres) for split, sources in pairs.items()}
     return Data(splits, variant=variant)
-
-
-def read_classes_of_pixels(path: Path, image: Path) -> np.ndarray:
-    """A mask (H, W) uint8 of its image's size; UserError for colours, more than 8 bits in use, or another size."""
-    values = read_label_map(path, image)
-    if values.min() < 0 or values.max() > IGNORED:
-        worst = int(values.max() if values.max() > IGNORED else values.min())
-        raise UserError(f"{path}: label {worst} is out of range, expected 0..{IGNORED - 1} or {IGNORED}")
-    return values.astype(np.uint8)
 
 
 def read_metres(path: Path, image: Path) -> np.ndarray:
@@ -189,12 +152,3 @@ def _bases(root: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror})") from None
     return [name for name in below if name.lower() in SPLIT_WORDS and (root / name / "images").is_dir()]
-
-
-def _by_stem(names: Sequence[str], suffixes: Sequence[str]) -> dict[str, list[str]]:
-    stems: dict[str, list[str]] = {}
-    for name in names:
-        stem, suffix = os.path.splitext(name)
-        if suffix.lower() in suffixes and not name.startswith("."):
-            stems.setdefault(stem, []).append(name)
-    return stems

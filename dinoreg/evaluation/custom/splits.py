@@ -6,6 +6,7 @@ is held out; where there is a validation split but no test split, the validation
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -57,25 +58,18 @@ def parts(
     return {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}, f"{share_of} held out, seed {seed}"
 
 
-class Listing:
-    """Which files there are below a root: every folder is listed once, which is quicker than asking file by file."""
+def require_files(root: Path, paths: Iterable[str], where: Path) -> None:
+    """UserError naming the first path below the root that is not there, and how many others."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._folders: dict[str, frozenset[str]] = {}
+    @cache
+    def names(folder: str) -> set[str]:
+        """Every folder is listed once, which is quicker than asking file by file."""
+        try:
+            return set(os.listdir(root / folder))
+        except OSError:
+            return set()
 
-    def names(self, folder: str) -> frozenset[str]:
-        """The names in a folder below the root; none where it cannot be read."""
-        if folder not in self._folders:
-            try:
-                self._folders[folder] = frozenset(os.listdir(self.root / folder))
-            except OSError:
-                self._folders[folder] = frozenset()
-        return self._folders[folder]
-
-    def require(self, paths: Iterable[str], where: Path) -> None:
-        """UserError naming the first path that is not there, and how many others."""
-        absent = [path for path in paths if os.path.basename(path) not in self.names(os.path.dirname(path))]
-        if absent:
-            more = f", and so are {len(absent) - 1:,} others" if len(absent) > 1 else ""
-            raise UserError(f"{where}: {self.root / absent[0]} is missing{more}")
+    absent = [path for path in paths if os.path.basename(path) not in names(os.path.dirname(path))]
+    if absent:
+        more = f", and so are {len(absent) - 1:,} others" if len(absent) > 1 else ""
+        raise UserError(f"{where}: {root / absent[0]} is missing{more}")

@@ -9,7 +9,7 @@ A `classes.txt` beside the table fixes the classes and their order, a name a lin
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from dinoreg.config.option import nearest
 from dinoreg.data.tables import inside, parquet_table, rows_of
-from dinoreg.evaluation.custom.splits import SPLIT_WORDS, Listing
+from dinoreg.evaluation.custom.splits import SPLIT_WORDS, require_files
 from dinoreg.runtime.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -45,46 +45,32 @@ class Table:
         return self.labels.ndim == 2
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Text of a table: its columns and, for each row, where it stands and its cells."""
-
-    file: Path
-    columns: list[str]
-    places: list[str]
-    cells: list[list[str]]
-
-    def column(self, name: str) -> list[tuple[str, str]]:
-        """(place, cell) of every row; nothing where there is no such column."""
-        if name not in self.columns:
-            return []
-        number = self.columns.index(name)
-        return [(place, row[number].strip()) for place, row in zip(self.places, self.cells, strict=True)]
+Column = list[tuple[str, str]]  # (where it stands, cell) of every row
 
 
-def read_table(file: Path, root: Path | None = None, columns: Sequence[str] = ()) -> Table:
+def read_table(file: Path, root: Path, columns: Sequence[str]) -> Table:
     """Read a table; UserError, in one line, for whatever is wrong with it.
 
-    root     where relative paths begin and what no path may leave; by default the table's folder
-    columns  those that hold labels; by default see above
+    root     where relative paths begin and what no path may leave
+    columns  those that hold labels; where there are none, see above
     """
-    rows = _read_rows(file)
-    if "path" not in rows.columns:
+    cells = _read_columns(file)
+    if "path" not in cells:
         raise UserError(f"{file}: has no column path, expected path, label and, if wanted, split in its first line")
-    if not rows.cells:
+    if not cells["path"]:
         raise UserError(f"{file}: lists no images")
-    root = Path(os.path.abspath(file.parent if root is None else root))
+    root = Path(os.path.abspath(root))
     first_places: dict[str, str] = {}
-    for place, entry in rows.column("path"):
+    for place, entry in cells.pop("path"):
         if not entry:
             raise UserError(f"{file} {place}: the path is empty")
         path = inside(str(root), entry, f"{file} {place}", "own.root")
         if path in first_places:
             raise UserError(f"{file} {place}: {path} is listed before, in {first_places[path]}")
         first_places[path] = place
-    words = [_split_of(word, f"{file} {place}") for place, word in rows.column("split")]
-    labels, names = _labels(rows, columns)
-    Listing(root).require(first_places, file)
+    words = [_split_of(word, f"{file} {place}") for place, word in cells.pop("split", [])]
+    labels, names = _labels(file, cells, columns)
+    require_files(root, first_places, file)
     return Table(root, list(first_places), labels, names, words or None)
 
 
@@ -94,51 +80,48 @@ def _split_of(word: str, where: str) -> str:
     return SPLIT_WORDS[word.lower()]
 
 
-def _labels(rows: _Rows, columns: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Labels of the whole table, and the names of their classes."""
-    others = [name for name in rows.columns if name not in ("path", "split")]
-    for name in columns:
-        if name not in others:
-            raise UserError(f"own.labels: {rows.file} has no column {name!r}{nearest(name, others)}")
-    if not columns and "label" in others:
-        unknown = [name for name in others if name != "label"]
-        if unknown:
-            raise UserError(
-                f"{rows.file}: unknown column {unknown[0]!r} beside path, label and split; "
-                f"own.labels=label leaves it out, own.labels=COLUMN,COLUMN takes other columns as labels"
-            )
-        columns = ["label"]
-    columns = list(columns) or others
+def _labels(file: Path, cells: Mapping[str, Column], chosen: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Labels of the whole table, and the names of their classes.
+
+    cells   the columns besides path and split
+    chosen  those that were named as holding labels
+    """
+    for name in chosen:
+        if name not in cells:
+            raise UserError(f"own.labels: {file} has no column {name!r}{nearest(name, cells)}")
+    others = [name for name in cells if name != "label"]
+    if not chosen and "label" in cells and others:
+        raise UserError(
+            f"{file}: unknown column {others[0]!r} beside path, label and split; "
+            f"own.labels=label leaves it out, own.labels=COLUMN,COLUMN takes other columns as labels"
+        )
+    columns = list(chosen or cells)
     if not columns:
-        raise UserError(f"{rows.file}: has no column label")
+        raise UserError(f"{file}: has no column label")
     if len(columns) > 1:
-        return _indicators(rows, columns), list(columns)
-    given = read_classes(rows.file.parent / "classes.txt")
-    cells = rows.column(columns[0])
-    if any(SEPARATOR in cell for _, cell in cells):
-        sets = [[part.strip() for part in cell.split(SEPARATOR) if part.strip()] for _, cell in cells]
-        number, names = _numbering({part for parts in sets for part in parts}, given)
-        labels = np.zeros((len(sets), len(names)), dtype=np.int8)
-        for row, ((place, _), parts) in enumerate(zip(cells, sets, strict=True)):
-            labels[row, [number(part, f"{rows.file} {place}") for part in parts]] = 1
-        return labels, names
-    for place, cell in cells:
-        if not cell:
-            raise UserError(f"{rows.file} {place}: the label is empty")
-    number, names = _numbering({cell for _, cell in cells}, given)
-    if len(names) < 2:
-        raise UserError(f"{rows.file}: every image has the label {names[0]!r}, expected at least two classes")
-    return np.array([number(cell, f"{rows.file} {place}") for place, cell in cells], dtype=np.int64), names
+        return np.array([_indicators(file, name, cells[name]) for name in columns], dtype=np.int8).T, columns
+    column, given = cells[columns[0]], read_classes(file.parent / "classes.txt")
+    several = any(SEPARATOR in cell for _, cell in column)
+    sets = {place: [part.strip() for part in cell.split(SEPARATOR) if part.strip()] for place, cell in column}
+    if not several and (empty := [place for place, parts in sets.items() if not parts]):
+        raise UserError(f"{file} {empty[0]}: the label is empty")
+    number, names = _numbering({part for parts in sets.values() for part in parts}, given)
+    if not several and len(names) < 2:
+        raise UserError(f"{file}: every image has the label {names[0]!r}, expected at least two classes")
+    numbers = [[number(part, f"{file} {place}") for part in parts] for place, parts in sets.items()]
+    if not several:
+        return np.array(numbers, dtype=np.int64)[:, 0], names
+    labels = np.zeros((len(numbers), len(names)), dtype=np.int8)
+    for row, present in zip(labels, numbers, strict=True):
+        row[present] = 1
+    return labels, names
 
 
-def _indicators(rows: _Rows, columns: Sequence[str]) -> np.ndarray:
-    labels = np.zeros((len(rows.cells), len(columns)), dtype=np.int8)
-    for number, name in enumerate(columns):
-        for row, (place, cell) in enumerate(rows.column(name)):
-            if cell.lower() not in INDICATORS:
-                raise UserError(f"{rows.file} {place}: {name} is {cell!r}, expected 1, 0 or -1")
-            labels[row, number] = INDICATORS[cell.lower()]
-    return labels
+def _indicators(file: Path, name: str, column: Column) -> list[int]:
+    for place, cell in column:
+        if cell.lower() not in INDICATORS:
+            raise UserError(f"{file} {place}: {name} is {cell!r}, expected 1, 0 or -1")
+    return [INDICATORS[cell.lower()] for _, cell in column]
 
 
 def _numbering(cells: set[str], given: list[str] | None) -> tuple[Callable[[str, str], int], list[str]]:
@@ -175,23 +158,24 @@ def read_classes(path: Path) -> list[str] | None:
     return names
 
 
-def _read_rows(file: Path) -> _Rows:
+def _read_columns(file: Path) -> dict[str, Column]:
+    """The columns of a table by their names, as text."""
     if file.suffix.lower() == ".parquet":
         table = parquet_table(file, f"{file}:")
-        names = list(table.column_names)
-        cells = [list(row) for row in zip(*([_text(cell) for cell in column.to_pylist()] for column in table.columns))]
-        rows = _Rows(file, names, [f"row {number}" for number in range(1, len(cells) + 1)], cells)
+        columns = ([_text(cell) for cell in column.to_pylist()] for column in table.columns)
+        lines, unit = list(enumerate([table.column_names, *map(list, zip(*columns))])), "row"
     else:
-        lines = list(rows_of(file, f"{file}:"))
-        names = [name.strip() for name in lines[0][1]] if lines else []
-        for line, row in lines[1:]:
-            if len(row) != len(names):
-                raise UserError(f"{file} line {line}: {len(row)} fields, expected {len(names)}")
-        rows = _Rows(file, names, [f"line {line}" for line, _ in lines[1:]], [row for _, row in lines[1:]])
-    repeated = [name for index, name in enumerate(names) if name in names[:index]]
-    if repeated:
+        lines, unit = list(rows_of(file, f"{file}:")), "line"
+    names = [name.strip() for name in lines[0][1]] if lines else []
+    for number, row in lines[1:]:
+        if len(row) != len(names):
+            raise UserError(f"{file} {unit} {number}: {len(row)} fields, expected {len(names)}")
+    if repeated := [name for index, name in enumerate(names) if name in names[:index]]:
         raise UserError(f"{file}: has two columns {repeated[0]!r}")
-    return rows
+    return {
+        name: [(f"{unit} {number}", row[place].strip()) for number, row in lines[1:]]
+        for place, name in enumerate(names)
+    }
 
 
 def _text(value: object) -> str:

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, clip_boxes_to_image, generalized_box_iou_loss, sigmoid_focal_loss
 
 BACKGROUND, IGNORED = -1, -2  # labels of patches without a class: a mistake to call them one; not looked at
 PRIOR = 0.01  # probability of every class at the start, so that the many background patches do not swamp the rest
-FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 CANDIDATES = 1000  # pairs of patch and class of an image that enter the suppression
 
 
@@ -66,22 +65,16 @@ def centres(grid: tuple[int, int], patch_size: int) -> Tensor:
 
 
 def assign(
-    grid: tuple[int, int],
-    patch_size: int,
-    height: int,
-    width: int,
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    ignored: np.ndarray,
+    points: Tensor, patch_size: int, size: tuple[int, int], boxes: np.ndarray, labels: np.ndarray, ignored: np.ndarray
 ) -> Targets:
     """Which box each patch of an image answers for.
 
-    height, width  of the image before padding; a patch whose centre is in the padding is ignored
-    boxes          (k, 4) in pixels; those that are empty are left out
-    ignored        (k,) bool: difficult objects and crowds: nobody answers for them, but a patch in one is no background
+    points   (N, 2) centres of the patches
+    size     (height, width) of the image before padding; a patch whose centre is in the padding is ignored
+    boxes    (k, 4) in pixels; those that are empty are left out
+    ignored  (k,) bool: difficult objects and crowds: nobody answers for them, but a patch in one is no background
     """
-    points = centres(grid, patch_size)
-    outside = (points[:, 0] >= width) | (points[:, 1] >= height)
+    outside = (points[:, 0] >= size[1]) | (points[:, 1] >= size[0])
     targets = Targets(torch.full((len(points),), BACKGROUND), torch.zeros(len(points), 4))
     corners = torch.from_numpy(np.asarray(boxes, dtype=np.float32).reshape(-1, 4))
     if len(corners):
@@ -108,30 +101,14 @@ def centre_ness(reach: Tensor) -> Tensor:
     return share.clamp(0, 1).sqrt()
 
 
-def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sigmoid focal loss (Lin et al. 2017), alpha 0.25 and gamma 2, summed; both (M, C), targets 0 or 1."""
-    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    wrong = torch.where(targets > 0.5, torch.sigmoid(-logits), torch.sigmoid(logits))  # 1 - p of what is true
-    weight = torch.where(targets > 0.5, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
-    return (weight * wrong**FOCAL_GAMMA * entropy).sum()
-
-
-def giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU (Rezatofighi et al. 2019) of boxes around one point.
-
-    a, b     (M, 4) positive distances to left, top, right and bottom
-    returns  (M,) in (-1, 1]; as the boxes share a point, (-0.5, 1]
-    """
-    area_a, area_b = ((x[:, 0] + x[:, 2]) * (x[:, 1] + x[:, 3]) for x in (a, b))
-    inner, outer = torch.minimum(a, b), torch.maximum(a, b)
-    shared = (inner[:, 0] + inner[:, 2]) * (inner[:, 1] + inner[:, 3])
-    hull = (outer[:, 0] + outer[:, 2]) * (outer[:, 1] + outer[:, 3])
-    union = area_a + area_b - shared
-    return shared / union - (hull - union) / hull
+def around(points: Tensor | float, reach: Tensor) -> Tensor:
+    """Boxes (M, 4), x0, y0, x1, y1, with these distances (M, 4) from points (M, 2) to left, top, right and bottom."""
+    return torch.cat([points - reach[:, :2], points + reach[:, 2:]], dim=1)
 
 
 def box_loss(answers: Answers, targets: Targets) -> Tensor:
-    """FCOS's loss: focal over the patches, GIoU weighted by centre-ness and centre-ness over those in objects.
+    """FCOS's loss: focal (alpha 0.25, gamma 2) over the patches; GIoU weighted by centre-ness, and centre-ness, over
+    those in objects.
 
     Patches with the label IGNORED must have been left out. Sums are divided by the number of patches in objects.
     """
@@ -140,12 +117,12 @@ def box_loss(answers: Answers, targets: Targets) -> Tensor:
         count = positive.sum().clamp(min=1)
         one_hot = torch.zeros_like(answers.logits)
         one_hot[positive, targets.labels[positive]] = 1.0
-        loss = focal_loss(answers.logits, one_hot) / count
+        loss = sigmoid_focal_loss(answers.logits, one_hot, reduction="sum") / count
         if not bool(positive.any()):
             return loss
         reach = targets.reach[positive]
         central = centre_ness(reach)
-        apart = 1 - giou(answers.reach[positive], reach)
+        apart = generalized_box_iou_loss(around(0.0, answers.reach[positive]), around(0.0, reach))
         loss = loss + (apart * central).sum() / central.sum().clamp(min=1e-6)
         return loss + F.binary_cross_entropy_with_logits(answers.centredness[positive], central)
 
@@ -171,10 +148,8 @@ def detect(
     scores = (answers.logits.sigmoid() * answers.centredness.sigmoid()[:, None]).sqrt()
     best = scores.flatten().topk(min(CANDIDATES, scores.numel()))
     patch, labels = best.indices // scores.shape[1], best.indices % scores.shape[1]
-    reach, middle = answers.reach[patch] * patch_size, points.to(scores.device)[patch]
-    boxes = torch.cat([middle - reach[:, :2], middle + reach[:, 2:]], dim=1)
-    height, width = size
-    boxes = torch.minimum(boxes.clamp(min=0), boxes.new_tensor((width, height, width, height)))
+    boxes = around(points.to(scores.device)[patch], answers.reach[patch] * patch_size)
+    boxes = clip_boxes_to_image(boxes, size)
     boxes = boxes / boxes.new_tensor((*scale, *scale))
     remaining = batched_nms(boxes, best.values, labels, nms)[:max_boxes]
     return boxes[remaining].cpu(), labels[remaining].cpu(), best.values[remaining].cpu()

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -56,8 +57,8 @@ def prepare(
     if flip:
         boxes = np.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], axis=1)
     ignored = np.asarray(split.difficult[index], dtype=bool) | np.asarray(split.crowd[index], dtype=bool)
-    grid = encoder.grid(image.shape[1], image.shape[2])
-    targets = assign(grid, encoder.patch_size, height, width, boxes, split.labels[index], ignored)
+    points = centres(encoder.grid(image.shape[1], image.shape[2]), encoder.patch_size)
+    targets = assign(points, encoder.patch_size, (height, width), boxes, split.labels[index], ignored)
     return prepared._replace(targets=targets)
 
 
@@ -100,9 +101,7 @@ class BoxProbe:
                 return {key: head.linear.weight.sum() * 0.0 for key, head in heads.items()}
             return {key: box_loss(head(x), targets) for key, head in heads.items()}
 
-        def factor(step: int) -> float:
-            return cosine(step, steps, min(settings.warmup_steps, steps // 10))
-
+        factor = partial(cosine, steps=steps, warmup=min(settings.warmup_steps, steps // 10))
         with training_stream(load, count, settings.batch_size, steps, context.seed, context.workers) as stream:
             first = [image for _, image in stream(0)[:count]]
             ((_, patches),) = self._tokens(first[:1], 1, split)

@@ -5,6 +5,7 @@ the final norm; trained by the scale-invariant loss and half the multi-scale gra
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,12 +16,7 @@ from dinoreg.evaluation.backbones.encoder import Encoder, seeded
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.depth_images import read_pair, shrink, training_crop
-from dinoreg.evaluation.dense.windows import (
-    batches_of_one_shape,
-    centre_pad,
-    centre_padding,
-    training_stream,
-)
+from dinoreg.evaluation.dense.windows import batches_of_one_shape, centre_pad, centre_padding, training_stream
 from dinoreg.evaluation.features.images import parallel, stack_images
 from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.depth import Crop, gradient_loss, scale_invariant_loss
@@ -91,7 +87,6 @@ class DepthHeads:
     def __init__(self, encoder: Encoder, options: DepthOptions, seed: int) -> None:
         self.encoder, self.options, self.seed = encoder, options, seed
         self.blocks = {variant: head_blocks(variant, encoder.depth) for variant in options.variants}
-        self._layers = sorted({block for blocks in self.blocks.values() for block in blocks})
         self.heads: dict[Key, DepthHead] = {}
 
     def fit(self, train: DepthMaps, size: tuple[int, int], border: Crop | None, context: Context) -> dict[Key, float]:
@@ -99,10 +94,12 @@ class DepthHeads:
         options, device = self.options, self.encoder.device
         self._build(*size)
         names = {key: f"lin.{key[0]} lr {key[1]:g}" for key in self.heads}
-        warmup, loss_warmup = warmup_steps(options), loss_warmup_steps(options)
+        factor = partial(cosine, steps=options.steps, warmup=warmup_steps(options))
+        loss_warmup = loss_warmup_steps(options)
 
         def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-            return training_crop(*read_pair(train, index), size, border, options.max_size, rng)
+            image, metres = read_pair(train, index)
+            return training_crop(shrink(image, options.max_size), metres, size, border, rng)
 
         def losses(step: int) -> Mapping[str, Tensor]:
             indices, crops = zip(*stream(step))
@@ -116,9 +113,6 @@ class DepthHeads:
                 loss = scale_invariant_loss(predicted, depth, valid, step < loss_warmup)
                 found[name] = loss + GRADIENT_WEIGHT * gradient_loss(predicted, depth, valid)
             return found
-
-        def factor(step: int) -> float:
-            return cosine(step, options.steps, warmup)
 
         heads = {names[key]: head for key, head in self.heads.items()}
         optimizers = {
@@ -164,22 +158,20 @@ class DepthHeads:
             for row, (index, _, true) in enumerate(batch):
                 yield index, true, {key: resized(depth[row], true.shape) for key, depth in predicted.items()}
 
-    def _tokens(self, images: Tensor, names: Sequence[str]) -> tuple[list[Tokens], tuple[int, int]]:
-        """Tokens of the wanted blocks, and the grid, of images padded with what normalises to zero."""
+    def _tokens(self, images: Tensor, names: Sequence[str]) -> tuple[dict[int, Tokens], tuple[int, int]]:
+        """{block: tokens} of the blocks that heads read, and the grid; images are padded with what normalises to 0."""
         padded = centre_pad(images, self.encoder.patch_size, self.encoder.mean)
-        tokens = self.encoder.layers(padded, self._layers, norm=False)
-        for each in tokens:
+        layers = sorted({block for blocks in self.blocks.values() for block in blocks})
+        tokens = dict(zip(layers, self.encoder.layers(padded, layers, norm=False), strict=True))
+        for each in tokens.values():
             require_finite(each.cls, names, self.encoder)
             require_finite(each.patches, names, self.encoder)
         return tokens, self.encoder.grid(padded.shape[2], padded.shape[3])
 
-    def _of_variant(self, tokens: list[Tokens], variant: int) -> list[Tokens]:
-        return [tokens[self._layers.index(block)] for block in self.blocks[variant]]
-
-    def _depth(self, key: Key, tokens: list[Tokens], grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    def _depth(self, key: Key, tokens: Mapping[int, Tokens], grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
         """(B, H, W) metres at the pixels of the images of `size`: the padding is cut off again."""
         patch = self.encoder.patch_size
-        depth = self.heads[key](self._of_variant(tokens, key[0]), grid)
+        depth = self.heads[key]([tokens[block] for block in self.blocks[key[0]]], grid)
         full = (grid[0] * patch, grid[1] * patch)
         depth = F.interpolate(depth[:, None], size=full, mode="bilinear", align_corners=False)[:, 0]
         top, left = (centre_padding(side, patch)[0] for side in size)
@@ -190,8 +182,8 @@ class DepthHeads:
         blank = torch.zeros(1, self.encoder.in_channels, height, width, device=self.encoder.device)
         tokens, _ = self._tokens(blank, ["a blank image"])
         options = self.options
-        for variant in self.blocks:
-            widths = [(each.patches.shape[-1], each.cls.shape[-1]) for each in self._of_variant(tokens, variant)]
+        for variant, blocks in self.blocks.items():
+            widths = [(tokens[block].patches.shape[-1], tokens[block].cls.shape[-1]) for block in blocks]
             for lr in options.lrs:
                 with seeded(self.seed):  # the same start for every rate
                     head = DepthHead(widths, options.num_bins, options.min_depth, options.max_depth)
@@ -200,6 +192,4 @@ class DepthHeads:
 
 def resized(depth: Tensor, shape: tuple[int, ...]) -> np.ndarray:
     """(h, w) -> (H, W) float32, bilinear."""
-    if tuple(depth.shape) != tuple(shape):
-        depth = F.interpolate(depth[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[0, 0]
-    return depth.cpu().numpy()
+    return F.interpolate(depth[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()

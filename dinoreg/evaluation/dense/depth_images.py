@@ -65,16 +65,10 @@ def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int
 
 
 def training_crop(
-    image: Image.Image,
-    depth: np.ndarray,
-    size: tuple[int, int],
-    border: Crop | None,
-    max_size: int,
-    rng: np.random.Generator,
+    image: Image.Image, depth: np.ndarray, size: tuple[int, int], border: Crop | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """One varied crop: (h, w, 3) float32 in [0, 1], and its depth (h, w) float32, 0 where unknown or filled up."""
     maps = Image.fromarray(depth)
-    image = shrink(image, max_size)
     if maps.size != image.size:
         maps = maps.resize(image.size, Image.Resampling.NEAREST)
     if border is not None:

@@ -74,12 +74,7 @@ def _positions(grid: tuple[int, int], like: Tensor) -> Tensor:
 
 
 def _expected(
-    first: Tensor,
-    second: Tensor,
-    positions: Tensor,
-    grid: tuple[int, int],
-    temperature: float | Tensor,
-    window: int,
+    first: Tensor, second: Tensor, positions: Tensor, grid: tuple[int, int], temperature: float | Tensor, window: int
 ) -> Tensor:
     """Expected position (n, 2) of the match of n patches."""
     logits = first / temperature @ second.mT  # (n, N); dividing afterwards would keep a second array of this size

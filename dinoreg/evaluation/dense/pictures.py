@@ -17,6 +17,7 @@ BOX_PANEL = (290, 400)  # pixels; width and height that an image with boxes is f
 GAP, LINE = 4, 18  # pixels between panels, and of the line of text below them
 BACKGROUND, TEXT = (24, 27, 33), (230, 232, 238)
 TRUTH, PREDICTION = (70, 200, 120), (240, 90, 70)  # green and red
+SEEN = np.array([2, 4, 3])  # how far the eye takes colours to be apart that differ in red, green or blue, squared
 UNKNOWN = (70, 74, 82)  # of pixels without trustworthy ground truth
 
 
@@ -63,20 +64,19 @@ def draw_boxes(
 def palette(count: int) -> np.ndarray:
     """(count, 3) uint8: colours as far from each other, and from black, as can be; the same ones every time.
 
-    Each colour in turn is the one of a grid that is farthest, in CIELAB, from all before it; a palette is the beginning
-    of every longer one. Read only.
+    Each colour in turn is the one of a grid that is farthest from all before it; a palette is the beginning of every
+    longer one. Read only.
     """
     steps = np.linspace(0, 255, 14).round()
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
-    lab = _lab(grid)
-    nearest = ((lab - _lab(np.zeros((1, 3)))) ** 2).sum(axis=1)
-    nearest = np.minimum(nearest, ((lab - _lab(np.full((1, 3), 255.0))) ** 2).sum(axis=1))
-    chosen = []
-    for _ in range(count):
-        best = int(nearest.argmax())
-        chosen.append(best)
-        nearest = np.minimum(nearest, ((lab - lab[best]) ** 2).sum(axis=1))
-    colours = grid[chosen].astype(np.uint8)
+    chosen = [0, len(grid) - 1]  # black and white, which are no colours of classes
+    nearest = np.full(len(grid), np.inf)
+    while len(chosen) < count + 2:
+        for taken in chosen[-2:]:
+            apart = ((grid - grid[taken]) ** 2) @ SEEN
+            nearest = np.minimum(nearest, apart)
+        chosen.append(int(nearest.argmax()))
+    colours = grid[chosen[2:]].astype(np.uint8)
     colours.flags.writeable = False
     return colours
 
@@ -104,16 +104,6 @@ def triptych(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, num_c
     prediction, truth  (h, w) uint8 classes; 255 is black
     """
     return strip([image, coloured(prediction, num_classes), coloured(truth, num_classes)], gap=6)
-
-
-def _lab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (n, 3) in [0, 255] -> CIELAB (n, 3) under D65."""
-    share = rgb / 255
-    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
-    to_xyz = np.array([(0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505)])
-    xyz = linear @ to_xyz.T / to_xyz.sum(axis=1)
-    root = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.stack([116 * root[:, 1] - 16, 500 * (root[:, 0] - root[:, 1]), 200 * (root[:, 1] - root[:, 2])], axis=1)
 
 
 def flow_colours(flow: np.ndarray, fastest: float) -> np.ndarray:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms.v2.functional import adjust_hue
 
 from dinoreg.evaluation.data import IGNORED, Segmented
 from dinoreg.evaluation.dense.windows import crop_origin, fit_size, pad_to, upsampling
@@ -33,29 +35,6 @@ class LinearHead(nn.Module):
         return self.classify(self.norm(tokens))
 
 
-class _UpsampledCrossEntropy(torch.autograd.Function):
-    """Forward also takes the gradient, one image at a time: full-size logits never exist for more than one image."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, patch_size: int) -> Tensor:  # type: ignore[no-untyped-def, override]
-        total = logits.new_zeros(())
-        gradient = torch.zeros_like(logits)
-        count = (labels != IGNORED).sum().clamp(min=1)
-        for index in range(len(logits)):
-            with torch.enable_grad():
-                small = logits[index : index + 1].detach().requires_grad_()
-                full = upsample(small, labels.shape[1], labels.shape[2], patch_size)
-                loss = F.cross_entropy(full, labels[index : index + 1], ignore_index=IGNORED, reduction="sum") / count
-            gradient[index : index + 1] = torch.autograd.grad(loss, small)[0]
-            total += loss.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
-        return upstream * ctx.saved_tensors[0], None, None
-
-
 def upsample(logits: Tensor, height: int, width: int, patch_size: int) -> Tensor:
     """(B, K, h, w) on the patches of a centrally padded image -> (B, K, height, width) on its own pixels, bilinear."""
     # As products of matrices, with gradients, two to three times as fast on a CPU as `interpolate`.
@@ -70,7 +49,14 @@ def pixel_loss(logits: Tensor, labels: Tensor, patch_size: int) -> Tensor:
     labels   (B, H, W) int64, 255 where ignored
     returns  (), differentiable in logits
     """
-    return _UpsampledCrossEntropy.apply(logits, labels, patch_size)  # type: ignore[no-untyped-call]
+
+    def summed(logits: Tensor, labels: Tensor) -> Tensor:
+        full = upsample(logits, labels.shape[1], labels.shape[2], patch_size)
+        return F.cross_entropy(full, labels, ignore_index=IGNORED, reduction="sum")
+
+    # One image at a time, and in the backward pass again: full-size logits never exist for more than one image.
+    losses = [checkpoint(summed, *each, use_reentrant=False) for each in zip(logits.split(1), labels.split(1))]
+    return torch.stack(losses).sum() / (labels != IGNORED).sum().clamp(min=1)
 
 
 def read_pair(split: Segmented, index: int) -> tuple[Image.Image, np.ndarray]:
@@ -139,16 +125,5 @@ def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 def turn_hue(image: np.ndarray, degrees: float) -> np.ndarray:
     """(H, W, 3) float32 in [0, 255] with HSV's hue turned; saturation and value stay."""
-    red, green, blue = image[..., 0], image[..., 1], image[..., 2]
-    value = image.max(axis=2)
-    reach = value - image.min(axis=2)
-    safe = np.where(reach > 0, reach, 1)
-    sector = np.where(
-        value == red, (green - blue) / safe, np.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    )
-    sector += np.float32(degrees / 60)
-    turned = np.empty_like(image)
-    for channel, offset in enumerate((5, 3, 1)):
-        k = (sector + offset) % 6
-        turned[..., channel] = value - reach * np.clip(np.minimum(k, 4 - k), 0, 1)
-    return turned
+    pixels = torch.from_numpy(image / 255).permute(2, 0, 1)
+    return 255 * adjust_hue(pixels, degrees / 360).permute(1, 2, 0).numpy()

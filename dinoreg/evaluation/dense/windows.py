@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -103,14 +104,8 @@ def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
 
 def bilinear_matrix(out: int, length: int) -> np.ndarray:
     """(out, length) float64: the weights of bilinear resizing along one axis, corners not aligned."""
-    position = np.maximum((np.arange(out) + 0.5) * length / out - 0.5, 0.0)
-    first = np.minimum(position.astype(np.int64), length - 1)
-    second = np.minimum(first + 1, length - 1)
-    share = position - first
-    matrix = np.zeros((out, length))
-    np.add.at(matrix, (np.arange(out), first), 1 - share)
-    np.add.at(matrix, (np.arange(out), second), share)
-    return matrix
+    units = torch.eye(length, dtype=torch.float64)[:, None]
+    return F.interpolate(units, size=out, mode="linear", align_corners=False)[:, 0].T.numpy()
 
 
 def upsampling(length: int, patch_size: int) -> np.ndarray:

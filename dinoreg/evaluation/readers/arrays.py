@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from dinoreg.data.decode import BadImage
-from dinoreg.data.source import Source
-
-_HASHED_IMAGES = 4096  # copied at a time
+from dinoreg.data.source import ChosenSource, Source
+from dinoreg.runtime.errors import one_line
 
 
 class ArraySource(Source):
@@ -44,19 +43,17 @@ class ArraySource(Source):
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
-        for start in range(0, len(self.pixels), _HASHED_IMAGES):
-            digest.update(self.pixels[start : start + _HASHED_IMAGES].tobytes())
+        for image in self.pixels:
+            digest.update(image.tobytes())
         return digest.hexdigest()[:16]
 
 
-class BottomCutSource(Source):
+class BottomCutSource(ChosenSource):
     """Another source's image files, decoded to RGB, without their lowest `rows` rows of pixels."""
 
     def __init__(self, source: Source, rows: int) -> None:
-        self.source, self.rows = source, rows
-
-    def __len__(self) -> int:
-        return len(self.source)
+        super().__init__(source, np.arange(len(source)))
+        self.rows = rows
 
     def read(self, index: int) -> np.ndarray:
         """(H - rows, W, 3) uint8; BadImage for what cannot be decoded or has no more than `rows` rows."""
@@ -68,16 +65,8 @@ class BottomCutSource(Source):
                 raise BadImage(f"{height} rows of pixels, of which the lowest {self.rows} are to be cut off")
             return np.asarray(image.convert("RGB").crop((0, 0, width, height - self.rows)))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BadImage(" ".join(str(error).split())) from error
+            raise BadImage(one_line(error)) from error
 
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-    def fingerprint(self) -> str:
-        return self._digest(self.source.fingerprint())
-
-    def stamp(self) -> str:
-        return self._digest(self.source.stamp())
-
-    def _digest(self, inner: str) -> str:
-        return hashlib.sha256(f"{inner} without the lowest {self.rows} rows".encode()).hexdigest()[:16]
+    def _with_indices(self, text: str) -> str:
+        """A fingerprint or stamp of the source, with what is done to its images."""
+        return super()._with_indices(f"{text} without the lowest {self.rows} rows")

@@ -10,7 +10,6 @@ from dinoreg.data.source import JoinedSource
 from dinoreg.evaluation.benchmark import Options, Reader
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.readers.arrays import ArraySource
-from dinoreg.evaluation.readers.files import missing
 from dinoreg.evaluation.readers.python2_pickle import read_dictionary
 from dinoreg.runtime.errors import UserError
 
@@ -58,10 +57,7 @@ def _batches(paths: Sequence[Path], labels_key: str, num_classes: int, dataset: 
 
 
 def _values(path: Path, keys: Sequence[str], dataset: str, archive: str) -> list[Any]:
-    if not path.is_file():
-        raise missing(path, dataset, archive)
-    values = read_dictionary(path, dataset)
-    for key in keys:
-        if key not in values:
-            raise UserError(f"{dataset}: {path} has no entry {key!r}; it has {list(values)[:8]}")
+    values = read_dictionary(path, dataset, archive)
+    if lacking := [key for key in keys if key not in values]:
+        raise UserError(f"{dataset}: {path} has no entry {lacking[0]!r}; it has {list(values)[:8]}")
     return [values[key] for key in keys]

@@ -6,54 +6,26 @@ Categories have ids with gaps, mapped to 0..K-1 in their order; images are in th
 tools have them, those without any object included.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dinoreg.data.source import Source
 from dinoreg.evaluation.data import Boxed
-from dinoreg.evaluation.readers.files import read_json
+from dinoreg.evaluation.readers.files import read_json, require_distinct
 from dinoreg.runtime.errors import UserError
 
+T = TypeVar("T")
+
 EMPTY_SIDE = 1e-3  # pixels; a box that is narrower holds nothing to learn from
-LISTS = ("images", "annotations", "categories")
 ANNOTATION = np.dtype([("image", "i8"), ("category", "i8"), ("box", "f8", 4), ("area", "f8"), ("crowd", "?")])
 OBJECT = np.dtype([("box", "f4", 4), ("label", "i8"), ("crowd", "?"), ("area", "f4")])
-
-
-class Ragged(Sequence[np.ndarray]):
-    """Arrays of different lengths, kept as one.
-
-    values  (m, ...)
-    starts  (n + 1,): array i is values[starts[i] : starts[i + 1]]
-    """
-
-    def __init__(self, values: np.ndarray, starts: np.ndarray) -> None:
-        self.values, self.starts = values, starts
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index = int(index) % len(self)
-        return self.values[self.starts[index] : self.starts[index + 1]]
-
-    def take(self, indices: np.ndarray) -> Ragged:
-        """The arrays of some indices, in their order."""
-        lengths = np.diff(self.starts)[indices]
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        rows = np.arange(starts[-1]) - np.repeat(starts[:-1] - self.starts[indices], lengths)
-        return Ragged(self.values[rows], starts)
 
 
 @dataclass(frozen=True)
@@ -67,56 +39,54 @@ class Instances:
 
     ids: np.ndarray
     files: list[str]
-    objects: Ragged
+    objects: list[np.ndarray]
     categories: list[str]
 
-    def take(self, indices: np.ndarray) -> Instances:
-        """Some images, in the given order."""
-        files = [self.files[index] for index in indices.tolist()]
-        return replace(self, ids=self.ids[indices], files=files, objects=self.objects.take(indices))
-
-    def without_empty(self) -> Instances:
-        """Without boxes that have no width or height; images stay."""
-        boxes = self.objects.values["box"]
-        filled = ((boxes[:, 2:] - boxes[:, :2]) > EMPTY_SIDE).all(axis=1)
-        starts = np.concatenate([[0], np.cumsum(filled)])[self.objects.starts]
-        return replace(self, objects=Ragged(self.objects.values[filled], starts))
-
-    def boxed(self, source: Source) -> Boxed:
-        """With the images' files; nothing in COCO is difficult."""
-        values, starts = self.objects.values, self.objects.starts
+    def boxed(self, source: Source, images: np.ndarray | None = None) -> Boxed:
+        """All images, or some in the given order, with their files; nothing in COCO is difficult."""
+        objects = self.objects if images is None else [self.objects[index] for index in images]
         boxes, labels, crowd, area = (
-            Ragged(np.ascontiguousarray(values[field]), starts) for field in ("box", "label", "crowd", "area")
+            [np.ascontiguousarray(each[field]) for each in objects] for field in ("box", "label", "crowd", "area")
         )
-        difficult = Ragged(np.zeros(len(values), dtype=bool), starts)
+        difficult = [np.zeros_like(each) for each in crowd]
         return Boxed(source, boxes, labels, len(self.categories), difficult, crowd, area)
 
 
-def read_instances(path: Path, dataset: str, archive: str) -> Instances:
-    """Every image and object of an `instances_*.json`; UserError, in one line, for a file that is not one."""
-    content = read_json(path, dataset, archive, object_hook=_without_polygons)
+def read_instances(path: Path, dataset: str, archive: str, empty: bool = True) -> Instances:
+    """Every image and object of an `instances_*.json`; UserError, in one line, for a file that is not one.
+
+    empty  whether boxes without width or height are objects too; their images stay in any case
+    """
+    images, annotations, elements = read_lists(path, ("images", "annotations", "categories"), dataset, archive)
     where = f"{dataset}: {path}"
-    for key in LISTS:
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise UserError(f"{where} has no list {key!r}, expected COCO's instances")
-    images = [_image(element, where) for element in content["images"]]
-    names = dict(_category(element, where) for element in content["categories"])
-    if not images or not names:
-        raise UserError(f"{where} has {len(images)} images and {len(names)} categories")
-    images.sort(key=lambda image: image[0])
-    ids = np.array([number for number, _ in images], dtype=np.int64)
-    repeated = np.flatnonzero(np.diff(ids) == 0)
-    if len(repeated):
-        raise UserError(f"{where}: image {ids[repeated[0]]} is there twice")
-    rows = np.fromiter((_annotation(element, where) for element in content["annotations"]), dtype=ANNOTATION)
-    owners = _places(ids, rows["image"], "image", where)
+    files = sorted(converted(images, image_file, "an image without id and file_name", where))
+    categories = dict(converted(elements, category_name, "a category without id and name", where))
+    if not files or not categories:
+        raise UserError(f"{where} has {len(files)} images and {len(categories)} categories")
+    ids = np.array([number for number, _ in files], dtype=np.int64)
+    require_distinct(ids.tolist(), "image", where)
+    lacking = "an object without image_id, category_id and bbox"
+    rows = np.fromiter(converted(annotations, partial(_annotation, where), lacking, where), dtype=ANNOTATION)
+    owners = positions(ids, rows["image"], "an object is of image", where)
     objects = np.empty(len(rows), dtype=OBJECT)
-    objects["label"] = _places(np.array(sorted(names)), rows["category"], "category", where)
-    objects["box"] = rows["box"]
-    objects["area"], objects["crowd"] = rows["area"], rows["crowd"]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(ids)))])
-    by_image = Ragged(objects[np.argsort(owners, kind="stable")], starts)
-    return Instances(ids, [file for _, file in images], by_image, [names[number] for number in sorted(names)])
+    objects["label"] = positions(np.array(sorted(categories)), rows["category"], "an object is of category", where)
+    objects["box"], objects["area"], objects["crowd"] = rows["box"], rows["area"], rows["crowd"]
+    if not empty:
+        filled = ((objects["box"][:, 2:] - objects["box"][:, :2]) > EMPTY_SIDE).all(axis=1)
+        objects, owners = objects[filled], owners[filled]
+    ends = np.cumsum(np.bincount(owners, minlength=len(ids)))
+    by_image = np.split(objects[np.argsort(owners, kind="stable")], ends[:-1])
+    names = [categories[number] for number in sorted(categories)]
+    return Instances(ids, [file for _, file in files], by_image, names)
+
+
+def read_lists(path: Path, names: Sequence[str], dataset: str, archive: str) -> list[list[Any]]:
+    """The lists of these names in a file of COCO's form, without polygons; UserError where one is not there."""
+    content = read_json(path, dataset, archive, object_hook=_without_polygons)
+    for name in names:
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise UserError(f"{dataset}: {path} has no list {name!r}, expected one of each of {', '.join(names)}")
+    return [content[name] for name in names]
 
 
 def _without_polygons(element: dict[str, Any]) -> dict[str, Any]:
@@ -124,43 +94,41 @@ def _without_polygons(element: dict[str, Any]) -> dict[str, Any]:
     return element
 
 
-def _image(element: Any, where: str) -> tuple[int, str]:
-    try:
-        number, name = int(element["id"]), element["file_name"]
-    except (TypeError, KeyError, ValueError):
-        raise UserError(f"{where}: an image without id and file_name: {str(element)[:100]}") from None
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{where}: image {number} has the file_name {name!r}")
-    return number, name
+def converted(elements: list[Any], convert: Callable[[Any], T], lacking: str, where: str) -> Iterator[T]:
+    """What `convert` makes of every element; UserError with `lacking` and the element where it cannot."""
+    for element in elements:
+        try:
+            yield convert(element)
+        except UserError:
+            raise
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise UserError(f"{where}: {lacking}: {str(element)[:100]}") from None
 
 
-def _annotation(element: Any, where: str) -> tuple[int, int, tuple[float, ...], float, int]:
+def image_file(element: Any) -> tuple[int, str]:
+    """Id and file of an element of "images"."""
+    return int(element["id"]), os.fspath(element["file_name"])  # a TypeError for what is no text
+
+
+def category_name(element: Any) -> tuple[int, str]:
+    """Id and name of an element of "categories"."""
+    return int(element["id"]), str(element["name"])
+
+
+def _annotation(where: str, element: Any) -> tuple[int, int, tuple[float, ...], float, int]:
     """An ANNOTATION: image, category, box with exclusive ends (x0, y0, x1, y1), area and crowd flag of an object."""
-    try:
-        image, category = int(element["image_id"]), int(element["category_id"])
-        x, y, width, height = (float(value) for value in element["bbox"])
-        area = float(element.get("area", width * height))
-        crowd = int(element.get("iscrowd", 0))
-    except (TypeError, KeyError, ValueError, AttributeError):
-        shown = str(element)[:100]
-        raise UserError(f"{where}: an object without image_id, category_id and bbox: {shown}") from None
-    box = (x, y, width, height)
+    x, y, width, height = box = tuple(float(value) for value in element["bbox"])
+    image, area, crowd = int(element["image_id"]), float(element.get("area", width * height)), element.get("iscrowd", 0)
     if not all(map(math.isfinite, (*box, area))) or width < 0 or height < 0 or crowd not in (0, 1):
         raise UserError(f"{where}: an object of image {image} has the box {box} and iscrowd {crowd}")
-    return image, category, (x, y, x + width, y + height), area, crowd
+    return image, int(element["category_id"]), (x, y, x + width, y + height), area, crowd
 
 
-def _category(element: Any, where: str) -> tuple[int, str]:
-    try:
-        return int(element["id"]), str(element["name"])
-    except (TypeError, KeyError, ValueError):
-        raise UserError(f"{where}: a category without id and name: {str(element)[:100]}") from None
-
-
-def _places(known: np.ndarray, wanted: np.ndarray, what: str, where: str) -> np.ndarray:
-    """Where each wanted id is among the known, ascending ones."""
+def positions(known: np.ndarray, wanted: np.ndarray | list[int], what: str, where: str) -> np.ndarray:
+    """Where each wanted id is among the known, ascending ones; UserError saying `what` is of an unknown id."""
+    wanted = np.asarray(wanted)
     places = np.searchsorted(known, wanted).clip(max=len(known) - 1)
     wrong = np.flatnonzero(known[places] != wanted)
     if len(wrong):
-        raise UserError(f"{where}: an object is of {what} {wanted[wrong[0]]}, which the file does not list")
+        raise UserError(f"{where}: {what} {wanted[wrong[0]]}, which the file does not list")
     return places.astype(np.int64)

@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.source import PathSource
-from dinoreg.evaluation.data import IGNORED, Labelled, Segmented
-from dinoreg.evaluation.readers.pixel_maps import read_label_map
+from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
+from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
 
@@ -21,11 +24,17 @@ def missing(path: Path, dataset: str, archive: str) -> UserError:
     return UserError(f"{dataset}: {path} is missing; it comes from {archive}")
 
 
+def first_existing(folder: Path, names: Iterable[str]) -> Path:
+    """The first of these below the folder that is there; of none the first, which messages then name."""
+    paths = [folder / name for name in names]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
 def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) -> bytes:
     """A file's content; UserError for one that is missing, cannot be read, or has more than `most` bytes."""
     try:
         if most is not None and path.stat().st_size > most:
-            raise UserError(f"{dataset}: {path} has more than {most >> 20} MiB, too many for a file of its kind")
+            raise UserError(f"{dataset}: {path} has more than the {most:,} bytes that a file of its kind may have")
         return path.read_bytes()
     except FileNotFoundError:
         raise missing(path, dataset, archive) from None
@@ -46,12 +55,27 @@ def lines(path: Path, dataset: str, archive: str) -> list[str]:
     return [line.strip() for line in read_text(path, dataset, archive).splitlines() if line.strip()]
 
 
-def listed(path: Path, dataset: str, archive: str) -> list[str]:
-    """The lines of a list of images; UserError for an empty one."""
-    rows = lines(path, dataset, archive)
+def matched(path: Path, form: str, expected: str, dataset: str, archive: str) -> list[tuple[str, ...]]:
+    """The groups of the regular expression `form` in every line of a list of images.
+
+    expected  the form in words; UserError saying so, and the row, for a line of another one and for an empty list
+    """
+    rows, found = lines(path, dataset, archive), []
     if not rows:
         raise UserError(f"{dataset}: {path} lists no images")
-    return rows
+    for number, line in enumerate(rows, 1):
+        match = re.fullmatch(form, line)
+        if match is None:
+            raise UserError(f"{dataset}: {path} row {number}: {line[:120]!r}, expected {expected}")
+        found.append(match.groups())
+    return found
+
+
+def require_distinct(values: Iterable[object], what: str, where: str) -> None:
+    """UserError naming the first value that `where`, a list of them, has twice."""
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated:
+        raise UserError(f"{where} lists {what} {repeated[0]} twice")
 
 
 def read_json(
@@ -88,50 +112,63 @@ def present(source: PathSource, dataset: str, archive: str, sample: int = 16) ->
 
 
 def labelled(
-    folder: Path, rows: Sequence[tuple[str, str]], classes: Sequence[str], where: Path, dataset: str
+    folder: Path, rows: Sequence[tuple[str, ...]], classes: Sequence[str] | range, where: Path, dataset: str
 ) -> Labelled:
-    """Images below a folder with one class each.
+    """Images below a folder with one class each; rows and classes as for `class_labels`."""
+    labels = class_labels(rows, classes, where, dataset)
+    return Labelled(paths_source(folder, (path for _, path in rows), dataset), labels, len(classes))
 
-    rows     (class name, path), as the list `where` has them
-    classes  names in the order of their numbers
-    Raises UserError for a name that is no class and for a path that would leave the folder.
+
+def class_labels(
+    rows: Sequence[tuple[str, ...]], classes: Sequence[str] | range, where: Path, dataset: str
+) -> np.ndarray:
+    """The labels (n,) int64 of images.
+
+    rows     (class, path), as the list `where` has them
+    classes  names in the order of their labels; or the range of the numbers that the list has instead
+    Raises UserError for a name or number that is no class.
     """
-    numbers = {name: number for number, name in enumerate(classes)}
+    labels_of = {name: label for label, name in enumerate(classes)}
     labels = []
-    for name, _ in rows:
-        if name not in numbers:
-            raise UserError(f"{dataset}: {where}: {name!r} is not among the {len(numbers)} classes")
-        labels.append(numbers[name])
-    return Labelled(paths_source(folder, (path for _, path in rows), dataset), np.array(labels), len(classes))
+    for name, path in rows:
+        if isinstance(classes, range):
+            labels.append(whole_number(name, f"the class of {path}", where, classes[0], classes[-1]) - classes[0])
+        elif name in labels_of:
+            labels.append(labels_of[name])
+        else:
+            raise UserError(f"{dataset}: {where}: {name!r} is not among the {len(classes)} classes")
+    return np.array(labels, dtype=np.int64)
 
 
-def class_of(row: str, where: Path, dataset: str, form: str) -> str:
-    """The class in a row `class/file`; UserError saying the expected form for any other row."""
-    name, _, file = row.partition("/")
-    if not (name and file):
-        raise UserError(f"{dataset}: {where}: {row!r}, expected {form}")
-    return name
+S = TypeVar("S", Segmented, DepthMaps)
+
+
+def paired(
+    kind: Callable[..., S],
+    images: PathSource,
+    truths: PathSource,
+    read: Callable[[Path, Path], np.ndarray],
+    *extra: int,
+) -> S:
+    """Images with what lies over the pixels of each, in files of their own that are read when they are asked for.
+
+    read   (one of `truths`, its image) -> (H, W)
+    extra  what `kind` takes besides: of Segmented the number of classes
+    """
+
+    def truth(index: int) -> np.ndarray:
+        return read(Path(truths.name(index)), Path(images.name(index)))
+
+    return kind(images, truth, *extra, truths.stamp())
 
 
 def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, void: int, dataset: str) -> Segmented:
-    """Images `NAME.jpg` with masks `NAME.png`, each read when it is asked for.
-
-    classes  the values of the classes 0..K-1 in a mask
-    void     the value that is ignored
-    """
-    first, last = classes[0], classes[-1]
-    expected = f"{void}..{last}" if void == first - 1 else f"{first}..{last} or {void}"
-
-    def mask(index: int) -> np.ndarray:
-        path = masks / f"{names[index]}.png"
-        values = read_label_map(path, images / f"{names[index]}.jpg", dataset)
-        wrong = values[(values != void) & ((values < first) | (values > last))]
-        if len(wrong):
-            raise UserError(f"{dataset}: {path} has the value {wrong[0]}, expected {expected}")
-        return np.where(values == void, IGNORED, values - first).astype(np.uint8)
-
-    stamp = paths_source(masks, (f"{name}.png" for name in names), dataset).stamp()
-    return Segmented(paths_source(images, (f"{name}.jpg" for name in names), dataset), mask, len(classes), stamp)
+    """Images `NAME.jpg` with masks `NAME.png`; classes and void as for `read_mask`."""
+    source = paths_source(images, (f"{name}.jpg" for name in names), dataset)
+    truths = paths_source(masks, (f"{name}.png" for name in names), dataset)
+    return paired(
+        Segmented, source, truths, partial(read_mask, classes=classes, void=void, dataset=dataset), len(classes)
+    )
 
 
 def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict[str, np.ndarray]:
@@ -154,6 +191,23 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
         if name not in variables:
             raise UserError(f"{dataset}: {path} has no variable {name}; expected the file of {archive}")
     return {name: np.asarray(variables[name]) for name in names}
+
+
+def matlab_numbers(path: Path, names: Iterable[str], most: int, dataset: str, archive: str) -> dict[str, np.ndarray]:
+    """The named variables of a MATLAB file, each a list of whole numbers in 1..most, as (n,) int64 with n > 0.
+
+    Raises UserError as `matlab` does, and for any other content.
+    """
+    lists = {}
+    for name, values in matlab(path, names, dataset, archive).items():
+        numbers = values.ravel()
+        if not numbers.size or numbers.dtype.kind not in "uif" or (numbers != np.floor(numbers)).any():
+            raise UserError(f"{dataset}: {path}: {name} is not what it should be, expected a list of whole numbers")
+        outside = numbers[(numbers < 1) | (numbers > most)]
+        if outside.size:
+            raise UserError(f"{dataset}: {path}: {name} holds {outside[0]:g}, expected 1..{most}")
+        lists[name] = numbers.astype(np.int64)
+    return lists
 
 
 def whole_number(text: str, what: str, where: Path, least: int, most: int) -> int:

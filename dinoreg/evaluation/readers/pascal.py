@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from xml.etree.ElementTree import Element, TreeBuilder
-from xml.parsers import expat
+from xml.etree.ElementTree import XML, Element, ParseError, TreeBuilder, XMLParser
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from dinoreg.config.option import nearest
 from dinoreg.data.source import Source
 from dinoreg.evaluation.benchmark import Options, Reader
 from dinoreg.evaluation.data import IGNORED, Boxed, Data, MultiLabelled, Segmented, Split
-from dinoreg.evaluation.readers.files import lines, listed, missing, paths_source, read_bytes, segmented
+from dinoreg.evaluation.readers.files import matched, missing, paths_source, read_bytes, require_distinct, segmented
 from dinoreg.runtime.errors import UserError
 
 CLASSES = (
@@ -45,14 +44,10 @@ class Devkit:
     def names(self, split: str, kind: str = "Main") -> list[str]:
         """The images of a split in the order of its list; `kind` is "Main" or "Segmentation"."""
         path = self.folder / "ImageSets" / kind / f"{split}.txt"
-        names = [line.split()[0] for line in listed(path, self.dataset, self.archives[split])]
-        if len(set(names)) < len(names):
-            raise UserError(f"{self.dataset}: {path} lists an image twice")
-        for name in names:
-            if "/" in name or "\\" in name or name in (".", ".."):
-                raise UserError(
-                    f"{self.dataset}: {path} lists {name!r}, expected the name of an image without a folder"
-                )
+        form = r"([^\s/\\.][^\s/\\]*)(?:\s.*)?"
+        rows = matched(path, form, "the name of an image without a folder", self.dataset, self.archives[split])
+        names = [name for (name,) in rows]
+        require_distinct(names, "image", f"{self.dataset}: {path}")
         return names
 
     def labelled(self, split: str) -> MultiLabelled:
@@ -87,12 +82,9 @@ class Devkit:
     def _presence(self, label: str, split: str, names: Sequence[str]) -> np.ndarray:
         """(n,) int8 of one class list: 1 present, 0 absent, -1 not counted. The files say 1, -1 and 0."""
         path = self.folder / "ImageSets/Main" / f"{label}_{split}.txt"
-        presence: dict[str, int] = {}
-        for line in lines(path, self.dataset, self.archives[split]):
-            fields = line.split()
-            if len(fields) != 2 or fields[1] not in PRESENCE:
-                raise UserError(f"{self.dataset}: {path}: {line!r}, expected an image and 1, 0 or -1")
-            presence[fields[0]] = PRESENCE[fields[1]]
+        form = r"(\S+)\s+(\+?1|0|-1)"
+        rows = matched(path, form, "an image and 1, 0 or -1", self.dataset, self.archives[split])
+        presence = {name: PRESENCE[flag] for name, flag in rows}
         for name in names:
             if name not in presence:
                 raise UserError(f"{self.dataset}: {path} does not list {name}, which {split}.txt does")
@@ -153,20 +145,19 @@ def _box(element: Element | None, path: Path, dataset: str) -> tuple[float, floa
     return x0 - 1, y0 - 1, x1, y1
 
 
+class _PlainTree(TreeBuilder):
+    """Builds a tree, but refuses a document type: it is where entities that explode are declared."""
+
+    def doctype(self, *_: object) -> None:
+        raise UserError("declares a document type, expected a plain annotation")
+
+
 def parse(path: Path, dataset: str, archive: str) -> Element:
-    """The root of an XML file. A document type is refused: it is where entities that explode are declared."""
+    """The root of an XML file of MOST_BYTES at most and without a document type; UserError for any other."""
     data = read_bytes(path, dataset, archive, MOST_BYTES)
-    builder, parser = TreeBuilder(), expat.ParserCreate()
-
-    def refuse(*_: object) -> None:
-        raise UserError(f"{dataset}: {path} declares a document type, expected a plain annotation")
-
-    parser.StartDoctypeDeclHandler = refuse
-    parser.StartElementHandler = builder.start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
     try:
-        parser.Parse(data, True)
-    except expat.ExpatError as error:
+        return XML(data, XMLParser(target=_PlainTree()))
+    except ParseError as error:
         raise UserError(f"{dataset}: {path} is not XML ({error})") from None
-    return builder.close()
+    except UserError as error:
+        raise UserError(f"{dataset}: {path} {error}") from None

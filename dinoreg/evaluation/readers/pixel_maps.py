@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dinoreg.evaluation.data import IGNORED
 from dinoreg.runtime.errors import UserError, one_line
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
@@ -35,6 +36,24 @@ def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
         values = values // (255 // (2**bits - 1))
     require_size(where, values, image, dataset)
     return values.astype(np.uint8 if values.dtype.itemsize == 1 else np.int32, copy=False)
+
+
+def read_mask(path: Path, image: Path, classes: range, void: int = IGNORED, dataset: str = "") -> np.ndarray:
+    """A mask (H, W) uint8 of its image's size: a class from 0, or IGNORED.
+
+    classes  the values of the classes 0..K-1 in the file, K <= 255
+    void     the value that is ignored
+
+    Raises UserError as `read_label_map` does, and for any other value.
+    """
+    values = read_label_map(path, image, dataset)
+    first, last = classes[0], classes[-1]
+    wrong = values[(values != void) & ((values < first) | (values > last))]
+    if len(wrong):
+        where = f"{dataset}: {path}" if dataset else f"{path}:"
+        expected = f"{void}..{last}" if void == first - 1 else f"{first}..{last} or {void}"
+        raise UserError(f"{where} has the value {wrong[0]}, expected {expected}")
+    return np.where(values == void, IGNORED, values - first).astype(np.uint8)
 
 
 def read_depth_map(path: Path) -> np.ndarray:

@@ -9,12 +9,14 @@ Python 2, whose text is read as Latin-1.
 import pickle
 import pickletools
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from dinoreg.evaluation.readers.files import read_bytes
 from dinoreg.runtime.errors import UserError, one_line
 
 MAX_BYTES = 256 << 20  # the largest of the real files, CIFAR-100's train, has 155 MB
@@ -101,34 +103,28 @@ class _Unpickler(pickle.Unpickler):
             raise _Refused(f"it names {module}.{name}, which is not allowed") from None
 
 
-def read_dictionary(path: Path, dataset: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+def read_dictionary(path: Path, dataset: str, archive: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
     """The dictionary in a Python 2 pickle; values that are arrays of bytes come as NumPy's, uint8 and read only.
 
     Raises UserError, in one line, for a file that is missing, larger than max_bytes, damaged, not a dictionary with
     text keys, or that asks for anything besides containers, text, bytes, whole numbers and arrays of bytes. Nothing
     that a file names is imported or called.
     """
+    data = read_bytes(path, dataset, archive, max_bytes)
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise _Refused(f"it has {size:,} bytes, expected at most {max_bytes:,}")
-        with path.open("rb") as file:
-            _check_instructions(file)
-            file.seek(0)
-            values = _Unpickler(file, encoding="latin1").load()
+        _check_instructions(data)
+        values = _Unpickler(BytesIO(data), encoding="latin1").load()
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise _Refused("it holds no dictionary with names for keys")
         return {key: _array(value) if isinstance(value, _Ndarray) else value for key, value in values.items()}
-    except OSError as error:
-        raise UserError(f"{dataset}: {path} cannot be read ({error.strerror})") from None
     except Exception as error:  # a damaged program fails in whichever way it happens to
         what = "is refused" if isinstance(error, _Refused) else "is not a readable pickle"
         raise UserError(f"{dataset}: {path} {what}: {one_line(error, 200)}") from None
 
 
-def _check_instructions(file: BinaryIO) -> None:
+def _check_instructions(data: bytes) -> None:
     """Walk over the whole program without carrying anything out; _Refused at an instruction it has no need of."""
-    for count, (instruction, value, _position) in enumerate(pickletools.genops(file)):
+    for count, (instruction, value, _position) in enumerate(pickletools.genops(data)):
         if instruction.name not in _INSTRUCTIONS:
             raise _Refused(f"it has the instruction {instruction.name}, which is not allowed")
         # A slot far beyond what was stored would make the unpickler reserve memory for all before it.
