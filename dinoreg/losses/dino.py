@@ -41,7 +41,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
             grad_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
             grad = torch.empty(blocks.shape, dtype=grad_dtype, device=logits.device)
         losses = torch.empty(repeats, num_targets, dtype=dtype, device=logits.device)
-        first, second = _scratch(blocks, dtype), _scratch(blocks, dtype)
+        tile = (*_tile_shape(blocks), blocks.shape[-1])
+        first, second = (torch.empty(tile, dtype=dtype, device=logits.device) for _ in range(2))  # scratch
         for block, rows, target_rows in _tiles(blocks, target_shift):
             x, q, w = blocks[block, rows], targets[target_rows], row_weights[block, rows]
             scores, product = first[: x.shape[0], : x.shape[1]], second[: x.shape[0], : x.shape[1]]
@@ -84,10 +85,6 @@ def _tiles(blocks: Tensor, target_shift: int) -> Iterator[tuple[slice, slice, sl
         for rows in chunks(start, stop, num_rows):
             for block in chunks(0, repeats, num_blocks):
                 yield block, rows, slice(rows.start + shift, rows.stop + shift)
-
-
-def _scratch(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*_tile_shape(blocks), blocks.shape[-1], dtype=dtype, device=blocks.device)
 
 
 def soft_cross_entropy(

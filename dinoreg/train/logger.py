@@ -86,11 +86,13 @@ class RunLog(SilentLog):
         self.display = StepDisplay(self.console, step, num_steps)
 
     def __enter__(self) -> RunLog:
-        self.display.start()
+        if self.display.progress:
+            self.display.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.display.stop()
+        if self.display.progress:
+            self.display.progress.stop()
         for name, lines in self._lines.items():
             lost = lines.close()
             if lost:
@@ -163,14 +165,6 @@ class StepDisplay:
                 console=console,
             )
             self._task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
-
-    def start(self) -> None:
-        if self.progress:
-            self.progress.start()
-
-    def stop(self) -> None:
-        if self.progress:
-            self.progress.stop()
 
     def show(self, values: Mapping[str, Any], line: str) -> None:
         """The metrics of a step; `line` is how they read without a bar."""
