@@ -22,8 +22,6 @@ BACKENDS = ("auto", "xformers", "sdpa", "plain")
 # quick low-precision kernels); in float32 SDPA is as quick or quicker at every length.
 PLAIN_MAX_TOKENS = 300
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-
 Shapes = tuple[tuple[int, int], ...]  # one (images, tokens) pair per group
 
 
@@ -57,7 +55,7 @@ def resolve_backend(
         return name
     if device.type == "cuda":
         return "sdpa" if run_problem(device, dtype) else "xformers"
-    if device.type == "cpu" and dtype in LOW_PRECISION and (num_tokens or 0) <= PLAIN_MAX_TOKENS:
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and (num_tokens or 0) <= PLAIN_MAX_TOKENS:
         return "plain"
     return "sdpa"
 
