@@ -11,6 +11,7 @@ truncated file is bad, never padded with grey.
 import io
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,7 @@ class EncodedImage:
     """
 
     def __init__(
-        self,
-        data: bytes | np.ndarray,
-        in_channels: int = 3,
-        max_pixels: int = MAX_PIXELS,
-        min_side: int = MIN_SIDE,
+        self, data: bytes | np.ndarray, in_channels: int = 3, max_pixels: int = MAX_PIXELS, min_side: int = MIN_SIDE
     ) -> None:
         """Read the header. Raises BadImage when it is no image, too large, too small or of other channels."""
         self.in_channels = in_channels
@@ -91,33 +88,23 @@ class EncodedImage:
         """
         if self._pixels is not None:
             return self._pixels
+        usual = self.components in (1, 3) and self.in_channels in (1, 3)
         try:
-            if reduction > 1 or self.components not in (1, 3) or self.in_channels not in (1, 3):
-                image = self._jpeg_with_pillow(reduction)
-            else:
-                image = self._whole_jpeg()
+            if _decode_jpeg is not None and reduction == 1 and usual:
+                # bytearray: torch warns about memory that it may not write to
+                encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
+                with suppress(RuntimeError):  # for what this decoder refuses; Pillow has the last word
+                    whole = _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
+                    return _orient(whole, self._orientation)
+            with Image.open(io.BytesIO(self._data), formats=("JPEG",)) as image:
+                if reduction > 1:
+                    mode = "L" if self.in_channels == 1 else "RGB"
+                    image.draft(mode, (image.width // reduction, image.height // reduction))
+                return _orient(_from_pillow(image, self.in_channels), self._orientation)
         except BadImage:
             raise
         except Exception as error:
             raise BadImage(_reason(error)) from error
-        return _orient(image, self._orientation)
-
-    def _whole_jpeg(self) -> Tensor:
-        if _decode_jpeg is None:
-            return self._jpeg_with_pillow(1)
-        # bytearray: torch warns about memory that it may not write to
-        encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
-        try:
-            return _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
-        except RuntimeError:
-            return self._jpeg_with_pillow(1)  # for what the other refuses; Pillow has the last word
-
-    def _jpeg_with_pillow(self, reduction: int) -> Tensor:
-        with Image.open(io.BytesIO(self._data), formats=("JPEG",)) as image:
-            if reduction > 1:
-                mode = "L" if self.in_channels == 1 else "RGB"
-                image.draft(mode, (image.width // reduction, image.height // reduction))
-            return _from_pillow(image, self.in_channels)
 
     def _open_with_pillow(self, max_pixels: int) -> None:
         try:

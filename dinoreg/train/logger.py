@@ -87,11 +87,13 @@ class RunLog(SilentLog):
         self.display = StepDisplay(self.console, step, num_steps)
 
     def __enter__(self) -> RunLog:
-        self.display.start()
+        if self.display.progress:
+            self.display.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.display.stop()
+        if self.display.progress:
+            self.display.progress.stop()
         for name, lines in self._lines.items():
             lost = lines.close()
             if lost:
@@ -165,14 +167,6 @@ class StepDisplay:
             )
             self._task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
 
-    def start(self) -> None:
-        if self.progress:
-            self.progress.start()
-
-    def stop(self) -> None:
-        if self.progress:
-            self.progress.stop()
-
     def show(self, values: Mapping[str, Any], line: str) -> None:
         """The metrics of a step; `line` is how they read without a bar."""
         step = values["step"]
@@ -232,7 +226,6 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         self._buffer = b""
-        self._synced = True
 
     def add(self, line: Mapping[str, Any]) -> OSError | None:
         """Write a line; returns why that could not be done yet."""
@@ -246,9 +239,7 @@ class LineFile:
     def flush(self) -> None:
         """Have everything on the disk; OSError when it cannot be."""
         self._write()
-        if not self._synced:
-            os.fsync(self._file.fileno())
-            self._synced = True
+        os.fsync(self._file.fileno())
 
     def close(self) -> int:
         """Returns how many lines could not be written."""
@@ -260,7 +251,6 @@ class LineFile:
     def _write(self) -> None:
         while self._buffer:  # a disk that is about to be full takes a part
             self._buffer = self._buffer[self._file.write(self._buffer) :]
-            self._synced = False
 
 
 class _LogFile(logging.FileHandler):
