@@ -40,10 +40,6 @@ class Table:
     class_names: list[str]
     words: list[str] | None
 
-    @property
-    def several(self) -> bool:
-        return self.labels.ndim == 2
-
 
 Column = list[tuple[str, str]]  # (where it stands, cell) of every row
 

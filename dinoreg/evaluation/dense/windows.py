@@ -142,9 +142,6 @@ class Windows:
     def lefts(self) -> list[int]:
         return window_starts(self.width, self.size, self.stride)
 
-    def __len__(self) -> int:
-        return len(self.tops) * len(self.lefts)
-
     def cut(self, image: Tensor) -> Tensor:
         """(C, H, W) -> (windows, C, h, w), row by row."""
         height, width = min(self.size, self.height), min(self.size, self.width)
