@@ -82,7 +82,7 @@ def main() -> None:
 def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
     """One protocol on the features."""
     from dinoreg.data.folder_index import PathBlock
-    from dinoreg.data.sources import PathSource
+    from dinoreg.data.source import PathSource
     from dinoreg.evaluation.backbones.encoder import wrap
     from dinoreg.evaluation.benchmark import Task
     from dinoreg.evaluation.context import Context, show_progress

@@ -20,8 +20,7 @@ from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import index_folder
 from dinoreg.data.open import labelled_folder
-from dinoreg.data.source import Source
-from dinoreg.data.sources import PathSource
+from dinoreg.data.source import PathSource, Source
 from dinoreg.evaluation import published
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled

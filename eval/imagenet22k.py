@@ -21,9 +21,8 @@ from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.rng import philox
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ChosenSource
-from dinoreg.data.tar_index import TarSource, index_tars
+from dinoreg.data.source import ChosenSource, Source
+from dinoreg.data.tar_index import index_tars
 from dinoreg.evaluation.benchmark import Benchmark, Options, linear_tasks, needs
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.readers.files import lines
@@ -66,10 +65,9 @@ def _images(folder: Path, options: Options, index_dir: str | None) -> tuple[Sour
     source: Source
     if _has(folder, ".tar"):
         extra = folder / Path(options["extra"]).expanduser() if options["extra"] else None
-        members = index_tars(folder, index_dir, extra)
-        source, names = TarSource(str(folder.absolute()), members), members.names
-        stems = [archive.removesuffix(".tar") for archive in members.archives]
-        labels = members.archive.astype(np.int64)
+        source = index_tars(folder, index_dir, extra)
+        stems = [archive.removesuffix(".tar") for archive in source.archives]
+        names, labels = source.names, source.archive.astype(np.int64)
     else:
         source, labels, stems = labelled_folder(folder, index_dir)
         names = source.paths

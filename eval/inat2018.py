@@ -14,8 +14,7 @@ import numpy as np
 
 from dinoreg.commands.main import script
 from dinoreg.data.declared import Pretraining
-from dinoreg.data.source import Source
-from dinoreg.data.sources import PathSource
+from dinoreg.data.source import PathSource, Source
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.published import BASELINE, CARD, DINOV2, released

@@ -24,8 +24,7 @@ import numpy as np
 
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ChosenSource
+from dinoreg.data.source import ChosenSource, Source
 from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
-from dinoreg.data.sources import PathSource
+from dinoreg.data.source import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, Task
 from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.readers.files import missing, paths_source, read_bytes

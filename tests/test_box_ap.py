@@ -13,7 +13,7 @@ import pytest
 import torch
 from torchvision.ops import box_iou
 
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Boxed, Data, Labelled
 from dinoreg.evaluation.dense.pictures import draw_boxes, strip

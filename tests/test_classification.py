@@ -15,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
 from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.sources import PathSource
+from dinoreg.data.source import PathSource
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Data, Labelled

@@ -22,6 +22,7 @@ from training import loss_trace, read_lines, tiny_config
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.commands.main import main
 from dinoreg.config.load import Config, load_config
+from dinoreg.config.schema import AdaptConfig, ScheduleConfig
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
@@ -154,9 +155,7 @@ def test_the_anchor_is_not_computed_while_the_backbone_stands_still(
 
 
 def test_the_backbones_rate_is_zero_then_rises_to_its_share_and_stays() -> None:
-    schedules = Schedules(
-        20, 1e-2, 1e-6, 0.1, (0.0, 0.0), (1.0, 1.0), (0.04, 0.04), 0.0, 0.0, 0.25, 0.2, backbone_rate=0.5
-    )
+    schedules = Schedules(20, 1e-2, ScheduleConfig(), AdaptConfig(heads=0.25, warmup=0.2, lr=0.5))
     rates = [schedules.at(step).backbone for step in range(20)]
     assert rates[:5] == [0.0] * 5
     assert rates[5:9] == pytest.approx([0.125, 0.25, 0.375, 0.5])
@@ -164,7 +163,7 @@ def test_the_backbones_rate_is_zero_then_rises_to_its_share_and_stays() -> None:
 
 
 def test_a_run_without_init_knows_no_stages() -> None:
-    schedules = Schedules(20, 1e-2, 1e-6, 0.1, (0.0, 0.0), (1.0, 1.0), (0.04, 0.04), 0.0, 0.0)
+    schedules = Schedules(20, 1e-2, ScheduleConfig())
     assert {schedules.at(step).backbone for step in range(20)} == {1.0}
     config = tiny_config("unused", adapt__heads=0.5, adapt__layer_decay=0.1, adapt__lr=0.01)
     setup = prepare(config)

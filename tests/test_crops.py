@@ -9,7 +9,7 @@ from PIL import Image
 from dinoreg.config.view_settings import CropSettings
 from dinoreg.data.crops import (
     NUMBERS_PER_VIEW,
-    make_crops,
+    cut_crop,
     place_boxes,
     reduce_box,
     reduction_for,
@@ -17,6 +17,12 @@ from dinoreg.data.crops import (
 )
 
 SETTINGS = CropSettings(num_local=3)
+
+
+def make_crops(image: torch.Tensor, boxes: list[tuple[int, int, int, int]], out: torch.Tensor) -> None:
+    """Cut `boxes` of one image (C, H, W) uint8 into `out` (n, h, w, C) uint8, contiguous."""
+    for row, box in zip(out.permute(0, 3, 1, 2).split(1), boxes):
+        cut_crop(image, box, row)
 
 
 def boxes_of(count: int, height: int, width: int, settings: CropSettings = SETTINGS) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource
 from dinoreg.evaluation.backbones.encoder import PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.context import Context

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from dinoreg.data.masks import block_masks, mask_tensors
+from dinoreg.config.view_settings import MaskSettings
+from dinoreg.data import masks as module
+from dinoreg.data.masks import mask_tensors
 from dinoreg.runtime.errors import UserError
 
 GRIDS = [(14, 14), (16, 16), (7, 10), (5, 4)]
+
+
+def block_masks(
+    seed: int, step: int, num_crops: int, grid: tuple[int, int], first: int = 0, count: int | None = None, **mask: Any
+) -> np.ndarray:
+    """`block_masks` with options of MaskSettings by name."""
+    return module.block_masks(seed, step, num_crops, grid, MaskSettings(**mask), first, count)
 
 
 @pytest.mark.parametrize(("num_crops", "probability"), [(32, 0.5), (7, 0.5), (20, 0.25), (6, 1.0), (6, 0.0), (1, 0.5)])
@@ -39,7 +50,9 @@ def test_the_masked_crops_fill_the_strata_of_the_hidden_share(grid: tuple[int, i
 
 def test_a_mask_never_exceeds_its_target_and_seldom_falls_short() -> None:
     # A range of no width fixes the target: int(0.3 * 196) = 58 patches in every mask.
-    counts = np.concatenate([block_masks(0, step, 32, (14, 14), 1.0, (0.3, 0.3)).sum(axis=1) for step in range(20)])
+    counts = np.concatenate(
+        [block_masks(0, step, 32, (14, 14), probability=1.0, ratio=(0.3, 0.3)).sum(axis=1) for step in range(20)]
+    )
     assert counts.max() == 58
     assert counts.min() >= 58 - 4
     assert (counts < 58).mean() < 0.15  # about 8 % in the reference
@@ -64,7 +77,7 @@ def test_masks_are_unions_of_blocks_and_no_position_is_favoured_by_more_than_the
 
 def test_one_block_has_an_aspect_and_a_size_within_bounds() -> None:
     for step in range(40):
-        (mask,) = block_masks(0, step, 1, (20, 20), 1.0, (0.1, 0.1), min_patches=40, max_patches=40)
+        (mask,) = block_masks(0, step, 1, (20, 20), probability=1.0, ratio=(0.1, 0.1), min_patches=40)
         rows, columns = np.nonzero(mask.reshape(20, 20))
         h, w = np.ptp(rows) + 1, np.ptp(columns) + 1
         if h * w == mask.sum():  # a single rectangle of about 40 patches

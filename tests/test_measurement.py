@@ -9,7 +9,7 @@ import pytest
 import torch
 from encoders import context
 
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource
 from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, Measurement, choose_best, resumable_map

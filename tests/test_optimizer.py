@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from dinoreg.config.schema import OptimConfig
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.registry import build
 from dinoreg.train.optimizer import (
@@ -26,7 +27,7 @@ def tiny_student() -> nn.ModuleDict:
 
 
 def optimizer_of(student: nn.ModuleDict) -> torch.optim.AdamW:
-    return build_optimizer(student, 2, layer_decay=0.9, patch_embed_lr=0.2, betas=(0.9, 0.999), eps=1e-8)
+    return build_optimizer(student, 2, 0.9, OptimConfig(patch_embed_lr=0.2, beta1=0.9, beta2=0.999, eps=1e-8))
 
 
 NOW = Now(lr=1e-2, last_layer_lr=0.0, weight_decay=0.1, momentum=0.9, teacher_temp=0.04)
@@ -47,7 +48,7 @@ def test_layer_decay_has_the_multipliers_of_a_24_block_network_in_the_reference(
 def test_registers_and_prototypes_decay_but_norms_biases_and_layerscale_do_not() -> None:
     decay = {}
     for group in parameter_groups(tiny_student(), 2, 0.9, 0.2):
-        decay |= dict.fromkeys(group["names"], group["wd_multiplier"])  # type: ignore[call-overload]
+        decay |= dict.fromkeys(group["names"], group["wd_multiplier"])
     for name in (
         "backbone.register_tokens",
         "backbone.cls_token",
@@ -70,7 +71,7 @@ def test_registers_and_prototypes_decay_but_norms_biases_and_layerscale_do_not()
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
     student = tiny_student()
-    grouped = [id(p) for group in parameter_groups(student, 2, 0.9, 0.2) for p in group["params"]]  # type: ignore[attr-defined]
+    grouped = [id(p) for group in parameter_groups(student, 2, 0.9, 0.2) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in student.parameters())
 
 

@@ -153,7 +153,7 @@ def test_a_quickstart_that_was_stopped_goes_on_and_overwrite_starts_anew(
 def test_the_scenes_of_the_probe_are_none_of_those_trained_on() -> None:
     from dinoreg.config.load import load_config
     from dinoreg.data.open import open_source
-    from dinoreg.data.sources import ScenesSource
+    from dinoreg.data.source import ScenesSource
     from dinoreg.train.online_probe import FIRST_PROBE_SCENE
 
     config = load_config("quickstart")

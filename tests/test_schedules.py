@@ -4,19 +4,22 @@ import math
 
 import pytest
 
+from dinoreg.config.schema import ScheduleConfig
 from dinoreg.train.schedules import Schedules
 
 # DINOv2's short recipe: 125,000 steps, 12,500 of warm-up, 37,500 of teacher-temperature warm-up.
 SHORT = Schedules(
     num_steps=125_000,
     peak_lr=4e-3 * math.sqrt(2),
-    final_lr=1e-6,
-    warmup=0.1,
-    weight_decay=(0.04, 0.4),
-    momentum=(0.992, 1.0),
-    teacher_temp=(0.04, 0.07),
-    teacher_temp_warmup=0.3,
-    freeze_last_layer=0.01,
+    options=ScheduleConfig(
+        final_lr=1e-6,
+        warmup=0.1,
+        weight_decay=(0.04, 0.4),
+        momentum=(0.992, 1.0),
+        teacher_temp=(0.04, 0.07),
+        teacher_temp_warmup=0.3,
+        freeze_last_layer=0.01,
+    ),
 )
 
 
@@ -58,7 +61,7 @@ def test_last_layer_does_not_move_in_the_first_hundredth_of_the_run() -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_runs_of_a_few_steps_have_finite_schedules(num_steps: int) -> None:
-    tiny = Schedules(num_steps, 1e-3, 1e-6, 0.1, (0.04, 0.4), (0.99, 1.0), (0.04, 0.07), 0.3, 0.01)
+    tiny = Schedules(num_steps, 1e-3, ScheduleConfig(0.1, 1e-6, (0.04, 0.4), (0.99, 1.0), (0.04, 0.07), 0.3, 0.01))
     for step in range(num_steps + 1):
         now = tiny.at(step)
         assert 0 <= now.lr <= 1e-3
@@ -66,5 +69,5 @@ def test_runs_of_a_few_steps_have_finite_schedules(num_steps: int) -> None:
 
 
 def test_a_peak_below_the_final_rate_does_not_rise_after_the_warmup() -> None:
-    low = Schedules(100, 1e-8, 1e-6, 0.1, (0.0, 0.0), (1.0, 1.0), (0.04, 0.04), 0.0, 0.0)
+    low = Schedules(100, 1e-8, ScheduleConfig(0.1, 1e-6, (0.0, 0.0), (1.0, 1.0), (0.04, 0.04), 0.0, 0.0))
     assert max(low.at(step).lr for step in range(101)) == 1e-8

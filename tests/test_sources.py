@@ -122,7 +122,7 @@ def test_scenes_are_rendered_once_and_are_the_renderers_own() -> None:
 
 
 def test_scenes_beyond_the_memory_for_them_are_rendered_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinoreg.data.sources.SCENES_CACHE_BYTES", 2 * 32 * 32 * 3)
+    monkeypatch.setattr("dinoreg.data.source.SCENES_CACHE_BYTES", 2 * 32 * 32 * 3)
     source = open_source("scenes:count=4,size=32")
     assert np.array_equal(source.read(3), scenes.render(3, 32, 0).image)
     assert not np.shares_memory(source.read(3), source.read(3))

@@ -17,7 +17,7 @@ from rich.table import Table
 from dinoreg.checkpoint.run_folder import read_run
 from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource
 from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder
 from dinoreg.evaluation.benchmark import Benchmark, Task
 from dinoreg.evaluation.data import Data, Labelled

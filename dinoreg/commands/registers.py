@@ -16,8 +16,7 @@ from rich.console import Console
 from dinoreg.commands.options import RegistersOptions
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.open import labelled_folder
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource, Source
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers

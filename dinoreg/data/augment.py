@@ -52,17 +52,6 @@ _CHUNK_DEVICE = 1 << 28
 _LARGE_ROW = 60_000  # elements of a crop
 
 
-def view_probabilities(settings: AugmentSettings, num_views: int) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of blur and of solarise for every view, each (num_views,); views 0 and 1 are global."""
-    blur = np.full(num_views, settings.blur_local)
-    blur[:2] = (settings.blur_global1, settings.blur_global2)[:num_views]
-    if settings.reference_blur:
-        blur = 1 - blur
-    solarize = np.zeros(num_views)
-    solarize[1:2] = settings.solarize_global2
-    return blur, solarize
-
-
 def draw_photometric(numbers: np.ndarray, settings: AugmentSettings) -> np.ndarray:
     """The photometric parameters of every view of every image.
 
@@ -70,7 +59,12 @@ def draw_photometric(numbers: np.ndarray, settings: AugmentSettings) -> np.ndarr
     returns  (B, V, len(P)) float32
     """
     batch, views, _ = numbers.shape
-    blur, solarize = view_probabilities(settings, views)
+    # Probabilities by view; views 0 and 1 are global.
+    blur, solarize = np.full(views, settings.blur_local), np.zeros(views)
+    blur[:2] = (settings.blur_global1, settings.blur_global2)[:views]
+    if settings.reference_blur:
+        blur = 1 - blur
+    solarize[1:2] = settings.solarize_global2
     u = np.moveaxis(numbers, -1, 0)
     out = np.zeros((batch, views, len(P)), dtype=np.float32)
     out[..., P.HFLIP] = u[0] < settings.hflip

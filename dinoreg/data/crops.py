@@ -88,10 +88,3 @@ def cut_crop(image: Tensor, box: tuple[int, int, int, int], out: Tensor) -> None
     source = image[None, :, top : top + height, left : left + width]
     # The out= form writes into the batch buffer: allocating each crop costs as much as computing it.
     torch.ops.aten._upsample_bicubic2d_aa.out(source, out.shape[-2:], False, None, None, out=out)
-
-
-def make_crops(image: Tensor, boxes: list[tuple[int, int, int, int]], out: Tensor) -> None:
-    """Cut `boxes` of one image (C, H, W) uint8 into `out` (n, h, w, C) uint8, contiguous."""
-    target = out.permute(0, 3, 1, 2)
-    for row, box in enumerate(boxes):
-        cut_crop(image, box, target[row : row + 1])

@@ -21,6 +21,10 @@ from dinoreg.runtime.errors import UserError
 if TYPE_CHECKING:
     from dinoreg.data.source import Source
 
+KINDS = (
+    "a folder, a list of paths (.txt .csv .tsv .parquet), scenes[:count=,size=,seed=], "
+    "a dataset by name (imagenet22k:root=FOLDER)"
+)
 _OPTION = re.compile(r",(?=[a-z_]+=)")  # a comma inside a path stays one
 
 
@@ -50,15 +54,14 @@ def known_names() -> dict[str, Path]:
     return paths
 
 
-def open_named(name: str, options: str, index_dir: str | None, kinds: str) -> Source:
+def open_named(name: str, options: str, index_dir: str | None) -> Source:
     """The source `NAME:OPTIONS`, with OPTIONS like "root=/datasets,split=train".
 
-    kinds  the kinds of sources there are, for the message about an unknown one
     raises UserError for an unknown dataset or option, a missing root, and what the dataset itself lacks
     """
     known = known_names()
     if name.lower() not in known:
-        raise UserError(f"data: {name!r} is not a known kind of source, expected {kinds}{nearest(name, known)}")
+        raise UserError(f"data: {name!r} is not a known kind of source, expected {KINDS}{nearest(name, known)}")
     declared = load_declaration(known[name.lower()])
     benchmark, pretraining = declared.BENCHMARK, declared.PRETRAINING
     name = benchmark.name

@@ -75,7 +75,11 @@ class EncodedImage:
             self.height, self.width = self._pixels.shape[1:]
         elif not data:
             raise BadImage("the file is empty")
-        elif not self._read_jpeg_header():
+        elif (header := jpeg_header(data)) is not None:
+            height, width, self.components, self._orientation = header
+            self.format, self.mode = "JPEG", {1: "L", 3: "RGB"}.get(self.components, "CMYK")
+            self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
+        else:
             self._open_with_pillow(max_pixels)
         _check_size(self.height, self.width, max_pixels, min_side)
 
@@ -97,16 +101,6 @@ class EncodedImage:
         except Exception as error:
             raise BadImage(_reason(error)) from error
         return _orient(image, self._orientation)
-
-    def _read_jpeg_header(self) -> bool:
-        """Fill in the size, channels and orientation of a JPEG; False when Pillow must look at the bytes."""
-        header = jpeg_header(self._data)
-        if header is None:
-            return False
-        height, width, self.components, self._orientation = header
-        self.format, self.mode = "JPEG", {1: "L", 3: "RGB"}.get(self.components, "CMYK")
-        self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
-        return True
 
     def _whole_jpeg(self) -> Tensor:
         if _decode_jpeg is None:

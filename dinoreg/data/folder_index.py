@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ import numpy as np
 from dinoreg.runtime.errors import UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
-_VERSION = 1
-SETTLED_NS = 1_000_000_000  # a folder changed within a second of the scan may change again unseen
+SETTLED_NS = 1_000_000_000
+_VERSION = 2
 
 
 class PathBlock:
@@ -28,15 +29,25 @@ class PathBlock:
 
     def __init__(self, block: bytes) -> None:
         self.block = block
-        ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 0)
-        self._ends = ends.astype(np.int64)
+        self._ends = np.flatnonzero(self.as_array() == 0)
 
     @classmethod
     def of(cls, paths: list[str]) -> PathBlock:
         return cls(b"".join(os.fsencode(path) + b"\0" for path in paths))
 
+    @classmethod
+    def from_array(cls, array: np.ndarray) -> PathBlock:
+        return cls(array.tobytes())
+
+    def as_array(self) -> np.ndarray:
+        """(n,) uint8, to be stored in a file of arrays."""
+        return np.frombuffer(self.block, dtype=np.uint8)
+
     def __len__(self) -> int:
         return len(self._ends)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
@@ -58,16 +69,18 @@ def index_folder(root: str | os.PathLike[str], index_dir: str | os.PathLike[str]
     if not os.path.isdir(root):
         what = "is a file, expected a folder" if os.path.exists(root) else "does not exist"
         raise UserError(f"data: {root} {what}")
-    cache = _index_path(root, index_dir)
-    paths = _read_index(cache, root) if cache else None
-    if paths is None:
-        started = time.time_ns()
-        paths, folders, times = _scan(root)
-        if cache and len(paths):
-            _write_index(cache, root, paths, folders, times, started)
+    file = index_file(os.fsencode(root), index_dir)
+    evidence = f"{_VERSION} {root}"
+    kept = load_index(file, evidence)
+    if kept is not None and _unchanged(root, PathBlock.from_array(kept["folders"]), kept["times"]):
+        return PathBlock.from_array(kept["paths"])
+    started = time.time_ns()
+    paths, folders, times = _scan(root)
     if not len(paths):
         known = " ".join(sorted(extension[1:] for extension in EXTENSIONS))
         raise UserError(f"data: no image files below {root} (looked for {known})")
+    arrays = {"folders": PathBlock.of(folders).as_array(), "times": np.array(times), "paths": paths.as_array()}
+    save_index(file, evidence, arrays, started, newest=max(times))
     return paths
 
 
@@ -77,9 +90,50 @@ def cache_folder() -> Path:
     return Path(base) / "dinoreg"
 
 
-def _index_path(root: str, index_dir: str | os.PathLike[str] | None) -> Path:
-    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:32]
+def index_file(key: bytes, index_dir: str | os.PathLike[str] | None) -> Path:
+    """Where the index of what `key` names is kept; without `index_dir` in the user's cache folder."""
+    digest = hashlib.sha256(key).hexdigest()[:32]
     return Path(index_dir or cache_folder() / "index") / f"{digest}.npz"
+
+
+def load_index(file: Path, evidence: str) -> dict[str, np.ndarray] | None:
+    """The arrays of an index that was kept for this very evidence; None when there is none or it is damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            arrays = dict(kept)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+    return arrays if "evidence" in arrays and arrays["evidence"].tobytes() == os.fsencode(evidence) else None
+
+
+def save_index(file: Path, evidence: str, arrays: dict[str, np.ndarray], started: int, newest: int) -> None:
+    """Keep an index, whole or not at all; a full or read-only cache costs the next start a scan, nothing more.
+
+    evidence         what the index depends on, as text
+    started, newest  nanoseconds: when the scan began, and when what it found was last changed. A change in the second
+                     before the scan may be followed by another one that no time tells: such an index is not kept
+    """
+    if newest > started - SETTLED_NS:
+        return
+    temporary = ""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as opened:
+            temporary = opened.name
+            text = np.frombuffer(os.fsencode(evidence), dtype=np.uint8)
+            np.savez(opened, allow_pickle=False, evidence=text, **arrays)
+        os.replace(temporary, file)
+    except OSError:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _unchanged(root: str, folders: PathBlock, times: np.ndarray) -> bool:
+    """Whether every folder below `root` still has the modification time that was seen."""
+    try:
+        return all(os.stat(os.path.join(root, folder)).st_mtime_ns == time for folder, time in zip(folders, times))
+    except OSError:
+        return False
 
 
 def _scan(root: str) -> tuple[PathBlock, list[str], list[int]]:
@@ -122,46 +176,3 @@ def _list_folder(path: str) -> tuple[list[bytes], list[str]]:
             elif is_image and entry.is_file():
                 names.append(os.fsencode(entry.name))
     return names, below
-
-
-def _read_index(cache: Path, root: str) -> PathBlock | None:
-    """The cached index of `root`; None when there is none, it is damaged, or the folder has changed since."""
-    try:
-        with np.load(cache, allow_pickle=False) as file:
-            if int(file["version"]) != _VERSION or file["root"].tobytes() != os.fsencode(root):
-                return None
-            folders, times = PathBlock(file["folders"].tobytes()), file["times"]
-            if len(folders) != len(times) or times.max(initial=0) > int(file["scanned"]) - SETTLED_NS:
-                return None
-            for index in range(len(folders)):
-                if os.stat(os.path.join(root, folders[index])).st_mtime_ns != times[index]:
-                    return None
-            return PathBlock(file["paths"].tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-
-
-def _write_index(cache: Path, root: str, paths: PathBlock, folders: list[str], times: list[int], scanned: int) -> None:
-    arrays = {
-        "version": np.array(_VERSION),
-        "root": np.frombuffer(os.fsencode(root), dtype=np.uint8),
-        "scanned": np.array(scanned, dtype=np.int64),
-        "folders": np.frombuffer(PathBlock.of(folders).block, dtype=np.uint8),
-        "times": np.array(times, dtype=np.int64),
-        "paths": np.frombuffer(paths.block, dtype=np.uint8),
-    }
-    save_arrays(cache, arrays)
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write an index whole or not at all; a full or read-only cache costs the next start a scan, nothing more."""
-    temporary = ""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            np.savez(file, allow_pickle=False, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    except OSError:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)

@@ -11,21 +11,21 @@ the batch's (pinned) memory, where processes would pay for every crop's way betw
 from __future__ import annotations
 
 import collections
-import queue
 import threading
 import time
 import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinoreg.config.schema import DataConfig
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.data import augment as photometric
 from dinoreg.data import crops as geometry
-from dinoreg.data.decode import MAX_PIXELS, BadImage, EncodedImage
+from dinoreg.data.decode import BadImage, EncodedImage
 from dinoreg.data.masks import block_masks, mask_tensors
 from dinoreg.data.rng import uniforms
 from dinoreg.data.sampler import Sampler
@@ -36,6 +36,7 @@ from dinoreg.runtime.errors import RunError, UserError
 BAD_ALLOWANCE = 10  # bad images that never end a run, unless none at all are allowed
 _ATTEMPTS = 1000  # substitutes tried for one bad image
 _LISTED = 100  # bad images named when a run ends over them
+_THREAD_NAME = "dinoreg-data"
 _MOST_WORKERS = 16  # unless data.workers says otherwise
 _CROP_STREAM, _COLOUR_STREAM = 1, 2  # uses of the seed
 # A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding
@@ -73,30 +74,13 @@ class Views:
         return [self.crops.global_size] * 2 + [self.crops.local_size] * self.crops.num_local
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How images are read.
-
-    workers           threads; None for one per core (per two cores when the step runs on the CPU), at most 16; 0 for
-                      the consumer's own thread, when it asks
-    prefetch          batches prepared ahead, at least 1
-    max_bad_fraction  of the images seen that may be unreadable
-    max_pixels        larger images count as bad
-    reduced_decode    let a large JPEG be decoded at 1/2, 1/4 or 1/8 where no crop loses pixels by it
-    """
-
-    workers: int | None = None
-    prefetch: int = 2
-    max_bad_fraction: float = 0.01
-    max_pixels: int = MAX_PIXELS
-    reduced_decode: bool = True
-
-    def num_workers(self, device: torch.device) -> int:
-        if self.workers is not None:
-            return self.workers
-        cores = usable_cores()
-        # On a CPU the step wants the cores as well.
-        return min(max(1, cores // 2) if device.type == "cpu" else cores, _MOST_WORKERS)
+def num_workers(workers: int | None, device: torch.device) -> int:
+    """Threads that read images: `data.workers`, or one per core (per two cores when the step runs on the CPU)."""
+    if workers is not None:
+        return workers
+    cores = usable_cores()
+    # On a CPU the step wants the cores as well.
+    return min(max(1, cores // 2) if device.type == "cpu" else cores, _MOST_WORKERS)
 
 
 @dataclass
@@ -114,206 +98,158 @@ class Batch:
 
 
 class _Slot:
-    """The memory that workers write one batch's crops to."""
+    """The memory that workers write one batch's crops to.
+
+    groups  uint8 crops by size: (2B, C, H, W), then (L*B, C, h, w) if there are local ones; channels innermost
+    """
 
     def __init__(self, batch_size: int, views: Views, pinned: bool) -> None:
-        crops = views.crops
-
-        def buffer(rows: int, size: int) -> Tensor:
-            pixels = torch.empty(rows, size, size, views.in_channels, dtype=torch.uint8, pin_memory=pinned)
-            return pixels.permute(0, 3, 1, 2)
-
-        self.global_crops = buffer(2 * batch_size, crops.global_size)  # (2B, C, H, W), channels innermost
-        self.local_crops = buffer(crops.num_local * batch_size, crops.local_size)
+        counts = ((2, views.crops.global_size), (views.crops.num_local, views.crops.local_size))
+        self.groups = [
+            torch.empty(
+                count * batch_size, size, size, views.in_channels, dtype=torch.uint8, pin_memory=pinned
+            ).permute(0, 3, 1, 2)
+            for count, size in counts
+            if count
+        ]
         # One view per crop, made once: slicing for every crop would cost as much as planning it.
-        rows = list(self.global_crops.split(1)) + (list(self.local_crops.split(1)) if crops.num_local else [])
+        rows = [row for group in self.groups for row in group.split(1)]
         self.views = [rows[image::batch_size] for image in range(batch_size)]
         self.copied: torch.cuda.Event | None = None  # set while the device may still be reading
 
 
 @dataclass
 class _Job:
-    """One batch in the making."""
+    """One batch in the making; what has no default is set when the batch is planned."""
 
     position: int
     slot: _Slot
-    ids: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    epochs: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    boxes: np.ndarray = field(default_factory=lambda: np.empty(0))
-    colours: np.ndarray = field(default_factory=lambda: np.empty(0))
-    mask: Tensor | None = None
-    mask_indices: Tensor | None = None
-    mask_weights: Tensor | None = None
-    bad: dict[str, str] = field(default_factory=dict)
-    error: BaseException | None = None
-    finished: list[Tensor | None] = field(default_factory=list)  # on a CPU: the global and the local crops, float
-    parts: int = 0  # still to be finished
-    done: threading.Event = field(default_factory=threading.Event)
+    planned: Future[list[Future[None]]] | None = None  # None without workers
+    ids: np.ndarray = field(init=False)  # (B,)
+    epochs: np.ndarray = field(init=False)  # (B,)
+    boxes: np.ndarray = field(init=False)  # (B, V, TRIES, 4)
+    colours: list[np.ndarray] = field(init=False)  # photometric parameters of each group of crops
+    masks: list[Tensor] = field(init=False)  # mask, mask_indices and mask_weights of the batch
+    augmented: list[Tensor] = field(init=False)  # on a CPU: float32 crops of each group
+    bad: dict[str, str] = field(default_factory=dict)  # name -> reason
 
 
-class _Engine:
-    """Plans and fills jobs. It does not know the loader, so that an abandoned loader can be collected."""
+def _start_pool(workers: int) -> ThreadPoolExecutor:
+    """Threads that compute with one thread each."""
+    # A thread's own number of compute threads can only be set through a call that also changes the
+    # default of threads to come; so all workers make it first, then the old default is put back.
+    num_threads = torch.get_num_threads()
+    ready = threading.Barrier(workers + 1)
 
-    def __init__(
-        self,
-        source: Source,
-        views: Views,
-        reading: Reading,
-        *,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.source, self.views, self.reading = source, views, reading
-        self.batch_size, self.seed, self.device = batch_size, seed, device
-        self.rank, self.world_size = rank, world_size
-        self.grid = (views.crops.global_size // views.patch_size,) * 2
-        self.sizes = views.sizes
-        self.sampler = Sampler(source.groups(), seed)
-        self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
-        self.lock = threading.Lock()
-        self.tasks: queue.SimpleQueue[tuple[_Job, int, int] | None] = queue.SimpleQueue()
-        self.threads: list[threading.Thread] = []
-        self.stopping = False
-        num_workers = reading.num_workers(device)
-        if num_workers:
-            self._start(num_workers)
-
-    def _start(self, workers: int) -> None:
-        # A thread's own number of compute threads can only be set through a call that also changes the
-        # default of threads to come; so all workers make it first, then the old default is put back.
-        num_threads = torch.get_num_threads()
-        ready = threading.Barrier(workers + 1)
-        for number in range(workers):
-            thread = threading.Thread(target=self._work, args=(ready,), name=f"dinoreg-data-{number}", daemon=True)
-            thread.start()
-            self.threads.append(thread)
-        ready.wait()
-        torch.set_num_threads(num_threads)
-
-    def _work(self, ready: threading.Barrier) -> None:
+    def compute_alone() -> None:
         torch.get_num_threads()  # initialises this thread's count, which would undo a call before it
         torch.set_num_threads(1)
         ready.wait()
-        while (task := self.tasks.get()) is not None:
-            job, first, last = task
-            if self.stopping:
-                job.done.set()
-            elif last == 0:
-                self._plan_and_share(job)
-            else:
-                self._fill(job, first, last)
+
+    pool = ThreadPoolExecutor(workers, _THREAD_NAME, initializer=compute_alone)
+    for _ in range(workers):
+        pool.submit(int)  # starts one more thread, since those before wait for all
+    ready.wait()
+    torch.set_num_threads(num_threads)
+    return pool
+
+
+@dataclass
+class _Engine:
+    """Plans and fills jobs. It does not know the loader, so that an abandoned loader can be collected."""
+
+    source: Source
+    views: Views
+    reading: DataConfig
+    batch_size: int
+    seed: int
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        self.grid = (self.views.crops.global_size // self.views.patch_size,) * 2
+        self.sampler = Sampler(self.source.groups(), self.seed)
+        self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
+        self.stopping = False
+        workers = num_workers(self.reading.workers, self.device)
+        self.pool = _start_pool(workers) if workers else None
+        num_parts = _PARTS_ON_CPU if self.device.type == "cpu" else _PARTS_PER_WORKER * max(1, workers)
+        size = -(-self.batch_size // num_parts)
+        self.parts = [(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
 
     def stop(self) -> None:
         self.stopping = True
-        for _ in self.threads:
-            self.tasks.put(None)
-        for thread in self.threads:
-            if thread is not threading.current_thread():
-                thread.join(timeout=10)
-        self.threads.clear()
+        if self.pool is not None:
+            # An abandoned loader may be collected in a worker, which cannot wait for itself.
+            in_worker = threading.current_thread().name.startswith(_THREAD_NAME)
+            self.pool.shutdown(wait=not in_worker, cancel_futures=True)
 
-    def submit(self, job: _Job) -> None:
-        """Start a job on the workers; without workers, do it here and now."""
-        if self.threads:
-            self.tasks.put((job, 0, 0))
-        else:
-            num_threads = torch.get_num_threads()
-            torch.set_num_threads(1)  # as in a worker: the number of threads changes the rounding of means
-            try:
-                self._plan_and_share(job)
-            finally:
-                torch.set_num_threads(num_threads)
+    def start(self, job: _Job) -> None:
+        """Have the workers prepare a job; without workers, `finish` does."""
+        if self.pool is not None:
+            job.planned = self.pool.submit(self._plan_and_share, job, self.pool)
 
-    def _plan_and_share(self, job: _Job) -> None:
+    def finish(self, job: _Job) -> None:
+        """Wait for a job; raises what a worker raised."""
+        if job.planned is not None:
+            for part in job.planned.result():
+                part.result()
+            return
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker: the number of threads changes the rounding of means
         try:
             self._plan(job)
-        except BaseException as error:
-            job.error = error
-            job.done.set()
-            return
-        on_cpu = self.device.type == "cpu"
-        size = -(-self.batch_size // (_PARTS_ON_CPU if on_cpu else _PARTS_PER_WORKER * max(1, len(self.threads))))
-        parts = [(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
-        job.parts = len(parts)
-        if not self.threads:
-            for first, last in parts:
+            for first, last in self.parts:
                 self._fill(job, first, last)
-            return
-        for first, last in parts:
-            self.tasks.put((job, first, last))
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def _plan_and_share(self, job: _Job, pool: ThreadPoolExecutor) -> list[Future[None]]:
+        self._plan(job)
+        return [pool.submit(self._fill, job, first, last) for first, last in self.parts]
 
     def _plan(self, job: _Job) -> None:
         """Draw everything random that a batch needs: ids, boxes, colour changes, masks."""
-        batch, views, mask = self.batch_size, len(self.sizes), self.views.mask
+        batch, num_views, mask = self.batch_size, len(self.views.sizes), self.views.mask
         job.ids, job.epochs = self.sampler.at(job.position + self.rank * batch + np.arange(batch))
 
         def numbers(stream: int, count: int) -> np.ndarray:
-            return uniforms(self.seed, stream, job.epochs, job.ids, views, count)
+            return uniforms(self.seed, stream, job.epochs, job.ids, num_views, count)
 
         job.boxes = geometry.relative_boxes(numbers(_CROP_STREAM, geometry.NUMBERS_PER_VIEW), self.views.crops)
         colours = photometric.draw_photometric(
             numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW), self.views.augment
         )
-        job.colours = colours.swapaxes(0, 1).reshape(views * batch, -1)  # crop-major
+        crop_major = colours.swapaxes(0, 1).reshape(num_views * batch, -1)
+        job.colours = np.split(crop_major, [2 * batch])
         images = batch * self.world_size
+        step = job.position // images
         hidden = [
-            block_masks(
-                self.seed,
-                job.position // images,
-                2 * images,
-                self.grid,
-                mask.probability,
-                mask.ratio,
-                mask.min_patches,
-                aspect=mask.aspect,
-                first=view * images + self.rank * batch,  # the crop's number does not depend on the processes
-                count=batch,
-            )
+            # The crop's number does not depend on the processes.
+            block_masks(self.seed, step, 2 * images, self.grid, mask, view * images + self.rank * batch, batch)
             for view in range(2)
         ]
-        job.mask = torch.from_numpy(np.concatenate(hidden))
-        job.mask_indices, job.mask_weights = mask_tensors(job.mask)
+        crop_mask = torch.from_numpy(np.concatenate(hidden))
+        job.masks = [crop_mask, *mask_tensors(crop_mask)]
+        job.augmented = []
         if self.device.type == "cuda":
-            job.mask, job.mask_indices = job.mask.pin_memory(), job.mask_indices.pin_memory()
-            job.mask_weights = job.mask_weights.pin_memory()
-        if self.device.type == "cpu":
-            slot = job.slot
-            job.finished = [torch.empty(slot.global_crops.shape), None]
-            if self.views.crops.num_local:
-                job.finished[1] = torch.empty(slot.local_crops.shape)
+            job.masks = [tensor.pin_memory() for tensor in job.masks]
+        elif self.device.type == "cpu":
+            job.augmented = [torch.empty(crops.shape) for crops in job.slot.groups]
         if job.slot.copied is not None:
             job.slot.copied.synchronize()
             job.slot.copied = None
 
     def _fill(self, job: _Job, first: int, last: int) -> None:
-        try:
-            for row in range(first, last):
-                if job.error is not None or self.stopping:
-                    break
-                self._fill_row(job, row)
-            if job.finished and job.error is None and not self.stopping:
-                self._finish_on_cpu(job, first, last)
-        except BaseException as error:  # whatever it is, the consumer must hear of it
-            job.error = error
-        with self.lock:
-            job.parts -= 1
-            finished = job.parts == 0
-        if finished:
-            job.done.set()
-
-    def _finish_on_cpu(self, job: _Job, first: int, last: int) -> None:
-        """Augment the crops of images first..last in this thread, a cache-sized part at a time."""
-        batch, views = self.batch_size, len(self.sizes)
-        rows = (np.arange(views)[:, None] * batch + np.arange(first, last)).ravel()  # crop-major, all views
-        split = 2 * (last - first)
-        groups = ((job.slot.global_crops, rows[:split], 0), (job.slot.local_crops, rows[split:], 2 * batch))
-        for (pixels, own_rows, offset), out in zip(groups, job.finished):
-            if out is not None:
-                colours = job.colours[offset : offset + len(pixels)]
-                photometric.augment(pixels, colours, self.views.augment, out, own_rows - offset)
+        """Crop images first..last of a batch; on a CPU augment their crops too, a cache-sized part at a time."""
+        for row in range(first, last):
+            if self.stopping:
+                return
+            self._fill_row(job, row)
+        for pixels, colours, out in zip(job.slot.groups, job.colours, job.augmented):
+            rows = np.arange(len(pixels)).reshape(-1, self.batch_size)[:, first:last].ravel()  # crop-major
+            photometric.augment(pixels, colours, self.views.augment, out, rows)
 
     def _fill_row(self, job: _Job, row: int) -> None:
         original, epoch = int(job.ids[row]), int(job.epochs[row])
@@ -327,8 +263,7 @@ class _Engine:
                     return
                 except BadImage as error:
                     reason = self.known_bad[sample] = str(error)
-            with self.lock:
-                job.bad[self.source.name(sample)] = reason
+            job.bad[self.source.name(sample)] = reason
             sample = self.sampler.substitute(epoch, original, attempt)
         name = self.source.name(original)
         raise RunError(f"data: no usable image found in {_ATTEMPTS} tries in place of {name} ({reason})")
@@ -337,17 +272,14 @@ class _Engine:
         image = EncodedImage(self.source.read(sample), self.views.in_channels, self.reading.max_pixels)
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
         reduction = 1
-        if self.reading.reduced_decode and image.format == "JPEG":
-            reduction = geometry.reduction_for(boxes, self.sizes)
+        if image.format == "JPEG":
+            reduction = geometry.reduction_for(boxes, self.views.sizes)
         pixels = image.pixels(reduction)
         if reduction > 1:
             height, width = pixels.shape[1:]
             boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]
         for box, out in zip(boxes, job.slot.views[row]):
             geometry.cut_crop(pixels, box, out)
-
-
-DEFAULT_READING = Reading()
 
 
 class BatchLoader:
@@ -362,7 +294,7 @@ class BatchLoader:
         self,
         source: Source,
         views: Views,
-        reading: Reading = DEFAULT_READING,
+        reading: DataConfig,
         *,
         batch_size: int,
         seed: int = 0,
@@ -373,6 +305,8 @@ class BatchLoader:
     ) -> None:
         """Start the workers; they prepare nothing before the first batch is asked for.
 
+        reading     workers (0: images are read in the consumer's own thread, when it asks), prefetch, max_bad_fraction
+                    and max_pixels count
         batch_size  images B of this process; all processes together advance by B * world_size
         position    where to start, a multiple of B * world_size
         raises      UserError for a batch size below 1
@@ -384,18 +318,9 @@ class BatchLoader:
         self.bad: dict[str, str] = {}
         self._stride = batch_size * world_size
         self._delivered = self._submitted = position
-        self._engine = _Engine(
-            source,
-            views,
-            reading,
-            batch_size=batch_size,
-            seed=seed,
-            device=self.device,
-            rank=rank,
-            world_size=world_size,
-        )
+        self._engine = _Engine(source, views, reading, batch_size, seed, self.device, rank, world_size)
         self._finalizer = weakref.finalize(self, self._engine.stop)  # also runs when the interpreter exits
-        self._ahead = max(1, reading.prefetch) if self._engine.threads else 0
+        self._ahead = 0 if self._engine.pool is None else reading.prefetch
         self._free = [_Slot(batch_size, views, self.device.type == "cuda") for _ in range(self._ahead + 1)]
         self._jobs: collections.deque[_Job] = collections.deque()
 
@@ -405,9 +330,7 @@ class BatchLoader:
     def __enter__(self) -> BatchLoader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -425,10 +348,11 @@ class BatchLoader:
         started = time.perf_counter()
         self._submit(max(1, self._ahead))
         job = self._jobs.popleft()
-        job.done.wait()
-        if job.error is not None:
+        try:
+            self._engine.finish(job)
+        except BaseException:
             self.close()
-            raise job.error
+            raise
         position = job.position + self._stride
         self._count_bad(job, position)
         batch = self._deliver(job, position)
@@ -443,36 +367,29 @@ class BatchLoader:
             job = _Job(self._submitted, self._free.pop())
             self._submitted += self._stride
             self._jobs.append(job)
-            self._engine.submit(job)
+            self._engine.start(job)
 
     def _deliver(self, job: _Job, position: int) -> Batch:
-        assert job.mask is not None
-        assert job.mask_indices is not None
-        assert job.mask_weights is not None
-        global_crops, local_crops = job.finished or self._augment(job)
-        assert global_crops is not None
-        batch = Batch(
-            global_crops=global_crops,
-            local_crops=local_crops,
-            mask=self._send(job.mask),
-            mask_indices=self._send(job.mask_indices),
-            mask_weights=self._send(job.mask_weights),
+        """The batch on the device; there the crops are augmented, without waiting for it."""
+        crops = job.augmented or [
+            photometric.augment(self._send(pixels), colours, self.views.augment)
+            for pixels, colours in zip(job.slot.groups, job.colours)
+        ]
+        mask, mask_indices, mask_weights = map(self._send, job.masks)
+        if self.device.type == "cuda":
+            job.slot.copied = torch.cuda.Event()
+            job.slot.copied.record(torch.cuda.current_stream(self.device))
+        local_crops = crops[1] if len(crops) > 1 else None
+        return Batch(
+            crops[0],
+            local_crops,
+            mask,
+            mask_indices,
+            mask_weights,
             sample_ids=job.ids,
             position=position,
             data_time=0.0,
         )
-        if self.device.type == "cuda":
-            job.slot.copied = torch.cuda.Event()
-            job.slot.copied.record(torch.cuda.current_stream(self.device))
-        return batch
-
-    def _augment(self, job: _Job) -> list[Tensor | None]:
-        """Send the crops to the device and augment them there, without waiting for it."""
-        split, slot = 2 * self.batch_size, job.slot
-        first = photometric.augment(self._send(slot.global_crops), job.colours[:split], self.views.augment)
-        if not len(slot.local_crops):
-            return [first, None]
-        return [first, photometric.augment(self._send(slot.local_crops), job.colours[split:], self.views.augment)]
 
     def _send(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)

@@ -6,12 +6,13 @@ step, crop): a process that needs some crops of a step computes the masks of the
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dinoreg.config.view_settings import MaskSettings
 from dinoreg.runtime.errors import UserError
 
 _TRIES = 10  # rectangles tried before a mask is left short of its target
@@ -20,32 +21,21 @@ _ASSIGNMENT = 1 << 63  # the crop number, out of reach of real ones, under which
 _BLOCK = 16  # rectangles drawn at once; most masks need fewer
 
 
-class _Streams:
-    """The random streams of a step, one for each crop.
+def _streams(seed: int, step: int) -> Callable[[int], np.random.Generator]:
+    """The random streams of a step, by the number of the crop.
 
     One generator is moved to the start of the stream asked for; a new one costs a third of a mask.
     """
+    philox = np.random.Philox(key=np.array([seed % 2**64, _STREAM], dtype=np.uint64))
+    start, generator = philox.state, np.random.Generator(philox)
 
-    def __init__(self, seed: int, step: int) -> None:
-        self._step = step
-        self._philox = np.random.Philox(key=np.array([seed % 2**64, _STREAM], dtype=np.uint64))
-        self._start = self._philox.state
-        self._rng = np.random.Generator(self._philox)
-
-    def __getitem__(self, crop: int) -> np.random.Generator:
+    def stream(crop: int) -> np.random.Generator:
         # The lowest counter word counts the draws of a stream, the others tell the streams apart.
-        self._start["state"]["counter"] = np.array([0, crop, self._step, 0], dtype=np.uint64)
-        self._philox.state = self._start
-        return self._rng
+        start["state"]["counter"] = np.array([0, crop, step, 0], dtype=np.uint64)
+        philox.state = start
+        return generator
 
-
-def _strata(num_crops: int, probability: float, ratio: tuple[float, float]) -> np.ndarray:
-    """Edges (n + 1,) of the n equal ranges of the hidden share, one for each of the n masked crops."""
-    if not 0 <= probability <= 1:
-        raise UserError(f"mask probability is {probability}; expected a number from 0 to 1")
-    if not 0 <= ratio[0] <= ratio[1] <= 1:
-        raise UserError(f"mask ratio is {ratio}; expected two rising numbers from 0 to 1")
-    return np.linspace(ratio[0], ratio[1], int(num_crops * probability) + 1)
+    return stream
 
 
 def block_masks(
@@ -53,11 +43,7 @@ def block_masks(
     step: int,
     num_crops: int,
     grid: tuple[int, int],
-    probability: float = 0.5,
-    ratio: tuple[float, float] = (0.1, 0.5),
-    min_patches: int = 4,
-    max_patches: int | None = None,
-    aspect: float = 0.3,
+    settings: MaskSettings,
     first: int = 0,
     count: int | None = None,
 ) -> np.ndarray:
@@ -65,34 +51,31 @@ def block_masks(
 
     seed, step    >= 0; with the crop's number they determine its mask
     grid          (rows, columns) of patches, N = rows * columns
-    probability   int(num_crops * probability) crops, drawn at random, get a mask; the others get none
-    ratio         range of the hidden share: masked crop i of n draws from the i-th of n equal parts of it
-    min_patches   smallest rectangle; a rectangle that completes a mask may be smaller
-    max_patches   most patches one rectangle may add; default (rows // 2) * columns
-    aspect        rectangles are between `aspect` and 1 / `aspect` times as high as wide
+    settings      .probability: int(num_crops * probability) crops, drawn at random, get a mask; the others get none
+                  .ratio: range of the hidden share: masked crop i of n draws from the i-th of n equal parts of it
+                  .min_patches: smallest rectangle; a rectangle that completes a mask may be smaller
+                  .aspect: rectangles are between `aspect` and 1 / `aspect` times as high as wide
     returns       (count, N) bool, True = hidden; at most int(N * share) in a crop, a few less where no
                   further rectangle fits
     """
     height, width = grid
     if height < 1 or width < 1:
         raise UserError(f"mask grid is {grid}; expected at least one row and one column of patches")
-    if not 0 < aspect <= 1:
-        raise UserError(f"mask aspect is {aspect}; expected a number above 0, at most 1")
     count = num_crops - first if count is None else count
     if not 0 <= first <= first + count <= num_crops:
         raise UserError(f"mask rows {first} to {first + count} asked for; the step has {num_crops} crops")
-    max_patches = height // 2 * width if max_patches is None else max_patches
-    edges = _strata(num_crops, probability, ratio)
-    # Crop c draws from part stratum[c]; a number from n up leaves it unmasked.
-    streams = _Streams(seed, step)
-    stratum = streams[_ASSIGNMENT].permutation(num_crops)
+    # The n equal ranges of the hidden share lie between n + 1 edges, one range for each of the n masked crops.
+    # Crop c draws from range stratum[c]; a number from n up leaves it unmasked.
+    edges = np.linspace(*settings.ratio, int(num_crops * settings.probability) + 1)
+    stream = _streams(seed, step)
+    stratum = stream(_ASSIGNMENT).permutation(num_crops)
     masks = np.zeros((count, height, width), dtype=bool)
     for row, mask in enumerate(masks):
         i = stratum[first + row]
         if i < len(edges) - 1:
-            rng = streams[first + row]
+            rng = stream(first + row)
             share = edges[i] + (edges[i + 1] - edges[i]) * rng.random()
-            _hide_blocks(mask, int(height * width * share), min_patches, max_patches, aspect, rng)
+            _hide_blocks(mask, int(height * width * share), settings, rng)
     return masks.reshape(count, height * width)
 
 
@@ -102,12 +85,11 @@ def _uniforms(rng: np.random.Generator) -> Iterator[list[float]]:
         yield from rng.random((_BLOCK, 4)).tolist()
 
 
-def _hide_blocks(
-    mask: np.ndarray, target: int, min_patches: int, max_patches: int, aspect: float, rng: np.random.Generator
-) -> None:
+def _hide_blocks(mask: np.ndarray, target: int, settings: MaskSettings, rng: np.random.Generator) -> None:
     """Hide rectangles of `mask` (rows, columns) up to `target` cells or until ten tries in a row fail."""
     height, width = mask.shape
-    log_aspect = math.log(aspect)
+    min_patches, log_aspect = settings.min_patches, math.log(settings.aspect)
+    max_patches = height // 2 * width  # that one rectangle may add
     draws = _uniforms(rng)
     hidden = 0
     while hidden < target:

@@ -1,24 +1,18 @@
 """From `data=` to a source: a folder, several, a list of paths, a declared dataset, or the embedded scenes."""
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dinoreg.data.declared import open_named
+from dinoreg.data.declared import KINDS, open_named
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_folder
-from dinoreg.data.source import Source
-from dinoreg.data.sources import JoinedSource, PathSource, ScenesSource
+from dinoreg.data.source import JoinedSource, PathSource, ScenesSource, Source
 from dinoreg.data.tables import inside, parquet_table, rows_of
 from dinoreg.runtime.errors import UserError
 
-KINDS = (
-    "a folder, a list of paths (.txt .csv .tsv .parquet), scenes[:count=,size=,seed=], "
-    "a dataset by name (imagenet22k:root=FOLDER)"
-)
-
-
-_LISTS = (".txt", ".lst", ".csv", ".tsv", ".parquet")
+LISTS = (".txt", ".lst", ".csv", ".tsv", ".parquet")
 
 
 def open_source(
@@ -39,7 +33,14 @@ def open_source(
     Raises UserError, in one line, for what is missing, empty, unreadable or of an unknown kind.
     """
     if not isinstance(spec, (str, os.PathLike)):
-        return _open_several(list(spec), weights, index_dir, root)
+        if not spec:
+            raise UserError(f"data is an empty list, expected {KINDS}")
+        if weights is not None and len(weights) != len(spec):
+            raise UserError(f"data.weights has {len(weights)} numbers for {len(spec)} sources")
+        if weights is not None and not all(0 < weight < math.inf for weight in weights):
+            raise UserError(f"data.weights={list(weights)}: expected positive numbers")
+        parts = [open_source(part, None, index_dir, root) for part in spec]
+        return parts[0] if len(parts) == 1 else JoinedSource(parts, weights)
     if weights is not None and len(weights) != 1:
         raise UserError(f"data.weights has {len(weights)} numbers for one source ({spec})")
     spec = os.path.expanduser(os.fspath(spec))
@@ -54,7 +55,7 @@ def open_source(
     if os.path.isfile(spec):
         return _open_list(spec, root)
     if colon and name.isidentifier():
-        return open_named(name, options, None if index_dir is None else os.fspath(index_dir), KINDS)
+        return open_named(name, options, None if index_dir is None else os.fspath(index_dir))
     raise UserError(f"data: {spec} does not exist, expected {KINDS}")
 
 
@@ -67,8 +68,7 @@ def labelled_folder(
     left out. Raises UserError when there are fewer than two classes.
     """
     root = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    found = index_folder(root, index_dir)
-    paths = [name for name in (found[i] for i in range(len(found))) if os.sep in name]
+    paths = [path for path in index_folder(root, index_dir) if os.sep in path]
     folders = [name.split(os.sep, 1)[0] for name in paths]
     names = sorted(set(folders))
     if len(names) < 2:
@@ -76,23 +76,6 @@ def labelled_folder(
     numbers = {name: number for number, name in enumerate(names)}
     labels = np.array([numbers[folder] for folder in folders], dtype=np.int64)
     return PathSource(root, PathBlock.of(paths)), labels, names
-
-
-def _open_several(
-    specs: list[str],
-    weights: Sequence[float] | None,
-    index_dir: str | os.PathLike[str] | None,
-    root: str | os.PathLike[str] | None,
-) -> Source:
-    if not specs:
-        raise UserError(f"data is an empty list, expected {KINDS}")
-    if weights is not None:
-        if len(weights) != len(specs):
-            raise UserError(f"data.weights has {len(weights)} numbers for {len(specs)} sources")
-        if not all(0 < weight < float("inf") for weight in weights):
-            raise UserError(f"data.weights={list(weights)}: expected positive numbers")
-    parts = [open_source(spec, None, index_dir, root) for spec in specs]
-    return parts[0] if len(parts) == 1 else JoinedSource(parts, weights)
 
 
 def _open_scenes(options: str) -> ScenesSource:
@@ -113,21 +96,20 @@ def _open_scenes(options: str) -> ScenesSource:
 
 def _open_list(spec: str, root: str | os.PathLike[str] | None) -> PathSource:
     suffix = os.path.splitext(spec)[1].lower()
-    if suffix not in _LISTS:
+    if suffix not in LISTS:
         raise UserError(f"data: {spec} is a file, expected {KINDS}")
     folder = os.path.abspath(os.path.expanduser(os.fspath(root)) if root else os.path.dirname(spec) or ".")
-    entries = _parquet_paths(spec) if suffix == ".parquet" else _text_paths(spec)
+    entries = _parquet_paths(spec) if suffix == ".parquet" else _text_paths(spec, suffix in (".csv", ".tsv"))
     block = PathBlock.of([inside(folder, entry, f"data: {spec} line {line}", "data.root") for line, entry in entries])
     if not len(block):
         raise UserError(f"data: the list {spec} names no files")
     return PathSource(folder, block)
 
 
-def _text_paths(spec: str) -> Iterator[tuple[int, str]]:
-    """(line number, path) of a list; of a CSV the column `path`, or the first."""
+def _text_paths(spec: str, tabular: bool) -> Iterator[tuple[int, str]]:
+    """(line number, path) of a list; of a table the column `path`, or the first."""
     column = 0
     for number, (line, cells) in enumerate(rows_of(spec, f"data: the list {spec}")):
-        tabular = os.path.splitext(spec)[1].lower() in (".csv", ".tsv")
         if tabular and number == 0 and "path" in cells:
             column = cells.index("path")
         elif tabular and number == 0 and os.path.splitext(cells[0])[1].lower() not in EXTENSIONS:

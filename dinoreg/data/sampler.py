@@ -5,9 +5,8 @@ in which every group has its exact share, in shuffled order; within its share ea
 of its own.
 """
 
-import functools
 import threading
-from collections.abc import Callable
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -16,11 +15,7 @@ from dinoreg.data.source import Group
 from dinoreg.runtime.errors import UserError
 
 _BLOCK = 4096  # positions in which a mixture's shares are exact
-_EPOCH_STREAM, _BLOCK_STREAM, _SUBSTITUTE_STREAM = (
-    0x65706F6368,
-    0x626C6F636B,
-    0x62,
-)  # names of uses of the seed
+_EPOCH_STREAM, _BLOCK_STREAM, _SUBSTITUTE_STREAM = 0x65706F6368, 0x626C6F636B, 0x62  # names of uses of the seed
 
 
 class Sampler:
@@ -34,8 +29,10 @@ class Sampler:
         self._starts = np.array([group.start for group in groups], dtype=np.int64)
         self._lengths = np.array([group.length for group in groups], dtype=np.int64)
         self._quotas = _quotas([group.weight for group in groups])
-        self._kept: dict[tuple[str, int, int], np.ndarray] = {}
-        self._lock = threading.Lock()
+        # The two latest orders of each kind are remembered: a batch may straddle the end of one.
+        self._block_order = lru_cache(2)(partial(_block_order, seed, self._quotas))
+        self._epoch_order = lru_cache(2 * len(groups))(partial(_epoch_order, seed, self._lengths))
+        self._lock = threading.Lock()  # so that threads do not shuffle the same epoch at the same time
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """positions (B,) -> sample ids (B,) and the epoch of each sample's group (B,), int64."""
@@ -48,7 +45,9 @@ class Sampler:
         ids = np.empty_like(positions)
         for number, epoch in {*zip(group.tolist(), epochs.tolist())}:
             rows = (group == number) & (epochs == epoch)
-            ids[rows] = self._starts[number] + self._epoch_order(number, epoch)[offsets[rows]]
+            with self._lock:
+                order = self._epoch_order(number, epoch)
+            ids[rows] = self._starts[number] + order[offsets[rows]]
         return ids, epochs
 
     def substitute(self, epoch: int, sample_id: int, attempt: int) -> int:
@@ -65,42 +64,28 @@ class Sampler:
         blocks, offsets = np.divmod(positions, _BLOCK)
         for block in set(blocks.tolist()):
             rows = blocks == block
-            order = self._keep("block", 0, block, functools.partial(self._block_order, block))
+            order = self._block_order(block)
             group[rows] = order[0, offsets[rows]]
             turns[rows] = order[1, offsets[rows]] + block * self._quotas[group[rows]]
         return group, turns
 
-    def _block_order(self, block: int) -> np.ndarray:
-        """(2, _BLOCK): the group of each position, and its rank among the block's positions of that group."""
-        who = np.repeat(np.arange(len(self._quotas)), self._quotas)
-        who = _generator(self.seed, _BLOCK_STREAM, 0, block).permutation(who)
-        rank = np.empty_like(who)
-        for number, quota in enumerate(self._quotas):
-            rank[who == number] = np.arange(quota)
-        return np.stack([who, rank])
 
-    def _epoch_order(self, number: int, epoch: int) -> np.ndarray:
-        """The permutation of one group's samples in one epoch."""
-        length = int(self._lengths[number])
-        dtype = np.uint32 if length < 2**32 else np.uint64
+def _block_order(seed: int, quotas: np.ndarray, block: int) -> np.ndarray:
+    """(2, _BLOCK): the group of each position, and its rank among the block's positions of that group."""
+    group = np.repeat(np.arange(len(quotas)), quotas)
+    group = _generator(seed, _BLOCK_STREAM, 0, block).permutation(group)
+    rank = np.empty_like(group)
+    for number, quota in enumerate(quotas):
+        rank[group == number] = np.arange(quota)
+    return np.stack([group, rank])
 
-        def shuffle() -> np.ndarray:
-            samples = np.arange(length, dtype=dtype)
-            _generator(self.seed, _EPOCH_STREAM, number, epoch).shuffle(samples)
-            return samples
 
-        return self._keep("epoch", number, epoch, shuffle)
-
-    def _keep(self, kind: str, number: int, which: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """`make()`, remembered for the two latest values of `which`: a batch may straddle the end of one."""
-        with self._lock:
-            key = (kind, number, which)
-            if key not in self._kept:
-                others = sorted(k for k in self._kept if k[:2] == (kind, number))
-                for old in others[:-1]:
-                    del self._kept[old]
-                self._kept[key] = make()
-            return self._kept[key]
+def _epoch_order(seed: int, lengths: np.ndarray, number: int, epoch: int) -> np.ndarray:
+    """The permutation of one group's samples in one epoch."""
+    length = int(lengths[number])
+    samples = np.arange(length, dtype=np.uint32 if length < 2**32 else np.uint64)
+    _generator(seed, _EPOCH_STREAM, number, epoch).shuffle(samples)
+    return samples
 
 
 def _generator(seed: int, stream: int, number: int, which: int) -> np.random.Generator:

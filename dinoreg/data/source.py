@@ -1,9 +1,22 @@
-"""What a source of images is: images by index, undecoded."""
+"""Where images come from: files, the embedded scenes, and several or some of these, all with one interface.
 
+A source hands out undecoded images by index. It knows nothing of order, crops or batches.
+"""
+
+import hashlib
+import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from dinoreg.data.decode import BadImage
+from dinoreg.data.folder_index import PathBlock
+from dinoreg.scenes import render as scenes
+
+STAMPED_FILES = 50_000  # whose sizes and times are looked at when features are cached
+SCENES_CACHE_BYTES = 1 << 30  # rendered scenes kept in memory at most
 
 
 class Group(NamedTuple):
@@ -39,3 +52,137 @@ class Source(ABC):
     def groups(self) -> list[Group]:
         """How the indices are drawn; one group unless the source is a weighted mixture."""
         return [Group(0, len(self), 1.0)]
+
+
+class PathSource(Source):
+    """Files below one root folder."""
+
+    def __init__(self, root: str, paths: PathBlock) -> None:
+        self.root, self.paths = root, paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        try:
+            with open(self.name(index), "rb", buffering=0) as file:
+                return file.read()
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror}") from error
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, self.paths[index])
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.paths.block).hexdigest()[:16]
+
+    def stamp(self) -> str:
+        """By sizes and times of change; of more than STAMPED_FILES files, of that many at equal distances."""
+        indices = np.linspace(0, len(self) - 1, min(len(self), STAMPED_FILES)).astype(np.int64)
+        return stamp_of_files(self.paths.block, (self.name(int(index)) for index in indices))
+
+
+def stamp_of_files(start: bytes, paths: Iterable[str]) -> str:
+    """16 hexadecimal digits that change with `start` and with the sizes and times of change of files."""
+    digest = hashlib.sha256(start)
+    for path in paths:
+        try:
+            status = os.stat(path)
+            digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+        except OSError:
+            digest.update(b"missing ")
+    return digest.hexdigest()[:16]
+
+
+class ScenesSource(Source):
+    """The embedded procedural pictures first..first+count, rendered when first read, then kept in memory."""
+
+    def __init__(self, count: int = 20_000, size: int = 64, seed: int = 0, first: int = 0) -> None:
+        self.count, self.size, self.seed, self.first = count, size, seed, first
+        cached = min(count, SCENES_CACHE_BYTES // (size * size * 3))
+        # Memory is only taken page by page as scenes are stored.
+        self._cache = np.empty((cached, size, size, 3), dtype=np.uint8)
+        self._filled = np.zeros(cached, dtype=bool)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, index: int) -> np.ndarray:
+        if index < len(self._filled):
+            if not self._filled[index]:
+                # Two threads may render the same scene; both write the same pixels.
+                self._cache[index] = self._render(index)
+                self._filled[index] = True
+            return self._cache[index]
+        return self._render(index)
+
+    def _render(self, index: int) -> np.ndarray:
+        return scenes.render_image(self.first + index, self.size, self.seed)
+
+    def name(self, index: int) -> str:
+        return f"scenes:{self.first + index}"
+
+    def fingerprint(self) -> str:
+        text = f"scenes count={self.count} size={self.size} seed={self.seed} first={self.first}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class JoinedSource(Source):
+    """Several sources in a row; with weights, a mixture in which each has its share of the draws."""
+
+    def __init__(self, parts: Sequence[Source], weights: Sequence[float] | None = None) -> None:
+        self.parts, self.weights = list(parts), weights
+        self._starts = np.cumsum([0] + [len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, index: int) -> tuple[Source, int]:
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self.parts[part], index - int(self._starts[part])
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        part, local = self._locate(index)
+        return part.read(local)
+
+    def name(self, index: int) -> str:
+        part, local = self._locate(index)
+        return part.name(local)
+
+    def fingerprint(self) -> str:
+        parts = [part.fingerprint() for part in self.parts]
+        return hashlib.sha256(repr((parts, self.weights)).encode()).hexdigest()[:16]
+
+    def groups(self) -> list[Group]:
+        if self.weights is None:
+            return super().groups()
+        total = sum(self.weights)
+        return [
+            Group(int(start), len(part), weight / total)
+            for start, part, weight in zip(self._starts, self.parts, self.weights)
+        ]
+
+
+class ChosenSource(Source):
+    """Some images of another source, in the order of `indices`."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> bytes | np.ndarray:
+        return self.source.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def fingerprint(self) -> str:
+        return self._with_indices(self.source.fingerprint())
+
+    def stamp(self) -> str:
+        return self._with_indices(self.source.stamp())
+
+    def _with_indices(self, text: str) -> str:
+        return hashlib.sha256(text.encode() + self.indices.tobytes()).hexdigest()[:16]

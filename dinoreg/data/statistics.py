@@ -5,138 +5,88 @@ import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dinoreg.data.decode import BadImage, EncodedImage
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
+from dinoreg.runtime.templates import render
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _LISTED = 20  # bad files and groups of duplicates shown on the console
-
-
-class _Look(NamedTuple):
-    """What one image told."""
-
-    name: str
-    digest: bytes
-    bad: str | None
-    format: str = ""
-    mode: str = ""
-    height: int = 0
-    width: int = 0
-    sums: np.ndarray = np.zeros(3)  # of pixels in 0..1, per channel
-    squares: np.ndarray = np.zeros(3)
+_THREADS = 4
 
 
 def inspect_source(
-    spec: str | os.PathLike[str] | Sequence[str],
-    sample: int = 1000,
-    crop_size: int = 224,
-    in_channels: int = 3,
-    root: str | os.PathLike[str] | None = None,
-    workers: int = 4,
+    spec: str | os.PathLike[str] | Sequence[str], sample: int = 1000, crop_size: int = 224
 ) -> dict[str, Any]:
-    """Look at evenly spaced images of a source, decoding each in full.
+    """Decode evenly spaced images of a source in full and describe them.
 
-    sample     images looked at, at most; 0 looks at all
+    sample     images decoded, at most; 0 decodes all
     crop_size  pixels; images with a shorter side below it are counted as small
     returns    a dict of plain values: images, looked_at, formats, modes, percentiles of height, width and
                shorter_side, small, bad (name -> reason), duplicates (lists of names with equal contents),
-               mean, std (per channel, of pixels in 0..1, every image weighing the same)
+               mean, std (per channel, of pixels in 0..1, every image weighing the same; None without images)
     raises     UserError as `open_source` does
     """
-    source = open_source(spec, root=root)
+    source = open_source(spec)
     count = len(source) if sample <= 0 else min(sample, len(source))
     indices = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
-    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        looks = list(pool.map(lambda index: _look(source, int(index), in_channels), indices))
-    good = [look for look in looks if look.bad is None]
-    sides = np.array([(look.height, look.width) for look in good], dtype=np.int64).reshape(-1, 2)
-    same = collections.defaultdict(list)
-    for look in looks:
-        if look.digest:
-            same[look.digest].append(look.name)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        images = list(pool.map(lambda index: _describe(source, int(index)), indices))
+    good = [image for image in images if "bad" not in image]
+    height, width = (np.array([image[side] for image in good], dtype=np.int64) for side in ("height", "width"))
+    shorter = np.minimum(height, width)
+    names_of_contents = collections.defaultdict(list)
+    for image in images:
+        if "digest" in image:
+            names_of_contents[image["digest"]].append(image["name"])
+    mean = np.mean([image["mean"] for image in good], axis=0) if good else None
+    variance = np.mean([image["mean_square"] for image in good], axis=0) - mean**2 if mean is not None else None
     return {
         "source": str(spec),
         "fingerprint": source.fingerprint(),
         "images": len(source),
         "looked_at": count,
-        "formats": dict(collections.Counter(look.format for look in good).most_common()),
-        "modes": dict(collections.Counter(look.mode for look in good).most_common()),
-        "height": _percentiles(sides[:, 0]),
-        "width": _percentiles(sides[:, 1]),
-        "shorter_side": _percentiles(sides.min(axis=1)),
+        "formats": dict(collections.Counter(image["format"] for image in good).most_common()),
+        "modes": dict(collections.Counter(image["mode"] for image in good).most_common()),
+        "height": _percentiles(height),
+        "width": _percentiles(width),
+        "shorter_side": _percentiles(shorter),
         "crop_size": crop_size,
-        "small": int((sides.min(axis=1) < crop_size).sum()),
-        "bad": {look.name: look.bad for look in looks if look.bad is not None},
-        "duplicates": [names for names in same.values() if len(names) > 1],
-        **_normalisation(good),
+        "small": int((shorter < crop_size).sum()),
+        "bad": {image["name"]: image["bad"] for image in images if "bad" in image},
+        "duplicates": [names for names in names_of_contents.values() if len(names) > 1],
+        "mean": None if mean is None else mean.round(4).tolist(),
+        "std": None if variance is None else np.sqrt(variance.clip(0)).round(4).tolist(),
     }
 
 
-def _look(source: Source, index: int, in_channels: int) -> _Look:
-    name, digest = source.name(index), b""
+def render_inspection(statistics: dict[str, Any]) -> str:
+    """The result of `inspect_source` as text for the console."""
+    return render("data/templates/inspection.txt.j2", listed=_LISTED, **statistics).rstrip()
+
+
+def _describe(source: Source, index: int) -> dict[str, Any]:
+    """One image's "name" and "digest", with "bad", the reason, where it cannot be decoded, else with its properties."""
+    image: dict[str, Any] = {"name": source.name(index)}
     try:
         data = source.read(index)
-        digest = hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
-        image = EncodedImage(data, in_channels)
-        pixels = image.pixels().permute(1, 2, 0).numpy().reshape(-1, in_channels)  # (H*W, C)
+        image["digest"] = hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
+        encoded = EncodedImage(data)
+        channels = encoded.pixels().flatten(1).numpy()  # (C, H * W)
     except BadImage as error:
-        return _Look(name, digest, str(error))
+        return {**image, "bad": str(error)}
     # Every value occurs at most 256 ways, so counting is exact and quicker than a float copy.
-    counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels.T]) / len(pixels)
+    shares = np.stack([np.bincount(channel, minlength=256) for channel in channels]) / channels.shape[1]
     levels = np.arange(256) / 255
-    sums, squares = counts @ levels, counts @ levels**2
-    return _Look(name, digest, None, image.format, image.mode, image.height, image.width, sums, squares)
+    properties = {name: getattr(encoded, name) for name in ("format", "mode", "height", "width")}
+    return {**image, **properties, "mean": shares @ levels, "mean_square": shares @ levels**2}
 
 
 def _percentiles(values: np.ndarray) -> dict[str, int]:
     if not len(values):
         return {}
-    found = np.percentile(values, _PERCENTILES)
-    return {f"p{percentile}": round(float(value)) for percentile, value in zip(_PERCENTILES, found)}
-
-
-def _normalisation(looks: list[_Look]) -> dict[str, list[float] | None]:
-    if not looks:
-        return {"mean": None, "std": None}
-    mean = np.mean([look.sums for look in looks], axis=0)
-    variance = np.mean([look.squares for look in looks], axis=0) - mean**2
-    std = np.sqrt(np.maximum(variance, 0))
-    return {"mean": [round(float(x), 4) for x in mean], "std": [round(float(x), 4) for x in std]}
-
-
-def render_inspection(found: dict[str, Any]) -> str:
-    """The findings of `inspect_source` as text for the console."""
-
-    def shares(counts: dict[str, int]) -> str:
-        return ", ".join(f"{name} {count}" for name, count in counts.items()) or "none"
-
-    def spread(values: dict[str, int]) -> str:
-        return "  ".join(f"{name} {value}" for name, value in values.items()) or "none"
-
-    lines = [
-        f"{found['source']}: {found['images']:,} images, {found['looked_at']:,} looked at",
-        f"  formats       {shares(found['formats'])}",
-        f"  channels      {shares(found['modes'])}",
-        f"  height        {spread(found['height'])}",
-        f"  width         {spread(found['width'])}",
-        f"  shorter side  {spread(found['shorter_side'])}",
-        f"  smaller than the {found['crop_size']}-pixel crop: {found['small']}",
-    ]
-    if found["mean"] is not None:
-        mean, std = (",".join(f"{value:.4f}" for value in found[key]) for key in ("mean", "std"))
-        lines.append(f"  normalise with augment.mean=[{mean}] augment.std=[{std}]")
-    lines.append(f"  bad: {len(found['bad'])}")
-    lines.extend(f"    {name}: {reason}" for name, reason in list(found["bad"].items())[:_LISTED])
-    if len(found["bad"]) > _LISTED:
-        lines.append(f"    and {len(found['bad']) - _LISTED} more")
-    copies = sum(len(names) - 1 for names in found["duplicates"])
-    lines.append(f"  duplicates: {copies}")
-    lines.extend("    " + " = ".join(names) for names in found["duplicates"][:_LISTED])
-    if len(found["duplicates"]) > _LISTED:
-        lines.append(f"    and {len(found['duplicates']) - _LISTED} more groups")
-    return "\n".join(lines)
+    return {f"p{p}": round(float(value)) for p, value in zip(_PERCENTILES, np.percentile(values, _PERCENTILES))}

@@ -6,13 +6,11 @@ no name of a member is ever used as a path, and every read is checked against th
 """
 
 import hashlib
-import itertools
 import os
 import re
 import sys
 import tarfile
 import time
-import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from dinoreg.data.decode import BadImage
-from dinoreg.data.folder_index import EXTENSIONS, SETTLED_NS, PathBlock, cache_folder, save_arrays
-from dinoreg.data.source import Source
+from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
+from dinoreg.data.source import Source, stamp_of_files
 from dinoreg.runtime.errors import UserError
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
@@ -36,10 +34,11 @@ _LOG_LINE = re.compile(r"block (\d+): (.+)")
 _LOG_END = re.compile(r"\*\* .* \*\*")  # "** Block of NULs **", "** End of File **"
 
 
-@dataclass(frozen=True)
-class TarMembers:
-    """Where the images of a folder of archives lie.
+@dataclass(frozen=True, eq=False)
+class TarSource(Source):
+    """The images in the archives of one folder. The archive is opened for each read, so that threads share nothing.
 
+    root      the folder, absolute
     archives  (a,) file names in the folder, ascending
     names     (n,) names of the members
     archive   (n,) int32, which archive each is in
@@ -47,6 +46,7 @@ class TarMembers:
     end       (n,) int64, the byte at which the next header begins
     """
 
+    root: str
     archives: Sequence[str]
     names: PathBlock
     archive: np.ndarray
@@ -56,65 +56,48 @@ class TarMembers:
     def __len__(self) -> int:
         return len(self.names)
 
-
-class TarSource(Source):
-    """Members of the archives in one folder. The archive is opened for each read, so that threads share nothing."""
-
-    def __init__(self, root: str, members: TarMembers) -> None:
-        self.root, self.members = root, members
-
-    def __len__(self) -> int:
-        return len(self.members)
-
     def read(self, index: int) -> bytes:
-        start, end = int(self.members.start[index]), int(self.members.end[index])
+        start, end = int(self.start[index]), int(self.end[index])
         if end - start > MAX_BYTES:
             raise BadImage(f"{end - start} bytes, more than the limit of {MAX_BYTES}")
         try:
             with open(self._archive(index), "rb") as file:
                 file.seek(start)
-                found = file.read(end - start)
+                member = file.read(end - start)
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
         try:
-            size = tarfile.TarInfo.frombuf(found[:BLOCK], "utf-8", "surrogateescape").size
+            size = tarfile.TarInfo.frombuf(member[:BLOCK], "utf-8", "surrogateescape").size
         except tarfile.TarError:
             raise BadImage(f"no tar header at byte {start}: the archive is damaged or not the one indexed") from None
-        data = found[BLOCK : BLOCK + size]
+        data = member[BLOCK : BLOCK + size]
         if len(data) < size:
             raise BadImage(f"the archive ends or goes on with another file after {len(data)} of its {size} bytes")
         # 26 images of ImageNet-22k are packed once more inside; no image format begins with these two bytes.
         return _unpack(data) if data[:2] == b"\x1f\x8b" else data
 
     def name(self, index: int) -> str:
-        return f"{self._archive(index)}:{self.members.names[index]}"
+        return f"{self._archive(index)}:{self.names[index]}"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(PathBlock.of(list(self.members.archives)).block)
-        digest.update(self.members.names.block)
-        digest.update(self.members.archive.tobytes())
+        digest = hashlib.sha256(PathBlock.of(list(self.archives)).block)
+        digest.update(self.names.block)
+        digest.update(self.archive.tobytes())
         return digest.hexdigest()[:16]
 
     def stamp(self) -> str:
         """By sizes and times of change of the archives."""
-        digest = hashlib.sha256(self.fingerprint().encode())
-        for archive in self.members.archives:
-            try:
-                found = os.stat(os.path.join(self.root, archive))
-                digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode())
-            except OSError:
-                digest.update(b"missing ")
-        return digest.hexdigest()[:16]
+        return stamp_of_files(self.fingerprint().encode(), (os.path.join(self.root, name) for name in self.archives))
 
     def _archive(self, index: int) -> str:
-        return os.path.join(self.root, self.members.archives[int(self.members.archive[index])])
+        return os.path.join(self.root, self.archives[int(self.archive[index])])
 
 
 def index_tars(
     root: str | os.PathLike[str],
     index_dir: str | os.PathLike[str] | None = None,
     extra: str | os.PathLike[str] | None = None,
-) -> TarMembers:
+) -> TarSource:
     """The images in the archives `root/*.tar`: archives in the order of their names, members as they lie.
 
     index_dir  where the index is kept; by default the user's cache folder. One that cannot be written is done without
@@ -124,99 +107,59 @@ def index_tars(
     Raises UserError, in one line, for no archives, a damaged one, or a listing that does not fit them.
     """
     root = os.path.abspath(root)
-    archives, sizes, states = _archives(root)
+    archives = _archives(root)
     entries = Path(extra or os.path.join(root, "extra")) / "entries.npy"
-    logs: dict[str, str] = {}
-    if entries.is_file():
-        states.append(_file_state(entries))
-    elif extra is not None:
+    has_entries = entries.is_file()
+    if extra is not None and not has_entries:
         raise UserError(f"data: {entries} is missing, expected DINOv2's table of the images in the archives of {root}")
+    logs = {} if has_entries else _logs(root, archives)
+    paths = [*(Path(root, name) for name in archives), *([entries] if has_entries else map(Path, logs.values()))]
+    states = [(path.name, status.st_size, status.st_mtime_ns) for path in paths for status in (path.stat(),)]
+    evidence = hashlib.sha256(repr((_VERSION, states)).encode()).hexdigest()
+    file = index_file(os.fsencode(f"tars\0{root}\0{entries}"), index_dir)
+    kept = load_index(file, evidence)
+    if kept is not None:
+        names = PathBlock.from_array(kept["names"])
+        return TarSource(root, archives, names, kept["archive"], kept["start"], kept["end"])
+    started = time.time_ns()
+    sizes = np.array([size for _, size, _ in states[: len(archives)]], dtype=np.int64)
+    if has_entries:
+        source = _from_entries(root, entries, archives, sizes)
     else:
-        logs, log_evidence = _logs(root, archives)
-        states += log_evidence
-    evidence = hashlib.sha256(repr(states).encode()).hexdigest()
-    digest = hashlib.sha256(os.fsencode(f"tars\0{root}\0{entries}")).hexdigest()[:32]
-    index_file = Path(index_dir or cache_folder() / "index") / f"{digest}.npz"
-    members = _read_index(index_file, evidence, archives, newest=max(time for _, _, time in states))
-    if members is None:
-        started = time.time_ns()
-        if entries.is_file():
-            members = _from_entries(root, entries, archives, sizes)
-        else:
-            members = _from_archives(root, archives, sizes, logs)
-        if not len(members):
-            raise UserError(f"data: no image files in the {len(archives)} archives of {root}")
-        _write_index(index_file, evidence, members, started)
-    return members
+        source = _from_archives(root, archives, sizes, logs)
+    if not len(source):
+        raise UserError(f"data: no image files in the {len(archives)} archives of {root}")
+    arrays = {name: getattr(source, name) for name in ("archive", "start", "end")}
+    arrays["names"] = source.names.as_array()
+    save_index(file, evidence, arrays, started, newest=max(changed for _, _, changed in states))
+    return source
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is there, and the kept index
-
-
-def _archives(root: str) -> tuple[list[str], np.ndarray, list[tuple[str, int, int]]]:
-    """Names and sizes of the archives in a folder, and what they looked like: (name, size, time of change)."""
+def _archives(root: str) -> list[str]:
+    """The names of the archives in a folder, ascending."""
     try:
-        with os.scandir(root) as found:
-            names = sorted(e.name for e in found if e.name.endswith(".tar") and e.name[0] != "." and e.is_file())
+        with os.scandir(root) as entries:
+            names = sorted(e.name for e in entries if e.name.endswith(".tar") and e.name[0] != "." and e.is_file())
     except OSError as error:
         raise UserError(f"data: cannot read the folder {root}: {error.strerror}") from error
     if not names:
         raise UserError(f"data: no .tar archives in {root}")
-    states = [_file_state(Path(root, name)) for name in names]
-    return names, np.array([size for _, size, _ in states], dtype=np.int64), states
+    return names
 
 
-def _file_state(path: Path) -> tuple[str, int, int]:
-    found = path.stat()
-    return path.name, found.st_size, found.st_mtime_ns
-
-
-def _logs(root: str, archives: Iterable[str]) -> tuple[dict[str, str], list[tuple[str, int, int]]]:
-    """The block listing of each archive that has one, and what the listings looked like."""
-    folder = Path(root, "blocks")
-    if not folder.is_dir():
-        return {}, []
-    present = set(os.listdir(folder))
+def _logs(root: str, archives: Iterable[str]) -> dict[str, str]:
+    """The block listing of each archive that has one."""
+    folder = os.path.join(root, "blocks")
+    present = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     logs = {name: f"{name.removesuffix('.tar')}.log" for name in archives}
-    logs = {name: str(folder / log) for name, log in logs.items() if log in present}
-    return logs, [_file_state(Path(log)) for log in logs.values()]
-
-
-def _read_index(index_file: Path, evidence: str, archives: Sequence[str], newest: int) -> TarMembers | None:
-    """The cached index; None when there is none, it is damaged, or the archives have changed since."""
-    try:
-        with np.load(index_file, allow_pickle=False) as file:
-            if int(file["version"]) != _VERSION or file["evidence"].tobytes() != evidence.encode():
-                return None
-            if newest > int(file["scanned"]) - SETTLED_NS:
-                return None
-            names = PathBlock(file["names"].tobytes())
-            members = TarMembers(archives, names, file["archive"], file["start"], file["end"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    whole = len(names) and all(len(each) == len(names) for each in (members.archive, members.start, members.end))
-    return members if whole else None
-
-
-def _write_index(index_file: Path, evidence: str, members: TarMembers, scanned: int) -> None:
-    arrays = {
-        "version": np.array(_VERSION),
-        "evidence": np.frombuffer(evidence.encode(), dtype=np.uint8),
-        "scanned": np.array(scanned, dtype=np.int64),
-        "names": np.frombuffer(members.names.block, dtype=np.uint8),
-        "archive": members.archive,
-        "start": members.start,
-        "end": members.end,
-    }
-    save_arrays(index_file, arrays)
+    return {name: os.path.join(folder, log) for name, log in logs.items() if log in present}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Three ways to find the members
 
 
-def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> TarMembers:
+def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> TarSource:
     """From DINOv2's table, in its order, which is that of the indices of DINOv2's own runs."""
     try:
         table = np.load(entries, mmap_mode="r", allow_pickle=False)
@@ -227,19 +170,15 @@ def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.n
         raise UserError(f"data: {entries} has no columns {', '.join(sorted(wanted))}")
     numbers = {name.removesuffix(".tar"): number for number, name in enumerate(archives)}
     archive = np.empty(len(table), dtype=np.int32)
-    start, end = np.empty(len(table), dtype=np.int64), np.empty(len(table), dtype=np.int64)
+    start, end = (table[column].astype(np.int64) for column in ("start_offset", "end_offset"))
     blocks: list[bytes] = []
     for first in range(0, len(table), _CHUNK):
         rows = np.asarray(table[first : first + _CHUNK])
-        here = slice(first, first + len(rows))
-        start[here], end[here] = rows["start_offset"], rows["end_offset"]
-        ids = rows["class_id"]
-        runs = np.concatenate([[0], np.flatnonzero(ids[1:] != ids[:-1]) + 1, [len(ids)]])
-        for left, right in itertools.pairwise(runs.tolist()):
-            number = numbers.get(str(ids[left]))
-            if number is None:
-                raise UserError(f"data: {entries} lists images of {ids[left]}, but {root} has no {ids[left]}.tar")
-            archive[first + left : first + right] = number
+        ids, which = np.unique(rows["class_id"], return_inverse=True)
+        unknown = [name for name in map(str, ids) if name not in numbers]
+        if unknown:
+            raise UserError(f"data: {entries} lists images of {unknown[0]}, but {root} has no {unknown[0]}.tar")
+        archive[first : first + len(rows)] = np.array([numbers[str(name)] for name in ids])[which]
         blocks.append(PathBlock.of(rows["filename"].tolist()).block)
     names = PathBlock(b"".join(blocks))
     outside = np.flatnonzero((start < 0) | (end < start + BLOCK) | (end > sizes[archive]))
@@ -249,10 +188,10 @@ def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.n
             f"data: {entries}: {table[at]['filename']} at bytes {start[at]}..{end[at]} does not lie in "
             f"{archives[archive[at]]} of {sizes[archive[at]]} bytes; without this file the archives are indexed anew"
         )
-    return TarMembers(archives, names, archive, start, end)
+    return TarSource(root, archives, names, archive, start, end)
 
 
-def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: dict[str, str]) -> TarMembers:
+def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: dict[str, str]) -> TarSource:
     """From block listings where there are any, else from the archives' own headers."""
     unlisted = [number for number, name in enumerate(archives) if name not in logs]
     if int(sizes[unlisted].sum()) > _WORTH_SAYING:
@@ -267,7 +206,8 @@ def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: 
 
     with ThreadPoolExecutor(_THREADS) as pool:
         found = list(pool.map(members, range(len(archives))))
-    return TarMembers(
+    return TarSource(
+        root,
         archives,
         PathBlock(b"".join(block for block, _, _ in found)),
         np.repeat(np.arange(len(found), dtype=np.int32), [len(starts) for _, starts, _ in found]),

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.models.attention import check_backend, compute_dtype, resolve_backend
-from dinoreg.models.layers import NORM_EPS, Block, PatchEmbed
-from dinoreg.models.vit import as_pair
+from dinoreg.models.layers import NORM_EPS, Block, PatchEmbed, init_linear_layers
+from dinoreg.models.vit import as_pair, patch_grid
 from dinoreg.runtime.errors import UserError
 
 INIT_STD = 0.02
@@ -48,19 +48,16 @@ class VitRGTS(nn.Module):
     ) -> None:
         super().__init__()
         self.image_size = as_pair(image_size, "image_size")
-        height, width = self.image_size
-        if height % patch_size or width % patch_size:
-            raise UserError(f"image_size {height}x{width} is not a multiple of patch_size {patch_size}")
+        rows, columns = patch_grid(self.image_size, patch_size)
         if pool not in ("cls", "mean"):
             raise UserError(f"pool={pool!r} is not known; expected 'cls' or 'mean'")
         if num_register_tokens < 0 or depth < 1:
             raise UserError(f"num_register_tokens={num_register_tokens}, depth={depth}: expected >= 0, >= 1")
-        num_patches = (height // patch_size) * (width // patch_size)
         self.pool, self.emb_dropout = pool, emb_dropout
         self.num_register_tokens = num_register_tokens
         self.attention_backend = check_backend(attention)
         self.patch_embed = PatchEmbed(patch_size, channels, dim)
-        self.pos_embed = nn.Parameter(torch.empty(1, num_patches, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, dim))
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, dim))
         self.blocks = nn.ModuleList(
@@ -72,10 +69,7 @@ class VitRGTS(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=INIT_STD)
-                nn.init.zeros_(module.bias)
+        init_linear_layers(self, INIT_STD)
         for tokens in (self.pos_embed, self.cls_token, self.register_tokens):
             nn.init.trunc_normal_(tokens, std=INIT_STD)
 

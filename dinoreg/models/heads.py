@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.models.attention import compute_dtype
+from dinoreg.models.layers import init_linear_layers
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.tiling import chunks, rows_per_chunk
 
@@ -105,10 +106,7 @@ class PrototypeHead(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        for module in self.mlp.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=self.init_std)
-                nn.init.zeros_(module.bias)
+        init_linear_layers(self.mlp, self.init_std)
         self.last_layer.init_weights()
 
     def bottleneck(self, tokens: Tensor) -> Tensor:

@@ -93,6 +93,14 @@ class SwiGLU(nn.Module):
 FFN_KINDS: dict[str, type[Mlp] | type[SwiGLU]] = {"mlp": Mlp, "swiglu": SwiGLU}
 
 
+def init_linear_layers(network: nn.Module, std: float) -> None:
+    """Draw the start weights of every linear layer (from torch's global generator): truncated normal, no bias."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
+
+
 class LayerScale(nn.Module):
     """Holds the per-channel factor of a residual; the block multiplies by it as it adds."""
 
@@ -216,10 +224,8 @@ def _per_token(factors: Tensor, shapes: Shapes) -> Tensor:
 
 def _kept_factors(shapes: Shapes, rate: float, x: Tensor) -> Tensor:
     """What `add_samples` multiplies by, for the images of all groups: 0 for those that were not drawn."""
-    factors = []
-    for (images, _), kept in zip(shapes, draw_kept(shapes, rate, x.device), strict=True):
-        factors.append(x.new_zeros(images).index_fill_(0, kept, images / len(kept)))
-    return torch.cat(factors)
+    drawn = zip(shapes, draw_kept(shapes, rate, x.device), strict=True)
+    return torch.cat([x.new_zeros(images).index_fill_(0, kept, images / len(kept)) for (images, _), kept in drawn])
 
 
 def draw_kept(shapes: Shapes, rate: float, device: torch.device) -> list[Tensor]:
@@ -253,6 +259,14 @@ def _views(shapes: Shapes, kept: Sequence[Tensor]) -> list[tuple[slice, slice, i
     return rows
 
 
+def _take(x: Tensor, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
+    views = _views(shapes, kept)
+    out = x.new_empty(views[-1][1].stop, x.shape[1])
+    for (in_x, in_y, images), index in zip(views, kept, strict=True):
+        torch.index_select(x[in_x].view(images, -1), 0, index, out=out[in_y].view(len(index), -1))
+    return out
+
+
 class _GatherSamples(torch.autograd.Function):
     # Written out because autograd's own composition (select, then concatenate) makes a second copy each way.
 
@@ -260,11 +274,7 @@ class _GatherSamples(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, shapes: Shapes, *kept: Tensor) -> Tensor:
         ctx.save_for_backward(*kept)
         ctx.shapes = shapes
-        views = _views(shapes, kept)
-        out = x.new_empty(views[-1][1].stop, x.shape[1])
-        for (in_x, in_y, images), index in zip(views, kept, strict=True):
-            torch.index_select(x[in_x].view(images, -1), 0, index, out=out[in_y].view(len(index), -1))
-        return out
+        return _take(x, shapes, kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -294,12 +304,9 @@ class _AddSamples(torch.autograd.Function):
         (grad,) = grads
         y, gamma, *kept = ctx.saved_tensors
         grad = grad.contiguous()
-        views = _views(ctx.shapes, kept)
-        grad_y = grad.new_empty(views[-1][1].stop, grad.shape[1])
-        for (in_x, in_y, images), index in zip(views, kept, strict=True):
-            part = grad_y[in_y]
-            torch.index_select(grad[in_x].view(images, -1), 0, index, out=part.view(len(index), -1))
-            part.mul_(images / len(index))
+        grad_y = _take(grad, ctx.shapes, kept)
+        for (_, in_y, images), index in zip(_views(ctx.shapes, kept), kept, strict=True):
+            grad_y[in_y].mul_(images / len(index))
         grad_gamma = None
         if gamma is not None:
             grad_gamma = (grad_y * y).sum(0).to(gamma.dtype)

@@ -15,10 +15,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinoreg.models.attention import Shapes, attention_weights, check_backend, compute_dtype, resolve_backend
-from dinoreg.models.layers import FFN_KINDS, NORM_EPS, Block, PatchEmbed, Rows
+from dinoreg.models.layers import FFN_KINDS, NORM_EPS, Block, PatchEmbed, Rows, init_linear_layers
 from dinoreg.runtime.errors import UserError
 
 POSITION_STD = 0.02
+# The constructor's arguments, besides the image size, that the weights depend on.
+ARCHITECTURE = (
+    *("patch_size", "dim", "depth", "heads", "num_registers", "ffn", "ffn_ratio", "layerscale"),
+    *("in_channels", "antialias", "position_offset", "init_std"),
+)
 TOKEN_STD = 1e-6  # class token and registers start as good as zero, yet not equal to one another
 
 
@@ -43,6 +48,14 @@ def as_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
     if len(pair) != 2 or not all(isinstance(extent, int) and extent > 0 for extent in pair):
         raise UserError(f"{name}={size!r} is not a size; expected a positive integer or (height, width)")
     return pair
+
+
+def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches; raises UserError where the patch size does not divide (height, width)."""
+    height, width = image_size
+    if height % patch_size or width % patch_size:
+        raise UserError(f"image_size {height}x{width} is not a multiple of patch_size {patch_size}")
+    return height // patch_size, width // patch_size
 
 
 def resample_positions(
@@ -111,9 +124,8 @@ class RegisterViT(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        height, width = as_pair(image_size, "image_size")
-        if height % patch_size or width % patch_size:
-            raise UserError(f"image_size {height}x{width} is not a multiple of patch_size {patch_size}")
+        self.image_size = as_pair(image_size, "image_size")
+        self.grid = patch_grid(self.image_size, patch_size)
         if dim % heads:
             raise UserError(f"dim={dim} does not divide into heads={heads}")
         if ffn not in FFN_KINDS:
@@ -123,8 +135,6 @@ class RegisterViT(nn.Module):
         if num_registers < 0 or depth < 1:
             raise UserError(f"num_registers={num_registers} and depth={depth}: expected >= 0 and >= 1")
 
-        self.image_size = (height, width)
-        self.grid = (height // patch_size, width // patch_size)
         self.patch_size, self.in_channels = patch_size, in_channels
         self.dim, self.depth, self.heads, self.num_registers = dim, depth, heads, num_registers
         self.ffn, self.ffn_ratio, self.layerscale = ffn, ffn_ratio, layerscale
@@ -147,10 +157,7 @@ class RegisterViT(nn.Module):
     def init_weights(self) -> None:
         """Draw the start weights (from torch's global generator). The patch embedding keeps a convolution's
         own."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=self.init_std)
-                nn.init.zeros_(module.bias)
+        init_linear_layers(self, self.init_std)
         nn.init.trunc_normal_(self.pos_embed, std=POSITION_STD)
         nn.init.normal_(self.cls_token, std=TOKEN_STD)
         if self.register_tokens is not None:
@@ -161,21 +168,7 @@ class RegisterViT(nn.Module):
         """The constructor's arguments that the weights depend on, fit for JSON:
         `RegisterViT(**m.architecture())`. Choices of a run (stochastic depth, attention backend,
         checkpointing) are not among them."""
-        return {
-            "image_size": list(self.image_size),
-            "patch_size": self.patch_size,
-            "dim": self.dim,
-            "depth": self.depth,
-            "heads": self.heads,
-            "num_registers": self.num_registers,
-            "ffn": self.ffn,
-            "ffn_ratio": self.ffn_ratio,
-            "layerscale": self.layerscale,
-            "in_channels": self.in_channels,
-            "antialias": self.antialias,
-            "position_offset": self.position_offset,
-            "init_std": self.init_std,
-        }
+        return {"image_size": list(self.image_size)} | {name: getattr(self, name) for name in ARCHITECTURE}
 
     # ---------------------------------------------------------------- embedding
 
@@ -237,21 +230,24 @@ class RegisterViT(nn.Module):
     ) -> list[Any]:
         groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
         x, shapes = _pack(groups)
+        rows = None if patches is None else _rows(shapes, patches, 1 + self.num_registers)
+        x = self.norm(self._run(x, shapes, self.depth, packed, rows=rows))
+        if patches is None:
+            return self._split(x, shapes)
+        sizes = [size for (count, _), chosen in zip(shapes, patches) for size in (count, len(chosen))]
+        parts = x.split(sizes)
+        return [ChosenTokens(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
+
+    def _split(self, x: Tensor, shapes: Shapes) -> list[Tokens]:
         first = 1 + self.num_registers
-        if patches is not None:
-            rows = _rows(shapes, patches, first)
-            x = self.norm(self._run(x, shapes, self.depth, packed, rows=rows))
-            sizes = [size for (count, _), chosen in zip(shapes, patches) for size in (count, len(chosen))]
-            parts = x.split(sizes)
-            return [ChosenTokens(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]
-        x = self.norm(self._run(x, shapes, self.depth, packed))
         return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in _unpack(x, shapes)]
 
     def _run(
         self, x: Tensor, shapes: Shapes, stop: int, packed: bool = False, start: int = 0, rows: Rows | None = None
     ) -> Tensor:
         """Blocks start .. stop - 1 over packed tokens (S, D); of the last one only `rows`."""
-        backends = self._backends(x, shapes)
+        dtype = compute_dtype(x)
+        backends = tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None
             if self.checkpointing and self.training and torch.is_grad_enabled():
@@ -259,10 +255,6 @@ class RegisterViT(nn.Module):
             else:
                 x = block(x, shapes, backends, packed, selected)
         return x
-
-    def _backends(self, x: Tensor, shapes: Shapes) -> tuple[str, ...]:
-        dtype = compute_dtype(x)
-        return tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
 
     # ---------------------------------------------------------------- looking inside
 
@@ -308,14 +300,12 @@ class RegisterViT(nn.Module):
         norm   applies the final norm to every block's output
         """
         x, shapes = _pack([self.embed(images)])
-        first = 1 + self.num_registers
         outputs: list[Tokens] = []
         start = 0
         for index in blocks:
             x = self._run(x, shapes, index + 1, start=start)
             start = index + 1
-            tokens = _unpack(self.norm(x) if norm else x, shapes)[0]
-            outputs.append(Tokens(tokens[:, 0], tokens[:, 1:first], tokens[:, first:]))
+            outputs += self._split(self.norm(x) if norm else x, shapes)
         return outputs
 
     def qkv(self, images: Tensor, layer: int = -1) -> tuple[Tensor, Tensor, Tensor]:

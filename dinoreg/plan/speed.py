@@ -191,9 +191,9 @@ def _measure(config: Config, dtype: torch.dtype, device: torch.device) -> Speed:
 
 def random_batch(config: Config, patch_size: int, device: torch.device) -> Batch:
     """A batch of random pixels with the masks that a run of one process draws."""
-    crops, count, mask = config.crops, config.batch_size, config.mask
+    crops, count = config.crops, config.batch_size
     grid = (crops.global_size // patch_size,) * 2
-    hidden = block_masks(0, 0, 2 * count, grid, mask.probability, mask.ratio, mask.min_patches, aspect=mask.aspect)
+    hidden = block_masks(0, 0, 2 * count, grid, config.mask)
     indices, weights = mask_tensors(hidden)
 
     def pixels(rows: int, size: int) -> Tensor:

@@ -5,10 +5,9 @@ updates and pixels are measured where metrics are written. A diagnosis is a name
 """
 
 import math
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,35 +43,27 @@ class Diagnosis:
     remedy: str
 
 
-def read_signals(metrics: Mapping[str, Any], num_prototypes: int) -> SimpleNamespace:
-    """What the rules look at in one line of metrics; what it lacks is NaN, and no rule applies to that."""
+def read_signals(metrics: Mapping[str, Any], num_prototypes: int) -> dict[str, Any]:
+    """One line of metrics and what rules derive from it; what the line lacks is NaN, and no rule applies to that."""
+    signals = defaultdict(lambda: math.nan, metrics)
     largest_entropy = math.log(max(num_prototypes, 2))
-    return SimpleNamespace(
-        step=int(metrics["step"]),
-        batch=metrics.get("global_batch_size", 2),
-        pixels=metrics.get("pixel_std", math.nan),
-        lr=metrics.get("backbone_lr", metrics.get("lr", 0.0)),  # of the weights whose updates are measured
-        update=metrics.get("update_ratio", math.nan),
-        distance=metrics.get("teacher_distance", math.nan),
-        entropy=metrics.get("teacher_entropy", math.nan) / largest_entropy,  # 1: a uniform guess
-        marginal=metrics.get("target_marginal_entropy", math.nan) / largest_entropy,  # 0: one prototype for all
-        usage=metrics.get("prototype_usage", 1.0),
-        rank=metrics.get("feature_rank", math.nan),
-        spread=metrics.get("feature_std", math.nan),
-        rejected=metrics.get("nonfinite_steps", 0),
-        waiting=metrics.get("data_time", 0.0) / max(metrics.get("step_time", 1.0), 1e-9),
-    )
+    signals["entropy"] = signals["teacher_entropy"] / largest_entropy  # 1: a uniform guess
+    signals["marginal"] = signals["target_marginal_entropy"] / largest_entropy  # 0: one prototype for all
+    signals["waiting"] = signals["data_time"] / max(signals["step_time"], 1e-9)
+    if "backbone_lr" in metrics:
+        signals["lr"] = metrics["backbone_lr"]  # of the weights whose updates are measured
+    return signals
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One diagnosis: when it applies, and its message, with names of `read_signals` in braces.
+    """One diagnosis: when it applies, and its message, with keys of `read_signals` in braces.
 
     at_once  it cannot be chance: one line is enough         late  only after the run's grace
     """
 
     name: str
-    applies: Callable[[SimpleNamespace], bool]
+    applies: Callable[[Mapping[str, Any]], bool]
     message: str
     remedy: str
     at_once: bool = False
@@ -82,73 +73,77 @@ class Rule:
 RULES = (
     Rule(
         "batch-too-small",
-        lambda x: x.batch < 2,
-        "a global batch of {batch} image: no image has a neighbour",
+        lambda x: x["global_batch_size"] < 2,
+        "a global batch of {global_batch_size} image: no image has a neighbour",
         "Raise batch_size to 16 or more; optim.accumulate keeps the memory as it is.",
         at_once=True,
     ),
     Rule(
         "constant-images",
-        lambda x: x.pixels < SAME_PIXELS,
-        "pixels vary by {pixels:.2g} over the whole batch (normalised)",
+        lambda x: x["pixel_std"] < SAME_PIXELS,
+        "pixels vary by {pixel_std:.2g} over the whole batch (normalised)",
         "Look at the images with `dinoreg inspect data=…`: their pixels are all the same.",
     ),
     Rule(
         "learning-rate-too-high",
-        lambda x: x.update > UPDATE_TOO_LARGE,
-        "a step moves the weights by {update:.1%} of their norm (healthy: 0.01 % to 1 %)",
+        lambda x: x["update_ratio"] > UPDATE_TOO_LARGE,
+        "a step moves the weights by {update_ratio:.1%} of their norm (healthy: 0.01 % to 1 %)",
         "Lower optim.lr (or optim.base_lr) by a factor of 3 to 10, or lengthen schedule.warmup.",
     ),
     Rule(
         "frozen-student",
-        lambda x: x.lr > 0 and x.update == 0.0,
+        lambda x: x["lr"] > 0 and x["update_ratio"] == 0.0,
         "the learning rate is {lr:.2g}, yet no weight moves",
         "Check that the learning rate is not zero and that parameters require gradients.",
     ),
     Rule(
         "teacher-follows-student",
-        lambda x: x.update > 0 and x.distance < 0.01 * x.update,
-        "the teacher is {distance:.2g} from the student, far less than one step moves ({update:.2g})",
+        lambda x: x["update_ratio"] > 0 and x["teacher_distance"] < 0.01 * x["update_ratio"],
+        "the teacher is {teacher_distance:.2g} from the student, far less than one step moves ({update_ratio:.2g})",
         "Raise schedule.momentum: 0.99 to 0.996 at the start suits most runs.",
     ),
     Rule(
         "uniform-targets",
-        lambda x: x.entropy > UNIFORM,
+        lambda x: x["entropy"] > UNIFORM,
         "the teacher's targets have {entropy:.1%} of the entropy of a uniform guess at step {step}",
         "Lower schedule.teacher_temp, raise the learning rate, use fewer head.prototypes, or loss.centering=sinkhorn.",
         late=True,
     ),
     Rule(
         "single-prototype",
-        lambda x: x.marginal < SINGLE,
+        lambda x: x["marginal"] < SINGLE,
         "all images get the same prototype (marginal entropy {marginal:.1%} of ln K)",
         "Use loss.centering=sinkhorn, or raise schedule.teacher_temp.",
         late=True,
     ),
     Rule(
         "few-prototypes-used",
-        lambda x: x.marginal >= SINGLE and x.usage < FEW_PROTOTYPES,
-        "{usage:.1%} of the prototypes are used",
+        lambda x: x["marginal"] >= SINGLE and x["prototype_usage"] < FEW_PROTOTYPES,
+        "{prototype_usage:.1%} of the prototypes are used",
         "Use loss.centering=sinkhorn or fewer head.prototypes.",
         late=True,
     ),
     Rule(
         "feature-collapse",
-        lambda x: x.pixels >= SAME_PIXELS and x.batch > 1 and (x.rank < LOW_RANK or x.spread < FLAT_FEATURES),
-        "class tokens are nearly equal (effective rank {rank:.2f}, spread {spread:.2g})",
+        lambda x: (
+            x["pixel_std"] >= SAME_PIXELS
+            and x["global_batch_size"] > 1
+            and (x["feature_rank"] < LOW_RANK or x["feature_std"] < FLAT_FEATURES)
+        ),
+        "class tokens are nearly equal (effective rank {feature_rank:.2f}, spread {feature_std:.2g})",
         "Raise loss.koleo_weight, lower the learning rate, or use loss.centering=sinkhorn.",
         late=True,
     ),
     Rule(
         "non-finite-steps",
-        lambda x: x.rejected > 0,
-        "{rejected} step(s) were not finite and were left out",
+        lambda x: x["nonfinite_steps"] > 0,
+        "{nonfinite_steps} step(s) were not finite and were left out",
         "Lower the learning rate, use precision=bf16 or fp32, and look at the listed images.",
         at_once=True,
     ),
     Rule(
         "data-bound",
-        lambda x: x.waiting > DATA_BOUND,
+        lambda x: x["waiting"] > DATA_BOUND,
         "{waiting:.0%} of the time goes to waiting for images",
         "Raise data.workers, store smaller images, or use a faster disk.",
         late=True,
@@ -177,21 +172,17 @@ class Health:
         self._clear()
 
     def _clear(self) -> None:
-        self._sums: dict[str, Tensor] = {}
         self._steps = 0
-        self._marginal: Tensor | None = None
+        self._sums: Tensor | float = 0.0  # (2,) of the targets' entropy and the features' spread
+        self._marginal: Tensor | float = 0.0  # (K,) of the mean targets
 
     @torch.no_grad()
     def observe(self, result: StepResult) -> None:
         """Take the signals of one step; nothing waits for the device."""
-        targets = result.targets.dino  # (2B, K)
+        targets, features = result.targets.dino, result.targets.features  # (2B, K), (2B, D)
         entropy = torch.special.entr(targets).sum(dim=-1).mean()
-        marginal = targets.mean(dim=0)  # (K,)
-        self._marginal = marginal if self._marginal is None else self._marginal + marginal
-        features = result.targets.features
-        signals = {"teacher_entropy": entropy, "feature_std": _spread(features)}
-        for name, value in signals.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._sums = self._sums + torch.stack([entropy, _spread(features)])
+        self._marginal = self._marginal + targets.mean(dim=0)
         self._steps += 1
         self.features.append(features)
         # Whole steps, so that the images are the same however many processes share them.
@@ -204,21 +195,23 @@ class Health:
 
         They are those of all processes, which call together; the spread is the mean of each one's own batch.
         """
-        if self._steps == 0 or self._marginal is None:
+        if not isinstance(self._sums, Tensor) or not isinstance(self._marginal, Tensor):
             return {}
-        means = self.ranks.all_reduce_mean(torch.stack(list(self._sums.values()))) / self._steps
-        metrics = dict(zip(self._sums, means.tolist()))
-        metrics["teacher_entropy_max"] = math.log(self.num_prototypes)
+        entropy, spread = (self.ranks.all_reduce_mean(self._sums) / self._steps).tolist()
         marginal = self.ranks.all_reduce_mean(self._marginal) / self._steps
-        metrics["target_marginal_entropy"] = float(torch.special.entr(marginal).sum())
-        # A prototype counts as used when it gets at least a tenth of its even share.
-        metrics["prototype_usage"] = float((marginal > 0.1 / self.num_prototypes).float().mean())
         share = -(-RANK_WINDOW // self.ranks.world_size)
         own = self.features[0][-share:] if len(self.features) == 1 else torch.cat(list(self.features))
         window = self.ranks.gather_rows(own)
-        metrics["feature_rank"] = rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan
         self._clear()
-        return metrics
+        return {
+            "teacher_entropy": entropy,
+            "feature_std": spread,
+            "teacher_entropy_max": math.log(self.num_prototypes),
+            "target_marginal_entropy": float(torch.special.entr(marginal).sum()),
+            # A prototype counts as used when it gets at least a tenth of its even share.
+            "prototype_usage": float((marginal > 0.1 / self.num_prototypes).float().mean()),
+            "feature_rank": rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan,
+        }
 
     def diagnose(self, metrics: Mapping[str, Any]) -> list[Diagnosis]:
         """What is wrong according to one line of metrics; each diagnosis is given once a run.
@@ -226,14 +219,14 @@ class Health:
         A signal that can be chance in one line has to show in three lines in a row.
         """
         signals = read_signals(metrics, self.num_prototypes)
-        late = signals.step >= self.grace
+        late = signals["step"] >= self.grace
         suspected = [rule for rule in RULES if (late or not rule.late) and rule.applies(signals)]
         self._in_a_row = {rule.name: self._in_a_row.get(rule.name, 0) + 1 for rule in suspected}
         diagnoses = []
         for rule in suspected:
             if rule.name not in self.reported and (rule.at_once or self._in_a_row[rule.name] >= LINES_IN_A_ROW):
                 self.reported.add(rule.name)
-                diagnoses.append(Diagnosis(rule.name, rule.message.format(**vars(signals)), rule.remedy))
+                diagnoses.append(Diagnosis(rule.name, rule.message.format_map(signals), rule.remedy))
         return diagnoses
 
     def forgetting(self, start: float, step: int, now: float, margin: float) -> list[Diagnosis]:
@@ -262,10 +255,9 @@ class WeightWatch:
         self.ranks = ranks
         names = [name for name, p in student["backbone"].named_parameters() if p.ndim == 2 and "blocks" in name]
         chosen = names[:: max(1, len(names) // 4)][:4]
-        students = dict(student["backbone"].named_parameters())
-        teachers = dict(teacher["backbone"].named_parameters())
-        self.student = [local(students[name]) for name in chosen]
-        self.teacher = [local(teachers[name]) for name in chosen]
+        self.student, self.teacher = (
+            [local(networks["backbone"].get_parameter(name)) for name in chosen] for networks in (student, teacher)
+        )
         self._before: list[Tensor] = []
 
     @torch.no_grad()
@@ -274,13 +266,11 @@ class WeightWatch:
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
-        """{"update_ratio", "teacher_distance"}: norms of differences over the norm of the weights."""
-        if not self._before:
-            return {}
-        norm = self._norm(self._before)
-        moved = self._norm([now - then for now, then in zip(self.student, self._before)])
+        """{"update_ratio", "teacher_distance"}: norms of differences over the norm of the weights at `before`."""
+        before, self._before = self._before, []
+        norm = self._norm(before)
+        moved = self._norm([now - then for now, then in zip(self.student, before)])
         apart = self._norm([now - average for now, average in zip(self.student, self.teacher)])
-        self._before = []
         return {"update_ratio": float(moved / norm), "teacher_distance": float(apart / norm)}
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:

@@ -12,18 +12,14 @@ import math
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 
-from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config
-from dinoreg.data.loader import BatchLoader
 from dinoreg.distributed.process_group import Agreement, Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
@@ -35,9 +31,8 @@ from dinoreg.train.online_probe import ProbeRunner
 from dinoreg.train.parallelize import check_replicas, compile_backbones
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
-from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import TrainState
-from dinoreg.train.step import StepResult, train_step
+from dinoreg.train.step import train_step
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +63,20 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         if config.resume and state.step == 0:
             messages.append(f"nothing to resume in {out}: starting at step 0")
         with open_log(out, state.step, setup.num_steps, config.log.tensorboard, ranks) as log:
-            run = build_run(config, setup, state, writer, log, on_checkpoint)
+            monitor = build_monitor(setup, state, log)
+            probes = None
+            if setup.probe is not None:
+                options, num_steps = config.probe, setup.num_steps
+                probes = ProbeRunner(setup.probe, setup.general, options, num_steps, setup.device, setup.dtype, monitor)
+            checkpoints = Checkpoints(out, writer, setup.source, setup.num_steps, log, ranks, on_checkpoint)
+            if config.model.compile:
+                compile_backbones(state.student, state.teacher)
             if ranks.is_main:
-                log_run_header(config, setup, state, messages, log)
-            run.checkpoints.write_status(state.step)
+                log_run_header(setup, state, messages, log)
+            checkpoints.write_status(state.step)
             try:
                 with Signals() as signals:
-                    train(run, state, signals)
+                    train(setup, state, monitor, probes, checkpoints, signals)
             except Exception as error:
                 diagnosis = ranks.diagnose_failure(error, state.step, config.parallel.timeout)
                 if diagnosis is None:
@@ -89,113 +91,75 @@ def open_log(out: Path, step: int, num_steps: int, tensorboard: bool, ranks: Ran
     return RunLog(out, step=step, num_steps=num_steps, tensorboard=tensorboard) if ranks.is_main else SilentLog()
 
 
-@dataclass(frozen=True)
-class Run:
-    """What the loop works with.
-
-    step           (state, batch, now) -> StepResult: one optimizer step
-    batches        state -> the loader, from the samples on that `state` has reached
-    probes_start   whether the weights are probed before the first step
-    log_every, save_every, check_every   steps between lines of metrics, checkpoints, comparisons of replicas (0: never)
-    max_nonfinite  steps in a row that may be rejected before the run rolls back; max_rollbacks  before it ends
-    """
-
-    num_steps: int
-    schedules: Schedules
-    step: Callable[..., StepResult]
-    batches: Callable[[TrainState], BatchLoader]
-    monitor: Monitor
-    probes: ProbeRunner | None
-    probes_start: bool
-    checkpoints: Checkpoints
-    log_every: int
-    save_every: int
-    check_every: int
-    max_nonfinite: int
-    max_rollbacks: int
+def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
+    health = Health(setup.config.head.prototypes, grace=max(100, setup.num_steps // 5), ranks=setup.ranks)
+    return Monitor(
+        log,
+        health,
+        WeightWatch(state.student, state.teacher, setup.ranks),
+        setup.source,
+        setup.ranks,
+        batch_size=setup.config.batch_size,
+        fp16=setup.dtype == torch.float16,
+        pretrained=setup.init is not None,
+    )
 
 
-def build_run(
-    config: Config,
+def train(
     setup: Setup,
     state: TrainState,
-    writer: Writer,
-    log: SilentLog,
-    on_checkpoint: Callable[[int, Path], None] | None,
-) -> Run:
-    """From a config to the objects that the loop works with."""
-    num_steps, ranks, fp16 = setup.num_steps, setup.ranks, setup.dtype == torch.float16
-    health = Health(config.head.prototypes, grace=max(100, num_steps // 5), ranks=ranks)
-    weights = WeightWatch(state.student, state.teacher, ranks)
-    pretrained = setup.init is not None
-    monitor = Monitor(
-        log, health, weights, setup.source, config.batch_size, fp16=fp16, pretrained=pretrained, ranks=ranks
-    )
-    probes = None
-    if setup.probe is not None:
-        probes = ProbeRunner(setup.probe, setup.general, config.probe, num_steps, setup.device, setup.dtype, monitor)
-    if config.model.compile:
-        compile_backbones(state.student, state.teacher)
-    return Run(
-        num_steps=num_steps,
-        schedules=setup.schedules,
-        step=partial(
-            train_step,
-            loss=config.loss,
-            dtype=setup.dtype,
-            clip_grad=config.optim.clip_grad,
-            accumulate=config.optim.accumulate,
-            seed=config.seed,
-        ),
-        batches=setup.batches,
-        monitor=monitor,
-        probes=probes,
-        probes_start=pretrained or setup.general is not None,
-        checkpoints=Checkpoints(setup.out, writer, setup.source, num_steps, log, ranks, on_checkpoint),
-        log_every=config.log.every,
-        save_every=config.checkpoint.every or min(2000, max(1, num_steps // 10)),
-        check_every=config.parallel.check_every,
-        max_nonfinite=config.health.max_nonfinite + (FP16_GRACE if fp16 else 0),
-        max_rollbacks=config.health.max_rollbacks,
-    )
-
-
-def train(run: Run, state: TrainState, signals: Signals) -> None:
+    monitor: Monitor,
+    probes: ProbeRunner | None,
+    checkpoints: Checkpoints,
+    signals: Signals,
+) -> None:
     """Train to the end of the run, or until a signal asks to stop (Interrupted, after saving)."""
-    monitor, probes, checkpoints = run.monitor, run.probes, run.checkpoints
+    config, num_steps = setup.config, setup.num_steps
+    check_every = config.parallel.check_every  # 0: never
+    save_every = config.checkpoint.every or min(2000, max(1, num_steps // 10))
+    max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
     agreement = Agreement(state.ranks)
-    if probes is not None and state.step == 0 and run.probes_start:
+    if probes is not None and state.step == 0 and (monitor.pretrained or setup.general is not None):
         probes.run(state)  # to compare with later
-    batches = run.batches(state)
+    batches = setup.batches(state)
     try:
-        while state.step < run.num_steps:
+        while state.step < num_steps:
             batch = next(batches)
-            now = run.schedules.at(state.step)
-            last = state.step + 1 == run.num_steps
-            logs_now = last or every(run.log_every, state.step + 1)
+            now = setup.schedules.at(state.step)
+            last = state.step + 1 == num_steps
+            logs_now = last or every(config.log.every, state.step + 1)
             if logs_now:
                 monitor.weights.before()
-            result = run.step(state, batch, now)
+            result = train_step(
+                state,
+                batch,
+                now,
+                loss=config.loss,
+                dtype=setup.dtype,
+                clip_grad=config.optim.clip_grad,
+                accumulate=config.optim.accumulate,
+                seed=config.seed,
+            )
             monitor.observe(batch, result)
 
             if logs_now:  # the one place that waits for the device
                 metrics = monitor.write(state, batch, result, now, checkpoints.writer.read_stall())
                 checkpoints.poll()
                 monitor.report(state.step, monitor.health.diagnose(metrics))
-                if float(state.rejected) >= run.max_nonfinite:
+                if float(state.rejected) >= max_nonfinite:
                     batches.close()
-                    checkpoints.roll_back(state, batches.bad, run.max_rollbacks)
-                    batches = run.batches(state)
+                    checkpoints.roll_back(state, batches.bad, config.health.max_rollbacks)
+                    batches = setup.batches(state)
                     continue
             stop = agreement.maximum(signals.received)  # the signal that some process got
-            if run.check_every and every(run.check_every, state.step):
+            if check_every and every(check_every, state.step):
                 check_replicas(state.step, state.position, state.replicated(), state.ranks)
             improved = probes is not None and probes.is_due(state.step) and probes.run(state)
-            good = every(run.save_every, state.step) and float(state.rejected) == 0  # a state to come back to
+            good = every(save_every, state.step) and float(state.rejected) == 0  # a state to come back to
             if good or improved or last or stop:
                 checkpoints.save(state, batches.bad, best=improved, wait=last or stop > 0)
             if stop and not last:
-                raise interruption(stop, state, run.num_steps, checkpoints.out)
+                raise interruption(stop, state, num_steps, checkpoints.out)
             del batch, result  # the targets are as large as the logits: the next step needs the room
     finally:
         batches.close()
@@ -218,9 +182,9 @@ def interruption(stop: int, state: TrainState, num_steps: int, out: Path) -> Int
     return interrupted
 
 
-def log_run_header(config: Config, setup: Setup, state: TrainState, messages: list[str], log: SilentLog) -> None:
+def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: SilentLog) -> None:
     """Say what is about to happen, and write the environment beside the run."""
-    path = setup.out / "environment.json"
+    config, path = setup.config, setup.out / "environment.json"
     now = environment()
     notes = [*setup.notes, *(changed_code(path, now) if state.step > 0 else []), *messages]
     write_atomic(path, json.dumps(now, indent=1) + "\n")
@@ -270,9 +234,7 @@ class Signals:
                     self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,34 +29,7 @@ LOSS_NAMES = {
 }
 
 
-class Clock:
-    """Step and data times since the last line of metrics, in seconds."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self._since = time.perf_counter()
-        self._data = 0.0
-        self._paused = 0.0
-
-    def add(self, batch: Batch) -> None:
-        self._data += batch.data_time
-
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not training: probes."""
-        self._paused += seconds
-
-    def read(self, num_steps: int, global_batch_size: int) -> dict[str, float]:
-        """Means over the `num_steps` steps since the last restart."""
-        elapsed = time.perf_counter() - self._since - self._paused
-        return {
-            "step_time": elapsed / num_steps,
-            "data_time": self._data / num_steps,
-            "images_per_second": global_batch_size * num_steps / elapsed,
-        }
-
-
+@dataclass
 class Monitor:
     """Follows a run step by step and writes its metrics and diagnoses.
 
@@ -64,28 +38,33 @@ class Monitor:
     pretrained  whether the backbone started from weights, with a learning rate of its own
     """
 
-    def __init__(
-        self,
-        log: SilentLog,
-        health: Health,
-        weights: WeightWatch,
-        source: Source,
-        batch_size: int,
-        *,
-        fp16: bool,
-        pretrained: bool,
-        ranks: Ranks,
-    ) -> None:
-        self.log, self.health, self.weights, self.source, self.ranks = log, health, weights, source, ranks
-        self.batch_size, self.global_batch_size = batch_size, batch_size * ranks.world_size
-        self.fp16, self.pretrained = fp16, pretrained
-        self.clock = Clock()
-        self._steps: list[tuple[np.ndarray, Tensor]] = []  # sample ids and acceptance, since the last line
+    log: SilentLog
+    health: Health
+    weights: WeightWatch
+    source: Source
+    ranks: Ranks
+    batch_size: int
+    fp16: bool
+    pretrained: bool
+
+    def __post_init__(self) -> None:
+        self.global_batch_size = self.batch_size * self.ranks.world_size
+        self._restart()
+
+    def _restart(self) -> None:
+        """Begin what the next line of metrics is about."""
+        self._steps: list[tuple[np.ndarray, Tensor]] = []  # sample ids and acceptance
+        self._since = time.perf_counter()
+        self._data_time = 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training: probes."""
+        self._since += seconds
 
     def observe(self, batch: Batch, result: StepResult) -> None:
         """Take the signals of one step; nothing waits for the device."""
         self.health.observe(result)
-        self.clock.add(batch)
+        self._data_time += batch.data_time
         self._steps.append((batch.sample_ids, result.accepted))
 
     def write(
@@ -94,7 +73,9 @@ class Monitor:
         """Write one line of metrics, waiting for the device, and return it. Called by all processes."""
         metrics = self._of_step(state, batch, result, now)
         metrics |= self.weights.after() | self.health.summarise()
-        metrics |= self.clock.read(len(self._steps), self.global_batch_size)
+        num_steps, elapsed = len(self._steps), time.perf_counter() - self._since
+        metrics |= {"step_time": elapsed / num_steps, "data_time": self._data_time / num_steps}
+        metrics["images_per_second"] = self.global_batch_size * num_steps / elapsed
         rejected = self._record_rejected(state.step)
         overflow_is_normal = self.fp16 and float(state.loss_scale) > 1.0
         metrics["nonfinite_steps"] = 0 if overflow_is_normal else rejected
@@ -125,8 +106,8 @@ class Monitor:
 
     def _record_rejected(self, step: int) -> int:
         """Name the samples of steps that were left out because they were not finite; returns how many steps."""
-        steps, self._steps = self._steps, []
-        self.clock.restart()
+        steps = self._steps
+        self._restart()
         accepted = torch.stack([flag for _, flag in steps]).tolist()
         rejected = [index for index, flag in enumerate(accepted) if not flag]
         for index in rejected:

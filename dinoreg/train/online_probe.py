@@ -16,12 +16,12 @@ from dinoreg.config.load import Config
 from dinoreg.config.schema import ProbeConfig
 from dinoreg.data.center_crop import center_crops
 from dinoreg.data.open import labelled_folder, open_source
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ScenesSource
+from dinoreg.data.source import ScenesSource, Source
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
+from dinoreg.scenes.render import CLASS_NAMES, label_of
 from dinoreg.train.metrics import Monitor
 from dinoreg.train.state import TrainState
 
@@ -80,6 +80,7 @@ class Probe:
         return ranks.gather_rows(torch.cat(rows))[: len(self.images)]
 
 
+@dataclass
 class ProbeRunner:
     """Probes the teacher of a run now and then, writes the results down, and says when it is the best so far.
 
@@ -87,20 +88,16 @@ class ProbeRunner:
     monitor  is told of the time that probes take, and of what was forgotten
     """
 
-    def __init__(
-        self,
-        probe: Probe,
-        general: Probe | None,
-        options: ProbeConfig,
-        num_steps: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        monitor: Monitor,
-    ) -> None:
-        self.probe, self.general, self.options, self.num_steps = probe, general, options, num_steps
-        self.device, self.dtype = device, dtype
-        self.monitor, self.log, self.ranks = monitor, monitor.log, monitor.ranks
-        self.every = options.every if options.every is not None else max(1, num_steps // 10)
+    probe: Probe
+    general: Probe | None
+    options: ProbeConfig
+    num_steps: int
+    device: torch.device
+    dtype: torch.dtype
+    monitor: Monitor
+
+    def __post_init__(self) -> None:
+        self.every = self.options.every if self.options.every is not None else max(1, self.num_steps // 10)
         self._started = time.perf_counter()
         self._probing = 0.0  # seconds spent in probes
 
@@ -114,15 +111,17 @@ class ProbeRunner:
         """
         elapsed = time.perf_counter() - self._started
         ends = state.step in (0, self.num_steps)
-        if not ends and self.ranks.from_main(self._probing > self.options.max_share * elapsed):
+        if not ends and self.monitor.ranks.from_main(self._probing > self.options.max_share * elapsed):
             return False
-        values = self.ranks.from_main(self._measure(state.teacher.backbone))  # machines may differ in the last digit
+        values = self.monitor.ranks.from_main(
+            self._measure(state.teacher.backbone)
+        )  # machines may differ in the last digit
         if state.step > 0:  # the first is no reason to leave out the next
             self._probing += values["probe_time"]
-        self.monitor.clock.pause(values["probe_time"])
-        self.log.append("probe.jsonl", {"step": state.step, **values})
+        self.monitor.pause(values["probe_time"])
+        self.monitor.log.append("probe.jsonl", {"step": state.step, **values})
         shown = "  ".join(f"{key}: {value:.4g}" for key, value in values.items() if key != "probe_time")
-        self.log.say(f"probe at step {state.step}: {shown}")
+        self.monitor.log.say(f"probe at step {state.step}: {shown}")
         if self.general is not None:
             now = values["general_knn_top1"]
             start = state.history.setdefault("general", {"step": state.step, "knn_top1": now})
@@ -137,9 +136,9 @@ class ProbeRunner:
 
     def _measure(self, backbone: nn.Module) -> dict[str, float]:
         """{"rankme", ["knn_top1"], ["general_rankme", "general_knn_top1"], "probe_time"} of the teacher's backbone."""
-        values = self.probe.measure(backbone, self.device, self.dtype, self.ranks)
+        values = self.probe.measure(backbone, self.device, self.dtype, self.monitor.ranks)
         if self.general is not None:
-            general = self.general.measure(backbone, self.device, self.dtype, self.ranks)
+            general = self.general.measure(backbone, self.device, self.dtype, self.monitor.ranks)
             values["probe_time"] += general.pop("probe_time")
             values |= {f"general_{key}": value for key, value in general.items()}
         return values
@@ -154,9 +153,8 @@ def build_probe(config: Config, source: Source) -> Probe | None:
         return None
     if config.probe.data is not None:
         return _labelled_probe(config, "probe.data", config.probe.data)
-    order = np.random.default_rng(0).permutation(len(source))[: config.probe.num_images]
-    images, readable = center_crops(source, order.tolist(), config.crops.global_size, config.model.in_channels)
-    return None if len(readable) < 4 else _probe(config, images, None, 0)
+    probe = _probe(config, source)
+    return probe if len(probe.images) >= 4 else None
 
 
 def build_general(config: Config) -> Probe | None:
@@ -170,32 +168,27 @@ def build_general(config: Config) -> Probe | None:
 
 
 def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
-    source, all_labels, class_names = _labelled(spec, config.probe.num_images)
-    order = np.random.default_rng(0).permutation(len(all_labels))[: config.probe.num_images]
-    images, readable = center_crops(source, order.tolist(), config.crops.global_size, config.model.in_channels)
-    labels = np.asarray(all_labels)[readable]
-    if len(readable) < 4 or len(set(labels[: len(readable) // 2])) < 2:
+    probe = _probe(config, *_labelled(spec, config.probe.num_images))
+    assert probe.labels is not None
+    if len(probe.images) < 4 or len(probe.labels[: len(probe.labels) // 2].unique()) < 2:
         raise UserError(f"{key}={spec}: expected at least 4 readable images of 2 classes")
-    return _probe(config, images, labels, len(class_names))
+    return probe
 
 
-def _probe(config: Config, images: Tensor, labels: np.ndarray | None, num_classes: int) -> Probe:
-    shape = (1, -1, 1, 1)
-    return Probe(
-        images,
-        None if labels is None else torch.from_numpy(labels).long(),
-        num_classes,
-        torch.tensor(config.augment.mean).view(shape),
-        torch.tensor(config.augment.std).view(shape),
-    )
+def _probe(config: Config, source: Source, labels: np.ndarray | None = None, num_classes: int = 0) -> Probe:
+    """A probe on some images of a source, always the same; `labels` of all of them."""
+    chosen = np.random.default_rng(0).permutation(len(source))[: config.probe.num_images]
+    images, readable = center_crops(source, chosen.tolist(), config.crops.global_size, config.model.in_channels)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.augment.mean, config.augment.std))
+    return Probe(images, None if labels is None else torch.from_numpy(labels[readable]), num_classes, mean, std)
 
 
-def _labelled(spec: str, count: int) -> tuple[Source, np.ndarray, list[str]]:
+def _labelled(spec: str, count: int) -> tuple[Source, np.ndarray, int]:
+    """Images, their labels (n,) int64 and the number of classes."""
     if spec == "scenes" or spec.startswith("scenes:"):
-        from dinoreg.scenes.render import CLASS_NAMES, label_of
-
         source = open_source(spec if ":" in spec else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
         assert isinstance(source, ScenesSource)
-        labels = [label_of(source.first + i, source.seed) for i in range(len(source))]
-        return source, np.array(labels), list(CLASS_NAMES)
-    return labelled_folder(spec)
+        labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
+        return source, np.array(labels), len(CLASS_NAMES)
+    folder, folder_labels, names = labelled_folder(spec)
+    return folder, folder_labels, len(names)

@@ -5,10 +5,12 @@ multiplier and last-layer flag share one group.
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dinoreg.config.schema import OptimConfig
 from dinoreg.train.parallelize import full_tensor, local
 from dinoreg.train.schedules import Now
 
@@ -38,44 +40,27 @@ def decays(name: str) -> bool:
 
 def parameter_groups(
     student: nn.ModuleDict, depth: int, layer_decay: float, patch_embed_lr: float
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Groups for the optimizer: {"params", "names", "module", "lr_multiplier", "wd_multiplier", "last_layer"}."""
-    groups: dict[tuple[object, ...], dict[str, object]] = {}
+    groups: dict[tuple[str, float, float, bool], dict[str, Any]] = {}
     for module_name, module in student.items():
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
             lr = lr_multiplier(name, depth, layer_decay, patch_embed_lr) if module_name == "backbone" else 1.0
-            wd = 1.0 if decays(name) else 0.0
-            last_layer = "last_layer" in name
-            group = groups.setdefault(
-                (module_name, lr, wd, last_layer),
-                {
-                    "params": [],
-                    "names": [],
-                    "module": module_name,
-                    "lr_multiplier": lr,
-                    "wd_multiplier": wd,
-                    "last_layer": last_layer,
-                },
-            )
-            group["params"].append(parameter)  # type: ignore[attr-defined]
-            group["names"].append(f"{module_name}.{name}")  # type: ignore[attr-defined]
+            key = (module_name, lr, float(decays(name)), "last_layer" in name)
+            properties = dict(zip(("module", "lr_multiplier", "wd_multiplier", "last_layer"), key))
+            group = groups.setdefault(key, {"params": [], "names": [], **properties})
+            group["params"].append(parameter)
+            group["names"].append(f"{module_name}.{name}")
     return list(groups.values())
 
 
-def build_optimizer(
-    student: nn.ModuleDict,
-    depth: int,
-    *,
-    layer_decay: float,
-    patch_embed_lr: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> torch.optim.AdamW:
-    """Fused AdamW; its rates are set every step by `set_rates`."""
-    groups = parameter_groups(student, depth, layer_decay, patch_embed_lr)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+def build_optimizer(student: nn.ModuleDict, depth: int, layer_decay: float, options: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW; its rates are set every step by `set_rates`. `layer_decay` holds instead of that of the options."""
+    groups = parameter_groups(student, depth, layer_decay, options.patch_embed_lr)
+    betas = (options.beta1, options.beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=options.eps, weight_decay=0.0, fused=True)
 
 
 def start_moments(optimizer: torch.optim.Optimizer) -> None:

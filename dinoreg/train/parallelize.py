@@ -10,6 +10,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +74,10 @@ def parallelize(
             shard(nn.ModuleDict({"backbone": anchor}), mesh, policy, True)
         return student
     if strategy == "ddp":
-        learning = {name for name in student if _learns(name, student, loss)}
-        return {name: _replicate(module) if name in learning else module for name, module in student.items()}
+        # Looking for unused parameters keeps DDP from regrouping its buckets after the first step. The groups fix the
+        # order of sums, so that a resumed run, which has a first step of its own, would differ in the last bits.
+        replicate = partial(DistributedDataParallel, gradient_as_bucket_view=True, find_unused_parameters=True)
+        return {name: replicate(m) if _learns(name, student, loss) else m for name, m in student.items()}
     return student
 
 
@@ -94,12 +97,6 @@ def shard(networks: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolic
         units = [*module.blocks, module] if isinstance(module, RegisterViT) else [module]
         for unit in units:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-
-
-def _replicate(module: nn.Module) -> DistributedDataParallel:
-    # Looking for unused parameters keeps DDP from regrouping its buckets after the first step. The groups fix the
-    # order of sums, so that a resumed run, which has a first step of its own, would differ in the last bits.
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=True)
 
 
 def _learns(name: str, student: nn.ModuleDict, loss: LossConfig) -> bool:

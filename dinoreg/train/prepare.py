@@ -3,7 +3,7 @@
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,15 +12,14 @@ from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.config.overwrite import check_out, delete_run
-from dinoreg.config.schema import DataConfig
-from dinoreg.data.loader import BatchLoader, Reading, Views
+from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
-from dinoreg.train.init_weights import InitialWeights, check_same_init, copy_init, load_init
+from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.online_probe import Probe, build_general, build_probe
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
@@ -29,8 +28,9 @@ from dinoreg.train.state import Networks, TrainState, build_networks, build_stat
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
 
-# Sections that fix the shapes of a checkpoint: a resumed run may not change them.
+# Sections that fix the shapes of a checkpoint: a resumed run may not change them, but for these options.
 SHAPING = ("model", "head")
+FREE = ("model.drop_path", "model.drop_path_uniform", "model.attention", "model.checkpointing", "model.compile")
 
 
 @dataclass
@@ -65,12 +65,11 @@ class Setup:
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of this run, from the samples on that `state` has reached."""
-        config, data = self.config, self.config.data
-        patch_size = self.student.backbone.patch_size
+        config, patch_size = self.config, self.student.backbone.patch_size
         loader = BatchLoader(
             self.source,
             Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels),
-            Reading(data.workers, data.prefetch, data.max_bad_fraction, data.max_pixels),
+            config.data,
             batch_size=config.batch_size,
             seed=config.seed,
             device=self.device,
@@ -110,29 +109,28 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
     out = Path(config.out)
     check_out(config, out)
-    if config.resume and (out / "config.yaml").is_file():
-        _check_same_shapes(config, out)
+    changed = changed_config(config, out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    source = _open_data(config.data, ranks)
+    data = config.data
+    if data.source is None:
+        raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
+    with ranks.main_first():  # the others find the index ready
+        source = open_source(data.source, weights=data.weights, root=data.root, index_dir=data.index_dir)
     num_steps = config.num_steps(len(source), ranks.world_size)
     student, teacher = build_networks(config)
-    notes = [config.explain_lr(ranks.world_size), *changed_config(config, out)]
-    strategy = _check_parallel(config, student, ranks.world_size)
+    notes = [config.explain_lr(ranks.world_size), *changed]
+    strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), ranks.world_size)
+    koleo_ranks = config.loss.koleo_ranks
+    if koleo_ranks is not None and ranks.world_size % koleo_ranks:
+        raise UserError(f"loss.koleo_ranks={koleo_ranks}: expected a divisor of the {ranks.world_size} processes")
     if strategy != "single":
         notes.append(f"{ranks.world_size} processes, {strategy}")
-    init = load_init(
-        config.init,
-        student,
-        teacher,
-        anchor_weight=config.loss.anchor_weight,
-        channels=config.adapt.channels,
-        resumed_run=out if config.resume else None,
-    )
+    init = load_init(config, out, student, teacher)
     if init is not None:
         notes += [init.note, config.explain_start(num_steps, ranks.world_size)]
     probe, general = build_probe(config, source), build_general(config)
@@ -150,34 +148,11 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         student=student,
         teacher=teacher,
         init=init,
-        schedules=build_schedules(config, num_steps, ranks.world_size),
+        schedules=Schedules(
+            num_steps, config.peak_lr(ranks.world_size), config.schedule, config.adapt if init else None
+        ),
         notes=notes,
     )
-
-
-def _open_data(data: DataConfig, ranks: Ranks) -> Source:
-    if data.source is None:
-        raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
-    with ranks.main_first():  # the others find the index ready
-        return open_source(data.source, weights=data.weights, root=data.root, index_dir=data.index_dir)
-
-
-def _check_parallel(config: Config, student: Networks, world_size: int) -> str:
-    """How the networks are distributed; UserError where the processes do not divide into the groups asked for."""
-    strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), world_size)
-    koleo_ranks = config.loss.koleo_ranks
-    if koleo_ranks is not None and world_size % koleo_ranks:
-        raise UserError(f"loss.koleo_ranks={koleo_ranks}: expected a divisor of the {world_size} processes")
-    return strategy
-
-
-def build_schedules(config: Config, num_steps: int, world_size: int) -> Schedules:
-    """The schedules of a run; with `init=` those of `adapt` for the backbone besides."""
-    schedules = Schedules(num_steps=num_steps, peak_lr=config.peak_lr(world_size), **asdict(config.schedule))
-    if config.init is None:
-        return schedules
-    adapt = config.adapt
-    return replace(schedules, backbone_frozen=adapt.heads, backbone_warmup=adapt.warmup, backbone_rate=adapt.lr)
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
@@ -210,32 +185,27 @@ def check_shared(out: Path, ranks: Ranks) -> None:
         path.unlink(missing_ok=True)
 
 
-def _check_same_shapes(config: Config, out: Path) -> None:
-    """A run can only be resumed with the networks it was started with."""
-    before = load_config(out / "config.yaml")
-    check_same_init(before.init, config.init, out)
-    free = {
-        "model": {"drop_path", "drop_path_uniform", "attention", "checkpointing", "compile"},
-        "head": set(),
-    }
-    for section in SHAPING:
-        then, now = getattr(before, section), getattr(config, section)
-        for key in vars(now):
-            if key not in free[section] and getattr(then, key) != getattr(now, key):
-                raise UserError(
-                    f"{section}.{key}={getattr(now, key)}: the run in {out} has {getattr(then, key)}; "
-                    "a resumed run keeps its architecture"
-                )
-
-
 def changed_config(config: Config, out: Path) -> list[str]:
-    """One line when a run is resumed with options that move its weights and differ from those it was started with."""
+    """One line when a run is resumed with options that move its weights and differ from those it was started with.
+
+    raises UserError when it could not load its checkpoints into the networks of this config
+    """
     path = out / "config.yaml"
     if not config.resume or not path.is_file():
         return []
+    before = load_config(path)
+    if before.init != config.init:
+        started = "without init=" if before.init is None else f"from init={before.init}"
+        raise UserError(f"init={config.init}: the run in {out} was started {started}; a resumed run keeps its start")
+    for section in SHAPING:
+        then, now = vars(getattr(before, section)), vars(getattr(config, section))
+        for key in now:
+            if f"{section}.{key}" not in FREE and then[key] != now[key]:
+                kept = f"the run in {out} has {then[key]}; a resumed run keeps its architecture"
+                raise UserError(f"{section}.{key}={now[key]}: {kept}")
     # The device shapes no weights but by its rounding.
-    before, after = ({**each.shaping(), "device": each.device} for each in (load_config(path), config))
-    changed = [f"{key}={after[key]} (was {before[key]})" for key in after if before[key] != after[key]]
+    old, new = ({**each.shaping(), "device": each.device} for each in (before, config))
+    changed = [f"{key}={new[key]} (was {old[key]})" for key in new if old[key] != new[key]]
     return [f"resumed with {', '.join(changed)}: losses differ from an unbroken run's"] if changed else []
 
 
@@ -251,6 +221,6 @@ def claim_folder(config: Config, out: Path, init: InitialWeights | None, backbon
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "config.yaml", to_yaml(config))
         if init is not None:
-            copy_init(out, init, backbone)
+            copy_init(config, out, init, backbone)
     except OSError as error:
         raise UserError(f"out={out}: cannot be written ({error.strerror})") from None

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from dinoreg.checkpoint import format as checkpoint
@@ -45,24 +46,20 @@ def restore(state: TrainState, path: Path, source: Source) -> list[str]:
     return messages
 
 
+@dataclass
 class Checkpoints:
     """The checkpoints of a run in progress, and the files beside them that tell how far it is.
 
     on_checkpoint  called on rank 0 with (step, teacher file) after a checkpoint has been published
     """
 
-    def __init__(
-        self,
-        out: Path,
-        writer: Writer,
-        source: Source,
-        num_steps: int,
-        log: SilentLog,
-        ranks: Ranks,
-        on_checkpoint: Callable[[int, Path], None] | None = None,
-    ) -> None:
-        self.out, self.writer, self.source, self.num_steps = out, writer, source, num_steps
-        self.log, self.ranks, self.on_checkpoint = log, ranks, on_checkpoint
+    out: Path
+    writer: Writer
+    source: Source
+    num_steps: int
+    log: SilentLog
+    ranks: Ranks
+    on_checkpoint: Callable[[int, Path], None] | None = None
 
     def save(self, state: TrainState, bad: Mapping[str, str], *, best: bool, wait: bool) -> None:
         """Have training state and teacher file written; `last` (and `best`) point to them once they are on the disk.

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler
 
+from dinoreg.config.schema import AdaptConfig, ScheduleConfig
+
 
 @dataclass(frozen=True)
 class Now:
@@ -37,49 +39,40 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Schedules:
-    """All schedules of a run; lengths are given as fractions of `num_steps`.
+    """All schedules of a run; their lengths are fractions of `num_steps`.
 
-    The last three are for a run that starts from weights: how long the backbone stays frozen, how long its rate then
-    rises, and the multiplier it rises to.
+    adapt  of a run that starts from weights: how long the backbone stays frozen, how long its rate then rises, and the
+           multiplier it rises to; None: the backbone learns as the heads do
     """
 
     num_steps: int
     peak_lr: float
-    final_lr: float
-    warmup: float
-    weight_decay: tuple[float, float]
-    momentum: tuple[float, float]
-    teacher_temp: tuple[float, float]
-    teacher_temp_warmup: float
-    freeze_last_layer: float
-    backbone_frozen: float = 0.0
-    backbone_warmup: float = 0.0
-    backbone_rate: float = 1.0
-
-    @property
-    def warmup_steps(self) -> int:
-        return round(self.warmup * self.num_steps)
+    options: ScheduleConfig
+    adapt: AdaptConfig | None = None
 
     def at(self, step: int) -> Now:
-        warmup = self.warmup_steps
+        options = self.options
+        warmup = round(options.warmup * self.num_steps)
         if step < warmup:
             lr = linear(0.0, self.peak_lr, step, warmup)
         else:
-            lr = cosine(self.peak_lr, min(self.final_lr, self.peak_lr), step - warmup, self.num_steps - warmup)
-        frozen = step < round(self.freeze_last_layer * self.num_steps)
-        temp_steps = round(self.teacher_temp_warmup * self.num_steps)
+            lr = cosine(self.peak_lr, min(options.final_lr, self.peak_lr), step - warmup, self.num_steps - warmup)
+        frozen = step < round(options.freeze_last_layer * self.num_steps)
+        temp_steps = round(options.teacher_temp_warmup * self.num_steps)
         return Now(
             lr=lr,
             last_layer_lr=0.0 if frozen else lr,
-            weight_decay=cosine(*self.weight_decay, step, self.num_steps),
-            momentum=cosine(*self.momentum, step, self.num_steps),
-            teacher_temp=linear(*self.teacher_temp, step, temp_steps),
+            weight_decay=cosine(*options.weight_decay, step, self.num_steps),
+            momentum=cosine(*options.momentum, step, self.num_steps),
+            teacher_temp=linear(*options.teacher_temp, step, temp_steps),
             backbone=self.backbone_at(step),
         )
 
     def backbone_at(self, step: int) -> float:
         """0 while the backbone is frozen; then a line whose first step is above 0, since a step at 0 would be lost."""
-        since = step - round(self.backbone_frozen * self.num_steps)
+        if self.adapt is None:
+            return 1.0
+        since = step - round(self.adapt.heads * self.num_steps)
         if since < 0:
             return 0.0
-        return linear(0.0, self.backbone_rate, since + 1, round(self.backbone_warmup * self.num_steps) + 1)
+        return linear(0.0, self.adapt.lr, since + 1, round(self.adapt.warmup * self.num_steps) + 1)

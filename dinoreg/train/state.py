@@ -82,12 +82,7 @@ class TrainState:
 
     def numbers(self) -> dict[str, Any]:
         """The rest of a checkpoint: plain numbers and lists, written as JSON."""
-        return {
-            "step": self.step,
-            "position": self.position,
-            "rollbacks": self.rollbacks,
-            "history": self.history,
-        }
+        return {name: getattr(self, name) for name in ("step", "position", "rollbacks", "history")}
 
     def load(self, tensors: dict[str, Any], numbers: dict[str, Any]) -> None:
         """Take over a checkpoint read into `tensors()` of this very state."""
@@ -99,38 +94,19 @@ class TrainState:
             self.centers[name].copy_(center)
         for name in ("loss_scale", "scale_age", "rejected"):
             getattr(self, name).copy_(tensors[name])
-        self.step = numbers["step"]
-        self.position = numbers["position"]
+        self.step, self.position, self.history = numbers["step"], numbers["position"], numbers["history"]
         self.rollbacks = max(self.rollbacks, numbers["rollbacks"])
-        self.history = numbers["history"]
-
-
-def build_backbone(config: Config) -> RegisterViT:
-    model = config.model
-    shape = {key: getattr(model, key) for key in ("dim", "depth", "heads", "ffn") if getattr(model, key) is not None}
-    return build(
-        model.name,
-        image_size=config.crops.global_size,
-        ffn_ratio=model.ffn_ratio,
-        layerscale=model.layerscale,
-        drop_path=model.drop_path,
-        drop_path_uniform=model.drop_path_uniform,
-        in_channels=model.in_channels,
-        antialias=model.antialias,
-        position_offset=model.position_offset,
-        init_std=model.init_std,
-        attention=model.attention,
-        checkpointing=model.checkpointing,
-        **shape,
-    )
 
 
 def build_networks(config: Config) -> tuple[Networks, Networks]:
     """Student and teacher, on the CPU, with equal weights that depend on the seed alone."""
     head = config.head
+    # What the config leaves open is as the model's name says; compiling is done from outside.
+    options = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
+    del options["compile"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build_backbone(config)
+        backbone = build(**options, image_size=config.crops.global_size)
 
         def prototype_head(prototypes: int, bottleneck_dim: int) -> PrototypeHead:
             return PrototypeHead(
@@ -165,14 +141,7 @@ def build_state(
     teacher.to(device)
     anchor = None if anchor is None else anchor.to(device)
     train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device, ranks, mesh)
-    optimizer = build_optimizer(
-        student,
-        student.backbone.depth,
-        layer_decay=config.layer_decay(),
-        patch_embed_lr=config.optim.patch_embed_lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-    )
+    optimizer = build_optimizer(student, student.backbone.depth, config.layer_decay(), config.optim)
     if config.init is not None and config.adapt.heads > 0:
         start_moments(optimizer)
     heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}

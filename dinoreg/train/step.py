@@ -74,38 +74,22 @@ class MicroBatch:
     mask: Tensor  # (2b, N)
     mask_indices: Tensor  # (m,) into 2b·N
     mask_weights: Tensor  # (m,)
-    rows: Tensor | None  # (2b,) rows of the whole batch's global crops; None: all
-    masked_rows: Tensor | None  # (m,) rows of the whole batch's masked patches; None: all
-
-    def of_crops(self, values: Tensor) -> Tensor:
-        """This part's rows of (2B, …)."""
-        return values if self.rows is None else values[self.rows]
-
-    def of_patches(self, values: Tensor) -> Tensor:
-        """This part's rows of (M, …)."""
-        return values if self.masked_rows is None else values[self.masked_rows]
+    rows: Tensor | slice  # (2b,) rows of the whole batch's global crops
+    masked_rows: Tensor | slice  # (m,) rows of the whole batch's masked patches
 
 
 def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
     """Cut a batch into `count` parts of equally many images, every view of an image in the same part."""
-    device = batch.global_crops.device
+    if count == 1:
+        tensors = (batch.global_crops, batch.local_crops, batch.mask, batch.mask_indices, batch.mask_weights)
+        yield MicroBatch(*tensors, slice(None), slice(None))
+        return
     num_images = batch.global_crops.shape[0] // 2
     num_patches = batch.mask.shape[1]
-    if count == 1:
-        yield MicroBatch(
-            batch.global_crops,
-            batch.local_crops,
-            batch.mask,
-            batch.mask_indices,
-            batch.mask_weights,
-            None,
-            None,
-        )
-        return
     size = num_images // count
     crop_of_patch = batch.mask_indices // num_patches
     for part in range(count):
-        images = torch.arange(part * size, (part + 1) * size, device=device)
+        images = torch.arange(part * size, (part + 1) * size, device=batch.global_crops.device)
         rows = torch.cat([images, images + num_images])
         masked_rows = torch.isin(crop_of_patch, rows).nonzero()[:, 0]
         own_row = torch.searchsorted(rows, crop_of_patch[masked_rows])
@@ -150,19 +134,17 @@ def teacher_targets(
 ) -> Targets:
     """The teacher's prototype assignments of both views and of the masked patches, over the whole batch."""
     device = batch.global_crops.device
-    cls_logits: list[Tensor] = []
-    patch_logits: list[Tensor] = []
-    features: list[Tensor] = []
     parts = list(micro_batches(batch, accumulate))
+    crops, masked = [part.rows for part in parts], [part.masked_rows for part in parts]
+    outputs = []
     for part in parts:
         with autocast(device, dtype):
             (tokens,) = teacher["backbone"]([part.global_crops], None, [part.mask_indices])
             cls_part, patch_part = project(teacher, [tokens.cls], tokens.patches)
-        cls_logits.append(cls_part)
-        patch_logits.append(patch_part)
-        features.append(tokens.cls.float().clone())  # a view would keep the patches until health forgets it
-    cls_all = _restore(cls_logits, [part.rows for part in parts])
-    patch_all = _restore(patch_logits, [part.masked_rows for part in parts])
+        # Of the tokens, a view would keep the patches until health forgets it.
+        outputs.append((cls_part, patch_part, tokens.cls.float().clone()))
+    cls_logits, patch_logits, features = (list(tensors) for tensors in zip(*outputs))
+    cls_all, patch_all = _restore(cls_logits, crops), _restore(patch_logits, masked)
     if loss.centering == "sinkhorn":
         dino = sinkhorn_knopp(cls_all, teacher_temp, loss.sinkhorn_iterations, ranks)
         ibot = sinkhorn_knopp(patch_all, teacher_temp, loss.sinkhorn_iterations, ranks)
@@ -174,13 +156,14 @@ def teacher_targets(
             "dino": update_center(centers["dino"], cls_all, loss.center_momentum, ranks),
             "ibot": update_center(centers["ibot"], patch_all, loss.center_momentum, ranks),
         }
-    return Targets(dino, ibot, _restore(features, [part.rows for part in parts]), next_centers)
+    return Targets(dino, ibot, _restore(features, crops), next_centers)
 
 
-def _restore(parts: list[Tensor], rows: list[Tensor | None]) -> Tensor:
+def _restore(parts: list[Tensor], rows: list[Tensor | slice]) -> Tensor:
     """Put the rows of micro-batches back in the order of the batch."""
-    known = [row for row in rows if row is not None]
-    return torch.cat(parts)[torch.cat(known).argsort()] if known else parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[torch.cat([row for row in rows if isinstance(row, Tensor)]).argsort()]
 
 
 def student_inputs(part: MicroBatch, anchored: bool) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
@@ -220,19 +203,9 @@ def student_losses(
         global_tokens = tokens[0].cls
         masked, visible = tokens[0].patches.split([num_masked, len(patches[0]) - num_masked])
         global_logits, *local_logits, patch_logits = project(student, [t.cls for t in tokens], masked)
-    dino_global, dino_local = dino_loss(
-        global_logits,
-        local_logits[0] if local_logits else None,
-        part.of_crops(targets.dino),
-        loss.student_temp,
-    )
-    ibot = ibot_loss(
-        patch_logits,
-        part.of_patches(targets.ibot),
-        part.mask_weights,
-        len(global_tokens),
-        loss.student_temp,
-    )
+    temp, local_group = loss.student_temp, local_logits[0] if local_logits else None
+    dino_global, dino_local = dino_loss(global_logits, local_group, targets.dino[part.rows], temp)
+    ibot = ibot_loss(patch_logits, targets.ibot[part.masked_rows], part.mask_weights, len(global_tokens), temp)
     losses = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
     if anchor is not None:
         with torch.no_grad(), autocast(part.global_crops.device, dtype):
@@ -284,12 +257,8 @@ def backward(
     path draws the same samples both times because every micro-batch seeds it anew. The tokens of other processes take
     part in the same way.
     """
-    weights = {
-        "dino_global": loss.dino_weight,
-        "dino_local": loss.dino_weight,
-        "ibot": loss.ibot_weight,
-        "anchor": loss.anchor_weight,
-    }
+    weights = {"dino_global": loss.dino_weight, "dino_local": loss.dino_weight}
+    weights |= {"ibot": loss.ibot_weight, "anchor": loss.anchor_weight}
     anchor = state.anchor if loss.anchor_weight > 0 and not frozen else None
     parts = list(micro_batches(batch, accumulate))
     ranks = state.ranks
@@ -317,7 +286,7 @@ def backward(
                 )
             objective = torch.stack(list(share.values())).sum()
             if koleo_gradient is not None:
-                objective = objective + (cls_tokens.float() * part.of_crops(koleo_gradient)).sum()
+                objective = objective + (cls_tokens.float() * koleo_gradient[part.rows]).sum()
             (objective * state.loss_scale).backward()
         for name, value in share.items():
             totals[name] = totals[name] + value.detach() if name in totals else value.detach()

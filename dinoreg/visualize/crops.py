@@ -1,6 +1,7 @@
 """What the networks see: the augmented crops of a training batch, and the patches hidden from the student."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 
 from dinoreg.config.load import Config, find_config, load_config
 from dinoreg.data.decode import decode
-from dinoreg.data.loader import Batch, BatchLoader, Reading, Views
+from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import Source
 from dinoreg.models.registry import parse_name
 from dinoreg.runtime.errors import UserError
@@ -97,7 +98,7 @@ def view_crops(config: str, overrides: Sequence[str] = (), out: str | None = Non
 def first_batch(config: Config, source: Source, patch_size: int, batch_size: int) -> tuple[Batch, dict[str, str]]:
     """The first training batch that a config makes of a source, and {name: reason} of images that it left out."""
     views = Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels)
-    reading = Reading(workers=0, max_bad_fraction=1.0, max_pixels=config.data.max_pixels)
+    reading = replace(config.data, workers=0, max_bad_fraction=1.0)
     loader = BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed)
     with loader:
         return next(loader), loader.bad

@@ -22,9 +22,8 @@ from dinoreg.data.center_crop import center_crop
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock
 from dinoreg.data.open import open_source
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ChosenSource, JoinedSource, PathSource
-from dinoreg.data.tar_index import TarSource, index_tars
+from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, Source
+from dinoreg.data.tar_index import index_tars
 from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
@@ -147,11 +146,10 @@ def open_images(spec: str | Sequence[str], key: str = "images") -> Source:
 
 
 def _tars(folder: Path, archive: str | None = None) -> Source:
-    members = index_tars(folder)
-    source = TarSource(os.path.abspath(folder), members)
+    source = index_tars(folder)
     if archive is None:
         return source
-    chosen = (members.archive == list(members.archives).index(archive)).nonzero()[0]
+    chosen = (source.archive == list(source.archives).index(archive)).nonzero()[0]
     if not len(chosen):
         raise UserError(f"data: no image files in {folder / archive}")
     return ChosenSource(source, chosen)

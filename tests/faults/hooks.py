@@ -82,7 +82,7 @@ def at_call(function: str, what: str, **arguments: Any) -> None:
 
 def bad_picture(after: int) -> None:
     """A worker meets an error that no reader of pictures is known to raise, at one picture of this rank's share."""
-    from dinoreg.data.sources import ScenesSource
+    from dinoreg.data.source import ScenesSource
 
     read, seen = ScenesSource.read, []
 

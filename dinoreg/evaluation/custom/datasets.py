@@ -19,7 +19,7 @@ import numpy as np
 from dinoreg.config.bundled import bundled
 from dinoreg.config.option import option
 from dinoreg.data.folder_index import PathBlock, index_folder
-from dinoreg.data.sources import PathSource
+from dinoreg.data.source import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
 from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts

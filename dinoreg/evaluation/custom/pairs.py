@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from dinoreg.data.folder_index import PathBlock, index_folder
-from dinoreg.data.sources import PathSource
+from dinoreg.data.source import PathSource
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
 from dinoreg.evaluation.custom.tables import read_classes
 from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dinoreg.data.decode import BadImage
-from dinoreg.data.source import Source
-from dinoreg.data.sources import ChosenSource
+from dinoreg.data.source import ChosenSource, Source
 from dinoreg.runtime.errors import one_line
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.data.sources import JoinedSource
+from dinoreg.data.source import JoinedSource
 from dinoreg.evaluation.benchmark import Options, Reader
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.readers.arrays import ArraySource

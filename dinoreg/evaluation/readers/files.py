@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.sources import PathSource
+from dinoreg.data.source import PathSource
 from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
