@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dinoreg.models.vit import RegisterViT
 
@@ -89,3 +90,17 @@ def transformers_model(model: RegisterViT, folder: Path) -> nn.Module:
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     return other.eval()
+
+
+def with_lost_terms(found: dict[str, Tensor], original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What came back from timm's form, which holds no mask token and one sum for two terms, with the original's."""
+    found = found | {"mask_token": original["mask_token"]}
+    if "register_tokens" not in found:
+        return found
+    position = original["pos_embed"][:, :1]
+    assert torch.equal(found["cls_token"], original["cls_token"] + position)
+    assert not found["pos_embed"][:, :1].any()
+    return found | {
+        "cls_token": original["cls_token"],
+        "pos_embed": torch.cat([position, found["pos_embed"][:, 1:]], dim=1),
+    }

@@ -11,6 +11,7 @@ from torch import Tensor
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights import convert
+from tests.peer_models import with_lost_terms
 
 CASES = [(ffn, registers) for ffn in ("mlp", "swiglu") for registers in (0, 4)]
 
@@ -42,7 +43,7 @@ def test_the_whole_tour_of_libraries_gives_back_every_bit(ffn: str, registers: i
 
     ours = convert.from_meta(meta)
     timm = convert.to_timm(ours)
-    ours = convert.from_timm(timm, convert.timm_remainder(ours), grid)
+    ours = with_lost_terms(convert.from_timm(timm, grid), ours)
     transformers = convert.to_transformers(ours)
     ours = convert.from_transformers(transformers)
     assert_identical(convert.to_meta(ours), before)
@@ -57,7 +58,7 @@ def test_the_whole_tour_of_libraries_gives_back_every_bit(ffn: str, registers: i
 def test_without_the_remainder_timms_fold_changes_no_bit_of_the_output(ffn: str) -> None:
     model = small(ffn)
     again = small(ffn)
-    state = convert.from_timm(convert.to_timm(model.state_dict(), 4), grid=(2, 3))
+    state = convert.from_timm(convert.to_timm(model.state_dict()), grid=(2, 3))
     assert not state["pos_embed"][:, 0].any()
     assert torch.equal(state["cls_token"], model.cls_token + model.pos_embed[:, :1])
     again.load_state_dict(state | {"mask_token": model.mask_token})
@@ -66,14 +67,6 @@ def test_without_the_remainder_timms_fold_changes_no_bit_of_the_output(ffn: str)
         assert torch.equal(found, expected)
     once = convert.to_timm(state)
     assert_identical(once, convert.to_timm(model.state_dict()))  # the second time there is nothing left to lose
-
-
-def test_a_remainder_that_does_not_add_up_is_refused() -> None:
-    state = small().state_dict()
-    kept = convert.timm_remainder(state)
-    timm = convert.to_timm(state)
-    with pytest.raises(UserError, match="do not add up to this file's class token"):
-        convert.from_timm(timm, kept | {"cls_token": kept["cls_token"] + 1}, (2, 3))
 
 
 def test_names_are_those_of_the_libraries() -> None:
@@ -152,8 +145,8 @@ def test_a_model_without_layerscale_gets_factors_of_one_for_transformers_and_no_
     scaled.load_state_dict(state)
     images = torch.randn(1, 3, 28, 42)
     assert torch.equal(scaled(images).cls, model(images).cls)
-    assert_identical(convert.from_timm(convert.to_timm(model.state_dict()), convert.timm_remainder(model.state_dict()),
-                                       (2, 3)), dict(model.state_dict()))  # fmt: skip
+    state = dict(model.state_dict())
+    assert_identical(with_lost_terms(convert.from_timm(convert.to_timm(state), (2, 3)), state), state)
 
 
 @pytest.mark.parametrize("prefix", ["", "backbone.", "module.", "teacher.backbone.", "module.backbone.", "_orig_mod."])
@@ -195,13 +188,9 @@ def test_timms_prefix_positions_are_folded_into_the_tokens_they_belong_to(prefix
         convert.from_timm(state, grid=(3, 4))
 
 
-def test_what_is_no_backbone_or_another_number_of_registers_is_refused() -> None:
-    state = small().state_dict()
-    with pytest.raises(UserError, match="num_registers=3, the tensors hold 4"):
-        convert.to_timm(state, 3)
-    for to in (convert.to_meta, convert.to_timm, convert.to_transformers, convert.from_timm):
-        with pytest.raises(UserError, match="no 'cls_token' among the tensors"):
-            to({"weight": torch.ones(1)})
+def test_what_is_no_backbone_is_refused() -> None:
+    with pytest.raises(UserError, match="no 'cls_token' among the tensors"):
+        convert.from_timm({"weight": torch.ones(1)})
     with pytest.raises(UserError, match="holds a list"):
         convert.from_meta([1])
     with pytest.raises(UserError, match="12 positions are not a square grid's"):

@@ -13,9 +13,10 @@ from peer_models import timm_model, transformers_model
 from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, PixelEncoder, wrap
+from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder, wrap
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
+from dinoreg.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from dinoreg.export.formats import hub_arguments, hub_text
 from dinoreg.export.hub_model import PlainViT
 from dinoreg.models.vit import RegisterViT
 from tests.exporting import images, vit
+from tests.hostile import Payload
 
 KINDS = [
     {},
@@ -77,11 +78,7 @@ def test_the_file_needs_torch_and_nothing_else() -> None:
 
 
 def test_weights_with_code_in_them_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Hostile:
-        def __reduce__(self) -> tuple:
-            return (Path(tmp_path / "touched").touch, ())
-
-    torch.save({"cls_token": Hostile()}, tmp_path / "model.pth")
+    torch.save({"cls_token": Payload(tmp_path / "touched")}, tmp_path / "model.pth")
     monkeypatch.setattr(hub_model, "ARCHITECTURE", hub_arguments(vit()))
     with pytest.raises(Exception, match=r"[Ww]eights"):
         hub_model.backbone(weights=tmp_path / "model.pth")

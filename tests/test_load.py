@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -19,9 +18,10 @@ from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.registry import build, parse_name
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.architecture import infer_architecture
+from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.load import load, load_into
 from dinoreg.weights.resolve import read_weights
+from tests.hostile import Payload
 
 
 def tiny(seed: int = 0, **options: Any) -> RegisterViT:
@@ -262,16 +262,6 @@ def test_a_missing_mask_token_is_zero_and_anything_else_missing_is_an_error(tmp_
         load(tmp_path / "d.pth")
 
 
-class Payload:
-    """Unpickling this runs a command."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.target),)
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_hostile_file_is_refused_and_nothing_in_it_runs(tmp_path: Path) -> None:
     target = tmp_path / "ran"
@@ -316,7 +306,7 @@ def test_shapes_that_leave_doubt_are_refused() -> None:
     oblong = dict(published().state_dict()) | {"pos_embed": torch.zeros(1, 1 + 12, 128)}
     with pytest.raises(UserError, match="12 patch positions are not a square grid's"):
         infer_architecture(oblong)
-    assert infer_architecture(oblong, {"image_size": [12, 16]})["image_size"] == [12, 16]
+    assert infer_architecture(oblong, Stated({"image_size": [12, 16]}))["image_size"] == [12, 16]
     gap = {k: v for k, v in published().state_dict().items() if not k.startswith("blocks.0.")}
     with pytest.raises(UserError, match="are not numbered"):
         infer_architecture(gap)

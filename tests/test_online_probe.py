@@ -20,6 +20,7 @@ from dinoreg.config.load import Config
 from dinoreg.data.open import open_source
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import render as scenes
+from dinoreg.scenes.layout import label_of
 from dinoreg.train import loop
 from dinoreg.train.online_probe import FIRST_PROBE_SCENE, Probe, build_probe
 from dinoreg.train.state import build_networks
@@ -116,7 +117,7 @@ def test_scenes_have_their_own_labels_far_from_those_trained_on() -> None:
     expected = {}
     for index in range(FIRST_PROBE_SCENE, FIRST_PROBE_SCENE + 40):
         image = torch.from_numpy(scenes.render_image(index).copy()).permute(2, 0, 1)
-        expected[resize(image).numpy().tobytes()] = scenes.label_of(index, 0)
+        expected[resize(image).numpy().tobytes()] = label_of(index, 0)
     assert probe.labels is not None
     found = {image.numpy().tobytes(): label for image, label in zip(probe.images, probe.labels.tolist())}
     assert found == expected

@@ -7,20 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dinoreg.data.sources import ScenesSource
 
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import layout as scene_plan
 from dinoreg.scenes import render as scenes
 from dinoreg.scenes import shapes as scene_shapes
 from dinoreg.scenes import textures as scene_textures
-from dinoreg.scenes.render import (
-    CLASS_NAMES,
-    NUM_CLASSES,
-    Scene,
-    SceneDataset,
-    render,
-    render_image,
-)
+from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, Scene, render, render_image
 
 FIELDS = ("image", "labels", "boxes", "box_labels", "segmentation", "instances", "depth")
 
@@ -133,7 +127,7 @@ def test_what_is_visible_is_nearer_than_what_it_hides() -> None:
 
 
 def test_every_block_of_consecutive_scenes_holds_each_class_once() -> None:
-    labels = np.array([scenes.label_of(i, seed=6) for i in range(40 * NUM_CLASSES)])
+    labels = np.array([scene_plan.label_of(i, seed=6) for i in range(40 * NUM_CLASSES)])
     assert (np.sort(labels.reshape(40, NUM_CLASSES), axis=1) == np.arange(NUM_CLASSES)).all()
     assert len({tuple(block) for block in labels.reshape(40, NUM_CLASSES)}) > 30
     assert all(render(i, 32, seed=6).label == labels[i] for i in range(15))
@@ -144,17 +138,13 @@ def test_usual_surroundings_are_common_but_not_certain() -> None:
     assert 0.70 < np.mean(usual) < 0.88
 
 
-def test_data_sets_with_disjoint_ranges_share_no_picture_and_index_the_same_world() -> None:
-    train, test = SceneDataset(30, size=32, seed=8), SceneDataset(20, size=32, seed=8, first=30)
+def test_sources_with_disjoint_ranges_share_no_picture_and_index_the_same_world() -> None:
+    train, test = ScenesSource(30, size=32, seed=8), ScenesSource(20, size=32, seed=8, first=30)
     assert (len(train), len(test)) == (30, 20)
-    np.testing.assert_array_equal(test.image(3), render_image(33, 32, seed=8))
-    assert test.label(3) == test.scene(3).label == render(33, 32, seed=8).label
-    pictures = {train.image(i).tobytes() for i in range(30)} | {test.image(i).tobytes() for i in range(20)}
+    np.testing.assert_array_equal(test.read(3), render_image(33, 32, seed=8))
+    assert scene_plan.label_of(33, seed=8) == render(33, 32, seed=8).label
+    pictures = {train.read(i).tobytes() for i in range(30)} | {test.read(i).tobytes() for i in range(20)}
     assert len(pictures) == 50
-    with pytest.raises(IndexError):
-        train.image(30)
-    with pytest.raises(IndexError):
-        train.label(-1)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +153,6 @@ def test_data_sets_with_disjoint_ranges_share_no_picture_and_index_the_same_worl
         lambda: render(-1),
         lambda: render_image(0, seed=-2),
         lambda: render(0, size=0),
-        lambda: SceneDataset(0),
-        lambda: SceneDataset(5, first=-1),
     ],
 )
 def test_impossible_arguments_are_refused_in_words(call: Callable[[], object]) -> None:
@@ -236,7 +224,7 @@ def test_colour_histograms_do_not_solve_the_classes() -> None:
     scale = StandardScaler()
     train = scale.fit_transform(histogram_features(range(3000)))
     test = scale.transform(histogram_features(range(3000, 4500)))
-    truth = np.array([scenes.label_of(i) for i in range(4500)])
+    truth = np.array([scene_plan.label_of(i) for i in range(4500)])
     model = LogisticRegression(C=0.1, max_iter=200).fit(train, truth[:3000])
     assert 1 / NUM_CLASSES < model.score(test, truth[3000:]) < 0.5
 

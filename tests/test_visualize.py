@@ -17,7 +17,7 @@ from dinoreg.visualize.attention import attention_maps, attention_sheet
 from dinoreg.visualize.contact_sheet import GAP, LABEL, colour_map, sheet, to_pixels
 from dinoreg.visualize.crops import crop_sheet, hide
 from dinoreg.visualize.pca import patch_basis, patch_colours, pca_sheet
-from dinoreg.visualize.run_pictures import spread_images, view_size
+from dinoreg.visualize.subject import Subject, read_pictures, view_size
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -150,19 +150,14 @@ def test_pictures_are_a_whole_multiple_of_the_training_size_when_that_is_small()
 
 
 def test_images_are_taken_from_all_over_a_source() -> None:
-    class Numbers:
-        def __len__(self) -> int:
-            return 100
-
-        def read(self, index: int) -> np.ndarray:
-            return np.full((8, 8, 3), index, dtype=np.uint8)
-
-    images = spread_images(Numbers(), 4, 8, 3, (0.0,), (1.0,))  # type: ignore[arg-type]
-    assert (images[:, 0, 0, 0] * 255).round().tolist() == [12, 37, 62, 87]
+    subject = Subject(tiny_model(), "tiny", MEAN, STD)
+    found = read_pictures(subject, "scenes:count=100,size=16", 4, (8, 8))
+    assert found.names == ("scenes:12", "scenes:37", "scenes:62", "scenes:87")
+    assert found.images.shape == (4, 3, 8, 8)
 
 
 def test_a_chart_is_the_same_svg_every_time_and_needs_nothing_from_outside() -> None:
-    chart = Chart("Loss", lines=[Line("a", range(40), range(40), smooth=True)], levels={"ln K": 3.0})
+    chart = Chart("Loss", lines=[Line("a", range(40), range(40))], levels={"ln K": 3.0}, smooth=True)
     svg = draw_chart(chart)
     assert svg == draw_chart(chart)
     assert darkened(svg) != svg
@@ -183,7 +178,7 @@ def test_charts_of_few_zero_or_equal_values_are_drawn(line: Line) -> None:
 @pytest.mark.parametrize("values", [[29.0, 30.0, 31.0], [0.0, 0.0, 0.0], [5.0, 5.0, 5.0]])
 def test_no_marker_is_cut_by_the_frame_of_a_chart_from_zero(values: list[float]) -> None:
     svg = ElementTree.fromstring(
-        draw_chart(Chart("c", lines=[Line("a", [1, 2, 3], values, marker=True)], from_zero=True))
+        draw_chart(Chart("c", lines=[Line("a", [1, 2, 3], values)], marker=True, from_zero=True))
     )
     tag = "{http://www.w3.org/2000/svg}"
     (clip,) = svg.findall(f".//{tag}clipPath/{tag}rect")

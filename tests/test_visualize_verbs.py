@@ -35,8 +35,9 @@ from dinoreg.visualize.pca import (
     read_basis,
     write_basis,
 )
-from dinoreg.visualize.subject import fit, open_images, open_subject, picture_size, stated_preprocessing
+from dinoreg.visualize.subject import fit, open_images, open_subject, picture_size
 from dinoreg.weights.library_configs import library_of, preprocessing_of
+from dinoreg.weights.preprocessing import stated_preprocessing
 
 REGISTERS = (0, 1, 4, 8)
 
@@ -241,7 +242,7 @@ def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
     assert named.folder == Path("view/vitt8_reg0-random-weights")
     same = open_subject("vitt8_reg0", "cpu").model.state_dict()
     assert all(torch.equal(value, same[key]) for key, value in named.model.state_dict().items())
-    assert stated_preprocessing(None, 2) == ((0.5, 0.5), (0.25, 0.25))
+    assert stated_preprocessing(None, 2, "x") == ((0.5, 0.5), (0.25, 0.25))
 
 
 def test_a_transformers_folder_states_its_preprocessing(tmp_path: Path) -> None:
@@ -250,7 +251,7 @@ def test_a_transformers_folder_states_its_preprocessing(tmp_path: Path) -> None:
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1] * 3})
     )
     stated = preprocessing_of(tmp_path, library_of(tmp_path) or "")
-    assert stated_preprocessing(stated, 3) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    assert stated_preprocessing(stated, 3, "x") == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import pickle
 import struct
 import zipfile
@@ -26,6 +25,8 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights import convert
 from dinoreg.weights.load import load, load_into, load_reported
+from tests.hostile import Payload
+from tests.peer_models import with_lost_terms
 
 CASES = [(ffn, registers) for ffn in ("mlp", "swiglu") for registers in (0, 4)]
 SIZES = [(518, 518), (224, 224), (98, 98), (224, 308)]
@@ -157,7 +158,7 @@ def test_the_tour_through_the_libraries_own_models_ends_where_it_began(tmp_path:
         meta = redrawn(RegisterViT(**options, layerscale=1.0)).state_dict()
         theirs = timms(ffn, registers, img_size=56)
         theirs.load_state_dict(convert.to_timm(meta))
-        ours = convert.from_timm(theirs.state_dict(), convert.timm_remainder(meta))
+        ours = with_lost_terms(convert.from_timm(theirs.state_dict()), meta)
         hf = transformerss(ffn, registers, image_size=56, num_attention_heads=1)
         hf.save_pretrained(folder)
         save_file(convert.to_transformers(ours), folder / "model.safetensors", {"format": "pt"})
@@ -518,14 +519,6 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path: Path) -> None:
         path.write_bytes(raw)
         with pytest.raises(UserError, match="not a whole safetensors file"):
             load(path)
-
-
-class Payload:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.target),)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -6,6 +6,7 @@ read are left out, counted and listed beside the output.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -55,21 +56,22 @@ def embed(options: EmbedOptions) -> Path:
         "batch_size": options.batch_size,
     }
     shape = row_shape(options.token, encoder, size)
-    rows = RowFile(out, settings, shape, options.dtype, len(source), restart=options.overwrite)
-    with rows:
-        try:
-            _extract(rows, source, encoder, size, options)
-        except KeyboardInterrupt:
-            rows.note()
-            done = f"interrupted after {rows.next:,} of {len(source):,} images; the same command goes on"
-            raise Interrupted(done, signal.SIGINT) from None
-        except OSError as error:
-            raise rows.failure(error) from None
-    if not rows.count:
-        name, reason = rows.skipped[0]
-        raise RunError(f"data: none of the {len(source):,} images could be read; the first: {name}: {reason}")
-    names = (source.name(index) for index in range(len(source)) if index not in rows.skipped)
-    rows.finish(names, {**settings, "patch_size": encoder.patch_size, "skipped": len(rows.skipped)})
+    try:
+        rows = RowFile(out, settings, shape, options.dtype, len(source), restart=options.overwrite)
+        with contextlib.closing(rows):
+            try:
+                _extract(rows, source, encoder, size, options)
+            except KeyboardInterrupt:
+                rows.note()
+                done = f"interrupted after {rows.next:,} of {len(source):,} images; the same command goes on"
+                raise Interrupted(done, signal.SIGINT) from None
+        if not rows.count:
+            name, reason = rows.skipped[0]
+            raise RunError(f"data: none of the {len(source):,} images could be read; the first: {name}: {reason}")
+        names = (source.name(index) for index in range(len(source)) if index not in rows.skipped)
+        rows.finish(names, {**settings, "patch_size": encoder.patch_size, "skipped": len(rows.skipped)})
+    except OSError as error:
+        raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
     left_out = f"; {len(rows.skipped):,} left out, listed in {skipped_list(out)}" if rows.skipped else ""
     _say(f"embed: {rows.count:,} images, {' x '.join(map(str, shape))} numbers each{left_out}")
     return out

@@ -4,8 +4,8 @@ Every writer fills a folder from a model whose state dict has Meta's names; `din
 of the others. Whether the library then computes the same is for the certificate to find out.
 """
 
+import inspect
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinoreg.export import hub_model
-from dinoreg.export.onnx_graph import drop_float16, write_onnx
-from dinoreg.export.source import Pixels, Source
-from dinoreg.models.layers import NORM_EPS
+from dinoreg.export.onnx_graph import write_onnx
+from dinoreg.export.source import Source
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import hidden_dim_of
 from dinoreg.weights.convert import to_meta, to_timm, to_transformers
+from dinoreg.weights.library_configs import DINOV2_ARGUMENTS, DINOV2_FIXED, TIMM_ARGUMENTS
 from dinoreg.weights.resolve import TEACHER_FORMAT
 
 # timm's register models by width; widths it has no name for are said in arguments over the nearest kind.
@@ -35,26 +35,23 @@ _UNFILLED = "ARCHITECTURE: dict[str, Any] = {}\n"
 class Format:
     """One kind of artefact.
 
-    write       (folder, source) -> None
-    packages    modules that reading it back takes
-    peer        the library that is run for the certificate, as it is called
-    weights     the file that holds the weights
-    load, use   code that makes `model` in the artefact's folder, and code that runs it; "{shape}" is filled in.
-                Together they are the four lines on the model card, and the certificate's peer runs `load` itself
-    low         the second dtype of the certificate
-    bound       the largest difference in float32, relative to the largest value of the output
-    resampling  (antialias, offset) with which the library resamples positions; None: as the model does
+    write      (folder, source) -> None
+    packages   modules that reading it back takes
+    peer       the library that is run for the certificate, as it is called
+    load       code that makes `model` in the artefact's folder, for the model card and for the certificate's peer
+    peer_load  what the peer runs instead, where the card's code uses dinoreg
+    low        the second dtype of the certificate
+    bound      the largest difference in float32, relative to the largest value of the output
     """
 
+    name: str
     write: Callable[[Path, Source], None]
     packages: tuple[str, ...]
     peer: str
-    weights: str
     load: str
-    use: str
+    peer_load: str = ""
     low: str = "bfloat16"
     bound: float = 1e-5
-    resampling: Callable[[RegisterViT], tuple[bool, float]] | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------ timm
@@ -64,40 +61,25 @@ def write_timm(folder: Path, source: Source) -> None:
     """`model.safetensors` under timm's names, and `config.json` as timm saves it for a hub: the model's name, its
     arguments, the preprocessing."""
     model = source.model
-    state = _own(to_timm(model.state_dict(), model.num_registers))
-    _save(state, folder / "model.safetensors")
-    hidden = hidden_dim(model)
-    registers = "reg4_" if model.num_registers else ""
-    if model.ffn == "swiglu":  # only the giant's entry names the gated FFN, which JSON could not
-        name, ratio = f"vit_giant_patch14_{registers}dinov2", _timm_ratio(model.dim, 2 * hidden)
-    else:
-        name = f"vit_{TIMM_SIZES.get(model.dim, 'small')}_patch14_{registers}dinov2"
-        ratio = _timm_ratio(model.dim, hidden)
-    arguments: dict[str, Any] = {
-        "img_size": list(model.image_size),
-        "patch_size": model.patch_size,
-        "in_chans": model.in_channels,
-        "embed_dim": model.dim,
-        "depth": model.depth,
-        "num_heads": model.heads,
-        "mlp_ratio": ratio,
+    _save(to_timm(model.state_dict()), folder / "model.safetensors")
+    gated = model.ffn == "swiglu"
+    size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")  # no other names a gated FFN, and JSON could not
+    name = f"vit_{size}_patch14_{'reg4_' if model.num_registers else ''}dinov2"
+    architecture = model.architecture()
+    arguments = {theirs: architecture[ours] for ours, theirs in TIMM_ARGUMENTS.items()} | {
+        "mlp_ratio": _timm_ratio(model.dim, hidden_dim(model) * (2 if gated else 1)),
         # The factors come with the weights; zero is timm's way of saying that there are none.
         "init_values": 1e-5 if model.layerscale else 0.0,
         "num_classes": 0,
         "dynamic_img_size": True,
     }
-    if model.num_registers:
-        arguments["reg_tokens"] = model.num_registers
-    pixels = source.pixels
     pretrained = {
-        "input_size": [model.in_channels, *pixels.size],
-        "fixed_input_size": False,
+        "input_size": [model.in_channels, *source.size],
         "interpolation": "bicubic",
         "crop_pct": 1.0,
-        "mean": list(pixels.mean),
-        "std": list(pixels.std),
+        "mean": list(source.mean),
+        "std": list(source.std),
         "num_classes": 0,
-        "pool_size": None,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "license": "other",
@@ -129,47 +111,37 @@ def write_transformers(folder: Path, source: Source) -> None:
             f"export with size={min(rows, columns) * model.patch_size}"
         )
     with_registers = model.num_registers > 0
-    config: dict[str, Any] = {
+    architecture = model.architecture()
+    config = {theirs: architecture[ours] for ours, (theirs, _) in DINOV2_ARGUMENTS.items()} | {
         "architectures": ["Dinov2WithRegistersModel" if with_registers else "Dinov2Model"],
         "model_type": "dinov2_with_registers" if with_registers else "dinov2",
-        "hidden_size": model.dim,
-        "num_hidden_layers": model.depth,
-        "num_attention_heads": model.heads,
         "mlp_ratio": _transformers_ratio(model),
-        "hidden_act": "gelu",
         "use_swiglu_ffn": model.ffn == "swiglu",
-        "qkv_bias": True,
+        **DINOV2_FIXED,
         "layerscale_value": 1.0,
-        "layer_norm_eps": NORM_EPS,
         "image_size": model.image_size[0],
         "patch_size": model.patch_size,
-        "num_channels": model.in_channels,
-        "drop_path_rate": 0.0,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02,
         "torch_dtype": "float32",
     }
     if with_registers:
         config["num_register_tokens"] = model.num_registers
     _write_json(folder / "config.json", config)
-    pixels = source.pixels
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": model.in_channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": round(min(pixels.size) * 256 / 224)},
+        "size": {"shortest_edge": round(min(source.size) * 256 / 224)},
         "resample": 3,  # bicubic
         "do_center_crop": True,
-        "crop_size": {"height": pixels.size[0], "width": pixels.size[1]},
+        "crop_size": {"height": source.size[0], "width": source.size[1]},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(pixels.mean),
-        "image_std": list(pixels.std),
+        "image_mean": list(source.mean),
+        "image_std": list(source.std),
     }
     _write_json(folder / "preprocessor_config.json", processor)
-    _save(_own(to_transformers(to_meta(model.state_dict()))), folder / "model.safetensors")
+    _save(to_transformers(to_meta(model.state_dict())), folder / "model.safetensors")
 
 
 def _transformers_ratio(model: RegisterViT) -> int:
@@ -189,131 +161,95 @@ def _transformers_ratio(model: RegisterViT) -> int:
 
 def write_meta(folder: Path, source: Source) -> None:
     """`model.pth`, the flat state dict of a hub file, `model.json`, and a `hubconf.py` that needs PyTorch alone."""
-    torch.save(_own(to_meta(source.model.state_dict())), folder / "model.pth")
-    _describe(folder / "model.pth", source)
+    write_described(folder, source, "model.pth")
     (folder / "hubconf.py").write_text(hub_text(source.model), encoding="utf-8")
 
 
 def hub_text(model: RegisterViT) -> str:
     """The source of `hub_model.py` with this model's architecture in it."""
     text = Path(hub_model.__file__).read_text(encoding="utf-8")
-    if text.count(_UNFILLED) != 1:
-        raise RuntimeError("hub_model.py has lost the line that takes the architecture")
     lines = "".join(f"    {key!r}: {value!r},\n" for key, value in hub_arguments(model).items())
-    filled = "ARCHITECTURE: dict[str, Any] = {\n" + re.sub(r"'", '"', lines) + "}\n"
-    return text.replace(_UNFILLED, filled)
+    return text.replace(_UNFILLED, f"{_UNFILLED[:-2]}\n{lines}}}\n".replace("'", '"'))
 
 
 def hub_arguments(model: RegisterViT) -> dict[str, Any]:
     """The arguments of `PlainViT` that make this model."""
-    return {
-        "grid": list(model.grid),
-        "patch_size": model.patch_size,
-        "in_channels": model.in_channels,
-        "dim": model.dim,
-        "depth": model.depth,
-        "heads": model.heads,
-        "num_registers": model.num_registers,
-        "ffn": model.ffn,
-        "hidden_dim": hidden_dim(model),
-        "layerscale": bool(model.layerscale),
-        "antialias": model.antialias,
-        "position_offset": float(model.position_offset),
-    }
+    derived = {"grid": list(model.grid), "hidden_dim": hidden_dim(model), "layerscale": bool(model.layerscale)}
+    values = model.architecture() | derived
+    return {name: values[name] for name in inspect.signature(hub_model.PlainViT).parameters}
 
 
 # ----------------------------------------------------------------------------------------------- safetensors, ONNX
 
 
-def write_safetensors(folder: Path, source: Source) -> None:
-    """`model.safetensors` under Meta's names, and the `model.json` with which `dinoreg.load` reads it."""
-    _save(_own(to_meta(source.model.state_dict())), folder / "model.safetensors")
-    _describe(folder / "model.safetensors", source)
-
-
-def _describe(path: Path, source: Source) -> None:
-    """The JSON beside a weight file of ours: architecture, preprocessing, where it comes from, its digest."""
+def write_described(folder: Path, source: Source, name: str = "model.safetensors") -> None:
+    """The weights under Meta's names, and the `model.json` with which `dinoreg.load` reads them: architecture,
+    preprocessing, origin, digest."""
+    path = folder / name
+    _save(to_meta(source.model.state_dict()), path)
     description = {
         "format": TEACHER_FORMAT,
         "version": 1,
-        **({"step": source.step} if source.step is not None else {}),
         "architecture": source.model.architecture(),
-        "preprocessing": _preprocessing(source.pixels),
-        **({"config_hash": source.metadata["config_hash"]} if "config_hash" in source.metadata else {}),
+        "preprocessing": source.preprocessing,
+        **source.origin,
         "sha256": digest(path),
     }
     _write_json(path.with_suffix(".json"), description)
 
 
-def write_fixed_or_dynamic_onnx(folder: Path, source: Source, fixed: bool) -> None:
+def write_onnx_files(folder: Path, source: Source) -> None:
     """`model.onnx` in float32, `model_float16.onnx`, and `model.json` with what a caller has to know."""
-    facts = write_onnx(folder, source.model, hub_arguments(source.model), fixed)
-    _write_json(folder / "model.json", facts | {"preprocessing": _preprocessing(source.pixels)})
-
-
-def drop_overflowing(folder: Path) -> None:
-    """Leave out the float16 graph, and say so in `model.json`."""
-    facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    _write_json(folder / "model.json", drop_float16(folder, facts))
-
-
-def _preprocessing(pixels: Pixels) -> dict[str, Any]:
-    size: Any = pixels.size[0] if pixels.size[0] == pixels.size[1] else list(pixels.size)
-    return {"mean": list(pixels.mean), "std": list(pixels.std), "image_size": size}
+    facts = write_onnx(folder, source.model, hub_arguments(source.model), source.size_given)
+    _write_json(folder / "model.json", facts | {"preprocessing": source.preprocessing})
 
 
 # ------------------------------------------------------------------------------------------------------ the table
 
-FORMATS: dict[str, Format] = {
-    "timm": Format(
+_FORMATS = (
+    Format(
+        "timm",
         write_timm,
         ("timm", "safetensors"),
         "timm",
-        "model.safetensors",
         'import json, timm, torch\nsaved = json.load(open("config.json"))\nmodel = timm.create_model('
         'saved["architecture"], checkpoint_path="model.safetensors", **saved["model_args"]).eval()\n',
-        "tokens = model.forward_features(torch.zeros({shape}))",
-        resampling=lambda model: (True, 0.0),
     ),
-    "transformers": Format(
+    Format(
+        "transformers",
         write_transformers,
         ("transformers", "safetensors"),
         "transformers",
-        "model.safetensors",
         'import torch\nfrom transformers import AutoModel\nmodel = AutoModel.from_pretrained(".").eval()\n',
-        "tokens = model(torch.zeros({shape})).last_hidden_state",
-        resampling=lambda model: (model.num_registers > 0, 0.0),
     ),
-    "meta": Format(
+    Format(
+        "meta",
         write_meta,
         (),
         "torch.hub",
-        "model.pth",
         'import torch\nmodel = torch.hub.load(".", "backbone", source="local")\n',
-        "features = model.forward_features(torch.zeros({shape}))\n"
-        'cls, patches = features["x_norm_clstoken"], features["x_norm_patchtokens"]',
     ),
-    "safetensors": Format(
-        write_safetensors,
+    Format(
+        "safetensors",
+        write_described,
         (),
         "safetensors",
-        "model.safetensors",
         'import dinoreg, torch\nmodel = dinoreg.load("model.safetensors")\n',
-        "cls, registers, patches = model(torch.zeros({shape}))",
+        peer_load="import plain\nfrom safetensors.torch import load_file\n"
+        'model = plain.backbone(pretrained=False)\nmodel.load_state_dict(load_file("model.safetensors"))\n',
     ),
-    "onnx": Format(
-        lambda folder, source: write_fixed_or_dynamic_onnx(folder, source, fixed=False),
+    Format(
+        "onnx",
+        write_onnx_files,
         ("onnx", "onnxruntime", "onnxscript"),
         "onnxruntime",
-        "model.onnx",
         "import numpy, onnxruntime\n"
         'model = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])\n',
-        'images = numpy.zeros(({shape}), dtype="float32")\n'
-        'cls, registers, patches = model.run(["cls", "registers", "patches"], {{"images": images}})',
         low="float16",
         bound=1e-4,
     ),
-}
+)
+FORMATS = {form.name: form for form in _FORMATS}
 
 
 def hidden_dim(model: RegisterViT) -> int:
@@ -321,14 +257,14 @@ def hidden_dim(model: RegisterViT) -> int:
     return hidden_dim_of(model.dim, model.ffn, model.ffn_ratio)
 
 
-def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that lie in memory of their own, as the file formats want them."""
-    return {key: value.detach().clone().contiguous() for key, value in state.items()}
-
-
 def _save(state: dict[str, Tensor], path: Path) -> None:
-    save_file(state, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone; an export is passed on
+    """Tensors that lie in memory of their own, as the file formats want them."""
+    own = {key: value.detach().clone().contiguous() for key, value in state.items()}
+    if path.suffix == ".pth":
+        torch.save(own, path)
+    else:
+        save_file(own, path, metadata={"format": "pt"})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # made for the owner alone; an export is passed on
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ parameters, arguments and outputs are those of the published DINOv2 models.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,17 +59,17 @@ class PlainViT(nn.Module):
         position_offset: float,
     ) -> None:
         super().__init__()
-        rows, columns = grid
-        self.grid = (rows, columns)
-        self.patch_size = patch_size
+        self.grid, self.patch_size = tuple(grid), patch_size
         self.embed_dim = self.num_features = dim
         self.num_register_tokens = num_registers
         self.antialias, self.position_offset = antialias, position_offset
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
-        self.patch_embed = PatchEmbedding(patch_size, in_channels, dim)
+        self.patch_embed = nn.Sequential(
+            OrderedDict(proj=nn.Conv2d(in_channels, dim, patch_size, patch_size), flatten=nn.Flatten(2))
+        )
         self.blocks = nn.ModuleList(TransformerBlock(dim, heads, ffn, hidden_dim, layerscale) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
@@ -85,17 +86,24 @@ class PlainViT(nn.Module):
         image = F.interpolate(image, mode="bicubic", antialias=self.antialias, **options)
         return image.flatten(2).transpose(1, 2).to(positions.dtype)
 
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches; ValueError where the patch size does not divide a side."""
+        height, width = images.shape[2:]
+        if height % self.patch_size or width % self.patch_size:
+            size = self.patch_size
+            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {size}")
+        return height // self.patch_size, width // self.patch_size
+
     def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """images (B, C, H, W), H and W multiples of the patch size; masks (B, N) bool -> tokens (B, T, D)."""
-        patches = self.patch_embed(images)  # (B, N, D)
+        positions = self.resampled_positions(*self.grid_of(images))
+        patches = self.patch_embed(images).transpose(1, 2)  # (B, N, D), row by row
         if masks is not None:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        patches = patches + self.resampled_positions(rows, columns)
         tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(images.shape[0], -1, -1)]
         if self.register_tokens is not None:
             tokens.append(self.register_tokens.expand(images.shape[0], -1, -1))
-        return torch.cat([*tokens, patches], dim=1)
+        return torch.cat([*tokens, patches + positions], dim=1)
 
     def forward_features(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Any]:
         """images (B, C, H, W) -> the tokens after the final norm by kind, and all of them before it."""
@@ -139,28 +147,10 @@ class PlainViT(nn.Module):
                 outputs.append(self.norm(x) if norm else x)
         if len(outputs) != len(chosen):
             raise ValueError(f"n={n}: the model has {depth} blocks")
-        rows, columns = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        found: list[Any] = []
-        for tokens in outputs:
-            patches = tokens[:, 1 + self.num_register_tokens :]
-            if reshape:
-                patches = patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
-            found.append((patches, tokens[:, 0]) if return_class_token else patches)
-        return tuple(found)
-
-
-class PatchEmbedding(nn.Module):
-    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> (B, N, D), row by row."""
-        height, width = images.shape[2:]
-        size = self.proj.kernel_size[0]
-        if height % size or width % size:
-            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {size}")
-        return self.proj(images).flatten(2).transpose(1, 2)
+        patches = [tokens[:, 1 + self.num_register_tokens :] for tokens in outputs]
+        if reshape:
+            patches = [each.transpose(1, 2).unflatten(2, self.grid_of(images)).contiguous() for each in patches]
+        return tuple(zip(patches, (tokens[:, 0] for tokens in outputs)) if return_class_token else patches)
 
 
 class TransformerBlock(nn.Module):
@@ -170,7 +160,7 @@ class TransformerBlock(nn.Module):
         self.attn = SelfAttention(dim, heads)
         self.ls1 = ChannelScale(dim) if layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = GatedFFN(dim, hidden_dim) if ffn == "swiglu" else PlainFFN(dim, hidden_dim)
+        self.mlp = GatedFFN(dim, hidden_dim) if ffn == "swiglu" else plain_ffn(dim, hidden_dim)
         self.ls2 = ChannelScale(dim) if layerscale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -201,14 +191,9 @@ class ChannelScale(nn.Module):
         return x * self.gamma
 
 
-class PlainFFN(nn.Module):
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+def plain_ffn(dim: int, hidden_dim: int) -> nn.Module:
+    layers = OrderedDict(fc1=nn.Linear(dim, hidden_dim), gelu=nn.GELU(), fc2=nn.Linear(hidden_dim, dim))
+    return nn.Sequential(layers)
 
 
 class GatedFFN(nn.Module):

@@ -7,6 +7,7 @@ kernels exactly; up to MAX_GRID patches an extent.
 
 import contextlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinoreg.export.hub_model import PlainViT
 from dinoreg.export.resample import resample_in_graph
@@ -30,22 +31,20 @@ FILES = {"float32": "model.onnx", "float16": "model_float16.onnx"}
 _MAX_INLINE = 3 * 2**29
 
 
-class _Resampling(PlainViT):
-    """The plain encoder with positions by matrix products, always in the graph."""
+class _Graph(PlainViT):
+    """The plain encoder with its tokens by kind; unless `fixed`, with positions by matrix products in the graph."""
+
+    fixed = False
 
     def resampled_positions(self, rows: int, columns: int) -> Tensor:
+        if self.fixed:
+            return super().resampled_positions(rows, columns)
         positions = self.pos_embed[0, 1:].float().reshape(*self.grid, self.embed_dim)
         moved = resample_in_graph(positions, (rows, columns), self.antialias, self.position_offset)
         return moved.to(self.pos_embed.dtype)
 
-
-class _Outputs(nn.Module):
-    def __init__(self, vit: PlainViT) -> None:
-        super().__init__()
-        self.vit = vit
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.vit.forward_features(images)
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        features = self.forward_features(images)
         return features["x_norm_clstoken"], features["x_norm_regtokens"], features["x_norm_patchtokens"]
 
 
@@ -55,12 +54,12 @@ def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixe
     arguments  of the plain encoder that makes this model
     fixed      only the model's own image size, with its positions baked in; else any size
     """
-    plain = PlainViT(**arguments) if fixed else _Resampling(**arguments)
-    plain.load_state_dict({"mask_token": torch.zeros(1, model.dim), **model.state_dict()})
-    plain.eval().requires_grad_(False)
+    graph = _Graph(**arguments)
+    graph.fixed = fixed
+    graph.load_state_dict(model.state_dict())
+    graph.eval().requires_grad_(False)
     for name, file in FILES.items():
-        _capture(_Outputs(plain.to(getattr(torch, name))).eval(), model, fixed, folder / file)
-    size: Any = list(model.image_size) if fixed else "any"
+        _capture(graph.to(getattr(torch, name)), model, folder / file)
     return {
         "format": "dinoreg-onnx",
         "version": 1,
@@ -72,28 +71,29 @@ def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixe
             "registers": ["batch", model.num_registers, model.dim],
             "patches": ["batch", "patches", model.dim],
         },
-        "image_size": size,
+        "image_size": list(model.image_size) if fixed else "any",
         "native_image_size": list(model.image_size),
         "patch_size": model.patch_size,
         "max_extent": None if fixed else MAX_GRID * model.patch_size,
     }
 
 
-def drop_float16(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Remove the float16 graph of a model that overflows in that dtype; returns the facts without it."""
+def drop_float16(folder: Path) -> None:
+    """Remove the float16 graph of a model that overflows in that dtype, and its mention in `model.json`."""
     for path in folder.glob(f"{FILES['float16']}*"):  # and its weights, where they lie beside it
         path.unlink()
-    return facts | {"files": {"float32": FILES["float32"]}}
+    facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    facts["files"].pop("float16")
+    (folder / "model.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _capture(graph: nn.Module, model: RegisterViT, fixed: bool, path: Path) -> None:
-    parameter = next(graph.parameters())
-    patch = model.patch_size
+def _capture(graph: _Graph, model: RegisterViT, path: Path) -> None:
+    patch = graph.patch_size
     # An example whose extents and batch all differ, and are not 1, which a tracer would take for a constant.
-    height, width = model.image_size if fixed else (3 * patch, 5 * patch)
-    images = torch.zeros(2, model.in_channels, height, width, dtype=parameter.dtype)
+    height, width = model.image_size if graph.fixed else (3 * patch, 5 * patch)
+    images = torch.zeros(2, model.in_channels, height, width, dtype=graph.cls_token.dtype)
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if not fixed:
+    if not graph.fixed:
         rows, columns = (torch.export.Dim(name, min=1, max=MAX_GRID) for name in ("rows", "columns"))
         dims |= {2: patch * rows, 3: patch * columns}
     with _quiet():
@@ -108,18 +108,12 @@ def _capture(graph: nn.Module, model: RegisterViT, fixed: bool, path: Path) -> N
             verbose=False,
         )
     assert program is not None
-    _name_patches(program, fixed)
+    if not graph.fixed:  # the tracer left its formula where the number of patches stands
+        output: Any = program.model.graph.outputs[OUTPUTS.index("patches")]
+        batch, _, dim = output.shape
+        output.shape = type(output.shape)([batch, "patches", dim])
     size = sum(value.numel() * value.element_size() for value in graph.state_dict().values())
     program.save(str(path), external_data=size > _MAX_INLINE)
-
-
-def _name_patches(program: Any, fixed: bool) -> None:
-    """Call the number of patches by its name, where the tracer left its formula."""
-    if fixed:
-        return
-    output = program.model.graph.outputs[OUTPUTS.index("patches")]
-    batch, _, dim = output.shape
-    output.shape = type(output.shape)([batch, "patches", dim])
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ def main(request_path: str) -> None:
     cases = load_file(here / "cases.safetensors")
     os.chdir(request["folder"])
     answers, kind = {}, ""
-    read = READ[request["format"]]
     for dtype, code in request["load"].items():
         scope: dict[str, Any] = {}
         exec(code, scope)
@@ -37,7 +36,8 @@ def main(request_path: str) -> None:
             model = model.to(getattr(torch, dtype)).eval()
         for name, images in cases.items():
             with torch.inference_mode():
-                tokens = read(model, images.to(getattr(torch, dtype)), request["num_registers"])
+                x = images.to(getattr(torch, dtype))
+                tokens = read_tokens(request["format"], model, x, request["num_registers"])
             for output, value in zip(("cls", "registers", "patches"), tokens):
                 answers[f"{dtype}/{name}/{output}"] = value.float().contiguous().clone()
     save_file(answers, here / "answers.safetensors")
@@ -68,38 +68,19 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def split_sequence(tokens: Any, num_registers: int) -> tuple[Any, Any, Any]:
-    first = 1 + num_registers
-    return tokens[:, 0], tokens[:, 1:first], tokens[:, first:]
+def read_tokens(name: str, model: Any, images: Any, num_registers: int) -> Sequence[Any]:
+    """(cls, registers, patches) of a model of this format, as its library gives them."""
+    if name == "onnx":
+        import torch
 
+        answers = model.run(["cls", "registers", "patches"], {"images": images.numpy()})
+        return [torch.from_numpy(answer) for answer in answers]
+    if name in ("meta", "safetensors"):
+        features = model.forward_features(images)
+        return [features[f"x_norm_{kind}"] for kind in ("clstoken", "regtokens", "patchtokens")]
+    tokens = model.forward_features(images) if name == "timm" else model(images).last_hidden_state
+    return tokens[:, 0], tokens[:, 1 : 1 + num_registers], tokens[:, 1 + num_registers :]
 
-def read_timm(model: Any, images: Any, num_registers: int) -> tuple[Any, Any, Any]:
-    return split_sequence(model.forward_features(images), num_registers)
-
-
-def read_transformers(model: Any, images: Any, num_registers: int) -> tuple[Any, Any, Any]:
-    return split_sequence(model(images).last_hidden_state, num_registers)
-
-
-def read_hub(model: Any, images: Any, num_registers: int) -> tuple[Any, Any, Any]:
-    features = model.forward_features(images)
-    return features["x_norm_clstoken"], features["x_norm_regtokens"], features["x_norm_patchtokens"]
-
-
-def read_onnx(model: Any, images: Any, num_registers: int) -> tuple[Any, Any, Any]:
-    import torch
-
-    cls, registers, patches = model.run(["cls", "registers", "patches"], {"images": images.numpy()})
-    return torch.from_numpy(cls), torch.from_numpy(registers), torch.from_numpy(patches)
-
-
-READ: dict[str, Callable[[Any, Any, int], tuple[Any, Any, Any]]] = {
-    "timm": read_timm,
-    "transformers": read_transformers,
-    "meta": read_hub,
-    "safetensors": read_hub,
-    "onnx": read_onnx,
-}
 
 if __name__ == "__main__":
     main(sys.argv[1])

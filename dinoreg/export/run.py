@@ -1,21 +1,20 @@
 """`dinoreg export`: write an artefact aside, certify it, describe it, and only then give it its name."""
 
 import contextlib
-import difflib
 import importlib.util
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import sync
+from dinoreg.config.option import nearest
 from dinoreg.export.card import write_card
 from dinoreg.export.certificate import certify, listing, overflows
-from dinoreg.export.formats import FORMATS, Format, drop_overflowing, write_fixed_or_dynamic_onnx
+from dinoreg.export.formats import FORMATS, Format
+from dinoreg.export.onnx_graph import drop_float16
 from dinoreg.export.source import read_source
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import RunError, UserError
@@ -38,20 +37,17 @@ def export(weights: str | Path, *, format: str, out: str | Path, size: int | Seq
     form = _format(format)
     target = _target(out)
     source = read_source(weights, size)
-    fixed = format == "onnx" and size is not None
-    if fixed:
-        form = replace(form, write=lambda folder, what: write_fixed_or_dynamic_onnx(folder, what, fixed=True))
     try:
         with _aside(target) as stage:
             artefact, scratch = stage / "artefact", stage / "scratch"
             artefact.mkdir()
             scratch.mkdir()
             form.write(artefact, source)
-            certificate = certify(format, form, source, artefact, scratch, fixed)
+            certificate = certify(form, source, artefact, scratch)
             if format == "onnx" and overflows(certificate):
-                drop_overflowing(artefact)
+                drop_float16(artefact)
                 certificate["artefact"]["files"] = listing(artefact)
-            write_card(artefact, format, form, source, certificate)
+            write_card(artefact, form, source, certificate)
             text = json.dumps(certificate, indent=1) + "\n"
             (artefact / CERTIFICATE).write_text(text, encoding="utf-8")
             for path in (*artefact.iterdir(), artefact):
@@ -70,19 +66,11 @@ def read_certificate(folder: Path) -> dict[str, Any]:
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
-        near = difflib.get_close_matches(str(name), FORMATS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"format={name}: expected one of {', '.join(FORMATS)}{hint}")
-    missing = [package for package in FORMATS[name].packages if not _installed(package)]
+        raise UserError(f"format={name}: expected one of {', '.join(FORMATS)}{nearest(str(name), FORMATS)}")
+    missing = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(f"format={name} needs {' and '.join(missing)}: {install(missing[0])}")
     return FORMATS[name]
-
-
-def _installed(package: str) -> bool:
-    if package in sys.modules:
-        return sys.modules[package] is not None
-    return importlib.util.find_spec(package) is not None
 
 
 def _target(out: str | Path) -> Path:

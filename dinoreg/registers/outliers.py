@@ -107,17 +107,15 @@ def neighbour_cosine(patches: Tensor, grid: tuple[int, int]) -> Tensor:
     returns (B, N); 1 where a grid has a single patch
     """
     unit = F.normalize(patches.float(), dim=-1).unflatten(1, grid)  # (B, h, w, D)
-    total, count = unit.new_zeros(unit.shape[:3]), unit.new_zeros(unit.shape[1:3])
     down, right = (unit[:, 1:] * unit[:, :-1]).sum(-1), (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1)
-    for rows, columns, cosine in (
-        (slice(1, None), slice(None), down),
-        (slice(None, -1), slice(None), down),
-        (slice(None), slice(1, None), right),
-        (slice(None), slice(None, -1), right),
-    ):
-        total[:, rows, columns] += cosine
-        count[rows, columns] += 1
+    total, count = _of_both_sides(down, right), _of_both_sides(torch.ones_like(down), torch.ones_like(right))
     return torch.where(count > 0, total / count.clamp(min=1), torch.ones_like(total)).flatten(1)
+
+
+def _of_both_sides(down: Tensor, right: Tensor) -> Tensor:
+    """Values of pairs of neighbours, (B, h - 1, w) and (B, h, w - 1), summed up at both of a pair: (B, h, w)."""
+    vertical = F.pad(down, (0, 0, 1, 0)) + F.pad(down, (0, 0, 0, 1))
+    return vertical + F.pad(right, (1, 0)) + F.pad(right, (0, 1))
 
 
 def low_information(cosine: Tensor, share: float = LOW_INFORMATION) -> Tensor:
@@ -133,8 +131,8 @@ def low_information(cosine: Tensor, share: float = LOW_INFORMATION) -> Tensor:
 
 def border(grid: tuple[int, int]) -> Tensor:
     """(N,) bool: the patches at the edge of the image."""
-    edge = torch.zeros(grid, dtype=torch.bool)
-    edge[0], edge[-1], edge[:, 0], edge[:, -1] = True, True, True, True
+    edge = torch.ones(grid, dtype=torch.bool)
+    edge[1:-1, 1:-1] = False
     return edge.flatten()
 
 

@@ -4,20 +4,37 @@ It shows what `measure.py` has measured and measures nothing itself. A picture n
 of attention that look clean are no proof that features are (Lappe and Giese, arXiv 2505.05892).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from PIL import Image
 
-from dinoreg.registers.figures import map_sheet, norm_figure, position_figure
 from dinoreg.registers.measure import Measured
 from dinoreg.registers.verdict import comparison, judge, or_dash
 from dinoreg.reports.html import Scale
+from dinoreg.reports.plots import COLOURS, DOTTED, SETTINGS, percent_tick, set_log_ticks, set_style
 from dinoreg.runtime.templates import percent, score
+from dinoreg.visualize.attention import token_names
+from dinoreg.visualize.contact_sheet import INK, colour_map, figure_image, map_row, sheet
 from dinoreg.visualize.gallery import Gallery
 
 VIEW = "registers"
+GRID = "#80869040"  # a faint INK
+TILE = 104  # pixels, height of a map
+# Columns of tables: {key of a row: how its value is written}.
+Columns = dict[str, Callable[[Any], str]]
+TRIALS: Columns = {"neurons": str, "share": percent, "patch_cosine": "{:.3f}".format, "cls_cosine": "{:.3f}".format}
+CONTROLS: Columns = {"what": str, "kind": str, "images": str, "cls_accuracy": score, "patch_accuracy": score}
+CONTROLS |= {"cls_cosine": "{:.3f}".format, "patch_cosine": "{:.3f}".format}
+DISCOVERY: Columns = {"name": str, "plain": score, "best": str, "bias": "{:g}".format, "chosen_on_other_half": score}
+DISCOVERY |= {"whole_image_box": score}
 
 
 def write_registers(
@@ -30,94 +47,129 @@ def write_registers(
     """
     gallery = Gallery(VIEW, out)
     records = [each.record for each in measured]
-    first, names = records[0], [record["name"] for record in records]
-    grids = dict.fromkeys(f"{rows} x {columns} patches" for rows, columns in (each["grid"] for each in records))
-    facts = [
-        ("models", str(len(records)), ""),
-        ("images", f"{first['images']:,}", first["source"]),
-        ("resolution", f"{first['image_size'][0]} x {first['image_size'][1]} px", ", ".join(grids)),
-    ]
+    names = [record["name"] for record in records]
+    with_outliers = [record for record in records if record["outliers"]["patches"]]
+    positions = position_figure(with_outliers) if with_outliers else None
     return gallery.write_page(
         "Register report",
-        facts,
         {"models": records},
         folder="registers",
+        records=records,
         lead=", ".join(names),
         judged=[(record, judge(record)) for record in records],
         compared_head=["", *names],
         compared=[[name, *cells] for name, cells in comparison(records)],
-        probed=[(record, _probe_scale(record)) for record in records if record["probes"]],
-        controlled=[(record["name"], [_control_row(row) for row in record["controls"]]) for record in records],
-        fitted=[(record, _trial_rows(record)) for record in records if record["test_time"] is not None],
-        discovery=[_discovery_row(record) for record in records if record["discovery"] is not None],
+        norms=gallery.picture("norms", norm_figure(records), "norms of patches per block"),
+        positions=positions and gallery.picture("positions", positions, "how often each position holds an outlier"),
+        maps=[
+            gallery.picture(f"maps_{number}", map_sheet(each, images), f"maps of {name}", f"{name}: ")
+            for number, (each, name) in enumerate(zip(measured, names))
+        ],
+        probed=[(record, _probe_scale(record["probes"])) for record in records if record["probes"]],
+        controlled=[(record["name"], _rows(record["controls"], CONTROLS)) for record in records],
+        fitted=[(each, _rows(each["test_time"]["trials"], TRIALS)) for each in records if each["test_time"]],
+        discovery=_rows([_discovery(record) for record in records if record["discovery"]], DISCOVERY),
         skipped=skipped,
-        **_figures(gallery, measured, images),
     )
 
 
-def _figures(gallery: Gallery, measured: Sequence[Measured], images: np.ndarray) -> dict[str, Any]:
-    records = [each.record for each in measured]
-    norms = gallery.picture(
-        "norms",
-        norm_figure(records),
-        "norms of patches per block",
-        "Left: norms of patches after every block, before the final norm (darker: more of them); dashed: CLS, "
-        "thin: registers. Right: after the last block; dotted: the model's own limit, and 150 where it is in range.",
-    )
-    with_outliers = [record for record in records if record["outliers"]["patches"]]
-    positions = None
-    if with_outliers:
-        positions = gallery.picture(
-            "positions",
-            position_figure(with_outliers),
-            "how often each position holds an outlier",
-            "Share of images in which a position holds an outlier.",
-        )
-    maps = [
-        gallery.picture(
-            f"maps_{number}",
-            map_sheet(each, images),
-            f"maps of {each.record['name']}",
-            f"{each.record['name']}: norms before the final norm (one scale for all images), then attention in the "
-            "last block, each map to its own brightest patch.",
-        )
-        for number, each in enumerate(measured)
-    ]
-    return {"norms": norms, "positions": positions, "maps": maps}
+def _rows(rows: Sequence[dict[str, Any]], columns: Columns) -> list[list[str]]:
+    return [[or_dash(row[key], written) for key, written in columns.items()] for row in rows]
 
 
-def _probe_scale(record: dict[str, Any]) -> Scale:
-    return Scale(
-        [(p["token"], p["accuracy"], p["low"], p["high"], p["token"].startswith("register")) for p in record["probes"]]
-    )
-
-
-def _control_row(row: dict[str, Any]) -> tuple[Any, ...]:
-    accuracies = (or_dash(row[f"{token}_accuracy"], score) for token in ("cls", "patch"))
-    return (
-        row["what"],
-        row["kind"],
-        row["images"],
-        *accuracies,
-        f"{row['cls_cosine']:.3f}",
-        f"{row['patch_cosine']:.3f}",
-    )
-
-
-def _trial_rows(record: dict[str, Any]) -> list[tuple[Any, ...]]:
-    return [
-        (trial["neurons"], percent(trial["share"]), f"{trial['patch_cosine']:.3f}", f"{trial['cls_cosine']:.3f}")
-        for trial in record["test_time"]["trials"]
-    ]
-
-
-def _discovery_row(record: dict[str, Any]) -> tuple[str, ...]:
+def _discovery(record: dict[str, Any]) -> dict[str, Any]:
     found = record["discovery"]
-    return (
-        record["name"],
-        score(found["plain"]),
-        f"{score(found['CorLoc'])} ({score(found['low'])} to {score(found['high'])})",
-        f"{found['bias']:g}",
-        or_dash(found["chosen_on_other_half"], score),
-        score(found["whole_image_box"]),
-    )
+    best, low, high = (score(found[key]) for key in ("CorLoc", "low", "high"))
+    return found | {"name": record["name"], "best": f"{best} ({low} to {high})"}
+
+
+def _probe_scale(probes: Sequence[dict[str, Any]]) -> Scale:
+    return Scale([(p["token"], p["accuracy"], p["low"], p["high"], p["token"].startswith("register")) for p in probes])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def norm_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
+    """Histograms of patch norms: per block, and of the last block, one row a model."""
+    height = 0.3 + 2.1 * len(records)
+    with rc_context(SETTINGS | {"font.size": 8}):
+        figure = Figure(figsize=(8.4, height), dpi=110)
+        figure.subplots_adjust(
+            left=0.065, right=0.985, wspace=0.16, hspace=0.55, bottom=0.4 / height, top=1 - 0.25 / height
+        )
+        for (left, right), record in zip(figure.subplots(len(records), 2, squeeze=False), records):
+            _draw_blocks(left, record)
+            _draw_last(right, record)
+            left.set_title(record["name"][:60], loc="left", color=INK, fontsize=8.5)
+        return figure_image(figure)
+
+
+def _draw_blocks(axes: Axes, record: dict[str, Any]) -> None:
+    edges, shares = np.array(record["histogram"]["edges"]), np.array(record["histogram"]["shares"])
+    blocks = np.arange(len(shares) + 1) + 0.5
+    axes.pcolormesh(blocks, edges, np.where(shares > 0, shares, np.nan).T, cmap="Blues", norm=LogNorm(1e-5, 0.5))
+    centres = np.arange(1, len(shares) + 1)
+    axes.plot(centres, [layer["cls"] for layer in record["layers"]], color=COLOURS[1], linestyle="--", linewidth=1.2)
+    for norms in zip(*(layer["registers"] for layer in record["layers"])):
+        axes.plot(centres, norms, color=COLOURS[2], linewidth=0.8, marker="o", markersize=1.6)
+    axes.set_yscale("log")
+    set_log_ticks(axes.yaxis, 8)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.set_xlabel("block", color=INK)
+    _set_grid(axes)
+
+
+def _draw_last(axes: Axes, record: dict[str, Any]) -> None:
+    edges, shares = np.array(record["histogram"]["edges"]), np.array(record["histogram"]["shares"][-1])
+    axes.stairs(np.maximum(shares, 1e-7), edges, fill=True, color=COLOURS[0], alpha=0.75)
+    limit, paper = record["limit"]["value"], record["limit"]["paper"]
+    low, high = edges[:-1][shares > 0].min(), max(edges[1:][shares > 0].max(), limit * 1.1)
+    for value, name in ((limit, "limit"), (paper, "150")):
+        if low < value <= high * 1.3:
+            axes.axvline(value, color=INK, linewidth=0.9, linestyle=DOTTED)
+            place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate(name, (value, 0.98), xytext=(2, 0), va="top", color=INK, **place)
+    axes.set(xscale="log", yscale="log", ylim=(1e-5, 1), xlim=(low * 0.95, high * 1.25))  # room for the limits' names
+    set_log_ticks(axes.xaxis, 8)
+    axes.yaxis.set_major_locator(LogLocator(numticks=6))
+    axes.yaxis.set_major_formatter(percent_tick)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("norm of a patch, last block", color=INK)
+    _set_grid(axes)
+
+
+def _set_grid(axes: Axes) -> None:
+    set_style(axes, INK, GRID, spines=("left", "right", "bottom", "top"))
+    axes.grid(color=GRID, linewidth=0.6)
+
+
+def position_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
+    """Maps of how often each position holds an outlier, one a model."""
+    columns = min(len(records), 4)
+    rows = -(-len(records) // columns)
+    with rc_context(SETTINGS | {"font.size": 8}):
+        figure = Figure(figsize=(2.5 * columns, 2.3 * rows), dpi=110, layout="constrained")
+        for number, record in enumerate(records):
+            axes = figure.add_subplot(rows, columns, number + 1)
+            places = np.array(record["where"]["positions"])
+            drawn = axes.imshow(places, cmap="magma", vmin=0, vmax=max(float(places.max()), 1e-6))
+            bar = figure.colorbar(drawn, ax=axes, shrink=0.8, format=FuncFormatter(percent_tick))
+            bar.ax.tick_params(colors=INK, length=0)
+            bar.outline.set_visible(False)  # type: ignore[operator]
+            axes.set_title(record["name"][:32], color=INK, fontsize=8)
+            axes.set_axis_off()
+        return figure_image(figure)
+
+
+def map_sheet(measured: Measured, images: np.ndarray) -> Image.Image:
+    """One row an image (k, H, W, 3) uint8: the picture, its norms, and the attention of CLS and of each register."""
+    count, tokens, *grid = measured.attention.shape
+    norms = measured.norms[-1, :count].unflatten(1, grid).numpy()
+    lines = []
+    for picture, norm, attention in zip(images, norms, measured.attention.numpy()):
+        maps = [colour_map(norm, float(norms.max())), *map(colour_map, attention)]
+        lines.append(map_row(picture, maps, TILE))
+    names = [name.replace("register", "reg") for name in token_names(tokens - 1)]
+    return sheet(lines, ["image", "norms", *names])

@@ -8,6 +8,7 @@ count, and "largest" is by magnitude, because SwiGLU's units have a sign.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -62,22 +63,19 @@ def register_neurons(
     last_block  the block after which outliers stand out: later units see them but do not make them
     raises UserError where no patch is an outlier, or none is not
     """
-    blocks = range(last_block + 1)
-    sums = [[torch.zeros(()), torch.zeros(())] for _ in blocks]
-    counts = [0, 0]
+    width = _output_layer(model, 0).in_features
+    sums, counts = torch.zeros(2, last_block + 1, width, dtype=torch.float64), torch.zeros(2, 1, 1, dtype=torch.float64)
     for images, mask in zip(batches, outliers, strict=True):
-        hidden = _hidden_units(model, images, blocks)
-        mask = mask.to(images.device)
-        for kind, chosen in enumerate((mask, ~mask)):
-            counts[kind] += int(chosen.sum())
-            for block in blocks:
-                activation = hidden[block].unflatten(0, (len(images), -1))[:, 1 + model.num_registers :]
-                sums[block][kind] = sums[block][kind] + activation[chosen].abs().sum(dim=0, dtype=torch.float64).cpu()
-    if not all(counts):
+        kinds = torch.stack([mask, ~mask]).to(images.device)
+        counts += kinds.sum(dim=(1, 2), dtype=torch.float64).cpu().view(2, 1, 1)
+        for block, hidden in enumerate(_hidden_units(model, images, last_block + 1)):
+            activation = hidden.unflatten(0, (len(images), -1))[:, 1 + model.num_registers :].abs()
+            sums[:, block] += torch.stack([activation[kind].sum(dim=0, dtype=torch.float64) for kind in kinds]).cpu()
+    if not counts.all():
         raise UserError("test-time registers need images with outlier patches and with others")
-    scores = torch.stack([at / counts[0] - elsewhere / counts[1] for at, elsewhere in sums])  # (blocks, hidden)
+    at, elsewhere = sums / counts
+    scores = at - elsewhere  # (blocks, hidden)
     best = scores.flatten().topk(min(count, scores.numel()))
-    width = scores.shape[1]
     return [RegisterNeuron(int(i) // width, int(i) % width, float(v)) for v, i in zip(best.values, best.indices)]
 
 
@@ -131,8 +129,7 @@ def fit_test_time_register(
     ranked = register_neurons(model, batches, outliers, last_block, max(counts))
     plain = [(model.prenorm(images), model(images)) for images in batches]
     before = _share([tokens[:, 1:] for tokens, _ in plain], limit)
-    trials: list[Trial] = []
-    best: tuple[Trial, RegisterViT] | None = None
+    tried: list[tuple[Trial, RegisterViT]] = []
     for count in sorted({min(count, len(ranked)) for count in counts}):
         changed = with_test_time_register(model, ranked[:count])
         share = _share([changed.prenorm(images)[:, 2:] for images in batches], limit)
@@ -141,29 +138,24 @@ def fit_test_time_register(
             now = changed(images)
             patches.append(F.cosine_similarity(now.patches, tokens.patches, dim=-1)[~mask.to(images.device)])
             classes.append(F.cosine_similarity(now.cls, tokens.cls, dim=-1))
-        trial = Trial(count, share, float(torch.cat(patches).mean()), float(torch.cat(classes).mean()))
-        trials.append(trial)
-        if best is None or trial.share < best[0].share:
-            best = (trial, changed)
+        cosines = (float(torch.cat(each).mean()) for each in (patches, classes))
+        tried.append((Trial(count, share, *cosines), changed))
         if share <= CLEANED * before:
             break
-    assert best is not None
-    return Fitted(best[1], tuple(ranked[: best[0].neurons]), before, tuple(trials))
+    best, changed = min(tried, key=lambda each: each[0].share)
+    return Fitted(changed, tuple(ranked[: best.neurons]), before, tuple(trial for trial, _ in tried))
 
 
-def _hidden_units(model: RegisterViT, images: Tensor, blocks: range) -> list[Tensor]:
-    """The activations (B T, hidden) of the feed-forward layers of some blocks, in block order."""
-    seen: list[Tensor] = []
-    handles = [
-        _output_layer(model, block).register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
-        for block in blocks
-    ]
-    try:
+def _hidden_units(model: RegisterViT, images: Tensor, blocks: int) -> list[Tensor]:
+    """The activations (B T, hidden) of the feed-forward layers of the first blocks, in block order."""
+    hidden: list[Tensor] = []
+    with ExitStack() as handles:
+        for block in range(blocks):
+            layer = _output_layer(model, block)
+            handle = layer.register_forward_pre_hook(lambda _module, inputs: hidden.append(inputs[0].detach()))
+            handles.enter_context(handle)
         model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    return hidden
 
 
 def _share(patches: Sequence[Tensor], limit: float) -> float:

@@ -7,7 +7,7 @@ or the content it has in another image are replacements that the network may tak
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.solvers.logistic_regression import LogisticModel
-from dinoreg.evaluation.solvers.regularisation_path import balanced_split, select_and_fit
+from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
 from dinoreg.models.vit import RegisterViT
 
 CONTROLS = ("zero", "mean", "noise", "shuffle")
@@ -33,11 +33,6 @@ class Probed(NamedTuple):
     n_train: int
     n_test: int
     model: LogisticModel
-
-
-def split_labels(labels: Tensor, seed: int = 0) -> Tensor:
-    """Which images test: labels (n,) -> (n,) bool, 30 % of every class."""
-    return balanced_split(labels, TEST_SHARE, seed)
 
 
 def probe_token(
@@ -118,12 +113,7 @@ def replaced(model: RegisterViT, where: Tensor, contents: Tensor, first_block: i
 
         return hook
 
-    handles = [
-        model.blocks[block].register_forward_hook(put(block))  # type: ignore[arg-type]
-        for block in range(first_block, model.depth)
-    ]
-    try:
+    with ExitStack() as handles:
+        for block in range(first_block, model.depth):
+            handles.enter_context(model.blocks[block].register_forward_hook(put(block)))  # type: ignore[arg-type]
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

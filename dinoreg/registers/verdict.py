@@ -49,8 +49,7 @@ def _change_without_registers(record: dict[str, Any]) -> dict[str, Any] | None:
 
 def console_table(records: Sequence[dict[str, Any]]) -> Table:
     """Models in columns, figures in rows, for the terminal."""
-    table = Table(title="registers")
-    table.add_column("")
+    table = Table("", title="registers")
     for record in records:
         table.add_column(record["name"], justify="right", overflow="fold")
     for name, cells in comparison(records):
@@ -82,26 +81,22 @@ def _discovery_score(key: str) -> Callable[[dict[str, Any]], str]:
     return lambda record: or_dash(record["discovery"], lambda found: score(found[key]))
 
 
-def _two(value: float) -> str:
-    return f"{value:.2f}"
-
-
 # What is compared, and how a record says it.
 ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("registers", lambda r: f"{r['num_registers']}{' (test time)' if r.get('added') else ''}"),
     ("finding", lambda r: FINDINGS[r["outliers"]["kind"]]),
     ("outliers, by the model's own limit", lambda r: percent(r["outliers"]["share"])),
     ("outliers, norm above 150", lambda r: percent(r["outliers"]["paper_share"])),
-    ("largest norm / median", lambda r: _two(r["outliers"]["largest"])),
+    ("largest norm / median", lambda r: "{:.2f}".format(r["outliers"]["largest"])),
     ("median patch norm", lambda r: f"{r['limit']['median']:.3g}"),
     ("the model's own limit", lambda r: f"{r['limit']['value']:.3g}"),
     ("norm of CLS", lambda r: f"{r['layers'][-1]['cls']:.3g}"),
     ("norms of registers", lambda r: ", ".join(f"{norm:.3g}" for norm in r["layers"][-1]["registers"]) or DASH),
-    ("cosine between registers", lambda r: or_dash(r["registers_alike"], _two)),
+    ("cosine between registers", lambda r: or_dash(r["registers_alike"], "{:.2f}".format)),
     ("stand out from block", lambda r: or_dash(r["where"]["onset"], lambda block: str(block + 1))),
     ("outliers on low-information patches", lambda r: or_dash(r["where"]["low_information"], percent)),
-    ("neighbour cosine at outliers", lambda r: or_dash(r["where"]["cosine_outliers"], _two)),
-    ("neighbour cosine elsewhere", lambda r: _two(r["where"]["cosine_others"])),
+    ("neighbour cosine at outliers", lambda r: or_dash(r["where"]["cosine_outliers"], "{:.2f}".format)),
+    ("neighbour cosine elsewhere", lambda r: "{:.2f}".format(r["where"]["cosine_others"])),
     ("CLS attention on registers", lambda r: percent(r["attention"]["cls_to_registers"])),
     ("CLS attention on outliers", lambda r: percent(r["attention"]["cls_to_outliers"])),
     ("probe: CLS", _probe_score("CLS")),

@@ -11,20 +11,22 @@ from dinoreg.reports import html
 from dinoreg.reports.plots import Chart, Line
 from dinoreg.runtime.templates import score
 
-CURVES = (
-    ("knn_top1", "k-NN accuracy of the probe", True),
-    ("rankme", "Effective rank of the probe's features", False),
-    ("total_loss", "Total loss", False),
-    ("dino_global_crops_loss", "Class token, global crops", False),
-    ("dino_local_crops_loss", "Class token, local crops", False),
-    ("ibot_loss", "Masked patches (iBOT)", False),
-    ("koleo_loss", "Spread of class tokens (KoLeo)", False),
-    ("teacher_entropy", "Entropy of one target", False),
-    ("prototype_usage", "Prototypes in use", True),
-    ("feature_rank", "Effective rank in training", False),
-    ("lr", "Learning rate", False),
-    ("images_per_second", "Images per second", False),
-)
+CURVES = {
+    "knn_top1": "k-NN accuracy of the probe",
+    "rankme": "Effective rank of the probe's features",
+    "total_loss": "Total loss",
+    "dino_global_crops_loss": "Class token, global crops",
+    "dino_local_crops_loss": "Class token, local crops",
+    "ibot_loss": "Masked patches (iBOT)",
+    "koleo_loss": "Spread of class tokens (KoLeo)",
+    "teacher_entropy": "Entropy of one target",
+    "prototype_usage": "Prototypes in use",
+    "feature_rank": "Effective rank in training",
+    "lr": "Learning rate",
+    "images_per_second": "Images per second",
+}
+SHARES = ("knn_top1", "prototype_usage")
+PROBED = ("knn_top1", "rankme")
 # Where a run writes says nothing about how it trains.
 NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
@@ -33,9 +35,8 @@ def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) ->
     """Write one page on several runs and return its path (`report.html` here when `out` is None)."""
     loaded = [read_run(run) for run in runs]
     names = run_names(loaded)
-    path = Path(out) if out is not None else Path("report.html")
-    if path.is_dir():
-        path = path / "report.html"
+    path = Path(out or "report.html")
+    path = path / "report.html" if path.is_dir() else path
     columns, rows = comparison(loaded, names)
     content = html.page(
         "reports/templates/compare.html.j2",
@@ -55,28 +56,24 @@ def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) ->
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Column headings and one row of text per run; columns that no run can fill are left out."""
     datasets = list(dict.fromkeys(probe.dataset for run in runs for probe in run.newest_probes()))
-    columns = ["run", "model", "step", "images", "img/s", "total loss", "k-NN", "RankMe"]
-    columns += [f"{dataset} (95 %)" for dataset in datasets] + ["problems"]
     rows = []
     for run, name in zip(runs, names):
-        rates = run.series("images_per_second")[1]
-        knn, probes = run.last("knn_top1"), {probe.dataset: probe for probe in run.newest_probes()}
-        rows.append(
-            [
-                name,
-                str(flatten(run.config).get("model.name") or ""),
-                f"{run.step:,}",
-                f"{run.images_seen:,}" if run.images_seen else "",
-                f"{statistics.median(rates):.0f}" if rates else "",
-                _number(run.last("total_loss")),
-                "" if knn is None else score(knn),
-                _number(run.last("rankme")),
-                *(_with_interval(probes[dataset]) if dataset in probes else "" for dataset in datasets),
-                ", ".join(dict.fromkeys(str(event.get("name", "")) for event in run.events)),
-            ]
-        )
-    filled = [column for column in range(len(columns)) if column == 0 or any(row[column] for row in rows)]
-    return [columns[column] for column in filled], [[row[column] for column in filled] for row in rows]
+        rates, knn = run.series("images_per_second")[1], run.last("knn_top1")
+        probes = {probe.dataset: _with_interval(probe) for probe in run.newest_probes()}
+        row = {
+            "run": name,
+            "model": str(flatten(run.config).get("model.name") or ""),
+            "step": f"{run.step:,}",
+            "images": f"{run.images_seen:,}" if run.images_seen else "",
+            "img/s": f"{statistics.median(rates):.0f}" if rates else "",
+            "total loss": _number(run.last("total_loss")),
+            "k-NN": "" if knn is None else score(knn),
+            "RankMe": _number(run.last("rankme")),
+        }
+        row |= {f"{dataset} (95 %)": probes.get(dataset, "") for dataset in datasets}
+        rows.append(row | {"problems": ", ".join(dict.fromkeys(str(event.get("name", "")) for event in run.events))})
+    filled = [column for column in rows[0] if column == "run" or any(row[column] for row in rows)]
+    return filled, [[row[column] for column in filled] for row in rows]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -91,26 +88,23 @@ def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     """One chart per measurement with a line per run, over images seen where all runs count them."""
     by_images = all(run.images_seen for run in runs) and len({run.config.get("batch_size") for run in runs}) > 1
     charts = []
-    for key, title, percent in CURVES:
-        probed = key in ("knn_top1", "rankme")
-        lines = []
+    for key, title in CURVES.items():
+        chart = Chart(
+            title,
+            smooth=key not in PROBED and key != "lr",
+            marker=key in PROBED,
+            percent=key in SHARES,
+            from_zero=key in SHARES or key in PROBED,
+            x_label="images" if by_images else "step",
+        )
         for run, name in zip(runs, names):
             x, y = run.series(key)
             if by_images and run.images_seen and run.step:
                 x = [step * run.images_seen / run.metrics[-1]["step"] for step in x]
             if x:
-                lines.append(Line(name, x, y, smooth=not probed and key != "lr", marker=probed))
-        if lines:
-            charts.append(
-                Chart(
-                    title,
-                    lines=lines,
-                    percent=percent,
-                    from_zero=percent or probed,
-                    x_label="images" if by_images else "step",
-                )
-            )
-    return charts
+                chart.lines.append(Line(name, x, y))
+        charts.append(chart)
+    return [chart for chart in charts if chart.lines]
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:

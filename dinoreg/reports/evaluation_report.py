@@ -6,6 +6,7 @@ It reads the records in `eval/<step>/` and nothing else, so that it can be writt
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,37 +19,42 @@ from dinoreg.checkpoint.run_folder import Probe, read_probe
 from dinoreg.reports import html
 from dinoreg.reports.verdict import judge
 from dinoreg.runtime.json_files import is_number, number, read_json
-from dinoreg.runtime.templates import render as fill_in
-from dinoreg.runtime.templates import score
+from dinoreg.runtime.templates import render, score
 
 FORMAT = "dinoreg-evaluation"
-COLUMNS = (
-    "dataset",
-    "protocol",
-    "metric",
-    "value",
-    "95 % interval",
-    "random init",
-    "raw pixels",
-    "verdict",
-    "published",
-)
 ROLES = ("random init", "raw pixels")
+COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", *ROLES, "verdict", "published")
 DASH = "\u2013"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One dataset's file: its headline as a probe, everything else as it stands."""
+    """One dataset's file: its headline as a probe, everything else as it stands.
+
+    weights    what was evaluated: its name and identity
+    rows       of the model, the headline first
+    published  the published numbers
+    examples   pictures
+    """
 
     probe: Probe
     content: dict[str, Any]
-    examples: tuple[Path, ...]
+    weights: dict[str, Any]
+    rows: list[dict[str, Any]]
+    published: list[dict[str, Any]]
+    examples: list[Path]
 
     @property
     def title(self) -> str:
         """The dataset's name for people, else its name."""
         return str(self.content.get("title") or self.probe.dataset)
+
+    def baseline(self, role: str, row: dict[str, Any]) -> dict[str, Any]:
+        """The baseline's row for the same protocol, metric and variant, or {}."""
+        rows = self.content.get("baseline_rows")
+        candidates = _dicts(rows.get(role)) if isinstance(rows, dict) else []
+        same = ("protocol", "metric", "variant")
+        return next((each for each in candidates if all(each.get(key) == row.get(key) for key in same)), {})
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -57,8 +63,11 @@ def read_records(folder: Path) -> list[Record]:
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
         if content.get("format") == FORMAT and is_number(content.get("value")):
-            examples = tuple(sorted((folder / "examples" / path.stem).glob("*.png")))
-            records.append(Record(read_probe(content, path), content, examples))
+            weights = (_dicts([content.get("weights")]) or [{}])[0]
+            published = [each for each in _dicts(content.get("published")) if is_number(each.get("value"))]
+            examples = sorted((folder / "examples" / path.stem).glob("*.png"))
+            rows = _dicts(content.get("rows"))
+            records.append(Record(read_probe(content, path), content, weights, rows, published, examples))
     return records
 
 
@@ -69,118 +78,66 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = ()) -> Path:
     """
     folder = Path(folder)
     records = read_records(folder)
-    write_atomic(folder / "table.md", markdown(records))
+    lines = [record_lines(record) for record in records]
+    values: dict[str, Any] = {"lead": _lead(records), "columns": COLUMNS}
+    cells = [[line.cells for line in each] for each in lines]
+    write_atomic(folder / "table.md", render("reports/templates/evaluation.md.j2", records=cells, **values))
     write_atomic(folder / "table.csv", comma_separated(records))
-    write_atomic(folder / "report.html", render(records, absent))
+    values["headlines"] = [line.cells for each in lines for line in each if line.is_headline]
+    values |= {"datasets": list(map(_section, records, cells)), "absent": absent}
+    write_atomic(folder / "report.html", html.page("reports/templates/evaluation.html.j2", "Evaluation", **values))
     return folder / "report.html"
 
 
 def console_table(records: Sequence[Record]) -> Table:
     """The headlines for a terminal."""
-    table = Table(title=_weights(records))
+    table = Table(title=_lead(records))
     for name in ("dataset", "measure", "value", "95 % interval", "random", "pixels", "verdict"):
         table.add_column(name, justify="left" if name in ("dataset", "measure", "verdict") else "right")
     for record in records:
-        for row, cells, is_headline in _lines(record):
-            _, _, metric, value, interval, *others, _ = cells
-            if is_headline:
-                measure = f"{metric}\n{row['protocol']}"
+        for line in record_lines(record):
+            _, _, metric, value, interval, *others, _ = line.cells
+            if line.is_headline:
+                measure = f"{metric}\n{line.row['protocol']}"
                 table.add_row(record.probe.dataset, measure, value, interval.removesuffix(" %"), *others)
     return table
-
-
-def markdown(records: Sequence[Record]) -> str:
-    """Every row of every dataset as one Markdown table, headlines in bold."""
-    rows = [[line.cells for line in _lines(record)] for record in records]
-    return fill_in("reports/templates/evaluation.md.j2", lead=_weights(records), columns=COLUMNS, records=rows)
 
 
 def comma_separated(records: Sequence[Record]) -> str:
     """Every row with its numbers unrounded, for a spreadsheet."""
     text = io.StringIO()
     keys = ("protocol", "metric", "variant", "value", "low", "high", "unit", "n_train", "n_test", "chosen_on", "hours")
+    facts = ("precision", "image_size", "seed")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", *keys, *ROLES, "weights", "precision", "image_size", "seed"])
+    writer.writerow(["dataset", *keys, *ROLES, "weights", *facts])
     for record in records:
-        facts = record.content
-        tail = [facts.get("weights", {}).get("identity"), *map(facts.get, ("precision", "image_size", "seed"))]
-        for row in _dicts(facts, "rows"):
-            baselines = [_matching(facts, role, row).get("value", "") for role in ROLES]
+        tail = [record.weights.get("identity"), *map(record.content.get, facts)]
+        for row in record.rows:
+            baselines = [record.baseline(role, row).get("value", "") for role in ROLES]
             writer.writerow([record.probe.dataset, *(row.get(key, "") for key in keys), *baselines, *tail])
     return text.getvalue()
 
 
-def render(records: Sequence[Record], absent: Sequence[str] = ()) -> str:
-    """The page."""
-    return html.page(
-        "reports/templates/evaluation.html.j2",
-        "Evaluation",
-        lead=_weights(records),
-        columns=COLUMNS,
-        headlines=[line.cells for record in records for line in _lines(record) if line.is_headline],
-        datasets=[_section(record) for record in records],
-        absent=absent,
-    )
-
-
-def _section(record: Record) -> dict[str, Any]:
-    """What the page shows of one dataset."""
-    facts, probe = record.content, record.probe
-    words, rows = judge(probe), _dicts(facts, "rows")
-    first = rows[0] if rows else {}
-    chosen = f"Hyper-parameters were chosen on {first['chosen_on']}." if first.get("chosen_on") else ""
-    warnings = facts.get("warnings")
+def _section(record: Record, cells: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What the page shows of one dataset, whose rows are given as cells under COLUMNS."""
+    probe, rows, warnings = record.probe, record.rows, record.content.get("warnings")
+    words, first = judge(probe), rows[0] if rows else {}
+    hours = number(record.content.get("seconds")) / 3600
+    notes = [f"Hyper-parameters were chosen on {first['chosen_on']}."] if first.get("chosen_on") else []
+    notes += dict.fromkeys(str(row.get("note") or "") for row in rows)
+    notes += [f"{line}." for line in (warnings if isinstance(warnings, list) else [])]
     return {
-        "dataset": probe.dataset,
-        "title": record.title,
-        "metric": probe.metric,
-        "higher_is_better": probe.details.get("higher_is_better", True),
+        "record": record,
         "words": words,
-        "notes": [
-            *words.sentences,
-            chosen,
-            *dict.fromkeys(str(row.get("note") or "") for row in rows),
-            *(f"{line}." for line in (warnings if isinstance(warnings, list) else [])),
-        ],
-        "facts": _facts(record, first),
+        "notes": [*words.sentences, *notes],
+        "first": first,
+        "hours": f"{hours:.2f} h" if not math.isnan(hours) else "",
+        "square": isinstance(first.get("settings"), dict) and "image_size" in first["settings"],
         "scale": html.probe_scale("this model", probe),
-        "rows": [line.cells[1:-1] for line in _lines(record)],
-        "published": [
-            (
-                each.get("model", ""),
-                each.get("protocol", ""),
-                f"{each.get('metric', '')} {each.get('variant', '')}".strip(),
-                f"{each['value']:g}",
-                each.get("source", ""),
-                each.get("differs") or DASH,
-            )
-            for each in _dicts(facts, "published")
-            if is_number(each.get("value"))
-        ],
+        "rows": [row[1:-1] for row in cells],
         "pictures": [html.picture(path, f"{record.title}: {path.stem}") for path in record.examples],
         "settings": json.dumps([row.get("settings") for row in rows], indent=1),
     }
-
-
-def _facts(record: Record, first: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(what, value, small print) of a record whose first row is given."""
-    facts, probe = record.content, record.probe
-    seconds, weights, settings = facts.get("seconds"), facts.get("weights"), first.get("settings")
-    weights = weights if isinstance(weights, dict) else {}
-    square = isinstance(settings, dict) and "image_size" in settings
-    size = f"{facts.get('image_size', '')} px" if square else "the images' own sizes"
-    return [
-        ("task", str(facts.get("task", "")), str(first.get("variant", ""))),
-        (probe.metric, score(probe.value, probe.unit), str(first.get("protocol", ""))),
-        ("images", f"{first.get('n_test', 0):,}", f"tested; {first.get('n_train', 0):,} learnt from"),
-        ("weights", str(weights.get("name", "")), str(weights.get("identity", ""))),
-        ("input", size, str(facts.get("precision", ""))),
-        (
-            "time",
-            f"{number(seconds) / 3600:.2f} h" if is_number(seconds) else "",
-            f"seed {facts.get('seed', '')}, {facts.get('date', '')}",
-        ),
-    ]
 
 
 class Line(NamedTuple):
@@ -194,63 +151,50 @@ class Line(NamedTuple):
     is_headline: bool
 
 
-def _lines(record: Record) -> list[Line]:
+def record_lines(record: Record) -> list[Line]:
+    """The rows of a record as cells of a table."""
     lines: list[Line] = []
-    for row in _dicts(record.content, "rows"):
+    for row in record.rows:
         unit, protocol = str(row.get("unit", "share")), str(row.get("protocol", ""))
         is_headline = all(str(line.row.get("protocol", "")) != protocol for line in lines)
         low, high = _score(row, "low", unit), _score(row, "high", unit)
+        baselines = {role: record.baseline(role, row) for role in ROLES}
         cells = [
             record.title,
             f"{protocol} ({row['variant']})" if row.get("variant") else protocol,
             str(row.get("metric", "")),
             _score(row, "value", unit),
             f"{low.removesuffix(' %').removesuffix(f' {unit}')} to {high}",
-            *(_score(_matching(record.content, role, row), "value", unit) for role in ROLES),
-            judge(_as_probe(record, row)).short if is_headline else "",
-            _published(record.content, row) if is_headline else "",
+            *(_score(baseline, "value", unit) for baseline in baselines.values()),
+            "",
+            "",
         ]
+        if is_headline:
+            probe = read_probe({**row, "dataset": record.probe.dataset, "baselines": baselines}, Path("0/row.json"))
+            cells[-2:] = judge(probe).short, _published(record, row)
         lines.append(Line(row, cells, is_headline))
     return lines
 
 
-def _as_probe(record: Record, row: dict[str, Any]) -> Probe:
-    """A row in the form that verdicts are passed on."""
-    baselines = {role: matching for role in ROLES if (matching := _matching(record.content, role, row))}
-    return read_probe({**row, "dataset": record.probe.dataset, "baselines": baselines}, Path("0/row.json"))
-
-
-def _published(facts: dict[str, Any], row: dict[str, Any]) -> str:
+def _published(record: Record, row: dict[str, Any]) -> str:
     """A few published numbers for the headline's protocol and variant."""
     numbers = [
         f"{each['value']:g} {each.get('model', '')}"
-        for each in _dicts(facts, "published")
-        if each.get("protocol") == row.get("protocol")
-        and is_number(each.get("value"))
-        and (each.get("variant") or "") in str(row.get("variant") or "")
+        for each in record.published
+        if each.get("protocol") == row.get("protocol") and (each.get("variant") or "") in str(row.get("variant") or "")
     ]
     return "; ".join(numbers[:3]) or DASH
 
 
-def _matching(facts: dict[str, Any], role: str, row: dict[str, Any]) -> dict[str, Any]:
-    """The baseline's row for the same protocol, metric and variant, or {}."""
-    rows = facts.get("baseline_rows")
-    candidates = rows.get(role, []) if isinstance(rows, dict) else []
-    same = ("protocol", "metric", "variant")
-    return next((each for each in candidates if all(each.get(key) == row.get(key) for key in same)), {})
-
-
 def _score(row: dict[str, Any], key: str, unit: str) -> str:
-    value = row.get(key)
-    return score(number(value), unit) if is_number(value) else DASH
+    return score(row[key], unit) if is_number(row.get(key)) else DASH
 
 
-def _dicts(facts: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def _dicts(value: Any) -> list[dict[str, Any]]:
     """The objects in a list of a record; what is of another kind is passed over."""
-    value = facts.get(key)
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
-def _weights(records: Sequence[Record]) -> str:
-    names = dict.fromkeys(str(record.content.get("weights", {}).get("name", "")) for record in records)
+def _lead(records: Sequence[Record]) -> str:
+    names = dict.fromkeys(str(record.weights.get("name", "")) for record in records)
     return f"Evaluation of {', '.join(filter(None, names)) or 'nothing'}"

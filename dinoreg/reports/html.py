@@ -20,16 +20,6 @@ from dinoreg.runtime.templates import render
 
 
 @dataclass(frozen=True)
-class DrawnChart:
-    """A chart as two `data:` addresses, for a light and for a dark page."""
-
-    title: str
-    note: str
-    light: str
-    dark: str
-
-
-@dataclass(frozen=True)
 class Picture:
     """A picture as a `data:` address; `width` in pixels."""
 
@@ -76,14 +66,10 @@ def page(template: str, title: str, **values: Any) -> str:
     return render(template, title=title, now=time.strftime("%Y-%m-%d %H:%M"), **values)
 
 
-def charts(items: Iterable[Chart]) -> list[DrawnChart]:
-    """Each chart drawn."""
-    drawn = []
-    for chart in items:
-        svg = draw_chart(chart)
-        light, dark = (_data("image/svg+xml", each) for each in (svg, darkened(svg)))
-        drawn.append(DrawnChart(chart.title, chart.note, light, dark))
-    return drawn
+def charts(items: Iterable[Chart]) -> list[tuple[Chart, str, str]]:
+    """Each chart with two `data:` addresses of its drawing, for a light and for a dark page."""
+    drawn = [(chart, draw_chart(chart)) for chart in items]
+    return [(chart, _data("image/svg+xml", svg), _data("image/svg+xml", darkened(svg))) for chart, svg in drawn]
 
 
 def picture(path: Path, description: str, note: str = "") -> Picture | None:

@@ -2,14 +2,14 @@
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -27,155 +27,136 @@ COLOURS = ("#3b7dd8", "#e08214", "#1b9e77", "#c2549d", "#8c6bb1", "#a6761d", "#d
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `smooth` draws its moving average over a faint trace of the values."""
+    """One curve."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
-    smooth: bool = False
-    marker: bool = False
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the same axis, with dotted levels to compare them with; no curve means nothing to show."""
+    """Curves over the same axis, with dotted levels to compare them with; no curve means nothing to show.
+
+    smooth  draw the moving average of each curve over a faint trace of its values
+    marker  draw a dot at every value
+    """
 
     title: str
     note: str = ""
     lines: list[Line] = field(default_factory=list)
     levels: dict[str, float] = field(default_factory=dict)
+    smooth: bool = False
+    marker: bool = False
     log: bool = False
     percent: bool = False
     from_zero: bool = False
     x_label: str = "step"
 
 
-# Rows of (title, note, {key of metrics.jsonl or probe.jsonl: name in the legend}, options of the chart).
-Rows = Sequence[tuple[str, str, Mapping[str, str], Mapping[str, Any]]]
 ZERO = {"from_zero": True}
-SHARE = {"from_zero": True, "percent": True}
+SMOOTH = {"smooth": True}
 LOG = {"log": True}
-LOSSES = {
-    "total_loss": "total",
+NOTES = {
+    "Total loss": "What the optimizer minimises.",
+    "Class token (DINO)": "Starts at ln K, a uniform guess over the prototypes; it has to leave that level.",
+    "Masked patches (iBOT)": "A uniform guess gives ln K times the share of masked crops.",
+    "Spread of class tokens (KoLeo)": "Lower is more evenly spread.",
+    "Entropy of the teacher's targets": "One target should be far below ln K (it says something), their average near "
+    "it (they differ).",
+    "Prototypes in use": "Share that gets at least a tenth of an even share.",
+    "Effective rank of class tokens": "RankMe on training crops; near 1 means collapse.",
+    "Spread of features": "Standard deviation over the batch; near 0 means collapse.",
+    "Gradient norms": "Before clipping.",
+    "Weights in motion": "Change in one step, and distance of student and teacher, relative to the weights.",
+    "Seconds per step": "Waiting for images should be a small part.",
+    "Accuracy of the probe": "Frozen features of the teacher.",
+    "Effective rank of the probe's features": "RankMe: needs no labels; higher is usually better.",
+}
+DINO = {
+    "dino_global_crops_loss+dino_local_crops_loss": "global + local",
     "dino_global_crops_loss": "global",
     "dino_local_crops_loss": "local",
-    "ibot_loss": "iBOT",
-    "koleo_loss": "KoLeo",
 }
-SCHEDULES: Rows = (
-    ("Learning rate", "", {"lr": "all", "last_layer_lr": "prototypes"}, ZERO),
-    ("Weight decay", "", {"wd": "weight decay"}, {}),
-    ("Teacher momentum", "", {"mom": "momentum"}, {}),
-    ("Teacher temperature", "", {"teacher_temp": "temperature"}, {}),
-)
-TARGETS = "One target should be far below ln K (it says something), their average near it (they differ)."
-EVEN = "Share that gets at least a tenth of an even share."
-RANK = "RankMe on training crops; near 1 means collapse."
-SPREAD = "Standard deviation over the batch; near 0 means collapse."
-MOTION = "Change in one step, and distance of student and teacher, relative to the weights."
-HEALTH: Rows = (
-    ("Prototypes in use", EVEN, {"prototype_usage": "used"}, SHARE),
-    ("Effective rank of class tokens", RANK, {"feature_rank": "rank"}, ZERO),
-    ("Spread of features", SPREAD, {"feature_std": "spread"}, ZERO),
-)
-SPEED: Rows = (
-    (
-        "Seconds per step",
-        "Waiting for images should be a small part.",
-        {"step_time": "step", "data_time": "of it, waiting for images"},
-        ZERO,
+ENTROPY = {"teacher_entropy": "one target", "target_marginal_entropy": "average target"}
+# Rows of (title, {key of metrics.jsonl or probe.jsonl: name in the legend}, options of the chart); of keys joined by
+# "+" the sum is drawn.
+SECTIONS: dict[str, Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]]] = {
+    "losses": (
+        ("Total loss", {"total_loss": "total"}, SMOOTH),
+        ("Class token (DINO)", DINO, SMOOTH | {"ln_k": True}),
+        ("Masked patches (iBOT)", {"ibot_loss": "iBOT"}, SMOOTH),
+        ("Spread of class tokens (KoLeo)", {"koleo_loss": "KoLeo"}, SMOOTH),
     ),
-)
-_KNOWN = {
-    *("step", "images", "total_loss", "dino_global_crops_loss", "dino_local_crops_loss", "ibot_loss"),
-    *("koleo_loss", "lr", "wd", "mom", "teacher_temp", "last_layer_lr", "current_batch_size"),
-    *("global_batch_size", "step_time", "data_time", "images_per_second", "max_memory", "teacher_entropy"),
-    *("teacher_entropy_max", "target_marginal_entropy", "prototype_usage", "feature_std", "feature_rank"),
-    *("update_ratio", "teacher_distance", "knn_top1", "rankme", "probe_time"),
+    "schedules": (
+        ("Learning rate", {"lr": "all", "last_layer_lr": "prototypes"}, ZERO),
+        ("Weight decay", {"wd": "weight decay"}, {}),
+        ("Teacher momentum", {"mom": "momentum"}, {}),
+        ("Teacher temperature", {"teacher_temp": "temperature"}, {}),
+    ),
+    "health": (
+        ("Entropy of the teacher's targets", ENTROPY, ZERO | {"ln_k": True}),
+        ("Prototypes in use", {"prototype_usage": "used"}, ZERO | {"percent": True}),
+        ("Effective rank of class tokens", {"feature_rank": "rank"}, ZERO),
+        ("Spread of features", {"feature_std": "spread"}, ZERO),
+        ("Gradient norms", {}, LOG),  # of every "grad_norm_…" there is
+        ("Weights in motion", {"update_ratio": "update", "teacher_distance": "student to teacher"}, LOG),
+    ),
+    "speed": (
+        ("Images per second", {"images_per_second": "rate"}, ZERO | SMOOTH),
+        ("Seconds per step", {"step_time": "step", "data_time": "of it, waiting for images"}, ZERO),
+        ("Memory in GiB", {"max_memory": "peak"}, ZERO),
+    ),
 }
+UNITS = {"max_memory": 2**30}  # of values that are not shown as they are
+NOT_SHOWN = {"step", "images", "current_batch_size", "global_batch_size", "teacher_entropy_max", "probe_time"}
 
 
-def loss_charts(run: Run) -> list[Chart]:
-    """The losses, smoothed, beside those of a uniform guess where the number of prototypes K is known."""
-    levels = _ln_k(run)
-    guess = "Starts at ln K, a uniform guess over the prototypes; it has to leave that level." if levels else ""
-    masked = "A uniform guess gives ln K times the share of masked crops." if levels else ""
-    lines = {key: _lines(run, {key: name}, smooth=True) for key, name in LOSSES.items()}
-    parts = ("dino_global_crops_loss", "dino_local_crops_loss")
-    steps, sums = _sum_of(run, *parts)
-    both = [Line("global + local", steps, sums, smooth=True)] if steps else []
-    return _shown(
-        Chart("Total loss", "What the optimizer minimises.", lines["total_loss"]),
-        Chart("Class token (DINO)", guess, both + lines[parts[0]] + lines[parts[1]], levels),
-        Chart("Masked patches (iBOT)", masked, lines["ibot_loss"]),
-        Chart("Spread of class tokens (KoLeo)", "Lower is more evenly spread.", lines["koleo_loss"]),
-    )
+def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
+    """The charts of each section of a run's report, those without a curve left out.
+
+    most  of the section "other", which holds whatever else the run has measured
+    """
+    measured = {key for line in run.metrics + run.probe for key, value in line.items() if is_number(value)}
+    start = "grad_norm_"
+    gradients = {key: key[len(start) :].replace("_", " ") for key in sorted(measured) if key.startswith(start)}
+    shown = {"knn_top1", "rankme"}.union(*(names for rows in SECTIONS.values() for _, names, _ in rows))
+    other = sorted(measured - shown - NOT_SHOWN - gradients.keys())[:most]
+    sections = {
+        name: [_chart(run, title, names or gradients, **options) for title, names, options in rows]
+        for name, rows in SECTIONS.items()
+    }
+    sections["probe"] = _probe_charts(run)
+    sections["other"] = [_chart(run, key.replace("_", " "), {key: key}) for key in other]
+    return {name: [chart for chart in charts if chart.lines] for name, charts in sections.items()}
 
 
-def schedule_charts(run: Run) -> list[Chart]:
-    """What is set over the course of the run."""
-    return _charts(run, SCHEDULES)
-
-
-def health_charts(run: Run) -> list[Chart]:
-    """Signs of collapse and of divergence."""
-    entropies = _lines(run, {"teacher_entropy": "one target", "target_marginal_entropy": "average target"})
-    norms = sorted({key for line in run.metrics for key in line if key.startswith("grad_norm_")})
-    gradients = {key: key.removeprefix("grad_norm_").replace("_", " ") for key in norms}
-    motion = {"update_ratio": "update", "teacher_distance": "student to teacher"}
-    return [
-        *_shown(Chart("Entropy of the teacher's targets", TARGETS, entropies, _ln_k(run), from_zero=True)),
-        *_charts(run, HEALTH),
-        *_charts(
-            run, [("Gradient norms", "Before clipping.", gradients, LOG), ("Weights in motion", MOTION, motion, LOG)]
-        ),
-    ]
-
-
-def speed_charts(run: Run) -> list[Chart]:
-    """Images per second, seconds per step and of waiting for images, peak memory in GiB."""
-    steps, memory = run.series("max_memory")
-    gib = [Line("peak", steps, [value / 2**30 for value in memory])] if steps else []
-    return [
-        *_shown(
-            Chart("Images per second", "", _lines(run, {"images_per_second": "rate"}, smooth=True), from_zero=True)
-        ),
-        *_charts(run, SPEED),
-        *_shown(Chart("Memory in GiB", "", gib, from_zero=True)),
-    ]
-
-
-def probe_charts(run: Run) -> list[Chart]:
+def _probe_charts(run: Run) -> list[Chart]:
     """The in-run probe, with the levels of the final evaluation's baselines where they measure the same."""
-    chances = {probe.details.get("chance") for probe in run.newest_probes()}
-    chance = {f"chance {100 * each:.3g} %": float(each) for each in chances if each is not None and is_number(each)}
-    curves = _lines(run, {"knn_top1": "k-NN"}, marker=True)
-    for dataset in dict.fromkeys(probe.dataset for probe in run.probes if curves):
+    accuracy = _chart(run, "Accuracy of the probe", {"knn_top1": "k-NN"}, marker=True, percent=True, from_zero=True)
+    for dataset in dict.fromkeys(probe.dataset for probe in run.probes if accuracy.lines):
         probes = [probe for probe in run.probes if probe.dataset == dataset]
         steps, values = [probe.step for probe in probes], [probe.value for probe in probes]
-        curves.append(Line(f"linear, {dataset}", steps, values, marker=True))
-    ranks = _lines(run, {"rankme": "rank"}, marker=True)
-    rankme = "RankMe: needs no labels; higher is usually better."
-    return _shown(
-        Chart("Accuracy of the probe", "Frozen features of the teacher.", curves, chance, percent=True, from_zero=True),
-        Chart("Effective rank of the probe's features", rankme, ranks, from_zero=True),
-    )
+        accuracy.lines.append(Line(f"linear, {dataset}", steps, values))
+    chances = [probe.details["chance"] for probe in run.newest_probes() if is_number(probe.details.get("chance"))]
+    accuracy.levels.update({f"chance {100 * each:.3g} %": float(each) for each in chances})
+    ranks = _chart(run, "Effective rank of the probe's features", {"rankme": "rank"}, marker=True, from_zero=True)
+    return [accuracy, ranks]
 
 
-def other_charts(run: Run, most: int = 12) -> list[Chart]:
-    """Whatever else a run has measured."""
-    measured = {key for line in run.metrics + run.probe for key, value in line.items() if is_number(value)}
-    keys = sorted(key for key in measured - _KNOWN if not key.startswith("grad_norm_"))
-    return _charts(run, [(key.replace("_", " "), "", {key: key}, {}) for key in keys[:most]])
-
-
-def _charts(run: Run, rows: Rows) -> list[Chart]:
-    return _shown(*(Chart(title, note, _lines(run, names), **options) for title, note, names, options in rows))
-
-
-def _ln_k(run: Run) -> dict[str, float]:
-    ln_k = run.last("teacher_entropy_max")
-    return {} if ln_k is None else {"ln K": ln_k}
+def _chart(run: Run, title: str, names: Mapping[str, str], *, ln_k: bool = False, **options: Any) -> Chart:
+    """A chart of what a run has measured; `ln_k` draws the level of a uniform guess, which a note may speak of."""
+    lines = []
+    for key, name in names.items():
+        parts = key.split("+")
+        points = [line for line in run.metrics + run.probe if all(is_number(line.get(part)) for part in parts)]
+        values = [math.fsum(line[part] for part in parts) / UNITS.get(key, 1) for line in points]
+        if points:
+            lines.append(Line(name, [line["step"] for line in points], values))
+    level, note = run.last("teacher_entropy_max"), NOTES.get(title, "")
+    if level is None:
+        return Chart(title, "" if "ln K" in note else note, lines, **options)
+    return Chart(title, note, lines, {"ln K": level} if ln_k else {}, **options)
 
 
 def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
@@ -188,14 +169,14 @@ def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
         figure = Figure(figsize=(width, height))
         # Fixed margins: fitting them to the labels would take longer than everything else.
         figure.subplots_adjust(left=0.14, right=0.985, bottom=0.36 / height, top=1 - (0.08 + legend) / height)
-        FigureCanvasSVG(figure)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         for number, line in enumerate(chart.lines):
-            _draw(axes.plot, line, COLOURS[number % len(COLOURS)], chart.log)
+            _draw(axes, line, chart, COLOURS[number % len(COLOURS)])
         _draw_levels(axes, chart.levels)
         _set_scales(axes, chart)
-        _set_style(axes)
+        set_style(axes, INK, GRID)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
         if legend:
             axes.legend(
                 loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, labelcolor=INK,
@@ -218,26 +199,32 @@ def _draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
 def _set_scales(axes: Axes, chart: Chart) -> None:
     if chart.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=7))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        set_log_ticks(axes.yaxis, 7)
     elif chart.from_zero:
         axes.update_datalim([(float(axes.dataLim.x0), 0.0)])
         axes.margins(y=0.08)  # of all that is shown, and before a limit is set, which then stays as it is
         axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(percent_tick if chart.percent else short_tick)
+    axes.yaxis.set_major_formatter(percent_tick if chart.percent else short)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(short_tick)
+    axes.xaxis.set_major_formatter(short)
     axes.set_xlabel(chart.x_label, color=INK)
 
 
-def _set_style(axes: Axes) -> None:
+def set_log_ticks(axis: Axis, count: int) -> None:
+    """At most `count` ticks at 1, 2 and 5 times powers of ten, written short."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=count))
+    axis.set_major_formatter(short)
+    axis.set_minor_formatter(NullFormatter())
+
+
+def set_style(axes: Axes, ink: str, line: str, spines: Sequence[str] = ("bottom",), tick_length: int = 0) -> None:
+    """No ground, labels in the colour `ink`, and of the frame only some spines, in the colour `line`."""
     axes.patch.set_alpha(0)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=INK, length=0)
+    axes.tick_params(which="both", colors=ink, length=tick_length)
     for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(GRID)
+        spine.set_visible(side in spines)
+        spine.set_color(line)
 
 
 def darkened(svg: bytes) -> bytes:
@@ -253,17 +240,12 @@ def _label(name: str) -> str:
     return "\u200a" + shown if shown.startswith("_") else shown
 
 
-def short(value: float) -> str:
-    """12500 -> 12.5k"""
+def short(value: float, _position: object = None) -> str:
+    """A number, or a tick's label: 12500 -> 12.5k"""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"
     return f"{value:.6g}"
-
-
-def short_tick(value: float, _position: object = None) -> str:
-    """A tick's label: 12500 -> 12.5k"""
-    return short(value)
 
 
 def percent_tick(value: float, _position: object = None) -> str:
@@ -271,16 +253,16 @@ def percent_tick(value: float, _position: object = None) -> str:
     return f"{100 * value:.4g} %"
 
 
-def _draw(plot: Callable[..., object], line: Line, colour: str, log: bool) -> None:
+def _draw(axes: Axes, line: Line, chart: Chart, colour: str) -> None:
     x, y = _thin(np.asarray(line.x, dtype=float), np.asarray(line.y, dtype=float))
-    if log:
+    if chart.log:
         x, y = x[y > 0], y[y > 0]
-    marker = {"marker": "o", "markersize": 3.5} if line.marker or len(x) == 1 else {}
-    if line.smooth and len(x) >= 30:
-        plot(x, y, color=colour, linewidth=0.8, alpha=0.28)
-        plot(x, _moving_average(y, max(3, len(y) // 25)), color=colour, linewidth=1.7, label=_label(line.name))
+    if chart.smooth and len(x) >= 30:
+        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.28)
+        axes.plot(x, _moving_average(y, max(3, len(y) // 25)), color=colour, linewidth=1.7, label=_label(line.name))
     else:
-        plot(x, y, color=colour, linewidth=1.5, label=_label(line.name), **marker)
+        marker = "o" if chart.marker or len(x) == 1 else None
+        axes.plot(x, y, color=colour, linewidth=1.5, label=_label(line.name), marker=marker, markersize=3.5)
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -293,21 +275,5 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _moving_average(y: np.ndarray, width: int) -> np.ndarray:
     """The mean of up to `width` values on either side, fewer where the curve ends."""
-    total = np.concatenate([[0.0], np.cumsum(y)])
-    index = np.arange(len(y))
-    first, last = np.maximum(index - width, 0), np.minimum(index + width + 1, len(y))
-    return (total[last] - total[first]) / (last - first)
-
-
-def _lines(run: Run, names: Mapping[str, str], smooth: bool = False, marker: bool = False) -> list[Line]:
-    drawn = ((name, run.series(key)) for key, name in names.items())
-    return [Line(name, x, y, smooth, marker) for name, (x, y) in drawn if x]
-
-
-def _sum_of(run: Run, *keys: str) -> tuple[list[float], list[float]]:
-    lines = [line for line in run.metrics if all(is_number(line.get(key)) for key in keys)]
-    return [line["step"] for line in lines], [math.fsum(line[key] for key in keys) for line in lines]
-
-
-def _shown(*charts: Chart) -> list[Chart]:
-    return [chart for chart in charts if chart.lines]
+    window = np.ones(2 * width + 1)
+    return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")

@@ -6,7 +6,8 @@ from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Probe, Run, flatten, read_run
-from dinoreg.reports import html, plots
+from dinoreg.reports import html
+from dinoreg.reports.plots import run_charts
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import is_number
 
@@ -19,48 +20,18 @@ DETAILS = {
     "C": "C {:.3g}",
     "seconds": "{:.0f} s",
 }
-
-PICTURES = {
-    "pca": (
-        "PCA of patches",
-        "The three leading principal components of the patch tokens as red, green and blue, one basis for "
-        "all images. Parts that mean the same should share a colour.",
-    ),
-    "attention": (
-        "Attention of CLS and each register",
-        "Where each token looks in the last block, averaged over heads; every map is scaled to its brightest patch.",
-    ),
-    "crops": (
-        "Training crops",
-        "The first images as the networks get them. The teacher sees whole global crops, the student sees "
-        "them with the grey patches hidden, and the local crops.",
-    ),
-}
+PICTURES = ("pca", "attention", "crops")  # those of every run, in the order of the page
 
 
-def write_report(run: str | Path, problem: str = "") -> Path:
-    """Write `report.html` into a run folder, from what is there, and return its path.
+def write_report(folder: str | Path, problem: str = "") -> Path:
+    """Write `report.html` into a run folder, from what is there, and return its path. What is not there is left out.
 
     problem  why its pictures could not be drawn, in a sentence (`visualize.run_pictures.draw_missing`)
     """
-    folder = Path(run)
-    write_atomic(folder / "report.html", render_report(read_run(folder), problem))
-    return folder / "report.html"
-
-
-def render_report(run: Run, problem: str = "") -> str:
-    """The page of a run; `problem` says why pictures are missing. Sections without content are left out."""
+    run = read_run(folder)
     total = f" of {run.num_steps:,}" if run.num_steps else ""
-    builders = {
-        "probe": plots.probe_charts,
-        "losses": plots.loss_charts,
-        "health": plots.health_charts,
-        "schedules": plots.schedule_charts,
-        "speed": plots.speed_charts,
-        "other": plots.other_charts,
-    }
     names = [*PICTURES, *sorted(set(run.pictures) - set(PICTURES))]
-    return html.page(
+    content = html.page(
         "reports/templates/run.html.j2",
         run.name,
         run=run,
@@ -68,17 +39,14 @@ def render_report(run: Run, problem: str = "") -> str:
         words=verdict(run),
         figures=figures(run),
         probes=[(probe, html.probe_scale("this run", probe), _details(probe)) for probe in run.newest_probes()],
-        charts={name: html.charts(build(run)) for name, build in builders.items()},
-        pictures=[(name, _picture(name, run.pictures[name])) for name in names if name in run.pictures],
+        charts={name: html.charts(each) for name, each in run_charts(run).items()},
+        pictures=[(name, html.picture(run.pictures[name], name)) for name in names if name in run.pictures],
         problem=problem,
         skipped=[(line.get("name", ""), line.get("reason", "")) for line in run.skipped[:MAX_LISTED]],
         environment=[(key, _plain(value)) for key, value in flatten(run.environment).items()],
     )
-
-
-def _picture(name: str, path: Path) -> html.Picture | None:
-    title, note = PICTURES.get(name, (name.replace("_", " "), ""))
-    return html.picture(path, title, f"{note} Step {path.parent.name.lstrip('0') or '0'}.".strip())
+    write_atomic(run.folder / "report.html", content)
+    return run.folder / "report.html"
 
 
 def _details(probe: Probe) -> list[str]:
@@ -86,39 +54,25 @@ def _details(probe: Probe) -> list[str]:
     return [words.format(known[key]) for key, words in DETAILS.items() if is_number(known.get(key))]
 
 
-def figures(run: Run) -> list[tuple[str, str, str]]:
+def figures(run: Run) -> list[tuple[str, Any, str]]:
     """(what, value, small print) of the run; without a value a tile is not shown."""
-    config = flatten(run.config)
-    model = str(config.get("model.name") or "")
-    parameters = f"{run.parameters / 1e6:.2f} M parameters" if run.parameters else ""
+    config, total = flatten(run.config), run.num_steps
     source = config.get("data.source")
     data = ", ".join(map(str, source)) if isinstance(source, list) else str(source or "")
     kind, _, options = data.partition(":")
     short = kind if kind == "scenes" else Path(data).name or data
-    rates = run.series("images_per_second")[1]
-    speed = f"{statistics.median(rates):,.0f} img/s" if rates else ""
-    waits, steps = run.series("data_time")[1], run.series("step_time")[1]
+    rates, waits, steps = (run.series(key)[1] for key in ("images_per_second", "data_time", "step_time"))
     waiting = f"{sum(waits) / sum(steps):.0%} waiting for images" if waits and steps and sum(steps) > 0 else ""
-    batch = config.get("batch_size")
-    total = run.num_steps
-    crops, prototypes = config.get("crops.global_size"), config.get("head.prototypes")
+    batch, crops, prototypes = map(config.get, ("batch_size", "crops.global_size", "head.prototypes"))
     return [
-        ("model", model, parameters),
+        ("model", config.get("model.name"), f"{run.parameters / 1e6:.2f} M parameters" if run.parameters else ""),
         ("data", short, options if kind == "scenes" else data if short != data else ""),
-        (
-            "steps",
-            f"{run.step:,}" if run.step else "",
-            f"of {total:,}" if total and total != run.step else "",
-        ),
+        ("steps", f"{run.step:,}" if run.step else "", f"of {total:,}" if total and total != run.step else ""),
         ("images seen", f"{run.images_seen:,}" if run.images_seen else "", f"batch {batch}" if batch else ""),
         ("training time", duration(run.seconds), ""),
-        ("speed", speed, waiting),
+        ("speed", f"{statistics.median(rates):,.0f} img/s" if rates else "", waiting),
         ("hardware", *hardware(run)),
-        (
-            "crops",
-            f"{crops} px" if crops else "",
-            f"{prototypes:,} prototypes" if is_number(prototypes) else "",
-        ),
+        ("crops", f"{crops} px" if crops else "", f"{prototypes:,} prototypes" if is_number(prototypes) else ""),
     ]
 
 

@@ -4,7 +4,6 @@ A plan is a pure function of (seed, index) and knows no picture size. Lengths ar
 picture's side, so a scene is the same at every size.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -75,17 +74,17 @@ class Plan(NamedTuple):
 class Draws:
     """A stream of uniform draws for one scene, taken one by one as plain floats."""
 
-    def __init__(self, generator: np.random.Generator, count: int = 160) -> None:
-        self._values: Iterator[float] = iter(generator.random(count).tolist())
+    def __init__(self, generator: np.random.Generator) -> None:
+        self.generator = generator
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
-        return low + (high - low) * next(self._values)
+        return low + (high - low) * self.generator.random()
 
     def several(self, count: int) -> list[float]:
-        return [next(self._values) for _ in range(count)]
+        return self.generator.random(count).tolist()
 
     def below(self, count: int) -> int:
-        return min(int(next(self._values) * count), count - 1)
+        return int(self.generator.random() * count)
 
 
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:

@@ -15,16 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from dinoreg.runtime.errors import UserError
-from dinoreg.scenes.layout import (
-    NOISE_STREAM,
-    NUM_CLASSES,
-    UNITS,
-    Plan,
-    Thing,
-    generator,
-    label_of,
-    plan,
-)
+from dinoreg.scenes.layout import NOISE_STREAM, NUM_CLASSES, UNITS, Plan, Thing, generator, plan
 from dinoreg.scenes.shapes import KINDS, Outline
 from dinoreg.scenes.textures import BACKGROUNDS, Array
 
@@ -60,9 +51,7 @@ def _extent(outline: Outline) -> Array:
 
 def _coverage(distance: Array, pixels: float) -> Array:
     """Share of a pixel inside an outline, from its centre's distance; `pixels` in a unit of distance."""
-    share = distance * np.float32(-pixels)
-    share += np.float32(0.5)
-    return np.clip(share, 0.0, 1.0, out=share)
+    return np.clip(distance * np.float32(-pixels) + np.float32(0.5), 0.0, 1.0)
 
 
 def _paint_background(scene: Plan, size: int) -> Array:
@@ -125,17 +114,12 @@ def _paint(canvas: Array, scene: Plan, thing: Thing, size: int) -> tuple[slice, 
     if outline.detail is not None:
         colour += _coverage(outline.detail, pixels) * (detail - colour)
 
-    relief = np.clip(extent * np.float32(2.5) + np.float32(1.0), 0.0, 1.0)
-    relief *= relief
+    relief = np.square(np.clip(extent * np.float32(2.5) + np.float32(1.0), 0.0, 1.0))
     strength = np.float32(0.3 / pose.radius)
     light = (column - np.float32(pose.x)) * (strength * np.float32(scene.light[0])) + np.float32(1.08)
-    light = light + (row - np.float32(pose.y)) * (strength * np.float32(scene.light[1]))
-    light -= np.float32(0.28) * relief
-    colour *= light
+    light = light + (row - np.float32(pose.y)) * (strength * np.float32(scene.light[1])) - np.float32(0.28) * relief
     window = canvas[:, y0:y1, x0:x1]
-    colour -= window
-    colour *= _coverage(extent, pixels)
-    window += colour
+    window += (colour * light - window) * _coverage(extent, pixels)
     return slice(y0, y1), slice(x0, x1), extent < 0.0, relief
 
 
@@ -205,38 +189,3 @@ def render_image(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
     for thing in reversed(scene.things):
         _paint(canvas, scene, thing, size)
     return _expose(canvas, scene, index, seed)
-
-
-class SceneDataset:
-    """Scenes `first` to `first + num_images - 1`, map-style; disjoint ranges never share a scene."""
-
-    def __init__(self, num_images: int, size: int = 64, seed: int = 0, first: int = 0) -> None:
-        if num_images < 1 or size < 1 or first < 0 or seed < 0:
-            raise UserError(
-                "scenes: num_images and size must be at least 1, first and seed at least 0, got "
-                f"num_images {num_images}, size {size}, first {first}, seed {seed}"
-            )
-        self.num_images = num_images
-        self.size = size
-        self.seed = seed
-        self.first = first
-
-    def __len__(self) -> int:
-        return self.num_images
-
-    def _index(self, i: int) -> int:
-        if not 0 <= i < self.num_images:
-            raise IndexError(f"scene {i} of a set of {self.num_images}")
-        return self.first + i
-
-    def image(self, i: int) -> np.ndarray:
-        """(S, S, 3) uint8."""
-        return render_image(self._index(i), self.size, self.seed)
-
-    def label(self, i: int) -> int:
-        """Class of the main object, known without rendering."""
-        return label_of(self._index(i), self.seed)
-
-    def scene(self, i: int) -> Scene:
-        """The picture with its ground truth."""
-        return render(self._index(i), self.size, self.seed)

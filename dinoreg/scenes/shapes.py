@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinoreg.scenes import textures
-from dinoreg.scenes.textures import Array, Material
+from dinoreg.scenes.textures import Array, Texture
 
 TAU = 2.0 * np.pi
 
@@ -33,7 +33,7 @@ class Kind(NamedTuple):
 
     name: str
     form: Form
-    material: Material
+    material: Texture
     background: int  # index into BACKGROUNDS
     turn: float  # it lies within this many radians of the upright
     metres: float  # half the length
@@ -49,13 +49,11 @@ def ellipse(x: Array, y: Array, cx: float, cy: float, a: float, b: float, angle:
     if angle:
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         dx, dy = dx * cos + dy * sin, dy * cos - dx * sin
-    dx *= np.float32(1.0 / a)
-    dy *= np.float32(1.0 / b)
-    level = np.sqrt(dx * dx + dy * dy)
-    dx *= np.float32(1.0 / a)
-    dy *= np.float32(1.0 / b)
-    slope = np.sqrt(dx * dx + dy * dy)  # of `level`, up to the factor 1 / level
-    slope += np.float32(1e-4)
+    scale_x, scale_y = np.float32(1.0 / a), np.float32(1.0 / b)
+    u, v = dx * scale_x, dy * scale_y
+    level = np.sqrt(u * u + v * v)
+    u, v = u * scale_x, v * scale_y
+    slope = np.sqrt(u * u + v * v) + np.float32(1e-4)  # of `level`, up to the factor 1 / level
     return level * (level - 1.0) / slope
 
 
@@ -64,11 +62,9 @@ def rod(x: Array, y: Array, start: tuple[float, float], end: tuple[float, float]
     length_x, length_y = end[0] - start[0], end[1] - start[1]
     scale = 1.0 / (length_x**2 + length_y**2)
     dx, dy = x - np.float32(start[0]), y - np.float32(start[1])
-    along = dx * np.float32(length_x * scale) + dy * np.float32(length_y * scale)
-    np.clip(along, 0.0, 1.0, out=along)
-    dx -= along * np.float32(length_x)
-    dy -= along * np.float32(length_y)
-    return np.sqrt(dx * dx + dy * dy) - np.float32(radius)
+    along = np.clip(dx * np.float32(length_x * scale) + dy * np.float32(length_y * scale), 0.0, 1.0)
+    u, v = dx - along * np.float32(length_x), dy - along * np.float32(length_y)
+    return np.sqrt(u * u + v * v) - np.float32(radius)
 
 
 def box(x: Array, y: Array, cx: float, cy: float, a: float, b: float, radius: float) -> Array:
@@ -76,19 +72,14 @@ def box(x: Array, y: Array, cx: float, cy: float, a: float, b: float, radius: fl
     dx = np.abs(x - np.float32(cx)) - np.float32(a - radius)
     dy = np.abs(y - np.float32(cy)) - np.float32(b - radius)
     inside = np.minimum(np.maximum(dx, dy), 0.0)
-    np.maximum(dx, 0.0, out=dx)
-    np.maximum(dy, 0.0, out=dy)
+    dx, dy = np.maximum(dx, 0.0), np.maximum(dy, 0.0)
     return np.sqrt(dx * dx + dy * dy) + inside - np.float32(radius)
 
 
-def fold(x: Array, y: Array, count: int, phase: float = 0.0) -> tuple[Array, Array]:
+def fold(x: Array, y: Array, count: int) -> tuple[Array, Array]:
     """The plane folded `count` times around the centre: one arm stands for all; (along >= 0, aside >= 0)."""
-    angle = np.arctan2(y, x)
-    angle += np.float32(phase + 4.0 * TAU)
-    angle *= np.float32(count / TAU)
-    angle -= np.floor(angle)
-    angle -= np.float32(0.5)
-    angle *= np.float32(TAU / count)
+    turns = (np.arctan2(y, x) + np.float32(4.0 * TAU)) * np.float32(count / TAU)
+    angle = (turns - np.floor(turns) - np.float32(0.5)) * np.float32(TAU / count)
     radius = np.sqrt(x * x + y * y)
     return radius * np.cos(angle), np.abs(radius * np.sin(angle))
 
@@ -145,14 +136,12 @@ def flower(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 def crystal(x: Array, y: Array, s: Sequence[float]) -> Outline:
     count = 5 + int(3 * s[0])
-    body = None
+    planes = [circle(x, y, 0.0, 0.0, 1.1)]
     for k in range(count):
         angle = TAU * (k + 0.5 * s[1 + k % 5]) / count
         reach = 0.55 + 0.25 * s[(k * 2 + 3) % 6]
-        plane = x * np.float32(np.cos(angle) * 0.85) + y * np.float32(np.sin(angle)) - np.float32(reach)
-        body = plane if body is None else np.maximum(body, plane, out=body)
-    assert body is not None
-    return Outline(np.maximum(body, circle(x, y, 0.0, 0.0, 1.1)))
+        planes.append(x * np.float32(np.cos(angle) * 0.85) + y * np.float32(np.sin(angle)) - np.float32(reach))
+    return Outline(np.maximum.reduce(planes))
 
 
 def turtle(x: Array, y: Array, s: Sequence[float]) -> Outline:
@@ -175,20 +164,15 @@ def leaf(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 def doughnut(x: Array, y: Array, s: Sequence[float]) -> Outline:
     stretched = y * np.float32(1.0 + 0.3 * s[0])
-    radius = np.sqrt(x * x + stretched * stretched)
-    radius -= np.float32(0.63)
+    radius = np.sqrt(x * x + stretched * stretched) - np.float32(0.63)
     return Outline(np.abs(radius) - np.float32(0.29 + 0.05 * s[1]))
 
 
 def kite(x: Array, y: Array, s: Sequence[float]) -> Outline:
     front, back, half, widest = 0.95, 0.65 + 0.1 * s[0], 0.66 + 0.14 * s[1], 0.3
     side = np.abs(y)
-    ahead = ((x - np.float32(front)) * np.float32(half) + side * np.float32(front - widest)) * np.float32(
-        1.0 / np.hypot(half, front - widest)
-    )
-    behind = (side * np.float32(back + widest) - (x + np.float32(back)) * np.float32(half)) * np.float32(
-        1.0 / np.hypot(half, back + widest)
-    )
+    ahead = ((x - front) * half + side * (front - widest)) * np.float32(1.0 / np.hypot(half, front - widest))
+    behind = (side * (back + widest) - (x + back) * half) * np.float32(1.0 / np.hypot(half, back + widest))
     body = np.maximum(ahead, behind)
     wave = y - 0.09 * np.sin(x * 14.0 + np.float32(TAU * s[2]))
     bow = np.abs(np.sin(x * np.float32(11.0))) * np.float32(0.1)

@@ -8,6 +8,7 @@ in every direction (a pan of the plane never runs out of it).
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -19,8 +20,7 @@ SIDE = CELLS * SAMPLES
 FAR = 64.0 * CELLS  # whole tables added before truncation, so that coordinates are positive there
 
 Array = np.ndarray
-Material = Callable[[Array, Array, float, Sequence[float]], Array]
-Background = Callable[[Array, Array, float, Sequence[float]], Array]
+Texture = Callable[[Array, Array, float, Sequence[float]], Array]
 
 
 class Cells(NamedTuple):
@@ -51,15 +51,9 @@ def _sites(jitter: float) -> Iterator[tuple[Array, Array, Array, Array]]:
     odd = (np.arange(CELLS) % 2)[:, None] * 0.5 - 0.25
     site_x, site_y = (0.5 + odd + move_x).astype(np.float32), (0.5 + move_y).astype(np.float32)
     left, above = (column - x).astype(np.float32), (row - y).astype(np.float32)
-    for step_y in (-1, 0, 1):
-        for step_x in (-2, -1, 0, 1, 2):
-            j, i = (row + step_y) % CELLS, (column + step_x) % CELLS
-            yield (
-                site_x[j, i] + (left + np.float32(step_x)),
-                site_y[j, i] + (above + np.float32(step_y)),
-                j,
-                i,
-            )
+    for step_y, step_x in product((-1, 0, 1), (-2, -1, 0, 1, 2)):
+        j, i = (row + step_y) % CELLS, (column + step_x) % CELLS
+        yield site_x[j, i] + (left + np.float32(step_x)), site_y[j, i] + (above + np.float32(step_y)), j, i
 
 
 @lru_cache(maxsize=4)
@@ -73,8 +67,8 @@ def cells(jitter: float) -> Cells:
         np.copyto(value, values[j, i], where=square < first)
         np.minimum(second, np.maximum(first, square), out=second)
         np.minimum(first, square, out=first)
-    np.sqrt(first, out=first)
-    return Cells(first.ravel(), (np.sqrt(second) - first).ravel(), value.ravel())
+    nearest = np.sqrt(first)
+    return Cells(nearest.ravel(), (np.sqrt(second) - nearest).ravel(), value.ravel())
 
 
 @lru_cache(maxsize=1)
@@ -122,8 +116,7 @@ def scale_table() -> Array:
 
 
 def _positions(x: Array, y: Array) -> Array:
-    column = ((x + FAR) * SAMPLES).astype(np.int32) & (SIDE - 1)
-    row = ((y + FAR) * SAMPLES).astype(np.int32) & (SIDE - 1)
+    column, row = (((axis + FAR) * SAMPLES).astype(np.int32) & (SIDE - 1) for axis in (x, y))
     return row * SIDE + column
 
 
@@ -133,9 +126,7 @@ def _noise(x: Array, y: Array, slope: float = 1.5) -> Array:
 
 def _step(field: Array, sharpness: float) -> Array:
     """0 where `field` is well below zero, 1 well above, a ramp of width 1 / sharpness between."""
-    ramp = field * np.float32(sharpness)
-    ramp += np.float32(0.5)
-    return np.clip(ramp, 0.0, 1.0, out=ramp)
+    return np.clip(field * np.float32(sharpness) + np.float32(0.5), 0.0, 1.0)
 
 
 # --- materials: x, y are body coordinates in periods, centred on the body; s holds three draws of [0, 1) ---
@@ -143,9 +134,8 @@ def _step(field: Array, sharpness: float) -> Array:
 
 
 def stripes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    warp = _noise(x * 0.35 + 16 * s[0], y * 0.35 + 16 * s[1])
-    warp *= 0.5 + 0.5 * s[2]
-    return _step(np.sin((x + warp) * np.float32(TAU)), edge / 5.0)
+    warp = _noise(x * 0.35 + 16 * s[0], y * 0.35 + 16 * s[1]) * (0.5 + 0.5 * s[2])
+    return _step(np.sin((x + warp) * TAU), edge / 5.0)
 
 
 def rosettes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
@@ -155,21 +145,17 @@ def rosettes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
 
 def scales(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
     shade = scale_table().take(_positions(y * 0.75 + 16 * s[0], x * -0.75 + 16 * s[1]))
-    shade *= shade
-    return _step(shade - (0.5 + 0.15 * s[2]), 1.9)
+    return _step(shade * shade - (0.5 + 0.15 * s[2]), 1.9)
 
 
 def rings(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    phase = np.sqrt(x * x + y * y)
-    phase += np.float32(s[0])
-    phase *= np.float32(TAU)
-    return _step(np.sin(phase) - 0.35, edge / 5.0)
+    return _step(np.sin((np.sqrt(x * x + y * y) + s[0]) * TAU) - 0.35, edge / 5.0)
 
 
 def ribs(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
     reach = float(np.abs(x[0, -1] - x[0, 0]) + np.abs(y[-1, 0] - y[0, 0])) * 0.5
     count = round(min(max(0.8 * TAU * 0.5 * reach, 9.0), 26.0))
-    return _step(np.sin(np.arctan2(y, x) * np.float32(count) + np.float32(TAU * s[0])) - 0.2, 1.4)
+    return _step(np.sin(np.arctan2(y, x) * count + TAU * s[0]) - 0.2, 1.4)
 
 
 def dots(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
@@ -179,25 +165,18 @@ def dots(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
 
 def facets(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
     at = _positions(x * 0.62 + 16 * s[0], y * 0.62 + 16 * s[1])
-    value = cells(0.9).value.take(at)
-    value += 0.25 * _step(0.06 - cells(0.9).border.take(at), 0.5 * edge)
-    return np.clip(value, 0.0, 1.0, out=value)
+    return np.clip(cells(0.9).value.take(at) + 0.25 * _step(0.06 - cells(0.9).border.take(at), 0.5 * edge), 0.0, 1.0)
 
 
 def scutes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
     at = _positions(x * 0.6 + 16 * s[0], y * 0.6 + 16 * s[1])
     lines = _step(0.14 + 0.05 * s[2] - cells(0.6).border.take(at), edge)
-    lines += 0.35 * _step(cells(0.6).nearest.take(at) - 0.4, 2.0)
-    return np.minimum(lines, 1.0, out=lines)
+    return np.minimum(lines + 0.35 * _step(cells(0.6).nearest.take(at) - 0.4, 2.0), 1.0)
 
 
 def veins(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    phase = np.abs(y)
-    phase *= np.float32(-0.8 - 0.5 * s[1])
-    phase += x
-    phase *= np.float32(TAU * 0.9)
-    phase += np.float32(TAU * s[0])
-    return _step(np.sin(phase) - 0.45, edge / 4.0)
+    phase = (np.abs(y) * (-0.8 - 0.5 * s[1]) + x) * (TAU * 0.9)
+    return _step(np.sin(phase + TAU * s[0]) - 0.45, edge / 4.0)
 
 
 def sprinkles(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
@@ -206,16 +185,15 @@ def sprinkles(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
 
 
 def checker(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    half = np.float32(TAU * 0.55)
-    return _step(np.sin(x * half + np.float32(TAU * s[0])) * np.sin(y * half + np.float32(TAU * s[1])), edge / 3.0)
+    half = TAU * 0.55
+    return _step(np.sin(x * half + TAU * s[0]) * np.sin(y * half + TAU * s[1]), edge / 3.0)
 
 
 def panels(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    rows = y + np.float32(s[1])
+    rows = y + s[1]
     level = np.floor(rows)
-    rows -= level
-    columns = x * np.float32(0.55) + level * np.float32(0.5) + np.float32(s[0])
-    columns -= np.floor(columns)
+    columns = x * 0.55 + level * 0.5 + s[0]
+    rows, columns = rows - level, columns - np.floor(columns)
     seam = np.minimum(np.minimum(rows, 1.0 - rows), np.minimum(columns, 1.0 - columns) * 1.8)
     return _step(0.11 + 0.05 * s[2] - seam, edge)
 
@@ -227,8 +205,7 @@ def water(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
     """Bright soft nets of light, wider than high."""
     warp = _noise(x * 0.3 + 16 * s[2], y * 0.3)
     at = _positions(x * 0.42 + 0.6 * warp + 16 * s[0], y * 0.75 + 0.6 * warp + 16 * s[1])
-    net = 1.0 - cells(0.9).border.take(at) * np.float32(1.7)
-    return np.clip(net, 0.0, 1.0, out=net)
+    return np.clip(1.0 - cells(0.9).border.take(at) * 1.7, 0.0, 1.0)
 
 
 def meadow(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
@@ -240,9 +217,7 @@ def meadow(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
 def foliage(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
     """Overlapping leaves: patches of even brightness that darken towards their edges."""
     at = _positions((x + y) * 0.55 + 16 * s[0], (x - y) * 0.38 + 16 * s[1])
-    leaf = cells(0.9).value.take(at)
-    leaf += 0.45 - cells(0.9).nearest.take(at)
-    return np.clip(leaf, 0.0, 1.0, out=leaf)
+    return np.clip(cells(0.9).value.take(at) + (0.45 - cells(0.9).nearest.take(at)), 0.0, 1.0)
 
 
 def sand(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
@@ -254,20 +229,18 @@ def sand(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
 
 def boards(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
     """Planks side by side: dark seams, each plank of its own brightness, grain along it."""
-    across = x * 0.5 + np.float32(s[0])
+    across = x * 0.5 + s[0]
     plank = np.floor(across)
-    across -= plank
     grain = _noise(x * 0.9 + 3.7 * plank + 64.0, y * 0.08 + 16 * s[1] + 5.3 * plank, 0.0)
     shade = 0.45 * grain + 0.55 * np.abs(np.sin(plank * 12.9898 + 6.0 * s[2]))
-    shade *= _step(0.5 - np.abs(across - 0.5) - 0.08, 0.8 * edge)
-    return shade
+    return shade * _step(0.5 - np.abs(across - plank - 0.5) - 0.08, 0.8 * edge)
 
 
 def snow(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
     """Drifts: soft marble, no direction."""
     x, y = x * 0.3, y * 0.3
-    warp = _noise(x + 16 * s[0], y + 16 * s[1]) * np.float32(1.2)
+    warp = _noise(x + 16 * s[0], y + 16 * s[1]) * 1.2
     return _noise(x + warp, y - warp + 16 * s[2], 2.5)
 
 
-BACKGROUNDS: tuple[Background, ...] = (water, meadow, foliage, sand, boards, snow)
+BACKGROUNDS: tuple[Texture, ...] = (water, meadow, foliage, sand, boards, snow)

@@ -21,7 +21,8 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
-from dinoreg.scenes.render import CLASS_NAMES, label_of
+from dinoreg.scenes.layout import label_of
+from dinoreg.scenes.render import CLASS_NAMES
 from dinoreg.train.metrics import Monitor
 from dinoreg.train.state import TrainState
 

@@ -1,6 +1,7 @@
 """Where the class token and each register look: attention weights of any block and head, as pictures."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ def attention_rows(model: RegisterViT, images: Tensor, layers: Sequence[int]) ->
     """
     special = 1 + model.num_registers
     before = [layer - 1 for layer in layers if layer > 0]
-    inputs = [torch.cat([t.cls[:, None], t.registers, t.patches], 1) for t in _tokens(model, images, before)]
+    tokens = model.intermediate_tokens(images, before, norm=False)
+    inputs = [torch.cat([each.cls[:, None], each.registers, each.patches], 1) for each in tokens]
     if 0 in layers:
         inputs.insert(0, model.embed(images))
     rows = []
@@ -44,18 +46,14 @@ def attention_rows(model: RegisterViT, images: Tensor, layers: Sequence[int]) ->
     return torch.stack(rows)
 
 
-def _tokens(model: RegisterViT, images: Tensor, blocks: list[int]) -> list[Any]:
-    return model.intermediate_tokens(images, blocks, norm=False) if blocks else []
-
-
-def attention_maps(model: RegisterViT, images: Tensor, layer: int = -1) -> Tensor:
-    """The attention of the class token and the registers to the patches, averaged over heads.
+def attention_maps(model: RegisterViT, images: Tensor) -> Tensor:
+    """The attention of the class token and the registers to the patches in the last block, averaged over heads.
 
     images  (B, C, H, W) normalised, on the model's device
     returns (B, 1+R, H/p, W/p) float32: the share of a token's attention that a patch gets
     """
     special = 1 + model.num_registers
-    weights = attention_rows(model, images, chosen_layers(str(layer), model.depth))[0].mean(dim=1)  # (B, 1+R, T)
+    weights = attention_rows(model, images, [model.depth - 1])[0].mean(dim=1)  # (B, 1+R, T)
     grid = (images.shape[-2] // model.patch_size, images.shape[-1] // model.patch_size)
     return weights[:, :, special:].unflatten(-1, grid)
 
@@ -72,13 +70,11 @@ class Budget(NamedTuple):
 def attention_budget(rows: Tensor) -> list[Budget]:
     """rows (B, heads, 1+R, T) of one block -> one Budget for the class token and each register."""
     special = rows.shape[2]
-    shares = torch.stack(
-        [rows[..., 0], rows[..., 1:special].sum(-1), rows[..., special:].sum(-1)], dim=-1
-    )  # (B, heads, 1+R, 3)
-    among = rows[..., special:] / rows[..., special:].sum(-1, keepdim=True).clamp(min=1e-12)
-    spread = torch.special.entr(among).sum(-1).exp().mean(dim=(0, 1))  # (1+R,)
-    means = shares.mean(dim=(0, 1))
-    return [Budget(each[0], each[1], each[2], wide) for each, wide in zip(means.tolist(), spread.tolist())]
+    cls, registers, patches = rows.tensor_split([1, special], dim=-1)
+    total = patches.sum(-1)
+    spread = torch.special.entr(patches / total[..., None].clamp(min=1e-12)).sum(-1).exp()
+    figures = torch.stack([cls[..., 0], registers.sum(-1), total, spread], dim=-1)  # (B, heads, 1+R, 4)
+    return [Budget(*each) for each in figures.mean(dim=(0, 1)).tolist()]
 
 
 def token_names(num_registers: int) -> list[str]:
@@ -87,19 +83,14 @@ def token_names(num_registers: int) -> list[str]:
 
 
 def attention_sheet(
-    model: RegisterViT,
-    images: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    layer: int = -1,
-    height: int = 120,
+    model: RegisterViT, images: Tensor, mean: Sequence[float], std: Sequence[float], height: int = 120
 ) -> Image.Image:
     """One row per image: the picture, then the map of the class token and of each register (1 + 1 + R tiles).
 
     Every map is scaled to its own brightest patch.
     """
     pixels = to_pixels(images, mean, std)
-    maps = attention_maps(model, images, layer).cpu().numpy()
+    maps = attention_maps(model, images).cpu().numpy()
     rows = [map_row(picture, map(colour_map, tokens), height) for picture, tokens in zip(pixels, maps)]
     return sheet(rows, ["image", *token_names(model.num_registers)])
 
@@ -123,35 +114,23 @@ def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
 # dinoreg view attention
 
 
-def view_attention(
-    weights: str,
-    images: str | Sequence[str] | None = None,
-    out: str | None = None,
-    *,
-    layer: str = "-1",
-    head: str = "all",
-    size: int | Sequence[int] | None = None,
-    num: int | None = None,
-    device: str = "auto",
-) -> Path:
+def view_attention(*, layer: str, head: str, **request: Any) -> Path:
     """Draw the attention of CLS and each register over some images; returns the page's path.
 
-    layer   index of a block, from 0 or from the end; several as "0,5,11"; or "all"
-    head    "all": the mean and every head; "mean"; or a head's number from 0
-    size    pixels, one side or (height, width), multiples of the patch size
-    raises  UserError, before anything is written, for a layer, head, size, image or model that is not there
+    layer    index of a block, from 0 or from the end; several as "0,5,11"; or "all"
+    head     "all": the mean and every head; "mean"; or a head's number from 0
+    request  weights, images and the rest of what `ModelGallery` takes
+    raises   UserError, before anything is written, for a layer, head, size, image or model that is not there
     """
-    gallery = ModelGallery("attention", weights, images, out, size=size, num=num, device=device)
-    model = gallery.model
+    gallery = ModelGallery("attention", **request)
+    model, names = gallery.model, token_names(gallery.model.num_registers)
     layers, heads = chosen_layers(layer, model.depth), chosen_heads(head, model.heads)
-    names = token_names(model.num_registers)
     shown: list[tuple[str, list[Any]]] = []
-    budgets: list[list[list[Budget]]] = [[] for _ in layers]  # by layer, image, token
+    budgets = []
     for number, name in enumerate(gallery.pictures.names):
         image = gallery.pictures.images[number : number + 1]
         rows = attention_rows(model, image, layers)[:, 0, heads].cpu()
-        for place, each in enumerate(rows):
-            budgets[place].append(attention_budget(each[None]))
+        budgets.append([attention_budget(each[None]) for each in rows])
         maps = rows[..., len(names) :].unflatten(-1, gallery.grid).numpy()  # (L, heads, 1+R, h, w)
         stem = f"{number + 1:02d}-{safe_name(Path(name).stem, 40)}"
         parts = []
@@ -160,14 +139,11 @@ def view_attention(
                 drawn = token_sheet(gallery.pixels[number], chosen, ["image", *names], labels, over=kind == "overlay")
                 parts.append(gallery.picture(f"{stem}{ending}-{kind}", drawn, f"{what}, {kind}", what))
         shown.append((Path(name).name, parts))
-    means = {f"block {layer}": dict(zip(names, _mean_budget(each))) for layer, each in zip(layers, budgets)}
-    table = [
-        (block, name, *(f"{100 * share:.1f} %" for share in each[:3]), f"{each.spread:.0f}")
-        for block, budget in means.items()
-        for name, each in budget.items()
-    ]
-    numbers = {block: {name: each._asdict() for name, each in budget.items()} for block, budget in means.items()}
-    return gallery.finish("Attention", {"budget": numbers}, images=shown, budget=table)
+    means = {
+        f"block {layer}": {name: Budget(*budget)._asdict() for name, budget in zip(names, block)}
+        for layer, block in zip(layers, np.mean(budgets, axis=0).tolist())
+    }
+    return gallery.finish("Attention", {"budget": means}, images=shown, budget=means)
 
 
 def token_sheet(
@@ -177,15 +153,10 @@ def token_sheet(
 
     pixels (H, W, 3) uint8; maps (rows, 1+R, h, w); over: drawn over the picture
     """
-    first = tile(pixels, TILE)
-    rows = []
-    for number, tokens in enumerate(maps):
-        if over:
-            row = [first, *(Image.fromarray(overlay(np.asarray(first), each)) for each in tokens)]
-        else:
-            row = map_row(pixels, map(colour_map, tokens), TILE)
-        blank = Image.new("RGBA", first.size, (0, 0, 0, 0))
-        rows.append(row if number == 0 else [blank, *row[1:]])
+    paint = partial(overlay, np.asarray(tile(pixels, TILE))) if over else colour_map
+    rows = [map_row(pixels, map(paint, tokens), TILE) for tokens in maps]
+    for row in rows[1:]:
+        row[0] = Image.new("RGBA", row[0].size, (0, 0, 0, 0))
     return sheet(rows, columns, labels)
 
 
@@ -226,8 +197,3 @@ def chosen_heads(text: str, count: int) -> list[int]:
     if not text.strip().isdecimal() or int(text) >= count:
         raise UserError(f"head={text}: expected {ALL}, {MEAN} or a number from 0 to {count - 1}")
     return [int(text)]
-
-
-def _mean_budget(images: Sequence[Sequence[Budget]]) -> list[Budget]:
-    """Of several images, (images, tokens) -> (tokens)."""
-    return [Budget(*np.mean(each, axis=0).tolist()) for each in zip(*images)]

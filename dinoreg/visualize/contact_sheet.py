@@ -2,16 +2,17 @@
 
 import io
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, zip_longest
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-INK = (128, 134, 144, 255)  # a grey that reads on white and on black
+GREY = (128, 134, 144)  # reads on white and on black
+INK = "#808690"  # the same
 GAP = 6
 LABEL = 18  # height of a line of text in pixels
 
@@ -40,7 +41,6 @@ def colour_map(values: np.ndarray, top: float | None = None, colours: str = "mag
 
 def figure_image(figure: Figure) -> Image.Image:
     """A figure of matplotlib as a picture on a transparent ground."""
-    FigureCanvasAgg(figure)
     figure.patch.set_alpha(0)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
@@ -62,34 +62,23 @@ def map_row(pixels: np.ndarray, maps: Iterable[np.ndarray], height: int) -> list
     return [first, *(tile(each, height, first.width, smooth=False) for each in maps)]
 
 
-def sheet(
-    rows: Sequence[Sequence[Image.Image]],
-    columns: Sequence[str] = (),
-    names: Sequence[str] = (),
-) -> Image.Image:
+def sheet(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str] = (), names: Sequence[str] = ()) -> Image.Image:
     """Rows of tiles under column headings, with a name to the left of each row; short rows leave room."""
     if not rows or not any(rows):
         raise ValueError("a contact sheet needs at least one tile")
     font = ImageFont.load_default(size=13)
-    count = max(len(row) for row in rows)
-    widths = [max((row[i].width for row in rows if i < len(row)), default=0) for i in range(count)]
-    heights = [max((each.height for each in row), default=0) for row in rows]
+    widths = [max(tile.width for tile in column if tile) for column in zip_longest(*rows)]
+    heights = [max(each.height for each in row) for row in rows]
     left = max((round(font.getlength(name)) + GAP for name in names), default=0)
-    top = LABEL if columns else 0
-    size = (left + sum(widths) + GAP * (count - 1), top + sum(heights) + GAP * (len(rows) - 1))
-    canvas = Image.new("RGBA", size, (0, 0, 0, 0))
+    *lefts, right = accumulate((width + GAP for width in widths), initial=left)
+    *tops, bottom = accumulate((height + GAP for height in heights), initial=LABEL if columns else 0)
+    canvas = Image.new("RGBA", (right - GAP, bottom - GAP), (0, 0, 0, 0))
     pen = ImageDraw.Draw(canvas)
-    x = left
-    for heading, width in zip(columns, widths):
+    for heading, x, width in zip(columns, lefts, widths):
         pen.text((x + width / 2, LABEL / 2 - 1), heading, fill=INK, font=font, anchor="mm")
-        x += width + GAP
-    y = top
-    for number, (row, height) in enumerate(zip(rows, heights)):
-        if number < len(names):
-            pen.text((0, y + height / 2), names[number], fill=INK, font=font, anchor="lm")
-        x = left
-        for each, width in zip(row, widths):
+    for name, y, height in zip(names, tops, heights):
+        pen.text((0, y + height / 2), name, fill=INK, font=font, anchor="lm")
+    for row, y in zip(rows, tops):
+        for each, x in zip(row, lefts):
             canvas.paste(each, (x, y))
-            x += width + GAP
-        y += height + GAP
     return canvas

@@ -12,12 +12,10 @@ from dinoreg.data.decode import decode
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import Source
 from dinoreg.models.registry import parse_name
-from dinoreg.runtime.errors import UserError
-from dinoreg.visualize.contact_sheet import sheet, tile, to_pixels
+from dinoreg.visualize.contact_sheet import GREY, sheet, tile, to_pixels
 from dinoreg.visualize.gallery import Gallery
-from dinoreg.visualize.subject import NUM_IMAGES, config_source, newest_step, safe_name
+from dinoreg.visualize.subject import config_source, newest_step, safe_name
 
-HIDDEN = (128, 134, 144)
 TILE = 112  # pixels, the height of a global crop
 
 
@@ -25,7 +23,7 @@ def hide(pixels: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndarray:
     """Paint the masked patches grey: pixels (H, W, 3) uint8, mask (N,) bool, True = hidden."""
     grid = mask.reshape(pixels.shape[0] // patch_size, pixels.shape[1] // patch_size)
     hidden = grid.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
-    return np.where(hidden[..., None], np.array(HIDDEN, dtype=np.uint8), pixels)
+    return np.where(hidden[..., None], np.array(GREY, dtype=np.uint8), pixels)
 
 
 def crop_sheet(
@@ -41,22 +39,16 @@ def crop_sheet(
 
     Crops keep their relative size: a local crop is drawn smaller than a global one. `originals`, one per row, go first.
     """
-    size = batch.global_crops.shape[-2]
     images = len(batch.global_crops) // 2
-    shown = range(min(num_images, images))
-    views = to_pixels(batch.global_crops, mean, std)
-    masks = batch.mask.cpu().numpy()
-    locals_ = None if batch.local_crops is None else to_pixels(batch.local_crops, mean, std)
-    num_local = 0 if locals_ is None else len(locals_) // images
+    views, masks = to_pixels(batch.global_crops, mean, std), batch.mask.cpu().numpy()
+    local = to_pixels(batch.local_crops, mean, std) if batch.local_crops is not None else views[:0]
+    num_local, small = len(local) // images, max(1, round(height * local.shape[1] / views.shape[1]))
     rows = []
-    for image in shown:
+    for image in range(min(num_images, images)):
         row = list(originals[image : image + 1])
         for view in (image, images + image):
             row += [tile(views[view], height), tile(hide(views[view], masks[view], patch_size), height)]
-        if locals_ is not None:
-            small = max(1, round(height * locals_.shape[1] / size))
-            row += [tile(locals_[crop * images + image], small) for crop in range(num_local)]
-        rows.append(row)
+        rows.append(row + [tile(each, small) for each in local[image::images]])
     columns = ["image"] * bool(originals) + ["global 1", "masked", "global 2", "masked"]
     return sheet(rows, columns + [f"local {i + 1}" for i in range(num_local)])
 
@@ -65,30 +57,32 @@ def crop_sheet(
 # dinoreg view crops
 
 
-def view_crops(config: str, overrides: Sequence[str] = (), out: str | None = None, *, num: int = NUM_IMAGES) -> Path:
+def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: int) -> Path:
     """Draw the first training batch that a config makes of its data; returns the page's path.
 
     config     a name in `configs/`, a YAML file or a run folder
     overrides  key=value of the config, as `pretrain` takes them
     raises     UserError, before anything is written, for what is unknown, missing or does not fit
     """
-    if num < 1:
-        raise UserError(f"num={num}: expected at least 1 image")
     settings = load_config(config, list(overrides))
     source = config_source(settings.data, "data: missing; name a folder of images (data=photos/), a list, or scenes")
     gallery = Gallery("crops", Path(out) if out else default_folder(config))
     patch = int(parse_name(settings.model.name)["patch_size"])
-    mean, std = settings.augment.mean, settings.augment.std
     # The masks of a batch are drawn for it as a whole, so it is the run's own; of a large one, as much as is shown.
     batch, unreadable = first_batch(settings, source, patch, min(max(num, 8), settings.batch_size))
     indices = [int(index) for index in batch.sample_ids[:num]]
     names = [source.name(index) for index in indices]
     originals = [_original(source, index, settings) for index in indices]
-    drawn = crop_sheet(batch, mean, std, patch, num, TILE, originals)
+    drawn = crop_sheet(batch, settings.augment.mean, settings.augment.std, patch, num, TILE, originals)
+    hidden = batch.mask.float().mean(dim=1)
     return gallery.write_page(
         f"Training crops of {config}",
-        _facts(settings, batch, patch, len(source)),
         {"config": config, "hash": settings.hash(), "images": names},
+        settings=settings,
+        patch=patch,
+        total=len(source),
+        shares=hidden[hidden > 0].tolist(),
+        num_masks=len(hidden),
         crops=gallery.picture("crops", drawn, "training crops"),
         images=[(name,) for name in names],
         skipped=sorted(unreadable.items()),
@@ -115,25 +109,3 @@ def default_folder(config: str) -> Path:
 def _original(source: Source, index: int, settings: Config) -> Image.Image:
     pixels = decode(source.read(index), settings.model.in_channels)[None]  # (1, C, H, W)
     return tile(to_pixels(pixels.float() / 255, (0.0,), (1.0,))[0], TILE)
-
-
-def _facts(settings: Config, batch: Batch, patch: int, total: int) -> list[tuple[str, str, str]]:
-    crops, mask = settings.crops, settings.mask
-    hidden = batch.mask.float().mean(dim=1)
-    masked = hidden[hidden > 0]
-    shares = f"{masked.min():.0%} to {masked.max():.0%} of their patches" if len(masked) else ""
-    rows = crops.global_size // patch
-    return [
-        ("data", f"{total:,} images", ""),
-        (
-            "global crops",
-            f"2 of {crops.global_size} px",
-            f"{rows} x {rows} patches, {crops.global_scale[0]:.0%} to {crops.global_scale[1]:.0%} of the area",
-        ),
-        (
-            "local crops",
-            f"{crops.num_local} of {crops.local_size} px" if crops.num_local else "none",
-            f"{crops.local_scale[0]:.0%} to {crops.local_scale[1]:.0%} of the area" if crops.num_local else "",
-        ),
-        ("masked crops", f"{len(masked)} of {len(hidden)}", shares or f"probability {mask.probability:g}"),
-    ]

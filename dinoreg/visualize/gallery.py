@@ -18,6 +18,8 @@ from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
 
 FORMAT = "dinoreg-view"
 RECORD = "view.json"
+Images = str | Sequence[str] | None
+Size = int | Sequence[int] | None
 _PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.png")
 
 
@@ -29,12 +31,10 @@ class Gallery:
 
     def __init__(self, view: str, out: Path) -> None:
         """Checks `out` and writes nothing; raises UserError when it cannot be a folder."""
-        for path in (out, *out.parents):
+        self.view, self.out, self.folder = view, out, out / view
+        for path in (*reversed(out.parents), out, self.folder):
             if path.exists() and not path.is_dir():
                 raise UserError(f"out={out}: {path} is a file, expected a folder")
-        self.view, self.out, self.folder = view, out, out / view
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"out={out}: {self.folder} is a file, expected a folder")
         self.saved: list[str] = []  # names of the pictures
 
     def picture(self, stem: str, image: Image.Image, description: str, note: str = "") -> html.Picture | None:
@@ -47,22 +47,14 @@ class Gallery:
         self.saved.append(path.name)
         return html.picture(path, description, note)
 
-    def write_page(
-        self,
-        title: str,
-        facts: Sequence[tuple[str, str, str]],
-        record: Mapping[str, Any],
-        folder: str = "visualize",
-        **values: Any,
-    ) -> Path:
+    def write_page(self, title: str, record: Mapping[str, Any], folder: str = "visualize", **values: Any) -> Path:
         """Write the page and the record of numbers beside the pictures; returns the page's path.
 
-        facts   (what, value, small print), in tiles below the title
         folder  of `dinoreg/`, in which `templates/<view>.html.j2` is; it is given `values`
         """
         page = self.out / f"{self.view}.html"
         written = {"format": FORMAT, "view": self.view, **record, "pictures": self.saved}
-        content = html.page(f"{folder}/templates/{self.view}.html.j2", title, facts=facts, **values)
+        content = html.page(f"{folder}/templates/{self.view}.html.j2", title, **values)
         with self._writing():
             write_atomic(self.folder / RECORD, json.dumps(written, indent=1) + "\n")
             write_atomic(page, content)
@@ -93,15 +85,7 @@ class ModelGallery(Gallery):
     """
 
     def __init__(
-        self,
-        view: str,
-        weights: str,
-        images: str | Sequence[str] | None,
-        out: str | None,
-        *,
-        size: int | Sequence[int] | None,
-        num: int | None,
-        device: str,
+        self, view: str, *, weights: str, images: Images, out: str | None, size: Size, num: int | None, device: str
     ) -> None:
         """The arguments are those of `dinoreg view`; writes nothing; raises UserError for what does not fit."""
         self.subject = open_subject(weights, device)
@@ -112,23 +96,9 @@ class ModelGallery(Gallery):
         self.pictures = read_pictures(self.subject, images, num, self.size)
         self.pixels = to_pixels(self.pictures.images, self.subject.mean, self.subject.std)
 
-    def finish(
-        self, title: str, record: Mapping[str, Any], facts: Sequence[tuple[str, str, str]] = (), **values: Any
-    ) -> Path:
-        """Write the page, with what every view states: model, resolution, images, and those left out."""
-        model, skipped = self.model, self.pictures.skipped
-        (height, width), (rows, columns) = self.size, self.grid
-        registers = f"{model.num_registers} register{'s' * (model.num_registers != 1)}"
-        names = self.pictures.names
-        about = [
-            (
-                "model",
-                self.subject.name,
-                f"{model.depth} blocks of {model.heads} heads, width {model.dim}, {registers}",
-            ),
-            ("images", str(len(names)), f"{len(skipped)} could not be read" if skipped else ""),
-            ("resolution", f"{height} x {width} px", f"{rows} x {columns} patches of {model.patch_size} px"),
-        ]
-        record = {"weights": self.subject.name, "size": self.size, "images": names, **record}
-        title = f"{title} of {self.subject.name}"
-        return self.write_page(title, [*about, *facts], record, skipped=skipped, **values)
+    def finish(self, title: str, record: Mapping[str, Any], **values: Any) -> Path:
+        """Write the page, which states the model, the resolution and the images, and those left out."""
+        name, names = self.subject.name, self.pictures.names
+        record = {"weights": name, "size": self.size, "images": names, **record}
+        values |= {"gallery": self, "skipped": self.pictures.skipped}
+        return self.write_page(f"{title} of {name}", record, **values)

@@ -6,7 +6,7 @@ are those of the residual stream after each block.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,11 @@ from torch import Tensor
 
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports import html
-from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, short_tick
-from dinoreg.visualize.contact_sheet import colour_map, figure_image, map_row, sheet
+from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, set_style, short
+from dinoreg.visualize.contact_sheet import INK, colour_map, figure_image, map_row, sheet
 from dinoreg.visualize.gallery import ModelGallery
 
 TILE = 92  # pixels, the height of a map
-INK = "#868690"
 _BLOCKS_A_SHEET = 12
 _BINS = 60
 
@@ -49,20 +48,13 @@ def token_norms(model: RegisterViT, images: Tensor) -> TokenNorms:
     return TokenNorms(*(torch.cat(each, dim=1) for each in norms))
 
 
-def view_norms(
-    weights: str,
-    images: str | Sequence[str] | None = None,
-    out: str | None = None,
-    *,
-    size: int | Sequence[int] | None = None,
-    num: int | None = None,
-    device: str = "auto",
-) -> Path:
+def view_norms(**request: Any) -> Path:
     """Draw maps and histograms of the tokens' norms after each block; returns the page's path.
 
-    raises  UserError, before anything is written, for a size, image or model that does not fit or is not there
+    request  weights, images and the rest of what `ModelGallery` takes
+    raises   UserError, before anything is written, for a size, image or model that does not fit or is not there
     """
-    gallery = ModelGallery("norms", weights, images, out, size=size, num=num, device=device)
+    gallery = ModelGallery("norms", **request)
     norms = token_norms(gallery.model, gallery.pictures.images)
     maps = [
         gallery.picture(f"maps{ending}", drawn, f"norms of patch tokens{ending}")
@@ -70,55 +62,30 @@ def view_norms(
     ]
     histograms = gallery.picture("histograms", histogram_sheet(norms), "histograms of norms, one for each block")
     rows = summary(norms)
-    return gallery.finish(
-        "Token norms",
-        {"blocks": rows},
-        charts=html.charts([norm_chart(norms)]),
-        histograms=histograms,
-        maps=maps,
-        numbers=_written(rows),
-    )
+    charts = html.charts([norm_chart(rows)])
+    return gallery.finish("Token norms", {"blocks": rows}, charts=charts, histograms=histograms, maps=maps, rows=rows)
 
 
-def summary(norms: TokenNorms) -> list[dict[str, float | None]]:
-    """For each block the median, 99th percentile and largest norm of patches, and the means of CLS and registers."""
-    rows: list[dict[str, float | None]] = []
+def summary(norms: TokenNorms) -> list[dict[str, Any]]:
+    """For each block the median, 99th percentile and largest norm of patches, and the means of CLS and registers (None
+    without)."""
+    rows = []
     for cls, registers, patches in zip(*norms):
-        values = patches.numpy()
-        rows.append(
-            {
-                "median": float(np.median(values)),
-                "p99": float(np.percentile(values, 99)),
-                "max": float(values.max()),
-                "cls": float(cls.mean()),
-                "registers": float(registers.mean()) if registers.numel() else None,
-            }
-        )
+        median, p99 = np.median(patches.numpy()), np.percentile(patches.numpy(), 99)
+        row = {"median": float(median), "p99": float(p99), "max": float(patches.max()), "cls": float(cls.mean())}
+        rows.append({**row, "registers": float(registers.mean()) if registers.numel() else None})
     return rows
 
 
-def _written(rows: Sequence[dict[str, float | None]]) -> list[list[str]]:
-    table = []
-    for number, row in enumerate(rows):
-        median, largest = row["median"] or 0.0, row["max"] or 0.0
-        ratio = largest / median if median else None
-        values = (median, row["p99"], largest, ratio, row["cls"], row["registers"])
-        table.append([str(number), *("\u2013" if each is None else f"{each:.3g}" for each in values)])
-    return table
-
-
-def norm_chart(norms: TokenNorms) -> Chart:
-    """The norms over the blocks."""
-    rows = summary(norms)
+def norm_chart(rows: Sequence[dict[str, Any]]) -> Chart:
+    """The norms over the blocks, from their summary."""
     names = {"median": "median patch", "p99": "99th percentile", "max": "largest patch", "cls": "CLS"}
-    if norms.registers.shape[2]:
+    if rows[0]["registers"] is not None:
         names["registers"] = "registers"
-    lines = [
-        Line(name, range(len(rows)), [row[key] or 0.0 for row in rows], marker=True) for key, name in names.items()
-    ]
+    lines = [Line(name, range(len(rows)), [row[key] for row in rows]) for key, name in names.items()]
     values = [value for line in lines for value in line.y if value > 0]
     wide = bool(values) and max(values) > 30 * min(values)
-    return Chart("Norm after each block", "", lines, log=wide, from_zero=not wide, x_label="block")
+    return Chart("Norm after each block", "", lines, marker=True, log=wide, from_zero=not wide, x_label="block")
 
 
 def _map_sheets(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) -> Iterator[tuple[str, Image.Image]]:
@@ -143,10 +110,8 @@ def histogram_sheet(norms: TokenNorms) -> Image.Image:
     with rc_context(SETTINGS | {"font.size": 7}):
         figure = Figure(figsize=(width, height), dpi=120)
         # Fixed margins: fitting them to the labels would take longer than drawing.
-        figure.subplots_adjust(
-            left=0.4 / width, right=1 - 0.1 / width, bottom=0.25 / height, top=1 - 0.5 / height, wspace=0.18,
-            hspace=0.32,
-        )  # fmt: skip
+        figure.subplots_adjust(left=0.4 / width, right=1 - 0.1 / width, bottom=0.25 / height, top=1 - 0.5 / height)
+        figure.subplots_adjust(wspace=0.18, hspace=0.32)
         for block in range(depth):
             _draw_histogram(figure.add_subplot(rows, columns, block + 1), norms, block)
         kinds = ["patches", "CLS", "registers"] if norms.registers.shape[2] else ["patches", "CLS"]
@@ -156,7 +121,6 @@ def histogram_sheet(norms: TokenNorms) -> Image.Image:
 
 
 def _draw_histogram(axes: Axes, norms: TokenNorms, block: int) -> None:
-    axes.patch.set_alpha(0)
     counts, edges = np.histogram(norms.patches[block].numpy(), bins=_BINS)
     # As steps: a bar for each bin would take most of the time. Half a patch is the floor of the log scale.
     axes.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=COLOURS[0])
@@ -166,10 +130,7 @@ def _draw_histogram(axes: Axes, norms: TokenNorms, block: int) -> None:
     for value in norms.registers[block].flatten().tolist():
         axes.axvline(value, color=COLOURS[2], linewidth=0.9, alpha=0.6)
     axes.set_title(f"block {block}", color=INK, fontsize=8, pad=2)
-    axes.tick_params(which="both", colors=INK, length=2)
     axes.set_xlim(left=0)
-    axes.yaxis.set_major_formatter(short_tick)
+    axes.yaxis.set_major_formatter(short)
     axes.yaxis.set_minor_formatter(NullFormatter())
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(INK)
+    set_style(axes, INK, INK, tick_length=2)

@@ -7,7 +7,7 @@ come from a basis of its own.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,10 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.visualize.attention import chosen_layers
-from dinoreg.visualize.contact_sheet import sheet, tile, to_pixels
+from dinoreg.visualize.contact_sheet import GREY, map_row, sheet, tile, to_pixels
 from dinoreg.visualize.gallery import ModelGallery
 from dinoreg.visualize.subject import safe_name
 
-BACKGROUND = (128, 134, 144)
 FORMAT = "dinoreg-patch-basis"
 
 
@@ -83,10 +82,9 @@ def foreground_of(patches: Tensor, grid: tuple[int, int]) -> Foreground:
     mean, axes = _components(x, 1)
     values = (x - mean) @ axes[:, 0]
     threshold = otsu_threshold(values.numpy())
-    border = torch.ones(grid, dtype=torch.bool)
-    border[1:-1, 1:-1] = False
     height, width = grid
-    middle = torch.zeros(grid, dtype=torch.bool)
+    border, middle = torch.ones(grid, dtype=torch.bool), torch.zeros(grid, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
     middle[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
     maps = values.reshape(-1, *grid)
     sign = 1.0 if maps[:, middle].mean() >= maps[:, border].mean() else -1.0
@@ -153,14 +151,14 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
     try:
         with safe_open(path, framework="pt") as file:
             stated = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or ["unreadable"])[0][:120]
         raise UserError(f"basis={path}: not a whole safetensors file ({reason})") from None
-    has_foreground = any(key.startswith("foreground.") for key in tensors)
     shapes = {"basis.mean": (dim,), "basis.axes": (dim, 3), "basis.low": (3,), "basis.high": (3,)}
-    if has_foreground:
-        shapes |= {"foreground.mean": (dim,), "foreground.axis": (dim,), "foreground.threshold": ()}
+    split_shapes = {"foreground.mean": (dim,), "foreground.axis": (dim,), "foreground.threshold": ()}
+    has_foreground = not split_shapes.keys().isdisjoint(tensors)
+    shapes |= split_shapes if has_foreground else {}
     if stated.get("format") != FORMAT or tensors.keys() != shapes.keys():
         raise UserError(f"basis={path}: not a colour basis; dinoreg view pca basis=FILE writes one where FILE is not")
     for key, shape in shapes.items():
@@ -170,9 +168,8 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
     if has_foreground != with_foreground:
         fitted = "true" if has_foreground else "false"
         raise UserError(f"basis={path}: was fitted with foreground={fitted}; use the same, or another file")
-    parts = {key: each.float() for key, each in tensors.items()}
-    basis = PatchBasis(*(parts[f"basis.{name}"] for name in PatchBasis._fields))
-    split = Foreground(*(parts[f"foreground.{name}"] for name in Foreground._fields)) if has_foreground else None
+    basis = PatchBasis(*(tensors[f"basis.{name}"] for name in PatchBasis._fields))
+    split = Foreground(*(tensors[key] for key in split_shapes)) if has_foreground else None
     return basis, split, stated.get("fitted_on", "")
 
 
@@ -180,26 +177,16 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
 # dinoreg view pca
 
 
-def view_pca(
-    weights: str,
-    images: str | Sequence[str] | None = None,
-    out: str | None = None,
-    *,
-    foreground: bool = False,
-    basis: str | None = None,
-    layer: str = "-1",
-    size: int | Sequence[int] | None = None,
-    num: int | None = None,
-    device: str = "auto",
-) -> Path:
+def view_pca(*, foreground: bool, basis: str | None, layer: str, **request: Any) -> Path:
     """Paint the patches of some images in the colours of one shared basis; returns the page's path.
 
     foreground  set the foreground apart by the first component, and fit the colours on it alone
     basis       a file: its basis is used where it is there, else this one is kept in it
     layer       index of a block, from 0 or from the end (after the final norm in any case)
+    request     weights, images and the rest of what `ModelGallery` takes
     raises      UserError, before anything is written, for what does not fit or is not there
     """
-    gallery = ModelGallery("pca", weights, images, out, size=size, num=num, device=device)
+    gallery = ModelGallery("pca", **request)
     model, names, grid = gallery.model, gallery.pictures.names, gallery.grid
     layers = chosen_layers(layer, model.depth)
     if len(layers) != 1:
@@ -212,24 +199,24 @@ def view_pca(
     fitted_on = f"{gallery.subject.name}, {len(names)} images"
     colours, split, origin = known or (*_fit(patches, grid, foreground), fitted_on)
     inside = torch.ones(patches.shape[:2], dtype=torch.bool) if split is None else foreground_mask(patches, split)
-    painted = np.where(inside[..., None], patch_colours(patches, colours), np.array(BACKGROUND, dtype=np.uint8))
+    painted = np.where(inside[..., None], patch_colours(patches, colours), np.array(GREY, dtype=np.uint8))
     painted = painted.reshape(len(names), *grid, 3)
     parts = []
-    for number, (pixels, patch_map) in enumerate(zip(gallery.pixels, painted)):
-        name = Path(names[number]).stem
-        both = pair(pixels, patch_map, gallery.size)
-        parts.append(gallery.picture(f"{number + 1:02d}-{safe_name(name, 40)}", both, name, name))
+    for number, (name, pixels, patch_map) in enumerate(zip(map(Path, names), gallery.pixels, painted), 1):
+        both = sheet([map_row(pixels, [patch_map], gallery.size[0])])  # each patch as many whole pixels as it covers
+        parts.append(gallery.picture(f"{number:02d}-{safe_name(name.stem, 40)}", both, name.stem, name.stem))
     overview = gallery.picture("all", overview_sheet(gallery.pixels, painted), "all images above their patches")
     if file is not None and known is None:
         write_basis(file, colours, split, origin)
     explained = explained_shares(patches[inside], colours)
+    record = {"layer": layers[0], "basis": origin, "explained": explained}
     facts = [
         ("variance shown", f"{sum(explained):.0%}", " + ".join(f"{each:.0%}" for each in explained)),
         ("basis", "from a file" if known else "of these images", f"fitted on {origin}" if known else ""),
         ("foreground", f"{inside.float().mean():.0%}" if foreground else "", "of all patches"),
     ]
-    record = {"layer": layers[0], "basis": origin, "explained": explained}
-    return gallery.finish("Patch colours", record, facts, layer=layers[0], overview=overview, pictures=parts)
+    values = {"layer": layers[0], "overview": overview, "pictures": parts}
+    return gallery.finish("Patch colours", record, facts=facts, **values)
 
 
 def _fit(patches: Tensor, grid: tuple[int, int], foreground: bool) -> tuple[PatchBasis, Foreground | None]:
@@ -258,9 +245,3 @@ def overview_sheet(pictures: np.ndarray, painted: np.ndarray, columns: int = 6, 
         below = [tile(each, height, above[0].width, smooth=False) for each in painted[first : first + columns]]
         rows += [above, below]
     return sheet(rows)
-
-
-def pair(picture: np.ndarray, colours: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """One image (H, W, 3) beside its colours (h, w, 3), each patch as many whole pixels as it covers."""
-    height, width = size
-    return sheet([[tile(picture, height, width), tile(colours, height, width, smooth=False)]])

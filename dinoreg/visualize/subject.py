@@ -1,6 +1,6 @@
 """What a view looks at: the model that `weights=` means, with the preprocessing it was trained with, and some images.
 
-Works on whatever `dinoreg.weights.load.load` opens; a bare name gets random weights, the same ones every time.
+Works on whatever RegisterViT holds; a bare name gets random weights, the same ones every time.
 """
 
 import math
@@ -9,13 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoreg.checkpoint.run_folder import newest_teacher, run_of, teacher_step
+from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
 from dinoreg.config.load import load_config
 from dinoreg.config.schema import DataConfig
 from dinoreg.data.center_crop import center_crop
@@ -24,13 +23,11 @@ from dinoreg.data.folder_index import EXTENSIONS, PathBlock
 from dinoreg.data.open import open_source
 from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, Source
 from dinoreg.data.tar_index import index_tars
-from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD
+from dinoreg.evaluation.backbones.encoder import NativeEncoder
+from dinoreg.evaluation.backbones.open import open_native
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import is_number
-from dinoreg.weights.load import load, load_reported
-from dinoreg.weights.resolve import find_weights
 
 NUM_IMAGES = 8
 MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
@@ -72,48 +69,10 @@ class Pictures:
 
 def open_subject(weights: str, device: str = "auto") -> Subject:
     """The model of a run folder, a weight file or a name; raises UserError in one line when there is none."""
-    where = pick_device(device)
-    file, stated = find_weights(weights), None
-    if file is None:
-        # LayerScale's usual start of 1e-5 would leave the tokens of random weights as good as constant.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = load(weights, where, layerscale=1.0)
-        name, run, step = f"{weights} (random weights)", None, 0
-    else:
-        loaded = load_reported(weights, where)
-        model, stated = loaded.model, loaded.weights.metadata.get("preprocessing")
-        step = teacher_step(file) or 0
-        run = run_of(file) if teacher_step(file) is not None else None
-        own = Path(weights).resolve().name if Path(weights).is_dir() else file.stem
-        name = own if run is None else f"{run.resolve().name} at step {step:,}"
-    mean, std = stated_preprocessing(stated, model.in_channels, file)
-    return Subject(model.requires_grad_(False), name, mean, std, run, step)
-
-
-def stated_preprocessing(
-    stated: Any, channels: int, file: Path | None = None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) per channel: as stated with the weights in `file`, {"mean": …, "std": …}, else ImageNet's.
-
-    With other than three channels and nothing stated they are 0.5 and 0.25. Raises UserError for numbers that do not
-    fit the channels.
-    """
-    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.25,))
-    stated = stated if isinstance(stated, dict) else {}
-    return (
-        _per_channel(stated.get("mean") or mean, channels, "mean", file),
-        _per_channel(stated.get("std") or std, channels, "std", file),
-    )
-
-
-def _per_channel(values: Any, channels: int, key: str, file: Path | None) -> tuple[float, ...]:
-    fits = isinstance(values, (list, tuple)) and len(values) in (1, channels)
-    if not fits or not all(map(is_number, values)):
-        raise UserError(f"weights {file}: {key}={values!r}: expected one number or one for each of {channels} channels")
-    if key == "std" and min(values) <= 0:
-        raise UserError(f"weights {file}: std={values!r}: expected positive numbers")
-    return tuple(map(float, values)) * (channels // len(values))
+    opened = open_native(weights, pick_device(device))
+    encoder = opened.encoder
+    assert isinstance(encoder, NativeEncoder)
+    return Subject(encoder.module, encoder.name, encoder.mean, encoder.std, opened.run, opened.step)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -270,8 +229,7 @@ def config_source(data: DataConfig, missing: str) -> Source:
 
 def newest_step(run: Path) -> int:
     """The step of a run's newest teacher file, 0 before there is one."""
-    teacher = newest_teacher(run)
-    return teacher_step(teacher) or 0 if teacher is not None else 0
+    return teacher_step(newest_teacher(run) or run) or 0
 
 
 def safe_name(text: str, length: int = 60) -> str:

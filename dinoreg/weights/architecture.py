@@ -17,6 +17,7 @@ from torch import Tensor
 from dinoreg.models.layers import swiglu_hidden_dim
 from dinoreg.models.registry import HEAD_DIM, resampling
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import is_number
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Stated:
 
 def infer_architecture(
     state: Mapping[str, Tensor],
-    stated: Stated | Mapping[str, Any] | None = None,
+    stated: Stated = Stated(),
     path: str | Path = "state dict",
     source: str = "meta",
 ) -> dict[str, Any]:
@@ -48,8 +49,6 @@ def infer_architecture(
     source  "meta" | "timm" | "transformers": whose resampling of positions is followed where `stated` is silent
     raises UserError where the shapes are no encoder's, or where they disagree with what is stated
     """
-    if not isinstance(stated, Stated):
-        stated = Stated(stated if isinstance(stated, Mapping) else {})
     values = stated.values
     cls = _shaped(state, "cls_token", 3, path)
     patch = _shaped(state, "patch_embed.proj.weight", 4, path)
@@ -81,10 +80,7 @@ def infer_architecture(
     found |= resampling(source, registers)
     if isinstance(values.get("antialias"), bool):
         found["antialias"] = values["antialias"]
-    for key in ("position_offset", "init_std"):
-        if is_number(values.get(key)):
-            found[key] = float(values[key])
-    return found
+    return found | {key: float(values[key]) for key in ("position_offset", "init_std") if is_number(values.get(key))}
 
 
 def describe_resampling(antialias: bool, position_offset: float) -> str:
@@ -99,9 +95,12 @@ def hidden_dim_of(dim: int, ffn: str, ratio: float) -> int:
     return swiglu_hidden_dim(hidden) if ffn == "swiglu" else hidden
 
 
-def is_number(value: Any) -> bool:
-    """Whether this is a finite number of reasonable size, and no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
+def as_sides(value: Any) -> tuple[int, int] | None:
+    """(height, width) where a JSON value is a size, one positive whole number or two; else None."""
+    pair = [value, value] if type(value) is int else value
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        return None
+    return (pair[0], pair[1]) if all(type(side) is int and side > 0 for side in pair) else None
 
 
 def _shaped(state: Mapping[str, Tensor], key: str, ndim: int, path: str | Path) -> Tensor:
@@ -141,15 +140,11 @@ def _heads(dim: int, stated: Stated, path: str | Path) -> int:
 def _image_size(num_patches: int, patch_size: int, stated: Stated, path: str | Path) -> list[int]:
     value = stated.values.get("image_size")
     if value is not None:
-        pair = [value, value] if isinstance(value, int) else value
-        if (
-            isinstance(pair, list | tuple)
-            and len(pair) == 2
-            and all(type(extent) is int and extent > 0 for extent in pair)
-            and (pair[0] // patch_size) * (pair[1] // patch_size) == num_patches
-        ):
-            return [extent // patch_size * patch_size for extent in pair]
-        raise UserError(f"weights {path}: {stated.says('image_size')}, the tensors have {num_patches} patch positions")
+        sides = as_sides(value)
+        if sides is None or math.prod(side // patch_size for side in sides) != num_patches:
+            says = stated.says("image_size")
+            raise UserError(f"weights {path}: {says}, the tensors have {num_patches} patch positions")
+        return [side // patch_size * patch_size for side in sides]
     side = math.isqrt(num_patches)
     if side * side != num_patches:
         raise UserError(f"weights {path}: {num_patches} patch positions are not a square grid's")

@@ -13,14 +13,15 @@ from typing import Any
 from dinoreg.models.layers import NORM_EPS
 from dinoreg.models.registry import resampling
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.architecture import Stated, is_number
+from dinoreg.runtime.json_files import is_number
+from dinoreg.weights.architecture import Stated
 from dinoreg.weights.files import read_json
 
 CONFIG = "config.json"
 
 _DINOV2 = {"dinov2": 14, "dinov2_with_registers": 16}  # model types, and their default patch size
-# Arguments of RegisterViT by transformers' name and default.
-_DINOV2_ARGUMENTS = {
+# Arguments of RegisterViT: transformers' name and default.
+DINOV2_ARGUMENTS = {
     "dim": ("hidden_size", 768),
     "depth": ("num_hidden_layers", 12),
     "heads": ("num_attention_heads", 12),
@@ -28,11 +29,12 @@ _DINOV2_ARGUMENTS = {
     "in_channels": ("num_channels", 3),
     "ffn_ratio": ("mlp_ratio", 4),
 }
-# What RegisterViT has no argument for: transformers' default, and what the encoder has.
-_DINOV2_FIXED = {"layer_norm_eps": (1e-6, NORM_EPS), "qkv_bias": (True, True), "hidden_act": ("gelu", "gelu")}
+# What RegisterViT has no argument for: as the encoder has it, which is transformers' default.
+DINOV2_FIXED: dict[str, Any] = {"layer_norm_eps": NORM_EPS, "qkv_bias": True, "hidden_act": "gelu"}
 _TIMM_VIT = re.compile(r"vit_(tiny|small|base|large|giant)_patch\d+_(?:reg\d+_)?(?:dinov2|\d+)(?:\.\w+)?")
-_TIMM_ARGUMENTS = {"embed_dim": "dim", "depth": "depth", "num_heads": "heads", "patch_size": "patch_size",
-                   "in_chans": "in_channels", "reg_tokens": "num_registers", "img_size": "image_size"}  # fmt: skip
+# Arguments of RegisterViT and of timm's ViT.
+TIMM_ARGUMENTS = {"dim": "embed_dim", "depth": "depth", "heads": "num_heads", "patch_size": "patch_size",
+                  "in_channels": "in_chans", "num_registers": "reg_tokens", "image_size": "img_size"}  # fmt: skip
 # Arguments of timm's ViT that change no output of its evaluation mode, or only the head's.
 _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_values", "no_embed_class", "mlp_ratio",
                   "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
@@ -54,23 +56,24 @@ def library_of(folder: Path) -> str | None:
     return "timm" if "architecture" in config else None
 
 
-def read_config(folder: Path, library: str) -> tuple[Stated, dict[str, Any]]:
-    """(what is stated about the architecture, `preprocessing_of`) of a library's folder.
+def read_config(folder: Path, library: str) -> Stated:
+    """What the config in a library's folder states about the architecture.
 
     raises NotHeld for a model that RegisterViT cannot hold, UserError for a file that makes no sense
     """
     path = folder / CONFIG
-    config = read_json(path)
-    stated = _timm(config, _pretrained(config), path) if library == "timm" else _dinov2(config, path)
-    return stated, preprocessing_of(folder, library)
+    return {"timm": _timm, "transformers": _dinov2}[library](read_json(path), path)
 
 
 def preprocessing_of(folder: Path, library: str) -> dict[str, Any]:
-    """{"mean", "std"} by channel, each where a library's folder states it."""
+    """{"mean", "std"}, each where a library's folder states it, as it stands there (see `stated_preprocessing`)."""
     if library == "timm":
-        return _preprocessing(_pretrained(read_json(folder / CONFIG)), "mean", "std", folder / CONFIG)
-    side = folder / "preprocessor_config.json"
-    return _preprocessing(read_json(side), "image_mean", "image_std", side) if side.is_file() else {}
+        config, prefix = _pretrained(read_json(folder / CONFIG)), ""
+    else:
+        side = folder / "preprocessor_config.json"
+        config, prefix = read_json(side) if side.is_file() else {}, "image_"
+    found = {key: config.get(f"{prefix}{key}") for key in ("mean", "std")}
+    return {key: values for key, values in found.items() if values is not None}
 
 
 def _pretrained(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,16 +86,13 @@ def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in _DINOV2:
         raise NotHeld(f"weights {path}: model_type is {str(kind)[:40]!r}, expected {' or '.join(_DINOV2)}")
-    values = {ours: config.get(theirs, default) for ours, (theirs, default) in _DINOV2_ARGUMENTS.items()}
+    values = {ours: config.get(theirs, default) for ours, (theirs, default) in DINOV2_ARGUMENTS.items()}
     swiglu = config.get("use_swiglu_ffn", False) is True
-    wanted: dict[str, tuple[Any, Any]] = {
-        key: (config.get(key, default), ours) for key, (default, ours) in _DINOV2_FIXED.items()
-    }
-    if swiglu:
-        del wanted["hidden_act"]  # SwiGLU's is SiLU whatever is written here
-    if "head_dim" in config and is_number(values["dim"]) and is_number(values["heads"]):
-        wanted["head_dim"] = (config["head_dim"], values["dim"] / values["heads"] if values["heads"] else None)
-    for key, (found, expected) in wanted.items():
+    fixed = {key: value for key, value in DINOV2_FIXED.items() if not (swiglu and key == "hidden_act")}  # SiLU always
+    if is_number(values["dim"]) and is_number(values["heads"]) and values["heads"]:
+        fixed["head_dim"] = values["dim"] / values["heads"]
+    for key, expected in fixed.items():
+        found = config.get(key, expected)
         close = is_number(found) and is_number(expected) and math.isclose(found, expected, rel_tol=1e-6)
         if not close and found != expected:
             raise NotHeld(f"weights {path}: {key}={found!r}, the encoder has {expected!r}")
@@ -103,40 +103,27 @@ def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
         "ffn": "swiglu" if swiglu else "mlp",
         **resampling("transformers", int(with_registers)),
     }
-    names = {ours: theirs for ours, (theirs, _) in _DINOV2_ARGUMENTS.items()}
+    names = {ours: theirs for ours, (theirs, _) in DINOV2_ARGUMENTS.items()}
     return Stated(values, path.name, names | {"num_registers": "num_register_tokens", "ffn": "use_swiglu_ffn"})
 
 
-def _timm(config: Mapping[str, Any], pretrained: Mapping[str, Any], path: Path) -> Stated:
+def _timm(config: Mapping[str, Any], path: Path) -> Stated:
     """A folder that timm saves for a hub: its architecture's name, the arguments that were changed, the input size."""
     name = config.get("architecture")
     if not isinstance(name, str) or not _TIMM_VIT.fullmatch(name):
         raise NotHeld(f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT of the DINOv2 kind")
     arguments = config.get("model_args")
     arguments = arguments if isinstance(arguments, dict) else {}
-    unknown = [key for key in arguments if key not in _TIMM_ARGUMENTS and key not in _TIMM_HARMLESS]
+    unknown = [key for key in arguments if key not in {*TIMM_ARGUMENTS.values(), *_TIMM_HARMLESS}]
     if unknown:
         raise NotHeld(f"weights {path}: model_args has {unknown[0][:40]!r}, which the encoder does not know")
-    values = {ours: arguments[theirs] for theirs, ours in _TIMM_ARGUMENTS.items() if theirs in arguments}
+    values = {ours: _one_side(arguments[theirs]) for ours, theirs in TIMM_ARGUMENTS.items() if theirs in arguments}
     values.setdefault("num_registers", int(found[1]) if (found := re.search(r"_reg(\d+)_", name)) else 0)
-    size = pretrained.get("input_size")
+    size = _pretrained(config).get("input_size")
     if "image_size" not in values and isinstance(size, list) and len(size) == 3:
         values["image_size"] = size[1:]
-    for key in ("patch_size", "num_registers", "in_channels"):
-        if key in values:
-            values[key] = _one_side(values[key])
-    return Stated(values | resampling("timm", 0), path.name, {ours: theirs for theirs, ours in _TIMM_ARGUMENTS.items()})
+    return Stated(values | resampling("timm", 0), path.name, TIMM_ARGUMENTS)
 
 
 def _one_side(size: Any) -> Any:
     return size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
-
-
-def _preprocessing(config: Mapping[str, Any], mean: str, std: str, path: Path) -> dict[str, Any]:
-    found = {"mean": config.get(mean), "std": config.get(std)}
-    for key, values in list(found.items()):
-        if values is None:
-            del found[key]
-        elif not isinstance(values, list) or not values or not all(is_number(value) for value in values):
-            raise UserError(f"weights {path}: {mean if key == 'mean' else std} is no list of numbers")
-    return found

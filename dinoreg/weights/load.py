@@ -1,13 +1,17 @@
 """Models by name, and models with weights.
 
 A name says the architecture (`vits14_reg4`); the names under which Meta, timm and transformers publish the
-same architectures are understood too. Weights come from a run, a file or a library's folder (`weights.py`), and never
-silently: every tensor is loaded, made to fit (`adapt.py`) or left out by name, and a report says which.
+same architectures are understood too. Weights come from a run, a file or a library's folder (`resolve.py`), and never
+silently: every tensor is loaded, made to fit or left out by name, and a report says which.
+
+Weights are made to fit an encoder that differs in image size, input channels or registers; nothing else may differ.
+Positions are resampled as the library does in which the weights were at home, so that a model resized on loading
+equals that library's at the new size.
 """
 
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +19,43 @@ import torch
 from torch import Tensor
 
 from dinoreg.models.registry import HEAD_DIM, _check_options, build
-from dinoreg.models.vit import TOKEN_STD, RegisterViT, as_pair
+from dinoreg.models.vit import TOKEN_STD, RegisterViT, resample_positions
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.adapt import LoadReport, check_same, fit
-from dinoreg.weights.resolve import Weights, find_weights, read_weights
+from dinoreg.weights.architecture import describe_resampling, hidden_dim_of
+from dinoreg.weights.resolve import SOURCES, Weights, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
+
+CHANNEL_WAYS = ("mean", "repeat", "zero")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor of a file, and of every tensor of the model."""
+
+    path: Path
+    loaded: tuple[str, ...]  # taken as they are
+    reshaped: tuple[str, ...]  # "pos_embed: 16x16 -> 37x37"
+    left_out: tuple[str, ...]  # in the file, not in the encoder: heads, and what stands beside a state dict
+    adapted: tuple[str, ...]  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
+    grafted: tuple[str, ...]  # "register_tokens: 4 fresh registers"
+    source: str  # whose file: "dinoreg", "Meta", "timm" or "transformers"
+    positions: str  # how the model resamples its positions, and whose way that is
+    fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
+
+    def __str__(self) -> str:
+        groups = sorted({key.partition(".")[0] for key in self.left_out})
+        missing = [key for key in self.fresh if not any(line.startswith(f"{key}:") for line in self.grafted)]
+        parts = {
+            "reshaped": ", ".join(self.reshaped),
+            "adapted": ", ".join(self.adapted),
+            "grafted": ", ".join(self.grafted),
+            f"left out {len(self.left_out)}": f"({', '.join(groups)})" if groups else "",
+            "not in the file:": ", ".join(missing),
+        }
+        changes = [f"{what} {which}" for what, which in parts.items() if which]
+        first = f"{len(self.loaded)} tensors loaded from {self.path} ({self.source})"
+        return "; ".join([first, *changes, self.positions])
 
 
 def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None = None) -> LoadReport:
@@ -35,38 +70,9 @@ def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None
     weights = read_weights(source)
     tells_heads = model.dim % HEAD_DIM == 0  # as every published width does
     theirs = weights.architecture(None if tells_heads else model.heads)
-    state, report = _fitted(weights, theirs, model, adapt_channels, "the model's is")
+    state, report = fit(weights, theirs, model, adapt_channels, "the model's is")
     model.load_state_dict(state, strict=False)
     return report
-
-
-def _fitted(
-    weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors of `weights` for `model`, which stays as it is, and the report on them; UserError where they differ
-    in what no adaptation bridges."""
-    ours = model.architecture()
-    check_same(theirs, ours, weights.path, whose)
-    state, report = fit(weights, theirs, ours, adapt_channels)
-    spare = {"mask_token", "register_tokens"} if report.grafted else {"mask_token"}
-    return state, replace(report, fresh=_check_keys(model, state, weights.path, spare))
-
-
-def _check_keys(model: RegisterViT, state: Mapping[str, Tensor], path: Path, spare: set[str]) -> tuple[str, ...]:
-    """The keys among `spare` that are missing in `state`; UserError for any other difference from the model."""
-    wanted = model.state_dict()
-    missing = sorted(wanted.keys() - state.keys() - spare)
-    unexpected = sorted(state.keys() - wanted.keys())
-    if missing:
-        raise UserError(f"weights {path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-    if unexpected:
-        raise UserError(f"weights {path}: {len(unexpected)} unknown tensors, the first is {unexpected[0]!r}")
-    for key, value in state.items():
-        if value.shape != wanted[key].shape:
-            raise UserError(
-                f"weights {path}: {key!r} has shape {tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
-            )
-    return tuple(sorted(wanted.keys() - state.keys()))
 
 
 class Loaded(NamedTuple):
@@ -84,12 +90,9 @@ def load_reported(
     _check_options(overrides)
     weights = read_weights(source)
     theirs = weights.architecture(overrides.get("heads"))
-    given = dict(overrides)
-    if "image_size" in given:
-        given["image_size"] = list(as_pair(given["image_size"], "image_size"))
     with torch.device("meta"):  # no memory for weights that are about to be replaced
-        model = RegisterViT(**(theirs | given))
-    state, report = _fitted(weights, theirs, model, adapt_channels, "what was asked for is")
+        model = RegisterViT(**(theirs | overrides))
+    state, report = fit(weights, theirs, model, adapt_channels, "what was asked for is")
     if "mask_token" in report.fresh:
         state["mask_token"] = torch.zeros(1, model.dim)
     if "register_tokens" in report.fresh:
@@ -126,3 +129,116 @@ def load(
             raise
         raise UserError(f"weights {str(source)!r}: no such file, run folder or model name") from None
     return model.to(device).eval()
+
+
+# ------------------------------------------------------------------------------------------------ making them fit
+
+
+def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, whose: str) -> None:
+    """UserError naming the first property in which two architectures differ that no adaptation bridges."""
+
+    def comparable(architecture: Mapping[str, Any]) -> dict[str, Any]:
+        width = hidden_dim_of(architecture["dim"], architecture["ffn"], architecture["ffn_ratio"])
+        return {**architecture, "layerscale": bool(architecture["layerscale"]), "ffn width": width}
+
+    a, b = comparable(theirs), comparable(ours)
+    for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width"):
+        if a[key] != b[key]:
+            raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}")
+    if a["num_registers"] not in (0, b["num_registers"]):
+        raise UserError(
+            f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
+            "registers are only grafted onto a backbone that has none"
+        )
+
+
+def fit(
+    weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The tensors of `weights`, an encoder of the architecture `theirs`, for `model`; neither is changed.
+
+    Grafted registers and a missing mask token are named in the report and not among the tensors: their start values
+    are the caller's matter. UserError where the two differ in anything else that no adaptation bridges; its words for
+    the model's side are `whose`.
+    """
+    if adapt_channels not in (None, *CHANNEL_WAYS):
+        raise UserError(f"adapt_channels={adapt_channels!r} is not known; expected one of {', '.join(CHANNEL_WAYS)}")
+    ours, path = model.architecture(), weights.path
+    check_same(theirs, ours, path, whose)
+    state, key = dict(weights.backbone), "patch_embed.proj.weight"
+    reshaped: tuple[str, ...] = ()
+    adapted: tuple[str, ...] = ()
+    old, new = (theirs["image_size"][0] // model.patch_size, theirs["image_size"][1] // model.patch_size), model.grid
+    if old != new:
+        resampling = theirs["antialias"], theirs["position_offset"]
+        state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
+        reshaped = (f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}",)
+    before, after = theirs["in_channels"], model.in_channels
+    if before != after:
+        if adapt_channels is None:
+            raise UserError(
+                f"weights {path}: in_channels is {before}, the model's is {after}; "
+                f"adapt_channels={'|'.join(CHANNEL_WAYS)} says how to adapt the projection (in a run: adapt.channels)"
+            )
+        state[key] = channels(state[key], after, adapt_channels)
+        adapted = (f"{key}: {before} -> {after} channels ({adapt_channels})",)
+    grafts = model.num_registers if not theirs["num_registers"] else 0
+    fresh = _check_keys(state, model, path, {"mask_token", "register_tokens"} if grafts else {"mask_token"})
+    source = SOURCES[weights.source]
+    was, now = (describe_resampling(a["antialias"], a["position_offset"]) for a in (theirs, ours))
+    reason = f"as {source} does" if was == now else f"as the model says; {source}: {was}"
+    return state, LoadReport(
+        path=path,
+        loaded=tuple(key for key, value in weights.backbone.items() if state[key] is value),
+        reshaped=reshaped,
+        left_out=(*weights.heads, *weights.others),
+        adapted=adapted,
+        grafted=(f"register_tokens: {grafts} fresh registers",) if grafts else (),
+        fresh=fresh,
+        source=source,
+        positions=f"positions are resampled {now}, {reason}",
+    )
+
+
+def _check_keys(state: Mapping[str, Tensor], model: RegisterViT, path: Path, spare: set[str]) -> tuple[str, ...]:
+    """The keys among `spare` that are missing in `state`; UserError for any other difference from the model."""
+    wanted = model.state_dict()
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    for keys, what in ((sorted({*missing} - spare), "tensors are missing"), (unexpected, "unknown tensors")):
+        if keys:
+            raise UserError(f"weights {path}: {len(keys)} {what}, the first is {keys[0]!r}")
+    for key, value in state.items():
+        if value.shape != wanted[key].shape:
+            shapes = f"{tuple(value.shape)}, expected {tuple(wanted[key].shape)}"
+            raise UserError(f"weights {path}: {key!r} has shape {shapes}")
+    return tuple(missing)
+
+
+def resample_pos_embed(
+    pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool, offset: float
+) -> Tensor:
+    """The class token's position as it is, those of the patches from one grid to another (see `resample_positions`).
+
+    pos_embed  (1, 1 + gh * gw, D) -> (1, 1 + h * w, D)
+    """
+    moved = resample_positions(pos_embed[:, 1:], old, new, antialias, offset)
+    return torch.cat([pos_embed[:, :1], moved], dim=1)
+
+
+def channels(weight: Tensor, number: int, way: str) -> Tensor:
+    """The patch projection for another number of input channels.
+
+    weight  (D, C, p, p) -> (D, number, p, p)
+    way     "mean": every channel gets the mean filter; "repeat": the filters in turn, over and over; both scaled by
+            C / number, so that an image whose channels are all alike keeps its embedding (for "repeat" where `number`
+            is a multiple of C). "zero": the first C channels keep their filters, the others start without effect
+    raises  UserError where "repeat" or "zero" would drop channels
+    """
+    before = weight.shape[1]
+    if way == "mean":
+        return (weight.mean(dim=1, keepdim=True) * (before / number)).repeat(1, number, 1, 1)
+    if number < before:
+        raise UserError(f"adapt_channels={way}: would drop {before - number} of {before} channels; expected mean")
+    if way == "repeat":
+        return weight[:, torch.arange(number) % before] * (before / number)
+    return torch.cat([weight, weight.new_zeros(weight.shape[0], number - before, *weight.shape[2:])], dim=1)

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.architecture import Stated, infer_architecture
+from dinoreg.runtime.json_files import read_text
+from dinoreg.weights.architecture import Stated, as_sides, infer_architecture
 from dinoreg.weights.convert import FROM, detect, from_timm, unwrap
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
-from dinoreg.weights.library_configs import library_of, read_config
+from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
 
 TEACHER_FORMAT = "dinoreg-teacher"
 
 # What a folder of transformers or timm calls its weights, in the order in which these libraries look.
 FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
+
+POINTERS = ("best", "last")  # files in a run's folder of checkpoints
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -73,56 +76,48 @@ def find_weights(source: str | Path) -> Path | None:
     """
     path = Path(source)
     try:
-        if path.is_file():
-            if path.parent.name == "checkpoints" and path.name in ("best", "last"):
-                return _teacher_of(path.parent.parent, path.name, path)
-            return path
-        if not path.is_dir():
-            return None
+        is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
         raise UserError(f"weights {str(source)[:80]!r}: not a path ({error})") from None
+    checkpoint = (is_file and path.name in POINTERS) or (is_folder and _STEP_NAME.fullmatch(path.name))
+    if checkpoint and path.parent.name == "checkpoints":  # every checkpoint is written together with a teacher file
+        run = path.parent.parent
+        if (teacher := _teacher_of(run, path.name)) is None:
+            raise UserError(f"weights {path}: the teacher file of this checkpoint is not in {run / 'teacher'}")
+        return teacher
+    if not is_folder:
+        return path if is_file else None
     if (library := library_of(path)) is not None:
         for name in FILES:
             if (path / name).is_file():
                 return path / name
         raise UserError(f"weights {path}: a folder of {library} without weights; expected one of {', '.join(FILES)}")
-    if _STEP_NAME.fullmatch(path.name) and path.parent.name == "checkpoints":
-        return _teacher_of(path.parent.parent, path.name, path)
-    for pointer in ("best", "last"):
-        teacher = _pointed_teacher(path, pointer)
-        if teacher is not None:
-            return teacher
-    teachers = [p for p in path.glob("teacher/step_*.safetensors") if _STEP_NAME.fullmatch(p.stem)]
-    if teachers:
-        return max(teachers, key=lambda p: int(p.stem.removeprefix("step_")))
-    try:
-        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    except OSError as error:
-        raise UserError(f"weights {path}: cannot be read ({error.strerror})") from None
-    if len(files) == 1:
-        return files[0]
-    if files:
-        raise UserError(f"weights {path}: holds {len(files)} weight files; name one, for example {files[0]}")
-    raise UserError(
-        f"weights {path}: no teacher/step_*.safetensors in this folder, so no run folder, nor other weights"
-    )
+    steps = [p for p in path.glob("teacher/step_*.safetensors") if _STEP_NAME.fullmatch(p.stem)]
+    newest = max(steps, key=lambda p: int(p.stem.removeprefix("step_")), default=None)
+    teachers = (*(_teacher_of(path, pointer) for pointer in POINTERS), newest)
+    return next(filter(None, teachers), None) or _only_file(path)
 
 
-def _pointed_teacher(run: Path, pointer: str) -> Path | None:
-    try:
-        step = (run / "checkpoints" / pointer).read_text(encoding="utf-8")[:100].strip()
-    except (OSError, UnicodeDecodeError):
-        return None
+def _teacher_of(run: Path, checkpoint: str) -> Path | None:
+    """The teacher file of a run's checkpoint, by the checkpoint's own name or that of a pointer to it."""
+    pointer = run / "checkpoints" / checkpoint
+    step = read_text(pointer)[:100].strip() if checkpoint in POINTERS else checkpoint
     teacher = run / "teacher" / f"{step}.safetensors"
     return teacher if _STEP_NAME.fullmatch(step) and teacher.is_file() else None
 
 
-def _teacher_of(run: Path, name: str, source: Path) -> Path:
-    """The teacher file of a checkpoint: every checkpoint is written together with one."""
-    teacher = run / "teacher" / f"{name}.safetensors" if _STEP_NAME.fullmatch(name) else _pointed_teacher(run, name)
-    if teacher is None or not teacher.is_file():
-        raise UserError(f"weights {source}: the teacher file of this checkpoint is not in {run / 'teacher'}")
-    return teacher
+def _only_file(folder: Path) -> Path:
+    try:
+        files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    except OSError as error:
+        raise UserError(f"weights {folder}: cannot be read ({error.strerror})") from None
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise UserError(f"weights {folder}: holds {len(files)} weight files; name one, for example {files[0]}")
+    raise UserError(
+        f"weights {folder}: no teacher/step_*.safetensors in this folder, so no run folder, nor other weights"
+    )
 
 
 def read_weights(source: str | Path) -> Weights:
@@ -135,43 +130,35 @@ def read_weights(source: str | Path) -> Weights:
     if path is None:
         raise UserError(f"weights {str(source)!r}: no such file or run folder")
     library = library_of(path.parent) if path.name in FILES else None
-    metadata: dict[str, Any] = {}
-    stated = Stated()
     if library is not None:  # before the tensors, which may be many
-        stated, preprocessing = read_config(path.parent, library)
-        metadata = {"preprocessing": preprocessing} if preprocessing else {}
-    elif path.suffix == ".safetensors":
-        metadata = _read_metadata(path)
-        if isinstance(metadata.get("architecture"), dict):
-            stated = Stated(metadata["architecture"])
+        stated = read_config(path.parent, library)
+        metadata: dict[str, Any] = {"preprocessing": preprocessing_of(path.parent, library)}
+    else:
+        metadata = _read_metadata(path) if path.suffix == ".safetensors" else {}
+        architecture = metadata.get("architecture")
+        stated = Stated(architecture if isinstance(architecture, dict) else {})
     content = read_file(path)
-    ours = library is None and bool(metadata)
     try:
         state, others = unwrap(content)
         state = _plain(state)  # before tokens and positions are added up
         found = detect(state)
         if library is not None and found != library:
             raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
-        if ours:  # without registers the names alone would look like timm's
-            backbone = FROM["meta"](state)
-        elif found == "timm":
-            backbone = from_timm(state, grid=_grid(stated, state))
-        else:
-            backbone = FROM[found](state)
+        if library is None and metadata:
+            found = "dinoreg"  # without registers the names alone would look like timm's
+        backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
     except UserError as error:
         raise UserError(f"weights {path}: {error}") from None
     heads = {key: backbone.pop(key) for key in list(backbone) if _HEAD_KEY.match(key)}
-    whose = "dinoreg" if ours else found
-    return Weights(path, _plain(backbone), _plain(heads), metadata, whose, stated, others)
+    return Weights(path, _plain(backbone), _plain(heads), metadata, found, stated, others)
 
 
 def _grid(stated: Stated, state: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """(rows, columns) of the positions where a config states the image size and the file the patch size."""
-    size, patch = stated.values.get("image_size"), state.get("patch_embed.proj.weight")
-    pair = [size, size] if type(size) is int else size
-    if patch is None or patch.ndim != 4 or not isinstance(pair, list) or [type(side) for side in pair] != [int, int]:
+    size, patch = as_sides(stated.values.get("image_size")), state.get("patch_embed.proj.weight")
+    if size is None or patch is None or patch.ndim != 4:
         return None
-    return pair[0] // patch.shape[2], pair[1] // patch.shape[3]
+    return size[0] // patch.shape[2], size[1] // patch.shape[3]
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

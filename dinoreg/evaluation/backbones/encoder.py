@@ -12,6 +12,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,9 +22,8 @@ from torch import Tensor, nn
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
+from dinoreg.weights.preprocessing import stated_preprocessing
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 PUBLISHED_SIZE = 224  # pixels; the side at which classification is published
 PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
 
@@ -126,20 +126,25 @@ class Encoder(ABC):
 class _ModuleEncoder(Encoder):
     """An encoder around an nn.Module: where it is, what it weighs, how it is made anew."""
 
+    module: Any
+
     def __init__(
         self,
         module: nn.Module,
         name: str,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.device, self.dtype, self.name = torch.device(device), dtype, name
         self.module = module.to(self.device).eval().requires_grad_(False)
-        self.mean = _per_channel(mean, self.in_channels)
-        self.std = _per_channel(std, self.in_channels)
-        self.identity = _identity(module, (name if not list(module.parameters()) else "", self.mean, self.std))
+        self.mean, self.std = stated_preprocessing({"mean": mean, "std": std}, self.in_channels, name)
+
+    @cached_property
+    def identity(self) -> str:  # type: ignore[override]  # of the weights as they are when it is first asked
+        named = self.name if not list(self.module.parameters()) else ""
+        return _identity(self.module, (named, self.mean, self.std))
 
     def _like(self, module: nn.Module) -> Encoder:
         return type(self)(module, f"random {self.name}", self.mean, self.std, self.device, self.dtype)  # type: ignore[call-arg]
@@ -180,48 +185,44 @@ class TimmEncoder(_ModuleEncoder):
     Sizes other than the model's own need `dynamic_img_size=True` when it is created.
     """
 
-    def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
-        model: Any = module
-        if not hasattr(model, "forward_intermediates") or getattr(model, "cls_token", None) is None:
+    def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
+        if not hasattr(module, "forward_intermediates") or getattr(module, "cls_token", None) is None:
             raise UserError(f"{type(module).__name__}: expected a ViT of timm with a class token")
-        self.dim, self.depth = model.embed_dim, len(model.blocks)
-        self.patch_size = int(model.patch_embed.patch_size[0])
-        self.num_registers = int(model.num_prefix_tokens) - 1
-        self.in_channels = int(model.patch_embed.proj.in_channels)
-        self.image_size = (int(model.patch_embed.img_size[0]), int(model.patch_embed.img_size[1]))
+        self.dim, self.depth = module.embed_dim, len(module.blocks)
+        self.patch_size = int(module.patch_embed.patch_size[0])
+        self.num_registers = int(module.num_prefix_tokens) - 1
+        self.in_channels = int(module.patch_embed.proj.in_channels)
+        self.image_size = (int(module.patch_embed.img_size[0]), int(module.patch_embed.img_size[1]))
         super().__init__(module, *arguments, **options)
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        model: Any = self.module
         if list(blocks) == [self.depth - 1] and norm:
-            tokens = model.forward_features(x)
+            tokens = self.module.forward_features(x)
             return [_split(tokens, self.num_registers)]
-        found = model.forward_intermediates(
+        found = self.module.forward_intermediates(
             x, indices=list(blocks), return_prefix_tokens=True, norm=norm, output_fmt="NLC", intermediates_only=True
         )
         return [Tokens(prefix[:, 0], prefix[:, 1:], patches) for patches, prefix in found]
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        model: Any = self.module
-        with _captured(model.blocks[block].attn.qkv) as seen:
-            model.forward_features(x)
-        q, k, v = seen[0][:, 1 + self.num_registers :].chunk(3, dim=-1)
+        with _captured(self.module.blocks[block].attn.qkv) as outputs:
+            self.module.forward_features(x)
+        q, k, v = outputs[0][:, 1 + self.num_registers :].chunk(3, dim=-1)
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
         with seeded(seed):
             model = copy.deepcopy(self.module)
-            model.init_weights()  # type: ignore[operator]
+            model.init_weights()
             return self._like(_reset_rest(model))
 
 
 class TransformersEncoder(_ModuleEncoder):
     """A ViT of transformers: Dinov2Model, Dinov2WithRegistersModel, ViTModel."""
 
-    def __init__(self, module: nn.Module, *arguments: Any, **options: Any) -> None:
-        model: Any = module
-        settings: Any = getattr(model, "config", None)
-        if not hasattr(model, "layernorm") or not hasattr(settings, "patch_size"):
+    def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
+        settings: Any = getattr(module, "config", None)
+        if not hasattr(module, "layernorm") or not hasattr(settings, "patch_size"):
             raise UserError(f"{type(module).__name__}: expected a ViT of transformers with a final `layernorm`")
         self.dim, self.depth = settings.hidden_size, settings.num_hidden_layers
         self.patch_size, self.in_channels = int(settings.patch_size), int(settings.num_channels)
@@ -230,17 +231,15 @@ class TransformersEncoder(_ModuleEncoder):
         super().__init__(module, *arguments, **options)
 
     def _forward(self, x: Tensor, **options: Any) -> Any:
-        model: Any = self.module
-        if model.config.model_type == "vit":
+        if self.module.config.model_type == "vit":
             options["interpolate_pos_encoding"] = True
-        return model(pixel_values=x, **options)
+        return self.module(pixel_values=x, **options)
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        model: Any = self.module
         if list(blocks) == [self.depth - 1] and norm:
             return [_split(self._forward(x).last_hidden_state, self.num_registers)]
         states = self._forward(x, output_hidden_states=True).hidden_states[1:]
-        chosen = (model.layernorm(states[each]) if norm else states[each] for each in blocks)
+        chosen = (self.module.layernorm(states[each]) if norm else states[each] for each in blocks)
         return [_split(each, self.num_registers) for each in chosen]
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,9 +247,9 @@ class TransformersEncoder(_ModuleEncoder):
         # The names before and after transformers 5.
         endings = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
         parts = [next(layer[name] for name in layer if name.endswith(pair)) for pair in endings]
-        with _captured(*parts) as seen:
+        with _captured(*parts) as outputs:
             self._forward(x)
-        q, k, v = (each[:, 1 + self.num_registers :] for each in seen)
+        q, k, v = (outputs[place][:, 1 + self.num_registers :] for place in range(3))
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
@@ -311,8 +310,7 @@ def wrap(
         return model
     stated = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     stated = stated if isinstance(stated, dict) else {}
-    mean = mean if mean is not None else stated.get("mean", IMAGENET_MEAN)
-    std = std if std is not None else stated.get("std", IMAGENET_STD)
+    mean, std = mean or stated.get("mean"), std or stated.get("std")
     kinds: list[tuple[type[_ModuleEncoder], bool]] = [
         (NativeEncoder, isinstance(model, RegisterViT)),
         (TransformersEncoder, hasattr(getattr(model, "config", None), "model_type")),
@@ -326,13 +324,6 @@ def wrap(
 
 def _split(tokens: Tensor, num_registers: int) -> Tokens:
     return Tokens(tokens[:, 0], tokens[:, 1 : 1 + num_registers], tokens[:, 1 + num_registers :])
-
-
-def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) not in (1, channels):
-        raise UserError(f"{len(numbers)} numbers for {channels} channels in the preprocessing")
-    return numbers * (channels if len(numbers) == 1 else 1)
 
 
 def _identity(module: nn.Module, rest: object) -> str:
@@ -361,12 +352,11 @@ def _reset_rest(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _captured(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """The outputs of some modules in the forward pass that happens inside."""
-    seen: dict[int, Tensor] = {}
-    outputs: list[Tensor] = []
+def _captured(*modules: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """{place: output} of some modules in the forward pass that happens inside, which may call them in any order."""
+    outputs: dict[int, Tensor] = {}
     handles = [
-        module.register_forward_hook(lambda _m, _i, output, n=n: seen.__setitem__(n, output))
+        module.register_forward_hook(lambda _m, _i, output, n=n: outputs.__setitem__(n, output))
         for n, module in enumerate(modules)
     ]
     try:
@@ -374,7 +364,6 @@ def _captured(*modules: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-        outputs += [seen[n] for n in sorted(seen)]
 
 
 @contextmanager

@@ -4,24 +4,23 @@ Whatever RegisterViT can hold exactly is opened as one; what it cannot hold runs
 timm's own model run, say so: `timm:NAME` or `timm:NAME:FILE`.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from dinoreg.checkpoint.run_folder import run_of, teacher_step
 from dinoreg.config.option import nearest
-from dinoreg.evaluation.backbones.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, seeded, wrap
+from dinoreg.evaluation.backbones.encoder import Encoder, seeded, wrap
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
 from dinoreg.weights.convert import unwrap
 from dinoreg.weights.files import read_file
 from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
 from dinoreg.weights.load import load, load_reported
+from dinoreg.weights.preprocessing import stated_preprocessing
 from dinoreg.weights.resolve import FILES, find_weights
-
-_STEP = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -33,38 +32,46 @@ class Opened:
     """
 
     encoder: Encoder
-    path: Path | None
-    run: Path | None
-    step: int
+    path: Path | None = None
+    run: Path | None = None
+    step: int = 0
 
 
 def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -> Opened:
     """The encoder that `weights=` means; UserError in one line when there is none."""
     if weights.startswith("timm:"):
-        return Opened(_from_timm(weights, device, dtype), None, None, 0)
+        return Opened(_from_timm(weights, device, dtype))
+    try:
+        return open_native(weights, device, dtype)
+    except NotHeld:
+        file = find_weights(weights)
+        if file is None or library_of(file.parent) != "transformers":
+            raise
+        return Opened(_from_transformers(file.parent, device, dtype), file.parent)
+
+
+def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Opened:
+    """A NativeEncoder of a run, a file, a library's folder or a model's name, with the preprocessing stated beside it.
+
+    A bare name's random weights are always the same, and LayerScale does not silence them (see `random_init`).
+    raises UserError in one line when there is none; NotHeld for a folder whose model RegisterViT cannot hold
+    """
     file = find_weights(weights)
     if file is None:
-        # A bare name's random weights are always the same, and LayerScale does not silence them (see `random_init`).
         with seeded(0):
             model = load(weights, device, layerscale=1.0)
-        return Opened(wrap(model, f"{weights} (random weights)", device=device, dtype=dtype), None, None, 0)
+        return Opened(wrap(model, f"{weights} (random weights)", device=device, dtype=dtype))
     folder = file.parent if file.name in FILES and library_of(file.parent) else None
-    try:
-        loaded = load_reported(file, device)
-    except NotHeld:
-        if folder is None or library_of(folder) != "transformers":
-            raise
-        return Opened(_from_transformers(folder, device, dtype), folder, None, 0)
-    stated = loaded.weights.metadata.get("preprocessing", {})
-    mean, std = (stated.get(key, default) for key, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
-    step = int(match[1]) if (match := _STEP.fullmatch(file.stem)) else 0
-    home = file.parent.parent
-    run = home if match and file.parent.name == "teacher" and (home / "config.yaml").is_file() else None
-    name = f"{run.resolve().name} at step {step:,}" if run is not None else file.stem
-    if folder is not None:
-        name = folder.resolve().name
-    encoder = wrap(loaded.model, name, mean, std, device, dtype)
-    return Opened(encoder, folder or file, run, step)
+    loaded = load_reported(file, device)
+    mean, std = stated_preprocessing(loaded.weights.metadata.get("preprocessing"), loaded.model.in_channels, file)
+    step = teacher_step(file)
+    run = None if step is None else run_of(file)
+    name = file.stem
+    if run is not None:
+        name = f"{run.resolve().name} at step {step:,}"
+    elif folder is not None or Path(weights).is_dir():
+        name = (folder or Path(weights)).resolve().name
+    return Opened(wrap(loaded.model, name, mean, std, device, dtype), folder or file, run, step or 0)
 
 
 def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> Encoder:
@@ -118,8 +125,5 @@ def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtyp
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UserError(f"weights={path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if (path / "preprocessor_config.json").is_file():
-        stated = preprocessing_of(path, "transformers")
-        mean, std = stated.get("mean", mean), stated.get("std", std)
-    return wrap(model, path.resolve().name, mean, std, device, dtype)
+    stated = preprocessing_of(path, "transformers")
+    return wrap(model, path.resolve().name, stated.get("mean"), stated.get("std"), device, dtype)

@@ -1,0 +1,39 @@
+"""What is subtracted from an image's channels and what they are divided by: as stated beside the weights."""
+
+from typing import Any
+
+from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import is_number
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def stated_preprocessing(
+    stated: Any, channels: int, where: object, unknown: Statistics = ((0.5,), (0.25,))
+) -> Statistics:
+    """(mean, std) per channel, of pixels in [0, 1].
+
+    stated   {"mean": …, "std": …} as it stands with the weights of `where`; what is missing is ImageNet's
+    unknown  with nothing stated and other than three channels
+    raises   UserError for numbers that do not fit the channels
+    """
+    default = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else unknown
+    stated = stated if isinstance(stated, dict) else {}
+    mean, std = (
+        _per_channel(stated.get(key) or value, channels, key, where) for key, value in zip(("mean", "std"), default)
+    )
+    return mean, std
+
+
+def _per_channel(values: Any, channels: int, key: str, where: object) -> tuple[float, ...]:
+    fits = isinstance(values, (list, tuple)) and len(values) in (1, channels)
+    if not fits or not all(map(is_number, values)):
+        raise UserError(
+            f"weights {where}: {key}={values!r}: expected one number or one for each of {channels} channels"
+        )
+    if key == "std" and min(values) <= 0:
+        raise UserError(f"weights {where}: std={values!r}: expected positive numbers")
+    return tuple(map(float, values)) * (channels // len(values))
