@@ -62,20 +62,14 @@ def build_step(width: int) -> Callable[[], float]:
 def measure_saves(run: Path, state: dict[str, Any], asynchronous: bool, saves: int, width: int) -> dict[str, Any]:
     """Save again and again, each after the one before is on the disk, with steps in between and meanwhile."""
     from dinoreg.checkpoint.async_writer import Writer
+    from dinoreg.config.schema import CheckpointConfig
 
     run.mkdir()
     step = build_step(width)
     alone = [step() for _ in range(20)][5:]
     stalls, writes, meanwhile = [], [], []
-    with Writer(
-        run,
-        keep=1,
-        keep_hours=None,
-        asynchronous=asynchronous,
-        describe_teacher={},
-        max_failures=1,
-        timeout=600.0,
-    ) as writer:
+    options = CheckpointConfig(keep=1, asynchronous=asynchronous, max_failures=1)
+    with Writer(run, options, describe_teacher={}, timeout=600.0) as writer:
         for number in range(1, saves + 1):
             writer.save(number, state, {"step": number})
             stalls.append(writer.stall)

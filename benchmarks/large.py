@@ -87,11 +87,11 @@ def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
     from dinoreg.evaluation.benchmark import Task
     from dinoreg.evaluation.context import Context, show_progress
     from dinoreg.evaluation.data import Data, Labelled
-    from dinoreg.evaluation.features.cache import Features
     from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
+    from dinoreg.evaluation.protocols import classification as shared
     from dinoreg.evaluation.protocols import knn as neighbours
-    from dinoreg.evaluation.protocols import linear
-    from dinoreg.evaluation.protocols import logistic as classification
+    from dinoreg.evaluation.protocols import linear, logistic
+    from dinoreg.evaluation.protocols.measurement import Measurement
     from dinoreg.models.vit import RegisterViT
 
     splits = {}
@@ -103,24 +103,25 @@ def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
         source = PathSource(str(folder), PathBlock(b"x\0" * count))
         splits[name] = Labelled(source, labels, given.classes)
 
-    class Stored:
+    def stored(_context: object, _encoder: object, source: object, *_: object, **__: object) -> np.ndarray:
         """Stands where the cache of features is: every split is there already."""
+        name = next(name for name, split in splits.items() if split.source is source)
+        return np.load(folder / f"{name}.npy", mmap_mode="r")
 
-        def extract(self, encoder: object, source: object, *_: object, **__: object) -> Features:
-            name = next(name for name, split in splits.items() if split.source is source)
-            return Features(np.load(folder / f"{name}.npy", mmap_mode="r"), ("cls1",))
-
+    for module in (shared, linear):
+        module.extract_features = stored  # type: ignore[attr-defined]
     encoder = wrap(RegisterViT(image_size=16, patch_size=8, dim=64, depth=1, heads=1))
-    context = Context(Stored(), folder / "state", None, 0, 16, 64, 0, 0, show_progress)  # type: ignore[arg-type]
+    context = Context(folder, folder / "state", None, 0, 16, 64, 0, 0, progress=show_progress)
     chosen = EvalOptions(
         knn=KnnOptions(k=(20,)),
         logistic=LogisticOptions(min_c=1e-5, max_c=1e-1, num_c=5),
         linear=LinearOptions(lrs=(1e-2, 1e-1), blocks=(1,), avgpool=(0,), epochs=1, epoch_steps=200, augment=False),
     )
-    module = {"logistic": classification, "knn": neighbours, "linear": linear}[protocol]
+    evaluated = {"logistic": logistic, "knn": neighbours, "linear": linear}[protocol]
+    task = Task(protocol, lambda *_: Data({}), "top-1")
     started = time.perf_counter()
     with watched() as own:
-        rows = module.evaluate(encoder, Data(splits), Task(protocol, lambda *_: Data({}), "top-1"), chosen, context)
+        rows = evaluated.evaluate(Measurement(encoder, Data(splits), task, chosen, context))
     return {
         "seconds": time.perf_counter() - started,
         "top-1": rows[0].value,

@@ -46,9 +46,11 @@ def build(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
         return float(losses.mean() + 0.5 * np.square(weight, dtype=np.float64).sum() / (C * len(labels)))
 
     def dinoreg() -> tuple[np.ndarray, np.ndarray]:
-        from dinoreg.evaluation.solvers.regularisation_path import fit_logistic
+        from dinoreg.evaluation.solvers.feature_matrix import Rows
+        from dinoreg.evaluation.solvers.logistic_regression import SoftmaxProblem
 
-        model = fit_logistic(torch.from_numpy(features), labels, classes, C, tolerance=1e-6)  # as the evaluators' path
+        problem = SoftmaxProblem(Rows.of(torch.from_numpy(features), torch.from_numpy(labels)), classes)
+        model = problem.solve(C, tolerance=1e-6)  # as the evaluators' path
         return model.weight.numpy(), model.bias.numpy()
 
     def scikit_learn() -> tuple[np.ndarray, np.ndarray]:

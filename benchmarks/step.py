@@ -44,7 +44,7 @@ def build(settings: dict[str, Any]) -> Any:
     from dinoreg.config.load import load_config
     from dinoreg.plan.devices import cpu_device
     from dinoreg.plan.job import describe
-    from dinoreg.plan.operations import operations_of
+    from dinoreg.plan.memory import operations_of
     from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
     from dinoreg.train.schedules import Now
     from dinoreg.train.state import build_networks, build_state

@@ -3,13 +3,12 @@
 Names are looked up when they are first used, so that `import dinoreg` is quick.
 """
 
-from __future__ import annotations
-
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoreg.commands.evaluate import evaluate
     from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
@@ -22,6 +21,7 @@ _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
     "Tokens": "dinoreg.models.vit",
     "VitRGTS": "dinoreg.models.classifier",
+    "evaluate": "dinoreg.commands.evaluate",
     "load": "dinoreg.weights.load",
 }
 
@@ -38,23 +38,7 @@ def pretrain(config: str | Path | None = None, **overrides: Any) -> Path:
     from dinoreg.config.load import load_config, require_complete
     from dinoreg.train.loop import pretrain as run
 
-    resolved = load_config(config, overrides)
-    require_complete(resolved)
-    return Path(run(resolved))
-
-
-def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
-    """Measure a backbone on a dataset; the same as `dinoreg eval DATASET weights=… key=value …`.
-
-    model    a RegisterViT, a ViT of timm or transformers, or whatever `weights=` takes: a run folder, a file, a name
-    dataset  a name of `dinoreg eval --list`, several with commas, "all", or the path of a labelled folder or CSV
-    options  the command line's keys: root="/datasets", out="runs/a", **{"knn.k": [20], "aircraft.crop_banner": False}
-    returns  dinoreg.evaluation.result.Result, or a list of them for several datasets; `.headline` is the figure
-    raises   UserError (a ValueError) for a wrong key, value, dataset or missing file, before anything is computed
-    """
-    from dinoreg.commands.evaluate import evaluate_dataset
-
-    return evaluate_dataset(model, str(dataset), options)
+    return Path(run(require_complete(load_config(config, overrides))))
 
 
 def __getattr__(name: str) -> Any:

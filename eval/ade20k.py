@@ -52,17 +52,13 @@ def _names(path: Path) -> list[str]:
 UNSTATED = "the head's settings are not stated; position tables interpolated with antialiasing"
 MS = "+ms: last 4 blocks, 640 px windows, test at several scales"
 D2 = f"{DINOV2}, Table 10"
+SWEPT = "best of lr {1e-4, 3e-4, 1e-3} x weight decay {1e-4, 1e-3}; that the model has registers is inferred"
 DVT = "Denoising ViT's code and settings"
 PUBLISHED = (
     *with_registers((46.6, 47.9, 38.9, 39.1, 26.6, 26.7), "Table 2a", (UNSTATED,) * 3),
     *released((44.3, 47.3, 47.7, 49.0), D2),
     *released((47.2, 51.3, 53.1, 53.0), D2, MS, ending=", +ms"),
-    Published(
-        "DINOv2 ViT-g/14, 4 registers",
-        49.5,
-        BASELINE,
-        "best of lr {1e-4, 3e-4, 1e-3} x weight decay {1e-4, 1e-3}; that the model has registers is inferred",
-    ),
+    Published("DINOv2 ViT-g/14, 4 registers", 49.5, BASELINE, SWEPT),
     *denoised((47.29, 48.22), (DVT, DVT)),
     *at_test_time((48.27, 49.07, 49.13, 40.14), f"{DVT}; "),
 )

@@ -40,23 +40,21 @@ def read(folder: Path, options: Options) -> Data:
     """A seeded choice of training images, and of held-out images as "test", each at most so many per class."""
     source, names, labels, wnids = _images(folder, options, None)
     usable = np.flatnonzero(labels >= 0)
-    ranks = _ranks(names, options["seed"])[usable]
+    most_held, most_train, seed = (options[key] for key in ("holdout_per_class", "train_per_class", "seed"))
+    ranks = _ranks(names, seed)[usable]
     order = usable[np.lexsort((ranks, labels[usable]))]  # by class, at random within it
     counts = np.bincount(labels[usable], minlength=len(wnids))
     place = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)  # within its class
-    held = np.minimum(options["holdout_per_class"], counts // 2)[labels[order]]
-    most = options["train_per_class"] or len(order)
+    held = np.minimum(most_held, counts // 2)[labels[order]]
+    most = most_train or len(order)
     chosen = {"train": np.sort(order[(place >= held) & (place < held + most)]), "test": np.sort(order[place < held])}
     if not len(chosen["test"]):
         raise UserError(f"{NAME}: {folder} has no class of two images or more, so none can be held out")
     splits = {
         split: Labelled(ChosenSource(source, indices), labels[indices], len(wnids)) for split, indices in chosen.items()
     }
-    several = f"{options['train_per_class']:,}" if options["train_per_class"] else "all other"
-    variant = (
-        f"{options['holdout_per_class']} images per class held out, {several} per class to train on, "
-        f"seed {options['seed']}"
-    )
+    learnt = f"{most_train:,}" if most_train else "all other"
+    variant = f"{most_held} images per class held out, {learnt} per class to train on, seed {seed}"
     return Data(splits, class_names=wnids, variant=variant)
 
 

@@ -57,20 +57,18 @@ FRAMES_ARCHIVE = {"train": "sync.zip of BTS", "test": "official_splits of BTS, m
 def read(folder: Path, options: Options) -> Data:
     """The splits of the chosen layout; of both, `auto` takes `sync`, to which the published numbers belong."""
     layout, depths = options["layout"], options["depths"]
-    lists = next((pair for pair in LISTS if all((folder / name).is_file() for name in pair)), LISTS[0])
+    complete = [pair for pair in LISTS if all((folder / name).is_file() for name in pair)]
     if layout == "auto":
-        layout = "sync" if (folder / lists[0]).is_file() and (folder / lists[1]).is_file() else "labelled"
+        layout = "sync" if complete else "labelled"
     if layout == "labelled":
         splits, variant, train = _labelled(folder, depths), f"NYU-795, {depths} depths", 795
     else:
         if depths != "raw":
             raise UserError(f"{NAME}.depths={depths}: the sync layout holds raw depths only; use layout=labelled")
-        splits = {split: _listed(folder, name, split) for split, name in zip(("train", "test"), lists)}
+        splits = {split: _listed(folder, name, split) for split, name in zip(BASES, [*complete, LISTS[0]][0])}
         variant, train = "synced frames, raw depths", 24_231
-    counts = {"train": train, "test": 654}
-    return Data(
-        splits, variant=variant, extra={"eigen_crop": EIGEN_CROP, "train_crop": TRAIN_CROP, "official_counts": counts}
-    )
+    extra = {"eigen_crop": EIGEN_CROP, "train_crop": TRAIN_CROP, "official_counts": {"train": train, "test": 654}}
+    return Data(splits, variant=variant, extra=extra)
 
 
 def _listed(folder: Path, name: str, split: str) -> DepthMaps:
@@ -158,6 +156,11 @@ def _labelled(folder: Path, depths: str) -> dict[str, DepthMaps]:
 
 
 DVT_CODE = "head and settings of DVT (final norm, rate 5e-3): compare within this paper"
+DPT = "a DPT decoder in place of the linear head"
+SWEPT = (
+    "batch norm and a linear layer on the last block without class token, SigLoss only, rates and decays swept; "
+    "that it is the model with registers was concluded from another column"
+)
 SCALE = "lin.1 or lin.4 is not stated; by its scale lin.1"
 PUBLISHED = (
     *with_registers(
@@ -165,16 +168,8 @@ PUBLISHED = (
     ),
     *released((0.449, 0.399, 0.384, 0.344), f"{DINOV2}, Table 11", variant="lin.1"),
     *released((0.417, 0.362, 0.333, 0.298), f"{DINOV2}, Table 11", variant="lin.4"),
-    *released(
-        (0.356, 0.317, 0.293, 0.279), f"{DINOV2}, Table 11", "a DPT decoder in place of the linear head", variant="DPT"
-    ),
-    Published(
-        "DINOv2 ViT-g/14, 4 registers",
-        0.372,
-        DINOV3,
-        "batch norm and a linear layer on the last block without class token, SigLoss only, rates and decays swept; "
-        "that it is the model with registers was concluded from another column",
-    ),
+    *released((0.356, 0.317, 0.293, 0.279), f"{DINOV2}, Table 11", DPT, variant="DPT"),
+    Published("DINOv2 ViT-g/14, 4 registers", 0.372, DINOV3, SWEPT),
     *at_test_time((0.3876, 0.3823, 0.3774, 0.6025), f"{DVT_CODE}; ", (", ± .0014", ", ± .0011", ", ± .0013", "")),
 )
 

@@ -6,13 +6,12 @@ is there, whether or not every task went well. The weights of a run are kept for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinoreg.commands.main import script
 from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
-from dinoreg.jobs.training_job import kept_weights, run_of, step_of
+from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
 
 # What evaluates takes seconds to import, and `dinoreg launch --help` reads this file.
@@ -24,66 +23,70 @@ REPORT_MINUTES = 60
 
 
 def plan(request: Request) -> Plan:
+    from dinoreg.checkpoint.run_folder import run_of, teacher_step
     from dinoreg.commands.evaluate import read_request
     from dinoreg.weights.resolve import find_weights
 
     evaluation = read_request(request.overrides)
-    if evaluation.options.weights is None:
+    weights = evaluation.options.weights
+    if weights is None:
         raise UserError("launch evaluate: weights= is missing: a run folder, a weight file, or a model's name")
     request.require_one_process("a dataset is evaluated by one")
     chosen, notes = datasets(request.source, evaluation)
 
-    weights = evaluation.options.weights
-    file, run = find_weights(weights), run_of(weights)
-    links: Mapping[Path, Path] = {}
-    files: Mapping[Path, str] = {}
+    file = find_weights(weights)
+    run = run_of(file) if file is not None else None
+    links: dict[Path, Path] = {}
+    files: dict[Path, str] = {}
     weights_argument = weights
     if run is not None and file is not None:
-        links, files, kept = kept_weights(run, file)
-        weights_argument = str(kept)
+        # The kept weights lie in a small run folder of the same name, so that reports call them by it.
+        home = launch_folder(run) / "weights" / run.resolve().name
+        kept = [path for path in (file, file.with_suffix(".json")) if path.is_file()]
+        links = {home / "teacher" / path.name: path for path in kept}
+        files = {home / "config.yaml": (run / "config.yaml").read_text()}
+        weights_argument = str(home / "teacher" / file.name)
     stem = Path(weights).stem if file is not None else weights.replace(":", "-").replace("/", "-")
     out = Path(evaluation.options.out or run or Path("runs") / "eval" / stem)
-    step = step_of(file) if file is not None else 0
+    step = teacher_step(file) or 0 if file is not None else 0
 
     commands = []
     for name, benchmark in chosen.items():
         keys = [item for item in request.without("weights", "out") if _concerns(item, benchmark)]
         commands.append(("eval", name, f"weights={weights_argument}", f"out={out}", *keys, "report=false"))
-    results = out / "eval" / f"{step:07d}"
-    groups = (
-        Group("evaluate", tuple(commands), options=ONE_PROCESS),
-        Group(
-            "report",
-            (("report", str(results)),),
-            options={**ONE_PROCESS, "gpus_per_node": None, "time": _shorter(request)},
-            after=("evaluate",),
-            removes=tuple(links),
-        ),
+    minutes = request.options.minutes  # a short job finds its place soon
+    report = Group(
+        "report",
+        (("report", str(out / "eval" / f"{step:07d}")),),
+        options={
+            **ONE_PROCESS,
+            "gpus_per_node": None,
+            "time": None if minutes is None else str(min(minutes, REPORT_MINUTES)),
+        },
+        after=("evaluate",),
+        removes=tuple(links),
     )
-    return Plan(out, groups, files, links, notes=tuple(notes))
+    return Plan(out, (Group("evaluate", tuple(commands), options=ONE_PROCESS), report), files, links, (), tuple(notes))
 
 
 def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
     """{argument of `dinoreg eval`: benchmark} of those whose data are there, and notes on those `all` leaves out."""
     from dinoreg.evaluation.runner import choose
 
+    everything = names == "all" and not Path(names).exists()
     parts = [names] if Path(names).exists() else [name for name in names.split(",") if name]
-    skips = parts == ["all"]
-    if skips:
-        requested = [(benchmark.name, benchmark) for benchmark in choose(parts, evaluation)]
-    else:
-        requested = [(part, benchmark) for part in parts for benchmark in choose([part], evaluation)]
     chosen, notes = {}, []
-    for name, benchmark in requested:
-        try:
-            _find(benchmark, evaluation)
-        except UserError as error:
-            if not skips:
-                raise
-            notes.append(f"not evaluated: {error}")
-        else:
-            chosen[name] = benchmark
-    if skips and not chosen:
+    for part in parts:
+        for benchmark in choose([part], evaluation):
+            try:
+                _find(benchmark, evaluation)
+            except UserError as error:
+                if not everything:
+                    raise
+                notes.append(f"not evaluated: {error}")
+            else:
+                chosen[benchmark.name if everything else part] = benchmark
+    if everything and not chosen:
         raise UserError(f"evaluate all: none of the datasets can be read below root={evaluation.options.root}")
     return chosen, notes
 
@@ -102,12 +105,6 @@ def _concerns(item: str, benchmark: Benchmark) -> bool:
     from dinoreg.commands.evaluate import read_request
 
     return set(read_request([item]).dataset) <= {benchmark.name, *benchmark.aliases}
-
-
-def _shorter(request: Request) -> str | None:
-    """The report takes minutes, and a short job finds its place soon."""
-    minutes = request.options.minutes
-    return None if minutes is None else str(min(minutes, REPORT_MINUTES))
 
 
 JOB = Job(

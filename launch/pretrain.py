@@ -6,9 +6,8 @@ that is saved is evaluated by jobs of its own while training goes on; keys of th
 """
 
 from dinoreg.commands.main import script
-from dinoreg.jobs.job_type import Arguments, Group, Job, Plan, Request
+from dinoreg.jobs.job_type import Arguments, Group, Job, Plan, Request, training
 from dinoreg.jobs.options import PLACEMENT, split_options
-from dinoreg.jobs.training_job import training
 from dinoreg.runtime.errors import UserError
 
 # Options that evaluations take over from the training where they are not given: they run in the same place.

@@ -11,8 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from dinoreg.commands.main import script
-from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
-from dinoreg.jobs.training_job import training
+from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request, training
 from dinoreg.runtime.errors import UserError
 
 MAX_NAME = 120
@@ -67,13 +66,7 @@ def read_grid(overrides: Sequence[str]) -> dict[str, list[str]]:
 
 def split_values(text: str) -> list[str]:
     """Split at commas that stand in no brackets: "[0.2,1],[0.3,1]" has two values."""
-    values, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
-            values.append("")
-        else:
-            values[-1] += letter
+    values = re.split(r",(?![^\[{(]*[\]})])", text)
     return [value.strip() for value in values] if text.strip() else []
 
 

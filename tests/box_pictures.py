@@ -10,7 +10,6 @@ import numpy as np
 from dinoreg.data.source import Source
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Boxed
-from dinoreg.evaluation.features.cache import FeatureStore
 
 COLOURS = np.array([(230, 60, 40), (60, 200, 70), (70, 90, 230)], dtype=np.float64)
 
@@ -103,7 +102,7 @@ def coloured(count: int, seed: int, shuffled: bool = False, patch: int = 8) -> B
 
 def context(folder: Path, examples: bool = False, batch_size: int = 8, num_examples: int = 3) -> Context:
     return Context(
-        FeatureStore(folder / "features"),
+        folder / "features",
         folder / "state",
         folder / "examples" if examples else None,
         seed=0,

@@ -8,7 +8,6 @@ import torch
 
 from dinoreg.evaluation.backbones.encoder import NativeEncoder, wrap
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.features.cache import FeatureStore
 from dinoreg.models.vit import RegisterViT
 
 
@@ -36,7 +35,7 @@ def small_encoder(seed: int = 0, **options: int) -> NativeEncoder:
 
 def context(folder: Path, image_size: int = 32, seed: int = 0, examples: bool = False) -> Context:
     return Context(
-        features=FeatureStore(folder / "features", batch_size=16),
+        features=folder / "features",
         state=folder / "state",
         examples=folder / "examples" if examples else None,
         seed=seed,

@@ -31,6 +31,7 @@ from training import loss_trace, read_lines, tiny_config
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint import lease
 from dinoreg.checkpoint.async_writer import Writer
+from dinoreg.config.schema import CheckpointConfig
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
@@ -53,9 +54,9 @@ joined: list[Ranks] = [ALONE]  # the processes that this one is among; the last 
 
 def open_writer(run: Path, **options: Any) -> Writer:
     run.mkdir(exist_ok=True)
-    given = {"keep": 9, "keep_hours": None, "asynchronous": True, "max_failures": 3, "timeout": 30.0, **options}
-    given["ranks"] = joined[-1]
-    return Writer(run, describe_teacher={"architecture": {"dim": 8}, "config_hash": "abc"}, **given)
+    timeout = options.pop("timeout", 30.0)
+    config = CheckpointConfig(**{"keep": 9, **options})
+    return Writer(run, config, {"architecture": {"dim": 8}, "config_hash": "abc"}, timeout, joined[-1])
 
 
 def steps_of(run: Path) -> list[int]:

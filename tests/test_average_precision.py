@@ -6,9 +6,20 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score
 
-from dinoreg.evaluation.metrics.average_precision import Curve, Ranking, average_precision
+from dinoreg.evaluation.metrics.average_precision import Curve, Ranking
+
+
+def average_precision(
+    scores: ArrayLike,
+    labels: ArrayLike,
+    ignored: ArrayLike | None = None,
+    points: str = "11",
+    weights: ArrayLike | None = None,
+) -> float:
+    return Ranking(scores, labels, ignored).curve(weights).average(points)
 
 
 def literal(scores: np.ndarray, labels: np.ndarray, points: str, weights: np.ndarray | None = None) -> float:

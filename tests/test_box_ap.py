@@ -14,13 +14,23 @@ import torch
 from torchvision.ops import box_iou
 
 from dinoreg.data.source import ScenesSource
+from dinoreg.evaluation.backbones.encoder import PixelEncoder
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Boxed, Data, Labelled
 from dinoreg.evaluation.dense.pictures import draw_boxes, strip
 from dinoreg.evaluation.dense.windows import pad_to_patches
-from dinoreg.evaluation.metrics.box_ap import Detections, Truth, average_precision, coco_matches, voc_matches
-from dinoreg.evaluation.metrics.box_scores import mean, score, whole_images
+from dinoreg.evaluation.metrics.bootstrap import nanmean
+from dinoreg.evaluation.metrics.box_ap import (
+    Detections,
+    Truth,
+    average_precision,
+    coco_matches,
+    score,
+    voc_matches,
+    whole_images,
+)
 from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
+from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.runtime.errors import UserError
 from tests.box_pictures import context
@@ -231,7 +241,7 @@ def test_a_rule_puts_its_own_reading_of_the_curve_first() -> None:
     }
     assert kinds["voc2007"] == [("AP50", "11-point"), ("AP50", "all-points")] == kinds["voc2012"][::-1]
     assert kinds["coco"] == [("AP", ""), ("AP50", "")]
-    per_class = score(found, truth, "voc2007", ("cat", "dog")).figures[0].per_class
+    per_class = score(found, truth, "voc2007", Data({}, ("cat", "dog")).names(3)).figures[0].per_class
     assert set(per_class) == {"cat", "dog", "2"}
     assert np.mean(list(per_class.values())) == pytest.approx(score(found, truth, "voc2007").of("AP50"))
 
@@ -328,16 +338,16 @@ def test_boxes_that_cannot_be_are_named(change: dict, message: str) -> None:
 def test_a_split_without_boxes_is_named(tmp_path: Path) -> None:
     data = Data({"test": Labelled(ScenesSource(2, 8), np.array([0, 1]), 2)})
     task = Task("detection", lambda folder, options: data, "AP50")
-    measured = Measurement(data, task, context(tmp_path), Boxed, MISSING)
+    measured = Measurement(PixelEncoder(8, (8, 8)), data, task, EvalOptions(), context(tmp_path))
     with pytest.raises(UserError, match="the train split is missing"):
-        measured.split("train")
+        measured.split("train", Boxed, MISSING)
     with pytest.raises(UserError, match="images have no boxes"):
-        measured.split("test")
+        measured.split("test", Boxed, MISSING)
 
 
 def test_the_mean_over_no_class_is_nan() -> None:
-    assert mean(np.array([np.nan, 0.5, 1.0])) == 0.75
-    assert np.isnan(mean(np.array([np.nan])))
+    assert nanmean(np.array([np.nan, 0.5, 1.0])) == 0.75
+    assert np.isnan(nanmean(np.array([np.nan])))
 
 
 def test_thousands_of_images_are_scored_and_resampled_in_seconds() -> None:

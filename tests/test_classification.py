@@ -25,6 +25,7 @@ from dinoreg.evaluation.protocols import knn as neighbours
 from dinoreg.evaluation.protocols import linear
 from dinoreg.evaluation.protocols import logistic as classification
 from dinoreg.evaluation.protocols.classification import class_tokens
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.solvers.train_heads import cosine
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
@@ -58,7 +59,7 @@ def test_a_recoverable_class_is_found_and_a_shuffled_one_is_not(protocol: object
     for shuffled in (False, True):
         folder = tmp_path / str(shuffled)
         folder.mkdir()
-        rows = protocol.evaluate(small_encoder(), data(folder, shuffled), TASK, OPTIONS, context(folder))  # type: ignore[attr-defined]
+        rows = protocol.evaluate(Measurement(small_encoder(), data(folder, shuffled), TASK, OPTIONS, context(folder)))  # type: ignore[attr-defined]
         top = rows[0]
         assert top.metric == "top-1"
         assert 0.0 <= top.low <= top.value <= top.high <= 1.0
@@ -70,7 +71,7 @@ def test_a_recoverable_class_is_found_and_a_shuffled_one_is_not(protocol: object
 @pytest.mark.parametrize("protocol", [classification, neighbours, linear])
 def test_pixels_go_through_every_protocol(protocol: object, tmp_path: Path) -> None:
     encoder = PixelEncoder(8, (32, 32))
-    rows = protocol.evaluate(encoder, data(tmp_path), TASK, OPTIONS, context(tmp_path))  # type: ignore[attr-defined]
+    rows = protocol.evaluate(Measurement(encoder, data(tmp_path), TASK, OPTIONS, context(tmp_path)))  # type: ignore[attr-defined]
     assert rows[0].value >= 0.6
 
 
@@ -79,7 +80,7 @@ def test_the_same_weights_native_or_in_timm_score_the_same(protocol: object, tmp
     native = RegisterViT(image_size=32, patch_size=8, dim=64, depth=2, heads=2, num_registers=4, layerscale=1.0)
     found = data(tmp_path)
     ours, theirs = (
-        protocol.evaluate(wrap(model), found, TASK, OPTIONS, context(tmp_path))  # type: ignore[attr-defined]
+        protocol.evaluate(Measurement(wrap(model), found, TASK, OPTIONS, context(tmp_path)))  # type: ignore[attr-defined]
         for model in (native.eval(), timm_model(native))
     )
     assert [row.value for row in ours] == [row.value for row in theirs]
@@ -88,13 +89,12 @@ def test_the_same_weights_native_or_in_timm_score_the_same(protocol: object, tmp
 def test_logistic_rows_agree_with_scikit_learn_at_the_chosen_c(tmp_path: Path) -> None:
     found, encoder, where = data(tmp_path, val=True), small_encoder(), context(tmp_path)
     task = Task("logistic", TASK.read, "mean per class")
-    macro, micro = classification.evaluate(encoder, found, task, OPTIONS, where)
+    measured = Measurement(encoder, found, task, OPTIONS, where)
+    macro, micro = classification.evaluate(measured)
     assert (macro.metric, micro.metric) == ("mean per class", "top-1")
     assert macro.chosen_on == "the official validation split"
     assert macro.n_train == 60
-    features = {
-        name: class_tokens(encoder, part.source, where, name).double().numpy() for name, part in found.splits.items()
-    }
+    features = {name: class_tokens(measured, part.source, name).double().numpy() for name, part in found.splits.items()}
     fit = LogisticRegression(C=macro.settings["C"], max_iter=5000, tol=1e-10).fit(
         np.concatenate([features["train"], features["val"]]),
         np.concatenate([found.splits["train"].labels, found.splits["val"].labels]),
@@ -107,14 +107,14 @@ def test_logistic_rows_agree_with_scikit_learn_at_the_chosen_c(tmp_path: Path) -
 
 
 def test_knn_reports_every_k_with_20_in_front(tmp_path: Path) -> None:
-    rows = neighbours.evaluate(small_encoder(), data(tmp_path), TASK, OPTIONS, context(tmp_path))
+    rows = neighbours.evaluate(Measurement(small_encoder(), data(tmp_path), TASK, OPTIONS, context(tmp_path)))
     assert [row.variant for row in rows] == ["k = 20", "k = 1", "k = 5"]
 
 
 def test_the_grid_says_where_its_best_head_was_chosen(tmp_path: Path) -> None:
     where = context(tmp_path)
     found = data(tmp_path)
-    published = linear.evaluate(small_encoder(), found, TASK, OPTIONS, where)
+    published = linear.evaluate(Measurement(small_encoder(), found, TASK, OPTIONS, where))
     assert published[0].chosen_on == "the reported split itself, as published"
     assert published[0].value == max(published[0].settings["grid"].values())
     assert len(published[0].settings["grid"]) == 2 * 4
@@ -127,10 +127,12 @@ def test_the_grid_says_where_its_best_head_was_chosen(tmp_path: Path) -> None:
     cautious = EvalOptions(
         linear=LinearOptions(lrs=(1e-2, 0.1), epochs=2, epoch_steps=10, batch_size=16, choose_on="train")
     )
-    kept = linear.evaluate(small_encoder(), found, TASK, cautious, context(tmp_path / "other"))
+    kept = linear.evaluate(Measurement(small_encoder(), found, TASK, cautious, context(tmp_path / "other")))
     assert "that no head was trained on" in kept[0].chosen_on
     assert kept[0].n_train == 45 - 4
-    official = linear.evaluate(small_encoder(), data(tmp_path, val=True), TASK, OPTIONS, context(tmp_path / "third"))
+    official = linear.evaluate(
+        Measurement(small_encoder(), data(tmp_path, val=True), TASK, OPTIONS, context(tmp_path / "third"))
+    )
     assert official[0].chosen_on == "the official validation split"
 
 
@@ -139,7 +141,7 @@ def test_the_grid_without_augmentation_runs_the_backbone_once_per_image(tmp_path
     inner = encoder._layers
     encoder._layers = lambda x, *rest: seen.append(len(x)) or inner(x, *rest)  # type: ignore[method-assign,func-returns-value]
     options = EvalOptions(linear=LinearOptions(lrs=(0.1,), epochs=3, epoch_steps=None, batch_size=16, augment=False))
-    rows = linear.evaluate(encoder, data(tmp_path), TASK, options, context(tmp_path))
+    rows = linear.evaluate(Measurement(encoder, data(tmp_path), TASK, options, context(tmp_path)))
     assert sum(seen) == 45 + 30
     assert rows[0].settings["steps"] == 3 * 3
 
@@ -147,7 +149,7 @@ def test_the_grid_without_augmentation_runs_the_backbone_once_per_image(tmp_path
 def test_a_grid_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     found = data(tmp_path)
-    whole = linear.evaluate(small_encoder(), found, TASK, OPTIONS, context(tmp_path / "whole"))
+    whole = linear.evaluate(Measurement(small_encoder(), found, TASK, OPTIONS, context(tmp_path / "whole")))
     broken = context(tmp_path / "broken")
     steps = 0
 
@@ -162,8 +164,8 @@ def test_a_grid_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkey
 
     broken.progress = stopping  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
-        linear.evaluate(small_encoder(), found, TASK, OPTIONS, broken)
-    resumed = linear.evaluate(small_encoder(), found, TASK, OPTIONS, context(tmp_path / "broken"))
+        linear.evaluate(Measurement(small_encoder(), found, TASK, OPTIONS, broken))
+    resumed = linear.evaluate(Measurement(small_encoder(), found, TASK, OPTIONS, context(tmp_path / "broken")))
     assert resumed[0].settings["grid"] == whole[0].settings["grid"]
 
 
@@ -193,8 +195,8 @@ def test_random_resized_crops_have_torchvisions_distribution_of_sizes() -> None:
 
 def test_examples_are_drawn_where_they_are_wanted(tmp_path: Path) -> None:
     where = context(tmp_path, examples=True)
-    classification.evaluate(small_encoder(), data(tmp_path), TASK, OPTIONS, where)
-    neighbours.evaluate(small_encoder(), data(tmp_path), TASK, OPTIONS, where)
+    classification.evaluate(Measurement(small_encoder(), data(tmp_path), TASK, OPTIONS, where))
+    neighbours.evaluate(Measurement(small_encoder(), data(tmp_path), TASK, OPTIONS, where))
     assert len(list((tmp_path / "examples").glob("logistic_*.png"))) == 4
     assert len(list((tmp_path / "examples").glob("knn_*.png"))) == 4
 
@@ -203,13 +205,21 @@ def test_wrong_options_and_missing_splits_are_one_line(tmp_path: Path) -> None:
     found = data(tmp_path)
     where = context(tmp_path)
     with pytest.raises(UserError, match=r"logistic\.token=cl: expected cls or cls\+mean"):
-        classification.evaluate(small_encoder(), found, TASK, EvalOptions(logistic=LogisticOptions(token="cl")), where)
+        classification.evaluate(
+            Measurement(small_encoder(), found, TASK, EvalOptions(logistic=LogisticOptions(token="cl")), where)
+        )
     with pytest.raises(UserError, match=r"linear\.choose_on=val: expected test or train"):
-        linear.evaluate(small_encoder(), found, TASK, EvalOptions(linear=LinearOptions(choose_on="val")), where)
+        linear.evaluate(
+            Measurement(small_encoder(), found, TASK, EvalOptions(linear=LinearOptions(choose_on="val")), where)
+        )
     with pytest.raises(UserError, match="the test split is missing"):
-        classification.evaluate(small_encoder(), Data({"train": found.splits["train"]}), TASK, OPTIONS, where)
+        classification.evaluate(
+            Measurement(small_encoder(), Data({"train": found.splits["train"]}), TASK, OPTIONS, where)
+        )
     with pytest.raises(UserError, match="metric 'mIoU': classification has"):
-        classification.evaluate(wrap(small_vit()), found, Task("logistic", TASK.read, "mIoU"), OPTIONS, where)
+        classification.evaluate(
+            Measurement(wrap(small_vit()), found, Task("logistic", TASK.read, "mIoU"), OPTIONS, where)
+        )
     with pytest.raises(UserError, match=r"train_002.png: label 3 is out of range, expected 0..2"):
         Labelled(found.splits["train"].source, [0, 1, 3, *[0] * 42], 3)  # type: ignore[arg-type]
 
@@ -236,7 +246,7 @@ def test_streamed_images_come_with_their_own_labels(
     options = EvalOptions(
         linear=LinearOptions(lrs=(0.01,), blocks=(1,), avgpool=(0,), epochs=1, epoch_steps=5, batch_size=batch_size)
     )
-    linear.evaluate(small_encoder(), data(tmp_path), TASK, options, context(tmp_path))
+    linear.evaluate(Measurement(small_encoder(), data(tmp_path), TASK, options, context(tmp_path)))
     assert len(told) == 5 * batch_size
     assert seen == told
 
@@ -247,7 +257,7 @@ def test_heads_side_by_side_learn_what_each_learns_alone(tmp_path: Path) -> None
     options = LinearOptions(lrs=(1e-3, 0.05, 2.0), epochs=1, epoch_steps=12, batch_size=16, augment=False)
     grid = linear.Grid(small_encoder(), train, np.arange(len(train)), options, context(tmp_path))
     features = grid.features(train, "train")
-    grid.start(features.rows.shape[2])
+    grid.start(features.shape[2])
     alone = {}
     for kind, stacked in grid.maps.items():
         weights = stacked.weight.detach().clone().view(len(options.lrs), train.num_classes, -1)
@@ -263,7 +273,7 @@ def test_heads_side_by_side_learn_what_each_learns_alone(tmp_path: Path) -> None
                 torch.nn.functional.cross_entropy(head(inputs), torch.from_numpy(train.labels[rows])).backward()
                 sgd.step()
             alone[name] = head
-    grid.train(features.rows.shape[2])
+    grid.train(features.shape[2])
     for kind, stacked in grid.maps.items():
         weights = stacked.weight.detach().view(len(options.lrs), train.num_classes, -1)
         biases = stacked.bias.detach().view(len(options.lrs), train.num_classes)
@@ -277,7 +287,7 @@ def test_a_head_that_diverges_loses_and_leaves_the_others_as_they_were(tmp_path:
     for lrs in ((0.1,), (0.1, 1e38)):
         options = LinearOptions(lrs=lrs, blocks=(1,), avgpool=(0,), epochs=1, epoch_steps=10, batch_size=16)
         where = context(tmp_path / str(len(lrs)))
-        rows = linear.evaluate(small_encoder(), found, TASK, EvalOptions(linear=options), where)
+        rows = linear.evaluate(Measurement(small_encoder(), found, TASK, EvalOptions(linear=options), where))
         grids[lrs] = rows[0].settings["grid"]
     assert grids[0.1, 1e38]["1 block, lr 1e+38"] == -1
     assert grids[0.1, 1e38]["1 block, lr 0.1"] == pytest.approx(grids[0.1,]["1 block, lr 0.1"], abs=0.15)

@@ -25,7 +25,7 @@ from dinoreg.evaluation.dense.windows import (
     training_stream,
     window_starts,
 )
-from dinoreg.evaluation.features.rows import require_finite
+from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError
 
@@ -111,7 +111,9 @@ class TestWindows:
         tall, wide = min(size, height), min(size, width)
         (top, bottom), (left, right) = centre_padding(tall, patch), centre_padding(wide, patch)
         padded = (top + tall + bottom, left + wide + right)
-        maps = torch.randn(len(windows), classes, padded[0] // patch, padded[1] // patch, dtype=torch.float64)
+        maps = torch.randn(
+            len(windows.tops) * len(windows.lefts), classes, padded[0] // patch, padded[1] // patch, dtype=torch.float64
+        )
 
         total = torch.zeros(classes, height, width, dtype=torch.float64)
         covered = torch.zeros(height, width, dtype=torch.float64)
@@ -133,7 +135,7 @@ class TestWindows:
         image = torch.arange(6 * 11).view(1, 6, 11)
         windows = Windows(6, 11, 5, 4, 1)
         cut = windows.cut(image)
-        assert cut.shape == (len(windows), 1, 5, 5)
+        assert cut.shape == (6, 1, 5, 5)
         assert cut[:, 0, 0, 0].tolist() == [y * 11 + x for y in (0, 1) for x in (0, 4, 6)]
 
 

@@ -23,9 +23,9 @@ from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.dense import depth_images
 from dinoreg.evaluation.dense.depth_head import DepthHead, DepthHeads, head_blocks
 from dinoreg.evaluation.dense.depth_images import crop_size, read_pair, training_crop
-from dinoreg.evaluation.features.cache import FeatureStore
 from dinoreg.evaluation.options import DepthOptions, EvalOptions
 from dinoreg.evaluation.protocols.depth import evaluate
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.errors import RunError, UserError
 from tests.miniatures import nyu
@@ -59,7 +59,7 @@ def _vit(patch_size: int = 7) -> Encoder:
 
 
 def _context(folder: Path, **options: Any) -> Context:
-    return Context(FeatureStore(folder / "features"), folder / "state", None, 0, 28, 16, 0, **options)
+    return Context(folder / "features", folder / "state", None, 0, 28, 16, 0, **options)
 
 
 def _maps(images: Sequence[np.ndarray], depths: Sequence[np.ndarray]) -> DepthMaps:
@@ -215,7 +215,7 @@ def test_predictions_are_clamped_and_of_the_depth_maps_size() -> None:
 
 def _evaluate(encoder: Encoder, data: Data, folder: Path, depth: DepthOptions = FAST, **context: Any) -> list[Any]:
     with torch.random.fork_rng():
-        return evaluate(encoder, data, TASK, EvalOptions(depth=depth), _context(folder, **context))
+        return evaluate(Measurement(encoder, data, TASK, EvalOptions(depth=depth), _context(folder, **context)))
 
 
 @pytest.mark.parametrize("layout", ["labelled", "sync"])
@@ -224,7 +224,7 @@ def test_depth_that_colours_show_is_found(tmp_path: Path, layout: str) -> None:
     context = _context(tmp_path)
     context.examples = tmp_path / "examples"
     context.num_examples = 3
-    rows = evaluate(_vit(), data, TASK, EvalOptions(depth=FAST), context)
+    rows = evaluate(Measurement(_vit(), data, TASK, EvalOptions(depth=FAST), context))
     assert [row.variant.split(",")[0] for row in rows] == ["lin.1", "lin.4"]
     for row in rows:
         baseline = row.details["baselines"]["mean training depth"]

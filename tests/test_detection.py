@@ -33,6 +33,7 @@ from dinoreg.evaluation.dense.box_probe import BoxProbe, Prepared, prepare, typi
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size
 from dinoreg.evaluation.options import DetectionOptions, EvalOptions
 from dinoreg.evaluation.protocols.detection import evaluate
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
@@ -55,7 +56,9 @@ def run(
 ) -> list[Row]:
     data = Data({"train": train, "test": test}, class_names=("red", "green", "blue"), extra=extra or {})
     options = EvalOptions(detection=dataclasses.replace(OPTIONS, **changes))
-    return evaluate(encoder, data, dataclasses.replace(TASK, metric=metric), options, context(folder, examples))
+    return evaluate(
+        Measurement(encoder, data, dataclasses.replace(TASK, metric=metric), options, context(folder, examples))
+    )
 
 
 def test_the_loss_equals_its_formula_patch_by_patch() -> None:
@@ -304,7 +307,7 @@ def test_one_of_several_rates_is_chosen_on_held_out_images_or_the_official_ones(
     assert row.details["by rate"]["lr 0.01"] > row.details["by rate"]["lr 1e-06"]
     data = Data({"train": train, "val": coloured(5, seed=3), "test": test})
     options = EvalOptions(detection=dataclasses.replace(OPTIONS, steps=25, lrs=(1e-6, 0.01)))
-    row = evaluate(PIXELS, data, TASK, options, context(tmp_path / "b"))[0]
+    row = evaluate(Measurement(PIXELS, data, TASK, options, context(tmp_path / "b")))[0]
     assert row.chosen_on == "the official validation split"
     assert row.n_train == 12
     assert row.settings["lr"] == 0.01
@@ -378,7 +381,7 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rule 'lvis'"):
         run(train, test, tmp_path, extra={"rule": "lvis"})
     with pytest.raises(UserError, match="train split is missing"):
-        evaluate(PIXELS, Data({"test": test}), TASK, EvalOptions(), context(tmp_path))
+        evaluate(Measurement(PIXELS, Data({"test": test}), TASK, EvalOptions(), context(tmp_path)))
     hard = dataclasses.replace(test, difficult=[np.ones(len(each), dtype=bool) for each in test.labels])
     with pytest.raises(UserError, match="no boxes that count"):
         run(train, hard, tmp_path, steps=1)

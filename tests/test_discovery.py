@@ -21,6 +21,7 @@ from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.options import DiscoveryOptions, EvalOptions
 from dinoreg.evaluation.protocols import discovery
 from dinoreg.evaluation.protocols.discovery import correct, crosswise, evaluate, features_of
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import RunError, UserError
@@ -37,11 +38,13 @@ def vit(registers: int = 4, patch: int = 8) -> Any:
 
 def run(split: Boxed, folder: Path, encoder: Any = PIXELS, examples: bool = False, **options: Any) -> list[Row]:
     return evaluate(
-        encoder,
-        Data({"test": split}),
-        TASK,
-        EvalOptions(discovery=DiscoveryOptions(**options)),
-        context(folder, examples),
+        Measurement(
+            encoder,
+            Data({"test": split}),
+            TASK,
+            EvalOptions(discovery=DiscoveryOptions(**options)),
+            context(folder, examples),
+        )
     )
 
 
@@ -52,7 +55,8 @@ def test_planted_objects_are_found_at_the_images_own_size_and_boxes_end_with_the
     assert headline.value == 1.0
     assert headline.chosen_on == ""
     assert headline.n_test == 12
-    found = discovery._find(PIXELS, split, [0], DiscoveryOptions(), context(tmp_path / "again"))
+    again = Measurement(PIXELS, Data({"test": split}), TASK, EvalOptions(), context(tmp_path / "again"))
+    found = discovery._find(again, split, DiscoveryOptions(blocks=(0,)))
     np.testing.assert_array_equal(found[0, :, :4], np.concatenate(list(split.boxes)))
     # Some objects reach into a patch that the picture cuts off.
     assert any(box[0][2] % 8 or box[0][3] % 8 for box in split.boxes)
@@ -254,10 +258,16 @@ def test_bad_input_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     split = bright_on_dark(2, seed=0)
     with pytest.raises(UserError, match="metric 'mIoU': object discovery has CorLoc"):
         evaluate(
-            PIXELS, Data({"test": split}), dataclasses.replace(TASK, metric="mIoU"), EvalOptions(), context(tmp_path)
+            Measurement(
+                PIXELS,
+                Data({"test": split}),
+                dataclasses.replace(TASK, metric="mIoU"),
+                EvalOptions(),
+                context(tmp_path),
+            )
         )
     with pytest.raises(UserError, match="test split is missing"):
-        evaluate(PIXELS, Data({"train": split}), TASK, EvalOptions(), context(tmp_path))
+        evaluate(Measurement(PIXELS, Data({"train": split}), TASK, EvalOptions(), context(tmp_path)))
     monkeypatch.setattr(discovery, "MAX_PATCHES", 5)
     with pytest.raises(UserError, match=r"picture 0: .* pixels are \d+ patches, .* at most 5"):
         run(split, tmp_path)
@@ -295,7 +305,7 @@ def test_objects_of_the_voc_miniature_are_found_and_shuffled_ones_are_not(tmp_pa
         root = tmp_path / str(shuffled)
         voc2007.write(root, per_class=2, shuffled=shuffled)
         data = task.read(benchmark.find(root), {})
-        row = evaluate(vit(patch=14), data, task, options, context(root))[0]
+        row = evaluate(Measurement(vit(patch=14), data, task, options, context(root)))[0]
         assert row.variant.endswith("trainval")
         values[shuffled] = row.value
     assert values[False] > 0.65

@@ -270,16 +270,16 @@ def test_somebody_elses_folder_is_not_deleted(run: Path, tmp_path: Path) -> None
 
 
 def test_only_a_few_images_are_read_ahead(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinoreg.data import sources
+    from dinoreg.data import source
 
     read: list[int] = []
-    inner = sources.ScenesSource.read
+    inner = source.ScenesSource.read
 
     def counting(self: Any, index: int) -> np.ndarray:
         read.append(index)
         return inner(self, index)
 
-    monkeypatch.setattr(sources.ScenesSource, "read", counting)
+    monkeypatch.setattr(source.ScenesSource, "read", counting)
     seen: list[int] = []
     inner_append = files.RowFile.append
 

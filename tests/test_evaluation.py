@@ -15,6 +15,7 @@ from peer_models import timm_model
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.evaluation.benchmark import benchmarks, find_benchmark
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row
 from dinoreg.evaluation.runner import read_result
 from dinoreg.models.vit import RegisterViT
@@ -124,10 +125,10 @@ def test_one_broken_dataset_does_not_take_the_others_along(
 
     inner = classification.evaluate
 
-    def half(encoder: object, data: object, task: object, options: object, context: object) -> list[Row]:
-        if "food" in str(data.splits["train"].source.root):  # type: ignore[attr-defined]
+    def half(measured: Measurement) -> list[Row]:
+        if "food" in str(measured.data.splits["train"].source.root):
             raise RunError("the disk went away")
-        return inner(encoder, data, task, options, context)  # type: ignore[arg-type]
+        return inner(measured)
 
     monkeypatch.setattr(classification, "evaluate", half)
     assert main(["eval", "pets,food101", f"weights={weights}", f"root={root}", f"out={tmp_path}", *FAST]) == 1

@@ -18,21 +18,21 @@ from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.features.cache import FeatureStore
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, mean_per_class_accuracy
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, LogisticOptions
 from dinoreg.evaluation.protocols import few_shot
 from dinoreg.evaluation.protocols import logistic as classification
+from dinoreg.evaluation.protocols.classification import draws_interval
 from dinoreg.evaluation.protocols.few_shot import (
     FIXED_C,
     Setting,
     Spread,
     class_means,
     drawn,
-    interval,
     nearest_mean,
     score,
 )
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.readers.arrays import ArraySource
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
@@ -57,9 +57,8 @@ def planted(count: int, seed: int, classes: int = 4, dim: int = 12) -> tuple[Ten
 
 
 def context(folder: Path, **changes: Any) -> Context:
-    store = FeatureStore(folder / "features", batch_size=16)
     values = {"examples": None, "seed": 0, "image_size": 28, "batch_size": 16, "workers": 0, **changes}
-    return Context(store, folder / "state", **values)
+    return Context(folder / "features", folder / "state", **values)
 
 
 def own_data(folder: Path, write: Callable[..., Path] = own.write_splits, **options: Any) -> Data:
@@ -69,7 +68,7 @@ def own_data(folder: Path, write: Callable[..., Path] = own.write_splits, **opti
 
 
 def run(data: Data, folder: Path, options: EvalOptions = FAST, **changes: Any) -> list[Row]:
-    return few_shot.evaluate(PIXELS, data, TASK, options, context(folder, **changes))
+    return few_shot.evaluate(Measurement(PIXELS, data, TASK, options, context(folder, **changes)))
 
 
 def test_a_draw_takes_as_many_of_each_class_and_all_where_there_are_fewer() -> None:
@@ -105,7 +104,7 @@ def test_every_image_is_drawn_as_often_as_any_other() -> None:
 
 def test_spread_is_the_mean_and_the_mean_squared_distance_from_it() -> None:
     x = torch.randn(300, 5) * 3 + 100
-    spread = Spread.of(x)
+    spread = Spread(x)
     torch.testing.assert_close(spread.mean, x.double().mean(dim=0))
     assert spread.power == pytest.approx(float(x.double().var(dim=0, correction=0).sum()), rel=1e-9)
 
@@ -114,7 +113,7 @@ def test_nearest_class_means_equal_those_of_scikit_learn() -> None:
     sklearn = pytest.importorskip("sklearn.neighbors")
     x, labels = planted(60, 0)
     test, _ = planted(200, 1)
-    spread = Spread.of(x)
+    spread = Spread(x)
     centred = [(rows.double() - x.double().mean(dim=0)).numpy() for rows in (x, test)]
     unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in centred]
     theirs = sklearn.NearestCentroid().fit(unit[0], labels)
@@ -127,9 +126,9 @@ def test_a_fit_on_few_labels_equals_scikit_learn_on_features_of_unit_spread() ->
     linear_model = pytest.importorskip("sklearn.linear_model")
     x, labels = planted(400, 2)
     test, _ = planted(500, 3)
-    train, spread = labels_only(labels.tolist(), 4), Spread.of(x)
+    train, spread = labels_only(labels.tolist(), 4), Spread(x)
     index = drawn(train, Setting(shots=5), 0)
-    found = score(x, train, index, test, spread, FAST, 0, torch.device("cpu"))
+    found = score(x, train, index, test, spread, FAST.logistic, 0, torch.device("cpu"))
     scaled = [(rows.double() - spread.mean).numpy() / spread.power**0.5 for rows in (x[index], test)]
     theirs = linear_model.LogisticRegression(C=FIXED_C, tol=1e-10, max_iter=10_000).fit(scaled[0], labels[index])
     assert found["C"] == pytest.approx(FIXED_C / spread.power)
@@ -143,7 +142,7 @@ def test_scores_do_not_change_when_features_are_scaled_and_shifted() -> None:
     train = labels_only(labels.tolist(), 4)
     index = drawn(train, Setting(shots=5), 0)
     first, second = (
-        score(a, train, index, b, Spread.of(a), FAST, 0, torch.device("cpu"))
+        score(a, train, index, b, Spread(a), FAST.logistic, 0, torch.device("cpu"))
         for a, b in ((x, test), (x * 64 + 7, test * 64 + 7))
     )
     for key in ("logistic", "nearest"):
@@ -153,15 +152,15 @@ def test_scores_do_not_change_when_features_are_scaled_and_shifted() -> None:
 def test_more_labels_than_ten_a_class_choose_c_among_themselves_alone() -> None:
     x, labels = planted(400, 4)
     test, _ = planted(100, 5)
-    train, spread = labels_only(labels.tolist(), 4), Spread.of(x)
+    train, spread = labels_only(labels.tolist(), 4), Spread(x)
     index = drawn(train, Setting(share=0.2), 0)
-    first = score(x, train, index, test, spread, FAST, 0, torch.device("cpu"))
+    first = score(x, train, index, test, spread, FAST.logistic, 0, torch.device("cpu"))
     assert len(first["path"]) >= 2
     assert first["C"] in [C for C, _ in first["path"]]
     others = np.setdiff1d(np.arange(400), index)
     wrong = labels.copy()
     wrong[others] = (wrong[others] + 1) % 4
-    second = score(x, labels_only(wrong.tolist(), 4), index, test, spread, FAST, 0, torch.device("cpu"))
+    second = score(x, labels_only(wrong.tolist(), 4), index, test, spread, FAST.logistic, 0, torch.device("cpu"))
     assert torch.equal(first["logistic"], second["logistic"])
     assert torch.equal(first["nearest"], second["nearest"])
 
@@ -170,21 +169,21 @@ def test_the_interval_of_equal_draws_is_that_of_the_images_alone() -> None:
     labels = np.zeros(400, dtype=np.int64)
     predicted = np.tile((np.arange(400) % 4 == 0).astype(np.int64), (5, 1))  # 75 % right
     expected = bootstrap_interval(predicted[0] == labels)
-    assert interval(predicted, labels, "top-1") == pytest.approx(expected, abs=0.006)
+    assert draws_interval(predicted, labels, "top-1") == pytest.approx(expected, abs=0.006)
 
 
 def test_the_interval_of_one_draw_is_that_of_the_images() -> None:
     labels = np.arange(300) % 3
     predicted = np.where(np.arange(300) % 7 == 0, (labels + 1) % 3, labels)[None]
     expected = bootstrap_interval(predicted[0] == labels)
-    assert interval(predicted, labels, "top-1") == pytest.approx(expected, abs=0.006)
-    low, high = interval(predicted, labels, "mean per class")
+    assert draws_interval(predicted, labels, "top-1") == pytest.approx(expected, abs=0.006)
+    low, high = draws_interval(predicted, labels, "mean per class")
     assert low < mean_per_class_accuracy(predicted[0], labels) < high
 
 
 def test_the_interval_of_a_score_without_a_mistake_still_leaves_room_for_one() -> None:
     labels = np.arange(30) % 3
-    low, high = interval(np.tile(labels, (5, 1)), labels, "top-1")
+    low, high = draws_interval(np.tile(labels, (5, 1)), labels, "top-1")
     assert (low, high) == (pytest.approx(0.025 ** (1 / 30)), 1.0)  # Clopper and Pearson's
 
 
@@ -195,7 +194,7 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         rng = np.random.default_rng(trial)
         chance = 0.7 + rng.choice([-0.2, 0.2], size=200) + rng.normal(scale=0.04, size=8)[:, None]
         predicted = (rng.random((8, 200)) >= np.clip(chance, 0, 1)).astype(np.int64)
-        low, high = interval(predicted, np.zeros(200, dtype=np.int64), "top-1", samples=200)
+        low, high = draws_interval(predicted, np.zeros(200, dtype=np.int64), "top-1", samples=200)
         held += low <= 0.7 <= high
     assert 0.88 <= held / trials <= 0.99
 
@@ -205,7 +204,7 @@ def test_disagreeing_draws_widen_the_interval() -> None:
     rng = np.random.default_rng(0)
     rates = np.array([0.5, 0.6, 0.7, 0.8, 0.9])[:, None]
     predicted = (rng.random((5, 1000)) >= rates).astype(np.int64)
-    low, high = interval(predicted, labels, "top-1")
+    low, high = draws_interval(predicted, labels, "top-1")
     deviation = float(np.std(rates, ddof=1)) / 5**0.5  # of a mean of five draws
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)
 
@@ -247,13 +246,15 @@ def test_all_the_labels_give_what_the_logistic_protocol_gives(tmp_path: Path) ->
         splits[name] = Labelled(ArraySource(pixels.astype(np.uint8), name), labels, 3)
     data, where = Data(splits), context(tmp_path)
     few = few_shot.evaluate(
-        PIXELS,
-        data,
-        TASK,
-        dataclasses.replace(FAST, few_shot=FewShotOptions(shots=(), shares=(1.0,))),
-        where,
+        Measurement(
+            PIXELS,
+            data,
+            TASK,
+            dataclasses.replace(FAST, few_shot=FewShotOptions(shots=(), shares=(1.0,))),
+            where,
+        )
     )
-    full = classification.evaluate(PIXELS, data, TASK, FAST, where)
+    full = classification.evaluate(Measurement(PIXELS, data, TASK, FAST, where))
     assert few[0].value == full[0].value
     assert few[0].settings["C"] == [full[0].settings["C"]]
     assert 0.4 < few[0].value < 1
@@ -313,7 +314,7 @@ def test_an_interrupted_evaluation_keeps_the_draws_that_were_done(
 def test_mean_per_class_is_scored_where_the_task_says_so(tmp_path: Path) -> None:
     data = own_data(tmp_path, per_class=6)
     task = dataclasses.replace(TASK, metric="mean per class")
-    row = few_shot.evaluate(PIXELS, data, task, QUICK, context(tmp_path))[0]
+    row = few_shot.evaluate(Measurement(PIXELS, data, task, QUICK, context(tmp_path)))[0]
     assert row.metric == "mean per class"
     assert row.value == row.details["micro and macro"]["mean per class"]
 
@@ -321,7 +322,7 @@ def test_mean_per_class_is_scored_where_the_task_says_so(tmp_path: Path) -> None
 def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
     data = own_data(tmp_path, per_class=3)
     with pytest.raises(UserError, match="metric 'mIoU': few-shot has top-1 and mean per class"):
-        few_shot.evaluate(PIXELS, data, dataclasses.replace(TASK, metric="mIoU"), FAST, context(tmp_path))
+        few_shot.evaluate(Measurement(PIXELS, data, dataclasses.replace(TASK, metric="mIoU"), FAST, context(tmp_path)))
     with pytest.raises(UserError, match="the train split is missing"):
         run(Data({"test": data.splits["test"]}), tmp_path)
     grey = Labelled(ArraySource(np.full((6, 28, 28, 3), 90, dtype=np.uint8), "grey"), np.arange(6) % 2, 2)

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinoreg.plan.devices import find_device
 from dinoreg.plan.job import describe
-from dinoreg.plan.operations import operations_of
-from dinoreg.plan.speed import random_batch
+from dinoreg.plan.memory import operations_of
+from dinoreg.plan.step import random_batch
 from dinoreg.plan.trace import trace_job
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import build_networks, build_state

@@ -22,9 +22,10 @@ from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.dense import flow_frames, flow_matching
 from dinoreg.evaluation.dense.flow_matching import Geometry, Projection, Truth, figures, match, tally
 from dinoreg.evaluation.dense.pictures import draw_flow, flow_colours
-from dinoreg.evaluation.features import rows as feature_rows
+from dinoreg.evaluation.features import cache as feature_rows
 from dinoreg.evaluation.options import EvalOptions, FlowOptions
 from dinoreg.evaluation.protocols import flow
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import RunError, UserError
 from tests.encoders import context, small_encoder
@@ -172,7 +173,7 @@ def test_whole_patches_of_translation_are_found_exactly_by_raw_pixels() -> None:
 
 @pytest.mark.parametrize("encoder", [tiny(14), PixelEncoder(14, (28, 28))], ids=["vit", "pixels"])
 def test_planted_motion_is_found_better_than_no_or_mean_motion(encoder: Encoder, root: Path, tmp_path: Path) -> None:
-    rows = flow.evaluate(encoder, read(root, "both"), TASK, QUICK, context(tmp_path))
+    rows = flow.evaluate(Measurement(encoder, read(root, "both"), TASK, QUICK, context(tmp_path)))
     assert [row.variant for row in rows] == [
         "linear, clean, temple_2",
         "linear, final, temple_2",
@@ -199,7 +200,7 @@ def test_planted_motion_is_found_better_than_no_or_mean_motion(encoder: Encoder,
 
 def test_told_flow_that_has_nothing_to_do_with_the_pictures_leaves_nothing_to_find(tmp_path: Path) -> None:
     sintel.write(tmp_path, per_class=3, shuffled=True)
-    rows = flow.evaluate(tiny(14), read(tmp_path), TASK, QUICK, context(tmp_path))
+    rows = flow.evaluate(Measurement(tiny(14), read(tmp_path), TASK, QUICK, context(tmp_path)))
     for row in rows:
         assert row.value > row.details["zero flow"]["all"]
         assert row.details["matched"] > 0.6 * row.details["zero flow"]["matched"]
@@ -207,7 +208,7 @@ def test_told_flow_that_has_nothing_to_do_with_the_pictures_leaves_nothing_to_fi
 
 def test_mean_flow_is_that_of_the_training_scenes_alone(root: Path, tmp_path: Path) -> None:
     data = read(root)
-    row = flow.evaluate(tiny(14), data, TASK, QUICK, context(tmp_path))[0]
+    row = flow.evaluate(Measurement(tiny(14), data, TASK, QUICK, context(tmp_path)))[0]
     train, test = data.splits["train"], data.splits["test"]
     valid = [train.flow(index)[train.valid(index)] for index in range(len(train))]
     mean = np.concatenate(valid).astype(np.float64).mean(axis=0)
@@ -221,7 +222,7 @@ def test_training_the_projection_lowers_its_error_on_what_it_is_fitted_to(root: 
     values = []
     for steps, lr in ((1, 1e-12), (40, 1e-2)):
         options = EvalOptions(flow=FlowOptions(steps=steps, lr=lr, batch_size=2, dim=24))
-        row = flow.evaluate(tiny(28), train, TASK, options, context(tmp_path / str(steps)))[0]
+        row = flow.evaluate(Measurement(tiny(28), train, TASK, options, context(tmp_path / str(steps))))[0]
         assert row.variant == "linear, temple_2"  # one rendering has no name
         values.append(row.value)
     assert values[1] < 0.97 * values[0]
@@ -230,10 +231,10 @@ def test_training_the_projection_lowers_its_error_on_what_it_is_fitted_to(root: 
 def test_the_same_seed_gives_the_same_rows_and_a_finer_grid_other_ones(root: Path, tmp_path: Path) -> None:
     data, encoder = read(root), tiny(28)
     options = EvalOptions(flow=replace(QUICK.flow, steps=3))
-    rows = [flow.evaluate(encoder, data, TASK, options, context(tmp_path / name))[:2] for name in "ab"]
+    rows = [flow.evaluate(Measurement(encoder, data, TASK, options, context(tmp_path / name)))[:2] for name in "ab"]
     assert _numbers(rows[0]) == _numbers(rows[1])
     finer = EvalOptions(flow=replace(options.flow, upscale=2))
-    other = flow.evaluate(encoder, data, TASK, finer, context(tmp_path / "c"))[0]
+    other = flow.evaluate(Measurement(encoder, data, TASK, finer, context(tmp_path / "c")))[0]
     assert (rows[0][0].settings["patches"], other.settings["patches"]) == ([4, 6], [9, 12])
     assert other.value != rows[0][0].value
 
@@ -242,8 +243,8 @@ def test_half_precision_on_disk_changes_little(root: Path, tmp_path: Path) -> No
     found = []
     for dtype in ("float32", "float16"):
         given = context(tmp_path / dtype)
-        given.features.dtype = np.dtype(dtype)
-        row = flow.evaluate(tiny(28), read(root), TASK, QUICK, given)[1]
+        given.features_dtype = dtype
+        row = flow.evaluate(Measurement(tiny(28), read(root), TASK, QUICK, given))[1]
         assert row.settings["tokens_on_disk"] == dtype
         found.append(row.value)
     assert found[0] != found[1]
@@ -257,7 +258,7 @@ def test_an_evaluation_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(
     monkeypatch.setattr(flow_frames, "FLUSH_FRAMES", 1)
     data = read(root)
     options = EvalOptions(flow=replace(QUICK.flow, steps=4))
-    whole = flow.evaluate(tiny(14), data, TASK, options, context(tmp_path / "whole"))
+    whole = flow.evaluate(Measurement(tiny(14), data, TASK, options, context(tmp_path / "whole")))
     given = context(tmp_path / "stopped")
     given.batch_size, seen = 1, []
     counted: list[str] = []
@@ -278,7 +279,7 @@ def test_an_evaluation_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(
         attempts += 1
         assert attempts < 40
         try:
-            rows = flow.evaluate(tiny(14), data, TASK, options, given)
+            rows = flow.evaluate(Measurement(tiny(14), data, TASK, options, given))
         except KeyboardInterrupt:
             continue
     assert attempts > 5
@@ -290,7 +291,7 @@ def test_an_evaluation_that_was_stopped_anywhere_goes_on_as_if_it_had_not_been(
 
 def test_the_tokens_on_disk_are_given_back_when_the_rows_are_there(root: Path, tmp_path: Path) -> None:
     given = context(tmp_path)
-    flow.evaluate(tiny(28), read(root), TASK, EvalOptions(flow=replace(QUICK.flow, steps=1)), given)
+    flow.evaluate(Measurement(tiny(28), read(root), TASK, EvalOptions(flow=replace(QUICK.flow, steps=1)), given))
     assert not list(given.state.glob("*.npy"))
 
 
@@ -298,9 +299,9 @@ def test_other_options_take_up_no_state_of_before(root: Path, tmp_path: Path) ->
     data, encoder, given = read(root), tiny(28), context(tmp_path)
     options = EvalOptions(flow=replace(QUICK.flow, steps=2))
     cold = EvalOptions(flow=replace(options.flow, temperature=0.5))
-    first = flow.evaluate(encoder, data, TASK, options, given)
-    again = flow.evaluate(encoder, data, TASK, cold, given)
-    fresh = flow.evaluate(encoder, data, TASK, cold, context(tmp_path / "fresh"))
+    first = flow.evaluate(Measurement(encoder, data, TASK, options, given))
+    again = flow.evaluate(Measurement(encoder, data, TASK, cold, given))
+    fresh = flow.evaluate(Measurement(encoder, data, TASK, cold, context(tmp_path / "fresh")))
     assert _numbers(again) == _numbers(fresh) != _numbers(first)
 
 
@@ -337,14 +338,14 @@ def test_colours_are_those_of_hsv_at_full_value() -> None:
 def test_examples_are_strips_of_frame_prediction_and_truth(root: Path, tmp_path: Path) -> None:
     given = context(tmp_path, examples=True)
     given.num_examples = 1
-    flow.evaluate(tiny(28), read(root), TASK, EvalOptions(flow=replace(QUICK.flow, steps=1)), given)
+    flow.evaluate(Measurement(tiny(28), read(root), TASK, EvalOptions(flow=replace(QUICK.flow, steps=1)), given))
     assert given.examples is not None
     (path,) = given.examples.iterdir()
     assert path.name == "flow_00.png"
     with Image.open(path) as picture:
         assert 600 < picture.width <= 900
     given.examples = None
-    flow.evaluate(tiny(28), read(root), TASK, EvalOptions(flow=replace(QUICK.flow, steps=1)), given)
+    flow.evaluate(Measurement(tiny(28), read(root), TASK, EvalOptions(flow=replace(QUICK.flow, steps=1)), given))
     assert len(list(path.parent.iterdir())) == 1
 
 
@@ -383,13 +384,13 @@ def test_another_metric_or_a_missing_split_is_refused(root: Path, tmp_path: Path
     data, encoder = read(root), tiny(28)
     task = Task(protocol="flow", read=TASK.read, metric="mIoU")
     with pytest.raises(UserError, match="metric 'mIoU': optical flow has EPE"):
-        flow.evaluate(encoder, data, task, QUICK, context(tmp_path))
+        flow.evaluate(Measurement(encoder, data, task, QUICK, context(tmp_path)))
     alone = Data({"test": data.splits["test"]})
     with pytest.raises(UserError, match="the train split is missing"):
-        flow.evaluate(encoder, alone, TASK, QUICK, context(tmp_path))
+        flow.evaluate(Measurement(encoder, alone, TASK, QUICK, context(tmp_path)))
     partly = replace(data, extra={"passes": {"final": {"train": data.splits["train"]}}})
     with pytest.raises(UserError, match="the test split of the final pass is missing"):
-        flow.evaluate(encoder, partly, TASK, QUICK, context(tmp_path))
+        flow.evaluate(Measurement(encoder, partly, TASK, QUICK, context(tmp_path)))
 
 
 def test_a_frame_of_another_size_and_truth_of_another_size_are_named(tmp_path: Path) -> None:
@@ -398,14 +399,14 @@ def test_a_frame_of_another_size_and_truth_of_another_size_are_named(tmp_path: P
     content = path.read_bytes()
     Image.new("RGB", (100, 90)).save(path)
     with pytest.raises(UserError, match=rf"{path}: a frame of 90x100 pixels, expected 126x168"):
-        flow.evaluate(tiny(28), read(tmp_path), TASK, QUICK, context(tmp_path))
+        flow.evaluate(Measurement(tiny(28), read(tmp_path), TASK, QUICK, context(tmp_path)))
     path.write_bytes(content)
     data = read(tmp_path)
     test: FlowPairs = data.splits["test"]
     smaller = replace(test, occluded=lambda index: test.occluded(index)[1:])
     wrong = replace(data, splits={**data.splits, "test": smaller}, extra={})
     with pytest.raises(UserError, match=r"temple_2/frame_0001\.png: flow, validity and occlusion are of .*125x168"):
-        flow.evaluate(tiny(28), wrong, TASK, QUICK, context(tmp_path))
+        flow.evaluate(Measurement(tiny(28), wrong, TASK, QUICK, context(tmp_path)))
 
 
 def test_tokens_that_are_not_finite_name_their_frame(
@@ -423,7 +424,7 @@ def test_tokens_that_are_not_finite_name_their_frame(
     given = context(tmp_path)
     given.batch_size = 10_000
     with pytest.raises(RunError, match=r"alley_1/frame_0002\.png: its feature is not finite"):
-        flow.evaluate(encoder, read(root), TASK, QUICK, given)
+        flow.evaluate(Measurement(encoder, read(root), TASK, QUICK, given))
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(
@@ -432,5 +433,5 @@ def test_too_small_a_disk_is_told_before_anything_is_written(
     monkeypatch.setattr(feature_rows.shutil, "disk_usage", lambda _path: SimpleNamespace(free=1000))
     given = context(tmp_path)
     with pytest.raises(RunError, match=r"the tokens of frames need .* GiB and .* are free; features_dtype=float16"):
-        flow.evaluate(tiny(28), read(root), TASK, QUICK, given)
+        flow.evaluate(Measurement(tiny(28), read(root), TASK, QUICK, given))
     assert not list(given.state.glob("*.npy"))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from dinoreg.evaluation.metrics import knn_rankme
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 
 
@@ -22,20 +23,24 @@ def literal_votes(
     return votes
 
 
-def test_votes_equal_a_literal_loop_with_the_softmax_over_the_largest_k() -> None:
+def test_votes_equal_a_literal_loop_with_the_softmax_over_the_largest_k(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn_rankme, "TEST_CHUNK", 4)
+    monkeypatch.setattr(knn_rankme, "TRAIN_CHUNK", 13)
     torch.manual_seed(0)
     train, labels, test = torch.randn(37, 6), torch.randint(0, 5, (37,)), torch.randn(11, 6)
-    votes = knn_predict(train, labels, test, k=(3, 9, 20), num_classes=5, chunk=4, train_chunk=13)
+    votes = knn_predict(train, labels, test, k=(3, 9, 20), num_classes=5)
     for k in (3, 9, 20):
         expected = [literal_votes(train, labels, query, k, 20, 5) for query in test]
         torch.testing.assert_close(votes[k], torch.tensor(expected), atol=1e-6, rtol=1e-5)
 
 
-def test_chunks_do_not_change_the_votes() -> None:
+def test_chunks_do_not_change_the_votes(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     train, labels, test = torch.randn(50, 7), torch.randint(0, 3, (50,)), torch.randn(9, 7)
     whole = knn_predict(train, labels, test, k=(5, 10), num_classes=3)
-    parts = knn_predict(train, labels, test, k=(5, 10), num_classes=3, chunk=2, train_chunk=7)
+    monkeypatch.setattr(knn_rankme, "TEST_CHUNK", 2)
+    monkeypatch.setattr(knn_rankme, "TRAIN_CHUNK", 7)
+    parts = knn_predict(train, labels, test, k=(5, 10), num_classes=3)
     for k in whole:
         torch.testing.assert_close(whole[k], parts[k])
 

@@ -157,7 +157,7 @@ def test_the_teachers_json_says_what_shapes_cannot(tmp_path: Path) -> None:
     path = write_teacher(tmp_path, model, 1)
     assert_same_weights(load(path), model)
     assert read_weights(path).metadata["preprocessing"]["image_size"] == 12
-    assert sorted(read_weights(path).heads)[0] == "dino_head.last_layer.weight_g"
+    assert sorted(read_weights(path).left_out)[0] == "dino_head.last_layer.weight_g"
 
 
 def test_an_altered_or_torn_teacher_is_refused(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_training_file_is_freed_of_wrappers_prefixes_and_chunks(tmp_path: Path
     state["dino_head.last_layer.weight_g"] = torch.ones(3, 1)
     torch.save({"teacher": state, "iteration": 5}, tmp_path / "teacher.pth")
     assert_same_weights(load(tmp_path / "teacher.pth"), model)
-    assert list(read_weights(tmp_path / "teacher.pth").heads) == ["dino_head.last_layer.weight_g"]
+    assert read_weights(tmp_path / "teacher.pth").left_out == ("dino_head.last_layer.weight_g", "iteration")
 
 
 def test_half_precision_files_become_float32(tmp_path: Path) -> None:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
+from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.lbfgs import minimize
-from dinoreg.evaluation.solvers.logistic_regression import LogisticModel
-from dinoreg.evaluation.solvers.regularisation_path import balanced_split, fit_logistic, select_and_fit
+from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, SoftmaxProblem
+from dinoreg.evaluation.solvers.regularisation_path import balanced_split, select_and_fit
+
+
+def fit_logistic(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    num_classes: int,
+    C: float = 1.0,
+    init: LogisticModel | None = None,
+    tolerance: float = 1e-8,
+    **options: Any,
+) -> LogisticModel:
+    return SoftmaxProblem(Rows.of(x, y), num_classes, **options).solve(C, init, tolerance=tolerance)
 
 
 def clusters(n: int, dim: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +56,7 @@ def test_the_fit_reaches_the_optimum_of_scikit_learn(C: float, dtype: torch.dtyp
     assert ours.converged
     assert abs(reached - theirs) <= 1e-4 * max(1.0, C)
     assert reached / C == pytest.approx(theirs / C, abs=1e-6)
-    assert ours.objective == pytest.approx(reached / C, rel=1e-4)
+    assert float(ours.losses.sum()) == pytest.approx(reached / C, rel=1e-4)
     assert (ours.predict(x).numpy() == peer.predict(x.double().numpy())).mean() >= 0.995
     assert (ours.predict(x) == y).float().mean() == pytest.approx(peer.score(x.double().numpy(), y), abs=0.004)
 
@@ -73,7 +88,7 @@ def test_a_warm_start_ends_at_the_same_minimum_in_fewer_steps() -> None:
         fit_logistic(x, y, 4, 1.0, standardize=True, init=near),
     )
     assert warm.steps < cold.steps
-    assert warm.objective == pytest.approx(cold.objective, rel=1e-6)
+    assert warm.losses.sum() == pytest.approx(float(cold.losses.sum()), rel=1e-6)
 
 
 def test_standardising_equals_fitting_standardised_features() -> None:
@@ -100,9 +115,11 @@ def test_rows_in_chunks_give_the_fit_of_all_rows_at_once(monkeypatch: pytest.Mon
     monkeypatch.setattr("dinoreg.evaluation.solvers.feature_matrix.LEAST_ROWS", 64)
     if not held:  # read again in every evaluation, as when they do not fit in memory
         monkeypatch.setattr("dinoreg.evaluation.solvers.feature_matrix.IN_MEMORY", 0)
-    assert fit_logistic(x, y, 3, 0.5).objective == pytest.approx(whole.objective, rel=1e-6)
+    assert fit_logistic(x, y, 3, 0.5).losses.sum() == pytest.approx(float(whole.losses.sum()), rel=1e-6)
     again = select_and_fit(x, y, 3, (0.1, 1.0))
-    assert [each.loss for each in again.path] == pytest.approx([each.loss for each in chosen.path], rel=1e-4)
+    assert [each.losses[0] for each in again.visited] == pytest.approx(
+        [each.losses[0] for each in chosen.visited], rel=1e-4
+    )
 
 
 def test_the_chosen_C_is_the_best_on_validation_and_the_refit_uses_every_row() -> None:
@@ -110,11 +127,11 @@ def test_the_chosen_C_is_the_best_on_validation_and_the_refit_uses_every_row() -
     held_x, held_y = clusters(200, 8, 4)
     Cs = (1e-5, 1e-3, 1e-1, 10.0)
     chosen = select_and_fit(x, y, 4, Cs, validation=(held_x, held_y), patience=None)
-    assert [each.C for each in chosen.path] == list(Cs)
-    assert max(chosen.path, key=lambda each: (each.accuracy, -each.loss)).C == chosen.C
-    split = select_and_fit(x, y, 4, (chosen.C,))
-    direct = fit_logistic(x, y, 4, chosen.C)
-    assert split.model.objective == pytest.approx(direct.objective, rel=1e-5)
+    assert [each.C for each in chosen.visited] == list(Cs)
+    assert chosen.C.item() == max(chosen.visited, key=lambda each: (each.scores[0], -each.losses[0])).C
+    split = select_and_fit(x, y, 4, (chosen.C.item(),))
+    direct = fit_logistic(x, y, 4, chosen.C.item())
+    assert split.model.losses.sum() == pytest.approx(float(direct.losses.sum()), rel=1e-5)
 
 
 def test_the_path_ends_when_stronger_fits_stop_helping() -> None:
@@ -122,7 +139,7 @@ def test_the_path_ends_when_stronger_fits_stop_helping() -> None:
     noise = y[torch.randperm(60, generator=torch.Generator().manual_seed(0))]  # labels without a pattern
     Cs = [10.0**e for e in range(-6, 6)]
     short = select_and_fit(x, noise, 3, Cs, patience=2)
-    assert len(short.path) < len(select_and_fit(x, noise, 3, Cs, patience=None).path) == len(Cs)
+    assert len(short.visited) < len(select_and_fit(x, noise, 3, Cs, patience=None).visited) == len(Cs)
 
 
 def test_the_held_out_share_is_seeded_and_balanced() -> None:

@@ -10,8 +10,10 @@ import torch
 from encoders import context
 
 from dinoreg.data.source import ScenesSource
+from dinoreg.evaluation.backbones.encoder import PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
+from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, Measurement, choose_best, resumable_map
 from dinoreg.runtime.errors import UserError
 
@@ -19,6 +21,10 @@ TASK = Task("knn", lambda folder, options: Data({}), "top-1")
 SOURCE = ScenesSource(count=3, size=16)
 TRAIN = Labelled(SOURCE, np.zeros(3), 2)
 MISSING = "the {name} split is missing, there are {splits}"
+
+
+def made(folder: Path, data: Data, seed: int = 0) -> Measurement:
+    return Measurement(PixelEncoder(8, (16, 16)), data, TASK, EvalOptions(), context(folder, seed=seed))
 
 
 def test_the_best_candidate_is_chosen_where_the_scores_allow_and_the_words_say_where() -> None:
@@ -32,21 +38,21 @@ def test_the_best_candidate_is_chosen_where_the_scores_allow_and_the_words_say_w
 
 def test_splits_are_of_the_kind_that_the_protocol_takes(tmp_path: Path) -> None:
     data = Data({"train": TRAIN, "val": MultiLabelled(SOURCE, np.ones((3, 2)), 2)})
-    measured = Measurement(data, TASK, context(tmp_path), Labelled, MISSING)
-    assert measured.split("train") is TRAIN
+    measured = made(tmp_path, data)
+    assert measured.split("train", Labelled, MISSING) is TRAIN
     for name in ("val", "test"):
         with pytest.raises(UserError, match=f"the {name} split is missing, there are train, val"):
-            measured.split(name)
+            measured.split(name, Labelled, MISSING)
     with pytest.raises(UserError, match="the test split is missing"):
-        measured.splits()
+        measured.splits(Labelled, MISSING)
     whole = Data({"train": TRAIN, "test": TRAIN})
-    assert Measurement(whole, TASK, context(tmp_path), Labelled, MISSING).splits() == (TRAIN, TRAIN, None)
+    assert made(tmp_path, whole).splits(Labelled, MISSING) == (TRAIN, TRAIN, None)
     with pytest.raises(UserError, match=r"metric 'top-1': depth has RMSE and AbsRel"):
-        Measurement(data, TASK, context(tmp_path), Labelled, MISSING, "depth", ("RMSE", "AbsRel"))
+        measured.check_metric("depth", ("RMSE", "AbsRel"))
 
 
 def test_a_row_carries_what_all_rows_share_and_the_variant_of_the_data(tmp_path: Path) -> None:
-    measured = Measurement(Data({}, variant="split 1"), TASK, context(tmp_path, seed=4), Labelled, MISSING)
+    measured = made(tmp_path, Data({}, variant="split 1"), seed=4)
     row = measured.row(0.5, (0.25, 0.75), variant="k = 20", n_test=7)
     assert (row.protocol, row.metric, row.variant) == (PROTOCOLS["knn"][1], "top-1", "k = 20, split 1")
     assert (row.value, row.low, row.high, row.seeds, row.n_test) == (0.5, 0.25, 0.75, (4,), 7)

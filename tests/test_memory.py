@@ -16,7 +16,7 @@ from dinoreg.plan.devices import find_device
 from dinoreg.plan.job import Job, describe
 from dinoreg.plan.memory import step_peaks
 from dinoreg.plan.recorder import BACKWARD_END, KOLEO, STUDENT, TEACHER, UPDATE
-from dinoreg.plan.speed import random_batch
+from dinoreg.plan.step import random_batch
 from dinoreg.plan.trace import Trace, record_step, trace_job, trace_step
 from dinoreg.runtime.device import DTYPES
 from dinoreg.train.state import build_networks, build_state

@@ -14,13 +14,13 @@ from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task, find_benchmark
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, MultiLabelled
-from dinoreg.evaluation.features.cache import FeatureStore
-from dinoreg.evaluation.metrics.average_precision import average_precision
+from dinoreg.evaluation.metrics.average_precision import Ranking
 from dinoreg.evaluation.options import EvalOptions, MultilabelOptions
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.protocols.multilabel import choose, evaluate
 from dinoreg.evaluation.solvers import feature_matrix as feature_rows
+from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import SigmoidProblem
-from dinoreg.evaluation.solvers.regularisation_path import Examples
 from dinoreg.models.registry import build
 from dinoreg.runtime.errors import UserError
 from tests.miniatures import voc2007
@@ -51,7 +51,7 @@ def test_every_class_reaches_the_optimum_of_scikit_learn(exact: bool, monkeypatc
         monkeypatch.setattr(feature_rows, "LEADING_AXES", 6)
     x, y = rows(300, 12, 5)
     C = torch.tensor([1e-3, 0.05, 1.0, 40.0, 1e4])
-    ours = SigmoidProblem([(x, None)], y).solve(C)
+    ours = SigmoidProblem(Rows.of(x, y)).solve(C)
     assert ours.converged
     for k in range(5):
         kept = y[:, k] >= 0
@@ -66,19 +66,19 @@ def test_every_class_reaches_the_optimum_of_scikit_learn(exact: bool, monkeypatc
 
 def test_rows_in_parts_and_chunks_give_the_fit_of_all_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = rows(90, 7, 3)
-    whole = SigmoidProblem([(x, None)], y).solve(torch.ones(3))
+    whole = SigmoidProblem(Rows.of(x, y)).solve(torch.ones(3))
     monkeypatch.setattr(feature_rows, "CHUNK_NUMBERS", 1)
     monkeypatch.setattr(feature_rows, "LEAST_ROWS", 16)
     monkeypatch.setattr(feature_rows, "IN_MEMORY", 0)
-    parts = [(x[:20], None), (torch.cat([x[:5] * 0, x[20:]]), torch.arange(5, 75))]
-    split = SigmoidProblem(parts, y).solve(torch.ones(3))
+    parts = ((x[:20], None), (torch.cat([x[:5] * 0, x[20:]]), torch.arange(5, 75)))
+    split = SigmoidProblem(Rows(parts, y)).solve(torch.ones(3))
     torch.testing.assert_close(split.losses, whole.losses, atol=1e-6, rtol=0)
 
 
 def test_a_class_that_all_rows_have_or_none_is_not_fitted() -> None:
     x, y = rows(60, 4, 3)
     y[:, 0], y[:, 2] = 1, torch.where(y[:, 2] == 1, -1, y[:, 2])
-    model = SigmoidProblem([(x, None)], y).solve(torch.ones(3))
+    model = SigmoidProblem(Rows.of(x, y)).solve(torch.ones(3))
     assert model.fitted.tolist() == [False, True, False]
     assert model.weight[0].abs().max() == 0
     assert (model.logits(x)[:, 0] > 0).all()
@@ -88,27 +88,27 @@ def test_a_class_that_all_rows_have_or_none_is_not_fitted() -> None:
 def test_bad_rows_are_refused() -> None:
     x, y = rows(20, 3, 2)
     with pytest.raises(ValueError, match="finite"):
-        SigmoidProblem([(x * torch.nan, None)], y)
+        SigmoidProblem(Rows.of(x * torch.nan, y))
     with pytest.raises(ValueError, match=r"expected \(n, K\)"):
-        SigmoidProblem([(x, None)], y[:7])
+        SigmoidProblem(Rows.of(x, y[:7]))
     with pytest.raises(ValueError, match="1, 0 or -1"):
-        SigmoidProblem([(x, None)], y + 1)
+        SigmoidProblem(Rows.of(x, y + 1))
     with pytest.raises(ValueError, match="C above 0"):
-        SigmoidProblem([(x, None)], y).solve(torch.zeros(2))
+        SigmoidProblem(Rows.of(x, y)).solve(torch.zeros(2))
 
 
 def test_each_class_takes_the_C_of_its_best_validation_average_precision() -> None:
     x, y = rows(120, 30, 4)
     held_x, held_y = rows(200, 30, 4, seed=1)
     Cs = np.array([1e-5, 1e-3, 1e-1, 10.0])
-    fit, judged = Examples.of(x, y), Examples.of(held_x, held_y)
+    fit, judged = Rows.of(x, y), Rows.of(held_x, held_y)
     chosen, _ = choose(fit, judged, Cs, patience=None, points="11", device="cpu")
     for k in range(4):
         kept, held = y[:, k] >= 0, held_y[:, k]
         scores = {}
         for C in Cs:
             peer = LogisticRegression(C=C, tol=1e-8, max_iter=20_000).fit(x[kept].numpy(), y[kept, k].numpy())
-            scores[C] = average_precision(peer.decision_function(held_x.numpy()), held == 1, held < 0)
+            scores[C] = Ranking(peer.decision_function(held_x.numpy()), held == 1, held < 0).curve().average("11")
         assert scores[chosen[k]] == pytest.approx(max(scores.values()), abs=0.01)
     assert len(set(chosen)) > 1
     _, short = choose(fit, judged, np.geomspace(1e-6, 1e5, 45), patience=2, points="11", device="cpu")
@@ -118,17 +118,16 @@ def test_each_class_takes_the_C_of_its_best_validation_average_precision() -> No
 def test_a_class_without_examples_takes_the_middle_C_and_no_class_at_all_is_an_error() -> None:
     x, y = rows(50, 5, 3)
     y[:, 1] = 0
-    same = Examples.of(x, y)
+    same = Rows.of(x, y)
     chosen, path = choose(same, same, np.array([0.1, 1.0]), patience=None, points="11", device="cpu")
     assert path.model.fitted.tolist() == [True, False, True]
     assert chosen[1] == pytest.approx(np.sqrt(chosen[0] * chosen[2]))
     with pytest.raises(UserError, match="no class has both"):
-        choose(Examples.of(x, y * 0), same, np.array([1.0]), patience=None, points="11", device="cpu")
+        choose(Rows.of(x, y * 0), same, np.array([1.0]), patience=None, points="11", device="cpu")
 
 
 def context(folder: Path, examples: bool = False) -> Context:
-    store = FeatureStore(folder / "features", batch_size=16)
-    return Context(store, folder / "state", folder / "examples" if examples else None, 0, 28, 16, 0)
+    return Context(folder / "features", folder / "state", folder / "examples" if examples else None, 0, 28, 16, 0)
 
 
 def voc(folder: Path, **options: object) -> tuple[Data, Task]:
@@ -144,7 +143,7 @@ FAST = EvalOptions(multilabel=MultilabelOptions(min_c=1e-3, max_c=1e3, num_c=7))
 def test_planted_classes_are_found_and_shuffled_ones_are_not(tmp_path: Path) -> None:
     encoder = wrap(build("vitt14_reg4", image_size=28))
     data, task = voc(tmp_path / "true")
-    rows = evaluate(encoder, data, task, FAST, context(tmp_path / "a", examples=True))
+    rows = evaluate(Measurement(encoder, data, task, FAST, context(tmp_path / "a", examples=True)))
     assert [row.metric for row in rows] == ["11-point mAP", "all-points mAP"]
     for row in rows:
         assert row.value > 0.85
@@ -156,7 +155,7 @@ def test_planted_classes_are_found_and_shuffled_ones_are_not(tmp_path: Path) -> 
         assert "bicycle" in row.note
     assert len(list((tmp_path / "a/examples").glob("multilabel_*.png"))) == 8
     data, task = voc(tmp_path / "shuffled", shuffled=True)
-    row = evaluate(encoder, data, task, FAST, context(tmp_path / "b"))[0]
+    row = evaluate(Measurement(encoder, data, task, FAST, context(tmp_path / "b")))[0]
     assert row.value < 0.65
     assert row.chance is not None
     assert abs(row.value - row.chance) < 0.2
@@ -166,8 +165,8 @@ def test_without_a_validation_split_a_seeded_share_of_train_is_held_out(tmp_path
     data, task = voc(tmp_path)
     data = replace(data, splits={name: data.splits[name] for name in ("train", "test")})
     encoder = PixelEncoder(14, (28, 28), side=8)
-    first = evaluate(encoder, data, task, FAST, context(tmp_path / "a"))[0]
-    again = evaluate(encoder, data, task, FAST, context(tmp_path / "b"))[0]
+    first = evaluate(Measurement(encoder, data, task, FAST, context(tmp_path / "a")))[0]
+    again = evaluate(Measurement(encoder, data, task, FAST, context(tmp_path / "b")))[0]
     assert first.chosen_on == "10% of train, seed 0"
     assert first.n_train == 24
     assert replace(first, hours=0) == replace(again, hours=0)
@@ -178,9 +177,9 @@ def test_wrong_data_and_metrics_are_refused(tmp_path: Path) -> None:
     encoder = PixelEncoder(14, (28, 28), side=4)
     missing = replace(data, splits={"train": data.splits["train"]})
     with pytest.raises(UserError, match="the test split is missing"):
-        evaluate(encoder, missing, task, FAST, context(tmp_path))
+        evaluate(Measurement(encoder, missing, task, FAST, context(tmp_path)))
     with pytest.raises(UserError, match="11-point mAP and all-points mAP"):
-        evaluate(encoder, data, replace(task, metric="top-1"), FAST, context(tmp_path))
+        evaluate(Measurement(encoder, data, replace(task, metric="top-1"), FAST, context(tmp_path)))
     with pytest.raises(UserError, match=r"multilabel\.num_c=0"):
         MultilabelOptions(num_c=0)
     with pytest.raises(UserError, match="1, 0 and -1"):

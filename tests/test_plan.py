@@ -20,13 +20,14 @@ from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
 from dinoreg.plan import plan
 from dinoreg.plan.advice import change, remedies
 from dinoreg.plan.devices import DEVICES, GIB, Device, find_device, recognise
-from dinoreg.plan.job import Unit, describe, measure_sizes
-from dinoreg.plan.memory import memory_of
-from dinoreg.plan.operations import operations_of
-from dinoreg.plan.speed import Speed, estimate, probe, random_batch, worth_probing
-from dinoreg.plan.text import duration, size
+from dinoreg.plan.job import describe, measure_sizes, padded
+from dinoreg.plan.memory import memory_of, operations_of
+from dinoreg.plan.speed import Speed, estimate, probe, worth_probing
+from dinoreg.plan.step import random_batch
+from dinoreg.plan.text import size
 from dinoreg.plan.trace import trace_job
 from dinoreg.plan.traffic import Collective, collectives
+from dinoreg.runtime.durations import duration
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState, build_networks, build_state
@@ -96,21 +97,19 @@ def take_step(config: Config, state: TrainState) -> None:
 )
 def test_parameters_are_those_of_the_published_models(name: str, backbone: int, head: int) -> None:
     sizes = measure_sizes(load_config(name))
-    assert sizes.backbone == backbone
-    assert [each.unit.parameters for each in sizes.heads.values()] == [head]
+    assert sizes.parameters == {"backbone": backbone, "dino_head": head}
     assert sizes.student == backbone + head
 
 
 def test_an_untied_head_is_counted() -> None:
     sizes = measure_sizes(tiny_config(**{"head.separate": True, "head.ibot_prototypes": 16}))
-    assert {name: head.prototypes for name, head in sizes.heads.items()} == {"dino_head": 24, "ibot_head": 16}
+    assert sizes.prototypes == {"dino_head": 24, "ibot_head": 16}
 
 
 def test_what_is_gathered_has_whole_rows_of_every_process() -> None:
-    unit = Unit(((10, 3), (1, 7)))
-    assert unit.parameters == 37
-    assert unit.padded(1) == 37
-    assert unit.padded(4) == 12 * 3 + 4 * 7
+    network = torch.nn.ParameterList([torch.empty(10, 3), torch.empty(1, 7)])
+    assert padded(network, 1) == 37
+    assert padded(network, 4) == 12 * 3 + 4 * 7
 
 
 # ---------------------------------------------------------------- memory
@@ -131,23 +130,24 @@ def test_weights_moments_and_gradients_are_those_of_a_real_state() -> None:
     config = small()
     state = state_of(config)
     take_step(config, state)
-    found = {moment.name: moment for moment in memory_of(describe(config, 1, 1, device())).moments}["update"]
+    found = memory_of(describe(config, 1, 1, device())).moments["update"]
     weights = sum(parameter.nbytes for parameter in state.student.parameters())
     moments = sum(value.nbytes for each in state.optimizer.state.values() for value in each.values())
     gradients = sum(parameter.grad.nbytes for parameter in state.student.parameters() if parameter.grad is not None)
-    assert found.parts["student weights"] == found.parts["teacher weights"] == weights
-    assert found.parts["AdamW moments"] == moments
-    assert found.parts["gradients"] == gradients
+    assert found["student weights"] == found["teacher weights"] == weights
+    assert found["AdamW moments"] == moments
+    assert found["gradients"] == gradients
 
 
 def test_processes_share_the_state_under_fsdp_and_copy_it_under_ddp() -> None:
-    def parts(**overrides: Any) -> dict[str, int]:
-        return memory_of(describe(small(**overrides), 1, 8, device())).peak.parts
+    def parts(processes: int, **overrides: Any) -> dict[str, int]:
+        memory = memory_of(describe(small(**overrides), 1, processes, device()))
+        return memory.moments[memory.peak]
 
-    one = memory_of(describe(small(), 1, 1, device())).peak.parts
-    ddp = parts(parallel__strategy="ddp")
-    fsdp = parts(parallel__strategy="fsdp")
-    hybrid = parts(parallel__strategy="fsdp", parallel__shard=2)
+    one = parts(1)
+    ddp = parts(8, parallel__strategy="ddp")
+    fsdp = parts(8, parallel__strategy="fsdp")
+    hybrid = parts(8, parallel__strategy="fsdp", parallel__shard=2)
     assert ddp["student weights"] == one["student weights"]
     for part in ("student weights", "teacher weights", "AdamW moments"):
         assert fsdp[part] == pytest.approx(one[part] / 8, rel=0.05)  # single rows are not divided
@@ -287,8 +287,8 @@ def test_a_measured_speed_is_what_a_plan_counts_with(monkeypatch: pytest.MonkeyP
     measured = Speed(50.0, True, "measured", 6)
     monkeypatch.setattr(plan_run, "probe", lambda job, where: measured)
     found = plan(tiny_config(steps=100), probe=True)
-    assert found.computing == 6 / 50
-    assert found.wall_seconds == pytest.approx(12.0)
+    assert found.step.computing == 6 / 50
+    assert found.run.seconds == pytest.approx(12.0)
     monkeypatch.setattr(plan_run, "probe", lambda job, where: None)
     found = plan(tiny_config(steps=100), probe=True)
     assert found.speed is not None
@@ -340,11 +340,11 @@ def test_without_a_word_the_plan_is_for_this_machine_and_with_one_for_a_cluster(
 
 def test_steps_images_and_epochs_follow_from_budget_and_batch() -> None:
     found = plan(tiny_config(steps=None, epochs=3.0), nodes=1, gpus=2, num_images=120)
-    assert (found.num_steps, found.images_seen, found.epochs) == (30, 360, 3.0)
+    assert (found.run.steps, found.run.images, found.run.epochs) == (30, 360, 3.0)
     counted = plan(tiny_config(steps=10), gpus=5)
-    assert (counted.num_images, counted.epochs) == (50, 6.0)
+    assert (counted.num_images, counted.run.epochs) == (50, 6.0)
     away = plan(tiny_config(steps=10, data__source="nowhere/photos"), gpus=5)
-    assert away.epochs is None
+    assert away.run.epochs is None
     assert away.notes[0].startswith("The images could not be counted here: ")
 
 
@@ -515,4 +515,4 @@ def test_a_plan_for_this_machine_measures_where_that_is_quick(
 
 def test_sizes_and_times_read_as_people_write_them() -> None:
     assert [size(value) for value in (12, 3_400, 5_230_000_000)] == ["12 B", "3.4 kB", "5.23 GB"]
-    assert [duration(value) for value in (31, 720, 7_300, 200_000)] == ["31 s", "12 min", "2.03 h", "2.31 days"]
+    assert [duration(value) for value in (31, 720, 7_300, 200_000)] == ["31 s", "12 min", "2 h 1 min", "2 d 7 h"]

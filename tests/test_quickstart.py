@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from training import loss_trace, tiny_config
 
-from dinoreg.checkpoint.run_folder import read_run
+from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands import quickstart as module
 from dinoreg.commands.quickstart import probe_run, quickstart
 from dinoreg.config.load import Config
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.features.cache import Features, FeatureStore
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.features.cache import extract_features
 from dinoreg.evaluation.result import Result, Row
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.errors import UserError
@@ -42,14 +43,14 @@ def test_the_three_probes_have_the_same_images_and_differ_in_their_features(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features: list[tuple[str, int, int]] = []
-    inner = FeatureStore.extract
+    inner = extract_features
 
-    def extract(self: FeatureStore, encoder: Encoder, source: Source, *args: Any, **options: Any) -> Features:
-        found = inner(self, encoder, source, *args, **options)
-        features.append((source.fingerprint(), len(found), found.rows.shape[1] * found.rows.shape[2]))
+    def extract(context: Context, encoder: Encoder, source: Source, *args: Any, **options: Any) -> np.ndarray:
+        found = inner(context, encoder, source, *args, **options)
+        features.append((source.fingerprint(), len(found), found.shape[1] * found.shape[2]))
         return found
 
-    monkeypatch.setattr(FeatureStore, "extract", extract)
+    monkeypatch.setattr("dinoreg.evaluation.protocols.classification.extract_features", extract)
     config = tiny_config(tmp_path / "run", steps=2, data__workers=0)
     found = probe_run(config, pretrain(config))
     assert list(found.baselines) == ["random init", "raw pixels"]
@@ -107,7 +108,7 @@ def test_a_whole_quickstart_trains_probes_prints_and_writes_the_report(
         assert f"{100 * each['value']:.1f}" in page
     assert "minutes in all" in shown
     assert "report.html" in shown.replace("\n", "")
-    assert verdict(read_run(out)).headline in shown
+    assert verdict(Run(out)).headline in shown
 
     # Once more on the finished run: it is not trained again, and nothing differs.
     before = loss_trace(out)

@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from scipy.io import savemat
@@ -266,6 +267,7 @@ def test_coco_images_and_boxes_are_those_of_torchvision(tmp_path: Path, split: s
             for x, y, w, h in [each["bbox"]]
         ]
         parts = (ours.boxes, ours.labels, ours.crowd, ours.area)
+        assert all(torch.from_numpy(part[index]).numel() == part[index].size for part in parts if part is not None)
         found = [(*box, *rest) for box, *rest in zip(*(part[index].tolist() for part in parts if part is not None))]
         assert sorted(found) == sorted(expected)
 

@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 
 from dinoreg.checkpoint.format import write_teacher
-from dinoreg.checkpoint.run_folder import read_run
+from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.report import report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.compare import compare_report, comparison, differences, run_names
-from dinoreg.reports.run_report import duration, write_report
+from dinoreg.reports.run_report import write_report
 from dinoreg.reports.verdict import verdict
+from dinoreg.runtime.durations import duration
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -198,7 +199,7 @@ def test_any_one_file_may_be_missing_or_broken(tmp_path: Path, name: str, conten
     (run / name).unlink()
     if content is not None:
         (run / name).write_text(content)
-    loaded = read_run(run)
+    loaded = Run(run)
     assert verdict(loaded).tone == "good"
     assert loaded.events
     if content == "{cut sh":
@@ -213,7 +214,7 @@ def test_broken_pictures_and_records_are_left_out(tmp_path: Path) -> None:
     structure = parse(write_report(run))
     assert "pca" not in structure.ids
     assert "attention" in structure.ids
-    assert [probe.baselines for probe in read_run(run).probes if probe.dataset == "odd"] == [{}]
+    assert [probe.baselines for probe in Run(run).probes if probe.dataset == "odd"] == [{}]
 
 
 def test_text_from_files_cannot_become_markup(tmp_path: Path) -> None:
@@ -244,7 +245,7 @@ def test_text_from_files_cannot_become_markup(tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict_says_help_no_benefit_or_harm(tmp_path: Path, value: float, tone: str, words: str) -> None:
-    said = verdict(read_run(write_run(tmp_path / "a", value)))
+    said = verdict(Run(write_run(tmp_path / "a", value)))
     assert said.tone == tone
     assert words in said.headline
     assert f"{100 * value:.1f} %" in said.sentences[0]
@@ -255,7 +256,7 @@ def test_a_metric_where_lower_is_better_is_judged_that_way(tmp_path: Path) -> No
     run = write_run(tmp_path / "a", value=0.1)
     path = run / "eval/0000040/scenes.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "higher_is_better": False}))
-    assert verdict(read_run(run)).tone == "good"
+    assert verdict(Run(run)).tone == "good"
 
 
 def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:
     (run / "eval/0000100").mkdir()
     newer = {"dataset": "scenes", **row(0.9), "baselines": {"raw pixels": row(0.3)}}
     (run / "eval/0000100/scenes.json").write_text(json.dumps(newer))
-    loaded = read_run(run)
+    loaded = Run(run)
     assert [probe.step for probe in loaded.probes] == [40, 100]
     assert loaded.newest_probes()[0].value == 0.9
     assert verdict(loaded).tone == "good"
@@ -272,13 +273,13 @@ def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:
 def test_values_that_are_not_finite_leave_a_gap_and_repeated_steps_count_once(tmp_path: Path) -> None:
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": "nan"}, {"step": 3, "a": 5.0}, {"step": 3, "a": 3.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "a"')
-    assert read_run(tmp_path).series("a") == ([1.0, 3.0], [1.0, 3.0])
+    assert Run(tmp_path).series("a") == ([1.0, 3.0], [1.0, 3.0])
 
 
 def test_the_training_time_adds_up_the_steps_between_lines(tmp_path: Path) -> None:
     lines = [{"step": 10, "step_time": 0.5}, {"step": 30, "step_time": 2.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    seconds = read_run(tmp_path).seconds
+    seconds = Run(tmp_path).seconds
     assert seconds is not None
     assert math.isclose(seconds, 10 * 0.5 + 20 * 2.0)
     assert [duration(each) for each in (45.0, 75, 7260, 180_000)] == [
@@ -313,7 +314,7 @@ def test_runs_are_compared_in_a_table_with_their_differences_and_curves(tmp_path
         "Total loss",
     ):
         assert shown in text, shown
-    loaded = [read_run(run) for run in runs]
+    loaded = [Run(run) for run in runs]
     assert differences(loaded) == {"optim.lr": ["0.001", "0.0005"]}
     columns, rows = comparison(loaded, ["a", "b"])
     assert rows[1][columns.index("scenes (95 %)")] == "50.0 % (48.0 % to 52.0 %)"
@@ -323,7 +324,7 @@ def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:
     folders = [tmp_path / "x" / "run", tmp_path / "y" / "run"]
     for folder in folders:
         folder.mkdir(parents=True)
-    assert run_names([read_run(folder) for folder in folders]) == ["x/run", "y/run"]
+    assert run_names([Run(folder) for folder in folders]) == ["x/run", "y/run"]
 
 
 def test_comparing_runs_that_have_nothing_yet_works(tmp_path: Path) -> None:

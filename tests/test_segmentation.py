@@ -22,9 +22,9 @@ from dinoreg.evaluation.benchmark import Task, load_benchmark
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, Segmented
 from dinoreg.evaluation.dense.segmentation_head import LinearHead, pixel_loss, training_crop, upsample
-from dinoreg.evaluation.features.cache import FeatureStore
 from dinoreg.evaluation.options import EvalOptions, SegmentationOptions
 from dinoreg.evaluation.protocols import segmentation
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.protocols.segmentation import class_keys, evaluate, warmup
 from dinoreg.evaluation.result import Row
 from dinoreg.models.vit import RegisterViT
@@ -86,7 +86,7 @@ def options(**changes: Any) -> EvalOptions:
 
 def context(folder: Path, examples: bool = False, **changes: Any) -> Context:
     made = Context(
-        features=FeatureStore(folder / "features"),
+        features=folder / "features",
         state=folder / "state",
         examples=folder / "examples" if examples else None,
         seed=0,
@@ -193,7 +193,7 @@ class TestPlanted:
             folder = tmp_path_factory.mktemp("ade20k")
             ade20k.write(folder, per_class=4, shuffled=shuffled)
             data = task.read(benchmark.find(folder), {})
-            return evaluate(encoder, data, task, chosen, context(folder))[0]
+            return evaluate(Measurement(encoder, data, task, chosen, context(folder)))[0]
 
         return run
 
@@ -223,7 +223,7 @@ class TestPlanted:
 
 
 def test_a_single_head_chooses_nothing_and_says_what_was_used(data: Data, vit: Encoder, tmp_path: Path) -> None:
-    (row,) = evaluate(vit, data, TASK, options(), context(tmp_path, examples=True))
+    (row,) = evaluate(Measurement(vit, data, TASK, options(), context(tmp_path, examples=True)))
     assert (row.chosen_on, row.variant, row.n_train, row.n_test, row.seeds) == ("", "", 12, 5, (0,))
     assert row.settings["lr"] == 0.02
     assert row.settings["weight_decay"] == 1e-4
@@ -246,7 +246,7 @@ def test_the_score_is_that_of_predictions_made_one_window_at_a_time(
         return kept["heads"], losses
 
     monkeypatch.setattr(segmentation.LinearProbe, "train", spy)
-    (row,) = evaluate(vit, data, TASK, options(), context(tmp_path))
+    (row,) = evaluate(Measurement(vit, data, TASK, options(), context(tmp_path)))
     (head,) = kept["heads"].values()
     right, either = np.zeros(3), np.zeros(3)
     test = data.splits["test"]
@@ -286,11 +286,11 @@ def test_several_heads_share_one_pass_and_the_best_says_where_it_was_chosen(
             return super().tokens(images)
 
     encoder = Counting(4, (16, 16))
-    evaluate(encoder, data, TASK, options(), context(tmp_path / "a"))
+    evaluate(Measurement(encoder, data, TASK, options(), context(tmp_path / "a")))
     alone = sum(seen)
     seen.clear()
     several = options(lrs=(1e-4, 0.02), weight_decays=(1e-4, 1e-3))
-    rows = evaluate(encoder, data, TASK, several, context(tmp_path / "b"))
+    rows = evaluate(Measurement(encoder, data, TASK, several, context(tmp_path / "b")))
     assert sum(seen) == alone
     assert rows[0].variant == "best of 4"
     assert rows[0].chosen_on == "the reported split itself"
@@ -299,22 +299,22 @@ def test_several_heads_share_one_pass_and_the_best_says_where_it_was_chosen(
     assert [row.settings["weight_decay"] for row in rows[1:]] == [1e-4, 1e-3, 1e-4, 1e-3]
     assert [row.note for row in rows[1:]].count("the best of these") == 1
     assert all(row.chosen_on == "" for row in rows[1:])
-    (single,) = evaluate(encoder, data, TASK, options(lrs=(0.02,)), context(tmp_path / "c"))
+    (single,) = evaluate(Measurement(encoder, data, TASK, options(lrs=(0.02,)), context(tmp_path / "c")))
     assert single.value == rows[3].value
 
 
 def test_an_official_validation_split_chooses_where_there_is_one(data: Data, tmp_path: Path) -> None:
     encoder = PixelEncoder(4, (16, 16))
     with_val = replace(data, splits={**data.splits, "val": halves(3, "val")})
-    rows = evaluate(encoder, with_val, TASK, options(lrs=(1e-4, 0.02)), context(tmp_path))
+    rows = evaluate(Measurement(encoder, with_val, TASK, options(lrs=(1e-4, 0.02)), context(tmp_path)))
     assert rows[0].chosen_on == "the official validation split"
     assert rows[0].n_test == 5
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_same_seed_gives_the_same_rows(data: Data, vit: Encoder, tmp_path: Path, workers: int) -> None:
-    first = evaluate(vit, data, TASK, options(), context(tmp_path / "a"))
-    again = evaluate(vit, data, TASK, options(), context(tmp_path / "b", workers=workers))
+    first = evaluate(Measurement(vit, data, TASK, options(), context(tmp_path / "a")))
+    again = evaluate(Measurement(vit, data, TASK, options(), context(tmp_path / "b", workers=workers)))
     assert without_time(first) == without_time(again)
 
 
@@ -322,7 +322,7 @@ def test_the_same_seed_gives_the_same_rows(data: Data, vit: Encoder, tmp_path: P
 def test_an_interrupted_evaluation_resumes_to_the_same_rows(
     data: Data, vit: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
-    whole = evaluate(vit, data, TASK, options(), context(tmp_path / "whole", examples=True))
+    whole = evaluate(Measurement(vit, data, TASK, options(), context(tmp_path / "whole", examples=True)))
     monkeypatch.setattr("dinoreg.evaluation.context.SAVE_SECONDS", -1.0)
     done: list[str] = []
 
@@ -334,14 +334,16 @@ def test_an_interrupted_evaluation_resumes_to_the_same_rows(
             done.append(what)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(vit, data, TASK, options(), context(tmp_path / "killed", progress=dying))
+        evaluate(Measurement(vit, data, TASK, options(), context(tmp_path / "killed", progress=dying)))
     totals: list[int] = []
 
     def counting(items: Any, total: int, what: str) -> Any:
         totals.append(total)
         return iter(items)
 
-    resumed = evaluate(vit, data, TASK, options(), context(tmp_path / "killed", examples=True, progress=counting))
+    resumed = evaluate(
+        Measurement(vit, data, TASK, options(), context(tmp_path / "killed", examples=True, progress=counting))
+    )
     assert totals == ([2, 5] if stop == 4 else [0, 2])  # steps, and images: none is counted twice
     assert without_time(resumed) == without_time(whole)
     for name in ("segmentation_00.png", "segmentation_01.png"):
@@ -350,13 +352,13 @@ def test_an_interrupted_evaluation_resumes_to_the_same_rows(
 
 def test_the_variant_of_the_data_is_said(data: Data, tmp_path: Path) -> None:
     encoder = PixelEncoder(4, (16, 16))
-    (row,) = evaluate(encoder, replace(data, variant="half"), TASK, options(), context(tmp_path))
+    (row,) = evaluate(Measurement(encoder, replace(data, variant="half"), TASK, options(), context(tmp_path)))
     assert row.variant == "half"
 
 
 def test_a_head_whose_training_diverges_is_marked_and_never_the_best(data: Data, tmp_path: Path) -> None:
     encoder = PixelEncoder(4, (16, 16))
-    rows = evaluate(encoder, data, TASK, options(lrs=(1e36, 0.02)), context(tmp_path))
+    rows = evaluate(Measurement(encoder, data, TASK, options(lrs=(1e36, 0.02)), context(tmp_path)))
     assert [row.note for row in rows] == ["", "its training diverged", "the best of these"]
     assert rows[0].settings["lr"] == 0.02
 
@@ -370,19 +372,19 @@ def test_names_of_classes_are_kept_numbered_or_made_up() -> None:
 class TestBadInput:
     def test_a_missing_split(self, data: Data, vit: Encoder, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="segmentation needs a split 'test' with masks; the dataset has train"):
-            evaluate(vit, Data({"train": data.splits["train"]}), TASK, options(), context(tmp_path))
+            evaluate(Measurement(vit, Data({"train": data.splits["train"]}), TASK, options(), context(tmp_path)))
 
     def test_a_mask_of_another_size(self, data: Data, vit: Encoder, tmp_path: Path) -> None:
         test = replace(data.splits["test"], mask=lambda index: np.zeros((3, 4), dtype=np.uint8))
         wrong = replace(data, splits={**data.splits, "test": test})
         with pytest.raises(UserError, match="test:0: its mask is 3 x 4 pixels, the image 20 x 26"):
-            evaluate(vit, wrong, TASK, options(), context(tmp_path))
+            evaluate(Measurement(vit, wrong, TASK, options(), context(tmp_path)))
 
     def test_a_class_out_of_range(self, data: Data, vit: Encoder, tmp_path: Path) -> None:
         train = replace(data.splits["train"], num_classes=1)
         wrong = replace(data, splits={**data.splits, "train": train})
         with pytest.raises(UserError, match=r"train:\d+: its mask has class [12], expected 0\.\.0 or 255"):
-            evaluate(vit, wrong, TASK, options(), context(tmp_path))
+            evaluate(Measurement(vit, wrong, TASK, options(), context(tmp_path)))
 
     def test_features_that_are_not_finite_name_the_image(self, data: Data, tmp_path: Path) -> None:
         class Broken(PixelEncoder):
@@ -392,11 +394,15 @@ class TestBadInput:
                 return found._replace(patches=found.patches.masked_fill(bad.view(-1, 1, 1), torch.nan))
 
         with pytest.raises(RunError, match=r"train:\d+: its feature is not finite"):
-            evaluate(Broken(4, (16, 16)), data, TASK, options(), context(tmp_path))
+            evaluate(Measurement(Broken(4, (16, 16)), data, TASK, options(), context(tmp_path)))
 
     def test_one_patch_a_step_is_too_little_for_a_batch_norm(self, data: Data, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"segmentation\.batch_size=1: a crop of 4 pixels is one patch"):
-            evaluate(PixelEncoder(4, (16, 16)), data, TASK, options(size=4, stride=4, batch_size=1), context(tmp_path))
+            evaluate(
+                Measurement(
+                    PixelEncoder(4, (16, 16)), data, TASK, options(size=4, stride=4, batch_size=1), context(tmp_path)
+                )
+            )
 
     @pytest.mark.parametrize(
         ("changes", "message"),

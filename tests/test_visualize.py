@@ -14,8 +14,8 @@ from dinoreg.data.loader import Batch
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.plots import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, draw_chart, short
 from dinoreg.visualize.attention import attention_maps, attention_sheet
-from dinoreg.visualize.contact_sheet import GAP, LABEL, colour_map, sheet, to_pixels
 from dinoreg.visualize.crops import crop_sheet, hide
+from dinoreg.visualize.gallery import GAP, LABEL, colour_map, sheet, to_pixels
 from dinoreg.visualize.pca import patch_basis, patch_colours, pca_sheet
 from dinoreg.visualize.subject import Subject, read_pictures, view_size
 
@@ -40,7 +40,8 @@ def test_attention_maps_are_the_rows_of_cls_and_registers_over_the_patches() -> 
 
 
 def test_the_attention_sheet_has_the_image_and_one_map_per_special_token() -> None:
-    picture = attention_sheet(tiny_model(registers=5), torch.randn(2, 3, 24, 32), MEAN, STD, height=30)
+    images = torch.randn(2, 3, 24, 32)
+    picture = attention_sheet(tiny_model(registers=5), images, to_pixels(images, MEAN, STD), height=30)
     tile_width = 40  # 30 high at 24:32
     assert picture.size == (7 * tile_width + 6 * GAP, LABEL + 2 * 30 + GAP)
     opaque = np.array(picture)[LABEL + 5, :, 3] == 255
@@ -86,7 +87,8 @@ def test_fewer_than_three_directions_still_give_colours() -> None:
 
 
 def test_the_pca_sheet_shows_every_image_above_its_patches() -> None:
-    picture = pca_sheet(tiny_model(), torch.randn(3, 3, 24, 32), MEAN, STD, height=30)
+    images = torch.randn(3, 3, 24, 32)
+    picture = pca_sheet(tiny_model(), images, to_pixels(images, MEAN, STD), height=30)
     assert picture.size == (3 * 40 + 2 * GAP, 2 * 30 + GAP)
 
 

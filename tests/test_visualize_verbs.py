@@ -17,13 +17,13 @@ from skimage.filters import threshold_otsu
 from small_runs import MEAN, STD, STEP, tiny_model, write_run
 from test_report import parse
 
-from dinoreg.checkpoint.run_folder import read_run
+from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.main import main
 from dinoreg.data.center_crop import center_crop
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
-from dinoreg.visualize.contact_sheet import GAP
+from dinoreg.visualize.gallery import GAP
 from dinoreg.visualize.norms import TokenNorms, summary, token_norms
 from dinoreg.visualize.pca import (
     explained_shares,
@@ -323,7 +323,7 @@ def test_attention_of_a_run_is_drawn_for_every_head_and_token(
         assert picture.height == 18 + 4 * 118 + 3 * GAP  # the mean and three heads
     structure = page_of(folder / "attention.html")
     assert {"budget", "image-1", "image-2"} <= structure.ids
-    assert read_run(run).pictures == {}  # the report's own pictures are others
+    assert Run(run).pictures == {}  # the report's own pictures are others
 
 
 def test_several_layers_stand_below_one_another(tmp_path: Path) -> None:

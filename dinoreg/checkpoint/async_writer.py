@@ -5,20 +5,16 @@ on a process group of its own, since those of two threads on one group would mix
 written: the next save first waits for it, and there all processes learn how it went.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 import threading
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
@@ -26,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.atomic import remedy
 from dinoreg.checkpoint.lease import TakenOver, acquire
+from dinoreg.config.schema import CheckpointConfig
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime.errors import RunError
 
@@ -43,47 +40,32 @@ class Failure:
     remedy: str
 
 
-class Writer:
+@dataclass(eq=False)
+class Writer(AbstractContextManager):
     """Writes the checkpoints of one run; built once by all processes, which then call `save` and `wait` together.
 
-    stall       seconds that training waited in the last `save`: for the one before it, and for the copy
-    write_time  seconds that the last checkpoint took from the copy to its name; None before the first
-    saved       step of the last checkpoint that is whole on the disk; None before the first
+    Building it raises UserError when the folder cannot be written.
+
+    describe_teacher  architecture, preprocessing and config hash, for the teacher file's JSON
+    timeout           seconds after which a process that does not answer counts as lost
+    ranks             the processes that write together
+    stall             seconds that training waited in the last `save`: for the one before it, and for the copy
+    write_time        seconds that the last checkpoint took from the copy to its name; None before the first
+    saved             step of the last checkpoint that is whole on the disk; None before the first
     """
 
-    def __init__(
-        self,
-        run: Path,
-        *,
-        keep: int,
-        keep_hours: float | None,
-        asynchronous: bool,
-        describe_teacher: dict[str, Any],
-        max_failures: int,
-        timeout: float,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        """
-        describe_teacher  architecture, preprocessing and config hash, for the teacher file's JSON
-        max_failures      failed checkpoints in a row that end the run
-        timeout           seconds after which a process that does not answer counts as lost
-        ranks             the processes that write together
-        raises            UserError when the folder cannot be written
-        """
-        self.run = run
-        self.keep, self.keep_hours = keep, keep_hours
-        self.asynchronous = asynchronous
-        self.describe_teacher = describe_teacher
-        self.max_failures = max_failures
-        self.timeout = timeout
-        self.ranks = ranks
-        self.lease = acquire(run, ranks)
-        self.group: Any = None
-        if ranks.world_size > 1:
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-        self.stall = 0.0
-        self.write_time: float | None = None
-        self.saved: int | None = None
+    run: Path
+    options: CheckpointConfig
+    describe_teacher: dict[str, Any]
+    timeout: float
+    ranks: Ranks = ALONE
+    stall: float = 0.0
+    write_time: float | None = None
+    saved: int | None = None
+
+    def __post_init__(self) -> None:
+        self.lease = acquire(self.run, self.ranks)
+        self._writers = ALONE if self.ranks.world_size == 1 else Ranks.of_default_group(self.timeout)
         self._stall_unread = 0.0
         self._stager: DefaultStager | None = None
         self._thread: threading.Thread | None = None
@@ -93,12 +75,7 @@ class Writer:
         self._reports: list[Failure] = []
         self._published: list[int] = []
 
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def save(
@@ -110,22 +87,21 @@ class Writer:
         wait    for the last of a run: returns when it is on the disk, RunError when it does not get there
         raises  RunError when too many in a row have failed, or when another copy of the job has taken over
         """
-        begun = time.perf_counter()
-        self._settle(self.max_failures if not wait else None)
+        started = time.perf_counter()
+        self._settle(self.options.max_failures if not wait else None)
         share = self._share(checkpoint.flatten(tensors))
-        staged = self._stage(share) if self.asynchronous else share
         self._step = step
-        arguments = (step, staged, copy.deepcopy(numbers), best)
-        if self.asynchronous:
+        if self.options.asynchronous:
+            arguments = (step, self._stage(share), copy.deepcopy(numbers), best)
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
             self._thread.start()
         else:
-            self._write(*arguments)
+            self._write(step, share, numbers, best)
             if not wait:
-                self._settle(self.max_failures)
+                self._settle(self.options.max_failures)
         if wait:
             self.wait()
-        self.stall = time.perf_counter() - begun
+        self.stall = time.perf_counter() - started
         self._stall_unread += self.stall
 
     def wait(self) -> None:
@@ -160,7 +136,7 @@ class Writer:
     # What follows the call of `save`, in the thread
 
     def _write(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], best: bool) -> None:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             self._write_or_raise(step, tensors, numbers, best)
         except BaseException as error:  # kept until all processes are together
@@ -168,34 +144,25 @@ class Writer:
             if isinstance(error, RunError) and not isinstance(error, TakenOver):
                 self._reports.append(Failure(step, str(error), remedy(error, self.run)))
         else:
-            self.write_time = time.perf_counter() - begun
+            self.write_time = time.perf_counter() - started
             self.saved = step
             self._published.append(step)
             self._failures = 0
 
     def _write_or_raise(self, step: int, tensors: dict[str, Tensor], numbers: dict[str, Any], best: bool) -> None:
+        retention: Any = {"keep": self.options.keep, "keep_hours": self.options.keep_hours, "best": best}
+        writers: Any = {"ranks": self._writers, "token": self.lease.token, "finish": partial(self._finish, step)}
         try:
-            checkpoint.save(
-                self.run / "checkpoints",
-                step,
-                tensors,
-                numbers,
-                self.keep,
-                best,
-                keep_hours=self.keep_hours,
-                group=self.group,
-                token=self.lease.token,
-                finish=lambda folder: self._finish(folder, step),
-            )
+            checkpoint.save(self.run / "checkpoints", step, tensors, numbers, **retention, **writers)
         except RunError:
-            # Whoever takes over clears away what others have begun: then it is not the disk that is to blame.
-            checkpoint.on_all_ranks(self.group, lambda: self.lease.check(self.run) if self.ranks.is_main else None)
+            # Whoever takes over clears away what others have started: then it is not the disk that is to blame.
+            checkpoint.on_main(self._writers, lambda: self.lease.check(self.run))
             raise
         if self.ranks.is_main:
             with suppress(OSError):
                 checkpoint.retire_teachers(self.run)
 
-    def _finish(self, folder: Path, step: int) -> None:
+    def _finish(self, step: int, folder: Path) -> None:
         """The teacher file of a checkpoint, out of its folder; last of all, whether the run is still ours."""
         self.lease.check(self.run)
         teacher = checkpoint.read_plain(folder, "teacher.")
@@ -210,15 +177,15 @@ class Writer:
 
     def _share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """DTensors, and of the plain tensors, equal everywhere, those that this process writes: about its share."""
-        if self.group is None:
+        if self.ranks.world_size == 1:
             return tensors
         plain = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
-        load = [0] * dist.get_world_size(self.group)
+        load = [0] * self.ranks.world_size
         own = set()
         for name in sorted(plain, key=lambda name: (-tensors[name].nbytes, name)):
             writer = load.index(min(load))
             load[writer] += tensors[name].nbytes
-            if writer == dist.get_rank(self.group):
+            if writer == self.ranks.rank:
                 own.add(name)
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, DTensor) or name in own}
 
@@ -226,13 +193,8 @@ class Writer:
         """A copy in CPU memory (pinned next to a CUDA device) that is used again for every save."""
         if self._stager is None:
             cuda = any(tensor.is_cuda for tensor in tensors.values())
-            options = StagingOptions(
-                use_pinned_memory=cuda,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=cuda,
-            )
-            self._stager = DefaultStager(options)
+            options = {"use_pinned_memory": cuda, "use_non_blocking_copy": cuda}
+            self._stager = DefaultStager(StagingOptions(**options, use_shared_memory=False, use_async_staging=False))
         staged = self._stager.stage({name: tensor.detach() for name, tensor in tensors.items()})
         assert isinstance(staged, dict)
         return staged

@@ -4,7 +4,8 @@ import errno
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,24 +23,28 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, content: str | bytes, token: str = "") -> None:
-    """Replace `path` in one rename; a kill leaves the old content or the new.
+@contextmanager
+def replacing(path: Path, token: str = "") -> Iterator[Path]:
+    """The name of a file to write inside; at the end it replaces `path` in one rename, after an error it is removed.
 
-    token  makes the name of the unfinished file this writer's own, where another may be writing the same file
+    token  makes that name this writer's own, where another may be writing the same file
     """
-    data = content.encode() if isinstance(content, str) else content
     aside = part_name(path, token)
     try:
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
+        sync(aside)
         os.replace(aside, path)
-    except OSError:
+    except (OSError, SafetensorError):
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_atomic(path: Path, content: str | bytes, token: str = "") -> None:
+    """Replace `path` in one rename; a kill leaves the old content or the new."""
+    with replacing(path, token) as aside:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def part_name(path: Path, token: str = "") -> Path:

@@ -9,6 +9,7 @@ on one of them fails on all, with the same words.
 """
 
 import json
+import math
 import os
 import shutil
 import time
@@ -19,16 +20,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dinoreg.checkpoint.atomic import part_name, reason, sync, write_atomic
+from dinoreg.checkpoint.atomic import reason, replacing, sync, write_atomic
 from dinoreg.checkpoint.metadata import METADATA, Reader, TensorPlanner
 from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.runtime import json_files
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
 
@@ -74,7 +75,7 @@ def save(
     best: bool = False,
     *,
     keep_hours: float | None = None,
-    group: Any = None,
+    ranks: Ranks = ALONE,
     token: str = "",
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -83,17 +84,13 @@ def save(
     tensors  nested, by name. DTensors are written by the processes that hold them; of plain tensors, which are
              equal everywhere, each process may bring all or only its share
     numbers  JSON; those of process 0 are written
-    group    the processes that write this checkpoint together, each calling this; None: this one alone
+    ranks    the processes that write this checkpoint together, each calling this; no others use their control group
     token    makes the name of the unfinished folder this run's own
     finish   called by process 0 with the whole, still unpublished folder; what it raises prevents the publishing
     raises   RunError on all processes, when the disk is full or not writable; the previous checkpoint stays as it was
     """
     final = folder / step_name(step)
     aside = folder / f"{_UNFINISHED}{step_name(step)}{token and '.'}{token}"
-    rank = 0 if group is None else dist.get_rank(group)
-
-    def on_first_rank(work: Callable[[], None]) -> None:
-        on_all_ranks(group, lambda: work() if rank == 0 else None)
 
     def publish() -> None:
         _complete(aside, final, numbers, parts)
@@ -107,20 +104,21 @@ def save(
             write_pointer(folder, name, step, token)
 
     try:
-        on_first_rank(lambda: _begin(aside))
+        on_main(ranks, lambda: _begin(aside))
         _ignore_expected_warnings()
         writer = dcp.FileSystemWriter(aside, per_thread_copy_ahead=0)
         state = _by_part(flatten(tensors))
-        dcp.save(state, checkpoint_id=aside, storage_writer=writer, process_group=group, no_dist=group is None)
-        parts = on_all_ranks(group, lambda: _own_files(aside, rank))
-        on_first_rank(publish)
+        alone = ranks.world_size == 1
+        dcp.save(state, checkpoint_id=aside, storage_writer=writer, process_group=ranks.control, no_dist=alone)
+        parts = on_all_ranks(ranks, lambda: _own_files(aside, ranks.rank))
+        on_main(ranks, publish)
     except (OSError, RunError, CheckpointException) as error:
-        if rank == 0:
+        if ranks.is_main:
             shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, RunError):
             raise
         raise RunError(f"checkpoint {final} could not be written: {reason(error)}") from error
-    if rank == 0:
+    if ranks.is_main:
         with suppress(OSError):  # what stays too long takes room, no more
             retire(folder, keep, keep_hours)
     return final
@@ -142,18 +140,17 @@ def _complete(aside: Path, final: Path, numbers: dict[str, Any], parts: list[dic
     manifest[NUMBERS] = _entry(aside / NUMBERS)
     for name, entry in manifest.items():
         if not (aside / name).is_file() or (aside / name).stat().st_size != entry["size"]:
-            raise RunError(
-                f"checkpoint {final}: process 0 does not see {name} as another process wrote it; "
-                "the run folder has to be on a file system that all machines share"
-            )
+            what = f"process 0 does not see {name} as another process wrote it"
+            where = "the run folder has to be on a file system that all machines share"
+            raise RunError(f"checkpoint {final}: {what}; {where}")
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in (aside / NUMBERS, aside / MANIFEST, aside):
         sync(path)
 
 
-def on_all_ranks(group: Any, work: Callable[[], T]) -> list[T]:
+def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> list[T]:
     """Every process's result of `work`, in rank order; what one of them raises, all raise."""
-    if group is None:
+    if ranks.world_size == 1:
         return [work()]
     outcome: tuple[T | None, Exception | None]
     try:
@@ -161,13 +158,17 @@ def on_all_ranks(group: Any, work: Callable[[], T]) -> list[T]:
     except (OSError, RunError) as error:
         outcome = (None, error)
     except Exception as error:
-        outcome = (None, RunError(f"process {dist.get_rank(group)}: {type(error).__name__}: {error}"))
-    outcomes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, outcome, group=group)
+        outcome = (None, RunError(f"process {ranks.rank}: {type(error).__name__}: {error}"))
+    outcomes = ranks.gather_objects(outcome)
     for _, problem in outcomes:
         if problem is not None:
             raise problem
     return [result for result, _ in outcomes]
+
+
+def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
+    """`work` by process 0; what it raises, all raise."""
+    on_all_ranks(ranks, lambda: work() if ranks.is_main else None)
 
 
 def _own_files(aside: Path, rank: int) -> dict[str, dict[str, Any]]:
@@ -212,9 +213,9 @@ def retire(folder: Path, keep: int, keep_hours: float | None = None) -> None:
     if keep_hours is not None:
         last: float | None = None
         for path in paths:
-            written = _time_of(path)
+            written = json_files.number(json_files.read_json(path / NUMBERS).get("time"))
             # Counted from the one kept before, so that what was kept once stays; a clock set back begins anew.
-            if written is not None and (last is None or abs(written - last) >= keep_hours * 3600):
+            if math.isfinite(written) and (last is None or abs(written - last) >= keep_hours * 3600):
                 spared.add(path.name)
                 last = written
     for path in paths:
@@ -222,77 +223,60 @@ def retire(folder: Path, keep: int, keep_hours: float | None = None) -> None:
             _discard(path)
 
 
-def _time_of(path: Path) -> float | None:
-    try:
-        return float(json.loads((path / NUMBERS).read_text())["time"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 # --------------------------------------------------------------------------------------------------------------
 # Training states: reading
 
 
-def verify(path: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+def verify(path: Path, ranks: Ranks = ALONE, digests: bool = True) -> dict[str, Any]:
     """Check a checkpoint against its manifest; returns its numbers. Raises RunError naming what is wrong.
 
-    rank, world_size  of the files, this process computes the digests of its share among so many (-1: of none)
+    Called by all `ranks`, which come to the same verdict; each computes the digests of its share of the files.
     """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        for number, (name, expected) in enumerate(manifest.items()):
-            file = path / name
-            if file.parent != path:
-                raise RunError(f"checkpoint {path}: its manifest names {name}, outside the checkpoint")
-            if not file.is_file():
-                raise RunError(f"checkpoint {path}: {name} is missing")
-            if file.stat().st_size != expected["size"]:
-                raise RunError(f"checkpoint {path}: {name} has {file.stat().st_size} of {expected['size']} bytes")
-            if number % world_size == rank and digest(file) != expected["sha256"]:
-                raise RunError(f"checkpoint {path}: {name} is not what was written (its digest differs)")
-        for name in sorted({METADATA, NUMBERS, *Reader(path).data_files()} - manifest.keys()):
-            raise RunError(f"checkpoint {path}: its manifest does not name {name}")
-        numbers = json.loads((path / NUMBERS).read_text())
-        version = numbers.get("version")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RunError(f"checkpoint {path}: unreadable ({reason(error)})") from None
-    if version != VERSION:
-        raise RunError(f"checkpoint {path}: format version {version}, expected {VERSION}")
-    return numbers
-
-
-def _verify_together(path: Path, ranks: Ranks) -> dict[str, Any]:
-    """`verify` by all processes, each its share of the files; all come to the same verdict."""
     with ranks.collective_errors():
-        return verify(path, ranks.rank, ranks.world_size)
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            for number, (name, expected) in enumerate(manifest.items()):
+                file = path / name
+                if file.parent != path:
+                    raise RunError(f"checkpoint {path}: its manifest names {name}, outside the checkpoint")
+                if not file.is_file():
+                    raise RunError(f"checkpoint {path}: {name} is missing")
+                if (size := file.stat().st_size) != expected["size"]:
+                    raise RunError(f"checkpoint {path}: {name} has {size} of {expected['size']} bytes")
+                if digests and number % ranks.world_size == ranks.rank and digest(file) != expected["sha256"]:
+                    raise RunError(f"checkpoint {path}: {name} is not what was written (its digest differs)")
+            for name in sorted({METADATA, NUMBERS, *Reader(path).data_files()} - manifest.keys()):
+                raise RunError(f"checkpoint {path}: its manifest does not name {name}")
+            numbers: dict[str, Any] = json.loads((path / NUMBERS).read_text())
+            version = numbers.get("version")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise RunError(f"checkpoint {path}: unreadable ({reason(error)})") from None
+        if version != VERSION:
+            raise RunError(f"checkpoint {path}: format version {version}, expected {VERSION}")
+    return numbers
 
 
 def newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and what is wrong with those that were passed over.
 
-    Called by all processes, which get the same answer.
+    Called by all processes, which get the same answer. Raises RunError when the folder is there and cannot be listed.
     """
     damaged = []
     with ranks.collective_errors():
-        names = _list_checkpoints(folder)
+        try:
+            names = sorted((name for name in os.listdir(folder) if name.startswith("step_")), reverse=True)
+        except FileNotFoundError:
+            names = []
+        except OSError as error:
+            raise RunError(f"checkpoints in {folder}: unreadable ({reason(error)})") from None
     for name in ranks.from_main(names):
         try:
-            _verify_together(folder / name, ranks)
+            verify(folder / name, ranks)
         except RunError as error:
             damaged.append(f"{error}; passed over")
-            continue
-        return folder / name, damaged
+        else:
+            return folder / name, damaged
     return None, damaged
-
-
-def _list_checkpoints(folder: Path) -> list[str]:
-    """The names of the checkpoints in a folder, newest first; RunError when it is there and cannot be listed."""
-    try:
-        return sorted((name for name in os.listdir(folder) if name.startswith("step_")), reverse=True)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RunError(f"checkpoints in {folder}: unreadable ({reason(error)})") from None
 
 
 def load(
@@ -311,7 +295,7 @@ def load(
     verified  the files have been checked just now, by `newest`
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
-    loaded = verify(path, -1) if verified else _verify_together(path, ranks)
+    loaded = verify(path, ranks, digests=not verified)
     with ranks.collective_errors():
         for name, value in (numbers or {}).items():
             if type(loaded.get(name)) is not type(value):
@@ -321,11 +305,10 @@ def load(
         for name, tensor in flatten(tensors).items():
             if name not in stored:
                 raise UserError(f"checkpoint {path}: has no {name}; it belongs to another architecture")
-            if stored[name].size != tensor.shape:
-                raise UserError(
-                    f"checkpoint {path}: {name} is {tuple(stored[name].size)}, this model has {tuple(tensor.shape)}; "
-                    "it belongs to another architecture"
-                )
+            size, own = tuple(stored[name].size), tuple(tensor.shape)
+            if size != own:
+                what = f"{name} is {size}, this model has {own}"
+                raise UserError(f"checkpoint {path}: {what}; it belongs to another architecture")
         _read(reader, tensors)
     return loaded
 
@@ -333,12 +316,8 @@ def load(
 def read_plain(path: Path, prefix: str) -> dict[str, Tensor]:
     """Tensors of a checkpoint whose names begin with `prefix`, whole and on the CPU, by the rest of their names."""
     reader = Reader(path)
-    stored = reader.stored()
-    tensors = {
-        name: torch.empty(tuple(entry.size), dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if name.startswith(prefix)
-    }
+    stored = {name: entry for name, entry in reader.stored().items() if name.startswith(prefix)}
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
     _read(reader, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
@@ -352,15 +331,9 @@ def _read(reader: Reader, tensors: dict[str, Any]) -> None:
         raise RunError(f"checkpoint {reader.path}: unreadable ({reason(error)})") from error
 
 
-def flatten(tensors: dict[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Nested tensors by dotted name, as they are called in a checkpoint."""
-    flat: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+def flatten(tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Nested tensors by dotted name, as they are called in a checkpoint; groups without tensors are left out."""
+    return {name: value for name, value in json_files.flatten(tensors).items() if isinstance(value, Tensor)}
 
 
 def _by_part(flat: dict[str, Tensor]) -> dict[str, Any]:
@@ -398,18 +371,11 @@ def write_teacher(
 
 def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str, Any], token: str = "") -> None:
     """A safetensors file of float32 tensors, after the JSON beside it; raises OSError or SafetensorError."""
-    aside = part_name(path, token)
-    try:
+    with replacing(path, token) as aside:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
         content = {"format": "dinoreg-teacher", "version": VERSION, **description, "sha256": digest(aside)}
-        sync(aside)
+        # First, so that the file never stands without its digest.
         write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n", token)
-        os.replace(aside, path)  # last, so that the file never stands without its digest
-        sync(path.parent)
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
 
 
 def retire_teachers(run: Path) -> None:

@@ -1,15 +1,16 @@
 """The one reader of a run folder: every file may be missing, cut short or of another version.
 
-`read_run` loads all that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights.
+`Run` holds all that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from dinoreg.runtime.json_files import is_number, number, read_json, read_json_lines, read_text
@@ -36,22 +37,32 @@ class Probe:
         return str(self.details.get("unit", "share"))
 
 
-@dataclass
 class Run:
-    """A run folder in memory; empty fields stand for missing files."""
+    """Everything a report shows of a run folder, in memory; what is missing or unreadable is left empty.
 
-    folder: Path
-    config: dict[str, Any] = field(default_factory=dict)
-    config_text: str = ""
-    environment: dict[str, Any] = field(default_factory=dict)
-    status: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)  # by step
-    probe: list[dict[str, Any]] = field(default_factory=list)  # in-run probe, by step
-    events: list[dict[str, Any]] = field(default_factory=list)  # health diagnoses
-    probes: list[Probe] = field(default_factory=list)  # by step
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    pictures: dict[str, Path] = field(default_factory=dict)  # name -> PNG of the newest step that has it
-    parameters: int | None = None
+    metrics, probe  lines of metrics.jsonl and probe.jsonl (the probe within the run), by step
+    events          health diagnoses
+    probes          evaluations, by step
+    pictures        {name: PNG of the newest step that has it}
+    parameters      of the backbone; None where there is no teacher file
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = path = Path(folder)
+        self.config_text = read_text(path / "config.yaml")
+        self.config = _yaml(self.config_text)
+        self.environment = read_json(path / "environment.json")
+        self.status = read_json(path / "status.json")
+        self.metrics = _by_step(read_json_lines(path / "metrics.jsonl"))
+        self.probe = _by_step(read_json_lines(path / "probe.jsonl"))
+        extra = (read_json(file) for file in sorted((path / "health").glob("*.json")))
+        self.events = read_json_lines(path / "health" / "events.jsonl")
+        self.events += [event for event in extra if "name" in event and "message" in event]
+        self.skipped = read_json_lines(path / "skipped.jsonl")
+        self.probes = _probes(path / "eval")
+        self.pictures = _pictures(path / "view")
+        teacher = newest_teacher(path)
+        self.parameters = None if teacher is None else _parameters(teacher)
 
     @property
     def name(self) -> str:
@@ -62,37 +73,29 @@ class Run:
     def step(self) -> int:
         """The last step anything is known of."""
         known = [line["step"] for line in self.metrics[-1:] + self.probe[-1:]] + [self.status.get("step")]
-        return max((int(number(step)) for step in known if is_number(step)), default=0)
+        return max(_whole(step) or 0 for step in known)
 
     @property
     def num_steps(self) -> int | None:
         """Steps that the run is to make."""
-        value = self.status.get("num_steps", self.config.get("steps"))
-        return int(number(value)) if is_number(value) else None
+        return _whole(self.status.get("num_steps", self.config.get("steps")))
 
     @property
     def images_seen(self) -> int | None:
         """Images of all processes up to the last line of metrics.jsonl."""
-        value = self.metrics[-1].get("images") if self.metrics else None
-        return int(number(value)) if is_number(value) else None
+        return _whole(self.metrics[-1].get("images")) if self.metrics else None
 
     @property
     def seconds(self) -> float | None:
         """Time spent in steps: each line's step time holds for the steps since the line before."""
-        total, before = 0.0, 0
-        for line in self.metrics:
-            if not is_number(line.get("step_time")):
-                return None
-            total += line["step_time"] * (line["step"] - before)
-            before = line["step"]
-        return total if self.metrics else None
+        steps = np.diff([line["step"] for line in self.metrics], prepend=0)
+        seconds = float(np.dot(steps, [number(line.get("step_time")) for line in self.metrics]))
+        return seconds if self.metrics and math.isfinite(seconds) else None
 
     def series(self, key: str, x: str = "step") -> tuple[list[float], list[float]]:
         """The finite values of a key of metrics.jsonl or probe.jsonl, against the step (or the images)."""
-        lines = [line for line in self.metrics + self.probe if key in line]
-        pairs = [(number(line.get(x)), number(line[key])) for line in lines]
-        finite = [(a, b) for a, b in pairs if math.isfinite(a) and math.isfinite(b)]
-        return [a for a, _ in finite], [b for _, b in finite]
+        lines = [line for line in self.metrics + self.probe if is_number(line.get(key)) and is_number(line.get(x))]
+        return [float(line[x]) for line in lines], [float(line[key]) for line in lines]
 
     def last(self, key: str) -> float | None:
         """The last finite value of a key of metrics.jsonl or probe.jsonl."""
@@ -102,33 +105,6 @@ class Run:
     def newest_probes(self) -> list[Probe]:
         """The last record of each dataset."""
         return list({probe.dataset: probe for probe in self.probes}.values())
-
-
-def read_run(folder: str | Path) -> Run:
-    """Everything a report shows of a run folder; unreadable pieces are left empty."""
-    path = Path(folder)
-    text = read_text(path / "config.yaml")
-    run = Run(
-        folder=path,
-        config_text=text,
-        config=_yaml(text),
-        environment=read_json(path / "environment.json"),
-        status=read_json(path / "status.json"),
-        metrics=_by_step(read_json_lines(path / "metrics.jsonl")),
-        probe=_by_step(read_json_lines(path / "probe.jsonl")),
-        events=read_json_lines(path / "health" / "events.jsonl"),
-        skipped=read_json_lines(path / "skipped.jsonl"),
-        probes=_probes(path / "eval"),
-        pictures=_pictures(path / "view"),
-    )
-    for extra in sorted((path / "health").glob("*.json")):
-        content = read_json(extra)
-        if "name" in content and "message" in content:
-            run.events.append(content)
-    teacher = newest_teacher(path)
-    if teacher is not None:
-        run.parameters = _parameters(teacher)
-    return run
 
 
 def line_at(lines: Sequence[Mapping[str, Any]], step: int | None) -> Mapping[str, Any]:
@@ -147,21 +123,16 @@ def teacher_step(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def run_of(weights: Path) -> Path | None:
-    """The run folder that a weight file lies in, `RUN/teacher/FILE`; None for other files."""
-    run = weights.parent.parent
-    return run if weights.parent.name == "teacher" and (run / "config.yaml").is_file() else None
+def run_of(weights: str | Path) -> Path | None:
+    """The run folder that weights belong to: the folder itself, or that of one of its teacher files; else None."""
+    path = Path(weights)
+    is_teacher = path.parent.name == "teacher" and teacher_step(path) is not None
+    run = path.parent.parent if is_teacher else path
+    return run if (run / "config.yaml").is_file() else None
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"dim": 64}} -> {"model.dim": 64}"""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _whole(value: Any) -> int | None:
+    return int(value) if is_number(value) else None
 
 
 def _yaml(text: str) -> dict[str, Any]:

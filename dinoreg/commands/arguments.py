@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dinoreg.config.option import Options, describe, read
+from dinoreg.config.option import Options, describe, read, split_texts
 from dinoreg.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -83,6 +83,12 @@ def source_and_overrides(
     if stray:
         raise UserError(f"{verb}: {stray[0]}: expected key=value{hint}")
     return source, overrides
+
+
+def config_and_options(verb: str, cls: type[T], arguments: Sequence[str]) -> tuple[str, list[str], T]:
+    """(CONFIG, its overrides, the verb's own options) of a verb that takes the keys of a config besides its own."""
+    own, rest = split_texts(cls, arguments)
+    return *source_and_overrides(verb, rest), read_options(cls, own)[1]
 
 
 # ------------------------------------------------------------------------------------------------------------

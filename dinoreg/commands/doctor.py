@@ -4,36 +4,37 @@ Nothing here needs a working PyTorch: an installation that cannot be imported is
 """
 
 import importlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from dinoreg.runtime.dependencies import DEPENDENCIES, find, install
+from dinoreg.runtime.dependencies import DEPENDENCIES, Dependency, install
 from dinoreg.runtime.environment import environment, version
-from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.errors import RunError, one_line
 from dinoreg.runtime.json_files import read_json, read_json_lines, read_text
 
 # Importing one of these takes seconds: that it is installed has to do.
 SLOW_IMPORTS = ("timm", "transformers")
 
 
+# A line of a section: name, "ok" | "missing" | "problem" | "", text. A section: its title and its lines.
+Row = tuple[str, str, str]
+Section = tuple[str, list[Row]]
+
+
 def doctor(run: Path | None = None) -> None:
     """Print the state of the machine, or of one run folder."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(soft_wrap=True, highlight=False)
+    styles = {"ok": "green", "missing": "yellow", "problem": "bold red", "": ""}
     for title, rows in examine_run(run) if run is not None else examine_machine():
-        console.print(f"[bold]{title}[/bold]")
+        console.print(Text(title, "bold"))
         width = max((len(name) for name, _, _ in rows), default=0)
         for name, mark, text in rows:
-            style = {"ok": "green", "missing": "yellow", "problem": "bold red"}.get(mark, "")
-            console.print(f"  {name:<{width}}  ", end="")
-            console.print(f"{mark:<7}" if mark else " " * 7, style=style, end="  ")
-            console.print(text, markup=False)
+            console.print(Text.assemble(f"  {name:<{width}}  ", (f"{mark:<7}", styles[mark]), f"  {text}"))
         console.print()
-
-
-# Each section: a title and rows of (name, "ok" | "missing" | "problem" | "", text).
-Section = tuple[str, list[tuple[str, str, str]]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -42,105 +43,89 @@ Section = tuple[str, list[tuple[str, str, str]]]
 
 def examine_machine() -> list[Section]:
     """What is here and what is missing for what."""
-    found = environment()
+    machine = environment()
     return [
-        ("machine", _machine_rows(found)),
-        ("packages", _package_rows(found)),
+        ("machine", _machine_rows(machine)),
+        ("packages", _package_rows(machine)),
         ("optional packages", _optional_rows()),
-        ("acceleration", _acceleration_rows(found)),
+        ("acceleration", _acceleration_rows(machine)),
     ]
 
 
-def _machine_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    bf16 = {True: "with bf16", False: "without bf16 (precision=auto means fp32)", None: ""}[found["cpu_bf16"]]
-    commit = f", commit {found['commit']}" if found["commit"] else ""
+def _machine_rows(machine: dict[str, Any]) -> list[Row]:
+    bf16 = {True: "with bf16", False: "without bf16 (precision=auto means fp32)", None: ""}[machine["cpu_bf16"]]
+    commit = f", commit {machine['commit']}" if machine["commit"] else ""
     rows = [
-        ("dinoreg", "ok", f"{found['dinoreg']}{commit}"),
-        ("python", "ok", f"{found['python']} ({found['executable']})"),
-        ("system", "", found["platform"]),
-        ("processor", "", f"{found['cpu']}, {found['cores']} usable cores {bf16}".rstrip()),
-        ("memory", "", f"{found['memory_gib']} GiB"),
-        ("free disk", "problem" if found["free_disk_gib"] < 1 else "", f"{found['free_disk_gib']} GiB here"),
+        ("dinoreg", "ok", f"{machine['dinoreg']}{commit}"),
+        ("python", "ok", f"{machine['python']} ({machine['executable']})"),
+        ("system", "", machine["platform"]),
+        ("processor", "", f"{machine['cpu']}, {machine['cores']} usable cores {bf16}".rstrip()),
+        ("memory", "", f"{machine['memory_gib']} GiB"),
+        ("free disk", "problem" if machine["free_disk_gib"] < 1 else "", f"{machine['free_disk_gib']} GiB here"),
     ]
-    malloc = {name: value for name, value in found["variables"].items() if name.startswith(("MALLOC", "DINOREG"))}
+    malloc = {name: value for name, value in machine["variables"].items() if name.startswith(("MALLOC", "DINOREG"))}
     shown = ", ".join(f"{name}={value}" for name, value in malloc.items())
     rows.append(("allocator", "", shown or "freed memory is kept by runs on the CPU (DINOREG_MALLOC=0 turns it off)"))
     return rows
 
 
-def _package_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    rows = []
-    for name, installed in found["packages"].items():
-        if name == "xformers":
-            rows.append((name, *_xformers(installed)))
-        elif installed is None:
-            rows.append((name, "problem", f"not installed: {install(name)}"))
-        else:
-            rows.append((name, *_imported(name, installed)))
-    return rows
+def _package_rows(machine: dict[str, Any]) -> list[Row]:
+    core = [row for row in DEPENDENCIES if row.name in machine["packages"]]
+    return [(row.name, *_package(row, machine["packages"][row.name])) for row in core]
 
 
-def _xformers(installed: str | None) -> tuple[str, str]:
-    """Mark and text: whether its compiled part loads, and why not. Everything works without it."""
+def _optional_rows() -> list[Row]:
+    optional = [row for row in DEPENDENCIES if row.extra not in ("core", "test")]
+    absent = [row.name for row in DEPENDENCIES if row.extra == "test" and version(row.name) is None]
+    tests = ("missing", f"{', '.join(absent)}: {install(absent[0])}") if absent else ("ok", "everything that they need")
+    return [*((row.name, *_package(row, version(row.name))) for row in optional), ("the tests", *tests)]
+
+
+def _package(row: Dependency, installed: str | None) -> tuple[str, str]:
+    """Mark and text: whether the package is there and can be imported; of xformers, whether its kernels load."""
+    through_torch = "attention runs through PyTorch (same numbers)"
+    if installed is None and row.name == "xformers":
+        return "missing", through_torch
+    if installed is None and row.extra == "core":
+        return "problem", f"not installed: {install(row.name)}"
     if installed is None:
-        return "missing", "attention then runs through PyTorch (same numbers)"
+        return "missing", f"for {row.purpose}: {install(row.name)}"
+    purpose = "" if row.extra == "core" else f", for {row.purpose}"
+    if row.name in SLOW_IMPORTS:
+        return "ok", f"{installed} (not tried: its import takes seconds){purpose}"
+    if row.name == "xformers":
+        problem = _xformers_problem()
+        loads = f"{installed}, its kernels load"
+        return ("missing", f"{installed} does not load ({problem}): {through_torch}") if problem else ("ok", loads)
+    problem = import_problem(row.imported)
+    return ("problem", f"{installed}: {problem}{purpose}") if problem else ("ok", f"{installed}{purpose}")
+
+
+def _xformers_problem() -> str | None:
+    """Why its compiled part does not load. Everything works without it."""
     try:
         from dinoreg.runtime.xformers_check import load_problem
 
-        problem = load_problem()
+        return load_problem()
     except Exception as error:  # no PyTorch either
-        problem = _in_words(error)
-    if problem is None:
-        return "ok", f"{installed}, its kernels load"
-    return "missing", f"{installed} does not load ({problem}): attention runs through PyTorch (same numbers)"
+        return _in_words(error)
 
 
-def _optional_rows() -> list[tuple[str, str, str]]:
+def _acceleration_rows(machine: dict[str, Any]) -> list[Row]:
     rows = []
-    for row in DEPENDENCIES:
-        if row.extra in ("core", "test"):
-            continue
-        installed = version(row.name)
-        if installed is None:
-            rows.append((row.name, "missing", f"for {row.purpose}: {install(row.name)}"))
-        elif row.name in SLOW_IMPORTS:
-            rows.append((row.name, "ok", f"{installed} (not tried: its import takes seconds), for {row.purpose}"))
-        else:
-            mark, text = _imported(row.name, installed)
-            rows.append((row.name, mark, f"{text}, for {row.purpose}"))
-    absent = [row.name for row in DEPENDENCIES if row.extra == "test" and version(row.name) is None]
-    missing = f"{', '.join(absent)}: {install(absent[0])}" if absent else ""
-    return [*rows, ("the tests", "missing" if absent else "ok", missing or "everything that they need")]
-
-
-def _imported(name: str, installed: str) -> tuple[str, str]:
-    """Mark and text for an installed package: whether it can be imported."""
-    row = find(name)
-    problem = import_problem(row.imported if row is not None else name)
-    return ("problem", f"{installed}: {problem}") if problem else ("ok", installed)
-
-
-def _acceleration_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
-    rows = [
-        (
-            f"cuda:{index}",
-            "ok",
-            f"{device['name']}, {device['memory_gib']} GiB, compute capability {device['capability']}, "
-            + ("bf16" if device["bf16"] else "no bf16 (precision=auto means fp16)"),
-        )
-        for index, device in enumerate(found["cuda"])
-    ]
+    for index, device in enumerate(machine["cuda"]):
+        bf16 = "bf16" if device["bf16"] else "no bf16 (precision=auto means fp16)"
+        size = f"{device['memory_gib']} GiB, compute capability {device['capability']}"
+        rows.append((f"cuda:{index}", "ok", f"{device['name']}, {size}, {bf16}"))
     if not rows:
         rows.append(("cuda", "missing", "no CUDA device: runs use the CPU (everything works, slowly)"))
-    attention = found["attention"]
+    attention = machine["attention"]
     if attention is None:
-        rows.append(("attention", "", "runs through PyTorch; xformers' kernels need CUDA"))
-    elif attention["reason"] is None:
-        rows.append(("attention", "ok", f"runs through {attention['backend']}: tried, forward and backward"))
-    else:
-        why = f"xformers does not run here: {attention['reason']}"
-        rows.append(("attention", "missing", f"runs through {attention['backend']} (same numbers); {why}"))
-    return rows
+        return [*rows, ("attention", "", "runs through PyTorch; xformers' kernels need CUDA")]
+    through, reason = f"runs through {attention['backend']}", attention["reason"]
+    if reason is None:
+        return [*rows, ("attention", "ok", f"{through}: tried, forward and backward")]
+    return [*rows, ("attention", "missing", f"{through} (same numbers); xformers does not run here: {reason}")]
 
 
 def import_problem(package: str) -> str | None:
@@ -153,7 +138,7 @@ def import_problem(package: str) -> str | None:
 
 
 def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def explain(error: BaseException) -> str | None:
@@ -188,93 +173,79 @@ def examine_run(run: Path) -> list[Section]:
     ]
 
 
-def _progress_rows(run: Path) -> list[tuple[str, str, str]]:
-    metrics = read_json_lines(run / "metrics.jsonl")
-    last = metrics[-1] if metrics else {}
+def _progress_rows(run: Path) -> list[Row]:
+    last = (read_json_lines(run / "metrics.jsonl") or [{}])[-1]
     status = read_json(run / "status.json")
-    step, num_steps = status.get("step", last.get("step", 0)), status.get("num_steps", "?")
-    rows = []
+    steps = f"{status.get('step', last.get('step', 0))} of {status.get('num_steps', '?')} steps"
     if status.get("phase") == "finished":
-        rows.append(("finished", "ok", f"{step} of {num_steps} steps"))
+        rows = [("finished", "ok", steps)]
     else:
-        rows.append(("finished", "missing", f"no: {step} of {num_steps} steps are saved"))
-        rows.append(("go on", "", f"dinoreg pretrain {run} resume=true"))
+        rows = [("finished", "missing", f"no: {steps} are saved"), ("go on", "", f"dinoreg pretrain {run} resume=true")]
     if last:
         names = ("step", "total_loss", "images_per_second", "data_time", "step_time")
-        shown = ", ".join(f"{name} {_short(last[name])}" for name in names if name in last)
-        rows.append(("last line", "", shown))
+        rows.append(("last line", "", _values({name: last[name] for name in names if name in last})))
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
-    probes = read_json_lines(run / "probe.jsonl")
-    if probes:
-        shown = ", ".join(f"{key} {_short(value)}" for key, value in probes[-1].items() if key != "probe_time")
-        rows.append(("last probe", "", shown))
-    failure = _last_traceback(run / "train.log")
-    if failure:
+    if probes := read_json_lines(run / "probe.jsonl"):
+        rows.append(("last probe", "", _values({k: v for k, v in probes[-1].items() if k != "probe_time"})))
+    if failure := _last_traceback(run / "train.log"):
         rows.append(("failure", "problem", f"{failure} (traceback in {run / 'train.log'})"))
     return rows
 
 
-def _checkpoint_rows(run: Path) -> list[tuple[str, str, str]]:
+def _checkpoint_rows(run: Path) -> list[Row]:
     from dinoreg.checkpoint.format import read_pointer, verify
 
     folder = run / "checkpoints"
     rows = []
     pointed = {name: read_pointer(folder, name) for name in ("last", "best")}
     for path in sorted(folder.glob("step_*")):
-        roles = [name for name, target in pointed.items() if target == path.name]
-        role = f" ({', '.join(roles)})" if roles else ""
-        teacher = run / "teacher" / f"{path.name}.safetensors"
-        without = "" if teacher.is_file() else "; its teacher file is missing"
+        roles = ", ".join(name for name, target in pointed.items() if target == path.name)
+        role = f" ({roles})" if roles else ""
+        has_teacher = (run / "teacher" / f"{path.name}.safetensors").is_file()
         try:
             verify(path)
         except RunError as error:
             rows.append((path.name, "problem", f"{error}{role}; resuming uses the one before it"))
         else:
-            rows.append((path.name, "missing" if without else "ok", f"whole{role}{without}"))
+            without = ("missing", f"whole{role}; its teacher file is missing")
+            rows.append((path.name, *(("ok", f"whole{role}") if has_teacher else without)))
     for name, target in pointed.items():
         if target is not None and not (folder / target).is_dir():
             rows.append((name, "problem", f"points to {target}, which is not there"))
-    if not rows:
-        rows.append(("none", "missing", "nothing was saved yet; resuming starts at step 0"))
-    return rows
+    return rows or [("none", "missing", "nothing was saved yet; resuming starts at step 0")]
 
 
-def _health_rows(run: Path) -> list[tuple[str, str, str]]:
+def _health_rows(run: Path) -> list[Row]:
     events = read_json_lines(run / "health" / "events.jsonl")
-    latest: dict[str, dict[str, Any]] = {}
-    counts: dict[str, int] = {}
-    for event in events:
-        name = str(event.get("name", "event"))
-        latest[name] = event
-        counts[name] = counts.get(name, 0) + 1
+    counts = Counter(str(event.get("name", "event")) for event in events)
     rows = []
-    for name, event in latest.items():
+    for name, event in {str(event.get("name", "event")): event for event in events}.items():
         times = f" ({counts[name]} times)" if counts[name] > 1 else ""
-        said = ". ".join(str(event[key]) for key in ("message", "remedy") if event.get(key))
-        rows.append((name, "problem", f"step {event.get('step', '?')}{times}: {said}"))
-    rejected = read_json_lines(run / "health" / "nonfinite.jsonl")
-    if rejected:
+        text = ". ".join(str(event[key]) for key in ("message", "remedy") if event.get(key))
+        rows.append((name, "problem", f"step {event.get('step', '?')}{times}: {text}"))
+    if rejected := read_json_lines(run / "health" / "nonfinite.jsonl"):
         steps = ", ".join(str(line.get("step")) for line in rejected[-5:])
         rows.append(("non-finite steps", "problem", f"{len(rejected)} were left out, the last at {steps}"))
     return rows or [("events", "ok", "none")]
 
 
-def _image_rows(run: Path) -> list[tuple[str, str, str]]:
+def _image_rows(run: Path) -> list[Row]:
     skipped = read_json_lines(run / "skipped.jsonl")
     if not skipped:
         return [("unreadable", "ok", "none met")]
-    rows = [("unreadable", "problem", f"{len(skipped)} skipped, listed in {run / 'skipped.jsonl'}")]
-    rows += [("", "", f"{line.get('name')}: {line.get('reason')}") for line in skipped[:5]]
-    return rows
+    first = [("", "", f"{line.get('name')}: {line.get('reason')}") for line in skipped[:5]]
+    return [("unreadable", "problem", f"{len(skipped)} skipped, listed in {run / 'skipped.jsonl'}"), *first]
 
 
 def _last_traceback(path: Path) -> str | None:
     """The last line of the last traceback in a log, if nothing was logged after it."""
     lines = read_text(path).splitlines()
-    starts = [index for index, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    return lines[-1] if starts and lines[-1][:1].isalpha() else None
+    failed = any(line.startswith("Traceback (most recent call last)") for line in lines)
+    return lines[-1] if failed and lines[-1][:1].isalpha() else None
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _values(line: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items()
+    )

@@ -4,24 +4,27 @@ One batch is in memory at a time, and a killed embed goes on where it was (`feat
 read are left out, counted and listed beside the output.
 """
 
-from __future__ import annotations
-
 import contextlib
 import signal
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import EmbedOptions
+from dinoreg.config.overwrite import check_folder
+from dinoreg.data.decode import BadImage
+from dinoreg.data.source import Source
+from dinoreg.evaluation.backbones.encoder import Encoder
+from dinoreg.evaluation.backbones.open import open_encoder
+from dinoreg.evaluation.context import show_progress
+from dinoreg.evaluation.features.images import default_workers, parallel
+from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, skipped_list
+from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
-    from dinoreg.data.source import Source
-    from dinoreg.evaluation.backbones.encoder import Encoder
-    from dinoreg.export.feature_file import RowFile
+from dinoreg.visualize.subject import fit, multiples, open_images
 
 
 def embed(options: EmbedOptions) -> Path:
@@ -31,11 +34,6 @@ def embed(options: EmbedOptions) -> Path:
             RunError when no image can be read, a feature is not finite or the disk is full
             Interrupted after Ctrl-C; the same call goes on
     """
-    from dinoreg.evaluation.backbones.open import open_encoder
-    from dinoreg.export.feature_file import RowFile, import_pyarrow, skipped_list
-    from dinoreg.runtime.device import pick_device, pick_precision
-    from dinoreg.visualize.subject import multiples, open_images
-
     out = Path(options.out)
     _check_out(out, options.overwrite)
     if out.suffix == ".parquet":
@@ -73,13 +71,11 @@ def embed(options: EmbedOptions) -> Path:
     except OSError as error:
         raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
     left_out = f"; {len(rows.skipped):,} left out, listed in {skipped_list(out)}" if rows.skipped else ""
-    _say(f"embed: {rows.count:,} images, {' x '.join(map(str, shape))} numbers each{left_out}")
+    print_status(f"embed: {rows.count:,} images, {' x '.join(map(str, shape))} numbers each{left_out}")
     return out
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    from dinoreg.export.feature_file import SUFFIXES
-
     if out.suffix not in SUFFIXES:
         raise UserError(f"out={out}: expected the name of a file that ends in {' or '.join(SUFFIXES)}")
     if out.is_dir():
@@ -87,8 +83,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if out.exists() and not overwrite:
         raise UserError(f"out={out}: is finished already; use overwrite=true to write it anew")
     for path in out.parents:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"out={out}: {path} is a file, expected a folder")
+        check_folder(path, f"out={out}: {path}")
 
 
 def row_shape(token: str, encoder: Encoder, size: int) -> tuple[int, ...]:
@@ -100,12 +95,6 @@ def row_shape(token: str, encoder: Encoder, size: int) -> tuple[int, ...]:
 
 def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options: EmbedOptions) -> None:
     """Batches are of `batch_size` images of the source, readable or not: one that went on equals one that did not."""
-    import torch
-
-    from dinoreg.data.decode import BadImage
-    from dinoreg.evaluation.context import show_progress
-    from dinoreg.evaluation.features.images import default_workers, parallel
-    from dinoreg.visualize.subject import fit
 
     def read(index: int) -> Tensor | str:
         try:
@@ -114,50 +103,39 @@ def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options
             return str(error)
 
     workers = default_workers() if options.workers is None else options.workers
-    total, begun = len(source), rows.next
-    if begun:
-        _say(f"embed: going on after {begun:,} of {total:,} images")
-    images = show_progress(parallel(read, range(begun, total), workers), total - begun, "embed", "images")
-    held: list[Tensor] = []
-    indices: list[int] = []
-    for index, found in enumerate(images, begun):
-        if isinstance(found, str):
-            rows.skip(index, source.name(index), found)
-        else:
-            held.append(found)
-            indices.append(index)
-        if (index + 1) % options.batch_size == 0 or index + 1 == total:
-            if held:
-                values = features(encoder, torch.stack(held), options.token, options.dtype)
-                _check_finite(values, source, indices, options.dtype)
-                rows.append(values)
-            held, indices = [], []
-            rows.reached(index + 1)
+    total, start = len(source), rows.next
+    if start:
+        print_status(f"embed: going on after {start:,} of {total:,} images")
+    images = show_progress(parallel(read, range(start, total), workers), total - start, "embed", "images")
+    for first in range(start, total, options.batch_size):
+        batch = range(first, min(first + options.batch_size, total))
+        readable: dict[int, Tensor] = {}
+        for index, image in zip(batch, images):
+            if isinstance(image, str):
+                rows.skip(index, source.name(index), image)
+            else:
+                readable[index] = image
+        if readable:
+            values = features(encoder, torch.stack(list(readable.values())), options.token, options.dtype)
+            _check_finite(values, source, list(readable), options.dtype)
+            rows.append(values)
+        rows.reached(batch.stop)
 
 
 def features(encoder: Encoder, images: Tensor, token: str, dtype: str = "float32") -> np.ndarray:
     """images (B, C, H, W) uint8 -> (B, *row_shape) of the tokens after the final norm, as `dtype` on the CPU."""
-    import numpy as np
-    import torch
-
     tokens = encoder.tokens(images)
     if token == "patches":
-        found = tokens.patches
+        values = tokens.patches
     else:
-        parts = {"cls": lambda: tokens.cls, "mean": lambda: tokens.patches.mean(dim=1)}
-        found = torch.cat([parts[name]() for name in token.split("+")], dim=1)
+        parts = {"cls": tokens.cls, "mean": tokens.patches.mean(dim=1)}
+        values = torch.cat([parts[name] for name in token.split("+")], dim=1)
     with np.errstate(over="ignore"):  # what does not fit into float16 is found below, with its name
-        return found.cpu().numpy().astype(dtype)
+        return values.cpu().numpy().astype(dtype)
 
 
 def _check_finite(values: np.ndarray, source: Source, indices: list[int], dtype: str) -> None:
-    import numpy as np
-
     bad = np.flatnonzero(~np.isfinite(values.reshape(len(values), -1)).all(axis=1))
     if len(bad):
         hint = "; dtype=float32 holds larger numbers" if dtype == "float16" else ""
         raise RunError(f"{source.name(indices[int(bad[0])])}: its feature is not finite{hint}")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

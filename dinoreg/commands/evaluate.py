@@ -3,18 +3,25 @@
 `dinoreg.evaluation` measures, `dinoreg.reports` shows; here the two meet.
 """
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from dinoreg.commands.failures import print_status
+from dinoreg.commands.report import report_run
 from dinoreg.config.option import dotted, read
+from dinoreg.evaluation.backbones.encoder import wrap
+from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.runner import Planned, Request, check_size, choose, evaluate_all, preflight
+from dinoreg.evaluation.runner import Planned, Request, check_size, choose, measure, preflight
+from dinoreg.jobs.records import read_records as read_jobs
+from dinoreg.jobs.status import examine
+from dinoreg.reports.evaluation_report import console_table, read_records, write_evaluation
+from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
 
@@ -36,40 +43,46 @@ def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
     return Request(*read(EvalOptions, general), dataset)
 
 
-def evaluate_command(names: Sequence[str], request: Request) -> None:
-    """What the command line does; says what is missing, shows progress, prints the table and the report's path."""
+def evaluate_command(names: str | None = None, request: Request | None = None) -> None:
+    """What the command line does; says what is missing, shows progress, prints the table and the report's path.
+
+    names    "all", or datasets with commas between; None: list the datasets that there are
+    raises   RunError naming what failed, after the others were measured
+    """
+    if names is None or request is None:
+        list_datasets()
+        return
     if request.options.weights is None:
         raise UserError("eval: weights= is missing: a run folder, a weight file, or a model's name for random weights")
-    everything = list(names) == ["all"]
-    plans, problems = _prepare(names, request, everything)
-    from dinoreg.reports.evaluation_report import console_table, read_records, write_evaluation
-
+    plans, problems = _prepare(names, request)
     encoder, folder, run = _open(request.options.weights, request.options)
-    _say(f"{encoder.name} ({encoder.identity}), {len(plans)} dataset(s), results in {folder}")
+    print_status(f"{encoder.name} ({encoder.identity}), {len(plans)} dataset(s), results in {folder}")
     failed = _measure(encoder, plans, request, folder)
     report = write_evaluation(folder, [*problems.values(), *failed]) if request.options.report else None
     if run is not None and report is not None:
-        from dinoreg.commands.report import report_run
-
         report_run(run)
     Console().print(console_table(read_records(folder)))
     for line in problems.values():
-        _say(f"not evaluated: {line}")
+        print_status(f"not evaluated: {line}")
     if report is not None:
         print(f"report: {report}")
     if failed:
         raise RunError("; ".join(failed))
 
 
-def evaluate_dataset(model: Any, dataset: str, options: Mapping[str, Any]) -> Any:
-    """`dinoreg.evaluate`: one Result, or a list of them."""
-    request = read_request(options)
-    names = [dataset] if Path(dataset).exists() else dataset.split(",")
-    plans, _ = _prepare(names, request, dataset == "all")
-    encoder, folder, _ = _open(model, request.options)
-    results = list(evaluate_all(encoder, plans, request, folder))
-    from dinoreg.reports.evaluation_report import write_evaluation
+def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
+    """Measure a backbone on a dataset; the same as `dinoreg eval DATASET weights=… key=value …`.
 
+    model    a RegisterViT, a ViT of timm or transformers, or whatever `weights=` takes: a run folder, a file, a name
+    dataset  a name of `dinoreg eval --list`, several with commas, "all", or the path of a labelled folder or CSV
+    options  the command line's keys: root="/datasets", out="runs/a", **{"knn.k": [20], "aircraft.crop_banner": False}
+    returns  dinoreg.evaluation.result.Result, or a list of them for several datasets; `.headline` is the figure
+    raises   UserError (a ValueError) for a wrong key, value, dataset or missing file, before anything is computed
+    """
+    request = read_request(options)
+    plans, _ = _prepare(str(dataset), request)
+    encoder, folder, _ = _open(model, request.options)
+    results = [measure(encoder, plan, request, folder) for plan in plans]
     write_evaluation(folder)
     return results[0] if len(results) == 1 and dataset != "all" else results
 
@@ -79,14 +92,12 @@ def report_results(folder: Path) -> Path:
 
     raises RunError when nothing was measured
     """
-    from dinoreg.reports.evaluation_report import read_records, write_evaluation
-
     absent = _not_evaluated(folder)
     if not read_records(folder):
         raise RunError(f"{folder}: no results; {'; '.join(absent) or 'nothing was evaluated into this folder'}")
     report = write_evaluation(folder, absent)
     run = folder.parent.parent
-    if _is_finished(run):
+    if read_json(run / "status.json").get("phase") == "finished":  # until then its page belongs to the training
         from dinoreg.reports.run_report import write_report
 
         write_report(run)
@@ -95,35 +106,21 @@ def report_results(folder: Path) -> Path:
 
 def _not_evaluated(folder: Path) -> list[str]:
     """A line for each dataset that the newest launch into this folder did not get to the end with."""
-    from dinoreg.jobs.records import read_records
-    from dinoreg.jobs.status import examine
-
     out = folder.parent.parent
-    records = read_records(out)
+    jobs = read_jobs(out)
     target = folder.resolve()
-    reports = [each for each in records if each.group == "report" and Path(each.command[-1]).resolve() == target]
-    mine = [each for each in records if reports and each.launch == reports[-1].launch and each.group == "evaluate"]
-    return [f"{each.record.command[1]}: {each.state}, {each.text}" for each in examine(out, mine) if not each.is_well]
-
-
-def _is_finished(run: Path) -> bool:
-    """Whether a folder is a run that trains no more: until then its page belongs to the training."""
-    return read_json(run / "status.json").get("phase") == "finished"
+    reports = [job for job in jobs if job.group == "report" and Path(job.command[-1]).resolve() == target]
+    measuring = [job for job in jobs if reports and job.launch == reports[-1].launch and job.group == "evaluate"]
+    return [
+        f"{each.record.command[1]}: {each.state}, {each.text}" for each in examine(out, measuring) if not each.is_well
+    ]
 
 
 def list_datasets() -> None:
     """Print the table of every dataset: task, classes, splits, metrics and protocols, download, licence."""
-    table = Table(title="dinoreg eval NAME weights=… root=…", show_lines=True)
-    for heading in (
-        "name",
-        "task",
-        "classes",
-        "images",
-        "metric (protocol)",
-        "folder, download and options",
-        "licence",
-    ):
-        table.add_column(heading, overflow="fold")
+    headings = ("name", "task", "classes", "images", "metric (protocol)", "folder, download and options", "licence")
+    columns = [Column(heading, overflow="fold") for heading in headings]
+    table = Table(*columns, title="dinoreg eval NAME weights=… root=…", show_lines=True)
     for benchmark in benchmarks().values():
         metrics = "\n".join(f"{task.metric} ({PROTOCOLS[task.protocol][1]})" for task in benchmark.tasks)
         table.add_row(
@@ -143,40 +140,36 @@ def list_datasets() -> None:
         print("".join(f"  {line}\n" for line in benchmark.options_in_words()), end="")
 
 
-def _prepare(names: Sequence[str], request: Request, everything: bool) -> tuple[list[Planned], dict[str, str]]:
+def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str]]:
     """What can be measured; UserError when a dataset that was named cannot, or nothing at all can."""
-    plans, problems = preflight(choose(names, request), request)
+    everything = names == "all"
+    chosen = choose([names] if Path(names).exists() else names.split(","), request)
+    plans, problems = preflight(chosen, request)
     if problems and not (everything and plans):
         *lines, last = problems.values()
-        for line in lines:
-            _say(f"dinoreg: {line}")
         if everything:
-            _say(f"dinoreg: {last}")
+            lines.append(last)
             last = f"eval all: none of the {len(problems)} datasets can be read below root={request.options.root}"
+        for line in lines:
+            print_status(f"dinoreg: {line}")
         raise UserError(last)
     if not plans:
         raise UserError(f"protocols={','.join(request.options.protocols or ())}: none of the datasets declares them")
     for plan in plans:
         for warning in plan.warnings:
-            _say(f"warning: {warning}")
+            print_status(f"warning: {warning}")
     return plans, problems
 
 
 def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
     """(encoder, folder of results, run folder or None)."""
-    from dinoreg.evaluation.backbones.encoder import wrap
-    from dinoreg.evaluation.backbones.open import open_encoder
-    from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
-
     keep_freed_memory()
     device = pick_device(options.device)
     dtype = pick_precision(options.precision, device)
-    run, step = None, 0
     if isinstance(model, (str, Path)):
-        opened = open_encoder(str(model), device, dtype)
-        encoder, run, step = opened.encoder, opened.run, opened.step
+        encoder, run, step = open_encoder(str(model), device, dtype)
     else:
-        encoder = wrap(model, device=device, dtype=dtype)
+        encoder, run, step = wrap(model, device=device, dtype=dtype), None, 0
     check_size(encoder, options)
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in encoder.name).strip("-")
     out = Path(options.out) if options.out else run or Path("runs") / "eval" / f"{safe[:60]}-{encoder.identity[:8]}"
@@ -188,16 +181,11 @@ def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: P
     failed = []
     for plan in plans:
         try:
-            for result in evaluate_all(encoder, [plan], request, folder):
-                row = result.headline
-                _say(f"{plan.benchmark.name}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
+            row = measure(encoder, plan, request, folder).headline
+            print_status(f"{plan.benchmark.name}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
         except (UserError, RunError) as error:
             if len(plans) == 1:
                 raise
             failed.append(f"{plan.benchmark.name} failed: {error}")
-            _say(failed[-1])
+            print_status(failed[-1])
     return failed
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,11 @@ def running(out: str | None) -> Iterator[None]:
         if os.environ.get("DINOREG_DEBUG") == "1":
             traceback.print_exc()
         raise RunError(f"{explain_error(error)} (traceback: {log})") from error
+
+
+def print_status(line: str) -> None:
+    """A line on stderr, at once: stdout is for results."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def explain_error(error: BaseException) -> str:

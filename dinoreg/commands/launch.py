@@ -4,42 +4,38 @@
 it here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
 
-from dinoreg.commands.arguments import Verb, is_key_value, read_options, split_arguments
+from dinoreg.commands.arguments import is_key_value, read_options, split_arguments
 from dinoreg.commands.options import ACTIONS, CancelOptions, LogsOptions
+from dinoreg.commands.registry import VERBS, run_verb
+from dinoreg.jobs import control, status
 from dinoreg.jobs.job_type import Request, find_job, job_files
 from dinoreg.jobs.options import OPTION_NAMES, split_options
+from dinoreg.jobs.submit import command_line, launch
 from dinoreg.runtime.errors import UserError
 
 _say = partial(print, flush=True)
 
 
-def launch_command(arguments: Sequence[str], verbs: Mapping[str, Verb], run_verb: Callable[..., None]) -> None:
-    """Run `dinoreg launch ARGUMENTS`; UserError for what is wrong with them, with nothing written or submitted.
-
-    verbs     the verbs that a job may run
-    run_verb  (verb, arguments, **hooks): runs one inside the job, which is pickled with the function's name
-    """
-    known = [*job_files(), *ACTIONS]
+def launch_command(*arguments: str) -> None:
+    """Run `dinoreg launch ARGUMENTS`; UserError for what is wrong with them, with nothing written or submitted."""
+    jobs = job_files()
     if not arguments or is_key_value(arguments[0]):
-        raise UserError(f"launch: missing JOB; expected {', '.join(known)}, or a .py of your own")
+        raise UserError(f"launch: missing JOB; expected {', '.join([*jobs, *ACTIONS])}, or a .py of your own")
     name, *rest = arguments
+    close = get_close_matches(name, ACTIONS, n=1, cutoff=0.75)
     if name in ACTIONS:
         _act(name, rest)
-        return
-    _launch(name, rest, verbs, run_verb)
-
-
-def _launch(name: str, arguments: Sequence[str], verbs: Mapping[str, Verb], run_verb: Callable[..., None]) -> None:
-    from dinoreg.jobs.control import follow, require_success
-    from dinoreg.jobs.submit import command_line, launch
-
-    close = get_close_matches(name, ACTIONS, n=1, cutoff=0.75)
-    if close and name not in job_files():
+    elif close and name not in jobs:
         raise UserError(f"launch: {name}: unknown job; did you mean {close[0]}?")
+    else:
+        _launch(name, rest)
+
+
+def _launch(name: str, arguments: Sequence[str]) -> None:
     job = find_job(name)
     plain, keys = split_arguments(arguments)
     if len(plain) > 1:
@@ -47,7 +43,7 @@ def _launch(name: str, arguments: Sequence[str], verbs: Mapping[str, Verb], run_
     options, overrides, given = split_options(keys)
     if job.source and not plain:
         raise UserError(f"launch {job.name}: missing {job.source}")
-    request = Request(plain[0] if plain else "", tuple(overrides), options, given, partial(check_command, verbs))
+    request = Request("".join(plain), tuple(overrides), options, given, check_command)
     try:
         folder, records = launch(job, request, run_verb, _say)
     except UserError as error:
@@ -61,35 +57,24 @@ def _launch(name: str, arguments: Sequence[str], verbs: Mapping[str, Verb], run_
     _say(f"dinoreg launch status {folder}")
     if options.wait:
         try:
-            require_success(follow(folder, records, _say))
+            control.require_success(control.follow(folder, records, _say))
         except KeyboardInterrupt:
             _say(f"the jobs go on; dinoreg launch cancel {folder} ends them")
             raise
 
 
-def check_command(verbs: Mapping[str, Verb], arguments: Sequence[str]) -> None:
+def check_command(arguments: Sequence[str]) -> None:
     """Refuse a command line that its verb would refuse, in the same words; nothing is started."""
     verb, *rest = arguments
-    if verb not in verbs:
-        raise UserError(f"{verb}: unknown verb; a job runs one of {', '.join(verbs)}")
-    verbs[verb].parse(rest)
-
-
-def jobs_in_words() -> list[str]:
-    """Lines of help: what can be launched."""
-    jobs = [find_job(job) for job in job_files()]
-    return [
-        "JOB, or a .py file of one's own with a JOB; their other keys are those of the command:",
-        *(f"  dinoreg launch {job.usage}\n      {job.summary}" for job in jobs),
-        "RUN is the folder that a launch names when it has submitted.",
-    ]
+    if verb not in VERBS:
+        raise UserError(f"{verb}: unknown verb; a job runs one of {', '.join(VERBS)}")
+    VERBS[verb].parse(rest)
 
 
 def _with_hint(error: UserError, overrides: Sequence[str]) -> UserError:
     """A misspelt key of the job is looked for among the command's: name the one that was meant."""
     text = str(error)
-    for item in overrides:
-        key = item.partition("=")[0]
+    for key in (item.partition("=")[0] for item in overrides):
         close = get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.75)
         if close and text.startswith(f"{key}: unknown key") and f"did you mean {key}" not in text:
             return UserError(f"{key}: unknown key; did you mean {close[0]}? (dinoreg launch --help lists all)")
@@ -97,17 +82,13 @@ def _with_hint(error: UserError, overrides: Sequence[str]) -> UserError:
 
 
 def _act(name: str, arguments: Sequence[str]) -> None:
-    from dinoreg.jobs import control, status
-
     folders, options = read_options(ACTIONS[name], arguments, positional=None)
     if len(folders) != 1:
         problem = "missing RUN, the folder of the launch" if not folders else f"{folders[1]}: one folder at a time"
         raise UserError(f"launch {name}: {problem}")
-    folder = folders[0]
     if isinstance(options, LogsOptions):
-        control.show_logs(folder, options.job, options.task, options.lines, options.follow, partial(_say, end=""))
+        control.show_logs(folders[0], options.job, options.task, options.lines, options.follow, partial(_say, end=""))
     elif isinstance(options, CancelOptions):
-        control.cancel(folder, options.job, options.save, _say)
+        control.cancel(folders[0], options.job, options.save, _say)
     else:
-        for line in status.describe(folder):
-            _say(line)
+        _say("\n".join(status.describe(folders[0])))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinoreg.commands.arguments import overview, verb_help
-from dinoreg.commands.failures import explain_error
+from dinoreg.commands.failures import explain_error, print_status
 from dinoreg.commands.registry import VERBS, run_verb
 from dinoreg.config.option import nearest
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
@@ -29,12 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except (UserError, RunError, Interrupted) as error:
         if not error.reported:
-            _say(f"dinoreg: {one_line(error)}")
+            print_status(f"dinoreg: {one_line(error)}")
         if isinstance(error, Interrupted):
             return 128 + error.signal_number
         return REFUSED if isinstance(error, UserError) else FAILED
     except KeyboardInterrupt:
-        _say("dinoreg: interrupted")
+        print_status("dinoreg: interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a pipe, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debugging = os.environ.get("DINOREG_DEBUG") == "1"
         if debugging:
             traceback.print_exc()
-        _say(f"dinoreg: {explain_error(error)}{'' if debugging else ' (DINOREG_DEBUG=1 shows the traceback)'}")
+        print_status(f"dinoreg: {explain_error(error)}{'' if debugging else ' (DINOREG_DEBUG=1 shows the traceback)'}")
         return FAILED
 
 
@@ -73,7 +73,3 @@ def _dispatch(arguments: list[str]) -> int:
             raise UserError(f"{name}: {argument}: unknown option; options are written key=value")
     run_verb(name, rest)
     return OK
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

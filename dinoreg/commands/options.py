@@ -5,11 +5,14 @@ Nothing here imports torch, so that help and wrong spellings answer at once.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dinoreg.config.option import REQUIRED, Options, check, option
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
+Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
+SHARE: dict[str, Any] = {"above": 0, "high": 1, "expected": "a share of the peak in (0, 1]"}
 FORMATS = "timm, transformers, meta (torch.hub), safetensors or onnx"
 
 
@@ -93,9 +96,7 @@ class RegistersOptions(Options, verb="registers"):
 @dataclass(frozen=True)
 class ViewOptions(Options, verb="view"):
     weights: str = option(REQUIRED, "a run folder, a weight file, or a model's name (random weights)")
-    images: str | list[str] | None = option(
-        None, "an image, a folder, [several], a list, tars, scenes; none: the run's"
-    )
+    images: str | list[str] | None = option(None, "an image, folder, list, tars, scenes or [several]; none: the run's")
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1)
     size: int | tuple[int, int] | None = option(None, "pixels, a side or [height, width]; none: the model's own")
@@ -126,33 +127,7 @@ class CropsOptions(Options, verb="view crops"):
     num: int = option(8, "at most", unit="image", low=1)
 
 
-VIEWS: dict[str, type[Options]] = {
-    "attention": AttentionOptions,
-    "pca": PcaOptions,
-    "norms": NormsOptions,
-    "crops": CropsOptions,
-}
-
-
-@dataclass(frozen=True)
-class PlanOptions(Options, verb="plan"):
-    nodes: int | None = option(None, "machines; with none of nodes, gpus, gpu and memory: one process here", low=1)
-    gpus: int | None = option(None, "devices of a machine; none: 8, or 1 on a CPU", low=1)
-    gpu: str | None = option(None, "their kind, as h100, a100-40, rtx4090; none: the one here, else h100")
-    memory: float | None = option(None, "GiB of a device; none: what that kind has", above=0)
-    link: float | None = option(None, "GB/s from a device to other machines; none: what is usual for its kind", above=0)
-    local_link: float | None = option(None, "GB/s from a device to its neighbours; none: its maker's figure", above=0)
-    utilisation: float | None = option(
-        None,
-        "where nothing is measured; none: by the width",
-        above=0,
-        high=1,
-        expected="a share of the peak in (0, 1]",
-    )
-    num_images: int | None = option(None, "in the data set; none: counted in data=, where that is here", low=1)
-    disk: float = option(1.0, "GB/s at which all processes together write a checkpoint", above=0)
-    probe: bool | None = option(None, "run a few steps here; none: on CUDA if it fits, on a CPU if quick")
-    out: str | None = option(None, "JSON file for every figure")
+VIEWS: Kinds = {"attention": AttentionOptions, "pca": PcaOptions, "norms": NormsOptions, "crops": CropsOptions}
 
 
 @dataclass(frozen=True)
@@ -175,4 +150,4 @@ class CancelOptions(Options, verb="launch cancel"):
 
 
 # What can be done with jobs that are there, and the keys of each.
-ACTIONS: dict[str, type[Options]] = {"status": StatusOptions, "logs": LogsOptions, "cancel": CancelOptions}
+ACTIONS: Kinds = {"status": StatusOptions, "logs": LogsOptions, "cancel": CancelOptions}

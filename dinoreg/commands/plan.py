@@ -1,27 +1,16 @@
 """`dinoreg plan`: what a run will cost before it starts."""
 
-from dinoreg.commands.arguments import read_options, source_and_overrides
-from dinoreg.commands.options import PlanOptions
-from dinoreg.config.load import Config, load_config
-from dinoreg.config.option import split_texts
+from dinoreg.config.plan_options import PlanOptions
+from dinoreg.config.schema import Config
+from dinoreg.plan import plan
+from dinoreg.plan.text import show
 
 
-def read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
-    """The config that is planned, with its overrides, and the plan's own keys."""
-    own, rest = split_texts(PlanOptions, arguments)
-    source, overrides = source_and_overrides("plan", rest)
-    return load_config(source, overrides), read_options(PlanOptions, own)[1]
-
-
-def run_plan(config: Config, options: PlanOptions) -> None:
+def plan_command(config: Config, options: PlanOptions) -> None:
     """Print the plan, and write every figure to `out` where it is given."""
-    from dinoreg.plan import plan
-    from dinoreg.plan.text import show
-
-    values = dict(vars(options))
-    out = values.pop("out")
-    found = plan(config, **values)
-    written = None if out is None else found.write(out)
+    found = plan(config, **vars(options))
+    if options.out is not None:
+        found.write(options.out)
     show(found)
-    if written is not None:
-        print(f"plan: {written}")
+    if options.out is not None:
+        print(f"plan: {options.out}")

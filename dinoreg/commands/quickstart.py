@@ -4,7 +4,6 @@ The measure is the evaluators' logistic regression on scenes the run has not see
 protocol: the same network before training, and the raw pixels.
 """
 
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import cast
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from dinoreg.checkpoint.run_folder import read_run
+from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
 from dinoreg.data.source import ScenesSource
@@ -23,9 +22,10 @@ from dinoreg.evaluation.benchmark import Benchmark, Task
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Result
-from dinoreg.evaluation.runner import Request, evaluate_all, preflight
+from dinoreg.evaluation.runner import Request, measure, preflight
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
+from dinoreg.runtime.json_files import read_json
 from dinoreg.scenes.layout import label_of
 from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES
 from dinoreg.train.loop import pretrain
@@ -49,7 +49,7 @@ def quickstart(out: str | Path | None = None, seed: int = 0, overwrite: bool = F
     pretrain(config)
     result = probe_run(config, out)
     report = report_run(out)
-    _show(result, verdict(read_run(out)).headline, time.perf_counter() - started, report)
+    _show(result, verdict(Run(out)).headline, time.perf_counter() - started, report)
     return out
 
 
@@ -76,8 +76,7 @@ def probe_run(config: Config, run: Path) -> Result:
 
     train = scenes(FIRST_PROBE_SCENE, NUM_TRAIN)
     test = scenes(FIRST_PROBE_SCENE + NUM_TRAIN, NUM_TEST)
-    step = json.loads((run / "status.json").read_text())["step"]
-    folder = run / "eval" / f"{step:07d}"
+    folder = run / "eval" / f"{read_json(run / 'status.json')['step']:07d}"
     return probe(PretrainedEncoder(config, run), Data({"train": train, "test": test}, CLASS_NAMES), folder)
 
 
@@ -87,7 +86,6 @@ def probe(encoder: Encoder, data: Data, folder: Path, name: str = "scenes", base
     benchmark = Benchmark(
         name=name,
         title="Embedded scenes",
-        task="classification",
         classes=data.splits["train"].num_classes,
         splits=f"{len(data.splits['train']):,} / {len(data.splits['test']):,}",
         folders=(),
@@ -100,20 +98,16 @@ def probe(encoder: Encoder, data: Data, folder: Path, name: str = "scenes", base
         size = min(encoder.image_size)
         request = Request(EvalOptions(image_size=size, examples=0, features=features, baselines=baselines))
         ((plan,), _) = preflight([benchmark], request)
-        (result,) = evaluate_all(encoder, [plan], request, folder)
-    return result
+        return measure(encoder, plan, request, folder)
 
 
 def _show(result: Result, headline: str, seconds: float, report: Path) -> None:
     console = Console()
-    table = Table(
-        title=f"Linear probe on {result.headline.n_test} held-out scenes, {len(CLASS_NAMES)} classes "
-        f"(chance {1 / NUM_CLASSES:.1%})"
-    )
-    for heading in ("features", "top-1", "95 % interval"):
-        table.add_column(heading, justify="left" if heading == "features" else "right")
+    what = f"{result.headline.n_test} held-out scenes, {NUM_CLASSES} classes (chance {1 / NUM_CLASSES:.1%})"
+    numbers = (Column(heading, justify="right") for heading in ("top-1", "95 % interval"))
+    table = Table("features", *numbers, title=f"Linear probe on {what}")
     for name, (row, *_) in {"pretrained": result.rows, **result.baselines}.items():
         table.add_row(name, f"{row.value:.1%}", f"{row.low:.1%} to {row.high:.1%}")
     console.print(table)
-    console.print(f"{headline} {seconds / 60:.1f} minutes in all.", highlight=False, soft_wrap=True)
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    text = f"{headline} {seconds / 60:.1f} minutes in all.\nreport: {report}"
+    console.print(text, highlight=False, soft_wrap=True)

@@ -4,16 +4,17 @@
 found is measured a second time with a test-time register.
 """
 
-import sys
 from collections.abc import Sequence
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 
+from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import RegistersOptions
+from dinoreg.config.overwrite import check_folder
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import ScenesSource, Source
@@ -21,7 +22,7 @@ from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError, UserError, one_line
 from dinoreg.scenes.render import CLASS_NAMES, render
 from dinoreg.visualize.subject import Subject, evenly_spaced, open_images, open_subject, picture_size, safe_name
 from dinoreg.visualize.subject import fit as fit_size
@@ -38,21 +39,19 @@ def report_registers(options: RegistersOptions) -> Path:
     subjects = [open_subject(each, options.device) for each in options.models]
     size = _common_size(subjects, options.size)
     out = Path(options.out) if options.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out}: is a file, expected a folder")
+    check_folder(out, f"out={out}:")
     pictures, skipped = read_pictures(options, size, subjects[0].model.in_channels)
     measured: list[Measured] = []
     for encoder in _encoders(subjects):
-        first = measure(encoder, pictures, options.seed, partial(_report_progress, encoder.name))
+        first = _measure(encoder, pictures, options.seed)
         measured.append(first)
         if options.test_time and not encoder.num_registers and first.record["outliers"]["kind"] != "none":
-            _report_progress(encoder.name, "looking for register neurons")
+            print_status(f"{encoder.name}: looking for register neurons")
             model = fit(encoder, pictures, first).model
             name = f"{encoder.name} + test-time register"
             changed = NativeEncoder(model, name, encoder.mean, encoder.std, encoder.device)
-            second = measure(changed, pictures, options.seed, partial(_report_progress, name))
-            second.record["added"] = True
-            measured.append(second)
+            measured.append(_measure(changed, pictures, options.seed))
+            measured[-1].record["added"] = True
     shown = pictures.images[:SHOWN, :3]
     channels = shown if shown.shape[1] == 3 else shown[:, :1].expand(-1, 3, -1, -1)
     page = write_registers(measured, channels.permute(0, 2, 3, 1).numpy(), out, skipped)
@@ -73,25 +72,23 @@ def read_pictures(options: RegistersOptions, size: int, channels: int) -> tuple[
     if options.images.partition(":")[0] == "scenes" and not Path(options.images).exists():
         return _scenes(options, size, channels), []
     source: Source = open_images(options.images)
-    labels, classes = None, 0
+    labels: np.ndarray | None = None
+    names: Sequence[str] = ()
     if options.labels and Path(options.images).expanduser().is_dir():
-        try:
+        with suppress(UserError):  # fewer than two subfolders: images without classes
             source, labels, names = labelled_folder(options.images)
-            classes = len(names)
-        except UserError:  # fewer than two subfolders: images without classes
-            labels = None
     order = evenly_spaced(len(source), options.num_images)
-    images, kept, skipped = [], [], []
+    images, readable, skipped = [], [], []
     for index in order:
         try:
             images.append(fit_size(source.decode(index, channels), size, size))
-            kept.append(index)
+            readable.append(index)
         except (BadImage, OSError) as error:
-            skipped.append((source.name(index), " ".join(str(error).split())))
+            skipped.append((source.name(index), one_line(error)))
     if len(images) < 2:
         raise RunError(f"images={options.images}: {len(images)} of {len(order)} could be read, expected at least 2")
-    chosen = None if labels is None else torch.from_numpy(labels[kept]).long()
-    return Pictures(torch.stack(images), chosen, classes, None, options.images), skipped
+    chosen = None if labels is None else torch.from_numpy(labels[readable]).long()
+    return Pictures(torch.stack(images), chosen, len(names), None, options.images), skipped
 
 
 def _scenes(options: RegistersOptions, size: int, channels: int) -> Pictures:
@@ -110,16 +107,14 @@ def _common_size(subjects: Sequence[Subject], size: int | None) -> int:
     if size is None:
         size = min(picture_size(subjects[0].model))
         size -= size % subjects[0].model.patch_size
+    first, channels = subjects[0], subjects[0].model.in_channels
     for subject in subjects:
         try:
             picture_size(subject.model, size)
+            if subject.model.in_channels != channels:
+                raise UserError(f"takes {subject.model.in_channels} channels, {first.name} {channels}")
         except UserError as error:
             raise UserError(f"{subject.name}: {error}; models are compared on the same pixels") from None
-        if subject.model.in_channels != subjects[0].model.in_channels:
-            raise UserError(
-                f"{subject.name}: takes {subject.model.in_channels} channels, {subjects[0].name} "
-                f"{subjects[0].model.in_channels}; models are compared on the same pixels"
-            )
     return size
 
 
@@ -137,5 +132,5 @@ def _encoders(subjects: Sequence[Subject]) -> list[NativeEncoder]:
     ]
 
 
-def _report_progress(name: str, line: str) -> None:
-    print(f"{name}: {line}", file=sys.stderr, flush=True)
+def _measure(encoder: NativeEncoder, pictures: Pictures, seed: int) -> Measured:
+    return measure(encoder, pictures, seed, lambda line: print_status(f"{encoder.name}: {line}"))

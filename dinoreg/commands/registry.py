@@ -1,44 +1,44 @@
-"""The verbs of the command line: what each takes, and the call that does its work."""
+"""The verbs of the command line: what each takes, and the function that does its work."""
 
-from functools import partial
+import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dinoreg.commands.arguments import Verb, read_options, source_and_overrides
+from dinoreg.commands import options as keys
+from dinoreg.commands.arguments import Verb, config_and_options, is_key_value, read_options, source_and_overrides
 from dinoreg.commands.failures import running
-from dinoreg.commands.launch import jobs_in_words, launch_command
-from dinoreg.commands.options import (
-    ACTIONS,
-    VIEWS,
-    DoctorOptions,
-    EmbedOptions,
-    ExportOptions,
-    InspectOptions,
-    NoOptions,
-    PlanOptions,
-    QuickstartOptions,
-    RegistersOptions,
-    ReportOptions,
-)
-from dinoreg.commands.plan import read_plan, run_plan
-from dinoreg.commands.view import read_view, view
-from dinoreg.config.load import Config, load_config, require_complete
+from dinoreg.config.load import Config, load_config, require_complete, shipped_configs
+from dinoreg.config.option import nearest
+from dinoreg.config.plan_options import PlanOptions
 from dinoreg.evaluation.options import EvalOptions
+from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
 
 
-def _quickstart(options: QuickstartOptions) -> None:
-    with running(options.out or "runs/quickstart"):
-        from dinoreg.commands.quickstart import quickstart
+def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
+    """A function of `dinoreg.MODULE`, imported when it is called, since most need torch; prints `RESULT: PATH`."""
 
-        quickstart(options.out, seed=options.seed, overwrite=options.overwrite)
+    def call(*args: Any, **named: Any) -> None:
+        returned = getattr(importlib.import_module(f"dinoreg.{module}"), name)(*args, **named)
+        if result:
+            print(f"{result}: {returned}")
+
+    return call
+
+
+def _quickstart(options: keys.QuickstartOptions) -> None:
+    with running(options.out or "runs/quickstart"):
+        _function("commands.quickstart", "quickstart")(options.out, seed=options.seed, overwrite=options.overwrite)
+
+
+def _load_config(arguments: list[str]) -> Config:
+    return load_config(*source_and_overrides("pretrain", arguments))
 
 
 def _read_pretrain(arguments: list[str]) -> tuple[Config]:
-    config = load_config(*source_and_overrides("pretrain", arguments))
-    require_complete(config)
-    return (config,)
+    return (require_complete(_load_config(arguments)),)
 
 
 def _pretrain(config: Config, **hooks: Any) -> None:
@@ -48,19 +48,13 @@ def _pretrain(config: Config, **hooks: Any) -> None:
         from dinoreg.train.loop import pretrain
 
         run = Path(pretrain(config, **hooks))
-        if not is_main_process():
-            return
-        from dinoreg.commands.report import report_run
-
-        print(f"report: {report_run(run)}")
+        if is_main_process():
+            _function("commands.report", "report_run", "report")(run)
 
 
 def _configs() -> list[str]:
-    from dinoreg.config.bundled import bundled
-
-    names = sorted(path.stem for path in bundled("configs").glob("*.yaml"))
     return [
-        f"CONFIG: {', '.join(names)}; a YAML file (ours or dinov2's); a run folder.",
+        f"CONFIG: {', '.join(shipped_configs())}; a YAML file (ours or dinov2's); a run folder.",
         "Values below are those of CONFIG where it is given, else the defaults.",
         "data=PATH is short for data.source=PATH.",
         "A run that ended early goes on with: dinoreg pretrain RUN resume=true",
@@ -69,49 +63,34 @@ def _configs() -> list[str]:
 
 def _read_eval(arguments: list[str]) -> tuple[Any, ...]:
     if "--list" in arguments:
-        return (None, None)
+        return ()
     missing = "NAME, all, or the PATH of a labelled folder, of dinoreg eval --list"
     names, overrides = source_and_overrides("eval", arguments, missing, "; several datasets are written NAME,NAME")
     from dinoreg.commands.evaluate import read_request
 
-    return [names] if Path(names).exists() else names.split(","), read_request(overrides)
+    return names, read_request(overrides)
 
 
-def _eval(names: list[str] | None, request: Any) -> None:
-    from dinoreg.commands.evaluate import evaluate_command, list_datasets
-
-    if names is None:
-        list_datasets()
-    else:
-        evaluate_command(names, request)
-
-
-def _registers(options: RegistersOptions) -> None:
-    from dinoreg.commands.registers import report_registers
-
-    report_registers(options)
-
-
-def _read_report(arguments: list[str]) -> tuple[list[str], ReportOptions]:
-    runs, options = read_options(ReportOptions, arguments, positional=None)
+def _read_report(arguments: list[str]) -> tuple[list[str], keys.ReportOptions]:
+    runs, options = read_options(keys.ReportOptions, arguments, positional=None)
     if not runs:
         raise UserError("report: missing RUN, the folder of a run")
     return runs, options
 
 
-def _report(runs: list[str], options: ReportOptions) -> None:
-    if len(runs) == 1 and _is_results(Path(runs[0])):
-        from dinoreg.commands.evaluate import report_results
+def _report(runs: list[str], options: keys.ReportOptions) -> None:
+    results = Path(runs[0])
+    if len(runs) == 1 and results.parent.name == "eval" and results.name.isdigit():
+        _function("commands.evaluate", "report_results", "report")(results)
+    else:
+        folders = [folder for run in runs for folder in _run_folders("report", run)]
+        if len(folders) == 1 and options.out is None:
+            _function("commands.report", "report_run", "report")(folders[0])
+        else:
+            _function("reports.compare", "compare_report", "report")(folders, options.out and Path(options.out))
 
-        print(f"report: {report_results(Path(runs[0]))}")
-        return
-    folders = [folder for run in runs for folder in _run_folders("report", run)]
-    from dinoreg.commands.report import report_runs
 
-    print(f"report: {report_runs(folders, Path(options.out) if options.out else None)}")
-
-
-def _export(options: ExportOptions) -> None:
+def _export(options: keys.ExportOptions) -> None:
     from dinoreg.export.certificate import summary
     from dinoreg.export.run import export, read_certificate
 
@@ -119,35 +98,55 @@ def _export(options: ExportOptions) -> None:
     print(f"certificate: {summary(read_certificate(folder))}\nexport: {folder}")
 
 
-def _embed(options: EmbedOptions) -> None:
-    from dinoreg.commands.embed import embed
-
-    print(f"features: {embed(options)}")
-
-
-def _inspect(options: InspectOptions) -> None:
+def _inspect(options: keys.InspectOptions) -> None:
     from dinoreg.data.statistics import inspect_source, render_inspection
 
     found = inspect_source(options.data, options.sample, in_channels=options.in_channels, value_range=options.range)
     print(render_inspection(found))
 
 
-def _launch(arguments: list[str]) -> None:
-    launch_command(arguments, VERBS, run_verb)
+def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """(kind of view, arguments of `dinoreg.visualize.KIND.view_KIND`)"""
+    expected = f"expected {', '.join(keys.VIEWS)}"
+    if not arguments or is_key_value(arguments[0]):
+        raise UserError(f"view: missing what to view; {expected}")
+    kind, *rest = arguments
+    if kind not in keys.VIEWS:
+        raise UserError(f"view: {kind}: unknown view{nearest(kind, keys.VIEWS)}; {expected}")
+    if kind != "crops":
+        return kind, vars(read_options(keys.VIEWS[kind], rest)[1])
+    config, overrides, options = config_and_options("view crops", keys.VIEWS[kind], rest)
+    return kind, {"config": config, "overrides": overrides, **vars(options)}
 
 
-def _doctor(runs: list[str], _: DoctorOptions) -> None:
-    folder = _run_folder("doctor", runs[0]) if runs else None
-    from dinoreg.commands.doctor import doctor
+def _view(kind: str, values: dict[str, Any]) -> None:
+    _function(f"visualize.{kind}", f"view_{kind}", "view")(**values)
 
-    doctor(folder)
+
+def _read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
+    config, overrides, options = config_and_options("plan", PlanOptions, arguments)
+    return load_config(config, overrides), options
+
+
+def _jobs() -> list[str]:
+    jobs = [find_job(job) for job in job_files()]
+    return [
+        "JOB, or a .py file of one's own with a JOB; their other keys are those of the command:",
+        *(f"  dinoreg launch {job.usage}\n      {job.summary}" for job in jobs),
+        "RUN is the folder that a launch names when it has submitted.",
+    ]
+
+
+def _read_doctor(arguments: list[str]) -> tuple[Path | None]:
+    runs, _ = read_options(keys.DoctorOptions, arguments, positional=1)
+    return (_run_folder("doctor", runs[0]) if runs else None,)
 
 
 VERBS: dict[str, Verb] = {
     "quickstart": Verb(
         "quickstart [out=FOLDER] [seed=0] [overwrite=false]",
         "pretrain a tiny model on the embedded scenes, probe it, write the report: CPU, minutes, no data",
-        QuickstartOptions,
+        keys.QuickstartOptions,
         _quickstart,
     ),
     "pretrain": Verb(
@@ -157,13 +156,13 @@ VERBS: dict[str, Verb] = {
         _pretrain,
         _read_pretrain,
         details=_configs,
-        values=lambda arguments: load_config(*source_and_overrides("pretrain", arguments)),
+        values=_load_config,
     ),
     "eval": Verb(
         "eval NAME[,NAME…]|all|PATH weights=… root=FOLDER [key=value …]",
         "measure a backbone on benchmark datasets or on your own labelled images, beside two baselines",
         EvalOptions,
-        _eval,
+        _function("commands.evaluate", "evaluate_command"),
         _read_eval,
         details=(
             "PATH is a folder with a subfolder per class, a CSV, images/ + masks/ or depth/, or your own eval/*.py.",
@@ -174,68 +173,68 @@ VERBS: dict[str, Verb] = {
     "registers": Verb(
         "registers weights=W[,W2…] images=FOLDER [out=FOLDER] [key=value …]",
         "look for artifact tokens, and at what registers do and hold; several models side by side",
-        RegistersOptions,
-        _registers,
+        keys.RegistersOptions,
+        _function("commands.registers", "report_registers"),
     ),
     "report": Verb(
         "report RUN… [out=FILE]",
         "write the report of a run, compare several (or all in a folder), or write that of RUN/eval/STEP",
-        ReportOptions,
+        keys.ReportOptions,
         _report,
         _read_report,
     ),
     "export": Verb(
         "export weights=… format=timm|transformers|meta|safetensors|onnx out=FOLDER [size=…]",
         "write a backbone for another library, with a certificate that it computes the same there, and a model card",
-        ExportOptions,
+        keys.ExportOptions,
         _export,
         details=("Exit code 1 and nothing written when the other library differs from the source above the bound.",),
     ),
     "inspect": Verb(
         "inspect data=FOLDER [sample=1000]",
         "count, sizes, formats and unreadable files of a data source",
-        InspectOptions,
+        keys.InspectOptions,
         _inspect,
     ),
     "embed": Verb(
         "embed data=FOLDER weights=… out=FILE.safetensors|FILE.parquet [key=value …]",
         "write the features of a folder, list or archive of images to one file; goes on where it was stopped",
-        EmbedOptions,
-        _embed,
+        keys.EmbedOptions,
+        _function("commands.embed", "embed", "features"),
     ),
     "view": Verb(
         "view attention|pca|norms weights=… images=… [key=value …]\n"
         "       dinoreg view crops CONFIG [data=…] [key=value …]",
         "pictures of what a model sees: attention, patch colours, token norms; or of the crops a config makes",
-        NoOptions,
-        view,
-        read_view,
-        kinds={f"view {kind}": keys for kind, keys in VIEWS.items()},
+        keys.NoOptions,
+        _view,
+        _read_view,
+        kinds={f"view {kind}": cls for kind, cls in keys.VIEWS.items()},
         details=("view crops takes the keys of pretrain besides, as data=photos/ or crops.num_local=4.",),
     ),
     "launch": Verb(
         "launch JOB [CONFIG] [key=value …]\n       dinoreg launch status|logs|cancel RUN [key=value …]",
         "run a command as a job: on Slurm, or detached on this machine; it saves, requeues and goes on by itself",
         LaunchOptions,
-        _launch,
-        lambda arguments: (arguments,),
-        kinds={f"launch {action} RUN": keys for action, keys in ACTIONS.items()},
-        details=jobs_in_words,
+        _function("commands.launch", "launch_command"),
+        tuple,
+        kinds={f"launch {action} RUN": cls for action, cls in keys.ACTIONS.items()},
+        details=_jobs,
     ),
     "plan": Verb(
         "plan CONFIG [nodes=1] [gpus=8] [gpu=h100] [out=FILE.json] [key=value …]",
         "what a run will cost before it starts: memory, speed, traffic, time, and what to change when it does not fit",
         PlanOptions,
-        run_plan,
-        read_plan,
+        _function("commands.plan", "plan_command"),
+        _read_plan,
         details=("All other keys are those of pretrain, as batch_size=32 or parallel.strategy=fsdp.",),
     ),
     "doctor": Verb(
         "doctor [RUN]",
         "what this machine has and what is missing for what; or what happened to a run",
-        DoctorOptions,
-        _doctor,
-        partial(read_options, DoctorOptions, positional=1),
+        keys.DoctorOptions,
+        _function("commands.doctor", "doctor"),
+        _read_doctor,
     ),
 }
 
@@ -243,11 +242,6 @@ VERBS: dict[str, Verb] = {
 def run_verb(verb: str, arguments: list[str], **hooks: Any) -> None:
     """Run a verb; `hooks` go to the training, which tells the job that it runs in of its checkpoints."""
     VERBS[verb].run(*VERBS[verb].parse(arguments), **hooks)
-
-
-def _is_results(folder: Path) -> bool:
-    """Whether a path is that of an evaluation's results, `…/eval/<step>`, whether or not anything was written there."""
-    return folder.parent.name == "eval" and folder.name.isdigit()
 
 
 def _run_folders(verb: str, text: str) -> list[Path]:

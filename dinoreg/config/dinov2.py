@@ -7,30 +7,39 @@ either translated or listed with a reason; none is dropped in silence.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import is_number
 
 _SIZES = {"vit_small": "s", "vit_base": "b", "vit_large": "l", "vit_giant2": "g"}
 _FFN = {"mlp": "mlp", "swiglu": "swiglu", "swiglufused": "swiglu"}
 _CENTERING = {"centering": "softmax", "sinkhorn_knopp": "sinkhorn"}
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """A key of the reference that is translated.
 
     default  the reference's
     ours     the key of ours that takes its value; "": `from_dinov2` says what becomes of it
     names    its values by the names that the reference has for them
+    number   whether it must be a number
     epochs   whether it is a number of epochs that becomes a fraction of the run
     """
 
     default: Any
     ours: str = ""
     names: Mapping[str, Any] | None = None
+    number: bool = False
     epochs: bool = False
+
+    def check(self, key: str, value: Any) -> None:
+        """UserError where the value is not a number that has to be one, or has no counterpart here."""
+        if (self.number or self.epochs) and not is_number(value):
+            raise UserError(f"{key}={value}: expected a number")
+        if self.names is not None and value not in self.names:
+            raise UserError(f"{key}={value}: expected {' or '.join(self.names)}")
 
 
 KEYS: dict[str, Key] = {
@@ -54,16 +63,16 @@ KEYS: dict[str, Key] = {
     "train.output_dir": Key("."),
     "train.seed": Key(0, "seed"),
     "train.num_workers": Key(10, "data.workers"),
-    "train.OFFICIAL_EPOCH_LENGTH": Key(1250),
+    "train.OFFICIAL_EPOCH_LENGTH": Key(1250, number=True),
     "train.centering": Key("centering", "loss.centering", _CENTERING),
-    "student.arch": Key("vit_large"),
-    "student.patch_size": Key(16),
+    "student.arch": Key("vit_large", names=_SIZES),
+    "student.patch_size": Key(16, number=True),
     "student.drop_path_rate": Key(0.3, "model.drop_path"),
     "student.layerscale": Key(1e-5),
     "student.drop_path_uniform": Key(True, "model.drop_path_uniform"),
     "student.pretrained_weights": Key(""),
     "student.ffn_layer": Key("mlp", "model.ffn", _FFN),
-    "student.num_register_tokens": Key(0),
+    "student.num_register_tokens": Key(0, number=True),
     "student.interpolate_antialias": Key(False, "model.antialias"),
     "student.interpolate_offset": Key(0.1, "model.position_offset"),
     "teacher.momentum_teacher": Key(0.992),
@@ -71,7 +80,7 @@ KEYS: dict[str, Key] = {
     "teacher.warmup_teacher_temp": Key(0.04),
     "teacher.teacher_temp": Key(0.07),
     "teacher.warmup_teacher_temp_epochs": Key(30, "schedule.teacher_temp_warmup", epochs=True),
-    "optim.epochs": Key(100),
+    "optim.epochs": Key(100, number=True),
     "optim.weight_decay": Key(0.04),
     "optim.weight_decay_end": Key(0.4),
     "optim.base_lr": Key(4e-3, "optim.base_lr"),
@@ -79,7 +88,7 @@ KEYS: dict[str, Key] = {
     "optim.min_lr": Key(1e-6, "schedule.final_lr"),
     "optim.clip_grad": Key(3.0),
     "optim.freeze_last_layer_epochs": Key(1, "schedule.freeze_last_layer", epochs=True),
-    "optim.scaling_rule": Key("sqrt_wrt_1024"),
+    "optim.scaling_rule": Key("sqrt_wrt_1024", names={"sqrt_wrt_1024": True}),
     "optim.patch_embed_lr_mult": Key(0.2, "optim.patch_embed_lr"),
     "optim.layerwise_decay": Key(0.9, "optim.layer_decay"),
     "optim.adamw_beta1": Key(0.9, "optim.beta1"),
@@ -92,27 +101,26 @@ KEYS: dict[str, Key] = {
     "evaluation.eval_period_iterations": Key(12500, "probe.every"),
 }
 
-# Keys of dinov2's files that decide nothing here; a trailing dot stands for all keys below.
+# Keys of dinov2's files that decide nothing here, and why.
 DEAD: dict[str, str] = {
-    "compute_precision.": "precision and sharding follow precision= and the device",
+    "compute_precision.*": "precision and sharding follow precision= and the device",
     "train.saveckp_freq": "the reference does not read it either; see checkpoint.every and .keep",
     "train.cache_dataset": "the file index is always kept; images are never",
     "student.block_chunks": "blocks are one flat list; chunked weights are read all the same",
     "optim.lr": "the reference overwrites it with the scaled base_lr",
+    "student.*_bias": "always so here",
+    "*": "unknown to this reader; nothing follows from it",
 }
-# True here whatever the file says; another value changes the network and is refused.
-FIXED: dict[str, Any] = {"student.qkv_bias": True, "student.proj_bias": True, "student.ffn_bias": True}
 
 _OWN_SECTIONS = ("MODEL", "compute_precision", "dino", "ibot", "student", "teacher", "train", "evaluation")
 
 
-@dataclass(frozen=True)
-class Translation:
+class Translation(NamedTuple):
     """What a dinov2 file says in our words: dotted keys for `load_config`, keys without effect, remarks."""
 
     config: dict[str, Any]
-    dead: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    dead: list[str]
+    notes: list[str]
 
     def __str__(self) -> str:
         lines = [f"  {key} = {value}" for key, value in self.config.items()]
@@ -135,29 +143,31 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
     content  the file, by dotted key; absent keys have the reference's defaults
     raises   UserError where a value has no counterpart here (an unknown arch, FFN, scaling rule, …)
     """
-    dead = [f"{key}: {reason}" for key in content if key not in KEYS and (reason := _why_dead(key, content[key]))]
-    get = _Reader({key: content.get(key, each.default) for key, each in KEYS.items()})
-    values = get.values
-    notes: list[str] = []
-    epochs, epoch_length = get.number("optim.epochs"), get.number("train.OFFICIAL_EPOCH_LENGTH")
+    for key in ("student.qkv_bias", "student.proj_bias", "student.ffn_bias"):
+        if not content.get(key, True):
+            raise UserError(f"{key}={content[key]}: expected true; the backbone always has these biases")
+    reasons = {key: next(why for name, why in DEAD.items() if fnmatchcase(key, name)) for key in content}
+    dead = [f"{key}: {why}" for key, why in reasons.items() if key not in KEYS]
+    values = {key: content.get(key, each.default) for key, each in KEYS.items()}
+    for key, each in KEYS.items():
+        each.check(key, values[key])
+    epochs, epoch_length = values["optim.epochs"], values["train.OFFICIAL_EPOCH_LENGTH"]
     if epochs <= 0 or epoch_length <= 0:
         raise UserError(f"optim.epochs={epochs} of {epoch_length} steps: expected a positive length of the run")
+    notes = [
+        f"{key} is longer than the run of {epochs:g} epochs: cut to its length"
+        for key, each in KEYS.items()
+        if each.epochs and values[key] > epochs
+    ]
     ours: dict[str, Any] = {}
     for key, each in KEYS.items():
-        if each.epochs:
-            share = get.number(key) / epochs
-            ours[each.ours] = min(1.0, share)
-            if share > 1:
-                notes.append(f"{key} is longer than the run of {epochs:g} epochs: cut to its length")
-        elif each.ours:
-            ours[each.ours] = get.choice(key, each.names) if each.names else values[key]
-    arch = get.choice("student.arch", _SIZES)
-    patch, registers = get.number("student.patch_size"), get.number("student.num_register_tokens")
-    if get.choice("optim.scaling_rule", {"sqrt_wrt_1024": True}):
-        notes.append("optim.base_lr is scaled by √(global batch/1024), as optim.scaling_rule asks")
+        if each.ours:
+            value = each.names[values[key]] if each.names else values[key]
+            ours[each.ours] = min(1.0, value / epochs) if each.epochs else value
+    arch = _SIZES[values["student.arch"]]
     ours |= {
         "steps": round(epochs * epoch_length),
-        "model.name": f"vit{arch}{patch:g}_reg{registers:g}",
+        "model.name": f"vit{arch}{values['student.patch_size']:g}_reg{values['student.num_register_tokens']:g}",
         "model.layerscale": values["student.layerscale"] or None,
         "augment.reference_blur": True,
         "loss.koleo_ranks": 1,  # the reference searches each process's images alone
@@ -169,6 +179,7 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
         "checkpoint.keep": 3,
     }
     notes += [
+        "optim.base_lr is scaled by √(global batch/1024), as optim.scaling_rule asks",
         "blur runs with 1 - p, as the reference executes it (augment.reference_blur)",
         "a checkpoint every 3 epochs, 3 kept, as the reference does whatever its config says",
         "evaluation.eval_period_iterations becomes probe.every; teacher files come with the checkpoints",
@@ -193,19 +204,18 @@ def _ibot_head(values: Mapping[str, Any], content: Mapping[str, Any], dead: list
 
 def _places(values: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """Where the weights, the images and the run folder are."""
-    found = {}
-    if weights := values["student.pretrained_weights"] or values["MODEL.WEIGHTS"]:
-        found["init"] = weights
-        notes.append(f"init={weights} is loaded strictly (the reference skips what does not fit)")
-    if values["train.output_dir"] not in (".", "", None):
-        found["out"] = values["train.output_dir"]
-    path = values["train.dataset_path"]
-    source = _dataset_folder(str(path))
-    if source is not None:
-        found["data.source"] = source
-    where = f": all images below {source}" if source is not None else " names no folder: give data=FOLDER"
+    path, out = values["train.dataset_path"], values["train.output_dir"]
+    places = {
+        "init": values["student.pretrained_weights"] or values["MODEL.WEIGHTS"],
+        "out": None if out == "." else out,
+        "data.source": _dataset_folder(str(path)),
+    }
+    if places["init"]:
+        notes.append(f"init={places['init']} is loaded strictly (the reference skips what does not fit)")
+    source = places["data.source"]
+    where = f": all images below {source}" if source else " names no folder: give data=FOLDER"
     notes.append(f"train.dataset_path={path}{where}")
-    return found
+    return {key: value for key, value in places.items() if value}
 
 
 def _dataset_folder(path: str) -> str | None:
@@ -216,33 +226,3 @@ def _dataset_folder(path: str) -> str | None:
     if root and name == "ImageNet":
         return f"{root.rstrip('/')}/{pairs.get('split', 'TRAIN').lower()}"
     return root or None
-
-
-def _why_dead(key: str, value: Any) -> str:
-    if key in FIXED:
-        if value != FIXED[key]:
-            raise UserError(f"{key}={value}: expected true; the backbone always has these biases")
-        return "always so here"
-    for name, reason in DEAD.items():
-        if key == name or (name.endswith(".") and key.startswith(name)):
-            return reason
-    return "unknown to this reader; nothing follows from it"
-
-
-class _Reader:
-    """Values whose meaning is translated, checked on the way."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-
-    def number(self, key: str) -> float:
-        value = self.values[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{key}={value}: expected a number")
-        return value
-
-    def choice(self, key: str, known: Mapping[str, Any]) -> Any:
-        value = self.values[key]
-        if value not in known:
-            raise UserError(f"{key}={value}: expected {' or '.join(known)}")
-        return known[value]

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dinoreg.config.bundled import bundled
+from dinoreg.config.dinov2 import from_dinov2, is_dinov2
 from dinoreg.config.option import build, dotted, keys_of, nearest, typed
 from dinoreg.config.schema import BUDGETS, Config
 from dinoreg.runtime.errors import UserError, one_line
@@ -22,8 +24,8 @@ COMMAND_ONLY = ("resume", "overwrite")
 EXCLUSIVE = (BUDGETS, ("optim.base_lr", "optim.lr"), COMMAND_ONLY)
 
 
-def require_complete(config: Config) -> None:
-    """Refuse, before anything is written, a config that a run cannot start from.
+def require_complete(config: Config) -> Config:
+    """The config, if a run can start from it; nothing is written.
 
     raises  UserError where `out`, `data` or the budget is missing
     """
@@ -33,6 +35,7 @@ def require_complete(config: Config) -> None:
         raise UserError("data: missing; name a folder of images (data=photos/), a list of paths, or data=scenes")
     if all(getattr(config, key) is None for key in BUDGETS):
         raise UserError("no budget: give one of steps=, images= or epochs=")
+    return config
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -78,14 +81,16 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
+def shipped_configs() -> dict[str, Path]:
+    """The YAML files in `configs/`, by name."""
+    return {path.stem: path for path in sorted(bundled("configs").glob("*.yaml"))}
+
+
 def find_config(source: str | Path) -> Path:
     """Path of a shipped config by name, of a YAML file by path, or of the config that a run folder holds."""
-    from dinoreg.config.bundled import bundled
-
-    folder = bundled("configs")
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    known = shipped_configs()
     if str(source) in known:
-        return folder / f"{source}.yaml"
+        return known[str(source)]
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -111,8 +116,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, DictConfig) or not isinstance(plain, dict):
         raise UserError(f"config {path}: expected keys and values")
     content = dotted(plain, where=str(path))
-    from dinoreg.config.dinov2 import from_dinov2, is_dinov2
-
     if not is_dinov2(content, keys_of(Config)):
         return content
     translation = from_dinov2(content)

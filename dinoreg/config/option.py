@@ -12,17 +12,19 @@ import csv
 import dataclasses
 import difflib
 import inspect
-import math
+import operator
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
 from pathlib import PurePath
 from typing import Any, ClassVar, TypeVar
 
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import flatten, is_number
 
 MAX_LISTED = 12  # a class with more keys than this does not list them all in a message
 REQUIRED: Any = dataclasses.MISSING  # instead of the default of an option that must be given
@@ -69,13 +71,8 @@ class Declaration:
         if isinstance(value, str):
             fits = not self.pattern or re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
             return fits and (not self.choices or value in self.choices)
-        return (
-            math.isfinite(value)
-            and (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-        )
+        bounds = (self.low, operator.ge), (self.high, operator.le), (self.above, operator.gt), (self.below, operator.lt)
+        return is_number(value) and all(bound is None or holds(value, bound) for bound, holds in bounds)
 
     def accepted(self, value: Any = None) -> str:
         """The range or the choices in words, "" where there are none; `value` tells a list from a single value."""
@@ -93,10 +90,9 @@ class Declaration:
             return f"a {number} in {lower}, {upper}"
         if self.above is not None:
             return f"a {number} above {self.above}" if self.above else f"a positive {number}"
-        if lower or upper:
-            bound = self.low if lower else upper[:-1]
-            unit = f" {self.unit}{'' if bound == 1 else 's'}" if self.unit else ""
-            return f"{'at least' if lower else 'at most' if self.high is not None else 'less than'} {bound}{unit}"
+        for words, bound in ("at least", self.low), ("at most", self.high), ("less than", self.below):
+            if bound is not None:
+                return f"{words} {bound}" + (f" {self.unit}{'' if bound == 1 else 's'}" if self.unit else "")
         return f"{self.unit}s" if self.unit else ""
 
     def check(self, key: str, value: Any, or_none: bool = False) -> None:
@@ -160,31 +156,26 @@ def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
-def _sections(cls: type) -> dict[str, Any]:
-    return {name: hint for name, hint in _hints(cls).items() if dataclasses.is_dataclass(hint)}
-
-
-def keys_of(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a class of options with its type, in the order of their declaration."""
-    found: dict[str, Any] = {}
+def _walk(cls: Any, prefix: str = "", shapes: bool = True) -> Iterator[tuple[str, Any, dataclasses.Field, bool]]:
+    """(dotted key, type, field, whether a result depends on it) of every option, in the order of declaration."""
     for item in dataclasses.fields(cls):
-        hint = _hints(cls)[item.name]
-        name = f"{prefix}{item.name}"
-        found |= keys_of(hint, f"{name}.") if dataclasses.is_dataclass(hint) else {name: hint}
-    return found
-
-
-def flat(options: Any, shaping: bool = False, prefix: str = "", shapes: bool = True) -> dict[str, Any]:
-    """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only what the result depends on."""
-    found: dict[str, Any] = {}
-    for item in dataclasses.fields(options):
-        value, name = getattr(options, item.name), f"{prefix}{item.name}"
-        declared = item.metadata.get("option")
+        key, hint, declared = f"{prefix}{item.name}", _hints(cls)[item.name], item.metadata.get("option")
         if declared is None:
-            found |= flat(value, shaping, f"{name}.", item.metadata["shapes_result"])
-        elif not shaping or (shapes if declared.shapes_result is None else declared.shapes_result):
-            found[name] = value
-    return found
+            yield from _walk(hint, f"{key}.", item.metadata["shapes_result"])
+        else:
+            yield key, hint, item, shapes if declared.shapes_result is None else declared.shapes_result
+
+
+def keys_of(cls: Any) -> dict[str, Any]:
+    """Every dotted key of a class of options with its type, in the order of their declaration."""
+    return {key: hint for key, hint, _, _ in _walk(cls)}
+
+
+def flat(options: Any, shaping: bool = False) -> dict[str, Any]:
+    """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only what the result depends on."""
+    return {
+        key: operator.attrgetter(key)(options) for key, _, _, shapes in _walk(type(options)) if shapes or not shaping
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -212,45 +203,41 @@ def split_texts(cls: type, texts: Iterable[str]) -> tuple[list[str], list[str]]:
     return parts
 
 
-def dotted(values: Mapping[str, Any] | Iterable[str], prefix: str = "", where: str = "command line") -> dict[str, Any]:
+def dotted(values: Mapping[str, Any] | Iterable[str], where: str = "command line") -> dict[str, Any]:
     """{"optim": {"lr": 1}} or ["optim.lr=1"] as {"optim.lr": 1}.
 
     raises  UserError for a text without key or value, a key given twice, and ${…}: a config is data, it may not read
             the environment or other keys
     """
-    found: dict[str, Any] = {}
     if not isinstance(values, Mapping):
+        given: dict[str, Any] = {}
         for text in values:
             key, separator, value = text.partition("=")
             if not separator or not key:
                 raise UserError(f"{text}: expected key=value")
-            if key in found:
+            if key in given:
                 raise UserError(f"{key}: given twice")
-            found[key] = Text(value)
-        return dotted(found, prefix, where)
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            found |= dotted(value, f"{name}.", where)
-            continue
+            given[key] = Text(value)
+        values = given
+    by_key = flatten(values)
+    for value in by_key.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, str) and "${" in item:
                 raise UserError(f"{where}: {item}: ${{…}} is not allowed in a config")
-        found[name] = value
-    return found
+    return by_key
 
 
 def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> dict[str, Any]:
     """The values of dotted keys as the types that `cls` declares; `where` they come from is for messages."""
     known = keys_of(cls)
-    found: dict[str, Any] = {}
+    converted: dict[str, Any] = {}
     for name, value in values.items():
         parent = name.rpartition(".")[0]
         below = next((key for key in known if key.startswith(f"{name}.")), None)
         if name in known:
             if isinstance(value, Mapping):
                 raise UserError(f"{name}: is a value, not a section ({where})")
-            found[name] = convert(value, known[name], name, where)
+            converted[name] = convert(value, known[name], name, where)
         elif parent in known:
             raise UserError(f"{parent}: is a value, not a section ({where})")
         elif below is None:
@@ -261,7 +248,7 @@ def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> 
             raise UserError(f"{name}: unknown key {source}{hint}{accepted if len(known) <= MAX_LISTED else ''}")
         elif value != {}:
             raise UserError(f"{name}={value}: expected keys below it, such as {below} ({where})")
-    return found
+    return converted
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -269,12 +256,12 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
     raises  UserError for a required key that is not given, and for a value that is not accepted
     """
-    sections = _sections(cls)
+    declared: Any = cls
     arguments: dict[str, Any] = {}
-    for item in dataclasses.fields(typing.cast(Any, cls)):
+    for item in dataclasses.fields(declared):
         name = f"{prefix}{item.name}"
-        if item.name in sections:
-            arguments[item.name] = build(sections[item.name], values, f"{name}.")
+        if "option" not in item.metadata:
+            arguments[item.name] = build(_hints(declared)[item.name], values, f"{name}.")
         elif name in values:
             arguments[item.name] = values[name]
         elif item.default is REQUIRED:
@@ -286,9 +273,9 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 def read_value(key: str, value: Any, field: dataclasses.Field) -> Any:
     """A value of one option that stands in no class, as the type of its default; UserError where it is not accepted."""
-    found = convert(value, type(field.default), key, "options")
-    field.metadata["option"].check(key, found)
-    return found
+    converted = convert(value, type(field.default), key, "options")
+    field.metadata["option"].check(key, converted)
+    return converted
 
 
 class _WrongType(Exception):
@@ -325,34 +312,24 @@ def _read_text(text: str, hint: Any) -> Any:
 def _coerce(value: Any, hint: Any) -> Any:
     """`value` as `hint`; 3 passes for 3.0 and 1e4 for 10000, but no text and no truth value for a number."""
     kinds = _kinds(hint)
-    if value is None or (type(None) in kinds and isinstance(value, str) and value.lower() == "none"):
-        if type(None) in kinds:
-            return None
-        raise _WrongType
+    if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() == "none")):
+        return None
     for kind in kinds:
         if typing.get_origin(kind) in (tuple, list):
             inner = typing.get_args(kind)
             any_length = typing.get_origin(kind) is list or inner[-1] is Ellipsis
-            if any_length and _is_number(value):
+            if any_length and is_number(value):
                 value = [value]
             if isinstance(value, (list, tuple)) and (any_length or len(value) == len(inner)):
-                hints = [inner[0]] * len(value) if any_length else inner
-                items = [_coerce(item, each) for item, each in zip(value, hints)]
-                return tuple(items) if typing.get_origin(kind) is tuple else items
+                items = (_coerce(item, each) for item, each in zip(value, repeat(inner[0]) if any_length else inner))
+                return typing.get_origin(kind)(items)
         elif kind is bool and isinstance(value, bool):
             return value
         elif kind is str and isinstance(value, (str, PurePath)):
             return str(value)
-        elif kind in (int, float) and _is_number(value) and (kind is float or float(value).is_integer()):
+        elif kind in (int, float) and is_number(value) and (kind is float or float(value).is_integer()):
             return kind(value)
     raise _WrongType
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond what a float holds
-        return False
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:
@@ -375,20 +352,16 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
-def describe(options: Any, prefix: str = "") -> list[tuple[str, str, str]]:
+def describe(options: Any) -> list[tuple[str, str, str]]:
     """Rows of help, (key, "type = value", meaning), of a class of options, with its defaults, or of one with values.
 
     The meaning ends with what is accepted, in brackets.
     """
-    cls = options if isinstance(options, type) else type(options)
-    rows = []
-    for item in dataclasses.fields(cls):
-        name, kind = f"{prefix}{item.name}", _hints(cls)[item.name]
-        if "option" in item.metadata:
-            rows.append(_row(name, inspect.formatannotation(kind), item, getattr(options, item.name, REQUIRED)))
-        else:
-            rows += describe(getattr(options, item.name, kind), f"{name}.")
-    return rows
+    cls, values = (options, {}) if isinstance(options, type) else (type(options), flat(options))
+    return [
+        _row(key, inspect.formatannotation(hint), item, values.get(key, item.default))
+        for key, hint, item, _ in _walk(cls)
+    ]
 
 
 def describe_fields(fields: Mapping[str, dataclasses.Field], prefix: str = "") -> list[tuple[str, str, str]]:

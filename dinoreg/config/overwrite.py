@@ -1,6 +1,5 @@
 """A run folder as a place to write to: what `out=` may name, and what `overwrite=true` may delete there."""
 
-import json
 import os
 import shutil
 from fnmatch import fnmatch
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import read_json
 
 OWNER = "owner.json"
 
@@ -23,10 +23,15 @@ _MARKS = (OWNER, "config.yaml")
 _BEFORE_A_RUN = ("launch", ".overwritten-*", "*.part")
 
 
+def check_folder(folder: Path, name: str) -> None:
+    """UserError that begins with `name` where a file stands in the place of a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{name} is a file, expected a folder")
+
+
 def check_out(config: Config, out: Path) -> None:
     """UserError in one line when `config` must not write a run to `out`; nothing is touched."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out={out}: is a file, expected a folder")
+    check_folder(out, f"out={out}:")
     if config.overwrite:
         run_entries(out)
     elif not out.is_dir() or all(_matches(path, _BEFORE_A_RUN) for path in out.iterdir()):
@@ -48,7 +53,8 @@ def run_entries(out: Path) -> list[Path]:
     if all(_matches(path, _BEFORE_A_RUN) for path in entries):
         return []
     config = out / "config.yaml"
-    if not (_is_lease(out / OWNER) or _is_resolved_config(config)):
+    is_claimed = {"token", "host", "pid"} <= read_json(out / OWNER).keys()  # by a start of a run, see `Lease`
+    if not (is_claimed or _is_resolved_config(config)):
         why = "its config.yaml is not one that a run wrote" if config.exists() else "no config.yaml"
         raise UserError(f"out={out}: holds something other than a run ({why}); it is not overwritten")
     foreign = [path.name for path in entries if not _matches(path, _WRITTEN_BY_RUNS)]
@@ -96,14 +102,6 @@ def put_back(aside: Path) -> None:
 
 def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(path.name, pattern) for pattern in patterns)
-
-
-def _is_lease(path: Path) -> bool:
-    """Whether this is the file by which a start of a run claims its folder."""
-    try:
-        return {"token", "host", "pid"} <= json.loads(path.read_text()).keys()
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return False
 
 
 def _is_resolved_config(path: Path) -> bool:

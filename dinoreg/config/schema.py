@@ -52,9 +52,7 @@ class HeadConfig(Options, section="head"):
     bottleneck_dim: int = option(256, "width of the embedding before the prototypes", low=1, high=MAX_WIDTH)
     layers: int = option(3, "linear layers before the prototypes", low=1, high=100)
     separate: bool = option(False, "true: iBOT has a head of its own (untied)")
-    ibot_prototypes: int | None = option(
-        None, "K of a separate iBOT head; none: as prototypes", low=1, high=MAX_PROTOTYPES
-    )
+    ibot_prototypes: int | None = option(None, "K of a separate iBOT head; none: the same", low=1, high=MAX_PROTOTYPES)
     ibot_bottleneck_dim: int | None = option(None, "its bottleneck; none: as bottleneck_dim", low=1, high=MAX_WIDTH)
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0)
 
@@ -69,9 +67,7 @@ class LossConfig(Options, section="loss"):
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
     sinkhorn_iterations: int = option(3, "row and column normalisations", low=1)
     center_momentum: float = fraction(0.9, "of the moving centre")
-    koleo_ranks: int | None = option(
-        None, "processes that KoLeo searches together; none: all; 1: as the reference", low=1
-    )
+    koleo_ranks: int | None = option(None, "processes that KoLeo searches together; none: all; reference: 1", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,9 +128,7 @@ class DataConfig(Options, section="data"):
         None, "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type"
     )
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
-    workers: int | None = option(
-        None, "decoding threads; none: one per core, at most 16", low=0, high=1024, shapes_result=False
-    )
+    workers: int | None = option(None, "threads; none: a core each, at most 16", low=0, high=1024, shapes_result=False)
     prefetch: int = option(2, "batches prepared ahead", low=1, high=1000, shapes_result=False)
     index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_result=False)
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)
@@ -158,7 +152,7 @@ class ParallelConfig(Options, section="parallel"):
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
     shard: int | None = option(
-        None, "fsdp: processes that share one copy of the state; none: all; fewer: HSDP", unit="process", low=1
+        None, "fsdp: processes that share a state; none: all; fewer: HSDP", unit="process", low=1
     )
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
@@ -242,14 +236,12 @@ class Config(Options):
 
     def num_steps(self, num_images: int, world_size: int = 1) -> int:
         """Length of the run in optimizer steps, for a data set of `num_images`; at least 1."""
-        global_batch = self.batch_size * world_size
         if self.steps is not None:
             return self.steps
-        if self.images is not None:
-            return max(1, round(self.images / global_batch))
-        if self.epochs is not None:
-            return max(1, round(self.epochs * num_images / global_batch))
-        raise UserError("no budget: give one of steps=, images= or epochs=")
+        images = self.images if self.epochs is None else self.epochs * num_images
+        if images is None:
+            raise UserError("no budget: give one of steps=, images= or epochs=")
+        return max(1, round(images / (self.batch_size * world_size)))
 
     def peak_lr(self, world_size: int = 1) -> float:
         """`optim.lr` as given, or `optim.base_lr` times sqrt(global batch / 1024)."""
@@ -274,11 +266,9 @@ class Config(Options):
     def explain_start(self, num_steps: int, world_size: int = 1) -> str:
         """What a run with `init=` does with the backbone, in one line."""
         frozen = round(self.adapt.heads * num_steps)
-        rate = self.peak_lr(world_size) * self.adapt.lr
         first = f"heads alone for {frozen} steps, then " if frozen else ""
-        return (
-            f"{first}backbone at {rate:.3g} ({self.adapt.lr:.3g} of the heads' rate), {self.layer_decay():.3g} a block"
-        )
+        rate = f"{self.peak_lr(world_size) * self.adapt.lr:.3g} ({self.adapt.lr:.3g} of the heads' rate)"
+        return f"{first}backbone at {rate}, {self.layer_decay():.3g} a block"
 
     def shaping(self) -> dict[str, Any]:
         """Every option that shapes the weights, by its dotted key; what only watches or places the run is left out."""
@@ -304,19 +294,11 @@ def _check_model(config: Config) -> None:
     for key, size in sizes.items():
         below = size // patch * patch
         nearest = f"{below} or {below + patch}" if below > 0 else str(patch)
-        check(
-            size > 0 and size % patch == 0,
-            key,
-            size,
-            f"a multiple of the patch size {patch} of {config.model.name}, for example {nearest}",
-        )
+        multiple = f"a multiple of the patch size {patch} of {config.model.name}, for example {nearest}"
+        check(size % patch == 0, key, size, multiple)
     dim, heads = config.model.dim or named["dim"], config.model.heads or named["heads"]
     check(dim % heads == 0, "model.heads", heads, f"a divisor of the width model.dim={dim}")
-    for key in ("mean", "std"):
-        values = getattr(config.augment, key)
-        check(
-            len(values) in (1, config.model.in_channels),
-            f"augment.{key}",
-            list(values),
-            f"one number, or one for each of the {config.model.in_channels} channels (model.in_channels)",
-        )
+    channels = config.model.in_channels
+    fits = f"one number, or one for each of the {channels} channels (model.in_channels)"
+    for key, values in ("augment.mean", config.augment.mean), ("augment.std", config.augment.std):
+        check(len(values) in (1, channels), key, values, fits)

@@ -35,9 +35,7 @@ class AugmentSettings(Options, section="augment"):
     blur_global1: float = fraction(1.0, "probability of a Gaussian blur of the first global crop")
     blur_global2: float = fraction(0.1, "the same of the second global crop")
     blur_local: float = fraction(0.5, "the same of a local crop")
-    blur_sigma: tuple[float, float] = option(
-        (0.1, 2.0), "standard deviation of the blur", unit="pixel", above=0, ascending=True
-    )
+    blur_sigma: tuple[float, float] = option((0.1, 2.0), "standard deviation", unit="pixel", above=0, ascending=True)
     blur_kernel: int = option(9, "taps of the blur kernel, odd", low=1)
     reference_blur: bool = option(False, "blur with 1 - p, as the reference implementation runs (0.0, 0.9, 0.5)")
     solarize_global2: float = fraction(0.2, "probability of inverting the bright pixels of the second global crop")
@@ -56,7 +54,7 @@ class MaskSettings(Options, section="mask"):
 
     probability: float = fraction(0.5, "share of the global crops of a batch that are masked")
     ratio: tuple[float, float] = fraction(
-        (0.1, 0.5), "share of a crop's patches, stratified over the batch", ascending=True
+        (0.1, 0.5), "share of a crop's patches, spread over the batch", ascending=True
     )
     min_patches: int = option(4, "patches of the smallest block", low=1)
     aspect: float = option(0.3, "the most elongated block: height over width in aspect .. 1 / aspect", above=0, high=1)

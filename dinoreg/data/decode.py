@@ -11,6 +11,7 @@ with grey.
 import io
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -95,36 +96,27 @@ class EncodedImage:
                    it
         """
         if self.raw is not None:
-            image = self._scaled(self.raw)
-        else:
-            try:
-                if reduction > 1 or self.components not in (1, 3) or self.in_channels not in (1, 3):
-                    image = self._jpeg_with_pillow(reduction)
-                else:
-                    image = self._whole_jpeg()
-            except BadImage:
-                raise
-            except Exception as error:
-                raise BadImage(_reason(error)) from error
-        return _orient(image, self._orientation)
-
-    def _whole_jpeg(self) -> Tensor:
-        if _decode_jpeg is None:
-            return self._jpeg_with_pillow(1)
-        # bytearray: torch warns about memory that it may not write to
-        encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
+            return _orient(self._scaled(self.raw), self._orientation)
+        usual = self.components in (1, 3) and self.in_channels in (1, 3)
         try:
-            pixels = _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
-        except RuntimeError:
-            return self._jpeg_with_pillow(1)  # for what the other refuses; Pillow has the last word
-        return pixels if self.value_range is None else self._scaled(RawPixels(pixels.permute(1, 2, 0).numpy()))
-
-    def _jpeg_with_pillow(self, reduction: int) -> Tensor:
-        with Image.open(io.BytesIO(self._data), formats=("JPEG",)) as image:
-            if reduction > 1:
-                mode = "L" if self.in_channels == 1 else "RGB"
-                image.draft(mode, (image.width // reduction, image.height // reduction))
-            return self._scaled(RawPixels(_rgb_or_bands(image, self.in_channels)))
+            if _decode_jpeg is not None and reduction == 1 and usual:
+                # bytearray: torch warns about memory that it may not write to
+                encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
+                with suppress(RuntimeError):  # for what this decoder refuses; Pillow has the last word
+                    whole = _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
+                    if self.value_range is not None:
+                        whole = self._scaled(RawPixels(whole.permute(1, 2, 0).numpy()))
+                    return _orient(whole, self._orientation)
+            with Image.open(io.BytesIO(self._data), formats=("JPEG",)) as image:
+                if reduction > 1:
+                    mode = "L" if self.in_channels == 1 else "RGB"
+                    image.draft(mode, (image.width // reduction, image.height // reduction))
+                raw = RawPixels(_rgb_or_bands(image, self.in_channels))
+            return _orient(self._scaled(raw), self._orientation)
+        except BadImage:
+            raise
+        except Exception as error:
+            raise BadImage(_reason(error)) from error
 
     def _read_other(self, max_pixels: int) -> RawPixels:
         """Decode what is no JPEG of the quick path."""

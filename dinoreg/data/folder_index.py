@@ -40,10 +40,6 @@ class PathBlock:
     def of(cls, paths: list[str]) -> PathBlock:
         return cls(b"".join(os.fsencode(path) + b"\0" for path in paths))
 
-    @classmethod
-    def from_array(cls, array: np.ndarray) -> PathBlock:
-        return cls(array.tobytes())
-
     def as_array(self) -> np.ndarray:
         """(n,) uint8, to be stored in a file of arrays."""
         return np.frombuffer(self.block, dtype=np.uint8)
@@ -78,8 +74,8 @@ def index_folder(root: str | os.PathLike[str], index_dir: str | os.PathLike[str]
     file = index_file(os.fsencode(root), index_dir)
     evidence = f"{_VERSION} {root}"
     kept = load_index(file, evidence)
-    if kept is not None and _unchanged(root, PathBlock.from_array(kept["folders"]), kept["times"]):
-        endings = PathBlock.from_array(kept["endings"])
+    if kept is not None and _unchanged(root, PathBlock(kept["folders"].tobytes()), kept["times"]):
+        endings = PathBlock(kept["endings"].tobytes())
         return PathBlock(kept["paths"].tobytes(), dict(zip(endings, kept["counts"].tolist())))
     started = time.time_ns()
     paths, folders, times = _scan(root)

@@ -168,7 +168,6 @@ class _Engine:
     world_size: int
 
     def __post_init__(self) -> None:
-        self.grid = (self.views.crops.global_size // self.views.patch_size,) * 2
         self.sampler = Sampler(self.source.groups(), self.seed)
         self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
         self.stopping = False
@@ -221,13 +220,12 @@ class _Engine:
         colours = photometric.draw_photometric(
             numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW), self.views.augment
         )
-        crop_major = colours.swapaxes(0, 1).reshape(num_views * batch, -1)
-        job.colours = np.split(crop_major, [2 * batch])
+        job.colours = np.split(colours.swapaxes(0, 1).reshape(num_views * batch, -1), [2 * batch])  # crop-major
         images = batch * self.world_size
-        step = job.position // images
+        step, grid = job.position // images, (self.views.crops.global_size // self.views.patch_size,) * 2
         hidden = [
             # The crop's number does not depend on the processes.
-            block_masks(self.seed, step, 2 * images, self.grid, mask, view * images + self.rank * batch, batch)
+            block_masks(self.seed, step, 2 * images, grid, mask, view * images + self.rank * batch, batch)
             for view in range(2)
         ]
         crop_mask = torch.from_numpy(np.concatenate(hidden))

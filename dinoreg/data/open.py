@@ -64,8 +64,7 @@ def _open(
     if name == "scenes" and not os.path.exists(spec):
         return _open_scenes(options)
     if os.path.isdir(spec):
-        absolute = os.path.abspath(spec)
-        return PathSource(absolute, index_folder(absolute, index_dir))
+        return PathSource(os.path.abspath(spec), index_folder(spec, index_dir))
     if os.path.isfile(spec):
         return _open_list(spec, root)
     if colon and name.isidentifier():

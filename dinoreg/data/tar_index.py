@@ -119,7 +119,7 @@ def index_tars(
     file = index_file(os.fsencode(f"tars\0{root}\0{entries}"), index_dir)
     kept = load_index(file, evidence)
     if kept is not None:
-        names = PathBlock.from_array(kept["names"])
+        names = PathBlock(kept["names"].tobytes())
         return TarSource(root, archives, names, kept["archive"], kept["start"], kept["end"])
     started = time.time_ns()
     sizes = np.array([size for _, size, _ in states[: len(archives)]], dtype=np.int64)
@@ -174,11 +174,14 @@ def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.n
     blocks: list[bytes] = []
     for first in range(0, len(table), _CHUNK):
         rows = np.asarray(table[first : first + _CHUNK])
-        ids, which = np.unique(rows["class_id"], return_inverse=True)
-        unknown = [name for name in map(str, ids) if name not in numbers]
+        ids = rows["class_id"]
+        starts = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))  # of runs of one class
+        names_of_runs = [str(name) for name in ids[starts]]
+        unknown = [name for name in names_of_runs if name not in numbers]
         if unknown:
             raise UserError(f"data: {entries} lists images of {unknown[0]}, but {root} has no {unknown[0]}.tar")
-        archive[first : first + len(rows)] = np.array([numbers[str(name)] for name in ids])[which]
+        lengths = np.diff(np.append(starts, len(ids)))
+        archive[first : first + len(rows)] = np.repeat([numbers[name] for name in names_of_runs], lengths)
         blocks.append(PathBlock.of(rows["filename"].tolist()).block)
     names = PathBlock(b"".join(blocks))
     outside = np.flatnonzero((start < 0) | (end < start + BLOCK) | (end > sizes[archive]))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 ANSWER_SECONDS = 3.0
@@ -64,7 +65,7 @@ class Peers:
         self._answer = f"stopped: {reason}".encode()[:MOST_BYTES]
         message = f"{self.own.rank} stopped: {reason}".encode()[:MOST_BYTES]
         with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
-            list(pool.map(lambda peer: _send(peer, message), self._others()))
+            list(pool.map(_check, self._others(), repeat(message)))
 
     def _serve(self) -> None:
         while True:
@@ -127,18 +128,12 @@ def _connect(peer: Peer) -> socket.socket:
     return connection
 
 
-def _send(peer: Peer, message: bytes) -> None:
-    """Send a message to a peer that accepts it; others are lost themselves."""
-    with suppress(OSError), _connect(peer) as connection:
-        connection.recv(MOST_BYTES)  # its answer, or closing would take the message back
-        connection.sendall(message)
-
-
-def _check(peer: Peer) -> str | None:
-    """The state of a peer in words; None when it is well."""
+def _check(peer: Peer, message: bytes = b"") -> str | None:
+    """Give a peer the message, and return its state in words; None when it is well."""
     try:
         with _connect(peer) as connection:
-            answer = connection.recv(MOST_BYTES)
+            answer = connection.recv(MOST_BYTES)  # before sending, or closing would take the message back
+            connection.sendall(message)
             return None if answer == WELL else answer.decode(errors="replace") or "has ended"
     except ConnectionError:  # refused, or taken by the system for a process that was about to end
         return "has ended"

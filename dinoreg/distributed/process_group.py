@@ -23,6 +23,7 @@ from dinoreg.runtime.errors import RunError, UserError, one_line
 
 # NCCL's own watchdog ends a process without a word; the control group's time-out has to come first.
 _NCCL_GRACE_SECONDS = 120.0
+_ASK_FOR_FEWER = "ask for as many processes as there are devices (or device=cpu)"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -100,9 +101,7 @@ class Ranks:
         if self.world_size % size:
             raise UserError(f"{self.world_size} processes do not divide into groups of {size}")
         if size not in self._subgroups:
-            firsts = range(0, self.world_size, size)
-            groups = [dist.new_group(list(range(first, first + size))) for first in firsts]
-            self._subgroups[size] = groups[self.rank // size]
+            self._subgroups[size], _ = dist.new_subgroups(size)
         return self._subgroups[size]
 
     # Messages, off the device
@@ -156,14 +155,10 @@ class Ranks:
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Rank 0 does what is inside before the others do; the failure of one is everybody's."""
-        if not self.is_main:
+        for mains_turn in (True, False):
             with self.collective_errors():
-                pass
-        with self.collective_errors():
-            yield
-        if self.is_main:
-            with self.collective_errors():
-                pass
+                if self.is_main is mains_turn:
+                    yield
 
     def mark_common(self, error: BaseException) -> None:
         """All processes end with this error: nobody has to be told of it."""
@@ -253,34 +248,30 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
 
     raises UserError when the variables are incomplete or not numbers
     """
-    if int_of(environment, "WORLD_SIZE", 1) > 1:
+
+    def number(name: str, default: int = 0) -> int:
+        return int_of(environment, name, default)
+
+    if (world_size := number("WORLD_SIZE", 1)) > 1:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
         if missing:
-            raise UserError(f"WORLD_SIZE={environment['WORLD_SIZE']}: {' and '.join(missing)} missing beside it")
-        number = int_of(environment, "RANK", 0)
-        return Place(
-            number,
-            int_of(environment, "WORLD_SIZE", 1),
-            int_of(environment, "LOCAL_RANK", number),
-            environment["MASTER_ADDR"],
-            int_of(environment, "MASTER_PORT", 0),
-        )
+            raise UserError(f"WORLD_SIZE={world_size}: {' and '.join(missing)} missing beside it")
+        rank = number("RANK")
+        address, port = environment["MASTER_ADDR"], number("MASTER_PORT")
+        return Place(rank, world_size, number("LOCAL_RANK", rank), address, port)
     # Set by srun only: a batch script or an allocation's shell has SLURM_NTASKS, yet is one process.
-    if "WORLD_SIZE" not in environment and int_of(environment, "SLURM_STEP_NUM_TASKS", 1) > 1:
+    if "WORLD_SIZE" not in environment and (world_size := number("SLURM_STEP_NUM_TASKS", 1)) > 1:
         from submitit.slurm.slurm import SlurmJobEnvironment
 
-        job = int_of(environment, "SLURM_JOB_ID", 0) * 7 + int_of(environment, "SLURM_STEP_ID", 0)
-        return Place(
-            int_of(environment, "SLURM_PROCID", 0),
-            int_of(environment, "SLURM_STEP_NUM_TASKS", 1),
-            int_of(environment, "SLURM_LOCALID", 0),
-            environment.get("MASTER_ADDR") or SlurmJobEnvironment().hostnames[0],
-            int_of(environment, "MASTER_PORT", 20_000 + job % 30_000),  # the same for all ranks, another for each job
-        )
+        address = environment.get("MASTER_ADDR") or SlurmJobEnvironment().hostnames[0]
+        job = number("SLURM_JOB_ID") * 7 + number("SLURM_STEP_ID")
+        port = number("MASTER_PORT", 20_000 + job % 30_000)  # the same for all ranks, another for each job
+        return Place(number("SLURM_PROCID"), world_size, number("SLURM_LOCALID"), address, port)
     return None
 
 
 def int_of(environment: Mapping[str, str], name: str, default: int) -> int:
+    """A whole number in the environment; UserError where it is none."""
     text = environment.get(name, str(default))
     try:
         return int(text)
@@ -298,10 +289,8 @@ def pick_cuda_index(local_rank: int, device_count: int, local_world_size: int) -
         return local_rank
     if device_count == 1:
         return 0
-    raise UserError(
-        f"process {local_rank} of {local_world_size} on this machine: it has {device_count} CUDA devices; "
-        "ask for as many processes as there are devices (or device=cpu)"
-    )
+    what = f"process {local_rank} of {local_world_size} on this machine: it has {device_count} CUDA devices"
+    raise UserError(f"{what}; {_ASK_FOR_FEWER}")
 
 
 def is_main_process() -> bool:
@@ -395,9 +384,9 @@ def _join(place: Place, device: str, timeout: float) -> None:
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
         meeting.store = None  # another try meets anew
         reason = str(error).splitlines()[0][:200]
+        where = f"{place.address}:{place.port} within {timeout:.0f} s"
         raise RunError(
-            f"rank {place.rank} of {place.world_size} could not meet the others at {place.address}:{place.port} "
-            f"within {timeout:.0f} s: {reason}"
+            f"rank {place.rank} of {place.world_size} could not meet the others at {where}: {reason}"
         ) from None
 
 
@@ -430,7 +419,5 @@ def _check_devices(device: str, ranks: Ranks) -> None:
     own = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     sharing = [rank for rank, other in enumerate(ranks.gather_objects(own)) if other == own]
     if len(sharing) > 1:
-        raise UserError(
-            f"ranks {', '.join(map(str, sharing))} share one CUDA device: their machine has fewer devices than "
-            "processes; ask for as many processes as there are devices (or device=cpu)"
-        )
+        what = "share one CUDA device: their machine has fewer devices than processes"
+        raise UserError(f"ranks {', '.join(map(str, sharing))} {what}; {_ASK_FOR_FEWER}")

@@ -49,9 +49,12 @@ class Need:
     archive: str
 
     def met(self, folder: Path) -> bool:
-        if any(sign in self.path for sign in "*?["):
-            return next(folder.glob(self.path), None) is not None
-        return (folder / self.path).exists()
+        """Whether it is there."""
+        return any(True for _ in folder.glob(self.path))
+
+    def message(self, folder: Path) -> str:
+        """That it is missing, and where it comes from."""
+        return f"{folder / self.path} is missing; it comes from {self.archive}"
 
 
 @dataclass(frozen=True)
@@ -126,17 +129,15 @@ class Benchmark:
         Raises UserError saying what is expected where.
         """
         base, layouts = Path(root), layouts or self.layouts
-        for folder in (*(base / name for name in self.folders), base):
-            if any(all(need.met(folder) for need in layout) for layout in layouts):
+        pairs = [(folder, layout) for folder in (*map(base.joinpath, self.folders), base) for layout in layouts]
+        for folder, layout in pairs:
+            if all(need.met(folder) for need in layout):
                 return folder
-        folder, layout = self._closest(base, layouts)
+        # Of which most is there; of equals, the first.
+        named = pairs[: -len(layouts)]
+        folder, layout = max(named, key=lambda pair: sum(need.met(pair[0]) for need in pair[1]))
         missing = next(need for need in layout if not need.met(folder))
-        raise UserError(f"{self.name}: {folder / missing.path} is missing; it comes from {missing.archive}")
-
-    def _closest(self, base: Path, layouts: tuple[tuple[Need, ...], ...]) -> tuple[Path, tuple[Need, ...]]:
-        """The folder and layout of which most is there; of equals, the first."""
-        pairs = [(base / name, layout) for name in self.folders for layout in layouts]
-        return max(pairs, key=lambda pair: sum(need.met(pair[0]) for need in pair[1]))
+        raise UserError(f"{self.name}: {missing.message(folder)}")
 
     def option_values(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every option of the dataset with its value; UserError for an unknown one or a value that is not accepted."""
@@ -174,10 +175,7 @@ def classification_tasks(
     validation_images  how many of the training images are held out to choose the regularisation
     """
     share = {} if validation_images is None else {"validation_share": validation_images / counts["train"]}
-    return (
-        Task("logistic", read, metric, counts, published, options=share),
-        Task("knn", read, knn_metric, counts),
-    )
+    return (Task("logistic", read, metric, counts, published, options=share), Task("knn", read, knn_metric, counts))
 
 
 def linear_tasks(
@@ -198,11 +196,7 @@ def counts_in_words(counts: Mapping[str, int]) -> str:
 @lru_cache(maxsize=1)
 def benchmarks() -> dict[str, Benchmark]:
     """Every shipped declaration, by name, in the order of the names of their files."""
-    found = {}
-    for path in sorted(bundled("eval").glob("*.py")):
-        benchmark = load_benchmark(path)
-        found[benchmark.name] = benchmark
-    return found
+    return {each.name: each for each in map(load_benchmark, sorted(bundled("eval").glob("*.py")))}
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -210,24 +204,21 @@ def find_benchmark(name: str) -> Benchmark:
     if name.endswith(".py"):
         return load_benchmark(Path(name))
     known = benchmarks()
-    for benchmark in known.values():
-        if name.lower() in (benchmark.name, *benchmark.aliases):
-            return benchmark
-    aliases = [alias for each in known.values() for alias in each.aliases]
-    hint = nearest(name, known) or nearest(name, aliases)
-    raise UserError(f"{name}: unknown dataset{hint}; known: {', '.join(known)}")
+    aliases = {alias: each for each in known.values() for alias in each.aliases}
+    benchmark = (aliases | known).get(name.lower())
+    if benchmark is None:
+        hint = nearest(name, known) or nearest(name, aliases)
+        raise UserError(f"{name}: unknown dataset{hint}; known: {', '.join(known)}")
+    return benchmark
 
 
 def load_benchmark(path: Path) -> Benchmark:
     """The `BENCHMARK` of a Python file. The file is run: it is the user's own code, as a config is not."""
-    module = load_declaration(path)
-    benchmark = getattr(module, "BENCHMARK", None)
+    benchmark = getattr(load_declaration(path), "BENCHMARK", None)
     if not isinstance(benchmark, Benchmark):
         raise UserError(f"{path}: has no BENCHMARK of type dinoreg.evaluation.benchmark.Benchmark")
     for task in benchmark.tasks:
         if task.protocol not in PROTOCOLS:
-            known = ", ".join(PROTOCOLS)
-            raise UserError(
-                f"{path}: unknown protocol {task.protocol}{nearest(task.protocol, PROTOCOLS)}; known: {known}"
-            )
+            hint = f"{nearest(task.protocol, PROTOCOLS)}; known: {', '.join(PROTOCOLS)}"
+            raise UserError(f"{path}: unknown protocol {task.protocol}{hint}")
     return benchmark

@@ -1,11 +1,10 @@
 """What a protocol is given besides its data: where to keep things, how to show progress, what to seed with."""
 
-from __future__ import annotations
-
 import io
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +18,6 @@ from rich.markup import escape
 from rich.progress import track
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.evaluation.features.cache import FeatureStore
 
 T = TypeVar("T")
 SAVE_SECONDS = 120.0  # between saved states of work that can be resumed
@@ -30,13 +28,15 @@ SHOW_SECONDS = 5.0  # between lines of progress where there is no terminal
 class Context:
     """One evaluation of one encoder on one dataset.
 
-    features    the cache of frozen features
+    features    folder of cached frozen features
     state       folder for states of unfinished work; removed when the evaluation is done
     examples    folder for pictures of predictions, or None where none are wanted (baselines)
     image_size  side of square crops, in pixels
+    features_dtype  of cached features: "float32", or "float16" for half the disk: 3 decimal digits, which moves scores
+                    by hundredths of a percent
     """
 
-    features: FeatureStore
+    features: Path
     state: Path
     examples: Path | None
     seed: int
@@ -44,25 +44,8 @@ class Context:
     batch_size: int
     workers: int
     num_examples: int = 8
+    features_dtype: str = "float32"
     progress: Callable[[Iterable[Any], int, str], Iterator[Any]] = lambda items, _total, _what: iter(items)
-
-    def load_state(self, name: str) -> dict[str, Any] | None:
-        """What `save_state` kept under this name, or None; a torn file counts as none."""
-        try:
-            return torch.load(self.state / f"{name}.pt", map_location="cpu", weights_only=True)
-        except Exception:  # missing, torn or of another version: the work is done again
-            return None
-
-    def save_state(self, name: str, state: dict[str, Any]) -> None:
-        """Keep tensors and plain values under a name, whole or not at all."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self.state.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.state / f"{name}.pt", buffer.getvalue())
-
-    def saved(self, name: str, key: object) -> SavedState:
-        """The state of work that may have been stopped, as far as it was saved under the same key."""
-        return SavedState(self, name, repr(key))
 
     def example_indices(self, count: int) -> list[int]:
         """Evenly spaced indices of the images that pictures are drawn of; none where no pictures are wanted."""
@@ -77,21 +60,27 @@ class Context:
 
 
 class SavedState:
-    """State of unfinished work under one name, saved every SAVE_SECONDS.
+    """State of unfinished work under one name, of tensors and plain values, saved every SAVE_SECONDS.
 
-    state  what an earlier, stopped process saved under the same key, or None
+    key    what the work depends on; compared by its repr
+    state  what an earlier, stopped process saved under the same name and key, or None
     """
 
-    def __init__(self, context: Context, name: str, key: str) -> None:
-        self._context, self._name, self._key = context, name, key
-        found = context.load_state(name)
-        self.state = found["state"] if found is not None and found.get("key") == key else None
+    def __init__(self, context: Context, name: str, key: object) -> None:
+        self._path, self._key = context.state / f"{name}.pt", repr(key)
+        self.state: dict[str, Any] | None = None
+        with suppress(Exception):  # missing, torn or of another version: the work is done again
+            found = torch.load(self._path, map_location="cpu", weights_only=True)
+            self.state = found["state"] if found["key"] == self._key else None
         self._last = time.monotonic()
 
     def save_when_due(self, make: Callable[[], dict[str, Any]], now: bool = False) -> None:
         """Save what `make` gives if the last time is long ago, or `now`."""
         if now or time.monotonic() - self._last > SAVE_SECONDS:
-            self._context.save_state(self._name, {"key": self._key, "state": make()})
+            buffer = io.BytesIO()
+            torch.save({"key": self._key, "state": make()}, buffer)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._path, buffer.getvalue())
             self._last = time.monotonic()
 
 

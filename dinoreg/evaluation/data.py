@@ -4,9 +4,9 @@ Every image comes through a `Source` (bytes or pixels by index, with a name for 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -17,28 +17,40 @@ IGNORED = 255  # in a segmentation mask: void, counts neither way
 
 
 class Split:
-    """Images of any kind of ground truth; what a check and a cache need to know of it."""
+    """Images of any kind of ground truth; what a check and a cache need to know of it.
+
+    HELD    fields of the ground truth that is held in memory
+    PIXELS  (field, what it is called) of the ground truth that lies over the pixels: index -> (H, W, ...)
+    """
 
     source: Source
+    HELD: ClassVar[tuple[str, ...]] = ()
+    PIXELS: ClassVar[tuple[tuple[str, str], ...]] = ()
 
-    def maps(self) -> dict[str, Callable[[int], np.ndarray]]:
-        """{what it is called: index -> (H, W, ...)} of ground truth that lies over the pixels."""
-        return {}
+    def __len__(self) -> int:
+        return len(self.source)
 
     def image(self, index: int) -> int:
         """Where image `index` of the split lies in the source."""
         return index
 
-    def arrays(self) -> Iterator[np.ndarray]:
-        """Ground truth that is held in memory."""
-        yield from ()
-
     def truth_stamp(self) -> str:
         """16 hexadecimal digits that change when the ground truth does."""
         digest = hashlib.sha256(str(getattr(self, "stamp", "")).encode())
-        for each in self.arrays():
-            digest.update(np.ascontiguousarray(each).tobytes())
+        for name in self.HELD:
+            values = getattr(self, name)
+            for each in [values] if isinstance(values, np.ndarray) else values:
+                digest.update(np.ascontiguousarray(each).tobytes())
         return digest.hexdigest()[:16]
+
+    def _take_labels(self, kind: type) -> None:
+        """The labels as an array of a type; UserError unless there is one for each image, and any."""
+        labels: np.ndarray = np.asarray(self.labels, dtype=kind)  # type: ignore[attr-defined]
+        object.__setattr__(self, "labels", labels)
+        if len(self.source) != len(labels):
+            raise UserError(f"{len(self.source)} images came with {len(labels)} labels")
+        if not len(labels):
+            raise UserError("a split has no images")
 
 
 @dataclass(frozen=True)
@@ -51,22 +63,16 @@ class Labelled(Split):
     source: Source
     labels: np.ndarray
     num_classes: int
+    HELD = ("labels",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", np.asarray(self.labels, dtype=np.int64))
-        _match(self.source, self.labels)
+        self._take_labels(np.int64)
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(outside):
             raise UserError(
                 f"{self.source.name(int(outside[0]))}: label {self.labels[outside[0]]} is out of range, "
                 f"expected 0..{self.num_classes - 1}"
             )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def arrays(self) -> Iterator[np.ndarray]:
-        yield self.labels
 
 
 @dataclass(frozen=True)
@@ -79,18 +85,12 @@ class MultiLabelled(Split):
     source: Source
     labels: np.ndarray
     num_classes: int
+    HELD = ("labels",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", np.asarray(self.labels, dtype=np.int8))
-        _match(self.source, self.labels)
+        self._take_labels(np.int8)
         if self.labels.shape[1:] != (self.num_classes,) or not np.isin(self.labels, (-1, 0, 1)).all():
             raise UserError(f"multi-label targets must be (n, {self.num_classes}) of 1, 0 and -1")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def arrays(self) -> Iterator[np.ndarray]:
-        yield self.labels
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,7 @@ class Segmented(Split):
     mask: Callable[[int], np.ndarray]
     num_classes: int
     stamp: str = ""  # of the masks: changes when they do
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def maps(self) -> dict[str, Callable[[int], np.ndarray]]:
-        return {"mask": self.mask}
+    PIXELS = (("mask", "mask"),)
 
 
 @dataclass(frozen=True)
@@ -123,12 +118,7 @@ class DepthMaps(Split):
     source: Source
     depth: Callable[[int], np.ndarray]
     stamp: str = ""  # of the depth maps: changes when they do
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def maps(self) -> dict[str, Callable[[int], np.ndarray]]:
-        return {"depth map": self.depth}
+    PIXELS = (("depth", "depth map"),)
 
 
 @dataclass(frozen=True)
@@ -149,13 +139,7 @@ class Boxed(Split):
     difficult: Sequence[np.ndarray]
     crowd: Sequence[np.ndarray]
     area: Sequence[np.ndarray] | None = None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def arrays(self) -> Iterator[np.ndarray]:
-        for kind in (self.boxes, self.labels, self.difficult, self.crowd):
-            yield from kind
+    HELD = ("boxes", "labels", "difficult", "crowd")
 
 
 @dataclass(frozen=True)
@@ -177,12 +161,10 @@ class FlowPairs(Split):
     valid: Callable[[int], np.ndarray]
     occluded: Callable[[int], np.ndarray]
     stamp: str = ""  # of the flow files: changes when they do
+    PIXELS = (("flow", "flow"), ("valid", "validity mask"), ("occluded", "occlusion mask"))
 
     def __len__(self) -> int:
         return len(self.first)
-
-    def maps(self) -> dict[str, Callable[[int], np.ndarray]]:
-        return {"flow": self.flow, "validity mask": self.valid, "occlusion mask": self.occluded}
 
     def image(self, index: int) -> int:
         return int(self.first[index])
@@ -203,9 +185,6 @@ class Data:
     variant: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
-
-def _match(source: Source, labels: np.ndarray) -> None:
-    if len(source) != len(labels):
-        raise UserError(f"{len(source)} images came with {len(labels)} labels")
-    if not len(source):
-        raise UserError("a split has no images")
+    def names(self, num_classes: int) -> list[str]:
+        """A name for each class; its number where it has none."""
+        return [str(name) for name in [*self.class_names, *range(len(self.class_names), num_classes)]]

@@ -4,9 +4,12 @@ The defaults are the published protocols.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from dinoreg.config.option import Options, check, fraction, option, section
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS
+
+side_option = partial(option, shapes_result=False)  # the numbers of a result do not depend on it
 
 
 @dataclass(frozen=True)
@@ -151,26 +154,22 @@ class EvalOptions(Options):
         "a run, a weight file, a model name (random weights), timm:NAME[:FILE], a transformers folder",
         shapes_result=False,
     )
-    root: str | None = option(None, "the folder that holds the datasets' folders", shapes_result=False)
-    out: str | None = option(
-        None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS", shapes_result=False
-    )
+    root: str | None = side_option(None, "the folder that holds the datasets' folders")
+    out: str | None = side_option(None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS")
     protocols: list[str] | None = option(None, "only these; none: all that a dataset declares")
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
-    device: str = option("auto", DEVICE, shapes_result=False)
+    device: str = side_option("auto", DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)
     image_size: int | None = option(None, "of square crops; none: 224 or less", unit="pixel", low=1)
-    batch_size: int = option(64, "images the backbone sees at once", low=1, shapes_result=False)
-    workers: int | None = option(
-        None, "decoding threads; none: one for every core but one", low=0, high=1024, shapes_result=False
-    )
+    batch_size: int = side_option(64, "images the backbone sees at once", low=1)
+    workers: int | None = side_option(None, "decoding threads; none: one for every core but one", low=0, high=1024)
     baselines: bool = option(True, "also random init of the same architecture and raw pixels")
-    strict: bool = option(False, "counts that differ from the official ones are errors", shapes_result=False)
-    overwrite: bool = option(False, "measure again what has a result already", shapes_result=False)
-    features: str | None = option(None, "folder of cached features; none: OUT/features", shapes_result=False)
+    strict: bool = side_option(False, "counts that differ from the official ones are errors")
+    overwrite: bool = side_option(False, "measure again what has a result already")
+    features: str | None = side_option(None, "folder of cached features; none: OUT/features")
     features_dtype: str = option("float32", "on disk", choices=("float32", "float16"))
-    examples: int = option(8, "pictures of predictions per dataset", low=0, shapes_result=False)
-    report: bool = option(True, "write the report and tables; false: dinoreg report does so later", shapes_result=False)
+    examples: int = side_option(8, "pictures of predictions per dataset", low=0)
+    report: bool = side_option(True, "write the report and tables; false: dinoreg report does so later")
     knn: KnnOptions = section(KnnOptions)
     logistic: LogisticOptions = section(LogisticOptions)
     linear: LinearOptions = section(LinearOptions)

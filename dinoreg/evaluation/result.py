@@ -96,7 +96,6 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """The content of `eval/<step>/<dataset>.json`: the headline on top, every row below."""
         top = self.headline
-        beside = {name: row for name in self.baselines if (row := self.baseline(name, top)) is not None}
         return {
             "format": FORMAT,
             "version": 1,
@@ -106,7 +105,8 @@ class Result:
             **{key: value for key, value in top.as_dict().items() if key in _ON_TOP},
             "baselines": {
                 name: {key: plain(getattr(row, key)) for key in ("value", "low", "high")}
-                for name, row in beside.items()
+                for name in self.baselines
+                if (row := self.baseline(name, top)) is not None
             },
             **plain(self.facts),
             "rows": [row.as_dict() for row in self.rows],

@@ -5,12 +5,13 @@ encoder) that is done is kept at once, so that an interrupted evaluation goes on
 """
 
 import dataclasses
+import functools
 import hashlib
 import importlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ from typing import Any
 import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.config.option import flat, nearest
+from dinoreg.config.option import check, flat, nearest
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.features.cache import FeatureStore
 from dinoreg.evaluation.features.images import default_workers, read_rgb
 from dinoreg.evaluation.options import EvalOptions
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.json_files import read_json
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
 
@@ -37,7 +39,6 @@ class Planned:
     """A dataset that is there: each task with its data."""
 
     benchmark: Benchmark
-    folder: Path
     tasks: tuple[tuple[Task, Data], ...]
     warnings: tuple[str, ...] = ()
 
@@ -58,18 +59,19 @@ class Request:
 
 def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
     """The benchmarks of `dinoreg eval NAME,NAME | all | PATH`; UserError for one that is not known."""
-    found: list[Benchmark] = []
+    chosen: dict[str, Benchmark] = {}
     for name in names:
         if name == "all":
-            found += benchmarks().values()
-        elif Path(name).exists() and not name.endswith(".py"):
+            chosen |= benchmarks()
+            continue
+        if Path(name).exists() and not name.endswith(".py"):
             from dinoreg.evaluation.custom.datasets import own_benchmark
 
-            found.append(own_benchmark(Path(name), request.dataset.get("own", {})))
+            benchmark = own_benchmark(Path(name), request.dataset.get("own", {}))
         else:
-            found.append(find_benchmark(name))
-    unique = {benchmark.name: benchmark for benchmark in found}
-    return list(unique.values())
+            benchmark = find_benchmark(name)
+        chosen[benchmark.name] = benchmark
+    return list(chosen.values())
 
 
 def preflight(chosen: Sequence[Benchmark], request: Request) -> tuple[list[Planned], dict[str, str]]:
@@ -105,8 +107,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             continue
         absent = next((need for need in task.needs if not need.met(folder)), None)
         if absent is not None:
-            where = f"{folder / absent.path} is missing; it comes from {absent.archive}"
-            warnings.append(f"{benchmark.name}: left out {task.protocol}: {where}")
+            warnings.append(f"{benchmark.name}: left out {task.protocol}: {absent.message(folder)}")
             continue
         if task.read not in seen:
             seen[task.read] = task.read(folder, values)
@@ -121,7 +122,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
     warnings = list(dict.fromkeys(warnings))
     if warnings and request.options.strict:
         raise UserError(f"{'; '.join(warnings)} (strict=true)")
-    return Planned(benchmark, folder, tuple(tasks), tuple(warnings))
+    return Planned(benchmark, tuple(tasks), tuple(warnings))
 
 
 def _sample(benchmark: Benchmark, data: Data) -> None:
@@ -134,29 +135,26 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
             width, height = read_rgb(split.source, place).size
             if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
                 raise UserError(f"{split.source.name(place)}: a box is not finite")
-            for what, read in split.maps().items():
-                rows, columns = read(index).shape[:2]
+            for name_of_map, what in split.PIXELS:
+                rows, columns = getattr(split, name_of_map)(index).shape[:2]
                 if (rows, columns) != (height, width):
-                    raise UserError(
-                        f"{split.source.name(place)}: its {what} is {rows}x{columns}, the image {height}x{width}"
-                    )
+                    sizes = f"its {what} is {rows}x{columns}, the image {height}x{width}"
+                    raise UserError(f"{split.source.name(place)}: {sizes}")
 
 
-def evaluate_all(encoder: Encoder, plans: Sequence[Planned], request: Request, folder: Path) -> Iterator[Result]:
-    """Measure every planned dataset and write `folder/<dataset>.json`; yields each result when it is there.
+def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
+    """Measure a planned dataset and write `folder/<dataset>.json`; a result that is there under the same key is read.
 
     A dataset that fails raises after what it had finished was kept: run the same again to go on.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for plan in plans:
-        yield _Evaluation(encoder, plan, request, folder).result()
+    return _Evaluation(encoder, plan, request, folder).result()
 
 
 def read_result(path: Path) -> Result | None:
     """A result that was written; None where there is none, or the file is torn or of another kind."""
     try:
-        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
+        return Result.from_dict(read_json(path))
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -164,91 +162,32 @@ class _Evaluation:
     """One dataset with one encoder and its baselines; finished tasks are kept under a key over all that counts."""
 
     def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
-        self.encoder, self.plan, self.request, self.options = encoder, plan, request, request.options
-        self.path = folder / f"{plan.benchmark.name}.json"
-        self.unfinished = folder / ".unfinished" / plan.benchmark.name
-        self.examples = folder / "examples" / plan.benchmark.name
-        self.features = Path(self.options.features) if self.options.features else folder.parent / "features"
+        self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
+        self.name = plan.benchmark.name
+        self.unfinished = folder / ".unfinished" / self.name
         self.key = _key(encoder, plan, request)
 
     def result(self) -> Result:
         """The result that is on disk under the same key, else a new one, written."""
-        kept = read_result(self.path)
-        if kept is not None and kept.key == self.key and not self.options.overwrite:
-            return kept
+        path, encoder, options = self.folder / f"{self.name}.json", self.encoder, self.request.options
+        known = read_result(path)
+        if known is not None and known.key == self.key and not options.overwrite:
+            return known
         started = time.time()
-        if self.options.examples:
-            shutil.rmtree(self.examples, ignore_errors=True)
-        rows = {"": self.rows("", lambda: self.encoder)}
-        if self.options.baselines:
-            rows["random init"] = self.rows("random init", lambda: self.encoder.random_init(self.options.seed))
-            rows["raw pixels"] = self.rows("raw pixels", self.pixels)
-        own = rows.pop("")
-        result = Result(self.plan.benchmark.name, self.key, own, rows, self.facts(started))
-        write_atomic(self.path, json.dumps(result.as_dict(), indent=1) + "\n")
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-        return result
-
-    def pixels(self) -> Encoder:
-        """The baseline without a network."""
-        like = self.encoder
-        return PixelEncoder(like.patch_size, like.image_size, like.in_channels, device=like.device)
-
-    def rows(self, role: str, make: Callable[[], Encoder]) -> tuple[Row, ...]:
-        """The rows of every task in one role, "" for the encoder itself; what was finished before is not done again.
-
-        make  gives the encoder: called when a task first needs it, once for all of them
-        """
-        subject: Encoder | None = None
-        found: list[Row] = []
-        for task, data in self.plan.tasks:
-            path = self.unfinished / f"{_name(task, role)}.json"
-            rows = None if self.options.overwrite else _kept_rows(path, self.key)
-            if rows is None:
-                subject = subject or make()
-                module = importlib.import_module(PROTOCOLS[task.protocol][0])
-                try:
-                    rows = module.evaluate(
-                        subject, data, task, _effective(self.request, task), self.context(task, role)
-                    )
-                except (UserError, RunError) as error:
-                    raise type(error)(f"{self.plan.benchmark.name}, {task.protocol}: {error}") from error
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
-            found += rows
-        return tuple(found)
-
-    def context(self, task: Task, role: str) -> Context:
-        """What a protocol is given besides its data."""
-        options = self.options
-        workers = default_workers() if options.workers is None else options.workers
-
-        def progress(items: Iterable[Any], total: int, what: str) -> Iterator[Any]:
-            return show_progress(items, total, f"{self.plan.benchmark.name} · {what}")
-
-        return Context(
-            features=FeatureStore(self.features, options.features_dtype, options.batch_size, workers, progress),
-            # With the key in its name, a state is never met by other weights or options.
-            state=self.unfinished / self.key / _name(task, role),
-            examples=self.examples if options.examples and not role else None,
-            seed=options.seed,
-            image_size=options.image_size or self.encoder.default_size,
-            batch_size=options.batch_size,
-            workers=workers,
-            num_examples=options.examples,
-            progress=progress,
-        )
-
-    def facts(self, started: float) -> dict[str, Any]:
-        """What a result says of its evaluation besides the rows."""
-        benchmark, encoder = self.plan.benchmark, self.encoder
-        return {
-            "title": benchmark.title,
-            "task": benchmark.task,
+        if options.examples:
+            shutil.rmtree(self.folder / "examples" / self.name, ignore_errors=True)
+        own, baselines = self.rows("", lambda: encoder), {}
+        if options.baselines:
+            sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
+            baselines["random init"] = self.rows("random init", lambda: encoder.random_init(options.seed))
+            baselines["raw pixels"] = self.rows("raw pixels", lambda: PixelEncoder(*sizes, device=encoder.device))
+        facts = {
+            "title": self.plan.benchmark.title,
+            "task": self.plan.benchmark.task,
             "weights": {"name": encoder.name, "identity": encoder.identity},
             "precision": str(encoder.dtype).removeprefix("torch."),
-            "image_size": self.options.image_size or encoder.default_size,
-            "seed": self.options.seed,
+            "image_size": options.image_size or encoder.default_size,
+            "seed": options.seed,
             "published": [
                 {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
                 for task, _ in self.plan.tasks
@@ -258,26 +197,58 @@ class _Evaluation:
             "seconds": time.time() - started,
             "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         }
+        result = Result(self.name, self.key, own, baselines, facts)
+        write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        return result
 
+    def rows(self, role: str, make: Callable[[], Encoder]) -> tuple[Row, ...]:
+        """The rows of every task in one role, "" for the encoder itself; what was finished before is not done again.
 
-def _name(task: Task, role: str) -> str:
-    """Of a task's files in one role."""
-    return "-".join([task.protocol, *role.split()])
+        make  gives the encoder: called when a task first needs it, once for all of them
+        """
+        encoder = functools.cache(make)
+        found: list[Row] = []
+        for task, data in self.plan.tasks:
+            name = "-".join([task.protocol, *role.split()])
+            path = self.unfinished / f"{name}.json"
+            finished = {} if self.request.options.overwrite else read_json(path)
+            if finished.get("key") == self.key:
+                found += [Row.from_dict(row) for row in finished["rows"]]
+                continue
+            module = importlib.import_module(PROTOCOLS[task.protocol][0])
+            options = _effective(self.request, task)
+            try:
+                rows = module.evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
+            except (UserError, RunError) as error:
+                raise type(error)(f"{self.name}, {task.protocol}: {error}") from error
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
+            found += rows
+        return tuple(found)
 
+    def context(self, name: str, role: str) -> Context:
+        """What a protocol is given besides its data; `name` is that of its files."""
+        options = self.request.options
 
-def _kept_rows(path: Path, key: str) -> list[Row] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return [Row.from_dict(row) for row in content["rows"]] if content["key"] == key else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return Context(
+            features=Path(options.features) if options.features else self.folder.parent / "features",
+            # With the key in its name, a state is never met by other weights or options.
+            state=self.unfinished / self.key / name,
+            examples=self.folder / "examples" / self.name if options.examples and not role else None,
+            seed=options.seed,
+            image_size=options.image_size or self.encoder.default_size,
+            batch_size=options.batch_size,
+            workers=default_workers() if options.workers is None else options.workers,
+            num_examples=options.examples,
+            features_dtype=options.features_dtype,
+            progress=lambda items, total, what: show_progress(items, total, f"{self.name} · {what}"),
+        )
 
 
 def _effective(request: Request, task: Task) -> EvalOptions:
     """The options with those that the dataset sets for its protocol, except where the user said otherwise."""
     own = {key: value for key, value in task.options.items() if f"{task.protocol}.{key}" not in request.explicit}
-    if not own:
-        return request.options
     section = dataclasses.replace(getattr(request.options, task.protocol), **own)
     return dataclasses.replace(request.options, **{task.protocol: section})
 
@@ -299,9 +270,7 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
 
 def check_size(encoder: Encoder, options: EvalOptions) -> None:
     """UserError unless `image_size` is a whole number of patches."""
-    size = options.image_size
-    if size is not None and size % encoder.patch_size:
-        below = max(size // encoder.patch_size, 1) * encoder.patch_size
-        raise UserError(
-            f"image_size={size}: expected a multiple of the patch size {encoder.patch_size}, for example {below}"
-        )
+    size, patch = options.image_size, encoder.patch_size
+    if size is not None:
+        expected = f"a multiple of the patch size {patch}, for example {max(size // patch, 1) * patch}"
+        check(size % patch == 0, "image_size", size, expected)

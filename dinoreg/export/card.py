@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.run_folder import Run, flatten, line_at, read_run
+from dinoreg.checkpoint.run_folder import Run, line_at
 from dinoreg.export.certificate import ONE_SIZE, OVERFLOW
 from dinoreg.export.formats import Format
 from dinoreg.export.onnx_graph import OPSET
 from dinoreg.export.source import Source
+from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import render
 
 MAX_TEXT = 200  # characters of a text from a run that are shown
@@ -23,7 +24,7 @@ MAX_TEXT = 200  # characters of a text from a run that are shown
 def write_card(folder: Path, form: Format, source: Source, certificate: Mapping[str, Any]) -> None:
     """Write `README.md` into `folder`."""
     step = source.origin.get("step")
-    run = Run(folder) if source.run is None else read_run(source.run)
+    run = Run(source.run or folder)
     steps = {probe.step for probe in run.probes}
     measured = step if step in steps else max(steps, default=None)
     text = render(

@@ -54,14 +54,13 @@ def resample_in_graph(positions: Tensor, target: tuple[int, int], antialias: boo
     """
     grid_rows, grid_columns, dim = positions.shape
     rows, columns = target
-    shifts: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)
+    shifts: list[Tensor | float] = [0.0, 0.0]
     if offset:  # at the native grid positions are used as they are; with antialias, each extent on its own
-        same_height = torch.full((), rows) == grid_rows
-        same_width = torch.full((), columns) == grid_columns
+        same = [torch.full((), rows) == grid_rows, torch.full((), columns) == grid_columns]
         if not antialias:
-            same_height = same_width = same_height & same_width
-        none, some = torch.zeros((), dtype=torch.float64), torch.full((), offset, dtype=torch.float64)
-        shifts = (torch.where(same_height, none, some), torch.where(same_width, none, some))
+            same = [same[0] & same[1]] * 2
+        none, some = (torch.full((), value, dtype=torch.float64) for value in (0.0, offset))
+        shifts = [torch.where(each, none, some) for each in same]
     down = resampling_matrix(rows, grid_rows, antialias, shifts[0])  # (h, gh)
     across = resampling_matrix(columns, grid_columns, antialias, shifts[1])  # (w, gw)
     moved = (down @ positions.reshape(grid_rows, grid_columns * dim)).reshape(rows, grid_columns, dim)

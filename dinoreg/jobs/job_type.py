@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.config.bundled import bundled, run_file
+from dinoreg.config.load import Config, load_config, require_complete, to_yaml
 from dinoreg.config.option import nearest
+from dinoreg.config.overwrite import check_out, run_entries
 from dinoreg.jobs.options import LaunchOptions
+from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
 
 Arguments = tuple[str, ...]  # of the command `dinoreg`
@@ -131,3 +134,43 @@ def find_job(name: str) -> Job:
     if not isinstance(job, Job):
         raise UserError(f"launch: {path}: has no JOB of type dinoreg.jobs.job_type.Job")
     return job
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Trainings, which several kinds of job submit
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that a job is to train: its folder, its command, and the config that the command reads."""
+
+    out: Path
+    command: Arguments
+    config_file: Path
+    config_text: str
+    clears: tuple[Path, ...]
+
+
+def training(source: str, overrides: Sequence[str]) -> Training:
+    """A training whose first start and every restart are the same command, whatever becomes of the user's files.
+
+    The resolved config is kept in the run's `launch/`; `overwrite=true` is done at submission, once.
+    raises UserError for whatever `dinoreg pretrain` would refuse before it opens the data
+    """
+    config = load_config(source, overrides)
+    require_complete(config)
+    out = Path(str(config.out))
+    check_out(config, out)
+    clears = (out,) if config.overwrite and run_entries(out) else ()
+    _check_data(config)
+    path = launch_folder(out) / "config.yaml"
+    return Training(out, ("pretrain", str(path), "resume=true"), path, to_yaml(config), clears)
+
+
+def _check_data(config: Config) -> None:
+    """UserError for a missing path at submission, rather than after hours in a queue."""
+    sources = config.data.source if isinstance(config.data.source, list) else [config.data.source]
+    for source in sources:
+        text = str(source)
+        if text != "scenes" and ":" not in text and not Path(text).exists():
+            raise UserError(f"data={text}: no such file or folder on this machine")

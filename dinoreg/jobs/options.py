@@ -99,22 +99,6 @@ class LaunchOptions(Options):
     def extra_args(self) -> list[str]:
         return [item.removeprefix("--") for item in _listed(self.slurm_args)]
 
-    def in_words(self) -> str:
-        """What one job asks for, in one line; what is not given is not asked for."""
-        nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
-        tasks = "1 process" if self.tasks == 1 else f"{self.tasks} processes"
-        parts = [f"{nodes} with {tasks}"]
-        if self.gpus_per_node:
-            parts.append(f"{self.gpus_per_node} GPU{'s' * (self.gpus_per_node > 1)} a node")
-        if self.cpus_per_task:
-            parts.append(f"{self.cpus_per_task} cores a process")
-        if self.mem:
-            parts.append(f"{self.mem} of memory a node")
-        if self.time:
-            parts.append(f"{self.minutes} minutes, asked to save {self.signal_seconds} s before the end")
-        parts += [f"{key} {getattr(self, key)}" for key in (*PLACEMENT, "container") if getattr(self, key)]
-        return ", ".join(parts)
-
 
 OPTION_NAMES = tuple(keys_of(LaunchOptions))
 

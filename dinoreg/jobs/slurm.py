@@ -81,7 +81,7 @@ def max_array_size() -> int:
 
 
 def make_executor(
-    launch: Path, options: LaunchOptions, name: str, code: Path, after: Sequence[str] = (), size: int = 1
+    launch: Path, options: LaunchOptions, code: Path, after: Sequence[str] = (), size: int = 1
 ) -> submitit.SlurmExecutor:
     """submitit's executor for one job, or an array of `size`, that asks for what `options` say."""
     python = interpreter(options, launch, code)
@@ -103,7 +103,7 @@ def make_executor(
         extra[key] = value if separator else True
     executor.update_parameters(
         **parameters,
-        job_name=name,
+        job_name=options.name,
         ntasks_per_node=options.tasks,
         gpus_per_node=options.gpus_per_node or None,
         time=options.minutes,

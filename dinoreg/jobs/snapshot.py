@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from dinoreg.config.bundled import PACKAGE, bundled
+from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 
 DECLARATIONS = ("configs", "eval", "launch")
@@ -30,12 +31,8 @@ def package_files() -> dict[str, Path]:
 
 def fingerprint(files: dict[str, Path]) -> str:
     """Twelve hexadecimal digits over names and contents."""
-    hashed = hashlib.sha256()
-    for name, path in files.items():
-        content = path.read_bytes()
-        hashed.update(f"{name}\0{len(content)}\0".encode())
-        hashed.update(content)
-    return hashed.hexdigest()[:12]
+    listed = "".join(f"{name}\0{digest(path)}\0" for name, path in files.items())
+    return hashlib.sha256(listed.encode()).hexdigest()[:12]
 
 
 def copy_package(folder: Path) -> Path:

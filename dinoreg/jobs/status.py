@@ -23,6 +23,7 @@ from dinoreg.jobs.records import (
     read_events,
     read_records,
 )
+from dinoreg.runtime.durations import clock
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import is_number, read_json, read_text
 
@@ -116,26 +117,26 @@ def _status_of(launch: Path, record: Record, known: slurm.JobState | None, note:
     if record.cluster == "local":
         known = _local_state(launch, record)
     if known is None:
-        state, text = _from_events(events, ("lost", "the scheduler knows it no more, and it wrote no ending"))
-        return JobStatus(record, state, _join(text, note))
-    if known.state in PENDING:
-        return JobStatus(record, "pending", _join(_reason(record, known), restarts))
-    if known.state in RUNNING:
+        state, text = _ending(events, ("lost", "the scheduler knows it no more, and it wrote no ending"))
+        parts = [text, note]
+    elif known.state in PENDING:
+        state, parts = "pending", [_reason(record, known), restarts]
+    elif known.state in RUNNING:
         phase = "" if known.state == "RUNNING" else known.state.lower()
-        nodes = f"on {known.nodes}" if known.nodes else ""
-        elapsed = f"for {known.elapsed}" if known.elapsed else ""
+        place = " ".join(filter(None, (known.nodes and f"on {known.nodes}", known.elapsed and f"for {known.elapsed}")))
         ending = "asked to end" if cancel_file(launch, record.job).exists() else ""
-        text = _join(phase, f"{nodes} {elapsed}".strip(), progress(record), restarts, ending)
-        return JobStatus(record, "running", text)
-    if known.state == "COMPLETED":
-        state, text = _from_events(events, ("finished", ""))
-        return JobStatus(record, state, _join(text, restarts))
-    if known.state == "CANCELLED":
-        return JobStatus(record, "cancelled", _join(_last_save(record, events), restarts))
-    if known.state == "GONE":
-        text = "its process is gone without an ending: the machine was restarted, or it was killed"
-        return JobStatus(record, "lost", text)
-    return JobStatus(record, "failed", _join(ENDINGS.get(known.state, ""), failure(launch, record, events), restarts))
+        state, parts = "running", [phase, place, progress(record), restarts, ending]
+    elif known.state == "COMPLETED":
+        state, text = _ending(events, ("finished", ""))
+        parts = [text, restarts]
+    elif known.state == "CANCELLED":
+        state, parts = "cancelled", [_last_save(record, events), restarts]
+    elif known.state == "GONE":
+        state = "lost"
+        parts = ["its process is gone without an ending: the machine was restarted, or it was killed"]
+    else:
+        state, parts = "failed", [ENDINGS.get(known.state, ""), failure(launch, record, events), restarts]
+    return JobStatus(record, state, ", ".join(filter(None, parts)))
 
 
 def _local_state(launch: Path, record: Record) -> slurm.JobState:
@@ -157,13 +158,13 @@ def _reason(record: Record, known: slurm.JobState) -> str:
     return reason
 
 
-def _from_events(events: Sequence[dict[str, Any]], otherwise: tuple[str, str]) -> tuple[str, str]:
+def _ending(events: Sequence[dict[str, Any]], otherwise: tuple[str, str]) -> tuple[str, str]:
     """(state, text) from the last ending that the job wrote, or `otherwise` where it wrote none."""
     endings = {"end": "finished", "stopped": "stopped", "failed": "failed"}
-    for line in reversed(events):
-        if line["event"] in endings:
-            return endings[line["event"]], str(line.get("why") or line.get("error") or "")
-    return otherwise
+    lines = [line for line in events if line["event"] in endings]
+    if not lines:
+        return otherwise
+    return endings[lines[-1]["event"]], str(lines[-1].get("why") or lines[-1].get("error") or "")
 
 
 def failure(launch: Path, record: Record, events: Sequence[dict[str, Any]]) -> str:
@@ -211,31 +212,17 @@ def progress(record: Record) -> str:
     step, total = metrics.get("step", state.get("step")), state.get("num_steps")
     if not isinstance(step, int) or not isinstance(total, int):
         return "not training yet"
-    parts = [f"step {step} of {total}"]
+    text = f"step {step} of {total}"
     if is_number(metrics.get("images_per_second")):
-        parts.append(f"{metrics['images_per_second']:.1f} images/s")
+        text += f", {metrics['images_per_second']:.1f} images/s"
     if is_number(metrics.get("step_time")):
-        parts.append(f"{clock((total - step) * metrics['step_time'])} left")
-    return ", ".join(parts)
+        text += f", {clock((total - step) * metrics['step_time'])} left"
+    return text
 
 
 def _restarts(events: Sequence[dict[str, Any]]) -> str:
     count = max((int(line.get("restarts", 0)) for line in events if line["event"] == "start"), default=0)
     return f"requeued {TIMES.get(count, f'{count} times')}" if count else ""
-
-
-def clock(seconds: float) -> str:
-    """3:20, 1:02:03 or 2-01:02:03, as Slurm shows durations."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}-{hours:02d}:{minutes:02d}:{rest:02d}"
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _join(*parts: str) -> str:
-    return ", ".join(part for part in parts if part)
 
 
 def require_jobs(folder: str | Path, job: str | None) -> list[JobStatus]:

@@ -17,11 +17,12 @@ from dinoreg.jobs import local_queue as local
 from dinoreg.jobs import slurm
 from dinoreg.jobs.attempt import Command
 from dinoreg.jobs.job_type import Group, Job, Plan, Request
-from dinoreg.jobs.options import NO_TIMEOUT, LaunchOptions
+from dinoreg.jobs.options import NO_TIMEOUT, PLACEMENT, LaunchOptions
 from dinoreg.jobs.records import Record, add_records, launch_folder, next_launch, read_records, replace_text
 from dinoreg.jobs.snapshot import copy_package
 from dinoreg.jobs.status import examine
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.templates import render
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -46,34 +47,30 @@ def launch(
     for note in plan.notes:
         say(note)
     if options.dry_run:
-        show(plan, settings, say)
+        say(dry_run(plan, settings))
         return plan.folder, []
     return plan.folder, _Submission(job.name, plan, settings, run_verb).run()
 
 
-def show(plan: Plan, settings: dict[str, LaunchOptions], say: Callable[[str], None]) -> None:
+def dry_run(plan: Plan, settings: dict[str, LaunchOptions]) -> str:
     """What a launch would do, in full; nothing is written."""
-    folder = launch_folder(plan.folder).absolute()
-    for path in plan.clears:
-        say(f"would delete the run in {path}")
-    for path, source in plan.links.items():
-        say(f"would keep {source} as {path}")
-    for number, (path, text) in enumerate(plan.files.items()):
-        say(f"would write {path}" + (f":\n{_indented(text)}" if number == 0 else ", in the same form"))
+    launch = launch_folder(plan.folder).absolute()
+    scripts: dict[str, list[str]] = {group.name: [] for group in plan.groups}
     for group in plan.groups:
         options = settings[group.name]
-        jobs = "one job" if len(group.commands) == 1 else f"{len(group.commands)} jobs"
-        after = f", after {' and '.join(group.after)} (however it ended)" if group.after else ""
-        say(f"{group.name}: {jobs}{after}, each {options.in_words()}")
-        for command in group.commands:
-            say(f"  {command_line(command)}")
-        if options.on_slurm:
-            code = folder / "code" / "CONTENT" if options.code == "copy" else PACKAGE.parent
-            for size in _array_sizes(len(group.commands), slurm.max_array_size()):
-                dependencies = ["JOB"] if group.after else []
-                executor = slurm.make_executor(folder, options, str(options.name), code, dependencies, size)
-                say(f"would submit:\n{_indented(slurm.script(executor, size))}")
-    say("dry_run=true: nothing was written, nothing submitted")
+        code = launch / "code" / "CONTENT" if options.code == "copy" else PACKAGE.parent
+        for size in _array_sizes(group) if options.on_slurm else ():
+            executor = slurm.make_executor(launch, options, code, ["JOB"] if group.after else [], size)
+            scripts[group.name].append(slurm.script(executor, size))
+    text = render(
+        "jobs/templates/dry_run.txt.j2",
+        plan=plan,
+        settings=settings,
+        scripts=scripts,
+        command_line=command_line,
+        PLACEMENT=PLACEMENT,
+    )
+    return text.rstrip()
 
 
 def command_line(arguments: Sequence[str]) -> str:
@@ -110,40 +107,32 @@ class _Submission:
         self.kind, self.plan, self.settings, self.run_verb = kind, plan, settings, run_verb
         self.options = settings[plan.groups[0].name]
         self.launch = launch_folder(plan.folder).absolute()
-        self.created: list[Path] = []  # folders that were not there before
-        self.aside: list[Path] = []  # runs that are to be overwritten, until the jobs have been accepted
+        self.undo = contextlib.ExitStack()
         self.submitted: dict[str, list[str]] = {}
 
     def run(self) -> list[Record]:
         try:
-            self._write()
-            number = next_launch(self.launch)
-            runner: list[int] = []
-            if self.options.on_slurm:
-                for group in self.plan.groups:
-                    self._submit_to_slurm(group)
-            else:
-                runner = self._start_local_runner(number)
-            records = [
-                self._record(group, index, job, number, runner)
-                for group in self.plan.groups
-                for index, job in enumerate(self.submitted[group.name])
-            ]
-            add_records(self.launch, records)
-            for path in self.aside:
-                shutil.rmtree(path, ignore_errors=True)
-        except BaseException as error:
-            self._take_back()
-            if isinstance(error, OSError):
-                raise UserError(f"{self.launch}: cannot be written ({error.strerror or error})") from None
-            if isinstance(error, RunError):  # the scheduler's refusal is the request's fault
-                raise UserError(str(error)) from None
-            raise
+            with self.undo:
+                aside = self._write()
+                number = next_launch(self.launch)
+                runner = self._submit_to_slurm() if self.options.on_slurm else self._start_local_runner(number)
+                records = self._records(number, runner)
+                add_records(self.launch, records)
+                self.undo.pop_all()
+        except OSError as error:
+            raise UserError(f"{self.launch}: cannot be written ({error.strerror or error})") from None
+        except RunError as error:  # the scheduler's refusal is the request's fault
+            raise UserError(str(error)) from None
+        for path in aside:
+            shutil.rmtree(path, ignore_errors=True)
         return records
 
-    def _write(self) -> None:
+    def _write(self) -> list[Path]:
+        """Write what the jobs need; returns the runs that are to be overwritten, set aside until jobs are accepted."""
+        aside = []
         for path in self.plan.clears:
-            self.aside.append(set_aside(path))
+            aside.append(set_aside(path))
+            self.undo.callback(put_back, aside[-1])
         self._make_folder(self.launch)
         self.code = copy_package(self.launch / "code") if self.options.code == "copy" else PACKAGE.parent
         for path, text in self.plan.files.items():
@@ -152,44 +141,37 @@ class _Submission:
         for path, source in self.plan.links.items():
             self._make_folder(path.parent)
             keep(source, path)
+        return aside
 
     def _make_folder(self, path: Path) -> None:
-        missing = [each for each in (path, *path.parents) if not each.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        self.created += missing[::-1]
-
-    def _take_back(self) -> None:
-        """Nothing submitted, nothing written."""
-        if self.options.on_slurm:
-            with contextlib.suppress(RunError, UserError):
-                slurm.cancel([job for jobs in self.submitted.values() for job in jobs])
-        for path in reversed(self.created):
-            if path.name == "launch" or self.launch in path.parents:
-                shutil.rmtree(path, ignore_errors=True)
+        for missing in [each for each in (*path.parents[::-1], path) if not each.exists()]:
+            missing.mkdir(exist_ok=True)
+            if missing.name == "launch" or self.launch in missing.parents:
+                self.undo.callback(shutil.rmtree, missing, ignore_errors=True)
             else:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-        for path in self.aside:
-            put_back(path)
+                self.undo.callback(_remove_empty, missing)
 
-    def _record(self, group: Group, index: int, job: str, number: int, runner: list[int]) -> Record:
-        options = self.settings[group.name]
-        return Record(
-            job=job,
-            launch=number,
-            kind=self.kind,
-            group=group.name,
-            cluster="slurm" if options.on_slurm else "local",
-            command=list(group.commands[index]),
-            nodes=options.nodes,
-            tasks=options.tasks,
-            run=str(group.runs[index]) if group.runs else "",
-            after=self._dependencies(group),
-            runner=runner,
-            code=str(self.code),
-            directory=str(Path.cwd()),
-            time=time.time(),
-        )
+    def _records(self, number: int, runner: list[int]) -> list[Record]:
+        return [
+            Record(
+                job=job,
+                launch=number,
+                kind=self.kind,
+                group=group.name,
+                cluster="slurm" if self.options.on_slurm else "local",
+                command=list(command.arguments),
+                nodes=self.settings[group.name].nodes,
+                tasks=self.settings[group.name].tasks,
+                run=command.run,
+                after=self._dependencies(group),
+                runner=runner,
+                code=str(self.code),
+                directory=str(Path.cwd()),
+                time=time.time(),
+            )
+            for group in self.plan.groups
+            for job, command in zip(self.submitted[group.name], self._commands(group))
+        ]
 
     def _dependencies(self, group: Group) -> list[str]:
         return [job for name in group.after for job in self.submitted[name]]
@@ -200,22 +182,29 @@ class _Submission:
                 run_verb=self.run_verb,
                 arguments=arguments,
                 launch=str(self.launch),
-                run=str(group.runs[index]) if group.runs else "",
+                run=run,
                 evaluate=group.evaluate,
                 removes=tuple(map(str, group.removes)),
                 requeues=self.settings[group.name].requeues,
             )
-            for index, arguments in enumerate(group.commands)
+            for arguments, run in zip(group.commands, map(str, group.runs or ("",) * len(group.commands)))
         ]
 
-    def _submit_to_slurm(self, group: Group) -> None:
-        options = self.settings[group.name]
-        after = sorted({job.partition("_")[0] for job in self._dependencies(group)}, key=int)  # an array as a whole
-        jobs = self.submitted[group.name] = []
-        commands = self._commands(group)
-        for size in _array_sizes(len(commands), slurm.max_array_size()):
-            executor = slurm.make_executor(self.launch, options, str(options.name), self.code, after, size)
-            jobs += slurm.submit(executor, commands[len(jobs) : len(jobs) + size])
+    def _submit_to_slurm(self) -> list[int]:
+        """Submit every group; there is no runner of ours, as `Record` says."""
+        self.undo.callback(self._cancel)
+        for group in self.plan.groups:
+            after = sorted({job.partition("_")[0] for job in self._dependencies(group)}, key=int)  # arrays as a whole
+            jobs = self.submitted[group.name] = []
+            commands = self._commands(group)
+            for size in _array_sizes(group):
+                executor = slurm.make_executor(self.launch, self.settings[group.name], self.code, after, size)
+                jobs += slurm.submit(executor, commands[len(jobs) : len(jobs) + size])
+        return []
+
+    def _cancel(self) -> None:
+        with contextlib.suppress(RunError, UserError):
+            slurm.cancel([job for jobs in self.submitted.values() for job in jobs])
 
     def _start_local_runner(self, number: int) -> list[int]:
         """Returns what identifies the runner of this launch, as in `Record`."""
@@ -223,27 +212,26 @@ class _Submission:
         python = slurm.interpreter(self.options, self.launch, self.code)
         for group in self.plan.groups:
             options = self.settings[group.name]
-            name = f"local{number}.{len(self.submitted)}"
             commands = self._commands(group)
+            name = f"local{number}.{len(self.submitted)}"
             jobs = [name] if len(commands) == 1 else [f"{name}_{index}" for index in range(len(commands))]
             for job, command in zip(jobs, commands):
                 delayed = DelayedSubmission(command)
                 delayed.set_timeout(NO_TIMEOUT, options.requeues)
                 delayed.dump(self.launch / f"{job}_submitted.pkl")
-            local_jobs += [
-                local.LocalJob(
-                    job=job,
-                    after=self._dependencies(group),
-                    tasks=options.tasks,
-                    gpus=options.gpus_per_node or 0,
-                    seconds=60 * (options.minutes or 0),
-                    signal_seconds=options.signal_seconds,
-                    setup=options.setup_lines,
-                    python=python,
-                    trains=bool(group.runs),
+                local_jobs.append(
+                    local.LocalJob(
+                        job=job,
+                        after=self._dependencies(group),
+                        tasks=options.tasks,
+                        gpus=options.gpus_per_node or 0,
+                        seconds=60 * (options.minutes or 0),
+                        signal_seconds=options.signal_seconds,
+                        setup=options.setup_lines,
+                        python=python,
+                        trains=bool(command.run),
+                    )
                 )
-                for job in jobs
-            ]
             self.submitted[group.name] = jobs
         # Without GPUs to count by, jobs side by side would only slow each other down.
         places = self.options.max_parallel or (len(local.devices()) if self.options.gpus_per_node else 1)
@@ -261,10 +249,12 @@ def keep(source: Path, target: Path) -> None:
     os.replace(aside, target)
 
 
-def _array_sizes(count: int, size: int) -> list[int]:
-    """Sizes of the arrays that `count` jobs are submitted in."""
+def _array_sizes(group: Group) -> list[int]:
+    """Sizes of the arrays that a group's jobs are submitted in."""
+    size, count = slurm.max_array_size(), len(group.commands)
     return [min(size, count - first) for first in range(0, count, size)]
 
 
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}".rstrip() for line in text.rstrip().splitlines())
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()

@@ -26,12 +26,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        targets: Tensor,
-        student_temp: float,
-        weights: Tensor | None,
-        target_shift: int,
+        ctx: Any, logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None, target_shift: int
     ) -> Tensor:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         blocks = logits.unflatten(0, (-1, targets.shape[0])) if targets.shape[0] else logits[None]
@@ -46,7 +41,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
             grad_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
             grad = torch.empty(blocks.shape, dtype=grad_dtype, device=logits.device)
         losses = torch.empty(repeats, num_targets, dtype=dtype, device=logits.device)
-        first, second = _scratch(blocks, dtype), _scratch(blocks, dtype)
+        tile = (*_tile_shape(blocks), blocks.shape[-1])
+        first, second = (torch.empty(tile, dtype=dtype, device=logits.device) for _ in range(2))  # scratch
         for block, rows, target_rows in _tiles(blocks, target_shift):
             x, q, w = blocks[block, rows], targets[target_rows], row_weights[block, rows]
             scores, product = first[: x.shape[0], : x.shape[1]], second[: x.shape[0], : x.shape[1]]
@@ -91,16 +87,8 @@ def _tiles(blocks: Tensor, target_shift: int) -> Iterator[tuple[slice, slice, sl
                 yield block, rows, slice(rows.start + shift, rows.stop + shift)
 
 
-def _scratch(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(*_tile_shape(blocks), blocks.shape[-1], dtype=dtype, device=blocks.device)
-
-
 def soft_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    student_temp: float,
-    weights: Tensor | None = None,
-    target_shift: int = 0,
+    logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None = None, target_shift: int = 0
 ) -> Tensor:
     """sum_i w_i * H(q_i, s_i) with H(q, s) = -sum_k q_k * log_softmax(s / student_temp)_k.
 

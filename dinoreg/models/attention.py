@@ -22,8 +22,6 @@ BACKENDS = ("auto", "xformers", "sdpa", "plain")
 # quick low-precision kernels); in float32 SDPA is as quick or quicker at every length.
 PLAIN_MAX_TOKENS = 300
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
-
 Shapes = tuple[tuple[int, int], ...]  # one (images, tokens) pair per group
 
 
@@ -37,10 +35,7 @@ def check_backend(name: str) -> str:
 
 
 def resolve_backend(
-    name: str,
-    device: torch.device,
-    num_tokens: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    name: str, device: torch.device, num_tokens: int | None = None, dtype: torch.dtype = torch.float32
 ) -> str:
     """The backend that `name` stands for: "xformers", "sdpa" or "plain".
 
@@ -60,7 +55,7 @@ def resolve_backend(
         return name
     if device.type == "cuda":
         return "sdpa" if run_problem(device, dtype) else "xformers"
-    if device.type == "cpu" and dtype in LOW_PRECISION and (num_tokens or 0) <= PLAIN_MAX_TOKENS:
+    if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and (num_tokens or 0) <= PLAIN_MAX_TOKENS:
         return "plain"
     return "sdpa"
 
@@ -122,7 +117,7 @@ def attend_groups(qkv: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tenso
     backends one per group, as `resolve_backend` returns it
     returns  (S, heads * head_dim)
     """
-    if backends[0] == "xformers":  # a matter of the device, hence of all groups
+    if backends[0] == "xformers" and len(shapes) > 1:  # a matter of the device, hence of all groups
         return _attend_packed(qkv, shapes).flatten(1)
     groups = qkv.split([images * tokens for images, tokens in shapes]) if len(shapes) > 1 else (qkv,)
     outputs = []
@@ -136,9 +131,6 @@ def _attend_packed(qkv: Tensor, shapes: Shapes) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
     q, k, v = qkv.unsqueeze(0).unbind(2)  # (1, S, heads, head_dim)
-    if len(shapes) == 1:  # plain batch: no mask needed
-        q, k, v = (x.unflatten(1, shapes[0]).squeeze(0) for x in (q, k, v))
-        return memory_efficient_attention(q, k, v).flatten(0, 1)
     bias = _block_diagonal(shapes, qkv.device)
     return memory_efficient_attention(q, k, v, attn_bias=bias).squeeze(0)
 

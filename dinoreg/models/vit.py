@@ -59,11 +59,7 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 def resample_positions(
-    positions: Tensor,
-    grid: tuple[int, int],
-    target: tuple[int, int],
-    antialias: bool = True,
-    offset: float = 0.0,
+    positions: Tensor, grid: tuple[int, int], target: tuple[int, int], antialias: bool = True, offset: float = 0.0
 ) -> Tensor:
     """Bicubic resampling of patch positions from one grid to another, in float32.
 
@@ -212,28 +208,21 @@ class RegisterViT(nn.Module):
                 FFN, two thirds of the last block, and the final norm then see these and the class tokens alone
         returns Tokens, a list of Tokens, or with `patches` a list of ChosenTokens
         """
+        packed = not isinstance(images, Tensor)
         if isinstance(images, Tensor):
-            if (mask is not None and not isinstance(mask, Tensor)) or patches is not None:
+            if patches is not None or not (mask is None or isinstance(mask, Tensor)):
                 raise UserError("images are one tensor, so mask must be one tensor or None, and patches None")
-            return self._encode([images], [mask], packed=False)[0]
+            images, mask = [images], [mask]
         masks = [None] * len(images) if mask is None else list(mask)
         if not images or len(masks) != len(images):
             raise UserError(f"{len(images)} groups of images came with {len(masks)} masks")
-        return self._encode(images, masks, packed=True, patches=patches)
-
-    def _encode(
-        self,
-        images: Sequence[Tensor],
-        masks: Sequence[Tensor | None],
-        packed: bool,
-        patches: Sequence[Tensor] | None = None,
-    ) -> list[Any]:
         groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
         x, shapes = _pack(groups)
         rows = None if patches is None else _rows(shapes, patches, 1 + self.num_registers)
         x = self.norm(self._run(x, shapes, self.depth, packed, rows=rows))
         if patches is None:
-            return self._split(x, shapes)
+            outputs = self._split(x, shapes)
+            return outputs if packed else outputs[0]
         sizes = [size for (count, _), chosen in zip(shapes, patches) for size in (count, len(chosen))]
         parts = x.split(sizes)
         return [ChosenTokens(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)]

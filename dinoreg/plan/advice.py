@@ -1,15 +1,16 @@
 """What to change when a job does not fit: the fewest overrides under which it does, found by trying them."""
 
-import bisect
-import dataclasses
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from dinoreg.config.load import Config
+from dinoreg.config.option import build, flat
 from dinoreg.plan.job import Job, describe
-from dinoreg.plan.memory import Memory, memory_of
-from dinoreg.plan.operations import operations_of
-from dinoreg.plan.traffic import collectives
+from dinoreg.plan.memory import Memory, memory_from, memory_of, operations_of
+from dinoreg.plan.recorder import PARTS, STATE, TEACHER, WORKING
+from dinoreg.plan.traffic import step_of
 
 # In the order in which they are preferred: the first ones change where things are kept, the last one the run itself.
 KEYS = (
@@ -50,21 +51,15 @@ def remedies(job: Job, most: int = 3) -> list[Remedy]:
     Micro-batches of a few images leave a device idle, a smaller batch is another run, as is another group for KoLeo:
     these are tried only when nothing else is enough.
     """
-    if not smallest(job).memory.fits:
-        return []
-    base = _seconds(job)
-    harmless, others = KEYS[:4], KEYS[4:]
+    trials, harmless, others = Trials(job), KEYS[:4], KEYS[4:]
     for extra, fewest in ((0, FEW_IMAGES), (0, 1), (1, 1), (2, 1)):
-        additions = list(itertools.combinations(others, extra))
-        if not any(_fits(job, _strongest(job, (*harmless, *more), fewest)) for more in additions):
-            continue
         for count in range(len(harmless) + 1):
-            found = [
-                Remedy(overrides, memory_of(change(job, overrides)), _seconds(change(job, overrides)) / base - 1)
+            mildest = [
+                next(filter(trials.fits, choices(job, (*keys, *more), fewest)), None)
                 for keys in itertools.combinations(harmless, count)
-                for more in additions
-                if (overrides := _mildest(job, (*keys, *more), fewest))
+                for more in itertools.combinations(others, extra)
             ]
+            found = [trials.remedy(overrides) for overrides in mildest if overrides]
             if found:
                 return sorted(found, key=lambda remedy: (_change_of_run(job, remedy), remedy.slower))[:most]
     return []
@@ -75,8 +70,7 @@ def smallest(job: Job) -> Remedy:
     overrides: dict[str, Any] = {"model.checkpointing": True, "batch_size": 1, "optim.accumulate": 1}
     if job.world_size > 1:
         overrides |= {"parallel.strategy": "fsdp", "parallel.reshard": True, "loss.koleo_ranks": 1}
-    changed = change(job, overrides)
-    return Remedy(overrides, memory_of(changed), _seconds(changed) / _seconds(job) - 1)
+    return Trials(job).remedy(overrides)
 
 
 def _change_of_run(job: Job, remedy: Remedy) -> float:
@@ -84,36 +78,69 @@ def _change_of_run(job: Job, remedy: Remedy) -> float:
     return job.config.batch_size / remedy.overrides.get("batch_size", job.config.batch_size) - 1
 
 
-def _mildest(job: Job, keys: tuple[str, ...], fewest: int) -> dict[str, Any]:
-    """For these keys the mildest values that fit, {} if none do: the later a key stands in `keys`, the less it moves.
+class Trials:
+    """Variants of a job, tried for their memory. Where a failure rules out another variant, that one is not run."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.too_large = [job]
+
+    def fits(self, overrides: dict[str, Any]) -> bool:
+        """Whether the job fits with these overrides."""
+        changed = change(self.job, overrides)
+        if any(_rules_out(other, changed) for other in self.too_large):
+            return False
+        fits = memory_of(changed).fits
+        if not fits:
+            self.too_large.append(changed)
+        return fits
+
+    def remedy(self, overrides: dict[str, Any]) -> Remedy:
+        changed = change(self.job, overrides)
+        return Remedy(overrides, memory_of(changed), _seconds(changed) / _seconds(self.job) - 1)
+
+
+def _rules_out(job: Job, other: Job) -> bool:
+    """Whether `other` cannot fit because `job` does not, as far as no key takes away what is too much.
+
+    What is held of images falls at most with their number, less one that drop path may round off.
+    """
+    before, after = job.config, other.config
+    if after.optim.accumulate == 1 < before.optim.accumulate:  # which has moments of its own
+        return False
+    images = max(0, other.micro_batch_size - (after.model.drop_path > 0)) / job.micro_batch_size
+    left = dict.fromkeys(PARTS, min(1.0, images))
+    left["crops"] = min(1.0, after.batch_size / before.batch_size)
+    pairs = other.koleo_ranks * after.batch_size / (job.koleo_ranks * before.batch_size)
+    left["similarities for KoLeo"] = min(1.0, pairs**2)
+    left |= dict.fromkeys((*STATE, "gradients"), job.shard_size / other.shard_size)
+    left |= dict.fromkeys(("weights in low precision", "gathered weights"), 1.0)
+    if other.strategy != job.strategy:
+        left["weights in low precision"] = left[WORKING] = 0.0
+    if other.strategy == "fsdp" and after.parallel.reshard > before.parallel.reshard:
+        left["gathered weights"] = left[WORKING] = 0.0
+    if after.model.checkpointing > before.model.checkpointing:
+        left["activations of the backbone"] = left["weights in low precision"] = left[WORKING] = 0.0
+    targets = {**left, "logits and targets": left["crops"]}  # formed over the whole batch, whatever its parts
+    peaks = {
+        moment: {part: int((targets if moment == TEACHER else left)[part] * size) for part, size in held.items()}
+        for moment, held in memory_of(job).moments.items()
+    }
+    return not memory_from(other, peaks).fits
+
+
+def choices(job: Job, keys: tuple[str, ...], fewest: int) -> Iterator[dict[str, Any]]:
+    """All overrides of exactly these keys that save memory, the mildest first: the last key is the slowest to move.
 
     fewest  images of a micro-batch
     """
-    overrides: dict[str, Any] = {}
-    for position in reversed(range(len(keys))):
-        key, earlier = keys[position], keys[:position]
-        values = _values(change(job, overrides), key, fewest)
-        # Memory falls along the values, so that halving finds the first one that fits.
-        choices = [_strongest(job, earlier, fewest, {**overrides, key: value}) for value in values]
-        first = bisect.bisect_left(choices, True, key=lambda choice: _fits(job, choice))
-        if first == len(values):
-            return {}
-        overrides[key] = values[first]
-    return overrides
-
-
-def _strongest(job: Job, keys: tuple[str, ...], fewest: int, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`overrides`, and besides the values of `keys` that save most."""
-    strongest = dict(overrides or {})
-    for key in reversed(keys):
-        values = _values(change(job, strongest), key, fewest)
-        if values:
-            strongest[key] = values[-1]
-    return strongest
-
-
-def _fits(job: Job, overrides: dict[str, Any]) -> bool:
-    return memory_of(change(job, overrides)).fits
+    if not keys:
+        yield {}
+        return
+    *earlier, key = keys
+    for value in _values(job, key, fewest):
+        for choice in choices(change(job, {key: value}), tuple(earlier), fewest):
+            yield {key: value, **choice}
 
 
 def _values(job: Job, key: str, fewest: int) -> list[Any]:
@@ -144,23 +171,14 @@ def _values(job: Job, key: str, fewest: int) -> list[Any]:
 
 def change(job: Job, overrides: dict[str, Any]) -> Job:
     """The same job with other values of some keys that leave the networks as they are."""
-    config = job.config
-    top = {key: value for key, value in overrides.items() if "." not in key}
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in overrides.items():
-        section, dot, name = key.partition(".")
-        if dot:
-            sections.setdefault(section, {})[name] = value
-    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
-    return describe(dataclasses.replace(config, **changed, **top), job.nodes, job.gpus, job.device, job.sizes)
+    config = build(Config, {**flat(job.config), **overrides})
+    return describe(config, job.nodes, job.gpus, job.device, job.sizes)
 
 
 def _seconds(job: Job) -> float:
     """A step on paper over its images: only ratios of it mean anything."""
-    peak = job.device.peak(job.precision)
-    operations = operations_of(job).total * job.config.batch_size + job.koleo_operations()
-    computing = operations / (0.3 * peak if peak else _ASSUMED_FLOPS)
-    exchanges = collectives(job)
-    hidden = sum(each.seconds(job.device) for each in exchanges if each.hidden)
-    exposed = sum(each.seconds(job.device) for each in exchanges if not each.hidden)
-    return (max(computing, hidden) + exposed) / job.config.batch_size
+    batch_size, peak = job.config.batch_size, job.device.peak(job.precision)
+    operations = operations_of(job, worst=True).total * batch_size + job.koleo_operations()
+    seconds = step_of(job, operations / (0.3 * peak if peak else _ASSUMED_FLOPS)).seconds
+    assert seconds is not None
+    return seconds / batch_size

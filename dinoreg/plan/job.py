@@ -1,79 +1,67 @@
 """A run as far as its cost goes: its networks' sizes, its batch, its processes and what they compute on."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 
 from dinoreg.config.load import Config
+from dinoreg.config.schema import ParallelConfig
 from dinoreg.plan.devices import Device
 from dinoreg.runtime.device import pick_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.parallelize import choose_strategy
-from dinoreg.train.state import build_networks
-
-ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What FSDP gathers at a time: (rows, entries of a row) of each parameter. It shards rows."""
-
-    shapes: tuple[tuple[int, int], ...]
-
-    @property
-    def parameters(self) -> int:
-        return sum(rows * width for rows, width in self.shapes)
-
-    def padded(self, shards: int) -> int:
-        """Entries as they are gathered from `shards` processes, each of which sends equally many rows.
-
-        A parameter of a single row, as the positions are, is sent by all of them.
-        """
-        return sum(-(-rows // shards) * shards * width for rows, width in self.shapes)
-
-
-@dataclass(frozen=True)
-class Head:
-    """A prototype head: its prototypes and its parameters."""
-
-    prototypes: int
-    unit: Unit
+from dinoreg.train.state import Networks, build_networks
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the networks are made of.
+    """What the networks are made of: a student without weights, which takes no memory. The teacher is as large."""
 
-    units  each block, then the rest of the backbone
-    heads  {"dino_head", "ibot_head"}; one for both when tied
-    """
+    networks: Networks
 
-    dim: int
-    depth: int
-    patch_size: int
-    num_registers: int
-    units: tuple[Unit, ...]
-    heads: dict[str, Head]
-
-    def patches(self, size: int) -> int:
-        """Patches of a square image of `size` pixels."""
-        return (size // self.patch_size) ** 2
-
-    def tokens(self, size: int) -> int:
-        """Class token, registers and patches of a square image of `size` pixels."""
-        return 1 + self.num_registers + self.patches(size)
-
-    @property
-    def backbone(self) -> int:
-        return sum(unit.parameters for unit in self.units)
+    @cached_property
+    def parameters(self) -> dict[str, int]:
+        """Of {"backbone", "dino_head"} and, untied, "ibot_head"."""
+        return {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks.items()}
 
     @property
     def student(self) -> int:
-        """Parameters of the backbone and its heads; the teacher has as many."""
-        return self.backbone + sum(head.unit.parameters for head in self.heads.values())
+        """Parameters of the backbone and its heads."""
+        return sum(self.parameters.values())
+
+    @property
+    def prototypes(self) -> dict[str, int]:
+        """Of each head; one for both losses when tied."""
+        heads = {name: self.networks[name] for name in self.networks if name != "backbone"}
+        return {name: len(head.last_layer.weight_g) for name, head in heads.items()}  # type: ignore[union-attr, arg-type]
+
+    @property
+    def dim(self) -> int:
+        return self.networks.backbone.dim
+
+    @property
+    def depth(self) -> int:
+        return self.networks.backbone.depth
+
+    def patches(self, size: int) -> int:
+        """Patches of a square image of `size` pixels."""
+        return (size // self.networks.backbone.patch_size) ** 2
+
+    def tokens(self, size: int) -> int:
+        """Class token, registers and patches of a square image of `size` pixels."""
+        return 1 + self.networks.backbone.num_registers + self.patches(size)
+
+
+def padded(network: nn.Module, shards: int) -> int:
+    """Entries of a network as FSDP gathers them from `shards` processes, each of which sends equally many rows.
+
+    A parameter of a single row, as the positions are, is sent by all of them.
+    """
+    return sum(-(-len(p) // shards) * shards * (p.numel() // len(p)) for p in network.parameters())
 
 
 @dataclass(frozen=True)
@@ -114,14 +102,10 @@ class Job:
         """Processes that share one copy of the state."""
         return (self.config.parallel.shard or self.world_size) if self.strategy == "fsdp" else 1
 
-    def padded(self, *, backbone: bool = True, heads: bool = True) -> int:
-        """Entries of the backbone and the heads as they are gathered; without FSDP as many as there are parameters."""
-        units = (*(self.sizes.units if backbone else ()), *(self.head_units if heads else ()))
-        return sum(unit.padded(self.shard_size) for unit in units)
-
-    @property
-    def head_units(self) -> tuple[Unit, ...]:
-        return tuple(head.unit for head in self.sizes.heads.values())
+    def padded(self, *names: str) -> int:
+        """Entries of these networks, or all, as they are gathered; without FSDP as many as there are parameters."""
+        networks = self.sizes.networks
+        return sum(padded(networks[name], self.shard_size) for name in names or networks)
 
     @property
     def copies(self) -> int:
@@ -160,30 +144,35 @@ class Job:
             return 0.0
         return 2 * 2 * (self.koleo_ranks * self.config.batch_size) ** 2 * self.sizes.dim
 
+    def alone(self) -> "Job":
+        """The same job on one process."""
+        loss = replace(self.config.loss, koleo_ranks=None)
+        return replace(self, config=replace(self.config, parallel=ParallelConfig(), loss=loss), nodes=1, gpus=1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it is, fit for JSON."""
+        config = self.config
+        return {
+            "model": config.model.name,
+            "nodes": self.nodes,
+            "gpus": self.gpus,
+            "processes": self.world_size,
+            "device": self.device.name,
+            "strategy": self.strategy,
+            "shard": self.shard_size,
+            "precision": self.precision,
+            "attention": self.backend,
+            "batch_size": config.batch_size,
+            "global_batch_size": self.global_batch_size,
+            "accumulate": config.optim.accumulate,
+            "checkpointing": config.model.checkpointing,
+        }
+
 
 def measure_sizes(config: Config) -> Sizes:
     """The sizes of a config's networks, from the networks themselves; no memory is taken."""
     with torch.device("meta"):
-        student, _ = build_networks(config)
-    backbone = student.backbone
-    in_blocks = {id(parameter) for parameter in backbone.blocks.parameters()}
-    rest = [parameter for parameter in backbone.parameters() if id(parameter) not in in_blocks]
-    heads = {name: student[name] for name in student if name != "backbone"}
-    return Sizes(
-        dim=backbone.dim,
-        depth=backbone.depth,
-        patch_size=backbone.patch_size,
-        num_registers=backbone.num_registers,
-        units=(*(_unit(block.parameters()) for block in backbone.blocks), _unit(rest)),
-        heads={
-            name: Head(len(head.last_layer.weight_g), _unit(head.parameters()))  # type: ignore[union-attr, arg-type]
-            for name, head in heads.items()
-        },
-    )
-
-
-def _unit(parameters: Iterable[nn.Parameter]) -> Unit:
-    return Unit(tuple((parameter.shape[0], parameter.numel() // parameter.shape[0]) for parameter in parameters))
+        return Sizes(build_networks(config)[0])
 
 
 def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes | None = None) -> Job:
@@ -220,5 +209,4 @@ def _precision(config: Config, device: Device) -> str:
         return config.precision
     if device.kind == "cuda":
         return "fp16" if device.peaks and "bf16" not in device.peaks else "bf16"
-    dtype = pick_precision("auto", torch.device("cpu"))
-    return "bf16" if dtype == torch.bfloat16 else "fp32"
+    return "bf16" if pick_precision("auto", torch.device("cpu")) == torch.bfloat16 else "fp32"

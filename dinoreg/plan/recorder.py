@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from dinoreg.train.parallelize import local
 from dinoreg.train.state import TrainState
@@ -40,6 +40,7 @@ PARTS = (
     "crops",
     WORKING,
 )
+STATE = PARTS[:4]  # what stays from step to step
 # Moments of a step, in their order. Within each of them the same tensors are alive, but for the number of blocks.
 TEACHER, CLASS_TOKENS, KOLEO, STUDENT = "teacher", "class tokens", "KoLeo", "student and losses"
 LAST_BLOCKS, BLOCKS, BACKWARD_END = "backward, last blocks", "backward, blocks", "backward, end"
@@ -53,11 +54,6 @@ _ATTENTION = (
 )
 
 
-def _fused_attention(query: Tensor, key: Tensor) -> int:
-    """Floating-point operations of self-attention, (B, heads, T, head_dim) each: two products with (T, T) matrices."""
-    return 4 * query.numel() * key.shape[-2]
-
-
 def count_operations(function: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
     """Floating-point operations of a matrix product, 0 of anything else.
 
@@ -65,9 +61,9 @@ def count_operations(function: Any, args: Sequence[Any], kwargs: dict[str, Any],
     operation of the model. PyTorch's own counter has no formula for the CPU's kernel.
     """
     if function is aten._scaled_dot_product_flash_attention_for_cpu:
-        return _fused_attention(*args[:2])
+        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
     if function is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return 2 * _fused_attention(*args[1:3])
+        return 2 * int(sdpa_flop_count(*(tensor.shape for tensor in args[1:4])))
     formula = flop_registry.get(function)
     return 0 if formula is None else int(formula(*args, **kwargs, out_val=out))
 
@@ -238,6 +234,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # of a fake tensor: autograd asks for it at every turn
+            return func(*args)
         if self._moment in (LAST_BLOCKS, BLOCKS, BACKWARD_END) and not _in_backward():
             self._enter(UPDATE)
         if func is aten.nonzero.default and self._masked:

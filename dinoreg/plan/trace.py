@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -26,17 +25,15 @@ from dinoreg.data.loader import Batch
 from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
 from dinoreg.plan.job import Job
 from dinoreg.plan.recorder import Parts, Recorder
+from dinoreg.plan.step import masked_batch, take_step
 from dinoreg.runtime import tiling
 from dinoreg.runtime.device import DTYPES
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.optimizer import start_moments
 from dinoreg.train.parallelize import device_mesh
-from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState, build_networks, build_state
-from dinoreg.train.step import train_step
 
 CPU = torch.device("cpu")
-NOW = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher_temp=0.05)
 
 
 @dataclass(frozen=True)
@@ -53,27 +50,23 @@ class Trace:
     operations: dict[str, int]
 
 
-def trace_job(job: Job, depth: int, masked: tuple[int, ...], alone: bool = False) -> Trace:
-    """A step of a job whose backbone has `depth` blocks, in micro-batches of so many masked patches.
-
-    alone  on one process, whatever the job has
-    """
+def trace_job(job: Job, depth: int, masked: tuple[int, ...]) -> Trace:
+    """A step of a job whose backbone has `depth` blocks, in micro-batches of so many masked patches."""
     config, parts = job.config, len(masked)
     attention = "sdpa" if job.backend == "xformers" else job.backend  # which keeps a little more, and runs anywhere
-    world_size = 1 if alone else job.world_size
-    parallel = replace(config.parallel, strategy=job.strategy) if world_size > 1 else ParallelConfig()
+    parallel = replace(config.parallel, strategy=job.strategy) if job.world_size > 1 else ParallelConfig()
     return trace_step(
         Config(
             batch_size=job.micro_batch_size * parts,
             model=replace(config.model, depth=depth, attention=attention),
             head=config.head,
             crops=config.crops,
-            loss=replace(config.loss, koleo_ranks=None) if alone else config.loss,
+            loss=config.loss,
             optim=replace(config.optim, accumulate=parts),
             parallel=parallel,
         ),
         job.precision,
-        world_size,
+        job.world_size,
         job.device.kind,
         masked,
     )
@@ -114,16 +107,7 @@ def record_step(config: Config, state: TrainState, batch: Batch, precision: str,
     recorder = Recorder(centers, koleo_ranks * config.batch_size, masked)
     recorder.hold_state(state, batch)
     with recorder.watching(state), recorder:
-        train_step(
-            state,
-            batch,
-            NOW,
-            loss=config.loss,
-            dtype=DTYPES[precision],
-            clip_grad=config.optim.clip_grad,
-            accumulate=config.optim.accumulate,
-            seed=0,
-        )
+        take_step(config, state, batch, DTYPES[precision])
     recorder.label_gradients(state.student)
     return Trace(recorder.peaks(), recorder.peaks(without=("gradients",)), dict(recorder.operations))
 
@@ -150,19 +134,9 @@ def _give_fake_parameters(network: nn.Module) -> None:
 
 
 def _fake_batch(config: Config, state: TrainState, masked: int) -> Batch:
-    crops, count, channels = config.crops, config.batch_size, config.model.in_channels
-    patches = (crops.global_size // state.student.backbone.patch_size) ** 2
-    local_shape = (crops.num_local * count, channels, crops.local_size, crops.local_size)
-    return Batch(
-        global_crops=torch.empty(2 * count, channels, crops.global_size, crops.global_size),
-        local_crops=torch.empty(local_shape) if crops.num_local else None,
-        mask=torch.empty(2 * count, patches, dtype=torch.bool),
-        mask_indices=torch.empty(masked, dtype=torch.int64),
-        mask_weights=torch.empty(masked),
-        sample_ids=np.arange(count),
-        position=count,
-        data_time=0.0,
-    )
+    patches = (config.crops.global_size // state.student.backbone.patch_size) ** 2
+    mask = torch.empty(2 * config.batch_size, patches, dtype=torch.bool)
+    return masked_batch(config, mask, torch.empty(masked, dtype=torch.int64), torch.empty(masked))
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 
 from dinoreg.plan.devices import HOP_SECONDS, LINK_SHARE, Device
-from dinoreg.plan.job import ELEMENT, Job
+from dinoreg.plan.job import Job
+from dinoreg.runtime.device import DTYPES
 
 DDP_BUCKET = 25 * 2**20  # bytes, PyTorch's default
 
@@ -47,6 +48,31 @@ class Collective:
         return self.sent / (rate * 1e9 * LINK_SHARE) + hops * HOP_SECONDS
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step. Data and checkpoints are not waited for.
+
+    computing, seconds  of one device, and of the whole; None where nothing is known of the device's speed
+    communicating       seconds; `hidden` of them can go on beside the computing
+    sent                bytes that one process sends
+    """
+
+    computing: float | None
+    communicating: float
+    hidden: float
+    sent: int
+    seconds: float | None
+
+
+def step_of(job: Job, computing: float | None) -> Step:
+    """A step of a job, of which one device computes for so many seconds; None where that is not known."""
+    exchanges = collectives(job)
+    communicating = sum(each.seconds(job.device) for each in exchanges)
+    hidden = sum(each.seconds(job.device) for each in exchanges if each.hidden)
+    seconds = None if computing is None else max(computing, hidden) + communicating - hidden
+    return Step(computing, communicating, hidden, sum(each.sent for each in exchanges), seconds)
+
+
 def collectives(job: Job) -> list[Collective]:
     """All exchanges of a step; none on one process."""
     if job.world_size == 1:
@@ -60,9 +86,9 @@ def _weights(job: Job) -> list[Collective]:
     if job.strategy == "ddp":
         size = 4 * sizes.student
         return [Collective("gradients, all-reduce", size, math.ceil(size / DDP_BUCKET), *everyone, 2, True)]
-    parts, blocks, units = job.config.optim.accumulate, len(sizes.units), len(sizes.units) + len(sizes.heads)
+    parts, blocks, units = job.config.optim.accumulate, sizes.depth + 1, sizes.depth + len(sizes.networks)
     group = (job.shard_size, min(job.shard_size, job.gpus))
-    whole, backbone = (ELEMENT[options.param_dtype] * job.padded(heads=heads) for heads in (True, False))
+    whole, backbone = (DTYPES[options.param_dtype].itemsize * job.padded(*names) for names in ((), ("backbone",)))
     passes = parts * (2 if options.reshard else 1)
     student, calls = passes * whole, passes * units
     if options.reshard and job.config.loss.koleo_weight > 0 and parts > 1:
@@ -74,7 +100,7 @@ def _weights(job: Job) -> list[Collective]:
     ]
     if job.has_anchor:
         found.append(Collective("anchor's weights, all-gather", parts * backbone, parts * blocks, *group, 1, True))
-    reduced = parts * ELEMENT[options.reduce_dtype] * job.padded()
+    reduced = parts * DTYPES[options.reduce_dtype].itemsize * job.padded()
     found.append(Collective("gradients, reduce-scatter", reduced, parts * units, *group, 1, True))
     copies = (job.copies, max(1, job.gpus // job.shard_size))
     found.append(
@@ -86,8 +112,8 @@ def _weights(job: Job) -> list[Collective]:
 def _statistics(job: Job) -> list[Collective]:
     """Prototype masses or centres, neighbours, and the scalars of losses and norms."""
     loss, sizes, everyone = job.config.loss, job.sizes, (job.world_size, job.gpus)
-    heads = list(sizes.heads.values())
-    prototypes = heads[0].prototypes + heads[-1].prototypes  # class tokens and patches are balanced apart
+    heads = list(sizes.prototypes.values())
+    prototypes = heads[0] + heads[-1]  # class tokens and patches are balanced apart
     if loss.centering == "sinkhorn":
         size, calls = 4 * loss.sinkhorn_iterations * prototypes, 2 * (loss.sinkhorn_iterations + 1)
         found = [Collective("Sinkhorn, all-reduce", size, calls, *everyone, 2, False)]

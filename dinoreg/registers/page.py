@@ -22,8 +22,7 @@ from dinoreg.reports.html import Scale
 from dinoreg.reports.plots import COLOURS, DOTTED, SETTINGS, percent_tick, set_log_ticks, set_style
 from dinoreg.runtime.templates import percent, score
 from dinoreg.visualize.attention import token_names
-from dinoreg.visualize.contact_sheet import INK, colour_map, figure_image, map_row, sheet
-from dinoreg.visualize.gallery import Gallery
+from dinoreg.visualize.gallery import INK, Gallery, colour_map, figure_image, map_row, sheet
 
 VIEW = "registers"
 GRID = "#80869040"  # a faint INK

@@ -95,9 +95,7 @@ def with_test_time_register(
     options = model.architecture() | {"num_registers": num_registers, "attention": model.attention_backend}
     with torch.device("meta"):
         changed = RegisterViT(**options)
-    parameter = model.cls_token
-    state = dict(model.state_dict())
-    state["register_tokens"] = torch.zeros(1, num_registers, model.dim, dtype=parameter.dtype, device=parameter.device)
+    state = model.state_dict() | {"register_tokens": model.cls_token.new_zeros(1, num_registers, model.dim)}
     changed.load_state_dict(state, assign=True)
     for block in sorted({neuron.block for neuron in neurons}):
         if not 0 <= block < model.depth:

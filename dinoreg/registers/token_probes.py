@@ -8,7 +8,8 @@ or the content it has in another image are replacements that the network may tak
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -84,14 +85,13 @@ def replacement(kind: str, contents: Tensor, known: Moments, generator: torch.Ge
     """
     if kind == "zero":
         return torch.zeros_like(contents)
+    mean, std = (each[:, None].to(contents) for each in known)
     if kind == "mean":
-        return known.mean[:, None].to(contents).expand_as(contents)
+        return mean.expand_as(contents)
     if kind == "noise":
-        draw = torch.randn(contents.shape[1:], generator=generator).to(contents)
-        return known.mean[:, None].to(contents) + known.std[:, None].to(contents) * draw
+        return mean + std * torch.randn(contents.shape[1:], generator=generator).to(contents)
     if kind == "shuffle":
-        rows = contents.shape[1]
-        return contents.roll(max(rows // 2, 1), dims=1)
+        return contents.roll(max(contents.shape[1] // 2, 1), dims=1)
     raise ValueError(f"{kind!r} is not a replacement; expected one of {', '.join(CONTROLS)}")
 
 
@@ -105,15 +105,13 @@ def replaced(model: RegisterViT, where: Tensor, contents: Tensor, first_block: i
     """
     rows = where.flatten().nonzero()[:, 0]
 
-    def put(block: int) -> object:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            changed = output.clone()
-            changed[rows.to(output.device)] = contents[block].to(output)
-            return changed
-
-        return hook
+    def replace(block: int, _module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[rows.to(output.device)] = contents[block].to(output)
+        return changed
 
     with ExitStack() as handles:
         for block in range(first_block, model.depth):
-            handles.enter_context(model.blocks[block].register_forward_hook(put(block)))  # type: ignore[arg-type]
+            hook: Any = partial(replace, block)
+            handles.enter_context(model.blocks[block].register_forward_hook(hook))
         yield

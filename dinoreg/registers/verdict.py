@@ -9,24 +9,17 @@ from dinoreg.reports.verdict import Verdict
 from dinoreg.runtime.templates import percent, render, score
 
 DASH = "\u2013"
-ALIKE = 0.98  # mean cosine of registers that have not come apart
-LARGE = 5.0  # points of accuracy, a change that a few hundred test images can tell
 TONES = {"none": "good", "tail": "warn", "group": "bad"}
 FINDINGS = {"none": "no outliers", "tail": "a tail", "group": "outliers"}
 
 
 def judge(record: dict[str, Any]) -> Verdict:
     """What one model's figures say, in a sentence, and what follows from it and what does not."""
-    patch_probe = _probe(record, "normal patch, images with an outlier") or _probe(record, "normal patch")
     text = render(
         "registers/templates/verdict.txt.j2",
-        **record | {"added": record.get("added", False)},
-        total=record["images"] * record["grid"][0] * record["grid"][1],
+        **record,
         outlier_probe=_probe(record, "outlier patch"),
-        patch_probe=patch_probe,
-        change=_change_without_registers(record),
-        alike=ALIKE,
-        large=LARGE,
+        patch_probe=_probe(record, "normal patch, images with an outlier") or _probe(record, "normal patch"),
     )
     headline, *sentences = (" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
     return Verdict(TONES[record["outliers"]["kind"]], headline, tuple(sentences))
@@ -34,17 +27,6 @@ def judge(record: dict[str, Any]) -> Verdict:
 
 def _probe(record: dict[str, Any], token: str) -> dict[str, Any] | None:
     return next((probe for probe in record["probes"] if probe["token"] == token), None)
-
-
-def _change_without_registers(record: dict[str, Any]) -> dict[str, Any] | None:
-    """By how many points the class token's probe changes with the registers replaced; None without such a probe."""
-    rows = {row["kind"]: row for row in record["controls"] if row["what"] == "registers"}
-    if not rows or rows["as it is"]["cls_accuracy"] is None:
-        return None
-    base = rows["as it is"]["cls_accuracy"]
-    change = {kind: 100 * (row["cls_accuracy"] - base) for kind, row in rows.items()}
-    others = [value for kind, value in change.items() if kind not in ("as it is", "zero")]
-    return {"zero": change["zero"], "least": min(others), "most": max(others), "images": rows["zero"]["images"]}
 
 
 def console_table(records: Sequence[dict[str, Any]]) -> Table:

@@ -6,34 +6,34 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Run, flatten, read_run
+from dinoreg.checkpoint.run_folder import Run
 from dinoreg.reports import html
-from dinoreg.reports.plots import Chart, Line
+from dinoreg.reports.plots import SMOOTH, Chart, Line
+from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import score
 
-CURVES = {
-    "knn_top1": "k-NN accuracy of the probe",
-    "rankme": "Effective rank of the probe's features",
-    "total_loss": "Total loss",
-    "dino_global_crops_loss": "Class token, global crops",
-    "dino_local_crops_loss": "Class token, local crops",
-    "ibot_loss": "Masked patches (iBOT)",
-    "koleo_loss": "Spread of class tokens (KoLeo)",
-    "teacher_entropy": "Entropy of one target",
-    "prototype_usage": "Prototypes in use",
-    "feature_rank": "Effective rank in training",
-    "lr": "Learning rate",
-    "images_per_second": "Images per second",
+PROBED = {"marker": True, "from_zero": True}
+CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "knn_top1": ("k-NN accuracy of the probe", PROBED | {"percent": True}),
+    "rankme": ("Effective rank of the probe's features", PROBED),
+    "total_loss": ("Total loss", SMOOTH),
+    "dino_global_crops_loss": ("Class token, global crops", SMOOTH),
+    "dino_local_crops_loss": ("Class token, local crops", SMOOTH),
+    "ibot_loss": ("Masked patches (iBOT)", SMOOTH),
+    "koleo_loss": ("Spread of class tokens (KoLeo)", SMOOTH),
+    "teacher_entropy": ("Entropy of one target", SMOOTH),
+    "prototype_usage": ("Prototypes in use", SMOOTH | {"percent": True, "from_zero": True}),
+    "feature_rank": ("Effective rank in training", SMOOTH),
+    "lr": ("Learning rate", {}),
+    "images_per_second": ("Images per second", SMOOTH),
 }
-SHARES = ("knn_top1", "prototype_usage")
-PROBED = ("knn_top1", "rankme")
 # Where a run writes says nothing about how it trains.
 NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
 
 def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write one page on several runs and return its path (`report.html` here when `out` is None)."""
-    loaded = [read_run(run) for run in runs]
+    loaded = [Run(run) for run in runs]
     names = run_names(loaded)
     path = Path(out or "report.html")
     path = path / "report.html" if path.is_dir() else path
@@ -88,15 +88,8 @@ def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     """One chart per measurement with a line per run, over images seen where all runs count them."""
     by_images = all(run.images_seen for run in runs) and len({run.config.get("batch_size") for run in runs}) > 1
     charts = []
-    for key, title in CURVES.items():
-        chart = Chart(
-            title,
-            smooth=key not in PROBED and key != "lr",
-            marker=key in PROBED,
-            percent=key in SHARES,
-            from_zero=key in SHARES or key in PROBED,
-            x_label="images" if by_images else "step",
-        )
+    for key, (title, options) in CURVES.items():
+        chart = Chart(title, x_label="images" if by_images else "step", **options)
         for run, name in zip(runs, names):
             x, y = run.series(key)
             if by_images and run.images_seen and run.step:

@@ -108,13 +108,14 @@ def comma_separated(records: Sequence[Record]) -> str:
     text = io.StringIO()
     keys = ("protocol", "metric", "variant", "value", "low", "high", "unit", "n_train", "n_test", "chosen_on", "hours")
     facts = ("precision", "image_size", "seed")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", *keys, *ROLES, "weights", *facts])
+    columns = ("dataset", *keys, *ROLES, "weights", *facts)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
     for record in records:
-        tail = [record.weights.get("identity"), *map(record.content.get, facts)]
+        about = {"dataset": record.probe.dataset, "weights": record.weights.get("identity")}
+        about |= {key: record.content.get(key) for key in facts}
         for row in record.rows:
-            baselines = [record.baseline(role, row).get("value", "") for role in ROLES]
-            writer.writerow([record.probe.dataset, *(row.get(key, "") for key in keys), *baselines, *tail])
+            writer.writerow(row | {role: record.baseline(role, row).get("value") for role in ROLES} | about)
     return text.getvalue()
 
 

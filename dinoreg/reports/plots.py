@@ -269,8 +269,8 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most MAX_POINTS points: averages of neighbours."""
     if len(x) <= MAX_POINTS:
         return x, y
-    groups = np.array_split(np.arange(len(x)), MAX_POINTS)
-    return np.array([x[each].mean() for each in groups]), np.array([y[each].mean() for each in groups])
+    x, y = (np.array([group.mean() for group in np.array_split(each, MAX_POINTS)]) for each in (x, y))
+    return x, y
 
 
 def _moving_average(y: np.ndarray, width: int) -> np.ndarray:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import Probe, Run, flatten, read_run
+from dinoreg.checkpoint.run_folder import Probe, Run
 from dinoreg.reports import html
 from dinoreg.reports.plots import run_charts
 from dinoreg.reports.verdict import verdict
-from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.durations import duration
+from dinoreg.runtime.json_files import flatten, is_number
 
 MAX_LISTED = 200  # skipped images shown by name
 DETAILS = {
@@ -28,7 +29,7 @@ def write_report(folder: str | Path, problem: str = "") -> Path:
 
     problem  why its pictures could not be drawn, in a sentence (`visualize.run_pictures.draw_missing`)
     """
-    run = read_run(folder)
+    run = Run(folder)
     total = f" of {run.num_steps:,}" if run.num_steps else ""
     names = [*PICTURES, *sorted(set(run.pictures) - set(PICTURES))]
     content = html.page(
@@ -69,7 +70,7 @@ def figures(run: Run) -> list[tuple[str, Any, str]]:
         ("data", short, options if kind == "scenes" else data if short != data else ""),
         ("steps", f"{run.step:,}" if run.step else "", f"of {total:,}" if total and total != run.step else ""),
         ("images seen", f"{run.images_seen:,}" if run.images_seen else "", f"batch {batch}" if batch else ""),
-        ("training time", duration(run.seconds), ""),
+        ("training time", "" if run.seconds is None else duration(run.seconds), ""),
         ("speed", f"{statistics.median(rates):,.0f} img/s" if rates else "", waiting),
         ("hardware", *hardware(run)),
         ("crops", f"{crops} px" if crops else "", f"{prototypes:,} prototypes" if is_number(prototypes) else ""),
@@ -86,20 +87,6 @@ def hardware(run: Run) -> tuple[str, str]:
     if names and device != "cpu":
         return (names[0] if len(names) == 1 else f"{len(names)} · {names[0]}"), processor
     return (f"{cores} CPU cores" if cores else processor), processor if cores else ""
-
-
-def duration(seconds: float | None) -> str:
-    """75 -> 1 min 15 s"""
-    if seconds is None:
-        return ""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _plain(value: Any) -> str:

@@ -7,6 +7,13 @@ from dinoreg.runtime.templates import score
 
 SPOKEN = {"random init": "the untrained network"}  # names of baselines, as said in a sentence
 
+HEADLINES = {
+    "good": "Pretraining helps: better than {}, with the intervals apart.",
+    "warn": "No benefit shown over {}: the intervals overlap.",
+    "bad": "Pretraining does harm here: {} did better.",
+    "plain": "No baseline was measured.",
+}
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -51,32 +58,21 @@ def judge(probe: Probe) -> Verdict:
     """One probe against its baselines: better only when its interval lies beyond each of theirs."""
     sign = 1.0 if probe.details.get("higher_is_better", True) else -1.0
     own = sorted((sign * probe.low, sign * probe.high))
-    beaten: list[str] = []
-    level: list[str] = []
-    ahead: list[str] = []
-    for name, (_, low, high) in probe.baselines.items():
-        other = sorted((sign * low, sign * high))
-        (beaten if own[0] > other[1] else ahead if own[1] < other[0] else level).append(SPOKEN.get(name, name))
-    unit = probe.unit
+    names: dict[str, list[str]] = {"bad": [], "warn": [], "good": []}  # of the baselines, the worst tone first
+    figures = []
+    for name, (value, low, high) in probe.baselines.items():
+        spoken, other = SPOKEN.get(name, name), sorted((sign * low, sign * high))
+        names["good" if own[0] > other[1] else "bad" if own[1] < other[0] else "warn"].append(spoken)
+        low_and_high = f"({score(low, probe.unit)} to {score(high, probe.unit)})"
+        figures.append(f"{spoken} {score(value, probe.unit)} {low_and_high}")
     what = f"{probe.details.get('probe', 'probe')} on {probe.dataset}"
-    numbers = (
-        f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} "
-        f"(95 % interval {score(probe.low, unit)} to {score(probe.high, unit)})"
+    sentence = (
+        f"{what[:1].upper()}{what[1:]}: {score(probe.value, probe.unit)} {probe.metric} "
+        f"(95 % interval {score(probe.low, probe.unit)} to {score(probe.high, probe.unit)})"
     )
-    others = ", ".join(
-        f"{SPOKEN.get(name, name)} {score(value, unit)} ({score(low, unit)} to {score(high, unit)})"
-        for name, (value, low, high) in probe.baselines.items()
-    )
-    sentence = f"{numbers}, against {others}." if others else f"{numbers}."
-    if ahead:
-        return Verdict("bad", f"Pretraining does harm here: {_and(ahead)} did better.", (sentence,))
-    if level:
-        headline = f"No benefit shown over {_and(level)}: the intervals overlap."
-        return Verdict("warn", headline, (sentence,))
-    if beaten:
-        headline = f"Pretraining helps: better than {_and(beaten)}, with the intervals apart."
-        return Verdict("good", headline, (sentence,))
-    return Verdict("plain", "No baseline was measured.", (sentence,))
+    sentence += f", against {', '.join(figures)}." if figures else "."
+    tone = next((tone for tone, those in names.items() if those), "plain")
+    return Verdict(tone, HEADLINES[tone].format(_and(names.get(tone, []))), (sentence,))
 
 
 def health(run: Run) -> str:
@@ -94,4 +90,4 @@ def progress(run: Run) -> str:
 
 
 def _and(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return " and ".join([", ".join(names[:-1]), *names[-1:]] if len(names) > 1 else names)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -10,21 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.runtime.dependencies import DEPENDENCIES
+from dinoreg.runtime.json_files import read_text
 
 # Environment variables that change speed, numbers or devices.
 VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES",
-    "LD_PRELOAD",
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TOP_PAD_",
-    "MALLOC_ARENA_MAX",
-    "DINOREG_MALLOC",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "XFORMERS_DISABLED",
-    "SLURM_JOB_ID",
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_"),
+    *("MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "DINOREG_MALLOC", "PYTORCH_CUDA_ALLOC_CONF"),
+    *("XFORMERS_DISABLED", "SLURM_JOB_ID"),
 )
 
 
@@ -88,14 +81,9 @@ def _torch() -> dict[str, Any]:
     devices = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "name": properties.name,
-                "memory_gib": round(properties.total_memory / 2**30, 1),
-                "capability": f"{properties.major}.{properties.minor}",
-                "bf16": cuda_has_bf16(torch.device("cuda", index)),
-            }
-        )
+        memory, bf16 = round(properties.total_memory / 2**30, 1), cuda_has_bf16(torch.device("cuda", index))
+        capability = f"{properties.major}.{properties.minor}"
+        devices.append({"name": properties.name, "memory_gib": memory, "capability": capability, "bf16": bf16})
     attention = None
     if devices:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -129,14 +117,8 @@ def _commit() -> str | None:
 
 
 def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

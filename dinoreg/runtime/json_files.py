@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,19 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return [content for line in read_text(path).splitlines() if (content := _parsed(line)) is not None]
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"dim": 64}} -> {"model.dim": 64}"""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number that a float holds; true and false are none."""
+    """Whether a value is a number that a float holds; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

@@ -116,17 +116,16 @@ def _two_tone(draw: Draws, hue: float, contrast: tuple[float, float]) -> list[li
     base = hue + draw(-0.06, 0.06)
     half = draw(*contrast) * (-1.0 if draw() < FLIPPED else 1.0)
     middle = draw(0.40, 0.62)
-    return [
-        _colour(base, draw(0.08, 0.20), middle + half),
-        _colour(base + draw(-0.08, 0.08), draw(0.08, 0.20), middle - half),
-    ]
+    first = _colour(base, draw(0.08, 0.20), middle + half)
+    return [first, _colour(base + draw(-0.08, 0.08), draw(0.08, 0.20), middle - half)]
 
 
-def _place(draw: Draws, radius: float, taken: list[Pose]) -> tuple[float, float] | None:
+def _place(draw: Draws, radius: float, things: list[Thing]) -> tuple[float, float] | None:
     """A centre for a smaller object, outside the middle of those in front of it; None if there is no room."""
+    poses = [thing.pose for thing in things]
     for _ in range(6):
         x, y = draw(0.4 * radius, UNITS - 0.4 * radius), draw(0.4 * radius, UNITS - 0.4 * radius)
-        if all((x - p.x) ** 2 + (y - p.y) ** 2 > (0.8 * p.radius + 0.3 * radius) ** 2 for p in taken):
+        if all((x - p.x) ** 2 + (y - p.y) ** 2 > (0.8 * p.radius + 0.3 * radius) ** 2 for p in poses):
             return x, y
     return None
 
@@ -137,14 +136,13 @@ def _thing(draw: Draws, label: int, x: float, y: float, radius: float, behind: f
     draw.several(4)  # of no use today; without them all scenes would be others
     period = draw(6.2, 9.2) * min(max(radius / 20.0, 0.55), 1.5) ** 0.5
     hue = PALETTES[kind.background] + 0.5  # what lives there stands out against it
-    ground, pattern = _two_tone(draw, hue, (0.15, 0.30))
-    parts = _colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.12, 0.9))
-    detail = _colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.05, 0.35))
+    colours = _two_tone(draw, hue, (0.15, 0.30))  # ground and pattern; then parts and detail
+    colours += [_colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.12, 0.9))]
+    colours += [_colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.05, 0.35))]
     metres = kind.metres * draw(0.8, 1.25)
     bulge = BULGE * metres
     near = max(metres * FOCAL / radius - bulge, behind)
-    colours = np.array([ground, pattern, parts, detail], np.float32)
-    return Thing(label, pose, draw.several(6), radius / period, colours, near, bulge)
+    return Thing(label, pose, draw.several(6), radius / period, np.array(colours, np.float32), near, bulge)
 
 
 def plan(index: int, seed: int = 0) -> Plan:
@@ -156,16 +154,13 @@ def plan(index: int, seed: int = 0) -> Plan:
     radius = 0.5 * UNITS * draw(0.62, 0.98)
     spread = max(0.5 * UNITS - 0.85 * radius, 2.0)
     main = _thing(draw, label, 0.5 * UNITS + draw(-spread, spread), 0.5 * UNITS + draw(-spread, spread), radius, 0.05)
-    things, taken = [main], [main.pose]
+    things = [main]
     for _ in range((0, 1, 1, 2)[draw.below(4)]):
         small = max(radius * draw(0.32, 0.55), 5.0)
-        place = _place(draw, small, taken)
+        place = _place(draw, small, things)
         other = (label + 1 + draw.below(NUM_CLASSES - 1)) % NUM_CLASSES
-        if place is None:
-            continue
-        behind = things[-1].near + things[-1].bulge + 0.02
-        things.append(_thing(draw, other, *place, small, behind))
-        taken.append(things[-1].pose)
+        if place is not None:
+            things.append(_thing(draw, other, *place, small, things[-1].near + things[-1].bulge + 0.02))
     deepest = things[-1].near + things[-1].bulge
     angle = draw(0.0, 2.0 * np.pi)
     style, frequency, turn = draw.several(3), 1.0 / draw(5.5, 8.5), draw(-0.45, 0.45)

@@ -160,15 +160,12 @@ def _render(scene: Plan, index: int, size: int, seed: int) -> Scene:
     boxes, visible = _boxes(instances, len(scene.things))
     renumber = np.zeros(len(scene.things) + 1, np.uint8)
     renumber[[k + 1 for k in visible]] = np.arange(1, len(visible) + 1)
-    classes = np.zeros(len(scene.things) + 1, np.uint8)
-    classes[1:] = [1 + thing.label for thing in scene.things]
+    classes = np.array([0, *(1 + thing.label for thing in scene.things)], np.uint8)
     box_labels = np.array([scene.things[k].label for k in visible], np.int64)
-    labels = np.zeros(NUM_CLASSES, bool)
-    labels[box_labels] = True
     return Scene(
         image=_expose(canvas, scene, index, seed),
         label=scene.label,
-        labels=labels,
+        labels=np.isin(np.arange(NUM_CLASSES), box_labels),
         boxes=boxes,
         box_labels=box_labels,
         segmentation=classes[instances],

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dinoreg.scenes import textures
-from dinoreg.scenes.textures import Array, Texture
-
-TAU = 2.0 * np.pi
+from dinoreg.scenes.textures import TAU, Array, Texture
 
 
 class Outline(NamedTuple):

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.runtime.durations import clock
 
 logger = logging.getLogger("dinoreg")
 
@@ -86,11 +87,13 @@ class RunLog(SilentLog):
         self.display = StepDisplay(self.console, step, num_steps)
 
     def __enter__(self) -> RunLog:
-        self.display.start()
+        if self.display.progress:
+            self.display.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.display.stop()
+        if self.display.progress:
+            self.display.progress.stop()
         for name, lines in self._lines.items():
             lost = lines.close()
             if lost:
@@ -164,14 +167,6 @@ class StepDisplay:
             )
             self._task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
 
-    def start(self) -> None:
-        if self.progress:
-            self.progress.start()
-
-    def stop(self) -> None:
-        if self.progress:
-            self.progress.stop()
-
     def show(self, values: Mapping[str, Any], line: str) -> None:
         """The metrics of a step; `line` is how they read without a bar."""
         step = values["step"]
@@ -181,7 +176,7 @@ class StepDisplay:
             return
         fortieth = step * 40 // self.num_steps
         if fortieth != self._fortieth:
-            left = _clock((self.num_steps - step) * values["step_time"])
+            left = clock((self.num_steps - step) * values["step_time"])
             self.console.print(f"step {step}/{self.num_steps}  {line}  left: {left}", highlight=False, soft_wrap=True)
         self._fortieth = fortieth
 
@@ -231,7 +226,6 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by `close`
         self._buffer = b""
-        self._synced = True
 
     def add(self, line: Mapping[str, Any]) -> OSError | None:
         """Write a line; returns why that could not be done yet."""
@@ -245,9 +239,7 @@ class LineFile:
     def flush(self) -> None:
         """Have everything on the disk; OSError when it cannot be."""
         self._write()
-        if not self._synced:
-            os.fsync(self._file.fileno())
-            self._synced = True
+        os.fsync(self._file.fileno())
 
     def close(self) -> int:
         """Returns how many lines could not be written."""
@@ -259,7 +251,6 @@ class LineFile:
     def _write(self) -> None:
         while self._buffer:  # a disk that is about to be full takes a part
             self._buffer = self._buffer[self._file.write(self._buffer) :]
-            self._synced = False
 
 
 class _LogFile(logging.FileHandler):
@@ -287,9 +278,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -24,6 +24,7 @@ from dinoreg.distributed.process_group import Agreement, Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted
+from dinoreg.runtime.json_files import read_json
 from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
 from dinoreg.train.metrics import Monitor
@@ -203,12 +204,11 @@ def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: Si
 
 def changed_code(path: Path, now: dict[str, Any]) -> list[str]:
     """One line when a run is resumed with other code or another PyTorch than its environment.json tells of."""
-    try:
-        before = json.loads(path.read_text())
-        pairs = [(name, before.get(name), now[name]) for name in ("dinoreg", "commit")]
-        pairs.append(("torch", before["packages"].get("torch"), now["packages"]["torch"]))
-    except (OSError, ValueError, KeyError, AttributeError):
+    before = read_json(path)
+    if not isinstance(before.get("packages"), dict):
         return []
+    pairs = [(name, before.get(name), now[name]) for name in ("dinoreg", "commit")]
+    pairs.append(("torch", before["packages"].get("torch"), now["packages"]["torch"]))
     changed = [f"{name} {then} -> {new}" for name, then, new in pairs if then != new]
     text = f"resumed with other code than before ({', '.join(changed)}): losses may differ from an unbroken run's"
     return [text] if changed else []

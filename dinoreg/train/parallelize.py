@@ -177,9 +177,7 @@ def check_replicas(step: int, position: int, tensors: Mapping[str, Tensor], rank
 def find_drift(digests_of_ranks: list[dict[str, str]]) -> list[str]:
     """Sentences about names whose digests differ between ranks; the digest of most ranks is taken to be right."""
     problems = []
-    for name in sorted(
-        {name for digests in digests_of_ranks for name in digests}, key=lambda name: (" " in name, name)
-    ):
+    for name in sorted(set().union(*digests_of_ranks), key=lambda name: (" " in name, name)):
         held = {rank: digests[name] for rank, digests in enumerate(digests_of_ranks) if name in digests}
         values = list(held.values())
         common = max(values, key=values.count)

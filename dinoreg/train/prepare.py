@@ -84,12 +84,10 @@ class Setup:
 
     def open_writer(self) -> Writer:
         """The writer of this run's checkpoints; the run folder is this start's own from here on."""
-        config, options = self.config, self.config.checkpoint
+        config = self.config
         return Writer(
             self.out,
-            keep=options.keep,
-            keep_hours=options.keep_hours,
-            asynchronous=options.asynchronous,
+            config.checkpoint,
             describe_teacher={
                 "architecture": self.teacher.backbone.architecture(),
                 "preprocessing": {
@@ -100,7 +98,6 @@ class Setup:
                 },
                 "config_hash": config.hash(),
             },
-            max_failures=options.max_failures,
             timeout=config.parallel.timeout,
             ranks=self.ranks,
         )

@@ -87,8 +87,7 @@ class Checkpoints:
         for failure in self.writer.poll():
             self.log.say(f"{failure.message}. {failure.remedy}", logging.WARNING)
             event = {"name": "checkpoint-failed", "message": failure.message, "remedy": failure.remedy}
-            with suppress(OSError):  # the same full disk, which has been reported
-                self.log.append("health/events.jsonl", {"step": failure.step, **event})
+            self.log.append("health/events.jsonl", {"step": failure.step, **event})
         published = self.writer.read_published()
         if published and self.writer.owns():
             with suppress(OSError):

@@ -18,6 +18,7 @@ from dinoreg.train.optimizer import build_optimizer, start_moments
 from dinoreg.train.parallelize import Modules, parallelize
 
 LARGEST_LOSS_SCALE = 2.0**16
+SCALARS = ("loss_scale", "scale_age", "rejected")  # tensors of the state that are one number
 
 
 class Networks(nn.ModuleDict):
@@ -69,9 +70,7 @@ class TrainState:
             "teacher": self.teacher.state_dict(),
             "optimizer": get_optimizer_state_dict(self.student, self.optimizer)["state"],
             "centers": dict(self.centers),
-            "loss_scale": self.loss_scale,
-            "scale_age": self.scale_age,
-            "rejected": self.rejected,
+            **{name: getattr(self, name) for name in SCALARS},
         }
 
     def replicated(self) -> dict[str, Tensor]:
@@ -92,7 +91,7 @@ class TrainState:
         set_optimizer_state_dict(self.student, self.optimizer, {"state": tensors["optimizer"], "param_groups": groups})
         for name, center in tensors["centers"].items():
             self.centers[name].copy_(center)
-        for name in ("loss_scale", "scale_age", "rejected"):
+        for name in SCALARS:
             getattr(self, name).copy_(tensors[name])
         self.step, self.position, self.history = numbers["step"], numbers["position"], numbers["history"]
         self.rollbacks = max(self.rollbacks, numbers["rollbacks"])
@@ -102,23 +101,19 @@ def build_networks(config: Config) -> tuple[Networks, Networks]:
     """Student and teacher, on the CPU, with equal weights that depend on the seed alone."""
     head = config.head
     # What the config leaves open is as the model's name says; compiling is done from outside.
-    options = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
-    del options["compile"]
+    model = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
+    del model["compile"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build(**options, image_size=config.crops.global_size)
-
-        def prototype_head(prototypes: int, bottleneck_dim: int) -> PrototypeHead:
-            return PrototypeHead(
-                backbone.dim, prototypes, head.hidden_dim, bottleneck_dim, head.layers, init_std=head.init_std
-            )
-
+        backbone = build(**model, image_size=config.crops.global_size)
         student = Networks({"backbone": backbone})
-        student["dino_head"] = prototype_head(head.prototypes, head.bottleneck_dim)
+        widths = {"dino_head": (head.prototypes, head.bottleneck_dim)}
         if head.separate:
-            student["ibot_head"] = prototype_head(
-                head.ibot_prototypes or head.prototypes, head.ibot_bottleneck_dim or head.bottleneck_dim
-            )
+            separate = (head.ibot_prototypes or head.prototypes, head.ibot_bottleneck_dim or head.bottleneck_dim)
+            widths["ibot_head"] = separate
+        for name, (prototypes, bottleneck) in widths.items():
+            options = (prototypes, head.hidden_dim, bottleneck, head.layers, head.init_std)
+            student[name] = PrototypeHead(backbone.dim, *options)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     return student, teacher
 
@@ -145,14 +140,13 @@ def build_state(
     if config.init is not None and config.adapt.heads > 0:
         start_moments(optimizer)
     heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}
-    fp16 = dtype == torch.float16
     return TrainState(
         student=student,
         teacher=teacher,
         train_modules=train_modules,
         optimizer=optimizer,
         centers={name: torch.zeros(1, len(head.last_layer.weight_g), device=device) for name, head in heads.items()},
-        loss_scale=torch.tensor(LARGEST_LOSS_SCALE if fp16 else 1.0, device=device),
+        loss_scale=torch.tensor(LARGEST_LOSS_SCALE if dtype == torch.float16 else 1.0, device=device),
         scale_age=torch.zeros((), dtype=torch.int32, device=device),
         rejected=torch.zeros((), device=device),
         anchor=anchor,

@@ -14,8 +14,7 @@ from torch import Tensor
 from dinoreg.models.attention import attention_weights
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
-from dinoreg.visualize.contact_sheet import colour_map, map_row, sheet, tile, to_pixels
-from dinoreg.visualize.gallery import ModelGallery
+from dinoreg.visualize.gallery import ModelGallery, colour_map, map_row, sheet, tile
 from dinoreg.visualize.subject import safe_name
 
 ALL, MEAN = "all", "mean"  # heads
@@ -82,14 +81,11 @@ def token_names(num_registers: int) -> list[str]:
     return ["CLS"] + [f"register {number + 1}" for number in range(num_registers)]
 
 
-def attention_sheet(
-    model: RegisterViT, images: Tensor, mean: Sequence[float], std: Sequence[float], height: int = 120
-) -> Image.Image:
+def attention_sheet(model: RegisterViT, images: Tensor, pixels: np.ndarray, height: int = 120) -> Image.Image:
     """One row per image: the picture, then the map of the class token and of each register (1 + 1 + R tiles).
 
-    Every map is scaled to its own brightest patch.
+    images (B, C, H, W) as the model gets them, pixels (B, H, W, 3) uint8. Every map is scaled to its brightest patch.
     """
-    pixels = to_pixels(images, mean, std)
     maps = attention_maps(model, images).cpu().numpy()
     rows = [map_row(picture, map(colour_map, tokens), height) for picture, tokens in zip(pixels, maps)]
     return sheet(rows, ["image", *token_names(model.num_registers)])

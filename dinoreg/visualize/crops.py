@@ -11,8 +11,7 @@ from dinoreg.config.load import Config, find_config, load_config
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import Source
 from dinoreg.models.registry import parse_name
-from dinoreg.visualize.contact_sheet import GREY, sheet, tile, to_pixels
-from dinoreg.visualize.gallery import Gallery
+from dinoreg.visualize.gallery import GREY, Gallery, sheet, tile, to_pixels
 from dinoreg.visualize.subject import config_source, newest_step, safe_name
 
 TILE = 112  # pixels, the height of a global crop

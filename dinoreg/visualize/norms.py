@@ -21,8 +21,7 @@ from torch import Tensor
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports import html
 from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, set_style, short
-from dinoreg.visualize.contact_sheet import INK, colour_map, figure_image, map_row, sheet
-from dinoreg.visualize.gallery import ModelGallery
+from dinoreg.visualize.gallery import INK, ModelGallery, colour_map, figure_image, map_row, sheet
 
 TILE = 92  # pixels, the height of a map
 _BLOCKS_A_SHEET = 12

@@ -5,7 +5,6 @@ shared by several checkpoints. As in the paper, the first component can set the 
 come from a basis of its own.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +17,9 @@ from torch import Tensor
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.models.vit import RegisterViT
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError, UserError, one_line
 from dinoreg.visualize.attention import chosen_layers
-from dinoreg.visualize.contact_sheet import GREY, map_row, sheet, tile, to_pixels
-from dinoreg.visualize.gallery import ModelGallery
+from dinoreg.visualize.gallery import GREY, ModelGallery, map_row, sheet, tile
 from dinoreg.visualize.subject import safe_name
 
 FORMAT = "dinoreg-patch-basis"
@@ -120,14 +118,12 @@ def patch_colours(patches: Tensor, basis: PatchBasis) -> np.ndarray:
 
 
 @torch.no_grad()
-def pca_sheet(
-    model: RegisterViT, images: Tensor, mean: Sequence[float], std: Sequence[float], height: int = 120
-) -> Image.Image:
-    """Images (B, C, H, W) above their patches in colour, one column per image (2 B tiles)."""
+def pca_sheet(model: RegisterViT, images: Tensor, pixels: np.ndarray, height: int = 120) -> Image.Image:
+    """Images (B, C, H, W), shown as pixels (B, H, W, 3) uint8 above their patches in colour, one column each."""
     patches = model(images).patches
     grid = (images.shape[-2] // model.patch_size, images.shape[-1] // model.patch_size)
     colours = patch_colours(patches, patch_basis(patches)).reshape(len(images), *grid, 3)
-    return overview_sheet(to_pixels(images, mean, std), colours, len(images), height)
+    return overview_sheet(pixels, colours, len(images), height)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -153,8 +149,7 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
             stated = file.metadata() or {}
             tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or ["unreadable"])[0][:120]
-        raise UserError(f"basis={path}: not a whole safetensors file ({reason})") from None
+        raise UserError(f"basis={path}: not a whole safetensors file ({one_line(error, 120)})") from None
     shapes = {"basis.mean": (dim,), "basis.axes": (dim, 3), "basis.low": (3,), "basis.high": (3,)}
     split_shapes = {"foreground.mean": (dim,), "foreground.axis": (dim,), "foreground.threshold": ()}
     has_foreground = not split_shapes.keys().isdisjoint(tensors)
@@ -210,13 +205,9 @@ def view_pca(*, foreground: bool, basis: str | None, layer: str, **request: Any)
         write_basis(file, colours, split, origin)
     explained = explained_shares(patches[inside], colours)
     record = {"layer": layers[0], "basis": origin, "explained": explained}
-    facts = [
-        ("variance shown", f"{sum(explained):.0%}", " + ".join(f"{each:.0%}" for each in explained)),
-        ("basis", "from a file" if known else "of these images", f"fitted on {origin}" if known else ""),
-        ("foreground", f"{inside.float().mean():.0%}" if foreground else "", "of all patches"),
-    ]
-    values = {"layer": layers[0], "overview": overview, "pictures": parts}
-    return gallery.finish("Patch colours", record, facts=facts, **values)
+    share = float(inside.float().mean()) if foreground else None
+    values = {"overview": overview, "pictures": parts, "share": share, "known": known is not None}
+    return gallery.finish("Patch colours", record, **record, **values)
 
 
 def _fit(patches: Tensor, grid: tuple[int, int], foreground: bool) -> tuple[PatchBasis, Foreground | None]:

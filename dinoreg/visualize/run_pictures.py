@@ -7,6 +7,7 @@ from dinoreg.checkpoint.run_folder import newest_teacher
 from dinoreg.config.load import load_config
 from dinoreg.visualize.attention import attention_sheet
 from dinoreg.visualize.crops import crop_sheet, first_batch
+from dinoreg.visualize.gallery import to_pixels
 from dinoreg.visualize.pca import pca_sheet
 from dinoreg.visualize.subject import NUM_IMAGES, open_subject, read_pictures, run_source, view_size
 
@@ -36,7 +37,8 @@ def _draw(run: Path) -> None:
     size = view_size(config.crops.global_size, model.patch_size)
     images = read_pictures(subject, None, NUM_IMAGES, (size, size)).images
     subject.folder.mkdir(parents=True, exist_ok=True)
-    pca_sheet(model, images, mean, std).save(subject.folder / "pca.png")
-    attention_sheet(model, images[:6], mean, std).save(subject.folder / "attention.png")
+    pixels = to_pixels(images, mean, std)
+    pca_sheet(model, images, pixels).save(subject.folder / "pca.png")
+    attention_sheet(model, images[:6], pixels[:6]).save(subject.folder / "attention.png")
     batch, _ = first_batch(config, run_source(subject), model.patch_size, min(6, config.batch_size))
     crop_sheet(batch, mean, std, model.patch_size).save(subject.folder / "crops.png")

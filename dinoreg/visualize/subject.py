@@ -69,10 +69,9 @@ class Pictures:
 
 def open_subject(weights: str, device: str = "auto") -> Subject:
     """The model of a run folder, a weight file or a name; raises UserError in one line when there is none."""
-    opened = open_native(weights, pick_device(device))
-    encoder = opened.encoder
+    encoder, run, step = open_native(weights, pick_device(device))
     assert isinstance(encoder, NativeEncoder)
-    return Subject(encoder.module, encoder.name, encoder.mean, encoder.std, opened.run, opened.step)
+    return Subject(encoder.module, encoder.name, encoder.mean, encoder.std, run, step)
 
 
 # ------------------------------------------------------------------------------------------------------------

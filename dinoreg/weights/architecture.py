@@ -50,7 +50,7 @@ def infer_architecture(
     raises UserError where the shapes are no encoder's, or where they disagree with what is stated
     """
     values = stated.values
-    cls = _shaped(state, "cls_token", 3, path)
+    dim = _shaped(state, "cls_token", 3, path).shape[2]
     patch = _shaped(state, "patch_embed.proj.weight", 4, path)
     positions = _shaped(state, "pos_embed", 3, path)
     indices = {int(match[1]) for key in state if (match := re.match(r"blocks\.(\d{1,6})\.", key))}
@@ -62,7 +62,7 @@ def infer_architecture(
     else:
         ffn, hidden = "mlp", _shaped(state, "blocks.0.mlp.fc1.weight", 2, path).shape[0]
     found: dict[str, Any] = {
-        "dim": cls.shape[2],
+        "dim": dim,
         "depth": len(indices),
         "patch_size": patch.shape[2],
         "ffn": ffn,
@@ -72,10 +72,10 @@ def infer_architecture(
     for key, value in found.items():
         if key in values and values[key] != value:
             raise UserError(f"weights {path}: {stated.says(key)}, the tensors say {value!r}")
-    found["ffn_ratio"] = _ffn_ratio(found["dim"], ffn, hidden, stated, path)
+    found["ffn_ratio"] = _ffn_ratio(dim, ffn, hidden, stated, path)
     has_scale, scale = "blocks.0.ls1.gamma" in state, values.get("layerscale")
     found["layerscale"] = (scale if is_number(scale) and scale else 1.0) if has_scale else None
-    found["heads"] = _heads(found["dim"], stated, path)
+    found["heads"] = _heads(dim, stated, path)
     found["image_size"] = _image_size(positions.shape[1] - 1, found["patch_size"], stated, path)
     found |= resampling(source, registers)
     if isinstance(values.get("antialias"), bool):
@@ -128,12 +128,12 @@ def _ffn_ratio(dim: int, ffn: str, hidden: int, stated: Stated, path: str | Path
 
 def _heads(dim: int, stated: Stated, path: str | Path) -> int:
     value = stated.values.get("heads")
+    if value is None:
+        if dim % HEAD_DIM:
+            raise UserError(f"weights {path}: the width {dim} does not tell the number of heads; give heads=")
+        return dim // HEAD_DIM
     if type(value) is int and 0 < value <= dim and dim % value == 0:
         return value
-    if value is None and dim % HEAD_DIM == 0:
-        return dim // HEAD_DIM
-    if value is None:
-        raise UserError(f"weights {path}: the width {dim} does not tell the number of heads; give heads=")
     raise UserError(f"weights {path}: {stated.says('heads')}, which does not divide the width {dim}")
 
 

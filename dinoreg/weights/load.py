@@ -191,7 +191,7 @@ def fit(
         path=path,
         loaded=tuple(key for key, value in weights.backbone.items() if state[key] is value),
         reshaped=reshaped,
-        left_out=(*weights.heads, *weights.others),
+        left_out=weights.left_out,
         adapted=adapted,
         grafted=(f"register_tokens: {grafts} fresh registers",) if grafts else (),
         fresh=fresh,

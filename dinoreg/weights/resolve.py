@@ -2,12 +2,12 @@
 
 `weights=` and `init=` mean a run folder, one of its checkpoints or teacher files, a file of Meta's, a folder or file
 of transformers or of timm. The keys say whose a file is; `convert.py` renames them, `architecture.py` reads the
-encoder off them. Files are untrusted: see `weight_files.py`; no pointer leaves its run folder.
+encoder off them. Files are untrusted: see `files.py`; no pointer leaves its run folder.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ class Weights:
     """What a weight file holds, under the encoder's own key names, float32 on the CPU.
 
     backbone  the encoder's tensors
-    heads     those of heads (dino_head.*, ibot_head.*, head.*, classifier.*), as they stand in the file
-    others    names of what stands beside the state dict in a training file (optimizer, student, ...)
+    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, head.*, classifier.*), and of what stands beside
+              the state dict in a training file (optimizer, student, ...)
     source    "dinoreg" | "meta" | "timm" | "transformers"
     stated    what a JSON file beside it states about the architecture
     metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": {"mean": ..., "std": ...}}
@@ -50,11 +50,10 @@ class Weights:
 
     path: Path
     backbone: dict[str, Tensor]
-    heads: dict[str, Tensor]
-    metadata: dict[str, Any] = field(default_factory=dict)
-    source: str = "meta"
-    stated: Stated = field(default_factory=Stated)
-    others: tuple[str, ...] = ()
+    left_out: tuple[str, ...]
+    metadata: dict[str, Any]
+    source: str
+    stated: Stated
 
     def architecture(self, heads: int | None = None) -> dict[str, Any]:
         """Arguments of RegisterViT, read off the shapes and, where these are silent, what is stated.
@@ -149,8 +148,9 @@ def read_weights(source: str | Path) -> Weights:
         backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
     except UserError as error:
         raise UserError(f"weights {path}: {error}") from None
-    heads = {key: backbone.pop(key) for key in list(backbone) if _HEAD_KEY.match(key)}
-    return Weights(path, _plain(backbone), _plain(heads), metadata, found, stated, others)
+    heads = [key for key in backbone if _HEAD_KEY.match(key)]
+    backbone = {key: value for key, value in backbone.items() if key not in heads}
+    return Weights(path, _plain(backbone), (*heads, *others), metadata, found, stated)
 
 
 def _grid(stated: Stated, state: Mapping[str, Tensor]) -> tuple[int, int] | None:

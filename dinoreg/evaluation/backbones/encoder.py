@@ -11,7 +11,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -66,10 +66,10 @@ class Encoder(ABC):
         norm    apply the final norm to each
         """
         wanted = [self.block(each) for each in blocks]
+        ascending = sorted(set(wanted))
         with autocast(self.device, self.dtype):
-            found = self._layers(self.prepare(images), sorted(set(wanted)), norm)
-        by_block = dict(zip(sorted(set(wanted)), found))
-        return [Tokens(*(part.float() for part in by_block[each])) for each in wanted]
+            found = self._layers(self.prepare(images), ascending, norm)
+        return [Tokens(*(part.float() for part in found[ascending.index(each)])) for each in wanted]
 
     @torch.no_grad()
     def qkv(self, images: Tensor, block: int = -1) -> dict[str, Tensor]:
@@ -144,7 +144,11 @@ class _ModuleEncoder(Encoder):
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # of the weights as they are when it is first asked
         named = self.name if not list(self.module.parameters()) else ""
-        return _identity(self.module, (named, self.mean, self.std))
+        digest = hashlib.sha256(repr((named, self.mean, self.std)).encode())
+        for key, value in sorted(self.module.state_dict().items()):
+            digest.update(f"{key} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _like(self, module: nn.Module) -> Encoder:
         return type(self)(module, f"random {self.name}", self.mean, self.std, self.device, self.dtype)  # type: ignore[call-arg]
@@ -162,8 +166,6 @@ class NativeEncoder(_ModuleEncoder):
         super().__init__(module, *arguments, **options)
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        if list(blocks) == [self.depth - 1] and norm:
-            return [self.module(x)]
         return self.module.intermediate_tokens(x, blocks, norm)
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,9 +198,6 @@ class TimmEncoder(_ModuleEncoder):
         super().__init__(module, *arguments, **options)
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        if list(blocks) == [self.depth - 1] and norm:
-            tokens = self.module.forward_features(x)
-            return [_split(tokens, self.num_registers)]
         found = self.module.forward_intermediates(
             x, indices=list(blocks), return_prefix_tokens=True, norm=norm, output_fmt="NLC", intermediates_only=True
         )
@@ -214,7 +213,11 @@ class TimmEncoder(_ModuleEncoder):
         with seeded(seed):
             model = copy.deepcopy(self.module)
             model.init_weights()
-            return self._like(_reset_rest(model))
+            for key in ("reg_token", "cls_token", "pos_embed"):  # which `init_weights` leaves alone
+                value = getattr(model, key, None)
+                if isinstance(value, nn.Parameter):
+                    nn.init.trunc_normal_(value.data, std=0.02)
+            return self._like(model)
 
 
 class TransformersEncoder(_ModuleEncoder):
@@ -243,7 +246,11 @@ class TransformersEncoder(_ModuleEncoder):
         return [_split(each, self.num_registers) for each in chosen]
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        layer = dict(_layer_of(self.module, block).named_modules())
+        lists = (each for each in self.module.modules() if isinstance(each, nn.ModuleList) and len(each) == self.depth)
+        blocks = next(lists, None)  # wherever this version keeps it
+        if blocks is None:
+            raise UserError(f"{type(self.module).__name__}: its list of blocks was not found")
+        layer = dict(blocks[block].named_modules())
         # The names before and after transformers 5.
         endings = (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"))
         parts = [next(layer[name] for name in layer if name.endswith(pair)) for pair in endings]
@@ -311,59 +318,31 @@ def wrap(
     stated = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     stated = stated if isinstance(stated, dict) else {}
     mean, std = mean or stated.get("mean"), std or stated.get("std")
-    kinds: list[tuple[type[_ModuleEncoder], bool]] = [
-        (NativeEncoder, isinstance(model, RegisterViT)),
-        (TransformersEncoder, hasattr(getattr(model, "config", None), "model_type")),
-        (TimmEncoder, hasattr(model, "forward_intermediates")),
-    ]
-    for kind, fits in kinds:
-        if fits:
-            return kind(model, name or type(model).__name__, mean, std, device, dtype)
-    raise UserError(f"{type(model).__name__}: expected a RegisterViT, or a ViT of timm or transformers")
+    kind: type[_ModuleEncoder]
+    if isinstance(model, RegisterViT):
+        kind = NativeEncoder
+    elif hasattr(getattr(model, "config", None), "model_type"):
+        kind = TransformersEncoder
+    elif hasattr(model, "forward_intermediates"):
+        kind = TimmEncoder
+    else:
+        raise UserError(f"{type(model).__name__}: expected a RegisterViT, or a ViT of timm or transformers")
+    return kind(model, name or type(model).__name__, mean, std, device, dtype)
 
 
 def _split(tokens: Tensor, num_registers: int) -> Tokens:
     return Tokens(tokens[:, 0], tokens[:, 1 : 1 + num_registers], tokens[:, 1 + num_registers :])
 
 
-def _identity(module: nn.Module, rest: object) -> str:
-    digest = hashlib.sha256(repr(rest).encode())
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(f"{key} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _layer_of(model: Any, block: int) -> nn.Module:
-    """Block `block` of a transformers ViT, wherever its version keeps the list."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
-            return module[block]
-    raise UserError(f"{type(model).__name__}: its list of blocks was not found")
-
-
-def _reset_rest(model: nn.Module) -> nn.Module:
-    """Tokens and positions that timm's `init_weights` leaves alone."""
-    for key in ("reg_token", "cls_token", "pos_embed"):
-        value = getattr(model, key, None)
-        if isinstance(value, nn.Parameter):
-            nn.init.trunc_normal_(value.data, std=0.02)
-    return model
-
-
 @contextmanager
 def _captured(*modules: nn.Module) -> Iterator[dict[int, Tensor]]:
-    """{place: output} of some modules in the forward pass that happens inside, which may call them in any order."""
+    """{place: output} of some modules in the forward pass that happens inside."""
     outputs: dict[int, Tensor] = {}
-    handles = [
-        module.register_forward_hook(lambda _m, _i, output, n=n: outputs.__setitem__(n, output))
-        for n, module in enumerate(modules)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for place, module in enumerate(modules):
+            handle = module.register_forward_hook(lambda _m, _i, output, at=place: outputs.__setitem__(at, output))
+            hooks.callback(handle.remove)
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

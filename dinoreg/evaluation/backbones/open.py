@@ -4,8 +4,8 @@ Whatever RegisterViT can hold exactly is opened as one; what it cannot hold runs
 timm's own model run, say so: `timm:NAME` or `timm:NAME:FILE`.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,16 +23,14 @@ from dinoreg.weights.preprocessing import stated_preprocessing
 from dinoreg.weights.resolve import FILES, find_weights
 
 
-@dataclass(frozen=True)
-class Opened:
-    """An encoder, where its weights lie, and the run that they belong to.
+class Opened(NamedTuple):
+    """An encoder, and the run that its weights belong to.
 
     run   the run folder, or None
     step  of the run; 0 for weights from elsewhere
     """
 
     encoder: Encoder
-    path: Path | None = None
     run: Path | None = None
     step: int = 0
 
@@ -47,7 +45,7 @@ def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -
         file = find_weights(weights)
         if file is None or library_of(file.parent) != "transformers":
             raise
-        return Opened(_from_transformers(file.parent, device, dtype), file.parent)
+        return Opened(_from_transformers(file.parent, device, dtype))
 
 
 def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Opened:
@@ -71,7 +69,7 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         name = f"{run.resolve().name} at step {step:,}"
     elif folder is not None or Path(weights).is_dir():
         name = (folder or Path(weights)).resolve().name
-    return Opened(wrap(loaded.model, name, mean, std, device, dtype), folder or file, run, step or 0)
+    return Opened(wrap(loaded.model, name, mean, std, device, dtype), run, step or 0)
 
 
 def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> Encoder:
@@ -101,9 +99,7 @@ def _load_state(model: nn.Module, path: Path, weights: str) -> None:
         state, _ = unwrap(content)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:  # torn files and wrong shapes end in many kinds of exception
-        raise UserError(
-            f"weights={weights}: {path} does not fit the model ({' '.join(str(error).split())[:160]})"
-        ) from None
+        raise UserError(f"weights={weights}: {path} does not fit the model ({one_line(error, 160)})") from None
     extra = [key for key in unexpected if not key.startswith(("head.", "fc_norm."))]
     if missing or extra:
         first = (list(missing) + extra)[0]

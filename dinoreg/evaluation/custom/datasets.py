@@ -35,6 +35,7 @@ OPTIONS = {
     "labels": option("", "of a table: the columns that hold labels, with commas between; empty: label, or all others"),
     "root": option("", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
 }
+BLANK = Benchmark(NAME, "", None, (), (), tasks=(), download="", licence="your own", options=OPTIONS, aliases=(NAME,))
 EPOCH_STEPS = (100, 1250)  # fewest and most steps in one of the linear protocol's ten epochs
 PAIRS = {"masks": ("segmentation", "mIoU", segmented), "depth": ("depth", "RMSE", depths)}
 
@@ -49,22 +50,10 @@ def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
     path = Path(path).expanduser().absolute()
     if not path.exists():
         raise UserError(f"{path}: does not exist, expected a folder or a {', '.join(SUFFIXES)} file")
-    blank = Benchmark(
-        name=NAME,
-        title=path.name,
-        classes=None,
-        folders=(str(path),),
-        layouts=(),
-        tasks=(),
-        download="",
-        licence="your own",
-        options=OPTIONS,
-        aliases=(NAME,),
-    )
-    values = blank.option_values(options)
+    values = BLANK.option_values(options)
     # What was given is the default from here on, whether or not the reader is told again.
     given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
-    blank = replace(blank, name=_name(path), options=given)
+    blank = replace(BLANK, name=_name(path), title=path.name, folders=(str(path),), options=given)
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
         return _of_pairs(blank, path, kinds, values["test_share"], values["seed"])
     if path.is_file() and path.suffix.lower() not in SUFFIXES:
@@ -138,13 +127,14 @@ def _has_split_folders(path: Path, files: list[str]) -> bool:
 def _split(table: Table, path: Path, share: float, seed: int) -> Data:
     """The images of each split, with one label or several."""
     labels, names = table.labels, table.class_names
-    rows, variant = parts(table.words, _rarest(labels) if table.several else labels, share, seed, path)
-    if not table.several:
+    several = labels.ndim == 2
+    rows, variant = parts(table.words, _rarest(labels) if several else labels, share, seed, path)
+    if not several:
         for split, part in rows.items():
             unseen = np.setdiff1d(labels[part], labels[rows["train"]])
             if len(unseen):
                 raise UserError(f"{path}: the class {names[unseen[0]]!r} is in {split} but not in train")
-    kind = MultiLabelled if table.several else Labelled
+    kind = MultiLabelled if several else Labelled
     splits = {}
     for split, part in rows.items():
         source = PathSource(str(table.root), PathBlock.of([table.paths[row] for row in part]))

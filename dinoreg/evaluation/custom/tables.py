@@ -18,6 +18,7 @@ import numpy as np
 from dinoreg.config.option import nearest
 from dinoreg.data.tables import inside, parquet_table, rows_of
 from dinoreg.evaluation.custom.splits import SPLIT_WORDS, require_files
+from dinoreg.evaluation.readers.files import lines
 from dinoreg.runtime.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".parquet")
@@ -39,10 +40,6 @@ class Table:
     labels: np.ndarray
     class_names: list[str]
     words: list[str] | None
-
-    @property
-    def several(self) -> bool:
-        return self.labels.ndim == 2
 
 
 Column = list[tuple[str, str]]  # (where it stands, cell) of every row
@@ -149,10 +146,7 @@ def read_classes(path: Path) -> list[str] | None:
     """The names in a classes.txt, one a line, or None where there is no such file."""
     if not path.is_file():
         return None
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    names = lines(path, "own", "")
     if len(names) < 2 or len(set(names)) != len(names):
         raise UserError(f"{path}: expected two or more different names, one a line")
     return names
@@ -163,18 +157,17 @@ def _read_columns(file: Path) -> dict[str, Column]:
     if file.suffix.lower() == ".parquet":
         table = parquet_table(file, f"{file}:")
         columns = ([_text(cell) for cell in column.to_pylist()] for column in table.columns)
-        lines, unit = list(enumerate([table.column_names, *map(list, zip(*columns))])), "row"
+        rows, unit = list(enumerate([table.column_names, *map(list, zip(*columns))])), "row"
     else:
-        lines, unit = list(rows_of(file, f"{file}:")), "line"
-    names = [name.strip() for name in lines[0][1]] if lines else []
-    for number, row in lines[1:]:
+        rows, unit = list(rows_of(file, f"{file}:")), "line"
+    names = [name.strip() for name in rows[0][1]] if rows else []
+    for number, row in rows[1:]:
         if len(row) != len(names):
             raise UserError(f"{file} {unit} {number}: {len(row)} fields, expected {len(names)}")
     if repeated := [name for index, name in enumerate(names) if name in names[:index]]:
         raise UserError(f"{file}: has two columns {repeated[0]!r}")
     return {
-        name: [(f"{unit} {number}", row[place].strip()) for number, row in lines[1:]]
-        for place, name in enumerate(names)
+        name: [(f"{unit} {number}", row[place].strip()) for number, row in rows[1:]] for place, name in enumerate(names)
     }
 
 

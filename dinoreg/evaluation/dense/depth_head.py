@@ -17,8 +17,8 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.depth_images import read_pair, shrink, training_crop
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, centre_pad, centre_padding, training_stream
+from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import parallel, stack_images
-from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.depth import Crop, gradient_loss, scale_invariant_loss
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads

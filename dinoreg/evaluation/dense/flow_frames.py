@@ -19,8 +19,8 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import FlowPairs
 from dinoreg.evaluation.dense.flow_matching import Geometry, Truth
-from dinoreg.evaluation.features.images import load_batches, read_rgb
-from dinoreg.evaluation.features.rows import extract_rows
+from dinoreg.evaluation.features.cache import extract_rows
+from dinoreg.evaluation.features.images import read_rgb
 from dinoreg.runtime.errors import UserError
 
 FLUSH_FRAMES = 32  # written between notes of how far the extraction is
@@ -37,7 +37,7 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
         "precision": str(encoder.dtype),
         "frames": source.stamp(),
         "working": geometry.working,
-        "dtype": context.features.dtype.name,
+        "dtype": context.features_dtype,
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     # As many pixels at once as a batch of the crops that the batch size is meant for.
@@ -56,14 +56,13 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
         return np.asarray(image)
 
     return extract_rows(
+        context,
         context.state / f"flow_tokens_{name}.npy",
         encoder,
         source,
-        lambda start: load_batches(load, range(start, len(source)), batch_size, context.workers),
+        load,
         lambda images: F.normalize(encoder.tokens(images).patches.float(), dim=-1),
         batch_size=batch_size,
-        dtype=context.features.dtype,
-        progress=context.progress,
         what="tokens of frames",
         flush_every=FLUSH_FRAMES,
         advice="features_dtype=float16 takes half, flow.upscale=1 a quarter of 2",

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import pad
 
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.data import IGNORED
@@ -40,17 +41,11 @@ def centre_padding(length: int, multiple: int) -> tuple[int, int]:
     return missing // 2, missing - missing // 2
 
 
-def centre_pad(images: Tensor, multiple: int, value: float | Sequence[float] = 0.0) -> Tensor:
+def centre_pad(images: Tensor, multiple: int, value: Sequence[float] = (0.0,)) -> Tensor:
     """(B, C, H, W) padded on all sides to whole multiples, with one `value` for all channels or one for each."""
     top, bottom = centre_padding(images.shape[2], multiple)
     left, right = centre_padding(images.shape[3], multiple)
-    if not (top or bottom or left or right):
-        return images
-    batch, channels, height, width = images.shape
-    colour = torch.as_tensor(value, dtype=images.dtype, device=images.device).view(1, -1, 1, 1)
-    padded = colour.repeat(batch, channels // colour.shape[1], top + height + bottom, left + width + right)
-    padded[:, :, top : top + height, left : left + width] = images
-    return padded
+    return pad(images, [left, top, right, bottom], fill=[float(each) for each in value])
 
 
 def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -> Tensor:
@@ -59,10 +54,8 @@ def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -
     mean  colour of the filling, which the encoder's normalisation turns into zeros
     """
     height, width = pixels.shape[:2]
-    image = torch.tensor([float(value) for value in mean]).view(-1, 1, 1)
-    image = image.repeat(1, height + -height % patch_size, width + -width % patch_size)
-    image[:, :height, :width] = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
-    return image
+    image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
+    return pad(image, [0, 0, -width % patch_size, -height % patch_size], fill=[float(value) for value in mean])
 
 
 def batches_of_one_shape(
@@ -141,9 +134,6 @@ class Windows:
     @property
     def lefts(self) -> list[int]:
         return window_starts(self.width, self.size, self.stride)
-
-    def __len__(self) -> int:
-        return len(self.tops) * len(self.lefts)
 
     def cut(self, image: Tensor) -> Tensor:
         """(C, H, W) -> (windows, C, h, w), row by row."""

@@ -6,131 +6,161 @@ The file's key is a hash over everything that shapes its numbers, so that anothe
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.features.images import still_batches
-from dinoreg.evaluation.features.rows import Progress, extract_rows
+from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.features.images import parallel, read_rgb, stack_images
+from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.json_files import read_json
 
 FLUSH_ROWS = 4096  # rows written between notes of how far the extraction is
 
 
-@dataclass(frozen=True)
-class Features:
-    """Rows on disk, read where they are asked for.
+def extract_features(
+    context: Context,
+    encoder: Encoder,
+    source: Source,
+    transform: Callable[[Image.Image], np.ndarray],
+    blocks: Sequence[int] = (-1,),
+    mean_patch: bool = False,
+    what: str = "features",
+) -> np.ndarray:
+    """The features of every image of a source, in order; from disk where they are, else extracted and kept.
 
-    rows  (n, slots, D) float32 or float16, memory-mapped and read only
+    transform   RGB image -> (h, w, 3) uint8; its repr is part of the key
+    blocks      whose class tokens are wanted, ascending, from 0 or from the end
+    mean_patch  append the mean patch token of the last of them, where the encoder's has the class token's width
+    returns     (n, slots, D) of the context's `features_dtype`, memory-mapped and read only
+
+    An extraction that was stopped goes on where it was. Raises RunError naming the first image whose feature is
+    not finite, UserError naming an image that cannot be read.
     """
-
-    rows: np.ndarray
-    slots: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def cls(self, block: int = -1) -> Tensor:
-        """Class tokens (n, D) of the type on disk; `block` counts the asked blocks from the end."""
-        num_blocks = sum(name.startswith("cls") for name in self.slots)
-        return self.tensor([num_blocks + block])
-
-    def tensor(self, slots: Sequence[int]) -> Tensor:
-        """Some slots side by side, (n, len(slots) D) of the type on disk; no copy where it is all of one slot."""
-        n, _, dim = self.rows.shape
-        if len(slots) == self.rows.shape[1] and list(slots) == list(range(len(slots))):
-            chosen = self.rows.reshape(n, -1)
-        elif len(slots) == 1:
-            chosen = self.rows[:, slots[0]]
-        else:
-            chosen = self.rows[:, list(slots)].reshape(n, len(slots) * dim)
-        return _tensor(chosen)
-
-
-class FeatureStore:
-    """The folder of cached features of one evaluation.
-
-    dtype  "float32", or "float16" for half the disk: 3 decimal digits, which moves scores by hundredths of a percent
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        dtype: str = "float32",
-        batch_size: int = 64,
-        workers: int = 0,
-        progress: Progress = lambda items, _total, _what: iter(items),
-    ) -> None:
-        self.folder, self.dtype = folder, np.dtype(dtype)
-        self.batch_size, self.workers, self.progress = batch_size, workers, progress
-
-    def extract(
-        self,
-        encoder: Encoder,
-        source: Source,
-        transform: Callable[[Image.Image], np.ndarray],
-        blocks: Sequence[int] = (-1,),
-        mean_patch: bool = False,
-        what: str = "features",
-    ) -> Features:
-        """The features of every image of a source, in order; from disk where they are, else extracted and kept.
-
-        transform   RGB image -> (h, w, 3) uint8; its repr is part of the key
-        blocks      whose class tokens are wanted, ascending, from 0 or from the end
-        mean_patch  append the mean patch token of the last of them, where the encoder's has the class token's width
-
-        An extraction that was stopped goes on where it was. Raises RunError naming the first image whose feature is
-        not finite, UserError naming an image that cannot be read.
-        """
-        mean_patch = mean_patch and encoder.pools
-        numbers = [encoder.block(each) for each in blocks]
-        slots = (*(f"cls{number}" for number in numbers), *(("mean",) if mean_patch else ()))
-        key = {
-            "weights": encoder.identity,
-            "images": source.stamp(),
-            "count": len(source),
-            "crop": repr(transform),
-            "slots": slots,
-            "dtype": self.dtype.name,
-            "precision": str(encoder.dtype).removeprefix("torch."),
-        }
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        rows = extract_rows(
-            self.folder / f"{name}.npy",
-            encoder,
-            source,
-            partial(still_batches, source, transform, self.batch_size, self.workers),
-            lambda images: self._values(encoder, images, numbers, mean_patch),
-            batch_size=self.batch_size,
-            dtype=self.dtype,
-            progress=self.progress,
-            what=what,
-            flush_every=FLUSH_ROWS,
-            note=key,
-        )
-        return Features(rows, slots)
-
-    @torch.no_grad()
-    def _values(self, encoder: Encoder, images: Tensor, blocks: Sequence[int], mean_patch: bool) -> Tensor:
-        """(b, slots, D) float32 on the CPU."""
-        layers = encoder.layers(images, blocks)
-        found = [tokens.cls for tokens in layers]
-        if mean_patch:
-            found.append(layers[-1].patches.mean(dim=1))
-        return torch.stack(found, dim=1).float().cpu()
+    mean_patch = mean_patch and encoder.pools
+    numbers = [encoder.block(each) for each in blocks]
+    key = {
+        "weights": encoder.identity,
+        "images": source.stamp(),
+        "count": len(source),
+        "crop": repr(transform),
+        "slots": (*(f"cls{number}" for number in numbers), *(("mean",) if mean_patch else ())),
+        "dtype": context.features_dtype,
+        "precision": str(encoder.dtype).removeprefix("torch."),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    return extract_rows(
+        context,
+        context.features / f"{name}.npy",
+        encoder,
+        source,
+        lambda index: transform(read_rgb(source, index)),
+        lambda images: slots(encoder, images, numbers, mean_patch),
+        batch_size=context.batch_size,
+        what=what,
+        flush_every=FLUSH_ROWS,
+        note=key,
+    )
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    """A tensor over the array's own memory; torch warns about memory that it may not write to, and nothing does."""
-    import warnings
+def slots(encoder: Encoder, images: Tensor, blocks: Sequence[int], mean_patch: bool) -> Tensor:
+    """Class tokens after some blocks and, if wanted, the last one's mean patch token: (b, slots, D) float32."""
+    layers = encoder.layers(images, blocks)
+    pooled = [layers[-1].patches.mean(dim=1)] if mean_patch else []
+    return torch.stack([*(tokens.cls for tokens in layers), *pooled], dim=1)
 
+
+def feature_matrix(rows: np.ndarray) -> Tensor:
+    """All slots side by side, (n, slots D) of the type on disk; over the array's own memory, which is only read."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(np.asarray(array))
+        warnings.simplefilter("ignore", UserWarning)  # torch warns of memory that it may not write to
+        return torch.from_numpy(np.asarray(rows.reshape(len(rows), -1)))
+
+
+def require_finite(tokens: Tensor, names: Sequence[str], encoder: Encoder) -> None:
+    """RunError naming the first image whose tokens (B, ...) are not all finite."""
+    bad = (~torch.isfinite(tokens).flatten(1).all(dim=1)).nonzero()
+    if len(bad):
+        raise RunError(f"{names[int(bad[0])]}: its feature is not finite ({encoder.name})")
+
+
+def extract_rows(
+    context: Context,
+    path: Path,
+    encoder: Encoder,
+    source: Source,
+    load: Callable[[int], np.ndarray],
+    compute: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int,
+    what: str,
+    flush_every: int,
+    note: Mapping[str, Any] | None = None,
+    advice: str = "",
+) -> np.ndarray:
+    """What `compute` gives for every image of a source: (images, ...) of `features_dtype`, memory-mapped and
+    read only.
+
+    path         of the .npy file; a .json beside it holds `note` and how far the extraction is
+    load         image -> (h, w, 3) uint8, all of one size; runs ahead in threads
+    compute      batch (b, 3, h, w) of `batch_size` images -> (b, ...), one row for each image
+    what         is shown beside the progress
+    flush_every  rows between two notes of how far the extraction is
+    advice       behind the message that the disk is full
+
+    An extraction that was stopped goes on where it was. RunError naming the first image whose row is not finite, or
+    for want of space.
+    """
+    noted = path.with_suffix(".json")
+    done = flushed = _rows_done(path, noted)
+    rows: np.ndarray | None = np.load(path, mmap_mode="r+") if done else None
+    left = -(-(len(source) - done) // batch_size)
+    loaded = parallel(load, range(done, len(source)), context.workers)
+    batches = iter(lambda: list(islice(loaded, batch_size)), [])
+    for images in context.progress(batches, left, f"{what} ({encoder.name})") if left else ():
+        values = compute(stack_images(images))
+        require_finite(values, [source.name(done + place) for place in range(len(values))], encoder)
+        if rows is None:
+            shape = (len(source), *values.shape[1:])
+            rows = _create(path, shape, np.dtype(context.features_dtype), what, advice)
+        rows[done : done + len(values)] = values.cpu().numpy()
+        done += len(values)
+        if done - flushed >= flush_every or done == len(source):
+            rows.flush()  # type: ignore[attr-defined]
+            write_atomic(noted, json.dumps({**(note or {}), "done": done}) + "\n")
+            flushed = done
+    return np.load(path, mmap_mode="r")
+
+
+def _rows_done(path: Path, noted: Path) -> int:
+    try:
+        done = int(read_json(noted)["done"])
+        return done if 0 <= done <= len(np.load(path, mmap_mode="r")) else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype, what: str, advice: str) -> np.ndarray:
+    needed = int(np.prod(shape)) * dtype.itemsize
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        # A mapped file takes its space page by page, and a full disk would end the process without a word.
+        if free < needed:
+            sizes = f"need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
+            raise RunError(f"{path.parent}: the {what} {sizes}{advice and f'; {advice}'}")
+        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    except OSError as error:
+        size = f"{needed / 2**30:.1f} GiB of {what}"
+        raise RunError(f"{path.parent}: cannot keep {size} ({error.strerror})") from None

@@ -1,6 +1,6 @@
 """Pixels for evaluation: decoded as the published numbers were, resized and cropped without chance, in batches.
 
-Decoding and resizing go through Pillow exactly as torchvision's transforms do on its images:
+Decoding and resizing go through Pillow, as torchvision's transforms do on its images:
 the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with antialiasing.
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, functional
 
 from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
@@ -45,15 +46,8 @@ class CentreCrop:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(size, size, 3) uint8."""
-        width, height = image.size
-        short = min(width, height)
-        # The long side is truncated, as torchvision does.
-        scaled = (int(self.resize * width / short), int(self.resize * height / short))
-        if scaled != image.size:
-            image = image.resize(scaled, Image.Resampling.BICUBIC)
-        width, height = image.size
-        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        scaled = functional.resize(image, [self.resize], InterpolationMode.BICUBIC)
+        return np.asarray(functional.center_crop(scaled, [self.size]))
 
 
 def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:
@@ -80,29 +74,6 @@ def stack_images(images: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-def load_batches(
-    load: Callable[[int], np.ndarray], indices: Sequence[int], batch_size: int, workers: int = 0
-) -> Iterator[Tensor]:
-    """What `load` gives for each index, (h, w, 3) uint8 of one size, in order: (b, 3, h, w)."""
-    waiting: list[np.ndarray] = []
-    for pixels in parallel(load, indices, workers):
-        waiting.append(pixels)
-        if len(waiting) == batch_size:
-            yield stack_images(waiting)
-            waiting = []
-    if waiting:
-        yield stack_images(waiting)
-
-
-def still_batches(
-    source: Source, transform: Callable[[Image.Image], np.ndarray], batch_size: int, workers: int = 0, start: int = 0
-) -> Iterator[Tensor]:
-    """The images from `start` on, transformed, in order: (b, 3, h, w) uint8, channels innermost in memory."""
-    indices = range(start, len(source))
-    return load_batches(lambda index: transform(read_rgb(source, index)), indices, batch_size, workers)
-
-
 def default_workers() -> int:
     """Decoding threads: one for every core but one, at most 16."""
-    cores = usable_cores()
-    return min(max(cores - 1, 1), 16)
+    return min(max(usable_cores() - 1, 1), 16)

@@ -89,17 +89,3 @@ class Ranking:
         positives = np.cumsum(count[self.present])
         true = positives[self.found - 1]
         return Curve(true, every - true, float(positives[-1]) if len(positives) else 0.0)
-
-
-def average_precision(
-    scores: ArrayLike,
-    labels: ArrayLike,
-    ignored: ArrayLike | None = None,
-    points: str = "11",
-    weights: ArrayLike | None = None,
-) -> float:
-    """Average precision of one class over images, in [0, 1]; NaN where no counted image has the class.
-
-    scores, labels, ignored  (n,), see `Ranking`; points, see `Curve.average`; weights (n,), see `Ranking.curve`
-    """
-    return Ranking(scores, labels, ignored).curve(weights).average(points)

@@ -1,16 +1,16 @@
-"""Scores of a classifier and how sure they are: top-1, mean per class, percentile bootstrap.
-
-`rankme` and `knn_predict` live in `knn_rankme.py`: the probe inside a run needs them without the rest.
-"""
+"""Scores of a classifier and how sure they are: top-1, mean per class, percentile bootstrap."""
 
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 
-__all__ = ["bootstrap_interval", "bootstrap_statistic", "knn_predict", "mean_per_class_accuracy", "rankme", "top1"]
+def nanmean(values: ArrayLike) -> float:
+    """The mean of the values that are finite; NaN where none is."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def top1(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -50,13 +50,13 @@ def bootstrap_interval(
         means = rng.binomial(n, x.mean(), size=samples) / n
     else:
         rows = max(1, 4_000_000 // n)  # resamples held at a time
-        means = np.concatenate(
-            [
-                x[rng.integers(0, n, size=(min(rows, samples - start), n))].mean(axis=1)
-                for start in range(0, samples, rows)
-            ]
-        )
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+        counts = [min(rows, samples - start) for start in range(0, samples, rows)]
+        means = np.concatenate([x[rng.integers(0, n, size=(count, n))].mean(axis=1) for count in counts])
+    return _percentiles(means, confidence)
+
+
+def _percentiles(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
@@ -68,13 +68,9 @@ def _paired(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.n
 
 
 def bootstrap_statistic(
-    count: int,
-    statistic: Callable[[np.ndarray], float],
-    confidence: float = 0.95,
-    samples: int = 1000,
-    seed: int = 0,
+    count: int, statistic: Callable[[np.ndarray], float], samples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of any statistic of a set of images, such as mAP or mIoU.
+    """95 % percentile bootstrap interval of any statistic of a set of images, such as mAP or mIoU.
 
     statistic  weights (count,) int64, how often each image was drawn -> the statistic; NaN draws are left out
     returns    (low, high)
@@ -82,11 +78,7 @@ def bootstrap_statistic(
     if count < 1:
         raise ValueError("the bootstrap needs at least one image")
     rng = np.random.default_rng(seed)
-    values = np.array(
-        [statistic(np.bincount(rng.integers(0, count, size=count), minlength=count)) for _ in range(samples)]
-    )
+    draws = (rng.integers(0, count, size=count) for _ in range(samples))
+    values = np.array([statistic(np.bincount(drawn, minlength=count)) for drawn in draws])
     values = values[np.isfinite(values)]
-    if not len(values):
-        return float("nan"), float("nan")
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    return _percentiles(values) if len(values) else (float("nan"), float("nan"))

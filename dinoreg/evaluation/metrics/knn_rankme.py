@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+TRAIN_CHUNK, TEST_CHUNK = 65_536, 256  # rows that are compared at once
+
 
 @torch.no_grad()
 def rankme(features: Tensor, eps: float = 1e-7) -> float:
@@ -41,8 +43,6 @@ def knn_predict(
     k: Sequence[int] = (10, 20, 100, 200),
     temperature: float = 0.07,
     num_classes: int | None = None,
-    chunk: int = 256,
-    train_chunk: int = 65_536,
 ) -> dict[int, Tensor]:
     """Weighted k-NN on the unit sphere, for several k in one pass.
 
@@ -63,7 +63,7 @@ def knn_predict(
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise ValueError(f"k-NN labels span {int(labels.min())}..{int(labels.max())}, expected 0..{classes - 1}")
     with torch.autocast(device.type, enabled=False):
-        similarity, index = nearest_neighbours(train_features, test_features, min(max(k), n), chunk, train_chunk)
+        similarity, index = nearest_neighbours(train_features, test_features, min(max(k), n))
         weights = (similarity / temperature).softmax(dim=-1)  # (m, most), best first
         votes = {}
         for each in k:
@@ -73,9 +73,7 @@ def knn_predict(
 
 
 @torch.no_grad()
-def nearest_neighbours(
-    train_features: Tensor, test_features: Tensor, k: int, chunk: int = 256, train_chunk: int = 65_536
-) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(train_features: Tensor, test_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k training features of greatest cosine to each test feature, best first.
 
     train_features (n, D), test_features (m, D); either may be memory-mapped: chunks of rows are read, never all
@@ -84,10 +82,10 @@ def nearest_neighbours(
     device, m = train_features.device, len(test_features)
     best = torch.empty(m, 0, device=device)
     index = torch.empty(m, 0, dtype=torch.long, device=device)
-    for first in range(0, len(train_features), train_chunk):
-        bank = F.normalize(train_features[first : first + train_chunk].to(device).float(), dim=-1)
+    for first in range(0, len(train_features), TRAIN_CHUNK):
+        bank = F.normalize(train_features[first : first + TRAIN_CHUNK].to(device).float(), dim=-1)
         values, rows = [], []
-        for queries in test_features.split(chunk):
+        for queries in test_features.split(TEST_CHUNK):
             found = (F.normalize(queries.to(device).float(), dim=-1) @ bank.mT).topk(min(k, len(bank)), dim=1)
             values.append(found.values)
             rows.append(found.indices + first)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dinoreg.evaluation.data import IGNORED
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
+from dinoreg.evaluation.metrics.bootstrap import nanmean
 from dinoreg.runtime.errors import UserError
 
 
@@ -65,7 +65,7 @@ class Confusion:
 
     def miou(self, weights: np.ndarray | None = None) -> float:
         """Mean of the defined `iou`s in [0, 1]; NaN when there is none."""
-        return _mean(self.iou(weights))
+        return nanmean(self.iou(weights))
 
     def pixel_accuracy(self) -> float:
         """Share of counted pixels that are right; NaN when none counts."""
@@ -75,11 +75,7 @@ class Confusion:
     def mean_accuracy(self) -> float:
         """Share of each true class's pixels that are right, averaged over the classes that the masks have."""
         right, true, _ = self.totals()
-        return _mean(_ratio(right, true))
-
-    def interval(self, samples: int = 1000, seed: int = 0) -> tuple[float, float]:
-        """95 % percentile bootstrap interval of `miou` over images."""
-        return bootstrap_statistic(self.num_images, self.miou, samples=samples, seed=seed)
+        return nanmean(_ratio(right, true))
 
     def constant(self) -> tuple[int, float]:
         """The class that most true pixels have, and the mIoU of predicting it everywhere: the trivial baseline."""
@@ -92,8 +88,3 @@ class Confusion:
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray(numerator / denominator)
-
-
-def _mean(values: np.ndarray) -> float:
-    defined = values[np.isfinite(values)]
-    return float(defined.mean()) if len(defined) else float("nan")

@@ -1,85 +1,104 @@
 """What the protocols of classification share: splits and metrics, features, rows of accuracy, pictures of mistakes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from dinoreg.data.source import Source
-from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.data import Labelled
+from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT
+from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic, mean_per_class_accuracy, top1
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 
 PICTURE_SIZE = 224  # pixels of an example
-GREEN, RED, GROUND = (21, 127, 91), (179, 50, 43), (24, 27, 33)  # of pictures' edges and what is around them
+GREEN, RED = (21, 127, 91), (179, 50, 43)  # of pictures' edges
 METRICS = {"top-1": top1, "mean per class": mean_per_class_accuracy}
 MISSING = "the {name} split is missing, or its images do not have one class each"
 
 
-class Classification(Measurement[Labelled]):
-    """A measurement of images with one class each, by top-1 or the mean accuracy per class."""
-
-    def __init__(self, data: Data, task: Task, context: Context, subject: str = "classification") -> None:
-        super().__init__(data, task, context, Labelled, MISSING, subject, list(METRICS))
-
-    def accuracy_rows(self, predicted: np.ndarray, **fields: Any) -> list[Row]:
-        """Top-1 and mean per class of the test images' predicted classes (n,), the task's metric first."""
-        order = sorted(METRICS, key=lambda metric: metric != self.task.metric)
-        return [self.accuracy_row(predicted, metric=metric, **fields) for metric in order]
-
-    def accuracy_row(self, predicted: np.ndarray, metric: str | None = None, **fields: Any) -> Row:
-        """One of the metrics with its interval, by default the task's; both stand in the details. `fields` of Row."""
-        test, metric = self.split("test"), metric or self.task.metric
-        values = {name: function(predicted, test.labels) for name, function in METRICS.items()}
-        shared: dict[str, Any] = {
-            "n_train": len(self.split("train")),
-            "n_test": len(test),
-            "chance": 1.0 / test.num_classes,
-            "details": {"micro and macro": values},
-        }
-        correct = predicted == test.labels
-        interval = bootstrap_interval(correct) if metric == "top-1" else _per_class_interval(correct, test.labels)
-        return self.row(values[metric], interval, metric=metric, **(shared | fields))
+def labelled_splits(
+    measured: Measurement, subject: str = "classification"
+) -> tuple[Labelled, Labelled, Labelled | None]:
+    """The splits of images with one class each, as `Measurement.splits`; UserError for a metric other than METRICS."""
+    measured.check_metric(subject, METRICS)
+    return measured.splits(Labelled, MISSING)
 
 
-def class_tokens(encoder: Encoder, source: Source, context: Context, what: str, token: str = "cls") -> Tensor:
-    """Frozen features of the centre crops of a source, (n, D), or (n, 2 D) for "cls+mean", on the CPU."""
-    crop = CentreCrop(context.image_size, context.image_size)
-    found = context.features.extract(encoder, source, crop, mean_patch=token == "cls+mean", what=f"features of {what}")
-    return found.tensor(range(len(found.slots)))
+def accuracy_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, **fields: Any) -> list[Row]:
+    """Top-1 and mean per class of the test images' predicted classes (n,), the task's metric first."""
+    order = sorted(METRICS, key=lambda metric: metric != measured.task.metric)
+    return [accuracy_row(measured, test, predicted, metric, **fields) for metric in order]
 
 
-def _per_class_interval(correct: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    if correct.all() or not correct.any():
-        return bootstrap_interval(correct)
+def accuracy_row(measured: Measurement, test: Labelled, predicted: np.ndarray, metric: str, **fields: Any) -> Row:
+    """One of the metrics with its interval; both stand in the details. `fields` of Row."""
+    values = {name: function(predicted, test.labels) for name, function in METRICS.items()}
+    single = metric == "top-1"
+    interval = (
+        bootstrap_interval(predicted == test.labels) if single else draws_interval(predicted[None], test.labels, metric)
+    )
+    shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / test.num_classes}
+    shared["details"] = {"micro and macro": values}
+    return measured.row(values[metric], interval, **(shared | fields))
+
+
+def draws_interval(predicted: np.ndarray, labels: np.ndarray, metric: str, samples: int = 1000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over draws, for both sources of chance: which labels, which test images.
+
+    predicted  (R, n) classes of n test images after learning from each of R draws of labels
+
+    Each resample takes n images, and R - 1 draws: with R, their mean would vary by a factor (R - 1) / R too little.
+    """
+    correct = (predicted == labels).astype(np.float64)  # (R, n)
+    if correct.min() == correct.max():  # nothing to resample: the exact bound for the images
+        return bootstrap_interval(correct[0])
+    repeats, count = correct.shape
+    rng = np.random.default_rng(repeats)
     _, classes = np.unique(labels, return_inverse=True)
 
-    def mean_per_class(weights: np.ndarray) -> float:
-        counts = np.bincount(classes, weights=weights)
-        right = np.bincount(classes, weights=weights * correct)
-        return float((right[counts > 0] / counts[counts > 0]).mean())
+    def resampled(weights: np.ndarray) -> float:
+        picked = np.bincount(rng.integers(0, repeats, size=max(repeats - 1, 1)), minlength=repeats)
+        right = weights * (picked @ correct / picked.sum())
+        if metric == "top-1":
+            return float(right.sum() / count)
+        per_class = np.bincount(classes, weights=weights)
+        return float((np.bincount(classes, weights=right)[per_class > 0] / per_class[per_class > 0]).mean())
 
-    return bootstrap_statistic(len(labels), mean_per_class)
+    return bootstrap_statistic(count, resampled, samples=samples)
 
 
-def draw_mistakes(test: Labelled, predicted: np.ndarray, names: Sequence[str], context: Context, prefix: str) -> None:
+def class_tokens(
+    measured: Measurement, source: Source, what: str, mean_patch: bool = False, resize: float = 1.0
+) -> Tensor:
+    """Frozen class tokens of the centre crops of a source, (n, D), on the CPU, of the type on disk.
+
+    what        the images are, beside the progress
+    mean_patch  the mean patch token beside the class token, (n, 2 D), where the encoder's has its width
+    resize      short side over the crop's side
+    """
+    size = measured.context.image_size
+    crop, what = CentreCrop(round(size * resize), size), f"features of {what}"
+    return feature_matrix(
+        extract_features(measured.context, measured.encoder, source, crop, mean_patch=mean_patch, what=what)
+    )
+
+
+def draw_mistakes(measured: Measurement, test: Labelled, predicted: np.ndarray, prefix: str) -> None:
     """Pictures of a few test images with their predicted class (n,); half of them mistakes, where there are any."""
-
-    def name(label: int) -> str:
-        return str(names[label]) if label < len(names) else str(label)
+    names = measured.data.names(test.num_classes)
 
     def lines(index: int) -> list[str]:
-        said, true = name(int(predicted[index])), name(int(test.labels[index]))
-        return [said] if said == true else [f"said {said}", f"is {true}"]
+        answer, true = names[predicted[index]], names[test.labels[index]]
+        return [answer] if answer == true else [f"said {answer}", f"is {true}"]
 
-    draw_predictions(test.source, predicted != test.labels, lines, context, prefix)
+    draw_predictions(test.source, predicted != test.labels, lines, measured.context, prefix)
 
 
 def draw_predictions(
@@ -93,16 +112,14 @@ def draw_predictions(
     at_most = max(context.num_examples // 2, context.num_examples - len(right))
     picked = [*mistakes[:at_most], *right][: context.num_examples]
     for number, index in enumerate(int(each) for each in picked):
-        picture = _captioned(read_rgb(source, index), lines(index), GREEN if not wrong[index] else RED)
-        context.save_example(picture, prefix, number)
+        picture = framed(read_rgb(source, index), PICTURE_SIZE, 4, GREEN if not wrong[index] else RED)
+        caption = lines(index)
+        canvas = ImageOps.expand(picture, (0, 0, 0, 14 * len(caption)), BACKGROUND)
+        for place, line in enumerate(caption):
+            ImageDraw.Draw(canvas).text((6, PICTURE_SIZE + 7 + 14 * place), line[:38], fill=TEXT)
+        context.save_example(canvas, prefix, number)
 
 
-def _captioned(image: Image.Image, lines: list[str], edge: tuple[int, int, int]) -> Image.Image:
-    picture = Image.fromarray(CentreCrop(PICTURE_SIZE, PICTURE_SIZE)(image))
-    canvas = Image.new("RGB", (PICTURE_SIZE + 8, PICTURE_SIZE + 8 + 14 * len(lines)), GROUND)
-    draw = ImageDraw.Draw(canvas)
-    draw.rectangle((0, 0, PICTURE_SIZE + 7, PICTURE_SIZE + 7), fill=edge)
-    canvas.paste(picture, (4, 4))
-    for number, line in enumerate(lines):
-        draw.text((6, PICTURE_SIZE + 7 + 14 * number), line[:38], fill=(228, 232, 239))
-    return canvas
+def framed(image: Image.Image, side: int, width: int, edge: tuple[int, int, int]) -> Image.Image:
+    """The centre crop of an image, `side` pixels high and wide, in a frame of some width and colour."""
+    return ImageOps.expand(Image.fromarray(CentreCrop(side, side)(image)), width, edge)

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, DepthMaps
+from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.depth_head import (
     CLIP_GRAD,
     GRADIENT_WEIGHT,
@@ -29,7 +27,7 @@ from dinoreg.evaluation.dense.depth_images import CROP, crop_size, example, read
 from dinoreg.evaluation.features.images import parallel, stack_images
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.depth import SCORES, Crop, depth_scores, mean_scores, valid_pixels
-from dinoreg.evaluation.options import DepthOptions, EvalOptions
+from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import RunError
@@ -41,7 +39,7 @@ Valid = Callable[[np.ndarray], np.ndarray]  # depth map (H, W) -> (H, W) bool: p
 Scores = dict[Key, dict[str, np.ndarray]]  # {head: {score: (n,), NaN where no pixel of an image is valid}}
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """One row for each variant, in the options' order: RMSE in metres, per image and then averaged, lower is better.
 
     Of several rates the best is quoted, chosen on an official validation split where there is one, else as published
@@ -52,15 +50,14 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
 
     Raises UserError for data without depth maps, RunError when none is known or a feature is not finite.
     """
-    settings = options.depth
-    measured = Measurement(data, task, context, DepthMaps, MISSING)
-    train, test, val = measured.splits()
-    border, window = data.extra.get("train_crop"), data.extra.get("eigen_crop")
+    settings, context = measured.options.depth, measured.context
+    train, test, val = measured.splits(DepthMaps, MISSING)
+    border, window = (measured.data.extra.get(name) for name in ("train_crop", "eigen_crop"))
     valid = partial(valid_pixels, min_depth=settings.min_depth, max_depth=settings.max_depth)
     in_border, in_window = partial(valid, crop=border), partial(valid, crop=window)
     metres, baseline = _mean_depth(train, test, in_border, in_window, settings, context)
     size = crop_size(train, border, settings.max_size)
-    heads = DepthHeads(encoder, settings, context.seed)
+    heads = DepthHeads(measured.encoder, settings, context.seed)
     ended = heads.fit(train, size, border, context)
     scores = _score(heads, test, in_window, context, "depth: test")
     several = len(settings.lrs) > 1

@@ -1,28 +1,23 @@
 """P8, detection by a linear probe of single patches: what a box head reads off frozen tokens without a detector.
 
 Last block's patch tokens after the final norm, BatchNorm and one linear map (`box_head`), trained with flips; scored as
-VOC or COCO score detectors (`box_scores`). The protocol is ours: no purely linear one is published, so every row says
+VOC or COCO score detectors (`box_ap`). The protocol is ours: no purely linear one is published, so every row says
 that published detectors are no measure for it.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
-from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.box_probe import BoxProbe
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
 from dinoreg.evaluation.features.images import read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
-from dinoreg.evaluation.metrics.box_ap import Detections, Truth
-from dinoreg.evaluation.metrics.box_scores import RULES, score, whole_images
+from dinoreg.evaluation.metrics.box_ap import RULES, Detections, Truth, score, whole_images
 from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes
-from dinoreg.evaluation.options import DetectionOptions, EvalOptions
+from dinoreg.evaluation.options import DetectionOptions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement, choose_best
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
@@ -33,39 +28,39 @@ HELD_OUT = 1000  # training images at most, a tenth at most, on which one of sev
 SHOWN_SCORE = 0.3  # of boxes in pictures
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """AP50 by VOC's rules with 11 and with all points, or COCO's AP and AP50; the task's metric first.
 
-    data  splits "train" and "test" of boxes, "val" where official; extra["rule"] is a key of `box_scores.RULES`, by
+    data  splits "train" and "test" of boxes, "val" where official; extra["rule"] is a key of `box_ap.RULES`, by
           default "coco" for the metric AP and "voc2007" for AP50
     """
-    settings = options.detection
-    measured = Measurement(data, task, context, Boxed, MISSING)
-    rule = str(data.extra.get("rule", "coco" if task.metric == "AP" else "voc2007"))
-    if rule not in RULES or task.metric not in RULES[rule]:
-        raise UserError(f"metric {task.metric!r} with rule {rule!r}: detection has AP50 of VOC, AP and AP50 of COCO")
-    train, test, val = measured.splits()
+    settings, metric, context = measured.options.detection, measured.task.metric, measured.context
+    rule = str(measured.data.extra.get("rule", "coco" if metric == "AP" else "voc2007"))
+    if metric not in RULES.get(rule, ()):
+        raise UserError(f"metric {metric!r} with rule {rule!r}: detection has AP50 of VOC, AP and AP50 of COCO")
+    train, test, val = measured.splits(Boxed, MISSING)
     check_boxes(train, "train")
     check_boxes(test, "test")
+    names = measured.data.names(test.num_classes)
     all_test = np.arange(len(test))
     truth = Truth.of(test, all_test)
     if truth.ignored.all():
         raise UserError("the test split has no boxes that count, so there is no average precision")
     indices, validation, words = _held_out(train, val, settings, context.seed)
-    probe = BoxProbe(encoder, settings, context)
+    probe = BoxProbe(measured.encoder, settings, context)
     heads, losses = probe.train(train, indices)
 
     tried = None
     if len(heads) > 1 and validation is not None:
         detections, _ = probe.predict(heads, *validation, "boxes of the held-out images")
         reference = Truth.of(*validation)
-        tried = {key: score(each, reference, rule).of(task.metric) for key, each in detections.items()}
+        tried = {key: score(each, reference, rule, names).of(metric) for key, each in detections.items()}
     detections, sizes = probe.predict(heads, test, all_test, "boxes of the test images")
-    scores = {key: score(each, truth, rule, data.class_names) for key, each in detections.items()}
-    best, _ = choose_best({key: each.of(task.metric) for key, each in scores.items()}, tried)
+    scores = {key: score(each, truth, rule, names) for key, each in detections.items()}
+    best, _ = choose_best({key: each.of(metric) for key, each in scores.items()}, tried)
     often = np.bincount(np.concatenate([train.labels[index] for index in indices]), minlength=train.num_classes)
-    trivial = score(whole_images(sizes, often), truth, rule, data.class_names)
-    _draw(test, detections[best], data.class_names, context)
+    trivial = score(whole_images(sizes, often), truth, rule, names)
+    _draw(measured, test, detections[best], names)
     rows = []
     for place, figure in enumerate(scores[best].figures):
         details: dict[str, Any] = {"whole-image boxes": trivial.figures[place].value, **scores[best].details}
@@ -87,7 +82,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
             note=NOTE,
         )
         rows.append(row)
-    return sorted(rows, key=lambda row: row.metric != task.metric)
+    return sorted(rows, key=lambda row: row.metric != metric)
 
 
 def _held_out(
@@ -108,21 +103,18 @@ def _held_out(
     return np.sort(mixed[count:]), (train, np.sort(mixed[:count])), words
 
 
-def _draw(test: Boxed, found: Detections, names: Sequence[str], context: Context) -> None:
+def _draw(measured: Measurement, test: Boxed, found: Detections, names: list[str]) -> None:
     """Pictures of a few images with the surest boxes beside the true ones."""
-
-    def name(label: int) -> str:
-        return str(names[label]) if label < len(names) else str(label)
-
-    for number, index in enumerate(context.example_indices(len(test))):
+    for number, index in enumerate(measured.context.example_indices(len(test))):
         image = read_rgb(test.source, index)
         rows = np.flatnonzero(found.image == index)
         sure = rows[: max(int((found.scores[rows] >= SHOWN_SCORE).sum()), 3)][:20]
-        captions = [f"{name(int(found.labels[row]))} {found.scores[row]:.2f}" for row in sure]
+        captions = [f"{names[found.labels[row]]} {found.scores[row]:.2f}" for row in sure]
         true = np.argsort(-areas(test.boxes[index]), kind="stable")
+        labels = [names[label] for label in np.asarray(test.labels[index])[true]]
         panels = (
             draw_boxes(image, np.zeros((0, 4)), PREDICTION),
             draw_boxes(image, found.boxes[sure], PREDICTION, captions),
-            draw_boxes(image, test.boxes[index][true], TRUTH, [name(int(test.labels[index][row])) for row in true]),
+            draw_boxes(image, test.boxes[index][true], TRUTH, labels),
         )
-        context.save_example(strip(panels, ("image", "found", "truth")), "detection", number)
+        measured.context.save_example(strip(panels, ("image", "found", "truth")), "detection", number)

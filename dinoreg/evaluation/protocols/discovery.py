@@ -7,6 +7,7 @@ chose by hand can be repeated; then the best is quoted, says so, and the whole s
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,15 @@ from PIL import Image
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
-from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.lost import Found, gram, lost
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
 from dinoreg.evaluation.dense.windows import pad_to_patches
+from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import read_rgb
-from dinoreg.evaluation.features.rows import require_finite
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
-from dinoreg.evaluation.options import DiscoveryOptions, EvalOptions
+from dinoreg.evaluation.options import DiscoveryOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
@@ -33,16 +32,17 @@ MIN_OVERLAP = 0.5  # of the box with a true one
 MAX_PATCHES = 20_000  # of one image: their similarities take 1.6 GB
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """CorLoc of the best block and bias, then of the box that is the whole image, which needs no model at all."""
-    settings = options.discovery
-    measured = Measurement(data, task, context, Boxed, MISSING, "object discovery", ("CorLoc",))
-    test = measured.split("test")
+    measured.check_metric("object discovery", ("CorLoc",))
+    settings, encoder, context = measured.options.discovery, measured.encoder, measured.context
+    test = measured.split("test", Boxed, MISSING)
     check_boxes(test, "test")
     # An encoder of one block (raw pixels) has only that to offer.
-    blocks = [0] if encoder.depth == 1 else list(dict.fromkeys(encoder.block(each) for each in settings.blocks))
-    sweep = [(block, bias) for block in blocks for bias in dict.fromkeys(settings.biases)]
-    *boxes, image_box = _find(encoder, test, blocks, settings, context)
+    numbers = [0] if encoder.depth == 1 else [encoder.block(each) for each in settings.blocks]
+    distinct = replace(settings, blocks=tuple(dict.fromkeys(numbers)), biases=tuple(dict.fromkeys(settings.biases)))
+    sweep = list(product(distinct.blocks, distinct.biases))
+    *boxes, image_box = _find(measured, test, distinct)
     truth = [np.asarray(each)[~np.asarray(crowd, dtype=bool)] for each, crowd in zip(test.boxes, test.crowd)]
     hits = np.array([correct(each[:, :4], truth) for each in boxes])  # (S, n)
     figures = [
@@ -57,21 +57,22 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     ]
     best, chosen_on = choose_best({place: each["CorLoc"] for place, each in enumerate(figures)})
     block, bias = sweep[best]
-    _draw(encoder, test, replace(settings, blocks=(block,), biases=(bias,)), boxes[best][:, :4], truth, context)
+    _draw(measured, test, replace(settings, blocks=(block,), biases=(bias,)), boxes[best][:, :4], truth)
     baseline_hits = correct(image_box[:, :4], truth)
     details: dict[str, Any] = {
         "whole-image box": float(baseline_hits.mean()),
-        "box is the whole image": figures[best]["box is the whole image"],
-        "box is the seed alone": figures[best]["box is the seed alone"],
+        **{key: figures[best][key] for key in ("box is the whole image", "box is the seed alone")},
         "images without boxes": sum(not len(each) for each in truth),
         "sweep": figures,
     }
     if len(sweep) > 1 and len(test) > 1:
         details["chosen on one half of the images, scored on the other"] = crosswise(hits)
+    kind = f"{settings.feature}s{', normalised' if settings.normalise else ''}"
+    blocks, biases = len(settings.blocks), len(settings.biases)
     model = measured.row(
         figures[best]["CorLoc"],
         bootstrap_interval(hits[best], seed=context.seed),
-        variant=_variant(settings),
+        variant=kind if blocks * biases == 1 else f"{kind}, best of {blocks} x {biases} blocks x biases",
         chosen_on=chosen_on,
         n_test=len(test),
         settings={**asdict(settings), "block": block, "bias": bias, "image_size": "the image's own"},
@@ -111,24 +112,18 @@ def features_of(encoder: Encoder, image: Tensor, blocks: Sequence[int], feature:
     return [encoder.qkv(image[None], block)[feature][0] for block in blocks]
 
 
-def _variant(settings: DiscoveryOptions) -> str:
-    kind = f"{settings.feature}s{', normalised' if settings.normalise else ''}"
-    blocks, biases = len(settings.blocks), len(settings.biases)
-    return kind if blocks * biases == 1 else f"{kind}, best of {blocks} x {biases} blocks x biases"
-
-
-def _find(
-    encoder: Encoder, test: Boxed, blocks: Sequence[int], settings: DiscoveryOptions, context: Context
-) -> np.ndarray:
+def _find(measured: Measurement, test: Boxed, sweep: DiscoveryOptions) -> np.ndarray:
     """Every image's box under the S settings, blocks first, and last the box that is the whole image.
 
+    sweep    all blocks, from 0, and biases, each once
     returns  (S + 1, n, 5) float64: x0, y0, x1, y1 in pixels, clipped to the image, and 1 where the seed was left alone
     """
+    encoder = measured.encoder
 
     def boxes_of(index: int, image: np.ndarray) -> list[list[float]]:
         height, width = image.shape[:2]
         rows: list[list[float]] = []
-        for found in _objects(encoder, image, blocks, settings, test.source.name(index)):
+        for found in _objects(encoder, image, sweep, test.source.name(index)):
             x0, y0, x1, y1 = (side * encoder.patch_size for side in found.box)
             rows.append([x0, y0, min(x1, width), min(y1, height), found.alone])
         return [*rows, [0, 0, width, height, False]]
@@ -136,15 +131,13 @@ def _find(
     def load(index: int) -> np.ndarray:
         return np.asarray(read_rgb(test.source, index))
 
-    key = (encoder.identity, test.source.stamp(), list(blocks), settings)
+    key = (encoder.identity, test.source.stamp(), sweep)
     what = f"object discovery (LOST) ({encoder.name})"
-    boxes = resumable_map(context, "discovery", key, len(test), boxes_of, what, load)
+    boxes = resumable_map(measured.context, "discovery", key, len(test), boxes_of, what, load)
     return np.array(boxes, dtype=np.float64).transpose(1, 0, 2)
 
 
-def _objects(
-    encoder: Encoder, image: np.ndarray, blocks: Sequence[int], settings: DiscoveryOptions, name: str
-) -> list[Found]:
+def _objects(encoder: Encoder, image: np.ndarray, sweep: DiscoveryOptions, name: str) -> list[Found]:
     """The object of one image (h, w, 3) uint8 under every setting, blocks first."""
     batch = pad_to_patches(image, encoder.patch_size, encoder.mean)
     grid = encoder.grid(batch.shape[1], batch.shape[2])
@@ -154,26 +147,22 @@ def _objects(
             f"compared with one another; expected at most {MAX_PATCHES:,}"
         )
     found = []
-    for features in features_of(encoder, batch, blocks, settings.feature):
+    for features in features_of(encoder, batch, sweep.blocks, sweep.feature):
         require_finite(features[None], [name], encoder)
-        similarity = gram(features, settings.normalise)
-        for bias in dict.fromkeys(settings.biases):
-            found.append(lost(similarity + bias if bias else similarity, grid, settings.k_patches))
+        similarity = gram(features, sweep.normalise)
+        for bias in sweep.biases:
+            found.append(lost(similarity + bias if bias else similarity, grid, sweep.k_patches))
     return found
 
 
 def _draw(
-    encoder: Encoder,
-    test: Boxed,
-    setting: DiscoveryOptions,
-    boxes: np.ndarray,
-    truth: Sequence[np.ndarray],
-    context: Context,
+    measured: Measurement, test: Boxed, setting: DiscoveryOptions, boxes: np.ndarray, truth: Sequence[np.ndarray]
 ) -> None:
     """Pictures of a few images: the patches found under one setting, the box around them, and the true boxes."""
+    encoder, context = measured.encoder, measured.context
     for number, index in enumerate(context.example_indices(len(test))):
         image = read_rgb(test.source, index)
-        (found,) = _objects(encoder, np.asarray(image), setting.blocks, setting, test.source.name(index))
+        (found,) = _objects(encoder, np.asarray(image), setting, test.source.name(index))
         true = truth[index][np.argsort(-areas(truth[index]), kind="stable")]
         panels = (
             draw_boxes(_highlighted(image, found, encoder.patch_size), np.zeros((0, 4)), PREDICTION),

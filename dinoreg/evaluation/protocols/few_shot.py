@@ -11,8 +11,6 @@ at least one (shares), and scored on the whole test split. Of the training label
 Beside it stands the nearest class mean, on centred features of unit norm (Wang et al., arXiv 1911.04623, "CL2N").
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -22,16 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
-from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic
-from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.protocols.classification import METRICS, Classification, class_tokens
-from dinoreg.evaluation.protocols.measurement import resumable_map
+from dinoreg.evaluation.data import Labelled
+from dinoreg.evaluation.options import LogisticOptions
+from dinoreg.evaluation.protocols.classification import METRICS, class_tokens, draws_interval, labelled_splits
+from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.regularisation_path import fit_logistic, select_and_fit
+from dinoreg.evaluation.solvers.feature_matrix import Rows
+from dinoreg.evaluation.solvers.logistic_regression import SoftmaxProblem
+from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
 from dinoreg.runtime.errors import UserError
 
 FIXED_UP_TO = 10  # labels per class, on average; with more, C is chosen
@@ -55,57 +51,48 @@ class Setting:
         return np.minimum(np.maximum(wanted, 1), available).astype(np.int64)
 
 
-@dataclass(frozen=True)
 class Spread:
     """Where features lie: their mean (D,) float64 and their mean squared distance from it."""
 
-    mean: Tensor
-    power: float
-
-    @classmethod
-    def of(cls, features: Tensor) -> Spread:
+    def __init__(self, features: Tensor) -> None:
         """features (n, D), read a few thousand rows at a time."""
-        mean = sum((rows.double().sum(dim=0) for rows in features.split(8192)), torch.zeros(())) / len(features)
-        assert isinstance(mean, Tensor)
-        total = sum(float((rows.double() - mean).square().sum()) for rows in features.split(8192))
-        return cls(mean, total / len(features))
+        parts = features.split(8192)
+        zero = torch.zeros((), dtype=torch.float64)
+        self.mean = sum((rows.double().sum(dim=0) for rows in parts), zero) / len(features)
+        self.power = sum(float((rows.double() - self.mean).square().sum()) for rows in parts) / len(features)
 
     def unit(self, features: Tensor) -> Tensor:
         """(n, D) -> centred, of norm 1, float32."""
         return F.normalize(features.double() - self.mean.to(features.device), dim=-1).float()
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """A row for each setting: shots from most to least, then shares from most to least."""
-    measured, chosen = Classification(data, task, context, "few-shot"), options.few_shot
-    train, test = measured.split("train"), measured.split("test")
-    features, test_features = (
-        class_tokens(encoder, split.source, context, name) for name, split in (("train", train), ("test", test))
-    )
-    spread = Spread.of(features)
-    settings = [Setting(shots=shots) for shots in sorted(chosen.shots, reverse=True)]
-    settings += [Setting(share=share) for share in sorted(chosen.shares, reverse=True)]
+    options, encoder, context = measured.options, measured.encoder, measured.context
+    train, test, _ = labelled_splits(measured, "few-shot")
+    features = class_tokens(measured, train.source, "train")
+    test_features = class_tokens(measured, test.source, "test")
+    spread = Spread(features)
+    settings = [Setting(shots=shots) for shots in sorted(options.few_shot.shots, reverse=True)]
+    settings += [Setting(share=share) for share in sorted(options.few_shot.shares, reverse=True)]
     draws = [
         (setting, context.seed + repeat)
         for setting in settings
         # Where all images are taken there is nothing to draw.
-        for repeat in range(1 if setting.counts(_available(train)).sum() == len(train) else chosen.repeats)
+        for repeat in range(1 if setting.counts(_available(train)).sum() == len(train) else options.few_shot.repeats)
     ]
 
     def scored(place: int, _: None) -> dict[str, Any]:
         setting, seed = draws[place]
         started = time.monotonic()
-        found = score(
-            features, train, drawn(train, setting, seed), test_features, spread, options, seed, encoder.device
-        )
+        index = drawn(train, setting, seed)
+        found = score(features, train, index, test_features, spread, options.logistic, seed, encoder.device)
         return {**found, "hours": (time.monotonic() - started) / 3600}
 
-    key = (chosen, options.logistic, context.seed, context.image_size, encoder.identity, train.source.stamp())
+    key = (options.few_shot, options.logistic, context.seed, context.image_size, encoder.identity, train.source.stamp())
     results = resumable_map(context, "few_shot", key, len(draws), scored, f"draws ({encoder.name})")
-    return [
-        _row(measured, setting, [each for each, (of, _) in zip(results, draws) if of == setting], options)
-        for setting in settings
-    ]
+    by_setting = {of: [each for each, draw in zip(results, draws) if draw[0] == of] for of in settings}
+    return [_row(measured, setting, train, test, scored) for setting, scored in by_setting.items()]
 
 
 def _available(train: Labelled) -> np.ndarray:
@@ -131,7 +118,7 @@ def score(
     index: np.ndarray,
     test_features: Tensor,
     spread: Spread,
-    options: EvalOptions,
+    options: LogisticOptions,
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -142,20 +129,19 @@ def score(
         raise UserError("every training image has the same feature: there is nothing to learn from")
     if len(index) <= FIXED_UP_TO * len(labels.unique()):
         C, path = FIXED_C / spread.power, []
-        model = fit_logistic(rows, labels, train.num_classes, C, device=device)
+        model = SoftmaxProblem(Rows.of(rows, labels), train.num_classes, device=device).solve(C)
     else:
-        given = options.logistic
         found = select_and_fit(
             rows,
             labels,
             train.num_classes,
-            np.geomspace(given.min_c, given.max_c, given.num_c).tolist(),
-            validation_share=given.validation_share,
+            np.geomspace(options.min_c, options.max_c, options.num_c).tolist(),
+            validation_share=options.validation_share,
             seed=seed,
-            patience=given.patience,
+            patience=options.patience,
             device=device,
         )
-        C, model, path = found.C, found.model, [[each.C, each.accuracy] for each in found.path]
+        C, model, path = found.C.item(), found.model, found.scores
     means = class_means(rows, labels, train.num_classes, spread)
     return {
         "logistic": model.predict(test_features),
@@ -168,9 +154,8 @@ def score(
 def class_means(features: Tensor, labels: Tensor, num_classes: int, spread: Spread) -> Tensor:
     """The mean of each class's centred unit features (K, D); NaN for a class without any."""
     total = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
-    for start in range(0, len(features), 4096):
-        part = slice(start, start + 4096)
-        total.index_add_(0, labels[part], spread.unit(features[part]).double())
+    for rows, classes in zip(features.split(4096), labels.split(4096)):
+        total.index_add_(0, classes, spread.unit(rows).double())
     counts = torch.bincount(labels, minlength=num_classes)
     return (total / counts[:, None]).float()
 
@@ -182,51 +167,17 @@ def nearest_mean(x: Tensor, means: Tensor) -> Tensor:
     return distance.nan_to_num(nan=torch.inf).argmin(dim=-1)
 
 
-def interval(predicted: np.ndarray, labels: np.ndarray, metric: str, samples: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over draws, for both sources of chance: which labels, which test images.
-
-    predicted  (R, n) classes of n test images after each of R draws
-
-    Each resample takes n images, and R - 1 draws: with R, their mean would vary by a factor (R - 1) / R too little.
-    """
-    correct = (predicted == labels).astype(np.float64)  # (R, n)
-    if correct.min() == correct.max():  # nothing to resample: the exact bound for the images
-        return bootstrap_interval(correct[0])
-    repeats, count = correct.shape
-    rng = np.random.default_rng(repeats)
-    _, classes = np.unique(labels, return_inverse=True)
-
-    def resampled(weights: np.ndarray) -> float:
-        picked = np.bincount(rng.integers(0, repeats, size=max(repeats - 1, 1)), minlength=repeats)
-        right = weights * (picked @ correct / picked.sum())
-        if metric == "top-1":
-            return float(right.sum() / count)
-        per_class = np.bincount(classes, weights=weights)
-        return float((np.bincount(classes, weights=right)[per_class > 0] / per_class[per_class > 0]).mean())
-
-    return bootstrap_statistic(count, resampled, samples=samples)
-
-
-def _row(measured: Classification, setting: Setting, scored: list[dict[str, Any]], options: EvalOptions) -> Row:
-    train, test, metric, context = (
-        measured.split("train"),
-        measured.split("test"),
-        measured.task.metric,
-        measured.context,
-    )
-    predicted = {key: np.stack([each[key].numpy() for each in scored]) for key in ("logistic", "nearest")}
-    values = {
-        key: {name: [function(draw, test.labels) for draw in draws] for name, function in METRICS.items()}
-        for key, draws in predicted.items()
-    }
-    available = _available(train)
-    counts = setting.counts(available)
-    share = f"a class-balanced {options.logistic.validation_share:.0%} of the drawn labels, seed of the draw"
+def _row(measured: Measurement, setting: Setting, train: Labelled, test: Labelled, scored: list[dict[str, Any]]) -> Row:
+    metric, context = measured.task.metric, measured.context
+    logistic, nearest = (np.stack([each[key].numpy() for each in scored]) for key in ("logistic", "nearest"))
+    values = {name: [function(draw, test.labels) for draw in logistic] for name, function in METRICS.items()}
+    counts = setting.counts(_available(train))
+    share = f"a class-balanced {measured.options.logistic.validation_share:.0%} of the drawn labels, seed of the draw"
     fixed = f"{FIXED_C:g} / mean squared distance of the training features from their mean"
     chosen = bool(scored[0]["path"])
     return measured.row(
-        float(np.mean(values["logistic"][metric])),
-        interval(predicted["logistic"], test.labels, metric),
+        float(np.mean(values[metric])),
+        draws_interval(logistic, test.labels, metric),
         variant=setting.title,
         chosen_on=share if chosen else "",
         seeds=tuple(context.seed + repeat for repeat in range(len(scored))),
@@ -243,30 +194,30 @@ def _row(measured: Classification, setting: Setting, scored: list[dict[str, Any]
             "image_size": context.image_size,
         },
         details={
-            "micro and macro": {name: float(np.mean(each)) for name, each in values["logistic"].items()},
-            "each draw": values["logistic"][metric],
-            "nearest class mean": float(np.mean(values["nearest"][metric])),
-            "nearest class mean, interval": list(interval(predicted["nearest"], test.labels, metric)),
+            "micro and macro": {name: float(np.mean(each)) for name, each in values.items()},
+            "each draw": values[metric],
+            "nearest class mean": float(np.mean([METRICS[metric](draw, test.labels) for draw in nearest])),
+            "nearest class mean, interval": list(draws_interval(nearest, test.labels, metric)),
         },
-        note=_note(setting, available, counts),
+        note=_note(setting, _available(train), counts),
     )
 
 
 def _note(setting: Setting, available: np.ndarray, counts: np.ndarray) -> str:
-    present = available > 0
-    notes = []
-    if setting.shots is not None:
-        short = present & (available < setting.shots)
-        if short.any():
-            notes.append(
-                f"{short.sum()} of {present.sum()} classes have fewer than {setting.shots} training images "
-                f"(the fewest: {available[short].min()}); all of theirs are used"
-            )
-    elif setting.share is not None:
-        lifted = present & (setting.share * available < 0.5)
-        if lifted.any():
-            notes.append(
-                f"{lifted.sum()} of {present.sum()} classes are too small for {100 * setting.share:g} % and give one "
-                f"image each: {counts.sum() / available.sum():.1%} of the labels in all"
-            )
-    return "; ".join(notes)
+    """What became of classes that are too small for the setting."""
+    present = int((available > 0).sum())
+    if setting.share is None:
+        short = available[(available > 0) & (available < setting.shots)]
+        if not len(short):
+            return ""
+        return (
+            f"{len(short)} of {present} classes have fewer than {setting.shots} training images "
+            f"(the fewest: {short.min()}); all of theirs are used"
+        )
+    lifted = int(((available > 0) & (setting.share * available < 0.5)).sum())
+    if not lifted:
+        return ""
+    return (
+        f"{lifted} of {present} classes are too small for {100 * setting.share:g} % and give one "
+        f"image each: {counts.sum() / available.sum():.1%} of the labels in all"
+    )

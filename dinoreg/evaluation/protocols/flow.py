@@ -9,10 +9,8 @@ one of zero-shot suits the spread of one encoder's cosines and not another's, an
 without blur and fog, so that what differs between encoders is the matching. Nothing is chosen on the scored scenes.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,16 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
-from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, FlowPairs
+from dinoreg.evaluation.data import FlowPairs
 from dinoreg.evaluation.dense.flow_frames import forget_tokens, frame_tokens, truth
 from dinoreg.evaluation.dense.flow_matching import TALLY, Geometry, Projection, Truth, figures, match, tally
 from dinoreg.evaluation.dense.pictures import draw_flow
 from dinoreg.evaluation.features.images import parallel, read_rgb
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
-from dinoreg.evaluation.options import EvalOptions, FlowOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.train_heads import cosine, generator, train_heads
@@ -40,41 +34,38 @@ SPLITS = ("train", "test")
 INTERVAL_NOTE = "the interval draws pairs; pairs of one scene are alike, so for other scenes it is too narrow"
 MISSING = "the {{name}} split{which} is missing, or it does not hold pairs of frames with flow"
 
-Matcher = Callable[[Tensor, Tensor], Tensor]  # unit tokens (N, D) of two frames -> (N, 2) in patches
+# Unit tokens (N, D) of two frames and their grid -> displacements (N, 2) in patches.
+Matcher = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
 Loaded = tuple[Tensor, Tensor, Truth]  # tokens (N, D) of both frames of a pair, and what is known of it
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """Rows "linear" and "zero-shot" of each pass: end-point error in pixels, lower is better.
 
     data  splits "train" and "test" of FlowPairs, all frames of one size; several renderings of the same scenes come as
           extra["passes"] = {name: splits}, the first of which gives the headline
     """
-    settings = options.flow
-    of_test = Measurement(data, task, context, FlowPairs, MISSING.format(which=""), "optical flow", ("EPE",))
-    of_all = Measurement(replace(data, variant="all pairs"), task, context, FlowPairs, "")
+    measured.check_metric("optical flow", ("EPE",))
+    settings, data, context = measured.options.flow, measured.data, measured.context
     passes: dict[str, dict[str, FlowPairs]] = {}
     for name, splits in (data.extra.get("passes") or {"": data.splits}).items():
         missing = MISSING.format(which=f" of the {name} pass" if name else "")
-        measured = Measurement(replace(data, splits=splits), task, context, FlowPairs, missing)
-        passes[name] = {split: measured.split(split) for split in SPLITS}
-    matching = Matching(encoder, passes, settings, context)
+        of_pass = replace(measured, data=replace(data, splits=splits))
+        passes[name] = {split: of_pass.split(split, FlowPairs, missing) for split in SPLITS}
+    matching = Matching(measured, passes)
+    matcher = partial(match, temperature=settings.temperature, window=settings.window)
     zero_shot = {
-        split: {name: matching.measure(matching.zero_shot, name, split, "zero_shot") for name in passes}
+        split: {name: matching.measure(matcher, name, split, "zero_shot") for name in passes}
         for split in ("test", "train")
     }
     projection = matching.fit()
-
-    def linear(first: Tensor, second: Tensor) -> Tensor:
-        return projection(first, second, matching.geometry.grid)
-
-    projected = {name: matching.measure(linear, name, "test", "projected") for name in passes}
-    matching.draw(linear)
+    projected = {name: matching.measure(projection, name, "test", "projected") for name in passes}
+    matching.draw(projection)
     shared = {
         "patches": list(matching.geometry.grid),
         "frames_resized_to": list(matching.geometry.working),
         "upscale": settings.upscale,
-        "tokens_on_disk": context.features.dtype.name,
+        "tokens_on_disk": context.features_dtype,
         "test_scenes": sorted(set(matching.first["test"].scenes)),
     }
     fixed = {**shared, "temperature": settings.temperature, "window": settings.window}
@@ -86,18 +77,19 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         "window": 0,
         "fitted_on": "the training scenes of " + (" and ".join(filter(None, passes)) or "all"),
     }
+    scenes = {split: {name: splits[split].scenes for name, splits in passes.items()} for split in SPLITS}
     n_train = sum(len(splits["train"]) for splits in passes.values())
-    rows = []
-    for kind, tallies, fields in (
-        ("linear", projected, {"settings": learned, "n_train": n_train}),
-        ("zero-shot", zero_shot["test"], {"settings": fixed}),
-    ):
-        for name, splits in passes.items():
-            rows.append(_row(of_test, kind, name, tallies[name], splits["test"].scenes, **fields))
-    for name, splits in passes.items():
+    rows = [
+        _row(measured, "linear", name, projected[name], scenes["test"][name], settings=learned, n_train=n_train)
+        for name in passes
+    ]
+    for name in passes:
+        rows.append(_row(measured, "zero-shot", name, zero_shot["test"][name], scenes["test"][name], settings=fixed))
+    of_all = replace(measured, data=replace(data, variant="all pairs"))
+    for name in passes:
         both = torch.cat([zero_shot[split][name] for split in SPLITS])
-        scenes = [scene for split in SPLITS for scene in splits[split].scenes]
-        rows.append(_row(of_all, "zero-shot", name, both, scenes, settings=fixed))
+        pairs = [scene for split in SPLITS for scene in scenes[split][name]]
+        rows.append(_row(of_all, "zero-shot", name, both, pairs, settings=fixed))
     forget_tokens(context)
     return rows
 
@@ -108,9 +100,8 @@ class Matching:
     passes  {name of a rendering: {"train" and "test": pairs}}; the tokens of their frames are read or extracted here
     """
 
-    def __init__(
-        self, encoder: Encoder, passes: dict[str, dict[str, FlowPairs]], settings: FlowOptions, context: Context
-    ) -> None:
+    def __init__(self, measured: Measurement, passes: dict[str, dict[str, FlowPairs]]) -> None:
+        encoder, settings, context = measured.encoder, measured.options.flow, measured.context
         self.passes, self.settings, self.device = passes, settings, encoder.device
         self.first = next(iter(passes.values()))
         width, height = read_rgb(self.first["train"].source, 0).size
@@ -123,14 +114,10 @@ class Matching:
         # A pair takes many megabytes, so that few are loaded ahead.
         self.context = replace(context, workers=min(context.workers, AHEAD))
         stamps = [(name, split, len(pairs), pairs.source.stamp()) for name, split, pairs in everything]
-        key: list[Any] = [encoder.identity, str(encoder.dtype), context.features.dtype.name, stamps]
-        key += [asdict(self.geometry), asdict(settings), context.seed]
-        # States of unfinished work are named by this, so that none is taken up under other options.
-        self.key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
+        # States of unfinished work are kept under this, so that none is taken up under other options.
+        made_of = (encoder.identity, encoder.dtype, context.features_dtype)
+        self.key = (*made_of, stamps, self.geometry, settings, context.seed)
         self.constants = torch.stack([torch.zeros(2), self._mean_flow()]).to(self.device)
-
-    def zero_shot(self, first: Tensor, second: Tensor) -> Tensor:
-        return match(first, second, self.geometry.grid, self.settings.temperature, self.settings.window)
 
     @torch.no_grad()
     def measure(self, matcher: Matcher, name: str, split: str, kind: str) -> Tensor:
@@ -161,26 +148,21 @@ class Matching:
             picked = generator(seed, step).choice(len(pairs), size=size, replace=False)
             return [self._load(*pairs[each]) for each in picked]
 
-        def matched(first: Tensor, second: Tensor) -> Tensor:
-            return projection(first, second, self.geometry.grid)
-
         def losses(step: int) -> dict[str, Tensor]:
             nonlocal ahead
             if ahead is None:  # a training that goes on does not begin at step 0
                 ahead = parallel(batch, range(step, settings.steps), self.context.workers)
             total, count = torch.zeros((), device=self.device), 0
             for loaded in next(ahead):
-                predicted, known = self._predict(matched, loaded)
+                predicted, known = self._predict(projection, loaded)
                 difference = predicted[known.valid] - known.flow[known.valid]
                 total = total + (difference.square().sum(dim=-1) + ROUNDING**2).sqrt().sum()
                 count += len(difference)
             return {"linear": total / max(count, 1)}
 
-        def factor(step: int) -> float:
-            return cosine(step, settings.steps, settings.steps // 20)
-
-        name = f"flow_{self.key}_linear"
-        train_heads({"linear": projection}, {"linear": optimizer}, losses, settings.steps, factor, self.context, name)
+        factor = partial(cosine, steps=settings.steps, warmup=settings.steps // 20)
+        heads, optimizers = {"linear": projection}, {"linear": optimizer}
+        train_heads(heads, optimizers, losses, settings.steps, factor, self.context, "flow_linear", depends_on=self.key)
         return projection
 
     @torch.no_grad()
@@ -203,7 +185,8 @@ class Matching:
     def _predict(self, matcher: Matcher, loaded: Loaded) -> tuple[Tensor, Truth]:
         """The matcher's flow (H, W, 2) in pixels, and what is known, both on the device."""
         first, second = (tokens.to(self.device).float() for tokens in loaded[:2])
-        return self.geometry.to_pixels(matcher(first, second)), Truth(*(part.to(self.device) for part in loaded[2]))
+        flow = self.geometry.to_pixels(matcher(first, second, self.geometry.grid))
+        return flow, Truth(*(part.to(self.device) for part in loaded[2]))
 
     def _mean_flow(self) -> Tensor:
         """(2,): the flow of all valid pixels of the training pairs, averaged; the best that knows no picture."""
@@ -219,9 +202,7 @@ class Matching:
         return (torch.tensor(total) / max(count, 1)).float()
 
 
-def _row(
-    measured: Measurement[FlowPairs], kind: str, name: str, tallies: Tensor, scenes: Sequence[str], **fields: Any
-) -> Row:
+def _row(measured: Measurement, kind: str, name: str, tallies: Tensor, scenes: Sequence[str], **fields: Any) -> Row:
     """The row of one measurement: tallies (pairs, 3, len(TALLY)) of the matcher, of no flow and of mean flow."""
     sums, counts = (tallies[:, 0, TALLY.index(key)].numpy() for key in ("sum", "count"))
 
@@ -230,9 +211,8 @@ def _row(
         return float(drawn @ sums) / pixels if pixels else float("nan")
 
     own, zero, mean = (figures(tallies[:, place]) for place in range(3))
-    by_scene = {}
-    for scene in sorted(set(scenes)):
-        by_scene[scene] = figures(tallies[torch.from_numpy(np.asarray(scenes) == scene), 0])["all"]
+    of_scene = {scene: torch.from_numpy(np.asarray(scenes) == scene) for scene in sorted(set(scenes))}
+    by_scene = {scene: figures(tallies[pairs, 0])["all"] for scene, pairs in of_scene.items()}
     return measured.row(
         own.pop("all"),
         bootstrap_statistic(len(tallies), pooled, seed=measured.context.seed),

@@ -1,18 +1,15 @@
 """P2, weighted k-NN on frozen class tokens, for every k of the options: DINO's protocol, no training at all."""
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.features.images import CentreCrop, read_rgb
-from dinoreg.evaluation.metrics.bootstrap import knn_predict
-from dinoreg.evaluation.metrics.knn_rankme import nearest_neighbours
-from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.protocols.classification import GREEN, GROUND, RED, Classification
+from dinoreg.evaluation.data import Labelled
+from dinoreg.evaluation.dense.pictures import strip
+from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.metrics.knn_rankme import knn_predict, nearest_neighbours
+from dinoreg.evaluation.protocols.classification import GREEN, RED, accuracy_row, class_tokens, framed, labelled_splits
+from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 
 RESIZE = 256 / 224  # short side over crop, as DINOv2's k-NN and linear evaluations have it
@@ -20,29 +17,22 @@ GALLERY = 6  # neighbours shown beside a query
 SIDE, BLUE = 112, (59, 125, 216)  # pixels of a picture in a strip, edge of the query
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """One row for each k, the k of 20 first where it is among them: the papers do not say which they quote."""
-    measured, chosen = Classification(data, task, context), options.knn
-    train, test = measured.split("train"), measured.split("test")
-    crop = CentreCrop(round(context.image_size * RESIZE), context.image_size)
-    bank, queries = (
-        context.features.extract(encoder, split.source, crop, what=f"features of {name}").cls()
-        for name, split in (("train", train), ("test", test))
-    )
-    votes = knn_predict(
-        bank.to(encoder.device),
-        torch.from_numpy(train.labels),
-        queries,
-        k=chosen.k,
-        temperature=chosen.temperature,
-        num_classes=train.num_classes,
-    )
+    chosen, encoder, context = measured.options.knn, measured.encoder, measured.context
+    train, test, _ = labelled_splits(measured)
+    bank = class_tokens(measured, train.source, "train", resize=RESIZE)
+    queries = class_tokens(measured, test.source, "test", resize=RESIZE)
+    labels = torch.from_numpy(train.labels)
+    votes = knn_predict(bank.to(encoder.device), labels, queries, chosen.k, chosen.temperature, train.num_classes)
     _gallery(bank, queries, train, test, context)
-    settings = {"temperature": chosen.temperature, "image_size": context.image_size}
-    return [
-        measured.accuracy_row(votes[k].argmax(dim=-1).cpu().numpy(), variant=f"k = {k}", settings={"k": k, **settings})
-        for k in sorted(chosen.k, key=lambda each: (each != 20, each))
-    ]
+    rows = []
+    for k in sorted(chosen.k, key=lambda each: (each != 20, each)):
+        predicted = votes[k].argmax(dim=-1).cpu().numpy()
+        settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
+        fields = {"variant": f"k = {k}", "n_train": len(train), "settings": settings}
+        rows.append(accuracy_row(measured, test, predicted, measured.task.metric, **fields))
+    return rows
 
 
 def _gallery(bank: Tensor, queries: Tensor, train: Labelled, test: Labelled, context: Context) -> None:
@@ -52,14 +42,9 @@ def _gallery(bank: Tensor, queries: Tensor, train: Labelled, test: Labelled, con
     generator = torch.Generator().manual_seed(context.seed)
     picked = torch.randperm(len(test), generator=generator)[: context.num_examples]
     _, nearest = nearest_neighbours(bank, queries[picked], min(GALLERY, len(train)))
-    show, pitch = CentreCrop(SIDE, SIDE), SIDE + 6
     for number, (query, neighbours) in enumerate(zip(picked.tolist(), nearest.tolist())):
-        strip = Image.new("RGB", ((len(neighbours) + 1) * pitch + 6, pitch), GROUND)
-        panels = [(read_rgb(test.source, query), BLUE, 0)]
-        for place, index in enumerate(neighbours, 1):
-            alike = train.labels[index] == test.labels[query]
-            panels.append((read_rgb(train.source, index), GREEN if alike else RED, place * pitch + 6))
-        for picture, edge, left in panels:
-            strip.paste(edge, (left, 0, left + pitch, pitch))
-            strip.paste(Image.fromarray(show(picture)), (left + 3, 3))
-        context.save_example(strip, "knn", number)
+        panels = [framed(read_rgb(test.source, query), SIDE, 3, BLUE)]
+        for index in neighbours:
+            edge = GREEN if train.labels[index] == test.labels[query] else RED
+            panels.append(framed(read_rgb(train.source, index), SIDE, 3, edge))
+        context.save_example(strip(panels), "knn", number)

@@ -17,20 +17,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, Labelled
+from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.windows import shuffled, training_stream
-from dinoreg.evaluation.features.cache import Features
-from dinoreg.evaluation.features.images import CentreCrop, read_rgb
-from dinoreg.evaluation.options import EvalOptions, LinearOptions
-from dinoreg.evaluation.protocols.classification import Classification, draw_mistakes
+from dinoreg.evaluation.features.cache import extract_features, slots
+from dinoreg.evaluation.features.images import CentreCrop, read_rgb, stack_images
+from dinoreg.evaluation.options import LinearOptions
+from dinoreg.evaluation.protocols.classification import accuracy_row, accuracy_rows, draw_mistakes, labelled_splits
 from dinoreg.evaluation.protocols.knn import RESIZE
-from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, choose_best
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, Measurement, choose_best
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
-from dinoreg.runtime.errors import UserError
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random resized crop: share of the area, width over height
 HELD_OUT = 0.1  # of train, for choosing the head where the reported split is not to be looked at
@@ -52,19 +50,16 @@ class Kind:
         return f"{self.blocks} block{'s' * (self.blocks > 1)}{' + mean patch' * self.avgpool}"
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """A row of the best head, and of each kind of input at its best rate; the grid is in the first one's settings."""
-    chosen = options.linear
-    if chosen.choose_on not in ("test", "train"):
-        raise UserError(f"linear.choose_on={chosen.choose_on}: expected test or train")
-    measured = Classification(data, task, context)
-    train, test, val = measured.splits()
+    chosen, context = measured.options.linear, measured.context
+    train, test, val = labelled_splits(measured)
     held_out = np.zeros(len(train), dtype=bool)
     if val is None and chosen.choose_on == "train":
         held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed).numpy()
-    grid = Grid(encoder, train, np.flatnonzero(~held_out), chosen, context)
+    grid = Grid(measured.encoder, train, np.flatnonzero(~held_out), chosen, context)
     features = grid.features(test, "test")
-    grid.train(features.rows.shape[2])
+    grid.train(features.shape[2])
     reported, validation, words = grid.scores(features, test.labels), None, OFFICIAL
     if val is not None:
         validation = grid.scores(grid.features(val, "val"), val.labels)
@@ -74,7 +69,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
     best, chosen_on = choose_best(reported, validation, words)
     chosen_on += ", as published" * (chosen_on == REPORTED)
     predicted = grid.predict(best, features)
-    draw_mistakes(test, predicted, data.class_names, context, "linear")
+    draw_mistakes(measured, test, predicted, "linear")
     settings = {
         "steps": grid.steps,
         "batch_size": grid.batch_size,
@@ -84,14 +79,14 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         "best": best,
         "grid": reported,
     }
-    common: dict[str, Any] = {"chosen_on": chosen_on, "n_train": len(grid.rows)}
-    rows = measured.accuracy_rows(predicted, settings=settings, **common)
+    shared: dict[str, Any] = {"chosen_on": chosen_on, "n_train": len(grid.rows)}
+    rows = accuracy_rows(measured, test, predicted, settings=settings, **shared)
     for kind in grid.kinds if len(grid.kinds) > 1 else ():
         names = grid.names(kind)
         own = None if validation is None else {name: validation[name] for name in names}
         name, _ = choose_best({name: reported[name] for name in names}, own)
-        settings = {"best": name}
-        rows.append(measured.accuracy_row(grid.predict(name, features), variant=str(kind), settings=settings, **common))
+        fields = {"variant": str(kind), "settings": {"best": name}, **shared}
+        rows.append(accuracy_row(measured, test, grid.predict(name, features), measured.task.metric, **fields))
     return rows
 
 
@@ -123,12 +118,11 @@ class Grid:
         """Of the heads of one kind of input, a rate each."""
         return [f"{kind}, lr {lr:g}" for lr in self.options.lrs]
 
-    def features(self, split: Labelled, what: str) -> Features:
-        """Centre-crop features of a split, cached: class tokens of the blocks in use, and the mean patch token."""
+    def features(self, split: Labelled, what: str) -> np.ndarray:
+        """Centre-crop features (n, slots, D), cached: class tokens of the blocks in use, and the mean patch token."""
         crop = CentreCrop(round(self.context.image_size * RESIZE), self.context.image_size)
-        return self.context.features.extract(
-            self.encoder, split.source, crop, self.blocks, self.pooled, what=f"features of {what}"
-        )
+        what = f"features of {what}"
+        return extract_features(self.context, self.encoder, split.source, crop, self.blocks, self.pooled, what)
 
     def logits(self, x: Tensor) -> dict[Kind, Tensor]:
         """Every head's logits: {kind: (b, rates, classes)} of features (b, slots, D)."""
@@ -175,56 +169,45 @@ class Grid:
 
             train_heads(heads, sgd, losses, self.steps, lambda step: cosine(step, self.steps), self.context, "linear")
 
-    def stored(self, features: Features, step: int) -> tuple[Tensor, np.ndarray]:
+    def stored(self, features: np.ndarray, step: int) -> tuple[Tensor, np.ndarray]:
         """Cached features (b, slots, D) of the training images of a step, and which images these are."""
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         picked = [shuffled(position, len(self.rows), self.context.seed) for position in positions]
         rows = np.sort(self.rows[picked])  # the file is read in one direction
-        return torch.from_numpy(np.asarray(features.rows[rows])).float().to(self.encoder.device), rows
+        return torch.from_numpy(np.asarray(features[rows])).float().to(self.encoder.device), rows
 
     def augmented(self, samples: Sequence[tuple[int, np.ndarray]]) -> tuple[Tensor, np.ndarray]:
         """Features (b, slots, D) of the crops of a step, and which training images they were taken of."""
-        images = torch.from_numpy(np.stack([crop for _, crop in samples])).permute(0, 3, 1, 2)
-        return self._encode(images), self.rows[[index for index, _ in samples]]
+        parts = stack_images([crop for _, crop in samples]).split(self.context.batch_size)
+        features = torch.cat([slots(self.encoder, part, self.blocks, self.pooled) for part in parts])
+        return features, self.rows[[index for index, _ in samples]]
 
     @torch.no_grad()
-    def predict(self, name: str, features: Features) -> np.ndarray:
+    def predict(self, name: str, features: np.ndarray) -> np.ndarray:
         """Classes (n,) by one head."""
         kind = next(kind for kind in self.kinds if name in self.names(kind))
         place = self.names(kind).index(name)
-        chunks = (self.logits(x)[kind][:, place].argmax(dim=-1) for _, x in self._chunks(features))
-        return torch.cat(list(chunks)).cpu().numpy()
+        chunks = self._chunks(features, np.arange(len(features)))
+        return torch.cat([self.logits(x)[kind][:, place].argmax(dim=-1) for x in chunks]).cpu().numpy()
 
     @torch.no_grad()
-    def scores(self, features: Features, labels: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
+    def scores(self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
         """Top-1 of every head on all images, or some rows; -1 for one whose training went wrong."""
-        truth = torch.from_numpy(labels if rows is None else labels[rows]).to(self.encoder.device)
-        found: dict[str, float] = {}
-        for kind in self.kinds:
-            right = torch.zeros(len(self.options.lrs), device=truth.device, dtype=torch.float64)
-            for part, x in self._chunks(features, rows):
-                logits = self.logits(x)[kind]
-                right += (logits.argmax(dim=-1) == truth[part, None]).sum(dim=0)
-                right[~torch.isfinite(logits).all(dim=-1).all(dim=0)] = -torch.inf
-            found |= dict(zip(self.names(kind), (right / len(truth)).clamp(min=-1.0).tolist()))
-        return found
+        rows = np.arange(len(labels)) if rows is None else rows
+        truth = torch.from_numpy(labels[rows]).to(self.encoder.device)
+        right = {kind: truth.new_zeros(len(self.options.lrs), dtype=torch.float64) for kind in self.kinds}
+        for x, part in zip(self._chunks(features, rows), truth.split(CHUNK)):
+            for kind, logits in self.logits(x).items():
+                right[kind] += (logits.argmax(dim=-1) == part[:, None]).sum(dim=0)
+                right[kind][~torch.isfinite(logits).all(dim=-1).all(dim=0)] = -torch.inf
+        names = [name for kind in self.kinds for name in self.names(kind)]
+        return dict(zip(names, (torch.cat(list(right.values())) / len(truth)).clamp(min=-1.0).tolist()))
 
-    def _chunks(self, features: Features, rows: np.ndarray | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Which, and (b, slots, D) float32 on the device, of all or some rows, in order."""
-        total = len(features) if rows is None else len(rows)
-        for start in range(0, total, CHUNK):
-            part = slice(start, start + CHUNK)
-            values = features.rows[part if rows is None else rows[part]]
-            yield part, torch.from_numpy(np.array(values, dtype=np.float32)).to(self.encoder.device)
-
-    def _encode(self, images: Tensor) -> Tensor:
-        """(b, slots, D) on the device."""
-        found = []
-        for part in images.split(self.context.batch_size):
-            layers = self.encoder.layers(part, self.blocks)
-            pooled = [layers[-1].patches.mean(dim=1)] if self.pooled else []
-            found.append(torch.stack([*(tokens.cls for tokens in layers), *pooled], dim=1))
-        return torch.cat(found)
+    def _chunks(self, features: np.ndarray, rows: np.ndarray) -> Iterator[Tensor]:
+        """(b, slots, D) float32 on the device, of some rows in order."""
+        for start in range(0, len(rows), CHUNK):
+            values = features[rows[start : start + CHUNK]].astype(np.float32)
+            yield torch.from_numpy(values).to(self.encoder.device)
 
     def _crop(self, index: int, rng: np.random.Generator) -> np.ndarray:
         """A random resized crop of one of the images learnt from, flipped half of the time: (S, S, 3) uint8."""
@@ -238,20 +221,18 @@ def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator)
     returns (size, size, 3) uint8
     """
     width, height = image.size
-    box = None
     for _ in range(10):
         area = width * height * rng.uniform(*SCALE)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-            box = (left, top, left + w, top + h)
             break
-    if box is None:  # an image too long for the ratios: the largest central crop that they allow
+    else:  # an image too long for the ratios: the largest central crop that they allow
         ratio = min(max(width / height, RATIO[0]), RATIO[1])
         w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
         left, top = (width - w) // 2, (height - h) // 2
-        box = (left, top, left + w, top + h)
     # Cropped first, as torchvision does, so that the filter sees no pixels from beyond the crop.
-    pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+    crop = image.crop((left, top, left + w, top + h))
+    pixels = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels

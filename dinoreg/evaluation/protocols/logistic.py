@@ -6,54 +6,46 @@ chosen on the official validation split or on a seeded tenth of train, refitted 
 
 import numpy as np
 
-from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
-from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data
-from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.protocols.classification import Classification, class_tokens, draw_mistakes
-from dinoreg.evaluation.protocols.measurement import OFFICIAL
+from dinoreg.evaluation.protocols.classification import accuracy_rows, class_tokens, draw_mistakes, labelled_splits
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
-from dinoreg.runtime.errors import UserError
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """The headline (top-1 or mean per class, as the task says) and the other of the two."""
-    chosen = options.logistic
-    if chosen.token not in ("cls", "cls+mean"):
-        raise UserError(f"logistic.token={chosen.token}: expected cls or cls+mean")
-    measured = Classification(data, task, context)
-    train, test, val = measured.splits()
-    features = {
-        name: class_tokens(encoder, split.source, context, name, chosen.token)
-        for name, split in (("train", train), ("val", val), ("test", test))
-        if split is not None
-    }
-    cs = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c).tolist()
+    chosen, encoder, context = measured.options.logistic, measured.encoder, measured.context
+    train, test, val = labelled_splits(measured)
+    pooled = chosen.token == "cls+mean"
+    features = class_tokens(measured, train.source, "train", pooled)
+    validation = None if val is None else (class_tokens(measured, val.source, "val", pooled), val.labels)
+    test_features = class_tokens(measured, test.source, "test", pooled)
+    Cs = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c).tolist()
     found = select_and_fit(
-        features["train"],
+        features,
         train.labels,
         train.num_classes,
-        cs,
-        validation=None if val is None else (features["val"], val.labels),
+        Cs,
+        validation=validation,
         validation_share=chosen.validation_share,
         seed=context.seed,
         patience=chosen.patience,
         device=encoder.device,
     )
-    predicted = found.model.predict(features["test"]).numpy()
-    draw_mistakes(test, predicted, data.class_names, context, "logistic")
-    share = f"a class-balanced {chosen.validation_share:.0%} of train, seed {context.seed}"
+    predicted = found.model.predict(test_features).numpy()
+    draw_mistakes(measured, test, predicted, "logistic")
     settings = {
-        "C": found.C,
-        "path": [[each.C, each.accuracy] for each in found.path],
-        "edge": found.C in (found.path[0].C, cs[-1]),  # a wider path might score higher
+        "C": found.C.item(),
+        "path": found.scores,
+        "edge": found.C.item() in (found.visited[0].C, Cs[-1]),  # a wider path might score higher
         "token": chosen.token if encoder.pools else "cls",
         "image_size": context.image_size,
         "converged": found.model.converged,
     }
-    return measured.accuracy_rows(
+    share = f"a class-balanced {chosen.validation_share:.0%} of train, seed {context.seed}"
+    return accuracy_rows(
+        measured,
+        test,
         predicted,
         chosen_on=share if val is None else OFFICIAL,
         n_train=len(train) + (0 if val is None else len(val)),

@@ -2,8 +2,8 @@
 
 A protocol reads from top to bottom in its `evaluate`:
 
-    measured = Measurement(data, task, context, Segmented, MISSING, "segmentation")     # starts the clock
-    train, test, val = measured.splits()                                                # val: None where not official
+    measured.check_metric("segmentation", ("mIoU",))
+    train, test, val = measured.splits(Segmented, MISSING)                              # val: None where not official
     …                                                                                   # learn something from train
     tried = scores of every candidate on val, or None                                   # {candidate: score}
     reported = scores of every candidate on test
@@ -16,13 +16,16 @@ list of what `compute` gave for each, saved now and then.
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
+from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Task
-from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.context import Context, SavedState
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.features.images import parallel
+from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
 
@@ -33,51 +36,43 @@ T = TypeVar("T")
 OFFICIAL, REPORTED = "the official validation split", "the reported split itself"
 
 
-class Measurement(Generic[S]):
-    """One protocol on one dataset with one encoder: its splits, and rows that share what is true of all of them."""
+@dataclass(frozen=True)
+class Measurement:
+    """One protocol on one dataset with one encoder: its splits, and rows that share what is true of all of them.
 
-    def __init__(
-        self,
-        data: Data,
-        task: Task,
-        context: Context,
-        kind: type[S],
-        missing: str,
-        subject: str = "",
-        metrics: Sequence[str] = (),
-    ) -> None:
-        """Check the task's metric and start the clock. UserError for a metric that the protocol does not have.
+    options  with what the dataset sets for its protocol
+    started  by time.monotonic()
+    """
 
-        kind      class of the splits, such as Labelled
-        missing   message for a split that is missing, empty or of another kind; {name} and {splits} are filled in
-        subject   what the protocol measures, in the message about a wrong metric
-        metrics   that may be the headline; any where empty
+    encoder: Encoder
+    data: Data
+    task: Task
+    options: EvalOptions
+    context: Context
+    started: float = field(default_factory=time.monotonic)
+
+    def check_metric(self, subject: str, metrics: Iterable[str]) -> None:
+        """UserError where the task's metric is none of those that the protocol, which measures `subject`, has."""
+        if self.task.metric not in metrics:
+            raise UserError(f"metric {self.task.metric!r}: {subject} has {' and '.join(metrics)}")
+
+    def split(self, name: str, kind: type[S], missing: str) -> S:
+        """A split by name; UserError where it is missing, empty or of another kind.
+
+        kind     class of the split, such as Labelled
+        missing  the message; {name} and {splits} are filled in
         """
-        if metrics and task.metric not in metrics:
-            raise UserError(f"metric {task.metric!r}: {subject} has {' and '.join(metrics)}")
-        self.data, self.task, self.context, self.kind, self.missing = data, task, context, kind, missing
-        self.started = time.monotonic()
-
-    def split(self, name: str) -> S:
-        """A split by name; UserError where it is missing, empty or of another kind."""
         split = self.data.splits.get(name)
-        if not isinstance(split, self.kind) or not len(split):  # type: ignore[arg-type]
-            raise UserError(self.missing.format(name=name, splits=", ".join(self.data.splits)))
+        if not isinstance(split, kind) or not len(split):  # type: ignore[arg-type]
+            raise UserError(missing.format(name=name, splits=", ".join(self.data.splits)))
         return split
 
-    def splits(self) -> tuple[S, S, S | None]:
+    def splits(self, kind: type[S], missing: str) -> tuple[S, S, S | None]:
         """The splits "train" and "test", and "val" where there is an official one; UserError as `split` raises it."""
-        return self.split("train"), self.split("test"), self.split("val") if "val" in self.data.splits else None
+        train, test = (self.split(name, kind, missing) for name in ("train", "test"))
+        return train, test, self.split("val", kind, missing) if "val" in self.data.splits else None
 
-    def row(
-        self,
-        value: float,
-        interval: tuple[float, float],
-        *,
-        metric: str | None = None,
-        variant: str = "",
-        **fields: Any,
-    ) -> Row:
+    def row(self, value: float, interval: tuple[float, float], *, variant: str = "", **fields: Any) -> Row:
         """One figure with its 95 % interval (low, high), in the protocol's name; by default of the task's metric.
 
         variant  what tells it from the other rows; the dataset's own variant is put behind
@@ -85,7 +80,7 @@ class Measurement(Generic[S]):
         """
         shared: dict[str, Any] = {
             "protocol": PROTOCOLS[self.task.protocol][1],
-            "metric": metric or self.task.metric,
+            "metric": self.task.metric,
             "variant": ", ".join(filter(None, (variant, self.data.variant))),
             "seeds": (self.context.seed,),
             "hours": (time.monotonic() - self.started) / 3600,
@@ -127,11 +122,11 @@ def resumable_map(
 
     name     of the saved state, distinct within the evaluation
     key      what the results depend on; a state that was saved under another (by its repr) is not used
-    compute  gives tensors, plain values, or lists and dicts of them: what `Context.save_state` can keep
+    compute  gives tensors, plain values, or lists and dicts of them: what `SavedState` can keep
     what     is shown beside the progress
     load     runs ahead in `context.workers` threads
     """
-    saved = context.saved(name, key)
+    saved = SavedState(context, name, key)
     results: list[T] = saved.state["results"] if saved.state is not None else []
     first = len(results)
     loaded = parallel(load, range(first, count), context.workers)

@@ -6,25 +6,21 @@ independent, so is the choice: each class takes the C of its own best validation
 loss). Images that show only difficult instances of a class count neither way for it, in fitting and in scoring.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.benchmark import Task
-from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, MultiLabelled
-from dinoreg.evaluation.metrics.average_precision import Curve, Ranking, average_precision
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
-from dinoreg.evaluation.options import EvalOptions
+from dinoreg.evaluation.data import MultiLabelled
+from dinoreg.evaluation.metrics.average_precision import Curve, Ranking
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic, nanmean
 from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.feature_matrix import Parts, Rows
+from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, SigmoidProblem
-from dinoreg.evaluation.solvers.regularisation_path import Examples, Path, walk_path
+from dinoreg.evaluation.solvers.regularisation_path import Path, walk_path
 from dinoreg.runtime.errors import UserError
 
 MISSING = "the {name} split is missing, or its images do not have a set of classes each"
@@ -33,33 +29,32 @@ PATH_TOLERANCE, FINAL_TOLERANCE = 1e-5, 1e-7  # of the loss summed over classes
 BOOTSTRAP_WORK = 400_000_000  # image-class pairs ranked again at most, between 100 and 1,000 draws
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """The task's metric, then the other of 11-point and all-points mAP."""
-    measured = Measurement(data, task, context, MultiLabelled, MISSING, "multi-label classification", list(METRICS))
-    chosen, train, test, val = options.multilabel, *measured.splits()
-    splits = {"train": train, "test": test} | ({} if val is None else {"val": val})
-    examples = {
-        name: Examples.of(class_tokens(encoder, split.source, context, name), torch.from_numpy(split.labels))
-        for name, split in splits.items()
-    }
-    fit, held = examples["train"], examples.get("val")
-    everything = fit if held is None else fit.joined(held)
-    if held is None:
+    measured.check_metric("multi-label classification", METRICS)
+    chosen, device, context = measured.options.multilabel, measured.encoder.device, measured.context
+    train, test, val = measured.splits(MultiLabelled, MISSING)
+    everything = fit = _rows(measured, train, "train")
+    test_rows = _rows(measured, test, "test")
+    if val is None:
         fit, held = _held_out(fit, chosen.validation_share, context.seed)
+    else:
+        held = _rows(measured, val, "val")
+        everything = fit + held
     values = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c)
     Cs, path = choose(
         fit,
         held,
         context.progress(values, len(values), "values of C"),
         patience=chosen.patience,
-        points=METRICS[task.metric],
-        device=encoder.device,
+        points=METRICS[measured.task.metric],
+        device=device,
     )
-    problem = SigmoidProblem(*everything, device=encoder.device)
+    problem = SigmoidProblem(everything, device=device)
     model = problem.solve(torch.from_numpy(Cs), path.model, tolerance=FINAL_TOLERANCE)
-    scores = _scores(model, examples["test"].parts, encoder.device)
-    _draw(test, scores, data.class_names, context)
-    names = [str(name) for name in data.class_names] or [str(number) for number in range(test.num_classes)]
+    scores = _scores(model, test_rows, device)
+    names = measured.data.names(test.num_classes)
+    _draw(measured, test, scores, names)
     return mean_ap_rows(
         measured,
         scores,
@@ -70,7 +65,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         n_test=len(test),
         settings={
             "C": dict(zip(names, Cs.tolist())),
-            "path": [[each.C, _mean(each.scores)] for each in path.visited],
+            "path": path.scores,
             "image_size": context.image_size,
             "choice": "each class by its own validation average precision",
             "converged": model.converged,
@@ -80,7 +75,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
 
 
 def choose(
-    fit: Examples, held: Examples, Cs: Iterable[float], *, patience: int | None, points: str, device: torch.device | str
+    fit: Rows, held: Rows, Cs: Iterable[float], *, patience: int | None, points: str, device: torch.device | str
 ) -> tuple[np.ndarray, Path]:
     """The C of each class (K,), best by its average precision on `held`, and the path on which they were found.
 
@@ -90,18 +85,18 @@ def choose(
 
     A class that cannot be fitted or judged takes the middle C of the others. UserError where that is every class.
     """
-    problem, truth = SigmoidProblem(*fit, device=device), held.labels.numpy()
+    problem, truth = SigmoidProblem(fit, device=device), held.labels.numpy()
     counted = truth >= 0
     decided = problem.fitted.numpy() & counted.any(axis=0)
     if not decided.any():
         raise UserError("no class has both images with and images without it in train, and any in validation")
 
     def judge(model: LogisticModel) -> tuple[np.ndarray, np.ndarray]:
-        logits = _scores(model, held.parts, device)
+        logits = _scores(model, held, device)
         scores, losses = np.full(truth.shape[1], np.nan), np.full(truth.shape[1], np.nan)
         for k in np.flatnonzero(decided):
             y = truth[counted[:, k], k]
-            scores[k] = average_precision(logits[:, k], truth[:, k] == 1, ~counted[:, k], points)
+            scores[k] = Ranking(logits[:, k], truth[:, k] == 1, ~counted[:, k]).curve().average(points)
             losses[k] = np.logaddexp(0, np.where(y == 1, -1.0, 1.0) * logits[counted[:, k], k]).mean()
         return scores, losses
 
@@ -111,7 +106,7 @@ def choose(
 
 
 def mean_ap_rows(
-    measured: Measurement[MultiLabelled], scores: np.ndarray, labels: np.ndarray, names: Sequence[str], **fields: Any
+    measured: Measurement, scores: np.ndarray, labels: np.ndarray, names: list[str], **fields: Any
 ) -> list[Row]:
     """11-point and all-points mAP of scores (n, K), with intervals over images; classes that no image has are left out.
 
@@ -131,9 +126,7 @@ def mean_ap_rows(
     for metric, points in METRICS.items():
 
         def mean_ap(weights: np.ndarray, points: str = points) -> float:
-            counts = weights.astype(np.float64)
-            values = [ranking.curve(counts).average(points) for ranking in rankings]
-            return _mean(np.array(values))
+            return nanmean([ranking.curve(weights).average(points) for ranking in rankings])
 
         values = [ranking.curve().average(points) for ranking in rankings]
         interval = bootstrap_statistic(n, mean_ap, samples=draws)
@@ -153,49 +146,46 @@ def _random_order(ranking: Ranking, points: str, rng: np.random.Generator, draws
     return float(np.mean(found))
 
 
-def _held_out(train: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+def _rows(measured: Measurement, split: MultiLabelled, name: str) -> Rows:
+    return Rows.of(class_tokens(measured, split.source, name), torch.from_numpy(split.labels))
+
+
+def _held_out(train: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """The training images without a random share of them, and these."""
-    ((features, _),), labels = train
-    count = len(labels)
+    ((features, _),), labels, count = train.parts, train.labels, len(train)
     if count < 2:
         raise UserError(f"{count} labelled image is too few to hold out some of them")
     mask = torch.zeros(count, dtype=torch.bool)
     mask[np.random.default_rng(seed).permutation(count)[: min(max(round(share * count), 1), count - 1)]] = True
-    return Examples.of(features, labels, ~mask), Examples.of(features, labels, mask)
+    return Rows.of(features, labels, ~mask), Rows.of(features, labels, mask)
 
 
-def _scores(model: LogisticModel, parts: Parts, device: torch.device | str) -> np.ndarray:
+def _scores(model: LogisticModel, rows: Rows, device: torch.device | str) -> np.ndarray:
     """Logits (n, K) float32 of features that may be memory-mapped."""
-    return torch.cat([logits.cpu() for _, logits in model.chunks(Rows(parts), device)]).numpy()
+    return torch.cat([logits.cpu() for _, logits in model.chunks(rows, device)]).numpy()
 
 
-def _mean(values: np.ndarray) -> float:
-    """Of those that are numbers; NaN where none is."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+def _note(fitted: np.ndarray, test: np.ndarray, names: list[str]) -> str:
+    present = (test == 1).any(axis=0)
+    absent = ", ".join(names[k] for k in np.flatnonzero(~present))
+    unseen = ", ".join(names[k] for k in np.flatnonzero(~fitted & present))
+    notes = (
+        absent and f"no test image has {absent}: left out of the mean",
+        unseen and f"not learnt for want of examples: {unseen}",
+    )
+    return "; ".join(filter(None, notes))
 
 
-def _note(fitted: np.ndarray, test: np.ndarray, names: Sequence[str]) -> str:
-    unseen = [names[k] for k in np.flatnonzero(~fitted).tolist()]
-    absent = [names[k] for k in np.flatnonzero(~(test == 1).any(axis=0)).tolist()]
-    told = []
-    if absent:
-        told.append(f"no test image has {', '.join(absent)}: left out of the mean")
-    if set(unseen) - set(absent):
-        told.append(f"not learnt for want of examples: {', '.join(each for each in unseen if each not in absent)}")
-    return "; ".join(told)
-
-
-def _draw(test: MultiLabelled, scores: np.ndarray, names: Sequence[str], context: Context) -> None:
+def _draw(measured: Measurement, test: MultiLabelled, scores: np.ndarray, names: list[str]) -> None:
     """A few test images, with the classes that are predicted and those that are there; mistakes first."""
     predicted, true = scores > 0, test.labels == 1
 
     def text(row: np.ndarray) -> str:
-        return ", ".join(str(names[k]) if len(names) else str(k) for k in np.flatnonzero(row).tolist()) or "nothing"
+        return ", ".join(names[k] for k in np.flatnonzero(row)) or "nothing"
 
     wrong = ((predicted != true) & (test.labels >= 0)).any(axis=1)
 
     def lines(index: int) -> list[str]:
         return [f"said {text(predicted[index])}", f"has {text(true[index])}"]
 
-    draw_predictions(test.source, wrong, lines, context, "multilabel")
+    draw_predictions(test.source, wrong, lines, measured.context, "multilabel")

@@ -8,6 +8,7 @@ is cut off again after upsampling, so that logits lie over the pixels that they 
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -16,9 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder
-from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.data import Data, Segmented
+from dinoreg.evaluation.data import Segmented
 from dinoreg.evaluation.dense.pictures import panel, triptych
 from dinoreg.evaluation.dense.segmentation_head import (
     LONGEST,
@@ -29,37 +29,30 @@ from dinoreg.evaluation.dense.segmentation_head import (
     read_pair,
     training_crop,
 )
-from dinoreg.evaluation.dense.windows import (
-    Windows,
-    centre_padding,
-    fit_size,
-    patch_grid,
-    training_stream,
-)
+from dinoreg.evaluation.dense.windows import Windows, centre_padding, fit_size, patch_grid, training_stream
+from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import stack_images
-from dinoreg.evaluation.features.rows import require_finite
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
-from dinoreg.evaluation.options import EvalOptions, SegmentationOptions
+from dinoreg.evaluation.options import SegmentationOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best, resumable_map
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.train_heads import polynomial, train_heads
+from dinoreg.evaluation.solvers.train_heads import linear, train_heads
 from dinoreg.runtime.errors import UserError
 
 MISSING = "segmentation needs a split {name!r} with masks; the dataset has {splits}"
 
 
-def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, context: Context) -> list[Row]:
+def evaluate(measured: Measurement) -> list[Row]:
     """mIoU of linear heads. With several heads the first row is the best of them, and one row for each follows.
 
     The best is chosen on "val" where the dataset has one besides the reported "test", else on "test" itself, and
     `chosen_on` says so. UserError for a missing split and for masks that do not fit their images.
     """
-    settings = options.segmentation
-    measured = Measurement(data, task, context, Segmented, MISSING)
-    train, test, val = measured.splits()
-    probe = LinearProbe(encoder, settings, context)
+    train, test, val = measured.splits(Segmented, MISSING)
+    probe = LinearProbe(measured.encoder, measured.options.segmentation, measured.context)
     heads, losses = probe.train(train)
-    names = class_keys(data.class_names, test.num_classes)
+    names = class_keys(measured.data.class_names, test.num_classes)
 
     def scores(counts: Mapping[str, Confusion]) -> dict[str, float]:
         """By which the best head is chosen; one that diverged is only if all did."""
@@ -74,7 +67,7 @@ def evaluate(encoder: Encoder, data: Data, task: Task, options: EvalOptions, con
         most_frequent, constant = counts[key].constant()
         return measured.row(
             counts[key].miou(),
-            counts[key].interval(seed=context.seed),
+            bootstrap_statistic(len(test), counts[key].miou, seed=measured.context.seed),
             variant=variant,
             chosen_on=chosen_on,
             n_train=len(train),
@@ -150,9 +143,7 @@ class LinearProbe:
             require_finite(tokens, [split.source.name(index) for index in indices], encoder)
             return {key: pixel_loss(head(tokens), labels, encoder.patch_size) for key, head in heads.items()}
 
-        def factor(step: int) -> float:
-            return polynomial(step, steps, warmup(settings))
-
+        factor = partial(linear, steps=steps, warmup=warmup(settings))
         with training_stream(load, len(split), settings.batch_size, steps, context.seed, context.workers) as stream:
             ended = train_heads(heads, optimizers, losses, steps, factor, context, "segmentation")
         return heads, ended
@@ -188,16 +179,13 @@ class LinearProbe:
         settings, (lr, decay) = self.settings, self.combinations[key]
         return {
             "head": "last block's patch tokens after the final norm, batch norm, 1x1 convolution, bilinear upsampling",
+            **asdict(settings),
             "lr": lr,
             "weight_decay": decay,
-            "steps": settings.steps,
             "warmup_steps": warmup(settings),
-            "batch_size": settings.batch_size,
             "schedule": "linear warm-up, then linear to 0 (poly, power 1)",
             "optimizer": "AdamW",
-            "size": settings.size,
             "padded_size": sum(centre_padding(settings.size, self.encoder.patch_size)) + settings.size,
-            "stride": settings.stride,
             "scales": list(SCALES),
             "cat_max_ratio": MOST_OF_ONE_CLASS,
             "augmentation": "scale, crop, horizontal flip, photometric distortion",

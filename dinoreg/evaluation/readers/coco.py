@@ -45,8 +45,9 @@ class Instances:
     def boxed(self, source: Source, images: np.ndarray | None = None) -> Boxed:
         """All images, or some in the given order, with their files; nothing in COCO is difficult."""
         objects = self.objects if images is None else [self.objects[index] for index in images]
+        # Copies, because PyTorch takes no views of fields; `ascontiguousarray` leaves one of a single object as it is.
         boxes, labels, crowd, area = (
-            [np.ascontiguousarray(each[field]) for each in objects] for field in ("box", "label", "crowd", "area")
+            [each[field].copy() for each in objects] for field in ("box", "label", "crowd", "area")
         )
         difficult = [np.zeros_like(each) for each in crowd]
         return Boxed(source, boxes, labels, len(self.categories), difficult, crowd, area)

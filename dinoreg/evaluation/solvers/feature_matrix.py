@@ -3,7 +3,10 @@
 The axes serve the solver: divided by the curvature along each, the Hessian of a logistic loss is nearly the identity.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,31 +16,39 @@ IN_MEMORY = 1 << 30  # bytes of centred features held; more are read again, chun
 CHUNK_NUMBERS = 1 << 23  # features in flight: 32 MB in float32
 LEAST_ROWS = 256  # of a chunk, however wide
 
-Parts = Sequence[tuple[Tensor, Tensor | None]]
 
-
+@dataclass(frozen=True)
 class Rows:
-    """Rows of one or several feature matrices in a row, each whole or by an ascending index; nothing is copied."""
+    """Rows of one or several feature matrices one after the other; nothing is copied.
 
-    def __init__(self, parts: Parts) -> None:
-        for features, _ in parts:
-            if features.ndim != 2 or features.shape[1] != parts[0][0].shape[1]:
-                raise ValueError(f"features must be of shape (n, D), got {tuple(features.shape)}")
-        self.parts = list(parts)
-        self.dim = parts[0][0].shape[1]
+    parts   feature matrices (n, D), each with the ascending rows that are meant, or None for all; they may be
+            memory-mapped and of any floating type
+    labels  (n,) or (n, K) of all rows
+    """
+
+    parts: tuple[tuple[Tensor, Tensor | None], ...]
+    labels: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor, mask: Tensor | None = None) -> Rows:
+        """All of a feature matrix (n, D), or the rows where a mask (n,) is true."""
+        if mask is None:
+            return cls(((features, None),), labels)
+        return cls(((features, mask.nonzero()[:, 0]),), labels[mask])
+
+    def __add__(self, other: Rows) -> Rows:
+        return Rows(self.parts + other.parts, torch.cat([self.labels, other.labels]))
 
     def __len__(self) -> int:
-        return sum(len(features) if index is None else len(index) for features, index in self.parts)
+        return sum(len(features if index is None else index) for features, index in self.parts)
 
-    def chunks(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first row, at most `size` rows as they are stored)."""
+    def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Which rows, and at most `size` of them as they are stored."""
         first = 0
         for features, index in self.parts:
-            count = len(features) if index is None else len(index)
-            for start in range(0, count, size):
-                stop = min(start + size, count)
-                yield first + start, features[start:stop] if index is None else features[index[start:stop]]
-            first += count
+            for each in (features if index is None else index).split(size):
+                yield slice(first, first + len(each)), each if index is None else features[each]
+                first += len(each)
 
 
 class CentredRows:
@@ -50,55 +61,47 @@ class CentredRows:
 
     def __init__(
         self,
-        parts: Parts,
+        rows: Rows,
+        *,
+        standardize: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-        standardize: bool = False,
     ) -> None:
-        """Read everything once or a few times. Raises ValueError for a feature that is not finite.
+        """Read everything once or a few times. ValueError for a feature that is not finite, or matrices out of shape.
 
-        standardize  divide each feature by its standard deviation
+        standardize  divide each feature by its standard deviation first, which changes what a penalty means
+        dtype        of the large products; sums are float64 either way
         """
-        self._source = Rows(parts)
-        self.n, self.dim = len(self._source), self._source.dim
-        self.device = torch.device(device) if device is not None else parts[0][0].device
-        self.dtype = dtype
+        first = rows.parts[0][0]
+        for features, _ in rows.parts:
+            if features.ndim != 2 or features.shape[1] != first.shape[1]:
+                raise ValueError(f"features must be of shape (n, D), got {tuple(features.shape)}")
+        self._rows, self._centred = rows, False
+        self.n, self.dim = len(rows), first.shape[1]
+        self.device, self.dtype = torch.device(first.device if device is None else device), dtype
         self.size = max(LEAST_ROWS, CHUNK_NUMBERS // self.dim)  # rows of a chunk
-        self._held: Tensor | None = None
-        total = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
-        self.scale = torch.ones_like(total)
-        for _, raw in self._source.chunks(self.size):
-            x = raw.to(self.device, dtype)
-            if not torch.isfinite(x).all():
-                raise ValueError(f"features must be finite, {self.n} rows hold a NaN or an infinity")
-            total += x.sum(dim=0, dtype=torch.float64)
-        self.mean = total / self.n
+        self.mean = torch.zeros(self.dim, dtype=torch.float64, device=self.device)
+        self.scale = torch.ones_like(self.mean)
+        self.mean = self.sum(lambda x: x.sum(dim=0, dtype=torch.float64)) / self.n
+        if not torch.isfinite(self.mean).all():
+            raise ValueError(f"features must be finite, {self.n} rows hold a NaN or an infinity")
         if standardize:
             spread = (self.sum(lambda x: x.double().square().sum(dim=0)) / self.n).sqrt()
             self.scale = torch.where(spread > 1e-12 * (1 + self.mean.abs()), spread, self.scale)
         if self.n * self.dim * dtype.itemsize <= IN_MEMORY:
-            self._held = torch.cat([x for _, x in self.chunks()])
+            self._rows, self._centred = Rows.of(torch.cat([x for _, x in self.chunks()]), rows.labels), True
         self.axes, self.power, self.rest = self._principal_axes()
 
-    def chunks(self, size: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(number of the first row, at most `size` centred and scaled rows (m, D))."""
-        size = min(size or self.size, self.size)
-        if self._held is not None:
-            for start in range(0, self.n, size):
-                yield start, self._held[start : start + size]
-            return
+    def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Which rows, and at most `size` of them, centred and scaled (m, D)."""
         mean, scale = self.mean.to(self.dtype), self.scale.to(self.dtype)
-        for start, raw in self._source.chunks(size):
-            yield start, (raw.to(self.device, self.dtype) - mean) / scale
+        for part, x in self._rows.chunks(min(size or self.size, self.size)):
+            yield part, x if self._centred else (x.to(self.device, self.dtype) - mean) / scale
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """The float64 sum of a function over chunks of rows."""
-        total: Tensor | None = None
-        for _, x in self.chunks():
-            value = function(x).double()
-            total = value if total is None else total + value
-        assert total is not None
-        return total
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        return sum((function(x).double() for _, x in self.chunks()), zero)
 
     def curvature(self, spread: Tensor, ridge: Tensor | float) -> tuple[Tensor, Tensor]:
         """Roots of the Hessian's eigenvalues for K classes: along the axes (r, K) and across them (K,).

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DECREASE, CURVATURE = 1e-4, 0.9  # of the weak Wolfe conditions
+MAX_STEPS, HISTORY = 1000, 10  # pairs of step and change of gradient that are remembered
+MAX_TRIALS = 25  # step lengths of one line search
 Objective = Callable[[Tensor], tuple[float, Tensor]]
 
 
@@ -25,18 +28,7 @@ class Minimum(NamedTuple):
     converged: bool
 
 
-class _Trial(NamedTuple):
-    """One point of a line search: step length, value, slope along the direction, gradient."""
-
-    length: float
-    value: float
-    slope: float
-    gradient: Tensor
-
-
-def minimize(
-    objective: Objective, x: Tensor, tolerance: float = 1e-8, max_steps: int = 1000, history: int = 10
-) -> Minimum:
+def minimize(objective: Objective, x: Tensor, tolerance: float = 1e-8) -> Minimum:
     """Minimise a smooth convex function.
 
     objective   x (p,) -> (value, gradient (p,)); scale x so that the Hessian is near the identity
@@ -44,34 +36,33 @@ def minimize(
     """
     value, gradient = objective(x)
     pairs: list[tuple[Tensor, Tensor, float]] = []  # (step, change of gradient, 1 / their product)
-    for step in range(max_steps):
+    for step in range(MAX_STEPS):
         direction = _two_loop(gradient, pairs)
         slope = float(gradient @ direction)
         if -0.5 * slope <= tolerance:
             return Minimum(x, value, step, True)
-        trial = _line_search(objective, x, direction, _Trial(0.0, value, slope, gradient))
-        if trial is None:
+        found = _line_search(objective, x, direction, value, slope)
+        if found is None:
             if not pairs:
                 return Minimum(x, value, step, False)
             pairs.clear()  # stale curvature: try once more along the gradient
             continue
-        moved, change = trial.length * direction, trial.gradient - gradient
+        length, value, after = found
+        moved, change = length * direction, after - gradient
         curvature = float(moved @ change)
         if curvature > 1e-10 * float(change @ change):
             pairs.append((moved, change, 1.0 / curvature))
-            del pairs[:-history]
-        x, value, gradient = x + moved, trial.value, trial.gradient
-    return Minimum(x, value, max_steps, False)
+            del pairs[:-HISTORY]
+        x, gradient = x + moved, after
+    return Minimum(x, value, MAX_STEPS, False)
 
 
 def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, float]]) -> Tensor:
     """Minus the inverse Hessian estimate times the gradient, (p,)."""
-    q = -gradient
-    weights = []
+    q, weights = -gradient, []
     for moved, change, rho in reversed(pairs):
-        alpha = rho * (moved @ q)
-        weights.append(alpha)
-        q = q - alpha * change
+        weights.append(rho * (moved @ q))
+        q = q - weights[-1] * change
     if pairs:
         _, change, rho = pairs[-1]
         q = q / (rho * (change @ change))
@@ -81,28 +72,22 @@ def _two_loop(gradient: Tensor, pairs: list[tuple[Tensor, Tensor, float]]) -> Te
 
 
 def _line_search(
-    objective: Objective,
-    x: Tensor,
-    direction: Tensor,
-    origin: _Trial,
-    decrease: float = 1e-4,
-    curvature: float = 0.9,
-    max_trials: int = 25,
-) -> _Trial | None:
+    objective: Objective, x: Tensor, direction: Tensor, start: float, slope: float
+) -> tuple[float, float, Tensor] | None:
     """A step length under the weak Wolfe conditions, by doubling and bisection from 1, which nearly always does.
 
-    None when rounding hides any decrease.
+    start, slope  the value at x and its slope along the direction
+    returns       the length, with the value and gradient there; None when rounding hides any decrease
     """
     length, low, high = 1.0, 0.0, math.inf
-    for _ in range(max_trials):
+    for _ in range(MAX_TRIALS):
         value, gradient = objective(x + length * direction)
-        slope = float(gradient @ direction)
-        if not value <= origin.value + decrease * length * origin.slope:
+        if not value <= start + DECREASE * length * slope:
             high = length
-        elif slope < curvature * origin.slope:
+        elif float(gradient @ direction) < CURVATURE * slope:
             low = length
         else:
-            return _Trial(length, value, slope, gradient)
+            return length, value, gradient
         length = 2.0 * length if high == math.inf else (low + high) / 2
     return None
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dinoreg.evaluation.solvers.feature_matrix import CentredRows, Parts, Rows
+from dinoreg.evaluation.solvers.feature_matrix import CentredRows, Rows
 from dinoreg.evaluation.solvers.lbfgs import flat, minimize
 
 LOGITS = 1 << 21  # logits in flight while fitting: 8 MB
@@ -30,7 +30,8 @@ class LogisticModel:
     """A fitted classifier: weight (K, D) and bias (K,) float64 on the CPU, and how the fit ended.
 
     losses     (K,) mean loss over the rows that count + ||w||² / (2 C n) of each class, 0 where there was nothing to
-               fit; the loss of a softmax, which belongs to no single class, is shared equally
+               fit; the loss of a softmax, which belongs to no single class, is shared equally. Their sum, times C n, is
+               scikit-learn's objective
     fitted     (K,) bool: whether there was anything to fit
     steps      of the solver
     converged  whether it met its tolerance
@@ -43,11 +44,6 @@ class LogisticModel:
     steps: int = 0
     converged: bool = True
 
-    @property
-    def objective(self) -> float:
-        """The minimised mean: the sum of `losses`. Times C n it is scikit-learn's objective."""
-        return float(self.losses.sum())
-
     def logits(self, features: Tensor) -> Tensor:
         """features (n, D) -> logits (n, K) float32 on the features' device."""
         weight, bias = (each.to(features.device, torch.float32) for each in (self.weight, self.bias))
@@ -59,8 +55,8 @@ class LogisticModel:
 
     def chunks(self, rows: Rows, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
         """Which rows, and their logits (m, K) float32 on the device; the rows may be memory-mapped."""
-        for start, x in rows.chunks(ROWS):
-            yield slice(start, start + len(x)), self.logits(x.to(device))
+        for part, x in rows.chunks(ROWS):
+            yield part, self.logits(x.to(device))
 
     def with_classes_of(self, other: LogisticModel, classes: Tensor) -> LogisticModel:
         """This model with some classes (K,) bool taken from another."""
@@ -75,9 +71,10 @@ class LogisticModel:
 class LogisticProblem(ABC):
     """Centred features with their principal axes, shared by every C; what a subclass adds are labels and loss.
 
-    fitted   (K,) bool: the classes that the rows say something about
-    counts   (K,) rows that count for each class
-    penalty  factor of ||W||² / 2
+    fitted    (K,) bool: the classes that the rows say something about
+    counts    (K,) rows that count for each class
+    log_odds  (K,) float64 intercepts to start from beside weights of 0: they know how often each class occurs
+    penalty   factor of ||W||² / 2
 
     With x = (feature - mean) / scale, logits are x A + b; A (D, k) holds the scaled weights of the classes in question.
     """
@@ -86,24 +83,12 @@ class LogisticProblem(ABC):
 
     fitted: Tensor
     counts: Tensor
+    log_odds: Tensor
     penalty = 1.0
 
-    def __init__(
-        self,
-        parts: Parts,
-        *,
-        standardize: bool = False,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        """Read the features; ValueError where one is not finite.
-
-        parts        feature matrices that follow one another, each with the ascending rows that are meant, or None for
-                     all; they may be memory-mapped and of any floating type
-        standardize  divide each feature by its standard deviation first, which changes what the penalty means
-        dtype        of the large products; sums and parameters are float64 either way
-        """
-        self.data = CentredRows(parts, dtype, device, standardize)
+    def __init__(self, rows: Rows, **options: Any) -> None:
+        """Read the features; ValueError where one is not finite. `options` are those of CentredRows."""
+        self.data = CentredRows(rows, **options)
 
     def solve(
         self,
@@ -111,7 +96,6 @@ class LogisticProblem(ABC):
         init: LogisticModel | None = None,
         classes: Tensor | None = None,
         tolerance: float = 1e-8,
-        max_steps: int = 1000,
     ) -> LogisticModel:
         """Minimise the mean losses plus penalties, summed over classes; ValueError for a C that is not above 0.
 
@@ -123,7 +107,7 @@ class LogisticProblem(ABC):
         Cs = torch.as_tensor(C, dtype=torch.float64).expand(len(self.fitted))
         if not bool((Cs > 0).all()):
             raise ValueError(f"every class needs a C above 0, got {Cs.min():g}")
-        model = self._start() if init is None else init
+        model = self._start if init is None else init
         which = (self.fitted if classes is None else self.fitted & classes).nonzero()[:, 0]
         if not len(which):
             return model
@@ -132,8 +116,8 @@ class LogisticProblem(ABC):
         a, b = (weight * data.scale).mT.contiguous(), bias + weight @ data.mean  # over centred rows
         ridge = self.penalty / (Cs * self.counts)[which].to(data.mean)
         columns, counts = which.to(data.device), self.counts[which].to(data.mean)
-        variances = (self._variances(z, part, columns).sum(0, dtype=b.dtype) for part, _, z in self._logits(a, b))
-        spread = sum(variances, torch.zeros_like(b)) / counts  # the mean p (1 - p) of each class (k,)
+        chances = (self._probabilities(z, part, columns) for part, _, z in self._logits(a, b))
+        spread = sum(((p * (1 - p)).sum(0, dtype=b.dtype) for p in chances), torch.zeros_like(b)) / counts  # (k,)
         along, across = data.curvature(spread, ridge)
         level = spread.clamp(min=1e-12).sqrt()  # (k,) for the intercepts
 
@@ -142,14 +126,20 @@ class LogisticProblem(ABC):
             return data.stretch(scaled, 1 / along, 1 / across), v[-len(which) :] / level
 
         def penalised(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            losses, grad_a, grad_b = self._mean_losses(a, b, columns, counts)
-            return losses + 0.5 * ridge * a.square().sum(dim=0), grad_a + ridge * a, grad_b
+            losses, grad_a, grad_b = torch.zeros_like(b), torch.zeros_like(a), torch.zeros_like(b)
+            for part, x, z in self._logits(a, b):
+                loss, error = self._losses(z, part, columns)
+                losses += loss
+                grad_a += (x.mT @ error).double()
+                grad_b += error.sum(dim=0, dtype=torch.float64)
+            penalty = 0.5 * ridge * a.square().sum(dim=0)
+            return losses / counts + penalty, grad_a / counts + ridge * a, grad_b / counts
 
         def objective(v: Tensor) -> tuple[float, Tensor]:
             losses, grad_a, grad_b = penalised(*unpack(v))
             return float(losses.sum()), flat(data.stretch(grad_a, 1 / along, 1 / across), grad_b / level)
 
-        end = minimize(objective, flat(data.stretch(a, along, across), b * level), tolerance, max_steps)
+        end = minimize(objective, flat(data.stretch(a, along, across), b * level), tolerance)
         a, b = unpack(end.x)
         weight = a.mT / data.scale
         found = (weight, b - weight @ data.mean, penalised(a, b)[0])
@@ -160,62 +150,46 @@ class LogisticProblem(ABC):
             whole[1][~self.fitted] = whole[1][self.fitted].min() - UNSEEN
         return LogisticModel(whole[0], whole[1], whole[2], self.fitted, end.steps, end.converged)
 
-    def _mean_losses(self, a: Tensor, b: Tensor, columns: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean loss of each class (k,), and the gradients (D, k) and (k,)."""
-        losses, grad_a, grad_b = torch.zeros_like(b), torch.zeros_like(a), torch.zeros_like(b)
-        for part, x, z in self._logits(a, b):
-            loss, error = self._losses(z, part, columns)
-            losses += loss
-            grad_a += (x.mT @ error).double()
-            grad_b += error.sum(dim=0, dtype=torch.float64)
-        return losses / counts, grad_a / counts, grad_b / counts
-
     def _logits(self, a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Chunks of rows: which they are, the rows (m, D) and their logits (m, k)."""
         a, b = a.to(self.data.dtype), b.to(self.data.dtype)
-        for start, x in self.data.chunks(max(256, LOGITS // len(b))):
-            yield slice(start, start + len(x)), x, torch.addmm(b, x, a)
+        for part, x in self.data.chunks(max(256, LOGITS // len(b))):
+            yield part, x, torch.addmm(b, x, a)
 
-    def _model(self, bias: Tensor) -> LogisticModel:
-        """Zero weights beside intercepts (K,)."""
-        weight = torch.zeros(len(bias), self.data.dim, dtype=torch.float64)
-        return LogisticModel(weight, bias, torch.zeros(len(bias), dtype=torch.float64), self.fitted)
-
-    @abstractmethod
+    @property
     def _start(self) -> LogisticModel:
-        """The model that knows how often each class occurs."""
+        weight = torch.zeros(len(self.fitted), self.data.dim, dtype=torch.float64)
+        return LogisticModel(weight, self.log_odds, torch.zeros_like(self.log_odds), self.fitted)
 
     @abstractmethod
     def _losses(self, z: Tensor, part: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
         """The losses of logits (m, k) summed over rows (k,), and their gradient by the logits; may overwrite z."""
 
     @abstractmethod
-    def _variances(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
-        """p (1 - p) of logits (m, k), 0 where a row does not count."""
+    def _probabilities(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
+        """Of each class by logits (m, k), 0 where a row does not count."""
 
 
 class SoftmaxProblem(LogisticProblem):
     """One class out of K for each row.
 
-    labels  (n,) integers in [0, K); ValueError for anything else
+    rows  with labels (n,), integers in [0, K); ValueError for anything else
 
     The free intercept of a class without rows would go to minus infinity: it is left out, and never predicted.
     """
 
     exclusive = True
 
-    def __init__(self, parts: Parts, labels: ArrayLike | Tensor, num_classes: int, **options: Any) -> None:
-        super().__init__(parts, **options)
-        known = checked_labels(labels, self.data.n, num_classes)
-        self.frequencies = torch.bincount(known, minlength=num_classes).double()
-        self.fitted = self.frequencies > 0
-        self.counts = torch.full_like(self.frequencies, self.data.n)
+    def __init__(self, rows: Rows, num_classes: int, **options: Any) -> None:
+        super().__init__(rows, **options)
+        known = as_labels(rows.labels, self.data.n, num_classes)
+        frequencies = torch.bincount(known, minlength=num_classes).double()
+        self.fitted = frequencies > 0
+        self.counts = torch.full_like(frequencies, self.data.n)
+        self.log_odds = (frequencies / self.data.n).log()
         self.penalty = 2.0 if num_classes == 2 else 1.0  # scikit-learn penalises one vector for two classes
         places = self.fitted.cumsum(0) - 1  # among the classes that occur
         self.labels = places[known].to(self.data.device)[:, None]  # (n, 1)
-
-    def _start(self) -> LogisticModel:
-        return self._model((self.frequencies / self.data.n).log())
 
     def _losses(self, z: Tensor, part: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
         true = self.labels[part]
@@ -225,32 +199,30 @@ class SoftmaxProblem(LogisticProblem):
         error.scatter_add_(1, true, error.new_full((1, 1), -1.0).expand_as(true))
         return (total / z.shape[1]).expand(z.shape[1]), error
 
-    def _variances(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
-        p = z.softmax(dim=1)
-        return p * (1 - p)
+    def _probabilities(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
+        return z.softmax(dim=1)
 
 
 class SigmoidProblem(LogisticProblem):
     """K independent binary regressions on the same features; each has a C of its own.
 
-    labels  (n, K) 1 present, 0 absent, -1 not counted for that class; ValueError for another shape or value
+    rows  with labels (n, K): 1 present, 0 absent, -1 not counted for that class; ValueError for others
     """
 
     exclusive = False
 
-    def __init__(self, parts: Parts, labels: Tensor, **options: Any) -> None:
-        super().__init__(parts, **options)
+    def __init__(self, rows: Rows, **options: Any) -> None:
+        super().__init__(rows, **options)
+        labels = rows.labels
         if labels.ndim != 2 or len(labels) != self.data.n:
             raise ValueError(f"labels of shape {tuple(labels.shape)} for {self.data.n} rows, expected (n, K)")
         if not torch.isin(labels, torch.tensor([-1, 0, 1], dtype=labels.dtype)).all():
             raise ValueError("labels must be 1, 0 or -1")
         self.labels = labels.to(self.data.device, torch.int8)
-        self.counts, self.present = ((labels >= least).sum(dim=0).double().cpu() for least in (0, 1))
-        self.fitted = (self.present > 0) & (self.present < self.counts)
-
-    def _start(self) -> LogisticModel:
-        odds = (self.present / (self.counts - self.present)).log()
-        return self._model(torch.nan_to_num(odds, nan=-UNSEEN, posinf=UNSEEN, neginf=-UNSEEN))
+        self.counts, present = ((labels >= least).sum(dim=0).double().cpu() for least in (0, 1))
+        self.fitted = (present > 0) & (present < self.counts)
+        odds = (present / (self.counts - present)).log()
+        self.log_odds = odds.nan_to_num(nan=-UNSEEN, posinf=UNSEEN, neginf=-UNSEEN)
 
     def _losses(self, z: Tensor, part: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
         labels = self.labels[part][:, columns]
@@ -258,12 +230,11 @@ class SigmoidProblem(LogisticProblem):
         losses = (counted * F.softplus(z) - present * z).sum(dim=0, dtype=torch.float64)
         return losses, counted * z.sigmoid() - present
 
-    def _variances(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
-        p = z.sigmoid()
-        return (self.labels[part][:, columns] >= 0) * p * (1 - p)
+    def _probabilities(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
+        return (self.labels[part][:, columns] >= 0) * z.sigmoid()
 
 
-def checked_labels(labels: ArrayLike | Tensor, rows: int, num_classes: int) -> Tensor:
+def as_labels(labels: ArrayLike | Tensor, rows: int, num_classes: int) -> Tensor:
     """Labels (rows,) as int64 on the CPU; ValueError unless they are integers in [0, num_classes)."""
     values = torch.as_tensor(labels).detach().cpu()
     if values.shape != (rows,) or rows == 0:

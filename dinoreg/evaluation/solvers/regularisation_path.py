@@ -4,11 +4,9 @@ Each fit starts at the one before. With one class out of several, one C is chose
 class takes its own, by its average precision (see `protocols/multilabel`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,52 +14,37 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dinoreg.evaluation.solvers.feature_matrix import Parts, Rows
-from dinoreg.evaluation.solvers.logistic_regression import (
-    LogisticModel,
-    LogisticProblem,
-    SoftmaxProblem,
-    checked_labels,
-)
+from dinoreg.evaluation.metrics.bootstrap import nanmean
+from dinoreg.evaluation.solvers.feature_matrix import Rows
+from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, LogisticProblem, SoftmaxProblem, as_labels
 
-REFERENCE_CS: tuple[float, ...] = tuple(10.0 ** np.linspace(-6, 5, 45))  # DINOv2's grid
-
-
-class Examples(NamedTuple):
-    """Rows of features, and a label or a row of labels for each."""
-
-    parts: Parts
-    labels: Tensor
-
-    def joined(self, other: Examples) -> Examples:
-        """Both, one after the other."""
-        return Examples([*self.parts, *other.parts], torch.cat([self.labels, other.labels]))
-
-    @classmethod
-    def of(cls, features: Tensor, labels: Tensor, rows: Tensor | None = None) -> Examples:
-        """All of a feature matrix (n, D), or the rows where a mask (n,) is true."""
-        if rows is None:
-            return cls([(features, None)], labels)
-        return cls([(features, rows.nonzero()[:, 0])], labels[rows])
+PATH_TOLERANCE, FINAL_TOLERANCE = 1e-6, 1e-7  # of the mean loss, while C is chosen by accuracy and afterwards
 
 
 @dataclass(frozen=True)
 class Visited:
-    """One C of a path: (G,) scores and mean losses on the held-out rows, and the solver's steps."""
+    """One C of a path: (G,) scores and mean losses on the held-out rows."""
 
     C: float
     scores: np.ndarray
     losses: np.ndarray
-    steps: int
 
 
 @dataclass(frozen=True)
 class Path:
-    """The best C (G,) of each group of classes, the model that has each class as it was at its best, and all visits."""
+    """The best C (G,) of each group of classes, a model, and all visits.
+
+    model  from `walk_path`, each class as it was at its best; from `select_and_fit`, refitted on all rows
+    """
 
     C: np.ndarray
     model: LogisticModel
     visited: tuple[Visited, ...]
+
+    @property
+    def scores(self) -> list[list[float]]:
+        """[C, mean score of the groups that have one, NaN where none has] of every visit."""
+        return [[each.C, nanmean(each.scores)] for each in self.visited]
 
 
 def walk_path(
@@ -71,7 +54,6 @@ def walk_path(
     active: np.ndarray,
     patience: int | None,
     tolerance: float,
-    max_steps: int = 1000,
 ) -> Path:
     """Visit the Cs, which ascend, and keep the best for each group: by the score, the lower loss among equals.
 
@@ -89,9 +71,9 @@ def walk_path(
         if not active.any():
             break
         classes = torch.from_numpy(active).expand(len(problem.fitted))
-        model = problem.solve(float(C), model, classes, tolerance, max_steps)
+        model = problem.solve(float(C), model, classes, tolerance)
         scores, losses = judge(model)
-        visited.append(Visited(float(C), scores, losses, model.steps))
+        visited.append(Visited(float(C), scores, losses))
         scores = np.nan_to_num(scores, nan=-1.0)  # where there is no score the loss decides
         better = active & ((scores > best_score) | ((scores == best_score) & (losses < best_loss)))
         idle = np.where(better | (losses < lowest), 0, idle + 1)
@@ -105,96 +87,48 @@ def walk_path(
     return Path(best_c, best, tuple(visited))
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One C of the path: its accuracy and mean loss on the validation rows, and the solver's steps."""
-
-    C: float
-    accuracy: float
-    loss: float
-    steps: int
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The model refitted on all rows, the C it uses, and what each C scored on validation."""
-
-    model: LogisticModel
-    C: float
-    path: tuple[Candidate, ...]
-
-
-def fit_logistic(
-    features: Tensor,
-    labels: ArrayLike | Tensor,
-    num_classes: int,
-    C: float = 1.0,
-    *,
-    init: LogisticModel | None = None,
-    tolerance: float = 1e-8,
-    max_steps: int = 1000,
-    **options: Any,
-) -> LogisticModel:
-    """Minimise C * sum of cross-entropies + ||W||² / 2, the objective of scikit-learn's LogisticRegression.
-
-    features (n, D) finite, labels (n,) integers in [0, num_classes); `options` of LogisticProblem
-    """
-    problem = SoftmaxProblem([(features, None)], labels, num_classes, **options)
-    return problem.solve(C, init, tolerance=tolerance, max_steps=max_steps)
-
-
 def select_and_fit(
     features: Tensor,
     labels: ArrayLike | Tensor,
     num_classes: int,
-    Cs: Sequence[float] = REFERENCE_CS,
+    Cs: Sequence[float],
     *,
     validation: tuple[Tensor, ArrayLike | Tensor] | None = None,
     validation_share: float = 0.1,
     seed: int = 0,
     patience: int | None = 6,
-    tolerance: float = 1e-6,
-    max_steps: int = 1000,
     **options: Any,
-) -> Selection:
+) -> Path:
     """Choose C by validation accuracy (ties: the lower loss) and refit on every row, those of `validation` included.
 
     Without `validation` a seeded, class-balanced share of the rows is held out for the choice. Features may be
     memory-mapped and of any size: beyond a gigabyte they are read in chunks, never copied whole. `options` are those of
     LogisticProblem. ValueError for labels or Cs out of range, and for too few rows.
     """
-    known = checked_labels(labels, len(features), num_classes)
+    rows = Rows.of(features, as_labels(labels, len(features), num_classes))
     if not Cs or min(Cs) <= 0:
         raise ValueError(f"every C must be above 0, got {tuple(Cs)}")
-    everything = Examples.of(features, known)
     if validation is not None:
-        fit, held = (
-            everything,
-            Examples.of(validation[0], checked_labels(validation[1], len(validation[0]), num_classes)),
-        )
-        everything = everything.joined(held)
+        fit, held = rows, Rows.of(validation[0], as_labels(validation[1], len(validation[0]), num_classes))
+        rows = fit + held
     else:
-        mask = balanced_split(known, validation_share, seed)
+        mask = balanced_split(rows.labels, validation_share, seed)
         if mask.all() or not mask.any():
-            raise ValueError(f"{len(known)} labelled rows are too few to hold out {validation_share:.0%} of them")
-        fit, held = Examples.of(features, known, ~mask), Examples.of(features, known, mask)
-    problem, rows = SoftmaxProblem(*fit, num_classes, **options), Rows(held.parts)
+            raise ValueError(f"{len(rows)} labelled rows are too few to hold out {validation_share:.0%} of them")
+        fit, held = (Rows.of(features, rows.labels, each) for each in (~mask, mask))
+    problem = SoftmaxProblem(fit, num_classes, **options)
 
     def judge(model: LogisticModel) -> tuple[np.ndarray, np.ndarray]:
         correct, total = 0, 0.0
-        for part, logits in model.chunks(rows, problem.data.device):
+        for part, logits in model.chunks(held, problem.data.device):
             truth = held.labels[part].to(logits.device)
             correct += int((logits.argmax(-1) == truth).sum())
             total += float(F.cross_entropy(logits.double(), truth, reduction="sum"))
-        return np.array([correct / len(rows)]), np.array([total / len(rows)])
+        return np.array([correct / len(held)]), np.array([total / len(held)])
 
-    path = walk_path(problem, sorted(Cs), judge, np.ones(1, dtype=bool), patience, tolerance, max_steps)
-    C = float(path.C[0])
-    final = SoftmaxProblem(*everything, num_classes, **options).solve(
-        C, path.model, tolerance=min(tolerance, 1e-7), max_steps=max_steps
-    )
-    visited = (Candidate(each.C, float(each.scores[0]), float(each.losses[0]), each.steps) for each in path.visited)
-    return Selection(final, C, tuple(visited))
+    path = walk_path(problem, sorted(Cs), judge, np.ones(1, dtype=bool), patience, PATH_TOLERANCE)
+    final = SoftmaxProblem(rows, num_classes, **options)
+    return replace(path, model=final.solve(float(path.C[0]), path.model, tolerance=FINAL_TOLERANCE))
 
 
 def balanced_split(labels: Tensor, share: float = 0.1, seed: int = 0) -> Tensor:

@@ -6,14 +6,13 @@ a training that was stopped goes on as if it had not been.
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.context import Context, SavedState
 from dinoreg.runtime.errors import RunError
 
 
@@ -22,11 +21,11 @@ def generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, step]))
 
 
-def polynomial(step: int, steps: int, warmup: int = 0, power: float = 1.0) -> float:
-    """The learning rate's factor: linear warm-up, then (1 - progress)^power."""
+def linear(step: int, steps: int, warmup: int = 0) -> float:
+    """The learning rate's factor: linear warm-up, then 1 - progress."""
     if step < warmup:
         return (step + 1) / warmup
-    return max(1.0 - step / steps, 0.0) ** power
+    return max(1.0 - step / steps, 0.0)
 
 
 def cosine(step: int, steps: int, warmup: int = 0) -> float:
@@ -45,6 +44,7 @@ def train_heads(
     context: Context,
     name: str,
     clip_grad: float | None = None,
+    depends_on: object = (),
 ) -> dict[str, float]:
     """Train every head for `steps` steps; heads are changed in place and left in evaluation mode.
 
@@ -53,20 +53,26 @@ def train_heads(
     factor     step -> what each optimizer's own rate is multiplied by
     name       of the saved state, distinct within the evaluation
     clip_grad  largest gradient norm of a head
+    depends_on what a saved state must have been saved under (by its repr), besides the context, to be taken up
 
     returns {key: mean loss of the last tenth}; once a loss is not finite it is NaN, and its head learns no more.
     Raises RunError when that happens to all of them.
     """
-    saved = context.saved(name, sorted(heads))
+    saved = SavedState(context, name, (sorted(heads), depends_on))
     start, broken, tail = 0, set[str](), dict[str, list[float]]()
+    parts: dict[str, Mapping[str, Any]] = {"heads": heads, "optimizers": optimizers}
     if saved.state is not None:
         start, broken, tail = saved.state["step"], set(saved.state["broken"]), saved.state["tail"]
-        for key in heads:
-            heads[key].load_state_dict(saved.state["heads"][key])
-            optimizers[key].load_state_dict(saved.state["optimizers"][key])
+        for part, members in parts.items():
+            for key, member in members.items():
+                member.load_state_dict(saved.state[part][key])
+
+    def state() -> dict[str, Any]:
+        states = {part: {key: each.state_dict() for key, each in members.items()} for part, members in parts.items()}
+        return {"step": step + 1, "broken": sorted(broken), "tail": tail, **states}
+
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
-    for head in heads.values():
-        head.train()
+    modules = nn.ModuleList(heads.values()).train()
     for step in context.progress(range(start, steps), steps - start, name):
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
@@ -85,24 +91,6 @@ def train_heads(
         if step + 1 > 0.9 * steps:
             for key, value in zip(found, values):
                 tail.setdefault(key, []).append(value)
-        saved.save_when_due(partial(_state, step + 1, broken, tail, heads, optimizers))
-    for head in heads.values():
-        head.eval()
+        saved.save_when_due(state)
+    modules.eval()
     return {key: math.nan if key in broken else float(np.mean(values)) for key, values in tail.items()}
-
-
-def _state(
-    step: int,
-    broken: set[str],
-    tail: dict[str, list[float]],
-    heads: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-) -> dict[str, Any]:
-    """What a training that was stopped goes on from."""
-    return {
-        "step": step,
-        "broken": sorted(broken),
-        "tail": tail,
-        "heads": {key: head.state_dict() for key, head in heads.items()},
-        "optimizers": {key: optimizer.state_dict() for key, optimizer in optimizers.items()},
-    }

@@ -1,0 +1,55 @@
+"""One training step outside of a run, on pixels and masks that are made up: what is traced and what is measured."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinoreg.config.load import Config
+from dinoreg.data.loader import Batch
+from dinoreg.data.masks import block_masks, mask_tensors
+from dinoreg.train.schedules import Now
+from dinoreg.train.state import TrainState
+from dinoreg.train.step import train_step
+
+NOW = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher_temp=0.05)
+
+
+def take_step(config: Config, state: TrainState, batch: Batch, dtype: torch.dtype) -> None:
+    """Train on a batch as a run of this config would; `dtype` is that of its matrix products."""
+    train_step(
+        state,
+        batch,
+        NOW,
+        loss=config.loss,
+        dtype=dtype,
+        clip_grad=config.optim.clip_grad,
+        accumulate=config.optim.accumulate,
+        seed=0,
+    )
+
+
+def random_batch(config: Config, patch_size: int, device: torch.device) -> Batch:
+    """A batch of random pixels with the masks that a run of one process draws."""
+    grid = (config.crops.global_size // patch_size,) * 2
+    hidden = block_masks(0, 0, 2 * config.batch_size, grid, config.mask)
+    indices, weights = mask_tensors(hidden)
+    return masked_batch(config, torch.from_numpy(hidden).to(device), indices.to(device), weights.to(device))
+
+
+def masked_batch(config: Config, mask: Tensor, indices: Tensor, weights: Tensor) -> Batch:
+    """A batch of random pixels: mask (2B, N) bool, indices (M,) of its patches and their weights (M,), see `Batch`."""
+    crops, count = config.crops, config.batch_size
+
+    def pixels(rows: int, size: int) -> Tensor:
+        return torch.randn(rows, config.model.in_channels, size, size, device=mask.device)
+
+    return Batch(
+        global_crops=pixels(2 * count, crops.global_size),
+        local_crops=pixels(crops.num_local * count, crops.local_size) if crops.num_local else None,
+        mask=mask,
+        mask_indices=indices,
+        mask_weights=weights,
+        sample_ids=np.arange(count),
+        position=count,
+        data_time=0.0,
+    )

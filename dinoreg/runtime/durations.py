@@ -1,0 +1,25 @@
+"""Durations as people read them."""
+
+
+def clock(seconds: float) -> str:
+    """3:20, 1:02:03 or 2-01:02:03, as Slurm shows durations."""
+    days, hours, minutes, rest = _split(seconds)
+    if days or hours:
+        return f"{f'{days}-{hours:02d}' if days else hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}"
+
+
+def duration(seconds: float) -> str:
+    """45 s, 1 min 15 s, 2 h 1 min or 2 d 7 h: the two largest units, without what is zero."""
+    counts = _split(seconds)
+    first = next((place for place, count in enumerate(counts) if count), 3)
+    shown = list(zip(counts, ("d", "h", "min", "s")))[first : first + 2]
+    return " ".join(f"{count} {unit}" for count, unit in shown if count or first == 3)
+
+
+def _split(seconds: float) -> tuple[int, int, int, int]:
+    """Days, hours, minutes and seconds, rounded; 0 for a negative duration."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return days, hours, minutes, rest
