@@ -37,9 +37,12 @@ class Source(ABC):
     """Images by index, undecoded. Safe to read from many threads.
 
     value_range  of the whole data set, by which its pixels are scaled; None: by the type of each file
+    as_trained   whether evaluations see the pixels that training would, as they do of one's own data; the images of
+                 published benchmarks they see as the published numbers did
     """
 
     value_range: ValueRange | None = None
+    as_trained = False
 
     @property
     def passed_over(self) -> dict[str, int]:

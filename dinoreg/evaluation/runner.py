@@ -113,6 +113,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             seen[task.read] = task.read(folder, values)
             _sample(benchmark, seen[task.read])
         data = seen[task.read]
+        warnings += data.extra.get("warnings", [])
         tasks.append((task, data))
         # Where they depend on the layout, the reader knows them.
         for split, count in data.extra.get("official_counts", task.counts).items():
@@ -132,7 +133,7 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
             raise UserError(f"{benchmark.name}: the {name} split has no images")
         for index in np.unique(np.linspace(0, len(split) - 1, SAMPLED).astype(int)).tolist():
             place = split.image(index)
-            width, height = read_rgb(split.source, place).size
+            width, height = _size(split.source, place)
             if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
                 raise UserError(f"{split.source.name(place)}: a box is not finite")
             for name_of_map, what in split.PIXELS:
@@ -140,6 +141,17 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
                 if (rows, columns) != (height, width):
                     sizes = f"its {what} is {rows}x{columns}, the image {height}x{width}"
                     raise UserError(f"{split.source.name(place)}: {sizes}")
+
+
+def _size(source: Source, index: int) -> tuple[int, int]:
+    """(width, height) of an image in pixels; UserError where it cannot be read."""
+    if not source.as_trained:
+        return read_rgb(source, index).size
+    try:  # its pixels wait for the range of values that the weights know
+        image = source.image(index)
+    except (BadImage, OSError) as error:
+        raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error)})") from None
+    return image.width, image.height
 
 
 def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
@@ -174,6 +186,9 @@ class _Evaluation:
         if known is not None and known.key == self.key and not options.overwrite:
             return known
         started = time.time()
+        for _, data in self.plan.tasks:
+            for split in data.splits.values():
+                split.source.value_range = encoder.value_range
         if options.examples:
             shutil.rmtree(self.folder / "examples" / self.name, ignore_errors=True)
         own, baselines = self.rows("", lambda: encoder), {}

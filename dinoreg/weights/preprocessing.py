@@ -28,6 +28,20 @@ def stated_preprocessing(
     return mean, std
 
 
+def stated_range(stated: Any, where: object) -> list[float] | None:
+    """The value range of the data that weights were trained on, as `data.range` is written; None where none is stated.
+
+    raises UserError for what is no range
+    """
+    values = stated.get("range") if isinstance(stated, dict) else None
+    if values is None:
+        return None
+    numbers = isinstance(values, list) and len(values) > 0 and len(values) % 2 == 0 and all(map(is_number, values))
+    if not numbers or not all(low < high for low, high in zip(values[::2], values[1::2])):
+        raise UserError(f"weights {where}: range={values!r}: expected LOW,HIGH with LOW below HIGH")
+    return list(map(float, values))
+
+
 def _per_channel(values: Any, channels: int, key: str, where: object) -> tuple[float, ...]:
     fits = isinstance(values, (list, tuple)) and len(values) in (1, channels)
     if not fits or not all(map(is_number, values)):

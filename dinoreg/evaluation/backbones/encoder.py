@@ -51,6 +51,7 @@ class Encoder(ABC):
     std: tuple[float, ...]
     device: torch.device
     dtype: torch.dtype
+    value_range: ValueRange | None = None  # of the data that it was trained on, for other data of its kind
     pools: bool = True  # whether the mean patch token may stand beside the class token
 
     @torch.no_grad()

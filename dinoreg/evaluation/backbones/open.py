@@ -61,7 +61,8 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         return Opened(wrap(model, f"{weights} (random weights)", device=device, dtype=dtype))
     folder = file.parent if file.name in FILES and library_of(file.parent) else None
     loaded = load_reported(file, device)
-    mean, std = stated_preprocessing(loaded.weights.metadata.get("preprocessing"), loaded.model.in_channels, file)
+    stated = loaded.weights.metadata.get("preprocessing")
+    mean, std = stated_preprocessing(stated, loaded.model.in_channels, file)
     step = teacher_step(file)
     run = None if step is None else run_of(file)
     name = file.stem
@@ -69,7 +70,9 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         name = f"{run.resolve().name} at step {step:,}"
     elif folder is not None or Path(weights).is_dir():
         name = (folder or Path(weights)).resolve().name
-    return Opened(wrap(loaded.model, name, mean, std, device, dtype), run, step or 0)
+    encoder = wrap(loaded.model, name, mean, std, device, dtype)
+    encoder.value_range = ValueRange.of(stated_range(stated, file))
+    return Opened(encoder, run, step or 0)
 
 
 def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> Encoder:

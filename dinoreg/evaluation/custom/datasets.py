@@ -19,10 +19,11 @@ import numpy as np
 from dinoreg.config.bundled import bundled
 from dinoreg.config.option import option
 from dinoreg.data.folder_index import PathBlock, index_folder
-from dinoreg.data.source import PathSource
+from dinoreg.data.copies import MOST_COMPARED, find_copies
+from dinoreg.data.source import ChosenSource, PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
 from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
-from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
+from dinoreg.evaluation.custom.splits import SPLIT_WORDS, copies_across, parts
 from dinoreg.evaluation.custom.tables import SUFFIXES, Table, read_table
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.runtime.errors import UserError
@@ -128,7 +129,10 @@ def _split(table: Table, path: Path, share: float, seed: int) -> Data:
     """The images of each split, with one label or several."""
     labels, names = table.labels, table.class_names
     several = labels.ndim == 2
-    rows, variant = parts(table.words, _rarest(labels) if several else labels, share, seed, path)
+    everything = PathSource(str(table.root), PathBlock.of(list(table.paths)))
+    copies = find_copies(everything) if len(everything) <= MOST_COMPARED else None
+    rows, variant = parts(table.words, _rarest(labels) if several else labels, share, seed, path, copies=copies)
+    warnings = copies_across(rows, copies) if copies is not None else []
     if not several:
         for split, part in rows.items():
             unseen = np.setdiff1d(labels[part], labels[rows["train"]])
@@ -137,9 +141,10 @@ def _split(table: Table, path: Path, share: float, seed: int) -> Data:
     kind = MultiLabelled if several else Labelled
     splits = {}
     for split, part in rows.items():
-        source = PathSource(str(table.root), PathBlock.of([table.paths[row] for row in part]))
+        source = ChosenSource(everything, part)
+        source.as_trained = True
         splits[split] = kind(source, labels[part], len(names))
-    return Data(splits, names, variant)
+    return Data(splits, names, variant, {"warnings": warnings})
 
 
 def _rarest(labels: np.ndarray) -> np.ndarray:

@@ -4,14 +4,17 @@ Splits come from folders or from a column, under their usual names. Where there 
 is held out; where there is a validation split but no test split, the validation images are what is reported on.
 """
 
+import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
+from dinoreg.data.copies import Copies
 from dinoreg.runtime.errors import UserError
 
 SPLIT_WORDS = MappingProxyType(
@@ -20,11 +23,14 @@ SPLIT_WORDS = MappingProxyType(
 )
 
 
-def hold_out(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
+def hold_out(groups: np.ndarray, share: float, seed: int, copies: Copies | None = None) -> np.ndarray:
     """Which rows are held out, (n,) bool: of each group (n,) its share, rounded, at least one and never all.
 
-    A group of one stays where it can be learnt from.
+    A group of one stays where it can be learnt from. With `copies` the order is that of the files' contents, so that a
+    folder and a table of the same images are split alike, and copies of a picture stay on one side.
     """
+    if copies is not None:
+        return _hold_out_by_content(groups, share, seed, copies)
     rng = np.random.default_rng([seed, 1729])
     held = np.zeros(len(groups), dtype=bool)
     order = rng.permutation(len(groups))
@@ -35,8 +41,47 @@ def hold_out(groups: np.ndarray, share: float, seed: int) -> np.ndarray:
     return held
 
 
+def _hold_out_by_content(groups: np.ndarray, share: float, seed: int, copies: Copies) -> np.ndarray:
+    held = np.zeros(len(groups), dtype=bool)
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        pictures = defaultdict(list)
+        for row in members:
+            pictures[copies.groups[row]].append(row)
+        # A picture that other groups have, too, would be on both sides.
+        shared = set(copies.groups[groups != group])
+        order = sorted(
+            (rows for picture, rows in pictures.items() if picture not in shared),
+            key=lambda rows: hashlib.sha256(b"%d" % seed + min(copies.digests[row].tobytes() for row in rows)).digest(),
+        )
+        wanted = min(max(round(share * len(members)), 1), len(members) - 1)
+        taken = 0
+        for rows in order:
+            if taken + len(rows) <= wanted or (taken == 0 and len(rows) < len(members)):
+                held[rows] = True
+                taken += len(rows)
+    return held
+
+
+def copies_across(parts: Mapping[str, np.ndarray], copies: Copies) -> list[str]:
+    """A warning for each split that holds copies of training images."""
+    learnt = copies.groups[parts["train"]]
+    counts = {name: int(np.isin(copies.groups[rows], learnt).sum()) for name, rows in parts.items() if name != "train"}
+    return [
+        f"{count:,} of {len(parts[name]):,} images of {name} are copies of training images"
+        for name, count in counts.items()
+        if count
+    ]
+
+
 def parts(
-    words: Sequence[str] | None, groups: np.ndarray, share: float, seed: int, where: Path, per_class: bool = True
+    words: Sequence[str] | None,
+    groups: np.ndarray,
+    share: float,
+    seed: int,
+    where: Path,
+    per_class: bool = True,
+    copies: Copies | None = None,
 ) -> tuple[dict[str, np.ndarray], str]:
     """Rows of each split, ascending, and how they were split in words.
 
@@ -51,7 +96,7 @@ def parts(
         return named, ""
     if "val" in named:
         return {"train": named["train"], "test": named["val"]}, "tested on val"
-    held = hold_out(groups, share, seed)
+    held = hold_out(groups, share, seed, copies)
     if not held.any():
         raise UserError(f"{where}: {len(groups)} image(s) are too few to hold some out for testing")
     share_of = f"{share:.0%} of each class" if per_class else f"{share:.0%}"

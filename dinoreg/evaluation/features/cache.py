@@ -58,6 +58,7 @@ def extract_features(
         "slots": (*(f"cls{number}" for number in numbers), *(("mean",) if mean_patch else ())),
         "dtype": context.features_dtype,
         "precision": str(encoder.dtype).removeprefix("torch."),
+        "pixels": ("training", source.value_range) if source.as_trained else "published",
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return extract_rows(

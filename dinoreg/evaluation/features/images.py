@@ -1,7 +1,6 @@
-"""Pixels for evaluation: decoded as the published numbers were, resized and cropped without chance, in batches.
+"""Pixels for evaluation: decoded as the published numbers were, or as in training for own data, resized and cropped without chance, in batches.
 
-Decoding and resizing go through Pillow, as torchvision's transforms do on its images:
-the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with antialiasing.
+Decoding and resizing of benchmarks go through Pillow, as torchvision's transforms do on its images: the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with antialiasing.
 """
 
 import io
@@ -26,8 +25,14 @@ T = TypeVar("T")
 
 
 def read_rgb(source: Source, index: int) -> Image.Image:
-    """Image `index` as RGB; UserError naming it when it cannot be read."""
+    """Image `index` as RGB; UserError naming it when it cannot be read.
+
+    Of one's own data (`Source.as_trained`) the pixels that training has, to the nearest byte.
+    """
     try:
+        if source.as_trained:
+            pixels = source.decode(index)
+            return Image.fromarray(pixels.round().byte().permute(1, 2, 0).contiguous().numpy())
         data = source.read(index)
         if isinstance(data, np.ndarray):
             return Image.fromarray(data).convert("RGB")
