@@ -15,6 +15,7 @@ from torch import Tensor
 from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import EmbedOptions
 from dinoreg.config.overwrite import check_folder
+from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -41,6 +42,7 @@ def embed(options: EmbedOptions) -> Path:
     source = open_images(options.data, "data")
     device = pick_device(options.device)
     encoder = open_encoder(options.weights, device, pick_precision(options.precision, device)).encoder
+    source.value_range = encoder.value_range
     size = options.image_size or encoder.default_size
     if size % encoder.patch_size:
         raise UserError(f"image_size={size}: {multiples(size, encoder.patch_size)}")
@@ -116,14 +118,17 @@ def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options
             else:
                 readable[index] = image
         if readable:
-            values = features(encoder, torch.stack(list(readable.values())), options.token, options.dtype)
+            values = features(encoder, to_encoder(list(readable.values())), options.token, options.dtype)
             _check_finite(values, source, list(readable), options.dtype)
             rows.append(values)
         rows.reached(batch.stop)
 
 
 def features(encoder: Encoder, images: Tensor, token: str, dtype: str = "float32") -> np.ndarray:
-    """images (B, C, H, W) uint8 -> (B, *row_shape) of the tokens after the final norm, as `dtype` on the CPU."""
+    """The tokens after the final norm, as `dtype` on the CPU: (B, *row_shape).
+
+    images  (B, C, H, W) uint8, or float32 in 0..1
+    """
     tokens = encoder.tokens(images)
     if token == "patches":
         values = tokens.patches

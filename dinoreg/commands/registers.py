@@ -15,6 +15,7 @@ from rich.console import Console
 from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import RegistersOptions
 from dinoreg.config.overwrite import check_folder
+from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import ScenesSource, Source
@@ -40,7 +41,7 @@ def report_registers(options: RegistersOptions) -> Path:
     size = _common_size(subjects, options.size)
     out = Path(options.out) if options.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
     check_folder(out, f"out={out}:")
-    pictures, skipped = read_pictures(options, size, subjects[0].model.in_channels)
+    pictures, skipped = read_pictures(options, size, subjects[0])
     measured: list[Measured] = []
     for encoder in _encoders(subjects):
         first = _measure(encoder, pictures, options.seed)
@@ -64,11 +65,12 @@ def report_registers(options: RegistersOptions) -> Path:
     return page
 
 
-def read_pictures(options: RegistersOptions, size: int, channels: int) -> tuple[Pictures, list[tuple[str, str]]]:
+def read_pictures(options: RegistersOptions, size: int, subject: Subject) -> tuple[Pictures, list[tuple[str, str]]]:
     """The images of a request as squares of `size` pixels, with what is known of them, and those left out.
 
     Scenes are drawn at that size and come with classes and boxes; a folder with a subfolder a class has classes.
     """
+    channels = subject.model.in_channels
     if options.images.partition(":")[0] == "scenes" and not Path(options.images).exists():
         return _scenes(options, size, channels), []
     source: Source = open_images(options.images)
@@ -77,6 +79,7 @@ def read_pictures(options: RegistersOptions, size: int, channels: int) -> tuple[
     if options.labels and Path(options.images).expanduser().is_dir():
         with suppress(UserError):  # fewer than two subfolders: images without classes
             source, labels, names = labelled_folder(options.images)
+    source.value_range = subject.value_range
     order = evenly_spaced(len(source), options.num_images)
     images, readable, skipped = [], [], []
     for index in order:
@@ -88,7 +91,7 @@ def read_pictures(options: RegistersOptions, size: int, channels: int) -> tuple[
     if len(images) < 2:
         raise RunError(f"images={options.images}: {len(images)} of {len(order)} could be read, expected at least 2")
     chosen = None if labels is None else torch.from_numpy(labels[readable]).long()
-    return Pictures(torch.stack(images), chosen, len(names), None, options.images), skipped
+    return Pictures(to_encoder(images), chosen, len(names), None, options.images), skipped
 
 
 def _scenes(options: RegistersOptions, size: int, channels: int) -> Pictures:

@@ -1,6 +1,6 @@
 """Images as an evaluation sees them: short side resized, centre cropped, nothing random."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,5 +40,16 @@ def center_crops(source: Source, indices: Iterable[int], size: int, in_channels:
         readable.append(index)
     if not images:
         return torch.empty(0, in_channels, size, size, dtype=torch.uint8), []
+    return stack_pixels(images), readable
+
+
+def stack_pixels(images: Sequence[Tensor]) -> Tensor:
+    """Images (C, H, W) of one size side by side: (n, C, H, W) uint8, or float32 in 0..255 where one is of floats."""
     deep = any(image.dtype != torch.uint8 for image in images)
-    return torch.stack([image.float() if deep else image for image in images]), readable
+    return torch.stack([image.float() if deep else image for image in images])
+
+
+def to_encoder(images: Sequence[Tensor]) -> Tensor:
+    """The same as an encoder takes them: (n, C, H, W) uint8, or float32 in 0..1."""
+    pixels = stack_pixels(images)
+    return pixels if pixels.dtype == torch.uint8 else pixels / 255

@@ -8,14 +8,15 @@ counts, and as many pages of one size as there are channels are these channels. 
 with grey.
 """
 
+import importlib.util
 import io
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401 (loads the operator image::decode_jpeg)
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +29,16 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format tha
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
 _ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258
 _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
+
+
+def _load_image_operators() -> None:
+    """Load torchvision's image operators without torchvision, whose models take as long to import as torch itself."""
+    found = importlib.util.find_spec("torchvision")
+    for library in Path(found.origin).parent.glob("image*.so") if found is not None and found.origin else ():
+        with suppress(OSError):
+            torch.ops.load_library(str(library))
+            return
+    import torchvision  # noqa: F401 (where its library has another name)
 
 
 def _find_jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
@@ -44,6 +55,7 @@ def _find_jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
     return operator if needed == ["Tensor", "int"] else None
 
 
+_load_image_operators()
 _decode_jpeg = _find_jpeg_operator()
 
 

@@ -20,6 +20,8 @@ import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.option import check, flat, nearest
+from dinoreg.data.source import Source
+from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.context import Context, show_progress
@@ -28,7 +30,7 @@ from dinoreg.evaluation.features.images import default_workers, read_rgb
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError, UserError, one_line
 from dinoreg.runtime.json_files import read_json
 
 SAMPLED = 8  # images of each split that are opened before anything is computed

@@ -12,7 +12,7 @@ from dinoreg.models.vit import RegisterViT, as_pair
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import as_sides
 from dinoreg.weights.load import load, load_reported, resample_pos_embed
-from dinoreg.weights.preprocessing import stated_preprocessing
+from dinoreg.weights.preprocessing import stated_preprocessing, stated_range
 from dinoreg.weights.resolve import find_weights
 
 
@@ -39,12 +39,13 @@ class Source:
     assumed: bool
     size: tuple[int, int]
     size_given: bool
+    value_range: list[float] | None
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         """For the JSON beside weights, which `read_source` reads."""
         size: Any = self.size[0] if self.size[0] == self.size[1] else list(self.size)
-        return {"mean": list(self.mean), "std": list(self.std), "image_size": size}
+        return {"mean": list(self.mean), "std": list(self.std), "image_size": size, "range": self.value_range}
 
 
 def read_source(weights: str | Path, size: int | Sequence[int] | None = None) -> Source:
@@ -75,7 +76,9 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
     kinds = {"step": int, "config_hash": str}
     origin = {key: metadata[key] for key, kind in kinds.items() if type(metadata.get(key)) is kind}
     model.requires_grad_(False)
-    return Source(model, given, path, run, origin, mean, std, assumed, native, size is not None)
+    return Source(
+        model, given, path, run, origin, mean, std, assumed, native, size is not None, stated_range(stated, path)
+    )
 
 
 def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:

@@ -17,12 +17,13 @@ from torch import Tensor
 from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
 from dinoreg.config.load import load_config
 from dinoreg.config.schema import DataConfig
-from dinoreg.data.center_crop import center_crop
+from dinoreg.data.center_crop import center_crop, stack_pixels
 from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock
 from dinoreg.data.open import open_source
 from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, Source
 from dinoreg.data.tar_index import index_tars
+from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.evaluation.backbones.open import open_native
 from dinoreg.models.vit import RegisterViT
@@ -40,6 +41,7 @@ class Subject:
     """A model in evaluation mode and how its images are made.
 
     mean, std  one number per channel, of pixels in 0..1
+    value_range  of the data that it was trained on, or None
     run, step  the run that the weights belong to, or None; the step in the file's name, or 0
     """
 
@@ -49,6 +51,7 @@ class Subject:
     std: tuple[float, ...]
     run: Path | None = None
     step: int = 0
+    value_range: ValueRange | None = None
 
     @property
     def folder(self) -> Path:
@@ -71,7 +74,7 @@ def open_subject(weights: str, device: str = "auto") -> Subject:
     """The model of a run folder, a weight file or a name; raises UserError in one line when there is none."""
     encoder, run, step = open_native(weights, pick_device(device))
     assert isinstance(encoder, NativeEncoder)
-    return Subject(encoder.module, encoder.name, encoder.mean, encoder.std, run, step)
+    return Subject(encoder.module, encoder.name, encoder.mean, encoder.std, run, step, encoder.value_range)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,6 +186,7 @@ def read_pictures(
         source = run_source(subject)
     else:
         source = open_images(spec)
+        source.value_range = subject.value_range
         num = len(source) if num is None and is_file_list(spec) else num
     pixels, names, skipped = [], [], []
     for index in evenly_spaced(len(source), num or NUM_IMAGES):
@@ -194,7 +198,7 @@ def read_pictures(
     if not pixels:
         raise UserError(f"images: none of {len(skipped)} could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
     device = next(subject.model.parameters()).device
-    images = normalise(torch.stack(pixels), subject.mean, subject.std).to(device)
+    images = normalise(stack_pixels(pixels), subject.mean, subject.std).to(device)
     return Pictures(images, tuple(names), tuple(skipped))
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoreg.data.value_range import ValueRange
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError

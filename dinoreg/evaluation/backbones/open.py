@@ -12,6 +12,7 @@ from torch import nn
 
 from dinoreg.checkpoint.run_folder import run_of, teacher_step
 from dinoreg.config.option import nearest
+from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder, seeded, wrap
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
@@ -19,7 +20,7 @@ from dinoreg.weights.convert import unwrap
 from dinoreg.weights.files import read_file
 from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
 from dinoreg.weights.load import load, load_reported
-from dinoreg.weights.preprocessing import stated_preprocessing
+from dinoreg.weights.preprocessing import stated_preprocessing, stated_range
 from dinoreg.weights.resolve import FILES, find_weights
 
 

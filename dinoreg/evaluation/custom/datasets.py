@@ -18,8 +18,8 @@ import numpy as np
 
 from dinoreg.config.bundled import bundled
 from dinoreg.config.option import option
-from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.copies import MOST_COMPARED, find_copies
+from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.source import ChosenSource, PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
 from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented

@@ -1,6 +1,8 @@
-"""Pixels for evaluation: decoded as the published numbers were, or as in training for own data, resized and cropped without chance, in batches.
+"""Pixels for evaluation, resized and cropped without chance.
 
-Decoding and resizing of benchmarks go through Pillow, as torchvision's transforms do on its images: the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with antialiasing.
+Images of benchmarks are decoded and resized through Pillow, as the published numbers were and as torchvision's
+transforms do: the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with
+antialiasing. One's own images have the pixels of training.
 """
 
 import io
