@@ -51,7 +51,7 @@ def as_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches of an image (height, width) in pixels; UserError where `patch_size` does not divide."""
+    """Rows and columns of patches of an image (height, width) in pixels; UserError unless whole patches fill it."""
     height, width = image_size
     if height % patch_size or width % patch_size:
         raise UserError(f"image_size {height}x{width} is not a multiple of patch_size {patch_size}")

@@ -294,6 +294,6 @@ class WeightWatch:
         return {"update_ratio": float(moved / norm), "teacher_distance": float(apart / norm)}
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:
-        """The L2 norm over all processes. Every replica of a tensor is counted, which cancels in ratios of such norms."""
+        """The L2 norm over all processes. Every replica of a tensor counts, which cancels in ratios of such norms."""
         squares = torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
         return self.ranks.all_reduce_sum(squares).sqrt()

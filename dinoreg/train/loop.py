@@ -1,7 +1,7 @@
 """The training loop of a run, from its config to a finished run folder.
 
-`train` is the loop itself: batch, schedules, step, metrics, probe, checkpoint. What a step computes is in `step.py`, the
-checks before the start are in `prepare.py`, what a run writes is in `metrics.py` and `resume.py`.
+`train` is the loop itself: batch, schedules, step, metrics, probe, checkpoint. What a step computes is in `step.py`,
+the checks before the start are in `prepare.py`, what a run writes is in `metrics.py` and `resume.py`.
 """
 
 from __future__ import annotations
