@@ -23,6 +23,10 @@ REPORT_MINUTES = 60
 
 
 def plan(request: Request) -> Plan:
+    """One task per dataset and a job for the report after them.
+
+    raises  UserError for what is wrong with the request, and for datasets that are not below root=
+    """
     from dinoreg.checkpoint.run_folder import run_of, teacher_step
     from dinoreg.commands.evaluate import read_request
     from dinoreg.weights.resolve import find_weights

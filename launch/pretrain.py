@@ -15,6 +15,7 @@ INHERITED = ("cluster", *PLACEMENT, "setup", "python", "code")
 
 
 def plan(request: Request) -> Plan:
+    """One job that trains, of all its processes; UserError for what is wrong with the request."""
     overrides = [item for item in request.overrides if not item.startswith(("evaluate=", "evaluate."))]
     run = training(request.source, overrides)
     notes = [f"{folder}: what is there is deleted once the job is accepted" for folder in run.clears]

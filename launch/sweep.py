@@ -18,6 +18,10 @@ MAX_NAME = 120
 
 
 def plan(request: Request) -> Plan:
+    """One job per combination of the swept values and a comparison after them.
+
+    raises  UserError for what is wrong with the request or with one of the trainings
+    """
     grid = read_grid(request.overrides)
     out = request.value("out")
     if out is None:

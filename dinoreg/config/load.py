@@ -50,7 +50,7 @@ def load_config(
 
     source     a name in `configs/` ("vits14_reg4"), a YAML file (ours or dinov2's own), a run folder, or None
     overrides  {"optim.lr": 1e-3} or ["optim.lr=1e-3", …]; `data=PATH` is short for `data.source=PATH`
-    raises     UserError for a missing or invalid file, an unknown key (naming the nearest) or a value that is not accepted
+    raises     UserError for a missing or invalid file, an unknown key (naming the nearest) or a wrong value
     """
     layers = [("command line", dotted(overrides))]
     if source is not None:

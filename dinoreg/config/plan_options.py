@@ -1,4 +1,4 @@
-"""The keys of `dinoreg plan`, besides those of the config that is planned."""
+"""The keys of `dinoreg plan` other than those of the config."""
 
 from dataclasses import dataclass
 

@@ -255,14 +255,14 @@ class Config(Options):
         return max(1, round(images / (self.batch_size * world_size)))
 
     def peak_lr(self, world_size: int = 1) -> float:
-        """The peak learning rate: `optim.lr`, or `optim.base_lr` times sqrt(global batch / 1024), as DINOv2 scales it."""
+        """The peak learning rate: `optim.lr`, or as in DINOv2 `optim.base_lr` times sqrt(global batch / 1024)."""
         if self.optim.lr is not None:
             return self.optim.lr
         assert self.optim.base_lr is not None
         return self.optim.base_lr * math.sqrt(self.batch_size * world_size / 1024)
 
     def layer_decay(self) -> float:
-        """Learning rate multiplier per block, in (0, 1]: `optim.layer_decay`, with `init=` at most `adapt.layer_decay`."""
+        """Learning rate factor per block, in (0, 1]: `optim.layer_decay`; with `init=` at most `adapt.layer_decay`."""
         if self.init is None:
             return self.optim.layer_decay
         return min(self.optim.layer_decay, self.adapt.layer_decay)

@@ -133,7 +133,7 @@ class Ranks:
 
         raises  on that rank its own error; on others a UserError or RunError that names the rank, marked as reported
 
-        Contexts nest: a rank that fails in an outer one meets the others at the end of an inner one, and all fail there.
+        Contexts nest: a rank that fails in an outer one meets the others at the end of an inner one; all fail there.
         """
         problem: Exception | None = None
         try:

@@ -82,15 +82,18 @@ class Attempt:
 
     @property
     def step(self) -> int | None:
+        """The step of the run's last checkpoint; None without one and for commands that do not train."""
         return saved_step(self.command.run) if self.command.run else None
 
     @property
     def advice(self) -> str:
+        """How the user can continue after this job, as a clause for messages."""
         if not self.command.run:
             return "launch it again to go on"
         return f"go on with: dinoreg launch pretrain {self.command.run} resume=true"
 
     def note(self, event: str, **facts: Any) -> None:
+        """Append an event of this process to its events file; a failed write is printed and ignored."""
         try:
             add_event(self.launch, self.job, self.rank, event, restarts=self.restarts, **facts)
         except OSError as error:  # a full disk is no reason to end what trains

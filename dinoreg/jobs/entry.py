@@ -11,6 +11,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> None:
+    """Run the module that follows -m with the arguments after it; `arguments` are those of the Python interpreter."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     root = str(Path(__file__).resolve().parents[2])
     sys.path.pop(0)  # this file's own folder

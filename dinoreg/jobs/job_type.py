@@ -48,6 +48,7 @@ class Request:
             raise UserError(f"nodes={self.options.nodes}, {self.options.tasks} processes: {reason}")
 
     def without(self, *keys: str) -> list[str]:
+        """The `overrides` without those of the given keys."""
         return [item for item in self.overrides if item.partition("=")[0] not in keys]
 
 

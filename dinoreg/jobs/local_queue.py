@@ -131,6 +131,7 @@ class Running(LocalJob):
     save_requested: bool = False
 
     def write(self, launch: Path) -> None:
+        """Write the job's state to `JOB_local.json`."""
         state = {key: getattr(self, key) for key in ("state", "begun", "ended", "restarts")}
         state["processes"] = [process.pid for process in self.processes]
         replace_text(_state_file(launch, self.job), json.dumps(state))
@@ -165,6 +166,7 @@ class Runner:
         self.stopping = False
 
     def run(self) -> None:
+        """Run until every job has ended; SIGTERM, SIGINT and SIGHUP cancel those that have not."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
         while any(job.state not in ENDED for job in self.jobs):
@@ -273,6 +275,7 @@ class Runner:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the plan file that the first argument names."""
     plan = Path(arguments[0])
     content = json.loads(plan.read_text())
     jobs = [Running(**each) for each in content["jobs"]]

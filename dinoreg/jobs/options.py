@@ -64,6 +64,7 @@ class LaunchOptions(Options):
 
     @property
     def on_slurm(self) -> bool:
+        """Whether the jobs go to Slurm; otherwise they run on this machine."""
         return self.cluster == "slurm" or (self.cluster is None and shutil.which("sbatch") is not None)
 
     @property
@@ -73,6 +74,7 @@ class LaunchOptions(Options):
 
     @property
     def world_size(self) -> int:
+        """Processes of a job, on all its machines."""
         return self.nodes * self.tasks
 
     @property
@@ -89,14 +91,17 @@ class LaunchOptions(Options):
 
     @property
     def setup_lines(self) -> list[str]:
+        """The shell lines to run before the job."""
         return _listed(self.setup)
 
     @property
     def mounts(self) -> list[str]:
+        """The user's mounts for the container, as SOURCE:TARGET."""
         return _listed(self.container_mounts)
 
     @property
     def extra_args(self) -> list[str]:
+        """The user's further options of sbatch, without leading dashes."""
         return [item.removeprefix("--") for item in _listed(self.slurm_args)]
 
 

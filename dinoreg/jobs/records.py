@@ -60,10 +60,12 @@ class Record:
 
 
 def launch_folder(folder: str | Path) -> Path:
+    """The folder with the records, logs and code of the launches for a run folder."""
     return Path(folder) / "launch"
 
 
 def add_records(launch: Path, records: Iterable[Record]) -> None:
+    """Append the records of submitted jobs to `jobs.jsonl`; OSError when that fails."""
     append(launch / JOBS, *(asdict(record) for record in records))
 
 
@@ -75,6 +77,7 @@ def read_records(folder: str | Path) -> list[Record]:
 
 
 def next_launch(launch: Path) -> int:
+    """The number of the next launch in this folder, from 1."""
     return 1 + max((int(line.get("launch", 0)) for line in read_json_lines(launch / JOBS)), default=0)
 
 
@@ -83,6 +86,7 @@ def next_launch(launch: Path) -> int:
 
 
 def add_event(launch: Path, job: str, rank: int, event: str, **facts: Any) -> None:
+    """Append an event with its time (seconds since 1970) to the file of one process; OSError when that fails."""
     append(launch / f"{job}_{rank}_events.jsonl", {"event": event, "time": time.time(), **facts})
 
 
@@ -98,6 +102,7 @@ def read_events(launch: Path, job: str, rank: int | None = None) -> list[dict[st
 
 
 def cancel_file(launch: Path, job: str) -> Path:
+    """The file whose existence means that a job was asked to end."""
     return launch / f"{job}_cancel"
 
 

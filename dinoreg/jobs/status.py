@@ -68,14 +68,17 @@ class JobStatus:
 
     @property
     def is_over(self) -> bool:
+        """Whether the job has ended and will not run again."""
         return self.state not in ("pending", "running")
 
     @property
     def is_well(self) -> bool:
+        """Whether the job is pending, running or has succeeded."""
         return self.state in ("pending", "running", "finished")
 
     @property
     def line(self) -> str:
+        """The job, its title, state and details in one line."""
         return f"{self.record.job}  {self.record.title}: {self.state}{self.text and f', {self.text}'}"
 
 

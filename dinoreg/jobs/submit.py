@@ -74,6 +74,7 @@ def dry_run(plan: Plan, settings: dict[str, LaunchOptions]) -> str:
 
 
 def command_line(arguments: Sequence[str]) -> str:
+    """A command of dinoreg as text for a shell."""
     return shlex.join(["dinoreg", *arguments])
 
 

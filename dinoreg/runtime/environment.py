@@ -58,7 +58,7 @@ def usable_cores() -> int:
 
 
 def free_disk_gib(folder: Path | None = None) -> float:
-    """Free space in GiB, to one decimal, on the disk of `folder` (None: the working directory) or its nearest parent."""
+    """Free space in GiB on the disk of `folder` (None: the working directory) or of its nearest existing parent."""
     path = (folder or Path()).resolve()
     while not path.exists():
         path = path.parent

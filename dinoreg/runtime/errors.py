@@ -27,5 +27,5 @@ class Interrupted(EarlyEnd):
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """An error's text in one line, at most `limit` characters of it (None: all); its type's name where it has no text."""
+    """An error's text in one line, cut to `limit` characters (None: not cut); its type's name where it has no text."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -10,7 +10,7 @@ import torch
 
 
 def load_problem() -> str | None:
-    """The reason why xformers or its compiled extension does not load, from its error; None if it loads. No CUDA needed."""
+    """The reason why xformers or its compiled extension does not load; None if it loads. No CUDA device is needed."""
     logger = logging.getLogger("xformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it prints six lines in place of what is returned here
@@ -28,7 +28,7 @@ def load_problem() -> str | None:
 
 @lru_cache(maxsize=16)
 def run_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why a small packed attention fails under xformers on this CUDA device, forward or backward; None if not.
+    """The reason why a small packed attention, forward and backward, fails under xformers on a CUDA device; else None.
 
     dtype  of queries, keys and values
     """

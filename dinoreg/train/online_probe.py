@@ -53,8 +53,9 @@ class Probe:
         """Measure a backbone in eval mode; all `ranks` call together.
 
         dtype    of autocast
-        returns  {"rankme", ["knn_top1"], "probe_time"}: effective rank of the centred class tokens (1 to D); share
-                 of the second half of the images (0 to 1) that 20 neighbours in the first half classify correctly; seconds
+        returns  rankme, the effective rank of the centred class tokens (1 to D); with labels knn_top1, the share
+                 (0 to 1) of the second half of the images that 20 neighbours in the first half classify correctly;
+                 probe_time in seconds
         """
         started = time.perf_counter()
         features = self.features(backbone, device, dtype, ranks)

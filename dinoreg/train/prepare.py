@@ -62,13 +62,16 @@ class Setup:
 
     @property
     def num_steps(self) -> int:
+        """Optimizer steps of the run."""
         return self.schedules.num_steps
 
     @property
     def global_batch_size(self) -> int:
+        """Images a step, over all processes."""
         return self.config.batch_size * self.ranks.world_size
 
     def new_state(self) -> TrainState:
+        """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
         return build_state(self.config, self.student, self.teacher, self.device, self.dtype, anchor, self.ranks)
 
