@@ -1,6 +1,6 @@
-"""The keys of the verbs that have keys of their own, besides those of configs, evaluations and launches.
+"""The keys of the verbs, other than those of configs, evaluations and launches.
 
-Nothing here imports torch, so that help and wrong spellings answer at once.
+Nothing here imports torch, so that help and messages about wrong arguments appear at once.
 """
 
 from dataclasses import dataclass
@@ -171,5 +171,5 @@ class CancelOptions(Options, verb="launch cancel"):
     save: bool = option(False, "ask trainings to save and end by themselves")
 
 
-# What can be done with jobs that are there, and the keys of each.
+# The actions on submitted jobs, and the keys of each.
 ACTIONS: Kinds = {"status": StatusOptions, "logs": LogsOptions, "cancel": CancelOptions}

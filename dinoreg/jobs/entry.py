@@ -1,8 +1,8 @@
 """The first lines of a job: `python entry.py -u -m MODULE ARGUMENT…` runs a module of this very copy of the package.
 
-Run as a file, before anything else is imported. What asks for a save (SIGUSR2) is held back until the job has its
-handlers: without one it would kill the process. The copy this file lies in comes first on the path, the working folder
-not at all, so that a job never runs a checkout that happens to be its working folder.
+Run as a file, before anything else is imported. The signal to save (SIGUSR2) is blocked until the job has its
+handlers: without one it would kill the process. The copy that this file belongs to comes first on the path, and the
+working folder is not on it, so that a job never runs a checkout that happens to be its working folder.
 """
 
 import signal

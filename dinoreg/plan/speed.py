@@ -119,7 +119,7 @@ def probe(job: Job, device: torch.device) -> Speed | None:
 
 
 def worth_probing(job: Job) -> bool:
-    """Whether to probe by default: where one process has enough memory, on a CPU only if a step takes a second at most."""
+    """Whether to probe by default: if one process has enough memory and, on a CPU, a step takes at most a second."""
     single = job.alone()
     if job.device.kind != "cuda":
         guess = estimate(single)

@@ -113,7 +113,7 @@ def _weights(job: Job) -> list[Collective]:
 
 
 def _statistics(job: Job) -> list[Collective]:
-    """The collectives of prototype masses or centres, of KoLeo's class tokens, and of the scalars of losses and norms."""
+    """The collectives of prototype masses or centres, of KoLeo's class tokens, and of scalars (losses and norms)."""
     loss, sizes, everyone = job.config.loss, job.sizes, (job.world_size, job.gpus)
     heads = list(sizes.prototypes.values())
     prototypes = heads[0] + heads[-1]  # class tokens and patches are balanced apart
