@@ -45,7 +45,7 @@ def plan(request: Request) -> Plan:
     files: dict[Path, str] = {}
     weights_argument = weights
     if run is not None and file is not None:
-        # The kept weights lie in a small run folder of the same name, so that reports call them by it.
+        # The linked weights are in a small run folder of the same name, which reports show.
         home = launch_folder(run) / "weights" / run.resolve().name
         kept = [path for path in (file, file.with_suffix(".json")) if path.is_file()]
         links = {home / "teacher" / path.name: path for path in kept}

@@ -144,7 +144,7 @@ class Writer(AbstractContextManager):
         started = time.perf_counter()
         try:
             self._write_or_raise(step, tensors, numbers, best)
-        except BaseException as error:  # kept until all processes are together
+        except BaseException as error:  # stored until all processes meet in `_settle`
             self._problem = error
             if isinstance(error, RunError) and not isinstance(error, TakenOver):
                 self._reports.append(Failure(step, str(error), remedy(error, self.run)))

@@ -398,7 +398,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str,
     with replacing(path, token) as aside:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
         content = {"format": "dinoreg-teacher", "version": VERSION, **description, "sha256": digest(aside)}
-        # First, so that the file never stands without its digest.
+        # First, so that the file never exists without its digest.
         write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n", token)
 
 

@@ -1,6 +1,6 @@
 """The one reader of a run folder: every file may be missing, cut short or of another version.
 
-`Run` holds all that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights.
+`Run` has all data that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights.
 """
 
 import math
@@ -34,7 +34,7 @@ class Probe:
     low: float
     high: float
     baselines: dict[str, tuple[float, float, float]]  # name -> value, low, high
-    details: dict[str, Any]  # the whole record
+    details: dict[str, Any]  # the complete record
 
     @property
     def unit(self) -> str:
@@ -43,7 +43,7 @@ class Probe:
 
 
 class Run:
-    """Everything a report shows of a run folder, in memory; what is missing or unreadable is left empty.
+    """Everything that a report shows of a run folder, read into memory; missing or unreadable files give empty values.
 
     metrics, probe  lines of metrics.jsonl and probe.jsonl (the probe within the run), by step
     events          health diagnoses

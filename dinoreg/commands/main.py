@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     returns  the exit code: 0 done, 1 failed, 2 wrong arguments, 130 interrupted, 128 + number after another signal
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "WORLD_SIZE" in os.environ:  # DDP and the store warn once a process about what is meant to be so
+    if "WORLD_SIZE" in os.environ:  # DDP and the store print expected warnings once per process
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return _dispatch(arguments)

@@ -22,7 +22,7 @@ class Key(NamedTuple):
     """A key of the reference that is translated.
 
     default  the reference's
-    ours     the key of ours that takes its value; "": `from_dinov2` says what becomes of it
+    ours     dinoreg's key that takes its value; "": `from_dinov2` handles it
     names    its values by the names that the reference has for them
     number   whether it must be a number
     epochs   whether it is a number of epochs that becomes a fraction of the run
@@ -101,7 +101,7 @@ KEYS: dict[str, Key] = {
     "evaluation.eval_period_iterations": Key(12500, "probe.every"),
 }
 
-# Keys of dinov2's files that decide nothing here, and why.
+# Keys of dinov2's files without effect here, and why.
 DEAD: dict[str, str] = {
     "compute_precision.*": "precision and sharding follow precision= and the device",
     "train.saveckp_freq": "the reference does not read it either; see checkpoint.every and .keep",

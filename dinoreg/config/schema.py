@@ -180,7 +180,7 @@ class LogConfig(Options, section="log"):
 
 @dataclass(frozen=True)
 class ProbeConfig(Options, section="probe"):
-    """The evaluation of the teacher while the run goes on."""
+    """The evaluation of the teacher during the run."""
 
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
     data: str | None = option(None, "a folder with one subfolder per class, or scenes; none: label-free rank only")

@@ -31,7 +31,7 @@ _ASK_FOR_FEWER = "ask for as many processes as there are devices (or device=cpu)
 
 
 class Ranks:
-    """The processes of a run, as one of them sees them; `Ranks()` is a process on its own.
+    """The processes of a run, from the view of one of them; `Ranks()` is a single process.
 
     rank, world_size  this process's number, from 0, and the number of processes
 
@@ -65,15 +65,15 @@ class Ranks:
     # Tensors
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The elementwise sum of `tensor` over all processes; `tensor` itself on one process. No gradient."""
+        """The elementwise sum of `tensor` over all processes; `tensor` itself on one process. Not differentiable."""
         return self._all_reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """The elementwise maximum of `tensor` over all processes; `tensor` itself on one process. No gradient."""
+        """The elementwise maximum of `tensor` over all processes; `tensor` itself on one. Not differentiable."""
         return self._all_reduce(tensor, dist.ReduceOp.MAX)
 
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-        """The elementwise mean of `tensor` over all processes; `tensor` itself on one process. No gradient."""
+        """The elementwise mean of `tensor` over all processes; `tensor` itself on one process. Not differentiable."""
         return tensor if self.world_size == 1 else self.all_reduce_sum(tensor) / self.world_size
 
     def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:
@@ -398,7 +398,7 @@ def _join(place: Place, device: str, timeout: float) -> None:
             timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
         )
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
-        meeting.store = None  # another try meets anew
+        meeting.store = None  # another attempt needs a new store
         reason = str(error).splitlines()[0][:200]
         where = f"{place.address}:{place.port} within {timeout:.0f} s"
         raise RunError(
@@ -417,7 +417,7 @@ class _Meeting:
     sessions: int = 0
 
     def next_store(self, timeout: timedelta) -> dist.Store:
-        """The store as a new session sees it, without the addresses that the sessions before it have left there."""
+        """The store under a new prefix, so that a session does not find the addresses of earlier ones."""
         if self.store is None:
             self.store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         self.store.set_timeout(timeout)

@@ -117,7 +117,7 @@ class Attempt:
                 hooks["on_checkpoint"] = evaluations.send
             self.command.run_verb(verb, rest, **hooks)
             evaluations.finish(SUBMISSION_SECONDS)
-            signal.signal(self.user_signal, signal.SIG_IGN)  # it comes too late: there is nothing to go on with
+            signal.signal(self.user_signal, signal.SIG_IGN)  # it comes too late: the command has finished
         except Interrupted as stop:
             evaluations.finish(SUBMISSION_SECONDS_INTERRUPTED)
             return self._leave(stop.signal_number, str(stop))

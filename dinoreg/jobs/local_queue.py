@@ -207,7 +207,7 @@ class Runner:
             self._start(job)
 
     def _start(self, job: Running) -> None:
-        with socket.socket() as probe:  # a free port, chosen anew for every start
+        with socket.socket() as probe:  # a free port, a new one for every start
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = f"exec {job.python} -u -m submitit.core._submit {shlex.quote(str(self.launch))}"

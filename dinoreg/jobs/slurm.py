@@ -230,7 +230,7 @@ def _parse_states(table: str, columns: int) -> dict[str, JobState]:
     """{job: its state} of a table of jobs with the fields of `JobState` in order; other lines are skipped."""
     rows = [line.split("|") for line in table.splitlines()]
     cells = [["" if text in ("N/A", "None") else text for text in row] for row in rows if len(row) == columns]
-    # sacct says who: "CANCELLED by 1000"
+    # sacct adds the user: "CANCELLED by 1000"
     return {job: JobState(state.partition(" ")[0], *rest) for job, state, *rest in cells}
 
 

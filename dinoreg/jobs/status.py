@@ -27,7 +27,7 @@ from dinoreg.runtime.durations import clock
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import is_number, read_json, read_text
 
-# Slurm's reasons, as people say them.
+# Slurm's reasons in plain words.
 REASONS = {
     "Resources": "waits for free machines",
     "Priority": "others come first",

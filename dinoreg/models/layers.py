@@ -17,7 +17,7 @@ from dinoreg.runtime.errors import UserError
 
 NORM_EPS = 1e-6
 
-# Up to this rate a plain batch scales whole samples; above it, skipping the work of the dropped ones pays.
+# Up to this rate a plain batch scales whole samples; above it, skipping the work of the dropped ones is faster.
 SUBSET_MIN_RATE = 0.1
 
 

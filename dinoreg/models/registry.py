@@ -1,7 +1,7 @@
-"""Models by name: what an architecture is called, and a fresh model of it.
+"""Models by name: the architecture that a name denotes, and a new model of it.
 
-A name says the architecture (`vits14_reg4`); the names under which Meta, timm and transformers publish the same
-architectures are understood too.
+A name denotes an architecture (`vits14_reg4`); the names under which Meta, timm and transformers publish the same
+architectures are accepted, too.
 """
 
 from __future__ import annotations

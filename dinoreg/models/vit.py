@@ -210,7 +210,7 @@ class RegisterViT(nn.Module):
         images: Tensor | Sequence[Tensor],
         mask: Tensor | Sequence[Tensor | None] | None = None,
         patches: Sequence[Tensor] | None = None,
-    ) -> Any:  # Tokens, or a list for a list: mypy cannot tell callers which without overloads on Module
+    ) -> Any:  # Tokens, or a list for a list of images; overloads on Module.__call__ would be needed for mypy
         """Encode one batch, or several crop groups of different sizes in one pass.
 
         images  (B, C, H, W), or a list of them, one per resolution

@@ -12,7 +12,7 @@ from dinoreg.plan.memory import Memory, memory_from, memory_of, operations_of
 from dinoreg.plan.recorder import PARTS, STATE, TEACHER, WORKING
 from dinoreg.plan.traffic import step_of
 
-# In the order in which they are preferred: the first ones change where things are kept, the last one the run itself.
+# In order of preference: the first ones change where tensors are stored, the last one changes the training itself.
 KEYS = (
     "parallel.strategy",
     "parallel.reshard",
@@ -122,7 +122,7 @@ def _rules_out(job: Job, other: Job) -> bool:
         left["gathered weights"] = left[WORKING] = 0.0
     if after.model.checkpointing > before.model.checkpointing:
         left["activations of the backbone"] = left["weights in low precision"] = left[WORKING] = 0.0
-    targets = {**left, "logits and targets": left["crops"]}  # formed over the whole batch, whatever its parts
+    targets = {**left, "logits and targets": left["crops"]}  # computed for the full batch, however it is divided
     peaks = {
         moment: {part: int((targets if moment == TEACHER else left)[part] * size) for part, size in held.items()}
         for moment, held in memory_of(job).moments.items()

@@ -227,13 +227,13 @@ class Recorder(TorchDispatchMode):
 
     def _enter(self, moment: str) -> None:
         self._moment = moment
-        self._resized(0, self._sizes[0])  # what is held now is held in this moment, too
+        self._resized(0, self._sizes[0])  # memory in use now is in use in this moment, too
 
     # ---------------------------------------------------------------- operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # of a fake tensor: autograd asks for it at every turn
+        if func is torch.ops.prim.device.default:  # autograd reads the device of fake tensors all the time
             return func(*args)
         if self._moment in (LAST_BLOCKS, BLOCKS, BACKWARD_END) and not _in_backward():
             self._enter(UPDATE)

@@ -182,6 +182,6 @@ def _checkpoint(job: Job, num_steps: int, disk: float) -> Checkpoint:
         kept=config.checkpoint.keep + 1,
         every=config.checkpoint.every or min(2000, max(1, num_steps // 10)),
         seconds=(size + teacher) / (disk * 1e9),
-        # Of what is equal everywhere each process writes its share; shards are written by all that hold them.
+        # Each process writes its share of replicated tensors; shards are written by the processes that have them.
         copy=size // (job.shard_size if job.strategy == "fsdp" else job.world_size) * config.checkpoint.asynchronous,
     )

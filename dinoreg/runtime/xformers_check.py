@@ -13,7 +13,7 @@ def load_problem() -> str | None:
     """The reason why xformers or its compiled extension does not load; None if it loads. No CUDA device is needed."""
     logger = logging.getLogger("xformers")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it prints six lines in place of what is returned here
+    logger.setLevel(logging.CRITICAL)  # it would log six lines about the problem that is returned here
     try:
         import xformers
 

@@ -16,7 +16,7 @@ from dinoreg.scenes.textures import BACKGROUNDS, Array
 NUM_CLASSES = len(KINDS)
 UNITS = 64.0  # units along one side of the picture
 # Hue of each background, as surroundings have it: water and snow, meadow and foliage, sand and boards share one, so
-# that colours tell a third of the classes from the rest and no class from the three beside it.
+# that colours distinguish a third of the classes from the rest, but not the four classes with the same hue.
 PALETTES = (0.58, 0.30, 0.30, 0.10, 0.10, 0.58)
 FLIPPED = 0.1  # share of textures whose light and dark change places
 USUAL_BACKGROUND = 0.85

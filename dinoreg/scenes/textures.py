@@ -141,13 +141,13 @@ def stripes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
 
 
 def rosettes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """Round spots with a lighter middle."""
+    """Round spots of the second colour with a fainter middle."""
     near = cells(0.3).nearest.take(_positions(x * 0.8 + 16 * s[0], y * 0.8 + 16 * s[1]))
     return _step(0.38 - near, edge) - (0.65 + 0.35 * s[2]) * _step(0.17 - near, edge)
 
 
 def scales(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """Overlapping scales, dark at their free edges."""
+    """Overlapping scales, with the second colour at their free edges."""
     shade = scale_table().take(_positions(y * 0.75 + 16 * s[0], x * -0.75 + 16 * s[1]))
     return _step(shade * shade - (0.5 + 0.15 * s[2]), 1.9)
 
@@ -171,13 +171,13 @@ def dots(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
 
 
 def facets(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """Irregular cells of different brightness with light borders."""
+    """Irregular cells, each with its own share of the second colour, and outlined borders."""
     at = _positions(x * 0.62 + 16 * s[0], y * 0.62 + 16 * s[1])
     return np.clip(cells(0.9).value.take(at) + 0.25 * _step(0.06 - cells(0.9).border.take(at), 0.5 * edge), 0.0, 1.0)
 
 
 def scutes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """The plates of a shell: dark borders and shaded middles."""
+    """The plates of a shell: borders in the second colour and shading towards them."""
     at = _positions(x * 0.6 + 16 * s[0], y * 0.6 + 16 * s[1])
     lines = _step(0.14 + 0.05 * s[2] - cells(0.6).border.take(at), edge)
     return np.minimum(lines + 0.35 * _step(cells(0.6).nearest.take(at) - 0.4, 2.0), 1.0)

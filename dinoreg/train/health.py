@@ -18,7 +18,7 @@ from dinoreg.evaluation.metrics.knn_rankme import rankme
 from dinoreg.train.parallelize import local
 from dinoreg.train.step import StepResult
 
-# Class tokens held for the effective rank: enough for a stable figure, small enough to cost nothing.
+# Class tokens stored for the effective rank: enough for a stable value, few enough to be cheap.
 RANK_WINDOW = 512
 
 # A healthy AdamW run moves its weights by 1e-4 to 1e-2 of their norm a step (a small network with a high rate most).
@@ -193,7 +193,7 @@ class Health:
         self._marginal = self._marginal + targets.mean(dim=0)
         self._steps += 1
         self.features.append(features)
-        # Whole steps, so that the images are the same however many processes share them.
+        # Complete steps only, so that the images do not depend on the number of processes.
         while self.ranks.world_size * (sum(map(len, self.features)) - len(self.features[0])) >= RANK_WINDOW:
             self.features.popleft()
 

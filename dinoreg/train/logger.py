@@ -67,7 +67,7 @@ class RunLog(SilentLog):
 
     out        the run folder
     step       that the run starts or resumes at: lines of later steps, which it will write again, are removed first
-    num_steps  of the whole run
+    num_steps  of the run, to its end
 
     A file that cannot be written, for example on a full disk, is reported once and does not end the run; a failed
     checkpoint may.
@@ -78,7 +78,7 @@ class RunLog(SilentLog):
         self.num_steps = num_steps
         (out / "health").mkdir(parents=True, exist_ok=True)
         for name in LINES:
-            _truncate(out / name, step if step > 0 else -1)  # a run that starts anew writes step 0 again
+            _truncate(out / name, step if step > 0 else -1)  # a run that starts from scratch writes step 0 again
         self._lines = {name: LineFile(out / name) for name in LINES}
         self._failing: set[str] = set()
         self._tensorboard = TensorBoard(out, step + 1) if tensorboard else None

@@ -92,7 +92,7 @@ def open_log(out: Path, step: int, num_steps: int, tensorboard: bool, ranks: Ran
     """The log of a run: files and console on rank 0, a silent one on the others.
 
     step       that the run starts or resumes at
-    num_steps  of the whole run
+    num_steps  of the run, to its end
     """
     return RunLog(out, step=step, num_steps=num_steps, tensorboard=tensorboard) if ranks.is_main else SilentLog()
 

@@ -28,7 +28,7 @@ from dinoreg.runtime.errors import RunError, UserError
 # A student or teacher by module name: {"backbone", "dino_head"} and, untied, "ibot_head".
 Modules = nn.ModuleDict | Mapping[str, nn.Module]
 
-# Above this many parameters in the student, copies of state and moments on every process are a waste.
+# Above this many parameters in the student, replicas of the training state on every process waste memory.
 LARGEST_FOR_DDP = 300_000_000
 
 
@@ -81,7 +81,7 @@ def parallelize(
         return student
     if strategy == "ddp":
         # Looking for unused parameters keeps DDP from regrouping its buckets after the first step. The groups fix the
-        # order of sums, so that a resumed run, which has a first step of its own, would differ in the last bits.
+        # order of sums, so that a resumed run, which has another first step, would differ in the last bits.
         replicate = partial(DistributedDataParallel, gradient_as_bucket_view=True, find_unused_parameters=True)
         return {name: replicate(m) if _learns(name, student, loss) else m for name, m in student.items()}
     return student

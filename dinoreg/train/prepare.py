@@ -229,10 +229,10 @@ def changed_config(config: Config, out: Path) -> list[str]:
 
 
 def claim_folder(config: Config, out: Path, init: InitialWeights | None, backbone: RegisterViT) -> None:
-    """Make `out` this run's folder; write there the resolved config and the weights it starts from, if any.
+    """Create the run folder `out` and write the resolved config and the initial weights, if any, into it.
 
-    backbone  holds the weights of `init`
-    raises    UserError when the folder cannot be written, or holds what `overwrite=true` must not delete
+    backbone  with the weights of `init`
+    raises    UserError when the folder cannot be written, or has files that `overwrite=true` must not delete
     """
     try:
         if config.overwrite:

@@ -110,7 +110,7 @@ def build_networks(config: Config) -> tuple[Networks, Networks]:
     The teacher is in eval mode and needs no gradients. raises UserError for a model that cannot be built
     """
     head = config.head
-    # What the config leaves open is as the model's name says; compiling is done from outside.
+    # Options without a value follow from the model's name; compiling is not an argument of the model.
     model = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
     del model["compile"]
     with torch.random.fork_rng(devices=[]):

@@ -4,8 +4,8 @@ The batches of all processes are one batch: its targets, its nearest neighbours 
 single process would compute. Sums over processes are the identity on one.
 
 Losses and targets follow DINOv2 section 4: the teacher sees clean global crops, the student masked
-global crops and clean local ones. A step computed in micro-batches has the statistics of the whole batch: targets are
-formed over all of it before the student starts, and KoLeo's neighbours are searched in all of it.
+global crops and clean local ones. A step computed in micro-batches has the statistics of the full batch: targets are
+computed for all of it before the student starts, and KoLeo searches neighbours in all of it.
 """
 
 from collections.abc import Iterator

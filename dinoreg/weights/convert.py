@@ -24,12 +24,12 @@ State = dict[str, Tensor]
 FLOATING_POINT = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 }  # fmt: skip
-WRAPPERS = ("teacher", "model", "state_dict")  # of a training file: the first of these that is there is taken
+WRAPPERS = ("teacher", "model", "state_dict")  # keys in training files; the first of these in a file is used
 
 _PREFIX = re.compile(r"^(?:(?:module|backbone|teacher|_orig_mod)\.)+")
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 
-# Ours and theirs, read in both directions: how a key begins or, from a dot on, what is anywhere in it.
+# Our and their names, used in both directions: the beginning of a key or, with a leading dot, any part of it.
 _TIMM_SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
 _TRANSFORMERS = (  # names on disk, which are those before transformers 5
     ("cls_token", "embeddings.cls_token"),
@@ -45,10 +45,10 @@ _TRANSFORMERS = (  # names on disk, which are those before transformers 5
     (".mlp.w12.", ".mlp.weights_in."),
     (".mlp.w3.", ".mlp.weights_out."),
 )
-# What is one tensor of ours and several of theirs, in this order.
+# One tensor of ours is several of theirs, concatenated in this order.
 _QKV = tuple(f".attention.attention.{name}." for name in ("query", "key", "value"))
 _PARTS = {".attn.qkv.": _QKV, ".mlp.w12.": (".mlp.gate_proj.", ".mlp.up_proj.")}
-# Other names of transformers (those in memory since version 5, models with a head), and what becomes of them.
+# Other names of transformers (those in memory since version 5, models with a head), and their names on disk.
 _TRANSFORMERS_ALIASES = (
     (r"^(module\.)?(dinov2_with_registers|dinov2|model|backbone)\.(?=embeddings\.|encoder\.|layernorm\.)", ""),
     (r"^(encoder\.layers|layers)\.(?=\d)", "encoder.layer."),

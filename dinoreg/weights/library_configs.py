@@ -1,7 +1,7 @@
-"""The `config.json` of other libraries, read as data: what it states about an encoder and its preprocessing.
+"""The `config.json` of other libraries, read as data: the architecture of an encoder and its preprocessing.
 
-Only what `RegisterViT` computes is accepted; a config that asks for anything else (another activation, no biases,
-another epsilon) raises NotHeld, so that nothing is loaded into a model that would answer differently.
+Only models that `RegisterViT` can compute are accepted; a config with anything else (another activation, no biases,
+another epsilon) raises NotHeld, so that no weights are loaded into a model with different outputs.
 """
 
 import math

@@ -36,7 +36,7 @@ class LoadReport:
     path: Path
     loaded: tuple[str, ...]  # taken as they are
     reshaped: tuple[str, ...]  # "pos_embed: 16x16 -> 37x37"
-    left_out: tuple[str, ...]  # in the file, not in the encoder: heads, and what stands beside a state dict
+    left_out: tuple[str, ...]  # in the file, not in the encoder: heads, and entries beside the state dict
     adapted: tuple[str, ...]  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
     grafted: tuple[str, ...]  # "register_tokens: 4 fresh registers"
     source: str  # whose file: "dinoreg", "Meta", "timm" or "transformers"

@@ -168,7 +168,7 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """The JSON beside a safetensors file, after its checksum agreed; {} if there is none."""
+    """The JSON beside a safetensors file, after checking the digest in it; {} without one. UserError if it differs."""
     side = path.with_suffix(".json")
     if not side.is_file():
         return {}
