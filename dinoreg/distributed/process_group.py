@@ -35,7 +35,8 @@ class Ranks:
 
     rank, world_size  this process's number, from 0, and the number of processes
 
-    All processes have to call a collective method together, with tensors of the same shape.
+    All processes have to call a collective method together, with tensors of one shape (any) and dtype; the result of a
+    reduction has the same shape.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, control: Any = None, peers: Peers | None = None) -> None:

@@ -87,7 +87,7 @@ def resample_positions(
 
 
 class RegisterViT(nn.Module):
-    """Vision Transformer with register tokens.
+    """Vision Transformer with register tokens (arXiv 2309.16588) and DINOv2's parameter names.
 
     image_size        native size in pixels, (height, width) or one for both: the size of the position grid.
                       Images of any size that the patch size divides can be encoded

@@ -40,7 +40,7 @@ class Pose(NamedTuple):
     mirror: float
 
     def to_body(self, x: Array, y: Array) -> tuple[Array, Array]:
-        """Picture coordinates, in units, to body coordinates, in radii; float32 arrays that broadcast together."""
+        """Picture coordinates x (1, W) and y (H, 1), float32 in units, to body coordinates, both (H, W), in radii."""
         cos, sin = np.float32(np.cos(self.angle) / self.radius), np.float32(np.sin(self.angle) / self.radius)
         dx, dy, mirror = x - np.float32(self.x), y - np.float32(self.y), np.float32(self.mirror)
         return dx * (cos * mirror) + dy * (sin * mirror), dy * cos - dx * sin

@@ -1,9 +1,9 @@
 """Forms and parts of the objects in the embedded scenes, as signed distances.
 
-Every kind of object is a function of body coordinates (x along the body, the whole object within about one
-unit of the centre) and of a few style draws. It returns signed distances, negative inside: to the body that
-wears the material, to the parts the object carries (legs, wings, wheels ...) and to details painted on the
-body. Distances are close to Euclidean near the outline, which is all that smooth edges need.
+Every kind of object is a function of body coordinates x, y (H, W) float32 (x along the body, the object within about
+one unit of the centre) and of style draws s in [0, 1). It returns signed distances (H, W) in the same unit, negative
+inside: to the body, which has the material, to parts (legs, wings, wheels ...) and to details painted on the body.
+Distances are close to Euclidean near the outline, which suffices for smooth edges.
 """
 
 from collections.abc import Callable, Sequence

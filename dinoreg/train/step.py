@@ -185,7 +185,8 @@ def student_inputs(part: MicroBatch, anchored: bool) -> tuple[list[Tensor], list
     """The student backbone's input: groups of crops, their masks, and the indices of the patches that losses need.
 
     anchored  add the indices of the unmasked patches, which the anchor loss needs, to those of the masked ones
-    returns   one entry per group: global crops, then local crops if there are any
+    returns   three lists with one entry per group, the global crops and, if there are any, the local crops:
+              images (2b, C, H, W) and (L*b, C, h, w), masks (2b, N) bool and None, patch indices (m,) and (0,) int64
     """
     patches = part.mask_indices
     if anchored:
