@@ -1,4 +1,4 @@
-"""Printing a plan."""
+"""Printing a plan to the console, on one screen."""
 
 import re
 

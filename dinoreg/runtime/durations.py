@@ -1,4 +1,4 @@
-"""Durations as text."""
+"""Durations as text, in Slurm's form and with units."""
 
 
 def clock(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """Textures of the embedded scenes: what objects and backgrounds are made of.
 
 A texture is a function of plane coordinates measured in texture periods; it returns the share of the second
-colour at each point, float32 in 0 to 1. Its arguments are the coordinates x and y (arrays that broadcast together),
+colour at each point, float32 in 0 to 1. Its arguments are the coordinates x and y, float32 (H, W),
 `edge`, the number of pixels in a period, and the style draws s in [0, 1). Cellular and noise patterns are looked up in
 small periodic tables that are computed once per process, so a texture costs a few array operations per picture and has
 no borders.
