@@ -27,7 +27,7 @@ class Opened(NamedTuple):
     """An encoder, and the run that its weights belong to.
 
     run   the run folder, or None
-    step  of the run; 0 for weights from elsewhere
+    step  of the run's weights; 0 for weights from elsewhere
     """
 
     encoder: Encoder
@@ -36,7 +36,12 @@ class Opened(NamedTuple):
 
 
 def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -> Opened:
-    """The encoder that `weights=` means; UserError in one line when there is none."""
+    """The encoder that `weights=` means.
+
+    weights  as in `dinoreg eval`: a run, a file, a folder, a model's name, or timm:NAME[:FILE]
+    dtype    of the matrix products
+    raises   UserError, in one line, for weights that are missing, damaged or of an unknown kind
+    """
     if weights.startswith("timm:"):
         return Opened(_from_timm(weights, device, dtype))
     try:
@@ -117,7 +122,7 @@ def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtyp
         model = model.float()
     except Exception as error:  # from_pretrained raises whatever its parts do
         raise UserError(f"weights={path}: not a model of transformers ({one_line(error, 160)})") from None
-    # The library fills what it misses with random numbers; only the pooler, which no evaluation asks, may be missing.
+    # The library fills what it misses with random numbers; only the pooler, which no evaluation uses, may be missing.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UserError(f"weights={path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
