@@ -3,7 +3,7 @@
 Images are never assumed to have a common size. All that happens to logits between the patch grid and the pixels of the
 answer (upsampling windows, averaging where they overlap, scaling to the original size) is linear, one matrix for rows
 and one for columns: `Windows.rows_of` streams the answer in blocks of rows, whatever the image's size.
-Reference datasets P5; the geometry of crops and windows is that of the segmentation toolbox which DINOv2 used.
+The geometry of crops and windows is that of mmsegmentation, the toolbox which DINOv2 used.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ ORDER_STREAM, SAMPLE_STREAM = 1, 2  # of random numbers
 
 
 def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """(height, width) scaled to the largest with sides of at most `short` and `long`, keeping the ratio."""
+    """(height, width) in pixels, scaled to the largest with sides of at most `short` and `long`, keeping the ratio."""
     factor = min(short / min(height, width), long / max(height, width))
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
@@ -42,7 +42,12 @@ def centre_padding(length: int, multiple: int) -> tuple[int, int]:
 
 
 def centre_pad(images: Tensor, multiple: int, value: Sequence[float] = (0.0,)) -> Tensor:
-    """(B, C, H, W) padded on all sides to whole multiples, with one `value` for all channels or one for each."""
+    """Images padded centrally to whole multiples.
+
+    images   (B, C, H, W)
+    value    of the padding: one for all channels, or one for each
+    returns  (B, C, H', W')
+    """
     top, bottom = centre_padding(images.shape[2], multiple)
     left, right = centre_padding(images.shape[3], multiple)
     return pad(images, [left, top, right, bottom], fill=[float(each) for each in value])
@@ -61,9 +66,9 @@ def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -
 def batches_of_one_shape(
     items: Iterable[T], batch_size: int, shape: Callable[[T], tuple[int, ...]]
 ) -> Iterator[list[T]]:
-    """Batches of equal shape, so that no image is padded for its neighbours' sake, which its tokens would show.
+    """Batches of items of equal shape, since an image padded to its neighbours' size would have other tokens.
 
-    Holds four batches at most; the order changes.
+    Holds four batches at most; the order changes. The last batch of a shape may be smaller than `batch_size`.
     """
     waiting: dict[tuple[int, ...], list[T]] = {}
     count = 0
@@ -96,7 +101,7 @@ def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
 
 
 def bilinear_matrix(out: int, length: int) -> np.ndarray:
-    """(out, length) float64: the weights of bilinear resizing along one axis, corners not aligned."""
+    """(out, length) float64: the weights of bilinear resizing along one axis, with align_corners=False."""
     units = torch.eye(length, dtype=torch.float64)[:, None]
     return F.interpolate(units, size=out, mode="linear", align_corners=False)[:, 0].T.numpy()
 
@@ -109,7 +114,7 @@ def upsampling(length: int, patch_size: int) -> np.ndarray:
 
 
 def window_starts(length: int, size: int, stride: int) -> list[int]:
-    """Where windows of `size` begin that are `stride` apart; the last one is moved back to end with the image."""
+    """First pixels of windows of `size` that are `stride` apart; the last one is moved back to end with the image."""
     count = max(length - size + stride - 1, 0) // stride + 1
     return [max(min(index * stride, length - size), 0) for index in range(count)]
 
@@ -118,7 +123,7 @@ def window_starts(length: int, size: int, stride: int) -> list[int]:
 class Windows:
     """Equal windows over an image of (height, width) pixels, each padded centrally to whole patches.
 
-    A window is `size` pixels high and wide, or as the image where that is less; windows are `stride` apart.
+    A window is `size` pixels high and wide, or as the image where that is less; windows are `stride` pixels apart.
     """
 
     height: int
@@ -129,14 +134,16 @@ class Windows:
 
     @property
     def tops(self) -> list[int]:
+        """First rows of the windows, in pixels, ascending."""
         return window_starts(self.height, self.size, self.stride)
 
     @property
     def lefts(self) -> list[int]:
+        """First columns of the windows, in pixels, ascending."""
         return window_starts(self.width, self.size, self.stride)
 
     def cut(self, image: Tensor) -> Tensor:
-        """(C, H, W) -> (windows, C, h, w), row by row."""
+        """The windows of an image (C, H, W), row by row: (windows, C, h, w) of its type."""
         height, width = min(self.size, self.height), min(self.size, self.width)
         return torch.stack(
             [image[:, top : top + height, left : left + width] for top in self.tops for left in self.lefts]
@@ -186,10 +193,10 @@ class Windows:
 def crop_origin(
     height: int, width: int, size: int, rng: np.random.Generator, mask: np.ndarray | None = None, most: float = 0.75
 ) -> tuple[int, int]:
-    """Top and left of a random crop of at most (size, size) pixels.
+    """Top and left in pixels of a random crop of at most (size, size) pixels.
 
-    mask  (height, width) classes: a crop counts as good when two classes occur and none takes `most` or more of the
-          pixels that are not ignored; after CROP_TRIES the last one is taken. None: any crop is good
+    mask  (height, width) classes: a crop counts as good when two classes occur and none takes the share `most` or more
+          of the pixels that are not ignored; after CROP_TRIES the last one is taken. None: any crop is good
     """
     top = left = 0
     for _ in range(CROP_TRIES):
@@ -226,12 +233,12 @@ def _order(turn: int, count: int, seed: int) -> np.ndarray:
 def training_stream(
     load: Callable[[int, np.random.Generator], T], count: int, batch_size: int, steps: int, seed: int, workers: int
 ) -> Iterator[Callable[[int], list[tuple[int, T]]]]:
-    """Batches of samples by step, loaded ahead in threads; the same samples whatever step the training begins with.
+    """Context with batches of samples by step, loaded ahead in threads; samples depend on the step, not on where it
+    began.
 
     load    (image, rng) -> sample; all randomness comes from `rng`, which is a function of the seed and the position
     count   images, each of which comes once in every pass
-
-    yields  step -> [(image, sample)]; steps are asked for in order, another one begins anew
+    yields  step -> [(image, sample)]; steps are meant to be taken in order, any other one restarts the loading there
     """
 
     def sample(position: int) -> tuple[int, T]:
