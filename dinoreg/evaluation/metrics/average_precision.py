@@ -18,8 +18,8 @@ COCO_RECALLS = np.linspace(0, 1, 101)
 class Curve:
     """Precision and recall along a ranking.
 
-    true, false  (m,) what was found right and wrong up to each rank, cumulative, not descending
-    positives    all that could be found
+    true, false  (m,) number right and number wrong up to each rank, cumulative, not descending
+    positives    number of all that could be found
     """
 
     true: np.ndarray
@@ -39,8 +39,10 @@ class Curve:
     def average(self, points: str = "all") -> float:
         """Average precision in [0, 1]; NaN where there is nothing to find.
 
-        points  "11": mean of the envelope at recall 0, 0.1, ..., 1; "101": at 0, 0.01, ..., 1, as COCO has it;
-                "all": area under the envelope; "step": area under the precision itself, as scikit-learn has it
+        points  "11": mean of the envelope at recall 0, 0.1, ..., 1 (VOC 2007); "101": at 0, 0.01, ..., 1 (COCO);
+                "all": area under the envelope (VOC since 2010); "step": area under the precision itself, as
+                scikit-learn
+                has it. ValueError for any other
         """
         if points not in POINTS:
             raise ValueError(f"points={points!r}: expected one of {', '.join(POINTS)}")
@@ -59,7 +61,7 @@ class Curve:
 class Ranking:
     """Images sorted once by falling score, for the curves of many bootstrap draws.
 
-    scores   (n,) real, no NaN
+    scores   (n,) real; ValueError for NaN, and where the three shapes differ
     labels   (n,) true where the class is present
     ignored  (n,) true where the image counts neither way, or None
     """
@@ -83,7 +85,10 @@ class Ranking:
         self.steps, self.found = last[kept], found[kept]
 
     def curve(self, weights: ArrayLike | None = None) -> Curve:
-        """weights (n,), how often each image is counted; None: once."""
+        """The curve of the ranking, with one point for each score at which recall grows.
+
+        weights  (n,) how often each image is counted; None: once
+        """
         count = np.ones(len(self.order)) if weights is None else np.asarray(weights, dtype=np.float64)[self.order]
         every = np.cumsum(count)[self.steps]
         positives = np.cumsum(count[self.present])
