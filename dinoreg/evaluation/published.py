@@ -21,8 +21,10 @@ def released(
 ) -> tuple[Published, ...]:
     """Figures of the four released DINOv2 models: ViT-S, B and L/14, distilled from ViT-g/14, and itself.
 
+    values     in the metric's usual unit (percent, metres)
+    source     paper and table
     note       what differs from our protocol
-    registers  0 or 4, said with each row; None leaves it to the note
+    registers  0 or 4, stated in each row; None leaves it to the note
     ending     of the models' names, such as ", +ms"
     """
     suffix = " reg4" if registers else ""
@@ -39,8 +41,9 @@ def released(
 def with_registers(
     values: tuple[float, float, float, float, float, float], table: str, differs: tuple[str, str, str] = ("", "", "")
 ) -> tuple[Published, ...]:
-    """Figures of Registers' three backbones, each trained with 0 and with 4 registers.
+    """Figures of Registers' three backbones (DINOv2, DeiT-III, OpenCLIP), each trained with 0 and with 4 registers.
 
+    values   in the metric's usual unit, in that order
     table    of that paper
     differs  what differs from our protocol for each backbone
     """
@@ -63,7 +66,10 @@ def at_test_time(values: Sequence[float], differs: str, spreads: Sequence[str] =
 
 
 def denoised(values: tuple[float, float], differs: tuple[str, str]) -> tuple[Published, ...]:
-    """Figures of the released ViT-B/14 with 0 and with 4 registers in the paper on denoising."""
+    """Figures of the released ViT-B/14 with 0 and with 4 registers in the paper on denoising (arXiv 2401.02957).
+
+    differs  what differs from our protocol for each
+    """
     return tuple(
         Published(f"DINOv2 ViT-B/14 (released), {count} registers", value, DENOISING, each)
         for count, value, each in zip((0, 4), values, differs, strict=True)

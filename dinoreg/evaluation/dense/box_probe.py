@@ -67,10 +67,9 @@ def prepare(
 
 
 def typical_reach(targets: Iterable[Targets]) -> float:
-    """Mean distance in patches from patches in objects to the sides of their boxes, at least 0.5: where training
-    starts.
+    """Mean distance in patches from patches in objects to the sides of their boxes, at least 0.5.
 
-    returns  3.0 where no patch is in an object
+    The heads' predictions start there. 3.0 where no patch is in an object.
     """
     reach = torch.cat([each.reach[each.labels >= 0] for each in targets])
     return max(float(reach.mean()), 0.5) if len(reach) else 3.0

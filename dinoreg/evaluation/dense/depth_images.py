@@ -21,8 +21,10 @@ SIZES_READ = 64  # training images whose sizes decide the crop
 
 
 def read_pair(split: DepthMaps, index: int) -> tuple[Image.Image, np.ndarray]:
-    """An image and its depth (H, W) float32 metres, 0 where unknown; UserError when their sizes differ or one is
-    unreadable."""
+    """An image and its depth (H, W) float32 metres, 0 where unknown.
+
+    raises  UserError when their sizes differ or one cannot be read
+    """
     image = read_rgb(split.source, index)
     depth = np.asarray(split.depth(index), dtype=np.float32)
     width, height = image.size

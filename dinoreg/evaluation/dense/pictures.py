@@ -128,8 +128,7 @@ def flow_colours(flow: np.ndarray, fastest: float) -> np.ndarray:
 
 
 def wheel(radius: int) -> Image.Image:
-    """The key to the flow's colours, RGBA, 2 radius + 1 pixels a side: all directions and speeds, transparent
-    outside."""
+    """The key to the flow's colours, RGBA of 2 radius + 1 pixels a side; transparent outside the circle."""
     along = np.arange(-radius, radius + 1)
     flow = np.stack(np.meshgrid(along, along), axis=-1).astype(np.float64)
     inside = np.linalg.norm(flow, axis=-1) <= radius

@@ -101,9 +101,10 @@ def training_crop(
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """SSD's distortion of colours (Liu et al., arXiv 1512.02325): each part with probability one half.
 
-    image    (H, W, 3) uint8; brightness ±32 of 255, contrast and saturation x 0.5 to 1.5, hue ±36 degrees; contrast
-             comes
-             before or after the other two
+    Brightness ±32 of 255, contrast and saturation x 0.5 to 1.5, hue ±36 degrees; contrast before or after the other
+    two.
+
+    image    (H, W, 3) uint8
     returns  (H, W, 3) uint8
     """
     x = image.astype(np.float32)

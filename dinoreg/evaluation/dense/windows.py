@@ -233,8 +233,8 @@ def _order(turn: int, count: int, seed: int) -> np.ndarray:
 def training_stream(
     load: Callable[[int, np.random.Generator], T], count: int, batch_size: int, steps: int, seed: int, workers: int
 ) -> Iterator[Callable[[int], list[tuple[int, T]]]]:
-    """Context with batches of samples by step, loaded ahead in threads; samples depend on the step, not on where it
-    began.
+    """Context with batches of samples by step, loaded ahead in threads; a step has the same samples in a resumed
+    training.
 
     load    (image, rng) -> sample; all randomness comes from `rng`, which is a function of the seed and the position
     count   images, each of which comes once in every pass

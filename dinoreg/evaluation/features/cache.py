@@ -38,8 +38,7 @@ def extract_features(
     mean_patch: bool = False,
     what: str = "features",
 ) -> np.ndarray:
-    """The features of every image of a source, in order; read from the cache if they are there, else extracted and
-    saved.
+    """The features of every image of a source, in order; read from the cache where they are in it, else extracted.
 
     transform   RGB image -> (h, w, 3) uint8; its repr is part of the key
     blocks      whose class tokens are taken, ascending, from 0 or from the end
@@ -87,7 +86,7 @@ def slots(encoder: Encoder, images: Tensor, blocks: Sequence[int], mean_patch: b
 
 
 def feature_matrix(rows: np.ndarray) -> Tensor:
-    """All slots of (n, slots, D) side by side, (n, slots D) of the type on disk; a view of the same memory, to be read
+    """All slots of (n, slots, D) side by side: (n, slots D) of the type on disk, in the same memory, to be read
     only."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch warns of memory that it may not write to
@@ -115,8 +114,7 @@ def extract_rows(
     note: Mapping[str, Any] | None = None,
     advice: str = "",
 ) -> np.ndarray:
-    """Whatever `compute` gives for every image of a source: (images, ...) of `features_dtype`, memory-mapped, read
-    only.
+    """What `compute` gives for every image of a source: (images, ...) of `features_dtype`, memory-mapped, read only.
 
     path         of the .npy file; a .json beside it holds `note` and how far the extraction is
     load         image -> (h, w, 3) uint8, all of one size; runs ahead in threads
@@ -124,9 +122,9 @@ def extract_rows(
     what         is shown beside the progress
     flush_every  rows between two notes of how far the extraction is
     advice       behind the message that the disk is full
+    raises       RunError naming the first image whose row is not finite, or where the disk is too small
 
-    An interrupted extraction resumes. RunError naming the first image whose row is not finite, or where the disk is too
-    small.
+    An interrupted extraction resumes.
     """
     noted = path.with_suffix(".json")
     done = flushed = _rows_done(path, noted)

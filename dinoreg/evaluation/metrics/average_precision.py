@@ -40,9 +40,8 @@ class Curve:
         """Average precision in [0, 1]; NaN where there is nothing to find.
 
         points  "11": mean of the envelope at recall 0, 0.1, ..., 1 (VOC 2007); "101": at 0, 0.01, ..., 1 (COCO);
-                "all": area under the envelope (VOC since 2010); "step": area under the precision itself, as
-                scikit-learn
-                has it. ValueError for any other
+                "all": area under the envelope (VOC since 2010); "step": area under the precision itself (scikit-learn);
+                ValueError for any other
         """
         if points not in POINTS:
             raise ValueError(f"points={points!r}: expected one of {', '.join(POINTS)}")

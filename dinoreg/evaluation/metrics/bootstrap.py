@@ -20,8 +20,7 @@ def top1(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def mean_per_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The accuracy of each class that occurs in labels (n,), averaged with equal weight, in [0, 1]; ValueError as
-    `top1`."""
+    """The accuracy of each class in labels (n,), averaged with equal weight, in [0, 1]; ValueError as for `top1`."""
     predicted, true = _paired(predictions, labels)
     _, inverse = np.unique(true, return_inverse=True)
     return float((np.bincount(inverse, weights=predicted == true) / np.bincount(inverse)).mean())

@@ -49,7 +49,7 @@ class Detections:
 
     @classmethod
     def of(cls, images: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Detections:
-        """The detections of images given one by one: boxes (k, 4) in pixels, labels (k,) and scores (k,), on the
+        """The detections of images in a row: boxes (k, 4) in pixels, labels (k,) and scores (k,) of each, on the
         CPU."""
         boxes, labels, scores = (torch.cat([each[part] for each in images]).numpy() for part in range(3))
         return cls(np.repeat(np.arange(len(images)), [len(each[1]) for each in images]), boxes, labels, scores)
@@ -132,15 +132,13 @@ def voc_matches(found: Detections, truth: Truth) -> list[ClassMatches]:
 
 
 def coco_matches(found: Detections, truth: Truth) -> dict[str, list[ClassMatches]]:
-    """For every size of COCO_AREAS and class, which detections count as right by COCO's rules, at COCO_OVERLAPS (T =
-    10).
+    """For every size of COCO_AREAS and class, which detections count as right by COCO's rules (T = 10 overlaps).
 
     By falling score, a detection takes the free object that it overlaps most (of equals the last), one that counts
-    before
-    one that does not. Objects of other sizes, difficult ones and crowds do not count; nor do detections that take them,
-    nor
-    those that take nothing and are of another size themselves. Of an image and class the first MAX_DETECTIONS are
-    looked at.
+    before one that does not. Objects of other sizes, difficult ones and crowds do not count; nor do detections that
+    take
+    them, nor those that take nothing and are of another size themselves. Of an image and class only the MAX_DETECTIONS
+    of the highest scores take part.
 
     returns  {name of the size: matches of each class}
     """
@@ -280,8 +278,7 @@ class Scores:
 def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ()) -> Scores:
     """A detector's figures by a rule of RULES; shares in [0, 1], averaged over the classes that occur.
 
-    rule   "coco": AP[.5:.95] and AP50 at 101 recalls; else VOC's AP50, for "voc2012" all-points first, 11-point
-           otherwise
+    rule   "coco": AP[.5:.95] and AP50 at 101 recalls; else VOC's AP50, all-points first for "voc2012", else 11-point
     names  of the K classes, for `per_class`
     """
     if rule == "coco":

@@ -15,8 +15,7 @@ TRAIN_CHUNK, TEST_CHUNK = 65_536, 256  # rows that are compared at once
 
 @torch.no_grad()
 def rankme(features: Tensor, eps: float = 1e-7) -> float:
-    """Effective rank: the exponential of the entropy of the normalised singular values (RankMe, arXiv 2210.02885, eq.
-    1).
+    """Effective rank (RankMe, eq. 1): the exponential of the entropy of the normalised singular values.
 
     features  (n, D), not centred, as in the paper; ValueError for any other shape and for n = 0
     eps       added to every normalised singular value

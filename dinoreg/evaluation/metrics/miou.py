@@ -80,13 +80,13 @@ class Confusion:
         return float(_ratio(right.sum(), true.sum()))
 
     def mean_accuracy(self) -> float:
-        """Share in [0, 1] of each true class's pixels that are right, averaged over the classes of the masks; NaN
-        without any."""
+        """Share in [0, 1] of each class's pixels that are right, averaged over the classes of the masks; NaN without
+        any."""
         right, true, _ = self.totals()
         return nanmean(_ratio(right, true))
 
     def constant(self) -> tuple[int, float]:
-        """The class that most true pixels have, and the mIoU in [0, 1] of predicting it everywhere: the trivial
+        """The class that most true pixels have, and the mIoU in [0, 1] of predicting it everywhere: a trivial
         baseline."""
         _, true, _ = self.totals()
         best = int(true.argmax())

@@ -1,7 +1,6 @@
-"""P6, linear depth: RMSE in metres of linear heads on frozen patch and class tokens, lin.1 and lin.4.
-
-Follows DINOv2 §7.4 and its released heads: lin.1 reads the last block, lin.4 four blocks
-spread over the depth. Both, and all learning rates, are trained at once on one pass of the backbone (`depth_head`).
+"""Linear depth: RMSE in metres of linear heads on frozen patch and class tokens, lin.1 and lin.4.
+Follows DINOv2 §7.4 and its released heads: lin.1 reads the last block, lin.4 four blocks spread over the network. Both,
+and all learning rates, are trained at once on one pass of the backbone (`depth_head`).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""P9, optical flow with frozen features: matching as they are, and through one learned projection. No paper has it.
+"""Optical flow with frozen features: matching as they are, and through one learned projection. No paper has it.
 
 Two numbers for each rendering pass: *zero-shot*, the cosines of the tokens of two frames and a
 soft-argmax around the best, on the test scenes and on all; *linear*, a D x c matrix and a temperature fitted on the
@@ -42,8 +42,10 @@ Loaded = tuple[Tensor, Tensor, Truth]  # tokens (N, D) of both frames of a pair,
 def evaluate(measured: Measurement) -> list[Row]:
     """Rows "linear" and "zero-shot" of each pass: end-point error in pixels, lower is better.
 
-    data  splits "train" and "test" of FlowPairs, all frames of one size; several renderings of the same scenes come as
-          extra["passes"] = {name: splits}, the first of which gives the headline
+    data    splits "train" and "test" of FlowPairs, all frames of one size; several renderings of the same scenes come
+            as extra["passes"] = {name: splits}, the first of which gives the headline
+    raises  UserError for another metric, missing splits, and frames or truths of another size or unreadable; RunError
+            where a token is not finite, the loss diverges or the disk is too small
     """
     measured.check_metric("optical flow", ("EPE",))
     settings, data, context = measured.options.flow, measured.data, measured.context
@@ -95,7 +97,7 @@ def evaluate(measured: Measurement) -> list[Row]:
 
 
 class Matching:
-    """What is done with the tokens of an encoder: measured as they are, projected, measured again.
+    """The tokens of an encoder on all frames: matched as they are, projected, matched again.
 
     passes  {name of a rendering: {"train" and "test": pairs}}; the tokens of their frames are read or extracted here
     """
@@ -121,7 +123,11 @@ class Matching:
 
     @torch.no_grad()
     def measure(self, matcher: Matcher, name: str, split: str, kind: str) -> Tensor:
-        """Tallies (pairs, 3, len(TALLY)) of the matcher's flow, of no flow and of the mean flow everywhere."""
+        """Tallies (pairs, 3, len(TALLY)) float64 of the matcher's flow, of no flow and of the mean flow everywhere.
+
+        name, split  pass and split that are measured
+        kind         of the matcher, for progress and saved states
+        """
         pairs = self.passes[name][split]
 
         def compute(_index: int, loaded: Loaded) -> Tensor:
@@ -134,7 +140,10 @@ class Matching:
         return torch.stack(tallies)
 
     def fit(self) -> Projection:
-        """The projection trained on the end-point error of all passes' training pairs, at the frames' own size."""
+        """The projection trained on the end-point error of all passes' training pairs, at the frames' own size.
+
+        raises  RunError where the loss diverges
+        """
         settings, seed = self.settings, self.context.seed
         dim = self.tokens[id(self.first["train"].source)].shape[2]
         projection = Projection(dim, settings.dim, settings.temperature, seed).to(self.device)
@@ -167,7 +176,7 @@ class Matching:
 
     @torch.no_grad()
     def draw(self, matcher: Matcher) -> None:
-        """First frame, predicted flow and true flow of some test pairs of the first pass."""
+        """Save examples: first frame, predicted flow and true flow of some test pairs of the first pass."""
         pairs = self.first["test"]
         for number, index in enumerate(self.context.example_indices(len(pairs))):
             predicted, known = self._predict(matcher, self._load(pairs, index))
