@@ -53,31 +53,26 @@ def train_heads(
     factor     step -> what each optimizer's own rate is multiplied by
     name       of the saved state, distinct within the evaluation
     clip_grad  largest gradient norm of a head
-    depends_on  besides the context: a state that was saved under another (by its repr) is not taken up
+    depends_on what a saved state must have been saved under (by its repr), besides the context, to be taken up
 
     returns {key: mean loss of the last tenth}; once a loss is not finite it is NaN, and its head learns no more.
     Raises RunError when that happens to all of them.
     """
     saved = SavedState(context, name, (sorted(heads), depends_on))
     start, broken, tail = 0, set[str](), dict[str, list[float]]()
+    parts: dict[str, Mapping[str, Any]] = {"heads": heads, "optimizers": optimizers}
     if saved.state is not None:
         start, broken, tail = saved.state["step"], set(saved.state["broken"]), saved.state["tail"]
-        for name_of_head, head in heads.items():
-            head.load_state_dict(saved.state["heads"][name_of_head])
-            optimizers[name_of_head].load_state_dict(saved.state["optimizers"][name_of_head])
+        for part, members in parts.items():
+            for key, member in members.items():
+                member.load_state_dict(saved.state[part][key])
 
     def state() -> dict[str, Any]:
-        return {
-            "step": step + 1,
-            "broken": sorted(broken),
-            "tail": tail,
-            "heads": {key: head.state_dict() for key, head in heads.items()},
-            "optimizers": {key: optimizer.state_dict() for key, optimizer in optimizers.items()},
-        }
+        states = {part: {key: each.state_dict() for key, each in members.items()} for part, members in parts.items()}
+        return {"step": step + 1, "broken": sorted(broken), "tail": tail, **states}
 
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
-    for head in heads.values():
-        head.train()
+    modules = nn.ModuleList(heads.values()).train()
     for step in context.progress(range(start, steps), steps - start, name):
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
@@ -97,6 +92,5 @@ def train_heads(
             for key, value in zip(found, values):
                 tail.setdefault(key, []).append(value)
         saved.save_when_due(state)
-    for head in heads.values():
-        head.eval()
+    modules.eval()
     return {key: math.nan if key in broken else float(np.mean(values)) for key, values in tail.items()}
