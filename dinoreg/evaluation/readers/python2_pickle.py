@@ -30,7 +30,7 @@ _INSTRUCTIONS = frozenset(" ".join((_FRAME, _TEXT, _NUMBERS, _CONTAINERS, _CALLS
 
 
 class _Refused(Exception):
-    """What a file asks for and does not get; its text goes into the message."""
+    """A file contains something that is not allowed; the text goes into the message."""
 
 
 class _Dtype:
@@ -83,7 +83,7 @@ _STAND_INS: Mapping[tuple[str, str], Callable[..., Any]] = MappingProxyType(
 
 
 class _Call:
-    """A stand-in as a file gets hold of it: it can be called and not changed."""
+    """A stand-in as a file can use it: it can be called and not changed."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
