@@ -37,11 +37,11 @@ class Format:
 
     write      (folder, source) -> None
     packages   modules that reading it back takes
-    peer       the library that is run for the certificate, as it is called
+    peer       name of the library that is run for the certificate
     load       code that makes `model` in the artefact's folder, for the model card and for the certificate's peer
-    peer_load  what the peer runs instead, where the card's code uses dinoreg
+    peer_load  the peer's code instead, where the card's code uses dinoreg
     low        the second dtype of the certificate
-    bound      the largest difference in float32, relative to the largest value of the output
+    bound      the largest difference in float32, relative to the largest absolute value of the output
     """
 
     name: str
@@ -199,7 +199,7 @@ def write_described(folder: Path, source: Source, name: str = "model.safetensors
 
 
 def write_onnx_files(folder: Path, source: Source) -> None:
-    """`model.onnx` in float32, `model_float16.onnx`, and `model.json` with what a caller has to know."""
+    """`model.onnx` in float32, `model_float16.onnx`, and `model.json` with the inputs, outputs and preprocessing."""
     facts = write_onnx(folder, source.model, hub_arguments(source.model), source.size_given)
     _write_json(folder / "model.json", facts | {"preprocessing": source.preprocessing})
 

@@ -1,4 +1,4 @@
-"""ONNX: a graph of the encoder with outputs `cls`, `registers` and `patches`, for any batch.
+"""ONNX: a graph of the encoder with outputs `cls` (B, D), `registers` (B, R, D) and `patches` (B, N, D), for any B.
 
 Either for one image size, whose positions are constants of the graph, or for any size that the patch size divides.
 There the positions are resampled in the graph by the matrices of `resample.py`, which stand for PyTorch's bicubic
@@ -49,7 +49,7 @@ class _Graph(PlainViT):
 
 
 def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixed: bool) -> dict[str, Any]:
-    """Write one file per dtype; returns what the caller of the graph has to know, fit for JSON.
+    """Write one file per dtype; returns the graph's inputs, outputs and limits, fit for JSON.
 
     arguments  of the plain encoder that makes this model
     fixed      only the model's own image size, with its positions baked in; else any size
@@ -118,7 +118,7 @@ def _capture(graph: _Graph, model: RegisterViT, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells its progress on stdout and in the log, and warns of its own deprecations."""
+    """Context without the exporter's progress on stdout and in the log, and its warnings of its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
