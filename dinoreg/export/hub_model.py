@@ -91,8 +91,8 @@ class PlainViT(nn.Module):
         return image.flatten(2).transpose(1, 2).to(positions.dtype)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches of images (B, C, H, W); ValueError for a side that is not a multiple of the
-        patch size."""
+        """Rows and columns of patches of images (B, C, H, W); ValueError where the patch size does not divide H or
+        W."""
         height, width = images.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             size = self.patch_size
@@ -133,8 +133,7 @@ class PlainViT(nn.Module):
         }
 
     def forward(self, images: Tensor, masks: Tensor | None = None, is_training: bool = False) -> Any:
-        """The class token (B, D) after the final norm; if `is_training`, all of `forward_features`. Arguments as for
-        `embed`."""
+        """The class token (B, D) after the final norm, or all of `forward_features` if `is_training`."""
         features = self.forward_features(images, masks)
         return features if is_training else features["x_norm_clstoken"]
 
