@@ -32,7 +32,8 @@ NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
 
 def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write one page on several runs and return its path (`report.html` here when `out` is None)."""
+    """Write one page on several runs and return its path (`report.html` here when `out` is None; `out` may be a
+    folder)."""
     loaded = [Run(run) for run in runs]
     names = run_names(loaded)
     path = Path(out or "report.html")
@@ -54,7 +55,7 @@ def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) ->
 
 
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Column headings and one row of text per run; columns that no run can fill are left out."""
+    """Column headings and one row of text per run; columns that would be empty are left out."""
     datasets = list(dict.fromkeys(probe.dataset for run in runs for probe in run.newest_probes()))
     rows = []
     for run, name in zip(runs, names):
@@ -77,7 +78,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], li
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """{key: its value in each run} for every config key on which the runs disagree."""
+    """{key: its value in each run, as text} for every config key on which the runs disagree."""
     configs = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key not in NOT_COMPARED)
     values = {key: [_text(config[key]) if key in config else "" for config in configs] for key in keys}
@@ -101,7 +102,7 @@ def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """Folder names, with as much of the path as it takes to tell them apart."""
+    """Folder names, with as much of the path as makes them distinct."""
     parts = [run.folder.resolve().parts for run in runs]
     longest = max(len(each) for each in parts) if parts else 1
     for depth in range(1, longest + 1):
