@@ -32,8 +32,10 @@ NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
 
 def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write one page on several runs and return its path (`report.html` here when `out` is None; `out` may be a
-    folder)."""
+    """Write one page on several runs; returns its path.
+
+    out  a file or an existing folder; None: `report.html` in the current one
+    """
     loaded = [Run(run) for run in runs]
     names = run_names(loaded)
     path = Path(out or "report.html")

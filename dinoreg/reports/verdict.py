@@ -35,8 +35,7 @@ class Verdict:
 
 
 def verdict(run: Run) -> Verdict:
-    """A run's verdict by the first of these that exists: probe against baselines, probe alone, in-run probe,
-    progress."""
+    """A run's verdict by the first that exists of: probe against baselines, probe alone, in-run probe, progress."""
     probes = run.newest_probes()
     judged = [judge(probe) for probe in probes]
     compared = [each for each, probe in zip(judged, probes) if probe.baselines]
@@ -61,8 +60,10 @@ def verdict(run: Run) -> Verdict:
 
 
 def judge(probe: Probe) -> Verdict:
-    """One probe against its baselines: good only when its interval lies beyond each of theirs, bad when one lies
-    beyond it."""
+    """One probe against its baselines, the worst tone first: "bad" where its interval lies beyond the probe's on the
+    better
+    side, "warn" where they overlap, "good" where the probe's does; "plain" without baselines.
+    """
     sign = 1.0 if probe.details.get("higher_is_better", True) else -1.0
     own = sorted((sign * probe.low, sign * probe.high))
     names: dict[str, list[str]] = {"bad": [], "warn": [], "good": []}  # of the baselines, the worst tone first
