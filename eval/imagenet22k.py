@@ -132,7 +132,7 @@ def images(root: Path, split: str, options: Options, index_dir: str | None) -> S
     """
     folders = [folder for folder in (*(root / name for name in BENCHMARK.folders), root) if folder.is_dir()]
     chosen = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
-    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), options, index_dir)  # find says what is expected
+    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), options, index_dir)  # find raises the error
     return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
 
 

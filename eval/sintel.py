@@ -44,7 +44,7 @@ def read(folder: Path, options: Options) -> Data:
     for part in (*wanted, "flow", "occlusions", "invalid"):
         if not (root / part).is_dir():
             raise missing(root / part, NAME, ARCHIVES[part])
-    # In alphabetical order: that of a folder's entries is the file system's.
+    # Sorted, because the order of a folder's entries depends on the file system.
     names = sorted(path.name for path in (root / wanted[0]).iterdir() if path.is_dir() and path.name[0] != ".")
     scenes = {name: _frames(root, wanted, name) for name in names}
     scored = [name for name in TEST_SCENES if name in scenes]

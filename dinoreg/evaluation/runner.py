@@ -117,7 +117,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             _sample(benchmark, seen[task.read])
         data = seen[task.read]
         tasks.append((task, data))
-        # Where they depend on the layout, the reader knows them.
+        # Where the official counts depend on the layout, the reader states them.
         for split, count in data.extra.get("official_counts", task.counts).items():
             found = len(data.splits[split]) if split in data.splits else 0
             if found != count:
@@ -163,7 +163,7 @@ def read_result(path: Path) -> Result | None:
 
 
 class _Evaluation:
-    """One dataset with one encoder and its baselines; finished tasks are kept under a key over all that counts."""
+    """One dataset with one encoder and its baselines; finished tasks are saved under a key over all that shapes them."""
 
     def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
         self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
@@ -172,7 +172,7 @@ class _Evaluation:
         self.key = _key(encoder, plan, request)
 
     def result(self) -> Result:
-        """The result that is on disk under the same key, else a new one, written."""
+        """The result on disk if it has the same key, else a new one, which is written."""
         path, encoder, options = self.folder / f"{self.name}.json", self.encoder, self.request.options
         known = read_result(path)
         if known is not None and known.key == self.key and not options.overwrite:
@@ -232,12 +232,12 @@ class _Evaluation:
         return tuple(found)
 
     def context(self, name: str, role: str) -> Context:
-        """What a protocol is given besides its data; `name` is that of its files."""
+        """The context of one task; `name` is that of its files, `role` as for `rows`."""
         options = self.request.options
 
         return Context(
             features=Path(options.features) if options.features else self.folder.parent / "features",
-            # With the key in its name, a state is never met by other weights or options.
+            # With the key in its name, a state is never resumed with other weights or options.
             state=self.unfinished / self.key / name,
             examples=self.folder / "examples" / self.name if options.examples and not role else None,
             seed=options.seed,

@@ -201,7 +201,7 @@ def _ask(form: Format, trial: Trial, place: Path) -> tuple[dict[str, Tensor], di
     try:
         facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
         return load_file(place / "answers.safetensors"), facts
-    except Exception as error:  # a peer that ended well but left no whole answer
+    except Exception as error:  # exit code 0, but outputs that are missing or damaged
         raise RunError(f"{about} left no answer ({type(error).__name__}); nothing written") from None
 
 

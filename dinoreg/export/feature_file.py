@@ -1,8 +1,8 @@
 """A file of features with the paths they belong to: written row by row, resumable, then safetensors or parquet.
 
-Rows are appended in `OUT.part/` beside a note of how far they go; what a kill left behind the note is cut off when the
-work goes on. At the end the rows get their header (safetensors: it stands in front of them, in room that was left for
-it) or are copied into row groups (parquet), and OUT appears whole, in one rename.
+Rows are appended in `OUT.part/` beside a note of how far they go; rows beyond the note, which a kill may leave, are cut
+off on resuming. At the end the rows get their header (safetensors: in the room that was left in front of them) or are
+copied into row groups (parquet), and OUT appears complete, in one rename.
 """
 
 import itertools

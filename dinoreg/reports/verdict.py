@@ -60,9 +60,10 @@ def verdict(run: Run) -> Verdict:
 
 
 def judge(probe: Probe) -> Verdict:
-    """One probe against its baselines, the worst tone first: "bad" where its interval lies beyond the probe's on the
-    better
-    side, "warn" where they overlap, "good" where the probe's does; "plain" without baselines.
+    """One probe against its baselines, by 95 % intervals.
+
+    returns  tone "bad" where a baseline is better with the intervals apart, else "warn" where intervals overlap, "good"
+             where the probe is better than all with the intervals apart, "plain" without baselines
     """
     sign = 1.0 if probe.details.get("higher_is_better", True) else -1.0
     own = sorted((sign * probe.low, sign * probe.high))

@@ -143,7 +143,7 @@ def _split(table: Table, path: Path, share: float, seed: int) -> Data:
 
 
 def _rarest(labels: np.ndarray) -> np.ndarray:
-    """What a hold-out of images with several labels balances: the rarest label of each (n, K) -> (n,), K for none."""
+    """The rarest label of each image, (n, K) -> (n,), K for an image without any: the groups of a balanced hold-out."""
     present = labels == 1
     count = np.where(present.any(axis=0), present.sum(axis=0), len(labels) + 1)
     rank = np.where(present, count[None], len(labels) + 1)

@@ -105,7 +105,7 @@ class BoxProbe:
                 reach.append(each.targets.reach[counted])
             x = torch.cat(tokens)
             targets = Targets(torch.cat(labels).to(x.device), torch.cat(reach).to(x.device))
-            if len(x) < 2:  # BatchNorm cannot tell a spread from a single patch, and there is nothing to learn
+            if len(x) < 2:  # BatchNorm cannot estimate a variance from a single patch
                 return {key: head.linear.weight.sum() * 0.0 for key, head in heads.items()}
             return {key: box_loss(head(x), targets) for key, head in heads.items()}
 

@@ -2,7 +2,7 @@
 
 One image at a time at its own size, padded at the bottom and right to whole patches with what normalisation turns into
 zeros, as LOST does; the padded patches take part. Blocks and biases are swept in one pass, so that what the papers
-chose by hand can be repeated; then the best is quoted, says so, and the whole sweep stands beside it.
+chose by hand can be repeated; then the best is quoted, with a note that it is, and all of the sweep in the details.
 """
 
 from collections.abc import Sequence

@@ -116,7 +116,7 @@ class Matching:
         # A pair takes many megabytes, so that few are loaded ahead.
         self.context = replace(context, workers=min(context.workers, AHEAD))
         stamps = [(name, split, len(pairs), pairs.source.stamp()) for name, split, pairs in everything]
-        # States of unfinished work are kept under this, so that none is taken up under other options.
+        # Saved states have this key, so that none is resumed under other options.
         made_of = (encoder.identity, encoder.dtype, context.features_dtype)
         self.key = (*made_of, stamps, self.geometry, settings, context.seed)
         self.constants = torch.stack([torch.zeros(2), self._mean_flow()]).to(self.device)
@@ -159,7 +159,7 @@ class Matching:
 
         def losses(step: int) -> dict[str, Tensor]:
             nonlocal ahead
-            if ahead is None:  # a training that goes on does not begin at step 0
+            if ahead is None:  # a resumed training does not begin at step 0
                 ahead = parallel(batch, range(step, settings.steps), self.context.workers)
             total, count = torch.zeros((), device=self.device), 0
             for loaded in next(ahead):

@@ -1,8 +1,8 @@
 """A reader for the one kind of pickle that the CIFAR files hold, which runs nothing that a file names.
 
-A pickle is a program. Two fences stand before it: a list of the instructions that a dictionary of text, numbers and
-byte arrays needs, checked over the whole file before any is carried out; and stand-ins for the few NumPy functions
-that such a file calls, so that not even NumPy's own unpickling sees the file's values. The files were written by
+A pickle is a program. Two checks restrict it: only instructions that a dictionary of text, numbers and byte arrays
+needs are allowed, checked over the whole file before any is carried out; and the few NumPy functions that such a file
+calls are replaced by stand-ins, so that not even NumPy's own unpickling sees the file's values. The files were written by
 Python 2, whose text is read as Latin-1.
 """
 
@@ -123,7 +123,7 @@ def read_dictionary(path: Path, dataset: str, archive: str, max_bytes: int = MAX
 
 
 def _check_instructions(data: bytes) -> None:
-    """Walk over the whole program without carrying anything out; _Refused at an instruction it has no need of."""
+    """Walk over the whole program without carrying anything out; _Refused at an instruction that is not allowed."""
     for count, (instruction, value, _position) in enumerate(pickletools.genops(data)):
         if instruction.name not in _INSTRUCTIONS:
             raise _Refused(f"it has the instruction {instruction.name}, which is not allowed")

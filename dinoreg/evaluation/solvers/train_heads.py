@@ -1,7 +1,7 @@
 """Training several small heads on one frozen backbone at once: the loop that the dense and grid protocols share.
 
 The backbone sees a batch once; every head has its own loss and optimizer. Randomness is a function of the step, so that
-a training that was stopped goes on as if it had not been.
+an interrupted training resumes with the result of an uninterrupted one.
 """
 
 import math
