@@ -100,8 +100,10 @@ class Benchmark:
     """A dataset.
 
     name      as in `dinoreg eval NAME`
+    classes   their number, or None for tasks without classes
     folders   names that its folder may have below `root`; `root` itself is tried last
-    layouts   each a set of paths that together make the dataset readable; the first is the one that messages name
+    layouts   each a set of paths that together make the dataset readable; messages name the most complete one
+    download  where the files come from, in words
     options   choices of how it is read, set as NAME.KEY=VALUE: {KEY: option(default, help, …)}
     splits    in words, for the list: by default the counts of the first task, "3,680 / 3,669"
     """
@@ -157,7 +159,7 @@ class Benchmark:
 
 
 def needs(archive: str, *paths: str) -> tuple[Need, ...]:
-    """Paths that come out of one archive."""
+    """The given paths, each a Need of one archive."""
     return tuple(Need(path, archive) for path in paths)
 
 

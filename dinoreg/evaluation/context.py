@@ -66,7 +66,7 @@ class SavedState:
     """State of unfinished work under one name, of tensors and plain values, saved every SAVE_SECONDS.
 
     key    what the work depends on; compared by its repr
-    state  what an earlier, stopped process saved under the same name and key, or None
+    state  what an interrupted process saved under the same name and key, or None
     """
 
     def __init__(self, context: Context, name: str, key: object) -> None:

@@ -150,7 +150,7 @@ class FlowPairs(Split):
     first, second  (n,) indices into `source`
     scenes         (n,) name of each pair's scene
     flow           pair -> (H, W, 2) float32 pixels, (u, v) = (right, down)
-    valid          pair -> (H, W) bool: ground truth to be trusted
+    valid          pair -> (H, W) bool: where the ground truth is reliable
     occluded       pair -> (H, W) bool: not visible in the second frame
     """
 

@@ -56,9 +56,10 @@ def with_registers(
 
 
 def at_test_time(values: Sequence[float], differs: str, spreads: Sequence[str] = ("",) * 4) -> tuple[Published, ...]:
-    """Figures of the released ViT-L/14 with 0, 4 trained and one test-time register, and of OpenCLIP's ViT-B/16.
+    """Figures of arXiv 2506.08010: ViT-L/14 with 0, 4 trained and one test-time register, and OpenCLIP's ViT-B/16.
 
-    values, spreads  means over three seeds in this order, as many as are stated, and what is said of their spread
+    values   means over three seeds in this order, as many as are published
+    spreads  what is published of their spread, in words
     """
     names = [f"DINOv2 ViT-L/14 (released), {count}" for count in ("0 registers", "4 registers", "1 test-time register")]
     rows = zip([*names, "OpenCLIP ViT-B/16"], values, spreads)
@@ -83,7 +84,10 @@ def single_tokens(
     source: str = f"{REGISTERS}, Table 1",
     last: str = "outlier patch token",
 ) -> tuple[Published, ...]:
-    """Figures of one token alone, in percent: the class token, a normal patch token and the last one."""
+    """Figures of one token alone, in percent: the class token, a normal patch token and the one called `last`.
+
+    differs  what else differs from our protocol
+    """
     return tuple(
         Published(model, value, source, f"the {token} alone; {differs}", "" if token == "class token" else token)
         for token, value in zip(("class token", "normal patch token", last), values, strict=True)

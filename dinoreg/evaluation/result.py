@@ -41,7 +41,7 @@ class Row:
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON's types only; NaN and infinity as text."""
+        """The fields in JSON's types; NaN and infinity as text."""
         return plain(asdict(self))
 
     @classmethod

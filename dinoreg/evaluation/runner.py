@@ -163,7 +163,7 @@ def read_result(path: Path) -> Result | None:
 
 
 class _Evaluation:
-    """One dataset with one encoder and its baselines; finished tasks are saved under a key over all that shapes them."""
+    """One dataset with one encoder and its baselines; finished tasks are saved under a key over all their inputs."""
 
     def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
         self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder

@@ -58,8 +58,10 @@ class Format:
 
 
 def write_timm(folder: Path, source: Source) -> None:
-    """`model.safetensors` under timm's names, and `config.json` as timm saves it for a hub: the model's name, its
-    arguments, the preprocessing."""
+    """`model.safetensors` under timm's names, and `config.json` as timm saves it for a hub.
+
+    The config holds the model's name, its arguments and the preprocessing.
+    """
     model = source.model
     _save(to_timm(model.state_dict()), folder / "model.safetensors")
     gated = model.ffn == "swiglu"
@@ -100,8 +102,8 @@ def _timm_ratio(dim: int, hidden: int) -> float:
 def write_transformers(folder: Path, source: Source) -> None:
     """`config.json`, `model.safetensors` and `preprocessor_config.json`, as AutoModel and AutoImageProcessor read them.
 
-    raises UserError for what transformers' Dinov2 cannot express: a rectangular position grid, an FFN whose width is
-    not a whole multiple of the model's
+    raises  UserError for what transformers' Dinov2 cannot express: a rectangular position grid, an FFN whose width is
+            not a multiple of the model's
     """
     model = source.model
     rows, columns = model.grid
@@ -166,7 +168,7 @@ def write_meta(folder: Path, source: Source) -> None:
 
 
 def hub_text(model: RegisterViT) -> str:
-    """The source of `hub_model.py` with this model's architecture in it."""
+    """The text of `hub_model.py` with this model's architecture in it."""
     text = Path(hub_model.__file__).read_text(encoding="utf-8")
     lines = "".join(f"    {key!r}: {value!r},\n" for key, value in hub_arguments(model).items())
     return text.replace(_UNFILLED, f"{_UNFILLED[:-2]}\n{lines}}}\n".replace("'", '"'))
@@ -183,8 +185,10 @@ def hub_arguments(model: RegisterViT) -> dict[str, Any]:
 
 
 def write_described(folder: Path, source: Source, name: str = "model.safetensors") -> None:
-    """The weights under Meta's names, and the `model.json` with which `dinoreg.load` reads them: architecture,
-    preprocessing, origin, digest."""
+    """The weights under Meta's names, and `model.json`, with which `dinoreg.load` reads them.
+
+    The JSON holds architecture, preprocessing, origin and digest.
+    """
     path = folder / name
     _save(to_meta(source.model.state_dict()), path)
     description = {

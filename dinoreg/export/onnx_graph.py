@@ -79,7 +79,7 @@ def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixe
 
 
 def drop_float16(folder: Path) -> None:
-    """Remove the float16 graph of a model that overflows in that dtype, and its mention in `model.json`."""
+    """Remove the float16 graph of a model that overflows in that dtype, and its entry in `model.json`."""
     for path in folder.glob(f"{FILES['float16']}*"):  # and its weights, where they lie beside it
         path.unlink()
     facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))

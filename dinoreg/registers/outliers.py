@@ -22,7 +22,7 @@ LOW_INFORMATION = 0.25  # the share of patches, those most like their neighbours
 
 
 class Limit(NamedTuple):
-    """Where outliers begin.
+    """The norm at which outliers begin.
 
     value      a patch with a larger norm is an outlier
     median     of the norms

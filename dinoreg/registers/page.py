@@ -39,10 +39,11 @@ DISCOVERY |= {"whole_image_box": score}
 def write_registers(
     measured: Sequence[Measured], images: np.ndarray, out: Path, skipped: Sequence[tuple[str, str]] = ()
 ) -> Path:
-    """`OUT/registers.html`, its pictures and `view.json` in `OUT/registers/`; returns the page.
+    """Write `OUT/registers.html`, and its pictures and `view.json` in `OUT/registers/`; returns the page's path.
 
     images   (k, H, W, 3) uint8: those whose maps are shown
     skipped  (name, reason) of images that could not be read
+    raises   UserError where OUT cannot be a folder, RunError where it cannot be written
     """
     gallery = Gallery(VIEW, out)
     records = [each.record for each in measured]

@@ -144,7 +144,7 @@ def _section(record: Record, cells: Sequence[Sequence[str]]) -> dict[str, Any]:
 class Line(NamedTuple):
     """A row of a record, its cells under COLUMNS, and whether it is the first of its protocol.
 
-    The first has a verdict and published numbers beside it.
+    Only the first has a verdict and published numbers in its cells.
     """
 
     row: dict[str, Any]

@@ -48,8 +48,8 @@ def attention_rows(model: RegisterViT, images: Tensor, layers: Sequence[int]) ->
 def attention_maps(model: RegisterViT, images: Tensor) -> Tensor:
     """The attention of the class token and the registers to the patches in the last block, averaged over heads.
 
-    images  (B, C, H, W) normalised, on the model's device
-    returns (B, 1+R, H/p, W/p) float32: the share of a token's attention that a patch gets
+    images   (B, C, H, W) normalised, on the model's device
+    returns  (B, 1+R, H/p, W/p) float32 in [0, 1]: the share of a token's attention that a patch gets
     """
     special = 1 + model.num_registers
     weights = attention_rows(model, images, [model.depth - 1])[0].mean(dim=1)  # (B, 1+R, T)

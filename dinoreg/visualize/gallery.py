@@ -1,6 +1,6 @@
 """Contact sheets of labelled tiles, and galleries that save them and write the page around them.
 
-A sheet stands on a transparent ground that suits a light and a dark page. A gallery's pictures are PNG files in
+A sheet has a transparent background that suits a light and a dark page. A gallery's pictures are PNG files in
 `OUT/<view>/`, and `OUT/<view>.html` holds them all.
 """
 
@@ -68,7 +68,7 @@ def colour_map(values: np.ndarray, top: float | None = None, colours: str = "mag
 
 
 def figure_image(figure: Figure) -> Image.Image:
-    """A figure of matplotlib as a picture on a transparent ground."""
+    """A figure of matplotlib as an RGBA picture with a transparent background."""
     figure.patch.set_alpha(0)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -103,7 +103,7 @@ def _map_sheets(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) ->
 
 
 def histogram_sheet(norms: TokenNorms) -> Image.Image:
-    """A histogram of patch norms for each block, with CLS and registers as lines, on a transparent ground."""
+    """A histogram of patch norms for each block, with CLS and registers as lines, on a transparent background."""
     depth = len(norms.patches)
     columns = min(4, depth)
     rows = -(-depth // columns)

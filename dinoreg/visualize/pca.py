@@ -26,7 +26,8 @@ FORMAT = "dinoreg-patch-basis"
 
 
 class PatchBasis(NamedTuple):
-    """Centre and axes of a set of patch tokens, and each component's range from no colour to full colour."""
+    """Mean and axes of a set of patch tokens, and each component's range from no colour to full colour; float32,
+    CPU."""
 
     mean: Tensor  # (D,)
     axes: Tensor  # (D, 3) orthonormal, most variance first
@@ -35,7 +36,8 @@ class PatchBasis(NamedTuple):
 
 
 class Foreground(NamedTuple):
-    """Patches whose first component lies above a threshold are foreground."""
+    """The split of patches into foreground, where the first component is above a threshold, and background; float32,
+    CPU."""
 
     mean: Tensor  # (D,)
     axis: Tensor  # (D,) of length one, pointing at the foreground
@@ -94,7 +96,7 @@ def foreground_of(patches: Tensor, grid: tuple[int, int]) -> Foreground:
 
 
 def foreground_mask(patches: Tensor, foreground: Foreground) -> Tensor:
-    """patches (B, N, D) -> (B, N) bool on the CPU, True in the foreground."""
+    """(B, N) bool on the CPU of patches (B, N, D), True in the foreground."""
     x = patches.detach().float().cpu()
     return (x - foreground.mean) @ foreground.axis > foreground.threshold
 

@@ -67,7 +67,10 @@ class Pictures:
 
 
 def open_subject(weights: str, device: str = "auto") -> Subject:
-    """The model of a run folder, a weight file or a name; raises UserError in one line when there is none."""
+    """The model of a run folder, a weight file or a name; UserError, in one line, for weights missing or damaged.
+
+    device  "auto" or a name of PyTorch
+    """
     encoder, run, step = open_native(weights, pick_device(device))
     assert isinstance(encoder, NativeEncoder)
     return Subject(encoder.module, encoder.name, encoder.mean, encoder.std, run, step)
@@ -212,7 +215,7 @@ def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def evenly_spaced(total: int, count: int) -> Sequence[int]:
-    """`count` of the indices below `total` at equal distances, or all of them where there are no more."""
+    """`count` of the indices below `total`, ascending at equal distances, or all of them where there are no more."""
     if total <= count:
         return range(total)
     return [total * (2 * number + 1) // (2 * count) for number in range(count)]

@@ -169,7 +169,7 @@ class _ModuleEncoder(Encoder):
 
 
 class NativeEncoder(_ModuleEncoder):
-    """A RegisterViT."""
+    """An encoder around a RegisterViT."""
 
     module: RegisterViT
 
@@ -197,7 +197,7 @@ class NativeEncoder(_ModuleEncoder):
 
 
 class TimmEncoder(_ModuleEncoder):
-    """A ViT of timm: anything with `forward_intermediates` and a class token.
+    """An encoder around a ViT of timm: any with `forward_intermediates` and a class token; UserError for others.
 
     Sizes other than the model's own need `dynamic_img_size=True` when it is created.
     """
@@ -237,7 +237,8 @@ class TimmEncoder(_ModuleEncoder):
 
 
 class TransformersEncoder(_ModuleEncoder):
-    """A ViT of transformers: Dinov2Model, Dinov2WithRegistersModel, ViTModel."""
+    """An encoder around a ViT of transformers (Dinov2Model, Dinov2WithRegistersModel, ViTModel); UserError for
+    others."""
 
     def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
         settings: Any = getattr(module, "config", None)
@@ -282,10 +283,11 @@ class TransformersEncoder(_ModuleEncoder):
 
 
 class PixelEncoder(Encoder):
-    """The baseline without a network: patch tokens are the patch's pixels, the class token the whole image, small.
+    """The baseline without a network: patch tokens are the patch's pixels, the class token the entire image, small.
 
-    patch_size  of the encoder that it is compared with
-    side        the class token is the image resampled to (side, side), D = C side²; patches have C patch² numbers
+    patch_size  pixels, of the encoder that it is compared with
+    side        pixels; the class token is the image resampled to (side, side), so C side² numbers; a patch token has
+                C patch_size²
     """
 
     pools = False  # the widths differ

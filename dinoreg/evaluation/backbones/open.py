@@ -56,8 +56,11 @@ def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -
 def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Opened:
     """A NativeEncoder of a run, a file, a library's folder or a model's name, with the preprocessing stated beside it.
 
-    A bare name's random weights are always the same, and LayerScale does not silence them (see `random_init`).
-    raises UserError in one line when there is none; NotHeld for a folder whose model RegisterViT cannot hold
+    A bare name's random weights are always the same, and LayerScale is 1 in them (see `random_init`).
+
+    dtype   of the matrix products
+    raises  UserError, in one line, for weights that are missing or damaged; NotHeld for a folder with a model that
+            RegisterViT cannot hold
     """
     file = find_weights(weights)
     if file is None:

@@ -119,7 +119,11 @@ def depths(_root: Path, pairs: Pairs, variant: str) -> Data:
 
 
 def read_metres(path: Path, image: Path) -> np.ndarray:
-    """A depth map (H, W) float32 metres of its image's size, 0 where unknown; UserError for anything else."""
+    """A depth map (H, W) float32 metres of its image's size, 0 where unknown.
+
+    path   PNG of 16 bits in millimetres, or .npy or TIFF of floats in metres
+    raises UserError naming a file that is missing, unreadable, of another type or size, or negative somewhere
+    """
     metres = read_depth_map(path) if path.suffix.lower() == ".png" else _read_floats(path)
     if metres.min(initial=0) < 0:
         raise UserError(f"{path}: holds a depth of {metres.min():g} m, expected 0 (unknown) or more")

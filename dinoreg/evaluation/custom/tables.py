@@ -48,8 +48,8 @@ Column = list[tuple[str, str]]  # (where it stands, cell) of every row
 def read_table(file: Path, root: Path, columns: Sequence[str]) -> Table:
     """Read a table; UserError, in one line, for whatever is wrong with it.
 
-    root     where relative paths begin and what no path may leave
-    columns  those that hold labels; where there are none, see above
+    root     where relative paths begin and which no path may leave
+    columns  those that hold labels; if empty `label`, or all but `path` and `split`
     """
     cells = _read_columns(file)
     if "path" not in cells:

@@ -99,8 +99,9 @@ class Projection(nn.Module):
     """The linear probe: one matrix before the cosines, and the temperature after them.
 
     dim          D of the tokens
-    out_dim      c of the projection
-    temperature  that the learned one starts from
+    out_dim      width of the projection
+    temperature  initial value of the learned one, above 0
+    seed         of the matrix
 
     The matrix starts (semi-)orthogonal, so that the first flow is that of the tokens themselves or close to it. It has
     no bias: with unit tokens going in, the direction of the projected token is that of the unscaled one.
@@ -152,10 +153,13 @@ def tally(predicted: Tensor, truth: Truth) -> Tensor:
 
 
 def figures(tallies: Tensor) -> dict[str, float]:
-    """Figures pooled over the pixels of pairs (n, len(TALLY)): end-point errors in pixels, rates as shares.
+    """Figures pooled over the pixels of pairs: end-point errors in pixels, rates as shares in [0, 1].
 
-    all, matched and unmatched are means over the valid pixels, those visible in the second frame and those hidden
-    there; NaN where there is none.
+    all, matched and unmatched are means over the valid pixels, those visible in the second frame and those occluded in
+    it; NaN where there is none.
+
+    tallies  (n, len(TALLY)) of the pairs
+    returns  {"all", "matched", "unmatched", "within 1 px", "within 3 px", "within 5 px"}
     """
     total = dict(zip(TALLY, tallies.sum(dim=0).tolist()))
 

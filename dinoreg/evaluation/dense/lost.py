@@ -22,9 +22,9 @@ class Found(NamedTuple):
 
     box      x0, y0, x1, y1 in patches, ends exclusive
     mask     (rows, columns) bool: the connected patches that the box encloses
-    seed     number of the patch that it grew from
-    similar  (s,) numbers of the patches that joined the seed, itself among them as a rule
-    alone    whether the seed was not among the patches alike to the rest, so that the box is the seed patch
+    seed     index of the patch that it grew from
+    similar  (s,) indices of the patches that joined the seed, itself among them unless its own product is not positive
+    alone    whether the seed was outside the mask of patches alike to these together, so that the box is the seed patch
     """
 
     box: tuple[int, int, int, int]

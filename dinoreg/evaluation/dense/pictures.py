@@ -70,10 +70,10 @@ def draw_boxes(
 
 @lru_cache(maxsize=8)
 def palette(count: int) -> np.ndarray:
-    """(count, 3) uint8: colours as far from each other, and from black, as can be; the same ones every time.
+    """(count, 3) uint8, read only: colours far from each other and from black; always the same ones.
 
     Each colour in turn is the one of a grid that is farthest from all before it; a palette is the beginning of every
-    longer one. Read only.
+    longer one.
     """
     steps = np.linspace(0, 255, 14).round()
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -98,7 +98,10 @@ def coloured(mask: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def panel(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """An image (H, W, 3) or mask (H, W), uint8, as large as a panel that shows (height, width) pixels."""
+    """An array resized to a panel that shows (height, width) pixels, at most PANEL pixels wide.
+
+    array  image (H, W, 3) or mask (H, W), uint8; masks by the nearest pixel
+    """
     shown = min(width, PANEL)
     size = (shown, max(round(height * shown / width), 1))
     kind = Image.Resampling.NEAREST if array.ndim == 2 else Image.Resampling.BILINEAR
@@ -109,7 +112,7 @@ def triptych(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, num_c
     """Image | prediction | truth.
 
     image              (h, w, 3) uint8
-    prediction, truth  (h, w) uint8 classes; 255 is black
+    prediction, truth  (h, w) uint8 classes in [0, num_classes); 255 is black
     """
     return strip([image, coloured(prediction, num_classes), coloured(truth, num_classes)], gap=6)
 
@@ -138,7 +141,7 @@ def wheel(radius: int) -> Image.Image:
 def draw_flow(frame: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: np.ndarray, text: str) -> Image.Image:
     """Frame, predicted flow and true flow side by side.
 
-    predicted, true  (H, W, 2) pixels; both on the scale of the true one's fast pixels
+    predicted, true  (H, W, 2) pixels; full colour is the 99th percentile of the true speeds, at least 1 pixel
     valid            (H, W) bool; elsewhere the true flow is grey
     text             below the prediction
     """

@@ -126,7 +126,11 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """(H, W, 3) float32 in [0, 255] with HSV's saturation times `factor`, at most 1."""
+    """An image with HSV's saturation times `factor`, at most 1.
+
+    image    (H, W, 3) float32 in [0, 255]
+    returns  the same
+    """
     value = image.max(axis=2, keepdims=True)
     reach = value - image.min(axis=2, keepdims=True)  # saturation is reach / value
     limit = np.divide(value, reach, out=np.ones_like(value), where=reach > 0)
@@ -134,6 +138,10 @@ def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def turn_hue(image: np.ndarray, degrees: float) -> np.ndarray:
-    """(H, W, 3) float32 in [0, 255] with HSV's hue turned; saturation and value stay."""
+    """An image with HSV's hue turned by `degrees`; saturation and value stay.
+
+    image    (H, W, 3) float32 in [0, 255]
+    returns  the same
+    """
     pixels = torch.from_numpy(image / 255).permute(2, 0, 1)
     return 255 * adjust_hue(pixels, degrees / 360).permute(1, 2, 0).numpy()

@@ -36,7 +36,8 @@ def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
 
 
 def centre_padding(length: int, multiple: int) -> tuple[int, int]:
-    """Pixels to add before and after so that `length` becomes a multiple; an odd one goes behind."""
+    """Pixels to add before and after so that `length` becomes a multiple; after gets the larger part of an odd
+    number."""
     missing = -length % multiple
     return missing // 2, missing - missing // 2
 
@@ -54,9 +55,11 @@ def centre_pad(images: Tensor, multiple: int, value: Sequence[float] = (0.0,)) -
 
 
 def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -> Tensor:
-    """(h, w, 3) uint8 -> (3, H, W) float32 in [0, 1], filled up to multiples of the patch size at the bottom and right.
+    """An image padded at the bottom and right to multiples of the patch size, as a tensor.
 
-    mean  colour of the filling, which the encoder's normalisation turns into zeros
+    pixels   (h, w, 3) uint8
+    mean     RGB colour of the padding, in [0, 1], which the encoder's normalisation turns into zeros
+    returns  (3, H, W) float32 in [0, 1]
     """
     height, width = pixels.shape[:2]
     image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
@@ -152,10 +155,10 @@ class Windows:
     def rows_of(self, maps: Tensor, height: int, width: int, elements: int = 1 << 24) -> Iterator[tuple[slice, Tensor]]:
         """The windows' maps, upsampled, averaged where they overlap and scaled to (height, width), in blocks of rows.
 
-        maps      (windows, K, rows, columns) on the patch grids of the padded windows
-        elements  numbers in a block at most (at least one row is given)
-
-        yields    (which rows, (K, rows, width) of the type of `maps`)
+        maps           (windows, K, rows, columns) on the patch grids of the padded windows
+        height, width  of the output in pixels
+        elements       numbers in a block at most (but at least one row)
+        yields         (which rows, (K, rows, width) of the type of `maps`)
         """
         down, across = len(self.tops), len(self.lefts)
         grid = (
@@ -169,7 +172,7 @@ class Windows:
             yield block, vertical[block] @ grid @ horizontal.mT
 
     def argmax(self, maps: Tensor, height: int, width: int, elements: int = 1 << 24) -> np.ndarray:
-        """The strongest of K maps at each pixel: (height, width) int64. Arguments as for `rows_of`."""
+        """The index of the largest of K maps at each pixel: (height, width) int64. Arguments as for `rows_of`."""
         strongest = np.empty((height, width), dtype=np.int64)
         for rows, block in self.rows_of(maps, height, width, elements):
             strongest[rows] = block.argmax(dim=0).cpu().numpy()
@@ -212,7 +215,11 @@ def crop_origin(
 
 
 def pad_to(array: np.ndarray, size: int, value: int | Sequence[int]) -> np.ndarray:
-    """(H, W) or (H, W, C) enlarged to (size, size) to the right and below, filled with `value`."""
+    """An array padded to (size, size) to the right and below.
+
+    array  (H, W) or (H, W, C), H and W at most `size` pixels
+    value  of the padding: one number, or one for each channel
+    """
     padded = np.empty((size, size, *array.shape[2:]), dtype=array.dtype)
     padded[:] = value
     padded[: array.shape[0], : array.shape[1]] = array
@@ -220,7 +227,7 @@ def pad_to(array: np.ndarray, size: int, value: int | Sequence[int]) -> np.ndarr
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
-    """The image at a position of an endless stream: each of `count` once per pass, in another order every time."""
+    """The image, below `count`, at a position of an endless stream: each once per pass, in another order every time."""
     return int(_order(position // count, count, seed)[position % count])
 
 

@@ -94,7 +94,10 @@ def feature_matrix(rows: np.ndarray) -> Tensor:
 
 
 def require_finite(tokens: Tensor, names: Sequence[str], encoder: Encoder) -> None:
-    """RunError naming the first image whose tokens (B, ...) are not all finite."""
+    """RunError naming the first image whose tokens (B, ...) are not all finite.
+
+    names  of the B images
+    """
     bad = (~torch.isfinite(tokens).flatten(1).all(dim=1)).nonzero()
     if len(bad):
         raise RunError(f"{names[int(bad[0])]}: its feature is not finite ({encoder.name})")

@@ -28,12 +28,12 @@ class Curve:
 
     @cached_property
     def precision(self) -> np.ndarray:
-        """(m,) the share found right up to each rank, 0 where nothing has been counted yet."""
+        """(m,) the share in [0, 1] that is right up to each rank, 0 where nothing has been counted yet."""
         return self.true / np.maximum(self.true + self.false, 1e-300)
 
     @cached_property
     def envelope(self) -> np.ndarray:
-        """(m,) the best precision at this recall or more."""
+        """(m,) the best precision at this recall or a larger one, in [0, 1]."""
         return np.maximum.accumulate(self.precision[::-1])[::-1]
 
     def average(self, points: str = "all") -> float:

@@ -15,7 +15,7 @@ MISSING = "the {name} split is missing, or its images have no boxes"
 
 
 def check_boxes(split: Boxed, name: str) -> None:
-    """UserError where the boxes, labels or flags of a split are out of shape or range.
+    """UserError where the boxes, labels, flags or areas of a split are out of shape or range.
 
     name  of the split, for messages
     """

@@ -45,9 +45,9 @@ def evaluate(measured: Measurement) -> list[Row]:
     on the reported images; `details` then holds all.
 
     data.extra  "eigen_crop": where test pixels count; "train_crop": what training crops are taken from (each a Crop of
-                `metrics.depth`; the whole image where absent)
-
-    Raises UserError for data without depth maps, RunError when none is known or a feature is not finite.
+                `metrics.depth`; without it the entire image)
+    raises      UserError for missing splits and for depth maps that do not fit their images; RunError where no pixel is
+                in the range of depths, all heads diverge or a feature is not finite
     """
     settings, context = measured.options.depth, measured.context
     train, test, val = measured.splits(DepthMaps, MISSING)

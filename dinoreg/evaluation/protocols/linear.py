@@ -95,7 +95,7 @@ def evaluate(measured: Measurement) -> list[Row]:
 class Grid:
     """All heads of the grid, the images that they learn from, and the features that they are scored on.
 
-    rows   of the training split that the heads learn from
+    rows   (m,) indices into the training split of the images that the heads learn from
     kinds  of input; the heads of one kind, which differ by their rate, are one linear map side by side
     maps   {kind: its heads' map to (rates x classes) logits}, once trained
     """
@@ -138,9 +138,11 @@ class Grid:
         }
 
     def losses(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """{head: its mean cross-entropy, times its rate} of features (b, slots, D) with labels (b,).
+        """{head: () its mean cross-entropy times its rate} of features (b, slots, D) with labels (b,) int64.
 
-        SGD at the rate 1 then moves a head as SGD at the head's own rate would: momentum is linear in the gradient.
+        SGD at the rate 1 then moves a head as SGD at the head's own rate would: momentum is linear in the gradient. A
+        rate
+        is that of the options times batch size / 256, as in DINOv2's code.
         """
         found: dict[str, Tensor] = {}
         for kind, logits in self.logits(x).items():
@@ -234,7 +236,8 @@ class Grid:
 def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
     """Inception's crop as torchvision draws it, resized bicubically, then a flip with probability one half.
 
-    returns (size, size, 3) uint8
+    size     side in pixels
+    returns  (size, size, 3) uint8
     """
     width, height = image.size
     for _ in range(10):

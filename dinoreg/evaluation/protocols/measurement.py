@@ -103,7 +103,7 @@ def choose_best(
     validation  the same on images that are not reported; None: the reported scores decide, and the words say so
     chosen_on   the words for `validation`
 
-    A single candidate is chosen on nothing: "". A score that is not finite loses to every other.
+    A single candidate is chosen on nothing: "". A score that is not finite is worse than every other.
     """
     if len(reported) == 1:
         return next(iter(reported)), ""
@@ -121,11 +121,11 @@ def resumable_map(
     what: str,
     load: Callable[[int], Any] = lambda index: None,
 ) -> list[T]:
-    """[compute(index, load(index)) for index in range(count)], saved now and then and at the end.
+    """[compute(index, load(index)) for index in range(count)], saved every SAVE_SECONDS and at the end.
 
     name     of the saved state, distinct within the evaluation
     key      what the results depend on; a state that was saved under another (by its repr) is not used
-    compute  gives tensors, plain values, or lists and dicts of them: what `SavedState` can keep
+    compute  returns tensors, plain values, or lists and dicts of them, which `SavedState` can save
     what     is shown beside the progress
     load     runs ahead in `context.workers` threads
     """

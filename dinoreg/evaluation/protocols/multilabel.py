@@ -83,11 +83,12 @@ def choose(
 ) -> tuple[np.ndarray, Path]:
     """The C of each class (K,), best by its average precision on `held`, and the path on which they were found.
 
-    fit, held  features and their labels (n, K)
+    fit, held  features and their labels (n, K): 1, 0 or -1 (not counted)
+    Cs         ascending, above 0
     points     of the average precision: a value of METRICS
     patience   a class leaves the path after this many values that better neither its average precision nor its loss
 
-    A class that cannot be fitted or judged takes the middle C of the others. UserError where that is every class.
+    A class that cannot be fitted or scored takes the median C of the others. UserError where that is every class.
     """
     problem, truth = SigmoidProblem(fit, device=device), held.labels.numpy()
     counted = truth >= 0

@@ -93,7 +93,7 @@ def evaluate(measured: Measurement) -> list[Row]:
 
 
 def class_keys(names: Sequence[str], num_classes: int) -> list[str]:
-    """A distinct name for every class; its number is the name, or part of it, where names are missing or repeated."""
+    """A distinct name for every class: "class 3" where names are missing, "name (3)" where some are repeated."""
     if len(names) != num_classes:
         return [f"class {number}" for number in range(num_classes)]
     repeated = len(set(names)) < num_classes

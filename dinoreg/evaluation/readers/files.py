@@ -31,7 +31,10 @@ def first_existing(folder: Path, names: Iterable[str]) -> Path:
 
 
 def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) -> bytes:
-    """A file's content; UserError for one that is missing, cannot be read, or has more than `most` bytes."""
+    """A file's content; UserError for one that is missing, cannot be read, or has more than `most` bytes.
+
+    archive  in the message for a missing file
+    """
     try:
         if most is not None and path.stat().st_size > most:
             raise UserError(f"{dataset}: {path} has more than the {most:,} bytes that a file of its kind may have")
@@ -73,7 +76,10 @@ def matched(path: Path, form: str, expected: str, dataset: str, archive: str) ->
 
 
 def require_distinct(values: Iterable[object], what: str, where: str) -> None:
-    """UserError naming the first value that `where`, a list of them, has twice."""
+    """UserError naming the first repeated value.
+
+    what, where  what a value is, and the list that has them, for the message
+    """
     repeated = [value for value, count in Counter(values).items() if count > 1]
     if repeated:
         raise UserError(f"{where} lists {what} {repeated[0]} twice")
@@ -127,7 +133,7 @@ def class_labels(
 
     rows     (class, path), as the list `where` has them
     classes  names in the order of their labels; or the range of the numbers that the list has instead
-    Raises UserError for a name or number that is no class.
+    raises   UserError for a name or number that is no class
     """
     labels_of = {name: label for label, name in enumerate(classes)}
     labels = []
@@ -200,7 +206,7 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
 
 
 def matlab_numbers(path: Path, names: Iterable[str], most: int, dataset: str, archive: str) -> dict[str, np.ndarray]:
-    """The named variables of a MATLAB file, each a list of whole numbers in 1..most, as (n,) int64 with n > 0.
+    """The named variables of a MATLAB file, each a list of integers in 1..most, as (n,) int64 with n > 0.
 
     Raises UserError as `matlab` does, and for any other content.
     """

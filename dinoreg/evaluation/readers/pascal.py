@@ -34,7 +34,7 @@ MOST_BYTES = 1 << 22  # of one annotation; real ones have a few thousand
 class Devkit:
     """The tree of one year, read as one dataset.
 
-    archives  {split: the archive that its files come out of}
+    archives  {name of a list: the archive that its files come out of}
     """
 
     folder: Path

@@ -15,7 +15,7 @@ MILLIMETRES = 1000.0  # in a metre
 
 
 def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
-    """A label map of whole numbers (H, W), uint8 or int32, as they stand in the file (of a palette: the indices).
+    """A label map of integers (H, W), uint8 or int32, with the values in the file (of a palette: the indices).
 
     image    the picture it belongs to, whose header alone is read: both must have the same size
     dataset  in front of every message

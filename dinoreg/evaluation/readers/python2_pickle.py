@@ -2,8 +2,8 @@
 
 A pickle is a program. Two checks restrict it: only instructions that a dictionary of text, numbers and byte arrays
 needs are allowed, checked over the whole file before any is carried out; and the few NumPy functions that such a file
-calls are replaced by stand-ins, so that not even NumPy's own unpickling sees the file's values. The files were written by
-Python 2, whose text is read as Latin-1.
+calls are replaced by stand-ins, so that not even NumPy's own unpickling sees the file's values. The files were written
+by Python 2, whose text is read as Latin-1.
 """
 
 import pickle
@@ -107,8 +107,8 @@ def read_dictionary(path: Path, dataset: str, archive: str, max_bytes: int = MAX
     """The dictionary in a Python 2 pickle; values that are arrays of bytes come as NumPy's, uint8 and read only.
 
     Raises UserError, in one line, for a file that is missing, larger than max_bytes, damaged, not a dictionary with
-    text keys, or that asks for anything besides containers, text, bytes, whole numbers and arrays of bytes. Nothing
-    that a file names is imported or called.
+    text keys, or that contains anything besides containers, text, bytes, integers and arrays of bytes. Nothing that a
+    file names is imported or called.
     """
     data = read_bytes(path, dataset, archive, max_bytes)
     try:

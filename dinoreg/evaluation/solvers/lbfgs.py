@@ -20,7 +20,7 @@ Objective = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class Minimum(NamedTuple):
-    """Where the search ended: x (p,), its value, the steps taken, and whether the tolerance was met."""
+    """The end of a search: x (p,), its value, the steps taken, and whether the tolerance was met."""
 
     x: Tensor
     value: float
