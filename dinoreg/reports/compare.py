@@ -88,8 +88,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
-    """One chart per measurement with a line per run; over images instead of steps where batch sizes differ and are
-    known."""
+    """One chart per measurement with a line per run; over images, not steps, where batch sizes differ and are known."""
     by_images = all(run.images_seen for run in runs) and len({run.config.get("batch_size") for run in runs}) > 1
     charts = []
     for key, (title, options) in CURVES.items():

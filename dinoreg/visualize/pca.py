@@ -26,8 +26,7 @@ FORMAT = "dinoreg-patch-basis"
 
 
 class PatchBasis(NamedTuple):
-    """Mean and axes of a set of patch tokens, and each component's range from no colour to full colour; float32,
-    CPU."""
+    """Mean and axes of a set of patch tokens, and each component's range from no to full colour; float32, CPU."""
 
     mean: Tensor  # (D,)
     axes: Tensor  # (D, 3) orthonormal, most variance first
@@ -36,8 +35,7 @@ class PatchBasis(NamedTuple):
 
 
 class Foreground(NamedTuple):
-    """The split of patches into foreground, where the first component is above a threshold, and background; float32,
-    CPU."""
+    """The split of patches into foreground (first component above a threshold) and background; float32, CPU."""
 
     mean: Tensor  # (D,)
     axis: Tensor  # (D,) of length one, pointing at the foreground

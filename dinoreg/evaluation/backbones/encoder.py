@@ -237,8 +237,7 @@ class TimmEncoder(_ModuleEncoder):
 
 
 class TransformersEncoder(_ModuleEncoder):
-    """An encoder around a ViT of transformers (Dinov2Model, Dinov2WithRegistersModel, ViTModel); UserError for
-    others."""
+    """An encoder around transformers' Dinov2Model, Dinov2WithRegistersModel or ViTModel; UserError for others."""
 
     def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
         settings: Any = getattr(module, "config", None)

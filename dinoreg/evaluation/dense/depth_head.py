@@ -38,8 +38,7 @@ Key = tuple[int, float]  # a head: its variant and its learning rate
 def head_blocks(variant: int, depth: int) -> tuple[int, ...]:
     """The blocks, from 0, that lin.`variant` reads of a backbone with `depth` blocks; ascending and distinct.
 
-    lin.4 reads those of DINOv2 (§7.4) where the depth is 12, 24 or 40; otherwise blocks are evenly spaced up to the
-    last.
+    lin.4 reads those of DINOv2 (§7.4) where the depth is 12, 24 or 40; otherwise blocks are evenly spaced.
     """
     if variant == 4 and depth in FOUR_BLOCKS:
         return tuple(block - 1 for block in FOUR_BLOCKS[depth])

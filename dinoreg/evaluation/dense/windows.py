@@ -36,8 +36,7 @@ def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
 
 
 def centre_padding(length: int, multiple: int) -> tuple[int, int]:
-    """Pixels to add before and after so that `length` becomes a multiple; after gets the larger part of an odd
-    number."""
+    """Pixels to add before and after so that `length` becomes a multiple; an odd pixel goes after."""
     missing = -length % multiple
     return missing // 2, missing - missing // 2
 

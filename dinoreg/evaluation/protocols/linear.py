@@ -140,9 +140,9 @@ class Grid:
     def losses(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """{head: () its mean cross-entropy times its rate} of features (b, slots, D) with labels (b,) int64.
 
-        SGD at the rate 1 then moves a head as SGD at the head's own rate would: momentum is linear in the gradient. A
-        rate
-        is that of the options times batch size / 256, as in DINOv2's code.
+        SGD at the rate 1 then moves a head as SGD at the head's own rate would: momentum is linear in the gradient. The
+        rates
+        are the options' times batch size / 256, as in DINOv2's code.
         """
         found: dict[str, Tensor] = {}
         for kind, logits in self.logits(x).items():
