@@ -20,7 +20,7 @@ from dinoreg.runtime.errors import UserError
 if TYPE_CHECKING:
     from dinoreg.evaluation.data import Data
 
-# protocol: (module, title); each module has `evaluate(encoder, data, task, options, context) -> list[Row]`.
+# protocol: (module, title); each module has `evaluate(measured: Measurement) -> list[Row]`.
 PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "linear": ("dinoreg.evaluation.protocols.linear", "linear grid"),

@@ -144,7 +144,7 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
         f"{form.peer} resamples positions with {how}, the source with {source_how}: other sizes than the native one "
         "differ"
     )
-    # The weights are proven at a second size by an artefact made for it, to which no resampling is left.
+    # The weights are checked at a second size by an artefact made for that size, which resamples nothing.
     square = other_size(model, square=True)
     moved = replace(source, model=resized(model, square))
     made = scratch / "second_size"
@@ -181,10 +181,10 @@ def _ask(form: Format, trial: Trial, place: Path) -> tuple[dict[str, Tensor], di
         "num_registers": trial.model.num_registers,
         "threads": torch.get_num_threads(),
     }
-    if form.peer_load:  # what is in the file is read by that library, and run by the plain encoder
+    if form.peer_load:  # the file is read by that library, and its weights are run by the plain encoder
         (place / "plain.py").write_text(hub_text(trial.model), encoding="utf-8")
     (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    # A hubconf.py leaves no cache in the artefact.
+    # Without bytecode, so that a hubconf.py leaves no cache in the artefact.
     offline = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, str(script), str(place / "request.json")],

@@ -124,7 +124,7 @@ class RowFile:
             skipped = {int(index): (str(name), str(reason)) for index, (name, reason) in note["skipped"].items()}
             size = (self.folder / _ROWS).stat().st_size
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            ours = {_ROWS, _NOTE, f"{_NOTE}.part", _PARQUET}  # a kill in the very first write leaves none but these
+            ours = {_ROWS, _NOTE, f"{_NOTE}.part", _PARQUET}  # a kill during the first write leaves only these
             if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= ours:
                 return False
             raise UserError(f"out={self.out}: {self.folder} is in the way and is no unfinished embed") from None

@@ -26,7 +26,7 @@ from dinoreg.weights.convert import to_meta, to_timm, to_transformers
 from dinoreg.weights.library_configs import DINOV2_ARGUMENTS, DINOV2_FIXED, TIMM_ARGUMENTS
 from dinoreg.weights.resolve import TEACHER_FORMAT
 
-# timm's register models by width; widths it has no name for are said in arguments over the nearest kind.
+# timm's register models by width; other widths are set by arguments over a named model.
 TIMM_SIZES = {384: "small", 768: "base", 1024: "large"}
 _UNFILLED = "ARCHITECTURE: dict[str, Any] = {}\n"
 
@@ -65,7 +65,7 @@ def write_timm(folder: Path, source: Source) -> None:
     model = source.model
     _save(to_timm(model.state_dict()), folder / "model.safetensors")
     gated = model.ffn == "swiglu"
-    size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")  # no other names a gated FFN, and JSON could not
+    size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")  # the only name with a gated FFN, which JSON cannot set
     name = f"vit_{size}_patch14_{'reg4_' if model.num_registers else ''}dinov2"
     architecture = model.architecture()
     arguments = {theirs: architecture[ours] for ours, theirs in TIMM_ARGUMENTS.items()} | {
@@ -268,7 +268,7 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
         torch.save(own, path)
     else:
         save_file(own, path, metadata={"format": "pt"})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # made for the owner alone; an export is passed on
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it; an export is shared
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -108,7 +108,7 @@ def _capture(graph: _Graph, model: RegisterViT, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    if not graph.fixed:  # the tracer left its formula where the number of patches stands
+    if not graph.fixed:  # the exporter put a formula in place of the number of patches
         output: Any = program.model.graph.outputs[OUTPUTS.index("patches")]
         batch, _, dim = output.shape
         output.shape = type(output.shape)([batch, "patches", dim])

@@ -20,7 +20,7 @@ from dinoreg.models.vit import RegisterViT
 
 CONTROLS = ("zero", "mean", "noise", "shuffle")
 TEST_SHARE = 0.3  # of the labelled images
-CS = tuple(10.0**power for power in range(-4, 4))  # L2 strengths to choose from on held-out training images
+CS = tuple(10.0**power for power in range(-4, 4))  # inverse L2 strengths to choose from on held-out training images
 LEAST_TRAIN = 20  # images, below which a probe says nothing
 
 

@@ -27,7 +27,7 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "lr": ("Learning rate", {}),
     "images_per_second": ("Images per second", SMOOTH),
 }
-# Where a run writes says nothing about how it trains.
+# Options that do not affect training.
 NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
 

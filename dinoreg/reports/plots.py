@@ -17,7 +17,7 @@ from dinoreg.checkpoint.run_folder import Run
 from dinoreg.runtime.json_files import is_number
 
 MAX_POINTS = 400  # of one line; more are averaged in groups
-INK, GRID = "#3b4252", "#e3e6ec"  # of text and of lines, on a light ground
+INK, GRID = "#3b4252", "#e3e6ec"  # of text and of lines, on a light background
 DARK = {INK: "#b6bdc9", GRID: "#2e333d"}  # what they become on a dark one
 DOTTED = (0, (1.5, 2.5))
 SETTINGS: dict[Any, Any] = {"font.family": "sans-serif", "text.parse_math": False}
@@ -208,7 +208,7 @@ def _set_scales(axes: Axes, chart: Chart) -> None:
         set_log_ticks(axes.yaxis, 7)
     elif chart.from_zero:
         axes.update_datalim([(float(axes.dataLim.x0), 0.0)])
-        axes.margins(y=0.08)  # of all that is shown, and before a limit is set, which then stays as it is
+        axes.margins(y=0.08)  # of all that is drawn; set before the lower limit, which would move otherwise
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(percent_tick if chart.percent else short)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

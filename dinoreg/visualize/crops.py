@@ -77,7 +77,7 @@ def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: i
     source = config_source(settings.data, "data: missing; name a folder of images (data=photos/), a list, or scenes")
     gallery = Gallery("crops", Path(out) if out else default_folder(config))
     patch = int(parse_name(settings.model.name)["patch_size"])
-    # The masks of a batch are drawn for it as a whole, so it is the run's own; of a large one, as much as is shown.
+    # Masks are drawn for a batch as a unit, so its size is the run's, unless that is far more than is shown.
     batch, unreadable = first_batch(settings, source, patch, min(max(num, 8), settings.batch_size))
     indices = [int(index) for index in batch.sample_ids[:num]]
     names = [source.name(index) for index in indices]

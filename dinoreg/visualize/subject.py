@@ -30,7 +30,7 @@ from dinoreg.runtime.errors import UserError
 
 NUM_IMAGES = 8
 MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
-MAX_SIZE = 672  # pixels a side up to which that is done
+MAX_SIZE = 672  # pixels a side to which they are enlarged at most
 MAX_ASPECT = 8  # of an image; longer ones are cut at both ends, outside of any centre crop, before resizing
 
 

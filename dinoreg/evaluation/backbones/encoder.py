@@ -51,7 +51,7 @@ class Encoder(ABC):
     std: tuple[float, ...]
     device: torch.device
     dtype: torch.dtype
-    pools: bool = True  # whether the mean patch token may stand beside the class token
+    pools: bool = True  # whether the mean patch token is as wide as the class token, so that it may be appended
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tokens:
@@ -310,7 +310,7 @@ class PixelEncoder(Encoder):
         return self
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        # One size whatever the image's, so that class tokens of images of several sizes stand side by side.
+        # A fixed size, so that class tokens of images of different sizes have one width.
         small = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
         patches = F.unfold(x, self.patch_size, stride=self.patch_size).mT
         return [Tokens(small.flatten(1), x.new_empty(len(x), 0, patches.shape[2]), patches)] * len(blocks)

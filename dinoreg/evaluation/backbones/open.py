@@ -106,7 +106,7 @@ def _load_state(model: nn.Module, path: Path, weights: str) -> None:
     try:
         state, _ = unwrap(content)
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as error:  # torn files and wrong shapes end in many kinds of exception
+    except Exception as error:  # torn files and wrong shapes raise many kinds of exception
         raise UserError(f"weights={weights}: {path} does not fit the model ({one_line(error, 160)})") from None
     extra = [key for key in unexpected if not key.startswith(("head.", "fc_norm."))]
     if missing or extra:

@@ -40,7 +40,7 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
         "dtype": context.features_dtype,
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    # As many pixels at once as a batch of the crops that the batch size is meant for.
+    # As many pixels at once as in a batch of crops, for which the batch size is meant.
     height, width = geometry.working
     batch_size = max(context.batch_size * context.image_size**2 // (height * width), 1)
 
@@ -72,7 +72,7 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
 def forget_tokens(context: Context) -> None:
     """Delete the token files of this evaluation, to make room on the disk for those of the baselines."""
     for path in context.state.glob("flow_tokens_*"):
-        with suppress(OSError):  # a system that keeps mapped files; they go with the folder
+        with suppress(OSError):  # some systems cannot delete mapped files; these go with the folder
             path.unlink()
 
 

@@ -25,7 +25,7 @@ from dinoreg.evaluation.features.images import parallel
 from dinoreg.evaluation.solvers.train_heads import generator
 
 T = TypeVar("T")
-CROP_TRIES = 10  # before a crop that shows too little is taken as it is
+CROP_TRIES = 10  # draws, after which a crop is taken even if it is not good
 ORDER_STREAM, SAMPLE_STREAM = 1, 2  # of random numbers
 
 

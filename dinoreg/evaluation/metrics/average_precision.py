@@ -77,8 +77,8 @@ class Ranking:
         self.present = present[self.order]
         ranked = values[self.order]
         last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1) if len(ranked) else np.empty(0, np.int64)
-        # The end of each run of equal scores. Recall stands still over runs without positives and precision only falls,
-        # so they shape nothing and are left out.
+        # The end of each run of equal scores. Over runs without positives recall is constant and precision only falls,
+        # so they do not change the average and are left out.
         found = np.cumsum(self.present)[last]
         kept = np.diff(found, prepend=0) > 0
         self.steps, self.found = last[kept], found[kept]

@@ -136,9 +136,8 @@ def coco_matches(found: Detections, truth: Truth) -> dict[str, list[ClassMatches
 
     By falling score, a detection takes the free object that it overlaps most (of equals the last), one that counts
     before one that does not. Objects of other sizes, difficult ones and crowds do not count; nor do detections that
-    take
-    them, nor those that take nothing and are of another size themselves. Of an image and class only the MAX_DETECTIONS
-    of the highest scores take part.
+    take them, nor those that take nothing and are of another size themselves. Of an image and class only the
+    MAX_DETECTIONS of the highest scores take part.
 
     returns  {name of the size: matches of each class}
     """

@@ -42,7 +42,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     settings, encoder, context = measured.options.discovery, measured.encoder, measured.context
     test = measured.split("test", Boxed, MISSING)
     check_boxes(test, "test")
-    # An encoder of one block (raw pixels) has only that to offer.
+    # An encoder of one block (raw pixels) has no others to sweep.
     numbers = [0] if encoder.depth == 1 else [encoder.block(each) for each in settings.blocks]
     distinct = replace(settings, blocks=tuple(dict.fromkeys(numbers)), biases=tuple(dict.fromkeys(settings.biases)))
     sweep = list(product(distinct.blocks, distinct.biases))

@@ -36,7 +36,7 @@ MISSING = "the {{name}} split{which} is missing, or it does not hold pairs of fr
 
 # Unit tokens (N, D) of two frames and their grid -> displacements (N, 2) in patches.
 Matcher = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
-Loaded = tuple[Tensor, Tensor, Truth]  # tokens (N, D) of both frames of a pair, and what is known of it
+Loaded = tuple[Tensor, Tensor, Truth]  # tokens (N, D) of both frames of a pair, and its ground truth
 
 
 def evaluate(measured: Measurement) -> list[Row]:
@@ -192,7 +192,7 @@ class Matching:
         return first, second, truth(pairs, index, self.geometry)
 
     def _predict(self, matcher: Matcher, loaded: Loaded) -> tuple[Tensor, Truth]:
-        """The matcher's flow (H, W, 2) in pixels, and what is known, both on the device."""
+        """The matcher's flow (H, W, 2) in pixels, and the ground truth, both on the device."""
         first, second = (tokens.to(self.device).float() for tokens in loaded[:2])
         flow = self.geometry.to_pixels(matcher(first, second, self.geometry.grid))
         return flow, Truth(*(part.to(self.device) for part in loaded[2]))

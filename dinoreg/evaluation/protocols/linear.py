@@ -141,8 +141,7 @@ class Grid:
         """{head: () its mean cross-entropy times its rate} of features (b, slots, D) with labels (b,) int64.
 
         SGD at the rate 1 then moves a head as SGD at the head's own rate would: momentum is linear in the gradient. The
-        rates
-        are the options' times batch size / 256, as in DINOv2's code.
+        rates are the options' times batch size / 256, as in DINOv2's code.
         """
         found: dict[str, Tensor] = {}
         for kind, logits in self.logits(x).items():
@@ -184,7 +183,7 @@ class Grid:
         """
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         picked = [shuffled(position, len(self.rows), self.context.seed) for position in positions]
-        rows = np.sort(self.rows[picked])  # the file is read in one direction
+        rows = np.sort(self.rows[picked])  # in order, so that the file is read sequentially
         return torch.from_numpy(np.asarray(features[rows])).float().to(self.encoder.device), rows
 
     def augmented(self, samples: Sequence[tuple[int, np.ndarray]]) -> tuple[Tensor, np.ndarray]:

@@ -138,8 +138,7 @@ def objects(path: Path, dataset: str, archive: str) -> list[tuple[tuple[float, f
     """(box, class, difficult) of every object of an annotation, in its order.
 
     A box is x0, y0, x1, y1 in pixels, ends exclusive; a class is in [0, 20). UserError for an annotation that is
-    missing
-    or no XML, and for an unknown class, another flag or an empty box in it.
+    missing or no XML, and for an unknown class, another flag or an empty box in it.
     """
     rows = []
     for element in parse(path, dataset, archive).iterfind("object"):
@@ -149,7 +148,7 @@ def objects(path: Path, dataset: str, archive: str) -> list[tuple[tuple[float, f
         difficult = (element.findtext("difficult") or "0").strip()
         if difficult not in ("0", "1"):
             raise UserError(f"{dataset}: {path}: difficult is {difficult!r}, expected 0 or 1")
-        box = element.find("bndbox")  # a direct child: those of parts are not
+        box = element.find("bndbox")  # a direct child, unlike the boxes of parts
         rows.append((_box(box, path, dataset), NUMBERS[name], difficult == "1"))
     return rows
 

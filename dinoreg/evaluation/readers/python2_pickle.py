@@ -117,7 +117,7 @@ def read_dictionary(path: Path, dataset: str, archive: str, max_bytes: int = MAX
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise _Refused("it holds no dictionary with names for keys")
         return {key: _array(value) if isinstance(value, _Ndarray) else value for key, value in values.items()}
-    except Exception as error:  # a damaged program fails in whichever way it happens to
+    except Exception as error:  # a damaged pickle can raise any kind of exception
         what = "is refused" if isinstance(error, _Refused) else "is not a readable pickle"
         raise UserError(f"{dataset}: {path} {what}: {one_line(error, 200)}") from None
 

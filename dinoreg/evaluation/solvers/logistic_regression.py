@@ -22,7 +22,7 @@ from dinoreg.evaluation.solvers.lbfgs import flat, minimize
 
 LOGITS = 1 << 21  # logits in flight while fitting: 8 MB
 ROWS = 4096  # in flight while predicting
-UNSEEN = 50.0  # intercepts of classes that no row has lie this far below the others, of those that all have above
+UNSEEN = 50.0  # logits by which a class without rows lies below the others, and one that every row has above
 
 
 @dataclass(frozen=True)
