@@ -65,7 +65,8 @@ def write_timm(folder: Path, source: Source) -> None:
     model = source.model
     _save(to_timm(model.state_dict()), folder / "model.safetensors")
     gated = model.ffn == "swiglu"
-    size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")  # the only name with a gated FFN, which JSON cannot set
+    # "giant" is the only name with a gated FFN, which arguments in JSON cannot set.
+    size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")
     name = f"vit_{size}_patch14_{'reg4_' if model.num_registers else ''}dinov2"
     architecture = model.architecture()
     arguments = {theirs: architecture[ours] for ours, theirs in TIMM_ARGUMENTS.items()} | {
