@@ -142,16 +142,18 @@ def reference(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
 
 def dinoreg_loader(settings: dict[str, Any]) -> Any:
     """dinoreg's loader; with `finish` False it hands over what would go to an accelerator."""
+    from dinoreg.config.schema import DataConfig
     from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
-    from dinoreg.data.loader import BatchLoader, Reading, Views
+    from dinoreg.data.loader import BatchLoader, Views
     from dinoreg.data.open import open_source
     from dinoreg.runtime.device import keep_freed_memory
 
     class Uint8Loader(BatchLoader):
         """Ends where the copy to the device would begin: masks, and crops in the memory it would read from."""
 
-        def _augment(self, job: Any) -> list[Tensor | None]:
-            return [job.slot.global_crops, job.slot.local_crops]
+        def _deliver(self, job: Any, position: int) -> Any:
+            job.augmented = job.slot.groups
+            return super()._deliver(job, position)
 
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -161,7 +163,7 @@ def dinoreg_loader(settings: dict[str, Any]) -> Any:
     return kind(
         open_source(settings["folder"], index_dir=settings["index_dir"]),
         Views(crops, AugmentSettings(), MaskSettings(), settings["patch_size"]),
-        Reading(workers=settings["workers"], reduced_decode=settings.get("reduced_decode", True)),
+        DataConfig(workers=settings["workers"], reduced_decode=settings.get("reduced_decode", True)),
         batch_size=settings["batch_size"],
         device=device,
     )
@@ -189,7 +191,7 @@ def profile(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
     """Milliseconds an image that dinoreg spends in each stage, in one thread."""
     import numpy as np
 
-    from dinoreg.config.view_settings import AugmentSettings, CropSettings
+    from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
     from dinoreg.data import augment, crops
     from dinoreg.data.decode import EncodedImage
     from dinoreg.data.masks import block_masks
@@ -225,7 +227,7 @@ def profile(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
             uniforms(0, 2, epochs, ids, views, augment.NUMBERS_PER_VIEW), augment_settings
         ).swapaxes(0, 1)
         charge("plan")
-        block_masks(0, position, 2 * batch_size, grid)
+        block_masks(0, position, 2 * batch_size, grid, MaskSettings())
         charge("masks")
         for row, number in enumerate(ids):
             image = EncodedImage(files[number % len(files)])
@@ -300,8 +302,8 @@ def fidelity(folder: Path, count: int, local_size: int) -> dict[str, float]:
             box = (top, left, height, width)
             reduced = crops.reduce_box(box, reduction, *small.shape[1:]) if reduction > 1 else box
             out = torch.empty(2, size, size, 3, dtype=torch.uint8)
-            crops.make_crops(whole, [box], out[:1])
-            crops.make_crops(small, [reduced], out[1:])
+            crops.cut_crop(whole, box, out[:1].permute(0, 3, 1, 2))
+            crops.cut_crop(small, reduced, out[1:].permute(0, 3, 1, 2))
             error += float(((out[0].numpy() - wanted) ** 2).sum())
             error_reduced += float(((out[1].numpy() - wanted) ** 2).sum())
             pixels += wanted.size

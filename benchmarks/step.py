@@ -104,16 +104,14 @@ def random_batch(config: Any, patch_size: int, number: int, device: torch.device
     from dinoreg.data.loader import Batch
     from dinoreg.data.masks import block_masks, mask_tensors
 
-    crops, count, mask = config.crops, config.batch_size, config.mask
+    crops, count = config.crops, config.batch_size
     generator = torch.Generator().manual_seed(number)
 
     def pixels(rows: int, size: int) -> torch.Tensor:
         return torch.randn(rows, 3, size, size, generator=generator).to(device)
 
     grid = (crops.global_size // patch_size,) * 2
-    hidden = torch.from_numpy(
-        block_masks(0, number, 2 * count, grid, mask.probability, mask.ratio, mask.min_patches, aspect=mask.aspect)
-    )
+    hidden = torch.from_numpy(block_masks(0, number, 2 * count, grid, config.mask))
     indices, weights = mask_tensors(hidden)
     return Batch(
         global_crops=pixels(2 * count, crops.global_size),

@@ -346,7 +346,7 @@ def steps_written(out: Path) -> int:
 @pytest.mark.slow
 def test_kill_9_at_random_instants_and_resume_leaves_the_unbroken_losses(tmp_path: Path) -> None:
     """20 kills, every second one while a checkpoint is being written (one is, at every step)."""
-    num_steps, kills = 100, 20
+    num_steps, kills = 60, 20
     whole = start(tmp_path / "whole", num_steps)
     _, errors = whole.communicate(timeout=600)
     assert whole.returncode == 0, errors.decode()

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -895,6 +896,8 @@ def test_a_source_that_cannot_be_opened_says_so_in_one_line(tmp_path: Path, spec
 def test_a_run_reads_the_tars_and_lists_their_truncated_image(tmp_path: Path) -> None:
     root = tmp_path / "a, b"  # a comma without a key behind it is part of the path
     imagenet22k.write(root, per_class=3, truncated=True)
+    for path in (root, *root.rglob("*")):  # an index of what has just changed is not kept
+        os.utime(path, (time.time() - 60,) * 2)
     spec, kept = f"imagenet22k:root={root}", tmp_path / "kept"
     pretrain(tiny_config(tmp_path / "run", data__source=spec, steps=4, data__index_dir=str(kept)))
     assert len(list(kept.iterdir())) == 1

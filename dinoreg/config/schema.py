@@ -130,6 +130,7 @@ class DataConfig(Options, section="data"):
     index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_result=False)
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)
     max_pixels: int = option(200_000_000, "larger images count as unreadable")
+    reduced_decode: bool = option(True, "decode a large JPEG at 1/2, 1/4 or 1/8 where no crop loses pixels by it")
 
 
 @dataclass(frozen=True)

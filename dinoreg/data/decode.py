@@ -8,15 +8,16 @@ scaled by 255, others from their least to their greatest value; of an animation 
 truncated file is bad, never padded with grey.
 """
 
+import importlib.util
 import io
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401 (loads the operator image::decode_jpeg)
 from PIL import Image
 from torch import Tensor
 
@@ -26,6 +27,16 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format tha
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
 _ORIENTATION_TAG = 0x0112
 _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
+
+
+def _load_image_operators() -> None:
+    """Load torchvision's image operators without torchvision, whose models take as long to import as torch itself."""
+    found = importlib.util.find_spec("torchvision")
+    for library in Path(found.origin).parent.glob("image*.so") if found is not None and found.origin else ():
+        with suppress(OSError):
+            torch.ops.load_library(str(library))
+            return
+    import torchvision  # noqa: F401 (where its library has another name)
 
 
 def _find_jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
@@ -42,6 +53,7 @@ def _find_jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
     return operator if needed == ["Tensor", "int"] else None
 
 
+_load_image_operators()
 _decode_jpeg = _find_jpeg_operator()
 
 

@@ -270,7 +270,7 @@ class _Engine:
         image = EncodedImage(self.source.read(sample), self.views.in_channels, self.reading.max_pixels)
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
         reduction = 1
-        if image.format == "JPEG":
+        if self.reading.reduced_decode and image.format == "JPEG":
             reduction = geometry.reduction_for(boxes, self.views.sizes)
         pixels = image.pixels(reduction)
         if reduction > 1:
