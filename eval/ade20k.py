@@ -22,7 +22,12 @@ NAMES_FILE = "objectInfo150.txt"
 
 
 def read(folder: Path, options: Options) -> Data:
-    """ "train" is the official training split, "test" the official validation split."""
+    """ "train" is the official training split, "test" the official validation split; 150 classes from 0, 255 ignored.
+
+    raises  UserError for a missing image or mask, and for a list of classes that is missing or of another form; masks
+            are
+            checked on access, as in `read_mask`
+    """
     splits = {split: _split(folder, part) for split, part in SPLITS.items()}
     return Data(splits=splits, class_names=_names(folder / NAMES_FILE))
 

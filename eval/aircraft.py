@@ -26,7 +26,10 @@ BANNER_UNKNOWN = "banner cut off or not: not stated"
 
 
 def read(folder: Path, options: Options) -> Data:
-    """The three official splits, in the order of their files."""
+    """The three official splits, in the order of their files.
+
+    raises  UserError for a list that is missing or of another form
+    """
     below = folder / "data" if (folder / "data").is_dir() else folder
     names = lines(below / "variants.txt", NAME, ARCHIVE)
     splits = {}

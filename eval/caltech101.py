@@ -25,7 +25,10 @@ BACKGROUND = "BACKGROUND_Google"
 
 
 def read(folder: Path, options: Options) -> Data:
-    """A seeded draw of `train_per_class` images per class without replacement, and all the rest."""
+    """A seeded draw of `train_per_class` images per class without replacement as "train", and all the rest as "test".
+
+    raises  UserError for a folder without classes, and for a class with too few images
+    """
     count, seed = options["train_per_class"], options["seed"]
     images = folder / IMAGES
     folders = {path.name for path in images.iterdir() if path.is_dir() and path.name[0] != "."}

@@ -21,7 +21,7 @@ META, TRAIN_LIST, COMBINED = "devkit/cars_meta.mat", "devkit/cars_train_annos.ma
 
 
 def read(folder: Path, options: Options) -> Data:
-    """Both splits, in the order of the annotations."""
+    """Both splits, in the order of the annotations; UserError for annotations that are missing or of another form."""
     if (folder / META).exists():
         names = _names(folder / META, DEVKIT)
         splits = {}

@@ -20,7 +20,10 @@ SPLITS = {"train": "train2017", "test": "val2017"}
 
 
 def read(folder: Path, options: Options) -> Data:
-    """train2017 to learn from, and val2017, called "test", to report on."""
+    """train2017 to learn from, and val2017, called "test", to report on.
+
+    raises  UserError for annotations that are missing or of another form
+    """
     splits: dict[str, Boxed] = {}
     categories: list[str] = []
     for split, name in SPLITS.items():

@@ -25,7 +25,10 @@ JSON = "annotations/instances_train{}.json"
 
 
 def read(folder: Path, options: Options) -> Data:
-    """The listed images, in the list's order, called "test": discovery reports on all of them."""
+    """The listed images, in the list's order, called "test": discovery reports on all of them.
+
+    raises  UserError for a list or annotations that are missing or of another form
+    """
     year = options["annotations"]
     list_file = first_existing(folder, LISTS)
     form = "train2014/COCO_train2014_<id>.jpg"

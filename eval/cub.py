@@ -19,7 +19,10 @@ IMAGES, LABELS, SPLIT, CLASSES = "images.txt", "image_class_labels.txt", "train_
 
 
 def read(folder: Path, options: Options) -> Data:
-    """Both splits, in the order of images.txt."""
+    """Both splits, in the order of images.txt.
+
+    raises  UserError for a list that is missing, of another form or without one of the images
+    """
     paths, labels, flags, named = (_by_id(folder / name) for name in (IMAGES, LABELS, SPLIT, CLASSES))
     for name, rows in ((LABELS, labels), (SPLIT, flags)):
         if odd := sorted(paths.keys() ^ rows.keys()):

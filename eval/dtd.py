@@ -20,7 +20,10 @@ SPLITS = ("train", "val", "test")
 
 
 def read(folder: Path, options: Options) -> Data:
-    """The three parts of one of the ten official splits, in the order of their files."""
+    """The three parts of one of the ten official splits, in the order of their files.
+
+    raises  UserError for a list that is missing or of another form
+    """
     partition = options["split"]
     rows = {}
     for split in SPLITS:

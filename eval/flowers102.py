@@ -21,7 +21,7 @@ NUM_CLASSES = 102
 
 
 def read(folder: Path, options: Options) -> Data:
-    """The three official splits, in the order of their lists of ids."""
+    """The three official splits, in the order of their lists of ids; UserError as `matlab_numbers`."""
     labels = matlab_numbers(folder / LABELS, ("labels",), NUM_CLASSES, NAME, LABELS)["labels"]
     sets = matlab_numbers(folder / SETS, SPLITS.values(), len(labels), NAME, SETS)
     splits = {}

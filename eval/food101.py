@@ -18,7 +18,7 @@ NAME, ARCHIVE = "food101", "food-101.tar.gz"
 
 
 def read(folder: Path, options: Options) -> Data:
-    """Both splits, in the order of their files."""
+    """Both splits, in the order of their files; UserError for a list that is missing or of another form."""
     rows = {split: _rows(folder / "meta", split) for split in ("train", "test")}
     names = sorted({name for name, _ in rows["train"]})
     splits = {split: labelled(folder / "images", rows[split], names, folder / "meta", NAME) for split in rows}

@@ -42,7 +42,10 @@ Meta = tuple[dict[str, tuple[str, ...]], list[str]]  # names of each wnid; wnids
 
 
 def read(folder: Path, options: Options) -> Data:
-    """The training set, and the published validation set as "test"."""
+    """The training set, and the published validation set as "test"; a class's label is the rank of its wnid.
+
+    raises  UserError for lists that are missing or damaged, and for classes of "test" that "train" does not have
+    """
     meta = _meta(folder)
     train, train_wnids = _listed(folder, "train", options["extra"], meta)
     test, test_wnids = _listed(folder, "val", options["extra"], meta)
@@ -102,13 +105,13 @@ def _from_entries(folder: Path, split: str, entries: Path) -> tuple[Source, np.n
 
 
 def _meta(folder: Path) -> Meta | None:
-    """torchvision's meta.bin, if there: a pickle, of which nothing but plain containers of text is let through."""
+    """torchvision's meta.bin, if it exists: a pickle, of which only plain containers of text are accepted."""
     path = folder / "meta.bin"
     if not path.is_file():
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch has to say about other pickles is no help here
+            warnings.simplefilter("ignore")  # torch's warnings on other kinds of pickles, which do not apply
             names, wnids = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(text, str) for text in (*names, *wnids, *sum(names.values(), ()))):
             raise TypeError("expected names of wnids and a list of wnids")
@@ -131,7 +134,13 @@ def _names(folder: Path, meta: Meta | None) -> dict[str, str]:
 
 
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
-    """The images of a published split, without labels."""
+    """The images of a published split, without labels.
+
+    root       the folder of all datasets
+    split      "train" or "val"
+    index_dir  where the index of a folder is kept; None: the default place
+    raises     UserError for a folder or list that is missing or damaged
+    """
     folder = BENCHMARK.find(root, ((NEEDS[split],),))
     if options["extra"] or _entries(folder, split, "").is_file():
         return _listed(folder, split, options["extra"], None)[0]

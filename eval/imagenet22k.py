@@ -37,7 +37,10 @@ UNREADABLE = frozenset({"n06470073_47249.JPEG"})  # no image at all, in every co
 
 
 def read(folder: Path, options: Options) -> Data:
-    """A seeded choice of training images, and of held-out images as "test", each at most so many per class."""
+    """A seeded choice of training images, and of held-out images as "test", each at most so many per class.
+
+    raises  UserError for a folder without classes, and where no class has two images
+    """
     source, names, labels, wnids = _images(folder, options, None)
     usable = np.flatnonzero(labels >= 0)
     most_held, most_train, seed = (options[key] for key in ("holdout_per_class", "train_per_class", "seed"))
@@ -121,10 +124,15 @@ def _has(folder: Path, suffix: str) -> bool:
 
 
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
-    """Every readable image, without labels. Any classes will do: many copies hold a part of them."""
+    """Every readable image, without labels. Any classes will do: many copies hold a part of them.
+
+    root       the folder of all datasets
+    index_dir  where the index of a folder or of tars is kept; None: the default place
+    raises     UserError for a folder without classes
+    """
     folders = [folder for folder in (*(root / name for name in BENCHMARK.folders), root) if folder.is_dir()]
     chosen = next((folder for folder in folders if _has(folder, ".tar") or _has(folder, "")), None)
-    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), options, index_dir)  # find says what is expected
+    source, _, labels, _ = _images(chosen or BENCHMARK.find(root), options, index_dir)  # find raises the error
     return source if (labels >= 0).all() else ChosenSource(source, np.flatnonzero(labels >= 0))
 
 

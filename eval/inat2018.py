@@ -27,7 +27,10 @@ NEEDS = {split: Need(f"{split}2018.json", f"{split}2018.json.tar.gz") for split 
 
 
 def read(folder: Path, options: Options) -> Data:
-    """The training set, and the published validation set as "test"."""
+    """The training set, and the published validation set as "test"; 8,142 classes in the order of their ids.
+
+    raises  UserError for a JSON file or image that is missing, or annotations that do not fit
+    """
     where, elements = _lists(folder, "train", "categories")
     names = dict(converted(elements, category_name, "a category without id and name", where))
     ids = np.array(sorted(names))  # 0..8141 in the official file, which makes the ids the labels
@@ -59,13 +62,16 @@ def _source(folder: Path, where: str, elements: list[Any]) -> tuple[PathSource, 
 
 
 def _lists(folder: Path, split: str, *names: str) -> tuple[Any, ...]:
-    """How messages call the file of a split, and its lists of these names."""
+    """The name of a split's file in messages, and its lists of these names."""
     path = folder / NEEDS[split].path
     return f"{NAME}: {path}", *read_lists(path, names, NAME, NEEDS[split].archive)
 
 
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
-    """The images of a published split, without labels."""
+    """The images of a published split, "train" or "val", without labels; `root` is the folder of all datasets.
+
+    raises  UserError for a JSON file or image that is missing
+    """
     folder = BENCHMARK.find(root, ((NEEDS[split],),))
     return _source(folder, *_lists(folder, split, "images"))[0]
 

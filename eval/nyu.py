@@ -2,7 +2,7 @@
 
 Two layouts, whose results are not interchangeable. `sync`, what DINOv2 used (BTS and the depth toolbox after it):
 24,231 synchronised frames to train on and 654 to test, listed as `/scene/rgb_00045.jpg /scene/sync_depth_00045.png
-518.8579` (the slash is not the root of the disk; the third column, the focal length, is not used), depths as 16-bit
+518.8579` (the slash is not the file system's root; the third column, the focal length, is not used), depths as 16-bit
 millimetres. `labelled`, the authors' file of 1,449 frames in HDF5 with all axes reversed, split 795 / 654 by
 `splits.mat` (numbered from 1): the same 654 test frames, but a far weaker head, called NYU-795 here.
 
@@ -55,7 +55,12 @@ FRAMES_ARCHIVE = {"train": "sync.zip of BTS", "test": "official_splits of BTS, m
 
 
 def read(folder: Path, options: Options) -> Data:
-    """The splits of the chosen layout; of both, `auto` takes `sync`, to which the published numbers belong."""
+    """The splits of the chosen layout; where both exist, `auto` takes `sync`, to which the published numbers belong.
+
+    extra["eigen_crop"] is the part of an image that is scored, extra["train_crop"] the part that is trained on.
+
+    raises  UserError for a file that is missing or of another form, and for depths that the layout does not have
+    """
     layout, depths = options["layout"], options["depths"]
     complete = [pair for pair in LISTS if all((folder / name).is_file() for name in pair)]
     if layout == "auto":
@@ -86,6 +91,9 @@ class LabelledFrames(Source):
     """Frames of `nyu_depth_v2_labeled.mat`; reads may come from many threads.
 
     h5py sees MATLAB's axes in reverse: images (n, 3, W, H) uint8, depths (n, W, H) float32 metres.
+
+    depths  "raw" (0 where the sensor gave none) or "filled" (in-painted)
+    raises  UserError without h5py, and for a file that is missing or of another form
     """
 
     def __init__(self, path: Path, depths: str) -> None:
@@ -114,14 +122,14 @@ class LabelledFrames(Source):
         return self.total
 
     def read(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8, black outside FRAME."""
+        """Pixels (H, W, 3) uint8, black outside FRAME."""
         image = np.zeros((self.height, self.width, 3), dtype=np.uint8)
         within = scaled_crop(FRAME, self.height, self.width)
         image[within] = self._read("images", index).transpose(2, 1, 0)[within]
         return image
 
     def depth(self, index: int) -> np.ndarray:
-        """(H, W) float32 metres; 0 where unknown."""
+        """Depth (H, W) float32 metres, 0 where unknown; UserError where it cannot be read."""
         try:
             return np.ascontiguousarray(self._read(self.key, index).T, dtype=np.float32)
         except OSError as error:
@@ -132,12 +140,15 @@ class LabelledFrames(Source):
             return self._file[key][index]
 
     def name(self, index: int) -> str:
+        """The file and the number of the frame, from 1."""
         return f"{self.path}: frame {index + 1}"
 
     def fingerprint(self) -> str:
+        """16 hexadecimal digits over the file's name and its number of frames."""
         return hashlib.sha256(f"{LABELLED} {self.total}".encode()).hexdigest()[:16]
 
     def stamp(self) -> str:
+        """As `fingerprint`, and also over the file's size and time of change."""
         stat = os.stat(self.path)
         return hashlib.sha256(f"{self.fingerprint()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
 

@@ -22,7 +22,10 @@ ROW = r"#.*|(\S+)\s+(\S+)\s+\S+\s+\S+"  # or a comment
 
 
 def read(folder: Path, options: Options) -> Data:
-    """trainval as "train", and "test", in the order of their files."""
+    """trainval as "train", and "test", in the order of their files.
+
+    raises  UserError for a list that is missing or of another form, or that gives two breeds one class
+    """
     splits, breeds = {}, dict[int, str]()
     for split, file in (("train", "trainval"), ("test", "test")):
         path = folder / "annotations" / f"{file}.txt"

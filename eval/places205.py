@@ -35,7 +35,10 @@ TOKEN = "no registers; logistic regression instead of the grid"
 
 
 def read(folder: Path, options: Options) -> Data:
-    """The training set, and the published validation set as "test"."""
+    """The training set, and the published validation set as "test"; classes as numbered in the lists.
+
+    raises  UserError for a list or image that is missing, or a list of another form
+    """
     names = _categories(folder)
     splits = {}
     for split, name in (("train", "train"), ("test", "val")):
@@ -84,7 +87,10 @@ def _source(folder: Path, rows: list[tuple[str, str]], given: str) -> PathSource
 
 
 def images(root: Path, split: str, options: Options, index_dir: str | None) -> Source:
-    """The images of a published split, without labels."""
+    """The images of a published split, "train" or "val", without labels; `root` is the folder of all datasets.
+
+    raises  UserError for a list or image that is missing
+    """
     folder = BENCHMARK.find(root, ((NEEDS[split],),))
     return _source(folder, _rows(folder / NEEDS[split].path), options["images"])
 

@@ -27,7 +27,7 @@ IMAGES = "MPI-Sintel-complete.zip or MPI-Sintel-training_images.zip"
 EXTRAS = "MPI-Sintel-complete.zip or MPI-Sintel-training_extras.zip"
 ARCHIVES = {"clean": IMAGES, "final": IMAGES, "flow": EXTRAS, "occlusions": EXTRAS, "invalid": EXTRAS}
 UNKNOWN_FLOW = 1e9  # components beyond it are unknown, by the convention of .flo files
-LARGEST_FLOW = 1000.0  # pixels; flow as long or longer is not believed, as RAFT has it
+LARGEST_FLOW = 1000.0  # pixels; flow of this length or more counts as invalid, as in RAFT
 LARGEST_SIDE = 100_000  # pixels; beyond it a .flo header is damaged
 HEADER = 12  # bytes of a .flo file before its data
 
@@ -36,13 +36,15 @@ def read(folder: Path, options: Options) -> Data:
     """Pairs of temple_2 and temple_3 as "test", those of the other scenes as "train"; by default of both passes.
 
     The splits are those of the first pass; all passes are extra["passes"] = {pass: splits}, with one source of frames.
+
+    raises  UserError for a folder or file that is missing, for gaps between frames, and without scenes of either split
     """
     wanted = PASSES if options["pass"] == "both" else (options["pass"],)
     root = folder / "training"
     for part in (*wanted, "flow", "occlusions", "invalid"):
         if not (root / part).is_dir():
             raise missing(root / part, NAME, ARCHIVES[part])
-    # In alphabetical order: that of a folder's entries is the file system's.
+    # Sorted, because the order of a folder's entries depends on the file system.
     names = sorted(path.name for path in (root / wanted[0]).iterdir() if path.is_dir() and path.name[0] != ".")
     scenes = {name: _frames(root, wanted, name) for name in names}
     scored = [name for name in TEST_SCENES if name in scenes]
@@ -91,7 +93,7 @@ def _flow_pairs(
         return _mask(root / "occlusions" / f"{pairs[index][0]}.png")
 
     def valid(index: int) -> np.ndarray:
-        """(H, W) bool: not marked invalid in the first frame of the pair, known, and of a length that can be."""
+        """(H, W) bool: not marked invalid in the first frame of the pair, known, and shorter than LARGEST_FLOW."""
         path = root / "invalid" / f"{pairs[index][0]}.png"
         motion, invalid = flow(index), _mask(path)
         if motion.shape[:2] != invalid.shape:
@@ -106,9 +108,10 @@ def _flow_pairs(
 
 
 def read_flo(path: Path) -> np.ndarray:
-    """(H, W, 2) float32 of a .flo file: PIEH, width and height as int32, then u and v of every pixel as float32.
+    """Flow (H, W, 2) float32 in pixels, (u, v) = (right, down), of a .flo file.
 
-    Little-endian throughout, row by row. UserError for a file that is missing, of another kind or cut off.
+    Little-endian: PIEH, width and height as int32, then u and v of every pixel as float32, row by row. UserError for a
+    file that is missing, of another kind or cut off.
     """
     data = read_bytes(path, NAME, EXTRAS)
     if data[:4] != b"PIEH" or len(data) < HEADER:

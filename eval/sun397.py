@@ -20,7 +20,10 @@ PLACES = (".", "..", "Partitions", "../Partitions")  # of the lists, from the da
 
 
 def read(folder: Path, options: Options) -> Data:
-    """Both halves of one of the ten splits, in the order of their files."""
+    """Both halves of one of the ten splits, in the order of their files.
+
+    raises  UserError for a list that is missing or of another form
+    """
     split = options["split"]
     path = folder / "ClassName.txt"
     names = [line.removeprefix("/") for line in lines(path, NAME, ARCHIVE)]

@@ -1,7 +1,7 @@
 """PASCAL VOC 2007 (Everingham et al.): twenty classes in photographs, with a test set that is public in full.
 
 `VOCdevkit/VOC2007`; the test archive unpacks over the same folder. Classification reads the class lists
-(`ImageSets/Main/<class>_<split>.txt`: 1, -1, or 0 where only difficult ones are seen), discovery and detection the
+(`ImageSets/Main/<class>_<split>.txt`: 1, -1, or 0 where all instances are difficult), discovery and detection the
 annotations. The "VOC" column of the DINOv2 tables is the classification.
 """
 

@@ -1,7 +1,8 @@
 """Evaluations side by side: `dinoreg launch evaluate pets,cifar10 weights=runs/a root=/datasets gpus_per_node=1`.
 
-An array with one task for each dataset, all writing into one folder, and a job after it that makes the report of what
-is there, whether or not every task went well. The weights of a run are kept for the jobs: training may retire them.
+An array with one task for each dataset, all writing into one folder, and a job after it that writes the report of the
+existing results, whether or not every task succeeded. The weights of a run are linked for the jobs, since training may
+remove the originals.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dinoreg.jobs.job_type import ONE_PROCESS, Group, Job, Plan, Request
 from dinoreg.jobs.records import launch_folder
 from dinoreg.runtime.errors import UserError
 
-# What evaluates takes seconds to import, and `dinoreg launch --help` reads this file.
+# These imports take seconds, and `dinoreg launch --help` reads this file.
 if TYPE_CHECKING:
     from dinoreg.evaluation.benchmark import Benchmark
     from dinoreg.evaluation.runner import Request as Evaluation
@@ -23,6 +24,10 @@ REPORT_MINUTES = 60
 
 
 def plan(request: Request) -> Plan:
+    """One task per dataset and a job for the report after them.
+
+    raises  UserError for what is wrong with the request, and for datasets that are not below root=
+    """
     from dinoreg.checkpoint.run_folder import run_of, teacher_step
     from dinoreg.commands.evaluate import read_request
     from dinoreg.weights.resolve import find_weights
@@ -40,7 +45,7 @@ def plan(request: Request) -> Plan:
     files: dict[Path, str] = {}
     weights_argument = weights
     if run is not None and file is not None:
-        # The kept weights lie in a small run folder of the same name, so that reports call them by it.
+        # The linked weights are in a small run folder of the same name, which reports show.
         home = launch_folder(run) / "weights" / run.resolve().name
         kept = [path for path in (file, file.with_suffix(".json")) if path.is_file()]
         links = {home / "teacher" / path.name: path for path in kept}
@@ -70,7 +75,11 @@ def plan(request: Request) -> Plan:
 
 
 def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], list[str]]:
-    """{argument of `dinoreg eval`: benchmark} of those whose data are there, and notes on those `all` leaves out."""
+    """{argument of `dinoreg eval`: benchmark} of those whose data exist, and notes on those that `all` leaves out.
+
+    names   "all", a path, or datasets with commas between
+    raises  UserError for a named dataset whose data are missing, and where `all` finds none
+    """
     from dinoreg.evaluation.runner import choose
 
     everything = names == "all" and not Path(names).exists()
@@ -101,7 +110,7 @@ def _find(benchmark: Benchmark, evaluation: Evaluation) -> None:
 
 
 def _concerns(item: str, benchmark: Benchmark) -> bool:
-    """Whether a key is for this dataset: NAME.KEY of another one is not."""
+    """Whether a key applies to this dataset; NAME.KEY of another dataset does not."""
     from dinoreg.commands.evaluate import read_request
 
     return set(read_request([item]).dataset) <= {benchmark.name, *benchmark.aliases}

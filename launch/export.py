@@ -8,6 +8,7 @@ from dinoreg.runtime.errors import UserError
 
 
 def plan(request: Request) -> Plan:
+    """One job that runs `dinoreg export`; UserError for what is wrong with the request."""
     from dinoreg.checkpoint.run_folder import run_of  # here, so that help does not wait for it
 
     if request.source:

@@ -1,8 +1,8 @@
 """A training as one job of any number of processes: `dinoreg launch pretrain CONFIG data=… out=… nodes=2 …`.
 
-Every start of the job is the same command, `dinoreg pretrain RUN/launch/config.yaml resume=true`: the first finds
-nothing to go on from, those after a time limit, a preemption or a lost machine do. With evaluate=NAMES each teacher
-that is saved is evaluated by jobs of its own while training goes on; keys of these are written evaluate.KEY=VALUE.
+Every start of the job is the same command, `dinoreg pretrain RUN/launch/config.yaml resume=true`: the first finds no
+checkpoint; starts after a time limit, a preemption or a lost machine resume. With evaluate=NAMES each saved teacher is
+evaluated by jobs of its own while training continues; their keys are written evaluate.KEY=VALUE.
 """
 
 from dinoreg.commands.main import script
@@ -10,11 +10,12 @@ from dinoreg.jobs.job_type import Arguments, Group, Job, Plan, Request, training
 from dinoreg.jobs.options import PLACEMENT, split_options
 from dinoreg.runtime.errors import UserError
 
-# Options that evaluations take over from the training where they are not given: they run in the same place.
+# Options that evaluations inherit from the training where they are not given, so that they run in the same place.
 INHERITED = ("cluster", *PLACEMENT, "setup", "python", "code")
 
 
 def plan(request: Request) -> Plan:
+    """One job that trains, of all its processes; UserError for what is wrong with the request."""
     overrides = [item for item in request.overrides if not item.startswith(("evaluate=", "evaluate."))]
     run = training(request.source, overrides)
     notes = [f"{folder}: what is there is deleted once the job is accepted" for folder in run.clears]
@@ -23,9 +24,9 @@ def plan(request: Request) -> Plan:
 
 
 def evaluation(request: Request) -> Arguments:
-    """Arguments of `dinoreg launch` that evaluate a teacher of this run, but for the teacher; () without evaluate=.
+    """Arguments of `dinoreg launch` that evaluate a teacher of this run, without the teacher; () without evaluate=.
 
-    Raises UserError for what that launch would refuse.
+    raises  UserError for arguments that this launch would refuse
     """
     names = request.value("evaluate")
     texts = [item.removeprefix("evaluate.") for item in request.overrides if item.startswith("evaluate.")]

@@ -1,7 +1,7 @@
 """A grid of trainings: `dinoreg launch sweep CONFIG data=… out=runs/s 'sweep.optim.lr=[1e-3,2e-3]' 'sweep.seed=[0,1]'`.
 
-`sweep.KEY=[A,B]` takes each value in turn, several such keys every combination; whatever else is given holds for all.
-Each training is a job of its own in OUT/KEY=VALUE,…, and a job after them compares those that can be compared.
+`sweep.KEY=[A,B]` makes a training for each value, several such keys for each combination; other keys apply to all.
+Each training is a job of its own in OUT/KEY=VALUE,…, and a job after them compares their results.
 """
 
 import itertools
@@ -18,6 +18,10 @@ MAX_NAME = 120
 
 
 def plan(request: Request) -> Plan:
+    """One job per combination of the swept values and a comparison after them.
+
+    raises  UserError for what is wrong with the request or with one of the trainings
+    """
     grid = read_grid(request.overrides)
     out = request.value("out")
     if out is None:
@@ -43,7 +47,10 @@ def plan(request: Request) -> Plan:
 
 
 def read_grid(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """{key: its values as typed} of the keys `sweep.KEY`; UserError where there are none, or for a wrong list."""
+    """{key: its values as typed} of the keys `sweep.KEY`.
+
+    raises  UserError without such a key, for a value that is not a list of different values, and for a repeated key
+    """
     grid: dict[str, list[str]] = {}
     for item in overrides:
         if not item.startswith("sweep."):
@@ -65,13 +72,13 @@ def read_grid(overrides: Sequence[str]) -> dict[str, list[str]]:
 
 
 def split_values(text: str) -> list[str]:
-    """Split at commas that stand in no brackets: "[0.2,1],[0.3,1]" has two values."""
+    """Split at commas outside brackets: "[0.2,1],[0.3,1]" has two values."""
     values = re.split(r",(?![^\[{(]*[\]})])", text)
     return [value.strip() for value in values] if text.strip() else []
 
 
 def run_name(chosen: list[str]) -> str:
-    """The overrides of a run as the name of its folder."""
+    """The name of a run's folder, from its overrides; at most about `MAX_NAME` characters."""
     name = re.sub(r"[^\w.=+,-]+", "-", ",".join(chosen))
     return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{sha256(name.encode()).hexdigest()[:8]}"
 

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Failure:
-    """A checkpoint that could not be written: of which step, why, and what to do about it (one sentence)."""
+    """A checkpoint that could not be written: its step, the error, and what to do about it (one sentence)."""
 
     step: int
     message: str
@@ -46,12 +46,13 @@ class Writer(AbstractContextManager):
 
     Building it raises UserError when the folder cannot be written.
 
+    run               the run folder
     describe_teacher  architecture, preprocessing and config hash, for the teacher file's JSON
     timeout           seconds after which a process that does not answer counts as lost
     ranks             the processes that write together
     stall             seconds that training waited in the last `save`: for the one before it, and for the copy
-    write_time        seconds that the last checkpoint took from the copy to its name; None before the first
-    saved             step of the last checkpoint that is whole on the disk; None before the first
+    write_time        seconds from the copy of the last checkpoint to its publication; None before the first
+    saved             step of the last published checkpoint; None before the first
     """
 
     run: Path
@@ -83,9 +84,13 @@ class Writer(AbstractContextManager):
     ) -> None:
         """Begin to write a checkpoint; returns when `tensors` may change again. Called by all processes.
 
-        best    whether `best` shall point to it
-        wait    for the last of a run: returns when it is on the disk, RunError when it does not get there
-        raises  RunError when too many in a row have failed, or when another copy of the job has taken over
+        step     optimizer steps taken
+        tensors  nested, by name, as for `format.save`
+        numbers  JSON values
+        best     whether `best` shall point to it
+        wait     return only when it is on the disk
+        raises   RunError when options.max_failures in a row have failed, or with `wait` this one; TakenOver when
+                 another copy of the job has taken over the run folder
         """
         started = time.perf_counter()
         self._settle(self.options.max_failures if not wait else None)
@@ -105,24 +110,24 @@ class Writer(AbstractContextManager):
         self._stall_unread += self.stall
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written; RunError when it fails. Called by all processes."""
+        """Wait for the checkpoint that is being written, if any; RunError when it failed. Called by all processes."""
         self._settle(1)
 
     def poll(self) -> list[Failure]:
-        """The failures since this was last called; never waits."""
+        """The failures since the last call; never waits."""
         return _take(self._reports)
 
     def read_published(self) -> list[int]:
-        """The steps whose checkpoints have got to the disk since this was last called; never waits."""
+        """The steps of the checkpoints published since the last call; never waits."""
         return _take(self._published)
 
     def read_stall(self) -> float:
-        """Seconds that training has waited for checkpoints since this was last called."""
+        """Seconds that training has waited for checkpoints since the last call."""
         seconds, self._stall_unread = self._stall_unread, 0.0
         return seconds
 
     def close(self) -> None:
-        """Finish what is being written, if it can be: with a process lost, not for longer than the timeout."""
+        """Wait for the checkpoint that is being written, at most `timeout` seconds: a lost process may block it."""
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join(self.timeout)
@@ -139,7 +144,7 @@ class Writer(AbstractContextManager):
         started = time.perf_counter()
         try:
             self._write_or_raise(step, tensors, numbers, best)
-        except BaseException as error:  # kept until all processes are together
+        except BaseException as error:  # stored until all processes meet in `_settle`
             self._problem = error
             if isinstance(error, RunError) and not isinstance(error, TakenOver):
                 self._reports.append(Failure(step, str(error), remedy(error, self.run)))
@@ -163,20 +168,20 @@ class Writer(AbstractContextManager):
                 checkpoint.retire_teachers(self.run)
 
     def _finish(self, step: int, folder: Path) -> None:
-        """The teacher file of a checkpoint, out of its folder; last of all, whether the run is still ours."""
+        """Write the teacher file from a checkpoint's folder; TakenOver when another start has claimed the run."""
         self.lease.check(self.run)
         teacher = checkpoint.read_plain(folder, "teacher.")
         checkpoint.write_teacher(self.run, step, teacher, self.describe_teacher, self.lease.token)
         self.lease.check(self.run)
 
     def owns(self) -> bool:
-        """Whether the run is still this start's."""
+        """Whether the run folder still belongs to this start of the run."""
         return self.lease.successor(self.run) is None
 
     # What happens where all processes are together
 
     def _share(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """DTensors, and of the plain tensors, equal everywhere, those that this process writes: about its share."""
+        """The tensors that this process writes: all DTensors, and its share, by bytes, of the replicated tensors."""
         if self.ranks.world_size == 1:
             return tensors
         plain = [name for name, tensor in tensors.items() if not isinstance(tensor, DTensor)]
@@ -201,9 +206,9 @@ class Writer(AbstractContextManager):
 
     def _settle(self, limit: int | None) -> None:
         """Wait for the checkpoint that is being written. Count a failure, and raise it when there are `limit` in a row
-        (None: the next one is tried in any case).
+        (None: never).
 
-        What all processes know alike, all do alike.
+        A RunError is known to all processes, which therefore decide alike.
         """
         if self._thread is not None:
             self._thread.join()
@@ -225,7 +230,7 @@ class Writer(AbstractContextManager):
 
 
 def _take(items: list[T]) -> list[T]:
-    """Empty a list to which another thread appends; returns what was in it."""
+    """Empty a list to which another thread appends; returns its items."""
     taken = items[:]
     del items[: len(taken)]
     return taken

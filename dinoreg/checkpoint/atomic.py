@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and in words why one could not be written or read."""
+"""Writing files atomically, and explaining in words why one could not be written or read."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from dinoreg.runtime.errors import one_line
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
+    """Flush a file or folder to the disk (fsync); OSError when that fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,9 +25,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, token: str = "") -> Iterator[Path]:
-    """The name of a file to write inside; at the end it replaces `path` in one rename, after an error it is removed.
+    """A context that yields a temporary path to write to; at its end the file replaces `path` in one rename.
 
-    token  makes that name this writer's own, where another may be writing the same file
+    token   part of the temporary name, where another process may be writing the same file
+    raises  the OSError or SafetensorError from inside, after removing the temporary file; `path` is unchanged
     """
     aside = part_name(path, token)
     try:
@@ -42,18 +43,22 @@ def replacing(path: Path, token: str = "") -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes, token: str = "") -> None:
-    """Replace `path` in one rename; a kill leaves the old content or the new."""
+    """Write `content` (text as UTF-8) to `path` in one rename: a kill leaves the old content or the new.
+
+    token   as for `replacing`
+    raises  OSError
+    """
     with replacing(path, token) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def part_name(path: Path, token: str = "") -> Path:
-    """The name under which a file is written before it gets its own."""
+    """The temporary path under which `path` is written: PATH.part, or PATH.TOKEN.part."""
     return path.with_name(f"{path.name}{token and '.'}{token}.part")
 
 
 def cause(error: BaseException) -> BaseException:
-    """What went wrong in the first place: of a collective save, the first process's own error; an OSError if it can."""
+    """The root cause of an error, an OSError where one can be found; of a collective save, the lowest rank's error."""
     if isinstance(error, CheckpointException) and error.failures:
         return cause(error.failures[min(error.failures)][0])
     while not isinstance(error, OSError) and isinstance(error.__cause__ or error.__context__, BaseException):
@@ -67,7 +72,7 @@ def cause(error: BaseException) -> BaseException:
 
 
 def reason(error: BaseException) -> str:
-    """In a few words, why a file could not be written or read."""
+    """A short phrase for why a file could not be written or read, from `cause`."""
     error = cause(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -75,7 +80,7 @@ def reason(error: BaseException) -> str:
 
 
 def remedy(error: BaseException, run: Path) -> str:
-    """What to do about a checkpoint that could not be written, in a sentence."""
+    """One sentence on what to do about a checkpoint in the run folder `run` that could not be written."""
     first = cause(error)
     number = first.errno if isinstance(first, OSError) else None
     if number == errno.ENOSPC:

@@ -1,11 +1,11 @@
 """Training states on disk (torch.distributed.checkpoint) and the plain teacher file.
 
 A checkpoint is written into a folder of another name, its files' digests into a manifest, everything is flushed to
-the disk, and only then the folder gets its final name: under that name there is a whole checkpoint or none. Reading
-verifies the manifest first and never runs code (see metadata.py).
+the disk, and only then the folder is renamed to its final name, which thus never names an incomplete checkpoint.
+Reading verifies the manifest first and never runs code (see metadata.py).
 
-Many processes write one checkpoint together, each its share of the files, and any number of them reads it. What fails
-on one of them fails on all, with the same words.
+Many processes write one checkpoint together, each its share of the files, and any number of processes can read it. An
+error on one process is raised on all, with the same message.
 """
 
 import json
@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 
 def step_name(step: int) -> str:
+    """The name of a step's checkpoint and teacher file, such as step_0001250."""
     return f"step_{step:07d}"
 
 
@@ -50,11 +51,12 @@ def step_name(step: int) -> str:
 
 
 def write_pointer(folder: Path, name: str, step: int, token: str = "") -> None:
+    """Make the file `folder`/`name`, `last` or `best`, name the checkpoint of a step; OSError when that fails."""
     write_atomic(folder / name, step_name(step) + "\n", token)
 
 
 def read_pointer(folder: Path, name: str) -> str | None:
-    """The step's name that `last` or `best` points to, or None."""
+    """The name of the checkpoint (see `step_name`) that `last` or `best` points to; None without one."""
     try:
         target = (folder / name).read_text().strip()
     except FileNotFoundError:
@@ -79,15 +81,18 @@ def save(
     token: str = "",
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `folder/step_…`, point `last` (and `best`) to it, and remove what need not be kept (see `retire`).
+    """Write `folder/step_…`, point `last` (and `best`) to it, and remove old checkpoints (see `retire`).
 
-    tensors  nested, by name. DTensors are written by the processes that hold them; of plain tensors, which are
-             equal everywhere, each process may bring all or only its share
-    numbers  JSON; those of process 0 are written
-    ranks    the processes that write this checkpoint together, each calling this; no others use their control group
-    token    makes the name of the unfinished folder this run's own
-    finish   called by process 0 with the whole, still unpublished folder; what it raises prevents the publishing
-    raises   RunError on all processes, when the disk is full or not writable; the previous checkpoint stays as it was
+    tensors           nested, by name. DTensors are written by the processes that hold them; of plain tensors, which are
+                      equal everywhere, each process may pass all or only its share
+    numbers           JSON values; those of process 0 are written
+    keep, keep_hours  as for `retire`
+    ranks             the processes that write this checkpoint together, each calling this; nothing else uses their
+                      control group meanwhile
+    token             part of the unfinished folder's name, where another start of the run may be writing
+    finish            called by process 0 with the complete, still unpublished folder; an error prevents publishing
+    returns           the checkpoint's folder
+    raises            RunError on all processes when the checkpoint cannot be written; the previous one is unchanged
     """
     final = folder / step_name(step)
     aside = folder / f"{_UNFINISHED}{step_name(step)}{token and '.'}{token}"
@@ -149,7 +154,10 @@ def _complete(aside: Path, final: Path, numbers: dict[str, Any], parts: list[dic
 
 
 def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> list[T]:
-    """Every process's result of `work`, in rank order; what one of them raises, all raise."""
+    """Every process's result of `work`, in rank order; an error on one process is raised on all.
+
+    raises  OSError and RunError as they are, any other exception as a RunError
+    """
     if ranks.world_size == 1:
         return [work()]
     outcome: tuple[T | None, Exception | None]
@@ -167,7 +175,7 @@ def on_all_ranks(ranks: Ranks, work: Callable[[], T]) -> list[T]:
 
 
 def on_main(ranks: Ranks, work: Callable[[], None]) -> None:
-    """`work` by process 0; what it raises, all raise."""
+    """Run `work` on process 0 only; its error is raised on all, as by `on_all_ranks`."""
     on_all_ranks(ranks, lambda: work() if ranks.is_main else None)
 
 
@@ -184,20 +192,20 @@ def _entry(path: Path) -> dict[str, Any]:
 
 
 def _ignore_expected_warnings() -> None:
-    """DCP warns when it is used by a single process, which here is the plain case, and of its own use of storages."""
+    """Silence DCP's warnings of a single process, which is the normal case here, and of its own use of storages."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
 
 
 def remove_unfinished(folder: Path, token: str = "") -> None:
-    """Remove what killed writers left behind, other than the folder of the writer with this token."""
+    """Remove the unfinished folders of killed writers, but not those of the writer with this token."""
     for path in folder.glob(f"{_UNFINISHED}*"):
         if not token or not path.name.endswith(f".{token}"):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint; a kill never leaves half of it under its name."""
+    """Remove a checkpoint; it is renamed first, so that a kill never leaves a part of it under its name."""
     aside = path.with_name(f"{_UNFINISHED}{path.name}.{os.getpid()}.discarded")
     try:
         os.rename(path, aside)
@@ -207,14 +215,14 @@ def _discard(path: Path) -> None:
 
 
 def retire(folder: Path, keep: int, keep_hours: float | None = None) -> None:
-    """Remove checkpoints but for the newest `keep`, the best, and one for every `keep_hours` hours (None: no such)."""
+    """Remove checkpoints except the newest `keep` (> 0), the best, and one per `keep_hours` hours (None: no more)."""
     paths = sorted(folder.glob("step_*"))
     spared = {path.name for path in paths[-keep:]} | {read_pointer(folder, "best")}
     if keep_hours is not None:
         last: float | None = None
         for path in paths:
             written = json_files.number(json_files.read_json(path / NUMBERS).get("time"))
-            # Counted from the one kept before, so that what was kept once stays; a clock set back begins anew.
+            # Counted from the last checkpoint kept, so that the choice never changes; abs() is for a clock set back.
             if math.isfinite(written) and (last is None or abs(written - last) >= keep_hours * 3600):
                 spared.add(path.name)
                 last = written
@@ -228,9 +236,12 @@ def retire(folder: Path, keep: int, keep_hours: float | None = None) -> None:
 
 
 def verify(path: Path, ranks: Ranks = ALONE, digests: bool = True) -> dict[str, Any]:
-    """Check a checkpoint against its manifest; returns its numbers. Raises RunError naming what is wrong.
+    """Check a checkpoint against its manifest; returns its numbers.
 
-    Called by all `ranks`, which come to the same verdict; each computes the digests of its share of the files.
+    Called by all `ranks`, which get the same result; each computes the digests of its share of the files.
+
+    digests  compute SHA-256 digests, too, not only sizes
+    raises   RunError on all ranks, naming the file and the problem
     """
     with ranks.collective_errors():
         try:
@@ -257,9 +268,11 @@ def verify(path: Path, ranks: Ranks = ALONE, digests: bool = True) -> dict[str, 
 
 
 def newest(folder: Path, ranks: Ranks = ALONE) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with those that were passed over.
+    """The newest checkpoint in `folder` that passes `verify` (None: none), and a line per newer one that does not.
 
-    Called by all processes, which get the same answer. Raises RunError when the folder is there and cannot be listed.
+    Called by all processes, which get the same result.
+
+    raises  RunError when the folder exists and cannot be listed
     """
     damaged = []
     with ranks.collective_errors():
@@ -289,10 +302,10 @@ def load(
 ) -> dict[str, Any]:
     """Fill `tensors` (nested, as given to `save`; plain or DTensor) in place; returns the numbers.
 
-    Called by all processes, however many wrote it; each reads what it holds.
+    Called by all processes, of which there may be more or fewer than wrote it; each reads its own part.
 
     numbers   by name, values of the types that those in the checkpoint must have
-    verified  the files have been checked just now, by `newest`
+    verified  `newest` has just checked the files: digests are not computed again
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
     loaded = verify(path, ranks, digests=not verified)
@@ -314,7 +327,11 @@ def load(
 
 
 def read_plain(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Tensors of a checkpoint whose names begin with `prefix`, whole and on the CPU, by the rest of their names."""
+    """The tensors whose names begin with `prefix`, unsharded and on the CPU, by the rest of their names.
+
+    path    a checkpoint's folder
+    raises  RunError when the checkpoint cannot be read
+    """
     reader = Reader(path)
     stored = {name: entry for name, entry in reader.stored().items() if name.startswith(prefix)}
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
@@ -323,7 +340,7 @@ def read_plain(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _read(reader: Reader, tensors: dict[str, Any]) -> None:
-    """Every process reads by itself: nothing has to be agreed on, whatever the sharding."""
+    """Fill `tensors` in place. Every process reads on its own: no communication is needed, whatever the sharding."""
     _ignore_expected_warnings()
     try:
         dcp.load(tensors, storage_reader=reader, planner=TensorPlanner(), no_dist=True)
@@ -332,12 +349,12 @@ def _read(reader: Reader, tensors: dict[str, Any]) -> None:
 
 
 def flatten(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """Nested tensors by dotted name, as they are called in a checkpoint; groups without tensors are left out."""
+    """Nested tensors by dotted name, as in a checkpoint; values that are not tensors are left out."""
     return {name: value for name, value in json_files.flatten(tensors).items() if isinstance(value, Tensor)}
 
 
 def _by_part(flat: dict[str, Tensor]) -> dict[str, Any]:
-    """The same names in two levels, {"student": {…}, …}: DCP takes its time over each entry of the first."""
+    """The same tensors in two levels, {"student": {…}, …}: DCP is slow for many entries in the first level."""
     parts: dict[str, Any] = {}
     for name, tensor in flat.items():
         part, _, rest = name.partition(".")
@@ -355,9 +372,13 @@ def _by_part(flat: dict[str, Tensor]) -> dict[str, Any]:
 def write_teacher(
     run: Path, step: int, teacher: dict[str, Tensor], description: dict[str, Any], token: str = ""
 ) -> Path:
-    """`teacher/step_….safetensors` (keys `backbone.*`, `dino_head.*`, float32) and its `.json`, each whole.
+    """Write `teacher/step_….safetensors` (float32) and its `.json` into the run folder, each in one rename.
 
-    description  architecture, preprocessing and config_hash; the digest of the weights is added here
+    teacher      by name: `backbone.*`, `dino_head.*` and, untied, `ibot_head.*`
+    description  architecture, preprocessing and config_hash; step, format and digest are added
+    token        as for `replacing`
+    returns      the safetensors file
+    raises       RunError when it cannot be written
     """
     folder = run / "teacher"
     path = folder / f"{step_name(step)}.safetensors"
@@ -370,16 +391,19 @@ def write_teacher(
 
 
 def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str, Any], token: str = "") -> None:
-    """A safetensors file of float32 tensors, after the JSON beside it; raises OSError or SafetensorError."""
+    """Write tensors as float32 to a safetensors file, and `description` with the file's digest to the JSON beside it.
+
+    raises  OSError or SafetensorError
+    """
     with replacing(path, token) as aside:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
         content = {"format": "dinoreg-teacher", "version": VERSION, **description, "sha256": digest(aside)}
-        # First, so that the file never stands without its digest.
+        # First, so that the file never exists without its digest.
         write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n", token)
 
 
 def retire_teachers(run: Path) -> None:
-    """Remove the teacher files of checkpoints that are no longer there; the best always stays."""
+    """Remove the teacher files whose checkpoints have been removed, except that of the best."""
     steps = {path.name for path in (run / "checkpoints").glob("step_*")} | {read_pointer(run / "checkpoints", "best")}
     for path in (run / "teacher").glob("step_*"):
         if path.suffix in (".safetensors", ".json") and path.stem not in steps:

@@ -1,8 +1,8 @@
-"""Whose run it is: only one start of a job writes into a run folder.
+"""Ownership of a run folder: only one start of a job writes into it.
 
-Slurm may start a job again while its first copy still runs on a machine that is only out of reach. The run folder's
-`owner.json` says which copy the run belongs to; it is read again just before a checkpoint appears, and a copy that
-finds another's name there stops.
+Slurm may start a job again while its first copy still runs on a machine that is only unreachable. The run folder's
+`owner.json` says which copy owns it; it is read again just before a checkpoint is published, and a copy that finds
+another owner there stops.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class TakenOver(RunError):
 
 @dataclass(frozen=True)
 class Lease:
-    """One start of a run: a random token, and where it is.
+    """One start of a run: a random token, and the host and process of its rank 0.
 
-    job, restarts  Slurm's job id and how often Slurm has started it again; None outside Slurm
+    job, restarts  Slurm's job id (None outside Slurm) and how often Slurm has started the job again
     time           of the start, seconds since 1970
     """
 
@@ -47,21 +47,21 @@ class Lease:
         return f"{place}{again} on {self.host} at {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.time))}"
 
     def successor(self, run: Path) -> Lease | None:
-        """The start that has claimed the run folder since; None while it is still this one's."""
+        """The start that has claimed the run folder since; None while this one owns it."""
         owner = owner_of(run)
         return None if owner is None or owner.token == self.token else owner
 
     def check(self, run: Path) -> None:
-        """TakenOver when the run folder is another start's by now."""
+        """Raise TakenOver when another start has claimed the run folder since."""
         successor = self.successor(run)
         if successor is not None:
             raise TakenOver(f"{run} was taken over by {successor}; this copy ({self}) stops writing there")
 
 
 def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
-    """Make the run folder this start's own, and remove what dead writers left there. Called by all processes.
+    """Claim the run folder for this start and remove the unfinished files of earlier ones. Called by all processes.
 
-    raises UserError when it cannot be written
+    raises UserError, on all processes, when the folder cannot be written
     """
     with ranks.collective_errors():
         lease = None
@@ -88,7 +88,7 @@ def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
 
 
 def owner_of(run: Path) -> Lease | None:
-    """Whom the run folder belongs to; None where that is not written, or not to be read."""
+    """The owner of a run folder; None where owner.json is missing or unreadable."""
     try:
         return Lease(**json.loads((run / OWNER).read_text()))
     except (OSError, ValueError, TypeError):

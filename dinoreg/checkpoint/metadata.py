@@ -1,4 +1,4 @@
-"""Reading a checkpoint of torch.distributed.checkpoint (DCP) that anybody may have written, without running code.
+"""Reading untrusted checkpoints of torch.distributed.checkpoint (DCP) without running code.
 
 DCP unpickles twice: its `.metadata`, and every entry that is stored as bytes instead of as a tensor. Here the first
 goes through an unpickler that admits DCP's plain data classes only, and entries of bytes are refused where the metadata
@@ -27,9 +27,10 @@ METADATA = ".metadata"
 
 
 class Reader(dcp.FileSystemReader):
-    """DCP's reader; it raises RunError for metadata that describe anything but tensors in files of this folder."""
+    """DCP's reader; RunError for metadata that describe anything but tensors in files of the checkpoint's folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read `.metadata` without running code; RunError when it is damaged or describes anything but tensors."""
         path = Path(self.path) / METADATA
         try:
             metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
@@ -40,11 +41,11 @@ class Reader(dcp.FileSystemReader):
         return metadata
 
     def stored(self) -> dict[str, TensorStorageMetadata]:
-        """Size and dtype of every tensor, by name."""
+        """Shape and dtype of every tensor, by name; RunError when the metadata cannot be read."""
         return cast(dict[str, TensorStorageMetadata], self.read_metadata().state_dict_metadata)
 
     def data_files(self) -> set[str]:
-        """Names of the files in the checkpoint's folder that hold the tensors."""
+        """Names of the files in the checkpoint's folder that hold tensors; RunError when metadata cannot be read."""
         return {info.relative_path for info in self.read_metadata().storage_data.values()}
 
 
@@ -52,6 +53,7 @@ class TensorPlanner(DefaultLoadPlanner):
     """DCP's planner, which never unpickles an entry of bytes."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        """Always raise UnpicklingError: DCP would unpickle `value`."""
         raise pickle.UnpicklingError(f"{read_item.dest_index.fqn} is stored as bytes, not as a tensor")
 
 

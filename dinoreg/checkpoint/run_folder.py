@@ -1,6 +1,6 @@
 """The one reader of a run folder: every file may be missing, cut short or of another version.
 
-`Run` holds all that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights.
+`Run` has all data that reports and model cards show; `run_of` and `newest_teacher` find a run and its weights.
 """
 
 import math
@@ -20,7 +20,12 @@ _STEP = re.compile(r"step_(\d+)")
 
 @dataclass(frozen=True)
 class Probe:
-    """One record of `eval/<step>/<dataset>.json`."""
+    """One evaluation result, of `eval/<step>/<dataset>.json`.
+
+    value, low, high  the headline metric and its confidence interval, in `unit`
+    baselines         {name: (value, low, high)}, as the headline
+    details           the file's content
+    """
 
     step: int
     dataset: str
@@ -29,16 +34,16 @@ class Probe:
     low: float
     high: float
     baselines: dict[str, tuple[float, float, float]]  # name -> value, low, high
-    details: dict[str, Any]  # the whole record
+    details: dict[str, Any]  # the complete record
 
     @property
     def unit(self) -> str:
-        """Of the values: "share" (in [0, 1]), or what stands behind the number."""
+        """The unit of the values: "share" (0 to 1), or the text to print after the number."""
         return str(self.details.get("unit", "share"))
 
 
 class Run:
-    """Everything a report shows of a run folder, in memory; what is missing or unreadable is left empty.
+    """Everything that a report shows of a run folder, read into memory; missing or unreadable files give empty values.
 
     metrics, probe  lines of metrics.jsonl and probe.jsonl (the probe within the run), by step
     events          health diagnoses
@@ -66,39 +71,42 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's own."""
+        """The name of the run folder."""
         return self.folder.resolve().name or str(self.folder)
 
     @property
     def step(self) -> int:
-        """The last step anything is known of."""
+        """The last step in metrics.jsonl, probe.jsonl and status.json; 0 without any."""
         known = [line["step"] for line in self.metrics[-1:] + self.probe[-1:]] + [self.status.get("step")]
         return max(_whole(step) or 0 for step in known)
 
     @property
     def num_steps(self) -> int | None:
-        """Steps that the run is to make."""
+        """Steps that the run is configured for; None where unknown."""
         return _whole(self.status.get("num_steps", self.config.get("steps")))
 
     @property
     def images_seen(self) -> int | None:
-        """Images of all processes up to the last line of metrics.jsonl."""
+        """Images that all processes have trained on up to the last line of metrics.jsonl; None where unknown."""
         return _whole(self.metrics[-1].get("images")) if self.metrics else None
 
     @property
     def seconds(self) -> float | None:
-        """Time spent in steps: each line's step time holds for the steps since the line before."""
+        """Seconds spent in steps: each line's step time times the steps since the line before; None where unknown."""
         steps = np.diff([line["step"] for line in self.metrics], prepend=0)
         seconds = float(np.dot(steps, [number(line.get("step_time")) for line in self.metrics]))
         return seconds if self.metrics and math.isfinite(seconds) else None
 
     def series(self, key: str, x: str = "step") -> tuple[list[float], list[float]]:
-        """The finite values of a key of metrics.jsonl or probe.jsonl, against the step (or the images)."""
+        """The values of the keys `x` ("step" or "images") and `key` in the lines of metrics.jsonl, then probe.jsonl.
+
+        Lines where either is missing or not finite are left out.
+        """
         lines = [line for line in self.metrics + self.probe if is_number(line.get(key)) and is_number(line.get(x))]
         return [float(line[x]) for line in lines], [float(line[key]) for line in lines]
 
     def last(self, key: str) -> float | None:
-        """The last finite value of a key of metrics.jsonl or probe.jsonl."""
+        """The last finite value of a key of metrics.jsonl or probe.jsonl; None without one."""
         values = self.series(key)[1]
         return values[-1] if values else None
 
@@ -108,12 +116,12 @@ class Run:
 
 
 def line_at(lines: Sequence[Mapping[str, Any]], step: int | None) -> Mapping[str, Any]:
-    """The last of some lines in order of the step that is not beyond a step (None: of all); {} if there is none."""
+    """The last of `lines`, which are in order of their steps, at or before `step` (None: the last); {} without one."""
     return next((line for line in reversed(lines) if step is None or line["step"] <= step), {})
 
 
 def newest_teacher(run: Path) -> Path | None:
-    """The teacher file of the highest step of a run folder."""
+    """The teacher file of the highest step of a run folder; None without one."""
     return max((run / "teacher").glob("step_*.safetensors"), default=None, key=lambda path: path.stem)
 
 
@@ -124,7 +132,7 @@ def teacher_step(path: Path) -> int | None:
 
 
 def run_of(weights: str | Path) -> Path | None:
-    """The run folder that weights belong to: the folder itself, or that of one of its teacher files; else None."""
+    """The run folder of `weights`, a run folder or one of its teacher files; None for anything else."""
     path = Path(weights)
     is_teacher = path.parent.name == "teacher" and teacher_step(path) is not None
     run = path.parent.parent if is_teacher else path
@@ -159,7 +167,7 @@ def _probes(folder: Path) -> list[Probe]:
 
 
 def read_probe(content: Mapping[str, Any], path: Path) -> Probe:
-    """The headline of an `eval/<step>/<dataset>.json` whose `value` is a number."""
+    """The result in `content`, read from `path`, an `eval/<step>/<dataset>.json`; its "value" has to be a number."""
     baselines = content.get("baselines")
     return Probe(
         step=int(path.parent.name) if path.parent.name.isdigit() else 0,
@@ -187,7 +195,7 @@ def _pictures(folder: Path) -> dict[str, Path]:
 
 
 def _parameters(path: Path) -> int | None:
-    """Parameters of the backbone, from the head of a teacher file."""
+    """Number of parameters of the backbone, from the header of a teacher file; None where it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,6 +1,6 @@
-"""How the arguments of a verb are read, and the help of the program and of each verb.
+"""Parsing the arguments of a verb, and the help of the program and of each verb.
 
-Nothing here imports torch, so that help and wrong spellings answer at once.
+Nothing here imports torch, so that help and messages about wrong arguments appear at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +18,15 @@ T = TypeVar("T")
 class Verb:
     """A command of the program.
 
+    usage    its arguments, for the help
+    summary  one line for the help
     options  the class of the verb's keys
-    run      does the work; it is called with what `parse` returns
-    read     (arguments) -> what `run` is called with, where it is more than the options; UserError for what is wrong
-             with the arguments, and nothing is started
-    kinds    {first argument: keys} of a verb that is several
-    details  further lines of help, or a function that gives them
-    values   (arguments) -> options with the values that help shows instead of the defaults, where these name a config
-    flags    the options that start with dashes; all others are written key=value
+    run      does the work; it is called with the result of `parse`
+    read     (arguments) -> arguments of `run`, where these are more than the options; UserError for wrong arguments
+    kinds    {first argument: keys} of a verb with several forms
+    details  further lines of help, or a function that returns them
+    values   (arguments) -> the options whose values help shows in place of the defaults, where a config is given
+    flags    options that start with dashes; all others are written key=value
     """
 
     usage: str
@@ -39,24 +40,24 @@ class Verb:
     flags: tuple[str, ...] = ()
 
     def parse(self, arguments: list[str]) -> tuple[Any, ...]:
-        """What `run` is called with; UserError in one line for what is wrong with the arguments."""
+        """The arguments of `run`; UserError, in one line, for wrong arguments."""
         return self.read(arguments) if self.read else (read_options(self.options, arguments)[1],)
 
 
 def is_key_value(argument: str) -> bool:
-    """Whether it reads as key=value; a path with "=" in it that exists is a path."""
+    """Whether an argument has the form key=value; an existing path with "=" in it does not count."""
     key = argument.partition("=")[0]
     return "=" in argument and "/" not in key and not Path(argument).exists()
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(plain arguments, those that are key=value)."""
+    """Split arguments into positional ones and those of the form key=value."""
     pairs = [argument for argument in arguments if is_key_value(argument)]
     return [argument for argument in arguments if argument not in pairs], pairs
 
 
 def read_options(cls: type[T], arguments: Sequence[str], positional: int | None = 0) -> tuple[list[str], T]:
-    """The positional arguments (at most `positional`; None: any number) and the options of key=value.
+    """The positional arguments (at most `positional`; None: any number) and the options from key=value.
 
     raises  UserError for more arguments, an unknown key, one given twice, and a value that is not accepted
     """
@@ -71,10 +72,11 @@ def read_options(cls: type[T], arguments: Sequence[str], positional: int | None 
 def source_and_overrides(
     verb: str, arguments: Sequence[str], missing: str = "CONFIG, a name in configs/ or a YAML file", hint: str = ""
 ) -> tuple[str, list[str]]:
-    """The first argument, which names what to work on, and the key=value after it.
+    """The first, positional argument, and the key=value arguments after it.
 
-    Raises UserError `VERB: missing …` where it is not there, and on an argument after it that is no key=value;
-    `hint` is put behind the latter.
+    missing  a description of the first argument, for the message where it is missing
+    hint     end of the message about another positional argument
+    raises   UserError where the first argument is missing, and for another positional argument
     """
     if not arguments or is_key_value(arguments[0]):
         raise UserError(f"{verb}: missing {missing}; see dinoreg {verb} --help")
@@ -86,7 +88,11 @@ def source_and_overrides(
 
 
 def config_and_options(verb: str, cls: type[T], arguments: Sequence[str]) -> tuple[str, list[str], T]:
-    """(CONFIG, its overrides, the verb's own options) of a verb that takes the keys of a config besides its own."""
+    """(CONFIG, its overrides, the verb's own options) of a verb that accepts the keys of a config, too.
+
+    cls     the class of the verb's own options
+    raises  UserError for wrong arguments
+    """
     own, rest = split_texts(cls, arguments)
     return *source_and_overrides(verb, rest), read_options(cls, own)[1]
 
@@ -96,7 +102,7 @@ def config_and_options(verb: str, cls: type[T], arguments: Sequence[str]) -> tup
 
 
 def overview(verbs: Mapping[str, Verb]) -> str:
-    """The help of the program: a line for each verb."""
+    """The help of the program, with one line per verb."""
     width = max(map(len, verbs))
     lines = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in verbs.items())
     return (
@@ -107,9 +113,10 @@ def overview(verbs: Mapping[str, Verb]) -> str:
 
 
 def verb_help(verb: Verb, arguments: Sequence[str] = ()) -> str:
-    """The help of one verb: usage, what it does, and every key with type, default and meaning.
+    """The help of one verb: usage, summary, and every key with type, default and meaning.
 
-    arguments  what else was typed; where they name a config, its values take the place of the defaults
+    arguments  the other arguments; where they name a config, its values are shown in place of the defaults
+    raises     UserError for a config that cannot be read
     """
     lines = [f"usage: dinoreg {verb.usage}", "", verb.summary]
     if details := verb.details() if callable(verb.details) else verb.details:

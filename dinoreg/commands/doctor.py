@@ -1,6 +1,6 @@
-"""`dinoreg doctor`: what this machine has, what is missing for what, and what happened to a run.
+"""`dinoreg doctor`: the state of this machine and of the installation, or of a run.
 
-Nothing here needs a working PyTorch: an installation that cannot be imported is what one asks a doctor about.
+Nothing here needs a working PyTorch, since an installation that cannot be imported is a case to diagnose.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from dinoreg.runtime.environment import environment, version
 from dinoreg.runtime.errors import RunError, one_line
 from dinoreg.runtime.json_files import read_json, read_json_lines, read_text
 
-# Importing one of these takes seconds: that it is installed has to do.
+# Importing one of these takes seconds: only its installation is checked.
 SLOW_IMPORTS = ("timm", "transformers")
 
 
@@ -23,7 +23,7 @@ Section = tuple[str, list[Row]]
 
 
 def doctor(run: Path | None = None) -> None:
-    """Print the state of the machine, or of one run folder."""
+    """Print the state of the machine, or of the run folder `run`."""
     from rich.console import Console
     from rich.text import Text
 
@@ -42,7 +42,7 @@ def doctor(run: Path | None = None) -> None:
 
 
 def examine_machine() -> list[Section]:
-    """What is here and what is missing for what."""
+    """The sections on machine, packages and acceleration."""
     machine = environment()
     return [
         ("machine", _machine_rows(machine)),
@@ -82,7 +82,7 @@ def _optional_rows() -> list[Row]:
 
 
 def _package(row: Dependency, installed: str | None) -> tuple[str, str]:
-    """Mark and text: whether the package is there and can be imported; of xformers, whether its kernels load."""
+    """Mark and text: whether the package is installed and can be imported; of xformers, whether its kernels load."""
     through_torch = "attention runs through PyTorch (same numbers)"
     if installed is None and row.name == "xformers":
         return "missing", through_torch
@@ -102,7 +102,7 @@ def _package(row: Dependency, installed: str | None) -> tuple[str, str]:
 
 
 def _xformers_problem() -> str | None:
-    """Why its compiled part does not load. Everything works without it."""
+    """The reason why xformers' compiled part does not load, or None. Everything works without it."""
     try:
         from dinoreg.runtime.xformers_check import load_problem
 
@@ -129,7 +129,7 @@ def _acceleration_rows(machine: dict[str, Any]) -> list[Row]:
 
 
 def import_problem(package: str) -> str | None:
-    """Why a package cannot be imported, with the remedy, or None if it can."""
+    """The reason why a package cannot be imported, with the remedy; None if it can."""
     try:
         importlib.import_module(package)
     except Exception as error:
@@ -142,7 +142,7 @@ def _in_words(error: Exception) -> str:
 
 
 def explain(error: BaseException) -> str | None:
-    """A known failure of an installation in one line with its remedy, or None for an unknown one."""
+    """One line with the remedy for a known failure of an installation; None for an unknown one."""
     text = str(error)
     if "torchvision::nms" in text or "torchvision has been compiled" in text.lower():
         pair = [row for row in DEPENDENCIES if row.name in ("torch", "torchvision")]
@@ -164,7 +164,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def examine_run(run: Path) -> list[Section]:
-    """How far a run got, whether its checkpoints are whole, and what went wrong on the way."""
+    """The sections on a run's progress, checkpoints, health events and unreadable images."""
     return [
         (f"run {run}", _progress_rows(run)),
         ("checkpoints", _checkpoint_rows(run)),

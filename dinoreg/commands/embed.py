@@ -1,7 +1,7 @@
 """`dinoreg embed`: the features of a folder, list or archive of images in one file, with their paths.
 
-One batch is in memory at a time, and a killed embed goes on where it was (`feature_file.py`). Images that cannot be
-read are left out, counted and listed beside the output.
+One batch is in memory at a time, and a killed embed resumes where it stopped (`feature_file.py`). Unreadable images are
+left out, counted and listed beside the output.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from dinoreg.visualize.subject import fit, multiples, open_images
 
 
 def embed(options: EmbedOptions) -> Path:
-    """Write the features and return the file's path.
+    """Write the features of all images to options.out and return its path.
 
-    raises  UserError, before anything is written, for what is missing, does not fit or is finished already
+    raises  UserError, before anything is written, for wrong options or data and for an output that exists
             RunError when no image can be read, a feature is not finite or the disk is full
-            Interrupted after Ctrl-C; the same call goes on
+            Interrupted after Ctrl-C; the same call resumes
     """
     out = Path(options.out)
     _check_out(out, options.overwrite)
@@ -89,14 +89,17 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def row_shape(token: str, encoder: Encoder, size: int) -> tuple[int, ...]:
-    """The shape of one image's features: (D,), (2 D,) or (N, D)."""
+    """The shape of one image's features: (D,), (2D,) for token "cls+mean", (N, D) for "patches".
+
+    size  height and width of the image in pixels
+    """
     if token == "patches":
         return (size // encoder.patch_size) ** 2, encoder.dim
     return ((2 if token == "cls+mean" else 1) * encoder.dim,)
 
 
 def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options: EmbedOptions) -> None:
-    """Batches are of `batch_size` images of the source, readable or not: one that went on equals one that did not."""
+    """Append all features. Batches are cut by source index, readable or not, so that a resumed file is identical."""
 
     def read(index: int) -> Tensor | str:
         try:
@@ -125,9 +128,12 @@ def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options
 
 
 def features(encoder: Encoder, images: Tensor, token: str, dtype: str = "float32") -> np.ndarray:
-    """The tokens after the final norm, as `dtype` on the CPU: (B, *row_shape).
+    """Features of a batch, from the tokens after the final norm.
 
     images  (B, C, H, W) uint8, or float32 in 0..1
+    token   "cls" | "mean" (of the patches) | "cls+mean" | "patches"
+    dtype   "float32" | "float16"; too large numbers become infinite
+    returns (B, *row_shape)
     """
     tokens = encoder.tokens(images)
     if token == "patches":

@@ -1,6 +1,6 @@
-"""`dinoreg eval` and `dinoreg.evaluate`: from what was asked for to results on disk, a table and a report.
+"""`dinoreg eval` and `dinoreg.evaluate`: from arguments to results on disk, a table and a report.
 
-`dinoreg.evaluation` measures, `dinoreg.reports` shows; here the two meet.
+This module connects `dinoreg.evaluation`, which measures, and `dinoreg.reports`, which shows results.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,9 +27,9 @@ from dinoreg.runtime.json_files import read_json
 
 
 def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
-    """Options from `key=value`: those of EvalOptions, and NAME.KEY=VALUE for a dataset's own.
+    """A request from `key=value`: options of EvalOptions, and NAME.KEY=VALUE for those of a dataset.
 
-    raises UserError for an unknown key, naming the nearest, or a value of the wrong type
+    raises UserError for an unknown key, naming the nearest, or a value that is not accepted
     """
     names = {name: each.name for each in benchmarks().values() for name in (each.name, *each.aliases)} | {"own": "own"}
     general: dict[str, Any] = {}
@@ -44,10 +44,11 @@ def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
 
 
 def evaluate_command(names: str | None = None, request: Request | None = None) -> None:
-    """What the command line does; says what is missing, shows progress, prints the table and the report's path.
+    """Run `dinoreg eval`: show progress, print the table of results and the report's path.
 
-    names    "all", or datasets with commas between; None: list the datasets that there are
-    raises   RunError naming what failed, after the others were measured
+    names    "all", or datasets with commas between; None: list all datasets
+    raises   UserError for wrong options or missing data, before anything is measured; RunError naming the datasets
+             that failed, after the others were measured
     """
     if names is None or request is None:
         list_datasets()
@@ -88,9 +89,10 @@ def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
 
 
 def report_results(folder: Path) -> Path:
-    """Write the report of results that are there, naming what a launch was to measure and did not; returns its path.
+    """Write the report of the existing results, naming the datasets of the launch without a result; returns its path.
 
-    raises RunError when nothing was measured
+    folder  RUN/eval/STEP
+    raises  RunError when there are no results
     """
     absent = _not_evaluated(folder)
     if not read_records(folder):
@@ -105,7 +107,7 @@ def report_results(folder: Path) -> Path:
 
 
 def _not_evaluated(folder: Path) -> list[str]:
-    """A line for each dataset that the newest launch into this folder did not get to the end with."""
+    """One line for each dataset whose job in the newest launch into this folder did not succeed."""
     out = folder.parent.parent
     jobs = read_jobs(out)
     target = folder.resolve()
@@ -133,7 +135,7 @@ def list_datasets() -> None:
             benchmark.licence,
         )
     console = Console()
-    # A pipe has no width: a line that nobody wrapped is easier to search.
+    # A pipe has no width: unwrapped lines are easier to search.
     Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
     print("keys of single datasets:")
     for benchmark in benchmarks().values():
@@ -141,7 +143,7 @@ def list_datasets() -> None:
 
 
 def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str]]:
-    """What can be measured; UserError when a dataset that was named cannot, or nothing at all can."""
+    """The plans of the datasets, and problems of others; UserError when a named dataset, or all, cannot be measured."""
     everything = names == "all"
     chosen = choose([names] if Path(names).exists() else names.split(","), request)
     plans, problems = preflight(chosen, request)
@@ -177,7 +179,7 @@ def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
 
 
 def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: Path) -> list[str]:
-    """Every dataset on its own, so that one that fails does not keep the others; lines on those that failed."""
+    """Measure each dataset on its own, so that a failure does not stop the others; returns lines about failures."""
     failed = []
     for plan in plans:
         try:

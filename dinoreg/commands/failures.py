@@ -1,4 +1,4 @@
-"""How a command that failed is explained, in one line."""
+"""Explaining the failure of a command in one line."""
 
 import os
 import signal
@@ -13,7 +13,12 @@ from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
 
 @contextmanager
 def running(out: str | None) -> Iterator[None]:
-    """Around the work itself: failures name the log, an interruption says how to go on."""
+    """A context for the work of a command: failures name the log, an interruption explains how to resume.
+
+    out     run folder; None: no log
+    raises  RunError for any failure of a run, after appending the traceback to its train.log; Interrupted for Ctrl-C
+            when there is a checkpoint
+    """
     log = Path(out) / "train.log" if out else None
     try:
         yield
@@ -40,12 +45,12 @@ def running(out: str | None) -> Iterator[None]:
 
 
 def print_status(line: str) -> None:
-    """A line on stderr, at once: stdout is for results."""
+    """Print a line to stderr, unbuffered; stdout is for results."""
     print(line, file=sys.stderr, flush=True)
 
 
 def explain_error(error: BaseException) -> str:
-    """What an unexpected error means where that is known, else its type and text."""
+    """One line about an unexpected error: a known cause with its remedy, else type and text."""
     from dinoreg.commands.doctor import explain
 
     return explain(error) or f"{type(error).__name__}: {one_line(error)}"

@@ -1,7 +1,7 @@
-"""`dinoreg launch`: what was typed becomes jobs; `status`, `logs` and `cancel` look after them.
+"""`dinoreg launch`: submitting jobs, and `status`, `logs` and `cancel` for submitted ones.
 
-`dinoreg.jobs` knows clusters and nothing of what a job does; the verbs that check and run its commands are joined to
-it here.
+`dinoreg.jobs` handles clusters, independent of the commands that jobs run; this module passes it the functions that
+check and run them.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,10 @@ _say = partial(print, flush=True)
 
 
 def launch_command(*arguments: str) -> None:
-    """Run `dinoreg launch ARGUMENTS`; UserError for what is wrong with them, with nothing written or submitted."""
+    """Run `dinoreg launch ARGUMENTS`.
+
+    raises  UserError for wrong arguments, with nothing written or submitted; with wait=true RunError for failed jobs
+    """
     jobs = job_files()
     if not arguments or is_key_value(arguments[0]):
         raise UserError(f"launch: missing JOB; expected {', '.join([*jobs, *ACTIONS])}, or a .py of your own")
@@ -64,7 +67,7 @@ def _launch(name: str, arguments: Sequence[str]) -> None:
 
 
 def check_command(arguments: Sequence[str]) -> None:
-    """Refuse a command line that its verb would refuse, in the same words; nothing is started."""
+    """UserError for a command line, from the verb on, that its verb would refuse; nothing is started."""
     verb, *rest = arguments
     if verb not in VERBS:
         raise UserError(f"{verb}: unknown verb; a job runs one of {', '.join(VERBS)}")
@@ -72,7 +75,7 @@ def check_command(arguments: Sequence[str]) -> None:
 
 
 def _with_hint(error: UserError, overrides: Sequence[str]) -> UserError:
-    """A misspelt key of the job is looked for among the command's: name the one that was meant."""
+    """The error about an unknown key of the command, with the similar key of the job, if there is one."""
     text = str(error)
     for key in (item.partition("=")[0] for item in overrides):
         close = get_close_matches(key, OPTION_NAMES, n=1, cutoff=0.75)

@@ -1,8 +1,8 @@
 """The command line: a verb, its arguments, and `key=value`.
 
-Every verb parses all it was given before it starts, so that a wrong key or value ends with one line and exit
-code 2 and nothing written. A failure at run time is one line, the log's path and exit code 1. The parts
-that do the work are imported inside the verbs: help and wrong spellings answer at once.
+Every verb parses all its arguments before it starts, so that a wrong key or value ends with one line, exit
+code 2 and nothing written. A failure at run time is one line, the log's path and exit code 1. The modules
+that do the work are imported inside the verbs, so that help and messages about wrong arguments appear at once.
 """
 
 import os
@@ -21,9 +21,12 @@ OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code (0 done, 1 failed, 2 refused, 130 interrupted)."""
+    """Run one command, by default that of sys.argv; errors are printed to stderr in one line.
+
+    returns  the exit code: 0 done, 1 failed, 2 wrong arguments, 130 interrupted, 128 + number after another signal
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "WORLD_SIZE" in os.environ:  # DDP and the store warn once a process about what is meant to be so
+    if "WORLD_SIZE" in os.environ:  # DDP and the store print expected warnings once per process
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return _dispatch(arguments)
@@ -48,7 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def script(declaration: Any, verb: str = "eval") -> None:
-    """Run a declaration as a script: `python eval/pets.py weights=… root=…` is `dinoreg eval pets weights=… root=…`."""
+    """Run a declaration as a script: `python eval/pets.py weights=…` is `dinoreg eval pets weights=…`.
+
+    declaration  a benchmark or a job with a name
+    verb         of the command line, "eval" or "launch"
+    raises       SystemExit with the exit code of `main`
+    """
     path = getattr(sys.modules["__main__"], "__file__", None)
     raise SystemExit(main([verb, str(path or declaration.name), *sys.argv[1:]]))
 

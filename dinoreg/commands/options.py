@@ -1,6 +1,6 @@
-"""The keys of the verbs that have keys of their own, besides those of configs, evaluations and launches.
+"""The keys of the verbs, other than those of configs, evaluations and launches.
 
-Nothing here imports torch, so that help and wrong spellings answer at once.
+Nothing here imports torch, so that help and messages about wrong arguments appear at once.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,18 @@ FORMATS = "timm, transformers, meta (torch.hub), safetensors or onnx"
 
 @dataclass(frozen=True)
 class NoOptions(Options):
-    """Of a verb without keys."""
+    """The options of a command without keys."""
 
 
 @dataclass(frozen=True)
 class DoctorOptions(NoOptions, verb="doctor"):
-    pass
+    """`dinoreg doctor` has no keys."""
 
 
 @dataclass(frozen=True)
 class QuickstartOptions(Options, verb="quickstart"):
+    """The run of `dinoreg quickstart`."""
+
     out: str | None = option(None, "the run folder; none: runs/quickstart")
     seed: int = option(0, "of weights, data order, crops and masks", low=0, high=MAX_SEED)
     overwrite: bool = option(False, "delete what is in `out` first")
@@ -35,11 +37,15 @@ class QuickstartOptions(Options, verb="quickstart"):
 
 @dataclass(frozen=True)
 class ReportOptions(Options, verb="report"):
+    """Where `dinoreg report` writes."""
+
     out: str | None = option(None, "the HTML file; none: report.html, in the run's folder if it is one run")
 
 
 @dataclass(frozen=True)
 class InspectOptions(Options, verb="inspect"):
+    """The images that `dinoreg inspect` examines."""
+
     data: str | list[str] = option(REQUIRED, "a folder of images, [several], a list of paths, or scenes")
     sample: int = option(1000, "images that are opened and decoded", unit="image", low=1)
     in_channels: int = option(3, "image channels of the model that is to see them", low=1, high=65536)
@@ -48,6 +54,8 @@ class InspectOptions(Options, verb="inspect"):
 
 @dataclass(frozen=True)
 class ExportOptions(Options, verb="export"):
+    """The weights that `dinoreg export` writes for another library, and their format."""
+
     weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or a model name")
     format: str = option(REQUIRED, FORMATS)
     out: str = option(REQUIRED, "folder to write; new or empty")
@@ -56,6 +64,8 @@ class ExportOptions(Options, verb="export"):
 
 @dataclass(frozen=True)
 class EmbedOptions(Options, verb="embed"):
+    """The images, the model and the feature file of `dinoreg embed`."""
+
     data: str | list[str] = option(REQUIRED, "a folder, an image, a list of paths, tars, scenes, or [several]")
     weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, a model's name")
     out: str = option(REQUIRED, "the file to write, .safetensors or .parquet")
@@ -71,6 +81,8 @@ class EmbedOptions(Options, verb="embed"):
 
 @dataclass(frozen=True)
 class RegistersOptions(Options, verb="registers"):
+    """The models and images that `dinoreg registers` compares, and its experiments."""
+
     weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or model names, with commas between")
     images: str = option(REQUIRED, "a folder (one subfolder a class adds probes), a list of paths, scenes")
     out: str | None = option(None, "folder for registers.html; none: runs/registers/NAMES")
@@ -87,7 +99,7 @@ class RegistersOptions(Options, verb="registers"):
 
     @property
     def models(self) -> tuple[str, ...]:
-        """What `weights` names: one model, or several with commas between."""
+        """The models that `weights` names: a tuple, an existing path, or names with commas between."""
         if not isinstance(self.weights, str):
             return self.weights
         return (self.weights,) if Path(self.weights).exists() else tuple(self.weights.split(","))
@@ -95,6 +107,8 @@ class RegistersOptions(Options, verb="registers"):
 
 @dataclass(frozen=True)
 class ViewOptions(Options, verb="view"):
+    """The model and images of every `dinoreg view` that needs weights."""
+
     weights: str = option(REQUIRED, "a run folder, a weight file, or a model's name (random weights)")
     images: str | list[str] | None = option(None, "an image, folder, list, tars, scenes or [several]; none: the run's")
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
@@ -105,12 +119,16 @@ class ViewOptions(Options, verb="view"):
 
 @dataclass(frozen=True)
 class AttentionOptions(ViewOptions, verb="view attention"):
+    """The blocks and heads of `dinoreg view attention`."""
+
     layer: str = option("-1", "blocks, as 11 or 0,5,11 or all; -1 is the last")
     head: str = option("all", "all (the mean and each) | mean | a number from 0")
 
 
 @dataclass(frozen=True)
 class PcaOptions(ViewOptions, verb="view pca"):
+    """The block and the colour basis of `dinoreg view pca`."""
+
     layer: str = option("-1", "the block; -1 is the last")
     foreground: bool = option(False, "set the foreground apart, and fit the colours on it alone")
     basis: str | None = option(None, "file of a colour basis, used where it is there, else written")
@@ -118,11 +136,13 @@ class PcaOptions(ViewOptions, verb="view pca"):
 
 @dataclass(frozen=True)
 class NormsOptions(ViewOptions, verb="view norms"):
-    pass
+    """`dinoreg view norms` has no keys beyond those of every view."""
 
 
 @dataclass(frozen=True)
 class CropsOptions(Options, verb="view crops"):
+    """The output of `dinoreg view crops`; its other keys are those of the config."""
+
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int = option(8, "at most", unit="image", low=1)
 
@@ -132,11 +152,13 @@ VIEWS: Kinds = {"attention": AttentionOptions, "pca": PcaOptions, "norms": Norms
 
 @dataclass(frozen=True)
 class StatusOptions(NoOptions, verb="launch status"):
-    pass
+    """`dinoreg launch status` has no keys."""
 
 
 @dataclass(frozen=True)
 class LogsOptions(Options, verb="launch logs"):
+    """The job whose log `dinoreg launch logs` prints, and how much of it."""
+
     job: str | None = option(None, "its number; none: one that runs, else one that failed, else the last")
     task: int = option(0, "process of the job")
     lines: int = option(40, "of its end", low=0)
@@ -145,9 +167,11 @@ class LogsOptions(Options, verb="launch logs"):
 
 @dataclass(frozen=True)
 class CancelOptions(Options, verb="launch cancel"):
+    """The jobs that `dinoreg launch cancel` ends, and how."""
+
     job: str | None = option(None, "its number; none: all of the launch")
     save: bool = option(False, "ask trainings to save and end by themselves")
 
 
-# What can be done with jobs that are there, and the keys of each.
+# The actions on submitted jobs, and the keys of each.
 ACTIONS: Kinds = {"status": StatusOptions, "logs": LogsOptions, "cancel": CancelOptions}

@@ -1,4 +1,4 @@
-"""`dinoreg plan`: what a run will cost before it starts."""
+"""`dinoreg plan`: the cost of a run before it starts."""
 
 from dinoreg.config.plan_options import PlanOptions
 from dinoreg.config.schema import Config
@@ -7,7 +7,7 @@ from dinoreg.plan.text import show
 
 
 def plan_command(config: Config, options: PlanOptions) -> None:
-    """Print the plan, and write every figure to `out` where it is given."""
+    """Print the plan of a run, and with options.out write every figure there; UserError as `plan` and `Plan.write`."""
     found = plan(config, **vars(options))
     if options.out is not None:
         found.write(options.out)

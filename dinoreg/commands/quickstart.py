@@ -1,7 +1,7 @@
-"""`dinoreg quickstart`: pretrain a tiny register ViT on the embedded scenes, measure it, show it in a report.
+"""`dinoreg quickstart`: pretrain a tiny register ViT on the embedded scenes, measure it, write a report.
 
-The measure is the evaluators' logistic regression on scenes the run has not seen, beside two baselines under the same
-protocol: the same network before training, and the raw pixels.
+It is measured by the evaluators' logistic regression on held-out scenes, beside two baselines under the same protocol:
+the same network before training, and raw pixels.
 """
 
 import tempfile
@@ -32,15 +32,16 @@ from dinoreg.train.loop import pretrain
 from dinoreg.train.state import build_networks
 from dinoreg.weights.load import load
 
-# Scenes are endless; the probe's lie far behind those a run trains on.
+# The data set of scenes is endless; the probe's scenes come long after those that a run trains on.
 FIRST_PROBE_SCENE = 20_000_000
 NUM_TRAIN, NUM_TEST = 4000, 2000
 
 
 def quickstart(out: str | Path | None = None, seed: int = 0, overwrite: bool = False) -> Path:
-    """Pretrain, probe and report; returns the run folder. A run that was stopped goes on where it was.
+    """Pretrain, probe and report; returns the run folder. An unfinished run in `out` is resumed.
 
-    raises UserError when `out` holds something else
+    out     None: runs/quickstart
+    raises  UserError when `out` has other content
     """
     started = time.perf_counter()
     out = Path(out or "runs/quickstart")
@@ -54,20 +55,20 @@ def quickstart(out: str | Path | None = None, seed: int = 0, overwrite: bool = F
 
 
 class PretrainedEncoder(NativeEncoder):
-    """The backbone of a run; its random init is the very network that the run started from."""
+    """The backbone of a run as an encoder; its random init is the network that the run started from."""
 
     def __init__(self, config: Config, run: Path) -> None:
         super().__init__(load(run), run.resolve().name, config.augment.mean, config.augment.std)
         self.config = config
 
     def random_init(self, seed: int = 0) -> Encoder:
-        """The student before its first step; `seed` is that of the run."""
+        """The student before its first step, from the run's seed; `seed` is ignored."""
         start = cast(RegisterViT, build_networks(self.config)[0]["backbone"])
         return NativeEncoder(start, "random init", self.mean, self.std)
 
 
 def probe_run(config: Config, run: Path) -> Result:
-    """Evaluate a run on held-out scenes, with baselines; the result is written into the run's folder for its step."""
+    """Evaluate a run on held-out scenes, with baselines; the result is written to `run`/eval/STEP/."""
     size = config.crops.global_size
 
     def scenes(first: int, count: int) -> Labelled:
@@ -81,7 +82,11 @@ def probe_run(config: Config, run: Path) -> Result:
 
 
 def probe(encoder: Encoder, data: Data, folder: Path, name: str = "scenes", baselines: bool = True) -> Result:
-    """Logistic regression on class token and mean patch token of images with one class each, : `folder/<name>.json`."""
+    """Logistic regression on class token and mean patch token; the result is written to `folder/<name>.json`.
+
+    data       splits "train" and "test", with one class per image
+    baselines  whether to measure random weights and pixels, too
+    """
     task = Task("logistic", lambda root, options: data, "top-1", options={"token": "cls+mean"})
     benchmark = Benchmark(
         name=name,

@@ -1,7 +1,6 @@
-"""`dinoreg registers`: do backbones have artifact tokens, do registers keep them clean, what does each token know.
+"""`dinoreg registers`: artifact tokens of backbones, the effect of registers, and the information in each token.
 
-`dinoreg.registers` measures and shows; here the two meet. A backbone without registers in which outliers are
-found is measured a second time with a test-time register.
+A backbone without registers in which outliers are found is measured a second time with a test-time register.
 """
 
 from collections.abc import Sequence
@@ -32,10 +31,10 @@ FIRST_SCENE = 30_000_000  # far beyond those that a run trains on or a probe is 
 
 
 def report_registers(options: RegistersOptions) -> Path:
-    """Measure every model, print the table and the verdicts, write the report; returns the page.
+    """Measure every model, print the table and the verdicts, write the report; returns the path of the page.
 
-    raises UserError before anything is written for weights, images or sizes that do not fit; RunError where no image
-    can be read or a norm is not finite
+    raises UserError, before anything is written, for weights, images or sizes that do not fit; RunError where fewer
+    than two images can be read or a norm is not finite
     """
     subjects = [open_subject(each, options.device) for each in options.models]
     size = _common_size(subjects, options.size)
@@ -66,9 +65,13 @@ def report_registers(options: RegistersOptions) -> Path:
 
 
 def read_pictures(options: RegistersOptions, size: int, subject: Subject) -> tuple[Pictures, list[tuple[str, str]]]:
-    """The images of a request as squares of `size` pixels, with what is known of them, and those left out.
+    """The images of a request, with their classes and boxes where known, and (name, reason) of unreadable ones.
 
-    Scenes are drawn at that size and come with classes and boxes; a folder with a subfolder a class has classes.
+    size      height and width in pixels
+    subject   the first of the models: its channels and its range of values count
+    raises    UserError for a source that cannot be opened, RunError where fewer than two images can be read
+
+    Scenes are rendered at that size and have classes and boxes; a folder with a subfolder per class has classes.
     """
     channels = subject.model.in_channels
     if options.images.partition(":")[0] == "scenes" and not Path(options.images).exists():

@@ -1,4 +1,4 @@
-"""The verbs of the command line: what each takes, and the function that does its work."""
+"""The verbs of the command line: the arguments of each, and the function that does its work."""
 
 import importlib
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def _read_pretrain(arguments: list[str]) -> tuple[Config]:
 
 
 def _pretrain(config: Config, **hooks: Any) -> None:
-    """hooks are handed to the training by what runs it: a job listens to its checkpoints."""
+    """hooks are arguments of `pretrain` in train/loop.py: a job passes `on_checkpoint`."""
     with running(config.out):
         from dinoreg.distributed.process_group import is_main_process
         from dinoreg.train.loop import pretrain
@@ -240,7 +240,10 @@ VERBS: dict[str, Verb] = {
 
 
 def run_verb(verb: str, arguments: list[str], **hooks: Any) -> None:
-    """Run a verb; `hooks` go to the training, which tells the job that it runs in of its checkpoints."""
+    """Run a verb with its arguments; UserError for wrong ones, and whatever the verb raises.
+
+    hooks  arguments for a training, such as `on_checkpoint`, from the job that it runs in
+    """
     VERBS[verb].run(*VERBS[verb].parse(arguments), **hooks)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def report_run(run: Path) -> Path:
-    """Draw what pictures of the newest teacher are missing, write `report.html`, and return its path."""
+    """Draw missing pictures of the newest teacher, write `report.html` into the run folder, and return its path."""
     from dinoreg.reports.run_report import write_report
     from dinoreg.visualize.run_pictures import draw_missing
 

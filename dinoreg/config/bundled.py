@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def bundled(name: str) -> Path:
-    """Folder `configs`, `eval` or `launch`: the checkout's own if there is one, else the wheel's copy."""
+    """Path of the folder `configs`, `eval` or `launch`: in the checkout, or the copy in an installed wheel."""
     checkout = PACKAGE.parent / name
     if (PACKAGE.parent / "setup.py").is_file() and checkout.is_dir():
         return checkout
@@ -17,7 +17,10 @@ def bundled(name: str) -> Path:
 
 
 def run_file(path: Path, prefix: str) -> ModuleType:
-    """Run a Python file as the module `<prefix>_<stem>`; what it raises passes through, and no half of it stays."""
+    """Run a Python file as the module `<prefix>_<stem>`, which is in sys.modules then.
+
+    raises  whatever the file raises, after removing the module again
+    """
     name = f"{prefix}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

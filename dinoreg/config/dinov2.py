@@ -22,7 +22,7 @@ class Key(NamedTuple):
     """A key of the reference that is translated.
 
     default  the reference's
-    ours     the key of ours that takes its value; "": `from_dinov2` says what becomes of it
+    ours     dinoreg's key that takes its value; "": `from_dinov2` handles it
     names    its values by the names that the reference has for them
     number   whether it must be a number
     epochs   whether it is a number of epochs that becomes a fraction of the run
@@ -101,7 +101,7 @@ KEYS: dict[str, Key] = {
     "evaluation.eval_period_iterations": Key(12500, "probe.every"),
 }
 
-# Keys of dinov2's files that decide nothing here, and why.
+# Keys of dinov2's files without effect here, and why.
 DEAD: dict[str, str] = {
     "compute_precision.*": "precision and sharding follow precision= and the device",
     "train.saveckp_freq": "the reference does not read it either; see checkpoint.every and .keep",
@@ -116,7 +116,7 @@ _OWN_SECTIONS = ("MODEL", "compute_precision", "dino", "ibot", "student", "teach
 
 
 class Translation(NamedTuple):
-    """What a dinov2 file says in our words: dotted keys for `load_config`, keys without effect, remarks."""
+    """A dinov2 file as a dinoreg config: dotted keys for `load_config`, keys without effect (and why), remarks."""
 
     config: dict[str, Any]
     dead: list[str]
@@ -130,7 +130,11 @@ class Translation(NamedTuple):
 
 
 def is_dinov2(content: Mapping[str, Any], ours: Collection[str]) -> bool:
-    """Whether a YAML file's content, by dotted key, is dinov2's: what only dinov2 has, and none of `ours`."""
+    """Whether a YAML file is dinov2's: it has sections or keys that only dinov2 has, and none that only dinoreg has.
+
+    content  the file, by dotted key
+    ours     all dotted keys of dinoreg's config
+    """
     sections = {key.partition(".")[0] for key in content}
     if sections & ({path.partition(".")[0] for path in ours} - {"crops", "optim"}):
         return False
@@ -138,9 +142,9 @@ def is_dinov2(content: Mapping[str, Any], ours: Collection[str]) -> bool:
 
 
 def from_dinov2(content: Mapping[str, Any]) -> Translation:
-    """The same run as a config of ours.
+    """Translate a dinov2 config into one of dinoreg.
 
-    content  the file, by dotted key; absent keys have the reference's defaults
+    content  the file, by dotted key; missing keys have dinov2's defaults
     raises   UserError where a value has no counterpart here (an unknown arch, FFN, scaling rule, …)
     """
     for key in ("student.qkv_bias", "student.proj_bias", "student.ffn_bias"):

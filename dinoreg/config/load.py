@@ -25,7 +25,7 @@ EXCLUSIVE = (BUDGETS, ("optim.base_lr", "optim.lr"), COMMAND_ONLY)
 
 
 def require_complete(config: Config) -> Config:
-    """The config, if a run can start from it; nothing is written.
+    """`config` itself, if a run can start from it.
 
     raises  UserError where `out`, `data` or the budget is missing
     """
@@ -50,7 +50,7 @@ def load_config(
 
     source     a name in `configs/` ("vits14_reg4"), a YAML file (ours or dinov2's own), a run folder, or None
     overrides  {"optim.lr": 1e-3} or ["optim.lr=1e-3", …]; `data=PATH` is short for `data.source=PATH`
-    raises     UserError for a missing file, an unknown key (naming the nearest) or a value of the wrong type
+    raises     UserError for a missing or invalid file, an unknown key (naming the nearest) or a wrong value
     """
     layers = [("command line", dotted(overrides))]
     if source is not None:
@@ -82,12 +82,12 @@ def to_yaml(config: Config) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The YAML files in `configs/`, by name."""
+    """The paths of the YAML files in `configs/`, by name without suffix."""
     return {path.stem: path for path in sorted(bundled("configs").glob("*.yaml"))}
 
 
 def find_config(source: str | Path) -> Path:
-    """Path of a shipped config by name, of a YAML file by path, or of the config that a run folder holds."""
+    """Path of a shipped config by name, of a YAML file by path, or of config.yaml in a run folder; else UserError."""
     known = shipped_configs()
     if str(source) in known:
         return known[str(source)]

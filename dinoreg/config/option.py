@@ -1,4 +1,4 @@
-"""One language of options: a field of a frozen dataclass declares each, and all that is done with it follows from that.
+"""Declaring options: each is a field of a frozen dataclass, from which parsing, checks, messages and help follow.
 
 `lr: float | None = option(None, "peak rate, used as given", low=0)` gives a key its type, default, help and range.
 `section(OptimConfig)` declares a field that holds further options, with dotted keys (`optim.lr`). From the
@@ -36,16 +36,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Declaration:
-    """What is said of an option besides its name, type and default; `option` makes it.
+    """The properties of an option besides its name, type and default; made by `option`.
 
-    low, high      bounds that belong to the range; of a list or tuple they hold for every element, as choices do
-    above, below   bounds that do not
-    unit           what a number counts, in the singular: "pixel"
-    choices        the texts that are accepted
+    help           its meaning, for --help
+    low, high      inclusive bounds; of a list or tuple they hold for every element, as choices do
+    above, below   exclusive bounds
+    unit           of a number, in the singular: "pixel"
+    choices        the accepted texts
     ascending      a pair [low, high] must be in order
-    empty          whether a list may have no elements; `option` says no where the default has some
-    pattern        a regular expression that the whole text must match; `expected` says it in words
-    shapes_result  whether a run's weights, or an evaluation's numbers, depend on it; None: as its section says
+    empty          whether a list may have no elements; `option` sets False where the default is a tuple
+    pattern        a regular expression that the full text must match, ignoring case
+    expected       the accepted values in words, where the other properties do not say it
+    shapes_result  whether a run's weights, or an evaluation's numbers, depend on it; None: as declared for its section
     """
 
     help: str
@@ -62,7 +64,7 @@ class Declaration:
     shapes_result: bool | None = None
 
     def allows(self, value: Any) -> bool:
-        """Whether a value of the declared type lies in the range, or among the choices. None always does."""
+        """Whether a value of the declared type is in the range, or among the choices. None is always allowed."""
         if isinstance(value, (list, tuple)):
             in_order = not self.ascending or list(value) == sorted(value)
             return in_order and (self.empty or len(value) > 0) and all(self.allows(item) for item in value)
@@ -75,7 +77,7 @@ class Declaration:
         return is_number(value) and all(bound is None or holds(value, bound) for bound, holds in bounds)
 
     def accepted(self, value: Any = None) -> str:
-        """The range or the choices in words, "" where there are none; `value` tells a list from a single value."""
+        """The range or the choices in words, "" without any; for a list or tuple `value`, those of its elements."""
         words = self.expected or _listed(self.choices) or self._range()
         if isinstance(value, (list, tuple)):
             start = "[low, high]" if self.ascending else "" if value or self.empty else "one or more"
@@ -96,7 +98,7 @@ class Declaration:
         return f"{self.unit}s" if self.unit else ""
 
     def check(self, key: str, value: Any, or_none: bool = False) -> None:
-        """UserError naming the key, the value and what is accepted, where the value is not."""
+        """UserError, naming key, value and accepted values, unless `value` is allowed; `or_none` adds none to these."""
         if not self.allows(value):
             close = nearest(str(value), self.choices) if self.choices else ""
             check(False, key, value, f"{self.accepted(value)}{', or none' if or_none else ''}{close}")
@@ -119,10 +121,10 @@ def section(cls: type[Options], shapes_result: bool = True) -> Any:
 
 
 class Options:
-    """Base of the frozen dataclasses of options: one that is made holds only values that its fields accept.
+    """Base of the frozen dataclasses of options: constructing one raises UserError for values that are not accepted.
 
-    class ModelConfig(Options, section="model")   messages name the keys model.KEY
-    class EmbedOptions(Options, verb="embed")     messages name the verb whose keys they are
+    class ModelConfig(Options, section="model")   messages call a key model.KEY
+    class EmbedOptions(Options, verb="embed")     messages name the command that has the keys
     """
 
     _section: ClassVar[str] = ""
@@ -136,7 +138,7 @@ class Options:
             cls._verb = verb
 
     def __post_init__(self) -> None:
-        """Checks each option by itself; a class whose options depend on each other goes on with `check`."""
+        """Check each option on its own; subclasses check relations between options with `check`."""
         cls: Any = type(self)
         for item in dataclasses.fields(cls):
             if "option" in item.metadata:
@@ -145,7 +147,7 @@ class Options:
 
 
 def check(condition: bool, key: str, value: object, expected: str) -> None:
-    """UserError `KEY=VALUE: expected …` unless the condition holds: for what relates an option to others."""
+    """UserError `KEY=VALUE: expected …` unless the condition holds; for conditions that relate options."""
     if not condition:
         shown = f"{value:g}" if isinstance(value, float) else _typed(value)
         raise UserError(f"{key}={shown}: expected {expected}")
@@ -172,7 +174,7 @@ def keys_of(cls: Any) -> dict[str, Any]:
 
 
 def flat(options: Any, shaping: bool = False) -> dict[str, Any]:
-    """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only what the result depends on."""
+    """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only those that the result depends on."""
     return {
         key: operator.attrgetter(key)(options) for key, _, _, shapes in _walk(type(options)) if shapes or not shaping
     }
@@ -183,11 +185,11 @@ def flat(options: Any, shaping: bool = False) -> dict[str, Any]:
 
 
 class Text(str):
-    """The text behind `key=` on the command line, to be read as the key's type asks."""
+    """The text behind `key=` on the command line, not yet converted to the key's type."""
 
 
 def read(cls: type[T], overrides: Mapping[str, Any] | Iterable[str]) -> tuple[T, frozenset[str]]:
-    """(options, dotted keys that were given) of `key=value` texts, or of a mapping from Python.
+    """(options, dotted keys that were given) from `key=value` texts, or from a mapping.
 
     raises  UserError for an unknown key, naming the nearest, a value of the wrong type or one that is not accepted
     """
@@ -196,7 +198,7 @@ def read(cls: type[T], overrides: Mapping[str, Any] | Iterable[str]) -> tuple[T,
 
 
 def split_texts(cls: type, texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """(texts that give a key of `cls`, all others) of `key=value` texts, for commands that take other keys besides."""
+    """Split `key=value` texts into those whose key `cls` has, and all others."""
     parts: tuple[list[str], list[str]] = ([], [])
     for text in texts:
         parts[text.partition("=")[0] not in keys_of(cls)].append(text)
@@ -228,7 +230,11 @@ def dotted(values: Mapping[str, Any] | Iterable[str], where: str = "command line
 
 
 def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> dict[str, Any]:
-    """The values of dotted keys as the types that `cls` declares; `where` they come from is for messages."""
+    """The values of dotted keys, converted to the types that `cls` declares.
+
+    where   the origin of the values, for messages
+    raises  UserError for an unknown key, naming the nearest, a section given a value or a value of the wrong type
+    """
     known = keys_of(cls)
     converted: dict[str, Any] = {}
     for name, value in values.items():
@@ -252,8 +258,9 @@ def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> 
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """The dataclass of flat, dotted values; keys that are not given keep their defaults.
+    """An instance of `cls`, and of its sections, from values by dotted key; other keys keep their defaults.
 
+    prefix  of the keys, of a section: "optim."
     raises  UserError for a required key that is not given, and for a value that is not accepted
     """
     declared: Any = cls
@@ -272,7 +279,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 
 def read_value(key: str, value: Any, field: dataclasses.Field) -> Any:
-    """A value of one option that stands in no class, as the type of its default; UserError where it is not accepted."""
+    """The value of an option outside a class, converted to the type of its default; UserError unless accepted."""
     converted = convert(value, type(field.default), key, "options")
     field.metadata["option"].check(key, converted)
     return converted
@@ -283,7 +290,11 @@ class _WrongType(Exception):
 
 
 def convert(value: Any, hint: Any, key: str, where: str) -> Any:
-    """`value` as the type that the key declares; text of the command line is read as that type."""
+    """`value` converted to the type `hint`; a `Text` from the command line is parsed, other values only checked.
+
+    key, where  name and origin of the value, for messages
+    raises      UserError for a value of another type
+    """
     try:
         return _coerce(_read_text(str(value), hint) if isinstance(value, Text) else value, hint)
     except _WrongType:
@@ -310,7 +321,7 @@ def _read_text(text: str, hint: Any) -> Any:
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    """`value` as `hint`; 3 passes for 3.0 and 1e4 for 10000, but no text and no truth value for a number."""
+    """`value` as `hint`: 3 is accepted as 3.0 and 1e4 as 10000, but neither text nor a bool as a number."""
     kinds = _kinds(hint)
     if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() == "none")):
         return None
@@ -353,9 +364,9 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 
 def describe(options: Any) -> list[tuple[str, str, str]]:
-    """Rows of help, (key, "type = value", meaning), of a class of options, with its defaults, or of one with values.
+    """Rows of help, (key, "type = value", meaning), of a class of options with its defaults, or of an instance.
 
-    The meaning ends with what is accepted, in brackets.
+    The meaning ends with the accepted values in parentheses.
     """
     cls, values = (options, {}) if isinstance(options, type) else (type(options), flat(options))
     return [
@@ -365,7 +376,7 @@ def describe(options: Any) -> list[tuple[str, str, str]]:
 
 
 def describe_fields(fields: Mapping[str, dataclasses.Field], prefix: str = "") -> list[tuple[str, str, str]]:
-    """The rows of `describe` for options that stand in no class, by name."""
+    """The rows of `describe` for options outside a class, by name; `prefix` is put before each name."""
     return [_row(f"{prefix}{name}", type(item.default).__name__, item, item.default) for name, item in fields.items()]
 
 

@@ -24,13 +24,13 @@ _BEFORE_A_RUN = ("launch", ".overwritten-*", "*.part")
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """UserError that begins with `name` where a file stands in the place of a folder."""
+    """UserError, its message beginning with `name`, where `folder` is a file."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{name} is a file, expected a folder")
 
 
 def check_out(config: Config, out: Path) -> None:
-    """UserError in one line when `config` must not write a run to `out`; nothing is touched."""
+    """UserError, in one line, when `config` must not write a run to `out`; nothing is written or deleted."""
     check_folder(out, f"out={out}:")
     if config.overwrite:
         run_entries(out)
@@ -43,9 +43,9 @@ def check_out(config: Config, out: Path) -> None:
 
 
 def run_entries(out: Path) -> list[Path]:
-    """The files and folders of the run in `out`, in the order in which to delete them; [] where none has begun.
+    """The files and folders of the run in `out`, in the order in which to delete them; [] where no run has started.
 
-    raises UserError when `out` does not hold a run of ours, or something else besides
+    raises UserError when `out` holds something other than a run of dinoreg, or other files beside one
     """
     if not out.is_dir():
         return []
@@ -65,7 +65,7 @@ def run_entries(out: Path) -> list[Path]:
 
 
 def delete_run(out: Path) -> None:
-    """Delete the run in `out`; the folder itself, or the link to it, stays.
+    """Delete the run in `out`, but not the folder itself or the link to it.
 
     raises UserError as `run_entries`, OSError when something cannot be deleted
     """
@@ -77,7 +77,7 @@ def delete_run(out: Path) -> None:
 
 
 def set_aside(out: Path) -> Path:
-    """Move the run in `out` into a folder of its own inside `out`; returns it, for `put_back` or for deletion.
+    """Move the run in `out` into a new folder inside `out`; returns that, for `put_back` or for deletion.
 
     raises UserError as `run_entries`, OSError when something cannot be moved
     """
@@ -94,7 +94,7 @@ def set_aside(out: Path) -> Path:
 
 
 def put_back(aside: Path) -> None:
-    """Undo `set_aside`."""
+    """Undo `set_aside`, whose result is `aside`; OSError when something cannot be moved."""
     for path in aside.iterdir():
         os.rename(path, aside.parent / path.name)
     aside.rmdir()
@@ -105,7 +105,7 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def _is_resolved_config(path: Path) -> bool:
-    """Whether this is a config with every key written out, the first file of a run; a user's own states a few."""
+    """Whether this is a config with every key written out, as a run writes first; a user's config has only some."""
     try:
         return path.is_file() and path.read_text() == to_yaml(load_config(path))
     except (OSError, UserError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The keys of `dinoreg plan`, besides those of the config that is planned."""
+"""The keys of `dinoreg plan` other than those of the config."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,8 @@ from dinoreg.config.option import Options, option
 
 @dataclass(frozen=True)
 class PlanOptions(Options, verb="plan"):
+    """The machines that `dinoreg plan` computes for, and figures that it uses in place of its own."""
+
     nodes: int | None = option(None, "machines; with none of nodes, gpus, gpu and memory: one process here", low=1)
     gpus: int | None = option(None, "devices of a machine; none: 8, or 1 on a CPU", low=1)
     gpu: str | None = option(None, "their kind, as h100, a100-40, rtx4090; none: the one here, else h100")

@@ -27,6 +27,8 @@ MAX_PROTOTYPES = 2**24
 
 @dataclass(frozen=True)
 class ModelConfig(Options, section="model"):
+    """The architecture of the backbone, how it is computed, and its stochastic depth."""
+
     name: str = option("vits14_reg4", "vit{t,s,b,l,g}{8,14,16}_reg{0,1,4,…}, or an alias of Meta, timm or transformers")
     dim: int | None = option(None, "width; none: by the name", low=1, high=MAX_WIDTH)
     depth: int | None = option(None, "blocks; none: by the name", low=1, high=1000)
@@ -47,6 +49,8 @@ class ModelConfig(Options, section="model"):
 
 @dataclass(frozen=True)
 class HeadConfig(Options, section="head"):
+    """The prototype heads, which turn tokens into logits."""
+
     prototypes: int = option(65536, "K of the DINO head", low=1, high=MAX_PROTOTYPES)
     hidden_dim: int = option(2048, "width of the head's hidden layers", low=1, high=MAX_WIDTH)
     bottleneck_dim: int = option(256, "width of the embedding before the prototypes", low=1, high=MAX_WIDTH)
@@ -59,6 +63,8 @@ class HeadConfig(Options, section="head"):
 
 @dataclass(frozen=True)
 class LossConfig(Options, section="loss"):
+    """The weights of the losses, their temperatures, and how teacher targets are centred."""
+
     dino_weight: float = option(1.0, "of the class-token loss, local and global terms", low=0)
     ibot_weight: float = option(1.0, "of the masked-patch loss", low=0)
     koleo_weight: float = option(0.1, "of the entropy of class tokens, each global view", low=0)
@@ -77,6 +83,8 @@ class LossConfig(Options, section="loss"):
 
 @dataclass(frozen=True)
 class OptimConfig(Options, section="optim"):
+    """AdamW: learning rate and its multipliers, gradient clipping, and micro-batches."""
+
     base_lr: float | None = option(4e-3, "peak rate at a batch of 1024, scaled by sqrt(batch / 1024)", low=0)
     lr: float | None = option(None, "peak rate, used as given; excludes base_lr", low=0)
     beta1: float = option(0.9, "AdamW: memory of the gradient", low=0, below=1)
@@ -95,6 +103,8 @@ class OptimConfig(Options, section="optim"):
 
 @dataclass(frozen=True)
 class ScheduleConfig(Options, section="schedule"):
+    """How learning rate, weight decay, teacher momentum and teacher temperature change over the run."""
+
     warmup: float = fraction(0.1, "fraction of the run in which the learning rate rises from 0")
     final_lr: float = option(1e-6, "learning rate at the end (cosine)")
     weight_decay: tuple[float, float] = option((0.04, 0.4), "start and end (cosine)")
@@ -106,7 +116,7 @@ class ScheduleConfig(Options, section="schedule"):
 
 @dataclass(frozen=True)
 class AdaptConfig(Options, section="adapt"):
-    """What a run that starts from weights (`init=`) does differently; of no effect without `init=`."""
+    """Learning rates of a run that starts from weights (`init=`); without effect otherwise."""
 
     heads: float = option(0.2, "fraction of the run in which only the fresh heads learn", low=0, below=1)
     warmup: float = fraction(0.1, "fraction of the run, after that, in which the backbone's rate rises from 0")
@@ -122,6 +132,8 @@ class AdaptConfig(Options, section="adapt"):
 
 @dataclass(frozen=True)
 class DataConfig(Options, section="data"):
+    """The images to train on, and how they are read."""
+
     source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
     range: list[float] | None = option(
@@ -149,7 +161,7 @@ class DataConfig(Options, section="data"):
 
 @dataclass(frozen=True)
 class ParallelConfig(Options, section="parallel"):
-    """Many processes; of no effect on one."""
+    """How a run is distributed over several processes; without effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
     shard: int | None = option(
@@ -164,6 +176,8 @@ class ParallelConfig(Options, section="parallel"):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Options, section="checkpoint"):
+    """How often training states are written, and how many are kept."""
+
     every: int | None = option(None, "steps between checkpoints; none: a tenth of the run, at most 2000", low=1)
     keep: int = option(2, "newest training states kept; the best is kept besides", low=1)
     keep_hours: float | None = option(None, "one state is kept besides for every so many hours", above=0)
@@ -173,12 +187,16 @@ class CheckpointConfig(Options, section="checkpoint"):
 
 @dataclass(frozen=True)
 class LogConfig(Options, section="log"):
+    """How often metrics are written, and where."""
+
     every: int = option(10, "steps between lines of metrics.jsonl; the one place that waits for the device", low=1)
     tensorboard: bool = option(True, "write TensorBoard event files")
 
 
 @dataclass(frozen=True)
 class ProbeConfig(Options, section="probe"):
+    """The evaluation of the teacher during the run."""
+
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
     data: str | None = option(None, "a folder with one subfolder per class, or scenes; none: label-free rank only")
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
@@ -190,12 +208,16 @@ class ProbeConfig(Options, section="probe"):
 
 @dataclass(frozen=True)
 class HealthConfig(Options, section="health"):
+    """How many non-finite steps a run accepts before it goes back to a checkpoint or stops."""
+
     max_nonfinite: int = option(5, "non-finite steps in a row before the run rolls back to its last good state", low=1)
     max_rollbacks: int = option(1, "roll-backs before the run stops", low=0)
 
 
 @dataclass(frozen=True)
 class Config(Options):
+    """All options of a run; the sections have dotted keys, such as optim.lr."""
+
     out: str | None = option(None, "the run folder", shapes_result=False)
     init: str | None = option(None, "weights to start from: a run, a teacher file, a Meta .pth or a model name")
     steps: int | None = option(None, "length of the run in optimizer steps; excludes images and epochs", low=1)
@@ -236,7 +258,10 @@ class Config(Options):
         _check_model(self)
 
     def num_steps(self, num_images: int, world_size: int = 1) -> int:
-        """Length of the run in optimizer steps, for a data set of `num_images`; at least 1."""
+        """Length of the run in optimizer steps, at least 1, for a data set of `num_images`.
+
+        raises UserError without steps=, images= or epochs=
+        """
         if self.steps is not None:
             return self.steps
         images = self.images if self.epochs is None else self.epochs * num_images
@@ -245,38 +270,38 @@ class Config(Options):
         return max(1, round(images / (self.batch_size * world_size)))
 
     def peak_lr(self, world_size: int = 1) -> float:
-        """`optim.lr` as given, or `optim.base_lr` times sqrt(global batch / 1024)."""
+        """The peak learning rate: `optim.lr`, or as in DINOv2 `optim.base_lr` times sqrt(global batch / 1024)."""
         if self.optim.lr is not None:
             return self.optim.lr
         assert self.optim.base_lr is not None
         return self.optim.base_lr * math.sqrt(self.batch_size * world_size / 1024)
 
     def layer_decay(self) -> float:
-        """Rate multiplier per block: `optim.layer_decay`, with `init=` at most `adapt.layer_decay`."""
+        """Learning rate factor per block, in (0, 1]: `optim.layer_decay`; with `init=` at most `adapt.layer_decay`."""
         if self.init is None:
             return self.optim.layer_decay
         return min(self.optim.layer_decay, self.adapt.layer_decay)
 
     def explain_lr(self, world_size: int = 1) -> str:
-        """How the peak learning rate came about, in one line."""
+        """One line on how the peak learning rate is computed."""
         rate = f"learning rate {self.peak_lr(world_size):.3g}"
         if self.optim.lr is not None:
             return f"{rate} as given"
         return f"{rate} = {self.optim.base_lr:.3g} · √({self.batch_size * world_size}/1024)"
 
     def explain_start(self, num_steps: int, world_size: int = 1) -> str:
-        """What a run with `init=` does with the backbone, in one line."""
+        """One line on how a run with `init=` trains the backbone."""
         frozen = round(self.adapt.heads * num_steps)
         first = f"heads alone for {frozen} steps, then " if frozen else ""
         rate = f"{self.peak_lr(world_size) * self.adapt.lr:.3g} ({self.adapt.lr:.3g} of the heads' rate)"
         return f"{first}backbone at {rate}, {self.layer_decay():.3g} a block"
 
     def shaping(self) -> dict[str, Any]:
-        """Every option that shapes the weights, by its dotted key; what only watches or places the run is left out."""
+        """The options that the trained weights depend on, by dotted key."""
         return flat(self, shaping=True)
 
     def hash(self) -> str:
-        """Twelve hexadecimal digits over what shapes the weights (`shaping`) and nothing else."""
+        """The first 12 hexadecimal digits of the SHA-256 of `shaping`."""
         return hashlib.sha256(json.dumps(self.shaping()).encode()).hexdigest()[:12]
 
 

@@ -1,10 +1,10 @@
-"""Which process is lost: each answers a health check on a port of its own, from a thread.
+"""Finding the lost process of a run: each process answers health checks on a port of its own, from a thread.
 
-A failed collective says that somebody did not come, seldom who. A process that has died refuses the connection, one
-behind a cut cable does not take it, one that is stopped takes it and says nothing; those that are well answer. A
-process that fails sends the others its reason before it leaves: they wait in a collective until its connections close,
-which gloo's do only when it has gone and answers no more. (torch's TCPStore would not do for this: it lives on rank 0's
-machine and is lost with it, and a process that is stopped stays in it.)
+A failed collective says that some process is missing, seldom which. A dead process refuses the connection, one behind a
+broken network does not accept it, a stopped one accepts it and sends nothing; healthy ones answer. A failing process
+sends its reason to the others before it exits: they wait in a collective until its connections close, and gloo closes
+them only when the process is gone and can no longer answer. (torch's TCPStore does not serve here: it lives on rank 0's
+machine and is lost with it, and a stopped process stays registered in it.)
 """
 
 import os
@@ -26,6 +26,8 @@ _MAX_CONNECTIONS = 64
 
 @dataclass(frozen=True)
 class Peer:
+    """One process of a run: its rank, its machine's name and address, its process id, and the port it answers on."""
+
     rank: int
     host: str
     address: str
@@ -37,10 +39,12 @@ class Peer:
 
 
 class Peers:
-    """The processes of a run, and this one's answering thread.
+    """The processes of a run, and the thread that answers their health checks.
 
+    rank    of this process
     gather  collects one value of every process, in the order of the ranks
-    toward  host that all processes reach (where rank 0 listens): the address that leads there is the one to answer at
+    toward  a host that all processes reach (where rank 0 listens): this process answers at the address of the network
+            interface that leads there; None: localhost
     """
 
     def __init__(self, rank: int, gather: Callable[[Any], list[Any]], toward: str | None = None) -> None:
@@ -55,13 +59,16 @@ class Peers:
         self.own = self.all[rank]
 
     def close(self) -> None:
-        """Answer no more."""
+        """Close the port and end the answering thread."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread, which closing alone does not
         self._listener.close()
 
     def broadcast_failure(self, reason: str) -> None:
-        """Send the others the reason why this process stops; from now on it also answers with that."""
+        """Send the others the reason why this process stops, and answer health checks with it from now on.
+
+        reason  one line; cut to about `MOST_BYTES` bytes
+        """
         self._answer = f"stopped: {reason}".encode()[:MOST_BYTES]
         message = f"{self.own.rank} stopped: {reason}".encode()[:MOST_BYTES]
         with ThreadPoolExecutor(_MAX_CONNECTIONS) as pool:
@@ -84,7 +91,7 @@ class Peers:
                 self._reasons[int(number)] = reason
 
     def missing(self) -> list[tuple[Peer, str]]:
-        """The processes that do not answer well, each with its state in words."""
+        """The processes that do not answer a health check properly in `ANSWER_SECONDS`, and their states in words."""
         others = self._others()
         with ThreadPoolExecutor(min(_MAX_CONNECTIONS, max(1, len(others)))) as pool:
             answers = pool.map(_check, others)
@@ -94,7 +101,13 @@ class Peers:
         return [peer for peer in self.all if peer != self.own]
 
     def explain(self, step: int | None, timeout: float) -> str:
-        """One line: who is lost, after which step, and what to do. Waits until the others have checked this one."""
+        """One line: which processes are lost, after which step, and what to do.
+
+        step     after which the collective failed; None: outside the steps
+        timeout  seconds, parallel.timeout, for the message
+
+        Takes at least `ANSWER_SECONDS`, so that this process still answers while the others check it.
+        """
         started = time.monotonic()
         lost = self.missing()
         time.sleep(max(0.0, ANSWER_SECONDS - (time.monotonic() - started)))
@@ -129,7 +142,7 @@ def _connect(peer: Peer) -> socket.socket:
 
 
 def _check(peer: Peer, message: bytes = b"") -> str | None:
-    """Give a peer the message, and return its state in words; None when it is well."""
+    """Send a peer the message, and return its state in words; None when it is healthy."""
     try:
         with _connect(peer) as connection:
             answer = connection.recv(MOST_BYTES)  # before sending, or closing would take the message back

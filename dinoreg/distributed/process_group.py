@@ -1,8 +1,8 @@
-"""Many processes: who they are, sums over them, and how they agree; on one process every method is the identity.
+"""The processes of a run: their ranks, collectives over them, and joint decisions; on one process all are the identity.
 
-A process learns its place from its environment (torchrun's names, or Slurm's under a bare srun). Tensors travel through
-the default group, NCCL on CUDA and gloo elsewhere. Small numbers and messages travel through a gloo group of their own,
-so that agreeing on something never waits for the device and never mixes with the step's collectives.
+A process learns its rank from its environment (torchrun's variables, or Slurm's under a bare srun). Tensors go through
+the default group, NCCL on CUDA and gloo elsewhere. Small numbers and messages go through a gloo group of their own, so
+that a joint decision never waits for the device and never mixes with the step's collectives.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ _ASK_FOR_FEWER = "ask for as many processes as there are devices (or device=cpu)
 
 
 class Ranks:
-    """The processes of a run, as one of them sees them; `Ranks()` is a process on its own.
+    """The processes of a run, from the view of one of them; `Ranks()` is a single process.
 
-    rank, world_size  this process's number, and how many there are
+    rank, world_size  this process's number, from 0, and the number of processes
+
+    All processes have to call a collective method together, with tensors of one shape (any) and dtype; the result of a
+    reduction has the same shape.
     """
 
     def __init__(self, rank: int = 0, world_size: int = 1, control: Any = None, peers: Peers | None = None) -> None:
@@ -48,27 +51,30 @@ class Ranks:
 
     @classmethod
     def of_default_group(cls, timeout: float) -> Ranks:
-        """The processes of torch.distributed's default group, all of which call this; `timeout` in seconds."""
+        """The processes of torch.distributed's default group, all of which call this.
+
+        timeout  seconds that a message may take before it fails
+        """
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         return cls(dist.get_rank(), dist.get_world_size(), control)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's files and speaks for all."""
+        """Whether this is rank 0, which writes the run's files and the console."""
         return self.rank == 0
 
     # Tensors
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of `tensor` over all processes, of the same shape; `tensor` itself on one process."""
+        """The elementwise sum of `tensor` over all processes; `tensor` itself on one process. Not differentiable."""
         return self._all_reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, tensor: Tensor) -> Tensor:
-        """The elementwise maximum of `tensor` over all processes; `tensor` itself on one process."""
+        """The elementwise maximum of `tensor` over all processes; `tensor` itself on one. Not differentiable."""
         return self._all_reduce(tensor, dist.ReduceOp.MAX)
 
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-        """The mean of `tensor` over all processes; `tensor` itself on one process."""
+        """The elementwise mean of `tensor` over all processes; `tensor` itself on one process. Not differentiable."""
         return tensor if self.world_size == 1 else self.all_reduce_sum(tensor) / self.world_size
 
     def _all_reduce(self, tensor: Tensor, operation: Any) -> Tensor:
@@ -81,8 +87,8 @@ class Ranks:
     def gather_rows(self, tensor: Tensor, group_size: int | None = None) -> Tensor:
         """(n, …) of each process -> (G·n, …), in the order of the ranks; `tensor` itself on one process. No gradient.
 
-        group_size  processes G that gather among themselves, consecutive ranks; it divides the number of processes.
-                    None: all
+        group_size  number G of consecutive ranks that gather among themselves, a divisor of world_size; None: all
+        raises      UserError where the processes do not divide into such groups
         """
         size = self.world_size if group_size is None else group_size
         if size == 1:
@@ -107,7 +113,7 @@ class Ranks:
     # Messages, off the device
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every process's small picklable value, in the order of the ranks. They come from our own processes alone."""
+        """Every process's small picklable value, in the order of the ranks; only processes of the run can send one."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -115,7 +121,7 @@ class Ranks:
         return values
 
     def from_main(self, value: Any) -> Any:
-        """Rank 0's small picklable value, on every rank: for decisions that hang on a clock or on one machine."""
+        """Rank 0's small picklable value, on every rank: for decisions that depend on a clock or on one machine."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -124,10 +130,11 @@ class Ranks:
 
     @contextmanager
     def collective_errors(self) -> Iterator[None]:
-        """What is done inside succeeds on all ranks, or fails on all of them with the error of the first that failed.
+        """A context that all ranks enter: if it fails on one, it fails on all with the error of the lowest such rank.
 
-        The error of another rank is raised here as well, naming the rank, and marked as reported. Nests:
-        a rank that fails early meets the others at whichever agreement they have reached, and all of them end there.
+        raises  on that rank its own error; on others a UserError or RunError that names the rank, marked as reported
+
+        Contexts nest: a rank that fails in an outer one meets the others at the end of an inner one; all fail there.
         """
         problem: Exception | None = None
         try:
@@ -154,25 +161,27 @@ class Ranks:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 does what is inside before the others do; the failure of one is everybody's."""
+        """A context that rank 0 runs before the others do; an error on one rank is raised on all."""
         for mains_turn in (True, False):
             with self.collective_errors():
                 if self.is_main is mains_turn:
                     yield
 
     def mark_common(self, error: BaseException) -> None:
-        """All processes end with this error: nobody has to be told of it."""
+        """Note that all processes end with this error, so that it need not be sent to the others."""
         self._common_error = error
 
     def is_common(self, error: BaseException) -> bool:
+        """Whether all processes end with this error, see `mark_common`."""
         return error is self._common_error
 
     # Lost processes
 
     def diagnose_failure(self, error: BaseException, step: int | None, timeout: float) -> RunError | None:
-        """In words, which processes a failed collective was waiting for; None when the error is not about that.
+        """A RunError that names the processes a failed collective was waiting for; None for any other error.
 
-        step  after which it failed; None: outside the steps
+        step     after which it failed; None: outside the steps
+        timeout  seconds, parallel.timeout, for the message
         """
         if self.peers is None or not is_collective_failure(error):
             return None
@@ -181,7 +190,7 @@ class Ranks:
         return explained
 
     def broadcast_failure(self, error: BaseException) -> None:
-        """Let the others, which wait in a collective, know why this process stops."""
+        """Send the others, which may wait in a collective, the error with which this process stops."""
         if self.peers is not None and not self.is_common(error):
             self.peers.broadcast_failure(one_line(error))
 
@@ -190,9 +199,9 @@ ALONE = Ranks()
 
 
 class Agreement:
-    """Whole numbers whose maximum over all processes each of them learns one step later, so that nobody waits.
+    """The maximum over all processes of an integer per step, known one step later, so that no process waits for it.
 
-    On one process the maximum is the number itself, at once.
+    On one process the maximum is that of the same step.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -200,7 +209,7 @@ class Agreement:
         self._pending: tuple[Any, Tensor] | None = None
 
     def maximum(self, value: int) -> int:
-        """Give this step's number; returns the largest of the step before (0 at the first)."""
+        """Submit this step's number; returns the maximum of the step before (0 at the first). All processes call it."""
         if self.ranks.world_size == 1:
             return value
         agreed = 0
@@ -215,9 +224,10 @@ class Agreement:
 
 
 def is_collective_failure(error: BaseException) -> bool:
-    """Whether an exception comes from torch.distributed, as opposed to the program's own.
+    """Whether an exception comes from torch.distributed rather than from this program.
 
-    gloo has no class of its own: what fails in it, in DDP's and FSDP's backward passes too, is a plain RuntimeError.
+    gloo has no exception class: its errors, also in DDP's and FSDP's backward passes, are plain RuntimeErrors and are
+    recognised by their text.
     """
     if isinstance(error, dist.DistError):
         return True
@@ -234,7 +244,7 @@ def is_collective_failure(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands: its rank among `world_size`, its number on its machine, and where rank 0 listens."""
+    """A process's rank among `world_size`, its rank on its machine, and the host and port where rank 0 listens."""
 
     rank: int
     world_size: int
@@ -244,9 +254,9 @@ class Place:
 
 
 def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """The place that torchrun or srun gave this process; None for a process that stands alone.
+    """The place that torchrun or srun gave this process; None for a single process.
 
-    raises UserError when the variables are incomplete or not numbers
+    raises UserError when the variables are incomplete or not integers
     """
 
     def number(name: str, default: int = 0) -> int:
@@ -271,7 +281,7 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
 
 
 def int_of(environment: Mapping[str, str], name: str, default: int) -> int:
-    """A whole number in the environment; UserError where it is none."""
+    """The integer value of an environment variable, `default` without it; UserError for any other text."""
     text = environment.get(name, str(default))
     try:
         return int(text)
@@ -280,10 +290,15 @@ def int_of(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def pick_cuda_index(local_rank: int, device_count: int, local_world_size: int) -> int:
-    """The CUDA device of a process; UserError where its machine has fewer devices than processes.
+    """The index of a process's CUDA device.
 
-    A scheduler that binds each process to a device of its own shows it that one device as number 0; whether it is its
-    own is checked later, when the processes have met.
+    local_rank        the process's rank on its machine
+    device_count      devices that the process can see
+    local_world_size  processes on the machine, for the message
+    raises            UserError where the machine has fewer devices than processes
+
+    A scheduler that binds each process to one device shows it that device alone, as number 0; that no two processes
+    share it is checked later, by `session`.
     """
     if local_rank < device_count:
         return local_rank
@@ -294,7 +309,7 @@ def pick_cuda_index(local_rank: int, device_count: int, local_world_size: int) -
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for all, where no session is open; a process on its own does."""
+    """Whether this process is rank 0 by its environment, for use where no session is open; a single process is."""
     place = place_from_environment()
     return place is None or place.rank == 0
 
@@ -305,11 +320,13 @@ def is_main_process() -> bool:
 
 @contextmanager
 def session(device: str, timeout: float) -> Iterator[Ranks]:
-    """Join the process group that the environment describes, if any, and leave it at the end.
+    """A context that joins the process group which the environment describes, if any, and leaves it at the end.
 
     device   as given by the user: auto | cpu | cuda | cuda:N | mps
     timeout  seconds that a process waits for the others before it counts them as lost
-    raises   UserError when there are fewer devices than processes; RunError when the others cannot be reached
+    yields   the processes of the group; a default group that exists already is used and not closed
+    raises   UserError when there are fewer devices than processes; RunError when the others cannot be reached, or when
+             a collective inside fails, naming the lost processes
     """
     joined = dist.is_available() and dist.is_initialized()
     place = None if joined else place_from_environment()
@@ -337,9 +354,9 @@ def session(device: str, timeout: float) -> Iterator[Ranks]:
 
 @contextmanager
 def simulated_session(count: int) -> Iterator[Ranks]:
-    """Be rank 0 of `count` processes of which the others do not exist: collectives return at once, moving nothing.
+    """A context as rank 0 of `count` simulated processes: collectives return at once and transfer nothing.
 
-    Within it, collectives work on fake tensors as well.
+    They work on fake tensors, too.
     """
     import torch.distributed._tools.fake_collectives  # noqa: F401 - registers them for tensors without values
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -382,7 +399,7 @@ def _join(place: Place, device: str, timeout: float) -> None:
             timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
         )
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
-        meeting.store = None  # another try meets anew
+        meeting.store = None  # another attempt needs a new store
         reason = str(error).splitlines()[0][:200]
         where = f"{place.address}:{place.port} within {timeout:.0f} s"
         raise RunError(
@@ -392,16 +409,16 @@ def _join(place: Place, device: str, timeout: float) -> None:
 
 @dataclass
 class _Meeting:
-    """Where this process meets the others, and how often it has.
+    """The store through which this process meets the others, and the number of sessions so far.
 
-    The store outlives a session: a process that is ahead would find it closing in the next.
+    The store outlives a session: otherwise a process that is ahead would find it closing at its next session.
     """
 
     store: dist.Store | None = None
     sessions: int = 0
 
     def next_store(self, timeout: timedelta) -> dist.Store:
-        """The store as a new session sees it, without the addresses that the sessions before it have left there."""
+        """The store under a new prefix, so that a session does not find the addresses of earlier ones."""
         if self.store is None:
             self.store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
         self.store.set_timeout(timeout)
@@ -413,7 +430,7 @@ _meetings: dict[tuple[str, int], _Meeting] = {}  # by address and port
 
 
 def _check_devices(device: str, ranks: Ranks) -> None:
-    """Each process computes on a device of its own."""
+    """UserError where two processes compute on the same CUDA device."""
     if device == "cpu" or not torch.cuda.is_available():
         return
     own = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

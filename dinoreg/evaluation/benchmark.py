@@ -1,6 +1,6 @@
 """How a dataset is declared: an `eval/NAME.py` with one `BENCHMARK`, the only place where its facts are written.
 
-The inside finds declarations by name or path and never imports them as packages; they import this module.
+The library finds declarations by name or path and never imports them as packages; they import this module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dinoreg.runtime.errors import UserError
 if TYPE_CHECKING:
     from dinoreg.evaluation.data import Data
 
-# protocol: (module, title); each module has `evaluate(encoder, data, task, options, context) -> list[Row]`.
+# protocol: (module, title); each module has `evaluate(measured: Measurement) -> list[Row]`.
 PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "linear": ("dinoreg.evaluation.protocols.linear", "linear grid"),
@@ -49,11 +49,11 @@ class Need:
     archive: str
 
     def met(self, folder: Path) -> bool:
-        """Whether it is there."""
+        """Whether something below the dataset's folder matches `path`."""
         return any(True for _ in folder.glob(self.path))
 
     def message(self, folder: Path) -> str:
-        """That it is missing, and where it comes from."""
+        """A line for messages: `path` is missing below `folder`, and the archive it comes from."""
         return f"{folder / self.path} is missing; it comes from {self.archive}"
 
 
@@ -61,7 +61,7 @@ class Need:
 class Published:
     """A number that others reported, in the metric's usual unit (percent, metres, pixels).
 
-    model   whose; e.g. "DINOv2 ViT-S/14 (distilled)"
+    model   its name, such as "DINOv2 ViT-S/14 (distilled)"
     source  paper and table
     differs what differs from our protocol, or ""
     """
@@ -100,8 +100,10 @@ class Benchmark:
     """A dataset.
 
     name      as in `dinoreg eval NAME`
+    classes   their number, or None for tasks without classes
     folders   names that its folder may have below `root`; `root` itself is tried last
-    layouts   each a set of paths that together make the dataset readable; the first is the one that messages name
+    layouts   each a set of paths that together make the dataset readable; messages name the most complete one
+    download  where the files come from, in words
     options   choices of how it is read, set as NAME.KEY=VALUE: {KEY: option(default, help, …)}
     splits    in words, for the list: by default the counts of the first task, "3,680 / 3,669"
     """
@@ -126,14 +128,14 @@ class Benchmark:
     def find(self, root: str | Path, layouts: tuple[tuple[Need, ...], ...] | None = None) -> Path:
         """The dataset's folder below `root`, in which one of the layouts, by default its own, is complete.
 
-        Raises UserError saying what is expected where.
+        Raises UserError naming the first missing path of the most complete layout, and the archive it comes from.
         """
         base, layouts = Path(root), layouts or self.layouts
         pairs = [(folder, layout) for folder in (*map(base.joinpath, self.folders), base) for layout in layouts]
         for folder, layout in pairs:
             if all(need.met(folder) for need in layout):
                 return folder
-        # Of which most is there; of equals, the first.
+        # The one with the most of its paths present; the first of equals.
         named = pairs[: -len(layouts)]
         folder, layout = max(named, key=lambda pair: sum(need.met(pair[0]) for need in pair[1]))
         missing = next(need for need in layout if not need.met(folder))
@@ -157,7 +159,7 @@ class Benchmark:
 
 
 def needs(archive: str, *paths: str) -> tuple[Need, ...]:
-    """Paths that come out of one archive."""
+    """The given paths, each a Need of one archive."""
     return tuple(Need(path, archive) for path in paths)
 
 
@@ -172,7 +174,10 @@ def classification_tasks(
 ) -> tuple[Task, ...]:
     """Logistic regression on frozen features (DINOv2, Table 8) and weighted k-NN, over one reader.
 
-    validation_images  how many of the training images are held out to choose the regularisation
+    metric             the headline of the regression: "top-1" or "mean per class"; knn_metric: of k-NN
+    counts             images of each split in the official data
+    published          figures for the regression
+    validation_images  how many of the training images are held out to choose the regularisation; None: the default
     """
     share = {} if validation_images is None else {"validation_share": validation_images / counts["train"]}
     return (Task("logistic", read, metric, counts, published, options=share), Task("knn", read, knn_metric, counts))
@@ -200,7 +205,10 @@ def benchmarks() -> dict[str, Benchmark]:
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """A shipped benchmark by name or alias, or one of the user's own by the path of its file."""
+    """A shipped benchmark by name or alias, or one of the user's own by the path of its file.
+
+    Raises UserError for an unknown name, and as `load_benchmark` does.
+    """
     if name.endswith(".py"):
         return load_benchmark(Path(name))
     known = benchmarks()
@@ -213,7 +221,10 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def load_benchmark(path: Path) -> Benchmark:
-    """The `BENCHMARK` of a Python file. The file is run: it is the user's own code, as a config is not."""
+    """The `BENCHMARK` of a Python file. The file is run: it is the user's own code, as a config is not.
+
+    Raises UserError where the file cannot be loaded, has no such object, or names an unknown protocol.
+    """
     benchmark = getattr(load_declaration(path), "BENCHMARK", None)
     if not isinstance(benchmark, Benchmark):
         raise UserError(f"{path}: has no BENCHMARK of type dinoreg.evaluation.benchmark.Benchmark")

@@ -1,4 +1,4 @@
-"""What a protocol is given besides its data: where to keep things, how to show progress, what to seed with."""
+"""What a protocol receives besides its data: folders, seed, sizes, and how progress is shown."""
 
 import io
 import sys
@@ -32,6 +32,9 @@ class Context:
     state       folder for states of unfinished work; removed when the evaluation is done
     examples    folder for pictures of predictions, or None where none are wanted (baselines)
     image_size  side of square crops, in pixels
+    batch_size  images that the backbone sees at once
+    workers     decoding threads; 0 decodes in the calling thread
+    progress    (items, total, description) -> the items, showing progress as they are taken
     features_dtype  of cached features: "float32", or "float16" for half the disk: 3 decimal digits, which moves scores
                     by hundredths of a percent
     """
@@ -48,12 +51,12 @@ class Context:
     progress: Callable[[Iterable[Any], int, str], Iterator[Any]] = lambda items, _total, _what: iter(items)
 
     def example_indices(self, count: int) -> list[int]:
-        """Evenly spaced indices of the images that pictures are drawn of; none where no pictures are wanted."""
+        """Evenly spaced indices below `count` of the images to draw examples of; empty where no examples are wanted."""
         wanted = min(self.num_examples, count) if self.examples is not None else 0
         return np.unique(np.linspace(0, count - 1, wanted).round().astype(int)).tolist()
 
     def save_example(self, picture: Image.Image, prefix: str, number: int) -> None:
-        """Write a picture of a prediction where pictures are wanted."""
+        """Write an example as `PREFIX_NN.png`, where examples are wanted."""
         if self.examples is not None:
             self.examples.mkdir(parents=True, exist_ok=True)
             picture.save(self.examples / f"{prefix}_{number:02d}.png")
@@ -63,7 +66,7 @@ class SavedState:
     """State of unfinished work under one name, of tensors and plain values, saved every SAVE_SECONDS.
 
     key    what the work depends on; compared by its repr
-    state  what an earlier, stopped process saved under the same name and key, or None
+    state  what an interrupted process saved under the same name and key, or None
     """
 
     def __init__(self, context: Context, name: str, key: object) -> None:
@@ -75,7 +78,7 @@ class SavedState:
         self._last = time.monotonic()
 
     def save_when_due(self, make: Callable[[], dict[str, Any]], now: bool = False) -> None:
-        """Save what `make` gives if the last time is long ago, or `now`."""
+        """Save what `make` returns if SAVE_SECONDS have passed since the last save, or if `now`."""
         if now or time.monotonic() - self._last > SAVE_SECONDS:
             buffer = io.BytesIO()
             torch.save({"key": self._key, "state": make()}, buffer)
@@ -85,7 +88,12 @@ class SavedState:
 
 
 def show_progress(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterator[T]:
-    """The items, with a bar on a terminal; elsewhere a line now and then with count, rate and time left."""
+    """The items, with a bar on a terminal; elsewhere a line every SHOW_SECONDS with count, rate and time left.
+
+    total  number of items, 0 if unknown
+    what   description of the work
+    unit   of the rate, "it" per second by default
+    """
     console = Console(stderr=True)
     if console.is_terminal:
         yield from track(items, escape(what), total, console=console, transient=True)

@@ -1,4 +1,4 @@
-"""What a dataset hands to a protocol: one class per kind of ground truth. Pixels are read when they are asked for.
+"""The data that protocols receive: one class per kind of ground truth. Pixels are read on access.
 
 Every image comes through a `Source` (bytes or pixels by index, with a name for messages); labels are checked here.
 """
@@ -17,7 +17,7 @@ IGNORED = 255  # in a segmentation mask: void, counts neither way
 
 
 class Split:
-    """Images of any kind of ground truth; what a check and a cache need to know of it.
+    """Images of any kind of ground truth; what checks and caches need to know of them.
 
     HELD    fields of the ground truth that is held in memory
     PIXELS  (field, what it is called) of the ground truth that lies over the pixels: index -> (H, W, ...)
@@ -31,7 +31,7 @@ class Split:
         return len(self.source)
 
     def image(self, index: int) -> int:
-        """Where image `index` of the split lies in the source."""
+        """Index in the source of image `index` of the split."""
         return index
 
     def truth_stamp(self) -> str:
@@ -57,7 +57,7 @@ class Split:
 class Labelled(Split):
     """Images with one class each.
 
-    labels  (n,) int64 in [0, num_classes)
+    labels  (n,) int64 in [0, num_classes); UserError for any other, for other than one an image, and for none
     """
 
     source: Source
@@ -79,7 +79,8 @@ class Labelled(Split):
 class MultiLabelled(Split):
     """Images with a set of classes each.
 
-    labels  (n, num_classes) int8: 1 present, 0 absent, -1 not to be counted for that class
+    labels  (n, num_classes) int8: 1 present, 0 absent, -1 not to be counted for that class; UserError for any other,
+            and where there is not one row an image
     """
 
     source: Source
@@ -129,7 +130,7 @@ class Boxed(Split):
     labels     per image (k,) int64 in [0, num_classes)
     difficult  per image (k,) bool: not counted either way by VOC's AP
     crowd      per image (k,) bool: a region of many, counted by neither discovery nor training
-    area       per image (k,) float32, for COCO's size classes; the box's own where None
+    area       per image (k,) float32 square pixels, for COCO's size classes; None: the areas of the boxes
     """
 
     source: Source
@@ -149,7 +150,7 @@ class FlowPairs(Split):
     first, second  (n,) indices into `source`
     scenes         (n,) name of each pair's scene
     flow           pair -> (H, W, 2) float32 pixels, (u, v) = (right, down)
-    valid          pair -> (H, W) bool: ground truth to be trusted
+    valid          pair -> (H, W) bool: where the ground truth is reliable
     occluded       pair -> (H, W) bool: not visible in the second frame
     """
 
@@ -167,12 +168,13 @@ class FlowPairs(Split):
         return len(self.first)
 
     def image(self, index: int) -> int:
+        """Index in the source of the first frame of pair `index`."""
         return int(self.first[index])
 
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of a dataset, by name, and what a protocol may want to know besides.
+    """The splits of a dataset, by name, and further facts that protocols need.
 
     splits       "train", "val", "test"; "val" only where one is official; a protocol says which it needs
     class_names  (num_classes,) or empty

@@ -14,6 +14,8 @@ side_option = partial(option, shapes_result=False)  # the numbers of a result do
 
 @dataclass(frozen=True)
 class KnnOptions(Options, section="knn"):
+    """Weighted k-NN on class tokens: DINOv2's `eval/knn.py`, after Wu et al. (arXiv 1805.01978)."""
+
     k: tuple[int, ...] = option((10, 20, 100, 200), "neighbours; all are reported", low=1)
     temperature: float = option(0.07, "of the votes' softmax", above=0)
 
@@ -38,12 +40,14 @@ class _PathOptions(Options):
 
 @dataclass(frozen=True)
 class LogisticOptions(_PathOptions, section="logistic"):
+    """Logistic regression on a frozen token (SimCLR, arXiv 2002.05709, App. B.8.1; DINOv2, arXiv 2304.07193, §7.2)."""
+
     token: str = option("cls", "cls+mean: class token and mean patch side by side", choices=("cls", "cls+mean"))
 
 
 @dataclass(frozen=True)
 class MultilabelOptions(_PathOptions, section="multilabel"):
-    """Each class has a path of its own."""
+    """One binary logistic regression per class, each with its own path (SimCLR, arXiv 2002.05709, App. B.8.1)."""
 
 
 # Learning rates of the linear grid, per 256 images.
@@ -52,6 +56,8 @@ LINEAR_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 
 
 @dataclass(frozen=True)
 class LinearOptions(Options, section="linear"):
+    """A grid of linear classifiers on frozen features, trained at once (DINOv2, arXiv 2304.07193, App. B.3)."""
+
     lrs: tuple[float, ...] = option(LINEAR_LRS, "per 256 images", above=0)
     blocks: tuple[int, ...] = option((1, 4), "last blocks whose class tokens are concatenated", low=1)
     avgpool: tuple[int, ...] = option((0, 1), "1: the mean patch token is appended", low=0, high=1)
@@ -64,6 +70,8 @@ class LinearOptions(Options, section="linear"):
 
 @dataclass(frozen=True)
 class SegmentationOptions(Options, section="segmentation"):
+    """A linear segmentation head on frozen patch tokens (DINOv2, arXiv 2304.07193, §7.4)."""
+
     size: int = option(512, "of the short side, of training crops and of the sliding window", unit="pixel", low=1)
     stride: int = option(341, "between windows", unit="pixel", low=1)
     steps: int = option(40_000, "of training", low=1)
@@ -80,6 +88,8 @@ class SegmentationOptions(Options, section="segmentation"):
 
 @dataclass(frozen=True)
 class DepthOptions(Options, section="depth"):
+    """Linear depth heads on frozen tokens, expected depth over bins (DINOv2, arXiv 2304.07193, §7.4)."""
+
     variants: tuple[int, ...] = option((1, 4), "lin.1 (last block) and lin.4 (four blocks)", low=1)
     steps: int = option(38_400, "of training", low=1)
     warmup_steps: int = option(12_800, "linear warm-up; a third of the steps at most", low=0)
@@ -99,6 +109,8 @@ class DepthOptions(Options, section="depth"):
 
 @dataclass(frozen=True)
 class DiscoveryOptions(Options, section="discovery"):
+    """Object discovery by LOST (arXiv 2109.14279), its Gram matrix biased as in Registers (arXiv 2309.16588, §3.3)."""
+
     feature: str = option("key", "of each patch", choices=("query", "key", "value", "token"))
     blocks: tuple[int, ...] = option((-1,), "blocks to try; the best is quoted and the sweep is shown")
     biases: tuple[float, ...] = option((0.0,), "added to the Gram matrix before thresholding")
@@ -108,6 +120,8 @@ class DiscoveryOptions(Options, section="discovery"):
 
 @dataclass(frozen=True)
 class DetectionOptions(Options, section="detection"):
+    """A linear box head on frozen patch tokens, with FCOS's targets and loss; a protocol of this project."""
+
     size: int = option(640, "of the short side", unit="pixel", low=1)
     max_size: int = option(1024, "of the long side at most", unit="pixel", low=1)
     steps: int = option(20_000, "of training", low=1)
@@ -127,6 +141,8 @@ class DetectionOptions(Options, section="detection"):
 
 @dataclass(frozen=True)
 class FlowOptions(Options, section="flow"):
+    """Optical flow by matching frozen patch tokens, as they are and projected; a protocol of this project."""
+
     upscale: int = option(1, "image sides times this before encoding; 2 gives a grid twice as fine", low=1)
     temperature: float = option(0.05, "of the softmax over matches; the learned one starts here", above=0)
     window: int = option(3, "patches to each side of the best match in the soft-argmax; 0: the whole frame", low=0)
@@ -138,6 +154,8 @@ class FlowOptions(Options, section="flow"):
 
 @dataclass(frozen=True)
 class FewShotOptions(Options, section="few_shot"):
+    """Logistic regression and nearest class means on few labels (sources in `protocols/few_shot.py`)."""
+
     shots: tuple[int, ...] = option((1, 5, 10), "labelled images per class", low=1, empty=True)
     shares: tuple[float, ...] = option((0.01, 0.1, 1.0), "of the labels", above=0, high=1, empty=True)
     repeats: int = option(5, "draws of each, averaged", low=1)
@@ -149,6 +167,8 @@ class FewShotOptions(Options, section="few_shot"):
 
 @dataclass(frozen=True)
 class EvalOptions(Options):
+    """One evaluation: the weights, where datasets and results are, and the options of every protocol."""
+
     weights: str | None = option(
         None,
         "a run, a weight file, a model name (random weights), timm:NAME[:FILE], a transformers folder",

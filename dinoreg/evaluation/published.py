@@ -21,8 +21,10 @@ def released(
 ) -> tuple[Published, ...]:
     """Figures of the four released DINOv2 models: ViT-S, B and L/14, distilled from ViT-g/14, and itself.
 
+    values     in the metric's usual unit (percent, metres)
+    source     paper and table
     note       what differs from our protocol
-    registers  0 or 4, said with each row; None leaves it to the note
+    registers  0 or 4, stated in each row; None leaves it to the note
     ending     of the models' names, such as ", +ms"
     """
     suffix = " reg4" if registers else ""
@@ -39,8 +41,9 @@ def released(
 def with_registers(
     values: tuple[float, float, float, float, float, float], table: str, differs: tuple[str, str, str] = ("", "", "")
 ) -> tuple[Published, ...]:
-    """Figures of Registers' three backbones, each trained with 0 and with 4 registers.
+    """Figures of Registers' three backbones (DINOv2, DeiT-III, OpenCLIP), each trained with 0 and with 4 registers.
 
+    values   in the metric's usual unit, in that order
     table    of that paper
     differs  what differs from our protocol for each backbone
     """
@@ -53,9 +56,10 @@ def with_registers(
 
 
 def at_test_time(values: Sequence[float], differs: str, spreads: Sequence[str] = ("",) * 4) -> tuple[Published, ...]:
-    """Figures of the released ViT-L/14 with 0, 4 trained and one test-time register, and of OpenCLIP's ViT-B/16.
+    """Figures of arXiv 2506.08010: ViT-L/14 with 0, 4 trained and one test-time register, and OpenCLIP's ViT-B/16.
 
-    values, spreads  means over three seeds in this order, as many as are stated, and what is said of their spread
+    values   means over three seeds in this order, as many as are published
+    spreads  what is published of their spread, in words
     """
     names = [f"DINOv2 ViT-L/14 (released), {count}" for count in ("0 registers", "4 registers", "1 test-time register")]
     rows = zip([*names, "OpenCLIP ViT-B/16"], values, spreads)
@@ -63,7 +67,10 @@ def at_test_time(values: Sequence[float], differs: str, spreads: Sequence[str] =
 
 
 def denoised(values: tuple[float, float], differs: tuple[str, str]) -> tuple[Published, ...]:
-    """Figures of the released ViT-B/14 with 0 and with 4 registers in the paper on denoising."""
+    """Figures of the released ViT-B/14 with 0 and with 4 registers in the paper on denoising (arXiv 2401.02957).
+
+    differs  what differs from our protocol for each
+    """
     return tuple(
         Published(f"DINOv2 ViT-B/14 (released), {count} registers", value, DENOISING, each)
         for count, value, each in zip((0, 4), values, differs, strict=True)
@@ -77,7 +84,10 @@ def single_tokens(
     source: str = f"{REGISTERS}, Table 1",
     last: str = "outlier patch token",
 ) -> tuple[Published, ...]:
-    """Figures of one token alone, in percent: the class token, a normal patch token and the last one."""
+    """Figures of one token alone, in percent: the class token, a normal patch token and the one called `last`.
+
+    differs  what else differs from our protocol
+    """
     return tuple(
         Published(model, value, source, f"the {token} alone; {differs}", "" if token == "class token" else token)
         for token, value in zip(("class token", "normal patch token", last), values, strict=True)

@@ -1,4 +1,4 @@
-"""A result that stands on its own: the number, how sure it is, how it came about, and what it is compared with."""
+"""A self-contained result: the number, its uncertainty, its settings, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ class Row:
     variant           what distinguishes it in words: "k = 20", "11-point", "lin.4", "final, matched"
     chosen_on         where hyper-parameters were chosen: "the official validation split", "a tenth of train, seed 0",
                       "the reported split itself", or "" where nothing was chosen
+    hours             that it took, in wall time
+    chance            the figure of guessing, in `unit`, or None
     settings          of the protocol: every option that was used, and what was chosen
     details           further figures of the same predictions: {"micro": …, "macro": …}
     n_train, n_test   images (or pairs) learnt from and scored
@@ -39,11 +41,13 @@ class Row:
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON's types only; NaN and infinity as text."""
+        """The fields in JSON's types; NaN and infinity as text."""
         return plain(asdict(self))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Row:
+        """The row of a dictionary from `as_dict`, without unknown keys; KeyError, TypeError or ValueError for
+        another."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         known["seeds"] = tuple(known.get("seeds", (0,)))
         for key in ("value", "low", "high"):
@@ -52,12 +56,12 @@ class Row:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What makes rows of two encoders comparable."""
+        """(protocol, metric, variant): rows of two encoders with the same key are comparable."""
         return self.protocol, self.metric, self.variant
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it."""
+    """A value in JSON's types: keys as text, tuples and arrays as lists, NaN and infinity as text."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -87,10 +91,11 @@ class Result:
 
     @property
     def headline(self) -> Row:
+        """The model's first row."""
         return self.rows[0]
 
     def baseline(self, name: str, row: Row) -> Row | None:
-        """The baseline's row for the same protocol, metric and variant."""
+        """The row of the baseline `name` with the same protocol, metric and variant; None without one."""
         return next((each for each in self.baselines.get(name, ()) if each.key == row.key), None)
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,7 +120,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
-        """What `as_dict` gave; KeyError, TypeError or ValueError for anything else."""
+        """The result of a dictionary from `as_dict`; KeyError, TypeError or ValueError for another."""
         if values.get("format") != FORMAT or values.get("version") != 1 or not values["rows"]:
             raise ValueError(f"not a {FORMAT} record of version 1")
         known = {*_ON_TOP, "format", "version", "dataset", "key", "probe", "baselines", "rows", "baseline_rows"}

@@ -1,7 +1,6 @@
-"""Evaluate an encoder: what is there is checked first, measured next to its baselines, written as it is finished.
-
-`preflight` reads every split file and a sample of images before anything is computed. Every (dataset, protocol,
-encoder) that is done is kept at once, so that an interrupted evaluation goes on where it was.
+"""Evaluate an encoder: datasets are checked first, measured next to their baselines, written as they are finished.
+`preflight` reads every split file and a sample of images before anything is computed. Every finished (dataset,
+protocol, encoder) is saved at once, so that an interrupted evaluation resumes.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ SAMPLED = 8  # images of each split that are opened before anything is computed
 
 @dataclass(frozen=True)
 class Planned:
-    """A dataset that is there: each task with its data."""
+    """A dataset that is complete on disk: each task with its data, and warnings for the user."""
 
     benchmark: Benchmark
     tasks: tuple[tuple[Task, Data], ...]
@@ -47,7 +46,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be evaluated, as it was asked for.
+    """An evaluation as the user requested it.
 
     options    of the evaluation and of the protocols
     explicit   dotted keys that the user gave: they win over a dataset's own protocol options
@@ -60,7 +59,7 @@ class Request:
 
 
 def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
-    """The benchmarks of `dinoreg eval NAME,NAME | all | PATH`; UserError for one that is not known."""
+    """The benchmarks of `dinoreg eval NAME,NAME | all | PATH`; UserError for an unknown or unreadable one."""
     chosen: dict[str, Benchmark] = {}
     for name in names:
         if name == "all":
@@ -77,7 +76,11 @@ def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
 
 
 def preflight(chosen: Sequence[Benchmark], request: Request) -> tuple[list[Planned], dict[str, str]]:
-    """Everything that can be known before the first forward pass: (what is ready, {dataset: what is wrong})."""
+    """Check everything that can be known before the first forward pass.
+
+    returns  the datasets that are ready, and {dataset: what is wrong} for the others
+    raises   UserError for an unknown protocol, and for options of datasets that are not evaluated
+    """
     known = {name for benchmark in chosen for name in (benchmark.name, *benchmark.aliases)}
     for name in request.dataset:
         if name not in known:
@@ -117,7 +120,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
         data = seen[task.read]
         warnings += data.extra.get("warnings", [])
         tasks.append((task, data))
-        # Where they depend on the layout, the reader knows them.
+        # Where the official counts depend on the layout, the reader states them.
         for split, count in data.extra.get("official_counts", task.counts).items():
             found = len(data.splits[split]) if split in data.splits else 0
             if found != count:
@@ -157,15 +160,16 @@ def _size(source: Source, index: int) -> tuple[int, int]:
 
 
 def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
-    """Measure a planned dataset and write `folder/<dataset>.json`; a result that is there under the same key is read.
+    """Measure a planned dataset and write `folder/<dataset>.json`; a result already there under the same key is read.
 
-    A dataset that fails raises after what it had finished was kept: run the same again to go on.
+    raises  UserError or RunError, naming dataset and protocol, where a task fails; finished tasks are saved, and the
+            same call resumes after them
     """
     return _Evaluation(encoder, plan, request, folder).result()
 
 
 def read_result(path: Path) -> Result | None:
-    """A result that was written; None where there is none, or the file is torn or of another kind."""
+    """The result in a file; None without a file, or where it is torn or of another kind."""
     try:
         return Result.from_dict(read_json(path))
     except (ValueError, KeyError, TypeError):
@@ -173,7 +177,7 @@ def read_result(path: Path) -> Result | None:
 
 
 class _Evaluation:
-    """One dataset with one encoder and its baselines; finished tasks are kept under a key over all that counts."""
+    """One dataset with one encoder and its baselines; finished tasks are saved under a key over all their inputs."""
 
     def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
         self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
@@ -182,7 +186,7 @@ class _Evaluation:
         self.key = _key(encoder, plan, request)
 
     def result(self) -> Result:
-        """The result that is on disk under the same key, else a new one, written."""
+        """The result on disk if it has the same key, else a new one, which is written."""
         path, encoder, options = self.folder / f"{self.name}.json", self.encoder, self.request.options
         known = read_result(path)
         if known is not None and known.key == self.key and not options.overwrite:
@@ -245,12 +249,12 @@ class _Evaluation:
         return tuple(found)
 
     def context(self, name: str, role: str) -> Context:
-        """What a protocol is given besides its data; `name` is that of its files."""
+        """The context of one task; `name` is that of its files, `role` as for `rows`."""
         options = self.request.options
 
         return Context(
             features=Path(options.features) if options.features else self.folder.parent / "features",
-            # With the key in its name, a state is never met by other weights or options.
+            # With the key in its name, a state is never resumed with other weights or options.
             state=self.unfinished / self.key / name,
             examples=self.folder / "examples" / self.name if options.examples and not role else None,
             seed=options.seed,
@@ -286,7 +290,7 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
 
 
 def check_size(encoder: Encoder, options: EvalOptions) -> None:
-    """UserError unless `image_size` is a whole number of patches."""
+    """UserError unless the option `image_size`, in pixels, is a multiple of the encoder's patch size."""
     size, patch = options.image_size, encoder.patch_size
     if size is not None:
         expected = f"a multiple of the patch size {patch}, for example {max(size // patch, 1) * patch}"

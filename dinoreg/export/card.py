@@ -22,7 +22,10 @@ MAX_TEXT = 200  # characters of a text from a run that are shown
 
 
 def write_card(folder: Path, form: Format, source: Source, certificate: Mapping[str, Any]) -> None:
-    """Write `README.md` into `folder`."""
+    """Write `README.md` into the artefact's folder.
+
+    certificate  of the artefact, as `certify` returns it
+    """
     step = source.origin.get("step")
     run = Run(source.run or folder)
     steps = {probe.step for probe in run.probes}

@@ -1,4 +1,4 @@
-"""The certificate: the artefact's own library is run without ours, and what it answers is compared with the source.
+"""The certificate: the artefact's own library is run without ours, and its outputs are compared with the source's.
 
 Two image sizes, two dtypes, every output. In float32 the largest difference, relative to the largest value of the
 output, must stay below the format's bound. In the lower dtype both sides round, and differently; there it must stay
@@ -38,9 +38,9 @@ OVERFLOW = "the source itself overflows in this dtype, which is not for this mod
 
 @dataclass(frozen=True)
 class Trial:
-    """One folder that the peer loads, and the images it is asked about.
+    """One folder that the peer loads, and the images it is run on.
 
-    cases    {name: images (B, C, H, W)}
+    cases    {name: images (B, C, H, W) float32, already normalised}
     bounded  whether a difference fails the export; `note` says why not, or what is special
     """
 
@@ -54,7 +54,7 @@ class Trial:
 def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[str, Any]:
     """Compare the artefact in `folder` with `source`; returns the certificate, fit for JSON.
 
-    scratch  an empty folder for inputs, answers and artefacts of other sizes
+    scratch  an empty folder for inputs, outputs and artefacts of other sizes
     raises   RunError if the peer cannot load or run it, or if a difference is above its bound
     """
     checks: list[dict[str, Any]] = []
@@ -99,12 +99,12 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
 
 
 def overflows(certificate: Mapping[str, Any]) -> bool:
-    """Whether the source itself has no finite output in the lower dtype."""
+    """Whether the source itself has an output that is not finite in the lower dtype."""
     return any(check["note"] == OVERFLOW for check in certificate["checks"])
 
 
 def summary(certificate: Mapping[str, Any]) -> str:
-    """One line: what was run, and how far it was off."""
+    """The certificate in one line: the library that was run, the number of checks, the largest relative difference."""
     peer_facts, worst = certificate["peer"], certificate["largest_relative_difference"]["float32"]
     library = peer_facts["library"]
     known = peer_facts["versions"].get(library) or f"PyTorch {peer_facts['versions']['torch']}"
@@ -115,11 +115,11 @@ def summary(certificate: Mapping[str, Any]) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------- what is asked
+# --------------------------------------------------------------------------------------------------- the trials
 
 
 def other_size(model: RegisterViT, square: bool = False) -> tuple[int, int]:
-    """An image size besides the native one: smaller, and rectangular unless it must not be."""
+    """An image size (height, width) in pixels besides the native one: smaller, and rectangular unless `square`."""
     rows, columns = model.grid
     rows, columns = max(2, round(0.43 * rows)), max(3, round(0.6 * columns))
     if square:
@@ -144,7 +144,7 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
         f"{form.peer} resamples positions with {how}, the source with {source_how}: other sizes than the native one "
         "differ"
     )
-    # The weights are proven at a second size by an artefact made for it, to which no resampling is left.
+    # The weights are checked at a second size by an artefact made for that size, which resamples nothing.
     square = other_size(model, square=True)
     moved = replace(source, model=resized(model, square))
     made = scratch / "second_size"
@@ -181,10 +181,10 @@ def _ask(form: Format, trial: Trial, place: Path) -> tuple[dict[str, Tensor], di
         "num_registers": trial.model.num_registers,
         "threads": torch.get_num_threads(),
     }
-    if form.peer_load:  # what is in the file is read by that library, and run by the plain encoder
+    if form.peer_load:  # the file is read by that library, and its weights are run by the plain encoder
         (place / "plain.py").write_text(hub_text(trial.model), encoding="utf-8")
     (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    # A hubconf.py leaves no cache in the artefact.
+    # Without bytecode, so that a hubconf.py leaves no cache in the artefact.
     offline = {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, str(script), str(place / "request.json")],
@@ -201,7 +201,7 @@ def _ask(form: Format, trial: Trial, place: Path) -> tuple[dict[str, Tensor], di
     try:
         facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
         return load_file(place / "answers.safetensors"), facts
-    except Exception as error:  # a peer that ended well but left no whole answer
+    except Exception as error:  # exit code 0, but outputs that are missing or damaged
         raise RunError(f"{about} left no answer ({type(error).__name__}); nothing written") from None
 
 
@@ -257,6 +257,6 @@ def _answers(trial: Trial, dtype: torch.dtype) -> dict[tuple[str, str], Tensor]:
 
 
 def listing(folder: Path) -> dict[str, Any]:
-    """Size and digest of every file of an artefact."""
+    """{path: {"bytes", "sha256"}} of every file of an artefact."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in files}

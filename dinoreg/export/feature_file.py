@@ -1,8 +1,8 @@
 """A file of features with the paths they belong to: written row by row, resumable, then safetensors or parquet.
 
-Rows are appended in `OUT.part/` beside a note of how far they go; what a kill left behind the note is cut off when the
-work goes on. At the end the rows get their header (safetensors: it stands in front of them, in room that was left for
-it) or are copied into row groups (parquet), and OUT appears whole, in one rename.
+Rows are appended in `OUT.part/` beside a note of how far they go; rows beyond the note, which a kill may leave, are cut
+off on resuming. At the end the rows get their header (safetensors: in the room that was left in front of them) or are
+copied into row groups (parquet), and OUT appears complete, in one rename.
 """
 
 import itertools
@@ -33,7 +33,7 @@ _NOTE, _ROWS, _PARQUET = "note.json", "rows.bin", "features.parquet"
 class RowFile:
     """Rows of one shape on their way to a file, and the images that were left out. OSError where a disk fails.
 
-    next     index of the first image of the source that is not dealt with
+    next     index of the first image of the source that is not done
     count    rows of the images before it
     skipped  {index: (name, reason)} of the images left out
     """
@@ -45,6 +45,8 @@ class RowFile:
 
         settings  what shapes the rows; UserError, with nothing changed, when an unfinished file has others, unless
                   `restart` drops it, or when the disk is too small
+        shape     of one row
+        dtype     "float32" or "float16"
         total     images, so rows at most
         """
         self.out, self.shape, self.dtype, self.total = out, shape, np.dtype(dtype).newbyteorder("<"), total
@@ -69,21 +71,21 @@ class RowFile:
         self._rows.close()
 
     def append(self, rows: np.ndarray) -> None:
-        """rows (b, *shape) of the next b images that could be read."""
+        """Add the rows (b, *shape) of the next b images that could be read."""
         self._rows.write(np.ascontiguousarray(rows, dtype=self.dtype).tobytes())
 
     def skip(self, index: int, name: str, reason: str) -> None:
-        """Leave image `index` out."""
+        """Record that image `index`, called `name`, is left out, and why."""
         self.skipped[index] = (name, reason)
 
     def reached(self, index: int) -> None:
-        """All images below `index` are dealt with; now and then that is noted."""
+        """Record that all images below `index` are done; every NOTE_SECONDS and at the end the note is written."""
         self.next, self.count = index, (self._rows.tell() - _ROOM) // self.row_bytes
         if time.monotonic() - self._noted >= NOTE_SECONDS or index == self.total:
             self.note()
 
     def note(self) -> None:
-        """Write down how far the rows go, once they are on the disk."""
+        """Write how far the rows go, once they are on the disk."""
         self._rows.flush()
         os.fsync(self._rows.fileno())
         skipped = {index: each for index, each in self.skipped.items() if index < self.next}
@@ -92,10 +94,11 @@ class RowFile:
         self._noted = time.monotonic()
 
     def finish(self, names: Iterator[str], about: Mapping[str, Any]) -> None:
-        """Make OUT of the rows.
+        """Make OUT of the rows, and list the images left out beside it.
 
         names   of the images that the rows belong to, in order
-        about   numbers and words that the file carries
+        about   facts for the file's metadata
+        raises  UserError where parquet is wanted and pyarrow is missing, OSError where the disk fails
         """
         texts = {"format": FORMAT, **{key: str(value) for key, value in about.items()}}
         self.close()
@@ -121,7 +124,7 @@ class RowFile:
             skipped = {int(index): (str(name), str(reason)) for index, (name, reason) in note["skipped"].items()}
             size = (self.folder / _ROWS).stat().st_size
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            ours = {_ROWS, _NOTE, f"{_NOTE}.part", _PARQUET}  # a kill in the very first write leaves none but these
+            ours = {_ROWS, _NOTE, f"{_NOTE}.part", _PARQUET}  # a kill during the first write leaves only these
             if self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= ours:
                 return False
             raise UserError(f"out={self.out}: {self.folder} is in the way and is no unfinished embed") from None
@@ -211,5 +214,5 @@ def import_pyarrow(path: Path) -> Any:
 
 
 def skipped_list(out: Path) -> Path:
-    """Where the images that were left out are listed: beside the output."""
+    """The path of the list of images that were left out: OUT.skipped.jsonl beside the output."""
     return out.with_name(f"{out.name}.skipped.jsonl")

@@ -26,7 +26,7 @@ from dinoreg.weights.convert import to_meta, to_timm, to_transformers
 from dinoreg.weights.library_configs import DINOV2_ARGUMENTS, DINOV2_FIXED, TIMM_ARGUMENTS
 from dinoreg.weights.resolve import TEACHER_FORMAT
 
-# timm's register models by width; widths it has no name for are said in arguments over the nearest kind.
+# timm's register models by width; other widths are set by arguments over a named model.
 TIMM_SIZES = {384: "small", 768: "base", 1024: "large"}
 _UNFILLED = "ARCHITECTURE: dict[str, Any] = {}\n"
 
@@ -37,11 +37,11 @@ class Format:
 
     write      (folder, source) -> None
     packages   modules that reading it back takes
-    peer       the library that is run for the certificate, as it is called
+    peer       name of the library that is run for the certificate
     load       code that makes `model` in the artefact's folder, for the model card and for the certificate's peer
-    peer_load  what the peer runs instead, where the card's code uses dinoreg
+    peer_load  the peer's code instead, where the card's code uses dinoreg
     low        the second dtype of the certificate
-    bound      the largest difference in float32, relative to the largest value of the output
+    bound      the largest difference in float32, relative to the largest absolute value of the output
     """
 
     name: str
@@ -58,12 +58,15 @@ class Format:
 
 
 def write_timm(folder: Path, source: Source) -> None:
-    """`model.safetensors` under timm's names, and `config.json` as timm saves it for a hub: the model's name, its
-    arguments, the preprocessing."""
+    """`model.safetensors` under timm's names, and `config.json` as timm saves it for a hub.
+
+    The config holds the model's name, its arguments and the preprocessing.
+    """
     model = source.model
     _save(to_timm(model.state_dict()), folder / "model.safetensors")
     gated = model.ffn == "swiglu"
-    size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")  # no other names a gated FFN, and JSON could not
+    # "giant" is the only name with a gated FFN, which arguments in JSON cannot set.
+    size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")
     name = f"vit_{size}_patch14_{'reg4_' if model.num_registers else ''}dinov2"
     architecture = model.architecture()
     arguments = {theirs: architecture[ours] for ours, theirs in TIMM_ARGUMENTS.items()} | {
@@ -100,8 +103,8 @@ def _timm_ratio(dim: int, hidden: int) -> float:
 def write_transformers(folder: Path, source: Source) -> None:
     """`config.json`, `model.safetensors` and `preprocessor_config.json`, as AutoModel and AutoImageProcessor read them.
 
-    raises UserError for what transformers' Dinov2 cannot express: a rectangular position grid, an FFN whose width is
-    not a whole multiple of the model's
+    raises  UserError for what transformers' Dinov2 cannot express: a rectangular position grid, an FFN whose width is
+            not a multiple of the model's
     """
     model = source.model
     rows, columns = model.grid
@@ -166,7 +169,7 @@ def write_meta(folder: Path, source: Source) -> None:
 
 
 def hub_text(model: RegisterViT) -> str:
-    """The source of `hub_model.py` with this model's architecture in it."""
+    """The text of `hub_model.py` with this model's architecture in it."""
     text = Path(hub_model.__file__).read_text(encoding="utf-8")
     lines = "".join(f"    {key!r}: {value!r},\n" for key, value in hub_arguments(model).items())
     return text.replace(_UNFILLED, f"{_UNFILLED[:-2]}\n{lines}}}\n".replace("'", '"'))
@@ -183,8 +186,10 @@ def hub_arguments(model: RegisterViT) -> dict[str, Any]:
 
 
 def write_described(folder: Path, source: Source, name: str = "model.safetensors") -> None:
-    """The weights under Meta's names, and the `model.json` with which `dinoreg.load` reads them: architecture,
-    preprocessing, origin, digest."""
+    """The weights under Meta's names, and `model.json`, with which `dinoreg.load` reads them.
+
+    The JSON holds architecture, preprocessing, origin and digest.
+    """
     path = folder / name
     _save(to_meta(source.model.state_dict()), path)
     description = {
@@ -199,7 +204,7 @@ def write_described(folder: Path, source: Source, name: str = "model.safetensors
 
 
 def write_onnx_files(folder: Path, source: Source) -> None:
-    """`model.onnx` in float32, `model_float16.onnx`, and `model.json` with what a caller has to know."""
+    """`model.onnx` in float32, `model_float16.onnx`, and `model.json` with the inputs, outputs and preprocessing."""
     facts = write_onnx(folder, source.model, hub_arguments(source.model), source.size_given)
     _write_json(folder / "model.json", facts | {"preprocessing": source.preprocessing})
 
@@ -264,7 +269,7 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
         torch.save(own, path)
     else:
         save_file(own, path, metadata={"format": "pt"})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # made for the owner alone; an export is passed on
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it; an export is shared
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ ARCHITECTURE: dict[str, Any] = {}
 def backbone(pretrained: bool = True, weights: str | Path | None = None) -> PlainViT:
     """The encoder, in evaluation mode.
 
-    pretrained  load the weights; False leaves them as PyTorch draws them
+    pretrained  load the weights; False leaves them at their random initial values
     weights     a state dict saved by torch; None: `model.pth` in the folder of this file
     """
     model = PlainViT(**ARCHITECTURE)
@@ -37,8 +37,12 @@ def backbone(pretrained: bool = True, weights: str | Path | None = None) -> Plai
 class PlainViT(nn.Module):
     """[class token, registers, patches] through pre-norm blocks; the class token and the patches carry positions.
 
-    grid       rows and columns of the learned positions; other image sizes resample them
-    hidden_dim width between the two matrices of the FFN (of the gated half, for "swiglu")
+    grid        rows and columns of the learned positions; other image sizes resample them
+    patch_size  pixels
+    dim         width D of the tokens
+    ffn         "swiglu" for a gated feed-forward layer, else two matrices with GELU between them
+    hidden_dim  width between the two matrices of the FFN (of the gated half, for "swiglu")
+    layerscale  whether the blocks' branches are scaled by a learned factor per channel
     antialias, position_offset  how positions are resampled: bicubic, with the offset entering the scale
     """
 
@@ -74,7 +78,7 @@ class PlainViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def resampled_positions(self, rows: int, columns: int) -> Tensor:
-        """Positions of the patches of a rows x columns grid, (1, rows * columns, D)."""
+        """Positions of the patches of a rows x columns grid, (1, rows * columns, D), of the parameters' dtype."""
         positions = self.pos_embed[:, 1:]
         if (rows, columns) == self.grid:
             return positions
@@ -87,7 +91,8 @@ class PlainViT(nn.Module):
         return image.flatten(2).transpose(1, 2).to(positions.dtype)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches; ValueError where the patch size does not divide a side."""
+        """Rows and columns of patches of images (B, C, H, W); ValueError where the patch size does not divide H or
+        W."""
         height, width = images.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             size = self.patch_size
@@ -95,7 +100,11 @@ class PlainViT(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """images (B, C, H, W), H and W multiples of the patch size; masks (B, N) bool -> tokens (B, T, D)."""
+        """Tokens (B, T, D) before the first block.
+
+        images  (B, C, H, W) normalised, H and W multiples of the patch size; ValueError for others
+        masks   (B, N) bool, True where a patch is replaced by the mask token
+        """
         positions = self.resampled_positions(*self.grid_of(images))
         patches = self.patch_embed(images).transpose(1, 2)  # (B, N, D), row by row
         if masks is not None:
@@ -106,7 +115,11 @@ class PlainViT(nn.Module):
         return torch.cat([*tokens, patches + positions], dim=1)
 
     def forward_features(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Any]:
-        """images (B, C, H, W) -> the tokens after the final norm by kind, and all of them before it."""
+        """The tokens after the final norm by kind, and all of them before it; arguments as for `embed`.
+
+        returns  {"x_norm_clstoken": (B, D), "x_norm_regtokens": (B, R, D), "x_norm_patchtokens": (B, N, D),
+                 "x_prenorm": (B, T, D), "masks": as given}
+        """
         x = self.embed(images, masks)
         for block in self.blocks:
             x = block(x)
@@ -120,7 +133,7 @@ class PlainViT(nn.Module):
         }
 
     def forward(self, images: Tensor, masks: Tensor | None = None, is_training: bool = False) -> Any:
-        """The class token (B, D), or everything `forward_features` gives if `is_training`."""
+        """The class token (B, D) after the final norm, or all of `forward_features` if `is_training`."""
         features = self.forward_features(images, masks)
         return features if is_training else features["x_norm_clstoken"]
 
@@ -134,6 +147,8 @@ class PlainViT(nn.Module):
     ) -> tuple[Any, ...]:
         """Patch tokens (B, N, D) of the last n blocks, or of the blocks with the indices n, in block order.
 
+        images              (B, C, H, W) as for `embed`
+        n                   ValueError where the model does not have these blocks
         reshape             (B, D, rows, columns) instead
         return_class_token  pairs of patch tokens and class token (B, D)
         norm                the final norm is applied to each
@@ -154,6 +169,8 @@ class PlainViT(nn.Module):
 
 
 class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward layer, each a residual branch with its own scale."""
+
     def __init__(self, dim: int, heads: int, ffn: str, hidden_dim: int, layerscale: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -164,11 +181,14 @@ class TransformerBlock(nn.Module):
         self.ls2 = ChannelScale(dim) if layerscale else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) -> (B, T, D)."""
         x = x + self.ls1(self.attn(self.norm1(x)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class SelfAttention(nn.Module):
+    """Multi-head self-attention over all tokens."""
+
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, dim // heads
@@ -176,6 +196,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) -> (B, T, D)."""
         batch, tokens, dim = x.shape
         parts = self.qkv(x).reshape(batch, tokens, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = parts.unbind(0)  # (B, heads, T, head_dim)
@@ -183,25 +204,32 @@ class SelfAttention(nn.Module):
 
 
 class ChannelScale(nn.Module):
+    """LayerScale: a learned factor for every channel."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) -> (B, T, D)."""
         return x * self.gamma
 
 
 def plain_ffn(dim: int, hidden_dim: int) -> nn.Module:
+    """The feed-forward layer of two matrices with GELU between them, (B, T, D) -> (B, T, D)."""
     layers = OrderedDict(fc1=nn.Linear(dim, hidden_dim), gelu=nn.GELU(), fc2=nn.Linear(hidden_dim, dim))
     return nn.Sequential(layers)
 
 
 class GatedFFN(nn.Module):
+    """The SwiGLU feed-forward layer; gate and value are the two halves of one matrix."""
+
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
         self.w12 = nn.Linear(dim, 2 * hidden_dim)
         self.w3 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T, D) -> (B, T, D)."""
         gate, value = self.w12(x).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)

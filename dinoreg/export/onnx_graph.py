@@ -1,4 +1,4 @@
-"""ONNX: a graph of the encoder with outputs `cls`, `registers` and `patches`, for any batch.
+"""ONNX: a graph of the encoder with outputs `cls` (B, D), `registers` (B, R, D) and `patches` (B, N, D), for any B.
 
 Either for one image size, whose positions are constants of the graph, or for any size that the patch size divides.
 There the positions are resampled in the graph by the matrices of `resample.py`, which stand for PyTorch's bicubic
@@ -49,7 +49,7 @@ class _Graph(PlainViT):
 
 
 def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixed: bool) -> dict[str, Any]:
-    """Write one file per dtype; returns what the caller of the graph has to know, fit for JSON.
+    """Write one file per dtype; returns the graph's inputs, outputs and limits, fit for JSON.
 
     arguments  of the plain encoder that makes this model
     fixed      only the model's own image size, with its positions baked in; else any size
@@ -79,7 +79,7 @@ def write_onnx(folder: Path, model: RegisterViT, arguments: dict[str, Any], fixe
 
 
 def drop_float16(folder: Path) -> None:
-    """Remove the float16 graph of a model that overflows in that dtype, and its mention in `model.json`."""
+    """Remove the float16 graph of a model that overflows in that dtype, and its entry in `model.json`."""
     for path in folder.glob(f"{FILES['float16']}*"):  # and its weights, where they lie beside it
         path.unlink()
     facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
@@ -108,7 +108,7 @@ def _capture(graph: _Graph, model: RegisterViT, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
-    if not graph.fixed:  # the tracer left its formula where the number of patches stands
+    if not graph.fixed:  # the exporter put a formula in place of the number of patches
         output: Any = program.model.graph.outputs[OUTPUTS.index("patches")]
         batch, _, dim = output.shape
         output.shape = type(output.shape)([batch, "patches", dim])
@@ -118,7 +118,7 @@ def _capture(graph: _Graph, model: RegisterViT, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells its progress on stdout and in the log, and warns of its own deprecations."""
+    """Context without the exporter's progress on stdout and in the log, and its warnings of its own deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

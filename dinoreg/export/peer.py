@@ -1,4 +1,4 @@
-"""The other side of a certificate: load an artefact as its card says, run it, write the answers down.
+"""The other side of a certificate: load an artefact as its card says, run it, write its outputs to a file.
 
 The export copies this file into a folder of its own and runs it there, in a process in which dinoreg cannot be
 imported: what it computes comes from the artefact and its library alone. One argument: a JSON file that names the
@@ -16,6 +16,10 @@ from typing import Any
 
 
 def main(request_path: str) -> None:
+    """Run the request in a JSON file; writes `answers.safetensors` and `facts.json` beside it.
+
+    An answer is called DTYPE/CASE/OUTPUT and is float32. Raises whatever loading or running the artefact raises.
+    """
     block_dinoreg()
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     here = Path(request_path).resolve().parent
@@ -52,7 +56,7 @@ def main(request_path: str) -> None:
 
 
 def block_dinoreg() -> None:
-    """From here on `import dinoreg` fails, wherever it is installed; ends the process if it does not."""
+    """Make `import dinoreg` fail from here on, wherever it is installed; SystemExit if it does not."""
     sys.modules["dinoreg"] = None  # type: ignore[assignment]
     try:
         __import__("dinoreg")
@@ -69,7 +73,11 @@ def _version(package: str) -> str:
 
 
 def read_tokens(name: str, model: Any, images: Any, num_registers: int) -> Sequence[Any]:
-    """(cls, registers, patches) of a model of this format, as its library gives them."""
+    """(cls (B, D), registers (B, R, D), patches (B, N, D)) of a model, as its library gives them.
+
+    name    of the format
+    images  (B, C, H, W) normalised
+    """
     if name == "onnx":
         import torch
 

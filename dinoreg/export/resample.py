@@ -14,7 +14,7 @@ PLAIN_SLOPE = -0.75
 
 
 def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | float = 0.0) -> Tensor:
-    """The weights (target, grid) with which `target` samples are made of `grid` ones, float32.
+    """The weights (target, grid), float32, of `grid` samples in each of `target` resampled ones.
 
     target     may be symbolic while a graph is captured
     antialias  and offset: as in `dinoreg.models.vit.resample_positions`
@@ -46,11 +46,11 @@ def _cubic(x: Tensor, slope: float) -> Tensor:
 
 
 def resample_in_graph(positions: Tensor, target: tuple[int, int], antialias: bool, offset: float = 0.0) -> Tensor:
-    """`resample_positions` out of arithmetic alone.
+    """`resample_positions` out of operations that ONNX has.
 
-    positions (gh, gw, D) float32
-    target    (h, w), may be symbolic
-    returns   (1, h * w, D) float32
+    positions  (gh, gw, D) float32
+    target     (h, w), may be symbolic
+    returns    (1, h * w, D) float32
     """
     grid_rows, grid_columns, dim = positions.shape
     rows, columns = target

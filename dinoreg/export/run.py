@@ -60,7 +60,7 @@ def export(weights: str | Path, *, format: str, out: str | Path, size: int | Seq
 
 
 def read_certificate(folder: Path) -> dict[str, Any]:
-    """The certificate of an exported folder."""
+    """The certificate of an exported folder; OSError or ValueError where it has none."""
     return json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
 
 

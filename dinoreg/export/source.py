@@ -20,7 +20,7 @@ from dinoreg.weights.resolve import find_weights
 class Source:
     """A model to export, and how pictures become its input: values in [0, 1], minus `mean`, over `std`, by channel.
 
-    given       what the caller named, without the folders above it, which are nobody else's business
+    given       what the caller named, without the folders above it, which are private
     path        the weight file, None for random weights
     run         the run folder it came out of, if it did
     origin      "step" and "config_hash" of the run, as far as the JSON beside the weights says them
@@ -43,7 +43,7 @@ class Source:
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """For the JSON beside weights, which `read_source` reads."""
+        """Mean, std and image size in pixels for the JSON beside weights, which `read_source` reads."""
         size: Any = self.size[0] if self.size[0] == self.size[1] else list(self.size)
         return {"mean": list(self.mean), "std": list(self.std), "image_size": size, "range": self.value_range}
 
@@ -82,7 +82,7 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
 
 
 def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    """(height, width); UserError unless they are positive multiples of the patch size."""
+    """(height, width) in pixels; UserError unless they are positive multiples of the patch size."""
     height, width = as_pair(size, "size")
     for extent in (height, width):
         if extent % patch_size:
@@ -93,7 +93,10 @@ def checked_size(size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
 
 
 def resized(model: RegisterViT, size: tuple[int, int]) -> RegisterViT:
-    """The same model with its positions resampled, its own way, to be native to images of `size`."""
+    """The same model with its positions resampled, as it does itself, to be native to images of `size`.
+
+    size  height and width in pixels, multiples of the patch size
+    """
     if size == model.image_size:
         return model
     with torch.device("meta"):

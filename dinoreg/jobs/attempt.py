@@ -1,8 +1,8 @@
-"""What runs inside a job: one of dinoreg's own command lines, and what becomes of it when the scheduler interrupts.
+"""Running one of dinoreg's commands inside a job, and handling the scheduler's interruptions.
 
-submitit unpickles a `Command` in every process of a job and calls it. A training that was asked to stop has saved by
-the time it gets here (all processes agree on the step); rank 0 then lets submitit requeue the job, unless it is not to
-come back: it was cancelled, restarted too often, or restarted again and again without getting any further.
+submitit unpickles a `Command` in every process of a job and calls it. A training that was asked to stop has saved when
+its Interrupted arrives here (all processes agree on the step); rank 0 then lets submitit requeue the job, unless it was
+cancelled, restarted too often, or restarted repeatedly without a new checkpoint.
 """
 
 import contextlib
@@ -34,15 +34,15 @@ PENDING_STATES = ("PENDING", "REQUEUED", "COMPLETING", "PREEMPTED")
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a job, as submitit pickles it.
+    """One command of a job, as submitit pickles it. Calling it runs the command.
 
     run_verb   (verb, its arguments, **hooks) -> None: runs one of dinoreg's verbs; pickled by its name
     arguments  of `dinoreg`
     launch     folder of the job's logs and events
-    run        run folder that it trains in, or ""
-    evaluate   arguments of `dinoreg launch evaluate`, sent off at each checkpoint
-    removes    files to delete once it has succeeded
-    requeues   restarts at most
+    run        run folder of a training; "" for other commands
+    evaluate   arguments of `dinoreg launch evaluate`, which is started at each checkpoint
+    removes    files to delete after success
+    requeues   largest number of restarts
     """
 
     run_verb: Callable[..., None]
@@ -57,7 +57,7 @@ class Command:
         return Attempt(self).run()
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit pickles for the next start; RunError when there is to be none."""
+        """The command for the next start, which submitit pickles; RunError after `requeues` restarts."""
         attempt = Attempt(self)
         if attempt.restarts >= self.requeues:
             raise RunError(f"restarted {attempt.restarts} times, as requeues={self.requeues} allows; {attempt.advice}")
@@ -82,22 +82,28 @@ class Attempt:
 
     @property
     def step(self) -> int | None:
+        """The step of the run's last checkpoint; None without one and for commands that do not train."""
         return saved_step(self.command.run) if self.command.run else None
 
     @property
     def advice(self) -> str:
+        """How the user can continue after this job, as a clause for messages."""
         if not self.command.run:
             return "launch it again to go on"
         return f"go on with: dinoreg launch pretrain {self.command.run} resume=true"
 
     def note(self, event: str, **facts: Any) -> None:
+        """Append an event of this process to its events file; a failed write is printed and ignored."""
         try:
             add_event(self.launch, self.job, self.rank, event, restarts=self.restarts, **facts)
         except OSError as error:  # a full disk is no reason to end what trains
             print(f"dinoreg: {self.launch} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
 
     def run(self) -> str:
-        """Run the command; returns how it ended. Whatever it raises is noted, for `dinoreg launch status`."""
+        """Run the command; returns "done" or "stopped", or does not return when the job is requeued.
+
+        raises  the command's error, after noting it for `dinoreg launch status`; RunError for too many restarts
+        """
         self._delete_leftovers()
         self._export_ranks()
         evaluations = Evaluations(self)
@@ -111,7 +117,7 @@ class Attempt:
                 hooks["on_checkpoint"] = evaluations.send
             self.command.run_verb(verb, rest, **hooks)
             evaluations.finish(SUBMISSION_SECONDS)
-            signal.signal(self.user_signal, signal.SIG_IGN)  # it comes too late: there is nothing to go on with
+            signal.signal(self.user_signal, signal.SIG_IGN)  # it comes too late: the command has finished
         except Interrupted as stop:
             evaluations.finish(SUBMISSION_SECONDS_INTERRUPTED)
             return self._leave(stop.signal_number, str(stop))
@@ -131,7 +137,7 @@ class Attempt:
     # Before the command
 
     def _delete_leftovers(self) -> None:
-        """An earlier start's result would be taken for this one's, and half-written files stop submitit."""
+        """Delete an earlier start's result, which would count as this one's, and files that would stop submitit."""
         paths = self.environment.paths
         leftovers = [paths.result_pickle] if self.restarts else []
         leftovers.append(_aside(paths.result_pickle))
@@ -154,9 +160,9 @@ class Attempt:
             os.environ.update(MASTER_ADDR=job.hostnames[0], MASTER_PORT=str(port))
 
     def _take_signals(self) -> None:
-        """Outside the training loop, which has its own handlers, a request to save requeues at once: nothing is new.
+        """Set rank 0's handler outside the training loop: a request to save requeues at once, there is nothing to save.
 
-        On other ranks submitit's handler only says so; were they to leave first, rank 0 would take them for lost.
+        Other ranks keep submitit's handler, which only prints; if they left first, rank 0 would count them as lost.
         """
         self._submitit_handler = signal.getsignal(self.user_signal)
         delayed = getattr(getattr(self._submitit_handler, "__self__", None), "_delayed", None)
@@ -171,7 +177,7 @@ class Attempt:
         return 0
 
     def _begin(self) -> None:
-        """Note the start; RunError when there have been too many, or these led nowhere."""
+        """Note the start; RunError for a cancelled job, too many restarts, or `STUCK` of them without a checkpoint."""
         self.note("start", step=self.step, nodes=list(self.environment.hostnames))
         if self._is_cancelled():
             raise RunError("cancelled before it began again")
@@ -191,11 +197,11 @@ class Attempt:
     # After an interruption
 
     def _leave(self, number: int, message: str) -> str:
-        """Requeue the job (this does not return), or end it for good: then returns how it ended."""
+        """After signal `number`, requeue the job (does not return), or end it: returns "stopped"."""
         if self.rank != 0:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(0)  # rank 0 speaks for all; waiting here would be waiting to be killed
+            os._exit(0)  # rank 0 reports and requeues; waiting here would end in being killed
         if self._is_requeued_after(number):
             self._requeue()
         why = "as asked" if self._is_cancelled() else f"by {signal.Signals(number).name}"
@@ -234,14 +240,14 @@ class Attempt:
 
 
 class Evaluations:
-    """Evaluations of a training that goes on: each checkpoint's teacher is handed to a job of its own."""
+    """Evaluations during a training: each checkpoint's teacher is evaluated by jobs of its own."""
 
     def __init__(self, attempt: Attempt) -> None:
         self.attempt = attempt
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def send(self, step: int, teacher: Path) -> None:
-        """Called between two steps: starts `dinoreg launch evaluate …` and returns; never raises."""
+        """Start `dinoreg launch evaluate …` for the teacher file of a step, without waiting; never raises."""
         command = self.attempt.command
         try:
             command_line = [sys.executable, str(Path(entry.__file__).resolve()), "-u", "-m", "dinoreg", "launch"]
@@ -254,14 +260,14 @@ class Evaluations:
             print(f"dinoreg: step {step} is not evaluated ({error})", file=sys.stderr, flush=True)
 
     def finish(self, seconds: float) -> None:
-        """Wait for submissions that are under way, which would end with the job."""
+        """Wait, up to `seconds` each, for submissions in progress, which would be killed with the job."""
         for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
 
 
 def _aside(path: Path) -> Path:
-    """Where submitit writes a file before it gets its name."""
+    """The temporary path under which submitit writes a file."""
     return path.with_suffix(f"{path.suffix}.save_tmp")
 
 

@@ -14,7 +14,12 @@ LOG_SECONDS, STATUS_SECONDS = 0.5, 5.0
 
 
 def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) -> list[JobStatus]:
-    """Say what changes until all jobs are over; returns how they ended. Ctrl-C ends the following, not the jobs."""
+    """Print changes of state until all jobs have ended; returns their last states. Ctrl-C leaves the jobs running.
+
+    folder   that the jobs were launched for
+    records  the jobs to follow
+    say      prints a line
+    """
     printed: dict[str, str] = {}
     pause = POLL_SECONDS
     while True:
@@ -32,7 +37,7 @@ def follow(folder: Path, records: Sequence[Record], say: Callable[[str], None]) 
 
 
 def require_success(statuses: Sequence[JobStatus]) -> None:
-    """RunError that names the job that failed, or the number of those that did and the first."""
+    """RunError, naming the first, where jobs have failed or were stopped or cancelled."""
     failed = [each for each in statuses if not each.is_well]
     if len(failed) == 1:
         raise RunError(f"job {failed[0].line}")
@@ -41,9 +46,15 @@ def require_success(statuses: Sequence[JobStatus]) -> None:
 
 
 def show_logs(folder: str, job: str | None, task: int, lines: int, follows: bool, write: Callable[[str], None]) -> None:
-    """Print the end of a job's log, and what is added to it until the job is over.
+    """Print the end of a job's log, and optionally what is added to it until the job has ended.
 
-    job  None: one that runs, else one that failed, else the last that wrote anything
+    folder   that the job was launched for
+    job      None: one that runs, else one that failed, else the last with a log
+    task     number of a process of the job, from 0
+    lines    to print of the end of each file
+    follows  whether to print what is added
+    write    prints text
+    raises   UserError for a folder, job or task that does not exist
     """
     launch = launch_folder(folder)
     chosen = _choose(launch, require_jobs(folder, job))
@@ -90,10 +101,13 @@ def _tail(folder: str, record: Record, offsets: dict[Path, int], write: Callable
 
 
 def cancel(folder: str, job: str | None, save: bool, say: Callable[[str], None]) -> None:
-    """End what is pending or running, dependents first so that they do not start.
+    """Cancel pending and running jobs, dependents first so that they do not start.
 
-    save  trainings that run are asked to save and end by themselves, however long that takes; otherwise they save if
-          they can within the time that the site leaves between SIGTERM and SIGKILL
+    job     None: all jobs of the folder
+    save    ask running trainings to save and end, however long that takes; otherwise they save if they can within the
+            site's time between SIGTERM and SIGKILL
+    say     prints a line
+    raises  UserError for a folder or job that does not exist, RunError when the scheduler refuses
     """
     live = [each for each in require_jobs(folder, job) if not each.is_over]
     if not live:

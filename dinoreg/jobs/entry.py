@@ -1,8 +1,8 @@
 """The first lines of a job: `python entry.py -u -m MODULE ARGUMENT…` runs a module of this very copy of the package.
 
-Run as a file, before anything else is imported. What asks for a save (SIGUSR2) is held back until the job has its
-handlers: without one it would kill the process. The copy this file lies in comes first on the path, the working folder
-not at all, so that a job never runs a checkout that happens to be its working folder.
+Run as a file, before anything else is imported. The signal to save (SIGUSR2) is blocked until the job has its
+handlers: without one it would kill the process. The copy that this file belongs to comes first on the path, and the
+working folder is not on it, so that a job never runs a checkout that happens to be its working folder.
 """
 
 import signal
@@ -11,6 +11,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> None:
+    """Run the module that follows -m with the arguments after it; `arguments` are those of the Python interpreter."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     root = str(Path(__file__).resolve().parents[2])
     sys.path.pop(0)  # this file's own folder

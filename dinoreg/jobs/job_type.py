@@ -1,7 +1,7 @@
 """How a kind of job is declared: a `launch/NAME.py` with one `JOB`, which turns a request into dinoreg's own commands.
 
-Whatever runs in a job could have been typed: a declaration only says which command lines there are, which of them
-wait for which, and what they need. The inside finds declarations by name or path; they import this module.
+Jobs run ordinary command lines: a declaration states the command lines, their dependencies and their resources.
+dinoreg finds declarations by name or path; they import this module.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +23,12 @@ ONE_PROCESS: Mapping[str, Any] = {"nodes": 1, "tasks_per_node": 1}  # options of
 
 @dataclass(frozen=True)
 class Request:
-    """What was typed behind `dinoreg launch JOB`.
+    """The arguments of `dinoreg launch JOB`.
 
-    source     the first argument that is no key=value: a config, a list of datasets; "" where there is none
+    source     the positional argument: a config, a list of datasets; "" without one
     overrides  key=value for the command; the job's own keys are in `options`
-    given      {name: NAME=VALUE as typed} of the options that were given, the others have their defaults
-    check      refuses a command line that its verb would refuse, with a UserError, and starts nothing
+    given      {name: NAME=VALUE as typed} of the options that were given; others have their defaults
+    check      raises UserError for a command line that its verb would refuse, without starting anything
     """
 
     source: str
@@ -38,16 +38,17 @@ class Request:
     check: Callable[[Sequence[str]], None] = lambda arguments: None
 
     def value(self, key: str) -> str | None:
-        """The text given for a key of the command, or None."""
+        """The text given for a key of the command; None where it was not given."""
         texts = [item.partition("=")[2] for item in self.overrides if item.partition("=")[0] == key]
         return texts[-1] if texts else None
 
     def require_one_process(self, reason: str) -> None:
-        """UserError that ends with the reason, where more processes were asked for."""
+        """UserError, ending with `reason`, where the options specify several processes."""
         if self.options.world_size > 1:
             raise UserError(f"nodes={self.options.nodes}, {self.options.tasks} processes: {reason}")
 
     def without(self, *keys: str) -> list[str]:
+        """The `overrides` without those of the given keys."""
         return [item for item in self.overrides if item.partition("=")[0] not in keys]
 
 
@@ -55,10 +56,11 @@ class Request:
 class Group:
     """Commands that are submitted together: one job, or an array of jobs where there are several.
 
-    runs      the run folder that each command trains in: its checkpoints tell whether a restart got any further
-    options   what these jobs ask for where it is not what the user asked for
-    after     names of groups all of whose jobs must have ended, well or not, before these start
-    evaluate  arguments of `dinoreg launch evaluate`, sent off at each checkpoint of the training
+    commands  arguments of `dinoreg`, one tuple per job
+    runs      the run folder of each command that trains; its checkpoints show whether a restart made progress
+    options   values of `LaunchOptions` for these jobs, in place of the user's
+    after     names of groups whose jobs must have ended, successfully or not, before these start
+    evaluate  arguments of `dinoreg launch evaluate`, which is started at each checkpoint of the training
     removes   files to delete when the command has succeeded
     """
 
@@ -73,13 +75,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that one launch does.
+    """Everything that one launch does.
 
-    folder   where its records, logs and code go: `folder/launch/`
-    files    small files to write before submission
-    links    {new name: weights to be kept under it}, hard links where the disk can
-    clears   folders whose run is deleted first (overwrite=true)
-    notes    lines to tell the user
+    folder   its records, logs and code go to `folder/launch/`
+    groups   jobs, in the order of submission
+    files    {path: text} to write before submission
+    links    {new path: file to keep under it}, hard links where the disk supports them
+    clears   folders whose run is deleted (overwrite=true)
+    notes    lines to print for the user
     """
 
     folder: Path
@@ -94,10 +97,10 @@ class Plan:
 class Job:
     """A kind of job.
 
-    summary  what it does, in a line
-    usage    how it is called
-    plan     what a request makes it do
-    source   the first argument in words, "CONFIG, a YAML file", where a request must have one
+    summary  one line for the help
+    usage    the arguments of `dinoreg launch`
+    plan     turns a request into a plan; UserError for what is wrong with it
+    source   a description of the positional argument, "CONFIG, a YAML file", where it is required
     """
 
     name: str
@@ -108,14 +111,14 @@ class Job:
 
 
 def job_files() -> dict[str, Path]:
-    """The shipped declarations by name."""
+    """The paths of the shipped declarations, by name."""
     return {path.stem: path for path in sorted(bundled("launch").glob("*.py"))}
 
 
 def find_job(name: str) -> Job:
-    """A shipped kind of job by name, or the `JOB` of a Python file of the user's own by its path, which is run.
+    """A shipped kind of job by name, or the `JOB` of a user's Python file by path; the file is run.
 
-    raises UserError where there is none
+    raises UserError for an unknown name, and for a file that is missing, fails or has no JOB
     """
     known = job_files()
     path = Path(name) if name.endswith(".py") else known.get(name)
@@ -142,7 +145,7 @@ def find_job(name: str) -> Job:
 
 @dataclass(frozen=True)
 class Training:
-    """A run that a job is to train: its folder, its command, and the config that the command reads."""
+    """A training as a job: run folder, command, the config file that it reads, and runs to delete first."""
 
     out: Path
     command: Arguments
@@ -152,10 +155,13 @@ class Training:
 
 
 def training(source: str, overrides: Sequence[str]) -> Training:
-    """A training whose first start and every restart are the same command, whatever becomes of the user's files.
+    """A training whose first start and restarts are the same command, independent of later changes of the config file.
 
-    The resolved config is kept in the run's `launch/`; `overwrite=true` is done at submission, once.
-    raises UserError for whatever `dinoreg pretrain` would refuse before it opens the data
+    The resolved config is written to the run's `launch/`; `overwrite=true` takes effect once, at submission.
+
+    source     a config, as for `load_config`
+    overrides  key=value
+    raises     UserError for everything that `dinoreg pretrain` would refuse before it opens the data
     """
     config = load_config(source, overrides)
     require_complete(config)

@@ -1,9 +1,9 @@
 """cluster=local: the same jobs as processes of this machine, through submitit's own entry and records.
 
-submitit's local executor knows no arrays, no dependencies and at most six restarts, and its jobs end with the terminal.
-Here one runner a launch, detached, starts the jobs as places become free, each after those it waits for; it restarts
-what asks for it (submitit's exit code), asks for a save before the time limit, and ends all processes of a job when one
-fails. A job's state is `JOB_local.json`.
+submitit's local executor has no arrays, no dependencies and at most six restarts, and its jobs end with the terminal.
+Here one detached runner per launch starts each job when its dependencies have ended and a slot is free, restarts it on
+submitit's exit code for that, sends the signal to save before the time limit, and ends all processes of a job when one
+fails. A job's state is in `JOB_local.json`.
 """
 
 import contextlib
@@ -36,10 +36,15 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 @dataclass
 class LocalJob:
-    """A job of the plan file.
+    """A job in the plan file.
 
-    python   shell words that start Python, up to the module to run
-    seconds  time limit, 0 for none; signal_seconds before it, the job is asked to save
+    after           jobs that must have ended before
+    tasks, gpus     numbers of processes and of GPUs
+    seconds         time limit; 0: none
+    signal_seconds  how long before the limit the signal to save is sent
+    setup           shell lines to run before
+    python          shell words that start Python, up to the module to run
+    trains          whether it is a training, which gets more time to end
     """
 
     job: str
@@ -54,7 +59,7 @@ class LocalJob:
 
 
 def check(options: LaunchOptions) -> None:
-    """UserError for what this machine cannot give."""
+    """UserError for options that this machine cannot satisfy."""
     if options.nodes > 1:
         raise UserError(f"nodes={options.nodes}: cluster=local is this machine alone; expected nodes=1")
     if (options.gpus_per_node or 0) > len(devices()):
@@ -64,7 +69,7 @@ def check(options: LaunchOptions) -> None:
 
 
 def devices() -> list[str]:
-    """The GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that jobs may use, as in CUDA_VISIBLE_DEVICES; [] without any."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name]
@@ -75,7 +80,13 @@ def devices() -> list[str]:
 
 
 def begin(launch: Path, number: int, jobs: Sequence[LocalJob], max_parallel: int, python: str) -> list[int]:
-    """Start the runner of a launch, which outlives this process; returns [its process, its start time]."""
+    """Start the runner of a launch, which outlives this process; returns [process id, its `start_time`].
+
+    launch        folder of the launch's files
+    number        of the launch in that folder
+    max_parallel  jobs at a time
+    python        shell words that start Python
+    """
     plan = launch / f"local{number}.json"
     plan.write_text(json.dumps({"max_parallel": max_parallel, "jobs": [asdict(job) for job in jobs]}))
     with open(launch / f"local{number}.log", "ab") as log:
@@ -90,7 +101,7 @@ def begin(launch: Path, number: int, jobs: Sequence[LocalJob], max_parallel: int
 
 
 def start_time(process: int) -> int | None:
-    """When a living process began, in clock ticks since the machine started; None for none, a zombie, or no /proc."""
+    """The start of a process in clock ticks since boot; None for a dead or zombie process and without /proc."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -99,12 +110,12 @@ def start_time(process: int) -> int | None:
 
 
 def is_alive(runner: Sequence[int]) -> bool:
-    """Whether the runner is there; a process that got its number later is another one."""
+    """Whether the runner, [process id, start time], is alive; a later process with the same id does not count."""
     return len(runner) == 2 and start_time(runner[0]) == runner[1]
 
 
 def read_state(launch: Path, job: str) -> dict[str, Any]:
-    """{"state", "begun", "ended", "restarts"} of a local job; PENDING where nothing was written yet."""
+    """{"state", "begun", "ended", "restarts"} of a local job, times in seconds since 1970; PENDING without a file."""
     return {"state": "PENDING", "begun": None, "ended": None, "restarts": 0, **read_json(_state_file(launch, job))}
 
 
@@ -131,25 +142,26 @@ class Running(LocalJob):
     save_requested: bool = False
 
     def write(self, launch: Path) -> None:
+        """Write the job's state to `JOB_local.json`."""
         state = {key: getattr(self, key) for key in ("state", "begun", "ended", "restarts")}
         state["processes"] = [process.pid for process in self.processes]
         replace_text(_state_file(launch, self.job), json.dumps(state))
 
     def signal(self, number: int) -> None:
-        """To every process of the job, and what these started."""
+        """Send a signal to every process of the job and to their children."""
         for process in self.processes:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, number)
 
     def request_save(self) -> None:
-        """Send the signal to save, once a start."""
+        """Send the signal to save (SIGUSR2), once per start."""
         if not self.save_requested:
             self.save_requested = True
             self.signal(signal.SIGUSR2)
 
     def end(self, state: str) -> None:
-        """Terminate the job; processes that are left after the grace period are killed."""
+        """Send SIGTERM; the runner kills remaining processes after the grace period. The job then ends as `state`."""
         if not self.ends_as:
             self.ends_as = state
             self.kill_at = time.monotonic() + (TRAINING_GRACE if self.trains else GRACE)
@@ -157,7 +169,7 @@ class Running(LocalJob):
 
 
 class Runner:
-    """Runs the jobs of one launch to their ends."""
+    """Runs the jobs of one launch, at most `max_parallel` at a time, until all have ended."""
 
     def __init__(self, launch: Path, jobs: Sequence[Running], max_parallel: int) -> None:
         self.launch, self.jobs, self.max_parallel = launch, jobs, max_parallel
@@ -165,6 +177,7 @@ class Runner:
         self.stopping = False
 
     def run(self) -> None:
+        """Run until every job has ended; SIGTERM, SIGINT and SIGHUP cancel those that have not."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._stop)
         while any(job.state not in ENDED for job in self.jobs):
@@ -183,7 +196,7 @@ class Runner:
         return self.stopping or cancel_file(self.launch, job.job).exists()
 
     def _start_if_ready(self, job: Running) -> None:
-        """Start a job whose dependencies have ended, if a place and its GPUs are free."""
+        """Start a job whose dependencies have ended, if a slot and its GPUs are free."""
         if self._is_cancelled(job):
             self._close(job, "CANCELLED")
             return
@@ -194,7 +207,7 @@ class Runner:
             self._start(job)
 
     def _start(self, job: Running) -> None:
-        with socket.socket() as probe:  # a free port, chosen anew for every start
+        with socket.socket() as probe:  # a free port, a new one for every start
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         command = f"exec {job.python} -u -m submitit.core._submit {shlex.quote(str(self.launch))}"
@@ -236,7 +249,7 @@ class Runner:
         return variables
 
     def _poll(self, job: Running) -> None:
-        """One step of a running job: end it, start it again, or pass on a request to save or to end."""
+        """Check a running job: close or restart it if its processes have ended, else send due signals."""
         codes = [process.poll() for process in job.processes]
         if all(code is not None for code in codes):
             requeues = job.ends_as == "REQUEUE" or (not job.ends_as and LOCAL_REQUEUE_RETURN_CODE in codes)
@@ -273,6 +286,7 @@ class Runner:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run the plan file that the first argument names."""
     plan = Path(arguments[0])
     content = json.loads(plan.read_text())
     jobs = [Running(**each) for each in content["jobs"]]

@@ -1,6 +1,6 @@
-"""What a job asks the cluster for: every key of `dinoreg launch` that is not a key of the command it runs.
+"""The resources and settings of a job: the keys of `dinoreg launch` that are not keys of the command it runs.
 
-No site's defaults: what is not given is not asked for, and the scheduler decides.
+There are no defaults for a site: an option that is not given is not requested, and the scheduler decides.
 """
 
 import re
@@ -64,39 +64,44 @@ class LaunchOptions(Options):
 
     @property
     def on_slurm(self) -> bool:
+        """Whether the jobs go to Slurm; otherwise they run on this machine."""
         return self.cluster == "slurm" or (self.cluster is None and shutil.which("sbatch") is not None)
 
     @property
     def tasks(self) -> int:
-        """Processes on each machine."""
+        """Number of processes on each machine."""
         return self.tasks_per_node or max(1, self.gpus_per_node or 1)
 
     @property
     def world_size(self) -> int:
+        """Processes of a job, on all its machines."""
         return self.nodes * self.tasks
 
     @property
     def minutes(self) -> int | None:
-        """The time limit, rounded up to whole minutes, which is what Slurm counts in."""
+        """The time limit in minutes, rounded up, as Slurm counts; None without one."""
         return None if self.time is None else read_time(self.time)
 
     @property
     def signal_seconds(self) -> int:
-        """How long before the limit the job is asked to save."""
+        """Seconds before the time limit at which the signal to save is sent."""
         if self.signal_delay is not None:
             return self.signal_delay
         return SIGNAL_DELAY if self.minutes is None else min(SIGNAL_DELAY, 30 * self.minutes)
 
     @property
     def setup_lines(self) -> list[str]:
+        """The shell lines to run before the job."""
         return _listed(self.setup)
 
     @property
     def mounts(self) -> list[str]:
+        """The user's mounts for the container, as SOURCE:TARGET."""
         return _listed(self.container_mounts)
 
     @property
     def extra_args(self) -> list[str]:
+        """The user's further options of sbatch, without leading dashes."""
         return [item.removeprefix("--") for item in _listed(self.slurm_args)]
 
 
@@ -104,7 +109,7 @@ OPTION_NAMES = tuple(keys_of(LaunchOptions))
 
 
 def split_options(arguments: Iterable[str]) -> tuple[LaunchOptions, list[str], dict[str, str]]:
-    """(options of the job, what is left for the command, {name: text} of the options given) of `key=value` arguments.
+    """Split `key=value` arguments: (the job's options, the command's arguments, {name: text} of the options given).
 
     raises UserError for a value of the wrong type or out of range
     """
@@ -114,10 +119,11 @@ def split_options(arguments: Iterable[str]) -> tuple[LaunchOptions, list[str], d
 
 
 def read_time(text: str) -> int:
-    """Whole minutes, at least one, of Slurm's ways to write a duration.
+    """A duration in one of Slurm's notations, in minutes, rounded up.
 
-    MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES and DAYS-HOURS:MINUTES:SECONDS;
-    raises UserError for anything else
+    text    MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS, DAYS-HOURS:MINUTES or
+            DAYS-HOURS:MINUTES:SECONDS
+    raises  UserError for anything else and for 0
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is not None:

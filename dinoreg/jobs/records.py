@@ -1,4 +1,4 @@
-"""What a launch leaves in `RUN/launch/`: which jobs were submitted, and what each of them wrote about itself.
+"""The files of a launch in `RUN/launch/`: the submitted jobs, and the events that each of them recorded.
 
     jobs.jsonl                      one line a job, written when it was submitted
     JOB_RANK_events.jsonl           start, requeue, end, failure: written by the job's processes, each into its own file
@@ -6,7 +6,7 @@
     JOB_RANK_log.out, …_log.err     what the processes printed; JOB_submission.sh and pickles are submitit's
     code/…                          the copies of the package that jobs run
 
-Everything is read with care: a kill may have cut a line short, and another program may have written here.
+Incomplete or foreign lines are skipped when these files are read.
 """
 
 import json
@@ -26,12 +26,20 @@ JOBS = "jobs.jsonl"
 class Record:
     """A job as it was submitted.
 
-    job      the scheduler's name of it: 12, 12_3 for element 3 of an array, local4 on this machine
-    launch   number of the launch in this folder, from 1
-    command  dinoreg's arguments
-    run      the run folder it trains in, or ""
-    after    jobs that it waits for
-    runner   [process, its start time] of the local runner; [] on Slurm
+    job        the scheduler's id: 12, 12_3 for element 3 of an array, local1.0 on this machine
+    launch     number of the launch in this folder, from 1
+    kind       kind of job, such as "pretrain"
+    group      name of its group within the launch
+    cluster    "slurm" | "local"
+    command    arguments of dinoreg
+    nodes      number of machines
+    tasks      number of processes on each machine
+    run        run folder of a training; "" for other commands
+    after      jobs that it depends on
+    runner     [process id, start time] of the local runner; [] on Slurm
+    code       folder of the package that it runs
+    directory  working folder
+    time       of submission, seconds since 1970
     """
 
     job: str
@@ -51,7 +59,7 @@ class Record:
 
     @property
     def title(self) -> str:
-        """What the job is, in a word or two: "pretrain", "evaluate pets", "sweep lr=0.1"."""
+        """A short title of the job: "pretrain", "evaluate pets", "sweep lr=0.1"."""
         if self.group == "evaluate" and len(self.command) > 1:
             return f"{self.group} {self.command[1]}"
         if self.group == "sweep" and self.run:
@@ -60,21 +68,24 @@ class Record:
 
 
 def launch_folder(folder: str | Path) -> Path:
+    """The folder with the records, logs and code of the launches for a run folder."""
     return Path(folder) / "launch"
 
 
 def add_records(launch: Path, records: Iterable[Record]) -> None:
+    """Append the records of submitted jobs to `jobs.jsonl`; OSError when that fails."""
     append(launch / JOBS, *(asdict(record) for record in records))
 
 
 def read_records(folder: str | Path) -> list[Record]:
-    """The jobs launched for a folder, in the order of submission; [] where there are none."""
+    """The jobs launched for a folder, in the order of submission; [] without any."""
     names = {each.name for each in fields(Record)}
     lines = [line for line in read_json_lines(launch_folder(folder) / JOBS) if names <= line.keys()]
     return [Record(**{key: line[key] for key in names}) for line in lines]
 
 
 def next_launch(launch: Path) -> int:
+    """The number of the next launch in this folder, from 1."""
     return 1 + max((int(line.get("launch", 0)) for line in read_json_lines(launch / JOBS)), default=0)
 
 
@@ -83,11 +94,12 @@ def next_launch(launch: Path) -> int:
 
 
 def add_event(launch: Path, job: str, rank: int, event: str, **facts: Any) -> None:
+    """Append an event with its time (seconds since 1970) to the file of one process; OSError when that fails."""
     append(launch / f"{job}_{rank}_events.jsonl", {"event": event, "time": time.time(), **facts})
 
 
 def read_events(launch: Path, job: str, rank: int | None = None) -> list[dict[str, Any]]:
-    """Events of a job in the order of their times; `rank` is added to each."""
+    """Events of a job's process `rank` (None: of all), ordered by time; the key "rank" is added to each."""
     events = []
     for path in launch.glob(f"{job}_{'*' if rank is None else rank}_events.jsonl"):
         writer = path.name.removeprefix(f"{job}_").removesuffix("_events.jsonl")
@@ -98,11 +110,12 @@ def read_events(launch: Path, job: str, rank: int | None = None) -> list[dict[st
 
 
 def cancel_file(launch: Path, job: str) -> Path:
+    """The file whose existence means that a job was asked to end."""
     return launch / f"{job}_cancel"
 
 
 def log_files(launch: Path, job: str, task: int = 0) -> tuple[Path, Path]:
-    """What a process of a job printed: (errors and messages, output)."""
+    """The paths of the logs of process `task` of a job: (stderr, stdout)."""
     return launch / f"{job}_{task}_log.err", launch / f"{job}_{task}_log.out"
 
 
@@ -111,14 +124,14 @@ def log_files(launch: Path, job: str, task: int = 0) -> tuple[Path, Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file that readers find either as it was or complete."""
+    """Replace a file's text in one rename; OSError when that fails."""
     aside = path.with_name(f"{path.name}.part")
     aside.write_text(text)
     os.replace(aside, path)
 
 
 def append(path: Path, *lines: dict[str, Any]) -> None:
-    """Append lines in one write, so that those of two writers do not mix."""
+    """Append JSON lines in one write, so that those of two writers do not mix, and flush them; OSError on failure."""
     text = "".join(json.dumps(line) + "\n" for line in lines)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
@@ -129,7 +142,7 @@ def append(path: Path, *lines: dict[str, Any]) -> None:
 
 
 def last_lines(path: Path, count: int, size: int = 1 << 18) -> list[str]:
-    """The last lines of a file of any length; [] where there is none."""
+    """The last `count` lines within the last `size` bytes of a file; [] where it cannot be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - size))

@@ -1,4 +1,4 @@
-"""Slurm: what the site offers, submission through submitit, and the states of jobs in Slurm's own terms."""
+"""Slurm: the site's properties, submission through submitit, and the states of jobs in Slurm's terms."""
 
 import contextlib
 import io
@@ -32,9 +32,10 @@ class JobState:
     """The state of a job as the scheduler reports it.
 
     state    PENDING, RUNNING, COMPLETED, FAILED, …
-    reason   why it is pending, or has ended
+    reason   why it is pending or has ended
+    nodes    the machines it runs on, in Slurm's notation
     elapsed  running time of this start, as 3:20 or 1-02:03:04
-    begins   when a pending job is expected to start, "" where Slurm does not know
+    begins   expected start of a pending job, "" where Slurm does not know
     """
 
     state: str
@@ -45,7 +46,10 @@ class JobState:
 
 
 def ask(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs; UserError when it is not there, RunError when it does not answer."""
+    """Run one of Slurm's programs, whatever its exit code.
+
+    raises  UserError when it is not installed, RunError when it takes more than `ANSWER_SECONDS`
+    """
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_SECONDS)
     except FileNotFoundError:
@@ -55,7 +59,7 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def require(options: LaunchOptions) -> None:
-    """UserError in one line where there is no Slurm, or no such partition."""
+    """UserError where Slurm's programs are missing or the partition does not exist."""
     for name in PROGRAMS:
         if shutil.which(name) is None:
             raise UserError(
@@ -71,7 +75,7 @@ def require(options: LaunchOptions) -> None:
 
 
 def max_array_size() -> int:
-    """Jobs that one array may have."""
+    """The largest number of jobs in one array at this site."""
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", ask("scontrol", "show", "config").stdout)
     return max(1, int(match[1])) if match else DEFAULT_ARRAY_SIZE
 
@@ -83,7 +87,12 @@ def max_array_size() -> int:
 def make_executor(
     launch: Path, options: LaunchOptions, code: Path, after: Sequence[str] = (), size: int = 1
 ) -> submitit.SlurmExecutor:
-    """submitit's executor for one job, or an array of `size`, that asks for what `options` say."""
+    """submitit's executor for one job, or for an array of `size`, with the resources in `options`.
+
+    launch  folder of the job's files
+    code    folder with the package that it runs
+    after   jobs that must have ended before
+    """
     python = interpreter(options, launch, code)
     executor = submitit.SlurmExecutor(launch, max_num_timeout=options.requeues, python=python)
     srun_args = ["--kill-on-bad-exit=1"]
@@ -120,14 +129,14 @@ def make_executor(
 
 
 def script(executor: submitit.SlurmExecutor, size: int = 1) -> str:
-    """The file that sbatch will get from an executor that is not used for anything else."""
+    """The batch script of an executor, for showing it; the executor must not be used afterwards."""
     if size > 1:
         executor.parameters["map_count"] = size
     return executor._make_submission_file_text(executor._submitit_command_str, "")
 
 
 def submit(executor: submitit.SlurmExecutor, commands: Sequence[Callable[[], Any]]) -> list[str]:
-    """Submit one job, or an array; returns the jobs' names. RunError with sbatch's message when it refuses."""
+    """Submit one job, or an array, and return the job ids; RunError with sbatch's message when it refuses."""
     try:  # submitit prints sbatch's message, which is in its exception, too
         with outside_job(), contextlib.redirect_stderr(io.StringIO()):
             jobs = executor.submit_array(list(commands))
@@ -138,9 +147,9 @@ def submit(executor: submitit.SlurmExecutor, commands: Sequence[Callable[[], Any
 
 @contextlib.contextmanager
 def outside_job() -> Iterator[None]:
-    """The environment without the variables of the job that this process runs in: sbatch would ask for the same again.
+    """A context without the environment variables of the current job, which sbatch would take as options.
 
-    SLURM_CONF is the site's and stays.
+    SLURM_CONF, which belongs to the site, stays.
     """
     site = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
     with submitit.helpers.clean_env(["DINOREG_RESTARTS"]):
@@ -149,7 +158,7 @@ def outside_job() -> Iterator[None]:
 
 
 def interpreter(options: LaunchOptions, launch: Path, code: Path) -> str:
-    """The shell words that start Python in a job, up to the module that is to be run."""
+    """The shell words that start Python in a job, up to the module to run; in a container where there is one."""
     script_path = code / "dinoreg" / "jobs" / Path(entry.__file__).name
     if options.container is None:
         return shlex.join([*_block_signal(), options.python or sys.executable, str(script_path)])
@@ -162,7 +171,7 @@ def interpreter(options: LaunchOptions, launch: Path, code: Path) -> str:
 
 @lru_cache(maxsize=1)
 def _block_signal() -> tuple[str, ...]:
-    """Words that start a program with SIGUSR2 blocked, where this system's `env` can: it holds from the first line."""
+    """Shell words that start a program with SIGUSR2 blocked from the beginning; () where `env` does not support it."""
     program = shutil.which("env")
     if program is None or subprocess.run([program, "--block-signal=USR2", "true"], capture_output=True).returncode:
         return ()
@@ -179,7 +188,7 @@ def _mounts(options: LaunchOptions, launch: Path, code: Path) -> str:
 
 
 def _requeue_from_outside(launch: Path) -> list[str]:
-    """An image has no scontrol: a job in it leaves a note for the batch script, which is outside."""
+    """Lines of the batch script that requeue a job in a container, which has no scontrol and leaves a file instead."""
     name = "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
     note = f"{shlex.quote(str(launch.resolve()))}/{name}_requeue"
     return [
@@ -196,9 +205,11 @@ def _requeue_from_outside(launch: Path) -> list[str]:
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
-    """What Slurm knows of these jobs; those it has forgotten are left out.
+    """The states of these jobs by id; jobs that Slurm no longer knows are left out.
 
-    squeue knows what is pending, running or has ended within minutes, sacct, where the site keeps accounts, all.
+    squeue lists pending and running jobs and those that ended minutes ago; sacct, where the site has it, all.
+
+    raises  RunError when squeue fails, UserError when it is not installed
     """
     known: dict[str, JobState] = {}
     for chunk in _chunks(sorted({job.partition("_")[0] for job in jobs})):
@@ -219,12 +230,15 @@ def _parse_states(table: str, columns: int) -> dict[str, JobState]:
     """{job: its state} of a table of jobs with the fields of `JobState` in order; other lines are skipped."""
     rows = [line.split("|") for line in table.splitlines()]
     cells = [["" if text in ("N/A", "None") else text for text in row] for row in rows if len(row) == columns]
-    # sacct says who: "CANCELLED by 1000"
+    # sacct adds the user: "CANCELLED by 1000"
     return {job: JobState(state.partition(" ")[0], *rest) for job, state, *rest in cells}
 
 
 def cancel(jobs: Sequence[str], *options: str) -> None:
-    """End jobs by SIGTERM, and SIGKILL after the site's KillWait; or what `options` of scancel say instead."""
+    """Cancel jobs: SIGTERM, then SIGKILL after the site's KillWait, unless `options` of scancel say otherwise.
+
+    raises  RunError when scancel fails
+    """
     for chunk in _chunks(jobs):
         answer = ask("scancel", *options, *chunk)
         if answer.returncode and "Invalid job id" not in answer.stderr:
@@ -232,7 +246,7 @@ def cancel(jobs: Sequence[str], *options: str) -> None:
 
 
 def own_state(job: str) -> str:
-    """State of the job that asks, "" where it cannot be known (no squeue in a container)."""
+    """The state of the job that this process runs in; "" where it is unknown (no squeue in a container)."""
     with contextlib.suppress(UserError, RunError):
         return ask("squeue", "-a", "-h", "-t", "all", "-j", job, "-o", "%T").stdout.strip()
     return ""
@@ -244,6 +258,6 @@ def _chunks(items: Sequence[str], size: int = 200) -> Iterator[Sequence[str]]:
 
 
 def _one_line(text: str) -> str:
-    """A program's message in one line, without its name before each."""
+    """A program's message on one line, without its name."""
     lines = [re.sub(rf"^(({'|'.join(PROGRAMS)}): )?(error: )?", "", line) for line in text.strip().splitlines()]
     return "; ".join(line for line in lines if line)[:500] or "without a word"

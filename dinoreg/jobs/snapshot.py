@@ -1,7 +1,7 @@
-"""A copy of the package for jobs to run: a requeued job must not pick up what its checkout has become since.
+"""A copy of the package for jobs to run, so that a requeued job is not affected by later changes of the checkout.
 
 The copy is named by its content, so that launches of the same code share one, and the copy of a running job is never
-touched. It has the form of an installed wheel: declarations lie inside the package.
+changed. It has the layout of an installed wheel: declarations are inside the package.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ DECLARATIONS = ("configs", "eval", "launch")
 
 
 def package_files() -> dict[str, Path]:
-    """Every file of the package and its declarations, by its place in a copy, in the order of these places."""
+    """The files of the package and its declarations, {path in a copy: path}, sorted."""
     folders = {"dinoreg": PACKAGE} | {f"dinoreg/_bundled/{name}": bundled(name) for name in DECLARATIONS}
     files = {}
     for place, folder in folders.items():
@@ -30,13 +30,13 @@ def package_files() -> dict[str, Path]:
 
 
 def fingerprint(files: dict[str, Path]) -> str:
-    """Twelve hexadecimal digits over names and contents."""
+    """12 hexadecimal digits of the SHA-256 over names and contents."""
     listed = "".join(f"{name}\0{digest(path)}\0" for name, path in files.items())
     return hashlib.sha256(listed.encode()).hexdigest()[:12]
 
 
 def copy_package(folder: Path) -> Path:
-    """`folder/<fingerprint>` with a copy of the package; one that is there is taken as it is.
+    """Copy the package to `folder/<fingerprint>`, unless that exists; returns its path.
 
     raises UserError when the folder cannot be written
     """

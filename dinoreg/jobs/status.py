@@ -1,4 +1,4 @@
-"""How jobs are doing, in words: what the scheduler says, what the job wrote about itself, how far the run has come."""
+"""The status of jobs in words, from the scheduler, the job's own events and the progress of its run."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from dinoreg.runtime.durations import clock
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import is_number, read_json, read_text
 
-# Slurm's reasons, as people say them.
+# Slurm's reasons in plain words.
 REASONS = {
     "Resources": "waits for free machines",
     "Priority": "others come first",
@@ -60,7 +60,11 @@ TIMES = {1: "once", 2: "twice"}
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job now. `state` is pending | running | finished | stopped | failed | cancelled | lost; `text` says more."""
+    """The status of a job.
+
+    state  "pending" | "running" | "finished" | "stopped" | "failed" | "cancelled" | "lost"
+    text   details for the user
+    """
 
     record: Record
     state: str
@@ -68,19 +72,25 @@ class JobStatus:
 
     @property
     def is_over(self) -> bool:
+        """Whether the job has ended and will not run again."""
         return self.state not in ("pending", "running")
 
     @property
     def is_well(self) -> bool:
+        """Whether the job is pending, running or has succeeded."""
         return self.state in ("pending", "running", "finished")
 
     @property
     def line(self) -> str:
+        """The job, its title, state and details in one line."""
         return f"{self.record.job}  {self.record.title}: {self.state}{self.text and f', {self.text}'}"
 
 
 def examine(folder: str | Path, records: Sequence[Record] | None = None) -> list[JobStatus]:
-    """The status of these jobs of a folder, or of every job launched for it: UserError where there are none."""
+    """The status of jobs of a folder (None: of all that were launched for it; UserError without any).
+
+    raises  RunError when the scheduler does not answer
+    """
     if records is None:
         records = read_records(folder)
         if not records:
@@ -96,7 +106,7 @@ def examine(folder: str | Path, records: Sequence[Record] | None = None) -> list
 
 
 def describe(folder: str | Path) -> list[str]:
-    """What `dinoreg launch status` prints. Of finished launches but the last, one line each."""
+    """The lines that `dinoreg launch status` prints; earlier launches whose jobs have all ended get one line each."""
     statuses = examine(folder)
     newest = max(each.record.launch for each in statuses)
     lines = []
@@ -168,7 +178,7 @@ def _ending(events: Sequence[dict[str, Any]], otherwise: tuple[str, str]) -> tup
 
 
 def failure(launch: Path, record: Record, events: Sequence[dict[str, Any]]) -> str:
-    """Why a job failed, in one line: its own words, else the last of its log."""
+    """The reason why a job failed, on one line: its recorded error, else the last line of its log."""
     starts = [line["time"] for line in events if line["event"] == "start"]
     failures = [line for line in events if line["event"] == "failed" and line["time"] >= max(starts, default=0)]
     if failures:
@@ -195,13 +205,13 @@ def _last_save(record: Record, events: Sequence[dict[str, Any]]) -> str:
 
 
 def saved_step(run: str | Path) -> int | None:
-    """The step that a run would go on from; None where nothing is saved."""
+    """The step of a run's last checkpoint, from which it would resume; None without one."""
     match = re.fullmatch(r"step_(\d+)", read_text(Path(run) / "checkpoints" / "last").strip())
     return int(match[1]) if match else None
 
 
 def progress(record: Record) -> str:
-    """How far a training is: "step 1200 of 5000, 35.2 images/s, 1:02:03 left"; "" for other jobs."""
+    """The progress of a training: "step 1200 of 5000, 35.2 images/s, 1:02:03 left"; "" for other jobs."""
     if not record.run:
         return ""
     state = read_json(Path(record.run) / "status.json")
@@ -226,7 +236,7 @@ def _restarts(events: Sequence[dict[str, Any]]) -> str:
 
 
 def require_jobs(folder: str | Path, job: str | None) -> list[JobStatus]:
-    """The jobs of a folder, or the one that was named (an array: all its elements); UserError when there is none."""
+    """The status of all jobs of a folder, or of job `job` (of an array: of all its elements); UserError without any."""
     statuses = examine(folder)
     if job is None:
         return statuses

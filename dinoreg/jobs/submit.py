@@ -1,4 +1,4 @@
-"""From a plan to jobs: everything is checked first, then written, then submitted; what is refused leaves nothing."""
+"""Submitting a plan: everything is checked first, then written, then submitted; a refused launch leaves no files."""
 
 import contextlib
 import dataclasses
@@ -30,10 +30,11 @@ PACKAGE = Path(__file__).resolve().parents[1]
 def launch(
     job: Job, request: Request, run_verb: Callable[..., None], say: Callable[[str], None]
 ) -> tuple[Path, list[Record]]:
-    """Submit what a request asks for; returns (folder whose `launch/` has the records, jobs), no jobs for a dry run.
+    """Submit the jobs of a request; returns (folder whose `launch/` has the records, jobs), no jobs for a dry run.
 
     run_verb  runs one of dinoreg's verbs inside a job, see `Command`
-    raises UserError, with nothing written, for whatever is wrong with the request or refused by the scheduler
+    say       prints a line
+    raises    UserError, with nothing written, for what is wrong with the request or refused by the scheduler
     """
     options = request.options
     if options.on_slurm:
@@ -53,7 +54,10 @@ def launch(
 
 
 def dry_run(plan: Plan, settings: dict[str, LaunchOptions]) -> str:
-    """What a launch would do, in full; nothing is written."""
+    """The text that describes a launch in full; nothing is written.
+
+    settings  {group name: its options}
+    """
     launch = launch_folder(plan.folder).absolute()
     scripts: dict[str, list[str]] = {group.name: [] for group in plan.groups}
     for group in plan.groups:
@@ -74,18 +78,19 @@ def dry_run(plan: Plan, settings: dict[str, LaunchOptions]) -> str:
 
 
 def command_line(arguments: Sequence[str]) -> str:
+    """A command of dinoreg as text for a shell."""
     return shlex.join(["dinoreg", *arguments])
 
 
 def _group_options(group: Group, options: LaunchOptions, folder: Path) -> LaunchOptions:
-    """What the jobs of a group ask for, under a name that squeue can show."""
+    """The options of a group's jobs, with a name that squeue can show."""
     own = dataclasses.replace(options, **dict(group.options))
     name = own.name or f"{group.name}-{folder.resolve().name}"
     return dataclasses.replace(own, name=re.sub(r"[^\w.=+-]+", "-", name)[:100])
 
 
 def _refuse_a_second_launch(plan: Plan) -> None:
-    """A run folder belongs to one job at a time."""
+    """UserError where a job that has not ended trains in one of the plan's run folders."""
     runs = [run for group in plan.groups for run in group.runs]
     resolved = {run.resolve() for run in runs}
     for folder in sorted({plan.folder, *runs}):
@@ -99,7 +104,7 @@ def _refuse_a_second_launch(plan: Plan) -> None:
 
 
 class _Submission:
-    """The submission of one launch; what it has written is taken back when it is refused."""
+    """The submission of one launch; when it is refused, its files are removed again."""
 
     def __init__(
         self, kind: str, plan: Plan, settings: dict[str, LaunchOptions], run_verb: Callable[..., None]
@@ -128,7 +133,7 @@ class _Submission:
         return records
 
     def _write(self) -> list[Path]:
-        """Write what the jobs need; returns the runs that are to be overwritten, set aside until jobs are accepted."""
+        """Write the jobs' files; returns the runs to overwrite, which are moved aside until the jobs are accepted."""
         aside = []
         for path in self.plan.clears:
             aside.append(set_aside(path))
@@ -191,7 +196,7 @@ class _Submission:
         ]
 
     def _submit_to_slurm(self) -> list[int]:
-        """Submit every group; there is no runner of ours, as `Record` says."""
+        """Submit every group; returns [], since on Slurm `Record.runner` is empty."""
         self.undo.callback(self._cancel)
         for group in self.plan.groups:
             after = sorted({job.partition("_")[0] for job in self._dependencies(group)}, key=int)  # arrays as a whole
@@ -207,7 +212,7 @@ class _Submission:
             slurm.cancel([job for jobs in self.submitted.values() for job in jobs])
 
     def _start_local_runner(self, number: int) -> list[int]:
-        """Returns what identifies the runner of this launch, as in `Record`."""
+        """Write the local jobs and start their runner; returns `Record.runner`."""
         local_jobs: list[local.LocalJob] = []
         python = slurm.interpreter(self.options, self.launch, self.code)
         for group in self.plan.groups:
@@ -239,7 +244,7 @@ class _Submission:
 
 
 def keep(source: Path, target: Path) -> None:
-    """Have a file under a second name, whatever becomes of the first; a copy where the disk has no hard links."""
+    """Give a file a second name `target`, so that it survives the removal of the first: a hard link, else a copy."""
     aside = target.with_name(f"{target.name}.part")
     aside.unlink(missing_ok=True)
     try:

@@ -1,1 +1,1 @@
-"""What is minimised: functions of tensors, without state, configs or files (DINOv2 section 4)."""
+"""The training losses: functions of tensors, without state, configs or files (DINOv2 section 4)."""

@@ -1,8 +1,8 @@
-"""Staying near features that are already good: the distance of a network's tokens to those of a frozen one.
+"""The anchor loss: the cosine distance of a network's tokens to those of a frozen network.
 
-Used when a run continues from weights (`init=`): what the new images say nothing about would drift, and with it
-what the features were good for. The distance is one minus the cosine, blind to the length of a token, as nearest
-neighbours and linear probes on normalised features are.
+Used when a run continues from weights (`init=`): directions of feature space that the new images do not constrain
+would drift, and the features would become worse on other images. The distance is one minus the cosine; like nearest
+neighbours and linear probes on normalised features it ignores the norm of a token.
 """
 
 import torch
@@ -17,13 +17,14 @@ def anchor_loss(
     anchor_patches: Tensor,
     num_patches: Tensor | None = None,
 ) -> Tensor:
-    """Mean of the class tokens' and of the patch tokens' mean cosine distance, within [0, 2]; 0 where they agree.
+    """The average of two mean cosine distances, of class tokens and of patch tokens; 0 where the networks agree.
 
-    cls_tokens, anchor_cls        (n, D)   after the final norm; the gradient goes to the first only
-    patch_tokens, anchor_patches  (m, D)   of the patches that the student sees; with m = 0 the class tokens count alone
-    num_patches                   ()       what the patch tokens' distances are divided by: for a part of a batch, the
-                                           mean number over all parts, so that the parts' mean is the batch's. None: m
-    returns                       ()       float32 whatever the input
+    cls_tokens, anchor_cls        (n, D)   n > 0, after the final norm; only the first gets a gradient
+    patch_tokens, anchor_patches  (m, D)   of the unmasked patches; with m = 0 only the class tokens count
+    num_patches                   ()       divisor of the patch tokens' sum of distances (at least 1). For a part of a
+                                           batch: the mean of m over all parts, so that the mean over the parts is the
+                                           loss of the batch. None: m
+    returns                       ()       float32 whatever the input; in [0, 2], unless num_patches differs from m
     """
     with torch.autocast(cls_tokens.device.type, enabled=False):
         distances = [_cosine_distances(cls_tokens, anchor_cls).mean()]

@@ -1,4 +1,4 @@
-"""Teacher targets: Sinkhorn-Knopp (DINOv2 section 4, SwAV) and softmax centering (DINO section 3.1).
+"""Teacher targets: Sinkhorn-Knopp (DINOv2 section 4; SwAV, arXiv 2006.09882) and softmax centering (DINO section 3.1).
 
 Both turn teacher logits into target rows that sum to one and keep the batch from agreeing on few prototypes.
 They are functions of all rows of the effective batch: a caller that accumulates gradients passes the rows of
@@ -23,15 +23,18 @@ def _working_dtype(logits: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int = 3, ranks: Ranks = ALONE) -> Tensor:
-    """Assign rows to prototypes so that each row has mass 1 and each prototype about n / K.
+    """Assign rows to prototypes so that each row has mass 1 and each prototype about (number of rows) / K.
+
+    The teacher's centering of DINOv2 (arXiv 2304.07193, section 4), after SwAV (arXiv 2006.09882).
 
     logits        (n, K)  this process's teacher logits; n may be 0 and may differ between processes, which
                           must all call at the same time (one max and `iterations` sums are exchanged)
-    teacher_temp  > 0, the same on all processes
-    iterations    >= 1
-    ranks         the processes whose rows are one batch
-    returns       (n, K)  float32 (float64 for float64 logits); every row sums to 1, prototypes are balanced
-                          only approximately, because the rows are normalised last
+    teacher_temp          > 0, a number or a () tensor, the same on all processes
+    iterations            >= 1; 3 in the paper
+    ranks                 the processes whose rows are one batch
+    returns       (n, K)  float32 (float64 for float64 logits), without gradient; every row sums to 1, prototypes
+                          are balanced only approximately, because the rows are normalised last
+    raises                ValueError for iterations < 1
 
     Each iteration divides every prototype by its mass over all rows of all processes, then every row by its
     own sum. The constants of the published form (the total mass, 1/K, 1/n) scale all entries alike, so the
@@ -71,11 +74,12 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
 
 @torch.no_grad()
 def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
-    """softmax((logits - center) / teacher_temp), row by row.
+    """softmax((logits - center) / teacher_temp), row by row (DINO, arXiv 2104.14294, section 3.1).
 
-    logits   (n, K)   teacher logits; n may be 0
-    center   (1, K)   running mean of the teacher's logits over the steps before this one
-    returns  (n, K)   float32 (float64 for float64 logits); every row sums to 1
+    logits        (n, K)   teacher logits; n may be 0
+    center        (1, K)   running mean of the teacher's logits over the steps before this one
+    teacher_temp           > 0, a number or a () tensor
+    returns       (n, K)   float32 (float64 for float64 logits), without gradient; every row sums to 1
     """
     targets = torch.empty(logits.shape, dtype=_working_dtype(logits), device=logits.device)
     center = center.to(targets.dtype)
@@ -89,13 +93,14 @@ def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float | Tensor)
 
 @torch.no_grad()
 def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9, ranks: Ranks = ALONE) -> Tensor:
-    """momentum * center + (1 - momentum) * the mean of the logits over the rows of all processes.
+    """momentum * center + (1 - momentum) * (mean of the logits over the rows of all processes); DINO section 3.1.
 
-    center   (1, K)   float32
-    logits   (n, K)   this step's teacher logits; n may be 0 and may differ between processes, which must
-                      all call at the same time (one sum is exchanged)
-    ranks             the processes whose rows are one batch
-    returns  (1, K)   a new tensor; equal to `center` if no process has a row
+    center    (1, K)   float32
+    logits    (n, K)   this step's teacher logits; n may be 0 and may differ between processes, which must
+                       all call at the same time (one sum is exchanged)
+    momentum           in [0, 1]; 0.9 in the paper
+    ranks              the processes whose rows are one batch
+    returns   (1, K)   a new tensor of center's dtype; equal to `center` if no process has a row
 
     The result serves the NEXT step: the targets of a step see the statistics of the steps before it only, so
     call this after `softmax_center`. Every row of every process counts the same; the reference averages its

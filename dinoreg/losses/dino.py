@@ -90,15 +90,17 @@ def _tiles(blocks: Tensor, target_shift: int) -> Iterator[tuple[slice, slice, sl
 def soft_cross_entropy(
     logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None = None, target_shift: int = 0
 ) -> Tensor:
-    """sum_i w_i * H(q_i, s_i) with H(q, s) = -sum_k q_k * log_softmax(s / student_temp)_k.
+    """sum_i w_i * H(q_i, s_i) with H(q, s) = -sum_k q_k * log_softmax(s / student_temp)_k (DINO section 3.1).
 
     logits        (n, K)   student logits; n may be 0, which gives 0 and an empty gradient
     targets       (m, K)   n is a multiple of m: row i faces target (i + target_shift) mod m, so that a few
                            targets serve several blocks of m rows. A target may have any mass (entries >= 0),
                            for example q1 + q2 with mass 2, which is H(q1, s) + H(q2, s)
-    weights       (n,)     or None for all ones
-    target_shift  0..m-1
-    returns       ()       float32 (float64 for float64 logits), not divided by anything
+    student_temp           > 0; 0.1 in the papers
+    weights       (n,)     factor of each row; None: 1 for all
+    target_shift           0 to m - 1
+    returns       ()       float32 (float64 for float64 logits): the sum in nats, not a mean
+    raises                 ValueError for shapes that do not fit one another and for a target_shift out of range
 
     Only the logits get a gradient, in their own dtype; there is no second derivative.
     """
@@ -121,13 +123,17 @@ def soft_cross_entropy(
 def dino_loss(
     student_global: Tensor, student_local: Tensor | None, targets: Tensor, student_temp: float
 ) -> tuple[Tensor, Tensor]:
-    """Every student crop predicts the teacher's view of the same image; a global crop only the other view's.
+    """DINO's loss (arXiv 2104.14294, section 3.1): every student crop predicts the teacher's targets of its image.
 
-    student_global  (2B, K)    logits, rows of view 1 first
+    A local crop predicts the targets of both global views, a global crop those of the other global view only.
+
+    student_global  (2B, K)    logits, rows of view 1 first; B > 0
     student_local   (L*B, K)   logits, all images of local crop 1 first; None or no rows when L = 0
     targets         (2B, K)    teacher targets in the same order as student_global: the two views are swapped
                                HERE, so a caller must not swap them
-    returns         two () float32: the loss of the global crops and that of the local crops
+    student_temp               > 0; 0.1 in the papers
+    returns         (), ()     the loss of the global and of the local crops, in nats; float32 (float64 for float64)
+    raises                     ValueError where the numbers of rows do not fit one another
 
     The 2 global and 2L local pairs each weigh 1 / M, M = 2 + 2L, and a pair is a mean over the B images.
     Without local crops M is 2 and the second value a plain 0 outside the graph; the reference clamps its

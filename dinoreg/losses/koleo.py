@@ -1,4 +1,4 @@
-"""The KoLeo regulariser (Sablayrolles et al. 2019; DINOv2 section 4): spread the features of a batch."""
+"""The KoLeo regulariser (Sablayrolles et al., arXiv 1806.03198; DINOv2 section 4): spread the features of a batch."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,9 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
 
     features  (B, D)   the student's class tokens of ONE global view, before the head: two views of an image
                        are near by design, so views are never searched together
-    returns   ()       float32 whatever the input or autocast (float64 for float64), always finite
+    eps                > 0; keeps norms and distances off zero
+    returns   ()       float32 whatever the input or autocast (float64 for float64), always finite; in nats, lower where
+                       features are farther apart
 
     The gradient reaches both ends of a pair. Duplicates are finite: at distance 0 a term is
     -log(eps * sqrt(D) + eps). With B < 2 there is no neighbour, and the value is 0 with a gradient of 0 (the

@@ -26,7 +26,7 @@ Shapes = tuple[tuple[int, int], ...]  # one (images, tokens) pair per group
 
 
 def check_backend(name: str) -> str:
-    """Return `name`; raises UserError if it is no backend, or is one that this machine can never run."""
+    """Return `name`; UserError where it is not one of `BACKENDS`, or is "xformers" on a machine without CUDA."""
     if name not in BACKENDS:
         raise UserError(f"attention={name!r} is not a backend; expected one of {', '.join(BACKENDS)}")
     if name == "xformers" and not torch.cuda.is_available():
@@ -37,11 +37,11 @@ def check_backend(name: str) -> str:
 def resolve_backend(
     name: str, device: torch.device, num_tokens: int | None = None, dtype: torch.dtype = torch.float32
 ) -> str:
-    """The backend that `name` stands for: "xformers", "sdpa" or "plain".
+    """The backend that `name`, one of `BACKENDS`, stands for: "xformers", "sdpa" or "plain".
 
-    num_tokens  length of the sequence; on a CPU it helps to decide between plain and sdpa (None: a short one)
-    dtype       of the queries; helps likewise, and xformers has kernels for some dtypes only
-    raises UserError if xformers is asked for by name and cannot run here
+    num_tokens  length T of a sequence, for the choice between plain and sdpa on a CPU; None: a short one
+    dtype       of the queries, for the same choice and for xformers, which has kernels for some dtypes only
+    raises      UserError for an unknown name, and for "xformers" where it cannot run on this device and dtype
     """
     check_backend(name)
     if name == "xformers":
@@ -61,19 +61,22 @@ def resolve_backend(
 
 
 def describe_backend(name: str, device: torch.device, num_tokens: int | None, dtype: torch.dtype) -> str:
-    """`resolve_backend` in words: "xformers", or "sdpa (xformers does not run here: ...)" where auto does without."""
+    """`resolve_backend` in words: "xformers", or "sdpa (xformers does not run here: ...)" where auto falls back.
+
+    Arguments and errors are those of `resolve_backend`.
+    """
     backend = resolve_backend(name, device, num_tokens, dtype)
     problem = run_problem(device, dtype) if name == "auto" and device.type == "cuda" else None
     return f"{backend} (xformers does not run here: {problem})" if problem else backend
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer would answer: autocast's where it is on, else that of `x`."""
+    """The dtype of a linear layer's output for the input `x`: autocast's where it is on, else that of `x`."""
     return torch.get_autocast_dtype(x.device.type) if _autocast_on(x) else x.dtype
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """A context in which operations on `x` keep to the dtypes of their inputs."""
+    """A context without autocast on the device of `x`: operations compute in the dtypes of their inputs."""
     return torch.autocast(x.device.type, enabled=False) if _autocast_on(x) else nullcontext()
 
 
@@ -85,9 +88,9 @@ def _autocast_on(x: Tensor) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, for every image and head.
 
-    q, k, v (B, T, heads, head_dim)
-    backend "xformers" | "sdpa" | "plain", as `resolve_backend` returns it
-    returns (B, T, heads, head_dim)
+    q, k, v (B, T, heads, head_dim)   of one dtype
+    backend                           "xformers" | "sdpa" | "plain", as `resolve_backend` returns it
+    returns (B, T, heads, head_dim)   of the same dtype
     """
     if backend == "xformers":
         from xformers.ops import memory_efficient_attention
@@ -100,7 +103,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
-    """The weights themselves: q, k (B, heads, T, head_dim) -> (B, heads, T, T), rows sum to one.
+    """softmax(q k^T / sqrt(head_dim)).
+
+    q, k    (B, heads, T, head_dim)
+    returns (B, heads, T, T)          in the dtype of q; rows (queries) sum to one
 
     Outside autocast, softmax keeps the dtype of its input and PyTorch's kernels sum it in float32, so that
     low precision loses only the rounding of the scores, with no float32 copy of them.
@@ -110,11 +116,11 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attend_groups(qkv: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tensor:
-    """Attention of packed groups, each image to itself.
+    """Attention of packed groups (DINOv2 section 5, sequence packing): tokens attend within their own image only.
 
     qkv      (S, 3, heads, head_dim)   S = sum of images * tokens over the groups
-    shapes   (images, tokens) of each group, in the order in which they are packed
-    backends one per group, as `resolve_backend` returns it
+    shapes                             (images, tokens) of each group, in the order in which they are packed
+    backends                           one per group, as `resolve_backend` returns it
     returns  (S, heads * head_dim)
     """
     if backends[0] == "xformers" and len(shapes) > 1:  # a matter of the device, hence of all groups

@@ -21,11 +21,14 @@ class VitRGTS(nn.Module):
     """Vision Transformer with register tokens and a linear classifier.
 
     image_size   pixels, (height, width) or one for both; the patch size must divide both
+    patch_size   pixels, height and width of a patch
     dim_head     width of one attention head; heads * dim_head may differ from dim
     mlp_dim      hidden width of the feed-forward layers
     pool         what is classified: "cls", the class token, or "mean", the mean of the patch tokens
-    dropout      after the attention's projection and after both layers of the feed-forward part
-    emb_dropout  on the sequence that enters the first block
+    dropout      probability in [0, 1], after the attention's projection and after both feed-forward layers
+    emb_dropout  probability in [0, 1], on the sequence that enters the first block
+    attention    "auto" | "xformers" | "sdpa" | "plain"
+    raises       UserError for sizes that do not fit, an unknown pool or attention, depth < 1, negative registers
     """
 
     def __init__(
@@ -69,12 +72,18 @@ class VitRGTS(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
+        """Draw new weights from torch's global generator: truncated normal, standard deviation 0.02; biases are 0."""
         init_linear_layers(self, INIT_STD)
         for tokens in (self.pos_embed, self.cls_token, self.register_tokens):
             nn.init.trunc_normal_(tokens, std=INIT_STD)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) of the native size -> class logits (B, num_classes)."""
+        """Classify images.
+
+        images  (B, C, H, W)       of the model's own size
+        returns (B, num_classes)   logits
+        raises                     UserError for images of another size or number of channels
+        """
         if tuple(images.shape[2:]) != self.image_size:
             raise UserError(f"images are {tuple(images.shape[2:])} pixels, the model is for {self.image_size}")
         patches = self.patch_embed(images) + self.pos_embed

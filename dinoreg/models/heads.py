@@ -19,7 +19,7 @@ from dinoreg.runtime.tiling import chunks, rows_per_chunk
 
 
 class _ScaledRows(torch.autograd.Function):
-    """Rows g * v / |v|, some at a time, in the precision of the product that they are for.
+    """Rows g * v / |v|, some at a time, in the dtype `dtype` of the matrix product that follows.
 
     With 65536 prototypes each elementwise pass over float32 rows is 67 MB: this makes two, where autograd's own
     composition makes nine, there and back.
@@ -52,8 +52,11 @@ class _ScaledRows(torch.autograd.Function):
 
 
 class WeightNormLinear(nn.Module):
-    """A linear map without bias whose rows are g * v / |v|; both are plain parameters, under the names they
-    have in published checkpoints. `g` starts at 1 and is trained."""
+    """A linear map without bias whose rows are g * v / |v| (weight normalisation).
+
+    Both are plain parameters under the names of published checkpoints: `weight_g` (out_dim, 1), which starts at 1 and
+    is trained, and `weight_v` (out_dim, in_dim).
+    """
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
@@ -62,26 +65,32 @@ class WeightNormLinear(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
+        """Set `weight_g` to 1 and draw `weight_v` from torch's global generator, as nn.Linear draws its weight."""
         nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # nn.Linear's own start
 
     def weight(self) -> Tensor:
-        """The rows themselves, (K, in_dim), in the precision of a product with them."""
+        """The rows g * v / |v|, (out_dim, in_dim), in autocast's dtype where it is on, else that of the parameters."""
         rows: Tensor = _ScaledRows.apply(self.weight_v, self.weight_g, compute_dtype(self.weight_v))
         return rows
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (n, in_dim) -> (n, out_dim)."""
+        """x (n, in_dim) -> (n, out_dim), the products with all rows."""
         return F.linear(x, self.weight())
 
 
 class PrototypeHead(nn.Module):
-    """`layers` linear layers with exact GELU between them, L2 normalisation, `WeightNormLinear` to the
-    prototypes.
+    """The head of DINO (section 3) and iBOT: an MLP, L2 normalisation, then `WeightNormLinear` to the prototypes.
 
-    With layers=1 the MLP is a single linear layer (key `mlp.weight`), and hidden_dim has no effect.
-    Parameters are meant to stay float32; under autocast the products run in the low precision and so do the
-    logits.
+    in_dim          width D of the tokens
+    num_prototypes  K
+    hidden_dim      width of the MLP's hidden layers; without effect for layers=1
+    bottleneck_dim  width of the MLP's output
+    layers          linear layers of the MLP, with exact GELU between them; 1: a single layer (key `mlp.weight`)
+    init_std        standard deviation of the MLP's initial weights
+    raises          UserError for layers < 1
+
+    Parameters are meant to stay float32; under autocast products and logits have the low precision.
     """
 
     def __init__(
@@ -106,11 +115,12 @@ class PrototypeHead(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
+        """Draw new weights of all layers from torch's global generator."""
         init_linear_layers(self.mlp, self.init_std)
         self.last_layer.init_weights()
 
     def bottleneck(self, tokens: Tensor) -> Tensor:
-        """tokens (n, D) -> unit vectors (n, bottleneck_dim), float32 or wider."""
+        """tokens (n, D) -> unit vectors (n, bottleneck_dim), in the dtype of the prototypes (float32)."""
         x = self.mlp(tokens)
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
         return F.normalize(x.float(), dim=-1, eps=eps).to(self.last_layer.weight_v.dtype)

@@ -17,7 +17,7 @@ from dinoreg.runtime.errors import UserError
 
 NORM_EPS = 1e-6
 
-# Up to this rate a plain batch scales whole samples; above it, skipping the work of the dropped ones pays.
+# Up to this rate a plain batch scales whole samples; above it, skipping the work of the dropped ones is faster.
 SUBSET_MIN_RATE = 0.1
 
 
@@ -29,13 +29,21 @@ class Rows(NamedTuple):
 
 
 def swiglu_hidden_dim(hidden_dim: int) -> int:
-    """Two thirds of the width an MLP would have, rounded up to a multiple of eight: 4 * 1536 -> 4096."""
+    """Hidden width of SwiGLU for an MLP's `hidden_dim`: two thirds, rounded up to a multiple of 8 (6144 -> 4096).
+
+    The factor 2/3 keeps the number of parameters (GLU variants, arXiv 2002.05202).
+    """
     return (int(hidden_dim * 2 / 3) + 7) // 8 * 8
 
 
 class PatchEmbed(nn.Module):
-    """One linear map per non-overlapping square patch. The weights are a convolution's, as published; the
-    product is a matrix multiplication, which is the same sum and quicker on a CPU."""
+    """One linear map, applied to every non-overlapping square patch.
+
+    patch_size  pixels
+
+    The parameters are those of a convolution, as in published weights; it is computed as a matrix product, which is the
+    same sum and faster on a CPU.
+    """
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -43,8 +51,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> (B, N, D), patches row by row. Raises UserError where a size does not
-        divide."""
+        """Embed the patches of images.
+
+        images  (B, C, H, W)   height and width divisible by the patch size
+        returns (B, N, D)      patches row by row, N = (H / p)(W / p)
+        raises                 UserError for another rank or number of channels, and for sizes that do not divide
+        """
         weight, size = self.proj.weight, self.patch_size
         if images.ndim != 4 or images.shape[1] != weight.shape[1]:
             raise UserError(f"images have shape {tuple(images.shape)}; expected (B, {weight.shape[1]}, H, W)")
@@ -58,7 +70,7 @@ class PatchEmbed(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, linear."""
+    """Linear, exact GELU, linear; dropout, a probability in [0, 1], after both."""
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -73,8 +85,11 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """SiLU-gated linear unit; the first half of `w12` is the gate. `hidden_dim` is the width *before* the
-    gate's two-thirds rule (`swiglu_hidden_dim`)."""
+    """SiLU-gated linear unit (arXiv 2002.05202): w3(SiLU(x1) * x2), where x1 and x2 are the halves of w12(x).
+
+    hidden_dim  width of the MLP that it replaces; the gate's own width is `swiglu_hidden_dim` of it
+    dropout     probability in [0, 1], on the gated values and on the output
+    """
 
     def __init__(self, dim: int, hidden_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -94,7 +109,10 @@ FFN_KINDS: dict[str, type[Mlp] | type[SwiGLU]] = {"mlp": Mlp, "swiglu": SwiGLU}
 
 
 def init_linear_layers(network: nn.Module, std: float) -> None:
-    """Draw the start weights of every linear layer (from torch's global generator): truncated normal, no bias."""
+    """Draw the weights of every linear layer from torch's global generator: truncated normal; biases are 0.
+
+    std  standard deviation; the truncation is at ±2 (not ±2 std), in effect none
+    """
     for module in network.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=std)
@@ -102,19 +120,26 @@ def init_linear_layers(network: nn.Module, std: float) -> None:
 
 
 class LayerScale(nn.Module):
-    """Holds the per-channel factor of a residual; the block multiplies by it as it adds."""
+    """The per-channel factor `gamma` (D,) of a residual branch (LayerScale, arXiv 2103.17239).
+
+    `Block` reads `gamma` and multiplies by it while it adds the branch, without calling the module.
+    """
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), init))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
+        """x (..., D) -> x * gamma (..., D)."""
         return x * self.gamma
 
 
 class Attention(nn.Module):
-    """Self-attention of packed groups. `head_dim * heads` may differ from `dim`."""
+    """Multi-head self-attention of packed groups.
+
+    head_dim  width of one head; None: dim / heads. head_dim * heads may differ from dim
+    dropout   probability in [0, 1], on the output
+    """
 
     def __init__(self, dim: int, heads: int, head_dim: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
@@ -125,16 +150,24 @@ class Attention(nn.Module):
         self.dropout = dropout
 
     def project(self, x: Tensor) -> Tensor:
-        """x (..., D) -> queries, keys and values (..., 3, heads, head_dim)."""
+        """x (..., D) -> queries, keys and values, in this order, as one tensor (..., 3, heads, head_dim)."""
         return self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
 
     def forward(self, x: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tensor:
-        """x (S, D) -> (S, D)."""
+        """x (S, D) -> (S, D); `shapes` and `backends` are those of `attend_groups`."""
         return _dropout(self.proj(attend_groups(self.project(x), shapes, backends)), self.dropout, self.training)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and FFN, each with LayerScale and stochastic depth around its residual."""
+    """A pre-norm transformer block: attention and FFN, each with LayerScale and stochastic depth on its branch.
+
+    ffn         "mlp" or "swiglu"
+    hidden_dim  hidden width of the MLP (before SwiGLU's two-thirds rule); None: 4 * dim
+    layerscale  initial value of the channel factors; None or 0: no LayerScale
+    drop_path   probability in [0, 1) of dropping an image's branch while training (stochastic depth, arXiv 1603.09382)
+    head_dim    width of one attention head; None: dim / heads
+    dropout     probability in [0, 1], inside attention and FFN
+    """
 
     def __init__(
         self,
@@ -161,10 +194,11 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (S, D) -> (S, D), or (n, D) with `rows`.
 
-        shapes   (images, tokens) of each group
+        shapes   (images, tokens) of each group; S is the sum of images * tokens
         backends attention backend of each group
-        packed   the groups came as a list: stochastic depth skips samples whatever its rate
-        rows     the tokens that are asked for: no other goes through the FFN. None: all
+        packed   the groups came as a list: stochastic depth skips the dropped images' work at any rate, as DINOv2 does,
+                 not only above `SUBSET_MIN_RATE`
+        rows     the n tokens to return; the FFN is computed for them only. None: all
         """
         rate = self.drop_path if self.training else 0.0
         gamma1, gamma2 = _gamma(self.ls1), _gamma(self.ls2)
@@ -178,7 +212,7 @@ class Block(nn.Module):
             y = self.attn(self.norm1(x), shapes, backends)
             x = _add(x, y, gamma1, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
         if rows is not None:
-            # So few that leaving out some of their samples would save nothing.
+            # They are few: skipping the work of the dropped images would save nothing.
             factors = None
             if rate:
                 of_images = _kept_factors if subset else _sample_factors
@@ -229,23 +263,33 @@ def _kept_factors(shapes: Shapes, rate: float, x: Tensor) -> Tensor:
 
 
 def draw_kept(shapes: Shapes, rate: float, device: torch.device) -> list[Tensor]:
-    """For each group of b images the indices of the max(int(b * (1 - rate)), 1) that go through the
-    branch."""
+    """Draw the images whose residual branch is computed (DINOv2 section 5, efficient stochastic depth).
+
+    rate     in [0, 1)
+    returns  for each group of b images, (max(int(b * (1 - rate)), 1),) int64 indices below b, all different
+    """
     return [torch.randperm(images, device=device)[: max(int(images * (1 - rate)), 1)] for images, _ in shapes]
 
 
 def kept_shapes(shapes: Shapes, kept: Sequence[Tensor]) -> Shapes:
+    """The (images, tokens) of each group after `gather_samples`."""
     return tuple((len(index), tokens) for (_, tokens), index in zip(shapes, kept, strict=True))
 
 
 def gather_samples(x: Tensor, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
-    """The tokens of the kept samples of every group: x (S, D) -> (S', D)."""
+    """The tokens of the kept images of every group: x (S, D) -> (S', D); `kept` is that of `draw_kept`."""
     return _GatherSamples.apply(x, shapes, *kept)
 
 
 def add_samples(x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
-    """x (S, D) plus, at the kept samples, y (S', D) * gamma * (images / kept images): unbiased over the
-    draw."""
+    """x plus, at the kept images, y * gamma * (images / kept images): on average over draws, the undropped sum.
+
+    x       (S, D)    all tokens of all groups
+    y       (S', D)   a branch's output for the kept images
+    gamma   (D,)      LayerScale's factors; None: 1
+    kept              per group, the indices of `draw_kept`
+    returns (S, D)    in the dtype of x
+    """
     return _AddSamples.apply(x, y, gamma, shapes, *kept)
 
 

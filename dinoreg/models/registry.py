@@ -1,7 +1,7 @@
-"""Models by name: what an architecture is called, and a fresh model of it.
+"""Models by name: the architecture that a name denotes, and a new model of it.
 
-A name says the architecture (`vits14_reg4`); the names under which Meta, timm and transformers publish the same
-architectures are understood too.
+A name denotes an architecture (`vits14_reg4`); the names under which Meta, timm and transformers publish the same
+architectures are accepted, too.
 """
 
 from __future__ import annotations
@@ -42,10 +42,12 @@ _TRANSFORMERS = re.compile(r"(?:facebook/)?dinov2-(with-registers-)?(small|base|
 
 
 def parse_name(name: str) -> dict[str, Any]:
-    """The arguments of RegisterViT that a model name stands for; raises UserError if it stands for none.
+    """The arguments of RegisterViT that a model name stands for.
 
-    Ours: vit{t,s,b,l,g}{8,14,16}_reg{R}, at 224 pixels. Aliases, at the 518 pixels they were published with:
-    dinov2_vits14_reg, vit_small_patch14_reg4_dinov2, facebook/dinov2-with-registers-small, and so on.
+    name    vit{t,s,b,l,g}{8,14,16}_reg{R}, built for 224 pixels; or, built for the 518 pixels it was published with (or
+            the next lower multiple of the patch size), a name of Meta (dinov2_vits14_reg), timm
+            (vit_small_patch14_reg4_dinov2) or transformers (facebook/dinov2-with-registers-small)
+    raises  UserError for other names and patch sizes
     """
     size, patch, registers, published = _split_name(name.strip())
     if patch not in PATCH_SIZES:
@@ -74,7 +76,11 @@ def _split_name(name: str) -> tuple[str, int, int, bool]:
 
 
 def build(name: str, **overrides: Any) -> RegisterViT:
-    """The named model with fresh random weights; `overrides` are arguments of RegisterViT."""
+    """The named model with new random weights from torch's global generator, on the CPU.
+
+    overrides  arguments of RegisterViT, in place of those that the name stands for
+    raises     UserError for an unknown name or argument, and for values that RegisterViT refuses
+    """
     from dinoreg.models.vit import RegisterViT  # here, so that a name can be checked without torch
 
     _check_options(overrides)
@@ -96,11 +102,14 @@ HEAD_DIM = 64  # of every published model
 
 
 def resampling(source: str, num_registers: int) -> dict[str, Any]:
-    """How a library resamples the positions of its models to another grid; those without registers differ.
+    """How a library resamples the positions of its models to another grid, as arguments of RegisterViT.
 
-    Meta: by a scale factor with an offset of 0.1, not antialiased, in models without registers (training's default),
-    by size and antialiased in models with. timm: by size, antialiased, always. transformers: by size, antialiased in
-    models with registers only.
+    source   "meta" | "timm" | "transformers"
+    returns  {"antialias", "position_offset"}
+
+    Models with registers are resampled to the size of the new grid and antialiased by all three libraries. Models
+    without: Meta uses a scale factor with an offset of 0.1, not antialiased; timm the size, antialiased; transformers
+    the size, not antialiased.
     """
     if source == "timm" or num_registers:
         return {"antialias": True, "position_offset": 0.0}

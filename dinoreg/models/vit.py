@@ -36,14 +36,14 @@ class Tokens(NamedTuple):
 
 
 class ChosenTokens(NamedTuple):
-    """The tokens that were asked for, after the final norm."""
+    """The class tokens and the selected patch tokens of a crop group, after the final norm."""
 
     cls: Tensor  # (B, D)
-    patches: Tensor  # (m, D), in the order in which they were named
+    patches: Tensor  # (m, D), in the order of the indices that selected them
 
 
 def as_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
-    """`size` as (height, width); raises UserError unless it is one positive integer or two."""
+    """`size` in pixels as (height, width); UserError, calling it `name`, unless it is one positive integer or two."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or not all(isinstance(extent, int) and extent > 0 for extent in pair):
         raise UserError(f"{name}={size!r} is not a size; expected a positive integer or (height, width)")
@@ -51,7 +51,7 @@ def as_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches; raises UserError where the patch size does not divide (height, width)."""
+    """Rows and columns of patches of an image (height, width) in pixels; UserError unless whole patches fill it."""
     height, width = image_size
     if height % patch_size or width % patch_size:
         raise UserError(f"image_size {height}x{width} is not a multiple of patch_size {patch_size}")
@@ -63,10 +63,13 @@ def resample_positions(
 ) -> Tensor:
     """Bicubic resampling of patch positions from one grid to another, in float32.
 
-    positions (1, gh * gw, D)
-    antialias and offset: (True, 0) for models with registers; the published models without were trained with
-        (False, 0.1), where the offset enters the scale and so moves the sampling points a little
-    returns   (1, h * w, D), in the dtype that came in; the tensor itself where the grids agree
+    positions (1, gh * gw, D)   of the grid (gh, gw) = `grid`, row by row
+    target                      (h, w), rows and columns of the new grid
+    antialias, offset           (True, 0) for models with registers (arXiv 2309.16588, appendix A); the published models
+                                without registers were trained with (False, 0.1), where the scale factor is
+                                (h + offset) / gh, which also moves the sampling points slightly
+    returns   (1, h * w, D)     in the dtype of `positions`; `positions` itself where the grids agree
+    raises                      UserError where the scale factor does not give the target grid
     """
     if grid == target:
         return positions
@@ -84,18 +87,22 @@ def resample_positions(
 
 
 class RegisterViT(nn.Module):
-    """Vision Transformer with register tokens.
+    """Vision Transformer with register tokens (arXiv 2309.16588) and DINOv2's parameter names.
 
     image_size        native size in pixels, (height, width) or one for both: the size of the position grid.
-                      Images of other sizes are welcome, as long as the patch size divides them
+                      Images of any size that the patch size divides can be encoded
+    patch_size        pixels, height and width of a patch
+    dim, depth, heads width D of a token, number of blocks, attention heads per block; heads divides dim
+    num_registers     R >= 0; 4 in the paper
     ffn               "mlp" or "swiglu"; ffn_ratio is the hidden width of the MLP over `dim`
-    layerscale        start value of the residuals' channel factors; None or 0 leaves them out
-    drop_path         probability of skipping a residual branch while training, in every block alike, or
+    layerscale        initial value of the residuals' channel factors; None or 0 leaves them out
+    drop_path         probability in [0, 1) of dropping a residual branch while training, in every block alike, or
                       (drop_path_uniform=False) growing linearly from 0 to it along the depth
     antialias, position_offset   how positions are resampled, see `resample_positions`
-    init_std          standard deviation of every linear layer's start weights
+    init_std          standard deviation of every linear layer's initial weights
     attention         "auto" | "xformers" | "sdpa" | "plain"
-    checkpointing     recompute each block in the backward pass instead of keeping its activations
+    checkpointing     recompute each block in the backward pass instead of storing its activations
+    raises            UserError for a value out of its range and for sizes that do not divide
     """
 
     def __init__(
@@ -151,8 +158,10 @@ class RegisterViT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw the start weights (from torch's global generator). The patch embedding keeps a convolution's
-        own."""
+        """Draw new weights from torch's global generator, as DINOv2 does.
+
+        The patch embedding is left as it is: after construction, PyTorch's default for convolutions.
+        """
         init_linear_layers(self, self.init_std)
         nn.init.trunc_normal_(self.pos_embed, std=POSITION_STD)
         nn.init.normal_(self.cls_token, std=TOKEN_STD)
@@ -161,9 +170,10 @@ class RegisterViT(nn.Module):
         nn.init.zeros_(self.mask_token)
 
     def architecture(self) -> dict[str, Any]:
-        """The constructor's arguments that the weights depend on, fit for JSON:
-        `RegisterViT(**m.architecture())`. Choices of a run (stochastic depth, attention backend,
-        checkpointing) are not among them."""
+        """The constructor's arguments that the weights depend on, as JSON values, for `RegisterViT(**architecture)`.
+
+        Choices of a run (stochastic depth, attention backend, activation checkpointing) are not among them.
+        """
         return {"image_size": list(self.image_size)} | {name: getattr(self, name) for name in ARCHITECTURE}
 
     # ---------------------------------------------------------------- embedding
@@ -172,8 +182,9 @@ class RegisterViT(nn.Module):
         """Patchify, hide masked patches, add positions, then prepend the class and register tokens.
 
         images  (B, C, H, W)   height and width divisible by the patch size
-        mask    (B, N) bool    True where a patch is replaced by the mask token (which then gets its position)
+        mask    (B, N) bool    True where a patch is replaced by the mask token, before positions are added
         returns (B, T, D)      class token, registers, patches; registers carry no position
+        raises                 UserError for images or a mask of another shape, and for a mask that is not bool
         """
         x = self.patch_embed(images)  # (B, N, D)
         batch = x.shape[0]
@@ -199,14 +210,16 @@ class RegisterViT(nn.Module):
         images: Tensor | Sequence[Tensor],
         mask: Tensor | Sequence[Tensor | None] | None = None,
         patches: Sequence[Tensor] | None = None,
-    ) -> Any:  # Tokens, or a list for a list: mypy cannot tell callers which without overloads on Module
+    ) -> Any:  # Tokens, or a list for a list of images; overloads on Module.__call__ would be needed for mypy
         """Encode one batch, or several crop groups of different sizes in one pass.
 
         images  (B, C, H, W), or a list of them, one per resolution
-        mask    (B, N) bool or None, or a list of these, one per group
-        patches for a list: of each group the patches that are asked for, (m,) different numbers below B * N. The last
-                FFN, two thirds of the last block, and the final norm then see these and the class tokens alone
-        returns Tokens, a list of Tokens, or with `patches` a list of ChosenTokens
+        mask    (B, N) bool, True where a patch is hidden, or None; for a list of images a list of these
+        patches only with a list of images: for each group the indices of the patches to return, (m,) int64, all
+                different and below B * N. The FFN of the last block (two thirds of its work) and the final norm are
+                then computed for them and the class tokens only
+        returns Tokens, a list of Tokens, or with `patches` a list of ChosenTokens; after the final norm
+        raises  UserError for images and masks that do not fit one another or the patch size
         """
         packed = not isinstance(images, Tensor)
         if isinstance(images, Tensor):
@@ -248,8 +261,11 @@ class RegisterViT(nn.Module):
     # ---------------------------------------------------------------- looking inside
 
     def prenorm(self, images: Tensor) -> Tensor:
-        """images (B, C, H, W) -> tokens after the last block and before the final norm (B, T, D), where the
-        norms of artifact tokens are measured."""
+        """Tokens after the last block and before the final norm, whose norms show artifacts (arXiv 2309.16588).
+
+        images  (B, C, H, W)
+        returns (B, T, D)
+        """
         x, shapes = _pack([self.embed(images)])
         return _unpack(self._run(x, shapes, self.depth), shapes)[0]
 
@@ -264,10 +280,12 @@ class RegisterViT(nn.Module):
         """Patch tokens of several blocks, in block order.
 
         images  (B, C, H, W)
-        n       the last n blocks, or the indices of blocks from 0
-        reshape gives (B, D, H / p, W / p) instead of (B, N, D)
-        norm    applies the final norm to every block's output
-        returns a tuple of patch tokens, or of (patch tokens, class token (B, D)) pairs
+        n       the last n blocks, or the indices of blocks, from 0 or negative from the end
+        reshape return patch tokens as (B, D, H / p, W / p) instead of (B, N, D)
+        return_class_token  return pairs of patch tokens and class tokens (B, D)
+        norm    apply the final norm to every block's output
+        returns one entry per block, without registers
+        raises  UserError for blocks that the model does not have, and for none
         """
         chosen = set(range(self.depth - n, self.depth)) if isinstance(n, int) else {self._layer(i) for i in n}
         if not chosen or min(chosen) < 0:
@@ -284,9 +302,10 @@ class RegisterViT(nn.Module):
     def intermediate_tokens(self, images: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
         """All tokens after each of several blocks, in one pass.
 
-        images (B, C, H, W)
-        blocks indices from 0, ascending
-        norm   applies the final norm to every block's output
+        images  (B, C, H, W)
+        blocks  indices from 0, ascending
+        norm    apply the final norm to every block's output
+        returns one Tokens per block
         """
         x, shapes = _pack([self.embed(images)])
         outputs: list[Tokens] = []
@@ -302,6 +321,7 @@ class RegisterViT(nn.Module):
 
         images (B, C, H, W)
         layer  index of the block, from 0, or from the end if negative
+        raises UserError for a block that the model does not have
         """
         index = self._layer(layer)
         x, shapes = _pack([self.embed(images)])
@@ -313,9 +333,12 @@ class RegisterViT(nn.Module):
         return q, k, v
 
     def attention(self, images: Tensor, layer: int = -1) -> Tensor:
-        """The attention weights of one block, (B, heads, T, T); rows (queries) sum to one.
+        """The attention weights of one block, computed from queries and keys whatever the model's backend.
 
-        Computed literally, in float32, whatever backend the model runs on.
+        images  (B, C, H, W)
+        layer   index of the block, from 0, or from the end if negative
+        returns (B, heads, T, T)   float32; rows (queries) sum to one
+        raises                     UserError for a block that the model does not have
         """
         q, k, _ = self.qkv(images, layer)
         return attention_weights(q.float(), k.float())
@@ -334,7 +357,7 @@ def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
 
 
 def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Rows:
-    """Of each group the class tokens, then the patches that are asked for; `first` tokens come before the patches."""
+    """Of each group the class tokens, then the selected patches; `first` tokens come before an image's patches."""
     tokens, images = [], []
     token, image = 0, 0  # of all groups before
     for (count, length), chosen in zip(shapes, patches, strict=True):

@@ -1,7 +1,7 @@
 """What a run will cost, before it starts: memory, operations, traffic, time, and what to change when it does not fit.
 
-`plan(config, nodes=4, gpus=8)` works all of it out in seconds, by running a training step on tensors without values;
-speed is measured where the device is at hand, else it is an estimate and says so.
+`plan(config, nodes=4, gpus=8)` computes all of it in seconds, by running a training step on tensors without values.
+Speed is measured where the device is available; otherwise it is an estimate and marked as such.
 """
 
 from dinoreg.plan.result import Plan

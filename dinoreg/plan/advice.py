@@ -12,7 +12,7 @@ from dinoreg.plan.memory import Memory, memory_from, memory_of, operations_of
 from dinoreg.plan.recorder import PARTS, STATE, TEACHER, WORKING
 from dinoreg.plan.traffic import step_of
 
-# In the order in which they are preferred: the first ones change where things are kept, the last one the run itself.
+# In order of preference: the first ones change where tensors are stored, the last one changes the training itself.
 KEYS = (
     "parallel.strategy",
     "parallel.reshard",
@@ -28,9 +28,9 @@ _ASSUMED_FLOPS = 1e14
 
 @dataclass(frozen=True)
 class Remedy:
-    """Overrides under which the job fits, the memory it then needs, and how much longer an image then takes.
+    """Overrides, the memory that the job needs with them, and the relative increase of the time per image.
 
-    slower  0.25: a quarter longer, by operations and traffic on paper
+    slower  0.25 means 25 % more time, estimated from operations and traffic; negative means less
     """
 
     overrides: dict[str, Any]
@@ -46,10 +46,10 @@ def _text(value: Any) -> str:
 
 
 def remedies(job: Job, most: int = 3) -> list[Remedy]:
-    """Up to `most` smallest sets of overrides that fit, the best first; [] where nothing fits.
+    """Up to `most` sets of as few overrides as possible with which the job fits, the best first; [] where none does.
 
-    Micro-batches of a few images leave a device idle, a smaller batch is another run, as is another group for KoLeo:
-    these are tried only when nothing else is enough.
+    Micro-batches of a few images underuse a device, and a smaller batch or another group for KoLeo changes the
+    training: these are tried only when nothing else is enough.
     """
     trials, harmless, others = Trials(job), KEYS[:4], KEYS[4:]
     for extra, fewest in ((0, FEW_IMAGES), (0, 1), (1, 1), (2, 1)):
@@ -66,7 +66,7 @@ def remedies(job: Job, most: int = 3) -> list[Remedy]:
 
 
 def smallest(job: Job) -> Remedy:
-    """Everything at once, down to a single image: the least memory that the job can need."""
+    """All overrides together, with a single image per process: the least memory that the job can need."""
     overrides: dict[str, Any] = {"model.checkpointing": True, "batch_size": 1, "optim.accumulate": 1}
     if job.world_size > 1:
         overrides |= {"parallel.strategy": "fsdp", "parallel.reshard": True, "loss.koleo_ranks": 1}
@@ -74,19 +74,19 @@ def smallest(job: Job) -> Remedy:
 
 
 def _change_of_run(job: Job, remedy: Remedy) -> float:
-    """How far the batch moves, as a factor; 0 where it stays."""
+    """The factor by which the batch shrinks, minus 1; 0 where it is unchanged."""
     return job.config.batch_size / remedy.overrides.get("batch_size", job.config.batch_size) - 1
 
 
 class Trials:
-    """Variants of a job, tried for their memory. Where a failure rules out another variant, that one is not run."""
+    """Variants of a job, tested for their memory; one that an earlier failure rules out is not computed."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.too_large = [job]
 
     def fits(self, overrides: dict[str, Any]) -> bool:
-        """Whether the job fits with these overrides."""
+        """Whether the job fits into the device's memory with these overrides, {dotted key: value}."""
         changed = change(self.job, overrides)
         if any(_rules_out(other, changed) for other in self.too_large):
             return False
@@ -96,14 +96,15 @@ class Trials:
         return fits
 
     def remedy(self, overrides: dict[str, Any]) -> Remedy:
+        """The memory and the relative time of the job with these overrides, as a `Remedy`."""
         changed = change(self.job, overrides)
         return Remedy(overrides, memory_of(changed), _seconds(changed) / _seconds(self.job) - 1)
 
 
 def _rules_out(job: Job, other: Job) -> bool:
-    """Whether `other` cannot fit because `job` does not, as far as no key takes away what is too much.
+    """Whether `other` cannot fit because `job` does not, by lower bounds on every part of its memory.
 
-    What is held of images falls at most with their number, less one that drop path may round off.
+    Memory of images shrinks at most with their number, less one that drop path may round off.
     """
     before, after = job.config, other.config
     if after.optim.accumulate == 1 < before.optim.accumulate:  # which has moments of its own
@@ -121,7 +122,7 @@ def _rules_out(job: Job, other: Job) -> bool:
         left["gathered weights"] = left[WORKING] = 0.0
     if after.model.checkpointing > before.model.checkpointing:
         left["activations of the backbone"] = left["weights in low precision"] = left[WORKING] = 0.0
-    targets = {**left, "logits and targets": left["crops"]}  # formed over the whole batch, whatever its parts
+    targets = {**left, "logits and targets": left["crops"]}  # computed for the full batch, however it is divided
     peaks = {
         moment: {part: int((targets if moment == TEACHER else left)[part] * size) for part, size in held.items()}
         for moment, held in memory_of(job).moments.items()
@@ -130,9 +131,9 @@ def _rules_out(job: Job, other: Job) -> bool:
 
 
 def choices(job: Job, keys: tuple[str, ...], fewest: int) -> Iterator[dict[str, Any]]:
-    """All overrides of exactly these keys that save memory, the mildest first: the last key is the slowest to move.
+    """All overrides of exactly these keys that save memory, the mildest first; the last key varies most slowly.
 
-    fewest  images of a micro-batch
+    fewest  smallest number of images of a micro-batch
     """
     if not keys:
         yield {}
@@ -144,9 +145,9 @@ def choices(job: Job, keys: tuple[str, ...], fewest: int) -> Iterator[dict[str, 
 
 
 def _values(job: Job, key: str, fewest: int) -> list[Any]:
-    """Values of a key that save memory over the job's own, the mildest first.
+    """Values of a key that need less memory than the job's own, the mildest first.
 
-    fewest  images of a micro-batch
+    fewest  smallest number of images of a micro-batch
     """
     config = job.config
     batch = config.batch_size
@@ -170,13 +171,13 @@ def _values(job: Job, key: str, fewest: int) -> list[Any]:
 
 
 def change(job: Job, overrides: dict[str, Any]) -> Job:
-    """The same job with other values of some keys that leave the networks as they are."""
+    """The same job with other values of some keys, which must not change the networks; UserError for invalid values."""
     config = build(Config, {**flat(job.config), **overrides})
     return describe(config, job.nodes, job.gpus, job.device, job.sizes)
 
 
 def _seconds(job: Job) -> float:
-    """A step on paper over its images: only ratios of it mean anything."""
+    """The estimated seconds of a step per image; only ratios are meaningful."""
     batch_size, peak = job.config.batch_size, job.device.peak(job.precision)
     operations = operations_of(job, worst=True).total * batch_size + job.koleo_operations()
     seconds = step_of(job, operations / (0.3 * peak if peak else _ASSUMED_FLOPS)).seconds

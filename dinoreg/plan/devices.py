@@ -1,4 +1,4 @@
-"""Devices and the links between them, as their makers state them, and what is assumed where they state nothing.
+"""Devices and the links between them, as their makers state them, and assumptions where they state nothing.
 
 Memory is what PyTorch finds on the device, a little less than the number in its name.
 """
@@ -27,13 +27,13 @@ FRAGMENTATION = 0.105
 
 @dataclass(frozen=True)
 class Device:
-    """What one process computes on.
+    """The device of one process.
 
     kind        "cuda" | "cpu"
     memory      bytes
-    peaks       {"bf16", "fp16", "fp32"}: dense TFLOP/s of matrix products with float32 sums; empty: not known
+    peaks       {"bf16", "fp16", "fp32"}: dense TFLOP/s of matrix products with float32 sums; empty: unknown
     local_link  GB/s to the devices of the same machine, one way
-    link        GB/s to those of other machines, one way, for each device
+    link        GB/s to devices of other machines, one way, per device
     """
 
     name: str
@@ -44,7 +44,7 @@ class Device:
     link: float
 
     def peak(self, precision: str) -> float | None:
-        """FLOP/s in "bf16" | "fp16" | "fp32", or None."""
+        """The peak in FLOP/s for "bf16" | "fp16" | "fp32"; None where it is unknown or not supported."""
         tflops = self.peaks.get(precision)
         return None if tflops is None else tflops * 1e12
 
@@ -85,7 +85,7 @@ ALIASES = {"a100": "a100-80", "v100-32": "v100", "a10g": "a10", "4090": "rtx4090
 
 
 def find_device(name: str) -> Device:
-    """The device of that name; UserError where it is not in the table."""
+    """The device of a name such as "h100" or "a100-40"; UserError where it is not in the table."""
     key = name.lower().replace(" ", "").replace("_", "-")
     key = ALIASES.get(key, key)
     if key not in DEVICES:
@@ -94,7 +94,7 @@ def find_device(name: str) -> Device:
 
 
 def recognise(name: str, memory: int) -> Device | None:
-    """The device in the table that PyTorch calls `name` ("NVIDIA H100 80GB HBM3"), `memory` bytes; None: unknown."""
+    """The device that PyTorch calls `name` ("NVIDIA H100 80GB HBM3"), with `memory` bytes; None for unknown ones."""
     words = name.lower().replace("geforce ", "").replace("rtx ", "rtx").replace("-", " ").split()
     same = [device for key, device in DEVICES.items() if key.partition("-")[0] in words]
     if not same:
@@ -104,7 +104,7 @@ def recognise(name: str, memory: int) -> Device | None:
 
 
 def local_device() -> Device:
-    """What a run without further words would use here: the current CUDA device, else the CPU."""
+    """The device that a run uses here by default: the current CUDA device, else the CPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -115,7 +115,7 @@ def local_device() -> Device:
 
 
 def cpu_device() -> Device:
-    """The processor of this machine, with all of its memory."""
+    """The processor of this machine, with all of its memory; its peaks are unknown."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""A run as far as its cost goes: its networks' sizes, its batch, its processes and what they compute on."""
+"""The properties of a run that its cost depends on: sizes of its networks, batch, processes and devices."""
 
 import math
 from dataclasses import dataclass, replace
@@ -19,47 +19,49 @@ from dinoreg.train.state import Networks, build_networks
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the networks are made of: a student without weights, which takes no memory. The teacher is as large."""
+    """The sizes of the networks, from a student on the meta device, without memory. The teacher is as large."""
 
     networks: Networks
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Of {"backbone", "dino_head"} and, untied, "ibot_head"."""
+        """Number of parameters of each network: {"backbone", "dino_head"} and, untied, "ibot_head"."""
         return {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks.items()}
 
     @property
     def student(self) -> int:
-        """Parameters of the backbone and its heads."""
+        """Number of parameters of the backbone and its heads."""
         return sum(self.parameters.values())
 
     @property
     def prototypes(self) -> dict[str, int]:
-        """Of each head; one for both losses when tied."""
+        """Number of prototypes of each head, by name; a tied head is listed once."""
         heads = {name: self.networks[name] for name in self.networks if name != "backbone"}
         return {name: len(head.last_layer.weight_g) for name, head in heads.items()}  # type: ignore[union-attr, arg-type]
 
     @property
     def dim(self) -> int:
+        """Width of the backbone's tokens."""
         return self.networks.backbone.dim
 
     @property
     def depth(self) -> int:
+        """Number of blocks of the backbone."""
         return self.networks.backbone.depth
 
     def patches(self, size: int) -> int:
-        """Patches of a square image of `size` pixels."""
+        """Number of patches of a square image of `size` pixels a side."""
         return (size // self.networks.backbone.patch_size) ** 2
 
     def tokens(self, size: int) -> int:
-        """Class token, registers and patches of a square image of `size` pixels."""
+        """Number of tokens (class, registers, patches) of a square image of `size` pixels a side."""
         return 1 + self.networks.backbone.num_registers + self.patches(size)
 
 
 def padded(network: nn.Module, shards: int) -> int:
-    """Entries of a network as FSDP gathers them from `shards` processes, each of which sends equally many rows.
+    """Number of elements of a network as FSDP gathers it from `shards` processes, each of which sends as many rows.
 
-    A parameter of a single row, as the positions are, is sent by all of them.
+    A parameter with a single row, such as the positions, is padded to one row per process.
     """
     return sum(-(-len(p) // shards) * shards * (p.numel() // len(p)) for p in network.parameters())
 
@@ -68,7 +70,8 @@ def padded(network: nn.Module, shards: int) -> int:
 class Job:
     """A config on `nodes` machines with `gpus` processes each.
 
-    precision  "bf16" | "fp16" | "fp32" of matrix products    backend  of attention, as `resolve_backend` returns it
+    precision  "bf16" | "fp16" | "fp32" of matrix products
+    backend    of attention, as `resolve_backend` returns it
     """
 
     config: Config
@@ -81,15 +84,17 @@ class Job:
 
     @property
     def world_size(self) -> int:
+        """Number of processes."""
         return self.nodes * self.gpus
 
     @property
     def global_batch_size(self) -> int:
+        """Images a step, over all processes."""
         return self.config.batch_size * self.world_size
 
     @property
     def micro_batch_size(self) -> int:
-        """Images that one process sends through the student at a time."""
+        """Images of a micro-batch on one process."""
         return self.config.batch_size // self.config.optim.accumulate
 
     @property
@@ -99,32 +104,35 @@ class Job:
 
     @property
     def shard_size(self) -> int:
-        """Processes that share one copy of the state."""
+        """Number of processes that share one replica of the training state; 1 without FSDP."""
         return (self.config.parallel.shard or self.world_size) if self.strategy == "fsdp" else 1
 
     def padded(self, *names: str) -> int:
-        """Entries of these networks, or all, as they are gathered; without FSDP as many as there are parameters."""
+        """Number of elements of these networks (none: all) as FSDP gathers them; without FSDP that of parameters."""
         networks = self.sizes.networks
         return sum(padded(networks[name], self.shard_size) for name in names or networks)
 
     @property
     def copies(self) -> int:
-        """Copies of the state among the processes."""
+        """Number of replicas of the training state among the processes."""
         return self.world_size // self.shard_size
 
     @property
     def koleo_ranks(self) -> int:
-        """Processes whose images KoLeo searches together."""
+        """Number of processes whose images KoLeo searches together."""
         return self.config.loss.koleo_ranks or self.world_size
 
     @property
     def has_anchor(self) -> bool:
+        """Whether a frozen anchor takes part in the step."""
         return self.config.loss.anchor_weight > 0
 
     def masked_patches(self, images: int, worst: bool = False) -> int:
-        """Hidden patches of `images` images' global crops; with `worst`, three standard deviations above the mean.
+        """Expected number of masked patches in the global crops of `images` images.
 
-        Masks are stratified over the batch of all processes, so that a part of it has more or fewer of them.
+        worst  three standard deviations above the mean, at most the possible maximum
+
+        Masks are stratified over the batch of all processes, so that a part of it may have more or fewer of them.
         """
         mask, crops = self.config.mask, 2 * images
         patches = self.sizes.patches(self.config.crops.global_size)
@@ -139,7 +147,7 @@ class Job:
         return min(math.ceil(mean + 3 * patches * math.sqrt(crops * variance)), int(crops * high * patches))
 
     def koleo_operations(self) -> float:
-        """Operations of one process's search for neighbours in a step: both views' products of all pairs."""
+        """Floating-point operations of KoLeo's search on one process in a step: products of all pairs of both views."""
         if self.config.loss.koleo_weight == 0:
             return 0.0
         return 2 * 2 * (self.koleo_ranks * self.config.batch_size) ** 2 * self.sizes.dim
@@ -150,7 +158,7 @@ class Job:
         return replace(self, config=replace(self.config, parallel=ParallelConfig(), loss=loss), nodes=1, gpus=1)
 
     def as_dict(self) -> dict[str, Any]:
-        """What it is, fit for JSON."""
+        """The job's main properties as JSON values."""
         config = self.config
         return {
             "model": config.model.name,
@@ -170,15 +178,16 @@ class Job:
 
 
 def measure_sizes(config: Config) -> Sizes:
-    """The sizes of a config's networks, from the networks themselves; no memory is taken."""
+    """The sizes of a config's networks, which are built on the meta device, without memory."""
     with torch.device("meta"):
         return Sizes(build_networks(config)[0])
 
 
 def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes | None = None) -> Job:
-    """A config's job on `nodes` machines with `gpus` processes each; UserError where it could not even start.
+    """A config's job on `nodes` machines with `gpus` processes each.
 
-    sizes  of the config's networks where they are known
+    sizes   of the config's networks; None: measured
+    raises  UserError where such a run would be refused at its start
     """
     world_size = nodes * gpus
     precision = _precision(config, device)

@@ -1,10 +1,10 @@
-"""Memory of one device through a training step, by part, and its operations: the step is run on fake tensors.
+"""Memory of one device during a training step, by part, and its operations: the step is run on fake tensors.
 
-A step of a deep backbone is not run whole. Within a moment of the step memory grows by the same amount with each block,
-and with each micro-batch that comes before, so that a step of few blocks and micro-batches is extended along both.
+A step of a deep backbone is not run in full. Within a phase ("moment") of the step memory grows by the same amount with
+each block and with each earlier micro-batch, so that steps of few blocks and micro-batches are extrapolated along both.
 Operations are those of matrix products, a multiply-add as two: linear maps and attention, as they are executed. Norms,
-activations and losses are left out (below one percent). What drop path skips is not computed, and neither is the last
-FFN of tokens that no loss looks at.
+activations and losses are left out (below one percent). Work that drop path skips is not counted, and neither is the
+last FFN of tokens that no loss uses.
 """
 
 from collections import defaultdict
@@ -22,13 +22,13 @@ MICRO_BATCHES = (2, 3)
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one device, in bytes.
+    """The memory of one device, in bytes.
 
-    moments    of a step, in their order: {part: bytes} at the peak of each
+    moments    {phase of a step, in order: {part: bytes} at its peak}
     context    allowance for the CUDA context, libraries and NCCL
-    fragments  allowance for what the allocator cannot use
+    fragments  allowance for fragmentation of the allocator's memory
     host       pinned (or plain) CPU memory of one process for crops that are prepared ahead
-    available  what the device has; 0: not known
+    available  of the device; 0: unknown
     """
 
     moments: dict[str, Parts]
@@ -39,32 +39,34 @@ class Memory:
 
     @property
     def peak(self) -> str:
-        """The moment at which most is held."""
+        """The phase of the step with the largest peak."""
         return _peak(self.moments)
 
     @property
     def allocated(self) -> int:
-        """Tensors at the peak: what `max_memory` in metrics.jsonl shows."""
+        """Bytes of tensors at the peak, as `max_memory` in metrics.jsonl."""
         return sum(self.moments[self.peak].values())
 
     @property
     def needed(self) -> int:
+        """Bytes that the device must have: tensors at the peak and both allowances."""
         return self.allocated + self.context + self.fragments
 
     @property
     def fits(self) -> bool:
+        """Whether the device has enough memory; True where its memory is not known."""
         return self.available == 0 or self.needed <= self.available
 
 
 @dataclass(frozen=True)
 class Operations:
-    """One image's share of a training step, in floating-point operations.
+    """Floating-point operations of a training step per image.
 
     student    backbone on all crops, forward and backward
     teacher    backbone on the global crops
-    heads      the student's and the teacher's
-    again      forward passes that are repeated or added: recomputed blocks, an anchor, KoLeo's pass over micro-batches
-    attention  products with (T, T) matrices; contained in the others
+    heads      of student and teacher
+    again      repeated or additional forward passes: recomputed blocks, an anchor, KoLeo's pass over micro-batches
+    attention  products with (T, T) matrices; included in the others
     """
 
     student: float
@@ -75,11 +77,12 @@ class Operations:
 
     @property
     def total(self) -> float:
+        """Floating-point operations of one image in all."""
         return self.student + self.teacher + self.heads + self.again
 
 
 def memory_of(job: Job) -> Memory:
-    """What a device holds through a step of this job."""
+    """The memory of a device during a step of this job."""
     return memory_from(job, step_peaks(job))
 
 
@@ -88,7 +91,7 @@ def _peak(moments: dict[str, Parts]) -> str:
 
 
 def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
-    """The memory of a job, from {moment: {part: bytes}} of its step."""
+    """The memory of a job, from the peaks {phase: {part: bytes}} of its step."""
     cuda = job.device.kind == "cuda"
     passing = sum(size for part, size in moments[_peak(moments)].items() if part not in STATE)
     crops, channels = job.config.crops, job.config.model.in_channels
@@ -104,7 +107,7 @@ def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
 
 
 def step_peaks(job: Job) -> dict[str, Parts]:
-    """{moment: {part: bytes}} of a whole step, extended from smaller ones where it has more blocks or micro-batches."""
+    """The peaks {phase: {part: bytes}} of a full step, extrapolated from smaller steps where it is too large to run."""
     depth, parts = job.sizes.depth, job.config.optim.accumulate
     blocks, micro_batches = _few(depth, BLOCKS), _few(parts, MICRO_BATCHES)
     steps = _depths(depth, blocks, micro_batches)
@@ -123,12 +126,12 @@ def step_peaks(job: Job) -> dict[str, Parts]:
 
 
 def _few(count: int, instead: tuple[int, int]) -> int:
-    """`count` itself, or the smaller of two numbers that are run instead of more."""
+    """`count`, or for a larger one the smaller of the two numbers that are run instead."""
     return count if count <= instead[1] else instead[0]
 
 
 def _depths(depth: int, blocks: int, micro_batches: int) -> list[tuple[float, int, int]]:
-    """(times, blocks, micro-batches) of the steps that add up to one of `depth` blocks: each adds the same."""
+    """(factor, blocks, micro-batches) of the steps whose weighted sum is one of `depth` blocks (linear in blocks)."""
     if blocks == depth:
         return [(1.0, blocks, micro_batches)]
     times = (depth - blocks) / (BLOCKS[1] - blocks)
@@ -136,10 +139,10 @@ def _depths(depth: int, blocks: int, micro_batches: int) -> list[tuple[float, in
 
 
 def _traced(job: Job, depth: int, micro_batches: int) -> dict[str, Parts]:
-    """The peaks of a step of so many blocks and micro-batches, the last of which has most masked patches.
+    """The peaks of a step of `depth` blocks and so many micro-batches, the last of which has most masked patches.
 
-    DDP's buckets hold the gradients of all parameters throughout. Passes before the last micro-batch's leave gradients
-    of their own besides.
+    DDP's buckets hold the gradients of all parameters throughout; before the last micro-batch there are separate
+    gradients, too.
     """
     trace = trace_job(job, depth, _masked(job, micro_batches))
     if job.strategy != "ddp":
@@ -152,7 +155,7 @@ def _traced(job: Job, depth: int, micro_batches: int) -> dict[str, Parts]:
 
 
 def _masked(job: Job, micro_batches: int) -> tuple[int, ...]:
-    """Masked patches of each micro-batch: as many as chance makes likely in one, and in the whole batch."""
+    """Masked patches of each micro-batch: the likely maximum in the last one, the rest of the batch's in the others."""
     whole = job.masked_patches(job.config.batch_size, worst=True)
     if micro_batches == 1:
         return (whole,)
@@ -162,10 +165,9 @@ def _masked(job: Job, micro_batches: int) -> tuple[int, ...]:
 
 
 def operations_of(job: Job, worst: bool = False) -> Operations:
-    """Operations of one image of this job; KoLeo's search, which depends on the whole batch, is `job.koleo_operations`.
+    """Operations of this job per image, without KoLeo's search, see `Job.koleo_operations`.
 
-    Every micro-batch takes as many.
-    worst  with as many masked patches as memory allows for: of the steps that `memory_of` has run already
+    worst  with the number of masked patches that `memory_of` assumes, whose steps have been run already
     """
     depth, parts = job.sizes.depth, _few(job.config.optim.accumulate, MICRO_BATCHES)
     masked = _masked(job, parts) if worst else (job.masked_patches(job.micro_batch_size),) * parts

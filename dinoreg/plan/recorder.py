@@ -1,7 +1,7 @@
-"""Records what a training step holds and computes, operation by operation, below autograd.
+"""Records the memory and the operations of a training step, operation by operation, below autograd.
 
-Works on real tensors and on fake ones. A storage counts from the operation that makes it until it is freed; what it
-is for (its part) follows from where in the step it was made. Operations are those of matrix products.
+Works on real and on fake tensors. A storage counts from the operation that makes it until it is freed; its purpose (its
+part) follows from where in the step it was made. Operations are those of matrix products.
 """
 
 import weakref
@@ -40,8 +40,8 @@ PARTS = (
     "crops",
     WORKING,
 )
-STATE = PARTS[:4]  # what stays from step to step
-# Moments of a step, in their order. Within each of them the same tensors are alive, but for the number of blocks.
+STATE = PARTS[:4]  # lives from step to step
+# Moments: the phases of a step, in order. Within a phase the same tensors are alive, up to the number of blocks.
 TEACHER, CLASS_TOKENS, KOLEO, STUDENT = "teacher", "class tokens", "KoLeo", "student and losses"
 LAST_BLOCKS, BLOCKS, BACKWARD_END = "backward, last blocks", "backward, blocks", "backward, end"
 UPDATE = "update"
@@ -55,10 +55,10 @@ _ATTENTION = (
 
 
 def count_operations(function: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
-    """Floating-point operations of a matrix product, 0 of anything else.
+    """Floating-point operations of a call of an ATen function: of a matrix product, else 0.
 
-    The backward pass of fused attention counts as two forward passes: what a kernel computes a second time is no
-    operation of the model. PyTorch's own counter has no formula for the CPU's kernel.
+    The backward pass of fused attention counts as two forward passes: what a kernel recomputes is not counted.
+    PyTorch's own counter has no formula for the CPU's kernel.
     """
     if function is aten._scaled_dot_product_flash_attention_for_cpu:
         return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
@@ -69,18 +69,17 @@ def count_operations(function: Any, args: Sequence[Any], kwargs: dict[str, Any],
 
 
 class Recorder(TorchDispatchMode):
-    """Follows the storages of a training step while it is entered.
+    """A context that records storages and operations of a training step.
 
     operations  {"student" | "teacher" | "heads" | "again" | "KoLeo" | "attention": floating-point operations}; "again"
-                are forward passes that are repeated or added, "attention" is contained in the others
+                are repeated or additional forward passes, "attention" is included in the others
     """
 
     def __init__(self, prototypes: Collection[int], koleo_images: int, masked: Sequence[int] = ()) -> None:
-        """What tells tensors apart, and what a step on fake tensors cannot know.
-
-        prototypes    widths of logits and targets
-        koleo_images  images whose class tokens KoLeo compares
-        masked        masked patches of each micro-batch; for real tensors empty, they are counted
+        """
+        prototypes    widths by which logits and targets are recognised
+        koleo_images  number of images whose class tokens KoLeo compares
+        masked        masked patches of each micro-batch, for fake tensors; empty for real ones, which have values
         """
         super().__init__()
         self.operations: Counter[str] = Counter()
@@ -96,7 +95,7 @@ class Recorder(TorchDispatchMode):
     # ---------------------------------------------------------------- storages
 
     def hold(self, tensor: Tensor, part: str) -> None:
-        """Count a tensor's storage from now on, unless it is counted already."""
+        """Count a tensor's storage as `part`, one of `PARTS`, from now on, unless it is counted already."""
         storage = local(tensor).untyped_storage()
         address = storage._cdata
         if address not in self._alive:
@@ -107,7 +106,7 @@ class Recorder(TorchDispatchMode):
             self._resized(number, storage.nbytes())
 
     def hold_state(self, state: TrainState, batch: Any) -> None:
-        """Count what is there before a step."""
+        """Count the tensors of a training state and a batch, which exist before the step."""
         networks = {"student weights": state.student, "teacher weights": state.teacher, "anchor weights": state.anchor}
         for part, network in networks.items():
             for parameter in network.parameters() if network is not None else ():
@@ -122,7 +121,7 @@ class Recorder(TorchDispatchMode):
                 self.hold(value, "crops")
 
     def label_gradients(self, student: nn.Module) -> None:
-        """Tell the storages that have become gradients, after a step."""
+        """After a step, label the storages of the student's gradients."""
         for parameter in student.parameters():
             if parameter.grad is not None:
                 self._relabel(parameter.grad, "gradients")
@@ -144,7 +143,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def _following_resizes(self) -> Iterator[None]:
-        """FSDP2 frees gathered weights by shrinking their storage, which is no operation."""
+        """A context that records resized storages: FSDP2 frees gathered weights by shrinking their storage."""
         resize = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
@@ -162,7 +161,7 @@ class Recorder(TorchDispatchMode):
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
 
     def peaks(self, without: Collection[str] = ()) -> dict[str, Parts]:
-        """Of each moment of the step {part: bytes} when most bytes were held; parts in `without` count nowhere."""
+        """{moment: {part: bytes} at its peak}, without the parts in `without`."""
         held: Counter[str] = Counter()
         most: dict[str, int] = {}
         peaks: dict[str, Parts] = {}
@@ -181,7 +180,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def watching(self, state: TrainState) -> Iterator[None]:
-        """Follow a step of this state: know which module computes, and how far the backward pass is."""
+        """A context with hooks on the networks of `state` that follow the current module and the backward pass."""
         blocks = state.student.backbone.blocks
         owners = {
             state.teacher.backbone: "teacher",
@@ -222,19 +221,19 @@ class Recorder(TorchDispatchMode):
         self._mark(moment, out)
 
     def _mark(self, moment: str, tensor: Tensor) -> None:
-        """Let a moment begin when the gradient of a tensor is there."""
+        """Begin a moment when the gradient of a tensor has been computed."""
         if tensor.requires_grad and not _in_backward():
             tensor.register_hook(lambda _: self._enter(moment))
 
     def _enter(self, moment: str) -> None:
         self._moment = moment
-        self._resized(0, self._sizes[0])  # what is held now is held in this moment, too
+        self._resized(0, self._sizes[0])  # memory in use now is in use in this moment, too
 
     # ---------------------------------------------------------------- operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # of a fake tensor: autograd asks for it at every turn
+        if func is torch.ops.prim.device.default:  # autograd reads the device of fake tensors all the time
             return func(*args)
         if self._moment in (LAST_BLOCKS, BLOCKS, BACKWARD_END) and not _in_backward():
             self._enter(UPDATE)
@@ -254,7 +253,7 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _nonzero(self, tensor: Tensor) -> Tensor:
-        """As many rows as a micro-batch has masked patches, or among all of its patches those that are not masked."""
+        """A fake result of nonzero: the micro-batch's number of masked patches, or of unmasked ones for `~mask`."""
         masked = self._masked[self._calls % len(self._masked)]
         self._calls += 1
         rows = masked if tensor.numel() == sum(self._masked) else tensor.numel() - masked
@@ -272,7 +271,7 @@ class Recorder(TorchDispatchMode):
             self.operations["attention"] += operations
 
     def _part_of(self, func: Any, args: Sequence[Any], tensor: Tensor) -> str:
-        """What a new tensor is for."""
+        """The part that a new tensor belongs to."""
         owner = self._owners[-1]
         if func is aten._to_copy.default and self._part(args[0]) in ("student weights", "gathered weights"):
             return "weights in low precision"

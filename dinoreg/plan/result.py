@@ -1,4 +1,4 @@
-"""What a plan holds: everything that can be known about a run before it starts, and as JSON."""
+"""The result of planning a run, and its form as JSON."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -17,10 +17,12 @@ MEMORY_FIGURES = ("available", "needed", "allocated", "context", "fragments", "p
 
 @dataclass(frozen=True)
 class Run:
-    """The whole run; None for what depends on something that is not known.
+    """Totals of the run; None where they depend on something unknown.
 
-    images             seen by all processes together, as images_per_second are
-    cores_per_process  CPU cores that one process needs to keep its device fed
+    steps              optimizer steps
+    images             of all processes, as images_per_second is
+    seconds            of the run, without probes and checkpoints
+    cores_per_process  CPU cores that one process needs so that its device never waits for images
     """
 
     steps: int
@@ -33,14 +35,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is written to disk.
+    """The checkpoints of a run.
 
-    size        bytes of one training state, of all processes together
-    teacher     bytes of the teacher file beside it
-    kept        states on the disk in the end, the best included
-    every       steps between them
-    seconds     to write one at `disk` GB/s
-    copy        bytes of CPU memory that a process needs to write while training goes on
+    size     bytes of one training state, of all processes together
+    teacher  bytes of the teacher file beside it
+    kept     training states on the disk at the end, including the best
+    every    steps between checkpoints
+    seconds  to write one at `disk` GB/s
+    copy     bytes of CPU memory that a process needs to write while training continues
     """
 
     size: int
@@ -53,14 +55,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will cost.
+    """The predicted cost of a run.
 
-    operations  of one image
-    speed       of one process alone; None where nothing is known of the device
-    exchanges   what processes send one another in a step
-    num_images  in the data set, where that is known
-    advice      what to change when it does not fit, the best first
-    notes       sentences
+    operations  per image
+    speed       of a single process; None where nothing is known of the device
+    exchanges   the collectives of a step
+    num_images  in the data set; None where unknown
+    advice      changes with which it fits, the best first; empty where it fits
+    notes       sentences for the user
     """
 
     job: Job
@@ -77,15 +79,16 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether a step fits into the memory of one device."""
         return self.memory.fits
 
     @property
     def operations_per_step(self) -> float:
-        """Floating-point operations of a step on all processes."""
+        """Floating-point operations of a step, on all processes."""
         return self.operations.total * self.job.global_batch_size + self.job.koleo_operations() * self.job.world_size
 
     def as_dict(self) -> dict[str, Any]:
-        """Every figure, fit for JSON. Bytes, seconds and operations are plain numbers."""
+        """Every figure as JSON values: memory in bytes, times in seconds, operations in floating-point operations."""
         job, sizes, memory, crops = self.job, self.job.sizes, self.memory, self.job.config.crops
         tokens = {"global": sizes.tokens(crops.global_size)}
         if crops.num_local:
@@ -120,7 +123,7 @@ class Plan:
         }
 
     def write(self, path: str | Path) -> Path:
-        """Every figure to a JSON file; UserError where it cannot be written."""
+        """Write `as_dict` to a JSON file and return its path; UserError where it cannot be written."""
         path = Path(path)
         try:
             path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")

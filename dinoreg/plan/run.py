@@ -1,4 +1,4 @@
-"""Making a plan: what a run will cost, or in one line why it cannot run at all."""
+"""Making a plan: the cost of a run, or a one-line error when it cannot run at all."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -27,12 +27,12 @@ KOLEO_SHARE = 0.05
 
 
 def plan(config: Config | str | Path, **keys: Any) -> Plan:
-    """What a run of `config` will cost.
+    """Predict the cost of a run of `config`.
 
-    config  a Config, or a name or path that `load_config` takes
-    keys    those of `PlanOptions`, as nodes=4. With none of nodes, gpus, gpu and memory the plan is for one process on
-            this machine; else for 1 machine of 8 devices
-    raises  UserError for a job that cannot run, in one line
+    config  a Config, or a name or path for `load_config`
+    keys    those of `PlanOptions`, such as nodes=4. Without nodes, gpus, gpu and memory the plan is for one process on
+            this machine, otherwise by default for 1 machine with 8 devices
+    raises  UserError, in one line, for invalid keys, for a job that cannot run, and for one that no change makes fit
     """
     options, notes = PlanOptions(**keys), []
     config = config if isinstance(config, Config) else load_config(config)
@@ -79,7 +79,7 @@ def _length(job: Job, num_images: int | None, notes: list[str]) -> tuple[int, in
 
 
 def _machines(config: Config, options: PlanOptions) -> tuple[int, int, Device, bool]:
-    """Machines, devices of each, what they are, and whether such a one is here."""
+    """(number of machines, devices of each, the device, whether this machine has such a device)."""
     nodes, gpus, gpu, memory = options.nodes, options.gpus, options.gpu, options.memory
     cuda = torch.cuda.is_available()
     if config.device in ("cpu", "mps"):
@@ -103,7 +103,7 @@ def _is_here(device: Device) -> bool:
 
 
 def _count_images(config: Config, notes: list[str]) -> int | None:
-    """Images of data=, or None with a word on why they could not be counted."""
+    """Number of images in data=, or None and a note on why they could not be counted."""
     if config.data.source is None:
         return None
     from dinoreg.data.open import open_source
@@ -151,7 +151,7 @@ def _run(job: Job, step: Step, num_steps: int, num_images: int | None) -> Run:
 
 
 def _remarks(job: Job, operations: Operations, speed: Speed | None, num_images: int | None) -> list[str]:
-    """What one should know besides the figures."""
+    """Remarks for the user, one sentence each."""
     config = job.config
     measured = None if speed is None else speed.peak_memory
     text = render(
@@ -182,6 +182,6 @@ def _checkpoint(job: Job, num_steps: int, disk: float) -> Checkpoint:
         kept=config.checkpoint.keep + 1,
         every=config.checkpoint.every or min(2000, max(1, num_steps // 10)),
         seconds=(size + teacher) / (disk * 1e9),
-        # Of what is equal everywhere each process writes its share; shards are written by all that hold them.
+        # Each process writes its share of replicated tensors; shards are written by the processes that have them.
         copy=size // (job.shard_size if job.strategy == "fsdp" else job.world_size) * config.checkpoint.asynchronous,
     )

@@ -1,4 +1,4 @@
-"""Images a second of one process: measured by a few real steps where the device is at hand, else an estimate."""
+"""Images per second of one process: measured by a few real steps where the device is available, else estimated."""
 
 import dataclasses
 import gc
@@ -36,12 +36,12 @@ QUICK_SECONDS = 1.0  # a CPU whose step should take longer than this is not prob
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one process computes.
+    """The speed of one process.
 
-    images_per_second  of one process, without waiting for others or for data
-    measured           whether steps were run; else `source` says what was assumed
-    batch_size         that was measured
-    peak_memory        bytes that the measured steps allocated (CUDA), or None
+    images_per_second  without waiting for other processes or for data
+    measured           whether steps were run; if not, `source` says what was assumed
+    batch_size         images of a step, as measured or estimated
+    peak_memory        bytes that the measured steps allocated on CUDA; else None
     """
 
     images_per_second: float
@@ -52,14 +52,15 @@ class Speed:
 
 
 def utilisation_of(dim: int) -> float:
-    """The assumed share of the peak for a backbone of that width."""
+    """The assumed share (0 to 1) of a device's peak for a backbone of width `dim`."""
     return next(share for width, share in UTILISATION if width is None or dim <= width)
 
 
 def estimate(job: Job, utilisation: float | None = None) -> Speed | None:
-    """From the device's peak; None where that is not known.
+    """The speed according to the device's peak; None where that is unknown.
 
-    utilisation  share of the peak; None: `utilisation_of` the width, on a CPU CPU_SHARE of what is timed here
+    utilisation  share of the peak, in (0, 1]; None: `utilisation_of` the width, on a CPU `CPU_SHARE` of the rate of a
+                 matrix product that is timed on this machine
     """
     operations = operations_of(job).total + job.koleo_operations() / job.config.batch_size
     rate = job.device.peak(job.precision)
@@ -77,7 +78,7 @@ def estimate(job: Job, utilisation: float | None = None) -> Speed | None:
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Compute on so many CPU threads; None: as it is."""
+    """A context with `count` CPU threads of PyTorch; None: unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -94,9 +95,9 @@ def _product_rate(dtype: torch.dtype, threads: int | None) -> float:
 
 
 def probe(job: Job, device: torch.device) -> Speed | None:
-    """Train for a few steps on random pixels; None where the device runs out of memory.
+    """Measure a few training steps on random pixels, on one process; None where the device runs out of memory.
 
-    On a CPU the batch is as large as a step of a few seconds allows: its rate hardly depends on it.
+    On a CPU the batch is reduced so that a step takes a few seconds; the speed hardly depends on it.
     """
     job = job.alone()
     config = job.config
@@ -118,7 +119,7 @@ def probe(job: Job, device: torch.device) -> Speed | None:
 
 
 def worth_probing(job: Job) -> bool:
-    """Whether to probe unasked: on CUDA where one process can hold the run, on a CPU where a step takes moments."""
+    """Whether to probe by default: if one process has enough memory and, on a CPU, a step takes at most a second."""
     single = job.alone()
     if job.device.kind != "cuda":
         guess = estimate(single)

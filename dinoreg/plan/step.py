@@ -1,4 +1,4 @@
-"""One training step outside of a run, on pixels and masks that are made up: what is traced and what is measured."""
+"""One training step outside of a run, on random pixels and masks, for tracing and for measuring."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ NOW = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher
 
 
 def take_step(config: Config, state: TrainState, batch: Batch, dtype: torch.dtype) -> None:
-    """Train on a batch as a run of this config would; `dtype` is that of its matrix products."""
+    """Take one training step on a batch, as a run of this config would; `dtype` is that of autocast."""
     train_step(
         state,
         batch,
@@ -29,7 +29,10 @@ def take_step(config: Config, state: TrainState, batch: Batch, dtype: torch.dtyp
 
 
 def random_batch(config: Config, patch_size: int, device: torch.device) -> Batch:
-    """A batch of random pixels with the masks that a run of one process draws."""
+    """A batch of config.batch_size images of random pixels, with masks drawn as in a run of one process.
+
+    patch_size  pixels; it divides crops.global_size
+    """
     grid = (config.crops.global_size // patch_size,) * 2
     hidden = block_masks(0, 0, 2 * config.batch_size, grid, config.mask)
     indices, weights = mask_tensors(hidden)
@@ -37,7 +40,12 @@ def random_batch(config: Config, patch_size: int, device: torch.device) -> Batch
 
 
 def masked_batch(config: Config, mask: Tensor, indices: Tensor, weights: Tensor) -> Batch:
-    """A batch of random pixels: mask (2B, N) bool, indices (M,) of its patches and their weights (M,), see `Batch`."""
+    """A batch of random pixels with given masks.
+
+    mask     (2B, N) bool   B = config.batch_size
+    indices  (M,) int64     of the masked patches among 2B * N
+    weights  (M,)           of the masked patches, see `Batch`
+    """
     crops, count = config.crops, config.batch_size
 
     def pixels(rows: int, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A plan on one screen."""
+"""Printing a plan to the console, on one screen."""
 
 import re
 
@@ -11,7 +11,7 @@ from dinoreg.runtime.templates import render
 
 
 def show(plan: Plan) -> None:
-    """Print a plan."""
+    """Print a plan to the console: memory, speed, traffic, time, notes, and changes with which it fits."""
     from rich.console import Console
 
     console = Console(soft_wrap=True, highlight=False)
@@ -67,12 +67,12 @@ def _verdict(plan: Plan) -> str:
 
 
 def gib(count: float) -> str:
-    """Memory, in powers of two."""
+    """Bytes of memory in GiB or MiB (powers of two)."""
     return f"{count / GIB:.2f} GiB" if abs(count) >= GIB / 10 or not count else f"{count / 2**20:.1f} MiB"
 
 
 def size(count: float) -> str:
-    """Bytes as traffic and files are quoted, in powers of ten."""
+    """Bytes of traffic or files in GB, MB, kB or B (powers of ten)."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
@@ -80,22 +80,22 @@ def size(count: float) -> str:
 
 
 def moment(seconds: float) -> str:
-    """1.23 s, 45.6 ms"""
+    """A short duration in s or ms: 1.23 s, 45.6 ms."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def number(value: float) -> str:
-    """12,345 or 1.23"""
+    """A number with thousands separators, or with three digits below 100: 12,345 or 1.23."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def digits(value: float) -> str:
-    """Four digits."""
+    """A number with four significant digits."""
     return f"{value:.4g}"
 
 
 def millions(count: int) -> str:
-    """1.2 M, 34.5 k"""
+    """A count in millions or thousands: 1.2 M, 34.5 k."""
     return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
 
 

@@ -1,11 +1,11 @@
 """The real training step on fake tensors, which needs neither a device nor its memory.
 
-PyTorch's FakeTensorMode gives tensors a shape and no values. Of many processes this one plays rank 0, whose
-collectives move nothing: FSDP2 gathers and frees weights as it always does.
+PyTorch's FakeTensorMode gives tensors a shape and no values. Several processes are simulated by rank 0 alone, whose
+collectives transfer nothing; FSDP2 gathers and frees weights as usual.
 
-The step runs on fake CPU tensors, since a backward pass on fake CUDA tensors needs a CUDA device. CUDA's autocast lists
-more operations that stay in float32 than the CPU's, but none that a step calls under autocast on anything else; fused
-attention keeps the same tensors on both. DDP cannot run on fake tensors: such a step runs unwrapped, see `memory`.
+The step runs on fake CPU tensors, since a backward pass on fake CUDA tensors needs a CUDA device. CUDA's autocast keeps
+more operations in float32 than the CPU's, but none that a step calls under autocast with lower-precision input; fused
+attention saves the same tensors on both. DDP cannot run on fake tensors: such a step runs unwrapped, see `memory`.
 """
 
 from collections.abc import Iterator
@@ -38,10 +38,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Trace:
-    """What a step held and computed, as `Recorder` tells.
+    """Memory and operations of a step, from `Recorder`.
 
     peaks                    {moment: {part: bytes}}
-    peaks_without_gradients  where most was held besides gradients, for DDP, which keeps these in buffers of its own
+    peaks_without_gradients  the peaks without gradients, for DDP, which has them in buffers of its own
     operations               {kind: floating-point operations}
     """
 
@@ -51,7 +51,10 @@ class Trace:
 
 
 def trace_job(job: Job, depth: int, masked: tuple[int, ...]) -> Trace:
-    """A step of a job whose backbone has `depth` blocks, in micro-batches of so many masked patches."""
+    """Trace a step of a job, but with `depth` blocks and one micro-batch per entry of `masked`.
+
+    masked  masked patches of each micro-batch
+    """
     config, parts = job.config, len(masked)
     attention = "sdpa" if job.backend == "xformers" else job.backend  # which keeps a little more, and runs anywhere
     parallel = replace(config.parallel, strategy=job.strategy) if job.world_size > 1 else ParallelConfig()
@@ -74,13 +77,13 @@ def trace_job(job: Job, depth: int, masked: tuple[int, ...]) -> Trace:
 
 @lru_cache(maxsize=512)
 def trace_step(config: Config, precision: str, world_size: int, device_kind: str, masked: tuple[int, ...]) -> Trace:
-    """One training step of rank 0 of `world_size` processes, on fake tensors.
+    """Trace one training step of rank 0 of `world_size` processes, on fake tensors.
 
-    config       with a strategy of its own ("ddp" runs unwrapped) and an attention backend that runs on a CPU
+    config       with parallel.strategy set ("ddp" runs unwrapped) and an attention backend that runs on a CPU
     precision    "bf16" | "fp16" | "fp32"
-    device_kind  "cuda" | "cpu": how large pieces the losses work on
+    device_kind  "cuda" | "cpu", which determines the size of the losses' scratch memory
     masked       masked patches of each micro-batch
-    raises       UserError inside a process group, since the step pretends one
+    raises       UserError for several processes inside a process group, since the step simulates one
     """
     if world_size > 1 and dist.is_initialized():
         raise UserError("a plan for several processes cannot be made inside a process group; make it before")
@@ -96,9 +99,10 @@ def trace_step(config: Config, precision: str, world_size: int, device_kind: str
 
 
 def record_step(config: Config, state: TrainState, batch: Batch, precision: str, masked: tuple[int, ...] = ()) -> Trace:
-    """Take a step that is not the first one, and record it.
+    """Take a step and record it; AdamW's moments exist before, as after a first step.
 
-    masked  of each micro-batch, for fake tensors; empty for real ones
+    precision  "bf16" | "fp16" | "fp32"
+    masked     masked patches of each micro-batch, for fake tensors; empty for real ones
     """
     if not state.optimizer.state:
         start_moments(state.optimizer)
@@ -113,7 +117,7 @@ def record_step(config: Config, state: TrainState, batch: Batch, precision: str,
 
 
 def _fake_state(config: Config, precision: str, ranks: Ranks, mesh: DeviceMesh | None) -> TrainState:
-    """A run's state, made while FakeTensorMode is on; sharded over the mesh, if there is one."""
+    """A run's training state of fake tensors, sharded over `mesh` if given; FakeTensorMode must be active."""
     with torch.device("meta"):  # where drawing start weights costs nothing
         student, teacher = build_networks(config)
         anchor = build_networks(config)[1].backbone if config.loss.anchor_weight > 0 else None
@@ -141,7 +145,7 @@ def _fake_batch(config: Config, state: TrainState, masked: int) -> Batch:
 
 @contextmanager
 def _pieces_of(device_kind: str, logits: int) -> Iterator[None]:
-    """The losses' scratch memory as large as it is on that kind of device, but at most 64 pieces of so many logits."""
+    """A context in which the losses use the piece size of that kind of device, but at most 64 pieces of the logits."""
     size = tiling.CPU_CHUNK
     tiling.CPU_CHUNK = max(size, logits // 64) if device_kind == "cpu" else tiling.DEVICE_PIECE
     try:

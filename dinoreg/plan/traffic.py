@@ -1,8 +1,8 @@
-"""What processes send one another in a step, and how long it takes over given links.
+"""The collectives of a training step, and their time over given links.
 
-Bytes are those that one process sends in a ring, as NCCL's bandwidth-bound algorithms do: of a tensor of n processes an
-all-gather or a reduce-scatter sends the (n-1)/n-th part, an all-reduce twice that. Processes of one machine share its
-links to the others, so that a group with m processes on each machine has m of them.
+Bytes are those that one process sends in a ring, as NCCL's bandwidth-bound algorithms do: with n processes an
+all-gather or a reduce-scatter sends (n-1)/n of the tensor, an all-reduce twice that. The processes of one machine share
+its links to other machines, so that a group with m processes on each machine can use m links.
 """
 
 import math
@@ -17,13 +17,14 @@ DDP_BUCKET = 25 * 2**20  # bytes, PyTorch's default
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of exchange in a step.
+    """One kind of collective in a step.
 
-    size     bytes of the whole tensors of all its calls together
-    calls    in a step
-    ranks    processes that take part           local  of them on one machine
+    size     bytes of the full (unsharded) tensors of all calls together
+    calls    number of calls in a step
+    ranks    number of processes that take part
+    local    number of these on one machine
     rounds   1 for all-gather and reduce-scatter, 2 for all-reduce
-    hidden   whether it goes on while the device computes
+    hidden   whether it overlaps with computing
     """
 
     name: str
@@ -40,7 +41,7 @@ class Collective:
         return self.rounds * self.size * (self.ranks - 1) // self.ranks
 
     def seconds(self, device: Device) -> float:
-        """Time of all its calls in a step."""
+        """Seconds of all its calls in a step, over the links of `device`."""
         rate = device.local_link
         if self.ranks > self.local:
             rate = min(rate, self.local * device.link)
@@ -50,11 +51,13 @@ class Collective:
 
 @dataclass(frozen=True)
 class Step:
-    """One step. Data and checkpoints are not waited for.
+    """The time of one step, without waiting for data or checkpoints.
 
-    computing, seconds  of one device, and of the whole; None where nothing is known of the device's speed
-    communicating       seconds; `hidden` of them can go on beside the computing
-    sent                bytes that one process sends
+    computing      seconds that one device computes; None where its speed is unknown
+    communicating  seconds of all collectives
+    hidden         seconds of those that overlap with computing
+    sent           bytes that one process sends
+    seconds        of the step; None where the device's speed is unknown
     """
 
     computing: float | None
@@ -65,7 +68,7 @@ class Step:
 
 
 def step_of(job: Job, computing: float | None) -> Step:
-    """A step of a job, of which one device computes for so many seconds; None where that is not known."""
+    """The time of a job's step; `computing` is the seconds that one device computes in it, None: unknown."""
     exchanges = collectives(job)
     communicating = sum(each.seconds(job.device) for each in exchanges)
     hidden = sum(each.seconds(job.device) for each in exchanges if each.hidden)
@@ -74,14 +77,14 @@ def step_of(job: Job, computing: float | None) -> Step:
 
 
 def collectives(job: Job) -> list[Collective]:
-    """All exchanges of a step; none on one process."""
+    """All collectives of a step; [] on one process."""
     if job.world_size == 1:
         return []
     return [each for each in (*_weights(job), *_statistics(job)) if each.ranks > 1]
 
 
 def _weights(job: Job) -> list[Collective]:
-    """Gradients, and under FSDP weights."""
+    """The collectives of gradients and, under FSDP, of weights."""
     sizes, options, everyone = job.sizes, job.config.parallel, (job.world_size, job.gpus)
     if job.strategy == "ddp":
         size = 4 * sizes.student
@@ -110,7 +113,7 @@ def _weights(job: Job) -> list[Collective]:
 
 
 def _statistics(job: Job) -> list[Collective]:
-    """Prototype masses or centres, neighbours, and the scalars of losses and norms."""
+    """The collectives of prototype masses or centres, of KoLeo's class tokens, and of scalars (losses and norms)."""
     loss, sizes, everyone = job.config.loss, job.sizes, (job.world_size, job.gpus)
     heads = list(sizes.prototypes.values())
     prototypes = heads[0] + heads[-1]  # class tokens and patches are balanced apart

@@ -1,7 +1,6 @@
-"""All that the register report says of one backbone: `measure` looks inside it on a set of pictures.
-
-Two passes over the pictures: norms after every block, which tell the outliers; then what the tokens hold. Labels add
-the probes, boxes LOST; without them these parts are left out and the rest stands.
+"""The figures of the register report on one backbone, measured on a set of pictures.
+Two passes over the pictures: norms after every block, by which outliers are found; then what the tokens hold. Labels
+add the probes, boxes LOST; without them these parts are left out.
 """
 
 import time
@@ -29,21 +28,21 @@ BATCH_BYTES = 1 << 28  # of the tokens after every block that are held at a time
 BINS = 80  # of the histograms of norms
 SHOWN = 6  # images whose maps are drawn
 ATTENDED = 16  # images over which attention is averaged
-CONTROL_PROBES = {"cls": "CLS", "patch": "mean patch"}  # names in the record: tokens whose probe is tried
+CONTROL_PROBES = {"cls": "CLS", "patch": "mean patch"}  # {name in the record: token whose probe is scored again}
 CONTROL_IMAGES = 256  # to which replacements are applied, at most
 DISCOVERY_IMAGES = 500
-BIASES = tuple(-step / 10 for step in range(10))  # added to LOST's cosines (datasets reference, P7)
+BIASES = tuple(-step / 10 for step in range(10))  # added to LOST's cosines; arXiv 2506.08010 sweeps [-1, 0]
 FIT_IMAGES = 48  # for finding register neurons
 
 
 class Pictures(NamedTuple):
-    """What the report looks at, all of one size.
+    """The images of a report, all of one size.
 
-    images  (n, C, H, W) uint8
-    labels  (n,) int64, or None
-    classes how many classes there are
-    boxes   for each image (k, 4) x0, y0, x1, y1 in pixels, or None
-    source  what they are called
+    images   (n, C, H, W) uint8
+    labels   (n,) int64 in [0, classes), or None
+    classes  number of classes
+    boxes    for each image (k, 4) x0, y0, x1, y1 in pixels, or None
+    source   description of where they come from
     """
 
     images: Tensor
@@ -57,9 +56,11 @@ class Pictures(NamedTuple):
 class Measured:
     """A backbone's figures (fit for JSON) and the arrays behind its pictures.
 
-    norms      (L, n, N) of the patches after each block, before the final norm
+    norms      (L, n, N) float32, L2 norms of the patches after each block, before the final norm
     outliers   (n, N) bool
-    attention  (k, 1 + R, h, w) of the class token and each register, last block, mean over heads, first k images
+    attention  (k, 1 + R, h, w) float32 of the class token and each register to the patches of the first k images, in
+               the
+               last block, mean over heads
     """
 
     record: dict[str, Any]
@@ -72,9 +73,11 @@ class Measured:
 def measure(
     encoder: NativeEncoder, pictures: Pictures, seed: int = 0, progress: Callable[[str], None] = lambda _line: None
 ) -> Measured:
-    """Norms, outliers, where they sit, attention; with labels what tokens know and the controls; with boxes LOST.
+    """Norms, outliers, their places, attention; with labels what tokens hold and the controls; with boxes LOST.
 
-    raises RunError where a norm is not finite, UserError where the images do not fit the encoder
+    seed      of probes, picked patches and noise
+    progress  called with the name of each part as it begins
+    raises    RunError where a norm is not finite, UserError where the images do not fit the encoder
     """
     started = time.monotonic()
     inspection = _Inspection(encoder, pictures, seed, progress)
@@ -83,7 +86,7 @@ def measure(
     found = measures.find_outliers(norms[-1], limit)
     outliers = norms[-1] > limit.value  # (n, N)
     onset = measures.onset(norms, outliers) if found.kind != "none" else None
-    # What lies on no outlier at all is a comparison of nothing with something.
+    # Without outliers there is nothing to compare the other patches with.
     present = outliers if found.kind != "none" else torch.zeros_like(outliers)
     attention, attended = inspection.attention(outliers)
     described = ("name", "identity", "num_registers", "dim", "depth", "patch_size")
@@ -115,7 +118,10 @@ def measure(
 
 @torch.no_grad()
 def fit(encoder: NativeEncoder, pictures: Pictures, measured: Measured) -> Fitted:
-    """A test-time register for a backbone whose outliers have been measured; the search goes into its record."""
+    """A test-time register for a backbone whose outliers have been measured; the search goes into its record.
+
+    raises  UserError for a backbone that has registers, or without outliers
+    """
     most = measured.outliers.sum(dim=1).argsort(descending=True, stable=True)[:FIT_IMAGES]
     size = batch_size(encoder, measured.record["grid"])
     batches = [encoder.prepare(pictures.images[rows]) for rows in most.split(size)]
@@ -132,7 +138,10 @@ def fit(encoder: NativeEncoder, pictures: Pictures, measured: Measured) -> Fitte
 
 
 def batch_size(encoder: Encoder, grid: Sequence[int]) -> int:
-    """Images at a time, so that their tokens after every block stay within 256 MB."""
+    """Images at a time, 1 to 64, so that their tokens after every block stay within 256 MiB.
+
+    grid  rows and columns of patches
+    """
     one = 4 * encoder.depth * encoder.dim * (1 + encoder.num_registers + grid[0] * grid[1])
     return int(min(max(BATCH_BYTES // one, 1), 64))
 
@@ -168,7 +177,7 @@ def _where(outliers: Tensor, cosine: Tensor, grid: tuple[int, int]) -> dict[str,
 
 
 class _Inspection:
-    """Looks inside one backbone on a set of pictures, each method at one side of it."""
+    """The measurements on one backbone and one set of pictures, a method for each."""
 
     def __init__(self, encoder: NativeEncoder, pictures: Pictures, seed: int, progress: Callable[[str], None]) -> None:
         self.encoder, self.pictures, self.seed, self.progress = encoder, pictures, seed, progress

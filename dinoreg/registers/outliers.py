@@ -1,8 +1,7 @@
-"""Artifact tokens: patches whose norm is out of proportion to the others' (Darcet et al. 2023, §2.1 and §2.2).
-
-Large models keep facts about the whole image in a few patches that have little to say themselves. Such a token is told
-by its norm, on the tokens before the final norm (which would level it). The paper's limit, 150, was picked by hand for
-DINOv2-g; scales differ between models, so the limit here is each model's own, and a second measure says whether
+"""Artifact tokens: patches whose norm is out of proportion to the others' (Registers, arXiv 2309.16588, §2.1 and §2.2).
+Large models keep global information about the image in a few patches that hold little local information. Such a token
+is recognised by its L2 norm, before the final norm (which would level it). The paper's limit, 150, was picked by hand
+for DINOv2-g; scales differ between models, so the limit here is each model's own, and a second measure says whether
 the tokens beyond it are a group of their own or only the end of a tail. Everything here is a function of tensors.
 """
 
@@ -17,13 +16,13 @@ PAPER_LIMIT = 150.0  # a norm; for DINOv2-g only
 DEVIATIONS = 4.0  # of the log norms, above their median: 3 in 100,000 of a log-normal bulk lie beyond
 LEAST_RATIO = 2.0  # no norm below this many medians is an outlier, however narrow the bulk
 MAD_TO_DEVIATION = 1.4826  # for a normal distribution
-LEAST_SHARE, LEAST_COUNT = 5e-4, 5  # fewer outliers than both are chance
+LEAST_SHARE, LEAST_COUNT = 5e-4, 5  # a smaller share or number of outliers is taken for chance
 VALLEY = 0.5  # a group of its own: somewhere below it, tokens are half as dense as within it
-LOW_INFORMATION = 0.25  # the share of patches, those most like their neighbours, that count as saying little
+LOW_INFORMATION = 0.25  # the share of patches, those most like their neighbours, that count as of low information
 
 
 class Limit(NamedTuple):
-    """Where outliers begin.
+    """The norm at which outliers begin.
 
     value      a patch with a larger norm is an outlier
     median     of the norms
@@ -39,8 +38,8 @@ class Outliers(NamedTuple):
     """What a set of norms shows.
 
     kind     "none", "tail" (large norms that follow on from the rest), or "group" (apart from the rest)
-    patches  above the limit
-    share    of all patches
+    patches  number above the limit
+    share    of all patches, in [0, 1]
     ratio    median norm of the outliers over the median of all; 0 without outliers
     largest  the largest norm over the median
     valley   density of tokens in the emptiest place between bulk and outliers, over that among the outliers; below
@@ -58,10 +57,10 @@ class Outliers(NamedTuple):
 def robust_limit(norms: Tensor) -> Limit:
     """The limit of one model and layer: median x max(2, exp(4 deviations of the log norms)).
 
-    norms  any shape, above 0. Logarithms, because norms spread by factors; median and MAD, because the outliers
-           themselves must not move the limit; the factor 2, because a bulk of almost equal norms would else put
-           it next to the median.
-    raises ValueError for norms that are empty or not finite
+    norms   any shape, above 0. Logarithms, because norms spread by factors; median and MAD, because the outliers
+            themselves must not move the limit; the factor 2, because a bulk of almost equal norms would otherwise put
+            it next to the median.
+    raises  ValueError for norms that are empty or not finite
     """
     norms = norms.detach().flatten().double()
     if not len(norms) or not torch.isfinite(norms).all():
@@ -74,7 +73,7 @@ def robust_limit(norms: Tensor) -> Limit:
 
 
 def find_outliers(norms: Tensor, limit: Limit) -> Outliers:
-    """What the norms (any shape) of one layer show against a limit."""
+    """What the norms of one layer, in any shape and at least one, show against a limit."""
     norms = norms.detach().flatten().double()
     above = norms[norms > limit.value]
     count, share = len(above), len(above) / len(norms)
@@ -101,10 +100,11 @@ def _valley(logs: Tensor, bulk: float, outliers: float) -> float:
 
 
 def neighbour_cosine(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How much every patch resembles its neighbours: the mean cosine to the up to four beside it.
+    """How much every patch resembles the up to four beside it: their mean cosine (Registers, figure 5a).
 
-    patches (B, N, D), row by row: as in the paper (figure 5a) those of the patch embedding, before positions are added
-    returns (B, N); 1 where a grid has a single patch
+    patches  (B, N, D), row by row: as in the paper those of the patch embedding, before positions are added
+    grid     rows and columns, N = rows x columns
+    returns  (B, N) float32 in [-1, 1]; 1 where a grid has a single patch
     """
     unit = F.normalize(patches.float(), dim=-1).unflatten(1, grid)  # (B, h, w, D)
     down, right = (unit[:, 1:] * unit[:, :-1]).sum(-1), (unit[:, :, 1:] * unit[:, :, :-1]).sum(-1)
@@ -121,7 +121,9 @@ def _of_both_sides(down: Tensor, right: Tensor) -> Tensor:
 def low_information(cosine: Tensor, share: float = LOW_INFORMATION) -> Tensor:
     """The patches that repeat their surroundings: the `share` of all with the highest neighbour cosine.
 
-    cosine (B, N) -> (B, N) bool; over all images together, so that a plain image may have more of them
+    cosine   (B, N)
+    share    in [0, 1], over all images together, so that a plain image may have more of them
+    returns  (B, N) bool on the CPU
     """
     count = max(round(share * cosine.numel()), 1)
     chosen = torch.zeros(cosine.numel(), dtype=torch.bool)
@@ -130,18 +132,18 @@ def low_information(cosine: Tensor, share: float = LOW_INFORMATION) -> Tensor:
 
 
 def border(grid: tuple[int, int]) -> Tensor:
-    """(N,) bool: the patches at the edge of the image."""
+    """(N,) bool: the patches at the edge of an image of `grid` (rows, columns) patches."""
     edge = torch.ones(grid, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
     return edge.flatten()
 
 
 def onset(norms: Tensor, outliers: Tensor) -> int | None:
-    """The block after which outliers first stand out: there their median norm is at least twice the others'.
+    """The block after which outliers first stand out: their median norm is at least twice that of the others.
 
     norms     (L, B, N) after each block
-    outliers  (B, N) bool, as the last block shows them
-    returns   a block's number from 0; None when there are no outliers
+    outliers  (B, N) bool, by the norms after the last block
+    returns   a block's number from 0, the last one where no block qualifies; None without outliers
     """
     if not outliers.any():
         return None
@@ -154,8 +156,8 @@ def onset(norms: Tensor, outliers: Tensor) -> int | None:
 def pick_patches(candidates: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """One patch of every image, at random among its candidates.
 
-    candidates (B, N) bool
-    returns    (index (B,), present (B,) bool): where an image has no candidate the index is 0 and present is false
+    candidates  (B, N) bool
+    returns     (index (B,) int64, present (B,) bool), on the CPU: where an image has no candidate, present is false
     """
     generator = torch.Generator().manual_seed(seed)
     draw = torch.rand(candidates.shape, generator=generator).masked_fill(~candidates.cpu(), -1.0)
@@ -165,7 +167,8 @@ def pick_patches(candidates: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
 def mean_cosine(tokens: Tensor) -> float:
     """How alike the tokens of an image are: the cosine of every pair, averaged over pairs and images.
 
-    tokens (B, S, D), S at least 2; 1 means copies of one another
+    tokens   (B, S, D), S at least 2
+    returns  in [-1, 1]; 1 means copies of one another
     """
     unit = F.normalize(tokens.double(), dim=-1)
     count = unit.shape[1]
@@ -174,9 +177,11 @@ def mean_cosine(tokens: Tensor) -> float:
 
 
 def log_histogram(norms: Tensor, edges: Tensor) -> Tensor:
-    """Shares of the norms of every layer: norms (L, ...) and edges (k + 1,) ascending -> (L, k), rows sum to one.
+    """Shares of the norms of every layer in bins; norms beyond the edges count in the first and the last bin.
 
-    Norms beyond the edges count in the first and the last bin.
+    norms    (L, ...)
+    edges    (k + 1,) ascending
+    returns  (L, k) float64, rows sum to one
     """
     bins = len(edges) - 1
     places = (torch.bucketize(norms.flatten(1), edges) - 1).clamp(0, bins - 1)

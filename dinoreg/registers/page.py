@@ -39,10 +39,11 @@ DISCOVERY |= {"whole_image_box": score}
 def write_registers(
     measured: Sequence[Measured], images: np.ndarray, out: Path, skipped: Sequence[tuple[str, str]] = ()
 ) -> Path:
-    """`OUT/registers.html`, its pictures and `view.json` in `OUT/registers/`; returns the page.
+    """Write `OUT/registers.html`, and its pictures and `view.json` in `OUT/registers/`; returns the page's path.
 
     images   (k, H, W, 3) uint8: those whose maps are shown
     skipped  (name, reason) of images that could not be read
+    raises   UserError where OUT cannot be a folder, RunError where it cannot be written
     """
     gallery = Gallery(VIEW, out)
     records = [each.record for each in measured]
@@ -91,7 +92,10 @@ def _probe_scale(probes: Sequence[dict[str, Any]]) -> Scale:
 
 
 def norm_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
-    """Histograms of patch norms: per block, and of the last block, one row a model."""
+    """Histograms of patch norms: of every block, and of the last block alone; one row a model.
+
+    records  of `Measured`
+    """
     height = 0.3 + 2.1 * len(records)
     with rc_context(SETTINGS | {"font.size": 8}):
         figure = Figure(figsize=(8.4, height), dpi=110)
@@ -145,7 +149,10 @@ def _set_grid(axes: Axes) -> None:
 
 
 def position_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
-    """Maps of how often each position holds an outlier, one a model."""
+    """Maps of the share of images that have an outlier at each position, one a model.
+
+    records  of `Measured`
+    """
     columns = min(len(records), 4)
     rows = -(-len(records) // columns)
     with rc_context(SETTINGS | {"font.size": 8}):
@@ -163,7 +170,10 @@ def position_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
 
 
 def map_sheet(measured: Measured, images: np.ndarray) -> Image.Image:
-    """One row an image (k, H, W, 3) uint8: the picture, its norms, and the attention of CLS and of each register."""
+    """One row an image: the picture, its norms, and the attention of CLS and of each register.
+
+    images  (k, H, W, 3) uint8, the first k of those that were measured
+    """
     count, tokens, *grid = measured.attention.shape
     norms = measured.norms[-1, :count].unflatten(1, grid).numpy()
     lines = []

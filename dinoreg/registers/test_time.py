@@ -1,8 +1,8 @@
 """Registers for a backbone that was trained without any (Jiang et al., arXiv 2506.08010, §4 and §5).
 
-A few hidden units of the feed-forward layers ("register neurons") are what makes a patch an outlier. When the
-activation that they would have there is given to an added token of zeros instead, the large norm moves to that token,
-and the patches stay clean: nothing is trained. Two departures from the paper, both for models of any kind: units are
+A few hidden units of the feed-forward layers ("register neurons") make a patch an outlier. When the activation that
+they would have there is given to an added token of zeros instead, the large norm moves to that token and the patches
+have normal norms: nothing is trained. Two departures from the paper, both for models of any kind: units are
 ranked by how much more active they are at outliers than at other patches, so that one that is always active does not
 count, and "largest" is by magnitude, because SwiGLU's units have a sign.
 """
@@ -22,11 +22,11 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 
 COUNTS = (1, 2, 5, 10, 20, 50, 100)  # numbers of neurons that are tried
-CLEANED = 0.1  # enough neurons: they leave at most this share of the outliers
+CLEANED = 0.1  # the search ends with the first number of neurons that leaves at most this share of the outliers
 
 
 class RegisterNeuron(NamedTuple):
-    """A hidden unit, its block from 0, and how much larger its mean |activation| is at outliers than elsewhere."""
+    """A hidden unit of a block (from 0), and how much larger its mean |activation| is at outliers than elsewhere."""
 
     block: int
     unit: int
@@ -34,8 +34,12 @@ class RegisterNeuron(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """With that many neurons moved: the share of patches still above the limit, the mean cosine of the patches that
-    were no outliers to what they were, and that of the class token; after the final norm."""
+    """The effect of moving that many neurons, on tokens after the final norm but for `share`.
+
+    share         of patches still above the limit before the final norm, in [0, 1]
+    patch_cosine  mean cosine of the patches that were no outliers to what they were
+    cls_cosine    mean cosine of the class token to what it was
+    """
 
     neurons: int
     share: float
@@ -45,7 +49,11 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A backbone with a test-time register, how it was found, and the share of outliers before, on the same images."""
+    """A backbone with a test-time register, its neurons, and the search for them.
+
+    before  share in [0, 1] of outliers without the register, on the same images
+    trials  by the number of neurons, ascending
+    """
 
     model: RegisterViT
     neurons: tuple[RegisterNeuron, ...]
@@ -57,11 +65,13 @@ class Fitted:
 def register_neurons(
     model: RegisterViT, batches: Sequence[Tensor], outliers: Sequence[Tensor], last_block: int, count: int
 ) -> list[RegisterNeuron]:
-    """The hidden units that answer to outliers, best first.
+    """The hidden units that are more active at outliers than elsewhere, best first (arXiv 2506.08010, §4).
 
-    batches     of normalised images (B, C, H, W); outliers (B, N) bool for each
-    last_block  the block after which outliers stand out: later units see them but do not make them
-    raises UserError where no patch is an outlier, or none is not
+    batches     of normalised images (B, C, H, W)
+    outliers    (B, N) bool for each batch
+    last_block  the block after which outliers stand out: later units react to them but do not make them
+    count       of units, at most
+    raises      UserError where no patch is an outlier, or none is not
     """
     width = _output_layer(model, 0).in_features
     sums, counts = torch.zeros(2, last_block + 1, width, dtype=torch.float64), torch.zeros(2, 1, 1, dtype=torch.float64)
@@ -82,13 +92,13 @@ def register_neurons(
 def with_test_time_register(
     model: RegisterViT, neurons: Sequence[RegisterNeuron], num_registers: int = 1
 ) -> RegisterViT:
-    """The same backbone with added tokens of zeros that take over the neurons' largest activation.
+    """The same backbone with tokens of zeros that take over the neurons' largest activation (arXiv 2506.08010, §5).
 
-    The model given is left as it is and shares its weights with the one returned, which is a RegisterViT as well:
-    its tokens, layers and attention are asked for as ever, with `num_registers` registers. What is moved lives in
-    hooks, so weights that are saved do not carry it. For inference only.
+    The given model is not changed and shares its weights with the one returned, a RegisterViT with `num_registers`
+    registers, whose methods work as usual. The activation is moved by hooks, so saved weights do not include it. For
+    evaluation mode only.
 
-    raises UserError where the model has registers already, or a neuron does not exist
+    raises  UserError where the model has registers already, or a neuron does not exist
     """
     if model.num_registers:
         raise UserError(f"the model has {model.num_registers} registers; a test-time register is for one without any")
@@ -119,10 +129,12 @@ def fit_test_time_register(
     last_block: int,
     counts: Sequence[int] = COUNTS,
 ) -> Fitted:
-    """The fewest register neurons that clear at least nine in ten outliers away; if none do, those that clear most.
+    """The fewest register neurons that remove at least nine in ten outliers; if none do, those that remove most.
 
     batches, outliers, last_block  as for `register_neurons`
     limit                          the norm, before the final one, above which a patch is an outlier
+    counts                         numbers of neurons to try
+    raises                         UserError as `register_neurons` and `with_test_time_register`
     """
     ranked = register_neurons(model, batches, outliers, last_block, max(counts))
     plain = [(model.prenorm(images), model(images)) for images in batches]
@@ -169,7 +181,7 @@ def _output_layer(model: RegisterViT, block: int) -> nn.Linear:
 
 
 class _Mover:
-    """Hooks of one block: note how its tokens are packed, then move the neurons' activation."""
+    """Hooks of one block: record how its tokens are packed, then move the neurons' activation."""
 
     def __init__(self, units: Sequence[int], num_registers: int) -> None:
         self.units, self.num_registers = torch.tensor(units), num_registers

@@ -1,9 +1,8 @@
-"""What single tokens hold: a logistic probe from one kind of token, and what is lost when a token's content goes.
-
-The probe is the registers' paper's (tables 1 and 4): the class of the image from the class token, from a register, from
-an ordinary patch, from an outlier. The controls are those of Parodi et al. (arXiv 2604.14433): a token set to zero is
-one that the network has never met, so a loss under zeros proves little; its mean, noise of the same mean and spread,
-or the content it has in another image are replacements that the network may take for real.
+"""What single tokens hold: a logistic probe from one kind of token, and the loss when a token's content is replaced.
+The probe is that of Registers (arXiv 2309.16588, tables 1 and 4): the class of the image from the class token, from a
+register, from an ordinary patch, from an outlier. The controls are those of Parodi et al. (arXiv 2604.14433): zeros are
+outside the distribution that the network knows, so a loss under zeros proves little; the token's mean, noise of the
+same mean and deviation, or its content in another image are replacements within that distribution.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,12 +20,15 @@ from dinoreg.models.vit import RegisterViT
 
 CONTROLS = ("zero", "mean", "noise", "shuffle")
 TEST_SHARE = 0.3  # of the labelled images
-CS = tuple(10.0**power for power in range(-4, 4))  # L2 strengths to choose from on held-out training images
+CS = tuple(10.0**power for power in range(-4, 4))  # inverse L2 strengths to choose from on held-out training images
 LEAST_TRAIN = 20  # images, below which a probe says nothing
 
 
 class Probed(NamedTuple):
-    """Accuracy of one token's probe in [0, 1] with its 95 % bootstrap interval over the test images, and the fit."""
+    """Accuracy of one token's probe in [0, 1] with its 95 % bootstrap interval over the test images, and the fit.
+
+    n_train, n_test  images
+    """
 
     accuracy: float
     low: float
@@ -39,13 +41,13 @@ class Probed(NamedTuple):
 def probe_token(
     features: Tensor, labels: Tensor, num_classes: int, test: Tensor, present: Tensor | None = None, seed: int = 0
 ) -> Probed | None:
-    """The class of an image from one token of it, by logistic regression.
+    """The class of an image from one token of it, by logistic regression (Registers, arXiv 2309.16588, table 1).
 
-    features (n, D)   one token an image
-    labels   (n,)     int64
-    test     (n,)     bool: images to test on; the others train
-    present  (n,)     bool: images that have such a token; the others take no part
-    returns  None where fewer than 20 images are left to learn from, none to test on, or one class alone
+    features  (n, D)  one token an image
+    labels    (n,)    int64 in [0, num_classes)
+    test      (n,)    bool: images to test on; the others train
+    present   (n,)    bool: images that have such a token; the others take no part
+    returns   None where fewer than 20 images are left to learn from, none to test on, or one class alone
     """
     present = torch.ones_like(test) if present is None else present
     train, tested = present & ~test, present & test
@@ -68,7 +70,10 @@ class Moments(NamedTuple):
 
 
 def moments(batches: Iterable[Tensor]) -> Moments:
-    """Moments over the rows of batches (L, k, S, D), k rows of S tokens, at least one; in one pass, float64 sums."""
+    """Moments over the rows of batches (L, k, S, D), k rows of S tokens, at least one; in one pass, float64 sums.
+
+    returns  float32
+    """
     count, total, squares = 0, torch.zeros(()), torch.zeros(())
     for batch in batches:
         rows = batch.double()
@@ -80,8 +85,10 @@ def moments(batches: Iterable[Tensor]) -> Moments:
 def replacement(kind: str, contents: Tensor, known: Moments, generator: torch.Generator | None = None) -> Tensor:
     """What to put in place of the contents (L, k, S, D) of some tokens, of the same shape.
 
-    kind  "zero"; "mean" of that slot and block; "noise" with that mean and spread, one draw for all blocks;
-          "shuffle": the contents of another row, half the rows away
+    kind    "zero"; "mean" of that slot and block; "noise" with that mean and deviation, one draw for all blocks;
+            "shuffle": the contents of another row, half the rows away
+    known   moments of such tokens
+    raises  ValueError for any other kind
     """
     if kind == "zero":
         return torch.zeros_like(contents)
@@ -97,11 +104,11 @@ def replacement(kind: str, contents: Tensor, known: Moments, generator: torch.Ge
 
 @contextmanager
 def replaced(model: RegisterViT, where: Tensor, contents: Tensor, first_block: int = 0) -> Iterator[None]:
-    """Inside, every block's output has its tokens at `where` replaced, for the one batch that they were made for.
+    """Context in which every block's output has its tokens at `where` replaced, for a batch of the same images.
 
-    where        (B, T) bool: tokens of the whole sequence, class token first
+    where        (B, T) bool: tokens of the sequence, class token first
     contents     (L, k, D): what they become after each block, k = where.sum(), image by image
-    first_block  from which on
+    first_block  number from 0 of the first block whose output is changed
     """
     rows = where.flatten().nonzero()[:, 0]
 

@@ -14,7 +14,10 @@ FINDINGS = {"none": "no outliers", "tail": "a tail", "group": "outliers"}
 
 
 def judge(record: dict[str, Any]) -> Verdict:
-    """What one model's figures say, in a sentence, and what follows from it and what does not."""
+    """One model's figures in words: the finding as headline, then what follows from it and what does not.
+
+    record  of `Measured`
+    """
     text = render(
         "registers/templates/verdict.txt.j2",
         **record,
@@ -40,13 +43,13 @@ def console_table(records: Sequence[dict[str, Any]]) -> Table:
 
 
 def comparison(records: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Rows of (what, a cell for each model); rows that no model has are left out."""
+    """Rows of (name of the figure, a cell for each model); rows that no model has are left out."""
     rows = [(name, [cell(record) for record in records]) for name, cell in ROWS]
     return [(name, cells) for name, cells in rows if set(cells) != {DASH}]
 
 
 def or_dash(value: Any, written: Callable[[Any], str]) -> str:
-    """A value as `written` writes it, a dash for None."""
+    """A value as formatted by `written`; a dash for None."""
     return DASH if value is None else written(value)
 
 

@@ -27,12 +27,15 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "lr": ("Learning rate", {}),
     "images_per_second": ("Images per second", SMOOTH),
 }
-# Where a run writes says nothing about how it trains.
+# Options that do not affect training.
 NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
 
 def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write one page on several runs and return its path (`report.html` here when `out` is None)."""
+    """Write one page on several runs; returns its path.
+
+    out  a file or an existing folder; None: `report.html` in the current one
+    """
     loaded = [Run(run) for run in runs]
     names = run_names(loaded)
     path = Path(out or "report.html")
@@ -54,7 +57,7 @@ def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) ->
 
 
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Column headings and one row of text per run; columns that no run can fill are left out."""
+    """Column headings and one row of text per run; columns that would be empty are left out."""
     datasets = list(dict.fromkeys(probe.dataset for run in runs for probe in run.newest_probes()))
     rows = []
     for run, name in zip(runs, names):
@@ -77,7 +80,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], li
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """{key: its value in each run} for every config key on which the runs disagree."""
+    """{key: its value in each run, as text} for every config key on which the runs disagree."""
     configs = [flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key not in NOT_COMPARED)
     values = {key: [_text(config[key]) if key in config else "" for config in configs] for key in keys}
@@ -85,7 +88,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
-    """One chart per measurement with a line per run, over images seen where all runs count them."""
+    """One chart per measurement with a line per run; over images, not steps, where batch sizes differ and are known."""
     by_images = all(run.images_seen for run in runs) and len({run.config.get("batch_size") for run in runs}) > 1
     charts = []
     for key, (title, options) in CURVES.items():
@@ -101,7 +104,7 @@ def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
 
 
 def run_names(runs: Sequence[Run]) -> list[str]:
-    """Folder names, with as much of the path as it takes to tell them apart."""
+    """Folder names, with as much of the path as makes them distinct."""
     parts = [run.folder.resolve().parts for run in runs]
     longest = max(len(each) for each in parts) if parts else 1
     for depth in range(1, longest + 1):

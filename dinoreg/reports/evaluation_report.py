@@ -29,9 +29,9 @@ DASH = "\u2013"
 
 @dataclass(frozen=True)
 class Record:
-    """One dataset's file: its headline as a probe, everything else as it stands.
+    """One dataset's file: its headline as a probe, and its content.
 
-    weights    what was evaluated: its name and identity
+    weights    of the evaluated model: "name" and "identity"
     rows       of the model, the headline first
     published  the published numbers
     examples   pictures
@@ -46,7 +46,7 @@ class Record:
 
     @property
     def title(self) -> str:
-        """The dataset's name for people, else its name."""
+        """The dataset's title, else its name."""
         return str(self.content.get("title") or self.probe.dataset)
 
     def baseline(self, role: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """The records of an `eval/<step>/` folder, by dataset; files of other kinds are passed over."""
+    """The records of an `eval/<step>/` folder, by dataset; files of other kinds are skipped."""
     records = []
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
@@ -90,7 +90,7 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = ()) -> Path:
 
 
 def console_table(records: Sequence[Record]) -> Table:
-    """The headlines for a terminal."""
+    """The headlines as a table for the terminal."""
     table = Table(title=_lead(records))
     for name in ("dataset", "measure", "value", "95 % interval", "random", "pixels", "verdict"):
         table.add_column(name, justify="left" if name in ("dataset", "measure", "verdict") else "right")
@@ -104,7 +104,7 @@ def console_table(records: Sequence[Record]) -> Table:
 
 
 def comma_separated(records: Sequence[Record]) -> str:
-    """Every row with its numbers unrounded, for a spreadsheet."""
+    """Every row as CSV with its numbers unrounded, for a spreadsheet."""
     text = io.StringIO()
     keys = ("protocol", "metric", "variant", "value", "low", "high", "unit", "n_train", "n_test", "chosen_on", "hours")
     facts = ("precision", "image_size", "seed")
@@ -144,7 +144,7 @@ def _section(record: Record, cells: Sequence[Sequence[str]]) -> dict[str, Any]:
 class Line(NamedTuple):
     """A row of a record, its cells under COLUMNS, and whether it is the first of its protocol.
 
-    The first has a verdict and published numbers beside it.
+    Only the first has a verdict and published numbers in its cells.
     """
 
     row: dict[str, Any]

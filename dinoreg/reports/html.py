@@ -1,6 +1,6 @@
 """One HTML file that needs nothing else: pictures inside, no script, fit for phones, in light and dark.
 
-The pages are templates (`templates/*.html.j2`); here is what they hold besides text.
+The pages are templates (`templates/*.html.j2`); this module makes the pictures and scales in them.
 """
 
 import base64
@@ -21,7 +21,7 @@ from dinoreg.runtime.templates import render
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as a `data:` address; `width` in pixels."""
+    """A picture as a `data:` address; `width` in pixels, `description` for those who cannot see it, `note` below it."""
 
     source: str
     width: int
@@ -33,10 +33,10 @@ class Picture:
 class Scale:
     """Values with their 95 % intervals on one axis.
 
-    rows    (name, value, low, high, whether it is the model that the page is about)
+    rows       (name, value, low, high, whether it is the model that the page is about)
     low, high  the ends of the axis
-    unit    as for `score`
-    chance  a level to compare with, or None
+    unit       of the values, as for `score`
+    chance     a level to compare with, or None
     """
 
     rows: Sequence[tuple[str, float, float, float, bool]]
@@ -58,10 +58,10 @@ def probe_scale(name: str, probe: Probe) -> Scale:
 
 
 def page(template: str, title: str, **values: Any) -> str:
-    """A page that extends `reports/templates/page.html.j2`.
+    """The HTML of a page that extends `reports/templates/page.html.j2`.
 
     title   of the window; the heading as well, over the line `lead`, unless the template has a head of its own
-    values  what else the template asks for
+    values  further variables of the template
     """
     return render(template, title=title, now=time.strftime("%Y-%m-%d %H:%M"), **values)
 

@@ -17,17 +17,17 @@ from dinoreg.checkpoint.run_folder import Run
 from dinoreg.runtime.json_files import is_number
 
 MAX_POINTS = 400  # of one line; more are averaged in groups
-INK, GRID = "#3b4252", "#e3e6ec"  # of text and of lines, on a light ground
+INK, GRID = "#3b4252", "#e3e6ec"  # of text and of lines, on a light background
 DARK = {INK: "#b6bdc9", GRID: "#2e333d"}  # what they become on a dark one
 DOTTED = (0, (1.5, 2.5))
 SETTINGS: dict[Any, Any] = {"font.family": "sans-serif", "text.parse_math": False}
-# Told apart by all common kinds of colour vision, on white and on black.
+# Distinct for all common kinds of colour vision, on white and on black.
 COLOURS = ("#3b7dd8", "#e08214", "#1b9e77", "#c2549d", "#8c6bb1", "#a6761d", "#d6453d", "#6b7684")
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve."""
+    """One curve: values y (n,) over x (n,)."""
 
     name: str
     x: Sequence[float]
@@ -38,8 +38,11 @@ class Line:
 class Chart:
     """Curves over the same axis, with dotted levels to compare them with; no curve means nothing to show.
 
-    smooth  draw the moving average of each curve over a faint trace of its values
-    marker  draw a dot at every value
+    levels     {name: value}
+    smooth     draw the moving average of each curve over a faint trace of its values
+    marker     draw a dot at every value
+    log        logarithmic axis of values; else `from_zero` begins it at 0
+    percent    the values are shares in [0, 1], shown in percent
     """
 
     title: str
@@ -113,9 +116,9 @@ NOT_SHOWN = {"step", "images", "current_batch_size", "global_batch_size", "teach
 
 
 def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
-    """The charts of each section of a run's report, those without a curve left out.
+    """{section: charts} of a run's report; charts without a curve are left out.
 
-    most  of the section "other", which holds whatever else the run has measured
+    most  of the section "other", for all measurements that no other section shows
     """
     measured = {key for line in run.metrics + run.probe for key, value in line.items() if is_number(value)}
     start = "grad_norm_"
@@ -160,7 +163,10 @@ def _chart(run: Run, title: str, names: Mapping[str, str], *, ln_k: bool = False
 
 
 def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
-    """The chart as SVG in the light theme, in inches; the title and the note are left to the page."""
+    """The chart as SVG in the light theme; the title and the note are left to the page.
+
+    width, height  inches; the legend's height is added
+    """
     longest = max((len(_label(line.name)) for line in chart.lines), default=0)
     columns = 3 if longest <= 16 else 2 if longest <= 26 else 1
     legend = 0.17 * math.ceil(len(chart.lines) / columns) if len(chart.lines) > 1 else 0.0
@@ -202,7 +208,7 @@ def _set_scales(axes: Axes, chart: Chart) -> None:
         set_log_ticks(axes.yaxis, 7)
     elif chart.from_zero:
         axes.update_datalim([(float(axes.dataLim.x0), 0.0)])
-        axes.margins(y=0.08)  # of all that is shown, and before a limit is set, which then stays as it is
+        axes.margins(y=0.08)  # of all that is drawn; set before the lower limit, which would move otherwise
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(percent_tick if chart.percent else short)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -218,7 +224,10 @@ def set_log_ticks(axis: Axis, count: int) -> None:
 
 
 def set_style(axes: Axes, ink: str, line: str, spines: Sequence[str] = ("bottom",), tick_length: int = 0) -> None:
-    """No ground, labels in the colour `ink`, and of the frame only some spines, in the colour `line`."""
+    """No background, labels in the colour `ink`, and of the frame only some spines, in the colour `line`.
+
+    tick_length  points
+    """
     axes.patch.set_alpha(0)
     axes.set_axisbelow(True)
     axes.tick_params(which="both", colors=ink, length=tick_length)
@@ -241,7 +250,7 @@ def _label(name: str) -> str:
 
 
 def short(value: float, _position: object = None) -> str:
-    """A number, or a tick's label: 12500 -> 12.5k"""
+    """A number, or a tick's label, in at most six digits: 12500 -> 12.5k"""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{suffix}"

@@ -1,4 +1,4 @@
-"""`report.html`: a run as one self-contained page, from whatever its folder holds at the time."""
+"""`report.html`: a run as one self-contained page, from the files that its folder holds so far."""
 
 import statistics
 from pathlib import Path
@@ -25,7 +25,7 @@ PICTURES = ("pca", "attention", "crops")  # those of every run, in the order of 
 
 
 def write_report(folder: str | Path, problem: str = "") -> Path:
-    """Write `report.html` into a run folder, from what is there, and return its path. What is not there is left out.
+    """Write `report.html` into a run folder and return its path; parts whose files do not exist are left out.
 
     problem  why its pictures could not be drawn, in a sentence (`visualize.run_pictures.draw_missing`)
     """
@@ -56,7 +56,7 @@ def _details(probe: Probe) -> list[str]:
 
 
 def figures(run: Run) -> list[tuple[str, Any, str]]:
-    """(what, value, small print) of the run; without a value a tile is not shown."""
+    """(name, value, small print) of the run's tiles; a tile without a value is not shown."""
     config, total = flatten(run.config), run.num_steps
     source = config.get("data.source")
     data = ", ".join(map(str, source)) if isinstance(source, list) else str(source or "")
@@ -78,7 +78,7 @@ def figures(run: Run) -> list[tuple[str, Any, str]]:
 
 
 def hardware(run: Run) -> tuple[str, str]:
-    """What the run computed on, and the processor beside it where that is a GPU."""
+    """The device of the run, and the processor beside it where the device is a GPU."""
     devices = run.environment.get("cuda")
     names = [str(device.get("name")) for device in devices or [] if isinstance(device, dict)]
     device = str(run.config.get("device") or "auto")

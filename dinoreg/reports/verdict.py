@@ -17,7 +17,12 @@ HEADLINES = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """tone is good, bad, warn or plain; the headline is one sentence, the rest are further ones."""
+    """A judgement in words.
+
+    tone       "good", "bad", "warn" or "plain"
+    headline   one sentence
+    sentences  further ones
+    """
 
     tone: str
     headline: str
@@ -25,12 +30,12 @@ class Verdict:
 
     @property
     def short(self) -> str:
-        """For a cell of a table."""
+        """The verdict in a word or two, for a cell of a table; a dash for "plain"."""
         return {"good": "helps", "bad": "harms", "warn": "no benefit"}.get(self.tone, "\u2013")
 
 
 def verdict(run: Run) -> Verdict:
-    """The first of these that can be said: probe against baselines, probe alone, in-run probe, progress."""
+    """A run's verdict by the first that exists of: probe against baselines, probe alone, in-run probe, progress."""
     probes = run.newest_probes()
     judged = [judge(probe) for probe in probes]
     compared = [each for each, probe in zip(judged, probes) if probe.baselines]
@@ -55,7 +60,11 @@ def verdict(run: Run) -> Verdict:
 
 
 def judge(probe: Probe) -> Verdict:
-    """One probe against its baselines: better only when its interval lies beyond each of theirs."""
+    """One probe against its baselines, by 95 % intervals.
+
+    returns  tone "bad" where a baseline is better with the intervals apart, else "warn" where intervals overlap, "good"
+             where the probe is better than all with the intervals apart, "plain" without baselines
+    """
     sign = 1.0 if probe.details.get("higher_is_better", True) else -1.0
     own = sorted((sign * probe.low, sign * probe.high))
     names: dict[str, list[str]] = {"bad": [], "warn": [], "good": []}  # of the baselines, the worst tone first
@@ -76,7 +85,7 @@ def judge(probe: Probe) -> Verdict:
 
 
 def health(run: Run) -> str:
-    """The problems that the health monitor named, in a sentence."""
+    """The problems that the health monitor found, in a sentence."""
     names = list(dict.fromkeys(str(event.get("name", "unnamed")) for event in run.events))
     if not names:
         return "The health monitor found nothing wrong."

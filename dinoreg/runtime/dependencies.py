@@ -18,9 +18,9 @@ class Dependency(NamedTuple):
     """A distribution.
 
     extra     "core", or the extra that installs it
-    versions  in pip's words, where LINUX_X86 has none of its own; "": not installed
-    purpose   what it is for, after "for ..."
-    module    what is imported, where it is called otherwise
+    versions  pip's version specifier, unless LINUX_X86 has one for the machine; "": not installed
+    purpose   what it is for, as a phrase that follows "for"
+    module    the imported module, where its name differs from the distribution's
     """
 
     name: str
@@ -31,18 +31,18 @@ class Dependency(NamedTuple):
 
     @property
     def imported(self) -> str:
-        """The name under which it is imported."""
+        """The name of the imported module."""
         return self.module or self.name
 
     @property
     def pinned(self) -> str:
-        """The versions for this machine."""
+        """pip's version specifier for this machine."""
         linux_x86 = sys.platform == "linux" and platform.machine() == "x86_64"
         return LINUX_X86.get(self.name, self.versions) if linux_x86 else self.versions
 
     @property
     def requirements(self) -> list[str]:
-        """Lines for pip."""
+        """Requirement lines for pip, with environment markers where machines differ."""
         if self.name not in LINUX_X86:
             return [f"{self.name}{self.versions}"]
         pinned = f"{self.name}{LINUX_X86[self.name]}; {ON_LINUX_X86}"
@@ -89,14 +89,14 @@ DEPENDENCIES = (
 
 
 def requirements(extra: str) -> list[str]:
-    """What pip installs for "core" or an extra. `all` is every extra but the tests', which need the others as well."""
+    """Requirement lines of "core" or an extra; "test" includes every extra, "all" every extra but the tests' own."""
     extras = {row.extra for row in DEPENDENCIES} - {"core"}
     wanted = {"test": extras, "all": extras - {"test"}}.get(extra, {extra})
     return [line for row in DEPENDENCIES if row.extra in wanted for line in row.requirements]
 
 
 def find(name: str) -> Dependency | None:
-    """The dependency of this distribution, or of which this is the module."""
+    """The dependency whose distribution or module (or parent package of `name`) is `name`; None for others."""
     root = name.partition(".")[0]
     return next((row for row in DEPENDENCIES if root in (row.name, row.imported.partition(".")[0])), None)
 

@@ -17,7 +17,7 @@ _M_MMAP_THRESHOLD = -3
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of `auto | cpu | cuda[:i] | mps`; UserError when it is not there."""
+    """The device named `auto | cpu | cuda[:i] | mps`; UserError for other names and for a device that is missing."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -62,16 +62,15 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Matrix products in `dtype` over float32 parameters; nothing for float32."""
+    """A context in which matrix products of float32 parameters are computed in `dtype`; without effect for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc not to hand freed memory back to the system.
+    """Have glibc keep freed memory instead of returning it to the system; returns whether that was set.
 
-    A step on the CPU frees and takes hundreds of megabytes; page faults on fresh memory cost it 10 to 20 %.
-    Values from the environment (MALLOC_*_) are respected, DINOREG_MALLOC=0 leaves the allocator alone.
-    Returns whether it was set.
+    A step on the CPU frees and allocates hundreds of megabytes; page faults on new memory cost it 10 to 20 %.
+    Nothing is changed where the environment has MALLOC_* variables or DINOREG_MALLOC=0.
     """
     chosen = os.environ.get("DINOREG_MALLOC") == "0" or any(key.startswith("MALLOC_") for key in os.environ)
     if chosen or not sys.platform.startswith("linux"):
@@ -85,7 +84,7 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Largest memory in use so far, in bytes: of the device on CUDA, resident of this process elsewhere."""
+    """Peak memory of this process so far, in bytes: allocated on the device for CUDA, else resident in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -1,4 +1,4 @@
-"""By what a file is recognised: its SHA-256."""
+"""The SHA-256 of a file, by which its content is recognised."""
 
 import hashlib
 from pathlib import Path

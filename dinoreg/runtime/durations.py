@@ -1,8 +1,8 @@
-"""Durations as people read them."""
+"""Durations as text, in Slurm's form and with units."""
 
 
 def clock(seconds: float) -> str:
-    """3:20, 1:02:03 or 2-01:02:03, as Slurm shows durations."""
+    """A duration in Slurm's form: 3:20, 1:02:03 or 2-01:02:03; negative ones as 0:00."""
     days, hours, minutes, rest = _split(seconds)
     if days or hours:
         return f"{f'{days}-{hours:02d}' if days else hours}:{minutes:02d}:{rest:02d}"
@@ -10,7 +10,7 @@ def clock(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """45 s, 1 min 15 s, 2 h 1 min or 2 d 7 h: the two largest units, without what is zero."""
+    """A duration in its two largest units, without zeros: 45 s, 1 min 15 s, 2 h 1 min or 2 d 7 h."""
     counts = _split(seconds)
     first = next((place for place, count in enumerate(counts) if count), 3)
     shown = list(zip(counts, ("d", "h", "min", "s")))[first : first + 2]

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, processor, accelerators, memory, disk. Also what `dinoreg doctor` prints."""
+"""The environment of a run, which `dinoreg doctor` prints, too: versions, processor, accelerators, memory, disk."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ VARIABLES = (
 
 
 def environment() -> dict[str, Any]:
-    """Everything about this machine that a result may depend on, as plain values for JSON."""
+    """Everything about this machine that a result may depend on, as JSON values; memory and disk in GiB."""
     import dinoreg
 
     return {
@@ -51,14 +51,14 @@ def version(package: str) -> str | None:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, which on a cluster are fewer than the machine has."""
+    """Number of CPU cores that this process may use; on a cluster often fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def free_disk_gib(folder: Path | None = None) -> float:
-    """Free space in GiB on the disk of `folder`, or of its nearest existing parent."""
+    """Free space in GiB on the disk of `folder` (None: the working directory) or of its nearest existing parent."""
     path = (folder or Path()).resolve()
     while not path.exists():
         path = path.parent
@@ -66,7 +66,7 @@ def free_disk_gib(folder: Path | None = None) -> float:
 
 
 def _torch() -> dict[str, Any]:
-    """What PyTorch sees; the error in words where it cannot be imported.
+    """PyTorch's devices and versions; the error in words where it cannot be imported.
 
     attention  on CUDA: the backend that model.attention=auto means on this device in its default precision, and why it
                is not xformers where it is not

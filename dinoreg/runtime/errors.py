@@ -1,10 +1,10 @@
-"""How a command ends early: what the user gave is wrong, the run itself failed, or a signal asked for it."""
+"""The errors with which a command ends early: wrong input, a failure while running, or a signal."""
 
 
 class EarlyEnd(Exception):
-    """An end that is said in one line.
+    """An end that is reported in one line, without a traceback.
 
-    reported  another process of the command says it
+    reported  another process of the command prints it
     """
 
     reported = False
@@ -15,7 +15,7 @@ class UserError(EarlyEnd, ValueError):
 
 
 class RunError(EarlyEnd, RuntimeError):
-    """A failure while running (disk, data, numerics), said in one line. Exit code 1."""
+    """A failure while running (disk, data, numerics), reported in one line. Exit code 1."""
 
 
 class Interrupted(EarlyEnd):
@@ -27,5 +27,5 @@ class Interrupted(EarlyEnd):
 
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
-    """An error's text in one line, at most `limit` characters of it; its type where it has none."""
+    """An error's text in one line, cut to `limit` characters (None: not cut); its type's name where it has no text."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -1,4 +1,4 @@
-"""JSON files that a kill may have cut short or somebody may have edited: what cannot be read is left out."""
+"""Reading JSON files that may be cut short or edited: unreadable content is left out, without an error."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, "" where it cannot be read; bytes that are no UTF-8 are replaced."""
+    """The text of a file, "" where it cannot be read; bytes that are not UTF-8 are replaced."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -17,17 +17,17 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none."""
+    """The object in a JSON file; {} where the file cannot be read or holds no object."""
     return _parsed(read_text(path)) or {}
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one a line; lines that are none are passed over."""
+    """The objects in a file with one JSON object per line; other lines are skipped."""
     return [content for line in read_text(path).splitlines() if (content := _parsed(line)) is not None]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"dim": 64}} -> {"model.dim": 64}"""
+    """Nested mappings as one with dotted keys: {"model": {"dim": 64}} -> {"model.dim": 64}; empty ones stay values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -38,7 +38,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that a float holds; true and false are none."""
+    """Whether a value is an int or float (not a bool), finite and in the range of a float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

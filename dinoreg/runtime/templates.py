@@ -1,7 +1,7 @@
-"""Jinja templates, which stand in `templates/` beside the code that fills them in.
+"""Jinja templates, in the folder `templates/` beside the code that renders them.
 
-In `*.html.j2` every value is escaped for HTML, in `*.md.j2` for Markdown; `| safe` marks text of our own. Values of
-other templates (`*.txt.j2`) are put in as they are. A name that a template is not given is an error.
+In `*.html.j2` every value is escaped for HTML, in `*.md.j2` for Markdown; `| safe` marks trusted text. In other
+templates (`*.txt.j2`) values are not escaped. A variable without a value is an error.
 """
 
 import re
@@ -15,15 +15,16 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def render(template: str, **values: Any) -> str:
-    """A template filled in.
+    """Render a template with `values` as its variables.
 
     template  path below `dinoreg/`, such as "reports/templates/run.html.j2"
+    raises    jinja2.TemplateNotFound, or jinja2.UndefinedError for a variable without a value
     """
     return _environment(Path(template).suffixes[-2]).get_template(template).render(**values)
 
 
 def escape_markdown(value: object) -> str:
-    """A value on one line, with every character escaped that Markdown or HTML would act on; `| safe` is left alone."""
+    """A value on one line, with the special characters of Markdown and HTML escaped; text marked `| safe` as it is."""
     if hasattr(value, "__html__"):
         return str(value)
     return re.sub(r"([\\`*_{}\[\]<>#|!~]|(?<=\])\()", r"\\\1", re.sub(r"\s+", " ", str(value)))
@@ -44,22 +45,22 @@ def _environment(kind: str) -> Environment:
 
 
 def percent(share: float) -> str:
-    """0.0237 -> 2.4 %, with two digits where it is small."""
+    """A share as a percentage: 0.0237 -> 2.4 %; two significant digits below 10 %, three from there on."""
     return "0 %" if share == 0 else f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.3g} %"
 
 
 def score(value: float, unit: str = "share") -> str:
-    """0.7123 -> 71.2 %; shares outside of [0, 1] as they are; other units behind the number."""
+    """A value with its unit: a share in 0 to 1 as a percentage (0.7123 -> 71.2 %), other shares as plain numbers."""
     if unit != "share":
         return f"{value:.3g} {unit}"
     return f"{100 * value:.1f} %" if 0.0 <= value <= 1.0 else f"{value:.4g}"
 
 
 def position(value: float, low: float, high: float) -> str:
-    """Where a value lies on a scale from `low` to `high`, as CSS writes it: 3 from 1 to 5 -> 50.00%"""
+    """The position of a value on a scale from `low` to `high`, clamped, as a CSS percentage: 3 from 1 to 5 -> 50.00%"""
     return f"{100 * (min(max(value, low), high) - low) / max(high - low, 1e-12):.2f}%"
 
 
 def extent(start: float, end: float, low: float, high: float) -> str:
-    """How much of the scale from `low` to `high` lies between `start` and `end`, as CSS writes it."""
+    """The part of the scale from `low` to `high` that lies between `start` and `end`, as a CSS percentage."""
     return f"{max(100 * (min(end, high) - max(start, low)) / max(high - low, 1e-12), 0):.2f}%"

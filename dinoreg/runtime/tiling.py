@@ -21,6 +21,6 @@ def rows_per_chunk(row_length: int, device: torch.device) -> int:
 
 
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most `size` that cover start..stop; none if the range is empty."""
+    """Consecutive slices of at most `size` elements that cover start to stop - 1; none if the range is empty."""
     for first in range(start, stop, size):
         yield slice(first, min(first + size, stop))

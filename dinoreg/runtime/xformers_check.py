@@ -1,6 +1,6 @@
-"""Whether xformers works here: tried, not believed, and if it does not, why.
+"""Whether xformers works here, tested by running it, and why it does not.
 
-An import alone proves little. A build made for another PyTorch imports well, warns, and then finds no kernel.
+An import alone proves little: a build for another PyTorch imports without an error, warns, and then finds no kernel.
 """
 
 import logging
@@ -10,10 +10,10 @@ import torch
 
 
 def load_problem() -> str | None:
-    """Why xformers or its compiled extension does not load, in the loader's own words, or None; needs no CUDA."""
+    """The reason why xformers or its compiled extension does not load; None if it loads. No CUDA device is needed."""
     logger = logging.getLogger("xformers")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it prints six lines in place of what is returned here
+    logger.setLevel(logging.CRITICAL)  # it would log six lines about the problem that is returned here
     try:
         import xformers
 
@@ -28,7 +28,10 @@ def load_problem() -> str | None:
 
 @lru_cache(maxsize=16)
 def run_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a small packed attention, forward and backward, fails under xformers on this CUDA device, or None."""
+    """The reason why a small packed attention, forward and backward, fails under xformers on a CUDA device; else None.
+
+    dtype  of queries, keys and values
+    """
     problem = load_problem()
     if problem is not None:
         return problem
@@ -46,10 +49,10 @@ def run_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """The part of an error that says why, on one line.
+    """The reason in an error's text, on one line.
 
-    Of a long refusal by xformers' operators: what each has against the call ("… is not supported because:"); by its
-    loader: what it was built for and what is here, and the system's error behind it. Else the first line.
+    Of the long errors of xformers' operators ("… is not supported because:") the reason of each; of its loader's, the
+    versions it was built for and those installed, and the system's error behind it. Otherwise the first line.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     starts = [index for index, line in enumerate(lines) if line.endswith("because:")]

@@ -1,6 +1,6 @@
-"""What is random about an embedded scene: objects, poses, colours, surroundings and light, before any pixel.
+"""The random plan of an embedded scene: objects, poses, colours, surroundings and light, before any pixel.
 
-A plan is a pure function of (seed, index) and knows no picture size. Lengths are in units of 1/64 of the
+A plan is a pure function of (seed, index), independent of the picture's size. Lengths are in units of 1/64 of the
 picture's side, so a scene is the same at every size.
 """
 
@@ -16,7 +16,7 @@ from dinoreg.scenes.textures import BACKGROUNDS, Array
 NUM_CLASSES = len(KINDS)
 UNITS = 64.0  # units along one side of the picture
 # Hue of each background, as surroundings have it: water and snow, meadow and foliage, sand and boards share one, so
-# that colours tell a third of the classes from the rest and no class from the three beside it.
+# that colours distinguish a third of the classes from the rest, but not the four classes with the same hue.
 PALETTES = (0.58, 0.30, 0.30, 0.10, 0.10, 0.58)
 FLIPPED = 0.1  # share of textures whose light and dark change places
 USUAL_BACKGROUND = 0.85
@@ -26,7 +26,12 @@ PLAN_STREAM, NOISE_STREAM, LABEL_STREAM = 0, 1, 2
 
 
 class Pose(NamedTuple):
-    """Where an object is: picture = centre + radius * rotation(angle) * body, body x mirrored first."""
+    """An object's pose: picture = centre + radius * rotation(angle) * body, with body x mirrored first.
+
+    x, y, radius  units, 64 of them a side
+    angle         radians
+    mirror        1 or -1, factor of body x
+    """
 
     x: float
     y: float
@@ -35,14 +40,14 @@ class Pose(NamedTuple):
     mirror: float
 
     def to_body(self, x: Array, y: Array) -> tuple[Array, Array]:
-        """Picture (units) to body coordinates; broadcasts, so a row and a column give two planes."""
+        """Picture coordinates x (1, W) and y (H, 1), float32 in units, to body coordinates, both (H, W), in radii."""
         cos, sin = np.float32(np.cos(self.angle) / self.radius), np.float32(np.sin(self.angle) / self.radius)
         dx, dy, mirror = x - np.float32(self.x), y - np.float32(self.y), np.float32(self.mirror)
         return dx * (cos * mirror) + dy * (sin * mirror), dy * cos - dx * sin
 
 
 class Thing(NamedTuple):
-    """An object: its class, pose, style and colours, and its distance."""
+    """An object of a scene: its class, pose, style draws in [0, 1), colours (RGB in 0 to 1) and distance."""
 
     label: int
     pose: Pose
@@ -54,7 +59,7 @@ class Thing(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Everything random about a scene except the sensor noise; `things` from the nearest to the farthest."""
+    """All random properties of a scene except the sensor noise; `things` from the nearest to the farthest object."""
 
     label: int
     things: list[Thing]
@@ -72,7 +77,7 @@ class Plan(NamedTuple):
 
 
 class Draws:
-    """A stream of uniform draws for one scene, taken one by one as plain floats."""
+    """A stream of uniform draws for one scene; calling it gives the next one, a float in [low, high)."""
 
     def __init__(self, generator: np.random.Generator) -> None:
         self.generator = generator
@@ -81,14 +86,20 @@ class Draws:
         return low + (high - low) * self.generator.random()
 
     def several(self, count: int) -> list[float]:
+        """The next `count` draws, from [0, 1)."""
         return self.generator.random(count).tolist()
 
     def below(self, count: int) -> int:
+        """A uniform integer in 0 to `count` - 1, from one draw."""
         return int(self.generator.random() * count)
 
 
 def generator(seed: int, stream: int, index: int) -> np.random.Generator:
-    """The counter-based stream of one scene; streams of different scenes or purposes never overlap."""
+    """The counter-based random stream of one scene; streams of different scenes or purposes never overlap.
+
+    stream  PLAN_STREAM, NOISE_STREAM or LABEL_STREAM
+    raises  UserError for a negative seed or index
+    """
     if index < 0 or seed < 0:
         raise UserError(f"scenes: seed and index must be 0 or more, got seed {seed}, index {index}")
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, index]))
@@ -100,7 +111,10 @@ def _label_block(seed: int, block: int) -> tuple[int, ...]:
 
 
 def label_of(index: int, seed: int = 0) -> int:
-    """The class of scene `index`: every run of NUM_CLASSES consecutive scenes holds each class once."""
+    """The class of scene `index`, 0 to NUM_CLASSES - 1; each block of NUM_CLASSES scenes has every class once.
+
+    raises  UserError for a negative seed or index
+    """
     return _label_block(seed, index // NUM_CLASSES)[index % NUM_CLASSES]
 
 
@@ -133,9 +147,9 @@ def _place(draw: Draws, radius: float, things: list[Thing]) -> tuple[float, floa
 def _thing(draw: Draws, label: int, x: float, y: float, radius: float, behind: float) -> Thing:
     kind = KINDS[label]
     pose = Pose(x, y, radius, draw(-kind.turn, kind.turn), 1.0 if draw() < 0.5 else -1.0)
-    draw.several(4)  # of no use today; without them all scenes would be others
+    draw.several(4)  # unused, but without these draws all scenes would change
     period = draw(6.2, 9.2) * min(max(radius / 20.0, 0.55), 1.5) ** 0.5
-    hue = PALETTES[kind.background] + 0.5  # what lives there stands out against it
+    hue = PALETTES[kind.background] + 0.5  # the complement, so that the object stands out
     colours = _two_tone(draw, hue, (0.15, 0.30))  # ground and pattern; then parts and detail
     colours += [_colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.12, 0.9))]
     colours += [_colour(hue + draw(-0.1, 0.1), draw(0.0, 0.2), draw(0.05, 0.35))]
@@ -146,7 +160,10 @@ def _thing(draw: Draws, label: int, x: float, y: float, radius: float, behind: f
 
 
 def plan(index: int, seed: int = 0) -> Plan:
-    """Draw everything about scene `index` that does not depend on the picture's size."""
+    """Draw everything about scene `index` that does not depend on the picture's size.
+
+    raises  UserError for a negative seed or index
+    """
     draw = Draws(generator(seed, PLAN_STREAM, index))
     label = label_of(index, seed)
     usual = KINDS[label].background

@@ -1,12 +1,11 @@
 """The embedded data set: small procedural scenes with exact ground truth, a pure function of (seed, index).
 
-A scene is a textured background and one to three objects. A class is what nature makes of one: a material,
-the parts that go with it, a form, and the surroundings where it is usually met, each with variation inside
-the class; light and pose carry almost nothing, and colours, as in nature, go with the surroundings, so that they
-tell a third of the classes from the rest. What the crops of one picture share thus says something about the
-class, which is what DINO-style pretraining feeds on and what makes minutes of it on a CPU worth probing.
+A scene is a textured background and one to three objects. As in nature, a class is a combination of material,
+parts, form and usual surroundings, each with variation inside the class. Light and pose carry almost no information;
+colours go with the surroundings, so that they distinguish a third of the classes from the rest. The crops of one
+picture therefore share information about the class, which DINO-style pretraining can learn within minutes on a CPU.
 
-`layout` draws what is random, `shapes` holds the forms, `textures` materials and backgrounds.
+`layout` draws the random properties, `shapes` has the forms, `textures` materials and backgrounds.
 """
 
 from dataclasses import dataclass
@@ -175,12 +174,15 @@ def _render(scene: Plan, index: int, size: int, seed: int) -> Scene:
 
 
 def render(index: int, size: int = 64, seed: int = 0) -> Scene:
-    """Scene `index` of the endless set `seed`, `size` pixels a side. UserError for negative arguments."""
+    """Scene `index` of the endless data set `seed`, `size` pixels a side.
+
+    raises  UserError for size < 1 and for a negative index or seed
+    """
     return _render(plan(index, seed), index, size, seed)
 
 
 def render_image(index: int, size: int = 64, seed: int = 0) -> np.ndarray:
-    """Only the picture of `render`, (S, S, 3) uint8, the same to the bit."""
+    """The picture of `render` alone, (S, S, 3) uint8, bit for bit the same; arguments and errors are the same, too."""
     scene = plan(index, seed)
     canvas = _paint_background(scene, size)
     for thing in reversed(scene.things):

@@ -1,9 +1,9 @@
 """Forms and parts of the objects in the embedded scenes, as signed distances.
 
-Every kind of object is a function of body coordinates (x along the body, the whole object within about one
-unit of the centre) and of a few style draws. It returns signed distances, negative inside: to the body that
-wears the material, to the parts the object carries (legs, wings, wheels ...) and to details painted on the
-body. Distances are close to Euclidean near the outline, which is all that smooth edges need.
+Every kind of object is a function of body coordinates x, y (H, W) float32 (x along the body, the object within about
+one unit of the centre) and of style draws s in [0, 1). It returns signed distances (H, W) in the same unit, negative
+inside: to the body, which has the material, to parts (legs, wings, wheels ...) and to details painted on the body.
+Distances are close to Euclidean near the outline, which suffices for smooth edges.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,22 +27,24 @@ Form = Callable[[Array, Array, Sequence[float]], Outline]
 
 
 class Kind(NamedTuple):
-    """One class: form with parts, material, usual background, how freely it turns, and its size in metres."""
+    """One class of objects: form with parts, material, usual background, range of rotation, and size in metres."""
 
     name: str
     form: Form
     material: Texture
     background: int  # index into BACKGROUNDS
-    turn: float  # it lies within this many radians of the upright
+    turn: float  # radians; its angle lies within this of the upright
     metres: float  # half the length
 
 
 def circle(x: Array, y: Array, cx: float, cy: float, radius: float) -> Array:
+    """Distance to a circle around (cx, cy)."""
     dx, dy = x - np.float32(cx), y - np.float32(cy)
     return np.sqrt(dx * dx + dy * dy) - np.float32(radius)
 
 
 def ellipse(x: Array, y: Array, cx: float, cy: float, a: float, b: float, angle: float = 0.0) -> Array:
+    """Approximate distance to an ellipse around (cx, cy) with half axes a, b, turned by `angle` radians."""
     dx, dy = x - np.float32(cx), y - np.float32(cy)
     if angle:
         cos, sin = np.float32(np.cos(angle)), np.float32(np.sin(angle))
@@ -56,7 +58,7 @@ def ellipse(x: Array, y: Array, cx: float, cy: float, a: float, b: float, angle:
 
 
 def rod(x: Array, y: Array, start: tuple[float, float], end: tuple[float, float], radius: float) -> Array:
-    """A straight limb with round ends."""
+    """Distance to a straight limb with round ends, from `start` to `end`, both (x, y)."""
     length_x, length_y = end[0] - start[0], end[1] - start[1]
     scale = 1.0 / (length_x**2 + length_y**2)
     dx, dy = x - np.float32(start[0]), y - np.float32(start[1])
@@ -66,7 +68,7 @@ def rod(x: Array, y: Array, start: tuple[float, float], end: tuple[float, float]
 
 
 def box(x: Array, y: Array, cx: float, cy: float, a: float, b: float, radius: float) -> Array:
-    """A rectangle with half sides a, b and rounded corners."""
+    """Distance to a rectangle around (cx, cy) with half sides a, b and rounded corners."""
     dx = np.abs(x - np.float32(cx)) - np.float32(a - radius)
     dy = np.abs(y - np.float32(cy)) - np.float32(b - radius)
     inside = np.minimum(np.maximum(dx, dy), 0.0)
@@ -75,7 +77,7 @@ def box(x: Array, y: Array, cx: float, cy: float, a: float, b: float, radius: fl
 
 
 def fold(x: Array, y: Array, count: int) -> tuple[Array, Array]:
-    """The plane folded `count` times around the centre: one arm stands for all; (along >= 0, aside >= 0)."""
+    """The plane folded into one of `count` equal arms around the centre: coordinates along and across that arm."""
     turns = (np.arctan2(y, x) + np.float32(4.0 * TAU)) * np.float32(count / TAU)
     angle = (turns - np.floor(turns) - np.float32(0.5)) * np.float32(TAU / count)
     radius = np.sqrt(x * x + y * y)
@@ -83,6 +85,7 @@ def fold(x: Array, y: Array, count: int) -> tuple[Array, Array]:
 
 
 def fish(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A fish: elliptic body, forked tail and back fin, an eye."""
     body = ellipse(x, y, 0.2, 0.0, 0.72, 0.38 + 0.14 * s[0])
     tail = np.maximum(np.abs(y) + (x + 0.3) * np.float32(0.55 + 0.3 * s[1]), -0.95 - x) * np.float32(0.8)
     fin = ellipse(x, y, 0.1 + 0.1 * s[2], -0.4 - 0.1 * s[0], 0.3, 0.17, 0.35)
@@ -90,6 +93,7 @@ def fish(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 
 def wasp(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A wasp: elliptic body, two wings, two feelers, a round face."""
     side = np.abs(y)
     body = ellipse(x, y, -0.1, 0.0, 0.78, 0.38 + 0.12 * s[0])
     wings = ellipse(x, side, 0.05, 0.52, 0.46, 0.17 + 0.06 * s[1], 1.9 + 0.4 * s[2])
@@ -98,6 +102,7 @@ def wasp(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 
 def ladybird(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A ladybird: round body, six legs and a head, the seam between its wing covers."""
     side = np.abs(y)
     body = ellipse(x, y, 0.0, 0.0, 0.72, 0.58 + 0.1 * s[0])
     legs = rod(x, side, (0.3, 0.4), (0.5 + 0.1 * s[1], 0.86), 0.055)
@@ -108,6 +113,7 @@ def ladybird(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 
 def starfish(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A starfish with five or six pointed arms, without parts."""
     count = 5 if s[0] < 0.7 else 6
     along, aside = fold(x, y, count)
     inner = 0.42 + 0.12 * s[1]
@@ -118,12 +124,14 @@ def starfish(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 
 def urchin(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A sea urchin: round body with 12 to 19 spines."""
     along, aside = fold(x, y, 12 + int(8 * s[0]))
     body = circle(x, y, 0.0, 0.0, 0.64 + 0.08 * s[1])
     return Outline(body, aside + (along - 1.0) * np.float32(0.17 + 0.06 * s[2]))
 
 
 def flower(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A flower of five to eight petals around a round centre."""
     count = 5 + int(4 * s[0])
     along, aside = fold(x, y, count)
     width = 0.62 * np.sin(np.pi / count) + 0.06
@@ -133,6 +141,7 @@ def flower(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 
 def crystal(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A convex polygon of five to seven sides, without parts."""
     count = 5 + int(3 * s[0])
     planes = [circle(x, y, 0.0, 0.0, 1.1)]
     for k in range(count):
@@ -143,6 +152,7 @@ def crystal(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 
 def turtle(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A turtle: oval shell, four flippers and a head."""
     side = np.abs(y)
     body = ellipse(x, y, -0.05, 0.0, 0.7, 0.56 + 0.1 * s[0])
     flippers = rod(x, side, (0.3, 0.35), (0.5 + 0.2 * s[1], 0.82), 0.13)
@@ -152,6 +162,7 @@ def turtle(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 
 def leaf(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A pointed leaf with its stalk and midrib."""
     length, width = 0.88, 0.48 + 0.18 * s[0]
     radius = (length**2 + width**2) / (2.0 * width)
     side = np.abs(y)
@@ -161,12 +172,14 @@ def leaf(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 
 def doughnut(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A slightly elliptic ring, without parts."""
     stretched = y * np.float32(1.0 + 0.3 * s[0])
     radius = np.sqrt(x * x + stretched * stretched) - np.float32(0.63)
     return Outline(np.abs(radius) - np.float32(0.29 + 0.05 * s[1]))
 
 
 def kite(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A kite: quadrilateral body and a waving tail with bows."""
     front, back, half, widest = 0.95, 0.65 + 0.1 * s[0], 0.66 + 0.14 * s[1], 0.3
     side = np.abs(y)
     ahead = ((x - front) * half + side * (front - widest)) * np.float32(1.0 / np.hypot(half, front - widest))
@@ -179,6 +192,7 @@ def kite(x: Array, y: Array, s: Sequence[float]) -> Outline:
 
 
 def cart(x: Array, y: Array, s: Sequence[float]) -> Outline:
+    """A cart: rounded body and cabin on two wheels."""
     low = 0.34 + 0.08 * s[0]
     body = box(x, y, 0.0, 0.1, 0.88, low, 0.1)
     cabin = box(x, y, -0.3 + 0.5 * s[1], -0.35, 0.36 + 0.1 * s[2], 0.4, 0.1)

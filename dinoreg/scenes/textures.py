@@ -1,9 +1,10 @@
 """Textures of the embedded scenes: what objects and backgrounds are made of.
 
-A texture is a function of plane coordinates measured in texture periods; it returns how much of the second
-colour shows at each point, 0 to 1. Cellular and noise patterns are looked up in small periodic tables that
-are computed once per process, so a texture costs a few array operations per picture and continues without end
-in every direction (a pan of the plane never runs out of it).
+A texture is a function of plane coordinates measured in texture periods; it returns the share of the second
+colour at each point, float32 in 0 to 1. Its arguments are the coordinates x and y, float32 (H, W),
+`edge`, the number of pixels in a period, and the style draws s in [0, 1). Cellular and noise patterns are looked up in
+small periodic tables that are computed once per process, so a texture costs a few array operations per picture and has
+no borders.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ Texture = Callable[[Array, Array, float, Sequence[float]], Array]
 
 
 class Cells(NamedTuple):
-    """Flat periodic tables of a jittered cell pattern."""
+    """Flat periodic tables (SIDE * SIDE,) float32 of a jittered cell pattern; distances in periods."""
 
     nearest: Array  # distance to the nearest site
     border: Array  # how much farther the second nearest site is: 0 on the border between two cells
@@ -58,7 +59,7 @@ def _sites(jitter: float) -> Iterator[tuple[Array, Array, Array, Array]]:
 
 @lru_cache(maxsize=4)
 def cells(jitter: float) -> Cells:
-    """Cells around one site per unit square, from almost hexagonal (jitter 0.3) to irregular (0.9)."""
+    """Tables of cells around one site per unit square, from almost hexagonal (jitter 0.3) to irregular (0.9)."""
     values = _table_rng(500).permutation(CELLS * CELLS).reshape(CELLS, CELLS) / np.float32(CELLS * CELLS - 1)
     first = np.full((SIDE, SIDE), 9.0, np.float32)
     second, value = first.copy(), np.zeros_like(first)
@@ -73,7 +74,7 @@ def cells(jitter: float) -> Cells:
 
 @lru_cache(maxsize=1)
 def dash_table() -> Array:
-    """Flat table of the distance to the nearest dash; a short one of random direction crosses each site."""
+    """Flat table of the distance to the nearest dash; a short dash of random direction crosses each site."""
     turn = _table_rng(600).random((CELLS, CELLS)) * np.pi
     cos, sin = np.cos(turn).astype(np.float32), np.sin(turn).astype(np.float32)
     nearest = np.full((SIDE, SIDE), 9.0, np.float32)
@@ -88,9 +89,9 @@ def dash_table() -> Array:
 
 @lru_cache(maxsize=4)
 def noise_table(slope: float) -> Array:
-    """Flat periodic noise with wavelengths of half a cell to four cells, every level 0..1 equally frequent.
+    """Flat periodic noise with wavelengths of half a cell to four cells, every level in 0 to 1 equally frequent.
 
-    slope   0 gives every wavelength the same weight, larger values make it softer
+    slope  exponent of the falling spectrum: 0 weighs every wavelength alike, larger values make the noise softer
     """
     frequency = np.fft.fftfreq(SIDE, 1.0 / SAMPLES)  # cycles per cell
     radius = np.hypot(frequency[:, None], frequency[None, :])
@@ -134,62 +135,74 @@ def _step(field: Array, sharpness: float) -> Array:
 
 
 def stripes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Wavy stripes across the body."""
     warp = _noise(x * 0.35 + 16 * s[0], y * 0.35 + 16 * s[1]) * (0.5 + 0.5 * s[2])
     return _step(np.sin((x + warp) * TAU), edge / 5.0)
 
 
 def rosettes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Round spots of the second colour with a fainter middle."""
     near = cells(0.3).nearest.take(_positions(x * 0.8 + 16 * s[0], y * 0.8 + 16 * s[1]))
     return _step(0.38 - near, edge) - (0.65 + 0.35 * s[2]) * _step(0.17 - near, edge)
 
 
 def scales(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Overlapping scales, with the second colour at their free edges."""
     shade = scale_table().take(_positions(y * 0.75 + 16 * s[0], x * -0.75 + 16 * s[1]))
     return _step(shade * shade - (0.5 + 0.15 * s[2]), 1.9)
 
 
 def rings(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Concentric rings around the centre."""
     return _step(np.sin((np.sqrt(x * x + y * y) + s[0]) * TAU) - 0.35, edge / 5.0)
 
 
 def ribs(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Radial ribs; their number grows with the extent of the window x, y."""
     reach = float(np.abs(x[0, -1] - x[0, 0]) + np.abs(y[-1, 0] - y[0, 0])) * 0.5
     count = round(min(max(0.8 * TAU * 0.5 * reach, 9.0), 26.0))
     return _step(np.sin(np.arctan2(y, x) * count + TAU * s[0]) - 0.2, 1.4)
 
 
 def dots(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Small round dots in an almost hexagonal grid."""
     near = cells(0.3).nearest.take(_positions(x * 1.25 + 16 * s[0], y * 1.25 + 16 * s[1]))
     return _step(0.24 + 0.06 * s[2] - near, 0.8 * edge)
 
 
 def facets(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Irregular cells, each with its own share of the second colour, and outlined borders."""
     at = _positions(x * 0.62 + 16 * s[0], y * 0.62 + 16 * s[1])
     return np.clip(cells(0.9).value.take(at) + 0.25 * _step(0.06 - cells(0.9).border.take(at), 0.5 * edge), 0.0, 1.0)
 
 
 def scutes(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """The plates of a shell: borders in the second colour and shading towards them."""
     at = _positions(x * 0.6 + 16 * s[0], y * 0.6 + 16 * s[1])
     lines = _step(0.14 + 0.05 * s[2] - cells(0.6).border.take(at), edge)
     return np.minimum(lines + 0.35 * _step(cells(0.6).nearest.take(at) - 0.4, 2.0), 1.0)
 
 
 def veins(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Slanted veins on both sides of the body's axis."""
     phase = (np.abs(y) * (-0.8 - 0.5 * s[1]) + x) * (TAU * 0.9)
     return _step(np.sin(phase + TAU * s[0]) - 0.45, edge / 4.0)
 
 
 def sprinkles(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Short dashes of random direction."""
     dash = dash_table().take(_positions(x * 0.72 + 16 * s[0], y * 0.72 + 16 * s[1]))
     return _step(0.10 + 0.04 * s[2] - dash, 1.4 * edge)
 
 
 def checker(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """A soft checkerboard."""
     half = TAU * 0.55
     return _step(np.sin(x * half + TAU * s[0]) * np.sin(y * half + TAU * s[1]), edge / 3.0)
 
 
 def panels(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
+    """Rows of shifted panels with seams between."""
     rows = y + s[1]
     level = np.floor(rows)
     columns = x * 0.55 + level * 0.5 + s[0]
@@ -202,33 +215,33 @@ def panels(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
 
 
 def water(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """Bright soft nets of light, wider than high."""
+    """Water: bright soft nets of light, wider than high."""
     warp = _noise(x * 0.3 + 16 * s[2], y * 0.3)
     at = _positions(x * 0.42 + 0.6 * warp + 16 * s[0], y * 0.75 + 0.6 * warp + 16 * s[1])
     return np.clip(1.0 - cells(0.9).border.take(at) * 1.7, 0.0, 1.0)
 
 
 def meadow(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """Upright blades."""
+    """Grass: upright blades."""
     blades = _noise(x * 0.8 + y * (0.3 * s[2] - 0.15) + 16 * s[0], y * 0.16 + 16 * s[1], 0.0)
     return _step(blades - 0.5, 1.8)
 
 
 def foliage(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """Overlapping leaves: patches of even brightness that darken towards their edges."""
+    """Foliage: overlapping patches of even brightness that darken towards their edges."""
     at = _positions((x + y) * 0.55 + 16 * s[0], (x - y) * 0.38 + 16 * s[1])
     return np.clip(cells(0.9).value.take(at) + (0.45 - cells(0.9).nearest.take(at)), 0.0, 1.0)
 
 
 def sand(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """Long ripples, steep on one side."""
+    """Sand: long ripples, steep on one side."""
     phase = y * 0.62 + x * (0.4 * s[2] - 0.2) + 1.3 * _noise(x * 0.16 + 16 * s[0], y * 0.16 + 16 * s[1])
     phase -= np.floor(phase)
     return np.minimum(phase, (1.0 - phase) * 4.0)
 
 
 def boards(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """Planks side by side: dark seams, each plank of its own brightness, grain along it."""
+    """Boards side by side: dark seams, each board of its own brightness, grain along it."""
     across = x * 0.5 + s[0]
     plank = np.floor(across)
     grain = _noise(x * 0.9 + 3.7 * plank + 64.0, y * 0.08 + 16 * s[1] + 5.3 * plank, 0.0)
@@ -237,7 +250,7 @@ def boards(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
 
 
 def snow(x: Array, y: Array, edge: float, s: Sequence[float]) -> Array:
-    """Drifts: soft marble, no direction."""
+    """Snow drifts: soft marble without a direction."""
     x, y = x * 0.3, y * 0.3
     warp = _noise(x + 16 * s[0], y + 16 * s[1]) * 1.2
     return _noise(x + warp, y - warp + 16 * s[2], 2.5)

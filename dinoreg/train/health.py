@@ -1,7 +1,7 @@
 """Is the run learning, and if not, what is wrong: signals of every step, and diagnoses in words.
 
-Cheap signals (entropies, prototype usage, feature spread) are taken every step and stay on the device; rank, weight
-updates and pixels are measured where metrics are written. A diagnosis is a name, what was seen and a remedy.
+Cheap signals (entropies, prototype usage, feature spread) are computed every step and stay on the device; rank, weight
+updates and pixels are measured where metrics are written. A diagnosis is a name, an observation and a remedy.
 """
 
 import math
@@ -18,7 +18,7 @@ from dinoreg.evaluation.metrics.knn_rankme import rankme
 from dinoreg.train.parallelize import local
 from dinoreg.train.step import StepResult
 
-# Class tokens held for the effective rank: enough for a stable figure, small enough to cost nothing.
+# Class tokens stored for the effective rank: enough for a stable value, few enough to be cheap.
 RANK_WINDOW = 512
 
 # A healthy AdamW run moves its weights by 1e-4 to 1e-2 of their norm a step (a small network with a high rate most).
@@ -36,7 +36,7 @@ LINES_IN_A_ROW = 3
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing that is wrong: its name, what was seen, what to do about it (one sentence)."""
+    """One problem of a run: its name, what was measured, and what to do about it (one sentence)."""
 
     name: str
     message: str
@@ -44,7 +44,12 @@ class Diagnosis:
 
 
 def read_signals(metrics: Mapping[str, Any], num_prototypes: int) -> dict[str, Any]:
-    """One line of metrics and what rules derive from it; what the line lacks is NaN, and no rule applies to that."""
+    """One line of metrics with the values that rules derive from it; a missing value is NaN, which no rule applies to.
+
+    num_prototypes  K of the DINO head
+    returns         adds "entropy" and "marginal", shares (0 to 1) of ln K, and "waiting", the share of the step time
+                    spent waiting for data; "lr" is that of the backbone
+    """
     signals = defaultdict(lambda: math.nan, metrics)
     largest_entropy = math.log(max(num_prototypes, 2))
     signals["entropy"] = signals["teacher_entropy"] / largest_entropy  # 1: a uniform guess
@@ -59,7 +64,8 @@ def read_signals(metrics: Mapping[str, Any], num_prototypes: int) -> dict[str, A
 class Rule:
     """One diagnosis: when it applies, and its message, with keys of `read_signals` in braces.
 
-    at_once  it cannot be chance: one line is enough         late  only after the run's grace
+    at_once  report after one line of metrics, not after `LINES_IN_A_ROW`
+    late     apply only from step `Health.grace` on
     """
 
     name: str
@@ -159,7 +165,9 @@ REMEDIES = {rule.name: rule.remedy for rule in RULES} | {
 class Health:
     """Collects the signals of steps and turns them into metrics and diagnoses.
 
-    num_prototypes  K of the DINO head          grace  steps before slow-starting signals are judged
+    num_prototypes  K of the DINO head
+    grace           the first step at which rules marked `late` apply
+    ranks           the processes that train together
     """
 
     def __init__(self, num_prototypes: int, grace: int, ranks: Ranks = ALONE) -> None:
@@ -178,22 +186,26 @@ class Health:
 
     @torch.no_grad()
     def observe(self, result: StepResult) -> None:
-        """Take the signals of one step; nothing waits for the device."""
+        """Add the signals of one step; does not wait for the device."""
         targets, features = result.targets.dino, result.targets.features  # (2B, K), (2B, D)
         entropy = torch.special.entr(targets).sum(dim=-1).mean()
         self._sums = self._sums + torch.stack([entropy, _spread(features)])
         self._marginal = self._marginal + targets.mean(dim=0)
         self._steps += 1
         self.features.append(features)
-        # Whole steps, so that the images are the same however many processes share them.
+        # Complete steps only, so that the images do not depend on the number of processes.
         while self.ranks.world_size * (sum(map(len, self.features)) - len(self.features[0])) >= RANK_WINDOW:
             self.features.popleft()
 
     @torch.no_grad()
     def summarise(self) -> dict[str, float]:
-        """The metrics since the last call; waits for the device. {} when nothing was observed.
+        """The metrics of the steps since the last call; waits for the device. {} when there were none.
 
-        They are those of all processes, which call together; the spread is the mean of each one's own batch.
+        They cover all processes, which call together; the spread is the mean over the processes' own batches.
+
+        returns  teacher_entropy, teacher_entropy_max and target_marginal_entropy in nats; prototype_usage, a share in
+                 0 to 1; feature_std, 1 for isotropic and 0 for equal features; feature_rank, the RankMe
+                 (arXiv 2210.02885) of about `RANK_WINDOW` centred class tokens, NaN where they are not finite
         """
         if not isinstance(self._sums, Tensor) or not isinstance(self._marginal, Tensor):
             return {}
@@ -214,9 +226,9 @@ class Health:
         }
 
     def diagnose(self, metrics: Mapping[str, Any]) -> list[Diagnosis]:
-        """What is wrong according to one line of metrics; each diagnosis is given once a run.
+        """The diagnoses of one line of metrics; each is returned once a run.
 
-        A signal that can be chance in one line has to show in three lines in a row.
+        A rule not marked `at_once` has to apply to `LINES_IN_A_ROW` lines in a row.
         """
         signals = read_signals(metrics, self.num_prototypes)
         late = signals["step"] >= self.grace
@@ -230,9 +242,10 @@ class Health:
         return diagnoses
 
     def forgetting(self, start: float, step: int, now: float, margin: float) -> list[Diagnosis]:
-        """Whether the k-NN accuracy of the general probe has fallen from `start` at `step` by more than `margin`.
+        """One diagnosis when the general probe's k-NN accuracy `now` is below `start` - `margin`; returned once a run.
 
-        Shares of the test images, all three; given once a run.
+        start, now, margin  shares of the test images, in 0 to 1
+        step                at which `start` was measured
         """
         if not now < start - margin or "forgetting" in self.reported:
             return []
@@ -249,7 +262,10 @@ def _spread(features: Tensor) -> Tensor:
 
 
 class WeightWatch:
-    """Update-to-weight ratio and student-teacher distance, measured on a few weight matrices around one step."""
+    """Update-to-weight ratio and student-teacher distance, measured on up to 4 weight matrices around one step.
+
+    Call `before`, take the step, call `after`; all processes call together.
+    """
 
     def __init__(self, student: nn.ModuleDict, teacher: nn.ModuleDict, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -262,11 +278,15 @@ class WeightWatch:
 
     @torch.no_grad()
     def before(self) -> None:
+        """Copy the weights as they are before a step."""
         self._before = [weight.detach().clone() for weight in self.student]
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
-        """{"update_ratio", "teacher_distance"}: norms of differences over the norm of the weights at `before`."""
+        """{"update_ratio", "teacher_distance"}: L2 norms of student - student at `before`, and of student - teacher.
+
+        Both are relative to the norm of the weights at `before`. Waits for the device.
+        """
         before, self._before = self._before, []
         norm = self._norm(before)
         moved = self._norm([now - then for now, then in zip(self.student, before)])
@@ -274,6 +294,6 @@ class WeightWatch:
         return {"update_ratio": float(moved / norm), "teacher_distance": float(apart / norm)}
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:
-        """The joint norm over all processes. Replicas of a tensor count each, which ratios of such norms do not see."""
+        """The L2 norm over all processes. Every replica of a tensor counts, which cancels in ratios of such norms."""
         squares = torch.stack([tensor.float().square().sum() for tensor in tensors]).sum()
         return self.ranks.all_reduce_sum(squares).sqrt()

@@ -1,4 +1,4 @@
-"""Starting from weights (`init=`): they are read once, copied into the run folder, and the loss can hold on to them.
+"""Starting from weights (`init=`): they are read once, copied into the run folder, and can serve as the anchor.
 
 A copy in the run folder (`init.safetensors`, with its digest and origin beside it) makes the run independent of
 the file it came from: it is what a resumed run rebuilds its anchor from.
@@ -28,8 +28,8 @@ class InitialWeights:
     """The weights that a run starts from.
 
     note    what was loaded, reshaped and left out, in one line
-    origin  {"source", "path", "source_sha256"}: what `init=` named, the file it meant and that file's digest
-    anchor  the frozen backbone that the loss holds on to; None where loss.anchor_weight is 0
+    origin  {"source", "path", "source_sha256"}: the value of `init=`, the file it stands for and that file's digest
+    anchor  the frozen backbone of the anchor loss; None where loss.anchor_weight is 0
     """
 
     note: str
@@ -40,10 +40,10 @@ class InitialWeights:
 def load_init(config: Config, out: Path, student: Networks, teacher: Networks) -> InitialWeights | None:
     """Put the weights of `init=` into both backbones; None without `init=`. Nothing is written.
 
-    A run that goes on takes them from the copy in its folder, if it got as far as making one.
+    A resumed run reads them from the copy in its folder, if there is one.
 
-    raises UserError when the weights cannot be read, do not fit, or are not the copy that was written, and when
-    loss.anchor_weight asks for weights that there are none of
+    raises UserError when the weights cannot be read, do not fit, or differ from the digest beside the copy, and for
+    loss.anchor_weight > 0 without `init=`
     """
     anchor_weight = config.loss.anchor_weight
     if config.init is None:
@@ -64,7 +64,7 @@ def load_init(config: Config, out: Path, student: Networks, teacher: Networks) -
 
 
 def copy_init(config: Config, out: Path, init: InitialWeights, backbone: RegisterViT) -> None:
-    """Write the copy, `out`/init.safetensors and its JSON, each whole; `backbone` holds the weights of the start.
+    """Write the copy, `out`/init.safetensors and its JSON, each in one rename; `backbone` holds the initial weights.
 
     raises OSError when the folder cannot be written
     """

@@ -1,4 +1,4 @@
-"""What a run leaves to read: the console, train.log, metrics.jsonl, TensorBoard, and the lists under health/.
+"""The logs of a run: the console, train.log, metrics.jsonl, probe.jsonl, TensorBoard, and the lists under health/.
 
 One process writes, rank 0; the others have a silent log.
 """
@@ -41,7 +41,7 @@ LINES = ("metrics.jsonl", "probe.jsonl", "health/events.jsonl", "health/nonfinit
 
 
 class SilentLog:
-    """The log of a process that is not rank 0: it takes everything and writes nothing."""
+    """The log of a process that is not rank 0: it accepts everything and writes nothing."""
 
     def __enter__(self) -> SilentLog:
         return self
@@ -50,23 +50,27 @@ class SilentLog:
         pass
 
     def say(self, message: str, level: int = logging.INFO) -> None:
-        """One line for people."""
+        """Log a message; `level` is one of the logging module."""
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        """One line of metrics."""
+        """Log the metrics of a step, by name; "step" is among them."""
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """One JSON line at the end of one of `LINES`."""
+        """Append a JSON line to the file `name`, one of `LINES`; it has the key "step"."""
 
     def flush(self) -> None:
-        """Have the lines on the disk: called before a checkpoint that vouches for them. OSError when they are not."""
+        """Flush all lines to the disk, before a checkpoint that relies on them; OSError when that fails."""
 
 
 class RunLog(SilentLog):
     """The files and the console of one run; a context manager.
 
-    On resume, lines that the unbroken run will write again (of later steps) are removed first. A file that cannot be
-    written, on a full disk say, is named once and does not end the run: checkpoints decide that.
+    out        the run folder
+    step       that the run starts or resumes at: lines of later steps, which it will write again, are removed first
+    num_steps  of the run, to its end
+
+    A file that cannot be written, for example on a full disk, is reported once and does not end the run; a failed
+    checkpoint may.
     """
 
     def __init__(self, out: Path, *, step: int, num_steps: int, tensorboard: bool) -> None:
@@ -74,7 +78,7 @@ class RunLog(SilentLog):
         self.num_steps = num_steps
         (out / "health").mkdir(parents=True, exist_ok=True)
         for name in LINES:
-            _truncate(out / name, step if step > 0 else -1)  # a run that starts anew writes step 0 again
+            _truncate(out / name, step if step > 0 else -1)  # a run that starts from scratch writes step 0 again
         self._lines = {name: LineFile(out / name) for name in LINES}
         self._failing: set[str] = set()
         self._tensorboard = TensorBoard(out, step + 1) if tensorboard else None
@@ -106,13 +110,13 @@ class RunLog(SilentLog):
             self._handler.close()
 
     def say(self, message: str, level: int = logging.INFO) -> None:
-        """One line for people: on the console and in train.log."""
+        """Log a message to the console and train.log; `level` is one of the logging module."""
         logger.log(level, "%s", message)
         style = {logging.WARNING: "yellow", logging.ERROR: "bold red"}.get(level)
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, TensorBoard scalars, and the console line."""
+        """Write the metrics of a step, by name, to metrics.jsonl, TensorBoard, train.log and the console."""
         self._add("metrics.jsonl", values)
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
         self._add_scalars("train", numbers, values["step"])
@@ -121,12 +125,14 @@ class RunLog(SilentLog):
         self.display.show(values, line)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Append a JSON line to the file `name`, one of `LINES`; the numbers of probe.jsonl go to TensorBoard, too."""
         self._add(name, line)
         if name == "probe.jsonl":
             numbers = {key: value for key, value in line.items() if isinstance(value, float)}
             self._add_scalars("probe", numbers, line["step"])
 
     def flush(self) -> None:
+        """Flush all lines to the disk; OSError when that fails."""
         for lines in self._lines.values():
             lines.flush()
 
@@ -147,7 +153,7 @@ class RunLog(SilentLog):
 
 
 class StepDisplay:
-    """How far a run is, on the console: a progress bar on a terminal, else about forty lines a run."""
+    """The progress of a run on the console: a bar on a terminal, otherwise about forty lines a run."""
 
     def __init__(self, console: Console, step: int, num_steps: int) -> None:
         self.console = console
@@ -168,7 +174,7 @@ class StepDisplay:
             self._task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
 
     def show(self, values: Mapping[str, Any], line: str) -> None:
-        """The metrics of a step; `line` is how they read without a bar."""
+        """Show the metrics of a step; `line` is their text where there is no bar. step_time is in seconds."""
         step = values["step"]
         if self.progress:
             losses = f"loss {values['total_loss']:.3f}  {values['images_per_second']:.0f} img/s"
@@ -182,7 +188,11 @@ class StepDisplay:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard, until they cannot be written any more."""
+    """Scalars for TensorBoard, until a write fails.
+
+    out         folder of the event files
+    first_step  events of this and later steps, from before a resume, are purged
+    """
 
     def __init__(self, out: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -192,7 +202,7 @@ class TensorBoard:
         threading.excepthook = self._thread_failed
 
     def add(self, kind: str, values: Mapping[str, float], step: int) -> OSError | None:
-        """Add `kind/name` scalars; returns once why that is no longer possible."""
+        """Add scalars named `kind/key`; after a failed write, returns its error once and then ignores all calls."""
         if self.writer is None:
             return None
         try:
@@ -204,23 +214,24 @@ class TensorBoard:
         return None
 
     def close(self) -> None:
+        """Write what is pending, ignoring OSError, and restore the thread exception hook."""
         if self.writer is not None:
             with suppress(OSError):
                 self.writer.close()
         threading.excepthook = self._excepthook
 
     def _thread_failed(self, failure: Any) -> None:
-        """What stops TensorBoard's thread is raised again by the next call, and reported there in one line."""
+        """Suppress the traceback of TensorBoard's thread: the next call raises the same error, reported in one line."""
         from_tensorboard = type(failure.thread).__module__.startswith("tensorboard")
         if not (from_tensorboard and isinstance(failure.exc_value, OSError)):
             self._excepthook(failure)
 
 
 class LineFile:
-    """JSON lines at the end of a file, written as they come.
+    """JSON lines appended to a file, unbuffered.
 
-    Lines that cannot be written are buffered and go before the next ones. The file stays open, so that a copy of the
-    run which was taken over writes on where its successor, which has replaced the file, does not read.
+    Lines that cannot be written are held back and written before the next ones. The file stays open: when another start
+    of the run has taken over and replaced the file, this process still writes to the old one, which nobody reads.
     """
 
     def __init__(self, path: Path) -> None:
@@ -228,7 +239,7 @@ class LineFile:
         self._buffer = b""
 
     def add(self, line: Mapping[str, Any]) -> OSError | None:
-        """Write a line; returns why that could not be done yet."""
+        """Write a line; returns the error when it could not be written yet, else None. NaN and ±inf become strings."""
         self._buffer += json.dumps({key: _plain(value) for key, value in line.items()}).encode() + b"\n"
         try:
             self._write()
@@ -237,12 +248,12 @@ class LineFile:
         return None
 
     def flush(self) -> None:
-        """Have everything on the disk; OSError when it cannot be."""
+        """Write all lines and flush the file to the disk; OSError when that fails."""
         self._write()
         os.fsync(self._file.fileno())
 
     def close(self) -> int:
-        """Returns how many lines could not be written."""
+        """Close the file; returns the number of lines that could not be written."""
         with suppress(OSError):
             self._write()
         self._file.close()
@@ -254,7 +265,7 @@ class LineFile:
 
 
 class _LogFile(logging.FileHandler):
-    """train.log. Its lines are on the console as well: what a full disk refuses makes no noise there."""
+    """train.log. A line that a full disk refuses is dropped silently, since it is on the console as well."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):

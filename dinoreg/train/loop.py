@@ -1,7 +1,7 @@
 """The training loop of a run, from its config to a finished run folder.
 
-`train` is the loop itself, in the open: batch, schedules, step, metrics, probe, checkpoint. What a step computes stands
-in `step.py`, what is refused before it starts in `prepare.py`, what is written down in `metrics.py` and `resume.py`.
+`train` is the loop itself: batch, schedules, step, metrics, probe, checkpoint. What a step computes is in `step.py`,
+the checks before the start are in `prepare.py`, what a run writes is in `metrics.py` and `resume.py`.
 """
 
 from __future__ import annotations
@@ -89,10 +89,16 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
 
 
 def open_log(out: Path, step: int, num_steps: int, tensorboard: bool, ranks: Ranks) -> SilentLog:
+    """The log of a run: files and console on rank 0, a silent one on the others.
+
+    step       that the run starts or resumes at
+    num_steps  of the run, to its end
+    """
     return RunLog(out, step=step, num_steps=num_steps, tensorboard=tensorboard) if ranks.is_main else SilentLog()
 
 
 def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
+    """The monitor of a run; slow signals are judged after a fifth of its steps, at least 100."""
     health = Health(setup.config.head.prototypes, grace=max(100, setup.num_steps // 5), ranks=setup.ranks)
     return Monitor(
         log,
@@ -114,7 +120,11 @@ def train(
     checkpoints: Checkpoints,
     signals: Signals,
 ) -> None:
-    """Train to the end of the run, or until a signal asks to stop (Interrupted, after saving)."""
+    """Train to the end of the run.
+
+    raises Interrupted after a signal asked to stop and the state was saved; RunError when checkpoints cannot be
+    written, steps stay non-finite after all roll-backs, or replicas have drifted apart
+    """
     config, num_steps = setup.config, setup.num_steps
     check_every = config.parallel.check_every  # 0: never
     save_every = config.checkpoint.every or min(2000, max(1, num_steps // 10))
@@ -152,7 +162,7 @@ def train(
                     checkpoints.roll_back(state, batches.bad, config.health.max_rollbacks)
                     batches = setup.batches(state)
                     continue
-            stop = agreement.maximum(signals.received)  # the signal that some process got
+            stop = agreement.maximum(signals.received)  # the number of a signal that any process received; 0: none
             if check_every and every(check_every, state.step):
                 check_replicas(state.step, state.position, state.replicated(), state.ranks)
             improved = probes is not None and probes.is_due(state.step) and probes.run(state)
@@ -168,11 +178,12 @@ def train(
 
 
 def every(period: int, step: int) -> bool:
+    """Whether `step` is a multiple of `period`, both in steps."""
     return step % period == 0
 
 
 def interruption(stop: int, state: TrainState, num_steps: int, out: Path) -> Interrupted:
-    """The error with which all processes end after the signal `stop`."""
+    """The error with which all processes end after the signal of number `stop`; only rank 0 prints it."""
     interrupted = Interrupted(
         f"stopped by {signal.Signals(stop).name} after step {state.step} of {num_steps}; "
         f"go on with the same command and resume=true (state saved in {out})",
@@ -184,7 +195,7 @@ def interruption(stop: int, state: TrainState, num_steps: int, out: Path) -> Int
 
 
 def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: SilentLog) -> None:
-    """Say what is about to happen, and write the environment beside the run."""
+    """Log model, device, data, messages and config, and write environment.json into the run folder."""
     config, path = setup.config, setup.out / "environment.json"
     now = environment()
     notes = [*setup.notes, *(changed_code(path, now) if state.step > 0 else []), *messages]
@@ -203,7 +214,11 @@ def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: Si
 
 
 def changed_code(path: Path, now: dict[str, Any]) -> list[str]:
-    """One line when a run is resumed with other code or another PyTorch than its environment.json tells of."""
+    """A one-line message when a run is resumed with another dinoreg, commit or PyTorch than `path` records; else [].
+
+    path  the run's environment.json
+    now   the environment of this start
+    """
     before = read_json(path)
     if not isinstance(before.get("packages"), dict):
         return []
@@ -215,9 +230,11 @@ def changed_code(path: Path, now: dict[str, Any]) -> list[str]:
 
 
 class Signals:
-    """Remembers SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 so that the loop can save at the end of the step.
+    """A context in which SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are recorded, so that the loop can save after the step.
 
-    A second SIGINT interrupts at once.
+    received  the number of the last signal; 0: none
+
+    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread signals are left alone.
     """
 
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")

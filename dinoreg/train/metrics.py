@@ -1,4 +1,4 @@
-"""What a run writes down between steps: a line of metrics, the samples of rejected steps, diagnoses."""
+"""What a run logs between steps: a line of metrics, the samples of rejected steps, diagnoses."""
 
 import logging
 import time
@@ -33,9 +33,10 @@ LOSS_NAMES = {
 class Monitor:
     """Follows a run step by step and writes its metrics and diagnoses.
 
-    batch_size  images a step, of this process
-    fp16        whether the loss is scaled, so that overflow is normal
-    pretrained  whether the backbone started from weights, with a learning rate of its own
+    source      names the samples of rejected steps
+    batch_size  images a step on this process
+    fp16        whether the loss is scaled, so that an occasional overflow is normal
+    pretrained  whether the run started from weights (`init=`), with a learning rate schedule of the backbone's own
     """
 
     log: SilentLog
@@ -58,11 +59,11 @@ class Monitor:
         self._data_time = 0.0
 
     def pause(self, seconds: float) -> None:
-        """Leave out time that was not training: probes."""
+        """Exclude `seconds`, spent in a probe, from the step time of the next metrics."""
         self._since += seconds
 
     def observe(self, batch: Batch, result: StepResult) -> None:
-        """Take the signals of one step; nothing waits for the device."""
+        """Add the signals of one step; does not wait for the device."""
         self.health.observe(result)
         self._data_time += batch.data_time
         self._steps.append((batch.sample_ids, result.accepted))
@@ -70,7 +71,12 @@ class Monitor:
     def write(
         self, state: TrainState, batch: Batch, result: StepResult, now: Now, checkpoint_stall: float
     ) -> dict[str, float | int]:
-        """Write one line of metrics, waiting for the device, and return it. Called by all processes."""
+        """Write one line of metrics, waiting for the device, and return it. Called by all processes.
+
+        checkpoint_stall  seconds that training waited for checkpoints since the last line
+        returns           step_time and data_time in seconds a step, images_per_second over all processes, max_memory
+                          as `peak_memory` measures it, losses as optimised, and the metrics of `Health.summarise`
+        """
         metrics = self._of_step(state, batch, result, now)
         metrics |= self.weights.after() | self.health.summarise()
         num_steps, elapsed = len(self._steps), time.perf_counter() - self._since
@@ -117,7 +123,7 @@ class Monitor:
         return len(rejected)
 
     def report(self, step: int, diagnoses: list[Diagnosis]) -> None:
-        """Say what is wrong, on the console and in `health/events.jsonl`."""
+        """Log diagnoses as warnings and append them to `health/events.jsonl`."""
         for diagnosis in diagnoses:
             text = f"{diagnosis.name} at step {step}: {diagnosis.message}. {diagnosis.remedy}"
             self.log.say(f"health: {text}", logging.WARNING)

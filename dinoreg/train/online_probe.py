@@ -1,8 +1,8 @@
 """How good are the features while the run goes on: k-NN on labelled images, effective rank without labels.
 
-The teacher's class tokens are taken on fixed, unaugmented images, each process embedding its share of them.
+The teacher's class tokens of fixed, unaugmented images are measured; each process embeds its share of the images.
 k-NN is the DINO papers' weighted vote with half of the images as the bank; RankMe (arXiv 2210.02885)
-needs no labels and is always there.
+needs no labels and is always measured.
 """
 
 import time
@@ -35,7 +35,9 @@ FIRST_PROBE_SCENE = 10_000_000  # far beyond the scenes that a run trains on
 class Probe:
     """Fixed images to embed at every probe.
 
-    images  (n, C, H, W) uint8     labels  (n,) int64, or None: rank only
+    images     (n, C, H, W) uint8
+    labels     (n,) int64 below num_classes, or None: effective rank only
+    mean, std  (1, C, 1, 1) of the normalisation, for pixels in 0 to 1
     """
 
     images: Tensor
@@ -48,7 +50,13 @@ class Probe:
     def measure(
         self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE
     ) -> dict[str, float]:
-        """{"rankme", ["knn_top1"], "probe_time"} of a backbone in eval mode; fractions in [0, 1], seconds."""
+        """Measure a backbone in eval mode; all `ranks` call together.
+
+        dtype    of autocast
+        returns  rankme, the effective rank of the centred class tokens (1 to D); with labels knn_top1, the share
+                 (0 to 1) of the second half of the images that 20 neighbours in the first half classify correctly;
+                 probe_time in seconds
+        """
         started = time.perf_counter()
         features = self.features(backbone, device, dtype, ranks)
         result = {"rankme": rankme(features - features.mean(dim=0))}
@@ -67,7 +75,7 @@ class Probe:
 
     @torch.no_grad()
     def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Tensor:
-        """Class tokens (n, D), float32, on `device`; of all processes, which call together, the same on each."""
+        """Class tokens (n, D) of all images, float32, on `device`; all processes call together and get the same."""
         share = -(-len(self.images) // ranks.world_size)
         first = ranks.rank * share
         # The last shares are filled up: a sharded backbone has to be called equally often everywhere.
@@ -83,10 +91,12 @@ class Probe:
 
 @dataclass
 class ProbeRunner:
-    """Probes the teacher of a run now and then, writes the results down, and says when it is the best so far.
+    """Probes the teacher of a run at intervals, logs the results, and reports when it is the best so far.
 
-    general  the probe on what a run that started from weights must not forget
-    monitor  is told of the time that probes take, and of what was forgotten
+    general    the probe on images that a run which started from weights must not forget; None: none
+    num_steps  of the run; without options.every a probe is due every tenth of them
+    dtype      of autocast
+    monitor    logs; it excludes the time of probes from the step time
     """
 
     probe: Probe
@@ -103,12 +113,14 @@ class ProbeRunner:
         self._probing = 0.0  # seconds spent in probes
 
     def is_due(self, step: int) -> bool:
+        """Whether to probe at `step`: at multiples of the period and at the end of the run."""
         return step % self.every == 0 or step == self.num_steps
 
     def run(self, state: TrainState) -> bool:
-        """Probe the teacher; returns whether it is the best so far. Left out when it would take too much of the time.
+        """Probe the teacher and log the result; returns whether it is the best so far. All processes call together.
 
-        Both ends of a run are always probed, the beginning where there is something to compare with (`init=`).
+        Except at step 0 and at the end, nothing is measured while probes have taken more than options.max_share of the
+        time. A result at step 0 is a reference for later ones and never the best.
         """
         elapsed = time.perf_counter() - self._started
         ends = state.step in (0, self.num_steps)
@@ -146,9 +158,10 @@ class ProbeRunner:
 
 
 def build_probe(config: Config, source: Source) -> Probe | None:
-    """The probe of a run's own domain: on `probe.data` if given, else label-free on images of the run's own source.
+    """The probe of a run's own domain: on `probe.data` if given, else without labels on images of `source`.
 
-    raises UserError when the labelled images cannot be used
+    returns  None for probe.every=0 and, without labels, for fewer than 4 readable images
+    raises   UserError when probe.data has fewer than 4 readable images, or one class only
     """
     if config.probe.every == 0:
         return None
@@ -159,9 +172,9 @@ def build_probe(config: Config, source: Source) -> Probe | None:
 
 
 def build_general(config: Config) -> Probe | None:
-    """The probe on `probe.general`, what a run must not forget; None where none is asked for.
+    """The probe on `probe.general`, the images that a run must not forget; None without it and for probe.every=0.
 
-    raises UserError when the labelled images cannot be used
+    raises UserError when it has fewer than 4 readable images, or one class only
     """
     if config.probe.every == 0 or config.probe.general is None:
         return None

@@ -1,6 +1,6 @@
 """AdamW over named parameter groups: layer-wise decay, no decay on norms and biases, a frozen last layer.
 
-The groups follow DINOv2: per submodule (backbone and each head), parameters with the same rate multiplier, decay
+The groups follow DINOv2's code: per submodule (backbone and each head), parameters with the same rate multiplier, decay
 multiplier and last-layer flag share one group.
 """
 
@@ -18,9 +18,15 @@ _TOKENS = ("pos_embed", "mask_token", "cls_token", "register_tokens")
 
 
 def lr_multiplier(name: str, depth: int, layer_decay: float, patch_embed_lr: float) -> float:
-    """Rate multiplier of a backbone parameter: layer_decay ** (depth + 1 - layer id), less for the patch embedding.
+    """Learning rate multiplier of a backbone parameter: layer_decay ** (depth + 1 - layer id).
 
-    The layer id is 0 for tokens, positions and patch embedding, i + 1 for block i, depth + 1 for the final norm.
+    The layer-wise decay of ELECTRA (arXiv 2003.10555). The layer id is 0 for tokens, positions and patch embedding,
+    i + 1 for block i, depth + 1 for the final norm.
+
+    name            the parameter's name in RegisterViT
+    depth           number of blocks
+    layer_decay     in (0, 1]; 1: every layer alike
+    patch_embed_lr  further factor of the patch embedding, 0.2 in DINOv2
     """
     block = re.match(r"blocks\.(\d+)\.", name)
     if block:
@@ -34,14 +40,22 @@ def lr_multiplier(name: str, depth: int, layer_decay: float, patch_embed_lr: flo
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies: to all but biases, norms and LayerScale (registers and prototypes decay)."""
+    """Whether weight decay applies to the parameter of this name: not to biases, norms and LayerScale.
+
+    As in DINOv2, tokens (registers, too), positions and prototypes decay.
+    """
     return not (name.endswith(".bias") or "norm" in name or "gamma" in name)
 
 
 def parameter_groups(
     student: nn.ModuleDict, depth: int, layer_decay: float, patch_embed_lr: float
 ) -> list[dict[str, Any]]:
-    """Groups for the optimizer: {"params", "names", "module", "lr_multiplier", "wd_multiplier", "last_layer"}."""
+    """The optimizer's parameter groups; parameters that do not require gradients are left out.
+
+    student      {"backbone", "dino_head"} and, untied, "ibot_head"
+    depth        blocks of the backbone; with layer_decay and patch_embed_lr as for `lr_multiplier`
+    returns      dicts {"params", "names", "module", "lr_multiplier", "wd_multiplier", "last_layer"}
+    """
     groups: dict[tuple[str, float, float, bool], dict[str, Any]] = {}
     for module_name, module in student.items():
         for name, parameter in module.named_parameters():
@@ -57,16 +71,19 @@ def parameter_groups(
 
 
 def build_optimizer(student: nn.ModuleDict, depth: int, layer_decay: float, options: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW; its rates are set every step by `set_rates`. `layer_decay` holds instead of that of the options."""
+    """Fused AdamW over `parameter_groups`, with learning rates of 0: `set_rates` sets them before every step.
+
+    layer_decay  used in place of options.layer_decay
+    """
     groups = parameter_groups(student, depth, layer_decay, options.patch_embed_lr)
     betas = (options.beta1, options.beta2)
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=options.eps, weight_decay=0.0, fused=True)
 
 
 def start_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its AdamW state at once, as its first step would.
+    """Give every parameter its AdamW state (step 0, moments of 0) at once, as its first step would.
 
-    Parameters without a gradient (a frozen backbone) would get theirs later, and a checkpoint written in between
+    Parameters without a gradient (a frozen backbone) would get theirs later, and a checkpoint written before that
     would lack it.
     """
     for group in optimizer.param_groups:
@@ -79,6 +96,7 @@ def start_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, now: Now) -> None:
+    """Set every group's learning rate and weight decay in place: the scheduled value times the group's multiplier."""
     for group in optimizer.param_groups:
         rate = (now.last_layer_lr if group["last_layer"] else now.lr) * group["lr_multiplier"]
         group["lr"] = rate * now.backbone if group["module"] == "backbone" else rate
@@ -86,11 +104,11 @@ def set_rates(optimizer: torch.optim.Optimizer, now: Now) -> None:
 
 
 def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
-    """Clip the gradient of the backbone and of each head on its own to `max_norm` (0: not at all).
+    """Clip the gradients of the backbone and of each head to an L2 norm of `max_norm`, each on its own.
 
-    Norms are of the whole gradient, however it is sharded.
-
-    returns {"grad_norm_backbone": (), …}  norms before clipping, on the device; none for a module that is frozen
+    max_norm  0: no clipping; 3 in DINOv2
+    returns   {"grad_norm_backbone": (), …}  norms before clipping, on the device, of the full gradient however it is
+              sharded; none for a module without gradients (frozen)
     """
     norms = {}
     for name, module in student.items():
@@ -106,11 +124,12 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, accepted: Tensor) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, on every parameter.
+    """teacher <- momentum * teacher + (1 - momentum) * student, on every parameter (DINO section 3.1).
 
+    momentum     in [0, 1]
     accepted ()  1.0, or 0.0 for a step that was not finite, which leaves the teacher as it is
 
-    Both are sharded alike, or not at all, so that each process moves its own part.
+    Both networks are sharded alike, or not at all, so that each process updates its own part.
     """
     weight = (accepted * (1.0 - momentum)).float()
     for average, current in zip(teacher.parameters(), student.parameters()):

@@ -28,12 +28,15 @@ from dinoreg.runtime.errors import RunError, UserError
 # A student or teacher by module name: {"backbone", "dino_head"} and, untied, "ibot_head".
 Modules = nn.ModuleDict | Mapping[str, nn.Module]
 
-# Above this many parameters in the student, copies of state and moments on every process are a waste.
+# Above this many parameters in the student, replicas of the training state on every process waste memory.
 LARGEST_FOR_DDP = 300_000_000
 
 
 def choose_strategy(options: ParallelConfig, num_parameters: int, world_size: int) -> str:
-    """ "single", "ddp" or "fsdp"; UserError where the processes do not divide into groups of `parallel.shard`."""
+    """ "single", "ddp" or "fsdp", from the options or, for "auto", from the number of parameters of the student.
+
+    raises UserError where `world_size` processes do not divide into groups of `parallel.shard`
+    """
     if world_size == 1:
         return "single"
     if options.shard is not None and world_size % options.shard:
@@ -55,7 +58,10 @@ def parallelize(
 ) -> Modules:
     """Distribute the networks, all on `device`, over the processes; returns the student's modules as a step calls them.
 
-    mesh  of the processes, for FSDP2; None: `device_mesh` of all of them
+    loss    its weights say which heads get gradients, which DDP has to know
+    anchor  the frozen backbone of the anchor loss, if any
+    mesh    of the processes, for FSDP2; None: `device_mesh` of all of them
+    raises  UserError where the processes do not divide into groups of `parallel.shard`
 
     FSDP2 turns parameters into DTensors in place, so this comes before the optimizer is built.
     """
@@ -75,14 +81,17 @@ def parallelize(
         return student
     if strategy == "ddp":
         # Looking for unused parameters keeps DDP from regrouping its buckets after the first step. The groups fix the
-        # order of sums, so that a resumed run, which has a first step of its own, would differ in the last bits.
+        # order of sums, so that a resumed run, which has another first step, would differ in the last bits.
         replicate = partial(DistributedDataParallel, gradient_as_bucket_view=True, find_unused_parameters=True)
         return {name: replicate(m) if _learns(name, student, loss) else m for name, m in student.items()}
     return student
 
 
 def device_mesh(device: torch.device, shard_size: int | None, world_size: int) -> DeviceMesh:
-    """All processes in one dimension, or (replicas, shards) for HSDP."""
+    """A mesh of all processes: one dimension ("shard"), or two ("replicate", "shard") for HSDP.
+
+    shard_size  consecutive processes that share one replica, a divisor of world_size; None: all (FSDP)
+    """
     if shard_size is None or shard_size == world_size:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
     shape = (world_size // shard_size, shard_size)
@@ -90,7 +99,11 @@ def device_mesh(device: torch.device, shard_size: int | None, world_size: int) -
 
 
 def shard(networks: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolicy, reshard: bool) -> None:
-    """FSDP2 on every block of the backbone, on the rest of it, and on each head."""
+    """Apply FSDP2 in place to every block of the backbone, to the rest of the backbone, and to each head.
+
+    policy   dtypes of gathered parameters and of reduced gradients
+    reshard  free the gathered parameters of a unit after its forward pass, and gather them again for the backward
+    """
     # Tokens are views of one tensor; nothing writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in networks.values():
@@ -109,7 +122,7 @@ def _learns(name: str, student: nn.ModuleDict, loss: LossConfig) -> bool:
 
 
 def compile_backbones(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
-    """torch.compile in place: the whole backbone, or its blocks where gathering weights comes in between."""
+    """torch.compile in place: each backbone as one, or block by block under FSDP, which gathers weights in between."""
     for networks in (student, teacher):
         backbone = networks["backbone"]
         assert isinstance(backbone, RegisterViT)
@@ -123,9 +136,11 @@ def compile_backbones(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
 
 @contextmanager
 def without_reduction(train_modules: Modules, active: bool) -> Iterator[None]:
-    """Backward passes inside leave gradients of this process alone: all but the last of a step's micro-batches.
+    """A context for all but the last micro-batch of a step: backward passes inside do not reduce gradients.
 
-    DDP only. FSDP2 reduces after each, which keeps gradients sharded; the mean is the same.
+    active  False: the context does nothing
+
+    It affects DDP only. FSDP2 reduces after each micro-batch, which keeps gradients sharded; the mean is the same.
     """
     with ExitStack() as stack:
         for module in train_modules.values() if active else ():
@@ -135,19 +150,22 @@ def without_reduction(train_modules: Modules, active: bool) -> Iterator[None]:
 
 
 def reshard(networks: nn.Module) -> None:
-    """Free gathered weights, so that `parameters()` are the shards. Needed after a forward without backward."""
+    """Free the weights that FSDP gathered, so that `parameters()` are the shards.
+
+    Needed after a forward pass without a backward pass.
+    """
     for module in networks.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, sharing its memory; other tensors as they are. It may be empty."""
+    """This process's part of a sharded tensor, sharing its memory (it may be empty); any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, gathered; other tensors as they are. All processes call together."""
+    """A sharded tensor gathered from all processes, which call together; any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -158,8 +176,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def check_replicas(step: int, position: int, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Compare step, data position and all tensors between the processes that hold replicas of them, bit by bit.
 
-    tensors  by name; parts of sharded ones are compared with the same parts of other groups
-    raises   RunError naming the ranks and what differs, on all ranks
+    step, position  optimizer steps and samples so far, on this process
+    tensors         by name; parts of sharded ones are compared with the same parts of other groups (HSDP)
+    raises          RunError on all ranks, naming the differing ranks and values
     """
     if ranks.world_size == 1:
         return
@@ -175,7 +194,10 @@ def check_replicas(step: int, position: int, tensors: Mapping[str, Tensor], rank
 
 
 def find_drift(digests_of_ranks: list[dict[str, str]]) -> list[str]:
-    """Sentences about names whose digests differ between ranks; the digest of most ranks is taken to be right."""
+    """One sentence for each name whose digests differ between ranks; the most frequent digest counts as right.
+
+    digests_of_ranks  in rank order, {name: digest}; a name may be missing on some ranks
+    """
     problems = []
     for name in sorted(set().union(*digests_of_ranks), key=lambda name: (" " in name, name)):
         held = {rank: digests[name] for rank, digests in enumerate(digests_of_ranks) if name in digests}

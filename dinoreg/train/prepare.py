@@ -1,4 +1,4 @@
-"""From a config to everything a run needs. Whatever can be refused is refused here, before a file is written."""
+"""From a config to everything a run needs. Every check that can be made before a file is written is made here."""
 
 import secrets
 import time
@@ -35,7 +35,16 @@ FREE = ("model.drop_path", "model.drop_path_uniform", "model.attention", "model.
 
 @dataclass
 class Setup:
-    """A run that is ready to start; nothing has been written yet."""
+    """A run that is ready to start; nothing has been written yet.
+
+    out      the run folder
+    dtype    of autocast
+    source   the images to train on
+    probe    measured on the run's own domain; general: on images that it must not forget. None: no such probe
+    student, teacher  on the CPU
+    init     the weights that the run starts from; None: random ones
+    notes    lines for the log
+    """
 
     config: Config
     ranks: Ranks
@@ -53,18 +62,21 @@ class Setup:
 
     @property
     def num_steps(self) -> int:
+        """Optimizer steps of the run."""
         return self.schedules.num_steps
 
     @property
     def global_batch_size(self) -> int:
+        """Images a step, over all processes."""
         return self.config.batch_size * self.ranks.world_size
 
     def new_state(self) -> TrainState:
+        """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
         return build_state(self.config, self.student, self.teacher, self.device, self.dtype, anchor, self.ranks)
 
     def batches(self, state: TrainState) -> BatchLoader:
-        """The endless loader of this run, from the samples on that `state` has reached."""
+        """The endless loader of this run, starting at the sample `state.position`."""
         config, patch_size = self.config, self.student.backbone.patch_size
         channels = config.model.in_channels
         loader = BatchLoader(
@@ -83,7 +95,10 @@ class Setup:
         return loader
 
     def open_writer(self) -> Writer:
-        """The writer of this run's checkpoints; the run folder is this start's own from here on."""
+        """The writer of this run's checkpoints, which claims the run folder for this process group.
+
+        raises UserError when the folder cannot be written
+        """
         config = self.config
         return Writer(
             self.out,
@@ -104,7 +119,10 @@ class Setup:
 
 
 def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
-    """Check a config against the machine, the data and the weights; UserError in one line when it cannot run."""
+    """Check a config against the machine, the data and the weights; every process calls this.
+
+    raises UserError, in one line, when the config cannot be run
+    """
     if not config.out:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
     out = Path(config.out)
@@ -156,7 +174,11 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
-    """All processes see what rank 0 writes to `out`, else UserError on all of them, and nothing is left there."""
+    """Check that all processes see a file that rank 0 writes to `out`; it is removed again.
+
+    raises UserError on all processes when `out` cannot be written, or when one of them does not see the file within
+    `SHARED_SECONDS`
+    """
     if ranks.world_size == 1:
         return
     # A kill leaves what counts as unfinished, so that the run can be started again (`check_out`).
@@ -186,9 +208,9 @@ def check_shared(out: Path, ranks: Ranks) -> None:
 
 
 def changed_config(config: Config, out: Path) -> list[str]:
-    """One line when a run is resumed with options that move its weights and differ from those it was started with.
+    """A one-line message when a run is resumed with other values of options that affect its weights; else [].
 
-    raises UserError when it could not load its checkpoints into the networks of this config
+    raises UserError where init= or an option of the architecture differs from the run's config.yaml
     """
     path = out / "config.yaml"
     if not config.resume or not path.is_file():
@@ -210,10 +232,10 @@ def changed_config(config: Config, out: Path) -> list[str]:
 
 
 def claim_folder(config: Config, out: Path, init: InitialWeights | None, backbone: RegisterViT) -> None:
-    """Make `out` this run's folder; write there the resolved config and the weights it starts from, if any.
+    """Create the run folder `out` and write the resolved config and the initial weights, if any, into it.
 
-    backbone  holds the weights of `init`
-    raises    UserError when the folder cannot be written, or holds what `overwrite=true` must not delete
+    backbone  with the weights of `init`
+    raises    UserError when the folder cannot be written, or has files that `overwrite=true` must not delete
     """
     try:
         if config.overwrite:

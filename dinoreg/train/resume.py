@@ -1,6 +1,6 @@
-"""Writing a run's state down, taking it up again, and going back to the last good one.
+"""Saving a run's state, restoring it, and going back to the last good one.
 
-All of it is done by all processes together; the files beside the checkpoints are written by rank 0.
+All processes call these functions together; rank 0 writes the files beside the checkpoints.
 """
 
 import json
@@ -22,9 +22,9 @@ from dinoreg.train.state import TrainState
 
 
 def find_checkpoint(out: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, or None where none was written yet; and what is wrong with newer ones.
+    """The newest intact checkpoint of the run folder `out` (None without any), and a line per damaged newer one.
 
-    raises RunError where there are checkpoints and none can be read: they must not be replaced by those of step 0 on
+    raises RunError where there are checkpoints and none can be read: a new start would overwrite them
     """
     path, damaged = checkpoint.newest(out / "checkpoints", ranks)
     if path is None and damaged:
@@ -36,7 +36,11 @@ def find_checkpoint(out: Path, ranks: Ranks) -> tuple[Path | None, list[str]]:
 
 
 def restore(state: TrainState, path: Path, source: Source) -> list[str]:
-    """Load a checkpoint that `find_checkpoint` has verified into `state`; returns lines for the log."""
+    """Load a checkpoint that `find_checkpoint` has verified into `state`; returns lines for the log.
+
+    source  the images of this start, compared with those of the checkpoint
+    raises  RunError when a file is damaged, UserError when the checkpoint is of another architecture
+    """
     tensors = state.tensors()
     numbers = checkpoint.load(path, tensors, state.numbers(), verified=True, ranks=state.ranks)
     state.load(tensors, numbers)
@@ -48,8 +52,10 @@ def restore(state: TrainState, path: Path, source: Source) -> list[str]:
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of a run in progress, and the files beside them that tell how far it is.
+    """The checkpoints of a run in progress, with the files beside them: status.json, skipped.jsonl, health events.
 
+    out            the run folder
+    num_steps      of the run
     on_checkpoint  called on rank 0 with (step, teacher file) after a checkpoint has been published
     """
 
@@ -62,10 +68,12 @@ class Checkpoints:
     on_checkpoint: Callable[[int, Path], None] | None = None
 
     def save(self, state: TrainState, bad: Mapping[str, str], *, best: bool, wait: bool) -> None:
-        """Have training state and teacher file written; `last` (and `best`) point to them once they are on the disk.
+        """Start writing training state and teacher file; `last` points to them once they are on the disk.
 
-        bad   the images that this process could not read, with the reasons
-        wait  for the last of a run: until they are on the disk
+        bad     {image name: reason} of the images that this process could not read
+        best    `best` shall point to this checkpoint, too
+        wait    return only when it is on the disk
+        raises  RunError when too many checkpoints in a row have failed, or with `wait` when this one fails
         """
         bad = {name: reason for part in self.ranks.gather_objects(dict(bad)) for name, reason in part.items()}
         with suppress(OSError):  # the checkpoint will report it
@@ -79,11 +87,11 @@ class Checkpoints:
         self._notify(published)
 
     def poll(self) -> None:
-        """Say what has become of the checkpoints since the last call; never waits."""
+        """Log the checkpoints that failed since the last call and announce published ones; never waits."""
         self._notify(self.report())
 
     def report(self) -> list[int]:
-        """As `poll`, without `on_checkpoint`; returns the steps whose checkpoints have reached the disk."""
+        """As `poll`, without calling `on_checkpoint`; returns the steps of the checkpoints published since then."""
         for failure in self.writer.poll():
             self.log.say(f"{failure.message}. {failure.remedy}", logging.WARNING)
             event = {"name": "checkpoint-failed", "message": failure.message, "remedy": failure.remedy}
@@ -100,7 +108,7 @@ class Checkpoints:
                 self.on_checkpoint(step, self.out / "teacher" / f"{checkpoint.step_name(step)}.safetensors")
 
     def write_status(self, step: int) -> None:
-        """`status.json`: where the run is, for `doctor` and `report`."""
+        """Write `status.json`, {"phase", "step", "num_steps", "time"}, on rank 0; time in seconds since 1970."""
         if self.ranks.is_main:
             phase = "finished" if step >= self.num_steps else "running"
             content = {"phase": phase, "step": step, "num_steps": self.num_steps, "time": time.time()}
@@ -113,9 +121,11 @@ class Checkpoints:
             write_atomic(self.out / "skipped.jsonl", lines)
 
     def roll_back(self, state: TrainState, bad: Mapping[str, str], max_rollbacks: int) -> None:
-        """Return to the last good state, past the samples that led here; RunError once that has been tried enough.
+        """Restore the newest checkpoint, but continue after the samples that led to non-finite steps.
 
-        bad  the unreadable images found so far, which stay known
+        bad            {image name: reason} of the unreadable images so far, kept in the state
+        max_rollbacks  times that a run may be rolled back
+        raises         RunError when it has been rolled back that often already
         """
         step, position, rollbacks = state.step, state.position, state.rollbacks
         if rollbacks >= max_rollbacks:
@@ -140,7 +150,7 @@ class Checkpoints:
         self.log.append("health/events.jsonl", {"step": state.step, **event})
 
     def close(self, bad: Mapping[str, str]) -> None:
-        """Finish what is being written; `bad` as for `save`."""
+        """Wait for the checkpoint that is being written, and log the outcome; `bad` as for `save`."""
         self.writer.close()
         with suppress(OSError):  # a full disk has been reported by then
             self.report()

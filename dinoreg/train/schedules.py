@@ -13,7 +13,14 @@ from dinoreg.config.schema import AdaptConfig, ScheduleConfig
 
 @dataclass(frozen=True)
 class Now:
-    """The scheduled values of one step; `backbone` multiplies the backbone's rates, and at 0 it is frozen."""
+    """The scheduled values of one step.
+
+    lr, last_layer_lr  learning rates, before each group's multiplier; that of the heads' last layers is 0 at first
+    weight_decay       AdamW's, decoupled
+    momentum           of the teacher's moving average, in [0, 1]
+    teacher_temp       temperature of the teacher's softmax, > 0
+    backbone           in [0, 1], factor of the backbone's learning rates; at 0 the backbone gets no gradient
+    """
 
     lr: float
     last_layer_lr: float
@@ -24,14 +31,14 @@ class Now:
 
 
 def linear(start: float, end: float, step: int, steps: int) -> float:
-    """Inclusive line: `start` at step 0, `end` from step `steps` - 1 on."""
+    """The line from `start` at step 0 to `end` at step `steps` - 1; `end` after it."""
     if step >= steps - 1:
         return end
     return LinearParamScheduler(start, end)(step / (steps - 1))
 
 
 def cosine(start: float, end: float, step: int, steps: int) -> float:
-    """`start` at step 0, falling (or rising) to `end` at step `steps` and beyond."""
+    """Half a cosine from `start` at step 0 to `end` at step `steps`; `end` after it."""
     if step >= steps:
         return end
     return CosineParamScheduler(start, end)(step / steps)
@@ -39,10 +46,12 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Schedules:
-    """All schedules of a run; their lengths are fractions of `num_steps`.
+    """All schedules of a run; the lengths in `options` and `adapt` are shares (0 to 1) of `num_steps`.
 
-    adapt  of a run that starts from weights: how long the backbone stays frozen, how long its rate then rises, and the
-           multiplier it rises to; None: the backbone learns as the heads do
+    num_steps  optimizer steps of the run
+    peak_lr    learning rate at the end of the warm-up
+    adapt      of a run that starts from weights: how long the backbone stays frozen, how long its factor then rises,
+               and the value it rises to. None: the factor is 1
     """
 
     num_steps: int
@@ -51,6 +60,7 @@ class Schedules:
     adapt: AdaptConfig | None = None
 
     def at(self, step: int) -> Now:
+        """The values for step `step`, counted from 0; beyond the end of the run they stay at their final values."""
         options = self.options
         warmup = round(options.warmup * self.num_steps)
         if step < warmup:
@@ -69,7 +79,10 @@ class Schedules:
         )
 
     def backbone_at(self, step: int) -> float:
-        """0 while the backbone is frozen; then a line whose first step is above 0, since a step at 0 would be lost."""
+        """The factor of the backbone's learning rate: 0 while it is frozen, then a line up to `adapt.lr`.
+
+        The line's first step is above 0: at 0 the backbone would get gradients and not move.
+        """
         if self.adapt is None:
             return 1.0
         since = step - round(self.adapt.heads * self.num_steps)

@@ -36,16 +36,19 @@ class Networks(nn.ModuleDict):
 
 @dataclass
 class TrainState:
-    """The whole state of a run; everything here is in a checkpoint, but for the anchor, which never changes.
+    """The state of a run; a checkpoint holds all of it but `train_modules`, `ranks` and the anchor, which is fixed.
 
-    centers    {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering)
-    loss_scale ()  multiplies the loss before the backward pass; moves in fp16 only
+    train_modules  the student's modules as a step calls them: the student itself, or DDP around each module
+    centers        {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering)
+    loss_scale ()  multiplies the loss before the backward pass; changes in fp16 only
     scale_age  ()  int32, finite steps since the scale last changed
     rejected   ()  non-finite steps in a row, counted on the device
-    step       optimizer steps taken          position   samples drawn from the data
-    anchor     the frozen backbone that `loss.anchor_weight` holds on to, if any
-    train_modules  the student's modules as a step calls them: the student itself, or DDP around each module
-    ranks      the processes that train it together
+    step           optimizer steps taken
+    position       samples drawn from the data
+    rollbacks      how often the run has gone back to an earlier checkpoint
+    history        JSON values: fingerprint of the data, unreadable images, best probe
+    anchor         the frozen backbone of the anchor loss; None where loss.anchor_weight is 0
+    ranks          the processes that train it together
     """
 
     student: Networks
@@ -74,17 +77,21 @@ class TrainState:
         }
 
     def replicated(self) -> dict[str, Tensor]:
-        """Every tensor of which processes hold replicas that must stay equal, by name."""
+        """Weights and centres by name: the tensors of which processes hold replicas that must stay equal."""
         networks = {"student": self.student, "teacher": self.teacher}
         weights = {f"{kind}.{name}": p for kind, network in networks.items() for name, p in network.named_parameters()}
         return weights | {f"centers.{name}": center for name, center in self.centers.items()}
 
     def numbers(self) -> dict[str, Any]:
-        """The rest of a checkpoint: plain numbers and lists, written as JSON."""
+        """The rest of a checkpoint, as JSON values: {"step", "position", "rollbacks", "history"}."""
         return {name: getattr(self, name) for name in ("step", "position", "rollbacks", "history")}
 
     def load(self, tensors: dict[str, Any], numbers: dict[str, Any]) -> None:
-        """Take over a checkpoint read into `tensors()` of this very state."""
+        """Take over a checkpoint.
+
+        tensors  of this state's `tensors()`, into which the checkpoint has been read
+        numbers  as `numbers()` wrote them
+        """
         self.student.load_state_dict(tensors["student"])
         self.teacher.load_state_dict(tensors["teacher"])
         groups = get_optimizer_state_dict(self.student, self.optimizer)["param_groups"]
@@ -98,9 +105,12 @@ class TrainState:
 
 
 def build_networks(config: Config) -> tuple[Networks, Networks]:
-    """Student and teacher, on the CPU, with equal weights that depend on the seed alone."""
+    """Student and teacher, on the CPU, with equal weights that depend on config.seed alone.
+
+    The teacher is in eval mode and needs no gradients. raises UserError for a model that cannot be built
+    """
     head = config.head
-    # What the config leaves open is as the model's name says; compiling is done from outside.
+    # Options without a value follow from the model's name; compiling is not an argument of the model.
     model = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
     del model["compile"]
     with torch.random.fork_rng(devices=[]):
@@ -128,9 +138,12 @@ def build_state(
     ranks: Ranks = ALONE,
     mesh: DeviceMesh | None = None,
 ) -> TrainState:
-    """Step 0 of a run on `device`; `dtype` is the autocast dtype, of which fp16 needs loss scaling.
+    """The state at step 0 of a run, with the networks moved to `device` and distributed over `ranks`.
 
-    mesh  of the processes, for FSDP2; None: all of them, as `parallel.shard` says
+    dtype   of autocast; only float16 uses a loss scale above 1
+    anchor  the frozen backbone of the anchor loss, if any
+    mesh    of the processes, for FSDP2; None: all of them, in groups of `parallel.shard`
+    raises  UserError where the processes do not divide into groups of `parallel.shard`
     """
     student.to(device).train()
     teacher.to(device)

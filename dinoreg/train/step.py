@@ -1,11 +1,11 @@
 """One optimizer step of DINOv2: teacher targets, student losses, their gradients, and the update.
 
-The batch of all processes together is one batch: its targets, its neighbours and its gradient norm are those that one
-process would find for it. Sums over processes are the identity on one.
+The batches of all processes are one batch: its targets, its nearest neighbours and its gradient norm are those that a
+single process would compute. Sums over processes are the identity on one.
 
-Losses and targets follow DINOv2 §4: the teacher sees clean global crops, the student masked
-global crops and clean local ones. A step computed in micro-batches has the statistics of the whole batch: targets are
-formed over all of it before the student starts, and KoLeo's neighbours are searched in all of it.
+Losses and targets follow DINOv2 section 4: the teacher sees clean global crops, the student masked
+global crops and clean local ones. A step computed in micro-batches has the statistics of the full batch: targets are
+computed for all of it before the student starts, and KoLeo searches neighbours in all of it.
 """
 
 from collections.abc import Iterator
@@ -37,10 +37,10 @@ SMALLEST_LOSS_SCALE = 1.0
 class Targets:
     """What the student has to predict, all without gradient.
 
-    dino (2B, K)   rows of view 1, then of view 2; each sums to one
-    ibot (M, K')   one row per masked patch
-    features (2B, D)   the teacher's class tokens, float32
-    centers        the centres for the next step
+    dino     (2B, K)   rows of view 1, then of view 2; each sums to one
+    ibot     (M, K')   one row per masked patch; each sums to one
+    features (2B, D)   the teacher's class tokens, float32, in the order of `dino`
+    centers            {"dino": (1, K), "ibot": (1, K')}, the centres for the next step
     """
 
     dino: Tensor
@@ -53,9 +53,9 @@ class Targets:
 class StepResult:
     """What a step leaves for logging; tensors stay on the device.
 
-    losses    {"dino_global", "dino_local", "ibot", "koleo", "anchor", "total"}: as optimised, weights included, of the
-              whole batch
-    norms     {"grad_norm_backbone", …} before clipping, of what is not frozen
+    losses    {"dino_global", "dino_local", "ibot", "koleo", "anchor", "total"}, each (): as optimised, weights
+              included, means over the batches of all processes; those with a weight of 0 are left out
+    norms     {"grad_norm_backbone", …}, each (): before clipping, of the modules with gradients
     accepted  ()  1.0, or 0.0 when loss or gradient was not finite and nothing was changed
     """
 
@@ -67,7 +67,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of a batch: the global and local crops of some images, with their masked patches and targets."""
+    """A part of a batch: the global and local crops of some images (b of them), and where its rows are in the batch."""
 
     global_crops: Tensor  # (2b, C, H, W)
     local_crops: Tensor | None  # (L·b, C, h, w)
@@ -79,7 +79,10 @@ class MicroBatch:
 
 
 def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
-    """Cut a batch into `count` parts of equally many images, every view of an image in the same part."""
+    """Cut a batch into `count` parts of equally many images, every view of an image in the same part.
+
+    count  divides the number of images B
+    """
     if count == 1:
         tensors = (batch.global_crops, batch.local_crops, batch.mask, batch.mask_indices, batch.mask_weights)
         yield MicroBatch(*tensors, slice(None), slice(None))
@@ -109,9 +112,13 @@ def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
 
 
 def project(networks: Modules, cls_tokens: list[Tensor], patch_tokens: Tensor) -> tuple[Tensor, ...]:
-    """Logits of groups of class tokens (n, D) and of patch tokens (m, D): one call of a tied head, two of untied ones.
+    """Apply the prototype heads: one call of a tied head, one call each of two untied heads.
 
-    The groups are split, not sliced: the gradient of a slice is a zero-filled copy of the whole.
+    cls_tokens    groups of (n, D)
+    patch_tokens  (m, D)
+    returns       logits: (n, K) for each group, then (m, K') of the patches; K' = K for a tied head
+
+    The result is split, not sliced: the gradient of a slice is a zero-filled copy of the full tensor.
     """
     sizes = [len(tokens) for tokens in cls_tokens]
     if "ibot_head" in networks:
@@ -132,7 +139,15 @@ def teacher_targets(
     accumulate: int = 1,
     ranks: Ranks = ALONE,
 ) -> Targets:
-    """The teacher's prototype assignments of both views and of the masked patches, over the whole batch."""
+    """The teacher's prototype assignments of both views and of the masked patches, over the whole batch.
+
+    teacher       in eval mode; it sees the global crops without masks
+    centers       {"dino": (1, K), "ibot": (1, K')}, used for softmax centering only
+    teacher_temp  > 0
+    dtype         of autocast
+    accumulate    number of micro-batches that the batch is computed in
+    ranks         the processes whose batches are one batch; all of them call together
+    """
     device = batch.global_crops.device
     parts = list(micro_batches(batch, accumulate))
     crops, masked = [part.rows for part in parts], [part.masked_rows for part in parts]
@@ -141,7 +156,7 @@ def teacher_targets(
         with autocast(device, dtype):
             (tokens,) = teacher["backbone"]([part.global_crops], None, [part.mask_indices])
             cls_part, patch_part = project(teacher, [tokens.cls], tokens.patches)
-        # Of the tokens, a view would keep the patches until health forgets it.
+        # A copy: a view would keep the patch tokens in memory for as long as the health checks hold the features.
         outputs.append((cls_part, patch_part, tokens.cls.float().clone()))
     cls_logits, patch_logits, features = (list(tensors) for tensors in zip(*outputs))
     cls_all, patch_all = _restore(cls_logits, crops), _restore(patch_logits, masked)
@@ -167,9 +182,11 @@ def _restore(parts: list[Tensor], rows: list[Tensor | slice]) -> Tensor:
 
 
 def student_inputs(part: MicroBatch, anchored: bool) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
-    """The groups of crops that the student's backbone sees, their masks, and the patches that losses look at.
+    """The student backbone's input: groups of crops, their masks, and the indices of the patches that losses need.
 
-    anchored  the anchor's loss needs the visible patches as well; those behind the mask are iBOT's
+    anchored  add the indices of the unmasked patches, which the anchor loss needs, to those of the masked ones
+    returns   three lists with one entry per group, the global crops and, if there are any, the local crops:
+              images (2b, C, H, W) and (L*b, C, h, w), masks (2b, N) bool and None, patch indices (m,) and (0,) int64
     """
     patches = part.mask_indices
     if anchored:
@@ -189,11 +206,14 @@ def student_losses(
     frozen: bool = False,
     num_visible: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The unweighted losses of some images (DINO, iBOT, anchor), and the student's global class tokens (2b, D).
+    """The unweighted losses of a micro-batch, and the student's global class tokens (2b, D).
 
-    anchor       the backbone whose tokens of the same, unmasked crops are to be stayed near; None: no such loss
-    frozen       no gradient goes to the backbone, only to the heads
-    num_visible ()  unmasked patches of such a part on average, for the anchor's mean; None: of this part
+    dtype           of autocast
+    anchor          the frozen backbone of the anchor loss, which sees the global crops unmasked; None: no such loss
+    frozen          no gradient goes to the backbone, only to the heads
+    num_visible ()  the mean number of unmasked patches over all micro-batches, `num_patches` of `anchor_loss`; None:
+                    that of this micro-batch
+    returns         {"dino_global", "dino_local", "ibot"} and, with an anchor, "anchor", each () float32
     """
     groups, masks, patches = student_inputs(part, anchor is not None)
     num_masked = len(part.mask_indices)
@@ -216,15 +236,19 @@ def student_losses(
 
 
 def koleo_of_views(features: Tensor) -> Tensor:
-    """KoLeo of view 1 plus KoLeo of view 2, (2B, D) crop-major: the two views of an image never meet."""
+    """KoLeo of view 1 plus KoLeo of view 2, (); the two views of an image are never compared.
+
+    features  (2B, D)   rows of view 1 first
+    """
     return koleo_loss(features[: len(features) // 2]) + koleo_loss(features[len(features) // 2 :])
 
 
 def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Weighted KoLeo over the images of several processes, and what this process backpropagates for it.
 
-    features   (2B, D)  this process's class tokens, crop-major
-    num_ranks  processes searched together; None: all
+    features   (2B, D)  this process's class tokens, rows of view 1 first
+    weight              of the loss, > 0
+    num_ranks           consecutive ranks whose images are searched together for neighbours; None: all
     returns    ()       the value, the same on those processes
                (2B, D)  its gradient with respect to `features`, times the number of those processes, because the mean
                         over processes that follows divides by it
@@ -250,12 +274,18 @@ def backward(
     seed: int,
     frozen: bool = False,
 ) -> dict[str, Tensor]:
-    """Gradients of the total loss into the student, or with `frozen` into its heads; the weighted losses (detached).
+    """Add the gradients of the total loss to the student's; returns the weighted losses, detached.
+
+    dtype       of autocast
+    accumulate  number of micro-batches; it divides the number of images
+    seed        of the networks' own randomness in this step, see `micro_batch_seed`
+    frozen      no gradient goes to the backbone, only to the heads
+    returns     as `StepResult.losses`; gradients are multiplied by state.loss_scale, losses are not
 
     With several micro-batches KoLeo needs the class tokens of all of them: they are computed once without gradient,
     KoLeo's gradient with respect to them is taken, and each micro-batch's backward pass carries its part of it. Drop
-    path draws the same samples both times because every micro-batch seeds it anew. The tokens of other processes take
-    part in the same way.
+    path draws the same samples both times because every micro-batch sets its seed again. The tokens of other processes
+    take part in the same way.
     """
     weights = {"dino_global": loss.dino_weight, "dino_local": loss.dino_weight}
     weights |= {"ibot": loss.ibot_weight, "anchor": loss.anchor_weight}
@@ -300,7 +330,7 @@ def backward(
 def _class_tokens(
     student: nn.ModuleDict, parts: list[MicroBatch], dtype: torch.dtype, seeds: list[int], anchored: bool
 ) -> Tensor:
-    """The student's global class tokens (2B, D) float32, exactly as the passes with gradient will see them."""
+    """The student's global class tokens (2B, D) float32, equal to those of the passes with gradient."""
     tokens = []
     for part, seed in zip(parts, seeds):
         torch.manual_seed(seed)
@@ -311,7 +341,10 @@ def _class_tokens(
 
 
 def micro_batch_seed(seed: int, index: int, rank: int) -> int:
-    """The seed of the randomness inside the networks (drop path), by step, micro-batch and process."""
+    """The seed, in 0 to 2**63 - 1, of the networks' randomness (drop path) in one micro-batch on one process.
+
+    seed  of the step
+    """
     return (seed * 1_000_003 + index + rank * 998_244_353_000) % 2**63
 
 
@@ -326,10 +359,17 @@ def train_step(
     accumulate: int,
     seed: int,
 ) -> StepResult:
-    """One optimizer step. A step whose loss or gradient is not finite changes nothing but its counters.
+    """One optimizer step, which updates `state` in place; every process calls it together.
 
-    Whether it is finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits. While
-    `now.backbone` is 0 the backbone gets no gradient at all, so neither rates nor weight decay can move it.
+    now         the scheduled values of the step
+    dtype       of autocast; float16 comes with loss scaling
+    clip_grad   largest gradient norm of each module, see `clip_gradients`; 0: no clipping
+    accumulate  number of micro-batches; it divides the number of images of the batch
+    seed        of the run
+
+    A step whose loss or gradient is not finite changes counters and the loss scale only. Whether it is
+    finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits. While `now.backbone` is 0
+    the backbone gets no gradient, so neither its learning rate nor weight decay can change it.
     """
     targets = teacher_targets(
         state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, state.ranks

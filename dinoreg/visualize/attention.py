@@ -1,4 +1,4 @@
-"""Where the class token and each register look: attention weights of any block and head, as pictures."""
+"""What the class token and each register attend to: attention weights of any block and head, as pictures."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,12 +23,12 @@ TILE = 118  # pixels, the height of a map
 
 @torch.no_grad()
 def attention_rows(model: RegisterViT, images: Tensor, layers: Sequence[int]) -> Tensor:
-    """What the class token and the registers attend to, in several blocks and one pass.
+    """The attention of the class token and the registers to all tokens, in several blocks and one pass.
 
-    images  (B, C, H, W) normalised, on the model's device
-    layers  indices of blocks from 0, ascending
-    returns (L, B, heads, 1+R, T) float32: rows of `RegisterViT.attention`, each summing to one. Only these rows are
-            computed: the whole matrix of a large picture would not fit into memory
+    images   (B, C, H, W) normalised, on the model's device
+    layers   indices of blocks from 0, ascending
+    returns  (L, B, heads, 1+R, T) float32: rows of `RegisterViT.attention`, each summing to one. Only these rows are
+             computed: the entire matrix of a large picture would not fit into memory
     """
     special = 1 + model.num_registers
     before = [layer - 1 for layer in layers if layer > 0]
@@ -48,8 +48,8 @@ def attention_rows(model: RegisterViT, images: Tensor, layers: Sequence[int]) ->
 def attention_maps(model: RegisterViT, images: Tensor) -> Tensor:
     """The attention of the class token and the registers to the patches in the last block, averaged over heads.
 
-    images  (B, C, H, W) normalised, on the model's device
-    returns (B, 1+R, H/p, W/p) float32: the share of a token's attention that a patch gets
+    images   (B, C, H, W) normalised, on the model's device
+    returns  (B, 1+R, H/p, W/p) float32 in [0, 1]: the share of a token's attention that a patch gets
     """
     special = 1 + model.num_registers
     weights = attention_rows(model, images, [model.depth - 1])[0].mean(dim=1)  # (B, 1+R, T)
@@ -58,7 +58,7 @@ def attention_maps(model: RegisterViT, images: Tensor) -> Tensor:
 
 
 class Budget(NamedTuple):
-    """How one token divides its attention, means over images and heads: shares that sum to one."""
+    """How one token divides its attention, means over images and heads: shares in [0, 1] that sum to one."""
 
     cls: float
     registers: float
@@ -67,7 +67,11 @@ class Budget(NamedTuple):
 
 
 def attention_budget(rows: Tensor) -> list[Budget]:
-    """rows (B, heads, 1+R, T) of one block -> one Budget for the class token and each register."""
+    """How the class token and each register divide their attention in one block.
+
+    rows     (B, heads, 1+R, T), each summing to one
+    returns  a Budget for each of the 1 + R tokens
+    """
     special = rows.shape[2]
     cls, registers, patches = rows.tensor_split([1, special], dim=-1)
     total = patches.sum(-1)
@@ -77,14 +81,18 @@ def attention_budget(rows: Tensor) -> list[Budget]:
 
 
 def token_names(num_registers: int) -> list[str]:
-    """Of the class token and the registers, as they stand in a sequence."""
+    """Names of the class token and the registers, in the order of the sequence."""
     return ["CLS"] + [f"register {number + 1}" for number in range(num_registers)]
 
 
 def attention_sheet(model: RegisterViT, images: Tensor, pixels: np.ndarray, height: int = 120) -> Image.Image:
     """One row per image: the picture, then the map of the class token and of each register (1 + 1 + R tiles).
 
-    images (B, C, H, W) as the model gets them, pixels (B, H, W, 3) uint8. Every map is scaled to its brightest patch.
+    images  (B, C, H, W) normalised, on the model's device
+    pixels  (B, H, W, 3) uint8, the same images to show
+    height  of the tiles in pixels
+
+    Every map is scaled to its brightest patch.
     """
     maps = attention_maps(model, images).cpu().numpy()
     rows = [map_row(picture, map(colour_map, tokens), height) for picture, tokens in zip(pixels, maps)]
@@ -92,9 +100,11 @@ def attention_sheet(model: RegisterViT, images: Tensor, pixels: np.ndarray, heig
 
 
 def overlay(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """A map over its picture: grey and dim where nobody looks, in the map's colours where the token does.
+    """A map over its picture: grey and dim where the attention is low, in the map's colours where it is high.
 
-    pixels (H, W, 3) uint8, values (h, w) at least 0 -> (H, W, 3) uint8
+    pixels   (H, W, 3) uint8
+    values   (h, w) at least 0
+    returns  (H, W, 3) uint8
     """
     height, width = pixels.shape[:2]
     top = float(values.max())
@@ -115,8 +125,8 @@ def view_attention(*, layer: str, head: str, **request: Any) -> Path:
 
     layer    index of a block, from 0 or from the end; several as "0,5,11"; or "all"
     head     "all": the mean and every head; "mean"; or a head's number from 0
-    request  weights, images and the rest of what `ModelGallery` takes
-    raises   UserError, before anything is written, for a layer, head, size, image or model that is not there
+    request  weights, images and the other arguments of `ModelGallery`
+    raises   UserError, before anything is written, for a layer, head, size, image or model that does not exist or fit
     """
     gallery = ModelGallery("attention", **request)
     model, names = gallery.model, token_names(gallery.model.num_registers)
@@ -147,7 +157,9 @@ def token_sheet(
 ) -> Image.Image:
     """One image's maps: a row for each head or block, a column for each token, the picture in the first row.
 
-    pixels (H, W, 3) uint8; maps (rows, 1+R, h, w); over: drawn over the picture
+    pixels  (H, W, 3) uint8
+    maps    (rows, 1+R, h, w) at least 0
+    over    draw the maps over the picture
     """
     paint = partial(overlay, np.asarray(tile(pixels, TILE))) if over else colour_map
     rows = [map_row(pixels, map(paint, tokens), TILE) for tokens in maps]

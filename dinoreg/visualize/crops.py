@@ -18,7 +18,12 @@ TILE = 112  # pixels, the height of a global crop
 
 
 def hide(pixels: np.ndarray, mask: np.ndarray, patch_size: int) -> np.ndarray:
-    """Paint the masked patches grey: pixels (H, W, 3) uint8, mask (N,) bool, True = hidden."""
+    """An image with its masked patches in grey: (H, W, 3) uint8.
+
+    pixels      (H, W, 3) uint8
+    mask        (N,) bool, True where a patch is hidden, row by row
+    patch_size  pixels, a divisor of H and W
+    """
     grid = mask.reshape(pixels.shape[0] // patch_size, pixels.shape[1] // patch_size)
     hidden = grid.repeat(patch_size, axis=0).repeat(patch_size, axis=1)
     return np.where(hidden[..., None], np.array(GREY, dtype=np.uint8), pixels)
@@ -35,7 +40,11 @@ def crop_sheet(
 ) -> Image.Image:
     """One row per image: each global crop as the teacher and as the student sees it, then the local crops.
 
-    Crops keep their relative size: a local crop is drawn smaller than a global one. `originals`, one per row, go first.
+    mean, std   one number per channel, on the scale of [0, 1], to undo the normalisation
+    patch_size  pixels
+    num_images  rows at most
+    height      of a global crop's tile in pixels; a local crop is drawn smaller in proportion
+    originals   one per row, drawn in front
     """
     images = len(batch.global_crops) // 2
     views, masks = to_pixels(batch.global_crops, mean, std), batch.mask.cpu().numpy()
@@ -60,13 +69,14 @@ def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: i
 
     config     a name in `configs/`, a YAML file or a run folder
     overrides  key=value of the config, as `pretrain` takes them
+    num        images that are shown
     raises     UserError, before anything is written, for what is unknown, missing or does not fit
     """
     settings = load_config(config, list(overrides))
     source = config_source(settings.data, "data: missing; name a folder of images (data=photos/), a list, or scenes")
     gallery = Gallery("crops", Path(out) if out else default_folder(config))
     patch = int(parse_name(settings.model.name)["patch_size"])
-    # The masks of a batch are drawn for it as a whole, so it is the run's own; of a large one, as much as is shown.
+    # Masks are drawn for a batch as a unit, so its size is the run's, unless that is far more than is shown.
     batch, unreadable = first_batch(settings, source, patch, min(max(num, 8), settings.batch_size))
     indices = [int(index) for index in batch.sample_ids[:num]]
     names = [source.name(index) for index in indices]
@@ -88,7 +98,10 @@ def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: i
 
 
 def first_batch(config: Config, source: Source, patch_size: int, batch_size: int) -> tuple[Batch, dict[str, str]]:
-    """The first training batch that a config makes of a source, and {name: reason} of images that it left out."""
+    """The first training batch that a config makes of a source, and {name: reason} of images that could not be read.
+
+    patch_size  pixels
+    """
     views = Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels)
     reading = replace(config.data, workers=0, max_bad_fraction=1.0)
     loader = BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed)

@@ -1,6 +1,6 @@
-"""What views are drawn on: contact sheets of labelled tiles, and a gallery that keeps them and writes the page.
+"""Contact sheets of labelled tiles, and galleries that save them and write the page around them.
 
-A sheet stands on a transparent ground that suits a light and a dark page. A gallery's pictures are PNG files in
+A sheet has a transparent background that suits a light and a dark page. A gallery's pictures are PNG files in
 `OUT/<view>/`, and `OUT/<view>.html` holds them all.
 """
 
@@ -27,7 +27,7 @@ from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
 
-GREY = (128, 134, 144)  # reads on white and on black
+GREY = (128, 134, 144)  # legible on white and on black
 INK = "#808690"  # the same
 GAP = 6
 LABEL = 18  # height of a line of text in pixels
@@ -39,9 +39,11 @@ _PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.png")
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo the normalisation: images (B, C, H, W) -> uint8 (B, H, W, 3).
+    """Undo the normalisation: images (B, C, H, W) -> uint8 (B, H, W, 3) on the CPU.
 
     One channel is shown as grey, two as their mean, of more than three the first three.
+
+    mean, std  one number per channel, on the scale of [0, 1]
     """
     x = images.detach().float().cpu()
     scale, shift = (torch.tensor(list(values)).float()[:, None, None] for values in (std, mean))
@@ -53,7 +55,12 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np
 
 
 def colour_map(values: np.ndarray, top: float | None = None, colours: str = "magma") -> np.ndarray:
-    """values (h, w), at least 0 -> uint8 (h, w, 3), black at 0 and brightest at `top`, by default the maximum."""
+    """A map in colours, uint8 (h, w, 3), black at 0 and brightest at `top`.
+
+    values   (h, w), at least 0
+    top      None: the maximum
+    colours  name of a colour map of matplotlib
+    """
     top = float(values.max()) if top is None else top
     shares = values / top if top > 0 else np.zeros_like(values)
     painted = matplotlib.colormaps[colours](shares)[..., :3] * (shares > 0)[..., None]
@@ -61,7 +68,7 @@ def colour_map(values: np.ndarray, top: float | None = None, colours: str = "mag
 
 
 def figure_image(figure: Figure) -> Image.Image:
-    """A figure of matplotlib as a picture on a transparent ground."""
+    """A figure of matplotlib as an RGBA picture with a transparent background."""
     figure.patch.set_alpha(0)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -69,7 +76,10 @@ def figure_image(figure: Figure) -> Image.Image:
 
 
 def tile(pixels: np.ndarray, height: int, width: int | None = None, smooth: bool = True) -> Image.Image:
-    """pixels (h, w, 3) uint8 as a picture of `height` (and `width`, by default in proportion)."""
+    """Pixels (h, w, 3) uint8 as a picture of `height` and `width` pixels, by default in proportion.
+
+    smooth  bicubic; else the nearest pixel, for maps
+    """
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if width is None:
         width = max(1, round(height * picture.width / picture.height))
@@ -77,13 +87,16 @@ def tile(pixels: np.ndarray, height: int, width: int | None = None, smooth: bool
 
 
 def map_row(pixels: np.ndarray, maps: Iterable[np.ndarray], height: int) -> list[Image.Image]:
-    """An image (H, W, 3) uint8, and painted maps of it (h, w, 3) uint8, as tiles of one size side by side."""
+    """An image (H, W, 3) uint8, and coloured maps of it (h, w, 3) uint8, as tiles of one size, `height` pixels high."""
     first = tile(pixels, height)
     return [first, *(tile(each, height, first.width, smooth=False) for each in maps)]
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str] = (), names: Sequence[str] = ()) -> Image.Image:
-    """Rows of tiles under column headings, with a name to the left of each row; short rows leave room."""
+    """Rows of tiles under column headings, with a name to the left of each row; short rows leave room.
+
+    raises  ValueError without any tile
+    """
     if not rows or not any(rows):
         raise ValueError("a contact sheet needs at least one tile")
     font = ImageFont.load_default(size=13)
@@ -122,7 +135,12 @@ class Gallery:
         self.saved: list[str] = []  # names of the pictures
 
     def picture(self, stem: str, image: Image.Image, description: str, note: str = "") -> html.Picture | None:
-        """Save a picture as `STEM.png`; returns what shows it on the page."""
+        """Save a picture as `STEM.png`; returns what shows it on the page, None where it cannot be read again.
+
+        description  for those who cannot see it
+        note         printed below it
+        raises       RunError where it cannot be written
+        """
         path = self.folder / f"{stem}.png"
         with self._writing():
             if not self.saved:
@@ -134,7 +152,9 @@ class Gallery:
     def write_page(self, title: str, record: Mapping[str, Any], folder: str = "visualize", **values: Any) -> Path:
         """Write the page and the record of numbers beside the pictures; returns the page's path.
 
+        record  what `view.json` holds besides the names of the pictures, fit for JSON
         folder  of `dinoreg/`, in which `templates/<view>.html.j2` is; it is given `values`
+        raises  RunError where the page cannot be written
         """
         page = self.out / f"{self.view}.html"
         written = {"format": FORMAT, "view": self.view, **record, "pictures": self.saved}
@@ -164,8 +184,10 @@ class Gallery:
 class ModelGallery(Gallery):
     """A view of a model on some images.
 
-    size      (height, width) in pixels of the images; grid: in patches
-    pictures  the images as the model gets them; pixels (B, H, W, 3) uint8: as they are shown
+    size      (height, width) of the images in pixels
+    grid      (rows, columns) of their patches
+    pictures  the images as the model gets them
+    pixels    (B, H, W, 3) uint8: the images to show
     """
 
     def __init__(
@@ -181,7 +203,7 @@ class ModelGallery(Gallery):
         self.pixels = to_pixels(self.pictures.images, self.subject.mean, self.subject.std)
 
     def finish(self, title: str, record: Mapping[str, Any], **values: Any) -> Path:
-        """Write the page, which states the model, the resolution and the images, and those left out."""
+        """Write the page, with the model, the resolution, the images and those left out; returns its path."""
         name, names = self.subject.name, self.pictures.names
         record = {"weights": name, "size": self.size, "images": names, **record}
         values |= {"gallery": self, "skipped": self.pictures.skipped}

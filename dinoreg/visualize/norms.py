@@ -1,4 +1,4 @@
-"""How long tokens are, block by block, before the final norm: where artifacts show (registers paper, figures 3 and 4).
+"""L2 norms of tokens, block by block, before the final norm: where artifacts show (arXiv 2309.16588, figures 3 and 4).
 
 An artifact is a patch token whose norm is many times that of the others. The final norm hides it, so the norms
 are those of the residual stream after each block.
@@ -29,7 +29,7 @@ _BINS = 60
 
 
 class TokenNorms(NamedTuple):
-    """Euclidean norms of tokens after each block, before the final norm; row l is block l."""
+    """L2 norms of tokens after each block, before the final norm; row l is block l."""
 
     cls: Tensor  # (L, B)
     registers: Tensor  # (L, B, R)
@@ -38,7 +38,7 @@ class TokenNorms(NamedTuple):
 
 @torch.no_grad()
 def token_norms(model: RegisterViT, images: Tensor) -> TokenNorms:
-    """images (B, C, H, W) normalised -> the norms of all their tokens, float32 on the CPU. One image at a time."""
+    """The norms of all tokens of images (B, C, H, W), normalised: float32 on the CPU. One image runs at a time."""
     norms: list[list[Tensor]] = [[], [], []]
     for image in images:
         layers = model.intermediate_tokens(image[None], range(model.depth), norm=False)
@@ -50,8 +50,8 @@ def token_norms(model: RegisterViT, images: Tensor) -> TokenNorms:
 def view_norms(**request: Any) -> Path:
     """Draw maps and histograms of the tokens' norms after each block; returns the page's path.
 
-    request  weights, images and the rest of what `ModelGallery` takes
-    raises   UserError, before anything is written, for a size, image or model that does not fit or is not there
+    request  weights, images and the other arguments of `ModelGallery`
+    raises   UserError, before anything is written, for a size, image or model that does not exist or fit
     """
     gallery = ModelGallery("norms", **request)
     norms = token_norms(gallery.model, gallery.pictures.images)
@@ -66,8 +66,10 @@ def view_norms(**request: Any) -> Path:
 
 
 def summary(norms: TokenNorms) -> list[dict[str, Any]]:
-    """For each block the median, 99th percentile and largest norm of patches, and the means of CLS and registers (None
-    without)."""
+    """For each block {"median", "p99", "max"} of the norms of patches, and the means of "cls" and "registers".
+
+    "p99" is the 99th percentile; "registers" is None where there are none.
+    """
     rows = []
     for cls, registers, patches in zip(*norms):
         median, p99 = np.median(patches.numpy()), np.percentile(patches.numpy(), 99)
@@ -77,7 +79,7 @@ def summary(norms: TokenNorms) -> list[dict[str, Any]]:
 
 
 def norm_chart(rows: Sequence[dict[str, Any]]) -> Chart:
-    """The norms over the blocks, from their summary."""
+    """The norms over the blocks, drawn from their summary."""
     names = {"median": "median patch", "p99": "99th percentile", "max": "largest patch", "cls": "CLS"}
     if rows[0]["registers"] is not None:
         names["registers"] = "registers"
@@ -101,7 +103,7 @@ def _map_sheets(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) ->
 
 
 def histogram_sheet(norms: TokenNorms) -> Image.Image:
-    """A histogram of patch norms for each block, with CLS and registers as lines, on a transparent ground."""
+    """A histogram of patch norms for each block, with CLS and registers as lines, on a transparent background."""
     depth = len(norms.patches)
     columns = min(4, depth)
     rows = -(-depth // columns)

@@ -26,7 +26,7 @@ FORMAT = "dinoreg-patch-basis"
 
 
 class PatchBasis(NamedTuple):
-    """Centre and axes of a set of patch tokens, and each component's range from no colour to full colour."""
+    """Mean and axes of a set of patch tokens, and each component's range from no to full colour; float32, CPU."""
 
     mean: Tensor  # (D,)
     axes: Tensor  # (D, 3) orthonormal, most variance first
@@ -35,7 +35,7 @@ class PatchBasis(NamedTuple):
 
 
 class Foreground(NamedTuple):
-    """Patches whose first component lies above a threshold are foreground."""
+    """The split of patches into foreground (first component above a threshold) and background; float32, CPU."""
 
     mean: Tensor  # (D,)
     axis: Tensor  # (D,) of length one, pointing at the foreground
@@ -44,9 +44,11 @@ class Foreground(NamedTuple):
 
 @torch.no_grad()
 def patch_basis(patches: Tensor, margin: float = 0.01) -> PatchBasis:
-    """Fit the basis on patches (..., N, D); colours saturate for `margin` of the patches at either end.
+    """Fit the basis on patches (..., N, D), float32 on the CPU.
 
     Each axis points where its largest entry is positive, so the same tokens always get the same colours.
+
+    margin  share of the patches in [0, 0.5) whose colours saturate at either end
     """
     x = patches.detach().flatten(0, -2).double().cpu()  # (n, D)
     mean, components = _components(x, 3)
@@ -71,10 +73,12 @@ def _components(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def foreground_of(patches: Tensor, grid: tuple[int, int]) -> Foreground:
-    """The split of patches (B, N, D) by their first component, at the threshold that parts them best (Otsu's).
+    """The split of patches (B, N, D) by their first component, at the threshold that separates them best (Otsu's).
 
     A sign has to be chosen: the foreground is the side to which the middle of the images leans against their borders.
-    The images should be of one kind; among very different ones the first component tells these apart instead.
+    The images should be of one kind; among very different ones the first component separates the images instead.
+
+    grid  rows and columns, N = rows x columns
     """
     x = patches.detach().flatten(0, -2).double().cpu()
     mean, axes = _components(x, 1)
@@ -90,15 +94,15 @@ def foreground_of(patches: Tensor, grid: tuple[int, int]) -> Foreground:
 
 
 def foreground_mask(patches: Tensor, foreground: Foreground) -> Tensor:
-    """patches (B, N, D) -> (B, N) bool on the CPU, True in the foreground."""
+    """(B, N) bool on the CPU of patches (B, N, D), True in the foreground."""
     x = patches.detach().float().cpu()
     return (x - foreground.mean) @ foreground.axis > foreground.threshold
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
-    """The value that splits others into two groups with the most variance between them (Otsu 1979).
+    """The threshold of values (n,) with the most variance between the two groups (Otsu 1979); in a gap, its middle.
 
-    Of several as good, in a gap between the groups, the middle one.
+    bins  of the histogram that it is searched in
     """
     counts, edges = np.histogram(values, bins=bins)
     centres = (edges[:-1] + edges[1:]) / 2
@@ -111,7 +115,7 @@ def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
 
 
 def patch_colours(patches: Tensor, basis: PatchBasis) -> np.ndarray:
-    """patches (B, N, D) -> uint8 (B, N, 3)."""
+    """Colours uint8 (B, N, 3) of patches (B, N, D)."""
     components = (patches.detach().float().cpu() - basis.mean) @ basis.axes  # (B, N, 3)
     shares = (components - basis.low) / (basis.high - basis.low).clamp(min=1e-12)
     return (shares.clamp(0, 1) * 255).round().byte().numpy()
@@ -119,7 +123,12 @@ def patch_colours(patches: Tensor, basis: PatchBasis) -> np.ndarray:
 
 @torch.no_grad()
 def pca_sheet(model: RegisterViT, images: Tensor, pixels: np.ndarray, height: int = 120) -> Image.Image:
-    """Images (B, C, H, W), shown as pixels (B, H, W, 3) uint8 above their patches in colour, one column each."""
+    """Images above their patches in colour, one column each; the basis is fitted on these images.
+
+    images  (B, C, H, W) normalised, on the model's device
+    pixels  (B, H, W, 3) uint8, the same images to show
+    height  of a tile in pixels
+    """
     patches = model(images).patches
     grid = (images.shape[-2] // model.patch_size, images.shape[-1] // model.patch_size)
     colours = patch_colours(patches, patch_basis(patches)).reshape(len(images), *grid, 3)
@@ -131,7 +140,10 @@ def pca_sheet(model: RegisterViT, images: Tensor, pixels: np.ndarray, height: in
 
 
 def write_basis(path: Path, basis: PatchBasis, foreground: Foreground | None, source: str) -> None:
-    """Keep a basis, so that other images or checkpoints are painted in the same colours."""
+    """Save a basis, so that other images or checkpoints get the same colours; RunError where that fails.
+
+    source  what it was fitted on, in words
+    """
     tensors = {f"basis.{name}": each.contiguous() for name, each in basis._asdict().items()}
     if foreground is not None:
         tensors |= {f"foreground.{name}": each.contiguous() for name, each in foreground._asdict().items()}
@@ -143,7 +155,12 @@ def write_basis(path: Path, basis: PatchBasis, foreground: Foreground | None, so
 
 
 def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis, Foreground | None, str]:
-    """(basis, foreground, what it was fitted on); UserError when it is none, or does not fit the model or the key."""
+    """(basis, foreground or None, what it was fitted on, in words) from a file.
+
+    dim              D of the model
+    with_foreground  whether a foreground is expected
+    raises           UserError for a file that is no basis, or that does not fit `dim` or `with_foreground`
+    """
     try:
         with safe_open(path, framework="pt") as file:
             stated = file.metadata() or {}
@@ -176,10 +193,10 @@ def view_pca(*, foreground: bool, basis: str | None, layer: str, **request: Any)
     """Paint the patches of some images in the colours of one shared basis; returns the page's path.
 
     foreground  set the foreground apart by the first component, and fit the colours on it alone
-    basis       a file: its basis is used where it is there, else this one is kept in it
+    basis       a file: its basis is used where it exists, else the fitted one is saved in it
     layer       index of a block, from 0 or from the end (after the final norm in any case)
-    request     weights, images and the rest of what `ModelGallery` takes
-    raises      UserError, before anything is written, for what does not fit or is not there
+    request     weights, images and the other arguments of `ModelGallery`
+    raises      UserError, before anything is written, for what does not fit or exist
     """
     gallery = ModelGallery("pca", **request)
     model, names, grid = gallery.model, gallery.pictures.names, gallery.grid
@@ -221,7 +238,7 @@ def _fit(patches: Tensor, grid: tuple[int, int], foreground: bool) -> tuple[Patc
 
 
 def explained_shares(patches: Tensor, basis: PatchBasis) -> list[float]:
-    """The share of the variance of patches (..., D) along each of the basis's axes."""
+    """The share in [0, 1] of the variance of patches (..., D) along each of the three axes of the basis."""
     x = patches.flatten(0, -2).double()
     x = x - x.mean(dim=0)
     total = float(x.square().sum())
@@ -229,7 +246,13 @@ def explained_shares(patches: Tensor, basis: PatchBasis) -> list[float]:
 
 
 def overview_sheet(pictures: np.ndarray, painted: np.ndarray, columns: int = 6, height: int = 150) -> Image.Image:
-    """Images (B, H, W, 3) above their colours (B, h, w, 3), `height` pixels high, a few side by side."""
+    """Images above their colours, a few side by side.
+
+    pictures  (B, H, W, 3) uint8
+    painted   (B, h, w, 3) uint8
+    columns   images in a row
+    height    of a tile in pixels
+    """
     rows = []
     for first in range(0, len(pictures), columns):
         above = [tile(each, height) for each in pictures[first : first + columns]]

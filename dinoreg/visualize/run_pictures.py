@@ -15,7 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 def draw_missing(run: Path) -> str:
-    """Draw the pictures of the newest teacher if its `view/<step>/` is not there; why that failed, in a sentence."""
+    """Draw the pictures of the newest teacher unless its `view/<step>/` has some.
+
+    returns  a sentence on why that failed, or ""
+    """
     teacher = newest_teacher(run)
     if teacher is None or any((run / "view" / teacher.stem.removeprefix("step_")).glob("*.png")):
         return ""

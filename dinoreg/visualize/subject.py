@@ -1,6 +1,5 @@
-"""What a view looks at: the model that `weights=` means, with the preprocessing it was trained with, and some images.
-
-Works on whatever RegisterViT holds; a bare name gets random weights, the same ones every time.
+"""The subject of a view: the model that `weights=` means, with the preprocessing it was trained with, and some images.
+Any model that RegisterViT can hold; a bare name gets random weights, the same ones every time.
 """
 
 import math
@@ -32,15 +31,15 @@ from dinoreg.runtime.errors import UserError
 
 NUM_IMAGES = 8
 MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
-MAX_SIZE = 672  # pixels a side up to which that is done
-MAX_ASPECT = 8  # of an image; what lies beyond, outside of any centre crop, is cut off before resizing
+MAX_SIZE = 672  # pixels a side to which they are enlarged at most
+MAX_ASPECT = 8  # of an image; longer ones are cut at both ends, outside of any centre crop, before resizing
 
 
 @dataclass(frozen=True)
 class Subject:
     """A model in evaluation mode and how its images are made.
 
-    mean, std  one number per channel, of pixels in 0..1
+    mean, std  one number per channel, on the scale of [0, 1]
     value_range  of the data that it was trained on, or None
     run, step  the run that the weights belong to, or None; the step in the file's name, or 0
     """
@@ -55,7 +54,7 @@ class Subject:
 
     @property
     def folder(self) -> Path:
-        """Where views of it go when nothing is said: `RUN/view/<step>/`, or `view/<name>/`."""
+        """The default folder of its views: `RUN/view/<step>/`, or `view/<name>/`."""
         if self.run is not None:
             return self.run / "view" / f"{self.step:07d}"
         return Path("view") / safe_name(self.name)
@@ -63,7 +62,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images as the model gets them, and what could not be read."""
+    """Images as the model gets them, and those that could not be read."""
 
     images: Tensor  # (B, C, H, W) float32, normalised, on the model's device
     names: tuple[str, ...]
@@ -71,7 +70,10 @@ class Pictures:
 
 
 def open_subject(weights: str, device: str = "auto") -> Subject:
-    """The model of a run folder, a weight file or a name; raises UserError in one line when there is none."""
+    """The model of a run folder, a weight file or a name; UserError, in one line, for weights missing or damaged.
+
+    device  "auto" or a name of PyTorch
+    """
     encoder, run, step = open_native(weights, pick_device(device))
     assert isinstance(encoder, NativeEncoder)
     return Subject(encoder.module, encoder.name, encoder.mean, encoder.std, run, step, encoder.value_range)
@@ -85,6 +87,8 @@ def open_images(spec: str | Sequence[str], key: str = "images") -> Source:
     """A source of images: a file, a folder, a list of paths, tar archives, scenes, or several of these.
 
     Tars are a folder that holds nothing else, or one archive by name. Raises UserError when there is no image.
+
+    key  option that messages name
     """
     if not isinstance(spec, str):
         parts = [open_images(each, key) for each in spec]
@@ -117,15 +121,15 @@ def _tars(folder: Path, archive: str | None = None) -> Source:
 
 
 def is_file_list(spec: str | Sequence[str]) -> bool:
-    """Whether images were named one by one, so that all of them are meant."""
+    """Whether every entry is an image file, so that all of them are shown."""
     each = [spec] if isinstance(spec, str) else list(spec)
     return all(os.path.splitext(item)[1].lower() in EXTENSIONS and os.path.isfile(item) for item in each)
 
 
 def picture_size(model: RegisterViT, size: int | Sequence[int] | None = None) -> tuple[int, int]:
-    """(height, width) in pixels: as asked for, else the model's own, a whole multiple of it where that is small.
+    """(height, width) in pixels: `size`, else the model's own, or a whole multiple of it where that is small.
 
-    raises UserError for a side that the patch size does not divide
+    raises  UserError for a side that the patch size does not divide
     """
     patch = model.patch_size
     if size is None:
@@ -141,25 +145,26 @@ def picture_size(model: RegisterViT, size: int | Sequence[int] | None = None) ->
 
 
 def multiples(side: int, patch: int) -> str:
-    """What is said of a side that the patch size does not divide."""
+    """The end of a message on a side, in pixels, that the patch size does not divide: which ones near it would do."""
     below = max(side // patch, 1) * patch
     return f"expected a multiple of the patch size {patch}, as {below} or {below + patch}"
 
 
 def view_size(side: int, patch_size: int) -> int:
-    """The picture size: that of training, or a whole multiple of it that gives a grid worth looking at."""
+    """The side in pixels to show: `side`, or a whole multiple of it where that has less than MIN_GRID patches."""
     factor = max(1, math.ceil(MIN_GRID * patch_size / side))
     return min(side * factor, max(side, MAX_SIZE // patch_size * patch_size))
 
 
 def fit(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize (antialiased bicubic) until the image covers height x width, and crop the centre.
+    """An image resized (antialiased bicubic) until it covers height x width pixels, then cropped to the centre.
 
-    image (C, H, W) uint8 -> (C, height, width) uint8; for a square the same as an evaluation's centre crop
+    image    (C, H, W) uint8
+    returns  (C, height, width) uint8; for a square the same as an evaluation's centre crop
     """
     rows, columns = image.shape[1:]
     limit = MAX_ASPECT * max(height, width) // min(height, width) * min(rows, columns)
-    if max(rows, columns) > limit:  # resized whole, a strip of a million pixels would take gigabytes
+    if max(rows, columns) > limit:  # resized uncut, a strip of a million pixels would take gigabytes
         top, left = max(rows - limit, 0) // 2, max(columns - limit, 0) // 2
         rows, columns = min(rows, limit), min(columns, limit)
         image = image[:, top : top + rows, left : left + columns]
@@ -175,10 +180,12 @@ def fit(image: Tensor, height: int, width: int) -> Tensor:
 def read_pictures(
     subject: Subject, spec: str | Sequence[str] | None, num: int | None, size: tuple[int, int]
 ) -> Pictures:
-    """Up to `num` images from all over a source (by default 8, or every file that was named), as the model wants them.
+    """Evenly spaced images of a source, normalised for the model.
 
-    spec    None: the data that the run was trained on
-    raises  UserError when nothing is named or no image can be read
+    spec    as for `open_images`; None: the data that the run was trained on
+    num     images at most; None: 8, or every file where files are named one by one
+    size    (height, width) in pixels
+    raises  UserError for num < 1, without any image, and where none can be read
     """
     if num is not None and num < 1:
         raise UserError(f"num={num}: expected at least 1 image")
@@ -203,27 +210,30 @@ def read_pictures(
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """pixels (B, C, H, W) uint8 -> float32: in [0, 1], minus the mean, over the standard deviation of each channel."""
+    """Pixels (B, C, H, W) uint8 -> float32: in [0, 1], minus the mean, over the standard deviation of each channel.
+
+    mean, std  one number per channel, on the scale of [0, 1]
+    """
     scale, shift = (torch.tensor(list(values)).float()[:, None, None] for values in (std, mean))
     return (pixels.float() / 255 - shift) / scale
 
 
 def evenly_spaced(total: int, count: int) -> Sequence[int]:
-    """`count` of the indices below `total` at equal distances, or all of them where there are no more."""
+    """`count` of the indices below `total`, ascending at equal distances, or all of them where there are no more."""
     if total <= count:
         return range(total)
     return [total * (2 * number + 1) // (2 * count) for number in range(count)]
 
 
 def run_source(subject: Subject) -> Source:
-    """The images of the run that the weights belong to; UserError where there is no such run."""
+    """The images of the run that the weights belong to; UserError without a run, or where its config names none."""
     if subject.run is None:
         raise UserError("images: missing; name an image, a folder, a list of paths, or scenes")
     return config_source(load_config(subject.run).data, f"images: missing, and {subject.run} does not name its data")
 
 
 def config_source(data: DataConfig, missing: str) -> Source:
-    """The images that a config trains on; UserError with the words `missing` when it names none."""
+    """The images that a config trains on; UserError with the text `missing` when it names none."""
     if data.source is None:
         raise UserError(missing)
     index = Path(data.index_dir) if data.index_dir else None
@@ -231,10 +241,10 @@ def config_source(data: DataConfig, missing: str) -> Source:
 
 
 def newest_step(run: Path) -> int:
-    """The step of a run's newest teacher file, 0 before there is one."""
+    """The step of a run's newest teacher file; 0 without one."""
     return teacher_step(newest_teacher(run) or run) or 0
 
 
 def safe_name(text: str, length: int = 60) -> str:
-    """A text as the name of a file: letters, digits, "-", "_" and "."."""
+    """A text as a file name of at most `length` characters: letters, digits, "-", "_" and "."; never empty."""
     return re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")[:length] or "model"

@@ -1,8 +1,8 @@
-"""What a state dict says about the encoder it belongs to.
+"""Inferring an encoder's architecture from its state dict.
 
-Shapes say width, depth, patch, channels, registers and FFN. What they cannot say (heads, a rectangular grid, how
-positions are resampled) comes from what is stated beside the file, or follows the library the file comes from. What
-is stated must never contradict the shapes.
+Width, depth, patch size, channels, registers and FFN follow from the tensors' shapes. The rest (heads, a rectangular
+grid, how positions are resampled) comes from the JSON beside the file, or from the library that wrote it. The JSON must
+not contradict the shapes.
 """
 
 import math
@@ -25,7 +25,7 @@ class Stated:
     """Arguments of RegisterViT that a JSON file states.
 
     where  the file's name, for messages
-    names  the file's own names of arguments that it calls otherwise
+    names  {argument: its name in the file} where these differ
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
@@ -33,6 +33,7 @@ class Stated:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def says(self, key: str) -> str:
+        """The phrase for messages that the file says KEY=VALUE, in the file's own names."""
         return f"{self.where} says {self.names.get(key, key)}={self.values.get(key)!r}"
 
 
@@ -42,12 +43,12 @@ def infer_architecture(
     path: str | Path = "state dict",
     source: str = "meta",
 ) -> dict[str, Any]:
-    """The arguments of RegisterViT for a backbone state dict under our key names.
+    """The arguments of RegisterViT for a backbone state dict with dinoreg's (Meta's) key names.
 
-    stated  fills in what shapes leave open and must not contradict them: what `RegisterViT.architecture()` gave when
-            the file was written, or a library's config
-    source  "meta" | "timm" | "transformers": whose resampling of positions is followed where `stated` is silent
-    raises UserError where the shapes are no encoder's, or where they disagree with what is stated
+    stated  arguments that shapes do not determine, from `RegisterViT.architecture()` or a library's config
+    path    of the file, for messages
+    source  "dinoreg" | "meta" | "timm" | "transformers": the library whose resampling of positions is the default
+    raises  UserError where the shapes are not those of such an encoder, or contradict `stated`
     """
     values = stated.values
     dim = _shaped(state, "cls_token", 3, path).shape[2]
@@ -84,19 +85,23 @@ def infer_architecture(
 
 
 def describe_resampling(antialias: bool, position_offset: float) -> str:
-    """In words: "bicubic, antialiased, to the size"."""
+    """The arguments of `resample_positions` in words, such as "bicubic, antialiased, to the size"."""
     how = f"by a factor with offset {position_offset:g}" if position_offset else "to the size"
     return f"bicubic, {'' if antialias else 'not '}antialiased, {how}"
 
 
 def hidden_dim_of(dim: int, ffn: str, ratio: float) -> int:
-    """Hidden width of an FFN: after the gate's two-thirds rule for "swiglu"."""
+    """Hidden width of an FFN for tokens of width `dim`; for "swiglu" after the gate's two-thirds rule.
+
+    ffn    "mlp" | "swiglu"
+    ratio  hidden width of the MLP over `dim`
+    """
     hidden = int(dim * ratio)
     return swiglu_hidden_dim(hidden) if ffn == "swiglu" else hidden
 
 
 def as_sides(value: Any) -> tuple[int, int] | None:
-    """(height, width) where a JSON value is a size, one positive whole number or two; else None."""
+    """(height, width) where a JSON value is a size, one or two positive integers; else None."""
     pair = [value, value] if type(value) is int else value
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         return None
@@ -113,7 +118,7 @@ def _shaped(state: Mapping[str, Tensor], key: str, ndim: int, path: str | Path) 
 
 
 def _ffn_ratio(dim: int, ffn: str, hidden: int, stated: Stated, path: str | Path) -> float:
-    """A ratio that gives this hidden width: the one that is stated, the usual 4, or whichever does."""
+    """A ratio that gives this hidden width: the stated one, else 4 if it does, else the quotient."""
     value = stated.values.get("ffn_ratio")
     if value is not None:
         if is_number(value) and 0 < value < 1024 and hidden_dim_of(dim, ffn, value) == hidden:

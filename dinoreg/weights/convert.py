@@ -1,12 +1,12 @@
 """Key names and layouts of Meta, timm and transformers, as pure functions between state dicts.
 
-Ours are Meta's (`vit.py`), so `to_meta` only checks. A `from_*` function renames what belongs to a backbone and hands
-through, under its own name, whatever else is in the dict (heads, unknown tensors): the reader decides what becomes of
-it. No function copies a tensor unless its values or layout change, and none changes what it is given.
+Ours are Meta's names (`vit.py`), so `to_meta` only adds a missing mask token. A `from_*` function renames the
+backbone's tensors and passes on all others (heads, unknown tensors) under their own names; the reader decides about
+them. No function copies a tensor unless its values or layout change, and none changes its argument.
 
-Meta <-> ours and transformers <-> ours are exact, bit for bit. timm's form holds less than ours: its mask token is
-gone, and in models with registers the class token's position is folded into the class token. The sum is the very one
-that the encoder forms at every step, so outputs stay the same bit for bit, but one sum does not tell its two terms.
+Meta <-> ours and transformers <-> ours are exact, bit for bit. timm's form has less information: it has no mask token,
+and in models with registers the class token's position is added to the class token. The encoder computes the same sum
+in every pass, so outputs stay the same bit for bit, but the two terms cannot be recovered.
 """
 
 import math
@@ -24,12 +24,12 @@ State = dict[str, Tensor]
 FLOATING_POINT = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 }  # fmt: skip
-WRAPPERS = ("teacher", "model", "state_dict")  # of a training file: the first of these that is there is taken
+WRAPPERS = ("teacher", "model", "state_dict")  # keys in training files; the first of these in a file is used
 
 _PREFIX = re.compile(r"^(?:(?:module|backbone|teacher|_orig_mod)\.)+")
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 
-# Ours and theirs, read in both directions: how a key begins or, from a dot on, what is anywhere in it.
+# Our and their names, used in both directions: the beginning of a key or, with a leading dot, any part of it.
 _TIMM_SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
 _TRANSFORMERS = (  # names on disk, which are those before transformers 5
     ("cls_token", "embeddings.cls_token"),
@@ -45,10 +45,10 @@ _TRANSFORMERS = (  # names on disk, which are those before transformers 5
     (".mlp.w12.", ".mlp.weights_in."),
     (".mlp.w3.", ".mlp.weights_out."),
 )
-# What is one tensor of ours and several of theirs, in this order.
+# One tensor of ours is several of theirs, concatenated in this order.
 _QKV = tuple(f".attention.attention.{name}." for name in ("query", "key", "value"))
 _PARTS = {".attn.qkv.": _QKV, ".mlp.w12.": (".mlp.gate_proj.", ".mlp.up_proj.")}
-# Other names of transformers (those in memory since version 5, models with a head), and what becomes of them.
+# Other names of transformers (those in memory since version 5, models with a head), and their names on disk.
 _TRANSFORMERS_ALIASES = (
     (r"^(module\.)?(dinov2_with_registers|dinov2|model|backbone)\.(?=embeddings\.|encoder\.|layernorm\.)", ""),
     (r"^(encoder\.layers|layers)\.(?=\d)", "encoder.layer."),
@@ -63,9 +63,10 @@ _TRANSFORMERS_ALIASES = (
 
 
 def unwrap(content: Any) -> tuple[State, tuple[str, ...]]:
-    """The state dict inside a training file, and the names of the entries beside it; a plain state dict is its own.
+    """The state dict in the content of a weight file, and the names of the entries beside it.
 
-    raises UserError when there is none
+    content  a state dict, or a mapping that has one under one of `WRAPPERS`
+    raises   UserError for anything else, and for tensors that are not floating point
     """
     others: tuple[str, ...] = ()
     for wrapper in WRAPPERS:
@@ -85,10 +86,10 @@ def unwrap(content: Any) -> tuple[State, tuple[str, ...]]:
 
 
 def detect(state: Mapping[str, Any]) -> str:
-    """Whose key names these are: "meta", "timm" or "transformers". Values that are no tensors do not matter.
+    """The library whose key names these are: "meta", "timm" or "transformers"; only the keys are read.
 
-    A ViT with an MLP, no registers and no mask token has the same names in Meta's form and timm's; it is taken for
-    timm's, because Meta's files always hold a mask token and timm's never do.
+    A ViT with an MLP, no registers and no mask token has the same names in Meta's and timm's form; it counts as timm's,
+    because Meta's files always have a mask token and timm's never do.
     """
     keys = {str(key) for key in state}
     if any(re.search(r"(^|\.)embeddings\.(cls_token|patch_embeddings\.)", key) for key in keys):
@@ -103,18 +104,22 @@ def detect(state: Mapping[str, Any]) -> str:
 
 
 def from_meta(state: Any) -> State:
-    """Ours from Meta's: a hub file, or a training file's {"teacher": ...} with `module.`, `backbone.` and `teacher.`
-    prefixes and blocks in chunks (`blocks.<chunk>.<index>.`).
+    """Ours from Meta's names.
 
-    raises UserError when one name is there twice, or when it holds no state dict
+    state   a hub file's content, or a training file's {"teacher": ...} with prefixes `module.`, `backbone.` and
+            `teacher.` and blocks in chunks (`blocks.<chunk>.<index>.`)
+    raises  UserError when two keys mean the same tensor, or when there is no state dict
     """
     inner, _ = unwrap(state)
     return _unique((_CHUNKED.sub(r"blocks.\1.", _PREFIX.sub("", key)), value) for key, value in inner.items())
 
 
 def to_meta(state: Mapping[str, Tensor]) -> State:
-    """Meta's hub format from ours: the same names. A missing mask token is added as zeros, its value in a model that
-    never hid a patch: without it neither Meta's strict loading nor timm's recognition of the format works."""
+    """Meta's hub format from ours: the same names.
+
+    A missing mask token is added as zeros, its initial value: Meta's strict loading and timm's recognition of the
+    format need it.
+    """
     return {"mask_token": state["cls_token"].new_zeros(1, state["cls_token"].shape[-1]), **state}
 
 
@@ -137,12 +142,13 @@ def to_timm(state: Mapping[str, Tensor]) -> State:
 
 
 def from_timm(state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) -> State:
-    """Ours from timm's ViT with a class token, with registers and without.
+    """Ours from timm's ViT with a class token, with registers or without.
 
-    A folded class token stays in `cls_token`, with a position of zero: the sum, all that the encoder uses, is the same.
-    Where timm gives positions to registers (its models without `no_embed_class`), these are folded into the registers.
+    grid    (rows, columns) of the patch positions; None: a square
+    raises  UserError without a class token or positions, and where the positions do not fit the grid
 
-    grid  (rows, columns) of the positions; by default a square, UserError if that is in doubt
+    A class token that includes its position stays in `cls_token`, with a position of zero: the encoder uses only the
+    sum. Positions of registers (timm's models without `no_embed_class`) are added to the registers.
     """
     for key in ("cls_token", "pos_embed"):
         if key not in state:
@@ -159,7 +165,7 @@ def from_timm(state: Mapping[str, Tensor], grid: tuple[int, int] | None = None) 
 
 
 def _is_timm_swiglu(state: Mapping[str, Tensor]) -> bool:
-    """Whether the first linear layer of the FFN gives two halves, of which the second one takes the product."""
+    """Whether the FFN's first linear layer has twice the outputs that the second has inputs, as a gated FFN's."""
     first, second = (state.get(f"blocks.0.mlp.fc{number}.weight") for number in (1, 2))
     if first is None or second is None or first.ndim != 2 or second.ndim != 2:
         return False
@@ -167,7 +173,7 @@ def _is_timm_swiglu(state: Mapping[str, Tensor]) -> bool:
 
 
 def _timm_prefix(num_positions: int, num_registers: int, grid: tuple[int, int] | None) -> int:
-    """How many positions stand before those of the patches: 0 (`no_embed_class`), 1, or 1 + registers."""
+    """Number of positions before those of the patches: 0 (`no_embed_class`), 1, or 1 + registers."""
     for prefix in (0, 1 + num_registers):
         patches = num_positions - prefix
         if patches == grid[0] * grid[1] if grid is not None else patches > 0 and math.isqrt(patches) ** 2 == patches:
@@ -181,10 +187,10 @@ def _timm_prefix(num_positions: int, num_registers: int, grid: tuple[int, int] |
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> State:
-    """Ours from transformers' Dinov2 and Dinov2WithRegisters, under the names on disk and those in memory since
-    transformers 5, with or without the prefix that a model with a head puts before its backbone.
+    """Ours from transformers' Dinov2 and Dinov2WithRegisters.
 
-    raises UserError when one of query, key and value (or of gate and up) is missing, or a name is there twice
+    state   with the names on disk or those in memory since transformers 5, with or without a head model's prefix
+    raises  UserError when one of query, key and value (or of gate and up) is missing, or two keys mean one tensor
     """
     pairs = _reversed(_TRANSFORMERS)
     out = _unique((_renamed(_name_on_disk(key), pairs), value) for key, value in state.items())
@@ -204,8 +210,8 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
 def to_transformers(state: Mapping[str, Tensor]) -> State:
     """transformers' names on disk (those before version 5, which every version reads and writes) from ours.
 
-    Query, key and value are views of the fused tensor, one after the other in memory. transformers always has
-    LayerScale, so a model without gets factors of one, which change no bit of the output.
+    Query, key and value are views of the fused tensor. transformers always has LayerScale, so that a model without it
+    gets factors of 1, which do not change the output.
     """
     norms = {key: value for key, value in state.items() if re.fullmatch(r"blocks\.\d+\.norm[12]\.weight", key)}
     scales = {re.sub(r"norm([12])\.weight", r"ls\1.gamma", key): torch.ones_like(norm) for key, norm in norms.items()}

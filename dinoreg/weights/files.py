@@ -1,8 +1,8 @@
-"""Bytes to tensors: safetensors (whole or in shards), torch's own format, and the JSON beside them.
+"""Reading weight files: safetensors (in one file or in shards), torch's own format, and the JSON beside them.
 
-Every file is untrusted. A header is checked against the file's size before anything is read by it, nothing in a file
-is executed, no name in it leads out of its folder, and a file of n bytes never becomes much more than n bytes of
-tensors. Whatever is wrong ends as one line of UserError.
+Every file is untrusted. A header is checked against the file's size before it is used, nothing in a file is executed,
+no name in it can point outside its folder, and a file of n bytes never becomes much more than n bytes of tensors. Every
+problem is a UserError of one line.
 """
 
 import json
@@ -26,9 +26,10 @@ MAX_SHARDS = 1000
 
 
 def read_file(path: Path) -> Any:
-    """What a weight file holds: a dict of tensors for safetensors, anything of tensors and plain values for torch.
+    """The content of a weight file, on the CPU: a dict of tensors for safetensors, tensors and plain values for torch.
 
-    path  *.safetensors, *.safetensors.index.json (the list of a model's shards), or a file of torch.save
+    path    *.safetensors, *.safetensors.index.json (the list of a model's shards), or a file of torch.save
+    raises  UserError for a file that is damaged, unsafe or larger in memory than on disk
     """
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
@@ -36,7 +37,7 @@ def read_file(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of reasonable size."""
+    """The JSON object in a file; UserError for anything else and for more than `MAX_JSON` bytes."""
     try:
         if path.stat().st_size > MAX_JSON:
             raise ValueError(f"more than {MAX_JSON >> 20} MiB")
@@ -52,10 +53,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one safetensors file.
+    """The tensors of one safetensors file, by name, on the CPU; UserError for a damaged file and for repeated names.
 
-    The library checks that the header describes just the bytes that are there, before it reads any of them; but of two
-    entries of one name it takes the last.
+    The library checks that the header describes exactly the file's bytes before it reads them; but of two entries of
+    one name it would take the last.
     """
     try:
         state = load_file(path)
@@ -75,7 +76,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_shards(path: Path) -> dict[str, Tensor]:
-    """All tensors of the files that an index names, which lie in its own folder."""
+    """All tensors of the files that an index names; they have to be in the index's own folder."""
     where = read_json(path).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f"weights {path}: no weight_map from tensors to files")
@@ -122,7 +123,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _check_extent(content: Any, path: Path) -> None:
-    """A stride of zero makes a tensor of any size out of a few bytes; such ones are refused before they are copied."""
+    """UserError for a tensor larger than its storage or the file: strides of 0 make any size of a few bytes."""
     seen: list[Any] = [content]
     budget = path.stat().st_size
     while seen:

@@ -1,7 +1,7 @@
-"""The `config.json` of other libraries, read as data: what it states about an encoder and its preprocessing.
+"""The `config.json` of other libraries, read as data: the architecture of an encoder and its preprocessing.
 
-Only what `RegisterViT` computes is accepted; a config that asks for anything else (another activation, no biases,
-another epsilon) raises NotHeld, so that nothing is loaded into a model that would answer differently.
+Only models that `RegisterViT` can compute are accepted; a config with anything else (another activation, no biases,
+another epsilon) raises NotHeld, so that no weights are loaded into a model with different outputs.
 """
 
 import math
@@ -42,7 +42,7 @@ _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_va
 
 
 class NotHeld(UserError):
-    """A sound file of a model that computes something `RegisterViT` does not."""
+    """A valid file of a model that computes something that `RegisterViT` does not."""
 
 
 def library_of(folder: Path) -> str | None:
@@ -57,16 +57,20 @@ def library_of(folder: Path) -> str | None:
 
 
 def read_config(folder: Path, library: str) -> Stated:
-    """What the config in a library's folder states about the architecture.
+    """The architecture according to `config.json` in a library's folder.
 
-    raises NotHeld for a model that RegisterViT cannot hold, UserError for a file that makes no sense
+    library  "timm" | "transformers"
+    raises   NotHeld for a model that RegisterViT cannot represent, UserError for an invalid file
     """
     path = folder / CONFIG
     return {"timm": _timm, "transformers": _dinov2}[library](read_json(path), path)
 
 
 def preprocessing_of(folder: Path, library: str) -> dict[str, Any]:
-    """{"mean", "std"}, each where a library's folder states it, as it stands there (see `stated_preprocessing`)."""
+    """{"mean", "std"}, each as stated in a library's folder, unchecked (see `stated_preprocessing`), or left out.
+
+    raises  UserError for a file that is not JSON
+    """
     if library == "timm":
         config, prefix = _pretrained(read_json(folder / CONFIG)), ""
     else:
@@ -108,7 +112,7 @@ def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
 
 
 def _timm(config: Mapping[str, Any], path: Path) -> Stated:
-    """A folder that timm saves for a hub: its architecture's name, the arguments that were changed, the input size."""
+    """timm's hub config: the architecture's name, arguments that differ from its defaults, and the input size."""
     name = config.get("architecture")
     if not isinstance(name, str) or not _TIMM_VIT.fullmatch(name):
         raise NotHeld(f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT of the DINOv2 kind")

@@ -1,12 +1,12 @@
 """Models by name, and models with weights.
 
-A name says the architecture (`vits14_reg4`); the names under which Meta, timm and transformers publish the
-same architectures are understood too. Weights come from a run, a file or a library's folder (`resolve.py`), and never
-silently: every tensor is loaded, made to fit or left out by name, and a report says which.
+A name denotes an architecture (`vits14_reg4`); the names under which Meta, timm and transformers publish the
+same architectures are accepted, too. Weights come from a run, a file or a library's folder (`resolve.py`). Every tensor
+is loaded, adapted or left out, and a report lists which.
 
-Weights are made to fit an encoder that differs in image size, input channels or registers; nothing else may differ.
-Positions are resampled as the library does in which the weights were at home, so that a model resized on loading
-equals that library's at the new size.
+Weights can be adapted to an encoder that differs in image size, input channels or registers; nothing else may differ.
+Positions are resampled as the library of the file does it, so that a model resized on loading equals that library's at
+the new size.
 """
 
 import logging
@@ -31,12 +31,12 @@ CHANNEL_WAYS = ("mean", "repeat", "zero")
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every tensor of a file, and of every tensor of the model."""
+    """What was done with every tensor of a file and of the model, by name."""
 
     path: Path
     loaded: tuple[str, ...]  # taken as they are
     reshaped: tuple[str, ...]  # "pos_embed: 16x16 -> 37x37"
-    left_out: tuple[str, ...]  # in the file, not in the encoder: heads, and what stands beside a state dict
+    left_out: tuple[str, ...]  # in the file, not in the encoder: heads, and entries beside the state dict
     adapted: tuple[str, ...]  # "patch_embed.proj.weight: 3 -> 5 channels (repeat)"
     grafted: tuple[str, ...]  # "register_tokens: 4 fresh registers"
     source: str  # whose file: "dinoreg", "Meta", "timm" or "transformers"
@@ -59,13 +59,14 @@ class LoadReport:
 
 
 def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None = None) -> LoadReport:
-    """Copy the weights of `source` (whatever `read_weights` takes) into `model`, in place.
+    """Copy the weights of `source` (see `read_weights`) into `model`, in place.
 
-    The position grid is resampled to the model's. Registers that the model has and the file has not keep their fresh
-    start values. Everything else must agree: UserError naming the first property in which the two architectures
-    differ, before anything is changed.
+    The position grid is resampled to the model's. If the file has no registers, those of the model keep their values.
 
-    adapt_channels  "mean" | "repeat" | "zero": how the patch projection follows another number of input channels
+    adapt_channels  "mean" | "repeat" | "zero": how to adapt the patch projection to another number of input channels;
+                    None: not at all
+    raises          UserError, before anything is changed, for a file that cannot be read, and naming the first other
+                    property in which the architectures differ
     """
     weights = read_weights(source)
     tells_heads = model.dim % HEAD_DIM == 0  # as every published width does
@@ -76,7 +77,7 @@ def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None
 
 
 class Loaded(NamedTuple):
-    """A model with weights, what became of every tensor, and the file they came from."""
+    """A model with weights, the report on its tensors, and the content of the file."""
 
     model: RegisterViT
     report: LoadReport
@@ -86,7 +87,7 @@ class Loaded(NamedTuple):
 def load_reported(
     source: str | Path, device: str | torch.device = "cpu", adapt_channels: str | None = None, **overrides: Any
 ) -> Loaded:
-    """`load` for weights that exist, with the report on them."""
+    """As `load`, but with a report, and only for weights that exist (UserError otherwise)."""
     _check_options(overrides)
     weights = read_weights(source)
     theirs = weights.architecture(overrides.get("heads"))
@@ -107,16 +108,18 @@ def load_reported(
 def load(
     source: str | Path, device: str | torch.device = "cpu", adapt_channels: str | None = None, **overrides: Any
 ) -> RegisterViT:
-    """A model in evaluation mode: with the weights of a run, a file or a library's folder, or, for a bare model name,
-    with random ones. A path that exists wins over a name.
+    """A model in evaluation mode, with float32 weights from a file or, for a model name, with random weights.
 
-    source          a run folder, checkpoint or teacher file; a file or folder of Meta, timm or transformers; a name
-    device          where the model goes
+    source          a run folder, checkpoint or teacher file; a file or folder of Meta, timm or transformers; or a model
+                    name. A path that exists takes precedence over a name
+    device          of the returned model
     adapt_channels  "mean" | "repeat" | "zero", for an `in_channels` other than the file's (see `adapt.channels`)
     overrides       choices of a run, such as attention="sdpa"; `image_size` resamples the position grid, `in_channels`
-                    adapts the patch projection, `num_registers` grafts fresh registers onto a backbone without any;
-                    for a bare name any argument of RegisterViT
-    raises          UserError for whatever does not fit; `load_reported` returns what was done besides the model
+                    adapts the patch projection, `num_registers` adds new registers to a backbone without any; for a
+                    model name any argument of RegisterViT
+    raises          UserError for a source that cannot be read and for overrides that do not fit it
+
+    `load_reported` also returns a report of what was done.
     """
     if find_weights(source) is not None:
         return load_reported(source, device, adapt_channels, **overrides).model
@@ -135,7 +138,12 @@ def load(
 
 
 def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, whose: str) -> None:
-    """UserError naming the first property in which two architectures differ that no adaptation bridges."""
+    """UserError naming the first property in which two architectures differ beyond what can be adapted.
+
+    theirs, ours  arguments of RegisterViT, of the file and of the model
+    path          of the file, for messages
+    whose         the model's side in words, such as "the model's is"
+    """
 
     def comparable(architecture: Mapping[str, Any]) -> dict[str, Any]:
         width = hidden_dim_of(architecture["dim"], architecture["ffn"], architecture["ffn_ratio"])
@@ -155,11 +163,14 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
 def fit(
     weights: Weights, theirs: Mapping[str, Any], model: RegisterViT, adapt_channels: str | None, whose: str
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """The tensors of `weights`, an encoder of the architecture `theirs`, for `model`; neither is changed.
+    """The tensors of `weights`, adapted to `model`, and a report; neither argument is changed.
 
-    Grafted registers and a missing mask token are named in the report and not among the tensors: their start values
-    are the caller's matter. UserError where the two differ in anything else that no adaptation bridges; its words for
-    the model's side are `whose`.
+    theirs          the architecture of `weights`, as arguments of RegisterViT
+    adapt_channels  "mean" | "repeat" | "zero", or None: other channels are refused
+    whose           the model's side in words, for messages
+    returns         the tensors by name, without added registers and a missing mask token, which the caller initialises;
+                    the report names them
+    raises          UserError where the two differ beyond what can be adapted
     """
     if adapt_channels not in (None, *CHANNEL_WAYS):
         raise UserError(f"adapt_channels={adapt_channels!r} is not known; expected one of {', '.join(CHANNEL_WAYS)}")
@@ -217,21 +228,23 @@ def _check_keys(state: Mapping[str, Tensor], model: RegisterViT, path: Path, spa
 def resample_pos_embed(
     pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int], antialias: bool, offset: float
 ) -> Tensor:
-    """The class token's position as it is, those of the patches from one grid to another (see `resample_positions`).
+    """Resample the patch positions (see `resample_positions`); the class token's position is unchanged.
 
-    pos_embed  (1, 1 + gh * gw, D) -> (1, 1 + h * w, D)
+    pos_embed  (1, 1 + gh * gw, D)   old = (gh, gw)
+    returns    (1, 1 + h * w, D)     new = (h, w)
     """
     moved = resample_positions(pos_embed[:, 1:], old, new, antialias, offset)
     return torch.cat([pos_embed[:, :1], moved], dim=1)
 
 
 def channels(weight: Tensor, number: int, way: str) -> Tensor:
-    """The patch projection for another number of input channels.
+    """Adapt the patch projection to another number of input channels.
 
-    weight  (D, C, p, p) -> (D, number, p, p)
-    way     "mean": every channel gets the mean filter; "repeat": the filters in turn, over and over; both scaled by
-            C / number, so that an image whose channels are all alike keeps its embedding (for "repeat" where `number`
-            is a multiple of C). "zero": the first C channels keep their filters, the others start without effect
+    weight  (D, C, p, p)
+    way     "mean": every channel gets the mean filter; "repeat": the filters in cyclic order; both scaled by
+            C / number, so that an image with equal channels keeps its embedding (for "repeat" where `number` is a
+            multiple of C). "zero": the first C channels keep their filters, those of the others are 0
+    returns (D, number, p, p)
     raises  UserError where "repeat" or "zero" would drop channels
     """
     before = weight.shape[1]

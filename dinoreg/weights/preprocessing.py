@@ -1,4 +1,4 @@
-"""What is subtracted from an image's channels and what they are divided by: as stated beside the weights."""
+"""The mean and standard deviation with which pixels are normalised, from the JSON beside weights."""
 
 from typing import Any
 
@@ -14,11 +14,12 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 def stated_preprocessing(
     stated: Any, channels: int, where: object, unknown: Statistics = ((0.5,), (0.25,))
 ) -> Statistics:
-    """(mean, std) per channel, of pixels in [0, 1].
+    """(mean, std), one number per channel, of pixels in 0 to 1.
 
-    stated   {"mean": …, "std": …} as it stands with the weights of `where`; what is missing is ImageNet's
-    unknown  with nothing stated and other than three channels
-    raises   UserError for numbers that do not fit the channels
+    stated   {"mean": …, "std": …} from the JSON beside the weights; a missing entry is ImageNet's for 3 channels
+    where    path of the weights, for messages
+    unknown  the default for another number of channels
+    raises   UserError for numbers that do not fit the channels, and for std <= 0
     """
     default = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else unknown
     stated = stated if isinstance(stated, dict) else {}

@@ -1,8 +1,8 @@
 """Weight files: finding them and bringing them to the encoder's own key names.
 
-`weights=` and `init=` mean a run folder, one of its checkpoints or teacher files, a file of Meta's, a folder or file
-of transformers or of timm. The keys say whose a file is; `convert.py` renames them, `architecture.py` reads the
-encoder off them. Files are untrusted: see `files.py`; no pointer leaves its run folder.
+`weights=` and `init=` name a run folder, one of its checkpoints or teacher files, a file of Meta's, a folder or file
+of transformers or of timm. The library is recognised by the key names; `convert.py` renames them, `architecture.py`
+infers the encoder. Files are untrusted (see `files.py`), and a pointer cannot lead out of its run folder.
 """
 
 import re
@@ -38,14 +38,14 @@ _STEP_NAME = re.compile(r"step_\d+")
 
 @dataclass(frozen=True)
 class Weights:
-    """What a weight file holds, under the encoder's own key names, float32 on the CPU.
+    """The content of a weight file, with the encoder's own key names, float32 on the CPU.
 
-    backbone  the encoder's tensors
-    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, head.*, classifier.*), and of what stands beside
+    backbone  the encoder's tensors, by name
+    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, head.*, classifier.*), and of the entries beside
               the state dict in a training file (optimizer, student, ...)
-    source    "dinoreg" | "meta" | "timm" | "transformers"
-    stated    what a JSON file beside it states about the architecture
     metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": {"mean": ..., "std": ...}}
+    source    "dinoreg" | "meta" | "timm" | "transformers"
+    stated    the architecture according to the JSON file beside it
     """
 
     path: Path
@@ -56,9 +56,10 @@ class Weights:
     stated: Stated
 
     def architecture(self, heads: int | None = None) -> dict[str, Any]:
-        """Arguments of RegisterViT, read off the shapes and, where these are silent, what is stated.
+        """Arguments of RegisterViT, from the tensors' shapes and the JSON beside them, see `infer_architecture`.
 
-        heads  the number of attention heads, for a file that does not tell it
+        heads   number of attention heads, for a file that does not state it
+        raises  UserError where these contradict one another
         """
         stated = self.stated
         if heads is not None and "heads" not in stated.values:
@@ -67,11 +68,12 @@ class Weights:
 
 
 def find_weights(source: str | Path) -> Path | None:
-    """The weight file that `source` means. None if no such path exists, UserError if it holds no weights.
+    """The path of the weight file for `source`; None if that path does not exist.
 
-    A file means itself. A run folder means its best (else last, else newest) teacher; a checkpoint of a run, or a
-    pointer to one, the teacher of that step; a folder of transformers or timm its weights; any other folder the one
-    weight file in it.
+    source   a file: itself. A run folder: its best (else last, else newest) teacher. A checkpoint of a run, or a
+             pointer to one: the teacher of that step. A folder of transformers or timm: its weights. Any other folder:
+             the only weight file in it
+    raises   UserError for a folder without weights or with several files
     """
     path = Path(source)
     try:
@@ -120,10 +122,10 @@ def _only_file(folder: Path) -> Path:
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Read a weight file (see `find_weights`), whoever wrote it, saved by torch or as safetensors.
+    """Read the weight file of `source` (see `find_weights`), of any of the libraries, torch or safetensors.
 
-    Raises UserError if it is missing, torn, altered, not the state dict of such an encoder, or contradicts the JSON
-    beside it; NotHeld if a library's config asks for what the encoder does not compute.
+    raises  UserError if it is missing, damaged, not the state dict of such an encoder, or contradicts the JSON beside
+            it; NotHeld, a UserError, if a library's config has something that the encoder does not compute
     """
     path = find_weights(source)
     if path is None:
@@ -166,7 +168,7 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """The JSON beside a safetensors file, after its checksum agreed; {} if there is none."""
+    """The JSON beside a safetensors file, after checking the digest in it; {} without one. UserError if it differs."""
     side = path.with_suffix(".json")
     if not side.is_file():
         return {}

@@ -1,6 +1,5 @@
-"""The encoder contract: what every evaluator asks of a backbone, whoever wrote it.
-
-An encoder takes pixels in [0, 1], normalises them as its backbone was trained, and hands out `Tokens`. `NativeEncoder`
+"""The encoder interface: what every evaluator requires of a backbone, from whichever library it comes.
+An encoder takes pixels in [0, 1], normalises them as its backbone was trained, and returns `Tokens`. `NativeEncoder`
 wraps `RegisterViT`, `TimmEncoder` and `TransformersEncoder` the two libraries' ViTs, and `PixelEncoder` is the baseline
 without a network, whose tokens are the pixels themselves. Register tokens are never counted among the patches.
 """
@@ -32,9 +31,10 @@ PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at 
 class Encoder(ABC):
     """A frozen backbone in evaluation mode. Images are (B, C, H, W) in [0, 1], sides multiples of `patch_size`.
 
-    name         what a person calls it
+    name         display name
     identity     16 hexadecimal digits over architecture, preprocessing and weights
     dim, depth   width D, number of blocks
+    patch_size   pixels
     image_size   (height, width) that it was trained or published at, in pixels
     mean, std    one number per channel, on the scale of [0, 1]
     dtype        of the matrix products (autocast); tokens come out in float32
@@ -53,19 +53,24 @@ class Encoder(ABC):
     device: torch.device
     dtype: torch.dtype
     value_range: ValueRange | None = None  # of the data that it was trained on, for other data of its kind
-    pools: bool = True  # whether the mean patch token may stand beside the class token
+    pools: bool = True  # whether the mean patch token is as wide as the class token, so that it may be appended
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tokens:
-        """Tokens after the final norm, float32: cls (B, D), registers (B, R, D), patches (B, N, D)."""
+        """Tokens after the final norm, float32: cls (B, D), registers (B, R, D), patches (B, N, D).
+
+        images  (B, C, H, W) uint8, or float in [0, 1]; UserError as for `prepare`
+        """
         return self.layers(images, (-1,))[0]
 
     @torch.no_grad()
     def layers(self, images: Tensor, blocks: Sequence[int], norm: bool = True) -> list[Tokens]:
-        """Tokens after each of several blocks, in the order asked for, float32.
+        """Tokens after each of several blocks, in the order of `blocks`, float32.
 
-        blocks  from 0, or from the end if negative; UserError when one does not exist
-        norm    apply the final norm to each
+        images   (B, C, H, W) uint8, or float in [0, 1]; UserError as for `prepare`
+        blocks   from 0, or from the end if negative; UserError when one does not exist
+        norm     apply the final norm to each
+        returns  one Tokens per block: cls (B, D), registers (B, R, D), patches (B, N, D)
         """
         wanted = [self.block(each) for each in blocks]
         ascending = sorted(set(wanted))
@@ -75,13 +80,22 @@ class Encoder(ABC):
 
     @torch.no_grad()
     def qkv(self, images: Tensor, block: int = -1) -> dict[str, Tensor]:
-        """{"query", "key", "value"}: (B, N, D) float32 of the patches in one block's attention, heads side by side."""
+        """Query, key and value of the patches in one block's attention, heads concatenated.
+
+        images   (B, C, H, W) uint8, or float in [0, 1]; UserError as for `prepare`
+        block    from 0, or from the end if negative; UserError when it does not exist
+        returns  {"query", "key", "value"}: (B, N, D) float32 each
+        """
         with autocast(self.device, self.dtype):
             parts = self._qkv(self.prepare(images), self.block(block))
         return {name: part.float() for name, part in zip(("query", "key", "value"), parts)}
 
     def prepare(self, images: Tensor) -> Tensor:
-        """uint8, or float in [0, 1] -> normalised float32 on the device. UserError for a side that does not divide."""
+        """Images normalised by `mean` and `std`, float32 on the encoder's device.
+
+        images   (B, C, H, W) uint8, or float in [0, 1]
+        returns  (B, C, H, W); UserError for another shape, or for a side that the patch size does not divide
+        """
         if images.ndim != 4 or images.shape[1] != self.in_channels:
             raise UserError(
                 f"{self.name}: images of shape {tuple(images.shape)}, expected (B, {self.in_channels}, H, W)"
@@ -97,24 +111,24 @@ class Encoder(ABC):
         return (x - x.new_tensor(self.mean).view(shape)) / x.new_tensor(self.std).view(shape)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of an image."""
+        """Rows and columns of patches of an image of height x width pixels."""
         return height // self.patch_size, width // self.patch_size
 
     def block(self, index: int) -> int:
-        """A block's number from 0; UserError when there is no such block."""
+        """A block's number from 0, given it from 0 or from the end; UserError when there is no such block."""
         if not -self.depth <= index < self.depth:
             raise UserError(f"{self.name}: block {index} is out of range, it has {self.depth} blocks")
         return index % self.depth
 
     @property
     def default_size(self) -> int:
-        """Side of the square crops that an evaluation uses by default: 224, or less for models trained on less."""
+        """Side in pixels of the square crops of an evaluation by default: 224, or less for models trained on less."""
         side = min(PUBLISHED_SIZE, *self.image_size)
         return max(side // self.patch_size, 1) * self.patch_size
 
     @abstractmethod
     def random_init(self, seed: int = 0) -> Encoder:
-        """The same architecture and preprocessing with fresh random weights."""
+        """The same architecture and preprocessing with random weights drawn from `seed`."""
 
     @abstractmethod
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
@@ -126,7 +140,7 @@ class Encoder(ABC):
 
 
 class _ModuleEncoder(Encoder):
-    """An encoder around an nn.Module: where it is, what it weighs, how it is made anew."""
+    """An encoder around an nn.Module: its device and precision, its identity, and copies with other weights."""
 
     module: Any
 
@@ -144,7 +158,7 @@ class _ModuleEncoder(Encoder):
         self.mean, self.std = stated_preprocessing({"mean": mean, "std": std}, self.in_channels, name)
 
     @cached_property
-    def identity(self) -> str:  # type: ignore[override]  # of the weights as they are when it is first asked
+    def identity(self) -> str:  # type: ignore[override]  # computed once, from the weights at first access
         named = self.name if not list(self.module.parameters()) else ""
         digest = hashlib.sha256(repr((named, self.mean, self.std)).encode())
         for key, value in sorted(self.module.state_dict().items()):
@@ -157,7 +171,7 @@ class _ModuleEncoder(Encoder):
 
 
 class NativeEncoder(_ModuleEncoder):
-    """A RegisterViT."""
+    """An encoder around a RegisterViT."""
 
     module: RegisterViT
 
@@ -176,7 +190,8 @@ class NativeEncoder(_ModuleEncoder):
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
-        # LayerScale at 1: started at 1e-5, as for training, it leaves the class token a constant, which anything beats.
+        """A RegisterViT of the same architecture with random weights, LayerScale starting at 1."""
+        # LayerScale at 1: at training's initial 1e-5 the class token would be constant, a baseline that anything beats.
         options = self.module.architecture()
         options["layerscale"] = 1.0 if options["layerscale"] else None
         with seeded(seed):
@@ -184,7 +199,7 @@ class NativeEncoder(_ModuleEncoder):
 
 
 class TimmEncoder(_ModuleEncoder):
-    """A ViT of timm: anything with `forward_intermediates` and a class token.
+    """An encoder around a ViT of timm: any with `forward_intermediates` and a class token; UserError for others.
 
     Sizes other than the model's own need `dynamic_img_size=True` when it is created.
     """
@@ -212,6 +227,7 @@ class TimmEncoder(_ModuleEncoder):
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
+        """timm's own initialisation; class token, registers and positions truncated normal with deviation 0.02."""
         with seeded(seed):
             model = copy.deepcopy(self.module)
             model.init_weights()
@@ -223,7 +239,7 @@ class TimmEncoder(_ModuleEncoder):
 
 
 class TransformersEncoder(_ModuleEncoder):
-    """A ViT of transformers: Dinov2Model, Dinov2WithRegistersModel, ViTModel."""
+    """An encoder around transformers' Dinov2Model, Dinov2WithRegistersModel or ViTModel; UserError for others."""
 
     def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
         settings: Any = getattr(module, "config", None)
@@ -249,7 +265,7 @@ class TransformersEncoder(_ModuleEncoder):
 
     def _qkv(self, x: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
         lists = (each for each in self.module.modules() if isinstance(each, nn.ModuleList) and len(each) == self.depth)
-        blocks = next(lists, None)  # wherever this version keeps it
+        blocks = next(lists, None)  # its name differs between versions
         if blocks is None:
             raise UserError(f"{type(self.module).__name__}: its list of blocks was not found")
         layer = dict(blocks[block].named_modules())
@@ -262,15 +278,17 @@ class TransformersEncoder(_ModuleEncoder):
         return q, k, v
 
     def random_init(self, seed: int = 0) -> Encoder:
+        """The library's own initialisation of the same config."""
         with seeded(seed):
             return self._like(type(self.module)(copy.deepcopy(self.module.config)))
 
 
 class PixelEncoder(Encoder):
-    """The baseline without a network: patch tokens are the patch's pixels, the class token the whole image, small.
+    """The baseline without a network: patch tokens are the patch's pixels, the class token the entire image, small.
 
-    patch_size  of the encoder that it is compared with
-    side        the class token is the image resampled to (side, side), D = C side²; patches have C patch² numbers
+    patch_size  pixels, of the encoder that it is compared with
+    side        pixels; the class token is the image resampled to (side, side), so C side² numbers; a patch token has
+                C patch_size²
     """
 
     pools = False  # the widths differ
@@ -290,10 +308,11 @@ class PixelEncoder(Encoder):
         self.identity = hashlib.sha256(f"pixels {patch_size} {in_channels} {side}".encode()).hexdigest()[:16]
 
     def random_init(self, seed: int = 0) -> Encoder:
+        """The encoder itself: it has no weights."""
         return self
 
     def _layers(self, x: Tensor, blocks: Sequence[int], norm: bool) -> list[Tokens]:
-        # One size whatever the image's, so that class tokens of images of several sizes stand side by side.
+        # A fixed size, so that class tokens of images of different sizes have one width.
         small = F.interpolate(x, size=(self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
         patches = F.unfold(x, self.patch_size, stride=self.patch_size).mT
         return [Tokens(small.flatten(1), x.new_empty(len(x), 0, patches.shape[2]), patches)] * len(blocks)
@@ -311,9 +330,12 @@ def wrap(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Encoder:
-    """An Encoder around a RegisterViT, a ViT of timm or of transformers, or an Encoder itself.
+    """An Encoder around a RegisterViT, a ViT of timm or of transformers; an Encoder is returned as it is.
 
-    mean, std  by default those the model states (timm), else ImageNet's; UserError for any other kind of model
+    name       by default the class's name
+    mean, std  one number per channel on the scale of [0, 1]; by default those the model states (timm), else ImageNet's
+    dtype      of the matrix products
+    raises     UserError for any other kind of model
     """
     if isinstance(model, Encoder):
         return model
@@ -349,7 +371,7 @@ def _captured(*modules: nn.Module) -> Iterator[dict[int, Tensor]]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """PyTorch's global generator at a seed inside, and as it was afterwards."""
+    """Context with PyTorch's global generator at `seed`; the CPU generator's state is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

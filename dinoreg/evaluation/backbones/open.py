@@ -28,7 +28,7 @@ class Opened(NamedTuple):
     """An encoder, and the run that its weights belong to.
 
     run   the run folder, or None
-    step  of the run; 0 for weights from elsewhere
+    step  of the run's weights; 0 for weights from elsewhere
     """
 
     encoder: Encoder
@@ -37,7 +37,12 @@ class Opened(NamedTuple):
 
 
 def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -> Opened:
-    """The encoder that `weights=` means; UserError in one line when there is none."""
+    """The encoder that `weights=` means.
+
+    weights  as in `dinoreg eval`: a run, a file, a folder, a model's name, or timm:NAME[:FILE]
+    dtype    of the matrix products
+    raises   UserError, in one line, for weights that are missing, damaged or of an unknown kind
+    """
     if weights.startswith("timm:"):
         return Opened(_from_timm(weights, device, dtype))
     try:
@@ -52,8 +57,11 @@ def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -
 def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Opened:
     """A NativeEncoder of a run, a file, a library's folder or a model's name, with the preprocessing stated beside it.
 
-    A bare name's random weights are always the same, and LayerScale does not silence them (see `random_init`).
-    raises UserError in one line when there is none; NotHeld for a folder whose model RegisterViT cannot hold
+    A bare name's random weights are always the same, and LayerScale is 1 in them (see `random_init`).
+
+    dtype   of the matrix products
+    raises  UserError, in one line, for weights that are missing or damaged; NotHeld for a folder with a model that
+            RegisterViT cannot hold
     """
     file = find_weights(weights)
     if file is None:
@@ -102,7 +110,7 @@ def _load_state(model: nn.Module, path: Path, weights: str) -> None:
     try:
         state, _ = unwrap(content)
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except Exception as error:  # torn files and wrong shapes end in many kinds of exception
+    except Exception as error:  # torn files and wrong shapes raise many kinds of exception
         raise UserError(f"weights={weights}: {path} does not fit the model ({one_line(error, 160)})") from None
     extra = [key for key in unexpected if not key.startswith(("head.", "fc_norm."))]
     if missing or extra:
@@ -121,7 +129,7 @@ def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtyp
         model = model.float()
     except Exception as error:  # from_pretrained raises whatever its parts do
         raise UserError(f"weights={path}: not a model of transformers ({one_line(error, 160)})") from None
-    # The library fills what it misses with random numbers; only the pooler, which no evaluation asks, may be missing.
+    # The library fills what it misses with random numbers; only the pooler, which no evaluation uses, may be missing.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UserError(f"weights={path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")

@@ -44,7 +44,7 @@ PAIRS = {"masks": ("segmentation", "mIoU", segmented), "depth": ("depth", "RMSE"
 def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
     """The data at a path as a benchmark, ready to be read; its lists are read once, here.
 
-    options  what was given as own.KEY=VALUE (OPTIONS)
+    options  the values given as own.KEY=VALUE (OPTIONS)
 
     Raises UserError, in one line, for a path that is none of the kinds above and for anything wrong with its lists.
     """
@@ -52,7 +52,7 @@ def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
     if not path.exists():
         raise UserError(f"{path}: does not exist, expected a folder or a {', '.join(SUFFIXES)} file")
     values = BLANK.option_values(options)
-    # What was given is the default from here on, whether or not the reader is told again.
+    # The given values become the defaults, so that a reader called without options uses them as well.
     given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
     blank = replace(BLANK, name=_name(path), title=path.name, folders=(str(path),), options=given)
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
@@ -148,7 +148,7 @@ def _split(table: Table, path: Path, share: float, seed: int) -> Data:
 
 
 def _rarest(labels: np.ndarray) -> np.ndarray:
-    """What a hold-out of images with several labels balances: the rarest label of each (n, K) -> (n,), K for none."""
+    """The rarest label of each image, (n, K) -> (n,), K for an image without any: the groups of a balanced hold-out."""
     present = labels == 1
     count = np.where(present.any(axis=0), present.sum(axis=0), len(labels) + 1)
     rank = np.where(present, count[None], len(labels) + 1)

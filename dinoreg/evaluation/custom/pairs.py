@@ -33,17 +33,19 @@ Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mas
 
 
 def kinds_of_pairs(root: Path) -> list[str]:
-    """Which of "masks" and "depth" lie beside a folder of images."""
+    """Which of "masks" and "depth" lie beside a folder of images; UserError for a folder that cannot be read."""
     bases = _bases(root)
     return [kind for kind in SUFFIXES if any((root / base / kind).is_dir() for base in bases)]
 
 
 def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, str]:
-    """Every image with its mask or depth map, by split, and how they were split in words.
+    """Every image with its mask or depth map, by split, and in words how they were split.
 
-    share, seed  of the images that are held out where folders do not say what is tested
+    kind         "masks" or "depth"
+    share, seed  share in (0, 1) and seed of the held-out images where the folders name no test split
 
-    Raises UserError naming the first image that lacks its file.
+    Raises UserError naming the first image that lacks its file, has several, or lies in no split beside a training
+    split.
     """
     images: list[str] = []
     truths: list[str] = []
@@ -86,7 +88,11 @@ def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, s
 
 
 def segmented(root: Path, pairs: Pairs, variant: str) -> Data:
-    """The pairs as masks; without a classes.txt every mask is read once to count the classes."""
+    """The pairs as images with masks; without a classes.txt every mask is read once to count the classes.
+
+    variant  how they were split, in words
+    raises   UserError for a number of classes outside 2..255, and for a mask that cannot be read
+    """
     names = read_classes(root / "classes.txt") or []
     num_classes = len(names) or max(_largest_class(*sources) for sources in pairs.values()) + 1
     if not 2 <= num_classes <= IGNORED:
@@ -107,13 +113,17 @@ def _largest_class(images: PathSource, masks: PathSource) -> int:
 
 
 def depths(_root: Path, pairs: Pairs, variant: str) -> Data:
-    """The pairs as depth maps."""
+    """The pairs as images with depth maps in metres, read on access; `variant` says in words how they were split."""
     splits = {split: paired(DepthMaps, *sources, read_metres) for split, sources in pairs.items()}
     return Data(splits, variant=variant)
 
 
 def read_metres(path: Path, image: Path) -> np.ndarray:
-    """A depth map (H, W) float32 metres of its image's size, 0 where unknown; UserError for anything else."""
+    """A depth map (H, W) float32 metres of its image's size, 0 where unknown.
+
+    path   PNG of 16 bits in millimetres, or .npy or TIFF of floats in metres
+    raises UserError naming a file that is missing, unreadable, of another type or size, or negative somewhere
+    """
     metres = read_depth_map(path) if path.suffix.lower() == ".png" else _read_floats(path)
     if metres.min(initial=0) < 0:
         raise UserError(f"{path}: holds a depth of {metres.min():g} m, expected 0 (unknown) or more")

@@ -1,4 +1,4 @@
-"""What every kind of own data needs: files that exist and stay in their root; who is learnt from and who is tested.
+"""What all kinds of own data share: a check that files exist, and which images train and which test.
 
 Splits come from folders or from a column, under their usual names. Where there is none, a seeded share of every class
 is held out; where there is a validation split but no test split, the validation images are what is reported on.
@@ -24,10 +24,12 @@ SPLIT_WORDS = MappingProxyType(
 
 
 def hold_out(groups: np.ndarray, share: float, seed: int, copies: Copies | None = None) -> np.ndarray:
-    """Which rows are held out, (n,) bool: of each group (n,) its share, rounded, at least one and never all.
+    """Which rows are held out, (n,) bool: of each group the share, rounded, at least one row and never all.
 
-    A group of one stays where it can be learnt from. With `copies` the order is that of the files' contents, so that a
-    folder and a table of the same images are split alike, and copies of a picture stay on one side.
+    groups  (n,) labels of any type; the only row of a group is not held out
+    share   in (0, 1)
+    copies  of the n images: the order is that of the files' contents, so that a folder and a table of the same images
+            are split alike, and copies of a picture stay on one side
     """
     if copies is not None:
         return _hold_out_by_content(groups, share, seed, copies)
@@ -83,10 +85,13 @@ def parts(
     per_class: bool = True,
     copies: Copies | None = None,
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Rows of each split, ascending, and how they were split in words.
+    """Rows of each split, {name: (m,) int64 ascending}, and in words how they were split.
 
     words   "train", "val" or "test" for each row, or None where nothing says so
     groups  (n,) what a hold-out balances: classes, or all zero
+    share   in (0, 1), of the rows held out where there is neither a test nor a validation split
+
+    Raises UserError, beginning with `where`, for splits without "train" and for too few rows to hold some out.
     """
     split_of = np.array(words or [], dtype=str)
     named = {name: np.flatnonzero(split_of == name) for name in ("train", "val", "test") if name in split_of}
@@ -104,7 +109,7 @@ def parts(
 
 
 def require_files(root: Path, paths: Iterable[str], where: Path) -> None:
-    """UserError naming the first path below the root that is not there, and how many others."""
+    """UserError, beginning with `where`, naming the first missing path below the root and counting the others."""
 
     @cache
     def names(folder: str) -> set[str]:

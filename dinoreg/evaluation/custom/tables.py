@@ -28,7 +28,7 @@ INDICATORS = {"1": 1, "0": 0, "-1": -1, "": -1, "1.0": 1, "0.0": 0, "-1.0": -1, 
 
 @dataclass(frozen=True)
 class Table:
-    """What a table says, row by row.
+    """The content of a table, row by row.
 
     paths   relative to `root`
     labels  (n,) int64 classes, or (n, K) int8 as in MultiLabelled
@@ -48,8 +48,8 @@ Column = list[tuple[str, str]]  # (where it stands, cell) of every row
 def read_table(file: Path, root: Path, columns: Sequence[str]) -> Table:
     """Read a table; UserError, in one line, for whatever is wrong with it.
 
-    root     where relative paths begin and what no path may leave
-    columns  those that hold labels; where there are none, see above
+    root     where relative paths begin and which no path may leave
+    columns  those that hold labels; if empty `label`, or all but `path` and `split`
     """
     cells = _read_columns(file)
     if "path" not in cells:
@@ -143,7 +143,7 @@ def _numbering(cells: set[str], given: list[str] | None) -> tuple[Callable[[str,
 
 
 def read_classes(path: Path) -> list[str] | None:
-    """The names in a classes.txt, one a line, or None where there is no such file."""
+    """The names in a classes.txt, one a line, None without such a file; UserError for fewer than two or repeats."""
     if not path.is_file():
         return None
     names = lines(path, "own", "")

@@ -1,4 +1,4 @@
-"""Linear box heads on a frozen encoder: the images as it takes them, how heads are trained, what they find."""
+"""Linear box heads on a frozen encoder: how images are prepared, how heads are trained, what they detect."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,9 +27,9 @@ class Prepared(NamedTuple):
 
     number   of the image in its split
     image    (3, H, W) float32 in [0, 1], padded to whole patches
-    size     (height, width) after resizing and before padding
+    size     (height, width) in pixels after resizing and before padding
     scale    resized over original pixels, along x and along y
-    targets  of its patches, where it is learnt from
+    targets  of its patches; None outside training
     """
 
     number: int
@@ -42,7 +42,11 @@ class Prepared(NamedTuple):
 def prepare(
     split: Boxed, index: int, encoder: Encoder, options: DetectionOptions, flip: bool | None = None
 ) -> Prepared:
-    """An image of a split, resized and padded; with targets where `flip` says whether it is mirrored."""
+    """An image of a split, resized and padded.
+
+    flip    whether it is mirrored; targets are added unless None
+    raises  UserError naming an image that cannot be read
+    """
     picture = read_rgb(split.source, index)
     height, width = fit_size(picture.height, picture.width, options.size, options.max_size)
     scale = (width / picture.width, height / picture.height)
@@ -63,13 +67,16 @@ def prepare(
 
 
 def typical_reach(targets: Iterable[Targets]) -> float:
-    """Patches from one in an object to the sides of its box, on average: where training starts. At least half one."""
+    """Mean distance in patches from patches in objects to the sides of their boxes, at least 0.5.
+
+    The heads' predictions start there. 3.0 where no patch is in an object.
+    """
     reach = torch.cat([each.reach[each.labels >= 0] for each in targets])
     return max(float(reach.mean()), 0.5) if len(reach) else 3.0
 
 
 class BoxProbe:
-    """Linear box heads on one encoder, one for every rate: trained, and what they find."""
+    """Linear box heads on one encoder, one for each learning rate: their training and their detections."""
 
     def __init__(self, encoder: Encoder, settings: DetectionOptions, context: Context) -> None:
         self.encoder, self.settings, self.context = encoder, settings, context
@@ -77,7 +84,8 @@ class BoxProbe:
     def train(self, split: Boxed, indices: np.ndarray) -> tuple[dict[str, LinearBoxHead], dict[str, float]]:
         """The heads {rate: head} that did not diverge, with their last training loss; all start from the same weights.
 
-        indices  of the images to learn from
+        indices  (n,) of the split's images to train on
+        raises   RunError where every head diverges or a token is not finite, UserError for an image that cannot be read
         """
         settings, encoder, context = self.settings, self.encoder, self.context
         count, steps = len(indices), settings.steps
@@ -97,7 +105,7 @@ class BoxProbe:
                 reach.append(each.targets.reach[counted])
             x = torch.cat(tokens)
             targets = Targets(torch.cat(labels).to(x.device), torch.cat(reach).to(x.device))
-            if len(x) < 2:  # BatchNorm cannot tell a spread from a single patch, and there is nothing to learn
+            if len(x) < 2:  # BatchNorm cannot estimate a variance from a single patch
                 return {key: head.linear.weight.sum() * 0.0 for key, head in heads.items()}
             return {key: box_loss(head(x), targets) for key, head in heads.items()}
 
@@ -119,7 +127,13 @@ class BoxProbe:
     def predict(
         self, heads: Mapping[str, LinearBoxHead], split: Boxed, indices: np.ndarray, what: str
     ) -> tuple[dict[str, Detections], np.ndarray]:
-        """Every head's boxes on some images, which are numbered from 0; and the images' height and width (n, 2)."""
+        """Every head's boxes on some images, which are numbered from 0.
+
+        indices  (n,) of the split's images
+        what     description of the images, beside the progress
+        returns  {rate: detections in original pixels}, and the images' height and width in pixels (n, 2) int64
+        raises   as `train`
+        """
         encoder, settings, context = self.encoder, self.settings, self.context
         order = indices.tolist()
         images = parallel(lambda index: prepare(split, index, encoder, settings), order, context.workers)

@@ -1,4 +1,4 @@
-"""The linear depth head and several of them on one frozen backbone: how they are trained, what they predict (P6).
+"""The linear depth head and several of them on one frozen backbone: how they are trained, what they predict.
 
 Follows DINOv2 §7.4 and its released heads: 256 bins, scores normalised by their sum, the expected depth; tokens without
 the final norm; trained by the scale-invariant loss and half the multi-scale gradient loss.
@@ -36,14 +36,17 @@ Key = tuple[int, float]  # a head: its variant and its learning rate
 
 
 def head_blocks(variant: int, depth: int) -> tuple[int, ...]:
-    """The blocks, from 0, that lin.`variant` reads of a backbone with `depth` blocks; ascending and distinct."""
+    """The blocks, from 0, that lin.`variant` reads of a backbone with `depth` blocks; ascending and distinct.
+
+    lin.4 reads those of DINOv2 (§7.4) where the depth is 12, 24 or 40; otherwise blocks are evenly spaced.
+    """
     if variant == 4 and depth in FOUR_BLOCKS:
         return tuple(block - 1 for block in FOUR_BLOCKS[depth])
     return tuple(sorted({max(round(depth * part / variant), 1) - 1 for part in range(1, variant + 1)}))
 
 
 def warmup_steps(options: DepthOptions) -> int:
-    """Steps of the rate's warm-up; a third of all, as published, when there are fewer."""
+    """Steps of the learning rate's warm-up; a third of all, as published, when there are fewer."""
     return min(options.warmup_steps, options.steps // 3)
 
 
@@ -53,9 +56,12 @@ def loss_warmup_steps(options: DepthOptions) -> int:
 
 
 class DepthHead(nn.Module):
-    """Patch tokens beside their image's class token -> depth at four times the patch grid.
+    """Patch tokens beside their image's class token -> depth at four times the patch grid (DINOv2 §7.4).
 
-    widths  per block (patch width, class token width)
+    Each bin's score is ReLU(logit) + 0.1, divided by their sum; the depth is the mean of the bins under these shares.
+
+    widths                per block (patch width, class token width)
+    min_depth, max_depth  centres of the first and last bin, in metres
     """
 
     bins: Tensor
@@ -68,7 +74,11 @@ class DepthHead(nn.Module):
         self.register_buffer("bins", torch.linspace(min_depth, max_depth, num_bins), persistent=False)
 
     def forward(self, tokens: Sequence[Tokens], grid: tuple[int, int]) -> Tensor:
-        """Tokens of each block, and the grid (h, w) of its patches -> (B, 4h, 4w) metres."""
+        """Depth (B, 4h, 4w) in metres.
+
+        tokens  of each block in the order of `widths`: cls (B, D), patches (B, N, D)
+        grid    (h, w), rows and columns of patches
+        """
         # The published head enlarges the features and then projects; both are linear and bilinear weights sum to one,
         # so projecting first gives the same scores for a sixteenth of the work. The class token is projected once.
         weights = self.project.weight.split(self.widths, dim=1)
@@ -82,7 +92,7 @@ class DepthHead(nn.Module):
 
 
 class DepthHeads:
-    """A head for every (variant, rate), all on one encoder."""
+    """A head for every (variant, rate), all on one encoder; lin.`variant` reads that many blocks."""
 
     def __init__(self, encoder: Encoder, options: DepthOptions, seed: int) -> None:
         self.encoder, self.options, self.seed = encoder, options, seed
@@ -90,7 +100,13 @@ class DepthHeads:
         self.heads: dict[Key, DepthHead] = {}
 
     def fit(self, train: DepthMaps, size: tuple[int, int], border: Crop | None, context: Context) -> dict[Key, float]:
-        """Train all heads on crops of `size` from inside `border`; returns the loss that each ended at."""
+        """Train all heads on crops of `size` from inside `border`.
+
+        size     (height, width) of the crops in pixels
+        border   the part of each image that crops are taken from; None: all of it
+        returns  {head: mean loss of the last tenth of the steps}, NaN for a head that diverged
+        raises   RunError where all heads diverge or a token is not finite; UserError as `read_pair`
+        """
         options, device = self.options, self.encoder.device
         self._build(*size)
         names = {key: f"lin.{key[0]} lr {key[1]:g}" for key in self.heads}
@@ -128,8 +144,8 @@ class DepthHeads:
         """The mean prediction on images and on their mirror images, each clamped to the bins' range.
 
         images   (B, 3, H, W) uint8
-        names    of the images, for RunError when a feature is not finite
-        returns  {head: (B, H, W) metres}
+        names    of the images, for the RunError when a feature is not finite
+        returns  {head: (B, H, W) float32 metres}
         """
         pixels = images.to(self.encoder.device).float() / 255
         size = (images.shape[2], images.shape[3])
@@ -144,7 +160,11 @@ class DepthHeads:
     def predictions(
         self, split: DepthMaps, context: Context
     ) -> Iterator[tuple[int, np.ndarray, dict[Key, np.ndarray]]]:
-        """(index, truth (H, W), {head: prediction (H, W)}) of every image; equal sizes go in batches."""
+        """Every image's prediction by every head; batches are of equal size, so that the order changes.
+
+        yields  (index, truth (H, W) float32 metres, {head: prediction (H, W) float32 metres})
+        raises  RunError where a feature is not finite; UserError as `read_pair`
+        """
 
         def load(index: int) -> tuple[int, np.ndarray, np.ndarray]:
             image, depth = read_pair(split, index)
@@ -191,5 +211,5 @@ class DepthHeads:
 
 
 def resized(depth: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    """(h, w) -> (H, W) float32, bilinear."""
+    """A map (h, w), resized bilinearly to `shape` (H, W): float32, on the CPU."""
     return F.interpolate(depth[None, None], size=tuple(shape), mode="bilinear", align_corners=False)[0, 0].cpu().numpy()

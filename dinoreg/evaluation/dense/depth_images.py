@@ -1,7 +1,6 @@
-"""Pictures with their depth maps: read, cropped and varied for training, shown as examples.
-
-The variations are those of the NYU recipe behind DINOv2's: a border cut off, rotation by up to
-2.5 degrees, flip, random crop of 416 x 544, gamma, brightness and colour.
+"""Pictures with their depth maps: read, cropped and augmented for training, shown as examples.
+The augmentations are those of the NYU recipe behind DINOv2's: a border cut off, rotation by up to 2.5 degrees, flip,
+random crop of 416 x 544, gamma, brightness and colour.
 """
 
 import numpy as np
@@ -22,7 +21,10 @@ SIZES_READ = 64  # training images whose sizes decide the crop
 
 
 def read_pair(split: DepthMaps, index: int) -> tuple[Image.Image, np.ndarray]:
-    """An image and its depth (H, W) float32 metres, 0 where unknown; UserError when their sizes differ."""
+    """An image and its depth (H, W) float32 metres, 0 where unknown.
+
+    raises  UserError when their sizes differ or one cannot be read
+    """
     image = read_rgb(split.source, index)
     depth = np.asarray(split.depth(index), dtype=np.float32)
     width, height = image.size
@@ -34,12 +36,12 @@ def read_pair(split: DepthMaps, index: int) -> tuple[Image.Image, np.ndarray]:
 
 
 def shrunk_size(height: int, width: int, max_size: int) -> tuple[int, int]:
-    """Height and width with the long side at most `max_size`, in proportion."""
+    """Height and width in pixels with the long side at most `max_size`, in proportion; never enlarged."""
     return fit_size(height, width, min(height, width), max_size)
 
 
 def shrink(image: Image.Image, max_size: int) -> Image.Image:
-    """The image with its long side at most `max_size`."""
+    """The image with its long side at most `max_size` pixels, bilinear; itself where it fits."""
     height, width = shrunk_size(image.height, image.width, max_size)
     if (width, height) == image.size:
         return image
@@ -47,9 +49,13 @@ def shrink(image: Image.Image, max_size: int) -> Image.Image:
 
 
 def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int, int]:
-    """Height and width of training crops: 416 x 544, or in proportion less where images are smaller.
+    """Height and width in pixels of training crops: 416 x 544, or in proportion less where images are smaller.
 
-    The smallest of up to SIZES_READ images, evenly spaced, decides; whichever is smaller still is filled up.
+    The smallest of up to SIZES_READ images, evenly spaced, decides; an image that is smaller still is padded.
+
+    border    the part of each image that crops are taken from; None: all of it
+    max_size  pixels of the long side, to which images are shrunk first
+    raises    UserError for an image that cannot be read
     """
     smallest = [10**9, 10**9]
     for index in np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int)):
@@ -67,7 +73,13 @@ def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int
 def training_crop(
     image: Image.Image, depth: np.ndarray, size: tuple[int, int], border: Crop | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One varied crop: (h, w, 3) float32 in [0, 1], and its depth (h, w) float32, 0 where unknown or filled up."""
+    """One randomly augmented crop, and its depth.
+
+    depth    (H, W) float32 metres, 0 where unknown; resized to the image if that was shrunk
+    size     (h, w) of the crop in pixels; what lies beyond the image is 0
+    border   the part of the image that the crop is taken from; None: all of it
+    returns  (h, w, 3) float32 in [0, 1]; (h, w) float32 metres, 0 where unknown or padded
+    """
     maps = Image.fromarray(depth)
     if maps.size != image.size:
         maps = maps.resize(image.size, Image.Resampling.NEAREST)
@@ -75,7 +87,7 @@ def training_crop(
         rows, columns = scaled_crop(border, image.height, image.width)
         box = (columns.start, rows.start, columns.stop, rows.stop)
         image, maps = image.crop(box), maps.crop(box)
-    # Every number is drawn every time: what is done to an image hangs on the step alone.
+    # Every number is drawn every time: what is done to an image depends on the step alone.
     rotates, flips, colours = rng.random(3) < PROBABILITY
     angle, down, right = rng.uniform(-ROTATION, ROTATION), rng.random(), rng.random()
     gamma, brightness, colour = rng.uniform(*GAMMA), rng.uniform(*BRIGHTNESS), rng.uniform(*COLOUR, size=3)
@@ -98,7 +110,9 @@ def training_crop(
 def example(image: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: np.ndarray, text: str) -> Image.Image:
     """Image | prediction | truth, near dark and far bright on one scale, black where the truth is unknown.
 
-    valid  (H, W) bool: the pixels whose 1st and 99th percentile span the scale, so that a stray one does not
+    predicted, true  (H, W) metres
+    valid            (H, W) bool: the pixels whose 1st and 99th percentile span the scale, so that a stray one does not
+    text             behind "prediction" in the caption
     """
     from matplotlib import colormaps
 
@@ -110,6 +124,6 @@ def example(image: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: 
 
     truth = painted(true)
     truth[true <= 0] = 0
-    # Small pictures are enlarged too: a miniature's 64 pixels are nothing to look at.
+    # Small pictures are enlarged too, such as 64 pixels, which show nothing at their own size.
     captions = ("image", f"prediction, {text}", f"truth, {low:.1f} (dark) to {high:.1f} m")
     return strip([widened(each) for each in (image, painted(predicted), truth)], captions)

@@ -1,4 +1,4 @@
-"""What the flow protocol reads: unit patch tokens of every frame, kept once in a memory-mapped file, and the truth.
+"""The flow protocol's inputs: unit patch tokens of every frame, kept once in a memory-mapped file, and the truth.
 
 The tokens of a frame serve as the first of one pair, the second of another and a few times in every fit, so the
 backbone sees a frame once. On disk they take frames x patches x D numbers of the type `features_dtype`: 3.7 GB in
@@ -27,10 +27,10 @@ FLUSH_FRAMES = 32  # written between notes of how far the extraction is
 
 
 def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: Context) -> np.ndarray:
-    """Unit patch tokens (frames, N, D) of every frame of a source, memory-mapped and read only.
+    """Unit patch tokens (frames, N, D) of `features_dtype` of every frame of a source, memory-mapped and read only.
 
-    An extraction that was stopped goes on where it was. UserError naming a frame of another size than the geometry's
-    or that cannot be read; RunError naming one whose tokens are not finite, or for want of space.
+    An interrupted extraction resumes. UserError naming a frame of another size than the geometry's or that cannot be
+    read; RunError naming one whose tokens are not finite, or where the disk is too small.
     """
     key = {
         "weights": encoder.identity,
@@ -40,7 +40,7 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
         "dtype": context.features_dtype,
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    # As many pixels at once as a batch of the crops that the batch size is meant for.
+    # As many pixels at once as in a batch of crops, for which the batch size is meant.
     height, width = geometry.working
     batch_size = max(context.batch_size * context.image_size**2 // (height * width), 1)
 
@@ -70,14 +70,17 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
 
 
 def forget_tokens(context: Context) -> None:
-    """Give back the disk that the tokens of this evaluation take: those of the baselines come after it."""
+    """Delete the token files of this evaluation, to make room on the disk for those of the baselines."""
     for path in context.state.glob("flow_tokens_*"):
-        with suppress(OSError):  # a system that keeps mapped files; they go with the folder
+        with suppress(OSError):  # some systems cannot delete mapped files; these go with the folder
             path.unlink()
 
 
 def truth(pairs: FlowPairs, index: int, geometry: Geometry) -> Truth:
-    """The ground truth of a pair on the CPU; UserError naming the pair when it is not of the frames' size."""
+    """The ground truth of a pair on the CPU; UserError naming the pair when it is not of the frames' size.
+
+    index  of the pair
+    """
     flow = np.ascontiguousarray(pairs.flow(index), dtype=np.float32)
     masks = [np.ascontiguousarray(mask(index), dtype=bool) for mask in (pairs.valid, pairs.occluded)]
     shapes = [flow.shape[:2], *(mask.shape for mask in masks)]

@@ -22,6 +22,7 @@ class Geometry:
     """A frame and the grid of patches that it is cut into once resized.
 
     size        (height, width) of the frame in pixels
+    patch_size  pixels
     upscale     the sides are multiplied by this, then rounded to a whole number of patches
     """
 
@@ -41,7 +42,11 @@ class Geometry:
         return self.grid[0] * self.patch_size, self.grid[1] * self.patch_size
 
     def to_pixels(self, flow: Tensor) -> Tensor:
-        """Flow (N, 2) of the patches, in patches -> (H, W, 2) of the frame's pixels, in its pixels; bilinear."""
+        """Flow of the patches as flow of the frame's pixels, bilinear.
+
+        flow     (N, 2) in patches, row by row over the grid
+        returns  (H, W, 2) in pixels of the frame
+        """
         rows, columns = self.grid
         per_patch = flow.new_tensor([self.size[1] / columns, self.size[0] / rows])
         field = (flow * per_patch).view(1, rows, columns, 2).permute(0, 3, 1, 2)
@@ -52,7 +57,8 @@ def match(first: Tensor, second: Tensor, grid: tuple[int, int], temperature: flo
     """Displacement of every patch of one frame to its match in the next, by soft-argmax over all pairs.
 
     first, second  (N, D) unit vectors, row by row over the grid
-    temperature    the cosines are divided by it before the softmax
+    grid           rows and columns, N = rows x columns
+    temperature    above 0; the cosines are divided by it before the softmax
     window         patches to each side of the best match that the softmax runs over; 0: the whole frame
     returns        (N, 2) in patches; differentiable in both and in the temperature. Similarities are computed in blocks
                    of rows, in the backward pass again, so that memory does not grow with N²
@@ -93,8 +99,9 @@ class Projection(nn.Module):
     """The linear probe: one matrix before the cosines, and the temperature after them.
 
     dim          D of the tokens
-    out_dim      c of the projection
-    temperature  that the learned one starts from
+    out_dim      width of the projection
+    temperature  initial value of the learned one, above 0
+    seed         of the matrix
 
     The matrix starts (semi-)orthogonal, so that the first flow is that of the tokens themselves or close to it. It has
     no bias: with unit tokens going in, the direction of the projected token is that of the unscaled one.
@@ -109,30 +116,34 @@ class Projection(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
+        """() the learned temperature, at least LOWEST_TEMPERATURE."""
         return self.log_temperature.exp().clamp(min=LOWEST_TEMPERATURE)
 
     def forward(self, first: Tensor, second: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Unit tokens (N, D) of two frames -> displacements (N, 2) in patches, matched over the whole frame."""
+        """Unit tokens (N, D) of two frames -> displacements (N, 2) in patches, matched over the whole frame.
+
+        grid  rows and columns, N = rows x columns
+        """
         start, end = (F.normalize(tokens @ self.weight.mT, dim=-1) for tokens in (first, second))
         return match(start, end, grid, self.temperature)
 
 
 class Truth(NamedTuple):
-    """What is known of a pair: flow (H, W, 2) in pixels, valid (H, W) bool, occluded (H, W) bool."""
+    """The ground truth of a pair: flow (H, W, 2) in pixels, valid (H, W) bool, occluded (H, W) bool."""
 
     flow: Tensor
     valid: Tensor
     occluded: Tensor
 
 
-# What a pair is remembered by: numbers of pixels, sums of their end-point errors, numbers of pixels within a rate.
+# The figures kept of a pair: numbers of pixels, sums of their end-point errors, numbers of pixels within a rate.
 TALLY = ("count", "sum", "count matched", "sum matched", "count unmatched", "sum unmatched", *map(str, RATES))
 
 
 def tally(predicted: Tensor, truth: Truth) -> Tensor:
-    """The sums of one pair (len(TALLY),) float64 that the pooled figures are made of; valid pixels alone count.
+    """The sums of one pair, (len(TALLY),) float64 on the CPU, that pooled figures are made of; only valid pixels count.
 
-    predicted  (H, W, 2), or (2,) for the same flow everywhere
+    predicted  (H, W, 2) in pixels, or (2,) for the same flow everywhere
     """
     errors = (predicted.expand_as(truth.flow)[truth.valid] - truth.flow[truth.valid]).double().norm(dim=-1)
     hidden = truth.occluded[truth.valid]
@@ -142,10 +153,13 @@ def tally(predicted: Tensor, truth: Truth) -> Tensor:
 
 
 def figures(tallies: Tensor) -> dict[str, float]:
-    """Figures pooled over the pixels of pairs (n, len(TALLY)): end-point errors in pixels, rates as shares.
+    """Figures pooled over the pixels of pairs: end-point errors in pixels, rates as shares in [0, 1].
 
-    all, matched and unmatched are means over the valid pixels, those visible in the second frame and those hidden
-    there; NaN where there is none.
+    all, matched and unmatched are means over the valid pixels, those visible in the second frame and those occluded in
+    it; NaN where there is none.
+
+    tallies  (n, len(TALLY)) of the pairs
+    returns  {"all", "matched", "unmatched", "within 1 px", "within 3 px", "within 5 px"}
     """
     total = dict(zip(TALLY, tallies.sum(dim=0).tolist()))
 

@@ -1,9 +1,9 @@
-"""LOST (Siméoni et al. 2021), object discovery without labels: one box from the similarities of an image's patches.
+"""LOST (Siméoni et al., arXiv 2109.14279), object discovery without labels: one box from similarities of patches.
 
 Patches of an object are alike among themselves and unlike the ground, which is most of the image. So the patch that is
 alike to the fewest others is taken as the seed, other rare patches that are alike to it join, and the box goes around
 the connected patches that are alike to these together (paper §3). "Alike" is a positive inner product; registers'
-paper (Darcet et al. 2023, §3.3) adds a bias to the products first, because some models' are almost all positive.
+paper (arXiv 2309.16588, §3.3) adds a bias to the products first, because some models' are almost all positive.
 """
 
 from typing import NamedTuple
@@ -22,9 +22,9 @@ class Found(NamedTuple):
 
     box      x0, y0, x1, y1 in patches, ends exclusive
     mask     (rows, columns) bool: the connected patches that the box encloses
-    seed     number of the patch that it grew from
-    similar  (s,) numbers of the patches that joined the seed, itself among them as a rule
-    alone    whether the seed was not among the patches alike to the rest, so that the box is the seed patch
+    seed     index of the patch that it grew from
+    similar  (s,) indices of the patches that joined the seed, itself among them unless its own product is not positive
+    alone    whether the seed was outside the mask of patches alike to these together, so that the box is the seed patch
     """
 
     box: tuple[int, int, int, int]
@@ -52,7 +52,11 @@ def by_degree(similarity: Tensor) -> Tensor:
 
 
 def expand(similarity: Tensor, order: Tensor, k: int = 100) -> Tensor:
-    """Patches (s,) that join the seed order[0]: those alike to it among the k of lowest degree."""
+    """Patches (s,) that join the seed order[0]: those among the k of lowest degree whose product with it is positive.
+
+    similarity  (N, N)
+    order       (N,) patches by ascending degree, as `by_degree` gives them
+    """
     rare = order[:k]
     return rare[similarity[order[0], rare] > 0]
 
@@ -63,6 +67,7 @@ def lost(similarity: Tensor, grid: tuple[int, int], k: int = 100) -> Found:
     similarity  (N, N) inner products of the patches, row by row, with any bias added already
     grid        rows and columns, N = rows x columns
     k           patches of lowest degree that may join the seed; all of them where there are fewer
+    raises      ValueError where the similarities do not fit the grid, UserError without scipy
     """
     rows, columns = grid
     if similarity.shape != (rows * columns, rows * columns) or not rows * columns:
@@ -76,9 +81,13 @@ def lost(similarity: Tensor, grid: tuple[int, int], k: int = 100) -> Found:
 
 
 def component(mask: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, bool]:
-    """The 4-connected part of a mask (rows, columns) that holds the seed (row, column).
+    """The 4-connected part of a mask that holds the seed.
 
-    returns  (part, alone): the seed alone, and True, where it is not in the mask; there the paper's code gives up
+    mask     (rows, columns) bool
+    seed     (row, column)
+    returns  (part (rows, columns) bool, alone): the seed alone, and True, where it is not in the mask; there the
+             paper's code gives up
+    raises   UserError without scipy
     """
     try:
         from scipy import ndimage
@@ -93,6 +102,6 @@ def component(mask: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, bool
 
 
 def enclosing(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """x0, y0, x1, y1 around the true entries of (rows, columns), ends exclusive."""
+    """x0, y0, x1, y1 around the true entries of (rows, columns) bool, ends exclusive; ValueError without any."""
     y, x = np.nonzero(mask)
     return int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1

@@ -17,12 +17,16 @@ BOX_PANEL = (290, 400)  # pixels; width and height that an image with boxes is f
 GAP, LINE = 4, 18  # pixels between panels, and of the line of text below them
 BACKGROUND, TEXT = (24, 27, 33), (230, 232, 238)
 TRUTH, PREDICTION = (70, 200, 120), (240, 90, 70)  # green and red
-SEEN = np.array([2, 4, 3])  # how far the eye takes colours to be apart that differ in red, green or blue, squared
+SEEN = np.array([2, 4, 3])  # weights of red, green and blue in the squared distance that the eye sees between colours
 UNKNOWN = (70, 74, 82)  # of pixels without trustworthy ground truth
 
 
 def strip(panels: Sequence[Image.Image | np.ndarray], captions: Sequence[str] = (), gap: int = GAP) -> Image.Image:
-    """Panels in a row, each above its caption; panels are images or arrays (h, w, 3) uint8."""
+    """Panels in a row, each above its caption.
+
+    panels  images, or arrays (h, w, 3) uint8
+    gap     pixels between panels
+    """
     images = [Image.fromarray(panel) if isinstance(panel, np.ndarray) else panel for panel in panels]
     width = sum(image.width for image in images) + gap * (len(images) - 1)
     height = max(image.height for image in images)
@@ -38,7 +42,7 @@ def strip(panels: Sequence[Image.Image | np.ndarray], captions: Sequence[str] = 
 
 
 def widened(image: Image.Image | np.ndarray, resample: Image.Resampling = Image.Resampling.NEAREST) -> Image.Image:
-    """An image scaled to the width of a panel; small ones are enlarged."""
+    """An image, or array (h, w, 3) uint8, scaled to the width of a panel; small ones are enlarged."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     return image.resize((PANEL, max(round(image.height * PANEL / image.width), 1)), resample)
 
@@ -46,7 +50,11 @@ def widened(image: Image.Image | np.ndarray, resample: Image.Resampling = Image.
 def draw_boxes(
     image: Image.Image, boxes: np.ndarray, colour: tuple[int, int, int], captions: Sequence[str] = ()
 ) -> Image.Image:
-    """A copy of a picture as large as a panel, with the outlines of boxes (k, 4) that are in its own pixels."""
+    """A copy of a picture as large as a panel, with the outlines of boxes.
+
+    boxes     (k, 4) x0, y0, x1, y1 in the picture's own pixels
+    captions  of the first boxes
+    """
     scale = min(BOX_PANEL[0] / image.width, BOX_PANEL[1] / image.height)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -62,10 +70,10 @@ def draw_boxes(
 
 @lru_cache(maxsize=8)
 def palette(count: int) -> np.ndarray:
-    """(count, 3) uint8: colours as far from each other, and from black, as can be; the same ones every time.
+    """(count, 3) uint8, read only: colours far from each other and from black; always the same ones.
 
     Each colour in turn is the one of a grid that is farthest from all before it; a palette is the beginning of every
-    longer one. Read only.
+    longer one.
     """
     steps = np.linspace(0, 255, 14).round()
     grid = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
@@ -82,7 +90,7 @@ def palette(count: int) -> np.ndarray:
 
 
 def coloured(mask: np.ndarray, num_classes: int) -> np.ndarray:
-    """(H, W) classes -> (H, W, 3) uint8 by the palette; ignored pixels are black."""
+    """(H, W) uint8 classes -> (H, W, 3) uint8 by the palette; ignored pixels are black."""
     table = np.zeros((256, 3), dtype=np.uint8)
     table[:num_classes] = palette(num_classes)
     table[IGNORED] = 0
@@ -90,7 +98,10 @@ def coloured(mask: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def panel(array: np.ndarray, height: int, width: int) -> np.ndarray:
-    """An image (H, W, 3) or mask (H, W), uint8, as large as a panel that shows (height, width) pixels."""
+    """An array resized to a panel that shows (height, width) pixels, at most PANEL pixels wide.
+
+    array  image (H, W, 3) or mask (H, W), uint8; masks by the nearest pixel
+    """
     shown = min(width, PANEL)
     size = (shown, max(round(height * shown / width), 1))
     kind = Image.Resampling.NEAREST if array.ndim == 2 else Image.Resampling.BILINEAR
@@ -101,13 +112,13 @@ def triptych(image: np.ndarray, prediction: np.ndarray, truth: np.ndarray, num_c
     """Image | prediction | truth.
 
     image              (h, w, 3) uint8
-    prediction, truth  (h, w) uint8 classes; 255 is black
+    prediction, truth  (h, w) uint8 classes in [0, num_classes); 255 is black
     """
     return strip([image, coloured(prediction, num_classes), coloured(truth, num_classes)], gap=6)
 
 
 def flow_colours(flow: np.ndarray, fastest: float) -> np.ndarray:
-    """Flow (H, W, 2) -> (H, W, 3) uint8: no motion is white, `fastest` pixels and more have the full colour.
+    """Flow (H, W, 2) in pixels -> (H, W, 3) uint8: no motion is white, `fastest` pixels and more have the full colour.
 
     Hues go round with the angle of (u, v): right is red, down yellow-green, left cyan, up violet.
     """
@@ -120,7 +131,7 @@ def flow_colours(flow: np.ndarray, fastest: float) -> np.ndarray:
 
 
 def wheel(radius: int) -> Image.Image:
-    """The key to the colours: every direction and speed in its place, clear outside the circle."""
+    """The key to the flow's colours, RGBA of 2 radius + 1 pixels a side; transparent outside the circle."""
     along = np.arange(-radius, radius + 1)
     flow = np.stack(np.meshgrid(along, along), axis=-1).astype(np.float64)
     inside = np.linalg.norm(flow, axis=-1) <= radius
@@ -130,7 +141,7 @@ def wheel(radius: int) -> Image.Image:
 def draw_flow(frame: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: np.ndarray, text: str) -> Image.Image:
     """Frame, predicted flow and true flow side by side.
 
-    predicted, true  (H, W, 2) pixels; both on the scale of the true one's fast pixels
+    predicted, true  (H, W, 2) pixels; full colour is the 99th percentile of the true speeds, at least 1 pixel
     valid            (H, W) bool; elsewhere the true flow is grey
     text             below the prediction
     """

@@ -22,7 +22,7 @@ INIT_STD = 0.01  # of the convolution's weights
 
 
 class LinearHead(nn.Module):
-    """Batch norm, then one logit per class and patch: (B, D, h, w) -> (B, K, h, w)."""
+    """Batch norm, then one logit per class and patch: (B, D, h, w) -> (B, K, h, w). Weights are drawn from `seed`."""
 
     def __init__(self, dim: int, num_classes: int, seed: int) -> None:
         super().__init__()
@@ -32,11 +32,16 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.classify.bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Maps of patch tokens (B, D, h, w) -> logits (B, K, h, w)."""
         return self.classify(self.norm(tokens))
 
 
 def upsample(logits: Tensor, height: int, width: int, patch_size: int) -> Tensor:
-    """(B, K, h, w) on the patches of a centrally padded image -> (B, K, height, width) on its own pixels, bilinear."""
+    """Logits on patches -> logits on pixels, bilinear; the padding of the images is cut off.
+
+    logits   (B, K, h, w) on the patches of centrally padded images
+    returns  (B, K, height, width) on the pixels of the images before padding
+    """
     # As products of matrices, with gradients, two to three times as fast on a CPU as `interpolate`.
     vertical, horizontal = (torch.from_numpy(upsampling(side, patch_size)).to(logits) for side in (height, width))
     return vertical @ logits @ horizontal.mT
@@ -46,7 +51,7 @@ def pixel_loss(logits: Tensor, labels: Tensor, patch_size: int) -> Tensor:
     """Mean cross-entropy over all pixels of the batch that are not ignored; 0 when all are.
 
     logits   (B, K, h, w) on the patch grid of the padded crops
-    labels   (B, H, W) int64, 255 where ignored
+    labels   (B, H, W) int64 in [0, K), 255 where ignored
     returns  (), differentiable in logits
     """
 
@@ -60,7 +65,7 @@ def pixel_loss(logits: Tensor, labels: Tensor, patch_size: int) -> Tensor:
 
 
 def read_pair(split: Segmented, index: int) -> tuple[Image.Image, np.ndarray]:
-    """An image and its mask (H, W) uint8; UserError when they do not fit."""
+    """An image and its mask (H, W) uint8; UserError when one is unreadable, sizes differ or a class is out of range."""
     image, mask, name = read_rgb(split.source, index), split.mask(index), split.source.name(index)
     if mask.shape != (image.height, image.width):
         raise UserError(
@@ -77,8 +82,9 @@ def training_crop(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random scale, crop, flip and distortion of colours.
 
-    fill     colour of pixels beyond the image; the mask's are 255
-
+    mask     (H, W) uint8 of the image's size
+    size     side of the crop in pixels
+    fill     RGB colour, 0..255, of pixels beyond the image; the mask's are 255
     returns  (size, size, 3) uint8, (size, size) uint8
     """
     ratio = rng.uniform(*SCALES)
@@ -93,9 +99,13 @@ def training_crop(
 
 
 def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """SSD's distortion of colours: each part with probability one half, contrast before or after the other two.
+    """SSD's distortion of colours (Liu et al., arXiv 1512.02325): each part with probability one half.
 
-    image  (H, W, 3) uint8; brightness ±32 of 255, contrast and saturation x 0.5 to 1.5, hue ±36 degrees
+    Brightness ±32 of 255, contrast and saturation x 0.5 to 1.5, hue ±36 degrees; contrast before or after the other
+    two.
+
+    image    (H, W, 3) uint8
+    returns  (H, W, 3) uint8
     """
     x = image.astype(np.float32)
     brightness, contrast, saturation, hue = rng.random(4) < 0.5
@@ -116,7 +126,11 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
 
 
 def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """(H, W, 3) float32 in [0, 255] with HSV's saturation times `factor`, at most 1."""
+    """An image with HSV's saturation times `factor`, at most 1.
+
+    image    (H, W, 3) float32 in [0, 255]
+    returns  the same
+    """
     value = image.max(axis=2, keepdims=True)
     reach = value - image.min(axis=2, keepdims=True)  # saturation is reach / value
     limit = np.divide(value, reach, out=np.ones_like(value), where=reach > 0)
@@ -124,6 +138,10 @@ def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def turn_hue(image: np.ndarray, degrees: float) -> np.ndarray:
-    """(H, W, 3) float32 in [0, 255] with HSV's hue turned; saturation and value stay."""
+    """An image with HSV's hue turned by `degrees`; saturation and value stay.
+
+    image    (H, W, 3) float32 in [0, 255]
+    returns  the same
+    """
     pixels = torch.from_numpy(image / 255).permute(2, 0, 1)
     return 255 * adjust_hue(pixels, degrees / 360).permute(1, 2, 0).numpy()

@@ -3,7 +3,7 @@
 Images are never assumed to have a common size. All that happens to logits between the patch grid and the pixels of the
 answer (upsampling windows, averaging where they overlap, scaling to the original size) is linear, one matrix for rows
 and one for columns: `Windows.rows_of` streams the answer in blocks of rows, whatever the image's size.
-Reference datasets P5; the geometry of crops and windows is that of the segmentation toolbox which DINOv2 used.
+The geometry of crops and windows is that of mmsegmentation, the toolbox which DINOv2 used.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -25,33 +25,40 @@ from dinoreg.evaluation.features.images import parallel
 from dinoreg.evaluation.solvers.train_heads import generator
 
 T = TypeVar("T")
-CROP_TRIES = 10  # before a crop that shows too little is taken as it is
+CROP_TRIES = 10  # draws, after which a crop is taken even if it is not good
 ORDER_STREAM, SAMPLE_STREAM = 1, 2  # of random numbers
 
 
 def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """(height, width) scaled to the largest with sides of at most `short` and `long`, keeping the ratio."""
+    """(height, width) in pixels, scaled to the largest with sides of at most `short` and `long`, keeping the ratio."""
     factor = min(short / min(height, width), long / max(height, width))
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
 def centre_padding(length: int, multiple: int) -> tuple[int, int]:
-    """Pixels to add before and after so that `length` becomes a multiple; an odd one goes behind."""
+    """Pixels to add before and after so that `length` becomes a multiple; an odd pixel goes after."""
     missing = -length % multiple
     return missing // 2, missing - missing // 2
 
 
 def centre_pad(images: Tensor, multiple: int, value: Sequence[float] = (0.0,)) -> Tensor:
-    """(B, C, H, W) padded on all sides to whole multiples, with one `value` for all channels or one for each."""
+    """Images padded centrally to whole multiples.
+
+    images   (B, C, H, W)
+    value    of the padding: one for all channels, or one for each
+    returns  (B, C, H', W')
+    """
     top, bottom = centre_padding(images.shape[2], multiple)
     left, right = centre_padding(images.shape[3], multiple)
     return pad(images, [left, top, right, bottom], fill=[float(each) for each in value])
 
 
 def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -> Tensor:
-    """(h, w, 3) uint8 -> (3, H, W) float32 in [0, 1], filled up to multiples of the patch size at the bottom and right.
+    """An image padded at the bottom and right to multiples of the patch size, as a tensor.
 
-    mean  colour of the filling, which the encoder's normalisation turns into zeros
+    pixels   (h, w, 3) uint8
+    mean     RGB colour of the padding, in [0, 1], which the encoder's normalisation turns into zeros
+    returns  (3, H, W) float32 in [0, 1]
     """
     height, width = pixels.shape[:2]
     image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
@@ -61,9 +68,9 @@ def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -
 def batches_of_one_shape(
     items: Iterable[T], batch_size: int, shape: Callable[[T], tuple[int, ...]]
 ) -> Iterator[list[T]]:
-    """Batches of equal shape, so that no image is padded for its neighbours' sake, which its tokens would show.
+    """Batches of items of equal shape, since an image padded to its neighbours' size would have other tokens.
 
-    Holds four batches at most; the order changes.
+    Holds four batches at most; the order changes. The last batch of a shape may be smaller than `batch_size`.
     """
     waiting: dict[tuple[int, ...], list[T]] = {}
     count = 0
@@ -96,7 +103,7 @@ def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
 
 
 def bilinear_matrix(out: int, length: int) -> np.ndarray:
-    """(out, length) float64: the weights of bilinear resizing along one axis, corners not aligned."""
+    """(out, length) float64: the weights of bilinear resizing along one axis, with align_corners=False."""
     units = torch.eye(length, dtype=torch.float64)[:, None]
     return F.interpolate(units, size=out, mode="linear", align_corners=False)[:, 0].T.numpy()
 
@@ -109,7 +116,7 @@ def upsampling(length: int, patch_size: int) -> np.ndarray:
 
 
 def window_starts(length: int, size: int, stride: int) -> list[int]:
-    """Where windows of `size` begin that are `stride` apart; the last one is moved back to end with the image."""
+    """First pixels of windows of `size` that are `stride` apart; the last one is moved back to end with the image."""
     count = max(length - size + stride - 1, 0) // stride + 1
     return [max(min(index * stride, length - size), 0) for index in range(count)]
 
@@ -118,7 +125,7 @@ def window_starts(length: int, size: int, stride: int) -> list[int]:
 class Windows:
     """Equal windows over an image of (height, width) pixels, each padded centrally to whole patches.
 
-    A window is `size` pixels high and wide, or as the image where that is less; windows are `stride` apart.
+    A window is `size` pixels high and wide, or as the image where that is less; windows are `stride` pixels apart.
     """
 
     height: int
@@ -129,14 +136,16 @@ class Windows:
 
     @property
     def tops(self) -> list[int]:
+        """First rows of the windows, in pixels, ascending."""
         return window_starts(self.height, self.size, self.stride)
 
     @property
     def lefts(self) -> list[int]:
+        """First columns of the windows, in pixels, ascending."""
         return window_starts(self.width, self.size, self.stride)
 
     def cut(self, image: Tensor) -> Tensor:
-        """(C, H, W) -> (windows, C, h, w), row by row."""
+        """The windows of an image (C, H, W), row by row: (windows, C, h, w) of its type."""
         height, width = min(self.size, self.height), min(self.size, self.width)
         return torch.stack(
             [image[:, top : top + height, left : left + width] for top in self.tops for left in self.lefts]
@@ -145,10 +154,10 @@ class Windows:
     def rows_of(self, maps: Tensor, height: int, width: int, elements: int = 1 << 24) -> Iterator[tuple[slice, Tensor]]:
         """The windows' maps, upsampled, averaged where they overlap and scaled to (height, width), in blocks of rows.
 
-        maps      (windows, K, rows, columns) on the patch grids of the padded windows
-        elements  numbers in a block at most (at least one row is given)
-
-        yields    (which rows, (K, rows, width) of the type of `maps`)
+        maps           (windows, K, rows, columns) on the patch grids of the padded windows
+        height, width  of the output in pixels
+        elements       numbers in a block at most (but at least one row)
+        yields         (which rows, (K, rows, width) of the type of `maps`)
         """
         down, across = len(self.tops), len(self.lefts)
         grid = (
@@ -162,7 +171,7 @@ class Windows:
             yield block, vertical[block] @ grid @ horizontal.mT
 
     def argmax(self, maps: Tensor, height: int, width: int, elements: int = 1 << 24) -> np.ndarray:
-        """The strongest of K maps at each pixel: (height, width) int64. Arguments as for `rows_of`."""
+        """The index of the largest of K maps at each pixel: (height, width) int64. Arguments as for `rows_of`."""
         strongest = np.empty((height, width), dtype=np.int64)
         for rows, block in self.rows_of(maps, height, width, elements):
             strongest[rows] = block.argmax(dim=0).cpu().numpy()
@@ -186,10 +195,10 @@ class Windows:
 def crop_origin(
     height: int, width: int, size: int, rng: np.random.Generator, mask: np.ndarray | None = None, most: float = 0.75
 ) -> tuple[int, int]:
-    """Top and left of a random crop of at most (size, size) pixels.
+    """Top and left in pixels of a random crop of at most (size, size) pixels.
 
-    mask  (height, width) classes: a crop counts as good when two classes occur and none takes `most` or more of the
-          pixels that are not ignored; after CROP_TRIES the last one is taken. None: any crop is good
+    mask  (height, width) classes: a crop counts as good when two classes occur and none takes the share `most` or more
+          of the pixels that are not ignored; after CROP_TRIES the last one is taken. None: any crop is good
     """
     top = left = 0
     for _ in range(CROP_TRIES):
@@ -205,7 +214,11 @@ def crop_origin(
 
 
 def pad_to(array: np.ndarray, size: int, value: int | Sequence[int]) -> np.ndarray:
-    """(H, W) or (H, W, C) enlarged to (size, size) to the right and below, filled with `value`."""
+    """An array padded to (size, size) to the right and below.
+
+    array  (H, W) or (H, W, C), H and W at most `size` pixels
+    value  of the padding: one number, or one for each channel
+    """
     padded = np.empty((size, size, *array.shape[2:]), dtype=array.dtype)
     padded[:] = value
     padded[: array.shape[0], : array.shape[1]] = array
@@ -213,7 +226,7 @@ def pad_to(array: np.ndarray, size: int, value: int | Sequence[int]) -> np.ndarr
 
 
 def shuffled(position: int, count: int, seed: int) -> int:
-    """The image at a position of an endless stream: each of `count` once per pass, in another order every time."""
+    """The image, below `count`, at a position of an endless stream: each once per pass, in another order every time."""
     return int(_order(position // count, count, seed)[position % count])
 
 
@@ -226,12 +239,12 @@ def _order(turn: int, count: int, seed: int) -> np.ndarray:
 def training_stream(
     load: Callable[[int, np.random.Generator], T], count: int, batch_size: int, steps: int, seed: int, workers: int
 ) -> Iterator[Callable[[int], list[tuple[int, T]]]]:
-    """Batches of samples by step, loaded ahead in threads; the same samples whatever step the training begins with.
+    """Context with batches of samples by step, loaded ahead in threads; a step has the same samples in a resumed
+    training.
 
     load    (image, rng) -> sample; all randomness comes from `rng`, which is a function of the seed and the position
     count   images, each of which comes once in every pass
-
-    yields  step -> [(image, sample)]; steps are asked for in order, another one begins anew
+    yields  step -> [(image, sample)]; steps are meant to be taken in order, any other one restarts the loading there
     """
 
     def sample(position: int) -> tuple[int, T]:

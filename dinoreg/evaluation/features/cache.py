@@ -1,7 +1,7 @@
 """Frozen features, extracted once: a memory-mapped file per (weights, images, crop, blocks), whole or resumable.
 
-A row holds the class token after each of the asked blocks and, last, the mean patch token: (slots, D).
-The file's key is a hash over everything that shapes its numbers, so that another model, image or crop never meets it.
+A row holds the class token after each of the chosen blocks and, last, the mean patch token: (slots, D).
+The file's key is a hash over everything that shapes its numbers: it is never read for another model, image or crop.
 """
 
 import hashlib
@@ -38,15 +38,16 @@ def extract_features(
     mean_patch: bool = False,
     what: str = "features",
 ) -> np.ndarray:
-    """The features of every image of a source, in order; from disk where they are, else extracted and kept.
+    """The features of every image of a source, in order; read from the cache where they are in it, else extracted.
 
     transform   RGB image -> (h, w, 3) uint8; its repr is part of the key
-    blocks      whose class tokens are wanted, ascending, from 0 or from the end
+    blocks      whose class tokens are taken, ascending, from 0 or from the end
     mean_patch  append the mean patch token of the last of them, where the encoder's has the class token's width
+    what        description of the work, beside the progress
     returns     (n, slots, D) of the context's `features_dtype`, memory-mapped and read only
 
-    An extraction that was stopped goes on where it was. Raises RunError naming the first image whose feature is
-    not finite, UserError naming an image that cannot be read.
+    An interrupted extraction resumes. Raises RunError naming the first image whose feature is not finite, or where the
+    disk is too small; UserError naming an image that cannot be read.
     """
     mean_patch = mean_patch and encoder.pools
     numbers = [encoder.block(each) for each in blocks]
@@ -76,21 +77,28 @@ def extract_features(
 
 
 def slots(encoder: Encoder, images: Tensor, blocks: Sequence[int], mean_patch: bool) -> Tensor:
-    """Class tokens after some blocks and, if wanted, the last one's mean patch token: (b, slots, D) float32."""
+    """Class tokens after some blocks and, with `mean_patch`, the last one's mean patch token: (b, slots, D) float32.
+
+    images  (b, C, H, W) uint8, or float in [0, 1]
+    """
     layers = encoder.layers(images, blocks)
     pooled = [layers[-1].patches.mean(dim=1)] if mean_patch else []
     return torch.stack([*(tokens.cls for tokens in layers), *pooled], dim=1)
 
 
 def feature_matrix(rows: np.ndarray) -> Tensor:
-    """All slots side by side, (n, slots D) of the type on disk; over the array's own memory, which is only read."""
+    """All slots of (n, slots, D) side by side: (n, slots D) of the type on disk, in the same memory, to be read
+    only."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch warns of memory that it may not write to
         return torch.from_numpy(np.asarray(rows.reshape(len(rows), -1)))
 
 
 def require_finite(tokens: Tensor, names: Sequence[str], encoder: Encoder) -> None:
-    """RunError naming the first image whose tokens (B, ...) are not all finite."""
+    """RunError naming the first image whose tokens (B, ...) are not all finite.
+
+    names  of the B images
+    """
     bad = (~torch.isfinite(tokens).flatten(1).all(dim=1)).nonzero()
     if len(bad):
         raise RunError(f"{names[int(bad[0])]}: its feature is not finite ({encoder.name})")
@@ -110,8 +118,7 @@ def extract_rows(
     note: Mapping[str, Any] | None = None,
     advice: str = "",
 ) -> np.ndarray:
-    """What `compute` gives for every image of a source: (images, ...) of `features_dtype`, memory-mapped and
-    read only.
+    """What `compute` gives for every image of a source: (images, ...) of `features_dtype`, memory-mapped, read only.
 
     path         of the .npy file; a .json beside it holds `note` and how far the extraction is
     load         image -> (h, w, 3) uint8, all of one size; runs ahead in threads
@@ -119,9 +126,9 @@ def extract_rows(
     what         is shown beside the progress
     flush_every  rows between two notes of how far the extraction is
     advice       behind the message that the disk is full
+    raises       RunError naming the first image whose row is not finite, or where the disk is too small
 
-    An extraction that was stopped goes on where it was. RunError naming the first image whose row is not finite, or
-    for want of space.
+    An interrupted extraction resumes.
     """
     noted = path.with_suffix(".json")
     done = flushed = _rows_done(path, noted)

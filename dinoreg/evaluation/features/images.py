@@ -46,7 +46,10 @@ def read_rgb(source: Source, index: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """Short side to `resize` pixels (bicubic), then the (size, size) centre: torchvision's Resize and CenterCrop."""
+    """Short side to `resize` pixels (bicubic), then the (size, size) centre: torchvision's Resize and CenterCrop.
+
+    resize, size  pixels
+    """
 
     resize: int
     size: int
@@ -58,7 +61,10 @@ class CentreCrop:
 
 
 def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:
-    """function(index) for each index in order, computed ahead in threads; 0 workers: in this one."""
+    """function(index) for each index in order, computed ahead in `workers` threads; 0: in the calling one.
+
+    What the function raises is raised when its turn comes, and what was not begun is cancelled.
+    """
     if workers <= 0:
         yield from map(function, indices)
         return
@@ -77,7 +83,7 @@ def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int)
 
 
 def stack_images(images: Sequence[np.ndarray]) -> Tensor:
-    """Images (h, w, 3) of one size -> (b, 3, h, w) of their type, channels innermost in memory."""
+    """Images (h, w, 3) of one size -> (b, 3, h, w) of their type, channels last in memory."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 

@@ -18,8 +18,8 @@ COCO_RECALLS = np.linspace(0, 1, 101)
 class Curve:
     """Precision and recall along a ranking.
 
-    true, false  (m,) what was found right and wrong up to each rank, cumulative, not descending
-    positives    all that could be found
+    true, false  (m,) number right and number wrong up to each rank, cumulative, not descending
+    positives    number of all that could be found
     """
 
     true: np.ndarray
@@ -28,19 +28,20 @@ class Curve:
 
     @cached_property
     def precision(self) -> np.ndarray:
-        """(m,) the share found right up to each rank, 0 where nothing has been counted yet."""
+        """(m,) the share in [0, 1] that is right up to each rank, 0 where nothing has been counted yet."""
         return self.true / np.maximum(self.true + self.false, 1e-300)
 
     @cached_property
     def envelope(self) -> np.ndarray:
-        """(m,) the best precision at this recall or more."""
+        """(m,) the best precision at this recall or a larger one, in [0, 1]."""
         return np.maximum.accumulate(self.precision[::-1])[::-1]
 
     def average(self, points: str = "all") -> float:
         """Average precision in [0, 1]; NaN where there is nothing to find.
 
-        points  "11": mean of the envelope at recall 0, 0.1, ..., 1; "101": at 0, 0.01, ..., 1, as COCO has it;
-                "all": area under the envelope; "step": area under the precision itself, as scikit-learn has it
+        points  "11": mean of the envelope at recall 0, 0.1, ..., 1 (VOC 2007); "101": at 0, 0.01, ..., 1 (COCO);
+                "all": area under the envelope (VOC since 2010); "step": area under the precision itself (scikit-learn);
+                ValueError for any other
         """
         if points not in POINTS:
             raise ValueError(f"points={points!r}: expected one of {', '.join(POINTS)}")
@@ -59,7 +60,7 @@ class Curve:
 class Ranking:
     """Images sorted once by falling score, for the curves of many bootstrap draws.
 
-    scores   (n,) real, no NaN
+    scores   (n,) real; ValueError for NaN, and where the three shapes differ
     labels   (n,) true where the class is present
     ignored  (n,) true where the image counts neither way, or None
     """
@@ -76,14 +77,17 @@ class Ranking:
         self.present = present[self.order]
         ranked = values[self.order]
         last = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1) if len(ranked) else np.empty(0, np.int64)
-        # The end of each run of equal scores. Recall stands still over runs without positives and precision only falls,
-        # so they shape nothing and are left out.
+        # The end of each run of equal scores. Over runs without positives recall is constant and precision only falls,
+        # so they do not change the average and are left out.
         found = np.cumsum(self.present)[last]
         kept = np.diff(found, prepend=0) > 0
         self.steps, self.found = last[kept], found[kept]
 
     def curve(self, weights: ArrayLike | None = None) -> Curve:
-        """weights (n,), how often each image is counted; None: once."""
+        """The curve of the ranking, with one point for each score at which recall grows.
+
+        weights  (n,) how often each image is counted; None: once
+        """
         count = np.ones(len(self.order)) if weights is None else np.asarray(weights, dtype=np.float64)[self.order]
         every = np.cumsum(count)[self.steps]
         positives = np.cumsum(count[self.present])

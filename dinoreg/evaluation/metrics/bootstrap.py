@@ -14,13 +14,13 @@ def nanmean(values: ArrayLike) -> float:
 
 
 def top1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Share of predictions (n,) that equal labels (n,), in [0, 1]."""
+    """Share in [0, 1] of predictions (n,) that equal labels (n,); ValueError where shapes differ or n is 0."""
     predicted, true = _paired(predictions, labels)
     return float((predicted == true).mean())
 
 
 def mean_per_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The accuracy of each class that occurs in labels (n,), averaged with equal weight, in [0, 1]."""
+    """The accuracy of each class in labels (n,), averaged with equal weight, in [0, 1]; ValueError as for `top1`."""
     predicted, true = _paired(predictions, labels)
     _, inverse = np.unique(true, return_inverse=True)
     return float((np.bincount(inverse, weights=predicted == true) / np.bincount(inverse)).mean())
@@ -31,9 +31,11 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of per-image scores.
 
-    scores  (n,)   0/1 (or bool) for right and wrong, or any real score per image
-    returns        (low, high): the (1 ± confidence) / 2 quantiles of the mean over resamples with replacement; where
-                   all are right or all wrong, the exact (Clopper-Pearson) bound, since resampling would see no doubt
+    scores      (n,) 0/1 (or bool) for right and wrong, or any real score per image; ValueError for any other shape
+    confidence  share in (0, 1); ValueError outside
+    samples     number of resamples
+    returns     (low, high): the (1 ± confidence) / 2 quantiles of the mean over resamples with replacement; where all
+                are right or all wrong, the exact (Clopper-Pearson) bound, since all resamples would be equal
     """
     x = np.asarray(scores, dtype=np.float64)
     if x.ndim != 1 or x.size == 0:
@@ -72,8 +74,10 @@ def bootstrap_statistic(
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval of any statistic of a set of images, such as mAP or mIoU.
 
+    count      of images; ValueError below 1
     statistic  weights (count,) int64, how often each image was drawn -> the statistic; NaN draws are left out
-    returns    (low, high)
+    samples    number of draws
+    returns    (low, high); NaN where every draw is
     """
     if count < 1:
         raise ValueError("the bootstrap needs at least one image")

@@ -36,8 +36,10 @@ NAMES = {"11": "11-point", "all": "all-points"}
 class Detections:
     """Every detection of a split.
 
-    image   (n,) int64 number of the image     boxes   (n, 4) x0, y0, x1, y1 in pixels of the original image
-    labels  (n,) int64 class                   scores  (n,), higher is surer
+    image   (n,) int64 number of the image
+    boxes   (n, 4) x0, y0, x1, y1 in pixels of the original image
+    labels  (n,) int64 class
+    scores  (n,) confidence, of which only the order counts
     """
 
     image: np.ndarray
@@ -47,7 +49,8 @@ class Detections:
 
     @classmethod
     def of(cls, images: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Detections:
-        """The boxes (k, 4), labels (k,) and scores (k,) of each image in a row, on the CPU."""
+        """The detections of images in a row: boxes (k, 4) in pixels, labels (k,) and scores (k,) of each, on the
+        CPU."""
         boxes, labels, scores = (torch.cat([each[part] for each in images]).numpy() for part in range(3))
         return cls(np.repeat(np.arange(len(images)), [len(each[1]) for each in images]), boxes, labels, scores)
 
@@ -56,7 +59,8 @@ class Detections:
 class Truth:
     """Every object of a split, laid out like `Detections`.
 
-    ignored  (m,) bool: counted neither way        crowd  (m,) bool: a region of many, by COCO's rule
+    ignored  (m,) bool: counted neither way
+    crowd    (m,) bool: a region of many, by COCO's rule
     area     (m,) float64 square pixels, by which COCO sorts objects into sizes
     """
 
@@ -94,7 +98,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class ClassMatches:
-    """One class's detections from the surest to the least sure, under T overlap thresholds.
+    """One class's detections by falling score, under T overlap thresholds.
 
     image      (m,) number of the image
     hit        (T, m) bool: a detection that finds an object
@@ -109,10 +113,10 @@ class ClassMatches:
 
 
 def voc_matches(found: Detections, truth: Truth) -> list[ClassMatches]:
-    """For every class, which detections count as right by VOC's development kit.
+    """For every class, which detections count as right by VOC's development kit, at an overlap of 0.5 (T = 1).
 
     A detection belongs to the object that it overlaps most, if that is by a half or more. Of several that belong to
-    one object the surest is right and the others are wrong; those of a difficult object do not count.
+    one object that of the highest score is right and the others are wrong; those of a difficult object do not count.
     """
     hit, counted = np.zeros((1, len(found.image)), dtype=bool), np.ones((1, len(found.image)), dtype=bool)
     for detections, objects in _pairs(found, truth):
@@ -128,11 +132,14 @@ def voc_matches(found: Detections, truth: Truth) -> list[ClassMatches]:
 
 
 def coco_matches(found: Detections, truth: Truth) -> dict[str, list[ClassMatches]]:
-    """For every size of COCO_AREAS and class, which detections count as right by COCO's rules.
+    """For every size of COCO_AREAS and class, which detections count as right by COCO's rules (T = 10 overlaps).
 
-    From the surest on, a detection takes the free object that it overlaps most (of equals the last), one that counts
-    before one that does not; objects of other sizes, difficult ones and crowds do not count, and neither do what takes
-    them and what takes nothing but is of another size itself.
+    By falling score, a detection takes the free object that it overlaps most (of equals the last), one that counts
+    before one that does not. Objects of other sizes, difficult ones and crowds do not count; nor do detections that
+    take them, nor those that take nothing and are of another size themselves. Of an image and class only the
+    MAX_DETECTIONS of the highest scores take part.
+
+    returns  {name of the size: matches of each class}
     """
     groups = [group[:MAX_DETECTIONS] for group in _groups(found)]
     rows = np.sort(np.concatenate(groups)) if groups else np.zeros(0, dtype=np.int64)
@@ -155,11 +162,12 @@ def coco_matches(found: Detections, truth: Truth) -> dict[str, list[ClassMatches
 
 
 def average_precision(matches: Iterable[ClassMatches], points: str, weights: np.ndarray | None = None) -> np.ndarray:
-    """Average precision (T, K) of every threshold and class; NaN for a class without objects.
+    """Average precision (T, K) in [0, 1] of every threshold and class; NaN for a class without objects.
 
     points   where the precision is read: at the recalls of "11" (VOC 2007) or "101" points (COCO), or at "all" (the
              area under the curve, VOC since 2010). The precision at a recall is the best reached there or further on.
     weights  (num_images,) how often each image is in the set; once where None
+    raises   ValueError for other points
     """
     return np.stack([_class_precision(each, points, weights) for each in matches], axis=1)
 
@@ -241,10 +249,10 @@ def _by_class(
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a detector.
+    """One figure of a detector, in [0, 1].
 
     per_class  {class: average precision} of the classes that occur
-    resampled  weights (num_images,) -> the number on a set with each image that often
+    resampled  weights (num_images,) -> the figure on a set with each image that often
     """
 
     metric: str
@@ -256,20 +264,21 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scores:
-    """The figures of a detector, the one that the rule puts first in front."""
+    """The figures of a detector, first the one that the rule quotes, and further figures by name."""
 
     figures: tuple[Figure, ...]
     details: dict[str, float]
 
     def of(self, metric: str) -> float:
-        """The first figure of a metric."""
+        """The value of the first figure of a metric, which must be among them."""
         return next(figure.value for figure in self.figures if figure.metric == metric)
 
 
 def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ()) -> Scores:
     """A detector's figures by a rule of RULES; shares in [0, 1], averaged over the classes that occur.
 
-    names  of the K classes, for `per_class`, which holds those that have one
+    rule   "coco": AP[.5:.95] and AP50 at 101 recalls; else VOC's AP50, all-points first for "voc2012", else 11-point
+    names  of the K classes, for `per_class`
     """
     if rule == "coco":
         by_size = coco_matches(found, truth)
@@ -288,9 +297,10 @@ def score(found: Detections, truth: Truth, rule: str, names: Sequence[str] = ())
 
 
 def whole_images(sizes: np.ndarray, often: np.ndarray) -> Detections:
-    """What needs no model: on every image the whole of it as each class, surer the more often a class occurs.
+    """The trivial baseline: on every image one box around it for each class, scored by how often the class occurs.
 
-    sizes  (n, 2) height and width of the images        often  (K,) objects of each class
+    sizes  (n, 2) height and width of the images in pixels
+    often  (K,) number of training objects of each class
     """
     count, classes = len(sizes), len(often)
     boxes = np.zeros((count * classes, 4))

@@ -15,7 +15,7 @@ MISSING = "the {name} split is missing, or its images have no boxes"
 
 
 def check_boxes(split: Boxed, name: str) -> None:
-    """UserError where the boxes, labels or flags of a split are out of shape or range.
+    """UserError where the boxes, labels, flags or areas of a split are out of shape or range.
 
     name  of the split, for messages
     """
@@ -41,7 +41,7 @@ def check_boxes(split: Boxed, name: str) -> None:
 def overlaps(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> np.ndarray:
     """Intersection over union of all pairs.
 
-    a, b     (n, 4) and (m, 4)
+    a, b     (n, 4) and (m, 4) x0, y0, x1, y1 in pixels
     crowd    (m,) bool: where true, COCO's rule for regions: the intersection over the area of `a`
     returns  (n, m) float64 in [0, 1]; 0 where the divisor is
     """
@@ -56,6 +56,6 @@ def overlaps(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | None = None) -> n
 
 
 def areas(boxes: np.ndarray) -> np.ndarray:
-    """(n,) float64 square pixels."""
+    """The areas (n,) float64, in square pixels, of boxes (n, 4)."""
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

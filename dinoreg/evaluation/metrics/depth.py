@@ -1,7 +1,6 @@
-"""What a depth map is scored by, and what the linear depth head is trained with (DINOv2 §7.4).
-
-The scores are those of Eigen et al. as DINOv2 reports them: each is taken over the valid pixels of one image, then
-averaged over images. The losses are the scale-invariant loss and the multi-scale gradient loss on logarithms of depth.
+"""Scores of depth maps, and the losses of the linear depth head (DINOv2 §7.4).
+The scores are those of Eigen et al. (arXiv 1406.2283) as DINOv2 reports them: each over the valid pixels of one image,
+then averaged over images. The losses are the scale-invariant and the multi-scale gradient loss, on logarithms of depth.
 """
 
 from collections.abc import Mapping
@@ -19,7 +18,10 @@ Crop = tuple[tuple[int, int, int, int], tuple[int, int]]
 
 
 def scaled_crop(crop: Crop, height: int, width: int) -> tuple[slice, slice]:
-    """Rows and columns of a crop; for an image of another size than the crop is stated for, in proportion, rounded."""
+    """Rows and columns of a crop in an image of height x width pixels.
+
+    For an image of another size than the crop is stated for the crop is scaled in proportion and rounded.
+    """
     (top, bottom, left, right), (full_height, full_width) = crop
     rows = slice(round(top * height / full_height), round(bottom * height / full_height))
     columns = slice(round(left * width / full_width), round(right * width / full_width))
@@ -29,7 +31,9 @@ def scaled_crop(crop: Crop, height: int, width: int) -> tuple[slice, slice]:
 def valid_pixels(depth: np.ndarray, min_depth: float, max_depth: float, crop: Crop | None = None) -> np.ndarray:
     """(H, W) bool: min_depth < depth < max_depth, and inside the crop.
 
-    depth  (H, W) metres, 0 where unknown
+    depth                 (H, W) metres, 0 where unknown
+    min_depth, max_depth  metres
+    crop                  None: the whole image
     """
     valid = (depth > min_depth) & (depth < max_depth)
     if crop is not None:
@@ -67,17 +71,19 @@ def depth_scores(predicted: np.ndarray, true: np.ndarray, valid: np.ndarray) -> 
 
 
 def mean_scores(images: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Every score averaged over the images that have one."""
+    """Every score (n,) averaged over the images that have one; NaN elsewhere."""
     return {key: float(np.nanmean(values)) for key, values in images.items()}
 
 
 def scale_invariant_loss(predicted: Tensor, true: Tensor, valid: Tensor, warming_up: bool = False) -> Tensor:
     """sqrt(variance + 0.15 mean²) of the logarithms' differences over all valid pixels of a batch.
 
+    The loss of Eigen et al. (arXiv 1406.2283) with lambda = 0.85, under a root.
+
     predicted, true  (B, H, W) metres
     valid            (B, H, W) bool
     warming_up       the variance is left out, so that the scale is found first
-    returns          ();  0 where no pixel is valid
+    returns          (), differentiable; 0 where no pixel is valid
     """
     g = (predicted[valid] + LOG_EPS).log() - (true[valid] + LOG_EPS).log()
     if not g.numel():
@@ -94,7 +100,7 @@ def gradient_loss(predicted: Tensor, true: Tensor, valid: Tensor) -> Tensor:
 
     predicted, true  (B, H, W) metres
     valid            (B, H, W) bool; a difference counts where both of its pixels are valid
-    returns          (): summed over both directions and the subsamplings, each divided by its number of valid pixels
+    returns          () summed over both directions and the subsamplings, each divided by its number of valid pixels
 
     DINOv2's release takes these differences along the batch and channel axes of (B, 1, H, W), the first two; here they
     are along height and width, as in MegaDepth, from which the loss comes.

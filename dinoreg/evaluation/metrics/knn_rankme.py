@@ -15,11 +15,12 @@ TRAIN_CHUNK, TEST_CHUNK = 65_536, 256  # rows that are compared at once
 
 @torch.no_grad()
 def rankme(features: Tensor, eps: float = 1e-7) -> float:
-    """Effective rank: the exponential of the entropy of the normalised singular values.
+    """Effective rank (RankMe, eq. 1): the exponential of the entropy of the normalised singular values.
 
-    features (n, D)   not centred, as in the paper
-    returns           1 for features on one line, min(n, D) when all directions carry the same;
-                      0 when every feature is zero, NaN when one is not finite
+    features  (n, D), not centred, as in the paper; ValueError for any other shape and for n = 0
+    eps       added to every normalised singular value
+    returns   1 for features on one line, min(n, D) when all directions carry the same;
+              0 when every feature is zero, NaN when one is not finite
     """
     if features.ndim != 2 or features.shape[0] == 0:
         raise ValueError(f"rankme needs features of shape (n, D) with n >= 1, got {tuple(features.shape)}")
@@ -44,13 +45,15 @@ def knn_predict(
     temperature: float = 0.07,
     num_classes: int | None = None,
 ) -> dict[int, Tensor]:
-    """Weighted k-NN on the unit sphere, for several k in one pass.
+    """Weighted k-NN on the unit sphere, for several k in one pass (Wu et al., arXiv 1805.01978, as in DINO).
 
     The cosine similarities of the max(k) nearest training features go through one softmax(similarity /
     temperature); for each k the votes are sums of the first k weights by class. A k above n takes all n.
 
-    train_features (n, D), train_labels (n,) integers in [0, num_classes), test_features (m, D), any scale
+    train_features (n, D), train_labels (n,) integers in [0, num_classes), test_features (m, D), of any norm
+    num_classes    None: the largest label plus one
     returns        {k: votes (m, num_classes)} float32 on the features' device; `votes.argmax(-1)` predicts
+    raises         ValueError without training features, for a k below 1, and for labels out of shape or range
     """
     n = train_features.shape[0]
     if n == 0 or not k or min(k) < 1:

@@ -37,7 +37,8 @@ def count_pixels(truth: np.ndarray, prediction: np.ndarray, num_classes: int) ->
 class Confusion:
     """Counts of right, true and predicted pixels per image and class.
 
-    images  of each image what `count_pixels` gave
+    images  of each image the counts (m, 4) of `count_pixels`
+    raises  ValueError for less than one class
     """
 
     def __init__(self, num_classes: int, images: Sequence[np.ndarray]) -> None:
@@ -59,26 +60,34 @@ class Confusion:
         return right, true, predicted
 
     def iou(self, weights: np.ndarray | None = None) -> np.ndarray:
-        """Intersection over union of every class (num_classes,) in [0, 1]; NaN where neither map has the class."""
+        """Intersection over union of every class (num_classes,) in [0, 1]; NaN where neither map has the class.
+
+        weights  (num_images,) how often each image counts; once by default
+        """
         right, true, predicted = self.totals(weights)
         return _ratio(right, true + predicted - right)
 
     def miou(self, weights: np.ndarray | None = None) -> float:
-        """Mean of the defined `iou`s in [0, 1]; NaN when there is none."""
+        """Mean of the defined `iou`s in [0, 1]; NaN when there is none.
+
+        weights  (num_images,) how often each image counts; once by default
+        """
         return nanmean(self.iou(weights))
 
     def pixel_accuracy(self) -> float:
-        """Share of counted pixels that are right; NaN when none counts."""
+        """Share of counted pixels that are right, in [0, 1]; NaN when none counts."""
         right, true, _ = self.totals()
         return float(_ratio(right.sum(), true.sum()))
 
     def mean_accuracy(self) -> float:
-        """Share of each true class's pixels that are right, averaged over the classes that the masks have."""
+        """Share in [0, 1] of each class's pixels that are right, averaged over the classes of the masks; NaN without
+        any."""
         right, true, _ = self.totals()
         return nanmean(_ratio(right, true))
 
     def constant(self) -> tuple[int, float]:
-        """The class that most true pixels have, and the mIoU of predicting it everywhere: the trivial baseline."""
+        """The class that most true pixels have, and the mIoU in [0, 1] of predicting it everywhere: a trivial
+        baseline."""
         _, true, _ = self.totals()
         best = int(true.argmax())
         present = int((true > 0).sum())

@@ -26,19 +26,27 @@ MISSING = "the {name} split is missing, or its images do not have one class each
 def labelled_splits(
     measured: Measurement, subject: str = "classification"
 ) -> tuple[Labelled, Labelled, Labelled | None]:
-    """The splits of images with one class each, as `Measurement.splits`; UserError for a metric other than METRICS."""
+    """The splits "train" and "test" of images with one class each, and "val" or None.
+
+    subject  the protocol's name in messages
+    raises   UserError for a metric other than METRICS, and for a split that is missing or of another kind
+    """
     measured.check_metric(subject, METRICS)
     return measured.splits(Labelled, MISSING)
 
 
 def accuracy_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, **fields: Any) -> list[Row]:
-    """Top-1 and mean per class of the test images' predicted classes (n,), the task's metric first."""
+    """Top-1 and mean per class accuracy, in [0, 1], of predicted classes (n,); the task's metric comes first."""
     order = sorted(METRICS, key=lambda metric: metric != measured.task.metric)
     return [accuracy_row(measured, test, predicted, metric, **fields) for metric in order]
 
 
 def accuracy_row(measured: Measurement, test: Labelled, predicted: np.ndarray, metric: str, **fields: Any) -> Row:
-    """One of the metrics with its interval; both stand in the details. `fields` of Row."""
+    """One of METRICS, in [0, 1], with its 95 % interval; both metrics stand in the details.
+
+    predicted  (n,) classes of the test images
+    fields     of Row
+    """
     values = {name: function(predicted, test.labels) for name, function in METRICS.items()}
     single = metric == "top-1"
     interval = (
@@ -50,9 +58,13 @@ def accuracy_row(measured: Measurement, test: Labelled, predicted: np.ndarray, m
 
 
 def draws_interval(predicted: np.ndarray, labels: np.ndarray, metric: str, samples: int = 1000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over draws, for both sources of chance: which labels, which test images.
+    """95 % bootstrap interval of the mean accuracy over draws of labels; both labels and test images are resampled.
 
     predicted  (R, n) classes of n test images after learning from each of R draws of labels
+    labels     (n,) true classes
+    metric     "top-1", else mean per class
+    samples    number of resamples
+    returns    (low, high) in [0, 1]
 
     Each resample takes n images, and R - 1 draws: with R, their mean would vary by a factor (R - 1) / R too little.
     """
@@ -79,9 +91,10 @@ def class_tokens(
 ) -> Tensor:
     """Frozen class tokens of the centre crops of a source, (n, D), on the CPU, of the type on disk.
 
-    what        the images are, beside the progress
+    what        description of the images, beside the progress
     mean_patch  the mean patch token beside the class token, (n, 2 D), where the encoder's has its width
     resize      short side over the crop's side
+    raises      as `extract_features`
     """
     size = measured.context.image_size
     crop, what = CentreCrop(round(size * resize), size), f"features of {what}"
@@ -91,7 +104,7 @@ def class_tokens(
 
 
 def draw_mistakes(measured: Measurement, test: Labelled, predicted: np.ndarray, prefix: str) -> None:
-    """Pictures of a few test images with their predicted class (n,); half of them mistakes, where there are any."""
+    """Save examples of test images with their predicted class (n,); half of them mistakes, where there are any."""
     names = measured.data.names(test.num_classes)
 
     def lines(index: int) -> list[str]:
@@ -104,7 +117,11 @@ def draw_mistakes(measured: Measurement, test: Labelled, predicted: np.ndarray, 
 def draw_predictions(
     source: Source, wrong: np.ndarray, lines: Callable[[int], list[str]], context: Context, prefix: str
 ) -> None:
-    """Pictures of a few images, with lines of text below and a red edge where `wrong` (n,) bool, else a green one."""
+    """Save examples, with lines of text below and a red edge where `wrong` (n,) bool is true, else a green one.
+
+    lines   index of an image -> its lines of text
+    prefix  of the files' names
+    """
     if context.examples is None:
         return
     order = np.random.default_rng(context.seed).permutation(len(wrong))
@@ -121,5 +138,8 @@ def draw_predictions(
 
 
 def framed(image: Image.Image, side: int, width: int, edge: tuple[int, int, int]) -> Image.Image:
-    """The centre crop of an image, `side` pixels high and wide, in a frame of some width and colour."""
+    """The centre crop of an image, `side` pixels high and wide, in a frame `width` pixels wide.
+
+    edge  RGB colour of the frame, 0..255
+    """
     return ImageOps.expand(Image.fromarray(CentreCrop(side, side)(image)), width, edge)

@@ -1,7 +1,6 @@
-"""P6, linear depth: RMSE in metres of linear heads on frozen patch and class tokens, lin.1 and lin.4.
-
-Follows DINOv2 §7.4 and its released heads: lin.1 reads the last block, lin.4 four blocks
-spread over the depth. Both, and all learning rates, are trained at once on one pass of the backbone (`depth_head`).
+"""Linear depth: RMSE in metres of linear heads on frozen patch and class tokens, lin.1 and lin.4.
+Follows DINOv2 §7.4 and its released heads: lin.1 reads the last block, lin.4 four blocks spread over the network. Both,
+and all learning rates, are trained at once on one pass of the backbone (`depth_head`).
 """
 
 import math
@@ -46,9 +45,9 @@ def evaluate(measured: Measurement) -> list[Row]:
     on the reported images; `details` then holds all.
 
     data.extra  "eigen_crop": where test pixels count; "train_crop": what training crops are taken from (each a Crop of
-                `metrics.depth`; the whole image where absent)
-
-    Raises UserError for data without depth maps, RunError when none is known or a feature is not finite.
+                `metrics.depth`; without it the entire image)
+    raises      UserError for missing splits and for depth maps that do not fit their images; RunError where no pixel is
+                in the range of depths, all heads diverge or a feature is not finite
     """
     settings, context = measured.options.depth, measured.context
     train, test, val = measured.splits(DepthMaps, MISSING)

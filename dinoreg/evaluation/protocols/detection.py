@@ -1,4 +1,4 @@
-"""P8, detection by a linear probe of single patches: what a box head reads off frozen tokens without a detector.
+"""Detection by a linear probe of single patches: what a box head reads off frozen tokens without a detector.
 
 Last block's patch tokens after the final norm, BatchNorm and one linear map (`box_head`), trained with flips; scored as
 VOC or COCO score detectors (`box_ap`). The protocol is ours: no purely linear one is published, so every row says
@@ -29,10 +29,12 @@ SHOWN_SCORE = 0.3  # of boxes in pictures
 
 
 def evaluate(measured: Measurement) -> list[Row]:
-    """AP50 by VOC's rules with 11 and with all points, or COCO's AP and AP50; the task's metric first.
+    """AP50 by VOC's rules with 11 and with all points, or COCO's AP and AP50, in [0, 1]; the task's metric first.
 
-    data  splits "train" and "test" of boxes, "val" where official; extra["rule"] is a key of `box_ap.RULES`, by
-          default "coco" for the metric AP and "voc2007" for AP50
+    data    splits "train" and "test" of boxes, "val" where official; extra["rule"] is a key of `box_ap.RULES`, by
+            default "coco" for the metric AP and "voc2007" for AP50
+    raises  UserError for a metric that the rule does not have, missing splits, boxes out of shape or range, and a test
+            split without boxes that count; RunError where every head diverges or a token is not finite
     """
     settings, metric, context = measured.options.detection, measured.task.metric, measured.context
     rule = str(measured.data.extra.get("rule", "coco" if metric == "AP" else "voc2007"))

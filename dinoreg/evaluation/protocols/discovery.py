@@ -1,8 +1,8 @@
-"""P7, object discovery: LOST on every image of a split, scored by CorLoc (LOST §4; registers' paper §3.3).
+"""Object discovery: LOST on every image of a split, scored by CorLoc (LOST, arXiv 2109.14279; Registers §3.3).
 
 One image at a time at its own size, padded at the bottom and right to whole patches with what normalisation turns into
 zeros, as LOST does; the padded patches take part. Blocks and biases are swept in one pass, so that what the papers
-chose by hand can be repeated; then the best is quoted, says so, and the whole sweep stands beside it.
+chose by hand can be repeated; then the best is quoted, with a note that it is, and all of the sweep in the details.
 """
 
 from collections.abc import Sequence
@@ -33,12 +33,16 @@ MAX_PATCHES = 20_000  # of one image: their similarities take 1.6 GB
 
 
 def evaluate(measured: Measurement) -> list[Row]:
-    """CorLoc of the best block and bias, then of the box that is the whole image, which needs no model at all."""
+    """CorLoc, in [0, 1], of the best block and bias, then of the box around the whole image, which needs no model.
+
+    raises  UserError for another metric, a missing split, boxes out of shape or range, a block that does not exist and
+            an image of too many patches; RunError where a feature is not finite
+    """
     measured.check_metric("object discovery", ("CorLoc",))
     settings, encoder, context = measured.options.discovery, measured.encoder, measured.context
     test = measured.split("test", Boxed, MISSING)
     check_boxes(test, "test")
-    # An encoder of one block (raw pixels) has only that to offer.
+    # An encoder of one block (raw pixels) has no others to sweep.
     numbers = [0] if encoder.depth == 1 else [encoder.block(each) for each in settings.blocks]
     distinct = replace(settings, blocks=tuple(dict.fromkeys(numbers)), biases=tuple(dict.fromkeys(settings.biases)))
     sweep = list(product(distinct.blocks, distinct.biases))
@@ -89,16 +93,20 @@ def evaluate(measured: Measurement) -> list[Row]:
 
 
 def correct(boxes: np.ndarray, truth: Sequence[np.ndarray]) -> np.ndarray:
-    """(n,) bool: whether each image's box (n, 4) overlaps a true one of it by half or more; without any it does not."""
+    """(n,) bool: whether each image's box has an IoU of at least 0.5 with any true one; without true boxes it does not.
+
+    boxes  (n, 4) x0, y0, x1, y1 in pixels
+    truth  (k, 4) of each image
+    """
     return np.array(
         [bool((overlaps(box, true) >= MIN_OVERLAP).any()) for box, true in zip(boxes, truth, strict=True)], dtype=bool
     )
 
 
 def crosswise(hits: np.ndarray) -> float:
-    """CorLoc without having chosen on what is scored: each half of the images by the other half's best setting.
+    """CorLoc in [0, 1] without choosing on what is scored: each half of the images by the other half's best setting.
 
-    hits  (S, n) bool; the halves are the images of even and of odd number
+    hits  (S, n) bool under S settings; the halves are the images of even and of odd number
     """
     even = np.arange(hits.shape[1]) % 2 == 0
     right = sum(int(hits[hits[:, ~half].mean(axis=1).argmax(), half].sum()) for half in (even, ~even))
@@ -106,7 +114,11 @@ def crosswise(hits: np.ndarray) -> float:
 
 
 def features_of(encoder: Encoder, image: Tensor, blocks: Sequence[int], feature: str) -> list[Tensor]:
-    """Patch features (N, D) of one image (3, H, W) after (token) or inside (query, key, value) each block."""
+    """Patch features (N, D) float32 of one image, for each block: tokens after it, or parts of its attention.
+
+    image    (C, H, W) as for `Encoder.prepare`
+    feature  "token", "query", "key" or "value"
+    """
     if feature == "token":
         return [tokens.patches[0] for tokens in encoder.layers(image[None], blocks)]
     return [encoder.qkv(image[None], block)[feature][0] for block in blocks]

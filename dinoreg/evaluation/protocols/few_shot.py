@@ -6,7 +6,7 @@ at least one (shares), and scored on the whole test split. Of the training label
 - up to 10 per class, C is fixed, as in published few-shot probes (Tian et al., ECCV 2020: C = 1 on features of unit
   norm): here C = 10 for features scaled to a mean squared distance of 1 from their mean, which needs no labels;
 - beyond, C comes from the path of `logistic.*` by a class-balanced share of the drawn labels, and the fit is repeated
-  on all of them (P3). An official validation split is left alone: its labels would not be few.
+  on all of them (as in `logistic`). An official validation split is not used: its labels would not be few.
 
 Beside it stands the nearest class mean, on centred features of unit norm (Wang et al., arXiv 1911.04623, "CL2N").
 """
@@ -36,23 +36,27 @@ FIXED_C = 10.0  # for features of unit spread; on digits and on planted classes 
 
 @dataclass(frozen=True)
 class Setting:
-    """A point of the curve: `shots` images of each class, or else a `share` of each class."""
+    """A point of the curve: `shots` images of each class, or else a `share` in (0, 1] of each class."""
 
     shots: int | None = None
     share: float | None = None
 
     @property
     def title(self) -> str:
+        """The setting in words: "5 per class", "10 % of labels"."""
         return f"{self.shots} per class" if self.share is None else f"{100 * self.share:g} % of labels"
 
     def counts(self, available: np.ndarray) -> np.ndarray:
-        """Images drawn of each class (K,), of those there are (K,): at least one, at most all."""
+        """Images drawn of each class (K,) int64, at least one and at most all.
+
+        available  (K,) images of each class
+        """
         wanted = np.full_like(available, self.shots) if self.share is None else np.rint(self.share * available)
         return np.minimum(np.maximum(wanted, 1), available).astype(np.int64)
 
 
 class Spread:
-    """Where features lie: their mean (D,) float64 and their mean squared distance from it."""
+    """Where features (n, D) lie: `mean` (D,) float64, and `power`, their mean squared distance from it."""
 
     def __init__(self, features: Tensor) -> None:
         """features (n, D), read a few thousand rows at a time."""
@@ -62,12 +66,16 @@ class Spread:
         self.power = sum(float((rows.double() - self.mean).square().sum()) for rows in parts) / len(features)
 
     def unit(self, features: Tensor) -> Tensor:
-        """(n, D) -> centred, of norm 1, float32."""
+        """Features (n, D), centred and of norm 1, float32."""
         return F.normalize(features.double() - self.mean.to(features.device), dim=-1).float()
 
 
 def evaluate(measured: Measurement) -> list[Row]:
-    """A row for each setting: shots from most to least, then shares from most to least."""
+    """A row for each setting: shots from most to least, then shares from most to least; accuracy in [0, 1].
+
+    raises  UserError as `labelled_splits` and `extract_features`, and where all features are equal; RunError for a
+            feature that is not finite
+    """
     options, encoder, context = measured.options, measured.encoder, measured.context
     train, test, _ = labelled_splits(measured, "few-shot")
     features = class_tokens(measured, train.source, "train")
@@ -101,7 +109,7 @@ def _available(train: Labelled) -> np.ndarray:
 
 
 def drawn(train: Labelled, setting: Setting, seed: int) -> np.ndarray:
-    """Ascending indices of the images whose labels are used.
+    """Ascending indices (m,) of the training images whose labels are used.
 
     Draws of one seed are nested: the images of one shot are among those of five.
     """
@@ -122,7 +130,14 @@ def score(
     seed: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Learn from the images of `index` alone: {"logistic", "nearest"}: classes (n,) of the test images; "C", "path"."""
+    """Learn from the images of `index` alone, and classify the test images.
+
+    features       (N, D) of all training images
+    index          (m,) of those whose labels are used
+    test_features  (n, D)
+    returns        {"logistic", "nearest"}: (n,) int64 classes; "C": used, "path": visited, [] where C is fixed
+    raises         UserError where all features are equal
+    """
     rows = features if len(index) == len(features) else features[torch.from_numpy(index)]
     labels = torch.from_numpy(train.labels[index])
     if spread.power == 0:
@@ -152,7 +167,10 @@ def score(
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int, spread: Spread) -> Tensor:
-    """The mean of each class's centred unit features (K, D); NaN for a class without any."""
+    """The mean of each class's centred unit features, (K, D) float32; NaN for a class without any.
+
+    features  (n, D), labels (n,) int64
+    """
     total = torch.zeros(num_classes, features.shape[1], dtype=torch.float64)
     for rows, classes in zip(features.split(4096), labels.split(4096)):
         total.index_add_(0, classes, spread.unit(rows).double())
@@ -161,7 +179,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int, spread: Spre
 
 
 def nearest_mean(x: Tensor, means: Tensor) -> Tensor:
-    """The class (n,) whose mean (K, D) is nearest to each row (n, D)."""
+    """The class (n,) int64 whose mean (K, D) is nearest to each row of x (n, D); never one with a mean of NaN."""
     # |x - m|² less |x|², which is the same for every class
     distance = means.square().sum(dim=-1) - 2 * x @ means.mT
     return distance.nan_to_num(nan=torch.inf).argmin(dim=-1)

@@ -1,4 +1,4 @@
-"""P9, optical flow with frozen features: matching as they are, and through one learned projection. No paper has it.
+"""Optical flow with frozen features: matching as they are, and through one learned projection. No paper has it.
 
 Two numbers for each rendering pass: *zero-shot*, the cosines of the tokens of two frames and a
 soft-argmax around the best, on the test scenes and on all; *linear*, a D x c matrix and a temperature fitted on the
@@ -36,14 +36,16 @@ MISSING = "the {{name}} split{which} is missing, or it does not hold pairs of fr
 
 # Unit tokens (N, D) of two frames and their grid -> displacements (N, 2) in patches.
 Matcher = Callable[[Tensor, Tensor, tuple[int, int]], Tensor]
-Loaded = tuple[Tensor, Tensor, Truth]  # tokens (N, D) of both frames of a pair, and what is known of it
+Loaded = tuple[Tensor, Tensor, Truth]  # tokens (N, D) of both frames of a pair, and its ground truth
 
 
 def evaluate(measured: Measurement) -> list[Row]:
     """Rows "linear" and "zero-shot" of each pass: end-point error in pixels, lower is better.
 
-    data  splits "train" and "test" of FlowPairs, all frames of one size; several renderings of the same scenes come as
-          extra["passes"] = {name: splits}, the first of which gives the headline
+    data    splits "train" and "test" of FlowPairs, all frames of one size; several renderings of the same scenes come
+            as extra["passes"] = {name: splits}, the first of which gives the headline
+    raises  UserError for another metric, missing splits, and frames or truths of another size or unreadable; RunError
+            where a token is not finite, the loss diverges or the disk is too small
     """
     measured.check_metric("optical flow", ("EPE",))
     settings, data, context = measured.options.flow, measured.data, measured.context
@@ -95,7 +97,7 @@ def evaluate(measured: Measurement) -> list[Row]:
 
 
 class Matching:
-    """What is done with the tokens of an encoder: measured as they are, projected, measured again.
+    """The tokens of an encoder on all frames: matched as they are, projected, matched again.
 
     passes  {name of a rendering: {"train" and "test": pairs}}; the tokens of their frames are read or extracted here
     """
@@ -114,14 +116,18 @@ class Matching:
         # A pair takes many megabytes, so that few are loaded ahead.
         self.context = replace(context, workers=min(context.workers, AHEAD))
         stamps = [(name, split, len(pairs), pairs.source.stamp()) for name, split, pairs in everything]
-        # States of unfinished work are kept under this, so that none is taken up under other options.
+        # Saved states have this key, so that none is resumed under other options.
         made_of = (encoder.identity, encoder.dtype, context.features_dtype)
         self.key = (*made_of, stamps, self.geometry, settings, context.seed)
         self.constants = torch.stack([torch.zeros(2), self._mean_flow()]).to(self.device)
 
     @torch.no_grad()
     def measure(self, matcher: Matcher, name: str, split: str, kind: str) -> Tensor:
-        """Tallies (pairs, 3, len(TALLY)) of the matcher's flow, of no flow and of the mean flow everywhere."""
+        """Tallies (pairs, 3, len(TALLY)) float64 of the matcher's flow, of no flow and of the mean flow everywhere.
+
+        name, split  pass and split that are measured
+        kind         of the matcher, for progress and saved states
+        """
         pairs = self.passes[name][split]
 
         def compute(_index: int, loaded: Loaded) -> Tensor:
@@ -134,7 +140,10 @@ class Matching:
         return torch.stack(tallies)
 
     def fit(self) -> Projection:
-        """The projection trained on the end-point error of all passes' training pairs, at the frames' own size."""
+        """The projection trained on the end-point error of all passes' training pairs, at the frames' own size.
+
+        raises  RunError where the loss diverges
+        """
         settings, seed = self.settings, self.context.seed
         dim = self.tokens[id(self.first["train"].source)].shape[2]
         projection = Projection(dim, settings.dim, settings.temperature, seed).to(self.device)
@@ -150,7 +159,7 @@ class Matching:
 
         def losses(step: int) -> dict[str, Tensor]:
             nonlocal ahead
-            if ahead is None:  # a training that goes on does not begin at step 0
+            if ahead is None:  # a resumed training does not begin at step 0
                 ahead = parallel(batch, range(step, settings.steps), self.context.workers)
             total, count = torch.zeros((), device=self.device), 0
             for loaded in next(ahead):
@@ -167,7 +176,7 @@ class Matching:
 
     @torch.no_grad()
     def draw(self, matcher: Matcher) -> None:
-        """First frame, predicted flow and true flow of some test pairs of the first pass."""
+        """Save examples: first frame, predicted flow and true flow of some test pairs of the first pass."""
         pairs = self.first["test"]
         for number, index in enumerate(self.context.example_indices(len(pairs))):
             predicted, known = self._predict(matcher, self._load(pairs, index))
@@ -183,7 +192,7 @@ class Matching:
         return first, second, truth(pairs, index, self.geometry)
 
     def _predict(self, matcher: Matcher, loaded: Loaded) -> tuple[Tensor, Truth]:
-        """The matcher's flow (H, W, 2) in pixels, and what is known, both on the device."""
+        """The matcher's flow (H, W, 2) in pixels, and the ground truth, both on the device."""
         first, second = (tokens.to(self.device).float() for tokens in loaded[:2])
         flow = self.geometry.to_pixels(matcher(first, second, self.geometry.grid))
         return flow, Truth(*(part.to(self.device) for part in loaded[2]))

@@ -1,4 +1,4 @@
-"""P2, weighted k-NN on frozen class tokens, for every k of the options: DINO's protocol, no training at all."""
+"""Weighted k-NN on frozen class tokens, for every k of the options: DINO's and DINOv2's protocol, without training."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ SIDE, BLUE = 112, (59, 125, 216)  # pixels of a picture in a strip, edge of the 
 
 
 def evaluate(measured: Measurement) -> list[Row]:
-    """One row for each k, the k of 20 first where it is among them: the papers do not say which they quote."""
+    """One row for each k, accuracy in [0, 1]; k = 20 first where it is among them: papers do not say which they quote.
+
+    raises  as `labelled_splits` and `extract_features`
+    """
     chosen, encoder, context = measured.options.knn, measured.encoder, measured.context
     train, test, _ = labelled_splits(measured)
     bank = class_tokens(measured, train.source, "train", resize=RESIZE)

@@ -1,8 +1,7 @@
-"""P1, the linear grid of ImageNet, iNaturalist and Places: every head trained at once on the same frozen features.
-
-DINOv2 appendix B.3 and its code: heads over learning rates, last blocks and pooling; SGD,
-momentum 0.9 and a cosine to zero, random resized crops and flips. The published figure is that of the best head *on the
-reported split*: a row chosen so says so, and `linear.choose_on=train` chooses on held-out images instead.
+"""The linear grid of ImageNet, iNaturalist and Places: every head trained at once on the same frozen features.
+DINOv2 appendix B.3 and its code: heads over learning rates, last blocks and pooling; SGD, momentum 0.9 and a cosine to
+zero, random resized crops and flips. The published figure is that of the best head *on the reported split*: a row
+chosen so says so, and `linear.choose_on=train` chooses on held-out images instead.
 """
 
 import math
@@ -37,13 +36,13 @@ CHUNK = 4096  # rows of features that are scored at once
 
 @dataclass(frozen=True)
 class Kind:
-    """What a head sees: the class tokens of the last `blocks` blocks, and the mean patch token or not."""
+    """The input of a head: the class tokens of the last `blocks` blocks, and the mean patch token or not."""
 
     blocks: int
     avgpool: bool
 
     def slots(self, depth: int) -> list[int]:
-        """Of (cls of each of the last `depth` asked blocks, mean patch token)."""
+        """Its slots among the class tokens of the last `depth` blocks and, last, the mean patch token."""
         return [*range(depth - self.blocks, depth), *([depth] if self.avgpool else [])]
 
     def __str__(self) -> str:
@@ -51,7 +50,10 @@ class Kind:
 
 
 def evaluate(measured: Measurement) -> list[Row]:
-    """A row of the best head, and of each kind of input at its best rate; the grid is in the first one's settings."""
+    """A row of the best head, and of each kind of input at its best rate; the grid is in the first one's settings.
+
+    Accuracy in [0, 1]. Raises as `labelled_splits` and `extract_features`, and RunError where every head diverges.
+    """
     chosen, context = measured.options.linear, measured.context
     train, test, val = labelled_splits(measured)
     held_out = np.zeros(len(train), dtype=bool)
@@ -93,7 +95,7 @@ def evaluate(measured: Measurement) -> list[Row]:
 class Grid:
     """All heads of the grid, the images that they learn from, and the features that they are scored on.
 
-    rows   of the training split that the heads learn from
+    rows   (m,) indices into the training split of the images that the heads learn from
     kinds  of input; the heads of one kind, which differ by their rate, are one linear map side by side
     maps   {kind: its heads' map to (rates x classes) logits}, once trained
     """
@@ -115,11 +117,15 @@ class Grid:
         self.maps: dict[Kind, nn.Linear] = {}
 
     def names(self, kind: Kind) -> list[str]:
-        """Of the heads of one kind of input, a rate each."""
+        """The names of the heads of one kind of input, one for each learning rate."""
         return [f"{kind}, lr {lr:g}" for lr in self.options.lrs]
 
     def features(self, split: Labelled, what: str) -> np.ndarray:
-        """Centre-crop features (n, slots, D), cached: class tokens of the blocks in use, and the mean patch token."""
+        """Centre-crop features (n, slots, D), cached: class tokens of the blocks in use, and the mean patch token.
+
+        what    description of the images, beside the progress
+        raises  as `extract_features`
+        """
         crop = CentreCrop(round(self.context.image_size * RESIZE), self.context.image_size)
         what = f"features of {what}"
         return extract_features(self.context, self.encoder, split.source, crop, self.blocks, self.pooled, what)
@@ -132,9 +138,10 @@ class Grid:
         }
 
     def losses(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """{head: its mean cross-entropy, times its rate} of features (b, slots, D) with labels (b,).
+        """{head: () its mean cross-entropy times its rate} of features (b, slots, D) with labels (b,) int64.
 
-        SGD at the rate 1 then moves a head as SGD at the head's own rate would: momentum is linear in the gradient.
+        SGD at the rate 1 then moves a head as SGD at the head's own rate would: momentum is linear in the gradient. The
+        rates are the options' times batch size / 256, as in DINOv2's code.
         """
         found: dict[str, Tensor] = {}
         for kind, logits in self.logits(x).items():
@@ -145,7 +152,7 @@ class Grid:
         return found
 
     def start(self, width: int) -> None:
-        """Fresh heads over tokens of some width."""
+        """Fresh heads over tokens of width D: weights N(0, 0.01²) drawn from the seed, biases 0."""
         random = torch.Generator().manual_seed(self.context.seed)
         for kind in self.kinds:
             size = len(kind.slots(self.deepest)) * width
@@ -155,7 +162,7 @@ class Grid:
             self.maps[kind].to(self.encoder.device)
 
     def train(self, width: int) -> None:
-        """Train fresh heads over tokens of some width."""
+        """Train fresh heads over tokens of width D; RunError where all of them diverge."""
         self.start(width)
         heads = {str(kind): linear for kind, linear in self.maps.items()}
         sgd = {key: torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9) for key, head in heads.items()}
@@ -170,21 +177,27 @@ class Grid:
             train_heads(heads, sgd, losses, self.steps, lambda step: cosine(step, self.steps), self.context, "linear")
 
     def stored(self, features: np.ndarray, step: int) -> tuple[Tensor, np.ndarray]:
-        """Cached features (b, slots, D) of the training images of a step, and which images these are."""
+        """Cached features (b, slots, D) float32 of the training images of a step, and their indices (b,) in the split.
+
+        features  (n, slots, D) of the whole training split
+        """
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         picked = [shuffled(position, len(self.rows), self.context.seed) for position in positions]
-        rows = np.sort(self.rows[picked])  # the file is read in one direction
+        rows = np.sort(self.rows[picked])  # in order, so that the file is read sequentially
         return torch.from_numpy(np.asarray(features[rows])).float().to(self.encoder.device), rows
 
     def augmented(self, samples: Sequence[tuple[int, np.ndarray]]) -> tuple[Tensor, np.ndarray]:
-        """Features (b, slots, D) of the crops of a step, and which training images they were taken of."""
+        """Features (b, slots, D) float32 of the crops of a step, and the indices (b,) of their images in the split.
+
+        samples  (position in `rows`, crop (S, S, 3) uint8) of each
+        """
         parts = stack_images([crop for _, crop in samples]).split(self.context.batch_size)
         features = torch.cat([slots(self.encoder, part, self.blocks, self.pooled) for part in parts])
         return features, self.rows[[index for index, _ in samples]]
 
     @torch.no_grad()
     def predict(self, name: str, features: np.ndarray) -> np.ndarray:
-        """Classes (n,) by one head."""
+        """Classes (n,) int64 by one head, given by name, of features (n, slots, D)."""
         kind = next(kind for kind in self.kinds if name in self.names(kind))
         place = self.names(kind).index(name)
         chunks = self._chunks(features, np.arange(len(features)))
@@ -192,7 +205,11 @@ class Grid:
 
     @torch.no_grad()
     def scores(self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
-        """Top-1 of every head on all images, or some rows; -1 for one whose training went wrong."""
+        """Top-1 in [0, 1] of every head, {name: share}; -1 for one whose logits are not finite.
+
+        features, labels  (n, slots, D) and (n,)
+        rows              (m,) of them that count; None: all
+        """
         rows = np.arange(len(labels)) if rows is None else rows
         truth = torch.from_numpy(labels[rows]).to(self.encoder.device)
         right = {kind: truth.new_zeros(len(self.options.lrs), dtype=torch.float64) for kind in self.kinds}
@@ -218,7 +235,8 @@ class Grid:
 def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
     """Inception's crop as torchvision draws it, resized bicubically, then a flip with probability one half.
 
-    returns (size, size, 3) uint8
+    size     side in pixels
+    returns  (size, size, 3) uint8
     """
     width, height = image.size
     for _ in range(10):

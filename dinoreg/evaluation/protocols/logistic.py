@@ -1,4 +1,4 @@
-"""P3, logistic regression on the frozen class token: the protocol of the fine-grained suite.
+"""Logistic regression on the frozen class token: the protocol of the fine-grained suite.
 
 SimCLR B.8.1 and DINOv2 §7.2: no augmentation, short side to the crop's size and a centre crop; C from a path of 45,
 chosen on the official validation split or on a seeded tenth of train, refitted on train and validation, scored once.
@@ -13,7 +13,10 @@ from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
 
 
 def evaluate(measured: Measurement) -> list[Row]:
-    """The headline (top-1 or mean per class, as the task says) and the other of the two."""
+    """The headline (top-1 or mean per class, as the task says) and the other of the two, in [0, 1].
+
+    raises  as `labelled_splits` and `extract_features`
+    """
     chosen, encoder, context = measured.options.logistic, measured.encoder, measured.context
     train, test, val = labelled_splits(measured)
     pooled = chosen.token == "cls+mean"

@@ -41,7 +41,7 @@ class Measurement:
     """One protocol on one dataset with one encoder: its splits, and rows that share what is true of all of them.
 
     options  with what the dataset sets for its protocol
-    started  by time.monotonic()
+    started  by time.monotonic(), in seconds
     """
 
     encoder: Encoder
@@ -52,7 +52,10 @@ class Measurement:
     started: float = field(default_factory=time.monotonic)
 
     def check_metric(self, subject: str, metrics: Iterable[str]) -> None:
-        """UserError where the task's metric is none of those that the protocol, which measures `subject`, has."""
+        """UserError where the task's metric is none of those of the protocol.
+
+        subject  the protocol's name in the message
+        """
         if self.task.metric not in metrics:
             raise UserError(f"metric {self.task.metric!r}: {subject} has {' and '.join(metrics)}")
 
@@ -73,9 +76,9 @@ class Measurement:
         return train, test, self.split("val", kind, missing) if "val" in self.data.splits else None
 
     def row(self, value: float, interval: tuple[float, float], *, variant: str = "", **fields: Any) -> Row:
-        """One figure with its 95 % interval (low, high), in the protocol's name; by default of the task's metric.
+        """One figure with its 95 % interval (low, high), by default of the task's metric; shares in [0, 1].
 
-        variant  what tells it from the other rows; the dataset's own variant is put behind
+        variant  what distinguishes it from the other rows; the dataset's own variant is put behind
         fields   of Row: n_train, n_test, chosen_on, settings, details, …; `hours` are those since the start
         """
         shared: dict[str, Any] = {
@@ -100,7 +103,7 @@ def choose_best(
     validation  the same on images that are not reported; None: the reported scores decide, and the words say so
     chosen_on   the words for `validation`
 
-    A single candidate is chosen on nothing: "". A score that is not finite loses to every other.
+    A single candidate is chosen on nothing: "". A score that is not finite is worse than every other.
     """
     if len(reported) == 1:
         return next(iter(reported)), ""
@@ -118,11 +121,11 @@ def resumable_map(
     what: str,
     load: Callable[[int], Any] = lambda index: None,
 ) -> list[T]:
-    """[compute(index, load(index)) for index in range(count)], saved now and then and at the end.
+    """[compute(index, load(index)) for index in range(count)], saved every SAVE_SECONDS and at the end.
 
     name     of the saved state, distinct within the evaluation
     key      what the results depend on; a state that was saved under another (by its repr) is not used
-    compute  gives tensors, plain values, or lists and dicts of them: what `SavedState` can keep
+    compute  returns tensors, plain values, or lists and dicts of them, which `SavedState` can save
     what     is shown beside the progress
     load     runs ahead in `context.workers` threads
     """

@@ -1,4 +1,4 @@
-"""P4, multi-label classification: one binary logistic regression per class on the frozen class token.
+"""Multi-label classification: one binary logistic regression per class on the frozen class token.
 
 SimCLR B.8.1 on VOC07: features of centre crops, C from a path of 45 values chosen on the validation split, refitted on
 train and validation, scored on test by 11-point mAP; VISSL's all-points mAP is the second row. As the regressions are
@@ -30,7 +30,11 @@ BOOTSTRAP_WORK = 400_000_000  # image-class pairs ranked again at most, between 
 
 
 def evaluate(measured: Measurement) -> list[Row]:
-    """The task's metric, then the other of 11-point and all-points mAP."""
+    """The task's metric, then the other of 11-point and all-points mAP, in [0, 1].
+
+    raises  UserError for another metric, missing splits, a test split without any class, and where no class can be
+            fitted; otherwise as `extract_features`
+    """
     measured.check_metric("multi-label classification", METRICS)
     chosen, device, context = measured.options.multilabel, measured.encoder.device, measured.context
     train, test, val = measured.splits(MultiLabelled, MISSING)
@@ -79,11 +83,12 @@ def choose(
 ) -> tuple[np.ndarray, Path]:
     """The C of each class (K,), best by its average precision on `held`, and the path on which they were found.
 
-    fit, held  features and their labels (n, K)
+    fit, held  features and their labels (n, K): 1, 0 or -1 (not counted)
+    Cs         ascending, above 0
     points     of the average precision: a value of METRICS
     patience   a class leaves the path after this many values that better neither its average precision nor its loss
 
-    A class that cannot be fitted or judged takes the middle C of the others. UserError where that is every class.
+    A class that cannot be fitted or scored takes the median C of the others. UserError where that is every class.
     """
     problem, truth = SigmoidProblem(fit, device=device), held.labels.numpy()
     counted = truth >= 0
@@ -108,12 +113,13 @@ def choose(
 def mean_ap_rows(
     measured: Measurement, scores: np.ndarray, labels: np.ndarray, names: list[str], **fields: Any
 ) -> list[Row]:
-    """11-point and all-points mAP of scores (n, K), with intervals over images; classes that no image has are left out.
+    """11-point and all-points mAP in [0, 1], with intervals over images, the task's metric first.
 
-    labels  (n, K) 1, 0 or -1 (not counted)
+    Classes that no image has are left out.
+
+    scores  (n, K), higher where a class is more likely
+    labels  (n, K) 1, 0 or -1 (not counted); UserError where no image has any class
     fields  of Row
-
-    The task's metric comes first.
     """
     n, K = labels.shape
     present = [k for k in range(K) if (labels[:, k] == 1).any()]

@@ -44,10 +44,11 @@ MISSING = "segmentation needs a split {name!r} with masks; the dataset has {spli
 
 
 def evaluate(measured: Measurement) -> list[Row]:
-    """mIoU of linear heads. With several heads the first row is the best of them, and one row for each follows.
+    """mIoU in [0, 1] of linear heads. With several heads the first row is the best one's, and one row for each follows.
 
     The best is chosen on "val" where the dataset has one besides the reported "test", else on "test" itself, and
-    `chosen_on` says so. UserError for a missing split and for masks that do not fit their images.
+    `chosen_on` says so. UserError for a missing split and for masks that do not fit their images; RunError where every
+    head diverges or a token is not finite.
     """
     train, test, val = measured.splits(Segmented, MISSING)
     probe = LinearProbe(measured.encoder, measured.options.segmentation, measured.context)
@@ -92,7 +93,7 @@ def evaluate(measured: Measurement) -> list[Row]:
 
 
 def class_keys(names: Sequence[str], num_classes: int) -> list[str]:
-    """A distinct name for every class; its number is the name, or part of it, where names are missing or repeated."""
+    """A distinct name for every class: "class 3" where names are missing, "name (3)" where some are repeated."""
     if len(names) != num_classes:
         return [f"class {number}" for number in range(num_classes)]
     repeated = len(set(names)) < num_classes
@@ -100,12 +101,12 @@ def class_keys(names: Sequence[str], num_classes: int) -> list[str]:
 
 
 def warmup(settings: SegmentationOptions) -> int:
-    """Steps of warm-up: as asked, or a tenth of a training that would be over before it."""
+    """Steps of warm-up: the option's, or a tenth of a training that is no longer than it."""
     return settings.warmup_steps if settings.warmup_steps < settings.steps else settings.steps // 10
 
 
 class LinearProbe:
-    """Linear heads on one encoder, one for every pair of rate and weight decay: trained, counted, shown."""
+    """Linear heads on one encoder, one for every pair of rate and weight decay: training, counts and examples."""
 
     def __init__(self, encoder: Encoder, settings: SegmentationOptions, context: Context) -> None:
         self.encoder, self.settings, self.context = encoder, settings, context
@@ -116,7 +117,10 @@ class LinearProbe:
         self.batch_size = max(int(context.batch_size * min((PUBLISHED_SIZE / settings.size) ** 2, 1.0)), 1)
 
     def train(self, split: Segmented) -> tuple[dict[str, nn.Module], dict[str, float]]:
-        """The trained heads and their last losses."""
+        """The trained heads {key: head} and their last losses, NaN for one that diverged.
+
+        raises  UserError for images and masks that do not fit, RunError where all diverge or a token is not finite
+        """
         settings, encoder, context = self.settings, self.encoder, self.context
         size, steps = settings.size, settings.steps
         fill = [round(255 * value) for value in encoder.mean]
@@ -149,7 +153,11 @@ class LinearProbe:
         return heads, ended
 
     def count(self, heads: Mapping[str, nn.Module], split: Segmented, name: str) -> dict[str, Confusion]:
-        """Every head's counts over a split. Goes on where an earlier pass over as many images was stopped."""
+        """Every head's counts of pixels over a split; an interrupted pass over as many images resumes.
+
+        name    of the split
+        raises  as `train`, but for diverging
+        """
 
         def compute(index: int, loaded: tuple[np.ndarray, np.ndarray]) -> Tensor:
             """(m, 5): number of the head, and what `count_pixels` gives of its prediction; one tensor is soon saved."""
@@ -167,7 +175,7 @@ class LinearProbe:
         }
 
     def draw(self, head: nn.Module, split: Segmented) -> None:
-        """Pictures of a few images with their prediction by one head and their truth."""
+        """Save examples: image, prediction by one head and truth."""
         for number, index in enumerate(self.context.example_indices(len(split))):
             pixels, mask = self._load(split, index)
             (predicted,) = self._predict({"": head}, pixels, mask, split.source.name(index))

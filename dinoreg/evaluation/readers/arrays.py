@@ -18,7 +18,7 @@ from dinoreg.runtime.errors import one_line
 class ArraySource(Source):
     """Images of one size held in memory.
 
-    pixels  (n, H, W, 3) uint8; any memory layout, so that a view of what was read costs no copy
+    pixels  (n, H, W, 3) uint8 in any memory layout, so that a view costs no copy; ValueError for any other
     title   where they come from: image 17 is called "TITLE:17"
     """
 
@@ -31,13 +31,15 @@ class ArraySource(Source):
         return len(self.pixels)
 
     def read(self, index: int) -> np.ndarray:
+        """Pixels (H, W, 3) uint8, contiguous."""
         return np.ascontiguousarray(self.pixels[index])
 
     def name(self, index: int) -> str:
+        """ "TITLE:index"."""
         return f"{self.title}:{index}"
 
     def fingerprint(self) -> str:
-        """Over the shape and every pixel."""
+        """16 hexadecimal digits over the shape and every pixel."""
         return self._fingerprint
 
     @cached_property

@@ -21,10 +21,12 @@ def cifar_reader(
 ) -> Reader:
     """A reader of batch files, whose images stay in memory (3 KiB each).
 
+    archive     in the message for a missing file
     splits      {split: its files, one behind the other}
     meta        the file with the class names, a list below `names_key` in the order of their labels
     labels_key  "labels" or "fine_labels": whole numbers in [0, number of names)
-    The reader raises UserError for a file that is missing, refused or of another form, and for labels out of range.
+    returns     a reader, which raises UserError for a file that is missing, refused or of another form, and for labels
+                out of range
     """
 
     def read(folder: Path, options: Options) -> Data:

@@ -32,9 +32,10 @@ OBJECT = np.dtype([("box", "f4", 4), ("label", "i8"), ("crowd", "?"), ("area", "
 class Instances:
     """The objects of a file, image by image in the order of the images' ids.
 
-    ids, files   (n,) int64, and the names of the images' files
-    objects      (k,) OBJECT per image
-    categories   (K,) names in the order of their ids
+    ids         (n,) int64 of the images
+    files       (n,) names of the images' files
+    objects     per image (k,) OBJECT: boxes in pixels, areas in square pixels
+    categories  (K,) names in the order of their ids
     """
 
     ids: np.ndarray
@@ -43,7 +44,11 @@ class Instances:
     categories: list[str]
 
     def boxed(self, source: Source, images: np.ndarray | None = None) -> Boxed:
-        """All images, or some in the given order, with their files; nothing in COCO is difficult."""
+        """The images as a split; nothing in COCO is difficult.
+
+        source  the files of these images
+        images  (m,) indices of some images, in the order wanted; None: all of them
+        """
         objects = self.objects if images is None else [self.objects[index] for index in images]
         # Copies, because PyTorch takes no views of fields; `ascontiguousarray` leaves one of a single object as it is.
         boxes, labels, crowd, area = (
@@ -82,7 +87,7 @@ def read_instances(path: Path, dataset: str, archive: str, empty: bool = True) -
 
 
 def read_lists(path: Path, names: Sequence[str], dataset: str, archive: str) -> list[list[Any]]:
-    """The lists of these names in a file of COCO's form, without polygons; UserError where one is not there."""
+    """The lists of these names in a file of COCO's form, without polygons; UserError for a file without one of them."""
     content = read_json(path, dataset, archive, object_hook=_without_polygons)
     for name in names:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
@@ -96,7 +101,7 @@ def _without_polygons(element: dict[str, Any]) -> dict[str, Any]:
 
 
 def converted(elements: list[Any], convert: Callable[[Any], T], lacking: str, where: str) -> Iterator[T]:
-    """What `convert` makes of every element; UserError with `lacking` and the element where it cannot."""
+    """`convert` of every element; UserError with `where`, `lacking` and the element where that fails."""
     for element in elements:
         try:
             yield convert(element)
@@ -107,12 +112,12 @@ def converted(elements: list[Any], convert: Callable[[Any], T], lacking: str, wh
 
 
 def image_file(element: Any) -> tuple[int, str]:
-    """Id and file of an element of "images"."""
+    """Id and file name of an element of "images"; TypeError, KeyError or ValueError for one without them."""
     return int(element["id"]), os.fspath(element["file_name"])  # a TypeError for what is no text
 
 
 def category_name(element: Any) -> tuple[int, str]:
-    """Id and name of an element of "categories"."""
+    """Id and name of an element of "categories"; TypeError, KeyError or ValueError for one without them."""
     return int(element["id"]), str(element["name"])
 
 
@@ -126,7 +131,10 @@ def _annotation(where: str, element: Any) -> tuple[int, int, tuple[float, ...], 
 
 
 def positions(known: np.ndarray, wanted: np.ndarray | list[int], what: str, where: str) -> np.ndarray:
-    """Where each wanted id is among the known, ascending ones; UserError saying `what` is of an unknown id."""
+    """Index of each wanted id (m,) among the known ones (n,), which ascend: (m,) int64.
+
+    what, where  what has the id and the file, for the UserError on an unknown id
+    """
     wanted = np.asarray(wanted)
     places = np.searchsorted(known, wanted).clip(max=len(known) - 1)
     wrong = np.flatnonzero(known[places] != wanted)

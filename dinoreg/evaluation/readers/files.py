@@ -20,18 +20,21 @@ from dinoreg.runtime.errors import UserError, one_line
 
 
 def missing(path: Path, dataset: str, archive: str) -> UserError:
-    """The error for a file of a dataset that is not there."""
+    """The UserError for a file of a dataset that is not there, naming the archive it comes from."""
     return UserError(f"{dataset}: {path} is missing; it comes from {archive}")
 
 
 def first_existing(folder: Path, names: Iterable[str]) -> Path:
-    """The first of these below the folder that is there; of none the first, which messages then name."""
+    """The first of these paths below the folder that exists; without any the first, which messages then name."""
     paths = [folder / name for name in names]
     return next((path for path in paths if path.exists()), paths[0])
 
 
 def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) -> bytes:
-    """A file's content; UserError for one that is missing, cannot be read, or has more than `most` bytes."""
+    """A file's content; UserError for one that is missing, cannot be read, or has more than `most` bytes.
+
+    archive  in the message for a missing file
+    """
     try:
         if most is not None and path.stat().st_size > most:
             raise UserError(f"{dataset}: {path} has more than the {most:,} bytes that a file of its kind may have")
@@ -51,14 +54,15 @@ def read_text(path: Path, dataset: str, archive: str) -> str:
 
 
 def lines(path: Path, dataset: str, archive: str) -> list[str]:
-    """The lines of a text file that are not empty, without white space around them."""
+    """The lines of a text file that are not empty, without white space around them; UserError as `read_text`."""
     return [line.strip() for line in read_text(path, dataset, archive).splitlines() if line.strip()]
 
 
 def matched(path: Path, form: str, expected: str, dataset: str, archive: str) -> list[tuple[str, ...]]:
     """The groups of the regular expression `form` in every line of a list of images.
 
-    expected  the form in words; UserError saying so, and the row, for a line of another one and for an empty list
+    expected  the form in words, for messages
+    raises    UserError with the number of a line that does not match, for an empty list, and as `read_text`
     """
     rows, found = lines(path, dataset, archive), []
     if not rows:
@@ -72,7 +76,10 @@ def matched(path: Path, form: str, expected: str, dataset: str, archive: str) ->
 
 
 def require_distinct(values: Iterable[object], what: str, where: str) -> None:
-    """UserError naming the first value that `where`, a list of them, has twice."""
+    """UserError naming the first repeated value.
+
+    what, where  what a value is, and the list that has them, for the message
+    """
     repeated = [value for value, count in Counter(values).items() if count > 1]
     if repeated:
         raise UserError(f"{where} lists {what} {repeated[0]} twice")
@@ -81,9 +88,9 @@ def require_distinct(values: Iterable[object], what: str, where: str) -> None:
 def read_json(
     path: Path, dataset: str, archive: str, object_hook: Callable[[dict[str, Any]], Any] | None = None
 ) -> Any:
-    """The value in a JSON file; UserError for one that is missing or of another kind.
+    """The value in a JSON file; UserError for one that is missing or is no JSON.
 
-    object_hook  gets each object as it closes, and returns what takes its place
+    object_hook  called with each object as it closes; what it returns replaces the object
     """
     text = read_text(path, dataset, archive)
     try:
@@ -104,7 +111,7 @@ def paths_source(folder: Path, paths: Iterable[str], dataset: str) -> PathSource
 
 
 def present(source: PathSource, dataset: str, archive: str, sample: int = 16) -> PathSource:
-    """The source itself; UserError when one of some evenly spaced files of it is not there."""
+    """The source itself; UserError when one of `sample` evenly spaced files of it does not exist."""
     for index in sorted({round(each) for each in np.linspace(0, len(source) - 1, sample)} if len(source) else ()):
         if not os.path.exists(source.name(index)):
             raise missing(Path(source.name(index)), dataset, archive)
@@ -114,7 +121,7 @@ def present(source: PathSource, dataset: str, archive: str, sample: int = 16) ->
 def labelled(
     folder: Path, rows: Sequence[tuple[str, ...]], classes: Sequence[str] | range, where: Path, dataset: str
 ) -> Labelled:
-    """Images below a folder with one class each; rows and classes as for `class_labels`."""
+    """Images below a folder with one class each; rows, classes and errors as for `class_labels` and `paths_source`."""
     labels = class_labels(rows, classes, where, dataset)
     return Labelled(paths_source(folder, (path for _, path in rows), dataset), labels, len(classes))
 
@@ -126,7 +133,7 @@ def class_labels(
 
     rows     (class, path), as the list `where` has them
     classes  names in the order of their labels; or the range of the numbers that the list has instead
-    Raises UserError for a name or number that is no class.
+    raises   UserError for a name or number that is no class
     """
     labels_of = {name: label for label, name in enumerate(classes)}
     labels = []
@@ -150,10 +157,11 @@ def paired(
     read: Callable[[Path, Path], np.ndarray],
     *extra: int,
 ) -> S:
-    """Images with what lies over the pixels of each, in files of their own that are read when they are asked for.
+    """Images with a map over the pixels of each, in files of their own that are read on access.
 
+    kind   Segmented or DepthMaps
     read   (one of `truths`, its image) -> (H, W)
-    extra  what `kind` takes besides: of Segmented the number of classes
+    extra  further arguments of `kind`: of Segmented the number of classes
     """
 
     def truth(index: int) -> np.ndarray:
@@ -163,7 +171,11 @@ def paired(
 
 
 def segmented(images: Path, masks: Path, names: Sequence[str], classes: range, void: int, dataset: str) -> Segmented:
-    """Images `NAME.jpg` with masks `NAME.png`; classes and void as for `read_mask`."""
+    """Images `NAME.jpg` with masks `NAME.png`.
+
+    classes, void  as for `read_mask`
+    raises         UserError for a name that leaves its folder; later, on access, as `read_mask`
+    """
     source = paths_source(images, (f"{name}.jpg" for name in names), dataset)
     truths = paths_source(masks, (f"{name}.png" for name in names), dataset)
     return paired(
@@ -194,7 +206,7 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
 
 
 def matlab_numbers(path: Path, names: Iterable[str], most: int, dataset: str, archive: str) -> dict[str, np.ndarray]:
-    """The named variables of a MATLAB file, each a list of whole numbers in 1..most, as (n,) int64 with n > 0.
+    """The named variables of a MATLAB file, each a list of integers in 1..most, as (n,) int64 with n > 0.
 
     Raises UserError as `matlab` does, and for any other content.
     """
@@ -211,7 +223,7 @@ def matlab_numbers(path: Path, names: Iterable[str], most: int, dataset: str, ar
 
 
 def whole_number(text: str, what: str, where: Path, least: int, most: int) -> int:
-    """An integer in [least, most]; UserError saying what and where otherwise."""
+    """An integer in [least, most]; UserError, with `where` and `what`, for any other text."""
     try:
         value = int(text)
     except ValueError:

@@ -34,7 +34,7 @@ MOST_BYTES = 1 << 22  # of one annotation; real ones have a few thousand
 class Devkit:
     """The tree of one year, read as one dataset.
 
-    archives  {split: the archive that its files come out of}
+    archives  {name of a list: the archive that its files come out of}
     """
 
     folder: Path
@@ -42,7 +42,11 @@ class Devkit:
     archives: dict[str, str]
 
     def names(self, split: str, kind: str = "Main") -> list[str]:
-        """The images of a split in the order of its list; `kind` is "Main" or "Segmentation"."""
+        """The images of a split in the order of its list.
+
+        kind    "Main" or "Segmentation"
+        raises  UserError for a list that is missing, empty, of another form or with an image twice
+        """
         path = self.folder / "ImageSets" / kind / f"{split}.txt"
         form = r"([^\s/\\.][^\s/\\]*)(?:\s.*)?"
         rows = matched(path, form, "the name of an image without a folder", self.dataset, self.archives[split])
@@ -51,13 +55,19 @@ class Devkit:
         return names
 
     def labelled(self, split: str) -> MultiLabelled:
-        """Which classes each image of a split shows, by the class lists; -1 where only difficult ones."""
+        """The classes of each image of a split, by the class lists; -1 where all instances are difficult.
+
+        raises  UserError for lists that are missing or of another form, or that lack an image
+        """
         names = self.names(split)
         labels = np.stack([self._presence(label, split, names) for label in CLASSES], axis=1)
         return MultiLabelled(self._source(names), labels, len(CLASSES))
 
     def boxed(self, split: str) -> Boxed:
-        """Every object of a split's images, by the annotations; difficult ones are marked, parts are not objects."""
+        """Every object of a split's images, by the annotations; difficult ones are marked, parts are not objects.
+
+        raises  UserError for lists and annotations that are missing or not as expected
+        """
         names = self.names(split)
         boxes, labels, difficult = [], [], []
         for name in names:
@@ -69,7 +79,10 @@ class Devkit:
         return Boxed(self._source(names), boxes, labels, len(CLASSES), difficult, crowd)
 
     def segmented(self, split: str) -> Segmented:
-        """Masks of 21 classes, the ground first; void outlines are ignored."""
+        """Masks of 21 classes, the background first; void outlines are ignored.
+
+        raises  UserError for missing lists or masks; later, on access, as `read_mask`
+        """
         names = self.names(split, "Segmentation")
         masks = self.folder / "SegmentationClass"
         if not masks.is_dir():
@@ -92,7 +105,7 @@ class Devkit:
 
 
 def voc_folders(year: str) -> tuple[str, ...]:
-    """Where the tree of a year may lie below `root`."""
+    """The places where the tree of a year may lie below `root`, in the order in which they are tried."""
     inside = f"VOCdevkit/VOC{year}"
     return (inside, f"VOC{year}", f"voc{year}", f"voc/{inside}", f"voc{year}/{inside}")
 
@@ -107,8 +120,10 @@ def voc_reader(
 ) -> Reader:
     """A reader of some splits.
 
-    read_split  a method of Devkit: labelled, boxed or segmented
-    splits      {what we call it: what its list is called}
+    archives     {name of a list: the archive that its files come out of}
+    read_split   a method of Devkit: labelled, boxed or segmented
+    splits       {split: name of its list}
+    class_names  in the order of their labels
     """
 
     def read(folder: Path, options: Options) -> Data:
@@ -120,7 +135,11 @@ def voc_reader(
 
 
 def objects(path: Path, dataset: str, archive: str) -> list[tuple[tuple[float, float, float, float], int, bool]]:
-    """(box, class, difficult) of every object of an annotation, in its order. UserError for what is not as expected."""
+    """(box, class, difficult) of every object of an annotation, in its order.
+
+    A box is x0, y0, x1, y1 in pixels, ends exclusive; a class is in [0, 20). UserError for an annotation that is
+    missing or no XML, and for an unknown class, another flag or an empty box in it.
+    """
     rows = []
     for element in parse(path, dataset, archive).iterfind("object"):
         name = (element.findtext("name") or "").strip()
@@ -129,7 +148,7 @@ def objects(path: Path, dataset: str, archive: str) -> list[tuple[tuple[float, f
         difficult = (element.findtext("difficult") or "0").strip()
         if difficult not in ("0", "1"):
             raise UserError(f"{dataset}: {path}: difficult is {difficult!r}, expected 0 or 1")
-        box = element.find("bndbox")  # a direct child: those of parts are not
+        box = element.find("bndbox")  # a direct child, unlike the boxes of parts
         rows.append((_box(box, path, dataset), NUMBERS[name], difficult == "1"))
     return rows
 

@@ -15,7 +15,7 @@ MILLIMETRES = 1000.0  # in a metre
 
 
 def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
-    """A label map of whole numbers (H, W), uint8 or int32, as they stand in the file (of a palette: the indices).
+    """A label map of integers (H, W), uint8 or int32, with the values in the file (of a palette: the indices).
 
     image    the picture it belongs to, whose header alone is read: both must have the same size
     dataset  in front of every message
@@ -39,10 +39,12 @@ def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
 
 
 def read_mask(path: Path, image: Path, classes: range, void: int = IGNORED, dataset: str = "") -> np.ndarray:
-    """A mask (H, W) uint8 of its image's size: a class from 0, or IGNORED.
+    """A mask (H, W) uint8 of its image's size: a class from 0, or IGNORED (255).
 
+    image    the picture it belongs to
     classes  the values of the classes 0..K-1 in the file, K <= 255
     void     the value that is ignored
+    dataset  in front of every message
 
     Raises UserError as `read_label_map` does, and for any other value.
     """
@@ -57,7 +59,10 @@ def read_mask(path: Path, image: Path, classes: range, void: int = IGNORED, data
 
 
 def read_depth_map(path: Path) -> np.ndarray:
-    """A 16-bit PNG (or TIFF) of millimetres, 0 where unknown -> (H, W) float32 metres; UserError naming the file."""
+    """A depth map (H, W) float32 in metres, 0 where unknown.
+
+    path    of a 16-bit PNG (or TIFF) in millimetres; UserError naming it for a missing, unreadable or other file
+    """
     try:
         with Image.open(path) as opened:
             mode, values = opened.mode, np.asarray(opened)
@@ -71,7 +76,10 @@ def read_depth_map(path: Path) -> np.ndarray:
 
 
 def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "") -> None:
-    """UserError unless a map (H, W) has the size of its image; `where` names the map."""
+    """UserError unless a map (H, W) has the size of its image.
+
+    where, dataset  in front of messages on the map, and on the image
+    """
     try:
         with Image.open(image) as opened:
             width, height = opened.size

@@ -1,9 +1,9 @@
 """A reader for the one kind of pickle that the CIFAR files hold, which runs nothing that a file names.
 
-A pickle is a program. Two fences stand before it: a list of the instructions that a dictionary of text, numbers and
-byte arrays needs, checked over the whole file before any is carried out; and stand-ins for the few NumPy functions
-that such a file calls, so that not even NumPy's own unpickling sees the file's values. The files were written by
-Python 2, whose text is read as Latin-1.
+A pickle is a program. Two checks restrict it: only instructions that a dictionary of text, numbers and byte arrays
+needs are allowed, checked over the whole file before any is carried out; and the few NumPy functions that such a file
+calls are replaced by stand-ins, so that not even NumPy's own unpickling sees the file's values. The files were written
+by Python 2, whose text is read as Latin-1.
 """
 
 import pickle
@@ -30,7 +30,7 @@ _INSTRUCTIONS = frozenset(" ".join((_FRAME, _TEXT, _NUMBERS, _CONTAINERS, _CALLS
 
 
 class _Refused(Exception):
-    """What a file asks for and does not get; its text goes into the message."""
+    """A file contains something that is not allowed; the text goes into the message."""
 
 
 class _Dtype:
@@ -83,7 +83,7 @@ _STAND_INS: Mapping[tuple[str, str], Callable[..., Any]] = MappingProxyType(
 
 
 class _Call:
-    """A stand-in as a file gets hold of it: it can be called and not changed."""
+    """A stand-in as a file can use it: it can be called and not changed."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -107,8 +107,8 @@ def read_dictionary(path: Path, dataset: str, archive: str, max_bytes: int = MAX
     """The dictionary in a Python 2 pickle; values that are arrays of bytes come as NumPy's, uint8 and read only.
 
     Raises UserError, in one line, for a file that is missing, larger than max_bytes, damaged, not a dictionary with
-    text keys, or that asks for anything besides containers, text, bytes, whole numbers and arrays of bytes. Nothing
-    that a file names is imported or called.
+    text keys, or that contains anything besides containers, text, bytes, integers and arrays of bytes. Nothing that a
+    file names is imported or called.
     """
     data = read_bytes(path, dataset, archive, max_bytes)
     try:
@@ -117,13 +117,13 @@ def read_dictionary(path: Path, dataset: str, archive: str, max_bytes: int = MAX
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise _Refused("it holds no dictionary with names for keys")
         return {key: _array(value) if isinstance(value, _Ndarray) else value for key, value in values.items()}
-    except Exception as error:  # a damaged program fails in whichever way it happens to
+    except Exception as error:  # a damaged pickle can raise any kind of exception
         what = "is refused" if isinstance(error, _Refused) else "is not a readable pickle"
         raise UserError(f"{dataset}: {path} {what}: {one_line(error, 200)}") from None
 
 
 def _check_instructions(data: bytes) -> None:
-    """Walk over the whole program without carrying anything out; _Refused at an instruction it has no need of."""
+    """Walk over the whole program without carrying anything out; _Refused at an instruction that is not allowed."""
     for count, (instruction, value, _position) in enumerate(pickletools.genops(data)):
         if instruction.name not in _INSTRUCTIONS:
             raise _Refused(f"it has the instruction {instruction.name}, which is not allowed")

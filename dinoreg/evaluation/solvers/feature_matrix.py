@@ -21,8 +21,8 @@ LEAST_ROWS = 256  # of a chunk, however wide
 class Rows:
     """Rows of one or several feature matrices one after the other; nothing is copied.
 
-    parts   feature matrices (n, D), each with the ascending rows that are meant, or None for all; they may be
-            memory-mapped and of any floating type
+    parts   feature matrices (n, D), each with the ascending indices (m,) of the rows that are meant, or None for all;
+            they may be memory-mapped and of any floating type
     labels  (n,) or (n, K) of all rows
     """
 
@@ -31,7 +31,7 @@ class Rows:
 
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, mask: Tensor | None = None) -> Rows:
-        """All of a feature matrix (n, D), or the rows where a mask (n,) is true."""
+        """All rows of a feature matrix (n, D) with labels (n,) or (n, K), or those where a mask (n,) bool is true."""
         if mask is None:
             return cls(((features, None),), labels)
         return cls(((features, mask.nonzero()[:, 0]),), labels[mask])
@@ -43,7 +43,7 @@ class Rows:
         return sum(len(features if index is None else index) for features, index in self.parts)
 
     def chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows, and at most `size` of them as they are stored."""
+        """The rows in chunks of at most `size`: which they are, and their features (m, D) as they are stored."""
         first = 0
         for features, index in self.parts:
             for each in (features if index is None else index).split(size):
@@ -54,8 +54,9 @@ class Rows:
 class CentredRows:
     """Rows minus their mean on the device, with the directions in which they vary.
 
-    x            (row - mean) / scale; what `chunks` gives
-    axes, power  orthonormal directions (D, r) and the variance along each (r,)
+    n, dim       number and width D of the rows
+    mean, scale  (D,) float64; scale is 1 unless `standardize`
+    axes, power  orthonormal directions (D, r) and the variance along each (r,), float64
     rest         the mean variance of the directions that are left out
     """
 
@@ -93,13 +94,13 @@ class CentredRows:
         self.axes, self.power, self.rest = self._principal_axes()
 
     def chunks(self, size: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows, and at most `size` of them, centred and scaled (m, D)."""
+        """The rows in chunks of at most `size`: which they are, and (row - mean) / scale (m, D)."""
         mean, scale = self.mean.to(self.dtype), self.scale.to(self.dtype)
         for part, x in self._rows.chunks(min(size or self.size, self.size)):
             yield part, x if self._centred else (x.to(self.device, self.dtype) - mean) / scale
 
     def sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """The float64 sum of a function over chunks of rows."""
+        """The float64 sum over chunks of rows of a function of (m, D)."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         return sum((function(x).double() for _, x in self.chunks()), zero)
 
@@ -107,11 +108,12 @@ class CentredRows:
         """Roots of the Hessian's eigenvalues for K classes: along the axes (r, K) and across them (K,).
 
         spread  (K,) mean of p (1 - p): with it, the Hessian along axis i is about spread * power + ridge
+        ridge   (K,) or one number: what the penalty adds to the Hessian
         """
         return (torch.outer(self.power, spread) + ridge).sqrt(), (self.rest * spread + ridge).sqrt()
 
     def stretch(self, weights: Tensor, along: Tensor, across: Tensor) -> Tensor:
-        """Multiply weights (D, K) by `along` on the axes and by `across` off them; symmetric."""
+        """Multiply weights (D, K) by `along` (r, K) on the axes and by `across` (K,) off them; symmetric."""
         return weights * across + self.axes @ ((along - across) * (self.axes.mT @ weights))
 
     def _principal_axes(self) -> tuple[Tensor, Tensor, float]:

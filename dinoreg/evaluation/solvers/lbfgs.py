@@ -20,7 +20,7 @@ Objective = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class Minimum(NamedTuple):
-    """Where the search ended: x (p,), its value, the steps taken, and whether the tolerance was met."""
+    """The end of a search: x (p,), its value, the steps taken, and whether the tolerance was met."""
 
     x: Tensor
     value: float
@@ -29,10 +29,11 @@ class Minimum(NamedTuple):
 
 
 def minimize(objective: Objective, x: Tensor, tolerance: float = 1e-8) -> Minimum:
-    """Minimise a smooth convex function.
+    """Minimise a smooth convex function by L-BFGS, in at most MAX_STEPS steps.
 
-    objective   x (p,) -> (value, gradient (p,)); scale x so that the Hessian is near the identity
-    tolerance   stop when half the directional slope, the decrease a quadratic model promises, is below this
+    objective  x (p,) float64 -> (value, gradient (p,)); scale x so that the Hessian is near the identity
+    x          (p,) float64 to start from
+    tolerance  stop when half the directional slope, the decrease a quadratic model promises, is below this
     """
     value, gradient = objective(x)
     pairs: list[tuple[Tensor, Tensor, float]] = []  # (step, change of gradient, 1 / their product)

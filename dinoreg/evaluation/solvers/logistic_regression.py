@@ -22,7 +22,7 @@ from dinoreg.evaluation.solvers.lbfgs import flat, minimize
 
 LOGITS = 1 << 21  # logits in flight while fitting: 8 MB
 ROWS = 4096  # in flight while predicting
-UNSEEN = 50.0  # how far the intercept of a class that no fitted row tells from the others lies beyond theirs
+UNSEEN = 50.0  # logits by which a class without rows lies below the others, and one that every row has above
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ class LogisticModel:
     converged: bool = True
 
     def logits(self, features: Tensor) -> Tensor:
-        """features (n, D) -> logits (n, K) float32 on the features' device."""
+        """Logits (n, K) float32 on the features' device, of features (n, D)."""
         weight, bias = (each.to(features.device, torch.float32) for each in (self.weight, self.bias))
         return F.linear(features.float(), weight, bias)
 
     def predict(self, features: Tensor) -> Tensor:
-        """features (n, D) -> class (n,) int64."""
+        """Classes (n,) int64 on the features' device, of features (n, D)."""
         return torch.cat([self.logits(rows).argmax(-1) for rows in features.split(ROWS)])
 
     def chunks(self, rows: Rows, device: torch.device | str) -> Iterator[tuple[slice, Tensor]]:
-        """Which rows, and their logits (m, K) float32 on the device; the rows may be memory-mapped."""
+        """The rows (memory-mapped or not) in chunks: which they are, and their logits (m, K) float32 on the device."""
         for part, x in rows.chunks(ROWS):
             yield part, self.logits(x.to(device))
 
     def with_classes_of(self, other: LogisticModel, classes: Tensor) -> LogisticModel:
-        """This model with some classes (K,) bool taken from another."""
+        """This model with the classes where `classes` (K,) bool is true taken from another."""
         return LogisticModel(
             torch.where(classes[:, None], other.weight, self.weight),
             torch.where(classes, other.bias, self.bias),
@@ -69,11 +69,11 @@ class LogisticModel:
 
 
 class LogisticProblem(ABC):
-    """Centred features with their principal axes, shared by every C; what a subclass adds are labels and loss.
+    """Centred features with their principal axes, shared by every C; subclasses add labels and loss.
 
     fitted    (K,) bool: the classes that the rows say something about
     counts    (K,) rows that count for each class
-    log_odds  (K,) float64 intercepts to start from beside weights of 0: they know how often each class occurs
+    log_odds  (K,) float64 intercepts to start from, with weights of 0: how often each class occurs
     penalty   factor of ||W||² / 2
 
     With x = (feature - mean) / scale, logits are x A + b; A (D, k) holds the scaled weights of the classes in question.
@@ -99,9 +99,9 @@ class LogisticProblem(ABC):
     ) -> LogisticModel:
         """Minimise the mean losses plus penalties, summed over classes; ValueError for a C that is not above 0.
 
-        C          one for all classes, or one for each (K,)
+        C          inverse regularisation: one for all classes, or one for each (K,)
         init       start from this model (a neighbour on the regularisation path)
-        classes    (K,) bool, which to fit; the others keep what `init` has
+        classes    (K,) bool, which to fit; the others stay as in `init`
         tolerance  distance to the minimum at which to stop, as a mean loss
         """
         Cs = torch.as_tensor(C, dtype=torch.float64).expand(len(self.fitted))

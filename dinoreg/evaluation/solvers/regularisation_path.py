@@ -23,7 +23,7 @@ PATH_TOLERANCE, FINAL_TOLERANCE = 1e-6, 1e-7  # of the mean loss, while C is cho
 
 @dataclass(frozen=True)
 class Visited:
-    """One C of a path: (G,) scores and mean losses on the held-out rows."""
+    """One C of a path: scores in [0, 1] and mean losses on the held-out rows, (G,) each, one per group of classes."""
 
     C: float
     scores: np.ndarray
@@ -43,7 +43,7 @@ class Path:
 
     @property
     def scores(self) -> list[list[float]]:
-        """[C, mean score of the groups that have one, NaN where none has] of every visit."""
+        """[C, mean score of the groups that have one, NaN without any] of every visit."""
         return [[each.C, nanmean(each.scores)] for each in self.visited]
 
 
@@ -57,9 +57,11 @@ def walk_path(
 ) -> Path:
     """Visit the Cs, which ascend, and keep the best for each group: by the score, the lower loss among equals.
 
-    judge     model -> scores (G,) in [0, 1] or NaN, and mean losses (G,), on held-out rows; G is 1, or that of classes
-    active    (G,) bool: the groups to choose for
-    patience  a group leaves the path after this many values that better neither its score nor its loss; None: never
+    judge      model -> scores (G,) in [0, 1] or NaN, and mean losses (G,), on held-out rows; G is 1, or that of classes
+    active     (G,) bool: the groups to choose for
+    patience   a group leaves the path after this many values that better neither its score nor its loss; None: never
+    tolerance  of `LogisticProblem.solve`
+    raises     ValueError where there is no C or no active group
     """
     shape = active.shape
     best_score, best_loss, lowest = np.full(shape, -np.inf), np.full(shape, np.inf), np.full(shape, np.inf)
@@ -101,9 +103,14 @@ def select_and_fit(
 ) -> Path:
     """Choose C by validation accuracy (ties: the lower loss) and refit on every row, those of `validation` included.
 
-    Without `validation` a seeded, class-balanced share of the rows is held out for the choice. Features may be
-    memory-mapped and of any size: beyond a gigabyte they are read in chunks, never copied whole. `options` are those of
-    LogisticProblem. ValueError for labels or Cs out of range, and for too few rows.
+    features          (n, D), memory-mapped or not; beyond a gigabyte they are read in chunks, never copied entirely
+    labels            (n,) integers in [0, num_classes)
+    Cs                inverse regularisations to try, above 0
+    validation        features (m, D) and labels (m,); without it a seeded, class-balanced share of the rows is held out
+    validation_share  that share, in (0, 1)
+    patience          as for `walk_path`
+    options           of LogisticProblem
+    raises            ValueError for labels or Cs out of range, features that are not finite, and too few rows
     """
     rows = Rows.of(features, as_labels(labels, len(features), num_classes))
     if not Cs or min(Cs) <= 0:
@@ -132,9 +139,11 @@ def select_and_fit(
 
 
 def balanced_split(labels: Tensor, share: float = 0.1, seed: int = 0) -> Tensor:
-    """Hold out a share of the rows with every class in proportion: labels (n,) -> held out (n,) bool.
+    """Hold out a share of the rows with every class in proportion: labels (n,) -> held out (n,) bool on the CPU.
 
     Rows are ordered by class, at random within a class, and taken at equal distances.
+
+    share  in (0, 1); ValueError outside
     """
     if not 0.0 < share < 1.0:
         raise ValueError(f"the held-out share must lie between 0 and 1, got {share}")

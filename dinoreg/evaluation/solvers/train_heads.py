@@ -1,7 +1,7 @@
 """Training several small heads on one frozen backbone at once: the loop that the dense and grid protocols share.
 
 The backbone sees a batch once; every head has its own loss and optimizer. Randomness is a function of the step, so that
-a training that was stopped goes on as if it had not been.
+an interrupted training resumes with the result of an uninterrupted one.
 """
 
 import math
@@ -17,19 +17,22 @@ from dinoreg.runtime.errors import RunError
 
 
 def generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
-    """The random numbers of one step: counter-based, so that any step can be drawn without those before it."""
+    """The random numbers of one step: counter-based, so that any step can be drawn without those before it.
+
+    stream  a number that separates several uses of the same seed
+    """
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, step]))
 
 
 def linear(step: int, steps: int, warmup: int = 0) -> float:
-    """The learning rate's factor: linear warm-up, then 1 - progress."""
+    """The learning rate's factor in [0, 1] at a step from 0: linear warm-up, then 1 - step / steps."""
     if step < warmup:
         return (step + 1) / warmup
     return max(1.0 - step / steps, 0.0)
 
 
 def cosine(step: int, steps: int, warmup: int = 0) -> float:
-    """The learning rate's factor: linear warm-up, then half a cosine to 0."""
+    """The learning rate's factor in [0, 1] at a step from 0: linear warm-up, then half a cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
@@ -48,15 +51,14 @@ def train_heads(
 ) -> dict[str, float]:
     """Train every head for `steps` steps; heads are changed in place and left in evaluation mode.
 
-    losses     step -> {key: () loss}; it reads the images, runs the backbone without gradients, and the heads with.
-               One for each head, or several where a module holds several heads side by side
-    factor     step -> what each optimizer's own rate is multiplied by
-    name       of the saved state, distinct within the evaluation
-    clip_grad  largest gradient norm of a head
-    depends_on what a saved state must have been saved under (by its repr), besides the context, to be taken up
-
-    returns {key: mean loss of the last tenth}; once a loss is not finite it is NaN, and its head learns no more.
-    Raises RunError when that happens to all of them.
+    losses      step -> {key: () loss}; it reads the images, runs the backbone without gradients, and the heads with.
+                One for each head, or several where a module holds several heads side by side
+    factor      step -> what each optimizer's own rate is multiplied by
+    name        of the saved state, distinct within the evaluation
+    clip_grad   largest gradient norm of a head; None: no clipping
+    depends_on  compared (by its repr) with that of a saved state, which is used only where they are equal
+    returns     {key: mean loss of the last tenth}; NaN where a loss was not finite, after which its head is not trained
+    raises      RunError when no loss is finite any more
     """
     saved = SavedState(context, name, (sorted(heads), depends_on))
     start, broken, tail = 0, set[str](), dict[str, list[float]]()
