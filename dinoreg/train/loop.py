@@ -122,11 +122,9 @@ def train(
 ) -> None:
     """Train to the end of the run.
 
-    raises Interrupted after a signal asked to stop and the state was saved; RunError when checkpoints cannot be
-    written, steps stay non-finite after all roll-backs, or replicas have drifted apart
+    raises Interrupted after a signal, once saved; RunError for lost checkpoints, non-finite steps or drifted replicas
     """
     config, num_steps = setup.config, setup.num_steps
-    check_every = config.parallel.check_every  # 0: never
     save_every = config.checkpoint.every or min(2000, max(1, num_steps // 10))
     max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
     agreement = Agreement(state.ranks)
@@ -152,7 +150,6 @@ def train(
                 seed=config.seed,
             )
             monitor.observe(batch, result)
-
             if logs_now:  # the one place that waits for the device
                 metrics = monitor.write(state, batch, result, now, checkpoints.writer.read_stall())
                 checkpoints.poll()
@@ -163,7 +160,7 @@ def train(
                     batches = setup.batches(state)
                     continue
             stop = agreement.maximum(signals.received)  # the number of a signal that any process received; 0: none
-            if check_every and every(check_every, state.step):
+            if config.parallel.check_every and every(config.parallel.check_every, state.step):
                 check_replicas(state.step, state.position, state.replicated(), state.ranks)
             improved = probes is not None and probes.is_due(state.step) and probes.run(state)
             good = every(save_every, state.step) and float(state.rejected) == 0  # a state to come back to
