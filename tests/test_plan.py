@@ -382,7 +382,7 @@ def test_a_search_for_neighbours_that_grows_with_the_processes_is_pointed_out() 
     ("name", "gpus", "memory", "best"),
     [
         ("vitl16_short_reg4_in1k", 1, 40, {"optim.accumulate"}),
-        ("vitl16_short_reg4_in1k", 8, 7, {"model.checkpointing", "optim.accumulate"}),
+        ("vits14_reg4", 1, 2.5, {"model.checkpointing", "optim.accumulate"}),
         ("vitg14_reg4_in22k", 8, 24, {"optim.accumulate"}),
         ("vits14_reg4", 1, 4, {"optim.accumulate"}),
     ],

@@ -234,7 +234,8 @@ def is_collective_failure(error: BaseException) -> bool:
     if isinstance(error, RunError):  # in words already
         return False
     text = str(error).lower()
-    signs = ("connection closed by peer", "timed out waiting", "gloo", "nccl", "connection reset", "broken pipe")
+    closed = ("connection closed by peer", "connection reset", "broken pipe", "pair closure")
+    signs = (*closed, "timed out waiting", "gloo", "nccl")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
