@@ -24,20 +24,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def knn_of(data: Path, run: Path, out: Path) -> tuple[float, dict]:
     """Top-1 of k-NN on a folder or table, and the whole record."""
     assert main(["eval", str(data), f"weights={run}", f"out={out}", *KNN]) == 0
-    (path,) = out.glob("eval/*/*.json")
+    (path,) = out.glob("eval/[0-9]*/*.json")
     record = json.loads(path.read_text())
     return record["rows"][0]["value"], record
 
 
 def write_stripes(root: Path, save: Callable[[Path, np.ndarray], None]) -> None:
-    """Two classes, stripes across and down, with a random phase; `save(path, values in 0..1)`."""
+    """Two classes, stripes across and down, with a random phase, in splits; `save(path, values in 0..1)`."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:64, :64]
     for name, ramp in (("across", rows), ("down", columns)):
-        (root / name).mkdir(parents=True)
         for number in range(20):
             wave = 0.5 + 0.45 * np.sin(ramp / 3 + rng.uniform(0, 2 * np.pi)) * rng.uniform(0.5, 1)
-            save(root / name / f"{number:02d}.png", wave)
+            path = root / ("test" if number % 4 == 0 else "train") / name / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(path, wave)
 
 
 def test_sixteen_bits_are_as_good_as_eight(run: Path, tmp_path: Path) -> None:
@@ -51,9 +52,7 @@ def test_sixteen_bits_are_as_good_as_eight(run: Path, tmp_path: Path) -> None:
     write_stripes(tmp_path / "deep16", sixteen)
     first, _ = knn_of(tmp_path / "deep8", run, tmp_path / "a")
     second, _ = knn_of(tmp_path / "deep16", run, tmp_path / "b")
-    assert first == 1.0
-    # The same pixels, so the same answers wherever the split takes the same pictures; all of them are told apart.
-    assert second == 1.0
+    assert first == second > 0.8
 
 
 def test_turned_transparent_and_palette_pictures_are_seen_as_in_training(run: Path, tmp_path: Path) -> None:
@@ -76,8 +75,7 @@ def test_turned_transparent_and_palette_pictures_are_seen_as_in_training(run: Pa
 
     write_stripes(tmp_path / "plain", plain)
     write_stripes(tmp_path / "odd", odd)
-    assert knn_of(tmp_path / "plain", run, tmp_path / "a")[0] == 1.0
-    assert knn_of(tmp_path / "odd", run, tmp_path / "b")[0] == 1.0
+    assert knn_of(tmp_path / "odd", run, tmp_path / "b")[0] >= knn_of(tmp_path / "plain", run, tmp_path / "a")[0] > 0.8
 
 
 def write_noise_with_copies(root: Path) -> None:

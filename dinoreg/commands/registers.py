@@ -18,6 +18,7 @@ from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import ScenesSource, Source
+from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
@@ -40,7 +41,7 @@ def report_registers(options: RegistersOptions) -> Path:
     size = _common_size(subjects, options.size)
     out = Path(options.out) if options.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
     check_folder(out, f"out={out}:")
-    pictures, skipped = read_pictures(options, size, subjects[0])
+    pictures, skipped = read_pictures(options, size, subjects[0].model.in_channels, subjects[0].value_range)
     measured: list[Measured] = []
     for encoder in _encoders(subjects):
         first = _measure(encoder, pictures, options.seed)
@@ -64,16 +65,18 @@ def report_registers(options: RegistersOptions) -> Path:
     return page
 
 
-def read_pictures(options: RegistersOptions, size: int, subject: Subject) -> tuple[Pictures, list[tuple[str, str]]]:
+def read_pictures(
+    options: RegistersOptions, size: int, channels: int, value_range: ValueRange | None = None
+) -> tuple[Pictures, list[tuple[str, str]]]:
     """The images of a request, with their classes and boxes where known, and (name, reason) of unreadable ones.
 
     size      height and width in pixels
-    subject   the first of the models: its channels and its range of values count
+    channels  of the models
+    value_range  of the data that the first of them was trained on
     raises    UserError for a source that cannot be opened, RunError where fewer than two images can be read
 
     Scenes are rendered at that size and have classes and boxes; a folder with a subfolder per class has classes.
     """
-    channels = subject.model.in_channels
     if options.images.partition(":")[0] == "scenes" and not Path(options.images).exists():
         return _scenes(options, size, channels), []
     source: Source = open_images(options.images)
@@ -82,7 +85,7 @@ def read_pictures(options: RegistersOptions, size: int, subject: Subject) -> tup
     if options.labels and Path(options.images).expanduser().is_dir():
         with suppress(UserError):  # fewer than two subfolders: images without classes
             source, labels, names = labelled_folder(options.images)
-    source.value_range = subject.value_range
+    source.value_range = value_range
     order = evenly_spaced(len(source), options.num_images)
     images, readable, skipped = [], [], []
     for index in order:

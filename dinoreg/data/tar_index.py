@@ -34,7 +34,7 @@ _LOG_LINE = re.compile(r"block (\d+): (.+)")
 _LOG_END = re.compile(r"\*\* .* \*\*")  # "** Block of NULs **", "** End of File **"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TarSource(Source):
     """The images in the archives of one folder. The archive is opened for each read, so that threads share nothing.
 

@@ -102,6 +102,8 @@ def parts(
     if "val" in named:
         return {"train": named["train"], "test": named["val"]}, "tested on val"
     held = hold_out(groups, share, seed, copies)
+    if not held.any():  # every class is one picture and its copies
+        held = hold_out(groups, share, seed)
     if not held.any():
         raise UserError(f"{where}: {len(groups)} image(s) are too few to hold some out for testing")
     share_of = f"{share:.0%} of each class" if per_class else f"{share:.0%}"
