@@ -38,6 +38,7 @@ class PathBlock:
 
     @classmethod
     def of(cls, paths: list[str]) -> PathBlock:
+        """The block of these paths; names that are no text keep their bytes."""
         return cls(b"".join(os.fsencode(path) + b"\0" for path in paths))
 
     def as_array(self) -> np.ndarray:

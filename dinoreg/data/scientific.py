@@ -16,10 +16,12 @@ _PNG_UNCHANGED = 0
 
 
 def is_dicom(data: bytes) -> bool:
+    """Whether the bytes are a DICOM file, by its preamble (PS3.10, 7.1)."""
     return data[128:132] == b"DICM"
 
 
 def is_tiff(data: bytes) -> bool:
+    """Whether the bytes are a TIFF or BigTIFF, of either byte order."""
     return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 

@@ -104,12 +104,14 @@ class PathSource(Source):
 
     @property
     def passed_over(self) -> dict[str, int]:
+        """Files below the root that are no images, by ending."""
         return self.paths.passed_over
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
+        """The bytes of a file; BadImage when it cannot be read."""
         try:
             with open(self.name(index), "rb", buffering=0) as file:
                 return file.read()
@@ -117,9 +119,11 @@ class PathSource(Source):
             raise BadImage(f"cannot be read: {error.strerror}") from error
 
     def name(self, index: int) -> str:
+        """The file's path below the root, with the root."""
         return os.path.join(self.root, self.paths[index])
 
     def fingerprint(self) -> str:
+        """Over the paths below the root, not their contents."""
         return hashlib.sha256(self.paths.block).hexdigest()[:16]
 
     def stamp(self) -> str:
@@ -154,6 +158,7 @@ class ScenesSource(Source):
         return self.count
 
     def read(self, index: int) -> np.ndarray:
+        """The rendered scene, (size, size, 3) uint8; not to be written to."""
         if index < len(self._filled):
             if not self._filled[index]:
                 # Two threads may render the same scene; both write the same pixels.
@@ -166,9 +171,11 @@ class ScenesSource(Source):
         return scenes.render_image(self.first + index, self.size, self.seed)
 
     def name(self, index: int) -> str:
+        """`scenes:NUMBER`."""
         return f"scenes:{self.first + index}"
 
     def fingerprint(self) -> str:
+        """Over count, size, seed and first number."""
         text = f"scenes count={self.count} size={self.size} seed={self.seed} first={self.first}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -182,6 +189,7 @@ class JoinedSource(Source):
 
     @property
     def passed_over(self) -> dict[str, int]:
+        """The sums over all parts."""
         return dict(sum((Counter(part.passed_over) for part in self.parts), Counter()))
 
     def __len__(self) -> int:
@@ -192,18 +200,22 @@ class JoinedSource(Source):
         return self.parts[part], index - int(self._starts[part])
 
     def read(self, index: int) -> bytes | np.ndarray:
+        """What the part reads; BadImage when it cannot."""
         part, local = self._locate(index)
         return part.read(local)
 
     def name(self, index: int) -> str:
+        """The name that the image has in its part."""
         part, local = self._locate(index)
         return part.name(local)
 
     def fingerprint(self) -> str:
+        """Over the parts' fingerprints and the weights."""
         parts = [part.fingerprint() for part in self.parts]
         return hashlib.sha256(repr((parts, self.weights)).encode()).hexdigest()[:16]
 
     def groups(self) -> list[Group]:
+        """One group for each part with its share of the draws; without weights one for all."""
         if self.weights is None:
             return super().groups()
         total = sum(self.weights)
@@ -224,15 +236,19 @@ class ChosenSource(Source):
         return len(self.indices)
 
     def read(self, index: int) -> bytes | np.ndarray:
+        """What the other source reads; BadImage when it cannot."""
         return self.source.read(int(self.indices[index]))
 
     def name(self, index: int) -> str:
+        """The name that the image has in the other source."""
         return self.source.name(int(self.indices[index]))
 
     def fingerprint(self) -> str:
+        """Over the other source's fingerprint and the indices."""
         return self._with_indices(self.source.fingerprint())
 
     def stamp(self) -> str:
+        """Over the other source's stamp and the indices."""
         return self._with_indices(self.source.stamp())
 
     def _with_indices(self, text: str) -> str:

@@ -57,6 +57,7 @@ class TarSource(Source):
         return len(self.names)
 
     def read(self, index: int) -> bytes:
+        """The bytes of a member; BadImage when its archive cannot be read or is cut off."""
         start, end = int(self.start[index]), int(self.end[index])
         if end - start > MAX_BYTES:
             raise BadImage(f"{end - start} bytes, more than the limit of {MAX_BYTES}")
@@ -77,9 +78,11 @@ class TarSource(Source):
         return _unpack(data) if data[:2] == b"\x1f\x8b" else data
 
     def name(self, index: int) -> str:
+        """`ARCHIVE:MEMBER`, with the folder."""
         return f"{self._archive(index)}:{self.names[index]}"
 
     def fingerprint(self) -> str:
+        """Over the archives' names, and each member's name and archive."""
         digest = hashlib.sha256(PathBlock.of(list(self.archives)).block)
         digest.update(self.names.block)
         digest.update(self.archive.tobytes())

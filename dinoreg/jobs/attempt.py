@@ -54,6 +54,7 @@ class Command:
     requeues: int = 100
 
     def __call__(self) -> str:
+        """Run the command in this process of the job, as submitit asks; returns how it ended."""
         return Attempt(self).run()
 
     def checkpoint(self) -> DelayedSubmission:

@@ -83,6 +83,7 @@ class Draws:
         self.generator = generator
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> float:
+        """A uniform number in [low, high)."""
         return low + (high - low) * self.generator.random()
 
     def several(self, count: int) -> list[float]:
