@@ -24,7 +24,7 @@ def free_port() -> int:
 IMPORTED = (
     *("numpy", "PIL.Image", "omegaconf", "rich.console", "torch", "torchvision.transforms.v2"),
     *("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.parallel"),
-    *("torch.multiprocessing", "torch.utils.serialization", "pytest"),
+    *("torch.multiprocessing", "torch.utils.serialization", "torch._dynamo", "pytest"),
 )
 
 

@@ -29,7 +29,9 @@ PR_SET_PDEATHSIG = 1
 # All that a training imports, also what it imports late.
 RUN_IMPORTS = (
     *("torch.distributed.checkpoint", "torch.utils.serialization", "numpy.ctypeslib", "rich._emoji_codes"),
-    *("dinoreg.commands.main", "dinoreg.checkpoint.async_writer", "dinoreg.train.loop", "dinoreg.commands.report"),
+    *("torch._dynamo", "omegaconf", "matplotlib.backends.backend_svg"),
+    *("dinoreg.commands.main", "dinoreg.checkpoint.async_writer", "dinoreg.train.loop"),
+    *("dinoreg.reports.run_report", "dinoreg.visualize.run_pictures"),
 )
 
 

@@ -4,12 +4,12 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
 from dinoreg.runtime.errors import one_line
 
@@ -59,16 +59,25 @@ def part_name(path: Path, token: str = "") -> Path:
 
 def cause(error: BaseException) -> BaseException:
     """The root cause of an error, an OSError where one can be found; of a collective save, the lowest rank's error."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return cause(error.failures[min(error.failures)][0])
+    if failures := _failures(error):
+        return cause(failures[min(failures)][0])
     while not isinstance(error, OSError) and isinstance(error.__cause__ or error.__context__, BaseException):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
-        if isinstance(error, CheckpointException):
+        if _failures(error):
             return cause(error)
     if "inline_container.cc" in str(error):  # what torch's writer makes of a write that failed; the first error is lost
         return OSError(errno.ENOSPC, f"a write was cut short ({os.strerror(errno.ENOSPC)}, or a failing disk)")
     number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error
+
+
+def _failures(error: BaseException) -> Mapping[int, Any]:
+    """Of a collective save, rank -> (its error, ...): torch's CheckpointException, recognised by what it holds.
+
+    Its class is not imported: with it comes torch, which a report does without.
+    """
+    failures = getattr(error, "failures", None)
+    return failures if isinstance(failures, Mapping) else {}
 
 
 def reason(error: BaseException) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage
@@ -85,7 +84,8 @@ class Source(ABC):
             return True
         for index in np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(np.int64)):
             try:
-                if self.decode(int(index), in_channels).dtype != torch.uint8:
+                raw = self.image(int(index), in_channels).raw  # a JPEG has none, and eight bits
+                if raw is not None and raw.values.dtype != np.uint8:
                     return True
             except BadImage:
                 continue
@@ -156,6 +156,10 @@ class ScenesSource(Source):
 
     def __len__(self) -> int:
         return self.count
+
+    def is_deep(self, in_channels: int = 3) -> bool:
+        """False: scenes have bytes."""
+        return False
 
     def read(self, index: int) -> np.ndarray:
         """The rendered scene, (size, size, 3) uint8; not to be written to."""

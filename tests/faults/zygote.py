@@ -24,11 +24,13 @@ HERE = Path(__file__).resolve().parent
 IMPORTS = (
     *("torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.parallel"),
     *("torch.utils.serialization", "numpy.ctypeslib", "rich._emoji_codes"),
+    *("torch._dynamo", "omegaconf", "matplotlib.backends.backend_svg"),
     *(
         "dinoreg.commands.main",
         "dinoreg.checkpoint.async_writer",
         "dinoreg.train.loop",
-        "dinoreg.commands.report",
+        "dinoreg.reports.run_report",
+        "dinoreg.visualize.run_pictures",
         "hooks",
     ),
 )
