@@ -219,7 +219,7 @@ def test_inspect_names_the_same_bad_files_and_uses_the_odd_ones(
     rows = [line.strip() for line in shown.split(f"bad: {len(BAD)}\n")[1].splitlines()[: len(BAD)]]
     named = dict(row.split(": ", 1) for row in rows)
     assert_names_the_bad_files({os.path.relpath(name, album): reason for name, reason in named.items()})
-    for kind in ("CMYK", "I;16", "RGBA", "P ", "JPEG", "PNG", "WEBP", "TIFF", "BMP"):
+    for kind in ("CMYK", "uint16 x 1", "RGBA", "P ", "JPEG", "PNG", "WEBP", "TIFF", "BMP"):
         assert kind in shown, kind
 
 
