@@ -68,6 +68,14 @@ def test_inspect_suggests_the_range(xrays: Path, capsys: pytest.CaptureFixture[s
     assert HIGH - 100 < high <= HIGH + 1
 
 
+def test_bytes_keep_their_scale_under_a_range_of_deeper_pictures(tmp_path: Path) -> None:
+    values = np.arange(0, 240, dtype=np.uint8).reshape(12, 20)
+    Image.fromarray(values).save(tmp_path / "bytes.png")
+    for limits, expected in (([LOW, HIGH], values), ([40, 140], (values.clip(40, 140) - 40.0) / 100 * 255)):
+        found = open_source(tmp_path, value_range=limits).decode(0)[0]
+        assert np.abs(found.double().numpy() - expected).max() < 1e-3
+
+
 def test_hounsfield_units_need_a_range_and_slices_then_compare(tmp_path: Path) -> None:
     air, bone = np.full((40, 40), -1000, np.int16), np.full((40, 40), 1000, np.int16)
     air[:20] = bone[:20] = 40  # the same tissue in both

@@ -3,6 +3,7 @@
 Eight-bit pixels stay as they are. Deeper ones become float32, so that no level is lost, by one range for the whole
 data set (`data.range`), never by the least and greatest value of each picture: pictures of one set then compare.
 Without a range an unsigned type stands for its own (65535 is white), and floats for 0 to 1; whatever else needs one.
+Bytes keep their scale beside deeper pictures: a range that goes beyond 255 is not meant for them.
 """
 
 from collections.abc import Sequence
@@ -50,7 +51,8 @@ def to_byte_scale(raw: RawPixels, value_range: ValueRange | None) -> np.ndarray:
     raises BadImage where neither the type nor a range says what is black and what is white
     """
     values = raw.values
-    if values.dtype == np.uint8 and value_range is None and raw.nodata is None:
+    for_bytes = value_range is not None and max(value_range.high) <= 255  # one of deeper pictures is not
+    if values.dtype == np.uint8 and not for_bytes and raw.nodata is None:
         pixels = 255 - values if raw.white_is_zero else values
     else:
         missing = ~np.isfinite(values)
