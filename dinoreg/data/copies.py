@@ -12,13 +12,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from dinoreg.data.decode import decode
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.environment import usable_cores
 
 THUMBNAIL = 16  # pixels a side of what near-equal pictures are compared by
-MOST_COMPARED = 20_000  # pictures; of larger sets only equal files are found
+MOST_COMPARED = 20_000  # pictures up to which an evaluation looks for copies
 SAME = 1.5  # levels of 255 by which the thumbnails of one picture may differ on average
 LEAST_CONTRAST = 8.0  # levels; flatter pictures are alike without being copies
 _AT_ONCE = 512
@@ -35,42 +37,42 @@ class Copies(NamedTuple):
     groups: np.ndarray
 
 
-def find_copies(source: Source, indices: Sequence[int] | None = None, in_channels: int = 3) -> Copies:
-    """The contents of these images of a source (all of them by default); reads every file once.
+def content_digest(data: bytes | np.ndarray) -> bytes:
+    """SHA-256 of a file's bytes or of an array's, 32 bytes."""
+    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
+
+
+def find_copies(source: Source) -> Copies:
+    """The contents of the images of a source; every file is read once.
 
     Two pictures are one when their files are equal, or when their thumbnails are: 16 x 16 pixels that differ by at most
     1.5 levels of 255 on average, of pictures that are not flat.
     """
-    chosen = range(len(source)) if indices is None else indices
-    compare = len(chosen) <= MOST_COMPARED
 
     def look(index: int) -> tuple[bytes, np.ndarray | None]:
         try:
             data = source.read(index)
         except (BadImage, OSError):
             return bytes(32), None
-        digest = hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
         try:
-            return digest, _thumbnail(source, index, in_channels) if compare else None
+            return content_digest(data), _thumbnail(decode(data, value_range=source.value_range))
         except BadImage:
-            return digest, None
+            return content_digest(data), None
 
     with ThreadPoolExecutor(usable_cores()) as pool:
-        found = list(pool.map(look, map(int, chosen)))
+        found = list(pool.map(look, range(len(source))))
     digests = np.frombuffer(b"".join(digest for digest, _ in found), dtype=np.uint8).reshape(-1, 32)
     _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
     groups = first[inverse.ravel()].astype(np.int64)
     readable = digests.any(axis=1)
     groups[~readable] = np.flatnonzero(~readable)
-    if compare:
-        _join_near(groups, [thumbnail for _, thumbnail in found])
+    _join_near(groups, [thumbnail for _, thumbnail in found])
     return Copies(digests, groups)
 
 
-def _thumbnail(source: Source, index: int, in_channels: int) -> np.ndarray | None:
-    """(C * 16 * 16,) float32 in 0..255; None for a flat picture."""
-    pixels = source.decode(index, in_channels)[None].float()
-    small = F.interpolate(pixels, (THUMBNAIL, THUMBNAIL), mode="area").flatten()
+def _thumbnail(pixels: Tensor) -> np.ndarray | None:
+    """(C, H, W) -> (C * 16 * 16,) float32 in 0..255; None for a flat picture."""
+    small = F.interpolate(pixels[None].float(), (THUMBNAIL, THUMBNAIL), mode="area").flatten()
     return small.numpy() if float(small.std()) >= LEAST_CONTRAST else None
 
 

@@ -1,7 +1,6 @@
 """What a source of images is like: formats, sizes, bad files, duplicates, pixel statistics."""
 
 import collections
-import hashlib
 import math
 import os
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dinoreg.data.copies import content_digest
 from dinoreg.data.decode import EncodedImage
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
@@ -90,7 +90,7 @@ def _describe(source: Source, index: int, in_channels: int) -> dict[str, Any]:
     image: dict[str, Any] = {"name": source.name(index)}
     try:
         data = source.read(index)
-        image["digest"] = hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
+        image["digest"] = content_digest(data)
         encoded = EncodedImage(data, in_channels, value_range=source.value_range)
         image |= {"type": "uint8", "pages": encoded.pages}
         if encoded.raw is not None and encoded.raw.values.dtype != np.uint8:
