@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinoreg.data import scientific
-from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, to_byte_scale
+from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, check_size, to_byte_scale
 
 MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956,970 in any case
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
@@ -85,7 +85,7 @@ class EncodedImage:
         self.raw: RawPixels | None = None
         if isinstance(data, np.ndarray):
             self.format, self.mode = "array", "RGB" if data.ndim == 3 else "L"
-            self.raw = RawPixels(data if data.ndim == 3 else data[:, :, None])
+            self.raw = RawPixels(_with_channels(data))
         elif not data:
             raise BadImage("the file is empty")
         elif (header := jpeg_header(data)) is not None:
@@ -97,7 +97,7 @@ class EncodedImage:
         if self.raw is not None:
             height, width = self.raw.values.shape[:2]
             self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
-        _check_size(self.height, self.width, max_pixels, min_side)
+        check_size(self.height, self.width, max_pixels, min_side)
 
     def pixels(self, reduction: int = 1) -> Tensor:
         """Decode. Returns (in_channels, h, w), channels innermost in memory; BadImage when it fails.
@@ -155,13 +155,13 @@ class EncodedImage:
         """Refuse what is too large before it is decoded, by Pillow's reading of the header."""
         with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
             self.format = str(image.format)
-            _check_size(image.height, image.width, max_pixels, 1)
+            check_size(image.height, image.width, max_pixels)
 
     def _is_scientific(self, max_pixels: int) -> bool:
         """Whether a TIFF is not for Pillow: more than eight bits, bands, or pages that are channels."""
         try:
             with Image.open(io.BytesIO(self._data), formats=("TIFF",)) as image:
-                _check_size(image.height, image.width, max_pixels, 1)
+                check_size(image.height, image.width, max_pixels)
                 bits = image.tag_v2.get(_BITS_PER_SAMPLE, (1,))  # type: ignore[attr-defined]
                 pages = getattr(image, "n_frames", 1)
                 if self.in_channels not in (1, 3):
@@ -177,7 +177,7 @@ class EncodedImage:
     def _read_with_pillow(self, max_pixels: int) -> RawPixels:
         with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
             self.format, self.mode, self.pages = str(image.format), image.mode, getattr(image, "n_frames", 1)
-            _check_size(image.height, image.width, max_pixels, 1)
+            check_size(image.height, image.width, max_pixels)
             if image.format != "TIFF":  # which Pillow turns itself while it loads
                 self._orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
             if not image.mode.startswith("I"):
@@ -254,20 +254,12 @@ def _orient(image: Tensor, orientation: int) -> Tensor:
     return (pixels.flip(flips) if flips else pixels).contiguous().permute(2, 0, 1)
 
 
-def _check_size(height: int, width: int, max_pixels: int, min_side: int) -> None:
-    if height * width > max_pixels:
-        raise BadImage(f"{width}x{height} pixels, more than the limit of {max_pixels}")
-    if min(height, width) < min_side:
-        raise BadImage(f"{width}x{height} pixels, the shorter side is below {min_side}")
-
-
 def _rgb_or_bands(image: Image.Image, in_channels: int) -> np.ndarray:
     """An opened Pillow image of eight bits as (H, W, C); loads it, so it raises what Pillow raises."""
     image.load()
     mode = image.mode
     if in_channels not in (1, 3):
-        array = np.asarray(image)
-        return array if array.ndim == 3 else array[:, :, None]
+        return _with_channels(np.asarray(image))
     if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -277,7 +269,11 @@ def _rgb_or_bands(image: Image.Image, in_channels: int) -> np.ndarray:
         if target == "L" and image.mode not in ("1", "RGB"):
             image = image.convert("RGB")
         image = image.convert(target)
-    array = np.array(image)
+    return _with_channels(np.array(image))
+
+
+def _with_channels(array: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, C) as (H, W, C)."""
     return array if array.ndim == 3 else array[:, :, None]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinoreg.data.value_range import BadImage, RawPixels
+from dinoreg.data.value_range import BadImage, RawPixels, check_size
 
 _PHOTOMETRIC, _ORIENTATION, _GDAL_NODATA = 262, 274, 42113  # tags of TIFF
 _WHITE_IS_ZERO = 0
@@ -53,8 +53,7 @@ def read_tiff(data: bytes, in_channels: int, max_pixels: int) -> tuple[RawPixels
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages[0]
         assert isinstance(page, tifffile.TiffPage)
-        if page.imagelength * page.imagewidth > max_pixels:
-            raise BadImage(f"{page.imagewidth}x{page.imagelength} pixels, more than the limit of {max_pixels}")
+        check_size(page.imagelength, page.imagewidth, max_pixels)
         values = _channels_last(page.asarray(), page, in_channels)
         pages = len(file.pages)
         if values.shape[2] == 1 and in_channels > 1 and (in_channels != 3 or pages == 3):
@@ -105,8 +104,7 @@ def read_dicom(data: bytes, max_pixels: int) -> RawPixels:
     except ImportError:
         raise BadImage("a DICOM file needs the package pydicom") from None
     file = pydicom.dcmread(io.BytesIO(data))
-    if int(file.Rows) * int(file.Columns) > max_pixels:
-        raise BadImage(f"{file.Columns}x{file.Rows} pixels, more than the limit of {max_pixels}")
+    check_size(int(file.Rows), int(file.Columns), max_pixels)
     values = file.pixel_array
     if int(file.get("NumberOfFrames", 1) or 1) > 1:
         values = values[0]

@@ -16,6 +16,14 @@ class BadImage(Exception):
     """A file that cannot be used as an image. `str(error)` is the reason, without the file's name."""
 
 
+def check_size(height: int, width: int, max_pixels: int, min_side: int = 1) -> None:
+    """Raise BadImage for more than `max_pixels` pixels, or a shorter side of less than `min_side`."""
+    if height * width > max_pixels:
+        raise BadImage(f"{width}x{height} pixels, more than the limit of {max_pixels}")
+    if min(height, width) < min_side:
+        raise BadImage(f"{width}x{height} pixels, the shorter side is below {min_side}")
+
+
 class ValueRange(NamedTuple):
     """The values that become 0 and 255; one of each, or one for every channel."""
 
