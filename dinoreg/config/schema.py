@@ -9,6 +9,7 @@ Crops, augmentation and masks are declared with the code that reads them, in `di
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,12 @@ class AdaptConfig(Options, section="adapt"):
         check(self.heads + self.warmup <= 1, "adapt.warmup", self.warmup, left)
 
 
+def is_value_range(numbers: Sequence[float]) -> bool:
+    """Whether numbers are LOW,HIGH with LOW below HIGH, once or for each channel."""
+    lows, highs = numbers[::2], numbers[1::2]
+    return len(lows) == len(highs) > 0 and all(low < high for low, high in zip(lows, highs))
+
+
 @dataclass(frozen=True)
 class DataConfig(Options, section="data"):
     """The images to train on, and how they are read."""
@@ -149,14 +156,8 @@ class DataConfig(Options, section="data"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        numbers = self.range or [0, 1]
-        ordered = all(low < high for low, high in zip(numbers[::2], numbers[1::2]))
-        check(
-            len(numbers) % 2 == 0 and ordered,
-            "data.range",
-            self.range,
-            "LOW,HIGH with LOW below HIGH, once or per channel",
-        )
+        expected = "LOW,HIGH with LOW below HIGH, once or for each channel"
+        check(self.range is None or is_value_range(self.range), "data.range", self.range, expected)
 
 
 @dataclass(frozen=True)

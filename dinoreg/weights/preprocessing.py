@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dinoreg.config.schema import is_value_range
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import is_number
 
@@ -37,8 +38,7 @@ def stated_range(stated: Any, where: object) -> list[float] | None:
     values = stated.get("range") if isinstance(stated, dict) else None
     if values is None:
         return None
-    numbers = isinstance(values, list) and len(values) > 0 and len(values) % 2 == 0 and all(map(is_number, values))
-    if not numbers or not all(low < high for low, high in zip(values[::2], values[1::2])):
+    if not isinstance(values, list) or not all(map(is_number, values)) or not is_value_range(values):
         raise UserError(f"weights {where}: range={values!r}: expected LOW,HIGH with LOW below HIGH")
     return list(map(float, values))
 
