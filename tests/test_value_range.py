@@ -54,10 +54,11 @@ def test_every_consumer_scales_by_the_range_of_the_data_set(xrays: Path) -> None
         assert (found.double() - expected).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("limits", [[5, 1], [0], [0, 1, 2]])
+@pytest.mark.parametrize("limits", [[5, 1], [0], [0, 1, 2], []])
 def test_a_range_that_is_none_is_refused(limits: list[float], xrays: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^data\.range=.*LOW,HIGH"):
         tiny_config(tmp_path / "run", data__source=str(xrays), data__range=limits)
+    assert main(["inspect", f"data={xrays}", f"range={limits}"]) == 2
 
 
 def test_inspect_suggests_the_range(xrays: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.config.option import REQUIRED, Options, check, option
-from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS
+from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
 Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
@@ -50,6 +50,10 @@ class InspectOptions(Options, verb="inspect"):
     sample: int = option(1000, "images that are opened and decoded", unit="image", low=1)
     in_channels: int = option(3, "image channels of the model that is to see them", low=1, high=65536)
     range: list[float] | None = option(None, "LOW,HIGH as in data.range; none: each file's type says it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.range is None or is_value_range(self.range), "range", self.range, VALUE_RANGE)
 
 
 @dataclass(frozen=True)

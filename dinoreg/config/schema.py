@@ -21,6 +21,7 @@ BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICE = "auto | cpu | cuda | cuda:0 | mps"
+VALUE_RANGE = "LOW,HIGH with LOW below HIGH, once or for each channel"
 MAX_SEED = 2**63 - 1
 MAX_WIDTH = 65536
 MAX_PROTOTYPES = 2**24
@@ -156,8 +157,7 @@ class DataConfig(Options, section="data"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expected = "LOW,HIGH with LOW below HIGH, once or for each channel"
-        check(self.range is None or is_value_range(self.range), "data.range", self.range, expected)
+        check(self.range is None or is_value_range(self.range), "data.range", self.range, VALUE_RANGE)
 
 
 @dataclass(frozen=True)
