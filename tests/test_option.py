@@ -11,7 +11,19 @@ import pytest
 from dinoreg.commands.options import ACTIONS, VIEWS
 from dinoreg.commands.registry import VERBS
 from dinoreg.config.load import Config
-from dinoreg.config.option import REQUIRED, Options, describe, flat, fraction, keys_of, option, read, section
+from dinoreg.config.option import (
+    REQUIRED,
+    Options,
+    Text,
+    convert,
+    describe,
+    flat,
+    fraction,
+    keys_of,
+    option,
+    read,
+    section,
+)
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.runtime.errors import UserError
 
@@ -50,6 +62,26 @@ def test_values_are_read_by_their_types_with_what_was_given() -> None:
     assert options == Outer("12", 10, "64g", Inner(counts=(7,), span=(0.0, 0.5)))
     assert given == {"name", "size", "memory", "inner.counts", "inner.span"}
     assert read(Outer, {"name": "x", "inner": {"kind": "dog"}})[0] == Outer("x", inner=Inner(kind="dog"))
+
+
+@pytest.mark.parametrize(
+    ("text", "hint", "value"),
+    [
+        ("knn", list[str] | None, ["knn"]),
+        ("knn,logistic", list[str] | None, ["knn", "logistic"]),
+        ("[knn, logistic]", list[str] | None, ["knn", "logistic"]),
+        ("none", list[str] | None, None),
+        ("10,20", tuple[int, ...], (10, 20)),
+        ("0.5,1e3", list[float] | None, [0.5, 1000.0]),
+        ("3,4", int | tuple[int, int] | None, (3, 4)),
+        ("['a, b',x]", str | list[str], ["a, b", "x"]),
+        ('["a, b",x]', str | list[str], ["a, b", "x"]),
+        ("[it's,that's]", str | list[str], ["it's", "that's"]),
+        ("photos, old", str | list[str], "photos, old"),  # a path with a comma
+    ],
+)
+def test_lists_are_given_with_or_without_brackets(text: str, hint: Any, value: object) -> None:
+    assert convert(Text(text), hint, "key", "here") == value
 
 
 @pytest.mark.parametrize(

@@ -307,11 +307,15 @@ def _read_text(text: str, hint: Any) -> Any:
         return None
     if text == "":
         raise _WrongType
+    if any(typing.get_origin(kind) is list and str in typing.get_args(kind) for kind in kinds):
+        if text.startswith("[") and text.endswith("]"):
+            return _split_list(text[1:-1])
+        if str not in kinds:  # names, unlike paths, hold no commas
+            return _split_list(text)
     if str in kinds:  # a path or a name stays the text it is, whatever YAML would make of it
-        takes_list = any(typing.get_origin(kind) is list for kind in kinds)
-        if takes_list and text.startswith("[") and text.endswith("]"):
-            return next(csv.reader([text[1:-1]], skipinitialspace=True), [])
         return text
+    if "," in text and text[0] not in "[{":
+        text = f"[{text}]"
     from omegaconf import OmegaConf  # here, so that help does not wait for it
 
     try:
@@ -320,8 +324,17 @@ def _read_text(text: str, hint: Any) -> Any:
         raise _WrongType from None
 
 
+def _split_list(text: str) -> list[str]:
+    """The elements of `a, b, "c, d"`; an element with commas stands in double or single quotes."""
+    quote = "'" if re.search(r"(^|,)\s*'", text) else '"'
+    return next(csv.reader([text], skipinitialspace=True, quotechar=quote), [])
+
+
 def _coerce(value: Any, hint: Any) -> Any:
-    """`value` as `hint`: 3 is accepted as 3.0 and 1e4 as 10000, but neither text nor a bool as a number."""
+    """`value` as `hint`: 3 is accepted as 3.0 and 1e4 as 10000, but neither text nor a bool as a number.
+
+    A single value stands for a list of one.
+    """
     kinds = _kinds(hint)
     if type(None) in kinds and (value is None or (isinstance(value, str) and value.lower() == "none")):
         return None
@@ -329,7 +342,7 @@ def _coerce(value: Any, hint: Any) -> Any:
         if typing.get_origin(kind) in (tuple, list):
             inner = typing.get_args(kind)
             any_length = typing.get_origin(kind) is list or inner[-1] is Ellipsis
-            if any_length and is_number(value):
+            if any_length and (is_number(value) or (inner[0] is str and isinstance(value, str) and str not in kinds)):
                 value = [value]
             if isinstance(value, (list, tuple)) and (any_length or len(value) == len(inner)):
                 items = (_coerce(item, each) for item, each in zip(value, repeat(inner[0]) if any_length else inner))
