@@ -9,10 +9,10 @@ One rule for everything that takes still pictures, so that a model sees a file i
 | timm's transform                      | as weights say | to even             | Pillow, within 2 levels |
 | eval, published k-NN and linear       | 256/224 x crop | to even             | Pillow, within 2 levels |
 
-Resizing is bicubic with antialiasing, on bytes where the picture has bytes, and rounds the long side down. Where what is
-over leaves 3 when divided by 4, crops of the last two begin one pixel later than those of the first two: the libraries
-differ and cannot be told otherwise, and transformers' way is ours. What weights say of the short side is the crop's own
-side unless they came with another (`weights.preprocessing`).
+Resizing is bicubic with antialiasing, on bytes where the picture has bytes, and rounds the long side down. Where what
+is over leaves 3 when divided by 4, crops of the last two begin one pixel later than those of the first two: the
+libraries differ and cannot be told otherwise, and transformers' way is ours. What weights say of the short side is the
+crop's own side unless they came with another (`weights.preprocessing`).
 """
 
 from collections.abc import Iterable, Sequence
