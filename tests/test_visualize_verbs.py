@@ -19,7 +19,6 @@ from test_report import parse
 
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.main import main
-from dinoreg.data.center_crop import center_crop
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
@@ -35,7 +34,7 @@ from dinoreg.visualize.pca import (
     read_basis,
     write_basis,
 )
-from dinoreg.visualize.subject import fit, open_images, open_subject, picture_size
+from dinoreg.visualize.subject import open_images, open_subject, picture_size
 from dinoreg.weights.library_configs import library_of, preprocessing_of
 from dinoreg.weights.preprocessing import stated_preprocessing
 
@@ -208,21 +207,6 @@ def test_the_summary_of_norms_is_what_it_says() -> None:
 
 
 # Images and preprocessing
-
-
-def test_a_square_fits_as_an_evaluation_crops_and_other_shapes_cover() -> None:
-    image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
-    assert (fit(image, 32, 32) == center_crop(image, 32)).all()
-    for shape in ((16, 64), (64, 16), (50, 70)):
-        assert fit(image, *shape).shape == (3, *shape)
-    assert (fit(image, 50, 70) == image).all()
-    assert (fit(image, 50, 20) == image[:, :, 25:45]).all()
-
-
-def test_a_strip_of_a_million_pixels_is_cut_before_it_is_enlarged() -> None:
-    strip = torch.zeros(3, 2, 1_000_000, dtype=torch.uint8)
-    strip[:, :, 499_990:500_010] = 255
-    assert (fit(strip, 64, 64) == 255).all()
 
 
 def test_pictures_are_as_large_as_in_training_or_a_multiple() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import EmbedOptions
 from dinoreg.config.overwrite import check_folder
-from dinoreg.data.center_crop import to_encoder
+from dinoreg.data.center_crop import center_crop, to_encoder
 from dinoreg.data.decode import BadImage
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -25,7 +25,7 @@ from dinoreg.evaluation.features.images import default_workers, parallel
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, skipped_list
 from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
-from dinoreg.visualize.subject import fit, multiples, open_images
+from dinoreg.visualize.subject import multiples, open_images
 
 
 def embed(options: EmbedOptions) -> Path:
@@ -103,7 +103,7 @@ def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options
 
     def read(index: int) -> Tensor | str:
         try:
-            return fit(source.decode(index, encoder.in_channels), size, size)
+            return center_crop(source.decode(index, encoder.in_channels), size)
         except BadImage as error:
             return str(error)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import RegistersOptions
 from dinoreg.config.overwrite import check_folder
-from dinoreg.data.center_crop import to_encoder
+from dinoreg.data.center_crop import center_crop, to_encoder
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.display import channels_shown
 from dinoreg.data.open import labelled_folder
@@ -28,7 +28,6 @@ from dinoreg.runtime.errors import RunError, UserError, one_line
 from dinoreg.scenes.render import CLASS_NAMES, render
 from dinoreg.visualize.gallery import to_pixels
 from dinoreg.visualize.subject import Subject, evenly_spaced, open_images, open_subject, picture_size, safe_name
-from dinoreg.visualize.subject import fit as fit_size
 
 FIRST_SCENE = 30_000_000  # far beyond those that a run trains on or a probe is tested on
 
@@ -93,7 +92,7 @@ def read_pictures(
     images, readable, skipped = [], [], []
     for index in order:
         try:
-            images.append(fit_size(source.decode(index, channels), size, size))
+            images.append(center_crop(source.decode(index, channels), size))
             readable.append(index)
         except (BadImage, OSError) as error:
             skipped.append((source.name(index), one_line(error)))

@@ -8,9 +8,9 @@ the graph from the target size, out of arithmetic that every runtime has.
 import torch
 from torch import Tensor
 
-# Slopes of the cubic kernel in PyTorch's two implementations.
-ANTIALIASED_SLOPE = -0.5
-PLAIN_SLOPE = -0.75
+from dinoreg.data.center_crop import ANTIALIASED_SLOPE, cubic_kernel
+
+PLAIN_SLOPE = -0.75  # of the cubic kernel in PyTorch's resampling without antialiasing
 
 
 def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | float = 0.0) -> Tensor:
@@ -26,7 +26,7 @@ def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | 
     if antialias:
         # The kernel widens as the target shrinks; what falls outside the grid is left out and the rest sums to one.
         distance = (sources + 0.5 - places * scale) / scale.clamp(min=1.0)
-        weights = _cubic(distance.abs(), ANTIALIASED_SLOPE)
+        weights = cubic_kernel(distance.abs(), ANTIALIASED_SLOPE)
         return weights / weights.sum(dim=1, keepdim=True)
     # Four taps around the sampling point; those outside the grid take the value at its border.
     point = places * scale - 0.5
@@ -34,15 +34,10 @@ def resampling_matrix(target: int, grid: int, antialias: bool, offset: Tensor | 
     weights = torch.zeros_like(point * sources)
     for tap in (-1.0, 0.0, 1.0, 2.0):
         place = (first + tap).clamp(0, grid - 1)
-        weights = weights + (sources == place).to(torch.float32) * _cubic((point - first - tap).abs(), PLAIN_SLOPE)
+        weights = weights + (sources == place).to(torch.float32) * cubic_kernel(
+            (point - first - tap).abs(), PLAIN_SLOPE
+        )
     return weights
-
-
-def _cubic(x: Tensor, slope: float) -> Tensor:
-    """Keys' kernel at distances x >= 0: one at 0, zero at 1, at 2 and beyond."""
-    near = ((slope + 2) * x - (slope + 3)) * x * x + 1
-    far = slope * (((x - 5) * x + 8) * x - 4)
-    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
 def resample_in_graph(positions: Tensor, target: tuple[int, int], antialias: bool, offset: float = 0.0) -> Tensor:

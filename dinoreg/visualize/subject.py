@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
@@ -32,7 +31,6 @@ from dinoreg.runtime.errors import UserError
 NUM_IMAGES = 8
 MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
 MAX_SIZE = 672  # pixels a side to which they are enlarged at most
-MAX_ASPECT = 8  # of an image; longer ones are cut at both ends, outside of any centre crop, before resizing
 
 
 @dataclass(frozen=True)
@@ -156,27 +154,6 @@ def view_size(side: int, patch_size: int) -> int:
     return min(side * factor, max(side, MAX_SIZE // patch_size * patch_size))
 
 
-def fit(image: Tensor, height: int, width: int) -> Tensor:
-    """An image resized (antialiased bicubic) until it covers height x width pixels, then cropped to the centre.
-
-    image    (C, H, W) uint8
-    returns  (C, height, width) uint8; for a square the same as an evaluation's centre crop
-    """
-    rows, columns = image.shape[1:]
-    limit = MAX_ASPECT * max(height, width) // min(height, width) * min(rows, columns)
-    if max(rows, columns) > limit:  # resized uncut, a strip of a million pixels would take gigabytes
-        top, left = max(rows - limit, 0) // 2, max(columns - limit, 0) // 2
-        rows, columns = min(rows, limit), min(columns, limit)
-        image = image[:, top : top + rows, left : left + columns]
-    if height == width:
-        return center_crop(image, height)
-    scale = max(height / rows, width / columns)
-    shape = (max(height, round(rows * scale)), max(width, round(columns * scale)))
-    resized = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0].clamp_(0, 255)
-    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
-    return resized[:, top : top + height, left : left + width]
-
-
 def read_pictures(
     subject: Subject, spec: str | Sequence[str] | None, num: int | None, size: tuple[int, int]
 ) -> Pictures:
@@ -198,7 +175,7 @@ def read_pictures(
     pixels, names, skipped = [], [], []
     for index in evenly_spaced(len(source), num or NUM_IMAGES):
         try:
-            pixels.append(fit(source.decode(index, subject.model.in_channels), *size))
+            pixels.append(center_crop(source.decode(index, subject.model.in_channels), size))
             names.append(source.name(index))
         except BadImage as error:
             skipped.append((source.name(index), str(error)))
