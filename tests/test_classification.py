@@ -10,6 +10,7 @@ import torch
 from encoders import context, small_encoder, small_vit
 from miniatures.pictures import labels_for, pattern
 from peer_models import timm_model
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
@@ -19,7 +20,7 @@ from dinoreg.data.source import PathSource
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import read_picture
 from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
 from dinoreg.evaluation.protocols import knn as neighbours
 from dinoreg.evaluation.protocols import linear
@@ -169,7 +170,7 @@ def test_a_grid_that_was_stopped_ends_as_one_that_was_not(tmp_path: Path, monkey
     assert resumed[0].settings["grid"] == whole[0].settings["grid"]
 
 
-def test_random_resized_crops_have_torchvisions_distribution_of_sizes() -> None:
+def test_random_resized_crops_have_torchvisions_distribution_of_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.transforms import RandomResizedCrop
 
     picture = pattern(0, 0, 60, 80)
@@ -177,16 +178,13 @@ def test_random_resized_crops_have_torchvisions_distribution_of_sizes() -> None:
     theirs = np.array([[h, w, top, left] for top, left, h, w in boxes], dtype=float)
     ours = []
 
-    class Recording:
-        size = picture.size
+    def recorded(image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image:
+        ours.append([height, width, top, left])
+        return image.crop((left, top, left + width, top + height))
 
-        def crop(self, box: tuple[int, int, int, int]) -> object:
-            left, top, right, bottom = box
-            ours.append([bottom - top, right - left, top, left])
-            return picture.crop(box)
-
+    monkeypatch.setattr(linear, "cropped", recorded)
     for seed in range(4000):
-        linear.random_resized_crop(Recording(), 8, np.random.default_rng(seed))  # type: ignore[arg-type]
+        linear.random_resized_crop(picture, 8, np.random.default_rng(seed))
     mine = np.array(ours, dtype=float)
     spread = theirs.std(axis=0) / np.sqrt(len(theirs))
     assert (np.abs(mine.mean(axis=0) - theirs.mean(axis=0)) < 5 * spread).all()
@@ -234,7 +232,7 @@ def test_streamed_images_come_with_their_own_labels(
 
     def augmented(self: linear.Grid, samples: list[tuple[int, np.ndarray]]) -> tuple[Tensor, np.ndarray]:
         train = self.split.source
-        shown = [np.asarray(read_rgb(train, index)).reshape(-1, 3).mean(0) for index in range(len(train))]
+        shown = [np.asarray(read_picture(train, index)).reshape(-1, 3).mean(0) for index in range(len(train))]
         means = [crop.reshape(-1, 3).mean(0) for _, crop in samples]
         seen.extend(int(np.abs(np.array(shown) - mean).sum(axis=1).argmin()) for mean in means)
         features, rows = inner(self, samples)

@@ -17,7 +17,7 @@ from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
-from dinoreg.evaluation.features.images import CentreCrop, parallel, read_rgb
+from dinoreg.evaluation.features.images import CentreCrop, parallel, read_picture
 from dinoreg.runtime.errors import RunError, UserError
 
 CROP = CentreCrop(32, 32)
@@ -60,7 +60,7 @@ def test_features_are_those_of_each_image_alone(folder: Path, tmp_path: Path) ->
     source, encoder = open_source(str(folder)), small_encoder()
     found = extract_features(where(tmp_path), encoder, source, CROP, (0, -1), mean_patch=True)
     for index in range(len(source)):
-        picture = torch.from_numpy(CROP(read_rgb(source, index)).copy()).permute(2, 0, 1)[None]
+        picture = torch.from_numpy(CROP(read_picture(source, index)).copy()).permute(2, 0, 1)[None]
         first, last = encoder.layers(picture, (0, 1))
         expected = torch.stack([first.cls[0], last.cls[0], last.patches[0].mean(dim=0)])
         torch.testing.assert_close(torch.from_numpy(np.array(found[index])), expected, rtol=1e-4, atol=1e-4)
@@ -152,10 +152,10 @@ def test_the_centre_crop_equals_torchvisions(height: int, width: int) -> None:
 @pytest.mark.parametrize("workers", [0, 3])
 def test_images_keep_their_order_whatever_the_number_of_threads(folder: Path, workers: int) -> None:
     source: Source = open_source(str(folder))
-    loaded = list(parallel(lambda index: CROP(read_rgb(source, index)), range(2, len(source)), workers))
+    loaded = list(parallel(lambda index: CROP(read_picture(source, index)), range(2, len(source)), workers))
     assert len(loaded) == 9
     for index, image in enumerate(loaded, 2):
-        assert np.array_equal(image, CROP(read_rgb(source, index)))
+        assert np.array_equal(image, CROP(read_picture(source, index)))
 
 
 @pytest.mark.parametrize("workers", [0, 3])

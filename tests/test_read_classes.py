@@ -28,7 +28,7 @@ from dinoreg.data.open import open_source
 from dinoreg.data.statistics import inspect_source
 from dinoreg.evaluation.benchmark import find_benchmark
 from dinoreg.evaluation.data import Data
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import read_picture
 from dinoreg.evaluation.readers.arrays import ArraySource, BottomCutSource
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
@@ -106,7 +106,7 @@ def test_images_labels_and_classes_are_those_of_torchvision(
             assert pairs(data, split) == expected
         assert len(part) == len(theirs) > 0
         for index in range(len(theirs)):
-            assert np.array_equal(np.asarray(theirs[index][0]), read_rgb(part.source, index))
+            assert np.array_equal(np.asarray(theirs[index][0]), read_picture(part.source, index))
         if data.class_names:
             classes = [each[0] if isinstance(each, tuple) else each for each in theirs.classes]
             assert part.num_classes == len(classes)
@@ -255,8 +255,8 @@ def test_the_banner_of_aircraft_is_cut_off_by_default(tmp_path: Path) -> None:
     assert (cut.variant, whole.variant) == ("banner cut off", "banner left in")
     for split in ("train", "val", "test"):
         for index in range(len(cut.splits[split])):
-            seen = np.asarray(read_rgb(cut.splits[split].source, index))
-            file = np.asarray(read_rgb(whole.splits[split].source, index))
+            seen = np.asarray(read_picture(cut.splits[split].source, index))
+            file = np.asarray(read_picture(whole.splits[split].source, index))
             assert seen.shape == (40, 48, 3)
             assert np.array_equal(seen, file[:-20])
         assert pairs(cut, split) == pairs(whole, split)
@@ -287,7 +287,7 @@ def test_what_is_no_image_or_all_banner_is_a_bad_image_with_a_name(tmp_path: Pat
         with pytest.raises(BadImage, match=reason):
             source.read(index)
         with pytest.raises(UserError, match=rf"held:{index}: cannot be read as an image \({reason}"):
-            read_rgb(source, index)
+            read_picture(source, index)
     source.rows = 19
     assert source.read(1).shape == (1, 30, 3)
 
@@ -304,7 +304,7 @@ def shown(data: Data, split: str) -> list[int]:
     """The class whose colour each picture has; -1 for a grey one."""
     found = []
     for index in range(len(data.splits[split])):
-        colour = np.asarray(read_rgb(data.splits[split].source, index)).astype(float).mean(axis=(0, 1))
+        colour = np.asarray(read_picture(data.splits[split].source, index)).astype(float).mean(axis=(0, 1))
         grey = colour.max() - colour.min() < 10
         directions = COLOURS / np.linalg.norm(COLOURS, axis=1, keepdims=True)
         found.append(-1 if grey else int((directions @ colour).argmax()))
@@ -411,7 +411,7 @@ def test_the_combined_layout_of_cars_holds_the_same_images_and_labels(tmp_path: 
     for split in ("train", "test"):
         assert together.splits[split].labels.tolist() == apart.splits[split].labels.tolist()
         for index in range(9):
-            one, other = (read_rgb(each.splits[split].source, index) for each in (apart, together))
+            one, other = (read_picture(each.splits[split].source, index) for each in (apart, together))
             assert np.array_equal(np.asarray(one), np.asarray(other))
     assert pairs(together, "test")[0][0] == str(folder / "car_ims" / "000002.jpg")
     assert list(together.class_names) == list(apart.class_names)
@@ -500,7 +500,7 @@ def test_classes_of_sun_keep_all_their_levels_and_equal_torchvisions(tmp_path: P
     assert all(label_of[path] == label for path, label in ours)
     assert list(data.class_names) == theirs.classes == ["abbey", "church/indoor", "church/outdoor"]
     assert len(label_of) == len(ours) + 1  # the image that no list names
-    image = read_rgb(data.splits["train"].source, 1)  # a GIF under .jpg
+    image = read_picture(data.splits["train"].source, 1)  # a GIF under .jpg
     assert (image.mode, image.size) == ("RGB", (48, 40))
 
 
@@ -581,7 +581,7 @@ def test_places_reads_its_space_separated_lists_and_nested_categories(tmp_path: 
         assert len(rows) == count
         assert pairs(data, split) == [(str(folder / places205.IMAGES / name), int(label)) for name, label in rows]
         for index in range(count):
-            assert read_rgb(data.splits[split].source, index).size == (48, 40)
+            assert read_picture(data.splits[split].source, index).size == (48, 40)
 
 
 @pytest.mark.parametrize("images", ["images256", ".", "my/pictures"])
@@ -616,7 +616,7 @@ def test_an_absent_file_that_no_sample_met_is_named_when_it_is_read(tmp_path: Pa
     Path(data.splits["train"].source.name(1)).unlink()
     assert folder.is_dir()
     with pytest.raises(UserError, match=r"gsun_.*\.jpg: cannot be read as an image .*No such file"):
-        read_rgb(read("places205", tmp_path).splits["train"].source, 1)
+        read_picture(read("places205", tmp_path).splits["train"].source, 1)
 
 
 def test_places_has_205_classes_without_its_index_and_its_lists_are_needed(tmp_path: Path) -> None:
@@ -817,7 +817,7 @@ def test_the_file_that_is_no_image_and_those_of_a_list_are_left_out(tmp_path: Pa
     assert not any(imagenet22k.UNREADABLE in name for name in names)
     for split in data.splits.values():
         for index in range(len(split)):
-            assert read_rgb(split.source, index).size == (48, 40)
+            assert read_picture(split.source, index).size == (48, 40)
     (folder / "bad.txt").write_text("n12102133_31.JPEG\n")
     left = read("imagenet22k", tmp_path, skip="bad.txt")
     assert sum(len(split) for split in left.splits.values()) == 15

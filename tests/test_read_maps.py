@@ -20,7 +20,7 @@ from torchvision.datasets import CocoDetection, Sintel, VOCDetection, VOCSegment
 
 from dinoreg.evaluation.benchmark import find_benchmark
 from dinoreg.evaluation.data import Boxed, FlowPairs, MultiLabelled, Segmented
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import read_picture
 from dinoreg.evaluation.readers.coco import read_instances
 from dinoreg.evaluation.readers.pascal import CLASSES, objects
 from dinoreg.runtime.errors import UserError
@@ -132,7 +132,7 @@ def test_voc_images_and_boxes_are_those_of_torchvision(
     assert len(ours) == len(theirs) > 0
     for index in range(len(ours)):
         image, target = theirs[index]
-        np.testing.assert_array_equal(np.asarray(read_rgb(ours.source, index)), np.asarray(image))
+        np.testing.assert_array_equal(np.asarray(read_picture(ours.source, index)), np.asarray(image))
         parts = (ours.boxes, ours.labels, ours.difficult)
         found = [(*box, *rest) for box, *rest in zip(*(part[index].tolist() for part in parts))]
         np.testing.assert_allclose(found, boxes_of(target), rtol=1e-6)
@@ -260,7 +260,7 @@ def test_coco_images_and_boxes_are_those_of_torchvision(tmp_path: Path, split: s
     for index in range(len(ours)):
         image, target = theirs[index]
         target = [each for each in target if split == "test" or each["bbox"][2] > 0]
-        np.testing.assert_array_equal(np.asarray(read_rgb(ours.source, index)), np.asarray(image))
+        np.testing.assert_array_equal(np.asarray(read_picture(ours.source, index)), np.asarray(image))
         expected = [
             (x, y, x + w, y + h, places[each["category_id"]], each["iscrowd"], each["area"])
             for each in target
@@ -295,7 +295,7 @@ def test_both_places_of_the_images_are_accepted(tmp_path: Path) -> None:
     for name in ("train2017", "val2017"):
         (folder / name).rename(folder / "images" / name)
     data = read("coco2017", tmp_path / "a")
-    assert read_rgb(data.splits["train"].source, 0).size == (84, 70)
+    assert read_picture(data.splits["train"].source, 0).size == (84, 70)
 
 
 def test_coco20k_reads_the_listed_images_in_the_order_of_the_list(tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_coco20k_can_be_read_from_the_files_of_2017_by_id(tmp_path: Path, place:
     assert data.variant == "boxes of instances_train2017.json, images of train2017"
     for index, number in enumerate(listed):
         assert data.splits["test"].source.name(index).endswith(f"train2017/{number:012d}.jpg")
-        assert read_rgb(data.splits["test"].source, index).mode == "RGB"
+        assert read_picture(data.splits["test"].source, index).mode == "RGB"
     assert [len(boxes) for boxes in data.splits["test"].boxes] == [2, 2, 0]  # of places 1, 0 and 3 of the miniature
 
 
@@ -374,7 +374,7 @@ def test_labelled_frames_come_right_side_up_with_their_depth(tmp_path: Path) -> 
         assert len(found) == len(numbers)
         for index, number in enumerate(numbers):
             image, depth = nyu.frame(0, number)
-            pixels = np.asarray(read_rgb(found.source, index))
+            pixels = np.asarray(read_picture(found.source, index))
             assert pixels.shape == (48, 64, 3)
             np.testing.assert_array_equal(pixels[1:47, 1:63], image[1:47, 1:63])
             assert found.source.name(index).endswith(f"frame {number + 1}")
@@ -387,7 +387,7 @@ def test_the_white_frame_is_black(tmp_path: Path) -> None:
     nyu.write(tmp_path, per_class=1)
     with h5py.File(tmp_path / "NYU" / "nyu_depth_v2_labeled.mat") as file:
         assert (file["images"][0][:, 0] == 255).all()  # the trap is there
-    pixels = np.asarray(read_rgb(read("nyu", tmp_path).splits["test"].source, 0))
+    pixels = np.asarray(read_picture(read("nyu", tmp_path).splits["test"].source, 0))
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     assert (edge == 0).all()
 
@@ -415,7 +415,7 @@ def test_listed_frames_are_metres_of_the_listed_files(tmp_path: Path, layout: st
     np.testing.assert_array_equal(depth[10, 10:13], np.float32([0, 1, 9.999]))
     expected = nyu.holes(nyu.frame(0, 1)[1], 0, 1)
     np.testing.assert_allclose(np.delete(depth, 10, axis=0), np.delete(expected, 10, axis=0), atol=5.1e-4)
-    image = np.asarray(read_rgb(train.source, 0), dtype=int)
+    image = np.asarray(read_picture(train.source, 0), dtype=int)
     assert abs(image - nyu.frame(0, 7)[0]).mean() < 4  # JPEG
     assert data.variant == "synced frames, raw depths"
 
@@ -428,7 +428,7 @@ def test_both_layouts_have_the_same_test_frames(tmp_path: Path) -> None:
     for index in range(2):
         a, b = labelled.depth(index), synced.depth(index)
         np.testing.assert_allclose(np.delete(a, 10, axis=0), np.delete(b, 10, axis=0), atol=5.1e-4)
-        pixels = [np.asarray(read_rgb(split.source, index), dtype=int) for split in (labelled, synced)]
+        pixels = [np.asarray(read_picture(split.source, index), dtype=int) for split in (labelled, synced)]
         assert abs(pixels[0] - pixels[1]).mean() < 4
 
 
@@ -508,8 +508,8 @@ def test_pairs_flows_and_order_are_those_of_torchvision(film: Path, rendering: s
     assert len(ours) == len(reference) == 6
     for (pairs, index), theirs in zip(ours, order):
         first, second, flow = reference[theirs]
-        np.testing.assert_array_equal(read_rgb(pairs.source, int(pairs.first[index])), np.asarray(first))
-        np.testing.assert_array_equal(read_rgb(pairs.source, int(pairs.second[index])), np.asarray(second))
+        np.testing.assert_array_equal(read_picture(pairs.source, int(pairs.first[index])), np.asarray(first))
+        np.testing.assert_array_equal(read_picture(pairs.source, int(pairs.second[index])), np.asarray(second))
         np.testing.assert_array_equal(pairs.flow(index), flow.transpose(1, 2, 0))
         assert pairs.source.name(int(pairs.first[index])) == reference._image_list[theirs][0]
 

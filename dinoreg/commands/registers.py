@@ -16,15 +16,17 @@ from dinoreg.commands.options import RegistersOptions
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.center_crop import center_crop, to_encoder
 from dinoreg.data.decode import BadImage, decode
+from dinoreg.data.display import channels_shown
 from dinoreg.data.open import labelled_folder
 from dinoreg.data.source import ScenesSource, Source
 from dinoreg.data.value_range import ValueRange
-from dinoreg.evaluation.backbones.encoder import NativeEncoder
+from dinoreg.evaluation.backbones.encoder import NativeEncoder, to_unit
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge
 from dinoreg.runtime.errors import RunError, UserError, one_line
 from dinoreg.scenes.render import CLASS_NAMES, render
+from dinoreg.visualize.gallery import to_pixels
 from dinoreg.visualize.subject import Subject, evenly_spaced, open_images, open_subject, picture_size, safe_name
 
 FIRST_SCENE = 30_000_000  # far beyond those that a run trains on or a probe is tested on
@@ -52,9 +54,10 @@ def report_registers(options: RegistersOptions) -> Path:
             changed = NativeEncoder(model, name, encoder.mean, encoder.std, encoder.device)
             measured.append(_measure(changed, pictures, options.seed))
             measured[-1].record["added"] = True
-    shown = pictures.images[:SHOWN, :3]
-    channels = shown if shown.shape[1] == 3 else shown[:, :1].expand(-1, 3, -1, -1)
-    page = write_registers(measured, channels.permute(0, 2, 3, 1).numpy(), out, skipped)
+    shown = to_unit(pictures.images[:SHOWN])
+    channels = shown.shape[1]
+    pixels = to_pixels(shown, (0.0,) * channels, (1.0,) * channels)
+    page = write_registers(measured, pixels, out, skipped, channels_shown(channels))
     records = [each.record for each in measured]
     Console().print(console_table(records))
     for record in records:

@@ -38,10 +38,12 @@ class Source(ABC):
     value_range  of the whole data set, by which its pixels are scaled; None: by the type of each file
     as_trained   whether evaluations see the pixels that training would, as they do of one's own data; the images of
                  published benchmarks they see as the published numbers did
+    in_channels  of the encoder that an evaluation reads the images for
     """
 
     value_range: ValueRange | None = None
     as_trained = False
+    in_channels = 3
 
     @property
     def passed_over(self) -> dict[str, int]:

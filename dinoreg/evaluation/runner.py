@@ -25,7 +25,7 @@ from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.features.images import default_workers, read_rgb
+from dinoreg.evaluation.features.images import default_workers, read_picture, size_of
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
@@ -138,7 +138,7 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
             raise UserError(f"{benchmark.name}: the {name} split has no images")
         for index in np.unique(np.linspace(0, len(split) - 1, SAMPLED).astype(int)).tolist():
             place = split.image(index)
-            width, height = _size(split.source, place)
+            height, width = _size(split.source, place)
             if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
                 raise UserError(f"{split.source.name(place)}: a box is not finite")
             for name_of_map, what in split.PIXELS:
@@ -149,14 +149,14 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
 
 
 def _size(source: Source, index: int) -> tuple[int, int]:
-    """(width, height) of an image in pixels; UserError where it cannot be read."""
+    """(height, width) of an image in pixels; UserError where it cannot be read."""
     if not source.as_trained:
-        return read_rgb(source, index).size
+        return size_of(read_picture(source, index))
     try:  # its pixels wait for the range of values that the weights know
         image = source.image(index)
     except (BadImage, OSError) as error:
         raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error)})") from None
-    return image.width, image.height
+    return image.height, image.width
 
 
 def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
@@ -192,9 +192,10 @@ class _Evaluation:
         if known is not None and known.key == self.key and not options.overwrite:
             return known
         started = time.time()
+        seen = check_channels(encoder, self.plan)
         for _, data in self.plan.tasks:
             for split in data.splits.values():
-                split.source.value_range = encoder.value_range
+                split.source.value_range, split.source.in_channels = encoder.value_range, encoder.in_channels
         if options.examples:
             shutil.rmtree(self.folder / "examples" / self.name, ignore_errors=True)
         own, baselines = self.rows("", lambda: encoder), {}
@@ -214,7 +215,7 @@ class _Evaluation:
                 for task, _ in self.plan.tasks
                 for number in task.published
             ],
-            "warnings": list(self.plan.warnings),
+            "warnings": [*self.plan.warnings, *seen],
             "seconds": time.time() - started,
             "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         }
@@ -287,6 +288,22 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
     dataset = dict(request.dataset.get(plan.benchmark.name, {}))
     text = json.dumps(plain([encoder.identity, str(encoder.dtype), values, data, dataset]), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_channels(encoder: Encoder, plan: Planned) -> list[str]:
+    """Warnings on how an encoder of other than three channels sees the RGB pictures of a benchmark.
+
+    raises  UserError where it cannot: with one channel it sees grey, with any other number nothing is meant
+    """
+    sources = (split.source for _, data in plan.tasks for split in data.splits.values())
+    if encoder.in_channels == 3 or all(source.as_trained for source in sources):
+        return []
+    if encoder.in_channels == 1:
+        return [f"{plan.benchmark.name}: {encoder.name} has one channel and sees its pictures in grey"]
+    raise UserError(
+        f"{plan.benchmark.name}: its pictures are RGB, and {encoder.name} takes {encoder.in_channels} channels; "
+        "expected a model of 3 channels, or of 1, which sees them in grey"
+    )
 
 
 def check_size(encoder: Encoder, options: EvalOptions) -> None:

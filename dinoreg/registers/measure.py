@@ -38,7 +38,7 @@ FIT_IMAGES = 48  # for finding register neurons
 class Pictures(NamedTuple):
     """The images of a report, all of one size.
 
-    images   (n, C, H, W) uint8
+    images   (n, C, H, W) uint8, or float32 in 0..1
     labels   (n,) int64 in [0, classes), or None
     classes  number of classes
     boxes    for each image (k, 4) x0, y0, x1, y1 in pixels, or None

@@ -37,12 +37,17 @@ DISCOVERY |= {"whole_image_box": score}
 
 
 def write_registers(
-    measured: Sequence[Measured], images: np.ndarray, out: Path, skipped: Sequence[tuple[str, str]] = ()
+    measured: Sequence[Measured],
+    images: np.ndarray,
+    out: Path,
+    skipped: Sequence[tuple[str, str]] = (),
+    channels: str = "",
 ) -> Path:
     """Write `OUT/registers.html`, and its pictures and `view.json` in `OUT/registers/`; returns the page's path.
 
     images   (k, H, W, 3) uint8: those whose maps are shown
     skipped  (name, reason) of images that could not be read
+    channels in words, which of the models' channels are shown
     raises   UserError where OUT cannot be a folder, RunError where it cannot be written
     """
     gallery = Gallery(VIEW, out)
@@ -54,6 +59,7 @@ def write_registers(
         "Register report",
         {"models": records},
         folder="registers",
+        channels=channels,
         records=records,
         lead=", ".join(names),
         judged=[(record, judge(record)) for record in records],

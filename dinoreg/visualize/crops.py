@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from dinoreg.config.load import Config, find_config, load_config
+from dinoreg.data.display import channels_shown
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import Source
 from dinoreg.models.registry import parse_name
@@ -94,6 +95,7 @@ def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: i
         crops=gallery.picture("crops", drawn, "training crops"),
         images=[(name,) for name in names],
         skipped=sorted(unreadable.items()),
+        channels=channels_shown(settings.model.in_channels),
     )
 
 

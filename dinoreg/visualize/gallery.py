@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.overwrite import check_folder
+from dinoreg.data.display import as_rgb, channels_shown
 from dinoreg.reports import html
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
@@ -39,19 +40,13 @@ _PICTURE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.png")
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo the normalisation: images (B, C, H, W) -> uint8 (B, H, W, 3) on the CPU.
-
-    One channel is shown as grey, two as their mean, of more than three the first three.
+    """Undo the normalisation: images (B, C, H, W) -> uint8 (B, H, W, 3) on the CPU, channels as `as_rgb` shows them.
 
     mean, std  one number per channel, on the scale of [0, 1]
     """
     x = images.detach().float().cpu()
     scale, shift = (torch.tensor(list(values)).float()[:, None, None] for values in (std, mean))
-    x = x * scale + shift
-    if x.shape[1] == 2:
-        x = x.mean(dim=1, keepdim=True)
-    x = x[:, :3].expand(-1, 3, -1, -1)
-    return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return as_rgb((255 * (x * scale + shift)).permute(0, 2, 3, 1).numpy())
 
 
 def colour_map(values: np.ndarray, top: float | None = None, colours: str = "magma") -> np.ndarray:
@@ -206,5 +201,6 @@ class ModelGallery(Gallery):
         """Write the page, with the model, the resolution, the images and those left out; returns its path."""
         name, names = self.subject.name, self.pictures.names
         record = {"weights": name, "size": self.size, "images": names, **record}
-        values |= {"gallery": self, "skipped": self.pictures.skipped}
+        channels = channels_shown(self.model.in_channels)
+        values |= {"gallery": self, "skipped": self.pictures.skipped, "channels": channels}
         return self.write_page(f"{title} of {name}", record, **values)

@@ -105,8 +105,7 @@ class Encoder(ABC):
                 f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
                 f"expected multiples of the patch size {self.patch_size}"
             )
-        x = images.to(self.device, non_blocking=True)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        x = to_unit(images.to(self.device, non_blocking=True))
         shape = (1, -1, 1, 1)
         return (x - x.new_tensor(self.mean).view(shape)) / x.new_tensor(self.std).view(shape)
 
@@ -352,6 +351,11 @@ def wrap(
     else:
         raise UserError(f"{type(model).__name__}: expected a RegisterViT, or a ViT of timm or transformers")
     return kind(model, name or type(model).__name__, mean, std, device, dtype)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Pixels, uint8 or float in [0, 1], as float32 in [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def _split(tokens: Tensor, num_registers: int) -> Tokens:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -16,7 +15,7 @@ from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.box_head import IGNORED, LinearBoxHead, Targets, assign, box_loss, centres, detect
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size, pad_to_patches, training_stream
 from dinoreg.evaluation.features.cache import require_finite
-from dinoreg.evaluation.features.images import parallel, read_rgb
+from dinoreg.evaluation.features.images import parallel, read_picture, resized, size_of, to_array
 from dinoreg.evaluation.metrics.box_ap import Detections
 from dinoreg.evaluation.options import DetectionOptions
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
@@ -26,7 +25,7 @@ class Prepared(NamedTuple):
     """An image as the backbone takes it.
 
     number   of the image in its split
-    image    (3, H, W) float32 in [0, 1], padded to whole patches
+    image    (C, H, W) float32 in [0, 1], padded to whole patches
     size     (height, width) in pixels after resizing and before padding
     scale    resized over original pixels, along x and along y
     targets  of its patches; None outside training
@@ -47,12 +46,11 @@ def prepare(
     flip    whether it is mirrored; targets are added unless None
     raises  UserError naming an image that cannot be read
     """
-    picture = read_rgb(split.source, index)
-    height, width = fit_size(picture.height, picture.width, options.size, options.max_size)
-    scale = (width / picture.width, height / picture.height)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(picture)
+    picture = read_picture(split.source, index)
+    rows, columns = size_of(picture)
+    height, width = fit_size(rows, columns, options.size, options.max_size)
+    scale = (width / columns, height / rows)
+    pixels = to_array(resized(picture, height, width))
     image = pad_to_patches(pixels[:, ::-1] if flip else pixels, encoder.patch_size, encoder.mean)
     prepared = Prepared(index, image, (height, width), scale)
     if flip is None:

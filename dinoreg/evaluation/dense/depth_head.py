@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoreg.evaluation.backbones.encoder import Encoder, seeded
+from dinoreg.evaluation.backbones.encoder import Encoder, seeded, to_unit
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.depth_images import read_pair, shrink, training_crop
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, centre_pad, centre_padding, training_stream
 from dinoreg.evaluation.features.cache import require_finite
-from dinoreg.evaluation.features.images import parallel, stack_images
+from dinoreg.evaluation.features.images import parallel, stack_images, to_array
 from dinoreg.evaluation.metrics.depth import Crop, gradient_loss, scale_invariant_loss
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
@@ -119,7 +119,7 @@ class DepthHeads:
 
         def losses(step: int) -> Mapping[str, Tensor]:
             indices, crops = zip(*stream(step))
-            images = stack_images([pixels for pixels, _ in crops]).to(device)
+            images = torch.from_numpy(np.stack([pixels for pixels, _ in crops])).permute(0, 3, 1, 2).to(device)
             depth = torch.from_numpy(np.stack([metres for _, metres in crops])).to(device)
             valid = (depth > options.min_depth) & (depth < options.max_depth)
             tokens, grid = self._tokens(images, [train.source.name(index) for index in indices])
@@ -143,11 +143,11 @@ class DepthHeads:
     def predict(self, images: Tensor, keys: Sequence[Key], names: Sequence[str]) -> dict[Key, Tensor]:
         """The mean prediction on images and on their mirror images, each clamped to the bins' range.
 
-        images   (B, 3, H, W) uint8
+        images   (B, C, H, W) uint8, or float in [0, 1]
         names    of the images, for the RunError when a feature is not finite
         returns  {head: (B, H, W) float32 metres}
         """
-        pixels = images.to(self.encoder.device).float() / 255
+        pixels = to_unit(images.to(self.encoder.device))
         size = (images.shape[2], images.shape[3])
         total: dict[Key, Tensor] = {}
         for mirrored in (False, True):
@@ -168,7 +168,7 @@ class DepthHeads:
 
         def load(index: int) -> tuple[int, np.ndarray, np.ndarray]:
             image, depth = read_pair(split, index)
-            return index, np.asarray(shrink(image, self.options.max_size)), depth
+            return index, to_array(shrink(image, self.options.max_size)), depth
 
         loaded = parallel(load, range(len(split)), context.workers)
         batch_size = min(context.batch_size, self.options.batch_size)

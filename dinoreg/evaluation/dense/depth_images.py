@@ -5,11 +5,22 @@ random crop of 416 x 544, gamma, brightness and colour.
 
 import numpy as np
 from PIL import Image
+from torchvision.transforms.v2.functional import rotate
 
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.pictures import strip, widened
 from dinoreg.evaluation.dense.windows import fit_size
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import (
+    BILINEAR,
+    Picture,
+    channels_of,
+    cropped,
+    read_picture,
+    resized,
+    shown,
+    size_of,
+    to_array,
+)
 from dinoreg.evaluation.metrics.depth import Crop, scaled_crop
 from dinoreg.runtime.errors import UserError
 
@@ -20,18 +31,16 @@ PROBABILITY = 0.5  # of rotation, of the flip and of the change of colours
 SIZES_READ = 64  # training images whose sizes decide the crop
 
 
-def read_pair(split: DepthMaps, index: int) -> tuple[Image.Image, np.ndarray]:
+def read_pair(split: DepthMaps, index: int) -> tuple[Picture, np.ndarray]:
     """An image and its depth (H, W) float32 metres, 0 where unknown.
 
     raises  UserError when their sizes differ or one cannot be read
     """
-    image = read_rgb(split.source, index)
+    image = read_picture(split.source, index)
     depth = np.asarray(split.depth(index), dtype=np.float32)
-    width, height = image.size
-    if depth.shape != (height, width):
-        raise UserError(
-            f"{split.source.name(index)}: its depth map has shape {depth.shape}, expected {(height, width)}, its own"
-        )
+    size = size_of(image)
+    if depth.shape != size:
+        raise UserError(f"{split.source.name(index)}: its depth map has shape {depth.shape}, expected {size}, its own")
     return image, np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
@@ -40,12 +49,9 @@ def shrunk_size(height: int, width: int, max_size: int) -> tuple[int, int]:
     return fit_size(height, width, min(height, width), max_size)
 
 
-def shrink(image: Image.Image, max_size: int) -> Image.Image:
+def shrink(image: Picture, max_size: int) -> Picture:
     """The image with its long side at most `max_size` pixels, bilinear; itself where it fits."""
-    height, width = shrunk_size(image.height, image.width, max_size)
-    if (width, height) == image.size:
-        return image
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+    return resized(image, *shrunk_size(*size_of(image), max_size), BILINEAR)
 
 
 def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int, int]:
@@ -59,8 +65,7 @@ def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int
     """
     smallest = [10**9, 10**9]
     for index in np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int)):
-        width, height = read_rgb(split.source, int(index)).size
-        height, width = shrunk_size(height, width, max_size)
+        height, width = shrunk_size(*size_of(read_picture(split.source, int(index))), max_size)
         if border is not None:
             rows, columns = scaled_crop(border, height, width)
             height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -71,30 +76,33 @@ def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int
 
 
 def training_crop(
-    image: Image.Image, depth: np.ndarray, size: tuple[int, int], border: Crop | None, rng: np.random.Generator
+    image: Picture, depth: np.ndarray, size: tuple[int, int], border: Crop | None, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """One randomly augmented crop, and its depth.
 
     depth    (H, W) float32 metres, 0 where unknown; resized to the image if that was shrunk
     size     (h, w) of the crop in pixels; what lies beyond the image is 0
     border   the part of the image that the crop is taken from; None: all of it
-    returns  (h, w, 3) float32 in [0, 1]; (h, w) float32 metres, 0 where unknown or padded
+    returns  (h, w, C) float32 in [0, 1]; (h, w) float32 metres, 0 where unknown or padded
     """
-    maps = Image.fromarray(depth)
-    if maps.size != image.size:
-        maps = maps.resize(image.size, Image.Resampling.NEAREST)
+    height, width = size_of(image)
+    maps = Image.fromarray(depth).resize((width, height), Image.Resampling.NEAREST)
     if border is not None:
-        rows, columns = scaled_crop(border, image.height, image.width)
-        box = (columns.start, rows.start, columns.stop, rows.stop)
-        image, maps = image.crop(box), maps.crop(box)
+        rows, columns = scaled_crop(border, height, width)
+        image = cropped(image, rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start)
+        maps = maps.crop((columns.start, rows.start, columns.stop, rows.stop))
     # Every number is drawn every time: what is done to an image depends on the step alone.
     rotates, flips, colours = rng.random(3) < PROBABILITY
     angle, down, right = rng.uniform(-ROTATION, ROTATION), rng.random(), rng.random()
-    gamma, brightness, colour = rng.uniform(*GAMMA), rng.uniform(*BRIGHTNESS), rng.uniform(*COLOUR, size=3)
+    gamma, brightness, colour = (
+        rng.uniform(*GAMMA),
+        rng.uniform(*BRIGHTNESS),
+        rng.uniform(*COLOUR, size=channels_of(image)),
+    )
     if rotates:
-        image = image.rotate(angle, Image.Resampling.BILINEAR)
+        image = rotate(image, angle, BILINEAR)
         maps = maps.rotate(angle, Image.Resampling.NEAREST)  # a mean of two depths lies on neither surface
-    pixels, metres = np.asarray(image), np.asarray(maps)
+    pixels, metres = to_array(image), np.asarray(maps)
     if flips:
         pixels, metres = pixels[:, ::-1], metres[:, ::-1]
     height, width = metres.shape
@@ -107,7 +115,7 @@ def training_crop(
     return np.pad(pixels, (*fill, (0, 0))), np.pad(metres, fill)
 
 
-def example(image: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: np.ndarray, text: str) -> Image.Image:
+def example(image: Picture, predicted: np.ndarray, true: np.ndarray, valid: np.ndarray, text: str) -> Image.Image:
     """Image | prediction | truth, near dark and far bright on one scale, black where the truth is unknown.
 
     predicted, true  (H, W) metres
@@ -126,4 +134,4 @@ def example(image: Image.Image, predicted: np.ndarray, true: np.ndarray, valid: 
     truth[true <= 0] = 0
     # Small pictures are enlarged too, such as 64 pixels, which show nothing at their own size.
     captions = ("image", f"prediction, {text}", f"truth, {low:.1f} (dark) to {high:.1f} m")
-    return strip([widened(each) for each in (image, painted(predicted), truth)], captions)
+    return strip([widened(each) for each in (shown(image), painted(predicted), truth)], captions)

@@ -12,7 +12,6 @@ from contextlib import suppress
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -20,7 +19,7 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import FlowPairs
 from dinoreg.evaluation.dense.flow_matching import Geometry, Truth
 from dinoreg.evaluation.features.cache import extract_rows
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import read_picture, resized, size_of, to_array
 from dinoreg.runtime.errors import UserError
 
 FLUSH_FRAMES = 32  # written between notes of how far the extraction is
@@ -45,15 +44,14 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
     batch_size = max(context.batch_size * context.image_size**2 // (height * width), 1)
 
     def load(index: int) -> np.ndarray:
-        image = read_rgb(source, index)
-        if image.size != geometry.size[::-1]:
+        picture = read_picture(source, index)
+        found = size_of(picture)
+        if found != tuple(geometry.size):
             raise UserError(
-                f"{source.name(index)}: a frame of {image.height}x{image.width} pixels, "
+                f"{source.name(index)}: a frame of {found[0]}x{found[1]} pixels, "
                 f"expected {geometry.size[0]}x{geometry.size[1]} as the first frame has"
             )
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-        return np.asarray(image)
+        return to_array(resized(picture, height, width))
 
     return extract_rows(
         context,

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from dinoreg.evaluation.data import IGNORED
 
 PANEL = 296  # pixels; widest of three panels
+TALLEST = 8  # height over width of a panel
 BOX_PANEL = (290, 400)  # pixels; width and height that an image with boxes is fitted into
 GAP, LINE = 4, 18  # pixels between panels, and of the line of text below them
 BACKGROUND, TEXT = (24, 27, 33), (230, 232, 238)
@@ -42,9 +43,13 @@ def strip(panels: Sequence[Image.Image | np.ndarray], captions: Sequence[str] = 
 
 
 def widened(image: Image.Image | np.ndarray, resample: Image.Resampling = Image.Resampling.NEAREST) -> Image.Image:
-    """An image, or array (h, w, 3) uint8, scaled to the width of a panel; small ones are enlarged."""
+    """An image, or array (h, w, 3) uint8, scaled to the width of a panel; small ones are enlarged.
+
+    One that is far higher than wide is squeezed to TALLEST panels' width, so that it takes no gigabytes.
+    """
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    return image.resize((PANEL, max(round(image.height * PANEL / image.width), 1)), resample)
+    height = min(max(round(image.height * PANEL / image.width), 1), TALLEST * PANEL)
+    return image.resize((PANEL, height), resample)
 
 
 def draw_boxes(

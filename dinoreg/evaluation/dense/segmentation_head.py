@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import adjust_hue
 
 from dinoreg.evaluation.data import IGNORED, Segmented
 from dinoreg.evaluation.dense.windows import crop_origin, fit_size, pad_to, upsampling
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import BILINEAR, Picture, read_picture, resized, size_of, to_array
 from dinoreg.runtime.errors import UserError
 
 SCALES = (0.5, 2.0)  # of training images, times the short side
@@ -64,13 +64,12 @@ def pixel_loss(logits: Tensor, labels: Tensor, patch_size: int) -> Tensor:
     return torch.stack(losses).sum() / (labels != IGNORED).sum().clamp(min=1)
 
 
-def read_pair(split: Segmented, index: int) -> tuple[Image.Image, np.ndarray]:
+def read_pair(split: Segmented, index: int) -> tuple[Picture, np.ndarray]:
     """An image and its mask (H, W) uint8; UserError when one is unreadable, sizes differ or a class is out of range."""
-    image, mask, name = read_rgb(split.source, index), split.mask(index), split.source.name(index)
-    if mask.shape != (image.height, image.width):
-        raise UserError(
-            f"{name}: its mask is {' x '.join(map(str, mask.shape))} pixels, the image {image.height} x {image.width}"
-        )
+    image, mask, name = read_picture(split.source, index), split.mask(index), split.source.name(index)
+    height, width = size_of(image)
+    if mask.shape != (height, width):
+        raise UserError(f"{name}: its mask is {' x '.join(map(str, mask.shape))} pixels, the image {height} x {width}")
     wrong = mask[(mask != IGNORED) & (mask >= split.num_classes)]
     if wrong.size:
         raise UserError(f"{name}: its mask has class {wrong[0]}, expected 0..{split.num_classes - 1} or {IGNORED}")
@@ -78,18 +77,18 @@ def read_pair(split: Segmented, index: int) -> tuple[Image.Image, np.ndarray]:
 
 
 def training_crop(
-    image: Image.Image, mask: np.ndarray, size: int, fill: Sequence[int], rng: np.random.Generator
+    image: Picture, mask: np.ndarray, size: int, fill: Sequence[int], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """A random scale, crop, flip and distortion of colours.
 
     mask     (H, W) uint8 of the image's size
     size     side of the crop in pixels
-    fill     RGB colour, 0..255, of pixels beyond the image; the mask's are 255
-    returns  (size, size, 3) uint8, (size, size) uint8
+    fill     colour, 0..255 for each channel, of pixels beyond the image; the mask's are 255
+    returns  (size, size, C) uint8, or float32 in 0..255; (size, size) uint8
     """
     ratio = rng.uniform(*SCALES)
-    height, width = fit_size(image.height, image.width, max(int(size * ratio), 1), max(int(LONGEST * size * ratio), 1))
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    height, width = fit_size(*size_of(image), max(int(size * ratio), 1), max(int(LONGEST * size * ratio), 1))
+    pixels = to_array(resized(image, height, width, BILINEAR))
     labels = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
     top, left = crop_origin(height, width, size, rng, labels, MOST_OF_ONE_CLASS)
     pixels, labels = pixels[top : top + size, left : left + size], labels[top : top + size, left : left + size]
@@ -102,10 +101,10 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
     """SSD's distortion of colours (Liu et al., arXiv 1512.02325): each part with probability one half.
 
     Brightness ±32 of 255, contrast and saturation x 0.5 to 1.5, hue ±36 degrees; contrast before or after the other
-    two.
+    two. Saturation and hue are left out where there are not three channels.
 
-    image    (H, W, 3) uint8
-    returns  (H, W, 3) uint8
+    image    (H, W, C) uint8, or float32 in 0..255
+    returns  the same
     """
     x = image.astype(np.float32)
     brightness, contrast, saturation, hue = rng.random(4) < 0.5
@@ -116,13 +115,20 @@ def photometric_distortion(image: np.ndarray, rng: np.random.Generator) -> np.nd
         x = np.clip(x + shift, 0, 255)
     if contrast and contrast_first:
         x = np.clip(x * gain, 0, 255)
-    if saturation:
+    colourful = image.shape[2] == 3
+    if saturation and colourful:
         x = scale_saturation(x, colour)
-    if hue:
+    if hue and colourful:
         x = turn_hue(x, turn)
     if contrast and not contrast_first:
         x = np.clip(x * gain, 0, 255)
-    return (x + 0.5).astype(np.uint8)
+    return (x + 0.5).astype(np.uint8) if image.dtype == np.uint8 else x
+
+
+def distortion(in_channels: int) -> str:
+    """What `photometric_distortion` does to pictures of so many channels, in words."""
+    kept = "" if in_channels == 3 else f" (no saturation and hue, which need 3 channels: there are {in_channels})"
+    return f"photometric distortion{kept}"
 
 
 def scale_saturation(image: np.ndarray, factor: float) -> np.ndarray:

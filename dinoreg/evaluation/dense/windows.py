@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import pad
 
-from dinoreg.evaluation.backbones.encoder import Encoder
+from dinoreg.evaluation.backbones.encoder import Encoder, to_unit
 from dinoreg.evaluation.data import IGNORED
 from dinoreg.evaluation.features.images import parallel
 from dinoreg.evaluation.solvers.train_heads import generator
@@ -56,9 +56,9 @@ def centre_pad(images: Tensor, multiple: int, value: Sequence[float] = (0.0,)) -
 def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -> Tensor:
     """An image padded at the bottom and right to multiples of the patch size, as a tensor.
 
-    pixels   (h, w, 3) uint8
-    mean     RGB colour of the padding, in [0, 1], which the encoder's normalisation turns into zeros
-    returns  (3, H, W) float32 in [0, 1]
+    pixels   (h, w, C) uint8, or float32 in 0..255
+    mean     colour of the padding, in [0, 1], which the encoder's normalisation turns into zeros
+    returns  (C, H, W) float32 in [0, 1]
     """
     height, width = pixels.shape[:2]
     image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
@@ -89,14 +89,15 @@ def batches_of_one_shape(
 def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
     """Normalised patch tokens of the last block as a map, float32 on the encoder's device.
 
-    images      (B, 3, H, W) uint8 of any size; padded centrally with the backbone's mean colour to whole patches
+    images      (B, C, H, W) uint8, or float in [0, 1], of any size; padded centrally with the backbone's mean colour
+                to whole patches
     batch_size  images that the backbone sees at once
 
     returns     (B, D, rows, columns)
     """
     maps = []
     for part in images.split(max(batch_size, 1)):
-        padded = centre_pad(part.to(encoder.device).float() / 255, encoder.patch_size, encoder.mean)
+        padded = centre_pad(to_unit(part.to(encoder.device)), encoder.patch_size, encoder.mean)
         rows, columns = encoder.grid(*padded.shape[2:])
         maps.append(encoder.tokens(padded).patches.mT.unflatten(2, (rows, columns)))
     return torch.cat(maps)

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.features.images import parallel, read_rgb, stack_images
+from dinoreg.evaluation.features.images import Picture, parallel, read_picture, stack_images
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
 
@@ -33,14 +32,14 @@ def extract_features(
     context: Context,
     encoder: Encoder,
     source: Source,
-    transform: Callable[[Image.Image], np.ndarray],
+    transform: Callable[[Picture], np.ndarray],
     blocks: Sequence[int] = (-1,),
     mean_patch: bool = False,
     what: str = "features",
 ) -> np.ndarray:
     """The features of every image of a source, in order; read from the cache where they are in it, else extracted.
 
-    transform   RGB image -> (h, w, 3) uint8; its repr is part of the key
+    transform   picture -> (h, w, C) uint8, or float32 in 0..255; its repr is part of the key
     blocks      whose class tokens are taken, ascending, from 0 or from the end
     mean_patch  append the mean patch token of the last of them, where the encoder's has the class token's width
     what        description of the work, beside the progress
@@ -59,7 +58,7 @@ def extract_features(
         "slots": (*(f"cls{number}" for number in numbers), *(("mean",) if mean_patch else ())),
         "dtype": context.features_dtype,
         "precision": str(encoder.dtype).removeprefix("torch."),
-        "pixels": ("training", source.value_range) if source.as_trained else "published",
+        "pixels": ("as trained", source.value_range) if source.as_trained else "published",
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     return extract_rows(
@@ -67,7 +66,7 @@ def extract_features(
         context.features / f"{name}.npy",
         encoder,
         source,
-        lambda index: transform(read_rgb(source, index)),
+        lambda index: transform(read_picture(source, index)),
         lambda images: slots(encoder, images, numbers, mean_patch),
         batch_size=context.batch_size,
         what=what,
@@ -121,8 +120,8 @@ def extract_rows(
     """What `compute` gives for every image of a source: (images, ...) of `features_dtype`, memory-mapped, read only.
 
     path         of the .npy file; a .json beside it holds `note` and how far the extraction is
-    load         image -> (h, w, 3) uint8, all of one size; runs ahead in threads
-    compute      batch (b, 3, h, w) of `batch_size` images -> (b, ...), one row for each image
+    load         image -> (h, w, C) uint8, or float32 in 0..255, all of one size; runs ahead in threads
+    compute      batch (b, C, h, w) of `batch_size` images, uint8 or float32 in 0..1 -> (b, ...), a row for each image
     what         is shown beside the progress
     flush_every  rows between two notes of how far the extraction is
     advice       behind the message that the disk is full

@@ -1,11 +1,13 @@
-"""Pixels for evaluation, resized and cropped without chance.
+"""Pictures for evaluation: read, resized, cropped without chance, handed to an encoder, shown to a person.
 
 Images of benchmarks are decoded and resized through Pillow, as the published numbers were and as torchvision's
 transforms do: the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with
-antialiasing. One's own images have the pixels of training.
+antialiasing. One's own images are the tensors that training, `embed` and `view` have: any number of channels, floats
+where the file has more than eight bits, and the same resize. torchvision's functions take both.
 """
 
 import io
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,32 +18,79 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, functional
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
 
+from dinoreg.data.center_crop import center_crop
 from dinoreg.data.decode import BadImage
+from dinoreg.data.display import as_rgb
 from dinoreg.data.source import Source
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError, one_line
 
 T = TypeVar("T")
+# Pillow's image in RGB or L, or (C, H, W) uint8 or float32 on the scale of bytes, 0 to 255.
+Picture = Image.Image | Tensor
+BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
+MAX_ASPECT = 8  # of a picture that is resized whole; of a longer one only what its centre crop needs
 
 
-def read_rgb(source: Source, index: int) -> Image.Image:
-    """Image `index` as RGB; UserError naming it when it cannot be read.
+def read_picture(source: Source, index: int) -> Picture:
+    """Image `index` with the channels that the encoder takes (`Source.in_channels`); UserError when it cannot be read.
 
-    Of one's own data (`Source.as_trained`) the pixels that training has, to the nearest byte.
+    Of one's own data (`Source.as_trained`) the pixels that training has, as a tensor; of a benchmark Pillow's RGB, or
+    its grey for an encoder of one channel.
     """
     try:
         if source.as_trained:
-            pixels = source.decode(index)
-            return Image.fromarray(pixels.round().byte().permute(1, 2, 0).contiguous().numpy())
+            return source.decode(index, source.in_channels)
         data = source.read(index)
         if isinstance(data, np.ndarray):
-            return Image.fromarray(data).convert("RGB")
-        with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            rgb = Image.fromarray(data).convert("RGB")
+        else:
+            with Image.open(io.BytesIO(data)) as image:
+                rgb = image.convert("RGB")
+        return rgb.convert("L") if source.in_channels == 1 else rgb
     except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error, 200)})") from None
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    height, width = functional.get_size(picture)
+    return height, width
+
+
+def channels_of(picture: Picture) -> int:
+    """Number of channels."""
+    return functional.get_num_channels(picture)
+
+
+def resized(picture: Picture, height: int, width: int, how: InterpolationMode = BICUBIC) -> Picture:
+    """A picture at another size in pixels, antialiased; itself where it has that size."""
+    scaled = functional.resize(picture, [height, width], how, antialias=True)
+    # A bicubic filter overshoots; bytes cannot.
+    return scaled.clamp_(0, 255) if isinstance(scaled, Tensor) and scaled is not picture else scaled
+
+
+def cropped(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
+    """A part of a picture, in pixels."""
+    return functional.crop(picture, top, left, height, width)
+
+
+def to_array(picture: Picture) -> np.ndarray:
+    """(h, w, C) uint8, or float32 in 0..255, read only where it is Pillow's."""
+    if isinstance(picture, Tensor):
+        return picture.permute(1, 2, 0).contiguous().numpy()
+    array = np.asarray(picture)
+    return array if array.ndim == 3 else array[:, :, None]
+
+
+def shown(picture: Picture) -> Image.Image:
+    """A picture as a person can look at it, RGB; see `as_rgb` for other than three channels."""
+    if isinstance(picture, Image.Image):
+        return picture.convert("RGB")
+    return Image.fromarray(np.ascontiguousarray(as_rgb(to_array(picture))))
 
 
 @dataclass(frozen=True)
@@ -54,10 +103,34 @@ class CentreCrop:
     resize: int
     size: int
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """(size, size, 3) uint8."""
-        scaled = functional.resize(image, [self.resize], InterpolationMode.BICUBIC)
-        return np.asarray(functional.center_crop(scaled, [self.size]))
+    def __call__(self, picture: Picture) -> np.ndarray:
+        """(size, size, C) uint8, or float32 in 0..255; memory is bounded whatever the picture's shape."""
+        if isinstance(picture, Tensor):
+            scaled: Picture = center_crop(picture, self.resize)
+        elif max(picture.size) > MAX_ASPECT * min(picture.size):
+            return to_array(self._of_a_strip(picture))
+        else:
+            scaled = functional.resize(picture, [self.resize], BICUBIC)
+        return to_array(functional.center_crop(scaled, [self.size]))
+
+    def _of_a_strip(self, image: Image.Image) -> Image.Image:
+        """The same of a very long image, which is cut before it is resized: whole it could take many gigabytes."""
+        short = min(image.size)
+        parts, sides = [], []
+        for length in image.size:
+            scaled = int(self.resize * length / short)  # pixels of this side, as torchvision rounds it
+            kept = min(scaled, self.size)
+            start = round((scaled - kept) / 2)
+            parts.append((start * length / scaled, (start + kept) * length / scaled))
+            sides.append(kept)
+        # Pillow's filter reads beyond the part, so that its pixels are those of the whole image resized.
+        reach = 4 * math.ceil(max(short / self.resize, 1))  # pixels of the filter to either side, and more
+        left, top = (max(math.floor(low) - reach, 0) for low, _ in parts)
+        right, bottom = (min(math.ceil(high) + reach, side) for (_, high), side in zip(parts, image.size))
+        (x0, x1), (y0, y1) = parts
+        box = (x0 - left, y0 - top, x1 - left, y1 - top)
+        scaled_part = image.crop((left, top, right, bottom)).resize((sides[0], sides[1]), Image.Resampling.BICUBIC, box)
+        return functional.center_crop(scaled_part, [self.size])
 
 
 def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:
@@ -83,8 +156,13 @@ def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int)
 
 
 def stack_images(images: Sequence[np.ndarray]) -> Tensor:
-    """Images (h, w, 3) of one size -> (b, 3, h, w) of their type, channels last in memory."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    """Images (h, w, C) of one size as an encoder takes them, channels last in memory.
+
+    images   uint8, or float32 in 0..255
+    returns  (b, C, h, w) uint8, or float32 in 0..1 where one of them is of floats
+    """
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return pixels if pixels.dtype == torch.uint8 else pixels.float() / 255
 
 
 def default_workers() -> int:

@@ -12,7 +12,7 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
-from dinoreg.evaluation.features.images import CentreCrop, read_rgb
+from dinoreg.evaluation.features.images import CentreCrop, read_picture, shown
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic, mean_per_class_accuracy, top1
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
@@ -129,7 +129,7 @@ def draw_predictions(
     at_most = max(context.num_examples // 2, context.num_examples - len(right))
     picked = [*mistakes[:at_most], *right][: context.num_examples]
     for number, index in enumerate(int(each) for each in picked):
-        picture = framed(read_rgb(source, index), PICTURE_SIZE, 4, GREEN if not wrong[index] else RED)
+        picture = framed(shown(read_picture(source, index)), PICTURE_SIZE, 4, GREEN if not wrong[index] else RED)
         caption = lines(index)
         canvas = ImageOps.expand(picture, (0, 0, 0, 14 * len(caption)), BACKGROUND)
         for place, line in enumerate(caption):
@@ -138,7 +138,7 @@ def draw_predictions(
 
 
 def framed(image: Image.Image, side: int, width: int, edge: tuple[int, int, int]) -> Image.Image:
-    """The centre crop of an image, `side` pixels high and wide, in a frame `width` pixels wide.
+    """The centre crop of an RGB image, `side` pixels high and wide, in a frame `width` pixels wide.
 
     edge  RGB colour of the frame, 0..255
     """

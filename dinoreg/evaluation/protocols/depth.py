@@ -23,7 +23,7 @@ from dinoreg.evaluation.dense.depth_head import (
     warmup_steps,
 )
 from dinoreg.evaluation.dense.depth_images import CROP, crop_size, example, read_pair, shrink
-from dinoreg.evaluation.features.images import parallel, stack_images
+from dinoreg.evaluation.features.images import parallel, stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.depth import SCORES, Crop, depth_scores, mean_scores, valid_pixels
 from dinoreg.evaluation.options import DepthOptions
@@ -164,7 +164,7 @@ def _draw(heads: DepthHeads, key: Key, test: DepthMaps, valid: Valid, context: C
     """Image | prediction | truth of evenly spaced test images, by one head."""
     for number, index in enumerate(context.example_indices(len(test))):
         image, true = read_pair(test, index)
-        pixels = stack_images([np.array(shrink(image, heads.options.max_size))])
+        pixels = stack_images([to_array(shrink(image, heads.options.max_size))])
         predicted = resized(heads.predict(pixels, [key], [test.source.name(index)])[key][0], true.shape)
         error = depth_scores(predicted, true, valid(true))["rmse"]
         picture = example(image, predicted, true, valid(true), f"lin.{key[0]}, RMSE {error:.2f} m")

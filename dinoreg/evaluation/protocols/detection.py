@@ -13,7 +13,7 @@ import numpy as np
 from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.box_probe import BoxProbe
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import read_picture, shown
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.box_ap import RULES, Detections, Truth, score, whole_images
 from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes
@@ -108,7 +108,7 @@ def _held_out(
 def _draw(measured: Measurement, test: Boxed, found: Detections, names: list[str]) -> None:
     """Pictures of a few images with the surest boxes beside the true ones."""
     for number, index in enumerate(measured.context.example_indices(len(test))):
-        image = read_rgb(test.source, index)
+        image = shown(read_picture(test.source, index))
         rows = np.flatnonzero(found.image == index)
         sure = rows[: max(int((found.scores[rows] >= SHOWN_SCORE).sum()), 3)][:20]
         captions = [f"{names[found.labels[row]]} {found.scores[row]:.2f}" for row in sure]

@@ -20,7 +20,7 @@ from dinoreg.evaluation.dense.lost import Found, gram, lost
 from dinoreg.evaluation.dense.pictures import PREDICTION, TRUTH, draw_boxes, strip
 from dinoreg.evaluation.dense.windows import pad_to_patches
 from dinoreg.evaluation.features.cache import require_finite
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import read_picture, shown, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.boxes import MISSING, areas, check_boxes, overlaps
 from dinoreg.evaluation.options import DiscoveryOptions
@@ -141,7 +141,7 @@ def _find(measured: Measurement, test: Boxed, sweep: DiscoveryOptions) -> np.nda
         return [*rows, [0, 0, width, height, False]]
 
     def load(index: int) -> np.ndarray:
-        return np.asarray(read_rgb(test.source, index))
+        return to_array(read_picture(test.source, index))
 
     key = (encoder.identity, test.source.stamp(), sweep)
     what = f"object discovery (LOST) ({encoder.name})"
@@ -150,7 +150,7 @@ def _find(measured: Measurement, test: Boxed, sweep: DiscoveryOptions) -> np.nda
 
 
 def _objects(encoder: Encoder, image: np.ndarray, sweep: DiscoveryOptions, name: str) -> list[Found]:
-    """The object of one image (h, w, 3) uint8 under every setting, blocks first."""
+    """The object of one image (h, w, C) under every setting, blocks first."""
     batch = pad_to_patches(image, encoder.patch_size, encoder.mean)
     grid = encoder.grid(batch.shape[1], batch.shape[2])
     if grid[0] * grid[1] > MAX_PATCHES:
@@ -173,8 +173,9 @@ def _draw(
     """Pictures of a few images: the patches found under one setting, the box around them, and the true boxes."""
     encoder, context = measured.encoder, measured.context
     for number, index in enumerate(context.example_indices(len(test))):
-        image = read_rgb(test.source, index)
-        (found,) = _objects(encoder, np.asarray(image), setting, test.source.name(index))
+        picture = read_picture(test.source, index)
+        image = shown(picture)
+        (found,) = _objects(encoder, to_array(picture), setting, test.source.name(index))
         true = truth[index][np.argsort(-areas(truth[index]), kind="stable")]
         panels = (
             draw_boxes(_highlighted(image, found, encoder.patch_size), np.zeros((0, 4)), PREDICTION),

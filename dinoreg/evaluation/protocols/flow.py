@@ -22,7 +22,7 @@ from dinoreg.evaluation.data import FlowPairs
 from dinoreg.evaluation.dense.flow_frames import forget_tokens, frame_tokens, truth
 from dinoreg.evaluation.dense.flow_matching import TALLY, Geometry, Projection, Truth, figures, match, tally
 from dinoreg.evaluation.dense.pictures import draw_flow
-from dinoreg.evaluation.features.images import parallel, read_rgb
+from dinoreg.evaluation.features.images import parallel, read_picture, shown, size_of
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
@@ -106,8 +106,8 @@ class Matching:
         encoder, settings, context = measured.encoder, measured.options.flow, measured.context
         self.passes, self.settings, self.device = passes, settings, encoder.device
         self.first = next(iter(passes.values()))
-        width, height = read_rgb(self.first["train"].source, 0).size
-        self.geometry = Geometry((height, width), encoder.patch_size, settings.upscale)
+        size = size_of(read_picture(self.first["train"].source, 0))
+        self.geometry = Geometry(size, encoder.patch_size, settings.upscale)
         everything = [(name, split, pairs) for name, splits in passes.items() for split, pairs in splits.items()]
         self.tokens: dict[int, np.ndarray] = {}  # by the identity of a source, which splits may share
         for _, _, pairs in everything:
@@ -182,7 +182,7 @@ class Matching:
             predicted, known = self._predict(matcher, self._load(pairs, index))
             error = figures(tally(predicted, known)[None])["all"]
             flow, valid = known.flow.cpu().numpy(), known.valid.cpu().numpy()
-            frame = read_rgb(pairs.source, int(pairs.first[index]))
+            frame = shown(read_picture(pairs.source, int(pairs.first[index])))
             picture = draw_flow(frame, predicted.cpu().numpy(), flow, valid, f"linear; error {error:.1f} px")
             self.context.save_example(picture, "flow", number)
 

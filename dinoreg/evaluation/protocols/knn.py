@@ -6,7 +6,7 @@ from torch import Tensor
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.pictures import strip
-from dinoreg.evaluation.features.images import read_rgb
+from dinoreg.evaluation.features.images import read_picture, shown
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, nearest_neighbours
 from dinoreg.evaluation.protocols.classification import GREEN, RED, accuracy_row, class_tokens, framed, labelled_splits
 from dinoreg.evaluation.protocols.measurement import Measurement
@@ -46,8 +46,8 @@ def _gallery(bank: Tensor, queries: Tensor, train: Labelled, test: Labelled, con
     picked = torch.randperm(len(test), generator=generator)[: context.num_examples]
     _, nearest = nearest_neighbours(bank, queries[picked], min(GALLERY, len(train)))
     for number, (query, neighbours) in enumerate(zip(picked.tolist(), nearest.tolist())):
-        panels = [framed(read_rgb(test.source, query), SIDE, 3, BLUE)]
+        panels = [framed(shown(read_picture(test.source, query)), SIDE, 3, BLUE)]
         for index in neighbours:
             edge = GREEN if train.labels[index] == test.labels[query] else RED
-            panels.append(framed(read_rgb(train.source, index), SIDE, 3, edge))
+            panels.append(framed(shown(read_picture(train.source, index)), SIDE, 3, edge))
         context.save_example(strip(panels), "knn", number)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -20,7 +19,16 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.windows import shuffled, training_stream
 from dinoreg.evaluation.features.cache import extract_features, slots
-from dinoreg.evaluation.features.images import CentreCrop, read_rgb, stack_images
+from dinoreg.evaluation.features.images import (
+    CentreCrop,
+    Picture,
+    cropped,
+    read_picture,
+    resized,
+    size_of,
+    stack_images,
+    to_array,
+)
 from dinoreg.evaluation.options import LinearOptions
 from dinoreg.evaluation.protocols.classification import accuracy_row, accuracy_rows, draw_mistakes, labelled_splits
 from dinoreg.evaluation.protocols.knn import RESIZE
@@ -189,7 +197,7 @@ class Grid:
     def augmented(self, samples: Sequence[tuple[int, np.ndarray]]) -> tuple[Tensor, np.ndarray]:
         """Features (b, slots, D) float32 of the crops of a step, and the indices (b,) of their images in the split.
 
-        samples  (position in `rows`, crop (S, S, 3) uint8) of each
+        samples  (position in `rows`, crop (S, S, C) uint8, or float32 in 0..255) of each
         """
         parts = stack_images([crop for _, crop in samples]).split(self.context.batch_size)
         features = torch.cat([slots(self.encoder, part, self.blocks, self.pooled) for part in parts])
@@ -227,18 +235,18 @@ class Grid:
             yield torch.from_numpy(values).to(self.encoder.device)
 
     def _crop(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        """A random resized crop of one of the images learnt from, flipped half of the time: (S, S, 3) uint8."""
-        image = read_rgb(self.split.source, int(self.rows[index]))
-        return random_resized_crop(image, self.context.image_size, rng)
+        """A random resized crop of one of the images learnt from, flipped half of the time: (S, S, C)."""
+        picture = read_picture(self.split.source, int(self.rows[index]))
+        return random_resized_crop(picture, self.context.image_size, rng)
 
 
-def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
+def random_resized_crop(picture: Picture, size: int, rng: np.random.Generator) -> np.ndarray:
     """Inception's crop as torchvision draws it, resized bicubically, then a flip with probability one half.
 
     size     side in pixels
-    returns  (size, size, 3) uint8
+    returns  (size, size, C) uint8, or float32 in 0..255
     """
-    width, height = image.size
+    height, width = size_of(picture)
     for _ in range(10):
         area = width * height * rng.uniform(*SCALE)
         ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
@@ -251,6 +259,5 @@ def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator)
         w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
         left, top = (width - w) // 2, (height - h) // 2
     # Cropped first, as torchvision does, so that the filter sees no pixels from beyond the crop.
-    crop = image.crop((left, top, left + w, top + h))
-    pixels = np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+    pixels = to_array(resized(cropped(picture, top, left, h, w), size, size))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < 0.5 else pixels

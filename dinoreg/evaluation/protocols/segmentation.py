@@ -13,9 +13,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from dinoreg.data.display import as_rgb
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Segmented
@@ -25,13 +25,14 @@ from dinoreg.evaluation.dense.segmentation_head import (
     MOST_OF_ONE_CLASS,
     SCALES,
     LinearHead,
+    distortion,
     pixel_loss,
     read_pair,
     training_crop,
 )
 from dinoreg.evaluation.dense.windows import Windows, centre_padding, fit_size, patch_grid, training_stream
 from dinoreg.evaluation.features.cache import require_finite
-from dinoreg.evaluation.features.images import stack_images
+from dinoreg.evaluation.features.images import BILINEAR, resized, size_of, stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
 from dinoreg.evaluation.options import SegmentationOptions
@@ -124,7 +125,8 @@ class LinearProbe:
         settings, encoder, context = self.settings, self.encoder, self.context
         size, steps = settings.size, settings.steps
         fill = [round(255 * value) for value in encoder.mean]
-        _, dim, rows, columns = patch_grid(encoder, torch.zeros(1, 3, size, size, dtype=torch.uint8), 1).shape
+        blank = torch.zeros(1, encoder.in_channels, size, size, dtype=torch.uint8)
+        _, dim, rows, columns = patch_grid(encoder, blank, 1).shape
         if settings.batch_size * rows * columns < 2:
             raise UserError(
                 f"segmentation.batch_size={settings.batch_size}: a crop of {size} pixels is one patch, "
@@ -179,7 +181,8 @@ class LinearProbe:
         for number, index in enumerate(self.context.example_indices(len(split))):
             pixels, mask = self._load(split, index)
             (predicted,) = self._predict({"": head}, pixels, mask, split.source.name(index))
-            image, prediction, truth = (panel(each, *mask.shape) for each in (pixels, predicted.astype(np.uint8), mask))
+            maps = (as_rgb(pixels), predicted.astype(np.uint8), mask)
+            image, prediction, truth = (panel(each, *mask.shape) for each in maps)
             self.context.save_example(triptych(image, prediction, truth, split.num_classes), "segmentation", number)
 
     def described(self, key: str) -> dict[str, object]:
@@ -196,15 +199,15 @@ class LinearProbe:
             "padded_size": sum(centre_padding(settings.size, self.encoder.patch_size)) + settings.size,
             "scales": list(SCALES),
             "cat_max_ratio": MOST_OF_ONE_CLASS,
-            "augmentation": "scale, crop, horizontal flip, photometric distortion",
+            "augmentation": f"scale, crop, horizontal flip, {distortion(self.encoder.in_channels)}",
             "test": f"short side {settings.size}, sliding window, one scale, no flip",
         }
 
     def _load(self, split: Segmented, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """An image scaled for the sliding window, (h, w, 3) uint8, and its mask at its own size, (H, W) uint8."""
+        """An image scaled for the sliding window, (h, w, C), and its mask at its own size, (H, W) uint8."""
         image, mask = read_pair(split, index)
-        height, width = fit_size(image.height, image.width, self.settings.size, LONGEST * self.settings.size)
-        return np.array(image.resize((width, height), Image.Resampling.BILINEAR)), mask
+        height, width = fit_size(*size_of(image), self.settings.size, LONGEST * self.settings.size)
+        return to_array(resized(image, height, width, BILINEAR)), mask
 
     @torch.no_grad()
     def _predict(
@@ -213,6 +216,6 @@ class LinearProbe:
         """Every head's classes (H, W) int64 of one image, over sliding windows."""
         size, stride = self.settings.size, self.settings.stride
         windows = Windows(pixels.shape[0], pixels.shape[1], size, stride, self.encoder.patch_size)
-        tokens = patch_grid(self.encoder, windows.cut(torch.from_numpy(pixels).permute(2, 0, 1)), self.batch_size)
+        tokens = patch_grid(self.encoder, windows.cut(stack_images([pixels])[0]), self.batch_size)
         require_finite(tokens[None], [name], self.encoder)
         return [windows.argmax(head(tokens), *mask.shape) for head in heads.values()]
