@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, mean_per_class_accuracy, top1
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic, mean_per_class_accuracy, top1
 from dinoreg.evaluation.metrics.knn_rankme import rankme
 
 
@@ -39,42 +39,46 @@ def test_rankme_of_zero_features_is_zero_and_of_broken_ones_nan() -> None:
 
 def test_bootstrap_of_outcomes_has_the_width_of_the_normal_interval() -> None:
     n, p = 20_000, 0.8
-    correct = np.arange(n) < p * n
-    low, high = bootstrap_interval(correct)
+    found = bootstrap_interval(np.arange(n) < p * n)
     half = 1.959964 * math.sqrt(p * (1 - p) / n)
-    assert low == pytest.approx(p - half, abs=0.05 * half)
-    assert high == pytest.approx(p + half, abs=0.05 * half)
+    assert found.low == pytest.approx(p - half, abs=0.15 * half)
+    assert found.high == pytest.approx(p + half, abs=0.15 * half)
+    assert found.replicates.std() == pytest.approx(half / 1.959964, rel=0.08)
 
 
 def test_bootstrap_of_few_outcomes_has_the_quantiles_of_the_binomial() -> None:
     from scipy.stats import binom
 
-    correct = np.array([1] * 13 + [0] * 7)
-    low, high = bootstrap_interval(correct, confidence=0.9, samples=200_000)
-    assert low == binom.ppf(0.05, 20, 13 / 20) / 20
-    assert high == binom.ppf(0.95, 20, 13 / 20) / 20
+    found = bootstrap_interval(np.array([1] * 13 + [0] * 7), samples=20_000)
+    assert found.low == binom.ppf(0.025, 20, 13 / 20) / 20
+    assert found.high == binom.ppf(0.975, 20, 13 / 20) / 20
 
 
 def test_bootstrap_of_real_scores_resamples_them() -> None:
     rng = np.random.default_rng(3)
     scores = rng.normal(2.0, 0.5, size=4000)
-    low, high = bootstrap_interval(scores, samples=4000)
+    found = bootstrap_interval(scores, samples=4000)
     half = 1.959964 * scores.std() / math.sqrt(4000)
-    assert low == pytest.approx(scores.mean() - half, abs=0.1 * half)
-    assert high == pytest.approx(scores.mean() + half, abs=0.1 * half)
+    assert found.low == pytest.approx(scores.mean() - half, abs=0.1 * half)
+    assert found.high == pytest.approx(scores.mean() + half, abs=0.1 * half)
 
 
-def test_bootstrap_draws_binomials_or_rows_to_the_same_effect() -> None:
-    correct = (np.arange(400) % 4 == 0).astype(float)
-    by_binomial = np.array(bootstrap_interval(correct, samples=20_000))
-    by_rows = np.array(bootstrap_interval(2 * correct, samples=20_000)) / 2  # 0 and 2 are not 0 and 1
-    np.testing.assert_allclose(by_binomial, by_rows, atol=0.003)
+def test_replicates_are_the_figures_of_resamples_drawn_one_by_one() -> None:
+    scores, rng = np.random.default_rng(3).random(17), np.random.default_rng(4)
+    literal = []
+    for _ in range(30):
+        drawn = [int(each) for each in rng.integers(0, 17, size=17)]
+        literal.append(sum(scores[each] for each in drawn) / 17)
+    found = bootstrap_interval(scores, samples=30, seed=4)
+    np.testing.assert_allclose(found.replicates, literal, rtol=1e-12)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(literal, [0.025, 0.975])), rel=1e-12)
+    fewer = bootstrap_statistic(17, lambda weights: float(weights @ scores / 17), samples=10, seed=4)
+    np.testing.assert_allclose(fewer.replicates, literal[:10], rtol=1e-12)
 
 
-def test_bootstrap_is_seeded_and_shrinks_to_a_point_when_all_scores_agree() -> None:
-    scores = np.random.default_rng(0).random(50)
-    assert bootstrap_interval(scores, seed=4) == bootstrap_interval(scores, seed=4)
-    assert bootstrap_interval(np.full(9, 0.7)) == (0.7, 0.7)
+def test_bootstrap_shrinks_to_a_point_when_all_scores_agree() -> None:
+    found = bootstrap_interval(np.full(9, 0.7))
+    assert (found.low, found.high) == (0.7, 0.7)
 
 
 def test_accuracies_equal_scikit_learn() -> None:
@@ -91,4 +95,5 @@ def test_bootstrap_of_only_right_or_only_wrong_answers_leaves_the_exact_doubt() 
 
     for correct in (np.ones(18), np.zeros(30)):
         exact = binomtest(int(correct.sum()), len(correct)).proportion_ci(0.95, method="exact")
-        assert bootstrap_interval(correct) == pytest.approx((exact.low, exact.high), abs=1e-12)
+        found = bootstrap_interval(correct)
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-12)

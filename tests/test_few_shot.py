@@ -169,22 +169,24 @@ def test_the_interval_of_equal_draws_is_that_of_the_images_alone() -> None:
     labels = np.zeros(400, dtype=np.int64)
     predicted = np.tile((np.arange(400) % 4 == 0).astype(np.int64), (5, 1))  # 75 % right
     expected = bootstrap_interval(predicted[0] == labels)
-    assert draws_interval(predicted, labels, "top-1") == pytest.approx(expected, abs=0.006)
+    found = draws_interval(predicted, labels, "top-1")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.006)
 
 
 def test_the_interval_of_one_draw_is_that_of_the_images() -> None:
     labels = np.arange(300) % 3
     predicted = np.where(np.arange(300) % 7 == 0, (labels + 1) % 3, labels)[None]
     expected = bootstrap_interval(predicted[0] == labels)
-    assert draws_interval(predicted, labels, "top-1") == pytest.approx(expected, abs=0.006)
-    low, high = draws_interval(predicted, labels, "mean per class")
-    assert low < mean_per_class_accuracy(predicted[0], labels) < high
+    found = draws_interval(predicted, labels, "top-1")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.006)
+    found = draws_interval(predicted, labels, "mean per class")
+    assert found.low < mean_per_class_accuracy(predicted[0], labels) < found.high
 
 
 def test_the_interval_of_a_score_without_a_mistake_still_leaves_room_for_one() -> None:
     labels = np.arange(30) % 3
-    low, high = draws_interval(np.tile(labels, (5, 1)), labels, "top-1")
-    assert (low, high) == (pytest.approx(0.025 ** (1 / 30)), 1.0)  # Clopper and Pearson's
+    found = draws_interval(np.tile(labels, (5, 1)), labels, "top-1")
+    assert (found.low, found.high) == (pytest.approx(0.025 ** (1 / 30)), 1.0)  # Clopper and Pearson's
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
@@ -194,8 +196,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
         rng = np.random.default_rng(trial)
         chance = 0.7 + rng.choice([-0.2, 0.2], size=200) + rng.normal(scale=0.04, size=8)[:, None]
         predicted = (rng.random((8, 200)) >= np.clip(chance, 0, 1)).astype(np.int64)
-        low, high = draws_interval(predicted, np.zeros(200, dtype=np.int64), "top-1", samples=200)
-        held += low <= 0.7 <= high
+        found = draws_interval(predicted, np.zeros(200, dtype=np.int64), "top-1", samples=200)
+        held += found.low <= 0.7 <= found.high
     assert 0.88 <= held / trials <= 0.99
 
 
@@ -204,9 +206,9 @@ def test_disagreeing_draws_widen_the_interval() -> None:
     rng = np.random.default_rng(0)
     rates = np.array([0.5, 0.6, 0.7, 0.8, 0.9])[:, None]
     predicted = (rng.random((5, 1000)) >= rates).astype(np.int64)
-    low, high = draws_interval(predicted, labels, "top-1")
+    found = draws_interval(predicted, labels, "top-1")
     deviation = float(np.std(rates, ddof=1)) / 5**0.5  # of a mean of five draws
-    assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.15)
+    assert found.high - found.low == pytest.approx(2 * 1.96 * deviation, rel=0.15)
 
 
 def test_planted_classes_are_found_and_shuffled_ones_are_not(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ K = 6
 
 
 def interval(counts: Confusion, **options: int) -> tuple[float, float]:
-    return bootstrap_statistic(counts.num_images, counts.miou, **options)
+    found = bootstrap_statistic(counts.num_images, counts.miou, **options)
+    return found.low, found.high
 
 
 def maps(count: int = 5, classes: tuple[int, ...] = (0, 1, 2, 4), seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -16,10 +16,12 @@ class Row:
     chosen_on         where hyper-parameters were chosen: "the official validation split", "a tenth of train, seed 0",
                       "the reported split itself", or "" where nothing was chosen
     hours             that it took, in wall time
-    chance            the figure of guessing, in `unit`, or None
+    chance, majority  the figures of guessing, and of always answering the most frequent class of train, or None
     settings          of the protocol: every option that was used, and what was chosen
     details           further figures of the same predictions: {"micro": …, "macro": …}
     n_train, n_test   images (or pairs) learnt from and scored
+    against           {baseline: {"difference", "low", "high", "verdict"}}, as `comparison.compare` gives them
+    replicates        the figure of each bootstrap resample; figures of the same images and seed have the same resamples
     """
 
     protocol: str
@@ -36,13 +38,17 @@ class Row:
     n_test: int = 0
     hours: float = 0.0
     chance: float | None = None
+    majority: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    against: dict[str, dict[str, Any]] = field(default_factory=dict)
+    replicates: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The fields in JSON's types; NaN and infinity as text."""
-        return plain(asdict(self))
+    def as_dict(self, replicates: bool = True) -> dict[str, Any]:
+        """The fields in JSON's types, NaN and infinity as text; without the replicates where they are not wanted."""
+        values = plain(asdict(self))
+        return values if replicates else {key: value for key, value in values.items() if key != "replicates"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Row:
@@ -50,6 +56,7 @@ class Row:
         another."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         known["seeds"] = tuple(known.get("seeds", (0,)))
+        known["replicates"] = tuple(map(float, known.get("replicates", ())))
         for key in ("value", "low", "high"):
             known[key] = float(known[key])
         return cls(**known)
@@ -99,7 +106,7 @@ class Result:
         return next((each for each in self.baselines.get(name, ()) if each.key == row.key), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of `eval/<step>/<dataset>.json`: the headline on top, every row below."""
+        """The content of `eval/<step>/<dataset>.json`: the headline on top, every row below, without replicates."""
         top = self.headline
         return {
             "format": FORMAT,
@@ -107,15 +114,17 @@ class Result:
             "dataset": self.dataset,
             "key": self.key,
             "probe": top.protocol,
-            **{key: value for key, value in top.as_dict().items() if key in _ON_TOP},
+            **{key: value for key, value in top.as_dict(replicates=False).items() if key in _ON_TOP},
             "baselines": {
                 name: {key: plain(getattr(row, key)) for key in ("value", "low", "high")}
                 for name in self.baselines
                 if (row := self.baseline(name, top)) is not None
             },
             **plain(self.facts),
-            "rows": [row.as_dict() for row in self.rows],
-            "baseline_rows": {name: [row.as_dict() for row in rows] for name, rows in self.baselines.items()},
+            "rows": [row.as_dict(replicates=False) for row in self.rows],
+            "baseline_rows": {
+                name: [row.as_dict(replicates=False) for row in rows] for name, rows in self.baselines.items()
+            },
         }
 
     @classmethod
@@ -134,4 +143,7 @@ class Result:
 
 
 FORMAT = "dinoreg-evaluation"
-_ON_TOP = ("metric", "value", "low", "high", "unit", "higher_is_better", "chance", "n_train", "n_test", "variant")
+_ON_TOP = (
+    *("metric", "value", "low", "high", "unit", "higher_is_better"),
+    *("chance", "majority", "n_train", "n_test", "variant", "against"),
+)

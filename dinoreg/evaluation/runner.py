@@ -23,6 +23,7 @@ from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
+from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.features.images import default_workers, read_rgb
@@ -218,7 +219,7 @@ class _Evaluation:
             "seconds": time.time() - started,
             "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         }
-        result = Result(self.name, self.key, own, baselines, facts)
+        result = Result(self.name, self.key, compared(own, baselines), baselines, facts)
         write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return result

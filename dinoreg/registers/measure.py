@@ -334,13 +334,13 @@ class _Inspection:
         whole = correct(np.array([[0, 0, width, height]] * len(images), dtype=np.float32), truth)
         shares = hits.mean(axis=1)
         best = int(shares.argmax())
-        low, high = bootstrap_interval(hits[best], seed=self.seed)
+        interval = bootstrap_interval(hits[best], seed=self.seed)
         return {
             "feature": "normalised keys of the last block",
             "images": len(images),
             "CorLoc": float(shares[best]),
-            "low": low,
-            "high": high,
+            "low": interval.low,
+            "high": interval.high,
             "bias": BIASES[best],
             "plain": float(shares[0]),
             "chosen_on_other_half": crosswise(hits) if len(images) > 1 else None,

@@ -55,8 +55,8 @@ def probe_token(
         return None
     fitted = select_and_fit(features[train], labels[train], num_classes, CS, seed=seed, standardize=True).model
     right = (fitted.predict(features[tested]).cpu() == labels[tested]).numpy()
-    low, high = bootstrap_interval(right, seed=seed)
-    return Probed(float(right.mean()), low, high, int(train.sum()), int(tested.sum()), fitted)
+    interval = bootstrap_interval(right, seed=seed)
+    return Probed(float(right.mean()), interval.low, interval.high, int(train.sum()), int(tested.sum()), fitted)
 
 
 class Moments(NamedTuple):

@@ -1,9 +1,30 @@
-"""Scores of a classifier and how sure they are: top-1, mean per class, percentile bootstrap."""
+"""Scores of a classifier and how sure they are: top-1, mean per class, percentile bootstrap, paired differences.
 
-from collections.abc import Callable
+Every interval is from the same resamples: those of `resample` for the number of images and the seed. So resample b of
+one figure and resample b of another are of the same images, and their differences are the paired bootstrap (Efron and
+Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13), which needs no further pass over the images.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+SAMPLES = 1000  # resamples of a figure
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % interval of a figure, and the figure of every resample of the images.
+
+    low, high   the ends, in the figure's unit; NaN where no resample has a figure
+    replicates  (samples,) float64; NaN where a resample has no figure
+    """
+
+    low: float
+    high: float
+    replicates: np.ndarray
 
 
 def nanmean(values: ArrayLike) -> float:
@@ -26,40 +47,68 @@ def mean_per_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     return float((np.bincount(inverse, weights=predicted == true) / np.bincount(inverse)).mean())
 
 
-def bootstrap_interval(
-    scores: ArrayLike, confidence: float = 0.95, samples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of per-image scores.
+def resample(count: int, samples: int = SAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each image is in each of `samples` resamples with replacement, (count,) int64 each.
 
-    scores      (n,) 0/1 (or bool) for right and wrong, or any real score per image; ValueError for any other shape
-    confidence  share in (0, 1); ValueError outside
-    samples     number of resamples
-    returns     (low, high): the (1 ± confidence) / 2 quantiles of the mean over resamples with replacement; where all
-                are right or all wrong, the exact (Clopper-Pearson) bound, since all resamples would be equal
+    Fewer samples are the first of more. ValueError for a count below 1.
+    """
+    if count < 1:
+        raise ValueError("the bootstrap needs at least one image")
+    rng = np.random.default_rng(seed)
+    for _ in range(samples):
+        yield np.bincount(rng.integers(0, count, size=count), minlength=count)
+
+
+def bootstrap_statistic(
+    count: int, statistic: Callable[[np.ndarray], float], samples: int = SAMPLES, seed: int = 0
+) -> Interval:
+    """95 % percentile bootstrap interval of any statistic of a set of images, such as mAP or mIoU.
+
+    count      of images; ValueError below 1
+    statistic  weights (count,) int64, how often each image was drawn -> the statistic; NaN draws do not count
+    """
+    return percentile_interval(np.array([statistic(weights) for weights in resample(count, samples, seed)]))
+
+
+def bootstrap_interval(scores: ArrayLike, samples: int = SAMPLES, seed: int = 0) -> Interval:
+    """95 % percentile bootstrap interval of the mean of per-image scores.
+
+    scores   (n,) 0/1 (or bool) for right and wrong, or any real score per image; ValueError for any other shape
+    returns  the 2.5 % and 97.5 % quantiles of the mean over resamples; where all are right or all wrong, the exact
+             (Clopper-Pearson) bound, since all resamples are equal but a new image could differ
     """
     x = np.asarray(scores, dtype=np.float64)
     if x.ndim != 1 or x.size == 0:
         raise ValueError(f"the bootstrap needs scores of shape (n,) with n >= 1, got {x.shape}")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence is a share between 0 and 1, got {confidence}")
-    rng = np.random.default_rng(seed)
     n = x.size
-    if x.min() == x.max() and x[0] in (0.0, 1.0):
-        # All right or all wrong: resamples cannot differ, but a new image could. The exact binomial bound.
-        slack = float(((1 - confidence) / 2) ** (1 / n))
-        return (slack, 1.0) if x[0] == 1.0 else (0.0, 1.0 - slack)
-    if np.isin(x, (0.0, 1.0)).all():  # the number of ones in a resample is one binomial draw
-        means = rng.binomial(n, x.mean(), size=samples) / n
-    else:
-        rows = max(1, 4_000_000 // n)  # resamples held at a time
-        counts = [min(rows, samples - start) for start in range(0, samples, rows)]
-        means = np.concatenate([x[rng.integers(0, n, size=(count, n))].mean(axis=1) for count in counts])
-    return _percentiles(means, confidence)
+    if x.min() == x.max():
+        slack = 1.0 - exact_bound(n)
+        low, high = {1.0: (1.0 - slack, 1.0), 0.0: (0.0, slack)}.get(x[0], (x[0], x[0]))
+        return Interval(float(low), float(high), np.full(samples, x[0]))
+    return bootstrap_statistic(n, lambda weights: float(weights @ x / n), samples, seed)
 
 
-def _percentiles(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+def exact_bound(count: int) -> float:
+    """The exact lower 97.5 % bound (Clopper and Pearson, 1934) of a share of which all `count` cases are."""
+    return float(0.025 ** (1 / count))
+
+
+def percentile_interval(replicates: ArrayLike) -> Interval:
+    """The 2.5 % and 97.5 % quantiles of the finite ones among replicates (samples,); NaN where none is."""
+    every = np.asarray(replicates, dtype=np.float64)
+    known = every[np.isfinite(every)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+    return Interval(float(low), float(high), every)
+
+
+def paired_difference(ours: ArrayLike, theirs: ArrayLike) -> Interval:
+    """95 % interval of the difference of two figures of the same images, by their replicates.
+
+    ours, theirs  (samples,) replicates from the same images and seed; of unequal numbers, the first ones of both count
+    """
+    shared = min(np.size(ours), np.size(theirs))
+    with np.errstate(invalid="ignore"):
+        return percentile_interval(np.asarray(ours, float)[:shared] - np.asarray(theirs, float)[:shared])
 
 
 def _paired(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -67,22 +116,3 @@ def _paired(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.n
     if predicted.shape != true.shape or true.ndim != 1 or true.size == 0:
         raise ValueError(f"predictions {predicted.shape} and labels {true.shape} must both be (n,) with n >= 1")
     return predicted, true
-
-
-def bootstrap_statistic(
-    count: int, statistic: Callable[[np.ndarray], float], samples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of any statistic of a set of images, such as mAP or mIoU.
-
-    count      of images; ValueError below 1
-    statistic  weights (count,) int64, how often each image was drawn -> the statistic; NaN draws are left out
-    samples    number of draws
-    returns    (low, high); NaN where every draw is
-    """
-    if count < 1:
-        raise ValueError("the bootstrap needs at least one image")
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(0, count, size=count) for _ in range(samples))
-    values = np.array([statistic(np.bincount(drawn, minlength=count)) for drawn in draws])
-    values = values[np.isfinite(values)]
-    return _percentiles(values) if len(values) else (float("nan"), float("nan"))

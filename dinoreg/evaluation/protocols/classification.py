@@ -13,7 +13,14 @@ from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_rgb
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic, mean_per_class_accuracy, top1
+from dinoreg.evaluation.metrics.bootstrap import (
+    SAMPLES,
+    Interval,
+    bootstrap_interval,
+    bootstrap_statistic,
+    mean_per_class_accuracy,
+    top1,
+)
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 
@@ -48,29 +55,28 @@ def accuracy_row(measured: Measurement, test: Labelled, predicted: np.ndarray, m
     fields     of Row
     """
     values = {name: function(predicted, test.labels) for name, function in METRICS.items()}
-    single = metric == "top-1"
-    interval = (
-        bootstrap_interval(predicted == test.labels) if single else draws_interval(predicted[None], test.labels, metric)
-    )
+    interval = draws_interval(predicted[None], test.labels, metric, seed=measured.context.seed)
     shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / test.num_classes}
     shared["details"] = {"micro and macro": values}
     return measured.row(values[metric], interval, **(shared | fields))
 
 
-def draws_interval(predicted: np.ndarray, labels: np.ndarray, metric: str, samples: int = 1000) -> tuple[float, float]:
+def draws_interval(
+    predicted: np.ndarray, labels: np.ndarray, metric: str, samples: int = SAMPLES, seed: int = 0
+) -> Interval:
     """95 % bootstrap interval of the mean accuracy over draws of labels; both labels and test images are resampled.
 
     predicted  (R, n) classes of n test images after learning from each of R draws of labels
     labels     (n,) true classes
     metric     "top-1", else mean per class
     samples    number of resamples
-    returns    (low, high) in [0, 1]
+    seed       of the resamples; draws are resampled by their number, so that encoders with the same ones compare
 
     Each resample takes n images, and R - 1 draws: with R, their mean would vary by a factor (R - 1) / R too little.
     """
     correct = (predicted == labels).astype(np.float64)  # (R, n)
     if correct.min() == correct.max():  # nothing to resample: the exact bound for the images
-        return bootstrap_interval(correct[0])
+        return bootstrap_interval(correct[0], samples, seed)
     repeats, count = correct.shape
     rng = np.random.default_rng(repeats)
     _, classes = np.unique(labels, return_inverse=True)
@@ -83,7 +89,7 @@ def draws_interval(predicted: np.ndarray, labels: np.ndarray, metric: str, sampl
         per_class = np.bincount(classes, weights=weights)
         return float((np.bincount(classes, weights=right)[per_class > 0] / per_class[per_class > 0]).mean())
 
-    return bootstrap_statistic(count, resampled, samples=samples)
+    return bootstrap_statistic(count, resampled, samples, seed)
 
 
 def class_tokens(

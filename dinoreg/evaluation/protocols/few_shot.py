@@ -197,9 +197,10 @@ def _row(measured: Measurement, setting: Setting, train: Labelled, test: Labelle
     share = f"a class-balanced {measured.options.logistic.validation_share:.0%} of the drawn labels, seed of the draw"
     fixed = f"{FIXED_C:g} / mean squared distance of the training features from their mean"
     chosen = bool(scored[0]["path"])
+    means = draws_interval(nearest, test.labels, metric, seed=context.seed)
     return measured.row(
         float(np.mean(values[metric])),
-        draws_interval(logistic, test.labels, metric),
+        draws_interval(logistic, test.labels, metric, seed=context.seed),
         variant=setting.title,
         chosen_on=share if chosen else "",
         seeds=tuple(context.seed + repeat for repeat in range(len(scored))),
@@ -219,7 +220,7 @@ def _row(measured: Measurement, setting: Setting, train: Labelled, test: Labelle
             "micro and macro": {name: float(np.mean(each)) for name, each in values.items()},
             "each draw": values[metric],
             "nearest class mean": float(np.mean([METRICS[metric](draw, test.labels) for draw in nearest])),
-            "nearest class mean, interval": list(draws_interval(nearest, test.labels, metric)),
+            "nearest class mean, interval": [means.low, means.high],
         },
         note=_note(setting, _available(train), counts),
     )

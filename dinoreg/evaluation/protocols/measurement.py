@@ -25,6 +25,7 @@ from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.context import Context, SavedState
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.features.images import parallel
+from dinoreg.evaluation.metrics.bootstrap import Interval
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
@@ -75,9 +76,10 @@ class Measurement:
         train, test = (self.split(name, kind, missing) for name in ("train", "test"))
         return train, test, self.split("val", kind, missing) if "val" in self.data.splits else None
 
-    def row(self, value: float, interval: tuple[float, float], *, variant: str = "", **fields: Any) -> Row:
-        """One figure with its 95 % interval (low, high), by default of the task's metric; shares in [0, 1].
+    def row(self, value: float, interval: Interval, *, variant: str = "", **fields: Any) -> Row:
+        """One figure with its 95 % interval, by default of the task's metric; shares in [0, 1].
 
+        interval  from the resamples of `context.seed`, so that figures of the same images are compared in pairs
         variant  what distinguishes it from the other rows; the dataset's own variant is put behind
         fields   of Row: n_train, n_test, chosen_on, settings, details, …; `hours` are those since the start
         """
@@ -88,7 +90,8 @@ class Measurement:
             "seeds": (self.context.seed,),
             "hours": (time.monotonic() - self.started) / 3600,
         }
-        return Row(value=value, low=interval[0], high=interval[1], **(shared | fields))
+        replicates = tuple(interval.replicates.tolist())
+        return Row(value=value, low=interval.low, high=interval.high, replicates=replicates, **(shared | fields))
 
 
 def choose_best(

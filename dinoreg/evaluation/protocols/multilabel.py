@@ -135,7 +135,7 @@ def mean_ap_rows(
             return nanmean([ranking.curve(weights).average(points) for ranking in rankings])
 
         values = [ranking.curve().average(points) for ranking in rankings]
-        interval = bootstrap_statistic(n, mean_ap, samples=draws)
+        interval = bootstrap_statistic(n, mean_ap, draws, measured.context.seed)
         chance = float(np.mean([_random_order(ranking, points, rng) for ranking in rankings]))
         details = {"AP": {names[k]: value for k, value in zip(present, values)}, "bootstrap draws": draws}
         row = measured.row(float(np.mean(values)), interval, metric=metric, chance=chance, details=details, **fields)

@@ -1,0 +1,59 @@
+"""A model's rows against those of its baselines, by the paired difference on the same test images.
+
+Two intervals that overlap say little about the difference of two figures of the *same* images: what is hard for one is
+mostly hard for the other. The difference of each resample has a much shorter interval (`bootstrap.paired_difference`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from dinoreg.evaluation.metrics.bootstrap import exact_bound, paired_difference
+from dinoreg.evaluation.result import Row
+
+COUNTED = ("top-1", "mean per class", "CorLoc")  # metrics that count images as right or wrong
+
+BETTER, WORSE, NOT_SHOWN, SAME, UNKNOWN = "better", "worse", "not shown", "no difference", "not compared"
+
+
+def compared(rows: Sequence[Row], baselines: Mapping[str, Sequence[Row]]) -> tuple[Row, ...]:
+    """The rows with what they are against each baseline that has a row of the same key, in `Row.against`."""
+    of_key = {name: {row.key: row for row in those} for name, those in baselines.items()}
+    return tuple(
+        replace(row, against={name: compare(row, those[row.key]) for name, those in of_key.items() if row.key in those})
+        for row in rows
+    )
+
+
+def compare(row: Row, baseline: Row) -> dict[str, Any]:
+    """The difference of two rows of the same test images, which have their replicates from the same seed.
+
+    returns  "difference"  of the values, row less baseline, in their unit
+             "low", "high" its 95 % interval; None where a row has no replicates or a value is not finite
+             "verdict"     "better" or "worse" where the interval leaves out 0, with regard to the metric's direction;
+                           "not shown"; "no difference" where every resample is the same for both; "not compared"
+                           where there is no interval
+
+    Two corrections for few images. Where all resamples have one difference other than 0, one end is the exact bound of
+    the sign test. Where images are counted as right or wrong, 0 has to be left out by more than one image, which is
+    the continuity correction of McNemar's test: 5 images that only one of the two gets right are too few, 6 are not.
+    """
+    difference = row.value - baseline.value
+    interval = paired_difference(row.replicates, baseline.replicates)
+    if not math.isfinite(difference) or math.isnan(interval.low):
+        return {"difference": difference, "low": None, "high": None, "verdict": UNKNOWN}
+    low, high = interval.low, interval.high
+    margin = 1 / row.n_test + 1e-9 if row.metric in COUNTED and row.n_test else 0.0
+    if low == high != 0.0 and row.n_test:  # the images agree; whether others would is the question of the sign test
+        ends, margin = (low, low * (2 * exact_bound(row.n_test) - 1)), 0.0
+        low, high = min(ends), max(ends)
+    sign = 1.0 if row.higher_is_better else -1.0
+    worst, best = sorted((sign * low, sign * high))
+    if difference == low == high == 0.0 and not np.nan_to_num(interval.replicates).any():
+        said = SAME
+    else:
+        said = BETTER if worst > margin else WORSE if best < -margin else NOT_SHOWN
+    return {"difference": difference, "low": low, "high": high, "verdict": said}
