@@ -232,11 +232,15 @@ class JoinedSource(Source):
 
 
 class ChosenSource(Source):
-    """Some images of another source, in the order of `indices`."""
+    """Some images of another source, in the order of `indices`.
 
-    def __init__(self, source: Source, indices: np.ndarray) -> None:
-        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
-        self.value_range = source.value_range
+    one_of_many  whether other choices of the same images are measured as well, so that features are extracted of all
+                 images of the other source
+    """
+
+    def __init__(self, source: Source, indices: np.ndarray, one_of_many: bool = False) -> None:
+        self.source, self.indices, self.one_of_many = source, np.asarray(indices, dtype=np.int64), one_of_many
+        self.value_range, self.as_trained = source.value_range, source.as_trained
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -2,6 +2,8 @@
 
 A row holds the class token after each of the chosen blocks and, last, the mean patch token: (slots, D).
 The file's key is a hash over everything that shapes its numbers: it is never read for another model, image or crop.
+What a file holds beyond what is wanted, slots of other protocols or images of other folds, is passed over: protocols
+that want much come before those that want a part of it.
 """
 
 import hashlib
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.data.source import Source
+from dinoreg.data.source import ChosenSource, Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.features.images import Picture, parallel, read_picture, stack_images
@@ -45,25 +47,30 @@ def extract_features(
     what        description of the work, beside the progress
     returns     (n, slots, D) of the context's `features_dtype`, memory-mapped and read only
 
-    An interrupted extraction resumes. Raises RunError naming the first image whose feature is not finite, or where the
-    disk is too small; UserError naming an image that cannot be read.
+    An interrupted extraction resumes; of images that several folds choose from, all are extracted, once. Raises RunError
+    naming the first image whose feature is not finite, or where the disk is too small; UserError naming an image that
+    cannot be read.
     """
+    if isinstance(source, ChosenSource) and source.one_of_many:
+        return extract_features(context, encoder, source.source, transform, blocks, mean_patch, what)[source.indices]
     mean_patch = mean_patch and encoder.pools
     numbers = [encoder.block(each) for each in blocks]
+    wanted = [*(f"cls{number}" for number in numbers), *(("mean",) if mean_patch else ())]
     key = {
         "weights": encoder.identity,
         "images": source.stamp(),
         "count": len(source),
         "crop": repr(transform),
-        "slots": (*(f"cls{number}" for number in numbers), *(("mean",) if mean_patch else ())),
         "dtype": context.features_dtype,
         "precision": str(encoder.dtype).removeprefix("torch."),
         "pixels": ("as trained", source.value_range) if source.as_trained else "published",
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    found = _superset(context.features, _digest(key), len(source), wanted)
+    if found is not None:
+        return found
     return extract_rows(
         context,
-        context.features / f"{name}.npy",
+        context.features / f"{_digest(key)}-{_digest(wanted)}.npy",
         encoder,
         source,
         lambda index: transform(read_picture(source, index)),
@@ -71,8 +78,24 @@ def extract_features(
         batch_size=context.batch_size,
         what=what,
         flush_every=FLUSH_ROWS,
-        note=key,
+        note={**key, "slots": wanted},
     )
+
+
+def _digest(key: object) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _superset(folder: Path, name: str, count: int, wanted: list[str]) -> np.ndarray | None:
+    """The wanted slots of a file that is whole and has them side by side, (count, slots, D); None without one."""
+    for noted in sorted(folder.glob(f"{name}-*.json")):
+        kept = read_json(noted).get("slots", [])
+        first = kept.index(wanted[0]) if wanted[0] in kept else len(kept)
+        path = noted.with_suffix(".npy")
+        # A slice, unlike a list of places, stays on the disk.
+        if kept[first : first + len(wanted)] == wanted and _rows_done(path, noted) == count:
+            return np.load(path, mmap_mode="r")[:, first : first + len(wanted)]
+    return None
 
 
 def slots(encoder: Encoder, images: Tensor, blocks: Sequence[int], mean_patch: bool) -> Tensor:

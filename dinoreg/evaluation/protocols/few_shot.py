@@ -94,7 +94,8 @@ def evaluate(measured: Measurement) -> list[Row]:
         setting, seed = draws[place]
         started = time.monotonic()
         index = drawn(train, setting, seed)
-        found = score(features, train, index, test_features, spread, options.logistic, seed, encoder.device)
+        given = features, train, index, test_features, spread, options.logistic
+        found = score(*given, seed, encoder.device, measured.task.metric)
         return {**found, "hours": (time.monotonic() - started) / 3600}
 
     key = (options.few_shot, options.logistic, context.seed, context.image_size, encoder.identity, train.source.stamp())
@@ -129,12 +130,14 @@ def score(
     options: LogisticOptions,
     seed: int,
     device: torch.device,
+    metric: str = "top-1",
 ) -> dict[str, Any]:
     """Learn from the images of `index` alone, and classify the test images.
 
     features       (N, D) of all training images
     index          (m,) of those whose labels are used
     test_features  (n, D)
+    metric         of METRICS, by which C is chosen
     returns        {"logistic", "nearest"}: (n,) int64 classes; "C": used, "path": visited, [] where C is fixed
     raises         UserError where all features are equal
     """
@@ -154,6 +157,7 @@ def score(
             validation_share=options.validation_share,
             seed=seed,
             patience=options.patience,
+            score=METRICS[metric],
             device=device,
         )
         C, model, path = found.C.item(), found.model, found.scores

@@ -70,11 +70,12 @@ def evaluate(measured: Measurement) -> list[Row]:
     grid = Grid(measured.encoder, train, np.flatnonzero(~held_out), chosen, context)
     features = grid.features(test, "test")
     grid.train(features.shape[2])
-    reported, validation, words = grid.scores(features, test.labels), None, OFFICIAL
+    metric = measured.task.metric
+    reported, validation, words = grid.scores(features, test.labels, metric), None, OFFICIAL
     if val is not None:
-        validation = grid.scores(grid.features(val, "val"), val.labels)
+        validation = grid.scores(grid.features(val, "val"), val.labels, metric)
     elif held_out.any():
-        validation = grid.scores(grid.features(train, "train"), train.labels, np.flatnonzero(held_out))
+        validation = grid.scores(grid.features(train, "train"), train.labels, metric, np.flatnonzero(held_out))
         words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
     best, chosen_on = choose_best(reported, validation, words)
     chosen_on += ", as published" * (chosen_on == REPORTED)
@@ -96,7 +97,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         own = None if validation is None else {name: validation[name] for name in names}
         name, _ = choose_best({name: reported[name] for name in names}, own)
         fields = {"variant": str(kind), "settings": {"best": name}, **shared}
-        rows.append(accuracy_row(measured, test, grid.predict(name, features), measured.task.metric, **fields))
+        rows.append(accuracy_row(measured, test, grid.predict(name, features), metric, **fields))
     return rows
 
 
@@ -212,21 +213,27 @@ class Grid:
         return torch.cat([self.logits(x)[kind][:, place].argmax(dim=-1) for x in chunks]).cpu().numpy()
 
     @torch.no_grad()
-    def scores(self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray | None = None) -> dict[str, float]:
-        """Top-1 in [0, 1] of every head, {name: share}; -1 for one whose logits are not finite.
+    def scores(
+        self, features: np.ndarray, labels: np.ndarray, metric: str, rows: np.ndarray | None = None
+    ) -> dict[str, float]:
+        """The accuracy in [0, 1] of every head, {name: share}; -1 for one whose logits are not finite.
 
         features, labels  (n, slots, D) and (n,)
+        metric            "top-1", else mean per class
         rows              (m,) of them that count; None: all
         """
         rows = np.arange(len(labels)) if rows is None else rows
-        truth = torch.from_numpy(labels[rows]).to(self.encoder.device)
-        right = {kind: truth.new_zeros(len(self.options.lrs), dtype=torch.float64) for kind in self.kinds}
-        for x, part in zip(self._chunks(features, rows), truth.split(CHUNK)):
+        truth = labels[rows]
+        _, classes, counts = np.unique(truth, return_inverse=True, return_counts=True)
+        weights, total = (np.ones(len(rows)), len(rows)) if metric == "top-1" else ((1 / counts)[classes], len(counts))
+        right = {kind: torch.zeros(len(self.options.lrs), dtype=torch.float64) for kind in self.kinds}
+        for start, x in zip(range(0, len(rows), CHUNK), self._chunks(features, rows)):
+            part, weight = (torch.from_numpy(each[start : start + CHUNK])[:, None] for each in (truth, weights))
             for kind, logits in self.logits(x).items():
-                right[kind] += (logits.argmax(dim=-1) == part[:, None]).sum(dim=0)
-                right[kind][~torch.isfinite(logits).all(dim=-1).all(dim=0)] = -torch.inf
+                right[kind] += (weight * (logits.argmax(dim=-1).cpu() == part)).sum(dim=0)
+                right[kind][~torch.isfinite(logits).all(dim=-1).all(dim=0).cpu()] = -torch.inf
         names = [name for kind in self.kinds for name in self.names(kind)]
-        return dict(zip(names, (torch.cat(list(right.values())) / len(truth)).clamp(min=-1.0).tolist()))
+        return dict(zip(names, (torch.cat(list(right.values())) / total).clamp(min=-1.0).tolist()))
 
     def _chunks(self, features: np.ndarray, rows: np.ndarray) -> Iterator[Tensor]:
         """(b, slots, D) float32 on the device, of some rows in order."""

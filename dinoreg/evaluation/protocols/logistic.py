@@ -1,12 +1,20 @@
 """Logistic regression on the frozen class token: the protocol of the fine-grained suite.
 
 SimCLR B.8.1 and DINOv2 §7.2: no augmentation, short side to the crop's size and a centre crop; C from a path of 45,
-chosen on the official validation split or on a seeded tenth of train, refitted on train and validation, scored once.
+chosen by the task's metric on the official validation split or on a seeded tenth of train, refitted on train and
+validation, scored once. Unlike in DINOv2's code, that tenth is drawn class by class, among equal scores the lower
+validation loss decides, and each fit starts at the one before and goes on until it has converged.
 """
 
 import numpy as np
 
-from dinoreg.evaluation.protocols.classification import accuracy_rows, class_tokens, draw_mistakes, labelled_splits
+from dinoreg.evaluation.protocols.classification import (
+    METRICS,
+    accuracy_rows,
+    class_tokens,
+    draw_mistakes,
+    labelled_splits,
+)
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
@@ -33,6 +41,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         validation_share=chosen.validation_share,
         seed=context.seed,
         patience=chosen.patience,
+        score=METRICS[measured.task.metric],
         device=encoder.device,
     )
     predicted = found.model.predict(test_features).numpy()

@@ -1,7 +1,7 @@
 """The strength of a logistic regression's penalty, chosen on held-out rows: the path from small C to large.
 
-Each fit starts at the one before. With one class out of several, one C is chosen by accuracy; with sets of classes each
-class takes its own, by its average precision (see `protocols/multilabel`).
+Each fit starts at the one before. With one class out of several, one C is chosen by accuracy, of images or the mean per
+class; with sets of classes each class takes its own, by its average precision (see `protocols/multilabel`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dinoreg.evaluation.metrics.bootstrap import nanmean
+from dinoreg.evaluation.metrics.bootstrap import nanmean, top1
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, LogisticProblem, SoftmaxProblem, as_labels
 
@@ -98,10 +98,11 @@ def select_and_fit(
     validation: tuple[Tensor, ArrayLike | Tensor] | None = None,
     validation_share: float = 0.1,
     seed: int = 0,
-    patience: int | None = 6,
+    patience: int | None = None,
+    score: Callable[[ArrayLike, ArrayLike], float] = top1,
     **options: Any,
 ) -> Path:
-    """Choose C by validation accuracy (ties: the lower loss) and refit on every row, those of `validation` included.
+    """Choose C by its validation score (ties: the lower loss) and refit on every row, those of `validation` included.
 
     features          (n, D), memory-mapped or not; beyond a gigabyte they are read in chunks, never copied entirely
     labels            (n,) integers in [0, num_classes)
@@ -109,6 +110,7 @@ def select_and_fit(
     validation        features (m, D) and labels (m,); without it a seeded, class-balanced share of the rows is held out
     validation_share  that share, in (0, 1)
     patience          as for `walk_path`
+    score             (predicted classes, true ones) -> in [0, 1], higher is better
     options           of LogisticProblem
     raises            ValueError for labels or Cs out of range, features that are not finite, and too few rows
     """
@@ -126,12 +128,12 @@ def select_and_fit(
     problem = SoftmaxProblem(fit, num_classes, **options)
 
     def judge(model: LogisticModel) -> tuple[np.ndarray, np.ndarray]:
-        correct, total = 0, 0.0
+        predicted, total = [], 0.0
         for part, logits in model.chunks(held, problem.data.device):
             truth = held.labels[part].to(logits.device)
-            correct += int((logits.argmax(-1) == truth).sum())
+            predicted.append(logits.argmax(-1).cpu())
             total += float(F.cross_entropy(logits.double(), truth, reduction="sum"))
-        return np.array([correct / len(held)]), np.array([total / len(held)])
+        return np.array([score(torch.cat(predicted), held.labels)]), np.array([total / len(held)])
 
     path = walk_path(problem, sorted(Cs), judge, np.ones(1, dtype=bool), patience, PATH_TOLERANCE)
     final = SoftmaxProblem(rows, num_classes, **options)
