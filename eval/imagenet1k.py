@@ -19,7 +19,7 @@ from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import index_folder
-from dinoreg.data.open import labelled_folder
+from dinoreg.data.labelled_folder import class_folders
 from dinoreg.data.source import PathSource, Source
 from dinoreg.evaluation import published
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
@@ -72,7 +72,7 @@ def _listed(folder: Path, split: str, extra: str, meta: Meta | None) -> tuple[So
     with os.scandir(below) as entries_below:
         sorted_out = any(entry.is_dir() for entry in entries_below)
     if sorted_out:
-        source, labels, wnids = labelled_folder(below)
+        source, labels, wnids = class_folders(below)
         return source, np.array(wnids)[labels]
     if split != "val" or meta is None:
         how = f", or torchvision's meta.bin in {folder}" if split == "val" else ""

@@ -19,7 +19,7 @@ from dinoreg.commands.main import script
 from dinoreg.config.option import option
 from dinoreg.data.declared import Pretraining
 from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.open import labelled_folder
+from dinoreg.data.labelled_folder import class_folders
 from dinoreg.data.rng import philox
 from dinoreg.data.source import ChosenSource, Source
 from dinoreg.data.tar_index import index_tars
@@ -70,7 +70,7 @@ def _images(folder: Path, options: Options, index_dir: str | None) -> tuple[Sour
         stems = [archive.removesuffix(".tar") for archive in source.archives]
         names, labels = source.names, source.archive.astype(np.int64)
     else:
-        source, labels, stems = labelled_folder(folder, index_dir)
+        source, labels, stems = class_folders(folder, index_dir)
         names = source.paths
     # Folders and archives of other names lie beside the classes: they are not classes.
     wnids = sorted(stem for stem in stems if WNID.fullmatch(stem))

@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from dinoreg.data.decode import BadImage
-from dinoreg.data.open import labelled_folder, open_source
+from dinoreg.data.labelled_folder import class_folders
+from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import render as scenes
@@ -78,7 +79,7 @@ def test_a_parquet_list_is_read_and_without_pyarrow_says_what_to_install(
     pyarrow.parquet.write_table(pyarrow.table({"label": [1, 2], "path": ["a.jpg", "b/c.png"]}), path)
     assert names(open_source(path)) == [str(tmp_path / "a.jpg"), str(tmp_path / "b/c.png")]
     pyarrow.parquet.write_table(pyarrow.table({"number": [1, 2]}), path)
-    with pytest.raises(UserError, match="does not hold paths"):
+    with pytest.raises(UserError, match="has no column path"):
         open_source(path)
     path.write_bytes(b"PAR1 nonsense")
     with pytest.raises(UserError, match="not a readable parquet file"):
@@ -161,11 +162,11 @@ def test_an_empty_folder_an_empty_list_and_a_lone_image_are_refused(tmp_path: Pa
             open_source(tmp_path / name)
 
 
-def test_a_labelled_folder_takes_its_classes_from_the_first_level(tmp_path: Path) -> None:
+def test_a_published_tree_has_its_classes_at_the_first_level_whatever_they_are_called(tmp_path: Path) -> None:
     make(tmp_path, "cat/1.jpg", "cat/deep/er/2.jpg", "dog/3.jpg", "stray.jpg")
-    source, labels, classes = labelled_folder(tmp_path)
+    source, labels, classes = class_folders(tmp_path)
     assert [source.read(i) for i in range(len(source))] == [b"cat/1.jpg", b"cat/deep/er/2.jpg", b"dog/3.jpg"]
     assert labels.tolist() == [0, 0, 1]
     assert classes == ["cat", "dog"]
     with pytest.raises(UserError, match="at least two"):
-        labelled_folder(tmp_path / "cat")
+        class_folders(tmp_path / "cat")

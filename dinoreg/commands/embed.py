@@ -39,7 +39,7 @@ def embed(options: EmbedOptions) -> Path:
     _check_out(out, options.overwrite)
     if out.suffix == ".parquet":
         import_pyarrow(out)
-    source = open_images(options.data, "data")
+    source = open_images(options.data, "data", options.columns)
     device = pick_device(options.device)
     encoder = open_encoder(options.weights, device, pick_precision(options.precision, device)).encoder
     source.value_range = encoder.value_range

@@ -12,6 +12,7 @@ from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
 Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
+COLUMNS = "of a table: which holds the paths, as path:FILE; empty: one called as paths usually are"
 SHARE: dict[str, Any] = {"above": 0, "high": 1, "expected": "a share of the peak in (0, 1]"}
 FORMATS = "timm, transformers, meta (torch.hub), safetensors or onnx"
 
@@ -48,6 +49,8 @@ class InspectOptions(Options, verb="inspect"):
 
     data: str | list[str] = option(REQUIRED, "a folder of images, [several], a list of paths, or scenes")
     sample: int = option(1000, "images that are opened and decoded", unit="image", low=1)
+    columns: str = option("", COLUMNS)
+    root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     in_channels: int = option(3, "image channels of the model that is to see them", low=1, high=65536)
     range: list[float] | None = option(None, "LOW,HIGH as in data.range; none: each file's type says it")
 
@@ -73,6 +76,7 @@ class EmbedOptions(Options, verb="embed"):
     data: str | list[str] = option(REQUIRED, "a folder, an image, a list of paths, tars, scenes, or [several]")
     weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, a model's name")
     out: str = option(REQUIRED, "the file to write, .safetensors or .parquet")
+    columns: str = option("", COLUMNS)
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
     image_size: int | None = option(None, "side of the centre crop; none: 224 or less", unit="pixel", low=1)
     batch_size: int = option(32, "images at a time", low=1)

@@ -17,7 +17,7 @@ from dinoreg.config.overwrite import check_folder
 from dinoreg.data.center_crop import center_crop, to_encoder
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.display import channels_shown
-from dinoreg.data.open import labelled_folder
+from dinoreg.data.open import read_labelled
 from dinoreg.data.source import ScenesSource, Source
 from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import NativeEncoder, to_unit
@@ -86,7 +86,8 @@ def read_pictures(
     names: Sequence[str] = ()
     if options.labels and Path(options.images).expanduser().is_dir():
         with suppress(UserError):  # fewer than two subfolders: images without classes
-            source, labels, names = labelled_folder(options.images)
+            found = read_labelled(options.images)
+            source, labels, names = found.source(), found.labels, found.class_names
     source.value_range = value_range
     order = evenly_spaced(len(source), options.num_images)
     images, readable, skipped = [], [], []

@@ -148,6 +148,7 @@ class DataConfig(Options, section="data"):
         None, "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type"
     )
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
+    columns: str = option("", "of a table: which holds the paths, as path:FILE; empty: one called as paths usually are")
     workers: int | None = option(None, "threads; none: a core each, at most 16", low=0, high=1024, shapes_result=False)
     prefetch: int = option(2, "batches prepared ahead", low=1, high=1000, shapes_result=False)
     index_dir: str | None = option(None, "of folder indexes; none: the user's cache folder", shapes_result=False)
@@ -199,8 +200,12 @@ class ProbeConfig(Options, section="probe"):
     """The evaluation of the teacher during the run."""
 
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
-    data: str | None = option(None, "a folder with one subfolder per class, or scenes; none: label-free rank only")
+    data: str | None = option(
+        None, "labelled images: a folder of classes or of train/, val/ with classes, a table, scenes; none: rank only"
+    )
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
+    columns: str = option("", "of a table in data or general: as path:FILE,label:BREED,split:SET; empty: usual names")
+    root: str | None = option(None, "folder that the paths of such a table may not leave; none: the table's own")
     margin: float = option(0.03, "fall of k-NN accuracy on probe.general that is warned of", above=0, below=1)
     num_images: int = option(2000, "images of each set embedded at each probe, half to learn from, half to test", low=4)
     metric: str = option("knn_top1", "of `best`; rankme without labels", choices=("knn_top1", "rankme"))

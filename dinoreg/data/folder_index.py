@@ -22,8 +22,10 @@ from dinoreg.runtime.errors import UserError
 
 _FORMATS = "jpg jpeg jpe jfif mpo png webp tif tiff bmp gif ppm pgm pbm pnm dcm dicom"
 EXTENSIONS = frozenset(f".{name}" for name in _FORMATS.split())
+# What unpacking on other systems and storage servers put beside pictures: copies of names, and thumbnails.
+_LITTER = frozenset(("__MACOSX", "@eaDir"))
 SETTLED_NS = 1_000_000_000
-_VERSION = 3
+_VERSION = 4
 
 
 class PathBlock:
@@ -179,7 +181,7 @@ def _list_folder(path: str, passed_over: Counter[str]) -> tuple[list[bytes], lis
     below: list[str] = []
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name.startswith(".") or entry.name in _LITTER:
                 continue
             ending = os.path.splitext(entry.name)[1].lower()
             if _is_folder(entry):

@@ -2,18 +2,17 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from dinoreg.data.declared import KINDS, open_named
-from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_folder
+from dinoreg.data.folder_index import PathBlock, index_folder
+from dinoreg.data.labelled import LabelledImages
+from dinoreg.data.labelled_folder import read_labelled_folder
+from dinoreg.data.labelled_table import read_labelled_table
 from dinoreg.data.source import JoinedSource, PathSource, ScenesSource, Source
-from dinoreg.data.tables import inside, parquet_table, rows_of
+from dinoreg.data.tables import LISTS, TABLES, Columns, column_names, inside, open_table
 from dinoreg.data.value_range import ValueRange
 from dinoreg.runtime.errors import UserError
-
-LISTS = (".txt", ".lst", ".csv", ".tsv", ".parquet")
 
 
 def open_source(
@@ -22,6 +21,7 @@ def open_source(
     index_dir: str | os.PathLike[str] | None = None,
     root: str | os.PathLike[str] | None = None,
     value_range: Sequence[float] | None = None,
+    columns: str = "",
 ) -> Source:
     """Open what `data=` names.
 
@@ -32,10 +32,11 @@ def open_source(
     index_dir  where folder indexes are kept; by default the user's cache folder
     root       the folder that the paths of a list must stay in; by default the list's own
     value_range  LOW,HIGH of the whole data set, or of each channel; by default each file's type says it
+    columns    of tables, "path:NAME"; by default the column `path` or one that is called as paths usually are
 
     Raises UserError, in one line, for what is missing, empty, unreadable or of an unknown kind.
     """
-    source = _open(spec, weights, index_dir, root)
+    source = _open(spec, weights, index_dir, root, column_names(columns, "columns"))
     source.value_range = ValueRange.of(value_range)
     return source
 
@@ -45,6 +46,7 @@ def _open(
     weights: Sequence[float] | None,
     index_dir: str | os.PathLike[str] | None,
     root: str | os.PathLike[str] | None,
+    columns: Columns,
 ) -> Source:
     if not isinstance(spec, (str, os.PathLike)):
         if not spec:
@@ -53,7 +55,7 @@ def _open(
             raise UserError(f"data.weights has {len(weights)} numbers for {len(spec)} sources")
         if weights is not None and not all(0 < weight < math.inf for weight in weights):
             raise UserError(f"data.weights={list(weights)}: expected positive numbers")
-        parts = [_open(part, None, index_dir, root) for part in spec]
+        parts = [_open(part, None, index_dir, root, columns) for part in spec]
         return parts[0] if len(parts) == 1 else JoinedSource(parts, weights)
     if weights is not None and len(weights) != 1:
         raise UserError(f"data.weights has {len(weights)} numbers for one source ({spec})")
@@ -66,33 +68,38 @@ def _open(
     if os.path.isdir(spec):
         return PathSource(os.path.abspath(spec), index_folder(spec, index_dir))
     if os.path.isfile(spec):
-        return _open_list(spec, root)
+        return _open_list(spec, root, columns)
     if colon and name.isidentifier():
         return open_named(name, options, None if index_dir is None else os.fspath(index_dir))
     raise UserError(f"data: {spec} does not exist, expected {KINDS}")
 
 
-def labelled_folder(
+def read_labelled(
     path: str | os.PathLike[str],
     index_dir: str | os.PathLike[str] | None = None,
-    value_range: Sequence[float] | None = None,
-) -> tuple[PathSource, np.ndarray, list[str]]:
-    """A folder with one subfolder per class, for probes.
+    root: str | os.PathLike[str] | None = None,
+    columns: str = "",
+    columns_key: str = "columns",
+    root_key: str = "own.root",
+) -> LabelledImages:
+    """Labelled images of one's own: a folder with a subfolder for each class or split, or a table.
 
-    Returns the source, its labels (n,) int64 and the class names in order. Files beside the subfolders are
-    left out. Raises UserError when there are fewer than two classes.
+    index_dir, root, columns  as for `open_source`; columns also of labels and splits, "path:NAME,label:NAME,split:NAME"
+    columns_key, root_key     names of the options, for messages
+
+    Raises UserError, in one line, for what is missing and as `read_labelled_folder` and `read_labelled_table` do.
     """
-    root = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    paths = [path for path in index_folder(root, index_dir) if os.sep in path]
-    folders = [name.split(os.sep, 1)[0] for name in paths]
-    names = sorted(set(folders))
-    if len(names) < 2:
-        raise UserError(f"{root} has {len(names)} subfolder(s) with images, expected one per class, at least two")
-    numbers = {name: number for number, name in enumerate(names)}
-    labels = np.array([numbers[folder] for folder in folders], dtype=np.int64)
-    source = PathSource(root, PathBlock.of(paths))
-    source.value_range = ValueRange.of(value_range)
-    return source, labels, names
+    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    if os.path.isdir(path):
+        return read_labelled_folder(path, index_dir)
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: does not exist, expected a folder or a {', '.join(TABLES)} file")
+    if os.path.splitext(path)[1].lower() not in (*TABLES, *LISTS):
+        raise UserError(f"{path}: is a file, expected a folder or a {', '.join(TABLES)} file")
+    base = None if root is None else os.path.expanduser(os.fspath(root))
+    if base is not None and not os.path.isdir(base):
+        raise UserError(f"{root_key}={root}: is not a folder")
+    return read_labelled_table(path, base, column_names(columns, columns_key), root_key)
 
 
 def _open_scenes(options: str) -> ScenesSource:
@@ -111,33 +118,18 @@ def _open_scenes(options: str) -> ScenesSource:
     return ScenesSource(**values)
 
 
-def _open_list(spec: str, root: str | os.PathLike[str] | None) -> PathSource:
-    suffix = os.path.splitext(spec)[1].lower()
-    if suffix not in LISTS:
+def _open_list(spec: str, root: str | os.PathLike[str] | None, columns: Columns) -> PathSource:
+    """The files that a list or the column of paths of a table names, whether they exist or not."""
+    if os.path.splitext(spec)[1].lower() not in (*LISTS, *TABLES):
         raise UserError(f"data: {spec} is a file, expected {KINDS}")
     folder = os.path.abspath(os.path.expanduser(os.fspath(root)) if root else os.path.dirname(spec) or ".")
-    entries = _parquet_paths(spec) if suffix == ".parquet" else _text_paths(spec, suffix in (".csv", ".tsv"))
-    block = PathBlock.of([inside(folder, entry, f"data: {spec} line {line}", "data.root") for line, entry in entries])
-    if not len(block):
+    table = open_table(spec, f"data: the list {spec}", folder)
+    found = table.column("path", columns)
+    if found is None:
+        names = ", ".join(table.names)
+        raise UserError(f"{table.title} has no column path; say columns=path:NAME; its columns: {names}")
+    where, path = f"data: {spec} {table.unit}", found[0]
+    entries = [inside(folder, cell, f"{where} {number}", "data.root") for number, (cell,) in table.cells(path) if cell]
+    if not entries:
         raise UserError(f"data: the list {spec} names no files")
-    return PathSource(folder, block)
-
-
-def _text_paths(spec: str, tabular: bool) -> Iterator[tuple[int, str]]:
-    """(line number, path) of a list; of a table the column `path`, or the first."""
-    column = 0
-    for number, (line, cells) in enumerate(rows_of(spec, f"data: the list {spec}")):
-        if tabular and number == 0 and "path" in cells:
-            column = cells.index("path")
-        elif tabular and number == 0 and os.path.splitext(cells[0])[1].lower() not in EXTENSIONS:
-            continue  # the names of the columns
-        elif len(cells) > column and cells[column]:
-            yield line, cells[column]
-
-
-def _parquet_paths(spec: str) -> Iterator[tuple[int, str]]:
-    table = parquet_table(spec, f"data: the list {spec}", "path")
-    values = table.column(0).to_pylist()
-    if not all(isinstance(value, str) for value in values):
-        raise UserError(f"data: the column {table.column_names[0]!r} of {spec} does not hold paths")
-    yield from enumerate(values, 1)
+    return PathSource(folder, PathBlock.of(entries))

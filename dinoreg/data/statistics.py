@@ -28,6 +28,8 @@ def inspect_source(
     crop_size: int = 224,
     in_channels: int = 3,
     value_range: Sequence[float] | None = None,
+    root: str | os.PathLike[str] | None = None,
+    columns: str = "",
 ) -> dict[str, Any]:
     """Decode evenly spaced images of a source in full and describe them.
 
@@ -35,6 +37,7 @@ def inspect_source(
     crop_size    pixels; images with a shorter side below it are counted as small
     in_channels  channels of the model that is to see them
     value_range  LOW,HIGH as in `data.range`; without it pixels are scaled by their types
+    root, columns  of a list or table, as for `open_source`
     returns    a dict of plain values: images, looked_at, formats, modes, percentiles of height, width and
                shorter_side, small, bad (name -> reason), duplicates (lists of names with equal contents),
                mean, std (per channel, of pixels in 0..1, every image weighing the same; None without images), types
@@ -44,7 +47,7 @@ def inspect_source(
                than one)
     raises     UserError as `open_source` does
     """
-    source = open_source(spec, value_range=value_range)
+    source = open_source(spec, root=root, value_range=value_range, columns=columns)
     count = len(source) if sample <= 0 else min(sample, len(source))
     indices = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
     with ThreadPoolExecutor(_THREADS) as pool:

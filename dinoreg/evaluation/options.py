@@ -175,6 +175,7 @@ class EvalOptions(Options):
         shapes_result=False,
     )
     root: str | None = side_option(None, "the folder that holds the datasets' folders")
+    columns: str = option("", "of a table of your own: what they are called, as path:FILE,label:BREED,split:SET")
     out: str | None = side_option(None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS")
     protocols: list[str] | None = option(None, "only these; none: all that a dataset declares")
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)

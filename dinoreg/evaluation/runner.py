@@ -69,7 +69,7 @@ def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
         if Path(name).exists() and not name.endswith(".py"):
             from dinoreg.evaluation.custom.datasets import own_benchmark
 
-            benchmark = own_benchmark(Path(name), request.dataset.get("own", {}))
+            benchmark = own_benchmark(Path(name), request.dataset.get("own", {}), request.options.columns)
         else:
             benchmark = find_benchmark(name)
         chosen[benchmark.name] = benchmark

@@ -109,13 +109,12 @@ def _count_images(config: Config, notes: list[str]) -> int | None:
     from dinoreg.data.open import open_source
 
     try:
-        source = open_source(
-            config.data.source, weights=config.data.weights, root=config.data.root, index_dir=config.data.index_dir
-        )
+        data, source = config.data, config.data.source
+        opened = open_source(source, data.weights, data.index_dir, data.root, columns=data.columns)
     except UserError as error:
         notes.append(f"The images could not be counted here: {error}")
         return None
-    return len(source)
+    return len(opened)
 
 
 def _refuse(job: Job) -> None:

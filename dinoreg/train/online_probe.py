@@ -6,7 +6,7 @@ needs no labels and is always measured.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from dinoreg.config.load import Config
 from dinoreg.config.schema import ProbeConfig
 from dinoreg.data.center_crop import center_crops
-from dinoreg.data.open import labelled_folder, open_source
+from dinoreg.data.labelled import listed, passed_over_in_words
+from dinoreg.data.open import open_source, read_labelled
 from dinoreg.data.source import ScenesSource, Source
+from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast
@@ -38,6 +40,8 @@ class Probe:
     images     (n, C, H, W) uint8
     labels     (n,) int64 below num_classes, or None: effective rank only
     mean, std  (1, C, 1, 1) of the normalisation, for pixels in 0 to 1
+    bank       how many of the images, the first, the others are classified by; None: half of them
+    notes      lines for the log on how the labels were read
     """
 
     images: Tensor
@@ -45,6 +49,8 @@ class Probe:
     num_classes: int
     mean: Tensor
     std: Tensor
+    bank: int | None = None
+    notes: tuple[str, ...] = ()
 
     @torch.no_grad()
     def measure(
@@ -54,14 +60,14 @@ class Probe:
 
         dtype    of autocast
         returns  rankme, the effective rank of the centred class tokens (1 to D); with labels knn_top1, the share
-                 (0 to 1) of the second half of the images that 20 neighbours in the first half classify correctly;
+                 (0 to 1) of the images behind the bank that 20 neighbours in the bank classify correctly;
                  probe_time in seconds
         """
         started = time.perf_counter()
         features = self.features(backbone, device, dtype, ranks)
         result = {"rankme": rankme(features - features.mean(dim=0))}
         if self.labels is not None:
-            half = len(features) // 2
+            half = self.bank if self.bank is not None else len(features) // 2
             votes = knn_predict(
                 features[:half],
                 self.labels[:half].to(device),
@@ -182,27 +188,64 @@ def build_general(config: Config) -> Probe | None:
 
 
 def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
-    probe = _probe(config, *_labelled(spec, config.probe.num_images, config.data.range))
+    if spec == "scenes" or spec.startswith("scenes:"):
+        probe = _probe(config, *_labelled_scenes(spec, config.probe.num_images))
+    else:
+        probe = _probe_of_own(config, key, spec)
     assert probe.labels is not None
-    if len(probe.images) < 4 or len(probe.labels[: len(probe.labels) // 2].unique()) < 2:
+    bank = probe.labels[: len(probe.labels) // 2 if probe.bank is None else probe.bank]
+    if len(probe.images) < 4 or len(bank.unique()) < 2 or len(bank) == len(probe.labels):
         raise UserError(f"{key}={spec}: expected at least 4 readable images of 2 classes")
     return probe
 
 
-def _probe(config: Config, source: Source, labels: np.ndarray | None = None, num_classes: int = 0) -> Probe:
-    """A probe on some images of a source, always the same; `labels` of all of them."""
-    chosen = np.random.default_rng(0).permutation(len(source))[: config.probe.num_images]
+def _probe_of_own(config: Config, key: str, spec: str) -> Probe:
+    """A probe on a folder or table: where it has splits, the bank is of train and the others are of val, or of test."""
+    places = config.data.index_dir, config.probe.root
+    found = read_labelled(spec, *places, config.probe.columns, "probe.columns", "probe.root")
+    if found.labels.ndim > 1:
+        raise UserError(f"{key}={spec}: has several labels an image, expected one")
+    source = found.source()
+    source.value_range = ValueRange.of(config.data.range)
+    notes = tuple(f"{key}: {line}" for line in (*found.warnings, *passed_over_in_words(found.passed_over)))
+    words = np.array(found.words or [])
+    queried = next((split for split in ("val", "test") if split in words), None)
+    parts = None
+    if "train" in words and queried is not None:
+        parts = np.flatnonzero(words == "train"), np.flatnonzero(words == queried)
+        unseen = np.setdiff1d(found.labels[parts[1]], found.labels[parts[0]])
+        if len(unseen):
+            names = listed(found.class_names[label] for label in unseen)
+            notes += (f"{key}: classes of {queried} that train has not, and that cannot be right: {names}",)
+    return replace(_probe(config, source, found.labels, len(found.class_names), parts), notes=notes)
+
+
+def _probe(
+    config: Config,
+    source: Source,
+    labels: np.ndarray | None = None,
+    num_classes: int = 0,
+    parts: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Probe:
+    """A probe on some images of a source, always the same.
+
+    labels  of all images
+    parts   the images that the bank and those that are classified are taken from, half of them each; None: any
+    """
+    rng, count = np.random.default_rng(0), config.probe.num_images
+    if parts is None:
+        chosen = rng.permutation(len(source))[:count]
+    else:
+        chosen = np.concatenate([rng.permutation(part)[: count // 2] for part in parts])
     images, readable = center_crops(source, chosen.tolist(), config.crops.global_size, config.model.in_channels)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.augment.mean, config.augment.std))
-    return Probe(images, None if labels is None else torch.from_numpy(labels[readable]), num_classes, mean, std)
+    bank = None if parts is None else int(np.isin(readable, parts[0]).sum())
+    return Probe(images, None if labels is None else torch.from_numpy(labels[readable]), num_classes, mean, std, bank)
 
 
-def _labelled(spec: str, count: int, value_range: list[float] | None) -> tuple[Source, np.ndarray, int]:
-    """Images, their labels (n,) int64 and the number of classes."""
-    if spec == "scenes" or spec.startswith("scenes:"):
-        source = open_source(spec if ":" in spec else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
-        assert isinstance(source, ScenesSource)
-        labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
-        return source, np.array(labels), len(CLASS_NAMES)
-    folder, folder_labels, names = labelled_folder(spec, value_range=value_range)
-    return folder, folder_labels, len(names)
+def _labelled_scenes(spec: str, count: int) -> tuple[Source, np.ndarray, int]:
+    """Scenes, their labels (n,) int64 and the number of classes."""
+    source = open_source(spec if ":" in spec else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
+    assert isinstance(source, ScenesSource)
+    labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
+    return source, np.array(labels), len(CLASS_NAMES)

@@ -138,7 +138,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     if data.source is None:
         raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
     with ranks.main_first():  # the others find the index ready
-        source = open_source(data.source, data.weights, data.index_dir, data.root, data.range)
+        source = open_source(data.source, data.weights, data.index_dir, data.root, data.range, data.columns)
     num_steps = config.num_steps(len(source), ranks.world_size)
     student, teacher = build_networks(config)
     notes = [config.explain_lr(ranks.world_size), *changed]
@@ -154,6 +154,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     probe, general = build_probe(config, source), build_general(config)
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
+    notes += [f"warning: {line}" for each in (probe, general) if each is not None for line in each.notes]
     return Setup(
         config=config,
         ranks=ranks,

@@ -81,15 +81,16 @@ def open_subject(weights: str, device: str = "auto") -> Subject:
 # Images
 
 
-def open_images(spec: str | Sequence[str], key: str = "images") -> Source:
+def open_images(spec: str | Sequence[str], key: str = "images", columns: str = "") -> Source:
     """A source of images: a file, a folder, a list of paths, tar archives, scenes, or several of these.
 
     Tars are a folder that holds nothing else, or one archive by name. Raises UserError when there is no image.
 
-    key  option that messages name
+    key      option that messages name
+    columns  of tables, as for `open_source`
     """
     if not isinstance(spec, str):
-        parts = [open_images(each, key) for each in spec]
+        parts = [open_images(each, key, columns) for each in spec]
         if not parts:
             raise UserError(f"{key}=[]: expected at least one image, folder or list")
         return parts[0] if len(parts) == 1 else JoinedSource(parts)
@@ -105,7 +106,7 @@ def open_images(spec: str | Sequence[str], key: str = "images") -> Source:
             if not any(path.glob("*.tar")):
                 raise
             return _tars(path)
-    return open_source(spec)
+    return open_source(spec, columns=columns)
 
 
 def _tars(folder: Path, archive: str | None = None) -> Source:
@@ -214,7 +215,7 @@ def config_source(data: DataConfig, missing: str) -> Source:
     if data.source is None:
         raise UserError(missing)
     index = Path(data.index_dir) if data.index_dir else None
-    return open_source(data.source, data.weights, index, data.root, data.range)
+    return open_source(data.source, data.weights, index, data.root, data.range, data.columns)
 
 
 def newest_step(run: Path) -> int:

@@ -7,7 +7,6 @@
 Where no split is given, a seeded share of every class is held out, and the result says so.
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import field, replace
@@ -18,13 +17,13 @@ import numpy as np
 
 from dinoreg.config.bundled import bundled
 from dinoreg.config.option import option
-from dinoreg.data.copies import MOST_COMPARED, find_copies
-from dinoreg.data.folder_index import PathBlock, index_folder
-from dinoreg.data.source import ChosenSource, PathSource
+from dinoreg.data.copies import MOST_COMPARED, Copies, find_copies
+from dinoreg.data.labelled import LabelledImages, listed, passed_over_in_words
+from dinoreg.data.open import read_labelled
+from dinoreg.data.source import ChosenSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
 from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
-from dinoreg.evaluation.custom.splits import SPLIT_WORDS, copies_across, parts
-from dinoreg.evaluation.custom.tables import SUFFIXES, Table, read_table
+from dinoreg.evaluation.custom.splits import copies_across, parts
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.runtime.errors import UserError
 
@@ -33,7 +32,6 @@ SHARE = "a share between 0 and 1"
 OPTIONS = {
     "test_share": option(0.2, "of each class, held out where no split is given", above=0, below=1, expected=SHARE),
     "seed": option(0, "of that hold-out", low=0),
-    "labels": option("", "of a table: the columns that hold labels, with commas between; empty: label, or all others"),
     "root": option("", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
 }
 BLANK = Benchmark(NAME, "", None, (), (), tasks=(), download="", licence="your own", options=OPTIONS, aliases=(NAME,))
@@ -41,31 +39,22 @@ EPOCH_STEPS = (100, 1250)  # fewest and most steps in one of the linear protocol
 PAIRS = {"masks": ("segmentation", "mIoU", segmented), "depth": ("depth", "RMSE", depths)}
 
 
-def own_benchmark(path: Path, options: Mapping[str, Any]) -> Benchmark:
+def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> Benchmark:
     """The data at a path as a benchmark, ready to be read; its lists are read once, here.
 
     options  the values given as own.KEY=VALUE (OPTIONS)
+    columns  of a table: what they are called, "path:FILE,label:BREED,split:SET"
 
     Raises UserError, in one line, for a path that is none of the kinds above and for anything wrong with its lists.
     """
     path = Path(path).expanduser().absolute()
-    if not path.exists():
-        raise UserError(f"{path}: does not exist, expected a folder or a {', '.join(SUFFIXES)} file")
     values = BLANK.option_values(options)
     # The given values become the defaults, so that a reader called without options uses them as well.
     given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
     blank = replace(BLANK, name=_name(path), title=path.name, folders=(str(path),), options=given)
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
         return _of_pairs(blank, path, kinds, values["test_share"], values["seed"])
-    if path.is_file() and path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: is a file, expected a folder or a {', '.join(SUFFIXES)} file")
-    if path.is_dir():
-        table = _read_folder(path)
-    else:
-        root, labels = values["root"], [name.strip() for name in values["labels"].split(",") if name.strip()]
-        if root and not Path(root).expanduser().is_dir():
-            raise UserError(f"own.root={root}: is not a folder")
-        table = read_table(path, Path(root).expanduser() if root else path.parent, labels)
+    table = read_labelled(path, root=values["root"] or None, columns=columns)
     return _of_labels(blank, _split(table, path, values["test_share"], values["seed"]))
 
 
@@ -100,44 +89,17 @@ def _reader(read: Callable[..., Data], *arguments: Any) -> Reader:
     return lambda _folder, _options: read(*arguments)
 
 
-def _read_folder(path: Path) -> Table:
-    """Folders of classes, or of splits that hold such folders."""
-    index = index_folder(path)
-    files = [name for name in (index[number] for number in range(len(index))) if os.sep in name]
-    in_splits = _has_split_folders(path, files)
-    for file in files:
-        if in_splits and file.count(os.sep) < 2:
-            raise UserError(f"{path / file}: lies in a split but in no class, expected SPLIT/CLASS/IMAGE")
-    names, labels = np.unique([file.split(os.sep)[in_splits] for file in files], return_inverse=True)
-    if len(names) < 2:
-        raise UserError(f"{path}: has images in {len(names)} folder(s), expected one per class, at least two")
-    words = [SPLIT_WORDS[file.split(os.sep)[0].lower()] for file in files] if in_splits else None
-    return Table(path, files, labels, names.tolist(), words)
-
-
-def _has_split_folders(path: Path, files: list[str]) -> bool:
-    """Whether the subfolders that hold images are splits, not classes: `train` is one, and all are called so."""
-    folders = sorted({file.split(os.sep)[0] for file in files})
-    words = {SPLIT_WORDS.get(name.lower()) for name in folders}
-    if None in words and {"train", "test"} <= words:
-        other = next(name for name in folders if name.lower() not in SPLIT_WORDS)
-        raise UserError(f"{path}: holds {other}/ beside train and test, expected folders of splits or of classes")
-    return "train" in words and None not in words
-
-
-def _split(table: Table, path: Path, share: float, seed: int) -> Data:
+def _split(table: LabelledImages, path: Path, share: float, seed: int) -> Data:
     """The images of each split, with one label or several."""
     labels, names = table.labels, table.class_names
     several = labels.ndim == 2
-    everything = PathSource(str(table.root), PathBlock.of(list(table.paths)))
+    everything = table.source()
     copies = find_copies(everything) if len(everything) <= MOST_COMPARED else None
     rows, variant = parts(table.words, _rarest(labels) if several else labels, share, seed, path, copies=copies)
-    warnings = copies_across(rows, copies) if copies is not None else []
-    if not several:
-        for split, part in rows.items():
-            unseen = np.setdiff1d(labels[part], labels[rows["train"]])
-            if len(unseen):
-                raise UserError(f"{path}: the class {names[unseen[0]]!r} is in {split} but not in train")
+    warnings = [*table.warnings, *passed_over_in_words(table.passed_over)]
+    warnings += copies_across(rows, copies) if copies is not None else []
+    two = _two_labels(table, copies) if copies is not None and not several else ""
+    warnings += [*filter(None, [two]), *_one_sided(table, rows, f"{path}: {two}{'; ' * bool(two)}")]
     kind = MultiLabelled if several else Labelled
     splits = {}
     for split, part in rows.items():
@@ -145,6 +107,43 @@ def _split(table: Table, path: Path, share: float, seed: int) -> Data:
         source.as_trained = True
         splits[split] = kind(source, labels[part], len(names))
     return Data(splits, names, variant, {"warnings": warnings})
+
+
+def _two_labels(table: LabelledImages, copies: Copies) -> str:
+    """In words how many pictures have several labels, the first of them with its labels; "" for none."""
+    order = np.lexsort((table.labels, copies.groups))
+    same = copies.groups[order][1:] == copies.groups[order][:-1]
+    differ = np.flatnonzero(same & (table.labels[order][1:] != table.labels[order][:-1]))
+    if not len(differ):
+        return ""
+    one, other = (order[differ[0] + step] for step in (0, 1))
+    names = (table.class_names[table.labels[row]] for row in (one, other))
+    count = len(np.unique(copies.groups[order][differ]))
+    return f"{count:,} pictures are of several classes, as {table.paths[one]} and {table.paths[other]}: {listed(names)}"
+
+
+def _one_sided(table: LabelledImages, rows: Mapping[str, np.ndarray], where: str) -> list[str]:
+    """Warnings on classes that are tested but not learnt, or learnt but not tested.
+
+    where   what messages begin with
+    raises  UserError where one class is all that a split has, or where no image of one can be right
+    """
+    names, single, warnings = np.array(table.class_names), table.labels.ndim == 1, []
+    has = table.labels[:, None] == np.arange(len(names)) if single else table.labels == 1  # (n, K)
+    present = {split: has[part].any(axis=0) for split, part in rows.items()}
+    for split, there in present.items():
+        if single and there.sum() == 1:
+            raise UserError(f"{where}every image of {split} is of the class '{names[there][0]}', expected two or more")
+        unseen = there & ~present["train"]
+        count = int(has[rows[split]][:, unseen].any(axis=1).sum())
+        if single and count == len(rows[split]):
+            raise UserError(f"{where}no class of {split}, as '{names[unseen][0]}', is in train")
+        if count:
+            which = f"classes that are not in train, and cannot be right: {listed(names[unseen])}"
+            warnings.append(f"{count:,} of {len(rows[split]):,} images of {split} are of {which}")
+    if len(untested := names[present["train"] & ~present["test"]]):
+        warnings.append(f"nothing is said about classes without an image in test: {listed(untested)}")
+    return warnings
 
 
 def _rarest(labels: np.ndarray) -> np.ndarray:

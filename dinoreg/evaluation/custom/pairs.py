@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from dinoreg.data.folder_index import PathBlock, index_folder
+from dinoreg.data.labelled import read_classes
 from dinoreg.data.source import PathSource
-from dinoreg.evaluation.custom.splits import SPLIT_WORDS, parts
-from dinoreg.evaluation.custom.tables import read_classes
+from dinoreg.data.split_names import split_of
+from dinoreg.evaluation.custom.splits import parts
 from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented
 from dinoreg.evaluation.features.images import default_workers, parallel
 from dinoreg.evaluation.readers.files import paired
@@ -71,15 +72,15 @@ def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, s
                 raise UserError(f"{root / image} {what} of the same name in {root / place}")
             images.append(image)
             truths.append(os.path.join(place, matches[0]))
-            words.append(SPLIT_WORDS.get((base or folder.split(os.sep)[0]).lower()))
+            words.append(split_of(base or folder.split(os.sep)[0]))
     repeated = [truth for truth, count in Counter(truths).items() if count > 1]
     if repeated:
         raise UserError(f"{root / repeated[0]}: belongs to two images of the same name")
     known = [word for word in words if word is not None]
     if "train" in known and None in words:
         raise UserError(f"{root / images[words.index(None)]}: lies in no split, though others lie in train")
-    split_of = known if len(known) == len(words) else None
-    rows, variant = parts(split_of, np.zeros(len(images)), share, seed, root, per_class=False)
+    given = known if len(known) == len(words) else None
+    rows, variant = parts(given, np.zeros(len(images)), share, seed, root, per_class=False)
 
     def source(paths: list[str], chosen: np.ndarray) -> PathSource:
         return PathSource(str(root), PathBlock.of([paths[row] for row in chosen]))
@@ -93,7 +94,7 @@ def segmented(root: Path, pairs: Pairs, variant: str) -> Data:
     variant  how they were split, in words
     raises   UserError for a number of classes outside 2..255, and for a mask that cannot be read
     """
-    names = read_classes(root / "classes.txt") or []
+    names = read_classes(root) or []
     num_classes = len(names) or max(_largest_class(*sources) for sources in pairs.values()) + 1
     if not 2 <= num_classes <= IGNORED:
         raise UserError(f"{root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
@@ -161,4 +162,4 @@ def _bases(root: Path) -> list[str]:
         below = sorted(os.listdir(root))
     except OSError as error:
         raise UserError(f"{root}: cannot be read ({error.strerror})") from None
-    return [name for name in below if name.lower() in SPLIT_WORDS and (root / name / "images").is_dir()]
+    return [name for name in below if split_of(name) and (root / name / "images").is_dir()]

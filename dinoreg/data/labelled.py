@@ -1,0 +1,93 @@
+"""Labelled images of one's own, whatever they come as: what `eval`, `probe.data` and `probe.general` read."""
+
+import os
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dinoreg.data.folder_index import PathBlock
+from dinoreg.data.source import PathSource
+from dinoreg.runtime.errors import UserError
+
+LISTED = 5  # names in one message
+# Texts and tables, which nobody expects to be read as pictures.
+_COMPANIONS = frozenset(
+    (".txt", ".csv", ".tsv", ".xls", ".xlsx", ".parquet", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".ini", ".mat")
+    + (".md", ".pdf", ".html", ".log", ".py", ".ipynb", ".db")
+)
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images with labels, and what is to be said about how they were read.
+
+    paths        relative to `root`
+    labels       (n,) int64 classes, or (n, K) int8: 1 present, 0 absent, -1 not to be counted
+    class_names  in the order of their numbers
+    words        "train", "val" or "test" for each image, or None where nothing says so
+    warnings     one line each
+    passed_over  files beside the images that are none, by ending
+    """
+
+    root: str
+    paths: list[str]
+    labels: np.ndarray
+    class_names: list[str]
+    words: list[str] | None
+    warnings: list[str]
+    passed_over: dict[str, int]
+
+    def source(self) -> PathSource:
+        """The images, in the order of `paths`."""
+        return PathSource(self.root, PathBlock.of(self.paths))
+
+
+def listed(names: Iterable[object]) -> str:
+    """Some names with commas between, and how many more there are."""
+    shown = list(map(str, names))
+    more = f" and {len(shown) - LISTED:,} more" if len(shown) > LISTED else ""
+    return ", ".join(shown[:LISTED]) + more
+
+
+def passed_over_in_words(counts: dict[str, int]) -> list[str]:
+    """A warning, or none, for files of endings that are not read; texts and tables beside pictures are no loss."""
+    lost = Counter({ending: count for ending, count in counts.items() if ending not in _COMPANIONS}).most_common()
+    parts = [f"{count:,} {ending or 'without ending'}" for ending, count in lost]
+    return [f"files that are not read: {', '.join(parts)}"] if parts else []
+
+
+def alike(names: Iterable[str]) -> list[str]:
+    """A warning for each group of names that differ only in case or in spaces, and count as different classes."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[re.sub(r"[\s_-]+", "", unicodedata.normalize("NFKC", name).casefold())].append(name)
+    return [
+        f"the classes {listed(map(repr, group))} differ only in case or spacing, and count as {len(group)} classes"
+        for group in groups.values()
+        if len(group) > 1
+    ]
+
+
+def read_classes(folder: str | os.PathLike[str]) -> list[str] | None:
+    """The names in a folder's classes.txt, one a line, None without such a file.
+
+    Raises UserError for a file that cannot be read, fewer than two names, or repeated ones.
+    """
+    path = Path(folder) / "classes.txt"
+    if not path.is_file():
+        return None
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if len(names) < 2 or repeated:
+        raise UserError(f"{path}: expected two or more different names, one a line")
+    return names

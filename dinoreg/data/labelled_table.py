@@ -1,0 +1,220 @@
+"""Tables of labelled images: a CSV, TSV, parquet file or list with a column of paths and one or several of labels.
+
+- `label`: a class's name or number; `cat|outdoors` in any row makes it several labels an image.
+- several columns of labels (all but `path` and `split`, or those that are named): one class each, 1 present,
+  0 absent, -1 or empty not to be counted.
+- `split` (optional): train, val or test, or another usual name of them.
+
+A `classes.txt` beside the table fixes the classes and their order, a name a line.
+"""
+
+import os
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from dinoreg.config.option import nearest
+from dinoreg.data.labelled import LabelledImages, alike, listed, read_classes
+from dinoreg.data.split_names import split_of
+from dinoreg.data.tables import SEVERAL, Columns, Table, inside, open_table
+from dinoreg.runtime.errors import UserError
+
+INDICATORS = {"1": 1, "0": 0, "-1": -1, "": -1, "1.0": 1, "0.0": 0, "-1.0": -1, "true": 1, "false": 0}
+_MISSING = frozenset(("", "nan", "<na>", "nat"))  # what tables hold where there is no value
+_DOUBTFUL = frozenset(("none", "null", "na", "n/a", "#n/a", "?", "-"))  # or here
+_INDEX = frozenset(("", "index", "unnamed: 0"))  # what pandas calls a column of row numbers
+
+Cells = list[tuple[str, str]]  # (where it stands, cell) of every row
+
+
+def read_labelled_table(
+    file: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+    columns: Columns | None = None,
+    root_option: str = "own.root",
+) -> LabelledImages:
+    """Read a table of labelled images.
+
+    root         where relative paths begin and which no path may leave; by default the table's folder
+    columns      the names of its columns of paths, labels and splits, where they are not usual ones
+    root_option  names `root` in messages
+    raises       UserError, in one line, for whatever is wrong with the table, and for images that do not exist
+    """
+    path = Path(os.path.abspath(file))
+    base, columns = os.path.abspath(root or path.parent), columns or {}
+    table = open_table(path, f"{path}:", base)
+    found = {role: table.column(role, columns) for role in ("path", "split")}
+    if found["path"] is None:
+        expected = "say columns=path:NAME,label:NAME; its columns"
+        raise UserError(f"{path}: has no column path; {expected}: {', '.join(table.names)}")
+    labels, left = _label_columns(table, columns, [role[0] for role in found.values() if role is not None])
+    warnings = [*table.notes, *(note for role in found.values() if role for note in role[1]), *left]
+    cells = _cells(table, [found["path"][0], *labels, *([found["split"][0]] if found["split"] else [])])
+    first_places: dict[str, str] = {}
+    for place, entry in cells[found["path"][0]]:
+        if not entry:
+            raise UserError(f"{path} {place}: the path is empty")
+        entry = inside(base, entry, f"{path} {place}", root_option)
+        if entry in first_places:
+            raise UserError(f"{path} {place}: {entry} is listed before, in {first_places[entry]}")
+        first_places[entry] = place
+    if not first_places:
+        raise UserError(f"{path}: lists no images")
+    words = None
+    if found["split"] is not None:
+        words = [_split_of(cell, f"{path} {place}") for place, cell in cells[found["split"][0]]]
+    numbers, names = _labels(path, {name: cells[name] for name in labels}, warnings)
+    require_files(base, first_places, path)
+    return LabelledImages(base, list(first_places), numbers, names, words, warnings, {})
+
+
+def require_files(root: str | os.PathLike[str], paths: Iterable[str], where: Path) -> None:
+    """UserError, beginning with `where`, naming the first missing path below the root and counting the others."""
+
+    @cache
+    def names(folder: str) -> set[str]:
+        """Every folder is listed once, which is quicker than asking file by file."""
+        try:
+            return set(os.listdir(os.path.join(root, folder)))
+        except OSError:
+            return set()
+
+    absent = [path for path in paths if os.path.basename(path) not in names(os.path.dirname(path))]
+    if absent:
+        more = f", and so are {len(absent) - 1:,} others" if len(absent) > 1 else ""
+        raise UserError(f"{where}: {os.path.join(root, absent[0])} is missing{more}")
+
+
+def _cells(table: Table, names: list[str]) -> dict[str, Cells]:
+    found: dict[str, Cells] = {name: [] for name in names}
+    for number, row in table.cells(*names):
+        for name, cell in zip(names, row, strict=True):
+            found[name].append((f"{table.unit} {number}", cell))
+    return found
+
+
+def _split_of(word: str, where: str) -> str:
+    split = split_of(word)
+    if split is None:
+        raise UserError(f"{where}: split {word!r}{nearest(word, ('train', 'val', 'test'))}; expected train, val, test")
+    return split
+
+
+def _label_columns(table: Table, columns: Columns, taken: list[str]) -> tuple[list[str], list[str]]:
+    """The columns of labels, and notes on how they were chosen.
+
+    taken   the columns of paths and splits
+    raises  UserError where there are none, and for columns that are neither
+    """
+    if "label" in columns:
+        return [table.named(name) for name in columns["label"]], []
+    others = [name for name in table.names if name not in taken and name.strip().lower() not in _INDEX]
+    left = [f"the column {name!r} is left out" for name in table.names if name not in (*others, *taken)]
+    label = table.column("label", columns)
+    if label is not None:
+        others.remove(label[0])
+    if label is not None and others:
+        known = f"path:{taken[0]},label:{label[0]}"
+        raise UserError(
+            f"{table.title} unknown column {others[0]!r} beside path, label and split; columns={known} leaves it out, "
+            f"columns=label:COLUMN,label:COLUMN takes other columns as labels"
+        )
+    if label is not None:
+        return [label[0]], [*label[1], *left]
+    if not others:
+        raise UserError(f"{table.title} has no column label")
+    taken_as = [f"the column {others[0]!r} is taken as the label"] if len(others) == 1 else []
+    return others, [*taken_as, *left]
+
+
+def _labels(file: Path, cells: Mapping[str, Cells], warnings: list[str]) -> tuple[np.ndarray, list[str]]:
+    """Labels of the whole table, and the names of their classes."""
+    if len(cells) > 1:
+        return np.array([_indicators(file, *each) for each in cells.items()], dtype=np.int8).T, list(cells)
+    (column,) = cells.values()
+    given = read_classes(file.parent)
+    several = any(SEVERAL in cell for _, cell in column)
+    sets = {place: [part.strip() for part in cell.split(SEVERAL) if part.strip()] for place, cell in column}
+    for place, parts in sets.items():
+        if (not parts and not several) or any(part.lower() in _MISSING for part in parts):
+            raise UserError(f"{file} {place}: the label is {'empty' if not parts else f'missing ({parts[0]})'}")
+    sets = _one_spelling(sets, given, warnings)
+    number, names = _numbering({part for parts in sets.values() for part in parts}, given)
+    if not several and len({parts[0] for parts in sets.values()}) < 2:
+        raise UserError(f"{file}: every image has the label {column[0][1]!r}, expected at least two classes")
+    numbers = [[number(part, f"{file} {place}") for part in parts] for place, parts in sets.items()]
+    present = {each for row in numbers for each in row}
+    if given is not None and (absent := [name for index, name in enumerate(names) if index not in present]):
+        warnings.append(f"classes of classes.txt without an image: {listed(absent)}")
+    if not several:
+        return np.array(numbers, dtype=np.int64)[:, 0], names
+    labels = np.zeros((len(numbers), len(names)), dtype=np.int8)
+    for row, found in zip(labels, numbers, strict=True):
+        row[found] = 1
+    return labels, names
+
+
+def _one_spelling(sets: Mapping[str, list[str]], given: list[str] | None, warnings: list[str]) -> dict[str, list[str]]:
+    """The labels with one spelling of each number, 1 for 1.0 and 01, where all are numbers; and with composed accents.
+
+    Adds warnings on numbers of several spellings, on classes that differ only in case, and on labels that may say that
+    there is none.
+    """
+    plain = {place: [unicodedata.normalize("NFC", part) for part in parts] for place, parts in sets.items()}
+    counts = Counter(part for parts in plain.values() for part in parts)
+    if doubtful := [label for label in counts if label.lower() in _DOUBTFUL]:
+        warnings += [f"the label {label!r} of {counts[label]:,} rows is taken as a class" for label in doubtful]
+    whole = {label: _whole(label) for label in counts if label not in (given or ())}
+    spellings = defaultdict(list)
+    for label, value in whole.items():
+        spellings[value].append(label)
+    several = [each for value, each in spellings.items() if value is not None and len(each) > 1]
+    one: dict[str, str] = {}
+    if None in spellings:  # among names a number may be a name
+        warnings += [f"the labels {listed(each)} count as {len(each)} classes" for each in several]
+        warnings += alike(counts)
+    elif several or any("." in label for label in whole):
+        one = {label: str(value) for label, value in whole.items()}
+        warnings += [f"the labels {listed(each)} are taken as one class, {one[each[0]]}" for each in several]
+    return {place: [one.get(part, part) for part in parts] for place, parts in plain.items()}
+
+
+def _whole(label: str) -> int | None:
+    """The whole number that a label is, in any spelling, 1, 01 or 1.0; None for any other."""
+    try:
+        value = float(label) if label.strip("+-.0123456789") == "" else None
+    except ValueError:
+        return None
+    return int(value) if value is not None and value.is_integer() else None
+
+
+def _indicators(file: Path, name: str, column: Cells) -> list[int]:
+    for place, cell in column:
+        if cell.lower() not in INDICATORS:
+            raise UserError(f"{file} {place}: {name} is {cell!r}, expected 1, 0 or -1")
+    return [INDICATORS[cell.lower()] for _, cell in column]
+
+
+def _numbering(cells: set[str], given: list[str] | None) -> tuple[Callable[[str, str], int], list[str]]:
+    """A cell's class number, and the names of the classes; whole numbers are ordered as such."""
+    whole = {cell: int(cell) for cell in cells if cell.removeprefix("-").isdecimal()}
+    numeric = len(whole) == len(cells)
+    names = given or sorted(cells, key=(lambda cell: (whole[cell], cell)) if numeric else None)
+    by_name = {name: index for index, name in enumerate(names)}
+    count = len(names)
+
+    def number(cell: str, where: str) -> int:
+        if numeric and (int(cell) < 0 or (given is not None and cell not in by_name and int(cell) >= count)):
+            expected = f"0..{count - 1} by classes.txt" if given is not None else "0 or more"
+            raise UserError(f"{where}: label {cell} is out of range, expected {expected}")
+        if cell in by_name:
+            return by_name[cell]
+        if numeric:
+            return int(cell)
+        raise UserError(f"{where}: label {cell!r} is not in classes.txt{nearest(cell, names)}")
+
+    return number, names
