@@ -42,6 +42,8 @@ class LoadReport:
     source: str  # whose file: "dinoreg", "Meta", "timm" or "transformers"
     positions: str  # how the model resamples its positions, and whose way that is
     fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
+    where: str  # what the names in the file begin with: "teacher.backbone"
+    others: tuple[str, ...]  # the same of other networks in the file, which were not taken
 
     def __str__(self) -> str:
         groups = sorted({key.partition(".")[0] for key in self.left_out})
@@ -54,7 +56,9 @@ class LoadReport:
             "not in the file:": ", ".join(missing),
         }
         changes = [f"{what} {which}" for what, which in parts.items() if which]
-        first = f"{len(self.loaded)} tensors loaded from {self.path} ({self.source})"
+        network = f", {self.where!r} in it" if self.where and self.source != SOURCES["dinoreg"] else ""
+        network += f", not {' or '.join(map(repr, self.others))}" if self.others else ""
+        first = f"{len(self.loaded)} tensors loaded from {self.path} ({self.source}{network})"
         return "; ".join([first, *changes, self.positions])
 
 
@@ -100,7 +104,7 @@ def load_reported(
         generator = torch.Generator().manual_seed(0)
         state["register_tokens"] = TOKEN_STD * torch.randn(1, model.num_registers, model.dim, generator=generator)
     model.load_state_dict(state, assign=True)
-    changed = report.reshaped or report.adapted or report.grafted
+    changed = report.reshaped or report.adapted or report.grafted or report.others
     logger.log(logging.WARNING if changed else logging.INFO, "%s", report)
     return Loaded(model.to(device).eval().requires_grad_(True), report, weights)
 
@@ -208,6 +212,8 @@ def fit(
         fresh=fresh,
         source=source,
         positions=f"positions are resampled {now}, {reason}",
+        where=weights.where,
+        others=weights.others,
     )
 
 

@@ -17,7 +17,8 @@ from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_text
 from dinoreg.weights.architecture import Stated, as_sides, infer_architecture
-from dinoreg.weights.convert import FROM, detect, from_timm, unwrap
+from dinoreg.weights.backbone_in_file import find_backbone
+from dinoreg.weights.convert import FROM, detect, from_timm
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
 from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
 
@@ -28,7 +29,7 @@ FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
 
 POINTERS = ("best", "last")  # files in a run's folder of checkpoints
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers": "transformers"}
 
@@ -46,6 +47,8 @@ class Weights:
     metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": {"mean": ..., "std": ...}}
     source    "dinoreg" | "meta" | "timm" | "transformers"
     stated    the architecture according to the JSON file beside it
+    where     what the names in the file begin with ("teacher.backbone")
+    others    the same of other networks in the file, which were not taken
     """
 
     path: Path
@@ -54,6 +57,8 @@ class Weights:
     metadata: dict[str, Any]
     source: str
     stated: Stated
+    where: str = ""
+    others: tuple[str, ...] = ()
 
     def architecture(self, heads: int | None = None) -> dict[str, Any]:
         """Arguments of RegisterViT, from the tensors' shapes and the JSON beside them, see `infer_architecture`.
@@ -140,8 +145,8 @@ def read_weights(source: str | Path) -> Weights:
         stated = Stated(architecture if isinstance(architecture, dict) else {})
     content = read_file(path)
     try:
-        state, others = unwrap(content)
-        state = _plain(state)  # before tokens and positions are added up
+        found_in_file = find_backbone(content)
+        state = _plain(found_in_file.state)  # before tokens and positions are added up
         found = detect(state)
         if library is not None and found != library:
             raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
@@ -152,7 +157,8 @@ def read_weights(source: str | Path) -> Weights:
         raise UserError(f"weights {path}: {error}") from None
     heads = [key for key in backbone if _HEAD_KEY.match(key)]
     backbone = {key: value for key, value in backbone.items() if key not in heads}
-    return Weights(path, _plain(backbone), (*heads, *others), metadata, found, stated)
+    _, left_out, where, others = found_in_file
+    return Weights(path, _plain(backbone), (*heads, *left_out), metadata, found, stated, where, others)
 
 
 def _grid(stated: Stated, state: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder, seeded, wrap
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
-from dinoreg.weights.convert import unwrap
+from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.files import read_file
 from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
 from dinoreg.weights.load import load, load_reported
@@ -108,8 +108,7 @@ def _load_state(model: nn.Module, path: Path, weights: str) -> None:
         raise UserError(f"weights={weights}: {path} does not exist")
     content = read_file(path)
     try:
-        state, _ = unwrap(content)
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = model.load_state_dict(find_backbone(content).state, strict=False)
     except Exception as error:  # torn files and wrong shapes raise many kinds of exception
         raise UserError(f"weights={weights}: {path} does not fit the model ({one_line(error, 160)})") from None
     extra = [key for key in unexpected if not key.startswith(("head.", "fc_norm."))]
