@@ -21,6 +21,7 @@ from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.convert import FROM, detect, from_timm
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
 from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
+from dinoreg.weights.names import not_there
 
 TEACHER_FORMAT = "dinoreg-teacher"
 
@@ -134,7 +135,7 @@ def read_weights(source: str | Path) -> Weights:
     """
     path = find_weights(source)
     if path is None:
-        raise UserError(f"weights {str(source)!r}: no such file or run folder")
+        raise not_there(source)
     library = library_of(path.parent) if path.name in FILES else None
     if library is not None:  # before the tensors, which may be many
         stated = read_config(path.parent, library)
