@@ -169,20 +169,28 @@ def test_a_name_under_which_nothing_is_published_is_refused_without_a_place() ->
 # ------------------------------------------------------------------ run folders and teacher files
 
 
-def test_a_run_folder_gives_its_best_teacher_else_its_last_else_its_newest(tmp_path: Path) -> None:
+def test_a_run_folder_means_its_last_state_and_the_best_only_by_name(tmp_path: Path) -> None:
     models = {step: tiny(step) for step in (5, 10, 15)}
     for step, model in models.items():
         write_teacher(tmp_path, model, step)
-    assert_same_weights(load(tmp_path), models[15])
+    assert_same_weights(load(tmp_path), models[15])  # the newest, without a pointer
     point(tmp_path, last="step_0000010")
     assert_same_weights(load(str(tmp_path)), models[10])
+    for missing in ("best", "checkpoints/best"):
+        with pytest.raises(UserError, match="this run has no best step: no probe was better"):
+            load(tmp_path / missing)
     point(tmp_path, best="step_0000005")
-    assert_same_weights(load(tmp_path), models[5])
-    point(tmp_path, best="step_0000099")  # its file is gone
     assert_same_weights(load(tmp_path), models[10])
-    point(tmp_path, best="../../elsewhere/step_0000005", last="")
+    for name in ("best", "checkpoints/best", "teacher/step_0000005.safetensors"):
+        assert_same_weights(load(tmp_path / name), models[5])
+    for name in ("last", "checkpoints/last"):
+        assert_same_weights(load(tmp_path / name), models[10])
+    for target in ("step_0000099", "../../elsewhere/step_0000005"):  # its file is gone; out of the folder
+        point(tmp_path, best=target)
+        with pytest.raises(UserError, match="the teacher file of this checkpoint is not in"):
+            load(tmp_path / "best")
+    point(tmp_path, last="step_0000099")
     assert_same_weights(load(tmp_path), models[15])
-    assert_same_weights(load(tmp_path / "teacher" / "step_0000005.safetensors"), models[5])
 
 
 def test_the_teachers_json_says_what_shapes_cannot(tmp_path: Path) -> None:

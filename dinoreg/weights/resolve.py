@@ -1,8 +1,9 @@
 """Weight files: finding them and bringing them to the encoder's own key names.
 
-`weights=` and `init=` name a run folder, one of its checkpoints or teacher files, a file of Meta's, a folder or file
-of transformers or of timm. The library is recognised by the key names; `convert.py` renames them, `architecture.py`
-infers the encoder. Files are untrusted (see `files.py`), and a pointer cannot lead out of its run folder.
+`weights=` and `init=` name a run folder, which means its last state, one of its checkpoints (`RUN/best`) or teacher
+files, a file of Meta's, a folder or file of transformers or of timm. The library is recognised by the key names;
+`convert.py` renames them, `architecture.py` infers the encoder. Files are untrusted (see `files.py`), and a pointer
+cannot lead out of its run folder.
 """
 
 import re
@@ -76,16 +77,19 @@ class Weights:
 def find_weights(source: str | Path) -> Path | None:
     """The path of the weight file for `source`; None if that path does not exist.
 
-    source   a file: itself. A run folder: its best (else last, else newest) teacher. A checkpoint of a run, or a
-             pointer to one: the teacher of that step. A folder of transformers or timm: its weights. Any other folder:
-             the only weight file in it
-    raises   UserError for a folder without weights or with several files
+    source   a file: itself. A run folder: its last teacher, else the newest. RUN/best, RUN/last, a checkpoint of a run,
+             or a pointer to one: the teacher of that step. A folder of transformers or timm: its weights. Any other
+             folder: the only weight file in it
+    raises   UserError for a folder without weights or with several files, and for a run without a best step
     """
     path = Path(source)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
         raise UserError(f"weights {str(source)[:80]!r}: not a path ({error})") from None
+    if path.name in POINTERS and not (is_file or is_folder):
+        path = _pointer(path)
+        is_file = path.is_file()
     checkpoint = (is_file and path.name in POINTERS) or (is_folder and _STEP_NAME.fullmatch(path.name))
     if checkpoint and path.parent.name == "checkpoints":  # every checkpoint is written together with a teacher file
         run = path.parent.parent
@@ -101,8 +105,18 @@ def find_weights(source: str | Path) -> Path | None:
         raise UserError(f"weights {path}: a folder of {library} without weights; expected one of {', '.join(FILES)}")
     steps = [p for p in path.glob("teacher/step_*.safetensors") if _STEP_NAME.fullmatch(p.stem)]
     newest = max(steps, key=lambda p: int(p.stem.removeprefix("step_")), default=None)
-    teachers = (*(_teacher_of(path, pointer) for pointer in POINTERS), newest)
-    return next(filter(None, teachers), None) or _only_file(path)
+    return _teacher_of(path, "last") or newest or _only_file(path)
+
+
+def _pointer(path: Path) -> Path:
+    """RUN/checkpoints/best for RUN/best, else the path itself; UserError for a pointer that the run does not have."""
+    folder = path.parent if path.parent.name == "checkpoints" else path.parent / "checkpoints"
+    if not folder.is_dir():
+        return path
+    if not (folder / path.name).is_file():
+        why = ": no probe was better than the start by its interval" if path.name == "best" else ""
+        raise UserError(f"weights {path}: this run has no {path.name} step{why}; weights={folder.parent} is its last")
+    return folder / path.name
 
 
 def _teacher_of(run: Path, checkpoint: str) -> Path | None:
