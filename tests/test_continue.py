@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_step import new_batch
 from torch import Tensor
-from training import loss_trace, read_lines, tiny_config
+from training import given, loss_trace, read_lines, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.commands.main import main
@@ -31,7 +31,7 @@ from dinoreg.scenes import render as scenes
 from dinoreg.train import loop
 from dinoreg.train.health import REMEDIES, Health
 from dinoreg.train.loop import pretrain
-from dinoreg.train.online_probe import Probe
+from dinoreg.train.online_probe import Measured, Probe
 from dinoreg.train.prepare import prepare
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import build_networks, build_state
@@ -296,9 +296,8 @@ def figures(monkeypatch: pytest.MonkeyPatch, general: list[float]) -> None:
     """Let the general probe (of 40 images) measure these, in turn, and the domain's 0.5 always."""
     values: Iterator[float] = iter(general)
 
-    def measure(self: Probe, *args: object) -> dict[str, float]:
-        top1 = next(values) if len(self.images) == 40 else 0.5
-        return {"rankme": 3.0, "knn_top1": top1, "probe_time": 1e-6}
+    def measure(self: Probe, *args: object) -> Measured:
+        return given(next(values) if len(self.images) == 40 else 0.5, len(self.images) // 2)
 
     monkeypatch.setattr(Probe, "measure", measure)
 
@@ -315,13 +314,15 @@ def test_both_probes_are_followed_side_by_side_from_before_the_first_step(first:
     out = pretrain(continued(tmp_path / "run", first, **PROBED))
     lines = read_lines(out / "probe.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 10]
-    names = {"step", "rankme", "knn_top1", "general_rankme", "general_knn_top1", "probe_time"}
+    ends = ("", "_low", "_high", "_chance", "_majority")
+    measured = {"rankme", *(f"knn_top1{end}" for end in ends)}
+    names = {"step", "probe_time", *measured, *(f"general_{name}" for name in measured)}
     assert all(set(line) == names for line in lines)
     setup = prepare(continued(tmp_path / "again", first, **PROBED))
     assert setup.probe is not None
     assert setup.general is not None
     for prefix, probe in (("", setup.probe), ("general_", setup.general)):
-        expected = probe.measure(load(first), CPU, FP32)
+        expected = probe.measure(load(first), CPU, FP32).values
         for key in ("rankme", "knn_top1"):
             assert lines[0][prefix + key] == pytest.approx(expected[key], rel=1e-5), prefix + key
     assert lines[0]["general_rankme"] == lines[1]["general_rankme"]  # the backbone has not moved yet
@@ -339,8 +340,8 @@ def test_a_fall_beyond_the_margin_is_warned_of_once_with_its_remedy(
     assert events[0]["message"] == message
     assert events[0]["remedy"] == REMEDIES["forgetting"]
     assert f"health: forgetting at step 6: {message}" in capsys.readouterr().err
-    # What `best` follows is the run's own domain.
-    assert checkpoint.verify(out / "checkpoints" / "step_0000010")["history"]["best"]["value"] == 0.5
+    # What `best` follows is the run's own domain, which did not get better.
+    assert "best" not in checkpoint.verify(out / "checkpoints" / "step_0000010")["history"]
 
 
 def test_a_fall_within_the_margin_is_no_reason_to_warn(
@@ -417,9 +418,9 @@ def test_options_out_of_range_are_refused_by_name(key: str, value: float, accept
 
 
 def test_a_fresh_run_is_what_it_was(tmp_path: Path) -> None:
-    """No step-0 probe, no new names in its metrics, no copy of weights."""
+    """No new names in its metrics, no copy of weights."""
     out = pretrain(tiny_config(tmp_path / "run", probe__every=4, probe__num_images=20))
-    assert [line["step"] for line in read_lines(out / "probe.jsonl")] == [4, 8]
+    assert [line["step"] for line in read_lines(out / "probe.jsonl")] == [0, 4, 8]
     assert not {"backbone_lr", "anchor_loss"} & set(read_lines(out / "metrics.jsonl")[0])
     assert not list(out.glob("init*"))
     assert len(loss_trace(out)) == 8

@@ -486,9 +486,9 @@ def test_the_command_line_says_in_one_line_what_is_wrong_with_own_data(
 ) -> None:
     table = own.write_csv(tmp_path, per_class=1)
     table.write_text("path,label\n../secret.jpg,x\n")
-    assert main(["eval", str(table), "weights=vitt14_reg4", f"out={tmp_path / 'out'}"]) == 2
+    assert main(["eval", str(table), "weights=random:vitt14_reg4", f"out={tmp_path / 'out'}"]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert "'../secret.jpg' leaves" in said[0]
-    assert main(["eval", str(table), "weights=vitt14_reg4", "own.tets_share=1"]) == 2
+    assert main(["eval", str(table), "weights=random:vitt14_reg4", "own.tets_share=1"]) == 2
     assert "own.tets_share" in capsys.readouterr().err

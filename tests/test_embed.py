@@ -237,7 +237,7 @@ def test_an_unfinished_file_with_other_keys_is_not_mixed_up(
         ({"dtype": "float16"}, "dtype=float32, not float16"),
         ({"image_size": 16}, "image_size=32, not 16"),
         ({"data": "scenes:count=12,size=32"}, "data="),
-        ({"weights": "vitt8_reg0"}, "weights=run at step 7, not"),
+        ({"weights": "random:vitt8_reg0"}, "weights=run at step 7, not"),
     ]
     for changes, words in others:
         with pytest.raises(UserError, match=words):

@@ -155,19 +155,25 @@ def test_python_gives_the_same_numbers_for_a_model_and_its_twin_in_timm(root: Pa
     ("arguments", "expected"),
     [
         (["pets"], "weights= is missing"),
-        (["pest", "weights=vitt14_reg4"], "pest: unknown dataset; did you mean pets?"),
-        (["pets", "weights=vitt14_reg4"], "pets: root= is missing"),
-        (["pets", "weights=vitt14_reg4", "root=ROOT", "image_size=30"], "a multiple of the patch size 14"),
+        (["pest", "weights=random:vitt14_reg4"], "pest: unknown dataset; did you mean pets?"),
+        (["pets", "weights=random:vitt14_reg4"], "pets: root= is missing"),
+        (["pets", "weights=random:vitt14_reg4", "root=ROOT", "image_size=30"], "a multiple of the patch size 14"),
         (["pets", "weights=nothing.pth", "root=ROOT"], "nothing.pth"),
-        (["pets", "weights=vitt14_reg4", "root=ROOT", "strict=true"], "(strict=true)"),
-        (["pets", "weights=vitt14_reg4", "root=ROOT", "protocols=[knnn]"], "did you mean knn?"),
-        (["pets", "weights=vitt14_reg4", "root=ROOT", "protocols=[depth]"], "none of the datasets declares them"),
-        (["pets", "weights=vitt14_reg4", "root=ROOT", "logistic.num=3"], "did you mean logistic.num_c?"),
-        (["pets", "weights=vitt14_reg4", "root=ROOT", "pets.crop=3"], "pets.crop: unknown option"),
-        (["pets", "weights=vitt14_reg4", "root=ROOT", "aircraft.crop_banner=false"], "aircraft: neither a key nor"),
-        (["pets", "weights=vitt14_reg4", "root=ROOT", "batch_size=0"], "batch_size=0: expected at least 1"),
-        (["pets", "food101", "weights=vitt14_reg4"], "expected key=value"),
-        (["own.py", "weights=vitt14_reg4", "root=ROOT"], "no such file"),
+        (["pets", "weights=random:vitt14_reg4", "root=ROOT", "strict=true"], "(strict=true)"),
+        (["pets", "weights=random:vitt14_reg4", "root=ROOT", "protocols=[knnn]"], "did you mean knn?"),
+        (
+            ["pets", "weights=random:vitt14_reg4", "root=ROOT", "protocols=[depth]"],
+            "none of the datasets declares them",
+        ),
+        (["pets", "weights=random:vitt14_reg4", "root=ROOT", "logistic.num=3"], "did you mean logistic.num_c?"),
+        (["pets", "weights=random:vitt14_reg4", "root=ROOT", "pets.crop=3"], "pets.crop: unknown option"),
+        (
+            ["pets", "weights=random:vitt14_reg4", "root=ROOT", "aircraft.crop_banner=false"],
+            "aircraft: neither a key nor",
+        ),
+        (["pets", "weights=random:vitt14_reg4", "root=ROOT", "batch_size=0"], "batch_size=0: expected at least 1"),
+        (["pets", "food101", "weights=random:vitt14_reg4"], "expected key=value"),
+        (["own.py", "weights=random:vitt14_reg4", "root=ROOT"], "no such file"),
         (["pets", "weights=timm:resnet_nothing", "root=ROOT"], "timm has no model"),
         ([], "missing NAME"),
     ],
@@ -201,7 +207,7 @@ def test_weights_of_another_architecture_are_one_line(
 
 
 def test_a_missing_dataset_names_the_path_and_the_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "pets", "weights=vitt14_reg4", f"root={tmp_path}"]) == 2
+    assert main(["eval", "pets", "weights=random:vitt14_reg4", f"root={tmp_path}"]) == 2
     line = capsys.readouterr().err.strip()
     assert line.startswith("dinoreg: pets: ")
     assert "annotations/trainval.txt" in line or "images" in line
@@ -209,7 +215,7 @@ def test_a_missing_dataset_names_the_path_and_the_archive(tmp_path: Path, capsys
 
 
 def test_all_over_an_empty_root_says_what_is_expected_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", "all", "weights=vitt14_reg4", f"root={tmp_path}"]) == 2
+    assert main(["eval", "all", "weights=random:vitt14_reg4", f"root={tmp_path}"]) == 2
     lines = capsys.readouterr().err.splitlines()
     for name in benchmarks():
         (line,) = [each for each in lines if each.startswith(f"dinoreg: {name}: ")]

@@ -170,15 +170,15 @@ PRETRAIN = ["launch", "pretrain", "quickstart", "data=scenes", "out=run"]
         ([*PRETRAIN, LOCAL, "evaluate=pets", "evaluate.rot=x"], "rot: unknown key"),
         ([*PRETRAIN, LOCAL, "evaluate=pets", "evaluate.out=x"], "evaluate.out=x: each checkpoint's teacher"),
         (["launch", "evaluate", "pets", "root=full", LOCAL], "launch evaluate: weights= is missing"),
-        (["launch", "evaluate", "weights=vitt16_reg4", LOCAL], "launch evaluate: missing NAMES"),
+        (["launch", "evaluate", "weights=random:vitt16_reg4", LOCAL], "launch evaluate: missing NAMES"),
         (
-            ["launch", "evaluate", "petz", "weights=vitt16_reg4", "root=full", LOCAL],
+            ["launch", "evaluate", "petz", "weights=random:vitt16_reg4", "root=full", LOCAL],
             "petz: unknown dataset; did you mean",
         ),
-        (["launch", "evaluate", "pets", "weights=vitt16_reg4", LOCAL], "pets: root= is missing"),
-        (["launch", "evaluate", "pets", "weights=vitt16_reg4", "root=full", LOCAL], "pets: full/"),
+        (["launch", "evaluate", "pets", "weights=random:vitt16_reg4", LOCAL], "pets: root= is missing"),
+        (["launch", "evaluate", "pets", "weights=random:vitt16_reg4", "root=full", LOCAL], "pets: full/"),
         (
-            ["launch", "evaluate", "all", "weights=vitt16_reg4", "root=full", LOCAL],
+            ["launch", "evaluate", "all", "weights=random:vitt16_reg4", "root=full", LOCAL],
             "evaluate all: none of the datasets",
         ),
         (["launch", "sweep", "quickstart", "data=scenes", "out=run", LOCAL], "launch sweep: nothing varies"),
@@ -291,12 +291,12 @@ def test_a_datasets_own_options_go_to_its_task_alone() -> None:
 
     for miniature in (aircraft, pets):
         miniature.write(Path("data"))
-    words = ["weights=vitt16_reg4", "root=data", "aircraft.crop_banner=false"]
+    words = ["weights=random:vitt16_reg4", "root=data", "aircraft.crop_banner=false"]
     plan = plan_of("evaluate", "aircraft,pets", *words)
     with_banner, without = plan.groups[0].commands
     assert "aircraft.crop_banner=false" in with_banner
     assert not any("aircraft" in word for word in without)
-    assert plan.folder == Path("runs/eval/vitt16_reg4")
+    assert plan.folder == Path("runs/eval/random-vitt16_reg4")
     everything = plan_of("evaluate", "all", *words)
     assert [command[1] for command in everything.groups[0].commands] == ["aircraft", "pets"]
     assert any(note.startswith("not evaluated: ") for note in everything.notes)
@@ -329,7 +329,7 @@ def test_an_export_keeps_its_records_with_the_run_it_comes_from() -> None:
     plan = plan_of("export", f"weights={run}", "format=safetensors", "out=x")
     assert plan.folder == run
     assert plan.groups[0].commands == (("export", "weights=run", "format=safetensors", "out=x"),)
-    assert plan_of("export", "weights=vitt16_reg4", "format=timm", "out=a/x").folder == Path("runs/export/x")
+    assert plan_of("export", "weights=random:vitt16_reg4", "format=timm", "out=a/x").folder == Path("runs/export/x")
 
 
 # ------------------------------------------------------------------------------------------------------------

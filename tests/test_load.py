@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinoreg.evaluation.backbones.open import open_encoder
+from dinoreg.export.source import read_source
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.registry import build, parse_name
 from dinoreg.models.vit import RegisterViT
@@ -126,30 +128,69 @@ def test_every_name_builds_and_options_override_it() -> None:
     assert (model.grid, model.depth, model.in_channels) == ((2, 3), 1, 5)
 
 
-def test_loading_a_bare_name_gives_random_weights() -> None:
-    model = load("vitt16_reg2", depth=1, image_size=32)
+def test_random_weights_have_to_be_asked_for() -> None:
+    model = load("random:vitt16_reg2", depth=1, image_size=32)
     assert (model.dim, model.num_registers, model.training) == (192, 2, False)
-    with pytest.raises(UserError, match="'runs/nowhere': no such file, run folder or model name"):
+    with pytest.raises(UserError, match="'runs/nowhere': no such file or run folder"):
         load("runs/nowhere")
+    with pytest.raises(UserError, match="did you mean 'vits14_reg4'"):
+        load("random:vits14reg4")
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("vits14_reg4", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"),
+        ("dinov2_vitb14_reg", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth"),
+        ("dinov2_vitg14", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitg14/dinov2_vitg14_pretrain.pth"),
+        ("facebook/dinov2-small", "huggingface.co/facebook/dinov2-small "),
+        ("dinov2-with-registers-large", "huggingface.co/facebook/dinov2-with-registers-large "),
+        ("vit_base_patch14_reg4_dinov2.lvd142m", "huggingface.co/timm/vit_base_patch14_reg4_dinov2.lvd142m "),
+        ("timm/vit_giant_patch14_dinov2", "huggingface.co/timm/vit_giant_patch14_dinov2.lvd142m "),
+    ],
+)
+def test_a_published_name_is_refused_with_the_place_of_its_weights(name: str, place: str) -> None:
+    for use in (load, read_weights, read_source, lambda name: open_encoder(name, "cpu", torch.float32)):
+        with pytest.raises(UserError) as caught:
+            use(name)
+        assert place in f"{caught.value} "
+        assert f"random:{name.removeprefix('timm/')} " in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_under_which_nothing_is_published_is_refused_without_a_place() -> None:
+    for name in ("vits16_reg4", "vitt14_reg4", "vits14_reg3"):
+        with pytest.raises(UserError) as caught:
+            load(name)
+        assert "http" not in str(caught.value)
+        assert f"random:{name} " in str(caught.value)
 
 
 # ------------------------------------------------------------------ run folders and teacher files
 
 
-def test_a_run_folder_gives_its_best_teacher_else_its_last_else_its_newest(tmp_path: Path) -> None:
+def test_a_run_folder_means_its_last_state_and_the_best_only_by_name(tmp_path: Path) -> None:
     models = {step: tiny(step) for step in (5, 10, 15)}
     for step, model in models.items():
         write_teacher(tmp_path, model, step)
-    assert_same_weights(load(tmp_path), models[15])
+    assert_same_weights(load(tmp_path), models[15])  # the newest, without a pointer
     point(tmp_path, last="step_0000010")
     assert_same_weights(load(str(tmp_path)), models[10])
+    for missing in ("best", "checkpoints/best"):
+        with pytest.raises(UserError, match="this run has no best step: no probe was better"):
+            load(tmp_path / missing)
     point(tmp_path, best="step_0000005")
-    assert_same_weights(load(tmp_path), models[5])
-    point(tmp_path, best="step_0000099")  # its file is gone
     assert_same_weights(load(tmp_path), models[10])
-    point(tmp_path, best="../../elsewhere/step_0000005", last="")
+    for name in ("best", "checkpoints/best", "teacher/step_0000005.safetensors"):
+        assert_same_weights(load(tmp_path / name), models[5])
+    for name in ("last", "checkpoints/last"):
+        assert_same_weights(load(tmp_path / name), models[10])
+    for target in ("step_0000099", "../../elsewhere/step_0000005"):  # its file is gone; out of the folder
+        point(tmp_path, best=target)
+        with pytest.raises(UserError, match="the teacher file of this checkpoint is not in"):
+            load(tmp_path / "best")
+    point(tmp_path, last="step_0000099")
     assert_same_weights(load(tmp_path), models[15])
-    assert_same_weights(load(tmp_path / "teacher" / "step_0000005.safetensors"), models[5])
 
 
 def test_the_teachers_json_says_what_shapes_cannot(tmp_path: Path) -> None:
@@ -369,5 +410,7 @@ def test_weights_of_another_architecture_are_refused_and_change_nothing(
 
 
 def test_starting_from_a_bare_name_or_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="'vits14_reg4': no such file or run folder"):
+    with pytest.raises(UserError, match=r"dinov2_vits14_reg4_pretrain\.pth"):
         load_into(tiny(), "vits14_reg4")
+    with pytest.raises(UserError, match="without init= a run starts from random ones"):
+        load_into(tiny(), "random:vits14_reg4")

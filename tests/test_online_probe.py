@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,17 +17,21 @@ import torch
 from photographs import photograph
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
-from training import read_lines, tiny_config
+from training import given, read_lines, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
+from dinoreg.checkpoint.run_folder import selection_of, which_steps
 from dinoreg.config.load import Config
 from dinoreg.data.open import open_source
+from dinoreg.distributed.process_group import ALONE
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import render as scenes
 from dinoreg.scenes.layout import label_of
 from dinoreg.train import loop
-from dinoreg.train.online_probe import FIRST_PROBE_SCENE, Probe, build_probe
+from dinoreg.train.logger import SilentLog
+from dinoreg.train.online_probe import FIRST_PROBE_SCENE, Measured, Probe, ProbeRunner, build_probe
 from dinoreg.train.state import build_networks
+from dinoreg.weights.resolve import find_weights
 
 CPU = torch.device("cpu")
 
@@ -85,12 +93,19 @@ def literal_features(probe: Probe, backbone: torch.nn.Module) -> Tensor:
 
 
 def assert_measures_are_literal(probe: Probe, backbone: torch.nn.Module) -> None:
-    measured = probe.measure(backbone, CPU, torch.float32)
+    measured, right = probe.measure(backbone, CPU, torch.float32)
     features = literal_features(probe, backbone)
     torch.testing.assert_close(probe.features(backbone, CPU, torch.float32), features, atol=1e-5, rtol=1e-4)
     assert probe.labels is not None
     assert measured["knn_top1"] == pytest.approx(literal_top1(features, probe.labels, k=20), abs=1e-6)
     assert measured["rankme"] == pytest.approx(literal_rank(features), rel=1e-4)
+    assert right is not None
+    tested = probe.labels[len(features) // 2 :].tolist()
+    assert len(right) == len(tested)
+    assert measured["knn_top1"] == pytest.approx(right.mean())
+    assert measured["knn_top1_low"] < measured["knn_top1"] < measured["knn_top1_high"]
+    assert measured["knn_top1_chance"] == pytest.approx(1 / probe.num_classes)
+    assert measured["knn_top1_majority"] == pytest.approx(Counter(tested).most_common(1)[0][1] / len(tested))
     assert measured["probe_time"] > 0
 
 
@@ -135,7 +150,7 @@ def test_a_network_that_sees_the_class_gets_every_vote() -> None:
     labels = torch.arange(300) % 5
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     probe = Probe(images, labels, 5, torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
-    measured = probe.measure(Reader(), CPU, torch.float32)
+    measured = probe.measure(Reader(), CPU, torch.float32).values
     assert measured["knn_top1"] == 1.0
     assert measured["rankme"] == pytest.approx(4.0, rel=1e-3)  # five equal corners around their mean
 
@@ -145,8 +160,9 @@ def test_without_labels_there_is_only_the_rank() -> None:
     probe = probe_of(config)
     assert probe.labels is None
     assert len(probe.images) == 30
-    measured = probe.measure(backbone_of(config), CPU, torch.float32)
+    measured, right = probe.measure(backbone_of(config), CPU, torch.float32)
     assert set(measured) == {"rankme", "probe_time"}
+    assert right is None
 
 
 def test_the_images_of_a_probe_are_the_same_at_every_start_and_for_every_seed(labelled: Path) -> None:
@@ -203,41 +219,94 @@ def run(out: Path, **overrides: Any) -> Path:
     return loop.pretrain(tiny_config(out, **{**options, **overrides}))
 
 
-@pytest.mark.parametrize("metric", ["knn_top1", "rankme"])
-def test_best_points_to_the_first_checkpoint_with_the_highest_value_of_the_metric(
-    metric: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The figures are given: one metric peaks at step 4, the other at step 6."""
-    figures = iter([(0.2, 9.0), (0.5, 7.0), (0.5, 9.5), (0.4, 8.0)])
+def give(monkeypatch: pytest.MonkeyPatch, figures: Iterable[tuple[float, ...]]) -> None:
+    """Let the probes of a run find these (see `given`), in turn."""
+    values = iter(figures)
 
-    def measure(self: Probe, *args: object) -> dict[str, float]:
-        top1, rank = next(figures)
-        return {"rankme": rank, "knn_top1": top1, "probe_time": 1e-6}
+    def measure(self: Probe, *_: object) -> Measured:
+        top1, *others = next(values)
+        return given(top1, len(self.images) // 2, *others)
 
     monkeypatch.setattr(Probe, "measure", measure)
-    out = run(tmp_path / "run", probe__metric=metric, checkpoint__keep=1, probe__max_share=1.0)
-    best = {"knn_top1": 4, "rankme": 6}[metric]
+
+
+def test_best_and_last_outlive_the_rest_and_are_told_apart_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(monkeypatch, [(0.2,), (0.25,), (0.6,), (0.65,), (0.6,)])
+    out = run(tmp_path / "run", probe__max_share=1.0, checkpoint__keep=1)
     folder = out / "checkpoints"
-    assert checkpoint.read_pointer(folder, "best") == checkpoint.step_name(best)
-    assert checkpoint.read_pointer(folder, "last") == checkpoint.step_name(8)
-    # The best and the newest outlive the rest, with their teachers.
-    kept = {checkpoint.step_name(step) for step in (best, 8)}
+    kept = {checkpoint.step_name(step) for step in (4, 8)}
     assert {path.name for path in folder.glob("step_*")} == kept
     assert {path.stem for path in (out / "teacher").glob("*.safetensors")} == kept
-    assert checkpoint.verify(folder / checkpoint.step_name(8))["history"]["best"]["step"] == best
-
-
-def test_best_follows_the_rank_where_there_are_no_labels(tmp_path: Path) -> None:
-    out = run(tmp_path / "run", probe__data=None, probe__max_share=1.0)
+    assert checkpoint.verify(folder / checkpoint.step_name(8))["history"]["best"]["step"] == 4
+    assert find_weights(out) == out / "teacher" / "step_0000008.safetensors"
+    assert find_weights(out / "best") == out / "teacher" / "step_0000004.safetensors"
+    log = (out / "train.log").read_text()
+    assert which_steps(out) in log
+    assert f"weights={out} means step 8 (last, k-NN 60.0 % [" in log
+    assert f"weights={out}/best step 4, k-NN 60.0 % [" in log
     lines = read_lines(out / "probe.jsonl")
-    assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    assert all("knn_top1" not in line for line in lines)
-    best = max(lines, key=lambda line: line["rankme"])["step"]
-    assert checkpoint.read_pointer(out / "checkpoints", "best") == checkpoint.step_name(best)
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
+    low, high = (100 * lines[2][f"knn_top1_{end}"] for end in ("low", "high"))
+    beside = "(step 0: 20.0, chance 10.0, majority 20.0)"
+    assert f"probe at step 4: knn_top1: 60.0 % [{low:.1f}, {high:.1f}] {beside}" in log
+
+
+def bests(monkeypatch: pytest.MonkeyPatch, figures: list[tuple[float, ...]], metric: str) -> list[int]:
+    """The steps that become the best of a run whose probes, of 30 tested images at steps 0, 1, ..., find these."""
+    give(monkeypatch, figures)
+    options: dict[str, Any] = {"probe__num_images": 60, "probe__metric": metric, "probe__max_share": 1.0}
+    config = tiny_config(probe__every=1, probe__data="scenes", **options)
+    monitor: Any = SimpleNamespace(ranks=ALONE, pause=lambda _: None, log=SilentLog())
+    runner = ProbeRunner(probe_of(config), None, config.probe, len(figures), CPU, torch.float32, monitor)
+    state: Any = SimpleNamespace(step=0, history={}, teacher=SimpleNamespace(backbone=None))
+    found = []
+    for step in range(len(figures)):
+        state.step, state.history = step, json.loads(json.dumps(state.history))  # as a checkpoint gives it back
+        if runner.run(state):
+            found.append(step)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ([(0.2,), (0.25,), (0.6,), (0.65,), (0.6,)], [2]),
+        ([(0.2,), (0.6,), (0.9,), (0.2,), (0.9,)], [1, 2]),
+        ([(0.2,), (0.25,), (0.3,), (0.25,), (0.3,)], []),  # a tenth of 30 images
+        ([(0.5, 3.0, 15), (0.6,), (0.7,)], []),  # more in all, but others: 15 gained and 12 or 9 lost
+        ([(0.5,), (0.1,), (0.5,)], []),
+        ([(0.9,), (1.0,), (1.0,)], []),
+        ([(0.8,), (1.0,), (1.0,)], [1]),
+    ],
+)
+def test_best_moves_only_to_a_step_that_is_better_by_more_than_chance(
+    figures: list[tuple[float, ...]], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bests(monkeypatch, figures, "knn_top1") == expected
+
+
+def test_best_by_rankme_has_no_interval_and_still_begins_above_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = (6.0, 5.0, 9.0, 7.0, 9.5, 9.5)
+    assert bests(monkeypatch, [(0.2, rank) for rank in ranks], "rankme") == [2, 4]
+
+
+def test_the_run_says_which_images_its_steps_are_compared_on(labelled: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"probe__data": str(labelled), "probe__num_images": 200}
+    out = run(tmp_path / "run", steps=2, **options)
+    content = json.loads((out / "probe.json").read_text())
+    expected = [sha256(path.read_bytes()).hexdigest()[:16] for path in labelled.glob("*/*.png")]
+    assert sorted(content["images"]) == sorted(expected)
+    (out / "checkpoints" / "best").write_text("step_0000002\n")
+    selection = selection_of(out, 2)
+    assert selection is not None
+    assert selection.images == set(content["images"])
+    assert selection_of(out, 1) is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("max_share", "steps"), [(0.0, [2, 8]), (1.0, [2, 4, 6, 8])])
+@pytest.mark.parametrize(("max_share", "steps"), [(0.0, [0, 2, 8]), (1.0, [0, 2, 4, 6, 8])])
 def test_probes_beyond_their_share_of_the_time_are_left_out_but_for_the_last(
     max_share: float, steps: list[int], tmp_path: Path
 ) -> None:
@@ -256,13 +325,24 @@ def test_a_probe_changes_nothing_in_the_run_it_looks_at(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_interrupted_and_resumed_run_remembers_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = iter([0.9, 0.5, 0.6, 0.7, 0.8, 0.8, 0.8, 0.8])
-
-    def measure(self: Probe, *args: object) -> dict[str, float]:
-        return {"rankme": 3.0, "knn_top1": next(figures), "probe_time": 1e-6}
-
-    monkeypatch.setattr(Probe, "measure", measure)
+    give(monkeypatch, [(0.2,), (0.9,), (0.5,), (0.6,), (0.7,), (0.8,), (0.8,), (0.8,)])
     out = run(tmp_path / "run", steps=4, probe__max_share=1.0)
     run(out, steps=8, resume=True, probe__max_share=1.0)
     assert checkpoint.read_pointer(out / "checkpoints", "best") == checkpoint.step_name(2)
     assert (out / "checkpoints" / checkpoint.step_name(2)).is_dir()
+    assert [line["step"] for line in read_lines(out / "probe.jsonl")] == [
+        0,
+        2,
+        4,
+        6,
+        8,
+    ]  # the start is not measured anew
+
+
+@pytest.mark.slow
+def test_with_other_images_the_comparison_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(monkeypatch, [(0.2,), (0.9,), (0.5,), (0.5,), (0.9,)])
+    out = run(tmp_path / "run", steps=4, probe__max_share=1.0)
+    run(out, steps=8, resume=True, probe__max_share=1.0, probe__num_images=70)
+    assert checkpoint.read_pointer(out / "checkpoints", "best") == checkpoint.step_name(8)
+    assert "(step 6: 50" in (out / "train.log").read_text()

@@ -183,15 +183,15 @@ def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["images=scenes"], "weights= is missing"),
-        (["weights=vitt8_reg0"], "images= is missing"),
+        (["weights=random:vitt8_reg0"], "images= is missing"),
         (["weights=nothing_here", "images=scenes"], "nothing_here"),
-        (["weights=vitt8_reg0", "images=no_such_folder"], "no_such_folder"),
-        (["weights=vitt8_reg0", "images=scenes", "size=50"], "multiple of the patch size 8"),
-        (["weights=vitt8_reg0,vitt14_reg0", "images=scenes", "size=64"], "compared on the same pixels"),
-        (["weights=vitt8_reg0", "images=scenes", "num_images=1"], "at least 2"),
-        (["weights=vitt8_reg0", "images=scenes", "seed=-1"], "seed=-1"),
-        (["weights=vitt8_reg0", "images=scenes", "image=scenes"], "unknown key of dinoreg registers"),
-        (["weights=vitt8_reg0", "images=scenes", "out=taken"], "is a file"),
+        (["weights=random:vitt8_reg0", "images=no_such_folder"], "no_such_folder"),
+        (["weights=random:vitt8_reg0", "images=scenes", "size=50"], "multiple of the patch size 8"),
+        (["weights=random:vitt8_reg0,random:vitt14_reg0", "images=scenes", "size=64"], "compared on the same pixels"),
+        (["weights=random:vitt8_reg0", "images=scenes", "num_images=1"], "at least 2"),
+        (["weights=random:vitt8_reg0", "images=scenes", "seed=-1"], "seed=-1"),
+        (["weights=random:vitt8_reg0", "images=scenes", "image=scenes"], "unknown key of dinoreg registers"),
+        (["weights=random:vitt8_reg0", "images=scenes", "out=taken"], "is a file"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(
@@ -213,7 +213,7 @@ def test_images_that_cannot_be_read_are_a_failure_of_the_run(
     folder.mkdir()
     for number in range(3):
         (folder / f"{number}.png").write_bytes(b"not a picture")
-    arguments = ["registers", "weights=vitt8_reg0", f"images={folder}", "size=32", f"out={tmp_path / 'out'}"]
+    arguments = ["registers", "weights=random:vitt8_reg0", f"images={folder}", "size=32", f"out={tmp_path / 'out'}"]
     assert main(arguments) == 1
     assert "0 of 3 could be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

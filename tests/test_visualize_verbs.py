@@ -221,10 +221,10 @@ def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
     assert (subject.mean, subject.std, subject.step) == (MEAN, STD, STEP)
     assert subject.name == "run at step 7"
     assert subject.folder == tmp_path / "run" / "view" / "0000007"
-    named = open_subject("vitt8_reg0", "cpu")
+    named = open_subject("random:vitt8_reg0", "cpu")
     assert named.mean == (0.485, 0.456, 0.406)
     assert named.folder == Path("view/vitt8_reg0-random-weights")
-    same = open_subject("vitt8_reg0", "cpu").model.state_dict()
+    same = open_subject("random:vitt8_reg0", "cpu").model.state_dict()
     assert all(torch.equal(value, same[key]) for key, value in named.model.state_dict().items())
     assert stated_preprocessing(None, 2, "x") == ((0.5, 0.5), (0.25, 0.25))
 
@@ -434,7 +434,7 @@ def test_crops_of_a_run_go_into_its_folder(tmp_path: Path) -> None:
         ([], "view: missing what to view; expected attention, pca, norms, crops"),
         (["atention", "weights=run"], "view: atention: unknown view; did you mean attention?"),
         (["attention"], "view attention: weights= is missing"),
-        (["attention", "weights=vitt8_reg4"], "images: missing; name an image"),
+        (["attention", "weights=random:vitt8_reg4"], "images: missing; name an image"),
         (["attention", "weights=nowhere"], "weights 'nowhere': no such file"),
         (["attention", "weights=torn.pth", "images=scenes"], "weights torn.pth"),
         (["attention", "weights=run", "images=nowhere"], "data: nowhere does not exist"),

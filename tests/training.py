@@ -6,7 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dinoreg.config.load import Config, load_config
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
+from dinoreg.train.online_probe import Measured
 
 TINY = {
     "model.name": "vitt8_reg4",
@@ -51,3 +55,11 @@ def loss_trace(out: Path) -> list[tuple[float, ...]]:
     """Every step's losses and gradient norms, exactly as written."""
     keys = ("step", *LOSSES, "grad_norm_backbone", "grad_norm_dino_head")
     return [tuple(line[key] for key in keys) for line in read_lines(out / "metrics.jsonl")]
+
+
+def given(top1: float, count: int, rank: float = 3.0, first: int = 0) -> Measured:
+    """The figures of a probe that was right on this share of its tested images, from the one numbered `first` on."""
+    right = np.roll(np.arange(count) < round(top1 * count), first)
+    low, high = bootstrap_interval(right)
+    values = {"rankme": rank, "knn_top1": top1, "knn_top1_low": low, "knn_top1_high": high}
+    return Measured({**values, "knn_top1_chance": 0.1, "knn_top1_majority": 0.2, "probe_time": 1e-6}, right)

@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 
 from dinoreg.runtime.json_files import is_number, number, read_json, read_json_lines, read_text
 
+PROBED = "probe.json"  # on which images the probe inside the run compares its steps
+
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -137,6 +139,57 @@ def run_of(weights: str | Path) -> Path | None:
     is_teacher = path.parent.name == "teacher" and teacher_step(path) is not None
     run = path.parent.parent if is_teacher else path
     return run if (run / "config.yaml").is_file() else None
+
+
+def pointed_step(run: Path, pointer: str) -> int | None:
+    """The step that `last` or `best` of a run folder points to; None without one."""
+    match = _STEP.fullmatch(read_text(run / "checkpoints" / pointer)[:100].strip())
+    return int(match[1]) if match else None
+
+
+def which_steps(run: Path) -> str:
+    """In a sentence: what `weights=RUN` and `weights=RUN/best` mean, with the k-NN accuracies inside the run."""
+    probed = _by_step(read_json_lines(run / "probe.jsonl"))
+    last, best = pointed_step(run, "last"), pointed_step(run, "best")
+    if last is None:
+        return f"weights={run}: nothing was saved yet"
+    text = f"weights={run} means step {last:,} (last{_accuracy(probed, last)})"
+    if best is not None:
+        return f"{text}; weights={run}/best step {best:,}{_accuracy(probed, best)}"
+    labelled = any("knn_top1" in line for line in probed)
+    return f"{text}; no step is the best" + (", none was better than the start by its interval" if labelled else "")
+
+
+def _accuracy(probed: Sequence[Mapping[str, Any]], step: int) -> str:
+    """ ", k-NN 18.0 % [12.9, 23.7]" of a step that was probed, else an empty text."""
+    line = line_at(probed, step)
+    values = [line.get(f"knn_top1{end}") for end in ("", "_low", "_high")]
+    if line.get("step") != step or not all(map(is_number, values)):
+        return ""
+    value, low, high = (100 * number(each) for each in values)
+    return f", k-NN {value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How the best step of a run was chosen, see `PROBED`.
+
+    data    where the images are
+    images  16 hexadecimal digits over the content of each
+    """
+
+    data: str
+    metric: str
+    images: frozenset[str]
+
+
+def selection_of(run: Path, step: int) -> Selection | None:
+    """By which images a step of a run was chosen; None for one that is not the best, or unknown ones."""
+    content = read_json(run / PROBED)
+    images = content.get("images")
+    if pointed_step(run, "best") != step or not isinstance(images, list):
+        return None
+    return Selection(str(content.get("data")), str(content.get("metric")), frozenset(map(str, images)))
 
 
 def _whole(value: Any) -> int | None:

@@ -54,7 +54,7 @@ def evaluate_command(names: str | None = None, request: Request | None = None) -
         list_datasets()
         return
     if request.options.weights is None:
-        raise UserError("eval: weights= is missing: a run folder, a weight file, or a model's name for random weights")
+        raise UserError("eval: weights= is missing: a run folder, a weight file, or random:NAME for random weights")
     plans, problems = _prepare(names, request)
     encoder, folder, run = _open(request.options.weights, request.options)
     print_status(f"{encoder.name} ({encoder.identity}), {len(plans)} dataset(s), results in {folder}")

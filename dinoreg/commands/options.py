@@ -63,7 +63,7 @@ class InspectOptions(Options, verb="inspect"):
 class ExportOptions(Options, verb="export"):
     """The weights that `dinoreg export` writes for another library, and their format."""
 
-    weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or a model name")
+    weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or random:NAME")
     format: str = option(REQUIRED, FORMATS)
     out: str = option(REQUIRED, "folder to write; new or empty")
     size: int | tuple[int, int] | None = option(None, "pixels or [height,width] that positions are resampled to")
@@ -74,7 +74,7 @@ class EmbedOptions(Options, verb="embed"):
     """The images, the model and the feature file of `dinoreg embed`."""
 
     data: str | list[str] = option(REQUIRED, "a folder, an image, a list of paths, tars, scenes, or [several]")
-    weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, a model's name")
+    weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, random:NAME")
     out: str = option(REQUIRED, "the file to write, .safetensors or .parquet")
     columns: str = option("", COLUMNS)
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
@@ -91,7 +91,7 @@ class EmbedOptions(Options, verb="embed"):
 class RegistersOptions(Options, verb="registers"):
     """The models and images that `dinoreg registers` compares, and its experiments."""
 
-    weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or model names, with commas between")
+    weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or random:NAME, with commas between")
     images: str = option(REQUIRED, "a folder (one subfolder a class adds probes), a list of paths, scenes")
     out: str | None = option(None, "folder for registers.html; none: runs/registers/NAMES")
     size: int | None = option(None, "pixels a side; none: the first model's own, enlarged where it is small")
@@ -117,7 +117,7 @@ class RegistersOptions(Options, verb="registers"):
 class ViewOptions(Options, verb="view"):
     """The model and images of every `dinoreg view` that needs weights."""
 
-    weights: str = option(REQUIRED, "a run folder, a weight file, or a model's name (random weights)")
+    weights: str = option(REQUIRED, "a run folder, a weight file, or random:NAME")
     images: str | list[str] | None = option(None, "an image, folder, list, tars, scenes or [several]; none: the run's")
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1)

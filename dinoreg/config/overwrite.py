@@ -14,7 +14,7 @@ OWNER = "owner.json"
 # Everything that a run, and the commands that work on it, leave in its folder.
 _WRITTEN_BY_RUNS = (
     *("config.yaml", OWNER, "environment.json", "status.json", "init.safetensors", "init.json"),
-    *("checkpoints", "teacher", "train.log", "metrics.jsonl", "probe.jsonl", "skipped.jsonl", "health"),
+    *("checkpoints", "teacher", "train.log", "metrics.jsonl", "probe.jsonl", "probe.json", "skipped.jsonl", "health"),
     *("events.out.tfevents.*", "report.html", "eval", "view", "launch", ".overwritten-*", "*.part"),
 )
 # Deleted last, so that a deletion that was interrupted can be done again.

@@ -225,7 +225,7 @@ class Config(Options):
     """All options of a run; the sections have dotted keys, such as optim.lr."""
 
     out: str | None = option(None, "the run folder", shapes_result=False)
-    init: str | None = option(None, "weights to start from: a run, a teacher file, a Meta .pth or a model name")
+    init: str | None = option(None, "weights to start from: a run, a teacher file, a folder or file of another library")
     steps: int | None = option(None, "length of the run in optimizer steps; excludes images and epochs", low=1)
     images: int | None = option(None, "length of the run in images", low=1)
     epochs: float | None = option(None, "length of the run in passes over the data", above=0)

@@ -171,7 +171,7 @@ class EvalOptions(Options):
 
     weights: str | None = option(
         None,
-        "a run, a weight file, a model name (random weights), timm:NAME[:FILE], a transformers folder",
+        "a run (its last state), RUN/best, a weight file, a folder of transformers, random:NAME, timm:NAME[:FILE]",
         shapes_result=False,
     )
     root: str | None = side_option(None, "the folder that holds the datasets' folders")

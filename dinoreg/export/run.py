@@ -25,7 +25,7 @@ CERTIFICATE = "certificate.json"
 def export(weights: str | Path, *, format: str, out: str | Path, size: int | Sequence[int] | None = None) -> Path:
     """Write a model for another library, with a certificate that this library computes the same, and a model card.
 
-    weights  a run folder, a weight file or a model name, as for `dinoreg.load`
+    weights  a run folder, a weight file or random:NAME, as for `dinoreg.load`
     format   "timm" | "transformers" | "meta" | "safetensors" | "onnx"
     out      the folder to write; it must not exist, or be empty
     size     height and width in pixels, or one for both: positions are resampled to it beforehand. An ONNX graph then

@@ -12,6 +12,7 @@ from dinoreg.models.vit import RegisterViT, as_pair
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import as_sides
 from dinoreg.weights.load import load, load_reported, resample_pos_embed
+from dinoreg.weights.names import random_name
 from dinoreg.weights.preprocessing import stated_preprocessing, stated_range
 from dinoreg.weights.resolve import find_weights
 
@@ -57,6 +58,7 @@ def read_source(weights: str | Path, size: int | Sequence[int] | None = None) ->
     path, run, metadata, given = find_weights(weights), None, {}, str(weights)
     if path is None:
         model = load(weights)
+        given = f"{random_name(weights)} (random weights)"
     else:
         loaded = load_reported(weights)
         model, metadata, run = loaded.model, loaded.weights.metadata, run_of(path)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.run_folder import which_steps
 from dinoreg.config.load import Config
 from dinoreg.distributed.process_group import Agreement, Ranks, session
 from dinoreg.models.attention import describe_backend
@@ -28,7 +29,7 @@ from dinoreg.runtime.json_files import read_json
 from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
 from dinoreg.train.metrics import Monitor
-from dinoreg.train.online_probe import ProbeRunner
+from dinoreg.train.online_probe import ProbeRunner, write_probed
 from dinoreg.train.parallelize import check_replicas, compile_backbones
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
@@ -57,6 +58,8 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         with ranks.collective_errors():
             if ranks.is_main:
                 claim_folder(config, out, setup.init, setup.teacher.backbone)
+                if setup.probe is not None:
+                    write_probed(out, setup.probe, config)
         state = setup.new_state()
         writer = setup.open_writer()
         if newest is not None:
@@ -85,6 +88,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 log.say(str(diagnosis), logging.ERROR)
                 raise diagnosis from error
             log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {out}")
+            log.say(which_steps(out))
     return out
 
 
@@ -128,7 +132,7 @@ def train(
     save_every = config.checkpoint.every or min(2000, max(1, num_steps // 10))
     max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
     agreement = Agreement(state.ranks)
-    if probes is not None and state.step == 0 and (monitor.pretrained or setup.general is not None):
+    if probes is not None and state.step == 0:
         probes.run(state)  # to compare with later
     batches = setup.batches(state)
     try:

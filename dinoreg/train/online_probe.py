@@ -1,25 +1,35 @@
 """How good are the features while the run goes on: k-NN on labelled images, effective rank without labels.
 
-The teacher's class tokens of fixed, unaugmented images are measured; each process embeds its share of the images.
-k-NN is the DINO papers' weighted vote with half of the images as the bank; RankMe (arXiv 2210.02885)
-needs no labels and is always measured.
+The teacher's class tokens of fixed, unaugmented images are measured, first before any update; each process embeds its
+share of the images. k-NN is the DINO papers' weighted vote with half of the images as the bank; RankMe (arXiv
+2210.02885) needs no labels and is always measured.
+
+`best` is the step of a labelled probe that was better than the best before it, at first than the untrained network, by
+more than chance: the 95 % bootstrap interval of the paired difference, over the same tested images, lies above 0.
 """
 
+import json
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.run_folder import PROBED
 from dinoreg.config.load import Config
 from dinoreg.config.schema import ProbeConfig
 from dinoreg.data.center_crop import center_crops
+from dinoreg.data.copies import content_digest
 from dinoreg.data.labelled import listed, passed_over_in_words
 from dinoreg.data.open import open_source, read_labelled
-from dinoreg.data.source import ScenesSource, Source
+from dinoreg.data.source import ChosenSource, ScenesSource, Source
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
@@ -33,6 +43,17 @@ BATCH_SIZE = 128
 FIRST_PROBE_SCENE = 10_000_000  # far beyond the scenes that a run trains on
 
 
+class Measured(NamedTuple):
+    """What a probe found.
+
+    values  by name, see `Probe.measure`
+    right   (m,) bool, which of the tested images were classified correctly; None without labels
+    """
+
+    values: dict[str, float]
+    right: np.ndarray | None = None
+
+
 @dataclass(frozen=True)
 class Probe:
     """Fixed images to embed at every probe.
@@ -42,6 +63,7 @@ class Probe:
     mean, std  (1, C, 1, 1) of the normalisation, for pixels in 0 to 1
     bank       how many of the images, the first, the others are classified by; None: half of them
     notes      lines for the log on how the labels were read
+    source     the same images as files, or None
     """
 
     images: Tensor
@@ -51,21 +73,22 @@ class Probe:
     std: Tensor
     bank: int | None = None
     notes: tuple[str, ...] = ()
+    source: Source | None = None
 
     @torch.no_grad()
-    def measure(
-        self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE
-    ) -> dict[str, float]:
-        """Measure a backbone in eval mode; all `ranks` call together.
+    def measure(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Measured:
+        """Measure a backbone in eval mode; all `ranks` call together. Nothing random of PyTorch's is drawn.
 
         dtype    of autocast
         returns  rankme, the effective rank of the centred class tokens (1 to D); with labels knn_top1, the share
-                 (0 to 1) of the images behind the bank that 20 neighbours in the bank classify correctly;
-                 probe_time in seconds
+                 (0 to 1) of the images behind the bank that 20 neighbours in the bank classify correctly,
+                 knn_top1_low and _high, its 95 % bootstrap interval, and _chance and _majority, the shares that
+                 guessing and always naming the most frequent class get right; probe_time in seconds
         """
         started = time.perf_counter()
         features = self.features(backbone, device, dtype, ranks)
-        result = {"rankme": rankme(features - features.mean(dim=0))}
+        values = {"rankme": rankme(features - features.mean(dim=0))}
+        right = None
         if self.labels is not None:
             half = self.bank if self.bank is not None else len(features) // 2
             votes = knn_predict(
@@ -75,9 +98,13 @@ class Probe:
                 k=(NEIGHBOURS,),
                 num_classes=self.num_classes,
             )
-            predicted = votes[NEIGHBOURS].argmax(dim=-1).cpu()
-            result["knn_top1"] = float((predicted == self.labels[half:]).float().mean())
-        return {**result, "probe_time": time.perf_counter() - started}
+            tested = self.labels[half:]
+            right = (votes[NEIGHBOURS].argmax(dim=-1).cpu() == tested).numpy()
+            low, high = bootstrap_interval(right)
+            values |= {"knn_top1": float(right.mean()), "knn_top1_low": low, "knn_top1_high": high}
+            values["knn_top1_chance"] = 1 / self.num_classes
+            values["knn_top1_majority"] = int(tested.bincount().max()) / len(tested)
+        return Measured({**values, "probe_time": time.perf_counter() - started}, right)
 
     @torch.no_grad()
     def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Tensor:
@@ -117,6 +144,7 @@ class ProbeRunner:
         self.every = self.options.every if self.options.every is not None else max(1, self.num_steps // 10)
         self._started = time.perf_counter()
         self._probing = 0.0  # seconds spent in probes
+        self._images = "" if self.probe.source is None else self.probe.source.fingerprint()
 
     def is_due(self, step: int) -> bool:
         """Whether to probe at `step`: at multiples of the period and at the end of the run."""
@@ -126,41 +154,84 @@ class ProbeRunner:
         """Probe the teacher and log the result; returns whether it is the best so far. All processes call together.
 
         Except at step 0 and at the end, nothing is measured while probes have taken more than options.max_share of the
-        time. A result at step 0 is a reference for later ones and never the best.
+        time. The result at step 0 is what later ones have to be better than, and never the best itself.
         """
         elapsed = time.perf_counter() - self._started
         ends = state.step in (0, self.num_steps)
         if not ends and self.monitor.ranks.from_main(self._probing > self.options.max_share * elapsed):
             return False
-        values = self.monitor.ranks.from_main(
-            self._measure(state.teacher.backbone)
-        )  # machines may differ in the last digit
+        # Machines may differ in the last digit.
+        values, right = self.monitor.ranks.from_main(self._measure(state.teacher.backbone))
         if state.step > 0:  # the first is no reason to leave out the next
             self._probing += values["probe_time"]
         self.monitor.pause(values["probe_time"])
         self.monitor.log.append("probe.jsonl", {"step": state.step, **values})
-        shown = "  ".join(f"{key}: {value:.4g}" for key, value in values.items() if key != "probe_time")
-        self.monitor.log.say(f"probe at step {state.step}: {shown}")
+        now = {"step": state.step, **values, "right": _packed(right), "images": self._images}
+        # Of other images than those of before, as after a change of probe.data, this is the new start.
+        if state.step == 0 or state.history.get("start", {}).get("images") != self._images:
+            state.history["start"] = now
+            state.history.pop("best", None)
+        start, best = state.history["start"], state.history.get("best", {})
+        self.monitor.log.say(f"probe at step {state.step}: {in_words(values, start)}")
+        self._watch_general(state, values)
+        before = best if best.get("metric") == self.options.metric else start
+        if start is now or not self._is_better(now, before):
+            return False
+        state.history["best"] = {**now, "metric": self.options.metric}
+        return True
+
+    def _is_better(self, now: dict[str, Any], before: dict[str, Any]) -> bool:
+        """Whether a probe is better than another on the same images: k-NN by the paired interval, RankMe at all."""
+        if self.options.metric == "rankme":
+            return now["rankme"] > before["rankme"]
+        if now["right"] is None:
+            return False
+        count = len(self.probe.images) - len(self.probe.images) // 2
+        difference = _unpacked(now["right"], count) - _unpacked(before["right"], count)
+        return bootstrap_interval(difference)[0] > 0
+
+    def _watch_general(self, state: TrainState, values: dict[str, float]) -> None:
+        """Warn when the general probe has fallen below its first value by more than the margin."""
         if self.general is not None:
             now = values["general_knn_top1"]
             start = state.history.setdefault("general", {"step": state.step, "knn_top1": now})
             diagnoses = self.monitor.health.forgetting(start["knn_top1"], start["step"], now, self.options.margin)
             self.monitor.report(state.step, diagnoses)
-        metric = self.options.metric if self.options.metric in values else "rankme"
-        best = state.history.get("best")
-        if state.step == 0 or (best is not None and best["metric"] == metric and best["value"] >= values[metric]):
-            return False
-        state.history["best"] = {"metric": metric, "value": values[metric], "step": state.step}
-        return True
 
-    def _measure(self, backbone: nn.Module) -> dict[str, float]:
-        """{"rankme", ["knn_top1"], ["general_rankme", "general_knn_top1"], "probe_time"} of the teacher's backbone."""
-        values = self.probe.measure(backbone, self.device, self.dtype, self.monitor.ranks)
+    def _measure(self, backbone: nn.Module) -> Measured:
+        """`Probe.measure` of the teacher's backbone, with the values of the general probe as "general_…"."""
+        values, right = self.probe.measure(backbone, self.device, self.dtype, self.monitor.ranks)
         if self.general is not None:
-            general = self.general.measure(backbone, self.device, self.dtype, self.monitor.ranks)
+            general, _ = self.general.measure(backbone, self.device, self.dtype, self.monitor.ranks)
             values["probe_time"] += general.pop("probe_time")
             values |= {f"general_{key}": value for key, value in general.items()}
-        return values
+        return Measured(values, right)
+
+
+def in_words(values: dict[str, Any], start: dict[str, Any]) -> str:
+    """One line on a probe: "knn_top1: 16.0 % [11.2, 21.5] (step 0: 18.0, chance 14.3, majority 18.0)  rankme: 26.5".
+
+    start  the values, with their "step", that later ones are compared with
+    """
+    parts = []
+    for key in ("knn_top1", "general_knn_top1"):
+        if key in values:
+            beside = {f"step {start['step']}:": start.get(key)}
+            beside |= {name: values[f"{key}_{name}"] for name in ("chance", "majority")}
+            shown = ", ".join(f"{name} {100 * share:.1f}" for name, share in beside.items() if share is not None)
+            value, low, high = (100 * values[f"{key}{end}"] for end in ("", "_low", "_high"))
+            parts.append(f"{key}: {value:.1f} % [{low:.1f}, {high:.1f}] ({shown})")
+    return "  ".join([*parts, *(f"{key}: {values[key]:.4g}" for key in ("rankme", "general_rankme") if key in values)])
+
+
+def _packed(right: np.ndarray | None) -> str | None:
+    """Bits as text, for the history in a checkpoint."""
+    return None if right is None else np.packbits(right).tobytes().hex()
+
+
+def _unpacked(text: str, count: int) -> np.ndarray:
+    """(count,) float64 of 0 and 1, from the text of `_packed`."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=count).astype(float)
 
 
 def build_probe(config: Config, source: Source) -> Probe | None:
@@ -175,6 +246,18 @@ def build_probe(config: Config, source: Source) -> Probe | None:
         return _labelled_probe(config, "probe.data", config.probe.data)
     probe = _probe(config, source)
     return probe if len(probe.images) >= 4 else None
+
+
+def write_probed(out: Path, probe: Probe, config: Config) -> None:
+    """Write `probe.json` into the run folder: on which images the steps are compared, by the contents of their files.
+
+    An evaluation of the best step on these images would be one on images that it was chosen by.
+    """
+    if probe.labels is None or probe.source is None:
+        return
+    digests = [content_digest(probe.source.read(index)).hex()[:16] for index in range(len(probe.source))]
+    content = {"data": config.probe.data, "metric": config.probe.metric, "images": digests}
+    write_atomic(out / PROBED, json.dumps(content) + "\n")
 
 
 def build_general(config: Config) -> Probe | None:
@@ -240,7 +323,9 @@ def _probe(
     images, readable = center_crops(source, chosen.tolist(), config.crops.global_size, config.model.in_channels)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.augment.mean, config.augment.std))
     bank = None if parts is None else int(np.isin(readable, parts[0]).sum())
-    return Probe(images, None if labels is None else torch.from_numpy(labels[readable]), num_classes, mean, std, bank)
+    known = None if labels is None else torch.from_numpy(labels[readable])
+    files = ChosenSource(source, np.array(readable, dtype=np.int64))
+    return Probe(images, known, num_classes, mean, std, bank, source=files)
 
 
 def _labelled_scenes(spec: str, count: int) -> tuple[Source, np.ndarray, int]:

@@ -21,12 +21,6 @@ from dinoreg.runtime.errors import UserError
 
 State = dict[str, Tensor]
 
-FLOATING_POINT = {
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
-}  # fmt: skip
-WRAPPERS = ("teacher", "model", "state_dict")  # keys in training files; the first of these in a file is used
-
-_PREFIX = re.compile(r"^(?:(?:module|backbone|teacher|_orig_mod)\.)+")
 _CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 # Our and their names, used in both directions: the beginning of a key or, with a leading dot, any part of it.
@@ -50,7 +44,6 @@ _QKV = tuple(f".attention.attention.{name}." for name in ("query", "key", "value
 _PARTS = {".attn.qkv.": _QKV, ".mlp.w12.": (".mlp.gate_proj.", ".mlp.up_proj.")}
 # Other names of transformers (those in memory since version 5, models with a head), and their names on disk.
 _TRANSFORMERS_ALIASES = (
-    (r"^(module\.)?(dinov2_with_registers|dinov2|model|backbone)\.(?=embeddings\.|encoder\.|layernorm\.)", ""),
     (r"^(encoder\.layers|layers)\.(?=\d)", "encoder.layer."),
     (r"(\.attention)+\.(query|q_proj)\.", _QKV[0]),
     (r"(\.attention)+\.(key|k_proj)\.", _QKV[1]),
@@ -60,29 +53,6 @@ _TRANSFORMERS_ALIASES = (
     (r"\.mlp\.down_proj\.", ".mlp.weights_out."),
     (r"\.gamma$", ".lambda1"),
 )
-
-
-def unwrap(content: Any) -> tuple[State, tuple[str, ...]]:
-    """The state dict in the content of a weight file, and the names of the entries beside it.
-
-    content  a state dict, or a mapping that has one under one of `WRAPPERS`
-    raises   UserError for anything else, and for tensors that are not floating point
-    """
-    others: tuple[str, ...] = ()
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            others = tuple(str(key)[:80] for key in content if key != wrapper)
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"holds a {type(content).__name__}, expected a state dict of tensors")
-    for key, value in content.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise UserError(f"entry {str(key)[:80]!r} is not a tensor")
-        if value.dtype not in FLOATING_POINT:
-            dtype = str(value.dtype).removeprefix("torch.")
-            raise UserError(f"tensor {key[:80]!r} has dtype {dtype}, expected floating point")
-    return dict(content), others
 
 
 def detect(state: Mapping[str, Any]) -> str:
@@ -103,15 +73,12 @@ def detect(state: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------- Meta
 
 
-def from_meta(state: Any) -> State:
-    """Ours from Meta's names.
+def from_meta(state: Mapping[str, Tensor]) -> State:
+    """Ours from Meta's names; the blocks of a training file may be in chunks (`blocks.<chunk>.<index>.`).
 
-    state   a hub file's content, or a training file's {"teacher": ...} with prefixes `module.`, `backbone.` and
-            `teacher.` and blocks in chunks (`blocks.<chunk>.<index>.`)
-    raises  UserError when two keys mean the same tensor, or when there is no state dict
+    raises  UserError when two keys mean the same tensor
     """
-    inner, _ = unwrap(state)
-    return _unique((_CHUNKED.sub(r"blocks.\1.", _PREFIX.sub("", key)), value) for key, value in inner.items())
+    return _unique((_CHUNKED.sub(r"blocks.\1.", key), value) for key, value in state.items())
 
 
 def to_meta(state: Mapping[str, Tensor]) -> State:
@@ -189,7 +156,7 @@ def _timm_prefix(num_positions: int, num_registers: int, grid: tuple[int, int] |
 def from_transformers(state: Mapping[str, Tensor]) -> State:
     """Ours from transformers' Dinov2 and Dinov2WithRegisters.
 
-    state   with the names on disk or those in memory since transformers 5, with or without a head model's prefix
+    state   with the names on disk or those in memory since transformers 5
     raises  UserError when one of query, key and value (or of gate and up) is missing, or two keys mean one tensor
     """
     pairs = _reversed(_TRANSFORMERS)

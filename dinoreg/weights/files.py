@@ -24,6 +24,32 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MAX_JSON = 16 << 20  # bytes
 MAX_SHARDS = 1000
 
+# What training programs save beside the tensors. Nothing needs these values: each becomes a `_LeftOut`.
+_HARMLESS = (
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    "numpy.dtype", "numpy.ndarray", "argparse.Namespace", "types.SimpleNamespace", "pathlib.PosixPath",
+    "pathlib.WindowsPath", "datetime.datetime", "datetime.timedelta",
+    *(f"builtins.{name}" for name in ("int", "float", "bool", "str", "list", "tuple", "dict")),
+)  # fmt: skip
+
+
+class _LeftOut:
+    """Stands for a value of a class in `_HARMLESS`; that class itself is neither imported nor called."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __new__(cls, *_: Any) -> "_LeftOut":
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    """In place of a defaultdict, whose factory could be anything."""
+    return {}
+
 
 def read_file(path: Path) -> Any:
     """The content of a weight file, on the CPU: a dict of tensors for safetensors, tensors and plain values for torch.
@@ -109,7 +135,9 @@ def _read_torch(path: Path) -> Any:
                 stored = sum(entry.file_size for entry in archive.infolist())
             if stored > path.stat().st_size:
                 raise UserError(f"weights {path}: its entries are compressed or overlap, not as torch.save writes")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        stand_ins: list[Any] = [(_LeftOut, name) for name in _HARMLESS]
+        with torch.serialization.safe_globals([*stand_ins, (_plain_dict, "collections.defaultdict")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError:

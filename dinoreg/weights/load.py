@@ -1,8 +1,6 @@
-"""Models by name, and models with weights.
+"""Models with weights, from a run, a file or a library's folder (`resolve.py`); random ones are `random:NAME`.
 
-A name denotes an architecture (`vits14_reg4`); the names under which Meta, timm and transformers publish the
-same architectures are accepted, too. Weights come from a run, a file or a library's folder (`resolve.py`). Every tensor
-is loaded, adapted or left out, and a report lists which.
+Every tensor is loaded, adapted or left out, and a report lists which.
 
 Weights can be adapted to an encoder that differs in image size, input channels or registers; nothing else may differ.
 Positions are resampled as the library of the file does it, so that a model resized on loading equals that library's at
@@ -22,6 +20,7 @@ from dinoreg.models.registry import HEAD_DIM, _check_options, build
 from dinoreg.models.vit import TOKEN_STD, RegisterViT, resample_positions
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import describe_resampling, hidden_dim_of
+from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import SOURCES, Weights, find_weights, read_weights
 
 logger = logging.getLogger(__name__)
@@ -42,6 +41,8 @@ class LoadReport:
     source: str  # whose file: "dinoreg", "Meta", "timm" or "transformers"
     positions: str  # how the model resamples its positions, and whose way that is
     fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
+    where: str  # what the names in the file begin with: "teacher.backbone"
+    others: tuple[str, ...]  # the same of other networks in the file, which were not taken
 
     def __str__(self) -> str:
         groups = sorted({key.partition(".")[0] for key in self.left_out})
@@ -54,7 +55,9 @@ class LoadReport:
             "not in the file:": ", ".join(missing),
         }
         changes = [f"{what} {which}" for what, which in parts.items() if which]
-        first = f"{len(self.loaded)} tensors loaded from {self.path} ({self.source})"
+        network = f", {self.where!r} in it" if self.where and self.source != SOURCES["dinoreg"] else ""
+        network += f", not {' or '.join(map(repr, self.others))}" if self.others else ""
+        first = f"{len(self.loaded)} tensors loaded from {self.path} ({self.source}{network})"
         return "; ".join([first, *changes, self.positions])
 
 
@@ -100,7 +103,7 @@ def load_reported(
         generator = torch.Generator().manual_seed(0)
         state["register_tokens"] = TOKEN_STD * torch.randn(1, model.num_registers, model.dim, generator=generator)
     model.load_state_dict(state, assign=True)
-    changed = report.reshaped or report.adapted or report.grafted
+    changed = report.reshaped or report.adapted or report.grafted or report.others
     logger.log(logging.WARNING if changed else logging.INFO, "%s", report)
     return Loaded(model.to(device).eval().requires_grad_(True), report, weights)
 
@@ -108,30 +111,26 @@ def load_reported(
 def load(
     source: str | Path, device: str | torch.device = "cpu", adapt_channels: str | None = None, **overrides: Any
 ) -> RegisterViT:
-    """A model in evaluation mode, with float32 weights from a file or, for a model name, with random weights.
+    """A model in evaluation mode, with float32 weights from a file, or random ones for `random:NAME`.
 
-    source          a run folder, checkpoint or teacher file; a file or folder of Meta, timm or transformers; or a model
-                    name. A path that exists takes precedence over a name
+    source          a run folder (its last state), checkpoint or teacher file; a file or folder of Meta, timm or
+                    transformers; or `random:NAME`. A path that exists takes precedence
     device          of the returned model
     adapt_channels  "mean" | "repeat" | "zero", for an `in_channels` other than the file's (see `adapt.channels`)
     overrides       choices of a run, such as attention="sdpa"; `image_size` resamples the position grid, `in_channels`
-                    adapts the patch projection, `num_registers` adds new registers to a backbone without any; for a
-                    model name any argument of RegisterViT
-    raises          UserError for a source that cannot be read and for overrides that do not fit it
+                    adapts the patch projection, `num_registers` adds new registers to a backbone without any; for
+                    random weights any argument of RegisterViT
+    raises          UserError for a source that cannot be read, for a published name, which is not downloaded, and for
+                    overrides that do not fit
 
     `load_reported` also returns a report of what was done.
     """
-    if find_weights(source) is not None:
+    name = random_name(source)
+    if name is None or find_weights(source) is not None:
         return load_reported(source, device, adapt_channels, **overrides).model
     if adapt_channels is not None:
         raise UserError(f"adapt_channels={adapt_channels!r} is for weights, and {str(source)!r} is none")
-    try:
-        model = build(str(source), **overrides)
-    except UserError as error:
-        if "is not known; expected vit" not in str(error) or str(source).startswith("vit"):
-            raise
-        raise UserError(f"weights {str(source)!r}: no such file, run folder or model name") from None
-    return model.to(device).eval()
+    return build(name, **overrides).to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------ making them fit
@@ -208,6 +207,8 @@ def fit(
         fresh=fresh,
         source=source,
         positions=f"positions are resampled {now}, {reason}",
+        where=weights.where,
+        others=weights.others,
     )
 
 

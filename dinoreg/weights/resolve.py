@@ -1,8 +1,9 @@
 """Weight files: finding them and bringing them to the encoder's own key names.
 
-`weights=` and `init=` name a run folder, one of its checkpoints or teacher files, a file of Meta's, a folder or file
-of transformers or of timm. The library is recognised by the key names; `convert.py` renames them, `architecture.py`
-infers the encoder. Files are untrusted (see `files.py`), and a pointer cannot lead out of its run folder.
+`weights=` and `init=` name a run folder, which means its last state, one of its checkpoints (`RUN/best`) or teacher
+files, a file of Meta's, a folder or file of transformers or of timm. The library is recognised by the key names;
+`convert.py` renames them, `architecture.py` infers the encoder. Files are untrusted (see `files.py`), and a pointer
+cannot lead out of its run folder.
 """
 
 import re
@@ -17,9 +18,11 @@ from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_text
 from dinoreg.weights.architecture import Stated, as_sides, infer_architecture
-from dinoreg.weights.convert import FROM, detect, from_timm, unwrap
+from dinoreg.weights.backbone_in_file import find_backbone
+from dinoreg.weights.convert import FROM, detect, from_timm
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
 from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
+from dinoreg.weights.names import not_there
 
 TEACHER_FORMAT = "dinoreg-teacher"
 
@@ -28,7 +31,7 @@ FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
 
 POINTERS = ("best", "last")  # files in a run's folder of checkpoints
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers": "transformers"}
 
@@ -46,6 +49,8 @@ class Weights:
     metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": {"mean": ..., "std": ...}}
     source    "dinoreg" | "meta" | "timm" | "transformers"
     stated    the architecture according to the JSON file beside it
+    where     what the names in the file begin with ("teacher.backbone")
+    others    the same of other networks in the file, which were not taken
     """
 
     path: Path
@@ -54,6 +59,8 @@ class Weights:
     metadata: dict[str, Any]
     source: str
     stated: Stated
+    where: str = ""
+    others: tuple[str, ...] = ()
 
     def architecture(self, heads: int | None = None) -> dict[str, Any]:
         """Arguments of RegisterViT, from the tensors' shapes and the JSON beside them, see `infer_architecture`.
@@ -70,16 +77,19 @@ class Weights:
 def find_weights(source: str | Path) -> Path | None:
     """The path of the weight file for `source`; None if that path does not exist.
 
-    source   a file: itself. A run folder: its best (else last, else newest) teacher. A checkpoint of a run, or a
-             pointer to one: the teacher of that step. A folder of transformers or timm: its weights. Any other folder:
-             the only weight file in it
-    raises   UserError for a folder without weights or with several files
+    source   a file: itself. A run folder: its last teacher, else the newest. RUN/best, RUN/last, a checkpoint of a run,
+             or a pointer to one: the teacher of that step. A folder of transformers or timm: its weights. Any other
+             folder: the only weight file in it
+    raises   UserError for a folder without weights or with several files, and for a run without a best step
     """
     path = Path(source)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
         raise UserError(f"weights {str(source)[:80]!r}: not a path ({error})") from None
+    if path.name in POINTERS and not (is_file or is_folder):
+        path = _pointer(path)
+        is_file = path.is_file()
     checkpoint = (is_file and path.name in POINTERS) or (is_folder and _STEP_NAME.fullmatch(path.name))
     if checkpoint and path.parent.name == "checkpoints":  # every checkpoint is written together with a teacher file
         run = path.parent.parent
@@ -95,8 +105,18 @@ def find_weights(source: str | Path) -> Path | None:
         raise UserError(f"weights {path}: a folder of {library} without weights; expected one of {', '.join(FILES)}")
     steps = [p for p in path.glob("teacher/step_*.safetensors") if _STEP_NAME.fullmatch(p.stem)]
     newest = max(steps, key=lambda p: int(p.stem.removeprefix("step_")), default=None)
-    teachers = (*(_teacher_of(path, pointer) for pointer in POINTERS), newest)
-    return next(filter(None, teachers), None) or _only_file(path)
+    return _teacher_of(path, "last") or newest or _only_file(path)
+
+
+def _pointer(path: Path) -> Path:
+    """RUN/checkpoints/best for RUN/best, else the path itself; UserError for a pointer that the run does not have."""
+    folder = path.parent if path.parent.name == "checkpoints" else path.parent / "checkpoints"
+    if not folder.is_dir():
+        return path
+    if not (folder / path.name).is_file():
+        why = ": no probe was better than the start by its interval" if path.name == "best" else ""
+        raise UserError(f"weights {path}: this run has no {path.name} step{why}; weights={folder.parent} is its last")
+    return folder / path.name
 
 
 def _teacher_of(run: Path, checkpoint: str) -> Path | None:
@@ -129,7 +149,7 @@ def read_weights(source: str | Path) -> Weights:
     """
     path = find_weights(source)
     if path is None:
-        raise UserError(f"weights {str(source)!r}: no such file or run folder")
+        raise not_there(source)
     library = library_of(path.parent) if path.name in FILES else None
     if library is not None:  # before the tensors, which may be many
         stated = read_config(path.parent, library)
@@ -140,8 +160,8 @@ def read_weights(source: str | Path) -> Weights:
         stated = Stated(architecture if isinstance(architecture, dict) else {})
     content = read_file(path)
     try:
-        state, others = unwrap(content)
-        state = _plain(state)  # before tokens and positions are added up
+        found_in_file = find_backbone(content)
+        state = _plain(found_in_file.state)  # before tokens and positions are added up
         found = detect(state)
         if library is not None and found != library:
             raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
@@ -152,7 +172,8 @@ def read_weights(source: str | Path) -> Weights:
         raise UserError(f"weights {path}: {error}") from None
     heads = [key for key in backbone if _HEAD_KEY.match(key)]
     backbone = {key: value for key, value in backbone.items() if key not in heads}
-    return Weights(path, _plain(backbone), (*heads, *others), metadata, found, stated)
+    _, left_out, where, others = found_in_file
+    return Weights(path, _plain(backbone), (*heads, *left_out), metadata, found, stated, where, others)
 
 
 def _grid(stated: Stated, state: Mapping[str, Tensor]) -> tuple[int, int] | None:

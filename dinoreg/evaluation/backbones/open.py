@@ -1,4 +1,4 @@
-"""`weights=` as an encoder: a run, a file or folder of Meta, timm or transformers, a model's name, a ViT of timm.
+"""`weights=` as an encoder: a run, a file or folder of Meta, timm or transformers, `random:NAME`, a ViT of timm.
 
 Whatever RegisterViT can hold exactly is opened as one; what it cannot hold runs in the library it comes from. To have
 timm's own model run, say so: `timm:NAME` or `timm:NAME:FILE`.
@@ -16,10 +16,11 @@ from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder, seeded, wrap
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
-from dinoreg.weights.convert import unwrap
+from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.files import read_file
 from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
 from dinoreg.weights.load import load, load_reported
+from dinoreg.weights.names import not_there, random_name
 from dinoreg.weights.preprocessing import stated_preprocessing, stated_range
 from dinoreg.weights.resolve import FILES, find_weights
 
@@ -39,7 +40,7 @@ class Opened(NamedTuple):
 def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -> Opened:
     """The encoder that `weights=` means.
 
-    weights  as in `dinoreg eval`: a run, a file, a folder, a model's name, or timm:NAME[:FILE]
+    weights  as in `dinoreg eval`: a run, a file, a folder, random:NAME, or timm:NAME[:FILE]
     dtype    of the matrix products
     raises   UserError, in one line, for weights that are missing, damaged or of an unknown kind
     """
@@ -55,9 +56,9 @@ def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -
 
 
 def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Opened:
-    """A NativeEncoder of a run, a file, a library's folder or a model's name, with the preprocessing stated beside it.
+    """A NativeEncoder of a run, a file, a library's folder or random:NAME, with the preprocessing stated beside it.
 
-    A bare name's random weights are always the same, and LayerScale is 1 in them (see `random_init`).
+    The random weights of a name are always the same, and LayerScale is 1 in them (see `random_init`).
 
     dtype   of the matrix products
     raises  UserError, in one line, for weights that are missing or damaged; NotHeld for a folder with a model that
@@ -65,9 +66,11 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
     """
     file = find_weights(weights)
     if file is None:
+        if (random := random_name(weights)) is None:
+            raise not_there(weights)
         with seeded(0):
             model = load(weights, device, layerscale=1.0)
-        return Opened(wrap(model, f"{weights} (random weights)", device=device, dtype=dtype))
+        return Opened(wrap(model, f"{random} (random weights)", device=device, dtype=dtype))
     folder = file.parent if file.name in FILES and library_of(file.parent) else None
     loaded = load_reported(file, device)
     stated = loaded.weights.metadata.get("preprocessing")
@@ -79,6 +82,8 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         name = f"{run.resolve().name} at step {step:,}"
     elif folder is not None or Path(weights).is_dir():
         name = (folder or Path(weights)).resolve().name
+    if loaded.report.others:  # the file holds several networks
+        name = f"{name} ({loaded.report.where})"
     encoder = wrap(loaded.model, name, mean, std, device, dtype)
     encoder.value_range = ValueRange.of(stated_range(stated, file))
     return Opened(encoder, run, step or 0)
@@ -108,8 +113,7 @@ def _load_state(model: nn.Module, path: Path, weights: str) -> None:
         raise UserError(f"weights={weights}: {path} does not exist")
     content = read_file(path)
     try:
-        state, _ = unwrap(content)
-        missing, unexpected = model.load_state_dict(state, strict=False)
+        missing, unexpected = model.load_state_dict(find_backbone(content).state, strict=False)
     except Exception as error:  # torn files and wrong shapes raise many kinds of exception
         raise UserError(f"weights={weights}: {path} does not fit the model ({one_line(error, 160)})") from None
     extra = [key for key in unexpected if not key.startswith(("head.", "fc_norm."))]

@@ -1,0 +1,59 @@
+"""What `weights=` means where no such path exists: `random:NAME`, or a name that stands for no weights here.
+
+Nothing is ever downloaded. A published model's name is therefore refused, with the file to fetch and how to name it:
+random weights under the name of trained ones would be measured, shown and exported without anybody noticing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from dinoreg.models.registry import SIZES, parse_name
+from dinoreg.runtime.errors import UserError
+
+RANDOM = "random:"
+
+# Meta's file of each published DINOv2 backbone, with four registers or none.
+META_FILE = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{model}/dinov2_{model}{registers}_pretrain.pth"
+_LIBRARY_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
+
+
+def random_name(source: str | Path) -> str | None:
+    """NAME of `random:NAME`; None for anything else."""
+    text = str(source)
+    return text.removeprefix(RANDOM) if text.startswith(RANDOM) else None
+
+
+def not_there(source: str | Path) -> UserError:
+    """The error for weights that are neither a path nor `random:NAME`: what to fetch, where that is known."""
+    text = str(source).strip()
+    if random_name(text) is not None:
+        return UserError(f"weights {text!r}: random weights are no file; without init= a run starts from random ones")
+    try:
+        architecture = parse_name(text.removeprefix("timm/"))
+    except UserError:
+        hint = ", or random:NAME for random weights" if "/" not in text else ""
+        return UserError(
+            f"weights {text!r}: no such file or run folder; nothing is downloaded: fetch the weights and give their "
+            f"path{hint}"
+        )
+    published = _published(text, architecture)
+    fetch = f"fetch {published} and give its path" if published else "no weights are published under it"
+    return UserError(
+        f"weights {text!r}: the name of an architecture, not of weights here; nothing is downloaded: {fetch}, "
+        f"or weights={RANDOM}{text.removeprefix('timm/')} for random weights"
+    )
+
+
+def _published(name: str, architecture: dict[str, Any]) -> str | None:
+    """The file or hub folder that holds the published weights, or None: 14-pixel patches, with 4 registers or none."""
+    size = next(letter for letter, values in SIZES.items() if values["dim"] == architecture["dim"])
+    registers = architecture["num_registers"]
+    if size not in _LIBRARY_SIZES or architecture["patch_size"] != 14 or registers not in (0, 4):
+        return None
+    if "dinov2-" in name:
+        middle = "with-registers-" if registers else ""
+        return f"the folder huggingface.co/facebook/dinov2-{middle}{_LIBRARY_SIZES[size]}"
+    if name.removeprefix("timm/").startswith("vit_"):
+        middle = "reg4_" if registers else ""
+        return f"the folder huggingface.co/timm/vit_{_LIBRARY_SIZES[size]}_patch14_{middle}dinov2.lvd142m"
+    return META_FILE.format(model=f"vit{size}14", registers="_reg4" if registers else "")
