@@ -60,6 +60,6 @@ def loss_trace(out: Path) -> list[tuple[float, ...]]:
 def given(top1: float, count: int, rank: float = 3.0, first: int = 0) -> Measured:
     """The figures of a probe that was right on this share of its tested images, from the one numbered `first` on."""
     right = np.roll(np.arange(count) < round(top1 * count), first)
-    low, high = bootstrap_interval(right)
-    values = {"rankme": rank, "knn_top1": top1, "knn_top1_low": low, "knn_top1_high": high}
+    interval = bootstrap_interval(right)
+    values = {"rankme": rank, "knn_top1": top1, "knn_top1_low": interval.low, "knn_top1_high": interval.high}
     return Measured({**values, "knn_top1_chance": 0.1, "knn_top1_majority": 0.2, "probe_time": 1e-6}, right)

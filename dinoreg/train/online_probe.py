@@ -75,6 +75,11 @@ class Probe:
     notes: tuple[str, ...] = ()
     source: Source | None = None
 
+    @property
+    def in_bank(self) -> int:
+        """How many of the images, the first, are the bank."""
+        return len(self.images) // 2 if self.bank is None else self.bank
+
     @torch.no_grad()
     def measure(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Measured:
         """Measure a backbone in eval mode; all `ranks` call together. Nothing random of PyTorch's is drawn.
@@ -90,7 +95,7 @@ class Probe:
         values = {"rankme": rankme(features - features.mean(dim=0))}
         right = None
         if self.labels is not None:
-            half = self.bank if self.bank is not None else len(features) // 2
+            half = self.in_bank
             votes = knn_predict(
                 features[:half],
                 self.labels[:half].to(device),
@@ -100,8 +105,9 @@ class Probe:
             )
             tested = self.labels[half:]
             right = (votes[NEIGHBOURS].argmax(dim=-1).cpu() == tested).numpy()
-            low, high = bootstrap_interval(right)
-            values |= {"knn_top1": float(right.mean()), "knn_top1_low": low, "knn_top1_high": high}
+            interval = bootstrap_interval(right)
+            values |= {"knn_top1": float(right.mean())}
+            values |= {"knn_top1_low": interval.low, "knn_top1_high": interval.high}
             values["knn_top1_chance"] = 1 / self.num_classes
             values["knn_top1_majority"] = int(tested.bincount().max()) / len(tested)
         return Measured({**values, "probe_time": time.perf_counter() - started}, right)
@@ -186,9 +192,9 @@ class ProbeRunner:
             return now["rankme"] > before["rankme"]
         if now["right"] is None:
             return False
-        count = len(self.probe.images) - len(self.probe.images) // 2
+        count = len(self.probe.images) - self.probe.in_bank
         difference = _unpacked(now["right"], count) - _unpacked(before["right"], count)
-        return bootstrap_interval(difference)[0] > 0
+        return bootstrap_interval(difference).low > 0
 
     def _watch_general(self, state: TrainState, values: dict[str, float]) -> None:
         """Warn when the general probe has fallen below its first value by more than the margin."""
@@ -276,7 +282,7 @@ def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
     else:
         probe = _probe_of_own(config, key, spec)
     assert probe.labels is not None
-    bank = probe.labels[: len(probe.labels) // 2 if probe.bank is None else probe.bank]
+    bank = probe.labels[: probe.in_bank]
     if len(probe.images) < 4 or len(bank.unique()) < 2 or len(bank) == len(probe.labels):
         raise UserError(f"{key}={spec}: expected at least 4 readable images of 2 classes")
     return probe

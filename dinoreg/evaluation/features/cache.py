@@ -47,9 +47,9 @@ def extract_features(
     what        description of the work, beside the progress
     returns     (n, slots, D) of the context's `features_dtype`, memory-mapped and read only
 
-    An interrupted extraction resumes; of images that several folds choose from, all are extracted, once. Raises RunError
-    naming the first image whose feature is not finite, or where the disk is too small; UserError naming an image that
-    cannot be read.
+    An interrupted extraction resumes; of images that several folds choose from, all are extracted, once. Raises
+    RunError naming the first image whose feature is not finite, or where the disk is too small; UserError naming an
+    image that cannot be read.
     """
     if isinstance(source, ChosenSource) and source.one_of_many:
         return extract_features(context, encoder, source.source, transform, blocks, mean_patch, what)[source.indices]
