@@ -185,6 +185,10 @@ class _Evaluation:
         self.name = plan.benchmark.name
         self.unfinished = folder / ".unfinished" / self.name
         self.key = _key(encoder, plan, request)
+        sources = [split.source for _, data in plan.tasks for split in data.splits.values()]
+        own = all(source.as_trained for source in sources)
+        default = min(encoder.preprocessing.size) if own else encoder.default_size
+        self.image_size = request.options.image_size or default
 
     def result(self) -> Result:
         """The result on disk if it has the same key, else a new one, which is written."""
@@ -196,7 +200,8 @@ class _Evaluation:
         seen = check_channels(encoder, self.plan)
         for _, data in self.plan.tasks:
             for split in data.splits.values():
-                split.source.value_range, split.source.in_channels = encoder.value_range, encoder.in_channels
+                split.source.in_channels = encoder.in_channels
+                split.source.value_range = encoder.preprocessing.value_range
         if options.examples:
             shutil.rmtree(self.folder / "examples" / self.name, ignore_errors=True)
         own, baselines = self.rows("", lambda: encoder), {}
@@ -209,7 +214,7 @@ class _Evaluation:
             "task": self.plan.benchmark.task,
             "weights": {"name": encoder.name, "identity": encoder.identity},
             "precision": str(encoder.dtype).removeprefix("torch."),
-            "image_size": options.image_size or encoder.default_size,
+            "image_size": self.image_size,
             "seed": options.seed,
             "published": [
                 {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
@@ -260,7 +265,8 @@ class _Evaluation:
             state=self.unfinished / self.key / name,
             examples=self.folder / "examples" / self.name if options.examples and not role else None,
             seed=options.seed,
-            image_size=options.image_size or self.encoder.default_size,
+            image_size=self.image_size,
+            preprocessing=self.encoder.preprocessing,
             batch_size=options.batch_size,
             workers=default_workers() if options.workers is None else options.workers,
             num_examples=options.examples,

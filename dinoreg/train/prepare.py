@@ -14,7 +14,9 @@ from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.config.overwrite import check_out, delete_run
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
+from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
@@ -94,6 +96,13 @@ class Setup:
         loader.bad.update(state.history.get("bad", {}))
         return loader
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the weights of this run state of pictures: crops of the size of the global ones, seen whole."""
+        config = self.config
+        size, limits = config.crops.global_size, ValueRange.of(config.data.range)
+        return Preprocessing(config.augment.mean, config.augment.std, (size, size), size, value_range=limits)
+
     def open_writer(self) -> Writer:
         """The writer of this run's checkpoints, which claims the run folder for this process group.
 
@@ -105,12 +114,7 @@ class Setup:
             config.checkpoint,
             describe_teacher={
                 "architecture": self.teacher.backbone.architecture(),
-                "preprocessing": {
-                    "mean": list(config.augment.mean),
-                    "std": list(config.augment.std),
-                    "image_size": config.crops.global_size,
-                    "range": config.data.range,
-                },
+                "preprocessing": self.preprocessing.as_json(),
                 "config_hash": config.hash(),
             },
             timeout=config.parallel.timeout,
