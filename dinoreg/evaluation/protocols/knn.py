@@ -34,7 +34,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         predicted = votes[k].argmax(dim=-1).cpu().numpy()
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
         fields = {"variant": f"k = {k}", "n_train": len(train), "settings": settings}
-        rows.append(accuracy_row(measured, test, predicted, measured.task.metric, **fields))
+        rows.append(accuracy_row(measured, test, predicted, measured.task.metric, tables=not rows, **fields))
     return rows
 
 
