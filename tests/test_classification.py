@@ -103,7 +103,7 @@ def test_logistic_rows_agree_with_scikit_learn_at_the_chosen_c(tmp_path: Path) -
     )
     predicted = fit.predict(features["test"])
     labels = found.splits["test"].labels
-    assert macro.value == pytest.approx(balanced_accuracy_score(labels, predicted), abs=1e-12)
+    assert macro.value == pytest.approx(metrics.balanced_accuracy_score(labels, predicted), abs=1e-12)
     assert micro.value == pytest.approx((predicted == labels).mean(), abs=1e-12)
     assert macro.details["micro and macro"] == {"top-1": micro.value, "mean per class": macro.value}
 
