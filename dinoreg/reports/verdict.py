@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dinoreg.checkpoint.run_folder import Probe, Run
-from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.json_files import is_number, number
 from dinoreg.runtime.templates import score
 
 MAJORITY = "majority class"  # beside the baselines: the figure of always naming the largest class
@@ -122,7 +122,7 @@ def _figures(probe: Probe) -> str:
     what = f"{details.get('probe', 'probe')} on {probe.dataset}"
     beside = [f"{SPOKEN.get(name, name)} {score(value, unit)}" for name, (value, *_) in probe.baselines.items()]
     levels = {"the largest class": details.get("majority"), "chance": details.get("chance")}
-    beside += [f"{name} {score(value, unit)}" for name, value in levels.items() if is_number(value)]
+    beside += [f"{name} {score(number(value), unit)}" for name, value in levels.items() if is_number(value)]
     low, high = (score(each, unit) for each in (probe.low, probe.high))
     text = f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high})"
     return f"{text}, against {', '.join(beside)}." if beside else f"{text}."

@@ -29,7 +29,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     labels = torch.from_numpy(train.labels)
     votes = knn_predict(bank.to(encoder.device), labels, queries, chosen.k, chosen.temperature, train.num_classes)
     _gallery(bank, queries, train, test, context)
-    rows = []
+    rows: list[Row] = []
     for k in sorted(chosen.k, key=lambda each: (each != 20, each)):
         predicted = votes[k].argmax(dim=-1).cpu().numpy()
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
