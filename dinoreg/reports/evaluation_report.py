@@ -68,6 +68,9 @@ def read_records(folder: Path) -> list[Record]:
             examples = sorted((folder / "examples" / path.stem).glob("*.png"))
             rows = _dicts(content.get("rows"))
             records.append(Record(read_probe(content, path), content, weights, rows, published, examples))
+    if len({record.weights.get("identity") for record in records}) > 1:
+        for record in records:
+            record.content["title"] = f"{record.title}, {record.weights.get('name')}"
     return records
 
 
@@ -94,8 +97,10 @@ def console_table(records: Sequence[Record]) -> Table:
     table = Table(title=_lead(records), padding=(0, 1, 0, 0), show_edge=False)
     for name in ("measure", "model", *ROLES):
         table.add_column(name, justify="left" if name == "measure" else "right")
+    several = len({record.weights.get("identity") for record in records}) > 1
     for record in records:
-        table.add_row(f"[bold]{escape(record.title)}[/]", end_section=False)
+        name = record.probe.dataset + (f", {record.weights.get('name', '')}" if several else "")
+        table.add_row(f"[bold]{escape(name)}[/]")
         for line in record_lines(record):
             _, protocol, metric, value, interval, *others, _, _ = line.cells
             if line.is_headline:
