@@ -19,6 +19,7 @@ import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.option import check, flat, nearest
+from dinoreg.data.copies import MOST_COMPARED, content_digest
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
@@ -26,7 +27,7 @@ from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks,
 from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.features.images import default_workers, read_picture, size_of
+from dinoreg.evaluation.features.images import default_workers, parallel, read_picture, size_of
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
@@ -214,7 +215,7 @@ class _Evaluation:
         if known is not None and known.key == self.key and not options.overwrite:
             return known
         started = time.time()
-        seen = check_channels(encoder, self.plan)
+        seen = [*check_channels(encoder, self.plan), *watched_images(encoder, self.plan)]
         for _, data in self.plan.tasks:
             for split in data.splits.values():
                 split.source.in_channels = encoder.in_channels
@@ -322,6 +323,37 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
     dataset = dict(request.dataset.get(plan.benchmark.name, {}))
     text = json.dumps(plain([encoder.identity, str(encoder.dtype), values, data, dataset]), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
+    """A warning where the probe inside the encoder's run has looked at images that are tested here, by their contents.
+
+    Of more than MOST_COMPARED images, that many are looked at.
+    """
+    watched = encoder.watched
+    tested = {
+        split.source.stamp(): split for _, data in plan.tasks for name, split in data.splits.items() if name != "train"
+    }
+    places = [
+        (split.source, split.image(index))
+        for split in tested.values()
+        for index in np.unique(np.linspace(0, len(split) - 1, min(len(split), MOST_COMPARED)).astype(int)).tolist()
+    ]
+    if watched is None or not places:
+        return []
+
+    def is_watched(number: int) -> bool:
+        source, index = places[number]
+        try:
+            return content_digest(source.read(index)).hex()[:16] in watched.images
+        except (BadImage, OSError):
+            return False
+
+    count = sum(parallel(is_watched, range(len(places)), default_workers()))
+    known = f"{count:,} of {len(places):,} tested images are among those that the probe inside the run looked at"
+    how = "by them its best step was chosen, which is measured here: " if watched.chosen else ""
+    consequence = "its figures are too high" if watched.chosen else "whoever was guided by its curve has seen the test"
+    return [f"{plan.benchmark.name}: {known} (probe.data={watched.data}); {how}{consequence}"] if count else []
 
 
 def check_channels(encoder: Encoder, plan: Planned) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoreg.checkpoint.run_folder import Watched
 from dinoreg.data.preprocess import PUBLISHED_SIZE, Preprocessing
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
@@ -50,6 +51,7 @@ class Encoder(ABC):
     preprocessing: Preprocessing
     device: torch.device
     dtype: torch.dtype
+    watched: Watched | None = None  # what the probe inside its run looked at
     pools: bool = True  # whether the mean patch token is as wide as the class token, so that it may be appended
 
     @torch.no_grad()

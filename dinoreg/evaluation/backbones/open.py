@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dinoreg.checkpoint.run_folder import run_of, teacher_step
+from dinoreg.checkpoint.run_folder import run_of, teacher_step, watched_in
 from dinoreg.config.option import nearest
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder, seeded, wrap
@@ -104,8 +104,9 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         name = (folder or Path(weights)).resolve().name
     if loaded.report.others:  # the file holds several networks
         name = f"{name} ({loaded.report.where})"
-    preprocessing = Preprocessing.of_model(loaded.model, file)
-    return Opened(NativeEncoder(loaded.model, name, preprocessing, device, dtype), run, step or 0)
+    encoder = NativeEncoder(loaded.model, name, Preprocessing.of_model(loaded.model, file), device, dtype)
+    encoder.watched = None if run is None or step is None else watched_in(run, step)
+    return Opened(encoder, run, step or 0)
 
 
 def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> Encoder:
