@@ -61,10 +61,10 @@ class Request:
 
 def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
     """The benchmarks of `dinoreg eval NAME,NAME | all | PATH`; UserError for an unknown or unreadable one."""
-    chosen: dict[str, Benchmark] = {}
+    chosen: dict[tuple[str, str], Benchmark] = {}
     for name in names:
         if name == "all":
-            chosen |= benchmarks()
+            chosen |= {(each.name, each.place): each for each in benchmarks().values()}
             continue
         if Path(name).exists() and not name.endswith(".py"):
             from dinoreg.evaluation.custom.datasets import own_benchmark
@@ -72,7 +72,7 @@ def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
             benchmark = own_benchmark(Path(name), request.dataset.get("own", {}), request.options.columns)
         else:
             benchmark = find_benchmark(name)
-        chosen[benchmark.name] = benchmark
+        chosen[benchmark.name, benchmark.place] = benchmark
     return list(chosen.values())
 
 
@@ -135,17 +135,23 @@ def look(encoder: Encoder, plan: Planned, request: Request) -> Planned:
     raises  UserError for pictures that it cannot take, before anything is computed
     """
     warnings = [*plan.warnings, *check_channels(encoder, plan)]
-    given = ValueRange.of(request.options.range)
+    whose = "the range of the weights," if request.options.range is None else "range"
+    _read_as_taken(encoder, plan, request)
     for data in {id(data): data for _, data in plan.tasks}.values():
-        for split in data.splits.values():
-            split.source.value_range, split.source.in_channels = given or encoder.value_range, encoder.in_channels
         _sample(plan.benchmark, data, own=True)
         for name, split in data.splits.items():
             if split.source.as_trained:
-                whose = "the range of the weights," if given is None else "range"
                 found = survey(split.source, encoder.in_channels, SAMPLED, whose, "range").warnings
                 warnings += [f"{plan.benchmark.name}: {name}: {line}" for line in found]
     return replace(plan, warnings=_distinct(warnings, request))
+
+
+def _read_as_taken(encoder: Encoder, plan: Planned, request: Request) -> None:
+    """Have the pictures read with the channels that an encoder takes, by the range given or that of its weights."""
+    value_range = ValueRange.of(request.options.range) or encoder.value_range
+    for _, data in plan.tasks:
+        for split in data.splits.values():
+            split.source.value_range, split.source.in_channels = value_range, encoder.in_channels
 
 
 def _distinct(warnings: Sequence[str], request: Request) -> tuple[str, ...]:
@@ -200,26 +206,44 @@ class _Evaluation:
     def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
         self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
         self.name = plan.benchmark.name
-        self.unfinished = folder / ".unfinished" / self.name
         self.key = _key(encoder, plan, request)
+        self.unfinished = folder / ".unfinished" / f"{self.name}-{self.key}"
+
+    def path(self) -> Path:
+        """The file of the result: where it is, else the first name that no other measurement has.
+
+        The names are `<dataset>.json`, for other data of one's own of that name the longer one, then one with the key.
+        With overwrite=true the first gives way.
+        """
+        benchmark = self.plan.benchmark
+        names = [self.name, benchmark.longer, f"{self.name}-{self.key[:8]}"]
+        known = {name: read_result(self.folder / f"{name}.json") for name in names if name}
+        first = known[self.name]
+        if first is not None and first.facts.get("place") == benchmark.place:  # the same data, measured otherwise
+            known.pop(benchmark.longer, None)
+        same = (name for name, each in known.items() if each is not None and each.key == self.key)
+        free = (name for name, each in known.items() if each is None)
+        new = self.name if self.request.options.overwrite else next(free, names[-1])
+        return self.folder / f"{next(same, new)}.json"
 
     def result(self) -> Result:
         """The result on disk if it has the same key, else a new one, which is written."""
-        path, encoder, options = self.folder / f"{self.name}.json", self.encoder, self.request.options
-        known = read_result(path)
+        encoder, options = self.encoder, self.request.options
+        known = read_result(self.path())
         if known is not None and known.key == self.key and not options.overwrite:
             return known
         started = time.time()
-        if options.examples:
-            shutil.rmtree(self.folder / "examples" / self.name, ignore_errors=True)
+        _read_as_taken(encoder, self.plan, self.request)
         own, baselines = self.rows("", lambda: encoder), {}
         if options.baselines:
             sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
             baselines["random init"] = self.rows("random init", lambda: encoder.random_init(options.seed))
             baselines["raw pixels"] = self.rows("raw pixels", lambda: PixelEncoder(*sizes, device=encoder.device))
+        path, benchmark = self.path(), self.plan.benchmark  # of several that began together, the others may be done
         facts = {
-            "title": self.plan.benchmark.title,
-            "task": self.plan.benchmark.task,
+            "title": f"{benchmark.title} ({self.key[:8]})" if path.stem.endswith(self.key[:8]) else benchmark.title,
+            "place": benchmark.place,
+            "task": benchmark.task,
             "weights": {"name": encoder.name, "identity": encoder.identity},
             "precision": str(encoder.dtype).removeprefix("torch."),
             "image_size": options.image_size or encoder.default_size,
@@ -233,10 +257,20 @@ class _Evaluation:
             "seconds": time.time() - started,
             "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         }
-        result = Result(self.name, self.key, compared(own, baselines), baselines, facts)
+        result = Result(path.stem, self.key, compared(own, baselines), baselines, facts)
         write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
+        self.show_examples(path.stem)
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return result
+
+    def show_examples(self, name: str) -> None:
+        """Put the example pictures of this measurement in the place of those that the name `name` had before."""
+        drawn, shown = self.unfinished / "examples", self.folder / "examples" / name
+        if self.request.options.examples:
+            shutil.rmtree(shown, ignore_errors=True)
+        if drawn.is_dir():
+            shown.parent.mkdir(parents=True, exist_ok=True)
+            drawn.rename(shown)
 
     def rows(self, role: str, make: Callable[[], Encoder]) -> tuple[Row, ...]:
         """The rows of every task in one role, "" for the encoder itself; what was finished before is not done again.
@@ -270,8 +304,8 @@ class _Evaluation:
         return Context(
             features=Path(options.features) if options.features else self.folder.parent / "features",
             # With the key in its name, a state is never resumed with other weights or options.
-            state=self.unfinished / self.key / name,
-            examples=self.folder / "examples" / self.name if options.examples and not role else None,
+            state=self.unfinished / name,
+            examples=self.unfinished / "examples" if options.examples and not role else None,
             seed=options.seed,
             image_size=options.image_size or self.encoder.default_size,
             batch_size=options.batch_size,

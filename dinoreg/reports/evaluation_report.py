@@ -68,6 +68,9 @@ def read_records(folder: Path) -> list[Record]:
             examples = sorted((folder / "examples" / path.stem).glob("*.png"))
             rows = _dicts(content.get("rows"))
             records.append(Record(read_probe(content, path), content, weights, rows, published, examples))
+    if len({record.weights.get("identity") for record in records}) > 1:
+        for record in records:
+            record.content["title"] = f"{record.title}, {record.weights.get('name')}"
     return records
 
 
@@ -94,12 +97,14 @@ def console_table(records: Sequence[Record]) -> Table:
     table = Table(title=_lead(records))
     for name in ("dataset", "measure", "value", "95 % interval", "random", "pixels", "verdict"):
         table.add_column(name, justify="left" if name in ("dataset", "measure", "verdict") else "right")
+    several = len({record.weights.get("identity") for record in records}) > 1
     for record in records:
         for line in record_lines(record):
             _, _, metric, value, interval, *others, _ = line.cells
             if line.is_headline:
                 measure = f"{metric}\n{line.row['protocol']}"
-                table.add_row(record.probe.dataset, measure, value, interval.removesuffix(" %"), *others)
+                name = f"{record.probe.dataset}\n{record.weights.get('name', '')}" if several else record.probe.dataset
+                table.add_row(name, measure, value, interval.removesuffix(" %"), *others)
     return table
 
 
