@@ -19,14 +19,15 @@ import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.option import check, flat, nearest
+from dinoreg.data.copies import MOST_COMPARED, content_digest
 from dinoreg.data.statistics import survey
-from dinoreg.data.value_range import ValueRange
+from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.features.images import default_workers, read_picture, size_of
+from dinoreg.evaluation.features.images import default_workers, parallel, read_picture, size_of
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
@@ -134,7 +135,7 @@ def look(encoder: Encoder, plan: Planned, request: Request) -> Planned:
 
     raises  UserError for pictures that it cannot take, before anything is computed
     """
-    warnings = [*plan.warnings, *check_channels(encoder, plan)]
+    warnings = [*plan.warnings, *check_channels(encoder, plan), *watched_images(encoder, plan)]
     whose = "the range of the weights," if request.options.range is None else "range"
     _read_as_taken(encoder, plan, request)
     for data in {id(data): data for _, data in plan.tasks}.values():
@@ -337,6 +338,37 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
     pixels = [encoder.identity, encoder.value_range, str(encoder.dtype)]
     text = json.dumps(plain([*pixels, values, data, dataset]), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
+    """A warning where the probe inside the encoder's run has looked at images that are tested here, by their contents.
+
+    Of more than MOST_COMPARED images, that many are looked at.
+    """
+    watched = encoder.watched
+    tested = {
+        split.source.stamp(): split for _, data in plan.tasks for name, split in data.splits.items() if name != "train"
+    }
+    places = [
+        (split.source, split.image(index))
+        for split in tested.values()
+        for index in np.unique(np.linspace(0, len(split) - 1, min(len(split), MOST_COMPARED)).astype(int)).tolist()
+    ]
+    if watched is None or not places:
+        return []
+
+    def is_watched(number: int) -> bool:
+        source, index = places[number]
+        try:
+            return content_digest(source.read(index)).hex()[:16] in watched.images
+        except (BadImage, OSError):
+            return False
+
+    count = sum(parallel(is_watched, range(len(places)), default_workers()))
+    known = f"{count:,} of {len(places):,} tested images are among those that the probe inside the run looked at"
+    how = "by them its best step was chosen, which is measured here: " if watched.chosen else ""
+    consequence = "its figures are too high" if watched.chosen else "whoever was guided by its curve has seen the test"
+    return [f"{plan.benchmark.name}: {known} (probe.data={watched.data}); {how}{consequence}"] if count else []
 
 
 def check_channels(encoder: Encoder, plan: Planned) -> list[str]:
