@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dinoreg.checkpoint.run_folder import Watched
 from dinoreg.data.preprocess import PUBLISHED_SIZE, Preprocessing
+from dinoreg.data.value_range import ValueRange
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
@@ -125,6 +126,11 @@ class Encoder(ABC):
     def std(self) -> tuple[float, ...]:
         """As `mean`."""
         return self.preprocessing.std
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """Of the data that it was trained on, for other data of its kind."""
+        return self.preprocessing.value_range
 
     @property
     def default_size(self) -> int:
