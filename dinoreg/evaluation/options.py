@@ -125,7 +125,7 @@ class DetectionOptions(Options, section="detection"):
     size: int = option(640, "of the short side", unit="pixel", low=1)
     max_size: int = option(1024, "of the long side at most", unit="pixel", low=1)
     steps: int = option(20_000, "of training", low=1)
-    warmup_steps: int = option(500, "linear warm-up, a tenth of the steps at most; a cosine to zero follows", low=0)
+    warmup_steps: int = option(500, "linear warm-up, a tenth of the steps at most, times a cosine to zero", low=0)
     batch_size: int = option(16, "images a step", low=1)
     lrs: tuple[float, ...] = option((1e-3,), "AdamW; several are trained at once and all reported", above=0)
     weight_decay: float = option(1e-4, "of AdamW", low=0)

@@ -102,8 +102,8 @@ def class_keys(names: Sequence[str], num_classes: int) -> list[str]:
 
 
 def warmup(settings: SegmentationOptions) -> int:
-    """Steps of warm-up: the option's, or a tenth of a training that is no longer than it."""
-    return settings.warmup_steps if settings.warmup_steps < settings.steps else settings.steps // 10
+    """Steps of warm-up: the option's, or a tenth of all where that is less."""
+    return min(settings.warmup_steps, settings.steps // 10)
 
 
 class LinearProbe:
@@ -194,7 +194,7 @@ class LinearProbe:
             "lr": lr,
             "weight_decay": decay,
             "warmup_steps": warmup(settings),
-            "schedule": "linear warm-up, then linear to 0 (poly, power 1)",
+            "schedule": "linear to 0 (poly, power 1), times a linear warm-up",
             "optimizer": "AdamW",
             "padded_size": sum(centre_padding(settings.size, self.encoder.patch_size)) + settings.size,
             "scales": list(SCALES),
