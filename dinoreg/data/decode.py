@@ -208,7 +208,7 @@ def decode(
             data.load()  # before the orientation is read: of a TIFF Pillow applies it here
             raw = RawPixels(_with_channels(np.asarray(data)) if deep else _rgb_or_bands(data, in_channels))
             pixels = _from_array(to_byte_scale(raw, value_range), in_channels)
-            return _orient(pixels, int(data.getexif().get(_ORIENTATION_TAG, 1)))
+            return orient(pixels, int(data.getexif().get(ORIENTATION_TAG, 1)))
         except (OSError, ValueError, SyntaxError) as error:
             raise BadImage(_reason(error)) from error
     return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
