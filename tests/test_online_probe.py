@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode, v2
 from training import given, read_lines, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.checkpoint.run_folder import watched_in, which_steps
+from dinoreg.checkpoint.steps import watched_in, which_steps
 from dinoreg.config.load import Config
 from dinoreg.data.open import open_source
 from dinoreg.distributed.process_group import ALONE

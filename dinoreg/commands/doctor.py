@@ -174,6 +174,8 @@ def examine_run(run: Path) -> list[Section]:
 
 
 def _progress_rows(run: Path) -> list[Row]:
+    from dinoreg.checkpoint.steps import probe_in_words, which_steps
+
     last = (read_json_lines(run / "metrics.jsonl") or [{}])[-1]
     status = read_json(run / "status.json")
     steps = f"{status.get('step', last.get('step', 0))} of {status.get('num_steps', '?')} steps"
@@ -187,7 +189,8 @@ def _progress_rows(run: Path) -> list[Row]:
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
     if probes := read_json_lines(run / "probe.jsonl"):
-        rows.append(("last probe", "", _values({k: v for k, v in probes[-1].items() if k != "probe_time"})))
+        rows.append(("last probe", "", f"step {probes[-1].get('step')}, {probe_in_words(probes[-1])}"))
+    rows.append(("weights", "", which_steps(run)))
     if failure := _last_traceback(run / "train.log"):
         rows.append(("failure", "problem", f"{failure} (traceback in {run / 'train.log'})"))
     return rows
