@@ -206,6 +206,7 @@ def test_a_whole_unfinished_run_says_how_far_it_got_and_how_to_go_on(tmp_path: P
     assert row(progress, "finished") == ("missing", "no: 6 of 20 steps are saved")
     assert row(progress, "go on")[1] == f"dinoreg pretrain {run} resume=true"
     assert row(progress, "last line")[1] == "step 7, total_loss 3, images_per_second 3.25"
+    assert row(progress, "weights")[1] == f"weights={run} means step 6 (last); weights={run}/best step 3"
     checkpoints = rows_of(sections, "checkpoints")
     assert checkpoints == [("step_0000003", "ok", "whole (best)"), ("step_0000006", "ok", "whole (last)")]
     assert rows_of(sections, "health") == [("events", "ok", "none")]
