@@ -183,8 +183,15 @@ def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: P
     failed = []
     for plan in plans:
         try:
-            row = measure(encoder, plan, request, folder).headline
-            print_status(f"{plan.benchmark.name}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
+            result = measure(encoder, plan, request, folder)
+            for warning in result.facts["warnings"]:
+                if warning not in plan.warnings:  # which were said before
+                    print_status(f"warning: {warning}")
+            if result.dataset != (name := plan.benchmark.name):
+                kept = f"{name}.json holds another measurement (other data, weights or options) and stays"
+                print_status(f"{kept}; this one is {result.dataset}.json (overwrite=true replaces)")
+            row = result.headline
+            print_status(f"{result.dataset}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
         except (UserError, RunError) as error:
             if len(plans) == 1:
                 raise

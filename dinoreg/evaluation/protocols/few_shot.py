@@ -22,7 +22,13 @@ from torch import Tensor
 
 from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.options import LogisticOptions
-from dinoreg.evaluation.protocols.classification import METRICS, class_tokens, draws_interval, labelled_splits
+from dinoreg.evaluation.protocols.classification import (
+    METRICS,
+    accuracy_row,
+    class_tokens,
+    draws_interval,
+    labelled_splits,
+)
 from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
@@ -192,22 +198,21 @@ def nearest_mean(x: Tensor, means: Tensor) -> Tensor:
 def _row(measured: Measurement, setting: Setting, train: Labelled, test: Labelled, scored: list[dict[str, Any]]) -> Row:
     metric, context = measured.task.metric, measured.context
     logistic, nearest = (np.stack([each[key].numpy() for each in scored]) for key in ("logistic", "nearest"))
-    values = {name: [function(draw, test.labels) for draw in logistic] for name, function in METRICS.items()}
     counts = setting.counts(_available(train))
     share = f"a class-balanced {measured.options.logistic.validation_share:.0%} of the drawn labels, seed of the draw"
     fixed = f"{FIXED_C:g} / mean squared distance of the training features from their mean"
     chosen = bool(scored[0]["path"])
     means = draws_interval(nearest, test.labels, metric, seed=context.seed)
-    return measured.row(
-        float(np.mean(values[metric])),
-        draws_interval(logistic, test.labels, metric, seed=context.seed),
+    return accuracy_row(
+        measured,
+        test,
+        logistic,
+        metric,
         variant=setting.title,
         chosen_on=share if chosen else "",
         seeds=tuple(context.seed + repeat for repeat in range(len(scored))),
         n_train=int(counts.sum()),
-        n_test=len(test),
         hours=sum(each["hours"] for each in scored),
-        chance=1.0 / train.num_classes,
         settings={
             "shots": setting.shots,
             "share": setting.share,
@@ -217,8 +222,7 @@ def _row(measured: Measurement, setting: Setting, train: Labelled, test: Labelle
             "image_size": context.image_size,
         },
         details={
-            "micro and macro": {name: float(np.mean(each)) for name, each in values.items()},
-            "each draw": values[metric],
+            "each draw": [METRICS[metric](draw, test.labels) for draw in logistic],
             "nearest class mean": float(np.mean([METRICS[metric](draw, test.labels) for draw in nearest])),
             "nearest class mean, interval": [means.low, means.high],
         },

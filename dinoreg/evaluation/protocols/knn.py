@@ -29,12 +29,12 @@ def evaluate(measured: Measurement) -> list[Row]:
     labels = torch.from_numpy(train.labels)
     votes = knn_predict(bank.to(encoder.device), labels, queries, chosen.k, chosen.temperature, train.num_classes)
     _gallery(bank, queries, train, test, context)
-    rows = []
+    rows: list[Row] = []
     for k in sorted(chosen.k, key=lambda each: (each != 20, each)):
         predicted = votes[k].argmax(dim=-1).cpu().numpy()
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
         fields = {"variant": f"k = {k}", "n_train": len(train), "settings": settings}
-        rows.append(accuracy_row(measured, test, predicted, measured.task.metric, **fields))
+        rows.append(accuracy_row(measured, test, predicted, measured.task.metric, tables=not rows, **fields))
     return rows
 
 
