@@ -154,7 +154,8 @@ def test_the_losses_of_an_older_run_are_read_in_todays_terms(tmp_path: Path) -> 
     terms = {"dino_global_crops_loss": 0.7 * 0.5, "dino_local_crops_loss": 0.7 * 4.0}
     terms |= {"ibot_loss": 2 * 1.9 * 2.0, "koleo_loss": 2 * 1.0}
     lines = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
-    lines = [line | terms | {"total_loss": line.pop("loss")} for line in lines]
+    lines = [{**line, **terms, "total_loss": line["loss"]} for line in lines]
+    lines = [{key: value for key, value in line.items() if key != "loss"} for line in lines]
     (old / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     with (old / "config.yaml").open("a") as file:
         file.write("loss:\n  dino_weight: 0.7\n  ibot_weight: 1.9\n")
