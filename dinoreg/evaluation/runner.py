@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ import numpy as np
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.option import check, flat, nearest
 from dinoreg.data.copies import MOST_COMPARED, content_digest
-from dinoreg.data.source import Source
-from dinoreg.data.value_range import BadImage
+from dinoreg.data.statistics import survey
+from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.comparison import compared
@@ -31,7 +31,7 @@ from dinoreg.evaluation.features.images import default_workers, parallel, read_p
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
-from dinoreg.runtime.errors import RunError, UserError, one_line
+from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
@@ -118,7 +118,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             continue
         if task.read not in seen:
             seen[task.read] = task.read(folder, values)
-            _sample(benchmark, seen[task.read])
+            _sample(benchmark, seen[task.read], own=False)
         data = seen[task.read]
         warnings += data.extra.get("warnings", [])
         tasks.append((task, data))
@@ -127,20 +127,54 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             found = len(data.splits[split]) if split in data.splits else 0
             if found != count:
                 warnings.append(f"{benchmark.name}: {split} has {found:,} images, the official one {count:,}")
-    warnings = list(dict.fromkeys(warnings))
+    return Planned(benchmark, tuple(tasks), _distinct(warnings, request))
+
+
+def look(encoder: Encoder, plan: Planned, request: Request) -> Planned:
+    """A plan whose pictures are read as an encoder takes them; of one's own some are opened, and warned of.
+
+    raises  UserError for pictures that it cannot take, before anything is computed
+    """
+    warnings = [*plan.warnings, *check_channels(encoder, plan), *watched_images(encoder, plan)]
+    whose = "the range of the weights," if request.options.range is None else "range"
+    _read_as_taken(encoder, plan, request)
+    for data in {id(data): data for _, data in plan.tasks}.values():
+        _sample(plan.benchmark, data, own=True)
+        for name, split in data.splits.items():
+            if split.source.as_trained:
+                found = survey(split.source, encoder.in_channels, SAMPLED, whose, "range").warnings
+                warnings += [f"{plan.benchmark.name}: {name}: {line}" for line in found]
+    return replace(plan, warnings=_distinct(warnings, request))
+
+
+def _read_as_taken(encoder: Encoder, plan: Planned, request: Request) -> None:
+    """Have the pictures read with the channels that an encoder takes, by the range given or that of its weights."""
+    value_range = ValueRange.of(request.options.range) or encoder.value_range
+    for _, data in plan.tasks:
+        for split in data.splits.values():
+            split.source.value_range, split.source.in_channels = value_range, encoder.in_channels
+
+
+def _distinct(warnings: Sequence[str], request: Request) -> tuple[str, ...]:
+    """The warnings once each; UserError for any where the request is strict."""
     if warnings and request.options.strict:
-        raise UserError(f"{'; '.join(warnings)} (strict=true)")
-    return Planned(benchmark, tuple(tasks), tuple(warnings))
+        raise UserError(f"{'; '.join(dict.fromkeys(warnings))} (strict=true)")
+    return tuple(dict.fromkeys(warnings))
 
 
-def _sample(benchmark: Benchmark, data: Data) -> None:
-    """Open some images of each split and their ground truth; UserError for the first that is wrong."""
+def _sample(benchmark: Benchmark, data: Data, own: bool) -> None:
+    """Open some images of each split and their ground truth; UserError for the first that is wrong.
+
+    own  only the user's own, whose pixels wait for the encoder's channels and range; else only the others
+    """
     for name, split in data.splits.items():
         if not len(split):
             raise UserError(f"{benchmark.name}: the {name} split has no images")
+        if split.source.as_trained != own:
+            continue
         for index in np.unique(np.linspace(0, len(split) - 1, SAMPLED).astype(int)).tolist():
             place = split.image(index)
-            height, width = _size(split.source, place)
+            height, width = size_of(read_picture(split.source, place))
             if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
                 raise UserError(f"{split.source.name(place)}: a box is not finite")
             for name_of_map, what in split.PIXELS:
@@ -150,19 +184,8 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
                     raise UserError(f"{split.source.name(place)}: {sizes}")
 
 
-def _size(source: Source, index: int) -> tuple[int, int]:
-    """(height, width) of an image in pixels; UserError where it cannot be read."""
-    if not source.as_trained:
-        return size_of(read_picture(source, index))
-    try:  # its pixels wait for the range of values that the weights know
-        image = source.image(index)
-    except (BadImage, OSError) as error:
-        raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error)})") from None
-    return image.height, image.width
-
-
 def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
-    """Measure a planned dataset and write `folder/<dataset>.json`; a result already there under the same key is read.
+    """Measure a dataset that was looked at, write `folder/<dataset>.json`; a result with the same key is read instead.
 
     raises  UserError or RunError, naming dataset and protocol, where a task fails; finished tasks are saved, and the
             same call resumes after them
@@ -211,10 +234,7 @@ class _Evaluation:
         if known is not None and known.key == self.key and not options.overwrite:
             return known
         started = time.time()
-        seen = [*check_channels(encoder, self.plan), *watched_images(encoder, self.plan)]
-        for _, data in self.plan.tasks:
-            for split in data.splits.values():
-                split.source.value_range, split.source.in_channels = encoder.value_range, encoder.in_channels
+        _read_as_taken(encoder, self.plan, self.request)
         own, baselines = self.rows("", lambda: encoder), {}
         if options.baselines:
             sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
@@ -234,7 +254,7 @@ class _Evaluation:
                 for task, _ in self.plan.tasks
                 for number in task.published
             ],
-            "warnings": [*self.plan.warnings, *seen],
+            "warnings": list(self.plan.warnings),
             "seconds": time.time() - started,
             "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         }
@@ -315,7 +335,8 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
         for name, split in found.splits.items()
     ]
     dataset = dict(request.dataset.get(plan.benchmark.name, {}))
-    text = json.dumps(plain([encoder.identity, str(encoder.dtype), values, data, dataset]), sort_keys=True)
+    pixels = [encoder.identity, encoder.value_range, str(encoder.dtype)]
+    text = json.dumps(plain([*pixels, values, data, dataset]), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
