@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from encoders import small_vit
-from miniatures import food101, pets
+from miniatures import food101, own, pets
 from peer_models import timm_model
 from PIL import Image
+from small_runs import tiny_model, write_run
 
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.evaluation.benchmark import benchmarks, find_benchmark
+from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row
 from dinoreg.evaluation.runner import read_result
@@ -322,6 +325,44 @@ def test_a_declaration_of_ones_own_works_by_path(root: Path, weights: Path, tmp_
     (tmp_path / "torn.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(UserError, match=r"torn\.py: cannot be loaded \(ModuleNotFoundError"):
         find_benchmark(str(tmp_path / "torn.py"))
+
+
+def test_images_that_the_probe_of_the_run_has_seen_are_said_when_they_are_tested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = own.write(tmp_path)
+    looked_at = sorted(labelled.glob("*/*.jpg"))[:20]
+    run = write_run(tmp_path / "run", tiny_model())
+    digests = [sha256(path.read_bytes()).hexdigest()[:16] for path in looked_at]
+    probed = {"data": str(labelled), "metric": "knn_top1", "images": digests}
+    (run / "probe.json").write_text(json.dumps(probed))
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last").write_text("step_0000099\n")
+    (tmp_path / "link").symlink_to(labelled)
+    table = own.write_csv(tmp_path, seed=5)
+
+    def warnings(data: Path) -> list[str]:
+        command = ["eval", str(data), f"weights={run}/teacher/step_0000007.safetensors", "protocols=[knn]", "knn.k=[1]"]
+        assert main([*command, "baselines=false", "workers=0", f"out={tmp_path / 'out'}", "overwrite=true"]) == 0
+        said = capsys.readouterr().err
+        (path,) = (tmp_path / "out" / "eval").glob(f"*/{'own_table_labels' if data == table else data.name}.json")
+        told = [each for each in json.loads(path.read_text())["warnings"] if "probe" in each]
+        assert all(f"warning: {each}" in said for each in told)
+        assert all(each in (path.parent / "report.html").read_text() for each in told)
+        return told
+
+    (watched,) = warnings(labelled)
+    data = own_benchmark(labelled, {}).tasks[0].read(tmp_path, {})
+    tested = [data.splits["test"].source.name(index) for index in range(len(data.splits["test"]))]
+    count = len({*tested} & {*map(str, looked_at)})
+    assert f"{count} of {len(tested)} tested images" in watched
+    assert "was chosen" not in watched
+    (run / "checkpoints" / "best").write_text("step_0000007\n")
+    for path in (labelled, tmp_path / "link"):
+        (chosen,) = warnings(path)
+        assert f"{count} of {len(tested)} tested images" in chosen
+        assert "was chosen" in chosen
+    assert warnings(table) == []
 
 
 @pytest.mark.slow

@@ -332,5 +332,6 @@ def _check_model(config: Config) -> None:
     check(dim % heads == 0, "model.heads", heads, f"a divisor of the width model.dim={dim}")
     channels = config.model.in_channels
     fits = f"one number, or one for each of the {channels} channels (model.in_channels)"
-    for key, values in ("augment.mean", config.augment.mean), ("augment.std", config.augment.std):
-        check(len(values) in (1, channels), key, values, fits)
+    shipped = AugmentSettings()  # of RGB; for other channels it stands for what is measured when the run begins
+    for key, values in ("mean", config.augment.mean), ("std", config.augment.std):
+        check(len(values) in (1, channels) or values == getattr(shipped, key), f"augment.{key}", values, fits)

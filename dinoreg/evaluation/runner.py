@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,20 @@ import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.option import check, flat, nearest
-from dinoreg.data.source import Source
-from dinoreg.data.value_range import BadImage
+from dinoreg.data.copies import MOST_COMPARED, content_digest
+from dinoreg.data.statistics import survey
+from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.doubts import doubts
-from dinoreg.evaluation.features.images import default_workers, read_picture, size_of
+from dinoreg.evaluation.features.images import default_workers, parallel, read_picture, size_of
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
-from dinoreg.runtime.errors import RunError, UserError, one_line
+from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
@@ -119,7 +120,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             continue
         if task.read not in seen:
             seen[task.read] = task.read(folder, values)
-            _sample(benchmark, seen[task.read])
+            _sample(benchmark, seen[task.read], own=False)
         data = seen[task.read]
         warnings += data.extra.get("warnings", [])
         tasks.append((task, data))
@@ -128,20 +129,54 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             found = len(data.splits[split]) if split in data.splits else 0
             if found != count:
                 warnings.append(f"{benchmark.name}: {split} has {found:,} images, the official one {count:,}")
-    warnings = list(dict.fromkeys(warnings))
+    return Planned(benchmark, tuple(tasks), _distinct(warnings, request))
+
+
+def look(encoder: Encoder, plan: Planned, request: Request) -> Planned:
+    """A plan whose pictures are read as an encoder takes them; of one's own some are opened, and warned of.
+
+    raises  UserError for pictures that it cannot take, before anything is computed
+    """
+    warnings = [*plan.warnings, *check_channels(encoder, plan), *watched_images(encoder, plan)]
+    whose = "the range of the weights," if request.options.range is None else "range"
+    _read_as_taken(encoder, plan, request)
+    for data in {id(data): data for _, data in plan.tasks}.values():
+        _sample(plan.benchmark, data, own=True)
+        for name, split in data.splits.items():
+            if split.source.as_trained:
+                found = survey(split.source, encoder.in_channels, SAMPLED, whose, "range").warnings
+                warnings += [f"{plan.benchmark.name}: {name}: {line}" for line in found]
+    return replace(plan, warnings=_distinct(warnings, request))
+
+
+def _read_as_taken(encoder: Encoder, plan: Planned, request: Request) -> None:
+    """Have the pictures read with the channels that an encoder takes, by the range given or that of its weights."""
+    value_range = ValueRange.of(request.options.range) or encoder.value_range
+    for _, data in plan.tasks:
+        for split in data.splits.values():
+            split.source.value_range, split.source.in_channels = value_range, encoder.in_channels
+
+
+def _distinct(warnings: Sequence[str], request: Request) -> tuple[str, ...]:
+    """The warnings once each; UserError for any where the request is strict."""
     if warnings and request.options.strict:
-        raise UserError(f"{'; '.join(warnings)} (strict=true)")
-    return Planned(benchmark, tuple(tasks), tuple(warnings))
+        raise UserError(f"{'; '.join(dict.fromkeys(warnings))} (strict=true)")
+    return tuple(dict.fromkeys(warnings))
 
 
-def _sample(benchmark: Benchmark, data: Data) -> None:
-    """Open some images of each split and their ground truth; UserError for the first that is wrong."""
+def _sample(benchmark: Benchmark, data: Data, own: bool) -> None:
+    """Open some images of each split and their ground truth; UserError for the first that is wrong.
+
+    own  only the user's own, whose pixels wait for the encoder's channels and range; else only the others
+    """
     for name, split in data.splits.items():
         if not len(split):
             raise UserError(f"{benchmark.name}: the {name} split has no images")
+        if split.source.as_trained != own:
+            continue
         for index in np.unique(np.linspace(0, len(split) - 1, SAMPLED).astype(int)).tolist():
             place = split.image(index)
-            height, width = _size(split.source, place)
+            height, width = size_of(read_picture(split.source, place))
             if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
                 raise UserError(f"{split.source.name(place)}: a box is not finite")
             for name_of_map, what in split.PIXELS:
@@ -151,19 +186,8 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
                     raise UserError(f"{split.source.name(place)}: {sizes}")
 
 
-def _size(source: Source, index: int) -> tuple[int, int]:
-    """(height, width) of an image in pixels; UserError where it cannot be read."""
-    if not source.as_trained:
-        return size_of(read_picture(source, index))
-    try:  # its pixels wait for the range of values that the weights know
-        image = source.image(index)
-    except (BadImage, OSError) as error:
-        raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error)})") from None
-    return image.height, image.width
-
-
 def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
-    """Measure a planned dataset and write `folder/<dataset>.json`; a result already there under the same key is read.
+    """Measure a dataset that was looked at, write `folder/<dataset>.json`; a result with the same key is read instead.
 
     raises  UserError or RunError, naming dataset and protocol, where a task fails; finished tasks are saved, and the
             same call resumes after them
@@ -212,10 +236,7 @@ class _Evaluation:
         if known is not None and known.key == self.key and not options.overwrite:
             return known
         started = time.time()
-        seen = check_channels(encoder, self.plan)
-        for _, data in self.plan.tasks:
-            for split in data.splits.values():
-                split.source.value_range, split.source.in_channels = encoder.value_range, encoder.in_channels
+        _read_as_taken(encoder, self.plan, self.request)
         own, baselines = self.rows("", lambda: encoder), {}
         if options.baselines:
             sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
@@ -237,7 +258,7 @@ class _Evaluation:
                 for task, _ in self.plan.tasks
                 for number in task.published
             ],
-            "warnings": [*self.plan.warnings, *seen, *doubts(own, baselines, [data for _, data in self.plan.tasks])],
+            "warnings": [*self.plan.warnings, *doubts(own, baselines, [data for _, data in self.plan.tasks])],
             "seconds": time.time() - started,
             "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         }
@@ -316,7 +337,7 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
     values = {key: value for key, value in dataclasses.asdict(request.options).items() if key in shaping}
     data = [_stamped(task, found) for task, found in plan.tasks]
     dataset = dict(request.dataset.get(plan.benchmark.name, {}))
-    return _digest([encoder.identity, str(encoder.dtype), values, data, dataset])
+    return _digest([encoder.identity, encoder.value_range, str(encoder.dtype), values, data, dataset])
 
 
 def _tested(plan: Planned, task: Task, data: Data, request: Request) -> str:
@@ -335,6 +356,37 @@ def _stamped(task: Task, data: Data) -> list[Any]:
 
 def _digest(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(plain(values), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
+    """A warning where the probe inside the encoder's run has looked at images that are tested here, by their contents.
+
+    Of more than MOST_COMPARED images, that many are looked at.
+    """
+    watched = encoder.watched
+    tested = {
+        split.source.stamp(): split for _, data in plan.tasks for name, split in data.splits.items() if name != "train"
+    }
+    places = [
+        (split.source, split.image(index))
+        for split in tested.values()
+        for index in np.unique(np.linspace(0, len(split) - 1, min(len(split), MOST_COMPARED)).astype(int)).tolist()
+    ]
+    if watched is None or not places:
+        return []
+
+    def is_watched(number: int) -> bool:
+        source, index = places[number]
+        try:
+            return content_digest(source.read(index)).hex()[:16] in watched.images
+        except (BadImage, OSError):
+            return False
+
+    count = sum(parallel(is_watched, range(len(places)), default_workers()))
+    known = f"{count:,} of {len(places):,} tested images are among those that the probe inside the run looked at"
+    how = "by them its best step was chosen, which is measured here: " if watched.chosen else ""
+    consequence = "its figures are too high" if watched.chosen else "whoever was guided by its curve has seen the test"
+    return [f"{plan.benchmark.name}: {known} (probe.data={watched.data}); {how}{consequence}"] if count else []
 
 
 def check_channels(encoder: Encoder, plan: Planned) -> list[str]:

@@ -96,6 +96,7 @@ def _split(table: LabelledImages, path: Path, share: float, seed: int) -> Data:
     labels, names = table.labels, table.class_names
     several = labels.ndim == 2
     everything = table.source()
+    everything.as_trained = True
     copies = find_copies(everything) if len(everything) <= MOST_COMPARED else None
     rows, variant = parts(table.words, _rarest(labels) if several else labels, share, seed, path, copies=copies)
     warnings = [*table.warnings, *passed_over_in_words(table.passed_over)]
@@ -105,9 +106,7 @@ def _split(table: LabelledImages, path: Path, share: float, seed: int) -> Data:
     kind = MultiLabelled if several else Labelled
     splits = {}
     for split, part in rows.items():
-        source = ChosenSource(everything, part)
-        source.as_trained = True
-        splits[split] = kind(source, labels[part], len(names))
+        splits[split] = kind(ChosenSource(everything, part), labels[part], len(names))
     return Data(splits, names, variant, {"warnings": warnings})
 
 
