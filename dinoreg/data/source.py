@@ -240,7 +240,7 @@ class ChosenSource(Source):
 
     def __init__(self, source: Source, indices: np.ndarray, one_of_many: bool = False) -> None:
         self.source, self.indices, self.one_of_many = source, np.asarray(indices, dtype=np.int64), one_of_many
-        self.value_range, self.as_trained = source.value_range, source.as_trained
+        self.value_range, self.as_trained, self.in_channels = source.value_range, source.as_trained, source.in_channels
 
     def __len__(self) -> int:
         return len(self.indices)

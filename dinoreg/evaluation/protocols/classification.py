@@ -15,13 +15,15 @@ from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_picture, shown
 from dinoreg.evaluation.metrics.bootstrap import (
     SAMPLES,
+    Clusters,
     Interval,
     bootstrap_interval,
     bootstrap_statistic,
+    count_absent,
     mean_per_class_accuracy,
     top1,
 )
-from dinoreg.evaluation.protocols.measurement import Measurement
+from dinoreg.evaluation.protocols.measurement import Fold, Measurement
 from dinoreg.evaluation.result import Row
 
 PICTURE_SIZE = 224  # pixels of an example
@@ -30,16 +32,14 @@ METRICS = {"top-1": top1, "mean per class": mean_per_class_accuracy}
 MISSING = "the {name} split is missing, or its images do not have one class each"
 
 
-def labelled_splits(
-    measured: Measurement, subject: str = "classification"
-) -> tuple[Labelled, Labelled, Labelled | None]:
-    """The splits "train" and "test" of images with one class each, and "val" or None.
+def labelled_folds(measured: Measurement, subject: str = "classification") -> tuple[Labelled, list[Fold[Labelled]]]:
+    """All test images, with one class each, and every training with those that are tested after it.
 
     subject  the protocol's name in messages
     raises   UserError for a metric other than METRICS, and for a split that is missing or of another kind
     """
     measured.check_metric(subject, METRICS)
-    return measured.splits(Labelled, MISSING)
+    return measured.folds(Labelled, MISSING)
 
 
 def accuracy_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, **fields: Any) -> list[Row]:
@@ -55,14 +55,21 @@ def accuracy_row(measured: Measurement, test: Labelled, predicted: np.ndarray, m
     fields     of Row
     """
     values = {name: function(predicted, test.labels) for name, function in METRICS.items()}
-    interval = draws_interval(predicted[None], test.labels, metric, seed=measured.context.seed)
+    interval = draws_interval(
+        predicted[None], test.labels, metric, seed=measured.context.seed, clusters=measured.clusters(test)
+    )
     shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / test.num_classes}
     shared["details"] = {"micro and macro": values}
     return measured.row(values[metric], interval, **(shared | fields))
 
 
 def draws_interval(
-    predicted: np.ndarray, labels: np.ndarray, metric: str, samples: int = SAMPLES, seed: int = 0
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    metric: str,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    clusters: Clusters | None = None,
 ) -> Interval:
     """95 % bootstrap interval of the mean accuracy over draws of labels; both labels and test images are resampled.
 
@@ -71,6 +78,7 @@ def draws_interval(
     metric     "top-1", else mean per class
     samples    number of resamples
     seed       of the resamples; draws are resampled by their number, so that encoders with the same ones compare
+    clusters   of the test images, which have draws of their own in each fold
 
     Each resample takes n images, and R - 1 draws: with R, their mean would vary by a factor (R - 1) / R too little.
     """
@@ -79,17 +87,22 @@ def draws_interval(
         return bootstrap_interval(correct[0], samples, seed)
     repeats, count = correct.shape
     rng = np.random.default_rng(repeats)
-    _, classes = np.unique(labels, return_inverse=True)
+    names, classes = np.unique(labels, return_inverse=True)
+    separate = clusters is not None and clusters.folds is not None
+    folds = np.unique(clusters.folds, return_inverse=True)[1] if separate else np.zeros(count, dtype=np.int64)
+    shape = folds.max() + 1, max(repeats - 1, 1)
+    if metric != "top-1":  # as in `mean_per_class_accuracy`
+        correct *= np.array([[len(names) / (len(names) + count_absent(draw, labels))] for draw in predicted])
 
     def resampled(weights: np.ndarray) -> float:
-        picked = np.bincount(rng.integers(0, repeats, size=max(repeats - 1, 1)), minlength=repeats)
-        right = weights * (picked @ correct / picked.sum())
+        picked = np.stack([np.bincount(draws, minlength=repeats) for draws in rng.integers(0, repeats, size=shape)])
+        right = weights * (picked[folds].T * correct).sum(axis=0) / shape[1]
         if metric == "top-1":
-            return float(right.sum() / count)
+            return float(right.sum() / weights.sum())
         per_class = np.bincount(classes, weights=weights)
         return float((np.bincount(classes, weights=right)[per_class > 0] / per_class[per_class > 0]).mean())
 
-    return bootstrap_statistic(count, resampled, samples, seed)
+    return bootstrap_statistic(count, resampled, samples, seed, clusters)
 
 
 def class_tokens(
