@@ -21,7 +21,7 @@ from dinoreg.evaluation.benchmark import PROTOCOLS
 from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.custom.splits import hold_out
 from dinoreg.evaluation.data import Data, DepthMaps, MultiLabelled, Segmented
-from dinoreg.evaluation.features.images import read_picture
+from dinoreg.evaluation.features.images import read_picture, size_of
 from dinoreg.runtime.errors import UserError
 from tests.encoders import small_vit
 from tests.miniatures import own
@@ -299,7 +299,7 @@ def test_masks_of_palettes_and_greys_hold_the_planted_classes(tmp_path: Path) ->
                 modes.add(picture.mode)
                 assert np.array_equal(split.mask(index), np.frombuffer(picture.tobytes(), np.uint8).reshape(70, 84))
             assert split.mask(index).dtype == np.uint8
-            assert read_picture(split.source, index).size == (84, 70)
+            assert size_of(read_picture(split.source, index)) == (70, 84)
     assert modes == {"P", "L"}
 
 

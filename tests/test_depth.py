@@ -356,6 +356,17 @@ def test_an_image_without_known_depth_is_left_out_and_counted(tmp_path: Path) ->
     assert row.details["images_without_depth"] == 1
 
 
+def test_the_largest_depth_is_learnt_from_and_what_lies_beyond_is_not(tmp_path: Path) -> None:
+    images, options = [np.zeros((30, 40, 3), dtype=np.uint8)] * 2, dataclasses.replace(FAST, steps=1, variants=(1,))
+    losses = []
+    for value in (10.0, 10.01):
+        split = _maps(images, [np.full((30, 40), value, dtype=np.float32)] * 2)
+        ended = DepthHeads(_vit(), options, 0).fit(split, (28, 36), None, _context(tmp_path / str(value)))
+        losses.append(ended[1, 1e-2])
+    assert losses[0] > 0
+    assert losses[1] == 0
+
+
 class Broken(PixelEncoder):
     """Its features of bright images are not finite."""
 

@@ -104,6 +104,32 @@ def test_a_root_without_the_dataset_says_what_is_expected_where_and_from_which_a
     assert refusal(name, tmp_path) == expected
 
 
+@pytest.mark.parametrize("name", sorted(benchmarks()))
+def test_archives_unpacked_one_folder_too_deep_give_the_same_data(written: Written, tmp_path: Path, name: str) -> None:
+    root, folder = written(name, per_class=4)
+    plain = contents(name, root)
+    for path in [*folder.iterdir(), *([folder] if folder != root else [])]:
+        if path.is_dir():
+            inner = path.rename(tmp_path / "moved")
+            path.mkdir()
+            inner.rename(path / path.name)
+            (path / ".DS_Store").touch()
+    assert contents(name, root) == plain
+
+
+def contents(name: str, root: Path) -> list[object]:
+    """For each task and split the images' bytes and, where they are classes, their labels."""
+    benchmark, found = find_benchmark(name), []
+    options = benchmark.option_values({"train_per_class": 2} if name == "caltech101" else {})
+    for task in benchmark.tasks:
+        for split, part in task.read(benchmark.find(root), options).splits.items():
+            images = [np.asarray(part.source.read(index)).tobytes() for index in range(len(part))]
+            found.append(
+                (task.protocol, split, images, [np.asarray(each).tolist() for each in getattr(part, "labels", ())])
+            )
+    return found
+
+
 @pytest.mark.parametrize("name", sorted(set(benchmarks()) - {"imagenet22k"}))  # of which any class will do
 def test_each_path_of_a_layout_is_missed_with_its_archive(written: Written, name: str) -> None:
     benchmark = find_benchmark(name)

@@ -83,6 +83,12 @@ def row(value: float) -> dict[str, Any]:
     }
 
 
+def against(difference: float) -> dict[str, Any]:
+    low, high = difference - 0.04, difference + 0.05
+    said = "better" if low > 0 else "worse" if high < 0 else "not shown"
+    return {"difference": difference, "low": low, "high": high, "verdict": said}
+
+
 def write_run(folder: Path, value: float = 0.7, name: str = "vitt8_reg4", lr: float = 1e-3) -> Path:
     """A run folder with every piece a report can show."""
     for part in ("health", "eval/0000040", "view/0000040"):
@@ -128,6 +134,7 @@ def write_run(folder: Path, value: float = 0.7, name: str = "vitt8_reg4", lr: fl
     (folder / "skipped.jsonl").write_text(json.dumps({"name": "bad.jpg", "reason": "truncated"}) + "\n")
     record = {"dataset": "scenes", "probe": "logistic regression", "chance": 0.05, **row(value)}
     record["baselines"] = {"random init": row(0.4), "raw pixels": row(0.3)}
+    record["against"] = {name: against(value - each["value"]) for name, each in record["baselines"].items()}
     (folder / "eval/0000040/scenes.json").write_text(json.dumps(record))
     for picture in ("pca", "attention", "crops"):
         noise = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
@@ -239,30 +246,59 @@ def test_text_from_files_cannot_become_markup(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "tone", "words"),
     [
-        (0.7, "good", "better than the untrained network and raw pixels"),
-        (0.43, "warn", "No benefit shown over the untrained network"),
-        (0.31, "bad", "the untrained network did better"),
+        (0.7, "good", "better by 30.0 points [26.0, 35.0] than the untrained network"),
+        (0.42, "warn", "Not shown with 900 images"),
+        (0.31, "bad", "worse by 9.0 points [4.0, 13.0]"),
     ],
 )
-def test_the_verdict_says_help_no_benefit_or_harm(tmp_path: Path, value: float, tone: str, words: str) -> None:
+def test_the_verdict_is_that_of_the_paired_differences(tmp_path: Path, value: float, tone: str, words: str) -> None:
     said = verdict(Run(write_run(tmp_path / "a", value)))
     assert said.tone == tone
     assert words in said.headline
+    assert ("raw pixels" in said.headline) == (tone == "good")
     assert f"{100 * value:.1f} %" in said.sentences[0]
     assert "data-bound" in said.sentences[-1]
 
 
-def test_a_metric_where_lower_is_better_is_judged_that_way(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", value=0.1)
+def changed(run: Path, **fields: Any) -> Run:
     path = run / "eval/0000040/scenes.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "higher_is_better": False}))
-    assert verdict(Run(run)).tone == "good"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return Run(run)
+
+
+def test_intervals_side_by_side_decide_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", value=0.41)  # its interval overlaps with that of 0.4
+    pairs = {"difference": 0.01, "low": 0.004, "high": 0.016, "verdict": "better"}
+    said = verdict(changed(run, against={"random init": pairs}))
+    assert (said.tone, "1.0 points [0.4, 1.6]" in said.headline) == ("good", True)
+    assert verdict(changed(run, value=0.9, low=0.89, high=0.91, against={})).tone == "plain"
+    for broken in ([], {"random init": 3}, {"random init": {**pairs, "low": None}}, {"random init": {"verdict": []}}):
+        assert verdict(changed(run, against=broken)).tone == "plain"
+
+
+def test_where_lower_is_better_a_negative_difference_is_a_gain(tmp_path: Path) -> None:
+    pairs = {"difference": -0.3, "low": -0.41, "high": -0.22, "verdict": "better"}
+    run = changed(write_run(tmp_path / "a"), unit="m", higher_is_better=False, against={"raw pixels": pairs})
+    assert "better by 0.3 m [0.22, 0.41] than raw pixels" in verdict(run).headline
+
+
+def test_the_largest_class_is_spoken_of_first(tmp_path: Path) -> None:
+    pairs = {"difference": -0.002, "low": -0.03, "high": 0.02, "verdict": "not shown"}
+    better = against(0.4)
+    run = changed(write_run(tmp_path / "a"), majority=0.887, against={"raw pixels": better, "majority class": pairs})
+    assert verdict(run).headline.startswith("Not better than always naming the largest class (88.7 %)")
+    assert verdict(changed(tmp_path / "a", against={"raw pixels": better, "majority class": better})).tone == "good"
 
 
 def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", value=0.3)
     (run / "eval/0000100").mkdir()
-    newer = {"dataset": "scenes", **row(0.9), "baselines": {"raw pixels": row(0.3)}}
+    newer = {
+        "dataset": "scenes",
+        **row(0.9),
+        "baselines": {"raw pixels": row(0.3)},
+        "against": {"raw pixels": against(0.6)},
+    }
     (run / "eval/0000100/scenes.json").write_text(json.dumps(newer))
     loaded = Run(run)
     assert [probe.step for probe in loaded.probes] == [40, 100]

@@ -175,9 +175,9 @@ class TestTrainingCrop:
 
 
 class TestWarmup:
-    def test_it_is_as_asked_unless_training_would_end_before_it(self) -> None:
+    def test_it_is_as_asked_but_a_tenth_of_the_steps_at_most(self) -> None:
         assert warmup(SegmentationOptions()) == 1500
-        assert warmup(SegmentationOptions(steps=1501)) == 1500
+        assert warmup(SegmentationOptions(steps=15_000)) == 1500
         assert warmup(SegmentationOptions(steps=1500)) == 150
         assert warmup(SegmentationOptions(steps=5)) == 0
 

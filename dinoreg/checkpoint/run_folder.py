@@ -171,25 +171,28 @@ def _accuracy(probed: Sequence[Mapping[str, Any]], step: int) -> str:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """How the best step of a run was chosen, see `PROBED`.
+class Watched:
+    """The labelled images that the probe inside a run looks at, see `PROBED`.
 
-    data    where the images are
+    data    where they are
     images  16 hexadecimal digits over the content of each
+    chosen  whether the step at hand was chosen by its accuracy on them: it is the best, and not the last
     """
 
     data: str
-    metric: str
     images: frozenset[str]
+    chosen: bool
 
 
-def selection_of(run: Path, step: int) -> Selection | None:
-    """By which images a step of a run was chosen; None for one that is not the best, or unknown ones."""
+def watched_in(run: Path, step: int) -> Watched | None:
+    """What the probe inside a run looks at, for weights of one of its steps; None where there are no labels."""
     content = read_json(run / PROBED)
     images = content.get("images")
-    if pointed_step(run, "best") != step or not isinstance(images, list):
+    if not isinstance(images, list):
         return None
-    return Selection(str(content.get("data")), str(content.get("metric")), frozenset(map(str, images)))
+    best, last = (pointed_step(run, name) for name in ("best", "last"))
+    chosen = step == best != last and content.get("metric") == "knn_top1"
+    return Watched(str(content.get("data")), frozenset(map(str, images)), chosen)
 
 
 def _whole(value: Any) -> int | None:

@@ -13,11 +13,11 @@ from rich.table import Column, Table
 from dinoreg.commands.failures import print_status
 from dinoreg.commands.report import report_run
 from dinoreg.config.option import dotted, read
-from dinoreg.evaluation.backbones.encoder import wrap
+from dinoreg.evaluation.backbones.encoder import Encoder, wrap
 from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.runner import Planned, Request, check_size, choose, measure, preflight
+from dinoreg.evaluation.runner import Planned, Request, check_size, choose, look, measure, preflight
 from dinoreg.jobs.records import read_records as read_jobs
 from dinoreg.jobs.status import examine
 from dinoreg.reports.evaluation_report import console_table, read_records, write_evaluation
@@ -57,6 +57,7 @@ def evaluate_command(names: str | None = None, request: Request | None = None) -
         raise UserError("eval: weights= is missing: a run folder, a weight file, or random:NAME for random weights")
     plans, problems = _prepare(names, request)
     encoder, folder, run = _open(request.options.weights, request.options)
+    plans = _look(encoder, plans, request, problems)
     print_status(f"{encoder.name} ({encoder.identity}), {len(plans)} dataset(s), results in {folder}")
     failed = _measure(encoder, plans, request, folder)
     report = write_evaluation(folder, [*problems.values(), *failed]) if request.options.report else None
@@ -81,8 +82,9 @@ def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
     raises   UserError (a ValueError) for a wrong key, value, dataset or missing file, before anything is computed
     """
     request = read_request(options)
-    plans, _ = _prepare(str(dataset), request)
+    plans, problems = _prepare(str(dataset), request)
     encoder, folder, _ = _open(model, request.options)
+    plans = _look(encoder, plans, request, problems)
     results = [measure(encoder, plan, request, folder) for plan in plans]
     write_evaluation(folder)
     return results[0] if len(results) == 1 and dataset != "all" else results
@@ -163,6 +165,22 @@ def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str
     return plans, problems
 
 
+def _look(encoder: Encoder, plans: Sequence[Planned], request: Request, problems: dict[str, str]) -> list[Planned]:
+    """The plans whose pictures the encoder can take; of several, others are added to the problems."""
+    ready = []
+    for plan in plans:
+        try:
+            ready.append(look(encoder, plan, request))
+        except UserError as error:
+            if plan is plans[-1] and not ready:
+                raise
+            problems[plan.benchmark.name] = str(error)
+        else:
+            for warning in ready[-1].warnings[len(plan.warnings) :]:
+                print_status(f"warning: {warning}")
+    return ready
+
+
 def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
     """(encoder, folder of results, run folder or None)."""
     keep_freed_memory()
@@ -183,8 +201,15 @@ def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: P
     failed = []
     for plan in plans:
         try:
-            row = measure(encoder, plan, request, folder).headline
-            print_status(f"{plan.benchmark.name}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
+            result = measure(encoder, plan, request, folder)
+            for warning in result.facts["warnings"]:
+                if warning not in plan.warnings:  # which were said before
+                    print_status(f"warning: {warning}")
+            if result.dataset != (name := plan.benchmark.name):
+                kept = f"{name}.json holds another measurement (other data, weights or options) and stays"
+                print_status(f"{kept}; this one is {result.dataset}.json (overwrite=true replaces)")
+            row = result.headline
+            print_status(f"{result.dataset}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
         except (UserError, RunError) as error:
             if len(plans) == 1:
                 raise

@@ -22,7 +22,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Task
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Result
-from dinoreg.evaluation.runner import Request, measure, preflight
+from dinoreg.evaluation.runner import Request, look, measure, preflight
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import read_json
@@ -103,7 +103,7 @@ def probe(encoder: Encoder, data: Data, folder: Path, name: str = "scenes", base
         size = min(encoder.image_size)
         request = Request(EvalOptions(image_size=size, examples=0, features=features, baselines=baselines))
         ((plan,), _) = preflight([benchmark], request)
-        return measure(encoder, plan, request, folder)
+        return measure(encoder, look(encoder, plan, request), request, folder)
 
 
 def _show(result: Result, headline: str, seconds: float, report: Path) -> None:

@@ -27,7 +27,7 @@ MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs a program
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
-_ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258
+ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258  # of TIFF, and the first of EXIF, too
 _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
 
 
@@ -108,7 +108,7 @@ class EncodedImage:
                    it
         """
         if self.raw is not None:
-            return _orient(self._scaled(self.raw), self._orientation)
+            return orient(self._scaled(self.raw), self._orientation)
         usual = self.components in (1, 3) and self.in_channels in (1, 3)
         try:
             if _decode_jpeg is not None and reduction == 1 and usual:
@@ -118,13 +118,13 @@ class EncodedImage:
                     whole = _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
                     if self.value_range is not None:
                         whole = self._scaled(RawPixels(whole.permute(1, 2, 0).numpy()))
-                    return _orient(whole, self._orientation)
+                    return orient(whole, self._orientation)
             with Image.open(io.BytesIO(self._data), formats=("JPEG",)) as image:
                 if reduction > 1:
                     mode = "L" if self.in_channels == 1 else "RGB"
                     image.draft(mode, (image.width // reduction, image.height // reduction))
                 raw = RawPixels(_rgb_or_bands(image, self.in_channels))
-            return _orient(self._scaled(raw), self._orientation)
+            return orient(self._scaled(raw), self._orientation)
         except BadImage:
             raise
         except Exception as error:
@@ -179,7 +179,7 @@ class EncodedImage:
             self.format, self.mode, self.pages = str(image.format), image.mode, getattr(image, "n_frames", 1)
             check_size(image.height, image.width, max_pixels)
             if image.format != "TIFF":  # which Pillow turns itself while it loads
-                self._orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+                self._orientation = int(image.getexif().get(ORIENTATION_TAG, 1))
             if not image.mode.startswith("I"):
                 return RawPixels(_rgb_or_bands(image, self.in_channels))
             image.load()
@@ -235,7 +235,7 @@ def _exif_orientation(exif: bytes) -> int:
         (count,) = struct.unpack_from(order + "H", exif, offset)
         for entry in range(offset + 2, offset + 2 + 12 * count, 12):
             tag, kind = struct.unpack_from(order + "HH", exif, entry)
-            if tag == _ORIENTATION_TAG and kind == 3:
+            if tag == ORIENTATION_TAG and kind == 3:
                 (value,) = struct.unpack_from(order + "H", exif, entry + 8)
                 return value if 1 <= value <= 8 else 1
     except struct.error:
@@ -243,8 +243,8 @@ def _exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def _orient(image: Tensor, orientation: int) -> Tensor:
-    """Apply an EXIF orientation (1..8) to (C, H, W)."""
+def orient(image: Tensor, orientation: int) -> Tensor:
+    """(C, H, W) turned and mirrored as an EXIF orientation (1..8) says."""
     if orientation == 1 or not 2 <= orientation <= 8:
         return image
     pixels = image.permute(1, 2, 0)  # (H, W, C)

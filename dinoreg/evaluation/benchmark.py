@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dinoreg.config.bundled import bundled
 from dinoreg.config.option import describe_fields, nearest, read_value
 from dinoreg.data.declared import load_declaration
+from dinoreg.evaluation.readers.dataset_folder import DatasetFolder
 from dinoreg.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class Need:
 
     def met(self, folder: Path) -> bool:
         """Whether something below the dataset's folder matches `path`."""
-        return any(True for _ in folder.glob(self.path))
+        path = PurePosixPath(self.path)
+        return any(True for _ in (folder / path.parent).glob(self.path[len(str(path)) - len(path.name) :]))
 
     def message(self, folder: Path) -> str:
         """A line for messages: `path` is missing below `folder`, and the archive it comes from."""
@@ -106,6 +108,8 @@ class Benchmark:
     download  where the files come from, in words
     options   choices of how it is read, set as NAME.KEY=VALUE: {KEY: option(default, help, …)}
     splits    in words, for the list: by default the counts of the first task, "3,680 / 3,669"
+    place     path of data of one's own
+    longer    for those, a name with that of the folder above, where a result of other data has the short one
     """
 
     name: str
@@ -120,6 +124,8 @@ class Benchmark:
     splits: str = ""
     options: Mapping[str, Field] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    place: str = ""
+    longer: str = ""
 
     def __post_init__(self) -> None:
         if self.tasks and not self.splits:
@@ -128,10 +134,11 @@ class Benchmark:
     def find(self, root: str | Path, layouts: tuple[tuple[Need, ...], ...] | None = None) -> Path:
         """The dataset's folder below `root`, in which one of the layouts, by default its own, is complete.
 
+        Archives below it may have been unpacked one folder too deep (DatasetFolder).
         Raises UserError naming the first missing path of the most complete layout, and the archive it comes from.
         """
-        base, layouts = Path(root), layouts or self.layouts
-        pairs = [(folder, layout) for folder in (*map(base.joinpath, self.folders), base) for layout in layouts]
+        base, layouts = DatasetFolder(root), layouts or self.layouts
+        pairs = [(folder, layout) for folder in (*(base / name for name in self.folders), base) for layout in layouts]
         for folder, layout in pairs:
             if all(need.met(folder) for need in layout):
                 return folder

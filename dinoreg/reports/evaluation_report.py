@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Probe, read_probe
 from dinoreg.reports import html
-from dinoreg.reports.verdict import judge
+from dinoreg.reports.verdict import DASH, differences, in_words, judge
 from dinoreg.runtime.json_files import is_number, number, read_json
 from dinoreg.runtime.templates import render, score
 
 FORMAT = "dinoreg-evaluation"
 ROLES = ("random init", "raw pixels")
 COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", *ROLES, "verdict", "published")
-DASH = "\u2013"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ def read_records(folder: Path) -> list[Record]:
             examples = sorted((folder / "examples" / path.stem).glob("*.png"))
             rows = _dicts(content.get("rows"))
             records.append(Record(read_probe(content, path), content, weights, rows, published, examples))
+    if len({record.weights.get("identity") for record in records}) > 1:
+        for record in records:
+            record.content["title"] = f"{record.title}, {record.weights.get('name')}"
     return records
 
 
@@ -91,15 +94,18 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = ()) -> Path:
 
 def console_table(records: Sequence[Record]) -> Table:
     """The headlines as a table for the terminal."""
-    table = Table(title=_lead(records))
-    for name in ("dataset", "measure", "value", "95 % interval", "random", "pixels", "verdict"):
-        table.add_column(name, justify="left" if name in ("dataset", "measure", "verdict") else "right")
+    table = Table(title=_lead(records), padding=(0, 1, 0, 0), show_edge=False)
+    for name in ("measure", "model", *ROLES):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    several = len({record.weights.get("identity") for record in records}) > 1
     for record in records:
+        name = record.probe.dataset + (f", {record.weights.get('name', '')}" if several else "")
+        table.add_row(f"[bold]{escape(name)}[/]")
         for line in record_lines(record):
-            _, _, metric, value, interval, *others, _ = line.cells
+            _, protocol, metric, value, interval, *others, _, _ = line.cells
             if line.is_headline:
-                measure = f"{metric}\n{line.row['protocol']}"
-                table.add_row(record.probe.dataset, measure, value, interval.removesuffix(" %"), *others)
+                table.add_row(f"{protocol}\n{metric}", f"{value}\n[{interval.removesuffix(' %')}]", *others)
+        table.add_section()
     return table
 
 
@@ -166,7 +172,7 @@ def record_lines(record: Record) -> list[Line]:
             str(row.get("metric", "")),
             _score(row, "value", unit),
             f"{low.removesuffix(' %').removesuffix(f' {unit}')} to {high}",
-            *(_score(baseline, "value", unit) for baseline in baselines.values()),
+            *(_against(role, baseline, row, unit) for role, baseline in baselines.items()),
             "",
             "",
         ]
@@ -175,6 +181,12 @@ def record_lines(record: Record) -> list[Line]:
             cells[-2:] = judge(probe).short, _published(record, row)
         lines.append(Line(row, cells, is_headline))
     return lines
+
+
+def _against(role: str, baseline: dict[str, Any], row: dict[str, Any], unit: str) -> str:
+    """A baseline's figure, and on the next line how the row differs from it."""
+    found = differences(row).get(role)
+    return _score(baseline, "value", unit) + (f"\n{in_words(found, unit, row.get('n_test'))}" if found else "")
 
 
 def _published(record: Record, row: dict[str, Any]) -> str:

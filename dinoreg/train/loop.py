@@ -52,7 +52,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     with session(config.device, config.parallel.timeout) as ranks:
         with ranks.collective_errors():
             setup = prepare(config, ranks)
-        out = setup.out
+        config, out = setup.config, setup.out
         check_shared(out, ranks)
         newest, messages = find_checkpoint(out, ranks) if config.resume else (None, [])
         with ranks.collective_errors():

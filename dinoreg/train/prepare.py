@@ -12,9 +12,11 @@ from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.config.overwrite import check_out, delete_run
+from dinoreg.data import augment as photometric
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
+from dinoreg.data.statistics import survey, with_statistics
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
@@ -39,7 +41,9 @@ class Setup:
 
     out      the run folder
     dtype    of autocast
+    config   as it was given, with what was measured of the data
     source   the images to train on
+    deep     whether they have more than eight bits
     probe    measured on the run's own domain; general: on images that it must not forget. None: no such probe
     student, teacher  on the CPU
     init     the weights that the run starts from; None: random ones
@@ -52,6 +56,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     source: Source
+    deep: bool
     probe: Probe | None
     general: Probe | None
     student: Networks
@@ -78,12 +83,11 @@ class Setup:
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of this run, starting at the sample `state.position`."""
         config, patch_size = self.config, self.student.backbone.patch_size
-        channels = config.model.in_channels
         loader = BatchLoader(
             self.source,
-            Views(config.crops, config.augment, config.mask, patch_size, channels),
+            Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels),
             config.data,
-            deep=self.source.is_deep(channels),
+            deep=self.deep,
             batch_size=config.batch_size,
             seed=config.seed,
             device=self.device,
@@ -127,7 +131,6 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
     out = Path(config.out)
     check_out(config, out)
-    changed = changed_config(config, out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     if config.threads is not None:
@@ -139,9 +142,16 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
     with ranks.main_first():  # the others find the index ready
         source = open_source(data.source, data.weights, data.index_dir, data.root, data.range, data.columns)
+    saved = out / "config.yaml"
+    before = load_config(saved) if config.resume and saved.is_file() else None
+    config, measured = with_statistics(config, source, before)
+    changed = [] if before is None else changed_config(config, before, out)
+    seen = survey(source, config.model.in_channels)
     num_steps = config.num_steps(len(source), ranks.world_size)
     student, teacher = build_networks(config)
-    notes = [config.explain_lr(ranks.world_size), *changed]
+    notes = [config.explain_lr(ranks.world_size), *changed, *measured]
+    notes += filter(None, [photometric.left_out(config.augment, config.model.in_channels)])
+    notes += [f"warning: data: {line}" for line in seen.warnings]
     strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), ranks.world_size)
     koleo_ranks = config.loss.koleo_ranks
     if koleo_ranks is not None and ranks.world_size % koleo_ranks:
@@ -162,6 +172,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         device=device,
         dtype=dtype,
         source=source,
+        deep=seen.deep,
         probe=probe,
         general=general,
         student=student,
@@ -208,15 +219,12 @@ def check_shared(out: Path, ranks: Ranks) -> None:
         path.unlink(missing_ok=True)
 
 
-def changed_config(config: Config, out: Path) -> list[str]:
-    """A one-line message when a run is resumed with other values of options that affect its weights; else [].
+def changed_config(config: Config, before: Config, out: Path) -> list[str]:
+    """A one-line message when the run in `out` is resumed with other values of options that affect its weights, or [].
 
+    before  the config that the run has
     raises UserError where init= or an option of the architecture differs from the run's config.yaml
     """
-    path = out / "config.yaml"
-    if not config.resume or not path.is_file():
-        return []
-    before = load_config(path)
     if before.init != config.init:
         started = "without init=" if before.init is None else f"from init={before.init}"
         raise UserError(f"init={config.init}: the run in {out} was started {started}; a resumed run keeps its start")

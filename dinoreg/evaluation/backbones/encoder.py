@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinoreg.checkpoint.run_folder import Watched
 from dinoreg.data.value_range import ValueRange
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
@@ -53,6 +54,7 @@ class Encoder(ABC):
     device: torch.device
     dtype: torch.dtype
     value_range: ValueRange | None = None  # of the data that it was trained on, for other data of its kind
+    watched: Watched | None = None  # what the probe inside its run looked at
     pools: bool = True  # whether the mean patch token is as wide as the class token, so that it may be appended
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dinoreg.checkpoint.run_folder import run_of, teacher_step
+from dinoreg.checkpoint.run_folder import run_of, teacher_step, watched_in
 from dinoreg.config.option import nearest
 from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder, seeded, wrap
@@ -86,6 +86,7 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         name = f"{name} ({loaded.report.where})"
     encoder = wrap(loaded.model, name, mean, std, device, dtype)
     encoder.value_range = ValueRange.of(stated_range(stated, file))
+    encoder.watched = None if run is None or step is None else watched_in(run, step)
     return Opened(encoder, run, step or 0)
 
 

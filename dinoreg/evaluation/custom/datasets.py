@@ -60,7 +60,9 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
     values = BLANK.option_values(options)
     # The given values become the defaults, so that a reader called without options uses them as well.
     given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
-    blank = replace(BLANK, name=_name(path), title=path.name, folders=(str(path),), options=given)
+    name, above = _name(path), path.parent.parent if path.is_file() else path.parent
+    title, longer = f"{path.parent.name}/{path.name}".lstrip("/"), _safe(f"{above.name}_{name}")
+    blank = replace(BLANK, name=name, title=title, folders=(str(path),), options=given, place=str(path), longer=longer)
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
         if values["folds"] > 1:
             raise UserError(f"own.folds={values['folds']}: folds are for labelled images, {path} holds {kinds[0]}")
@@ -111,15 +113,16 @@ def _split(table: LabelledImages, path: Path, share: float, seed: int, folds: in
     labels, names, everything = table.labels, table.class_names, table.source()
     several = labels.ndim == 2
     groups, kind = (_rarest(labels), MultiLabelled) if several else (labels, Labelled)
+    everything.as_trained = True
     copies = find_copies(everything) if len(everything) <= MOST_COMPARED else None
     two = _two_labels(table, copies) if copies is not None and not several else ""
     where = f"{path}: {two}{'; ' * bool(two)}"
     warnings = [*table.warnings, *passed_over_in_words(table.passed_over), *filter(None, [two])]
 
     def part(rows: np.ndarray) -> Labelled | MultiLabelled:
-        source = ChosenSource(everything, rows)
-        source.as_trained = True
-        return kind(source, labels[rows], len(names), None if copies is None else copies.groups[rows])
+        return kind(
+            ChosenSource(everything, rows), labels[rows], len(names), None if copies is None else copies.groups[rows]
+        )
 
     if folds > 1 and not {"val", "test"} & set(table.words or ()):
         known = copies or alone(len(labels))
@@ -215,5 +218,10 @@ def _rarest(labels: np.ndarray) -> np.ndarray:
 def _name(path: Path) -> str:
     """What results are called: the folder's name, and of a table also its own; never that of a shipped dataset."""
     text = f"{path.parent.name}_{path.stem}" if path.is_file() else path.name
-    name = re.sub(r"[^\w.-]+", "_", text).strip("._") or NAME
+    name = _safe(text)
     return f"{NAME}_{name}" if (bundled("eval") / f"{name}.py").exists() else name
+
+
+def _safe(text: str) -> str:
+    """A text as the name of a file."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("._") or NAME

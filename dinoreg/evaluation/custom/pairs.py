@@ -10,7 +10,7 @@ depth  PNG of 16 bits in millimetres, or .npy, .tif, .tiff of floats in metres; 
 
 import os
 from collections import Counter, defaultdict
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,14 @@ from dinoreg.evaluation.custom.splits import parts
 from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented
 from dinoreg.evaluation.features.images import default_workers, parallel
 from dinoreg.evaluation.readers.files import paired
-from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, read_depth_map, read_mask, require_size, unreadable
+from dinoreg.evaluation.readers.pixel_maps import (
+    UNREADABLE,
+    read_depth_map,
+    read_mask,
+    require_size,
+    turned_with,
+    unreadable,
+)
 from dinoreg.runtime.errors import UserError
 
 SUFFIXES = {"masks": (".png",), "depth": (".png", ".npy", ".tif", ".tiff")}
@@ -83,7 +90,9 @@ def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, s
     rows, variant = parts(given, np.zeros(len(images)), share, seed, root, per_class=False)
 
     def source(paths: list[str], chosen: np.ndarray) -> PathSource:
-        return PathSource(str(root), PathBlock.of([paths[row] for row in chosen]))
+        found = PathSource(str(root), PathBlock.of([paths[row] for row in chosen]))
+        found.as_trained = True
+        return found
 
     return {split: (source(images, chosen), source(truths, chosen)) for split, chosen in rows.items()}, variant
 
@@ -98,7 +107,10 @@ def segmented(root: Path, pairs: Pairs, variant: str) -> Data:
     num_classes = len(names) or max(_largest_class(*sources) for sources in pairs.values()) + 1
     if not 2 <= num_classes <= IGNORED:
         raise UserError(f"{root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
-    read = partial(read_mask, classes=range(num_classes))
+
+    def read(path: Path, image: Path) -> np.ndarray:
+        return turned_with(read_mask(path, image, range(num_classes)), image)
+
     splits = {split: paired(Segmented, *sources, read, num_classes) for split, sources in pairs.items()}
     return Data(splits, names, variant)
 
@@ -129,7 +141,7 @@ def read_metres(path: Path, image: Path) -> np.ndarray:
     if metres.min(initial=0) < 0:
         raise UserError(f"{path}: holds a depth of {metres.min():g} m, expected 0 (unknown) or more")
     require_size(f"{path}:", metres, image)
-    return metres
+    return turned_with(metres, image)
 
 
 def _read_floats(path: Path) -> np.ndarray:

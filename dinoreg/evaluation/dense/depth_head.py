@@ -121,7 +121,8 @@ class DepthHeads:
             indices, crops = zip(*stream(step))
             images = torch.from_numpy(np.stack([pixels for pixels, _ in crops])).permute(0, 3, 1, 2).to(device)
             depth = torch.from_numpy(np.stack([metres for _, metres in crops])).to(device)
-            valid = (depth > options.min_depth) & (depth < options.max_depth)
+            # In the loss the largest depth counts, in the scores it does not: both as DINOv2 has it.
+            valid = (depth > options.min_depth) & (depth <= options.max_depth)
             tokens, grid = self._tokens(images, [train.source.name(index) for index in indices])
             found = {}
             for key, name in names.items():

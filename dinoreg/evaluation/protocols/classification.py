@@ -1,6 +1,6 @@
 """What the protocols of classification share: splits and metrics, features, rows of accuracy, pictures of mistakes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from dinoreg.data.source import Source
+from dinoreg.evaluation.comparison import with_majority
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT
@@ -29,6 +30,7 @@ from dinoreg.evaluation.result import Row
 PICTURE_SIZE = 224  # pixels of an example
 GREEN, RED = (21, 127, 91), (179, 50, 43)  # of pictures' edges
 METRICS = {"top-1": top1, "mean per class": mean_per_class_accuracy}
+MOST_CLASSES = 30  # of a whole confusion matrix
 MISSING = "the {name} split is missing, or its images do not have one class each"
 
 
@@ -44,23 +46,61 @@ def labelled_folds(measured: Measurement, subject: str = "classification") -> tu
 
 def accuracy_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, **fields: Any) -> list[Row]:
     """Top-1 and mean per class accuracy, in [0, 1], of predicted classes (n,); the task's metric comes first."""
-    order = sorted(METRICS, key=lambda metric: metric != measured.task.metric)
-    return [accuracy_row(measured, test, predicted, metric, **fields) for metric in order]
+    other = next(metric for metric in METRICS if metric != measured.task.metric)
+    first = accuracy_row(measured, test, predicted, measured.task.metric, tables=True, **fields)
+    return [first, accuracy_row(measured, test, predicted, other, **fields)]
 
 
-def accuracy_row(measured: Measurement, test: Labelled, predicted: np.ndarray, metric: str, **fields: Any) -> Row:
-    """One of METRICS, in [0, 1], with its 95 % interval; both metrics stand in the details.
+def accuracy_row(
+    measured: Measurement, test: Labelled, predicted: np.ndarray, metric: str, tables: bool = False, **fields: Any
+) -> Row:
+    """One of METRICS, in [0, 1], with its 95 % interval, beside chance and the largest class; both metrics in details.
 
-    predicted  (n,) classes of the test images
+    predicted  (n,) classes of the test images, or (R, n) of them after each of R draws of labels, whose mean it is
+    tables     also `class_tables` in the details
     fields     of Row
     """
-    values = {name: function(predicted, test.labels) for name, function in METRICS.items()}
-    interval = draws_interval(
-        predicted[None], test.labels, metric, seed=measured.context.seed, clusters=measured.clusters(test)
-    )
+    seed, draws = measured.context.seed, np.atleast_2d(predicted)
+    values = {name: float(np.mean([scored(draw, test.labels) for draw in draws])) for name, scored in METRICS.items()}
+    details: dict[str, Any] = {"micro and macro": values, **fields.pop("details", {})}
+    if tables:
+        details |= class_tables(draws[0], test.labels, measured.data.names(test.num_classes))
     shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / test.num_classes}
-    shared["details"] = {"micro and macro": values}
-    return measured.row(values[metric], interval, **(shared | fields))
+    shared |= {"details": details, **fields}
+    clusters, learnt = measured.clusters(test), measured.data.splits.get("train", test)
+
+    def row(said: np.ndarray, value: float) -> Row:
+        return measured.row(value, draws_interval(said, test.labels, metric, seed=seed, clusters=clusters), **shared)
+
+    constant = np.full(len(test), np.bincount(learnt.labels).argmax())
+    return with_majority(row(draws, values[metric]), row(constant[None], METRICS[metric](constant, test.labels)))
+
+
+def class_tables(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """What became of each class, and which are taken for which.
+
+    predicted, labels  (n,) classes said and true
+    returns  "classes"     [{"class", "n" test images, "recall", "precision"}]; NaN where none is of it, or said to be
+             "confusion"   for up to MOST_CLASSES [[images of class i said to be of class j]]
+             "confusions"  else [[class, said to be, images]], as many of the largest
+    """
+    K = len(names)
+    pairs, counts = np.unique(labels * K + predicted, return_counts=True)
+    true, said = np.divmod(pairs, K)
+    right = np.bincount(true[true == said], weights=counts[true == said], minlength=K)
+    of_class, named = (np.bincount(each, weights=counts, minlength=K) for each in (true, said))
+    with np.errstate(invalid="ignore"):
+        columns = (names, of_class.astype(int).tolist(), (right / of_class).tolist(), (right / named).tolist())
+    found: dict[str, Any] = {
+        "classes": [dict(zip(("class", "n", "recall", "precision"), row)) for row in zip(*columns)]
+    }
+    if K <= MOST_CLASSES:
+        matrix = np.zeros((K, K), dtype=int)
+        matrix[true, said] = counts
+        return found | {"confusion": matrix.tolist()}
+    wrong = np.flatnonzero(true != said)
+    largest = wrong[np.argsort(-counts[wrong], kind="stable")][:MOST_CLASSES]
+    return found | {"confusions": [[names[true[at]], names[said[at]], int(counts[at])] for at in largest]}
 
 
 def draws_interval(

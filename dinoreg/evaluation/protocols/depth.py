@@ -111,6 +111,7 @@ def _described(
         "train_border": border[0] if border else "none",
         "eval_crop": window[0] if window else "the whole image",
         "loss": f"{warmup} + {GRADIENT_WEIGHT} x multi-scale gradient loss",
+        "schedule": "cosine to 0 from the first step, times a linear warm-up",
         "clip_grad": CLIP_GRAD,
         "final_norm": False,
         "test": "mean with the mirrored image, centre padding to whole patches, clamped",

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.options import LogisticOptions
-from dinoreg.evaluation.protocols.classification import METRICS, class_tokens, draws_interval, labelled_folds
+from dinoreg.evaluation.protocols.classification import (
+    METRICS,
+    accuracy_row,
+    class_tokens,
+    draws_interval,
+    labelled_folds,
+)
 from dinoreg.evaluation.protocols.measurement import Fold, Measurement, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
@@ -208,23 +214,21 @@ def _row(
         rows = folds[place % len(folds)].rows
         logistic[place // len(folds), rows] = each["logistic"].numpy()
         nearest[place // len(folds), rows] = each["nearest"].numpy()
-    values = {name: [function(draw, test.labels) for draw in logistic] for name, function in METRICS.items()}
     counts = [setting.counts(_available(each.train)) for each in folds]
     share = f"a class-balanced {measured.options.logistic.validation_share:.0%} of the drawn labels, seed of the draw"
     fixed = f"{FIXED_C:g} / mean squared distance of the training features from their mean"
     chosen = bool(scored[0]["path"])
-    shared: dict[str, Any] = {"seed": context.seed, "clusters": measured.clusters(test)}
-    means = draws_interval(nearest, test.labels, metric, **shared)
-    return measured.row(
-        float(np.mean(values[metric])),
-        draws_interval(logistic, test.labels, metric, **shared),
+    means = draws_interval(nearest, test.labels, metric, seed=context.seed, clusters=measured.clusters(test))
+    return accuracy_row(
+        measured,
+        test,
+        logistic,
+        metric,
         variant=setting.title,
         chosen_on=share if chosen else "",
         seeds=tuple(context.seed + repeat for repeat in range(repeats)),
         n_train=round(float(np.mean([each.sum() for each in counts]))),
-        n_test=len(test),
         hours=sum(each["hours"] for each in scored),
-        chance=1.0 / test.num_classes,
         settings={
             "shots": setting.shots,
             "share": setting.share,
@@ -234,8 +238,7 @@ def _row(
             "image_size": context.image_size,
         },
         details={
-            "micro and macro": {name: float(np.mean(each)) for name, each in values.items()},
-            "each draw": values[metric],
+            "each draw": [METRICS[metric](draw, test.labels) for draw in logistic],
             "nearest class mean": float(np.mean([METRICS[metric](draw, test.labels) for draw in nearest])),
             "nearest class mean, interval": [means.low, means.high],
         },

@@ -35,11 +35,11 @@ def evaluate(measured: Measurement) -> list[Row]:
             classes[fold.rows] = votes[k].argmax(dim=-1).cpu().numpy()
         if number == 0:
             _gallery(bank, queries, fold, context)
-    rows = []
+    rows: list[Row] = []
     for k, classes in predicted.items():
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
         fields = {"variant": f"k = {k}", "n_train": learnt_from(folds), "settings": settings}
-        rows.append(accuracy_row(measured, test, classes, measured.task.metric, **fields))
+        rows.append(accuracy_row(measured, test, classes, measured.task.metric, tables=not rows, **fields))
     return rows
 
 

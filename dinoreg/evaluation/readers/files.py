@@ -14,6 +14,7 @@ import numpy as np
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.source import PathSource
 from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
+from dinoreg.evaluation.readers.dataset_folder import unpacked
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
@@ -100,13 +101,20 @@ def read_json(
 
 
 def paths_source(folder: Path, paths: Iterable[str], dataset: str) -> PathSource:
-    """A source of the files below `folder`, in the given order; UserError for a path that would leave it."""
-    relative = []
+    """A source of the files below `folder`, in the given order; UserError for a path that would leave it.
+
+    Folders that the paths begin with may have been unpacked one folder too deep (DatasetFolder).
+    """
+    relative: list[str] = []
+    places: dict[str, str] = {}
     for path in paths:
         normal = os.path.normpath(path)
         if os.path.isabs(normal) or normal.split(os.sep)[0] == ".." or "\0" in path:
             raise UserError(f"{dataset}: the listed path {path!r} leaves {folder}")
-        relative.append(normal)
+        place, slash, rest = normal.partition(os.sep)
+        if slash and place not in places:
+            places[place] = os.path.relpath(unpacked(folder / place), folder)
+        relative.append(os.path.join(places[place], rest) if slash else normal)
     return PathSource(str(folder), PathBlock.of(relative))
 
 

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, UnidentifiedImageError
 
+from dinoreg.data.decode import ORIENTATION_TAG, EncodedImage, orient
+from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.data import IGNORED
 from dinoreg.runtime.errors import UserError, one_line
 
@@ -76,19 +79,43 @@ def read_depth_map(path: Path) -> np.ndarray:
 
 
 def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "") -> None:
-    """UserError unless a map (H, W) has the size of its image.
+    """UserError unless a map (H, W) has the size of its image, as it is stored or turned by its EXIF orientation.
 
     where, dataset  in front of messages on the map, and on the image
     """
     try:
-        with Image.open(image) as opened:
-            width, height = opened.size
+        height, width, orientation = _stored_size(image)
     except UNREADABLE as error:
         raise unreadable(f"{dataset}: {image}" if dataset else f"{image}:", "an image", error) from None
-    if values.shape != (height, width):
+    if values.shape != (height, width) and (orientation < 5 or values.shape != (width, height)):
         raise UserError(
             f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
         )
+
+
+def turned_with(values: np.ndarray, image: Path) -> np.ndarray:
+    """A map (H, W) as its image is seen: turned by the image's EXIF orientation where the map lies as it is stored.
+
+    Where both have one size, as those of a square picture, the map is taken to lie as the picture is seen.
+    """
+    height, width, orientation = _stored_size(image)
+    if orientation < 5 or values.shape != (height, width) or height == width:
+        return values
+    return orient(torch.from_numpy(values)[None], orientation)[0].numpy()
+
+
+def _stored_size(image: Path) -> tuple[int, int, int]:
+    """Height and width as an image file stores them, and its EXIF orientation; raises what UNREADABLE lists."""
+    try:
+        with Image.open(image) as opened:  # a TIFF is turned by Pillow
+            turn = 1 if opened.format == "TIFF" else int(opened.getexif().get(ORIENTATION_TAG, 1))
+            return opened.height, opened.width, turn
+    except UnidentifiedImageError as error:  # Pillow knows no bands and no DICOM
+        try:
+            found = EncodedImage(image.read_bytes(), min_side=1)
+        except BadImage:
+            raise error from None
+        return found.height, found.width, 1
 
 
 def unreadable(where: str, what: str, error: BaseException) -> UserError:

@@ -24,18 +24,25 @@ def generator(seed: int, step: int, stream: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, 0, step]))
 
 
-def linear(step: int, steps: int, warmup: int = 0) -> float:
-    """The learning rate's factor in [0, 1] at a step from 0: linear warm-up, then 1 - step / steps."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(1.0 - step / steps, 0.0)
+def linear(step: int, steps: int, warmup: int = 0, start: float = 1e-6) -> float:
+    """The learning rate's factor in [0, 1] at a step from 0: 1 - step / steps, times a linear warm-up from `start`.
+
+    mmcv's "poly" of power 1 with the warm-up of DINOv2's segmentation heads.
+    """
+    return max(1.0 - step / steps, 0.0) * _warm_up(step, warmup, start)
 
 
-def cosine(step: int, steps: int, warmup: int = 0) -> float:
-    """The learning rate's factor in [0, 1] at a step from 0: linear warm-up, then half a cosine to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+def cosine(step: int, steps: int, warmup: int = 0, start: float = 1e-3) -> float:
+    """The learning rate's factor in [0, 1] at a step from 0: half a cosine from 1 to 0 over all steps, times a linear
+    warm-up from `start`.
+
+    mmcv's "CosineAnnealing" with the warm-up of DINOv2's depth heads: the cosine does not wait for the warm-up's end.
+    """
+    return 0.5 * (1.0 + math.cos(math.pi * step / steps)) * _warm_up(step, warmup, start)
+
+
+def _warm_up(step: int, warmup: int, start: float) -> float:
+    return start + (1.0 - start) * step / warmup if step < warmup else 1.0
 
 
 def train_heads(
