@@ -13,6 +13,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.config.overwrite import check_out, delete_run
 from dinoreg.data import augment as photometric
+from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
@@ -23,6 +24,7 @@ from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precisio
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.online_probe import Probe, build_general, build_probe
+from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
@@ -74,6 +76,13 @@ class Setup:
     def global_batch_size(self) -> int:
         """Images a step, over all processes."""
         return self.config.batch_size * self.ranks.world_size
+
+    @property
+    def outlook(self) -> Outlook:
+        """What the run is in for, without its time."""
+        device = "this CPU" if self.device.type == "cpu" else f"{self.ranks.world_size} GPU(s)"
+        batch, model, own = self.global_batch_size, self.config.model.name, self.config.init is not None
+        return Outlook(len(self.source), batch, self.num_steps, None, device, model, own, self.ranks.world_size)
 
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
@@ -165,7 +174,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
     notes += [f"warning: {line}" for each in (probe, general) if each is not None for line in each.notes]
-    return Setup(
+    notes += [f"warning: data: {line}" for line in passed_over_in_words(source.passed_over)]
+    setup = Setup(
         config=config,
         ranks=ranks,
         out=out,
@@ -183,6 +193,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         ),
         notes=notes,
     )
+    if advice := setup.outlook.advice():
+        notes.append(f"advice: {advice}")
+    return setup
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
