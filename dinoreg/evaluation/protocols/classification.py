@@ -128,8 +128,8 @@ def draws_interval(
     repeats, count = correct.shape
     rng = np.random.default_rng(repeats)
     names, classes = np.unique(labels, return_inverse=True)
-    separate = clusters is not None and clusters.folds is not None
-    folds = np.unique(clusters.folds, return_inverse=True)[1] if separate else np.zeros(count, dtype=np.int64)
+    fold_of = None if clusters is None else clusters.folds
+    folds = np.zeros(count, dtype=np.int64) if fold_of is None else np.unique(fold_of, return_inverse=True)[1]
     shape = folds.max() + 1, max(repeats - 1, 1)
     if metric != "top-1":  # as in `mean_per_class_accuracy`
         correct *= np.array([[len(names) / (len(names) + count_absent(draw, labels))] for draw in predicted])

@@ -50,7 +50,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         test,
         names,
         chosen_on=f"{chosen.validation_share:.0%} of train, seed {context.seed}" if folds[0].val is None else OFFICIAL,
-        n_train=round(sum(each.count for each in fits) / len(fits)),
+        n_train=round(sum(each.images for each in fits) / len(fits)),
         n_test=len(test),
         settings={
             "C": dict(zip(names, (per_fold(each) for each in zip(*(fit.C.tolist() for fit in fits))))),
@@ -64,13 +64,13 @@ def evaluate(measured: Measurement) -> list[Row]:
 
 
 class _Fitted(NamedTuple):
-    """The regressions of a training on `count` images, which classes they learnt (K,) bool, and the chosen C (K,)."""
+    """The regressions of a training on some images, which classes they learnt (K,) bool, and the chosen C (K,)."""
 
     model: LogisticModel
     fitted: np.ndarray
     C: np.ndarray
     path: Path
-    count: int
+    images: int
 
 
 def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> _Fitted:
