@@ -15,10 +15,10 @@ from PIL import Image
 
 from dinoreg.checkpoint.format import write_teacher
 from dinoreg.checkpoint.run_folder import Run
-from dinoreg.commands.report import report_run
+from dinoreg.commands.report import compare_runs, report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.compare import compare_report, comparison, differences, run_names
+from dinoreg.reports.compare import comparison, differences, run_names
 from dinoreg.reports.run_report import write_report
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.durations import duration
@@ -239,7 +239,7 @@ def test_text_from_files_cannot_become_markup(tmp_path: Path) -> None:
     structure = parse(write_report(run))
     assert structure.tags.count("script") == 0
     assert attack in " ".join(structure.text)
-    compared = parse(compare_report([run, write_run(tmp_path / "b")], tmp_path / "c.html"))
+    compared = parse(compare_runs([run, write_run(tmp_path / "b")], tmp_path / "c.html"))
     assert compared.tags.count("script") == 0
 
 
@@ -337,7 +337,7 @@ def test_pictures_that_cannot_be_drawn_are_explained_in_the_report(tmp_path: Pat
 
 def test_runs_are_compared_in_a_table_with_their_differences_and_curves(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", value=0.5, lr=5e-4)]
-    path = compare_report(runs, tmp_path / "deep" / "compare.html")
+    path = compare_runs(runs, tmp_path / "deep" / "compare.html")
     structure = parse(path)
     text = " ".join(structure.text)
     for shown in (
@@ -366,7 +366,7 @@ def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:
 def test_comparing_runs_that_have_nothing_yet_works(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-    parse(compare_report([tmp_path / "a", tmp_path / "b"], tmp_path))
+    parse(compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path))
     assert (tmp_path / "report.html").is_file()
 
 

@@ -1,7 +1,7 @@
 """Several runs side by side: a table, what differs in their configs, and their curves over one another."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.reports import html
 from dinoreg.reports.plots import SMOOTH, Chart, Line
+from dinoreg.reports.verdict import PAIRED, paired_rows
 from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import score
 
@@ -31,12 +32,14 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
 NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
 
-def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def compare_report(
+    loaded: Sequence[Run], out: str | Path | None = None, paired: Sequence[Mapping[str, Any]] = ()
+) -> Path:
     """Write one page on several runs; returns its path.
 
-    out  a file or an existing folder; None: `report.html` in the current one
+    out     a file or an existing folder; None: `report.html` in the current one
+    paired  their results against one another on the same images, as `comparison.between` gives them
     """
-    loaded = [Run(run) for run in runs]
     names = run_names(loaded)
     path = Path(out or "report.html")
     path = path / "report.html" if path.is_dir() else path
@@ -48,6 +51,8 @@ def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) ->
         names=names,
         columns=columns,
         rows=rows,
+        paired_columns=PAIRED,
+        paired=paired_rows(paired),
         differences=[(key, *values) for key, values in differences(loaded).items()],
         charts=html.charts(overlaid(loaded, names)),
     )
@@ -115,7 +120,8 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 
 def _with_interval(probe: Any) -> str:
-    return f"{score(probe.value)} ({score(probe.low)} to {score(probe.high)})"
+    value, low, high = (score(each, probe.unit) for each in (probe.value, probe.low, probe.high))
+    return f"{value} ({low} to {high})"
 
 
 def _number(value: float | None) -> str:

@@ -9,7 +9,15 @@ from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.pictures import strip
 from dinoreg.evaluation.features.images import read_picture, shown
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, nearest_neighbours
-from dinoreg.evaluation.protocols.classification import GREEN, RED, accuracy_row, class_tokens, framed, labelled_folds
+from dinoreg.evaluation.protocols.classification import (
+    GREEN,
+    RED,
+    accuracy_row,
+    class_tokens,
+    equal_features,
+    framed,
+    labelled_folds,
+)
 from dinoreg.evaluation.protocols.measurement import Fold, Measurement, learnt_from
 from dinoreg.evaluation.result import Row
 
@@ -36,9 +44,10 @@ def evaluate(measured: Measurement) -> list[Row]:
         if number == 0:
             _gallery(bank, queries, fold, context)
     rows: list[Row] = []
+    warnings = equal_features(fold.train.source, bank, "training")
     for k, classes in predicted.items():
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
-        fields = {"variant": f"k = {k}", "n_train": learnt_from(folds), "settings": settings}
+        fields = {"variant": f"k = {k}", "n_train": learnt_from(folds), "settings": settings, "warnings": warnings}
         rows.append(accuracy_row(measured, test, classes, measured.task.metric, tables=not rows, **fields))
     return rows
 

@@ -13,6 +13,7 @@ from dinoreg.evaluation.protocols.classification import (
     accuracy_rows,
     class_tokens,
     draw_mistakes,
+    equal_features,
     labelled_folds,
 )
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement, learnt_from, per_fold
@@ -69,4 +70,5 @@ def evaluate(measured: Measurement) -> list[Row]:
         chosen_on=share if val is None else OFFICIAL,
         n_train=learnt_from(folds) + (0 if val is None else len(val)),
         settings=settings,
+        warnings=equal_features(train.source, features, "training"),
     )

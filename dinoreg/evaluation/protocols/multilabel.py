@@ -15,7 +15,7 @@ import torch
 from dinoreg.evaluation.data import MultiLabelled
 from dinoreg.evaluation.metrics.average_precision import Curve, Ranking
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic, nanmean
-from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions
+from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions, equal_features
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Fold, Measurement, per_fold
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
@@ -60,6 +60,7 @@ def evaluate(measured: Measurement) -> list[Row]:
             "converged": all(each.model.converged for each in fits),
         },
         note=_note(np.all([each.fitted for each in fits], axis=0), test.labels, names),
+        warnings=fits[0].warnings,
     )
 
 
@@ -71,12 +72,14 @@ class _Fitted(NamedTuple):
     C: np.ndarray
     path: Path
     images: int
+    warnings: tuple[str, ...]
 
 
 def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> _Fitted:
     """C chosen for each class on the validation split or on a share of train, and the fit on both."""
     chosen, device, context = measured.options.multilabel, measured.encoder.device, measured.context
     everything = fit = _rows(measured, fold.train, "train")
+    doubt = equal_features(fold.train.source, fit.parts[0][0], "training")
     if fold.val is None:
         fit, held = _held_out(fit, chosen.validation_share, context.seed, fold.train.pictures)
     else:
@@ -93,7 +96,7 @@ def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> _Fitted:
     )
     problem = SigmoidProblem(everything, device=device)
     model = problem.solve(torch.from_numpy(Cs), path.model, tolerance=FINAL_TOLERANCE)
-    return _Fitted(model, problem.fitted.numpy(), Cs, path, problem.data.n)
+    return _Fitted(model, problem.fitted.numpy(), Cs, path, problem.data.n, doubt)
 
 
 def choose(
