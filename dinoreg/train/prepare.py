@@ -165,6 +165,10 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     notes = [config.explain_lr(ranks.world_size), *changed, *measured]
     notes += filter(None, [photometric.left_out(config.augment, config.model.in_channels)])
     notes += [f"warning: data: {line}" for line in seen.warnings]
+    if seen.deep and data.reference_decode:
+        notes.append(
+            "warning: data.reference_decode cuts more than eight bits off, 16-bit pictures become nearly white"
+        )
     strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), ranks.world_size)
     koleo_ranks = config.loss.koleo_ranks
     if koleo_ranks is not None and ranks.world_size % koleo_ranks:
@@ -186,7 +190,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         device=device,
         dtype=dtype,
         source=source,
-        deep=seen.deep,
+        deep=seen.deep and not data.reference_decode,
         probe=probe,
         general=general,
         student=student,
