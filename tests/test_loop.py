@@ -400,6 +400,21 @@ def test_a_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert b"resume=true" in errors
     last = checkpoint.read_pointer(out / "checkpoints", "last")
     assert last == checkpoint.step_name(steps_written(out))
+    status = json.loads((out / "status.json").read_text())
+    assert (status["phase"], status["reason"]) == ("stopped", "SIGTERM")
+    assert status["step"] == status["reached"] == steps_written(out)
+
+
+def test_a_run_that_fails_notes_why_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RunError("the disk is gone")
+
+    monkeypatch.setattr(loop.Monitor, "report", fail)
+    with pytest.raises(RunError):
+        pretrain(tiny_config(tmp_path / "run", checkpoint__every=5))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["phase"], status["reason"]) == ("failed", "RunError: the disk is gone")
+    assert (status["step"], status["reached"], status["num_steps"]) == (0, 1, 8)
 
 
 @pytest.mark.slow

@@ -13,16 +13,20 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.config.overwrite import check_out, delete_run
 from dinoreg.data import augment as photometric
+from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import survey, with_statistics
+from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.online_probe import Probe, build_general, build_probe
+from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
@@ -75,6 +79,13 @@ class Setup:
         """Images a step, over all processes."""
         return self.config.batch_size * self.ranks.world_size
 
+    @property
+    def outlook(self) -> Outlook:
+        """What the run is in for, without its time."""
+        device = "this CPU" if self.device.type == "cpu" else f"{self.ranks.world_size} GPU(s)"
+        batch, model, own = self.global_batch_size, self.config.model.name, self.config.init is not None
+        return Outlook(len(self.source), batch, self.num_steps, None, device, model, own, self.ranks.world_size)
+
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
@@ -98,6 +109,13 @@ class Setup:
         loader.bad.update(state.history.get("bad", {}))
         return loader
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the weights of this run state of pictures: crops of the size of the global ones, seen whole."""
+        config = self.config
+        size, limits = config.crops.global_size, ValueRange.of(config.data.range)
+        return Preprocessing(config.augment.mean, config.augment.std, (size, size), size, value_range=limits)
+
     def open_writer(self) -> Writer:
         """The writer of this run's checkpoints, which claims the run folder for this process group.
 
@@ -109,12 +127,7 @@ class Setup:
             config.checkpoint,
             describe_teacher={
                 "architecture": self.teacher.backbone.architecture(),
-                "preprocessing": {
-                    "mean": list(config.augment.mean),
-                    "std": list(config.augment.std),
-                    "image_size": config.crops.global_size,
-                    "range": config.data.range,
-                },
+                "preprocessing": self.preprocessing.as_json(),
                 "config_hash": config.hash(),
             },
             timeout=config.parallel.timeout,
@@ -165,7 +178,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
     notes += [f"warning: {line}" for each in (probe, general) if each is not None for line in each.notes]
-    return Setup(
+    notes += [f"warning: data: {line}" for line in passed_over_in_words(source.passed_over)]
+    setup = Setup(
         config=config,
         ranks=ranks,
         out=out,
@@ -183,6 +197,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         ),
         notes=notes,
     )
+    if advice := setup.outlook.advice():
+        notes.append(f"advice: {advice}")
+    return setup
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
