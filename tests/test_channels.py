@@ -134,6 +134,18 @@ def test_values_beyond_the_range_of_a_run_and_of_weights_are_named(tmp_path: Pat
     ]
 
 
+def test_embed_names_values_beyond_the_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (32, 32)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    run = run_of(tmp_path / "run", 3)
+    arguments = ["embed", f"data={tmp_path / 'a.png'}", f"weights={run}", "device=cpu"]
+    for name, more, words in (("plain", [], "cut off"), ("ranged", ["range=0,65535"], "")):
+        assert main([*arguments, f"out={tmp_path / name}.safetensors", *more]) == 0
+        said = capsys.readouterr().err
+        assert words in said
+        assert ("warning" in said) == bool(words)
+
+
 def test_a_range_that_is_hardly_used_is_named(tmp_path: Path) -> None:
     data = write_classes(tmp_path / "grey", 1, each=2)
     (line,) = survey(open_source(data), 1).warnings
