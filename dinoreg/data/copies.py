@@ -88,7 +88,7 @@ def _join_near(groups: np.ndarray, thumbnails: Sequence[np.ndarray | None]) -> N
     lengths = np.array([0 if each is None else len(each) for each in thumbnails])
     for length in np.unique(lengths[lengths > 0]):
         places = np.flatnonzero(lengths == length)
-        values = torch.from_numpy(np.stack([thumbnails[place] for place in places]))  # type: ignore[arg-type]
+        values = torch.from_numpy(np.stack([each for each in thumbnails if each is not None and len(each) == length]))
         for start in range(0, len(places), _AT_ONCE):
             distances = torch.cdist(values[start : start + _AT_ONCE], values, p=1.0) / values.shape[1]
             for row, column in (distances <= SAME).nonzero().tolist():
