@@ -27,7 +27,7 @@ MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs a program
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
-_ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258
+ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258
 _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
 
 
@@ -63,6 +63,7 @@ class EncodedImage:
     """An image whose size is known and whose pixels are decoded when asked for.
 
     height, width  pixels, after EXIF orientation
+    orientation    the EXIF or TIFF orientation, 1 to 8, that the file's pixels are turned by
     format         "JPEG", "PNG", ... by content; "array" when it came as pixels
     mode           the file's own channels in Pillow's words ("RGB", "L", "CMYK", ...), deeper ones by their type
                    ("uint16 x 3")
@@ -81,6 +82,7 @@ class EncodedImage:
         """Read the header. Raises BadImage when it is no image, too large, too small or of other channels."""
         self.in_channels, self.value_range, self.pages = in_channels, value_range, 1
         self.components, self._orientation = 0, 1
+        self._turned: int | None = None  # the orientation of a file that its reader has turned already
         self._data = b"" if isinstance(data, np.ndarray) else data
         self.raw: RawPixels | None = None
         if isinstance(data, np.ndarray):
@@ -97,6 +99,7 @@ class EncodedImage:
         if self.raw is not None:
             height, width = self.raw.values.shape[:2]
             self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
+        self.orientation = self._orientation if self._turned is None else self._turned
         check_size(self.height, self.width, max_pixels, min_side)
 
     def pixels(self, reduction: int = 1) -> Tensor:
@@ -108,7 +111,7 @@ class EncodedImage:
                    it
         """
         if self.raw is not None:
-            return _orient(self._scaled(self.raw), self._orientation)
+            return orient(self._scaled(self.raw), self._orientation)
         usual = self.components in (1, 3) and self.in_channels in (1, 3)
         try:
             if _decode_jpeg is not None and reduction == 1 and usual:
@@ -118,13 +121,13 @@ class EncodedImage:
                     whole = _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
                     if self.value_range is not None:
                         whole = self._scaled(RawPixels(whole.permute(1, 2, 0).numpy()))
-                    return _orient(whole, self._orientation)
+                    return orient(whole, self._orientation)
             with Image.open(io.BytesIO(self._data), formats=("JPEG",)) as image:
                 if reduction > 1:
                     mode = "L" if self.in_channels == 1 else "RGB"
                     image.draft(mode, (image.width // reduction, image.height // reduction))
                 raw = RawPixels(_rgb_or_bands(image, self.in_channels))
-            return _orient(self._scaled(raw), self._orientation)
+            return orient(self._scaled(raw), self._orientation)
         except BadImage:
             raise
         except Exception as error:
@@ -178,8 +181,11 @@ class EncodedImage:
         with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
             self.format, self.mode, self.pages = str(image.format), image.mode, getattr(image, "n_frames", 1)
             check_size(image.height, image.width, max_pixels)
-            if image.format != "TIFF":  # which Pillow turns itself while it loads
-                self._orientation = int(image.getexif().get(_ORIENTATION_TAG, 1))
+            orientation = int(image.getexif().get(ORIENTATION_TAG, 1))
+            if image.format == "TIFF":  # which Pillow turns itself while it loads
+                self._turned = orientation
+            else:
+                self._orientation = orientation
             if not image.mode.startswith("I"):
                 return RawPixels(_rgb_or_bands(image, self.in_channels))
             image.load()
@@ -235,7 +241,7 @@ def _exif_orientation(exif: bytes) -> int:
         (count,) = struct.unpack_from(order + "H", exif, offset)
         for entry in range(offset + 2, offset + 2 + 12 * count, 12):
             tag, kind = struct.unpack_from(order + "HH", exif, entry)
-            if tag == _ORIENTATION_TAG and kind == 3:
+            if tag == ORIENTATION_TAG and kind == 3:
                 (value,) = struct.unpack_from(order + "H", exif, entry + 8)
                 return value if 1 <= value <= 8 else 1
     except struct.error:
@@ -243,7 +249,7 @@ def _exif_orientation(exif: bytes) -> int:
     return 1
 
 
-def _orient(image: Tensor, orientation: int) -> Tensor:
+def orient(image: Tensor, orientation: int) -> Tensor:
     """Apply an EXIF orientation (1..8) to (C, H, W)."""
     if orientation == 1 or not 2 <= orientation <= 8:
         return image

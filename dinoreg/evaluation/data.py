@@ -4,7 +4,7 @@ Every image comes through a `Source` (bytes or pixels by index, with a name for 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -180,12 +180,15 @@ class Data:
     class_names  (num_classes,) or empty
     variant      in words, where a choice was made: "banner cropped", "split 1", "seed 0, 30 per class"
     extra        anything else that one protocol needs of one dataset
+    options      (side of the encoder's crops in pixels) -> options of the protocol that follow from the data, such as
+                 the largest depth; the user's own win
     """
 
     splits: dict[str, Any]
     class_names: Sequence[str] = ()
     variant: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    options: Callable[[int], Mapping[str, Any]] = lambda _side: {}
 
     def names(self, num_classes: int) -> list[str]:
         """A name for each class; its number where it has none."""

@@ -21,12 +21,13 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.option import check, flat, nearest
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage
-from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
+from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.features.images import default_workers, read_picture, size_of
+from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
@@ -120,6 +121,9 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             _sample(benchmark, seen[task.read])
         data = seen[task.read]
         warnings += data.extra.get("warnings", [])
+        if "samples" in data.extra:
+            limits = _effective(request, task, data, PUBLISHED_SIZE).depth
+            warnings += outside_limits(data.extra["samples"], limits.min_depth, limits.max_depth)
         tasks.append((task, data))
         # Where the official counts depend on the layout, the reader states them.
         for split, count in data.extra.get("official_counts", task.counts).items():
@@ -184,7 +188,8 @@ class _Evaluation:
         self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
         self.name = plan.benchmark.name
         self.unfinished = folder / ".unfinished" / self.name
-        self.key = _key(encoder, plan, request)
+        self.side = request.options.image_size or encoder.default_size
+        self.key = _key(encoder, plan, request, self.side)
 
     def result(self) -> Result:
         """The result on disk if it has the same key, else a new one, which is written."""
@@ -240,7 +245,7 @@ class _Evaluation:
                 found += [Row.from_dict(row) for row in finished["rows"]]
                 continue
             module = importlib.import_module(PROTOCOLS[task.protocol][0])
-            options = _effective(self.request, task)
+            options = _effective(self.request, task, data, self.side)
             try:
                 rows = module.evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
             except (UserError, RunError) as error:
@@ -269,19 +274,23 @@ class _Evaluation:
         )
 
 
-def _effective(request: Request, task: Task) -> EvalOptions:
-    """The options with those that the dataset sets for its protocol, except where the user said otherwise."""
-    own = {key: value for key, value in task.options.items() if f"{task.protocol}.{key}" not in request.explicit}
+def _effective(request: Request, task: Task, data: Data, side: int) -> EvalOptions:
+    """The options with those that the dataset sets for its protocol, except where the user said otherwise.
+
+    side  of the encoder's square crops in pixels
+    """
+    set_by_data = {**task.options, **data.options(side)}
+    own = {key: value for key, value in set_by_data.items() if f"{task.protocol}.{key}" not in request.explicit}
     section = dataclasses.replace(getattr(request.options, task.protocol), **own)
     return dataclasses.replace(request.options, **{task.protocol: section})
 
 
-def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
+def _key(encoder: Encoder, plan: Planned, request: Request, side: int) -> str:
     """16 hexadecimal digits over all that shapes a result: weights, images, ground truth, options."""
     shaping = {key.partition(".")[0] for key in flat(request.options, shaping=True)}
     values = {key: value for key, value in dataclasses.asdict(request.options).items() if key in shaping}
     data = [
-        (task.protocol, task.metric, dict(task.options), found.variant, name)
+        (task.protocol, task.metric, {**task.options, **found.options(side)}, found.variant, name)
         + (len(split), split.source.stamp(), split.truth_stamp())
         for task, found in plan.tasks
         for name, split in found.splits.items()
