@@ -28,7 +28,7 @@ def plan(request: Request) -> Plan:
 
     raises  UserError for what is wrong with the request, and for datasets that are not below root=
     """
-    from dinoreg.checkpoint.run_folder import run_of, teacher_step
+    from dinoreg.checkpoint.run_folder import PROBED, run_of, teacher_step
     from dinoreg.commands.evaluate import read_request
     from dinoreg.weights.names import not_there, random_name
     from dinoreg.weights.resolve import find_weights
@@ -52,7 +52,9 @@ def plan(request: Request) -> Plan:
         home = launch_folder(run) / "weights" / run.resolve().name
         kept = [path for path in (file, file.with_suffix(".json")) if path.is_file()]
         links = {home / "teacher" / path.name: path for path in kept}
-        files = {home / "config.yaml": (run / "config.yaml").read_text()}
+        # With what says how the step was chosen.
+        about = [run / name for name in ("config.yaml", PROBED, "checkpoints/last", "checkpoints/best")]
+        files = {home / path.relative_to(run): path.read_text() for path in about if path.is_file()}
         weights_argument = str(home / "teacher" / file.name)
     stem = Path(weights).stem if file is not None else weights.replace(":", "-").replace("/", "-")
     out = Path(evaluation.options.out or run or Path("runs") / "eval" / stem)

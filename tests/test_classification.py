@@ -11,21 +11,22 @@ from encoders import context, small_encoder, small_vit
 from miniatures.pictures import labels_for, pattern
 from peer_models import timm_model
 from PIL import Image
+from sklearn import metrics
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 
 from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.source import PathSource
+from dinoreg.data.source import PathSource, ScenesSource
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.benchmark import Task
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.features.images import read_picture
+from dinoreg.evaluation.metrics.bootstrap import mean_per_class_accuracy
 from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
 from dinoreg.evaluation.protocols import knn as neighbours
 from dinoreg.evaluation.protocols import linear
 from dinoreg.evaluation.protocols import logistic as classification
-from dinoreg.evaluation.protocols.classification import class_tokens
+from dinoreg.evaluation.protocols.classification import MOST_CLASSES, accuracy_row, class_tables, class_tokens
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.solvers.train_heads import cosine
 from dinoreg.models.vit import RegisterViT
@@ -102,7 +103,7 @@ def test_logistic_rows_agree_with_scikit_learn_at_the_chosen_c(tmp_path: Path) -
     )
     predicted = fit.predict(features["test"])
     labels = found.splits["test"].labels
-    assert macro.value == pytest.approx(balanced_accuracy_score(labels, predicted), abs=1e-12)
+    assert macro.value == pytest.approx(metrics.balanced_accuracy_score(labels, predicted), abs=1e-12)
     assert micro.value == pytest.approx((predicted == labels).mean(), abs=1e-12)
     assert macro.details["micro and macro"] == {"top-1": micro.value, "mean per class": macro.value}
 
@@ -289,3 +290,56 @@ def test_a_head_that_diverges_loses_and_leaves_the_others_as_they_were(tmp_path:
         grids[lrs] = rows[0].settings["grid"]
     assert grids[0.1, 1e38]["1 block, lr 1e+38"] == -1
     assert grids[0.1, 1e38]["1 block, lr 0.1"] == pytest.approx(grids[0.1,]["1 block, lr 0.1"], abs=0.15)
+
+
+@pytest.mark.parametrize("classes", [3, 7])
+def test_tables_of_classes_are_those_of_scikit_learn(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    labels = rng.integers(0, classes - 1, 90)  # none is of the last class
+    predicted = np.where(rng.random(90) < 0.5, labels, rng.integers(1, classes, 90))  # the first is rarely named
+    names = [f"c{number}" for number in range(classes)]
+    found = class_tables(predicted, labels, names)
+    everything = list(range(classes))
+    assert np.array_equal(found["confusion"], metrics.confusion_matrix(labels, predicted, labels=everything))
+    for key in ("recall", "precision"):
+        expected = getattr(metrics, f"{key}_score")(
+            labels, predicted, labels=everything, average=None, zero_division=np.nan
+        )
+        assert np.allclose([row[key] for row in found["classes"]], expected, equal_nan=True)
+    assert [row["n"] for row in found["classes"]] == np.bincount(labels, minlength=classes).tolist()
+    recalls = [row["recall"] for row in found["classes"] if row["n"]]
+    assert np.mean(recalls) == pytest.approx(mean_per_class_accuracy(predicted, labels))
+    known = predicted < classes - 1  # of others scikit-learn warns
+    balanced = metrics.balanced_accuracy_score(labels[known], predicted[known])
+    assert mean_per_class_accuracy(predicted[known], labels[known]) == pytest.approx(balanced)
+
+
+def test_of_many_classes_the_largest_confusions_are_kept() -> None:
+    rng = np.random.default_rng(5)
+    labels, predicted = rng.zipf(1.3, (2, 3000)) % 40
+    names = [f"c{number}" for number in range(40)]
+    found = class_tables(predicted, labels, names)
+    matrix = metrics.confusion_matrix(labels, predicted, labels=list(range(40)))
+    np.fill_diagonal(matrix, 0)
+    kept = [count for _, _, count in found["confusions"]]
+    assert kept == sorted(matrix.ravel(), reverse=True)[:MOST_CLASSES]
+    assert all(matrix[names.index(true), names.index(said)] == count for true, said, count in found["confusions"])
+
+
+def test_the_largest_class_of_train_is_a_baseline_of_the_same_images(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1, 2], [70, 7, 3])
+    train = Labelled(ScenesSource(80, size=16), labels, 3)
+    measured = Measurement(small_encoder(), Data({"train": train, "test": train}), TASK, OPTIONS, context(tmp_path))
+    constant, twelve_wrong = np.zeros(80, dtype=int), np.where(np.arange(80) < 12, 1, labels)
+    for predicted, metric, said in (
+        (constant, "top-1", "no difference"),
+        (constant, "mean per class", "no difference"),
+        (labels, "top-1", "better"),
+        (twelve_wrong, "mean per class", "better"),
+        (twelve_wrong, "top-1", "not shown"),
+        (np.ones(80, dtype=int), "top-1", "worse"),
+    ):
+        found = accuracy_row(measured, train, predicted, metric)
+        assert found.majority == pytest.approx(70 / 80 if metric == "top-1" else 1 / 3)
+        assert found.against["majority class"]["verdict"] == said
+        assert found.against["majority class"]["difference"] == pytest.approx(found.value - found.majority)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -219,3 +220,72 @@ def test_peak_memory_of_a_gpu_is_what_was_allocated_there() -> None:
     device = pick_device("cuda")
     held = torch.ones(25_000_000, device=device)
     assert peak_memory(device) >= held.numel() * held.element_size()
+
+
+def fake_machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    return root
+
+
+MEMINFO = {"proc/meminfo": f"MemTotal: {16 << 20} kB\nMemAvailable:   {8 << 20} kB"}
+
+
+@pytest.mark.parametrize(
+    ("files", "gib"),
+    [
+        (MEMINFO, 8),
+        ({}, None),
+        (  # version 2, seen from the machine; the outer group is the narrower one
+            {
+                **MEMINFO,
+                "proc/self/cgroup": "0::/outer/inner",
+                "sys/fs/cgroup/outer/inner/memory.max": "max",
+                "sys/fs/cgroup/outer/inner/memory.current": str(2 << 30),
+                "sys/fs/cgroup/outer/memory.max": str(6 << 30),
+                "sys/fs/cgroup/outer/memory.current": str(4 << 30),
+                "sys/fs/cgroup/outer/memory.stat": f"anon 1\ninactive_file {1 << 30}",
+            },
+            3,
+        ),
+        (  # version 1, in a container that sees its own group as the root
+            {
+                **MEMINFO,
+                "proc/self/cgroup": "9:name=systemd:/\n4:memory,hugetlb:/docker/1234",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": str(4 << 30),
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": str(3 << 30),
+                "sys/fs/cgroup/memory/memory.stat": f"inactive_file 5\ntotal_inactive_file {1 << 29}",
+            },
+            1.5,
+        ),
+        (  # no limit is a very large one in version 1
+            {
+                **MEMINFO,
+                "proc/self/cgroup": "4:memory:/",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "5",
+            },
+            8,
+        ),
+    ],
+    ids=("no group", "unknown", "version 2", "version 1", "no limit"),
+)
+def test_free_memory_is_the_machines_or_what_the_narrowest_group_leaves(
+    tmp_path: Path, files: dict[str, str], gib: float | None
+) -> None:
+    free = environment.free_memory(fake_machine(tmp_path, files))
+    assert free == (None if gib is None else int(gib * 2**30))
+
+
+def test_cores_are_those_that_the_groups_quota_allows(tmp_path: Path) -> None:
+    assert environment.usable_cores(tmp_path) == len(os.sched_getaffinity(0))
+    quota = {
+        "proc/self/cgroup": "0::/a",
+        "sys/fs/cgroup/a/cpu.max": "max 100000",
+        "sys/fs/cgroup/cpu.max": "50000 100000",
+    }
+    assert environment.usable_cores(fake_machine(tmp_path / "2", quota)) == 1
+    old = {"proc/self/cgroup": "1:cpu,cpuacct:/a", "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": "90000"}
+    old["sys/fs/cgroup/cpu/a/cpu.cfs_period_us"] = "100000"
+    assert environment.usable_cores(fake_machine(tmp_path / "1", old)) == 1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import start_each
+from processes import free_port, start_each
 
-from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.distributed import waiting
+from dinoreg.distributed.process_group import ALONE, Ranks, place_from_environment, session
+from dinoreg.runtime.errors import RunError
 
 
 def test_one_process_is_rank_zero_of_one() -> None:
@@ -57,3 +61,35 @@ def test_two_processes_get_the_sum_and_the_maximum_and_keep_their_own(tmp_path: 
         assert float(results["scalar"]) == 3.0
         assert results["count"].tolist() == [2**41 + 1]
         assert torch.equal(results["own"], _values(number))  # the input is left as it was
+
+
+def _wait_for_the_others(number: int, folder: str, environments: list[dict[str, str]]) -> None:
+    os.environ.update(environments[number])
+    waiting.KNOWN_SECONDS, waiting.FIRST_SECONDS = 0.2, 2.0
+    said = open(f"{folder}/{number}.txt", "w")  # noqa: SIM115 - closed with the process
+    with redirect_stderr(said), pytest.raises(RunError), session("cpu", 5.0):
+        raise AssertionError("nobody else is there")
+
+
+def lines_of_waiting(folder: Path, *environments: dict[str, str]) -> list[str]:
+    start_each(len(environments), _wait_for_the_others, str(folder), list(environments))
+    return [line for number in range(len(environments)) for line in (folder / f"{number}.txt").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_says_once_for_whom(tmp_path: Path) -> None:
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_NODELIST": "localhost"}
+    slurm |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    (line,) = lines_of_waiting(tmp_path, slurm)
+    assert "rank 0 of 4 waits for ranks 1, 2, 3 (SLURM_STEP_NUM_TASKS=4)" in line
+    assert place_from_environment({**slurm, "WORLD_SIZE": "1"}) is None  # which is the way out that it names
+
+
+@pytest.mark.slow
+def test_of_several_waiting_processes_the_first_says_who_is_missing(tmp_path: Path) -> None:
+    port = str(free_port())
+    every = {"WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    (line,) = lines_of_waiting(tmp_path, {**every, "RANK": "0"}, {**every, "RANK": "2"})
+    assert "rank 0 of 4 waits for ranks 1, 3 (" in line
+    (line,) = lines_of_waiting(tmp_path, {**every, "RANK": "1"})
+    assert f"waits for ranks 0, 2, 3 at localhost:{port}" in line

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +195,7 @@ def make_run(folder: Path, *steps: int, num_steps: int = 20) -> Path:
     for step in steps:
         checkpoint.save(run / "checkpoints", step, {"w": torch.full((3,), float(step))}, {"step": step}, keep=9)
         (run / "teacher" / f"{checkpoint.step_name(step)}.safetensors").touch()
-    lines = [{"step": step, "total_loss": 10.0 - step, "images_per_second": 3.25} for step in range(1, 8)]
+    lines = [{"step": step, "loss": 10.0 - step, "images_per_second": 3.25} for step in range(1, 8)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status = {"phase": "running", "step": steps[-1] if steps else 0, "num_steps": num_steps}
     (run / "status.json").write_text(json.dumps(status))
@@ -203,9 +207,11 @@ def test_a_whole_unfinished_run_says_how_far_it_got_and_how_to_go_on(tmp_path: P
     checkpoint.write_pointer(run / "checkpoints", "best", 3)
     sections = doctor.examine_run(run)
     progress = rows_of(sections, "run")
-    assert row(progress, "finished") == ("missing", "no: 6 of 20 steps are saved")
-    assert row(progress, "go on")[1] == f"dinoreg pretrain {run} resume=true"
-    assert row(progress, "last line")[1] == "step 7, total_loss 3, images_per_second 3.25"
+    mark, text = row(progress, "state")
+    assert mark == "running"
+    assert "step 7 of 20, saved at 6: resume with" in text
+    assert f"dinoreg pretrain {run} resume=true" in text
+    assert row(progress, "last line")[1] == "step 7, loss 3, images_per_second 3.25"
     checkpoints = rows_of(sections, "checkpoints")
     assert checkpoints == [("step_0000003", "ok", "whole (best)"), ("step_0000006", "ok", "whole (last)")]
     assert rows_of(sections, "health") == [("events", "ok", "none")]
@@ -216,8 +222,63 @@ def test_a_finished_run_needs_nothing(tmp_path: Path) -> None:
     run = make_run(tmp_path, 20)
     (run / "status.json").write_text(json.dumps({"phase": "finished", "step": 20, "num_steps": 20}))
     progress = rows_of(doctor.examine_run(run), "run")
-    assert row(progress, "finished") == ("ok", "20 of 20 steps")
-    assert "go on" not in {name for name, _, _ in progress}
+    assert row(progress, "state") == ("ok", "finished: 20 of 20 steps")
+    assert not any("resume" in text for _, _, text in progress)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (
+            {"phase": "stopped", "reason": "SIGTERM", "step": 6, "reached": 6},
+            ("stopped", "stopped by SIGTERM at step 7"),
+        ),
+        (
+            {"phase": "failed", "reason": "RunError: no", "step": 0, "reached": 9},
+            ("problem", "failed by an error, RunError"),
+        ),
+    ],
+    ids=("stopped", "failed"),
+)
+def test_a_run_that_ended_early_says_why_where_and_how_to_go_on(
+    tmp_path: Path, status: dict[str, Any], expected: tuple[str, str]
+) -> None:
+    run = make_run(tmp_path, 3, 6)
+    (run / "status.json").write_text(json.dumps({"num_steps": 20, **status}))
+    mark, text = row(rows_of(doctor.examine_run(run), "run"), "state")
+    assert (mark, text[: len(expected[1])]) == expected
+    assert ("saved at 6" if status["step"] else "step 9 of 20, nothing saved") in text
+    assert text.endswith(f"resume with dinoreg pretrain {run} resume=true")
+
+
+def test_a_run_whose_process_is_gone_ended_without_a_word(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 3)
+    lease = {"token": "a", "host": socket.gethostname(), "pid": os.getpid(), "job": None, "restarts": 0, "time": 0.0}
+    (run / "owner.json").write_text(json.dumps(lease))
+    assert row(rows_of(doctor.examine_run(run), "run"), "state")[0] == "running"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (run / "owner.json").write_text(json.dumps({**lease, "pid": ended.pid}))
+    mark, text = row(rows_of(doctor.examine_run(run), "run"), "state")
+    assert mark == "problem"
+    assert f"process {ended.pid} is gone" in text
+
+
+def test_memory_and_disk_are_compared_with_what_the_run_has_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, 3)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 3, "max_memory": 3 * 2**30}) + "\n")
+    (run / "train.log").write_text("2026 I vitt8_reg4: 0.03 M parameters, cpu float32, attention sdpa, 50 images\n")
+    monkeypatch.setattr(doctor, "free_memory", lambda: 2 * 2**30)
+    progress = rows_of(doctor.examine_run(run), "run")
+    assert row(progress, "memory") == ("problem", "3.0 GiB at its peak, 2.0 GiB are free now")
+    assert row(progress, "disk")[0] == "ok"
+    assert "attention sdpa" in row(progress, "started as")[1]
+    monkeypatch.setattr(doctor, "free_memory", lambda: 4 * 2**30)
+    monkeypatch.setattr(doctor, "free_disk_gib", lambda _: 0.0)
+    progress = rows_of(doctor.examine_run(run), "run")
+    assert (row(progress, "memory")[0], row(progress, "disk")[0]) == ("ok", "problem")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

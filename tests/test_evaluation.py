@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 from encoders import small_vit
-from miniatures import food101, pets
+from miniatures import food101, own, pets
 from peer_models import timm_model
+from PIL import Image
+from small_runs import tiny_model, write_run
 
 import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.evaluation.benchmark import benchmarks, find_benchmark
+from dinoreg.evaluation.custom.datasets import own_benchmark
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row
 from dinoreg.evaluation.runner import read_result
@@ -85,9 +89,71 @@ def test_the_same_command_again_measures_nothing(
     monkeypatch.setattr("dinoreg.evaluation.protocols.logistic.evaluate", never)
     assert main(command) == 0
     assert record(tmp_path, "pets") == first
-    monkeypatch.undo()
-    assert main([*command, "seed=1"]) == 0
-    assert record(tmp_path, "pets")["seed"] == 1
+
+
+def results(out: Path) -> dict[str, dict]:
+    """The results of a folder by the names of their files."""
+    return {path.stem: json.loads(path.read_text()) for path in out.glob("eval/0000000/*.json")}
+
+
+def test_a_result_is_never_replaced_by_another_measurement_without_a_word(
+    root: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.pth"
+    torch.save(small_vit(seed=1).state_dict(), other)
+    quick = ["protocols=[knn]", "baselines=false", "workers=0", "examples=1", f"root={root}", f"out={tmp_path}"]
+    assert main(["eval", "pets", f"weights={weights}", *quick]) == 0
+    assert "pets.json holds" not in capsys.readouterr().err
+    for change in (["seed=1", f"weights={weights}"], [f"weights={other}"]):
+        assert main(["eval", "pets", *quick, *change]) == 0
+        assert "pets.json holds another measurement" in capsys.readouterr().err
+    found = results(tmp_path)
+    assert {(each["seed"], each["weights"]["name"]) for each in found.values()} == {
+        (0, "small"),
+        (1, "small"),
+        (0, "other"),
+    }
+    assert found["pets"]["seed"] == 0
+    folder = tmp_path / "eval" / "0000000"
+    assert {path.name for path in (folder / "examples").iterdir()} == set(found)
+    assert len({each["title"] for each in found.values()}) == 3
+    lines = (folder / "table.md").read_text()
+    assert all(f"**{each['title']}" in lines for each in found.values())
+    assert "other" in next(line for line in lines.splitlines() if "other" in line and line.startswith("| "))
+    assert main(["eval", "pets", f"weights={weights}", *quick, "seed=2", "overwrite=true"]) == 0
+    now = results(tmp_path)
+    assert now["pets"]["seed"] == 2
+    assert {name: each for name, each in now.items() if name != "pets"} == {
+        name: each for name, each in found.items() if name != "pets"
+    }
+
+
+def test_two_folders_of_one_name_are_two_results(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for site, colours in (("siteA", (60, 200)), ("siteB", (120, 130))):
+        for name, colour in zip("xy", colours, strict=True):
+            (tmp_path / site / "labelled" / name).mkdir(parents=True)
+            for number in range(6):
+                picture = Image.new("RGB", (40, 40), (colour, number, 0))
+                picture.save(tmp_path / site / "labelled" / name / f"{number}.png")
+    quick = [f"weights={weights}", "protocols=[knn]", "knn.k=[1]", "baselines=false", "workers=0", f"out={tmp_path}"]
+    one, two = (str(tmp_path / site / "labelled") for site in ("siteA", "siteB"))
+    assert main(["eval", one, *quick]) == 0
+    first = results(tmp_path)
+    assert main(["eval", two, *quick]) == 0
+    found = results(tmp_path)
+    assert set(found) == {"labelled", "siteB_labelled"}
+    assert found["labelled"] == first["labelled"]
+    assert {each["title"] for each in found.values()} == {"siteA/labelled", "siteB/labelled"}
+    shown = capsys.readouterr().out
+    assert "labelled" in shown
+    assert "siteB" in shown
+    assert main(["eval", f"{one},{two}", *quick]) == 0  # nothing new
+    assert results(tmp_path) == found
+    out = tmp_path / "at_once"
+    assert main(["eval", f"{one},{two}", *quick[:-1], f"out={out}"]) == 0
+    assert set(results(out)) == set(found)
 
 
 def test_an_evaluation_that_was_stopped_keeps_what_was_done(
@@ -259,6 +325,44 @@ def test_a_declaration_of_ones_own_works_by_path(root: Path, weights: Path, tmp_
     (tmp_path / "torn.py").write_text("import nothing_of_that_name\n")
     with pytest.raises(UserError, match=r"torn\.py: cannot be loaded \(ModuleNotFoundError"):
         find_benchmark(str(tmp_path / "torn.py"))
+
+
+def test_images_that_the_probe_of_the_run_has_seen_are_said_when_they_are_tested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = own.write(tmp_path)
+    looked_at = sorted(labelled.glob("*/*.jpg"))[:20]
+    run = write_run(tmp_path / "run", tiny_model())
+    digests = [sha256(path.read_bytes()).hexdigest()[:16] for path in looked_at]
+    probed = {"data": str(labelled), "metric": "knn_top1", "images": digests}
+    (run / "probe.json").write_text(json.dumps(probed))
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "last").write_text("step_0000099\n")
+    (tmp_path / "link").symlink_to(labelled)
+    table = own.write_csv(tmp_path, seed=5)
+
+    def warnings(data: Path) -> list[str]:
+        command = ["eval", str(data), f"weights={run}/teacher/step_0000007.safetensors", "protocols=[knn]", "knn.k=[1]"]
+        assert main([*command, "baselines=false", "workers=0", f"out={tmp_path / 'out'}", "overwrite=true"]) == 0
+        said = capsys.readouterr().err
+        (path,) = (tmp_path / "out" / "eval").glob(f"*/{'own_table_labels' if data == table else data.name}.json")
+        told = [each for each in json.loads(path.read_text())["warnings"] if "probe" in each]
+        assert all(f"warning: {each}" in said for each in told)
+        assert all(each in (path.parent / "report.html").read_text() for each in told)
+        return told
+
+    (watched,) = warnings(labelled)
+    data = own_benchmark(labelled, {}).tasks[0].read(tmp_path, {})
+    tested = [data.splits["test"].source.name(index) for index in range(len(data.splits["test"]))]
+    count = len({*tested} & {*map(str, looked_at)})
+    assert f"{count} of {len(tested)} tested images" in watched
+    assert "was chosen" not in watched
+    (run / "checkpoints" / "best").write_text("step_0000007\n")
+    for path in (labelled, tmp_path / "link"):
+        (chosen,) = warnings(path)
+        assert f"{count} of {len(tested)} tested images" in chosen
+        assert "was chosen" in chosen
+    assert warnings(table) == []
 
 
 @pytest.mark.slow

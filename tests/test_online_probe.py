@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode, v2
 from training import given, read_lines, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.checkpoint.run_folder import selection_of, which_steps
+from dinoreg.checkpoint.run_folder import watched_in, which_steps
 from dinoreg.config.load import Config
 from dinoreg.data.open import open_source
 from dinoreg.distributed.process_group import ALONE
@@ -298,11 +298,12 @@ def test_the_run_says_which_images_its_steps_are_compared_on(labelled: Path, tmp
     content = json.loads((out / "probe.json").read_text())
     expected = [sha256(path.read_bytes()).hexdigest()[:16] for path in labelled.glob("*/*.png")]
     assert sorted(content["images"]) == sorted(expected)
-    (out / "checkpoints" / "best").write_text("step_0000002\n")
-    selection = selection_of(out, 2)
-    assert selection is not None
-    assert selection.images == set(content["images"])
-    assert selection_of(out, 1) is None
+    for best, chosen in ((2, False), (1, True)):  # the last is measured whether it is the best or not
+        (out / "checkpoints" / "best").write_text(f"step_{best:07d}\n")
+        watched = watched_in(out, best)
+        assert watched is not None
+        assert (watched.images, watched.chosen) == (set(content["images"]), chosen)
+    assert watched_in(tmp_path, 1) is None
 
 
 @pytest.mark.slow

@@ -75,7 +75,6 @@ def test_whole_numbers_need_a_unit_and_then_are_metres(
     np.testing.assert_allclose(found, slope(2, 8), atol=0.51 / scale)
     assert data.options(224)["max_depth"] == 8.1
     assert data.extra["warnings"] == []
-    assert data.variant == "depth up to 8.1 m"
 
 
 def test_floats_are_metres_and_doubtful_ones_are_said(tmp_path: Path) -> None:
@@ -113,7 +112,7 @@ def test_maps_that_say_nothing_are_refused_in_words(tmp_path: Path) -> None:
     Image.fromarray(colour).save(folder / "depth" / "test" / "1.png")
     assert "holds a picture of mode RGB" in refusal(folder)
     one = read(write(tmp_path / "e", [nothing, slope(2, 8), slope(2, 8)], ".npy"))
-    assert one.extra["warnings"] == ["in 1 of 2 depth maps of train no pixel is known"]
+    assert one.extra["warnings"] == ["unknown depth: in 1 of 2 depth maps of train no pixel is known"]
 
 
 @pytest.mark.parametrize("unit", ["256", "km", "0", "1/0", "-1", "1/x"])
@@ -142,7 +141,7 @@ def test_depths_outside_of_the_limits_are_said_from_one_in_a_hundred() -> None:
     assert outside_limits(samples, 0.001, 10.1) == []
     assert outside_limits(samples, 0.001, 9.95) == []
     assert outside_limits(samples, 0.001, 9.0) == [
-        "10.5% of the known depths of train lie outside of 0.001 to 9 m (depth.min_depth, depth.max_depth) "
+        "unused truth: 10.5% of the known depths of train lie outside of 0.001 to 9 m (depth.min_depth, depth.max_depth) "
         "and are not counted"
     ]
 
@@ -173,7 +172,8 @@ def test_the_command_line_asks_for_the_unit_and_measures_the_range(
         result = json.loads(path.read_text())
         values[name] = result["value"]
         assert 13 < result["rows"][0]["settings"]["max_depth"] < 15
-        assert result["warnings"] == []
+        assert result["rows"][0]["note"].startswith("depths up to 1")
+        assert not any("depth" in each for each in result["warnings"])
     assert values["kitti"] == pytest.approx(values["mm"], rel=0.01)
     assert values["tum"] == pytest.approx(values["mm"], rel=0.01)
     assert main(["eval", str(tmp_path / "mm"), *out, "own.depth_unit=mm", "depth.max_depth=5"]) == 0

@@ -82,15 +82,15 @@ def test_what_is_not_listed_is_not_counted_and_said(tmp_path: Path) -> None:
     data = read(write(tmp_path, [columns(0, 1, 2, 2)] * 3), values="0,1")
     assert np.array_equal(data.splits["train"].mask(1), columns(0, 1, 255, 255))
     assert [each for each in data.extra["warnings"] if "train" in each] == [
-        "50% of the pixels of train are not counted: those of 2 (50%)"
+        "unused truth: 50% of the pixels of train are not counted: those of 2 (50%)"
     ]
 
 
 def test_much_void_is_said_and_little_is_not(tmp_path: Path) -> None:
     much = read(write(tmp_path / "much", [columns(0, 1, 255, 255, 255, 255, 255, 255)] * 2)).extra["warnings"]
-    assert [each.split(":")[0] for each in much] == [
-        "75% of the pixels of train are not counted",
-        "75% of the pixels of test are not counted",
+    assert [each.rsplit(":", 1)[0] for each in much] == [
+        "unused truth: 75% of the pixels of train are not counted",
+        "unused truth: 75% of the pixels of test are not counted",
     ]
     assert read(write(tmp_path / "little", [columns(0, 1, 1, 255)] * 2)).extra["warnings"] == []
 
@@ -166,8 +166,8 @@ def test_a_class_that_is_nowhere_is_an_error_and_one_that_is_on_one_side_is_said
     assert "no mask has a pixel of bird" in refusal(folder)
     (folder / "classes.txt").write_text("ground\ncat\ndog\ntree\ncar\n")
     assert read(folder).extra["warnings"] == [
-        "test has classes that are not in train, and cannot be right: car",
-        "nothing is said about classes without a pixel in test: tree",
+        "unlearnt classes: test has some that are not in train, and cannot be right: car",
+        "untested classes: nothing is said about those without a pixel in test: tree",
     ]
     (folder / "classes.txt").write_text("ground\ncat\ndog\ntree\n")
     assert "masks/test/1.png: has the value 4, expected 0..3 or 255, as classes.txt says" in refusal(folder)
@@ -234,6 +234,6 @@ def test_the_command_line_asks_scores_the_foreground_and_keeps_the_warnings(
     (path,) = (tmp_path / "out").glob("eval/*/isic.json")
     result = json.loads(path.read_text())
     assert result["rows"][0]["details"]["iou"]["lesion"] > 0.4
-    assert result["chance"] < 0.5
+    assert result["majority"] < 0.5
     settings = result["rows"][0]["settings"]
     assert (settings["steps"], settings["batch_size"], settings["size"]) == (40, 7, 32)

@@ -15,10 +15,10 @@ from PIL import Image
 
 from dinoreg.checkpoint.format import write_teacher
 from dinoreg.checkpoint.run_folder import Run
-from dinoreg.commands.report import report_run
+from dinoreg.commands.report import compare_runs, report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.compare import compare_report, comparison, differences, run_names
+from dinoreg.reports.compare import comparison, differences, run_names
 from dinoreg.reports.run_report import write_report
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.durations import duration
@@ -83,6 +83,12 @@ def row(value: float) -> dict[str, Any]:
     }
 
 
+def against(difference: float) -> dict[str, Any]:
+    low, high = difference - 0.04, difference + 0.05
+    said = "better" if low > 0 else "worse" if high < 0 else "not shown"
+    return {"difference": difference, "low": low, "high": high, "verdict": said}
+
+
 def write_run(folder: Path, value: float = 0.7, name: str = "vitt8_reg4", lr: float = 1e-3) -> Path:
     """A run folder with every piece a report can show."""
     for part in ("health", "eval/0000040", "view/0000040"):
@@ -94,7 +100,13 @@ def write_run(folder: Path, value: float = 0.7, name: str = "vitt8_reg4", lr: fl
     (folder / "status.json").write_text(json.dumps({"phase": "finished", "step": 40, "num_steps": 40}))
     lines = [
         {
-            **{"step": step, "images": 8 * step, "total_loss": 5 - step / 40, "dino_global_crops_loss": 0.5},
+            **{
+                "step": step,
+                "images": 8 * step,
+                "loss": 5 - step / 40,
+                "total_loss": 4.0,
+                "dino_global_crops_loss": 0.5,
+            },
             **{
                 "dino_local_crops_loss": 4.0,
                 "ibot_loss": 2.0,
@@ -128,11 +140,28 @@ def write_run(folder: Path, value: float = 0.7, name: str = "vitt8_reg4", lr: fl
     (folder / "skipped.jsonl").write_text(json.dumps({"name": "bad.jpg", "reason": "truncated"}) + "\n")
     record = {"dataset": "scenes", "probe": "logistic regression", "chance": 0.05, **row(value)}
     record["baselines"] = {"random init": row(0.4), "raw pixels": row(0.3)}
+    record["against"] = {name: against(value - each["value"]) for name, each in record["baselines"].items()}
     (folder / "eval/0000040/scenes.json").write_text(json.dumps(record))
     for picture in ("pca", "attention", "crops"):
         noise = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"view/0000040/{picture}.png")
     return folder
+
+
+def test_the_losses_of_an_older_run_are_read_in_todays_terms(tmp_path: Path) -> None:
+    """It logged every term as optimised, weights included; now dinov2's names have dinov2's values."""
+    new, old = write_run(tmp_path / "new"), write_run(tmp_path / "old")
+    terms = {"dino_global_crops_loss": 0.7 * 0.5, "dino_local_crops_loss": 0.7 * 4.0}
+    terms |= {"ibot_loss": 2 * 1.9 * 2.0, "koleo_loss": 2 * 1.0}
+    lines = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, **terms, "total_loss": line["loss"]} for line in lines]
+    lines = [{key: value for key, value in line.items() if key != "loss"} for line in lines]
+    (old / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (old / "config.yaml").open("a") as file:
+        file.write("loss:\n  dino_weight: 0.7\n  ibot_weight: 1.9\n")
+    for key in ("loss", *terms):
+        assert Run(old).series(key) == (Run(new).series(key)[0], pytest.approx(Run(new).series(key)[1]))
+    assert Run(old).last("total_loss") == pytest.approx(0.5 + 4.0 + 2.0 + 1.0)
 
 
 def test_a_whole_run_gives_every_section_in_one_self_contained_file(tmp_path: Path) -> None:
@@ -232,37 +261,66 @@ def test_text_from_files_cannot_become_markup(tmp_path: Path) -> None:
     structure = parse(write_report(run))
     assert structure.tags.count("script") == 0
     assert attack in " ".join(structure.text)
-    compared = parse(compare_report([run, write_run(tmp_path / "b")], tmp_path / "c.html"))
+    compared = parse(compare_runs([run, write_run(tmp_path / "b")], tmp_path / "c.html"))
     assert compared.tags.count("script") == 0
 
 
 @pytest.mark.parametrize(
     ("value", "tone", "words"),
     [
-        (0.7, "good", "better than the untrained network and raw pixels"),
-        (0.43, "warn", "No benefit shown over the untrained network"),
-        (0.31, "bad", "the untrained network did better"),
+        (0.7, "good", "better by 30.0 points [26.0, 35.0] than the untrained network"),
+        (0.42, "warn", "Not shown with 900 images"),
+        (0.31, "bad", "worse by 9.0 points [4.0, 13.0]"),
     ],
 )
-def test_the_verdict_says_help_no_benefit_or_harm(tmp_path: Path, value: float, tone: str, words: str) -> None:
+def test_the_verdict_is_that_of_the_paired_differences(tmp_path: Path, value: float, tone: str, words: str) -> None:
     said = verdict(Run(write_run(tmp_path / "a", value)))
     assert said.tone == tone
     assert words in said.headline
+    assert ("raw pixels" in said.headline) == (tone == "good")
     assert f"{100 * value:.1f} %" in said.sentences[0]
     assert "data-bound" in said.sentences[-1]
 
 
-def test_a_metric_where_lower_is_better_is_judged_that_way(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", value=0.1)
+def changed(run: Path, **fields: Any) -> Run:
     path = run / "eval/0000040/scenes.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "higher_is_better": False}))
-    assert verdict(Run(run)).tone == "good"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return Run(run)
+
+
+def test_intervals_side_by_side_decide_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", value=0.41)  # its interval overlaps with that of 0.4
+    pairs = {"difference": 0.01, "low": 0.004, "high": 0.016, "verdict": "better"}
+    said = verdict(changed(run, against={"random init": pairs}))
+    assert (said.tone, "1.0 points [0.4, 1.6]" in said.headline) == ("good", True)
+    assert verdict(changed(run, value=0.9, low=0.89, high=0.91, against={})).tone == "plain"
+    for broken in ([], {"random init": 3}, {"random init": {**pairs, "low": None}}, {"random init": {"verdict": []}}):
+        assert verdict(changed(run, against=broken)).tone == "plain"
+
+
+def test_where_lower_is_better_a_negative_difference_is_a_gain(tmp_path: Path) -> None:
+    pairs = {"difference": -0.3, "low": -0.41, "high": -0.22, "verdict": "better"}
+    run = changed(write_run(tmp_path / "a"), unit="m", higher_is_better=False, against={"raw pixels": pairs})
+    assert "better by 0.3 m [0.22, 0.41] than raw pixels" in verdict(run).headline
+
+
+def test_the_largest_class_is_spoken_of_first(tmp_path: Path) -> None:
+    pairs = {"difference": -0.002, "low": -0.03, "high": 0.02, "verdict": "not shown"}
+    better = against(0.4)
+    run = changed(write_run(tmp_path / "a"), majority=0.887, against={"raw pixels": better, "majority class": pairs})
+    assert verdict(run).headline.startswith("Not better than always naming the largest class (88.7 %)")
+    assert verdict(changed(tmp_path / "a", against={"raw pixels": better, "majority class": better})).tone == "good"
 
 
 def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", value=0.3)
     (run / "eval/0000100").mkdir()
-    newer = {"dataset": "scenes", **row(0.9), "baselines": {"raw pixels": row(0.3)}}
+    newer = {
+        "dataset": "scenes",
+        **row(0.9),
+        "baselines": {"raw pixels": row(0.3)},
+        "against": {"raw pixels": against(0.6)},
+    }
     (run / "eval/0000100/scenes.json").write_text(json.dumps(newer))
     loaded = Run(run)
     assert [probe.step for probe in loaded.probes] == [40, 100]
@@ -301,7 +359,7 @@ def test_pictures_that_cannot_be_drawn_are_explained_in_the_report(tmp_path: Pat
 
 def test_runs_are_compared_in_a_table_with_their_differences_and_curves(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", value=0.5, lr=5e-4)]
-    path = compare_report(runs, tmp_path / "deep" / "compare.html")
+    path = compare_runs(runs, tmp_path / "deep" / "compare.html")
     structure = parse(path)
     text = " ".join(structure.text)
     for shown in (
@@ -330,7 +388,7 @@ def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:
 def test_comparing_runs_that_have_nothing_yet_works(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-    parse(compare_report([tmp_path / "a", tmp_path / "b"], tmp_path))
+    parse(compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path))
     assert (tmp_path / "report.html").is_file()
 
 

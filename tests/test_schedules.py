@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from dinoreg.config.schema import ScheduleConfig
-from dinoreg.train.schedules import Schedules
+from dinoreg.train.schedules import Schedules, linear
 
 # DINOv2's short recipe: 125,000 steps, 12,500 of warm-up, 37,500 of teacher-temperature warm-up.
 SHORT = Schedules(
@@ -68,6 +69,18 @@ def test_runs_of_a_few_steps_have_finite_schedules(num_steps: int) -> None:
         assert 0.04 <= now.teacher_temp <= 0.07
 
 
-def test_a_peak_below_the_final_rate_does_not_rise_after_the_warmup() -> None:
-    low = Schedules(100, 1e-8, ScheduleConfig(0.1, 1e-6, (0.0, 0.0), (1.0, 1.0), (0.04, 0.04), 0.0, 0.0))
-    assert max(low.at(step).lr for step in range(101)) == 1e-8
+@pytest.mark.parametrize(("peak", "final", "last"), [(1e-8, None, 1e-8), (1e-8, 1e-6, 1e-6), (1e-3, None, 1e-6)])
+def test_the_final_rate_is_the_one_given_or_one_that_is_not_above_the_peak(
+    peak: float, final: float | None, last: float
+) -> None:
+    low = Schedules(100, peak, ScheduleConfig(0.1, final, (0.0, 0.0), (1.0, 1.0), (0.04, 0.04), 0.0, 0.0))
+    assert low.at(100).lr == last
+    assert max(low.at(step).lr for step in range(101)) == max(peak, last)
+
+
+def test_a_line_of_any_length_is_that_of_linspace() -> None:
+    for steps in range(1, 9):
+        for step, expected in enumerate(np.linspace(0.04, 0.07, steps)):
+            assert linear(0.04, 0.07, step, steps) == pytest.approx(expected, rel=1e-15)
+        assert linear(0.04, 0.07, steps, steps) == 0.07
+    assert linear(0.04, 0.07, 0, 0) == 0.07

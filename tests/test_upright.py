@@ -89,7 +89,7 @@ def test_of_a_square_picture_the_truths_own_tag_decides(tmp_path: Path, drawn_on
         pair(tmp_path, number, 6, drawn_on, size=(28, 28), tag=6 if drawn_on == "stored" else 1)
     data = read(tmp_path)
     assert lie_over_each_other(data, "test", 0)
-    unclear = "2 pictures are turned by EXIF, which keeps their size: their masks were taken to lie upright"
+    unclear = "turned pictures: 2 are turned by EXIF, which keeps their size: their masks were taken to lie upright"
     assert data.extra["warnings"] == ([unclear] if drawn_on == "shown" else [])
 
 

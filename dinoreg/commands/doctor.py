@@ -4,12 +4,15 @@ Nothing here needs a working PyTorch, since an installation that cannot be impor
 """
 
 import importlib
+import os
+import re
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dinoreg.runtime.dependencies import DEPENDENCIES, Dependency, install
-from dinoreg.runtime.environment import environment, version
+from dinoreg.runtime.environment import busy, environment, free_disk_gib, free_memory, version
 from dinoreg.runtime.errors import RunError, one_line
 from dinoreg.runtime.json_files import read_json, read_json_lines, read_text
 
@@ -17,7 +20,7 @@ from dinoreg.runtime.json_files import read_json, read_json_lines, read_text
 SLOW_IMPORTS = ("timm", "transformers")
 
 
-# A line of a section: name, "ok" | "missing" | "problem" | "", text. A section: its title and its lines.
+# A line: name, "ok" | "missing" | "stopped" | "running" | "problem" | "", text. A section: its title and its lines.
 Row = tuple[str, str, str]
 Section = tuple[str, list[Row]]
 
@@ -28,12 +31,14 @@ def doctor(run: Path | None = None) -> None:
     from rich.text import Text
 
     console = Console(soft_wrap=True, highlight=False)
-    styles = {"ok": "green", "missing": "yellow", "problem": "bold red", "": ""}
+    styles = {"ok": "green", "problem": "bold red", "": ""}
     for title, rows in examine_run(run) if run is not None else examine_machine():
         console.print(Text(title, "bold"))
         width = max((len(name) for name, _, _ in rows), default=0)
         for name, mark, text in rows:
-            console.print(Text.assemble(f"  {name:<{width}}  ", (f"{mark:<7}", styles[mark]), f"  {text}"))
+            console.print(
+                Text.assemble(f"  {name:<{width}}  ", (f"{mark:<7}", styles.get(mark, "yellow")), f"  {text}")
+            )
         console.print()
 
 
@@ -55,12 +60,13 @@ def examine_machine() -> list[Section]:
 def _machine_rows(machine: dict[str, Any]) -> list[Row]:
     bf16 = {True: "with bf16", False: "without bf16 (precision=auto means fp32)", None: ""}[machine["cpu_bf16"]]
     commit = f", commit {machine['commit']}" if machine["commit"] else ""
+    cores = f"{machine['cores']} of {os.cpu_count()} cores usable"
     rows = [
         ("dinoreg", "ok", f"{machine['dinoreg']}{commit}"),
         ("python", "ok", f"{machine['python']} ({machine['executable']})"),
         ("system", "", machine["platform"]),
-        ("processor", "", f"{machine['cpu']}, {machine['cores']} usable cores {bf16}".rstrip()),
-        ("memory", "", f"{machine['memory_gib']} GiB"),
+        ("processor", "", ", ".join(filter(None, [f"{machine['cpu']}, {cores} {bf16}".rstrip(), busy()]))),
+        ("memory", "", f"{machine['memory_gib']} GiB, {machine['free_memory_gib']} GiB free for this process"),
         ("free disk", "problem" if machine["free_disk_gib"] < 1 else "", f"{machine['free_disk_gib']} GiB here"),
     ]
     malloc = {name: value for name, value in machine["variables"].items() if name.startswith(("MALLOC", "DINOREG"))}
@@ -174,22 +180,61 @@ def examine_run(run: Path) -> list[Section]:
 
 
 def _progress_rows(run: Path) -> list[Row]:
-    last = (read_json_lines(run / "metrics.jsonl") or [{}])[-1]
-    status = read_json(run / "status.json")
-    steps = f"{status.get('step', last.get('step', 0))} of {status.get('num_steps', '?')} steps"
-    if status.get("phase") == "finished":
-        rows = [("finished", "ok", steps)]
-    else:
-        rows = [("finished", "missing", f"no: {steps} are saved"), ("go on", "", f"dinoreg pretrain {run} resume=true")]
+    lines, status = read_json_lines(run / "metrics.jsonl"), read_json(run / "status.json")
+    last = (lines or [{}])[-1]
+    rows = [("state", *_state(run, status, last))]
+    if header := re.findall(r" I (.+ M parameters, .+)$", read_text(run / "train.log"), re.MULTILINE):
+        rows.append(("started as", "", header[-1]))  # with device, attention and images
     if last:
-        names = ("step", "total_loss", "images_per_second", "data_time", "step_time")
+        loss = "loss" if "loss" in last else "total_loss"  # of an older run
+        names = ("step", loss, "images_per_second", "data_time", "step_time")
         rows.append(("last line", "", _values({name: last[name] for name in names if name in last})))
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
     if probes := read_json_lines(run / "probe.jsonl"):
         rows.append(("last probe", "", _values({k: v for k, v in probes[-1].items() if k != "probe_time"})))
+    if status.get("phase") != "finished":
+        rows += _resource_rows(run, last)
     if failure := _last_traceback(run / "train.log"):
         rows.append(("failure", "problem", f"{failure} (traceback in {run / 'train.log'})"))
+    return rows
+
+
+def _state(run: Path, status: dict[str, Any], last: dict[str, Any]) -> tuple[str, str]:
+    """Mark and text: finished, running, stopped by a signal, failed, or ended without a word; and how to go on."""
+    from dinoreg.checkpoint.lease import owner_of
+
+    saved, whole, phase = status.get("step", 0), status.get("num_steps", "?"), status.get("phase")
+    reached = max(status.get("reached", 0), saved, last.get("step", 0))
+    if phase == "finished":
+        return "ok", f"finished: {saved} of {whole} steps"
+    where = f"step {reached} of {whole}, {f'saved at {saved}' if saved else 'nothing saved'}"
+    go_on = f"{where}: resume with dinoreg pretrain {run} resume=true"
+    if phase in ("stopped", "failed"):
+        by = "by " if phase == "stopped" else "by an error, "
+        return ("stopped" if phase == "stopped" else "problem"), f"{phase} {by}{status.get('reason', '?')} at {go_on}"
+    owner = owner_of(run)
+    if owner is None or owner.host != socket.gethostname():
+        at = "" if owner is None else f" as {owner}"
+        return "running", f"started{at}, not seen to end: {go_on}, if it has ended"
+    if Path("/proc").is_dir() and not Path(f"/proc/{owner.pid}").exists():
+        return "problem", f"ended without a word (process {owner.pid} is gone; killed, or out of memory?) after {go_on}"
+    return "running", f"{where} ({owner})"
+
+
+def _resource_rows(run: Path, last: dict[str, Any]) -> list[Row]:
+    """Whether memory (of a run on the CPU) and disk are free for what the run has used so far."""
+    rows: list[Row] = []
+    on_cpu = re.search(r"^device: cuda", read_text(run / "config.yaml"), re.MULTILINE) is None
+    needs, free = last.get("max_memory"), free_memory()
+    if on_cpu and needs and free and not read_json(run / "environment.json").get("cuda"):
+        mark = "problem" if needs > free else "ok"
+        rows.append(("memory", mark, f"{needs / 2**30:.1f} GiB at its peak, {free / 2**30:.1f} GiB are free now"))
+    sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (run / "checkpoints").glob("step_*")]
+    if sizes:
+        disk, needed = free_disk_gib(run), 2 * max(sizes) / 2**30
+        text = f"{disk} GiB are free; a checkpoint takes {max(sizes) / 2**30:.2f} GiB, beside those it replaces"
+        rows.append(("disk", "problem" if disk < needed else "ok", text))
     return rows
 
 

@@ -13,14 +13,16 @@ from rich.table import Column, Table
 from dinoreg.commands.failures import print_status
 from dinoreg.commands.report import report_run
 from dinoreg.config.option import dotted, read
-from dinoreg.evaluation.backbones.encoder import wrap
+from dinoreg.evaluation.backbones.encoder import Encoder, wrap
 from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
+from dinoreg.evaluation.comparison import between
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.runner import Planned, Request, check_size, choose, measure, preflight
+from dinoreg.evaluation.runner import Planned, Request, check_size, choose, look, measure, preflight, read_result
 from dinoreg.jobs.records import read_records as read_jobs
 from dinoreg.jobs.status import examine
 from dinoreg.reports.evaluation_report import console_table, read_records, write_evaluation
+from dinoreg.reports.verdict import paired_rows
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
@@ -57,12 +59,16 @@ def evaluate_command(names: str | None = None, request: Request | None = None) -
         raise UserError("eval: weights= is missing: a run folder, a weight file, or random:NAME for random weights")
     plans, problems = _prepare(names, request)
     encoder, folder, run = _open(request.options.weights, request.options)
+    plans = _look(encoder, plans, request, problems)
     print_status(f"{encoder.name} ({encoder.identity}), {len(plans)} dataset(s), results in {folder}")
     failed = _measure(encoder, plans, request, folder)
-    report = write_evaluation(folder, [*problems.values(), *failed]) if request.options.report else None
+    paired = paired_with(folder)
+    report = write_evaluation(folder, [*problems.values(), *failed], paired) if request.options.report else None
     if run is not None and report is not None:
         report_run(run)
     Console().print(console_table(read_records(folder)))
+    for dataset, figure, model, said, other in paired_rows(paired):
+        print_status(f"{dataset}, {figure}: {model} against {other}: {said}")
     for line in problems.values():
         print_status(f"not evaluated: {line}")
     if report is not None:
@@ -81,10 +87,11 @@ def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
     raises   UserError (a ValueError) for a wrong key, value, dataset or missing file, before anything is computed
     """
     request = read_request(options)
-    plans, _ = _prepare(str(dataset), request)
+    plans, problems = _prepare(str(dataset), request)
     encoder, folder, _ = _open(model, request.options)
+    plans = _look(encoder, plans, request, problems)
     results = [measure(encoder, plan, request, folder) for plan in plans]
-    write_evaluation(folder)
+    write_evaluation(folder, paired=paired_with(folder))
     return results[0] if len(results) == 1 and dataset != "all" else results
 
 
@@ -97,13 +104,27 @@ def report_results(folder: Path) -> Path:
     absent = _not_evaluated(folder)
     if not read_records(folder):
         raise RunError(f"{folder}: no results; {'; '.join(absent) or 'nothing was evaluated into this folder'}")
-    report = write_evaluation(folder, absent)
+    report = write_evaluation(folder, absent, paired_with(folder))
     run = folder.parent.parent
     if read_json(run / "status.json").get("phase") == "finished":  # until then its page belongs to the training
         from dinoreg.reports.run_report import write_report
 
         write_report(run)
     return report
+
+
+def paired_with(folder: Path) -> list[dict[str, Any]]:
+    """The results in OUT/eval/STEP and its other steps against one another on the same images (`between`)."""
+    paths = sorted(
+        folder.parent.glob("[0-9]*/*.json"), key=lambda path: (path.parent == folder, path.parent, path.stem)
+    )
+    several = len({path.parent for path in paths}) > 1
+    named = []
+    for path in paths:
+        if (result := read_result(path)) is not None:
+            name = str(result.facts.get("weights", {}).get("name"))
+            named.append((f"{name}, step {path.parent.name.lstrip('0') or 0}" if several else name, result))
+    return between(named)
 
 
 def _not_evaluated(folder: Path) -> list[str]:
@@ -163,6 +184,22 @@ def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str
     return plans, problems
 
 
+def _look(encoder: Encoder, plans: Sequence[Planned], request: Request, problems: dict[str, str]) -> list[Planned]:
+    """The plans whose pictures the encoder can take; of several, others are added to the problems."""
+    ready = []
+    for plan in plans:
+        try:
+            ready.append(look(encoder, plan, request))
+        except UserError as error:
+            if plan is plans[-1] and not ready:
+                raise
+            problems[plan.benchmark.name] = str(error)
+        else:
+            for warning in ready[-1].warnings[len(plan.warnings) :]:
+                print_status(f"warning: {warning}")
+    return ready
+
+
 def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
     """(encoder, folder of results, run folder or None)."""
     keep_freed_memory()
@@ -183,8 +220,15 @@ def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: P
     failed = []
     for plan in plans:
         try:
-            row = measure(encoder, plan, request, folder).headline
-            print_status(f"{plan.benchmark.name}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
+            result = measure(encoder, plan, request, folder)
+            for warning in result.facts["warnings"]:
+                if warning not in plan.warnings:  # which were said before
+                    print_status(f"warning: {warning}")
+            if result.dataset != (name := plan.benchmark.name):
+                kept = f"{name}.json holds another measurement (other data, weights or options) and stays"
+                print_status(f"{kept}; this one is {result.dataset}.json (overwrite=true replaces)")
+            row = result.headline
+            print_status(f"{result.dataset}: {row.metric} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})")
         except (UserError, RunError) as error:
             if len(plans) == 1:
                 raise

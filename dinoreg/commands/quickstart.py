@@ -22,7 +22,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Task
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Result
-from dinoreg.evaluation.runner import Request, measure, preflight
+from dinoreg.evaluation.runner import Request, look, measure, preflight
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import read_json
@@ -58,13 +58,14 @@ class PretrainedEncoder(NativeEncoder):
     """The backbone of a run as an encoder; its random init is the network that the run started from."""
 
     def __init__(self, config: Config, run: Path) -> None:
-        super().__init__(load(run), run.resolve().name, config.augment.mean, config.augment.std)
+        model = load(run)
+        super().__init__(model, run.resolve().name, model.preprocessing)
         self.config = config
 
     def random_init(self, seed: int = 0) -> Encoder:
         """The student before its first step, from the run's seed; `seed` is ignored."""
         start = cast(RegisterViT, build_networks(self.config)[0]["backbone"])
-        return NativeEncoder(start, "random init", self.mean, self.std)
+        return NativeEncoder(start, "random init", self.preprocessing)
 
 
 def probe_run(config: Config, run: Path) -> Result:
@@ -103,7 +104,7 @@ def probe(encoder: Encoder, data: Data, folder: Path, name: str = "scenes", base
         size = min(encoder.image_size)
         request = Request(EvalOptions(image_size=size, examples=0, features=features, baselines=baselines))
         ((plan,), _) = preflight([benchmark], request)
-        return measure(encoder, plan, request, folder)
+        return measure(encoder, look(encoder, plan, request), request, folder)
 
 
 def _show(result: Result, headline: str, seconds: float, report: Path) -> None:

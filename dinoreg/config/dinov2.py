@@ -25,7 +25,7 @@ class Key(NamedTuple):
     ours     dinoreg's key that takes its value; "": `from_dinov2` handles it
     names    its values by the names that the reference has for them
     number   whether it must be a number
-    epochs   whether it is a number of epochs that becomes a fraction of the run
+    epochs   whether it is a number of epochs that becomes a fraction of the run, above 1 where it is longer
     """
 
     default: Any
@@ -86,8 +86,8 @@ KEYS: dict[str, Key] = {
     "optim.base_lr": Key(4e-3, "optim.base_lr"),
     "optim.warmup_epochs": Key(10, "schedule.warmup", epochs=True),
     "optim.min_lr": Key(1e-6, "schedule.final_lr"),
-    "optim.clip_grad": Key(3.0),
-    "optim.freeze_last_layer_epochs": Key(1, "schedule.freeze_last_layer", epochs=True),
+    "optim.clip_grad": Key(3.0, "optim.clip_grad"),
+    "optim.freeze_last_layer_epochs": Key(1, number=True),
     "optim.scaling_rule": Key("sqrt_wrt_1024", names={"sqrt_wrt_1024": True}),
     "optim.patch_embed_lr_mult": Key(0.2, "optim.patch_embed_lr"),
     "optim.layerwise_decay": Key(0.9, "optim.layer_decay"),
@@ -138,7 +138,13 @@ def is_dinov2(content: Mapping[str, Any], ours: Collection[str]) -> bool:
     sections = {key.partition(".")[0] for key in content}
     if sections & ({path.partition(".")[0] for path in ours} - {"crops", "optim"}):
         return False
-    return bool(sections & set(_OWN_SECTIONS)) or any(key in KEYS and key not in ours for key in content)
+    theirs = {f"{section}." for section in _OWN_SECTIONS}
+    return any(key.startswith(tuple(theirs)) or (key in KEYS and key not in ours) for key in content)
+
+
+def is_dinov2_key(key: str) -> bool:
+    """Whether a dotted key is one that dinov2's files have, with or without effect here."""
+    return key in KEYS or any(fnmatchcase(key, name) for name in DEAD if name != "*")
 
 
 def from_dinov2(content: Mapping[str, Any]) -> Translation:
@@ -153,29 +159,26 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
     reasons = {key: next(why for name, why in DEAD.items() if fnmatchcase(key, name)) for key in content}
     dead = [f"{key}: {why}" for key, why in reasons.items() if key not in KEYS]
     values = {key: content.get(key, each.default) for key, each in KEYS.items()}
+    values["student.arch"] = str(values["student.arch"]).removesuffix("_memeff")  # its attention, not another model
     for key, each in KEYS.items():
         each.check(key, values[key])
     epochs, epoch_length = values["optim.epochs"], values["train.OFFICIAL_EPOCH_LENGTH"]
     if epochs <= 0 or epoch_length <= 0:
         raise UserError(f"optim.epochs={epochs} of {epoch_length} steps: expected a positive length of the run")
-    notes = [
-        f"{key} is longer than the run of {epochs:g} epochs: cut to its length"
-        for key, each in KEYS.items()
-        if each.epochs and values[key] > epochs
-    ]
+    notes = _long_warmups(values, epochs)
     ours: dict[str, Any] = {}
     for key, each in KEYS.items():
         if each.ours:
             value = each.names[values[key]] if each.names else values[key]
-            ours[each.ours] = min(1.0, value / epochs) if each.epochs else value
+            ours[each.ours] = value / epochs if each.epochs else value
     arch = _SIZES[values["student.arch"]]
     ours |= {
         "steps": round(epochs * epoch_length),
         "model.name": f"vit{arch}{values['student.patch_size']:g}_reg{values['student.num_register_tokens']:g}",
         "model.layerscale": values["student.layerscale"] or None,
+        "schedule.freeze_last_layer": min(1.0, values["optim.freeze_last_layer_epochs"] / epochs),
         "augment.reference_blur": True,
         "loss.koleo_ranks": 1,  # the reference searches each process's images alone
-        "optim.clip_grad": values["optim.clip_grad"] or 0.0,
         "schedule.weight_decay": [values["optim.weight_decay"], values["optim.weight_decay_end"]],
         "schedule.momentum": [values["teacher.momentum_teacher"], values["teacher.final_momentum_teacher"]],
         "schedule.teacher_temp": [values["teacher.warmup_teacher_temp"], values["teacher.teacher_temp"]],
@@ -190,6 +193,24 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
     ]
     ours |= _ibot_head(values, content, dead) | _places(values, notes)
     return Translation(ours, dead, notes)
+
+
+def _long_warmups(values: Mapping[str, Any], epochs: float) -> list[str]:
+    """Remarks on what takes longer than the run, by dinov2's keys; UserError where dinov2 does not run, either."""
+    warmup, temp = values["optim.warmup_epochs"], values["teacher.warmup_teacher_temp_epochs"]
+    if warmup > epochs:
+        raise UserError(f"optim.warmup_epochs={warmup:g}: expected at most optim.epochs={epochs:g}, as in dinov2")
+    notes = []
+    if temp > epochs:
+        notes.append(
+            f"teacher.warmup_teacher_temp_epochs={temp:g} is longer than the run of {epochs:g} epochs, which, as in "
+            f"dinov2, ends before teacher.teacher_temp={values['teacher.teacher_temp']:g} is reached"
+        )
+    if values["optim.freeze_last_layer_epochs"] >= epochs:
+        notes.append(
+            f"optim.freeze_last_layer_epochs: the last layers do not move in the whole run of {epochs:g} epochs"
+        )
+    return notes
 
 
 def _ibot_head(values: Mapping[str, Any], content: Mapping[str, Any], dead: list[str]) -> dict[str, Any]:

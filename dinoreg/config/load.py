@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.config.bundled import bundled
-from dinoreg.config.dinov2 import from_dinov2, is_dinov2
+from dinoreg.config.dinov2 import from_dinov2, is_dinov2, is_dinov2_key
+from dinoreg.config.foreign import refuse_foreign
 from dinoreg.config.option import build, dotted, keys_of, nearest, typed
 from dinoreg.config.schema import BUDGETS, Config
 from dinoreg.runtime.errors import UserError, one_line
@@ -115,8 +116,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"config {path}: not valid YAML ({one_line(error, 200)})") from None
     if not isinstance(loaded, DictConfig) or not isinstance(plain, dict):
         raise UserError(f"config {path}: expected keys and values")
-    content = dotted(plain, where=str(path))
-    if not is_dinov2(content, keys_of(Config)):
+    content, ours = dotted(plain, where=str(path)), keys_of(Config)
+    refuse_foreign(content, ours, str(path))
+    if not is_dinov2(content, ours):
+        if content and all(is_dinov2_key(key) for key in content):
+            both = ", ".join(content)
+            logger.warning(
+                "%s: dinov2's files have %s, too; read as a config of dinoreg, with its defaults", path, both
+            )
         return content
     translation = from_dinov2(content)
     logger.warning("%s is a config of dinov2; read as\n%s", path, translation)

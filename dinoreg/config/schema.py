@@ -94,7 +94,7 @@ class OptimConfig(Options, section="optim"):
     eps: float = option(1e-8, "AdamW: added to the root of the square", low=0)
     layer_decay: float = option(0.9, "rate multiplier per block, from the last to the first", above=0, high=1)
     patch_embed_lr: float = option(0.2, "extra rate multiplier of the patch embedding")
-    clip_grad: float = option(3.0, "maximum gradient norm of the backbone and of each head; 0: no clipping", low=0)
+    clip_grad: float | None = option(3.0, "maximum gradient norm of the backbone and each head; 0, none: any", low=0)
     accumulate: int = option(1, "micro-batches a step is computed in: less memory, the same statistics", low=1)
 
     def __post_init__(self) -> None:
@@ -108,11 +108,11 @@ class ScheduleConfig(Options, section="schedule"):
     """How learning rate, weight decay, teacher momentum and teacher temperature change over the run."""
 
     warmup: float = fraction(0.1, "fraction of the run in which the learning rate rises from 0")
-    final_lr: float = option(1e-6, "learning rate at the end (cosine)")
+    final_lr: float | None = option(None, "learning rate at the end (cosine); none: 1e-6, at most the peak", low=0)
     weight_decay: tuple[float, float] = option((0.04, 0.4), "start and end (cosine)")
     momentum: tuple[float, float] = fraction((0.992, 1.0), "of the teacher, start and end (cosine)")
     teacher_temp: tuple[float, float] = option((0.04, 0.07), "start and end (linear, then constant)", above=0)
-    teacher_temp_warmup: float = fraction(0.3, "fraction of the run over which it rises")
+    teacher_temp_warmup: float = option(0.3, "fraction of the run over which it rises; above 1 it ends below", low=0)
     freeze_last_layer: float = fraction(0.01, "fraction of the run in which the prototypes do not move")
 
 
@@ -332,5 +332,6 @@ def _check_model(config: Config) -> None:
     check(dim % heads == 0, "model.heads", heads, f"a divisor of the width model.dim={dim}")
     channels = config.model.in_channels
     fits = f"one number, or one for each of the {channels} channels (model.in_channels)"
-    for key, values in ("augment.mean", config.augment.mean), ("augment.std", config.augment.std):
-        check(len(values) in (1, channels), key, values, fits)
+    shipped = AugmentSettings()  # of RGB; for other channels it stands for what is measured when the run begins
+    for key, values in ("mean", config.augment.mean), ("std", config.augment.std):
+        check(len(values) in (1, channels) or values == getattr(shipped, key), f"augment.{key}", values, fits)

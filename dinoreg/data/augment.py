@@ -83,6 +83,15 @@ def draw_photometric(numbers: np.ndarray, settings: AugmentSettings) -> np.ndarr
     return out
 
 
+def left_out(settings: AugmentSettings, in_channels: int) -> str:
+    """In words which of the changes asked for are not made, as they need three channels; "" for none."""
+    strengths = {"saturation": settings.saturation, "hue": settings.hue, "grayscale": settings.grayscale}
+    names = [name for name, strength in strengths.items() if strength > 0]
+    if in_channels == 3 or not names:
+        return ""
+    return f"{in_channels} channel{'s' * (in_channels > 1)}: left out {', '.join(names)}, which need three"
+
+
 def augment(
     crops: Tensor,
     params: np.ndarray,

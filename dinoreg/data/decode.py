@@ -27,7 +27,7 @@ MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs a program
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
-ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258
+ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258  # of TIFF, and the first of EXIF, too
 _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
 
 
@@ -198,15 +198,25 @@ class EncodedImage:
 
 
 def decode(
-    data: bytes | np.ndarray,
+    data: bytes | np.ndarray | Image.Image,
     in_channels: int = 3,
     max_pixels: int = MAX_PIXELS,
     value_range: ValueRange | None = None,
 ) -> Tensor:
     """Decode a whole image. Returns (in_channels, H, W) on the scale of bytes, see `EncodedImage.pixels`.
 
+    data    of a file, pixels (H, W) or (H, W, C) of any real type, or a Pillow image
     raises BadImage when it cannot be used
     """
+    if isinstance(data, Image.Image):
+        try:
+            deep = data.mode[0] in "IF"  # its modes of more than eight bits
+            data.load()  # before the orientation is read: of a TIFF Pillow applies it here
+            raw = RawPixels(_with_channels(np.asarray(data)) if deep else _rgb_or_bands(data, in_channels))
+            pixels = _from_array(to_byte_scale(raw, value_range), in_channels)
+            return orient(pixels, int(data.getexif().get(ORIENTATION_TAG, 1)))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadImage(_reason(error)) from error
     return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
 
 
@@ -250,7 +260,7 @@ def _exif_orientation(exif: bytes) -> int:
 
 
 def orient(image: Tensor, orientation: int) -> Tensor:
-    """Apply an EXIF orientation (1..8) to (C, H, W)."""
+    """(C, H, W) turned and mirrored as an EXIF orientation (1..8) says."""
     if orientation == 1 or not 2 <= orientation <= 8:
         return image
     pixels = image.permute(1, 2, 0)  # (H, W, C)

@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -17,8 +17,6 @@ from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.scenes import render as scenes
-
-LOOKED_AT = 16  # images that tell whether a data set has more than eight bits
 
 STAMPED_FILES = 50_000  # whose sizes and times are looked at when features are cached
 SCENES_CACHE_BYTES = 1 << 30  # rendered scenes kept in memory at most
@@ -79,19 +77,6 @@ class Source(ABC):
         uint8, or float32 in 0..255 where the data set has more than eight bits; raises BadImage when unreadable
         """
         return EncodedImage(self.read(index), in_channels, value_range=self.value_range, min_side=1).pixels()
-
-    def is_deep(self, in_channels: int = 3) -> bool:
-        """Whether its pixels need more than eight bits, by its range and by some images from all over it."""
-        if self.value_range is not None:
-            return True
-        for index in np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(np.int64)):
-            try:
-                raw = self.image(int(index), in_channels).raw  # a JPEG has none, and eight bits
-                if raw is not None and raw.values.dtype != np.uint8:
-                    return True
-            except BadImage:
-                continue
-        return False
 
     def groups(self) -> list[Group]:
         """How the indices are drawn; one group unless the source is a weighted mixture."""
@@ -158,10 +143,6 @@ class ScenesSource(Source):
 
     def __len__(self) -> int:
         return self.count
-
-    def is_deep(self, in_channels: int = 3) -> bool:
-        """False: scenes have bytes."""
-        return False
 
     def read(self, index: int) -> np.ndarray:
         """The rendered scene, (size, size, 3) uint8; not to be written to."""
@@ -231,16 +212,22 @@ class JoinedSource(Source):
         ]
 
 
+def _of_the_other(name: str) -> Any:
+    """An attribute that a choice of images shares with the source that they are chosen from."""
+    return property(lambda self: getattr(self.source, name), lambda self, value: setattr(self.source, name, value))
+
+
 class ChosenSource(Source):
-    """Some images of another source, in the order of `indices`.
+    """Some images of another source, in the order of `indices`, read as that one is.
 
     one_of_many  whether other choices of the same images are measured as well, so that features are extracted of all
                  images of the other source
     """
 
+    value_range, as_trained, in_channels = map(_of_the_other, ("value_range", "as_trained", "in_channels"))
+
     def __init__(self, source: Source, indices: np.ndarray, one_of_many: bool = False) -> None:
         self.source, self.indices, self.one_of_many = source, np.asarray(indices, dtype=np.int64), one_of_many
-        self.value_range, self.as_trained = source.value_range, source.as_trained
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -1,25 +1,100 @@
-"""What a source of images is like: formats, sizes, bad files, duplicates, pixel statistics."""
+"""What a source of images is like: formats, sizes, bad files, duplicates, pixel statistics, the scale of its values."""
 
 import collections
 import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dinoreg.config.load import Config
+from dinoreg.config.view_settings import AugmentSettings
 from dinoreg.data.copies import content_digest
 from dinoreg.data.decode import EncodedImage
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
-from dinoreg.data.value_range import BadImage, RawPixels
+from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, is_scaled, limits, missing_values
+from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.templates import render
 
 _PERCENTILES = (0, 5, 50, 95, 100)
 _LISTED = 20  # bad files and groups of duplicates shown on the console
 _THREADS = 4
 _VALUES = 10_000  # of a picture of more than eight bits, looked at
+LOOKED_AT = 16  # pictures that are looked at before any work is done
+_MEASURED = 200  # pictures that a normalisation is measured on
+_OUTSIDE, _LITTLE = 0.01, 0.1  # shares of values beyond the range, and of the range in use, that are worth a warning
+_BITS_APART = 4  # between pictures of different ranges: 8 bits against 12, 12 against 16
+
+
+class Survey(NamedTuple):
+    """What some pictures from all over a source say before any work is done.
+
+    deep       whether they need more than eight bits
+    mean, std  of each channel, of pixels in 0..1
+    warnings   in words: values beyond the range, a range that is hardly used, pages that are not read
+    """
+
+    deep: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    warnings: list[str]
+
+
+def survey(
+    source: Source, in_channels: int, count: int = LOOKED_AT, whose: str = "data.range", key: str = ""
+) -> Survey:
+    """Look at some pictures of a source as a model of `in_channels` will see them.
+
+    count   pictures, at most
+    whose   what messages call the range of the source
+    key     the option that sets it; "": as `whose`
+    raises  UserError, with the first reason, where none of them can be used
+    """
+    images = _describe_some(source, count, in_channels)
+    good = [image for image in images if "bad" not in image]
+    if not good:
+        first, channels = images[0], {image.get("channels", in_channels) for image in images}
+        hint = f"; model.in_channels={min(channels)} takes them" if channels.isdisjoint({1, 3, in_channels}) else ""
+        raise UserError(
+            f"data: none of {len(images)} pictures looked at can be used for {in_channels} channels; the first: "
+            f"{first['name']}: {first['bad']}{hint}"
+        )
+    deep = source.value_range is not None or any(image["type"] != "uint8" for image in good)
+    warnings = _of_scale(good, source.value_range, whose, key or whose)
+    pages = [image["pages"] for image in good if image["pages"] > 1 and image["format"] == "TIFF"]
+    if pages:
+        held = f"{len(pages)} of {len(good)} pictures looked at hold {pages[0]} pages"
+        warnings.append(f"{held}, the first is taken; a model of {pages[0]} channels takes them as channels")
+    return Survey(deep, *_mean_and_std(good), warnings)
+
+
+def with_statistics(config: Config, source: Source, before: Config | None = None) -> tuple[Config, list[str]]:
+    """A config with the mean and deviation of its own pictures where it has only those of RGB and other channels.
+
+    before   of the run that is resumed, whose numbers hold; None: they are measured
+    returns  the config, and a line on what was measured or []
+    raises   UserError where no picture can be used
+    """
+    shipped, channels, given = AugmentSettings(), config.model.in_channels, config.augment
+    unknown = {key for key in ("mean", "std") if channels != 3 and getattr(given, key) == getattr(shipped, key)}
+    if not unknown:
+        return config, []
+    if before is not None:
+        return replace(config, augment=replace(given, **{key: getattr(before.augment, key) for key in unknown})), []
+    found = survey(source, channels, _MEASURED)
+    values = {key: getattr(found, key) for key in sorted(unknown)}
+    if min(found.std) <= 0:
+        raise UserError(f"augment.std: missing, and one of {channels} channels is the same everywhere")
+    shown = {
+        key: f"=[{','.join(f'{each:g}' for each in value)}]" if channels < 10 else "" for key, value in values.items()
+    }
+    words = " ".join(f"augment.{key}{numbers}" for key, numbers in shown.items())
+    line = f"{words}: measured, as none is given for {channels} channel{'s' * (channels > 1)}; kept in config.yaml"
+    return replace(config, augment=replace(given, **values)), [line]
 
 
 def inspect_source(
@@ -43,15 +118,14 @@ def inspect_source(
                mean, std (per channel, of pixels in 0..1, every image weighing the same; None without images), types
                (of pixels -> images), values (least, 0.1 %, 99.9 %, greatest) and used (the share of their type's
                range) of images of more than eight bits or None, range (a suggestion for `data.range`, or None),
-               passed_over (files that are no images, by ending), pages (how many in a file -> images, where more
-               than one)
+               levels (different values, and how many of the 256 of bytes are left of them by the range, or None),
+               bits (that the brightest values take -> images, where they are of different ranges), passed_over (files
+               that are no images, by ending), pages (how many in a file -> images, where more than one), misfits
+               (channels of files that are bad for `in_channels` -> images)
     raises     UserError as `open_source` does
     """
     source = open_source(spec, root=root, value_range=value_range, columns=columns)
-    count = len(source) if sample <= 0 else min(sample, len(source))
-    indices = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        images = list(pool.map(lambda index: _describe(source, int(index), in_channels), indices))
+    images = _describe_some(source, sample, in_channels)
     good = [image for image in images if "bad" not in image]
     height, width = (np.array([image[side] for image in good], dtype=np.int64) for side in ("height", "width"))
     shorter = np.minimum(height, width)
@@ -59,13 +133,12 @@ def inspect_source(
     for image in images:
         if "digest" in image:
             names_of_contents[image["digest"]].append(image["name"])
-    mean = np.mean([image["mean"] for image in good], axis=0) if good else None
-    variance = np.mean([image["mean_square"] for image in good], axis=0) - mean**2 if mean is not None else None
+    mean, std = map(list, _mean_and_std(good)) if good else (None, None)
     return {
         "source": str(spec),
         "fingerprint": source.fingerprint(),
         "images": len(source),
-        "looked_at": count,
+        "looked_at": len(images),
         "formats": dict(collections.Counter(image["format"] for image in good).most_common()),
         "modes": dict(collections.Counter(image["mode"] for image in good).most_common()),
         "height": _percentiles(height),
@@ -77,15 +150,24 @@ def inspect_source(
         **_values(images),
         "passed_over": source.passed_over,
         "pages": dict(collections.Counter(image["pages"] for image in images if image.get("pages", 1) > 1)),
+        "misfits": dict(collections.Counter(image["channels"] for image in images if _misfit(image, in_channels))),
         "duplicates": [names for names in names_of_contents.values() if len(names) > 1],
-        "mean": None if mean is None else mean.round(4).tolist(),
-        "std": None if variance is None else np.sqrt(variance.clip(0)).round(4).tolist(),
+        "mean": mean,
+        "std": std,
     }
 
 
 def render_inspection(statistics: dict[str, Any]) -> str:
     """The result of `inspect_source` as text for the console."""
     return render("data/templates/inspection.txt.j2", listed=_LISTED, **statistics).rstrip()
+
+
+def _describe_some(source: Source, count: int, in_channels: int) -> list[dict[str, Any]]:
+    """`_describe` of evenly spaced images, `count` at most; 0: of all."""
+    count = len(source) if count <= 0 else min(count, len(source))
+    indices = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda index: _describe(source, int(index), in_channels), indices))
 
 
 def _describe(source: Source, index: int, in_channels: int) -> dict[str, Any]:
@@ -95,28 +177,67 @@ def _describe(source: Source, index: int, in_channels: int) -> dict[str, Any]:
         data = source.read(index)
         image["digest"] = content_digest(data)
         encoded = EncodedImage(data, in_channels, value_range=source.value_range)
-        image |= {"type": "uint8", "pages": encoded.pages}
-        if encoded.raw is not None and encoded.raw.values.dtype != np.uint8:
-            image |= {"type": str(encoded.raw.values.dtype), "values": _sample(encoded.raw)}
-        channels = encoded.pixels().flatten(1).numpy()  # (C, H * W)
+        raw = encoded.raw
+        image |= {"type": "uint8", "pages": encoded.pages, "channels": encoded.components}
+        if raw is not None:
+            image |= {"type": str(raw.values.dtype), "channels": raw.values.shape[2]}
+            sampled = _sample(raw)  # (n, C)
+            if raw.values.dtype != np.uint8:
+                image["values"] = sampled[np.isfinite(sampled)]
+        pixels = encoded.pixels().flatten(1).numpy()  # (C, H * W)
     except BadImage as error:
         return {**image, "bad": str(error)}
-    properties = {name: getattr(encoded, name) for name in ("format", "mode", "height", "width")}
-    if channels.dtype == np.uint8:
+    image |= {name: getattr(encoded, name) for name in ("format", "mode", "height", "width")}
+    windowed = raw is not None and raw.own_range is not None and source.value_range is None
+    if raw is not None and is_scaled(raw.values.dtype, source.value_range) and not windowed:
+        low, high = limits(raw, source.value_range, ~np.isfinite(sampled)[None])
+        image["places"] = ((sampled - low) / (np.asarray(high, dtype=np.float64) - low))[np.isfinite(sampled)]
+    if pixels.dtype == np.uint8:
         # Every value occurs at most 256 ways, so counting is exact and quicker than a float copy.
-        shares = np.stack([np.bincount(channel, minlength=256) for channel in channels]) / channels.shape[1]
+        shares = np.stack([np.bincount(channel, minlength=256) for channel in pixels]) / pixels.shape[1]
         levels = np.arange(256) / 255
-        return {**image, **properties, "mean": shares @ levels, "mean_square": shares @ levels**2}
-    scaled = channels.astype(np.float64) / 255
-    return {**image, **properties, "mean": scaled.mean(1), "mean_square": (scaled**2).mean(1)}
+        return {**image, "mean": shares @ levels, "mean_square": shares @ levels**2}
+    scaled = pixels / np.float32(255)
+    return {**image, "mean": scaled.mean(1, dtype=np.float64), "mean_square": (scaled**2).mean(1, dtype=np.float64)}
+
+
+def _mean_and_std(good: Sequence[dict[str, Any]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of each channel over described images, every image weighing the same."""
+    mean = np.mean([image["mean"] for image in good], axis=0)
+    variance = np.mean([image["mean_square"] for image in good], axis=0) - mean**2
+    return tuple(mean.round(4).tolist()), tuple(np.sqrt(variance.clip(0)).round(4).tolist())
+
+
+def _misfit(image: dict[str, Any], in_channels: int) -> bool:
+    """Whether an image is bad for want, or for too many, of channels."""
+    channels = image.get("channels", in_channels)
+    return "bad" in image and channels != in_channels and not {channels, in_channels} <= {1, 3}
 
 
 def _sample(raw: RawPixels) -> np.ndarray:
-    """Some values of a picture, from all over it, without those that say "not measured"."""
-    values = raw.values.reshape(-1)
-    values = values[:: max(1, len(values) // _VALUES)].astype(np.float64)
-    measured = np.isfinite(values)
-    return values[measured if raw.nodata is None else measured & (values != raw.nodata)]
+    """(n, C) float64 of some pixels from all over a picture, NaN where they say "not measured"."""
+    values = raw.values.reshape(-1, raw.values.shape[2])
+    values = values[:: max(1, values.size // _VALUES)]
+    return np.where(missing_values(values, raw.nodata), np.nan, values.astype(np.float64))
+
+
+def _of_scale(good: Sequence[dict[str, Any]], value_range: ValueRange | None, whose: str, key: str) -> list[str]:
+    """Warnings where values and the range that scales them are of different scales; bytes as they are have none."""
+    places = [image["places"] for image in good if len(image.get("places", ()))]
+    if not places:
+        return []
+    share = np.concatenate(places)
+    outside, (low, high) = float(((share < 0) | (share > 1)).mean()), np.percentile(share, (0.1, 99.9))
+    found = _values(list(good))
+    numbers = () if value_range is None else tuple(zip(*value_range))
+    words = f"{whose} {','.join(f'{each:g}' for pair in numbers for each in pair)}" if numbers else "their type's range"
+    reach = "" if found["values"] is None else f": they reach from {found['values'][0]:g} to {found['values'][3]:g}"
+    if numbers and outside > _OUTSIDE:
+        return [f"{100 * outside:.1f} % of the pixel values lie outside of {words} and are cut off{reach}"]
+    if high - low < _LITTLE and found["range"] is not None:
+        better = f"{key}=[{','.join(f'{each:g}' for each in found['range'])}] would use all of it"
+        return [f"the pixel values use {100 * (high - low):.1f} % of {words}{reach}; {better}"]
+    return []
 
 
 def _values(images: list[dict[str, Any]]) -> dict[str, Any]:
@@ -124,7 +245,11 @@ def _values(images: list[dict[str, Any]]) -> dict[str, Any]:
     types = dict(collections.Counter(image["type"] for image in images if "type" in image).most_common())
     sampled = [image["values"] for image in images if len(image.get("values", ()))]
     if not sampled:
-        return {"types": types, "values": None, "used": None, "range": None}
+        return {"types": types, "values": None, "used": None, "range": None, "levels": None, "bits": {}}
+    tops = [math.ceil(math.log2(max(float(np.percentile(each, 99.9)), 0) + 1)) for each in sampled]
+    bits = dict(sorted(collections.Counter(tops).items())) if max(tops) - min(tops) >= _BITS_APART else {}
+    shares = [image["places"] for image in images if len(image.get("places", ()))]
+    bytes_left = len(np.unique((255 * np.concatenate(shares)).clip(0, 255).round())) if shares else None
     values = np.concatenate(sampled)
     least, low, high, greatest = (float(x) for x in np.percentile(values, (0, 0.1, 99.9, 100)))
     used = None
@@ -133,7 +258,14 @@ def _values(images: list[dict[str, Any]]) -> dict[str, Any]:
         used = (high - low) / np.iinfo(*kinds).max
     whole = all(np.issubdtype(np.dtype(kind), np.integer) for kind in kinds)
     suggested = [math.floor(low), math.ceil(high)] if whole else [float(f"{low:.4g}"), float(f"{high:.4g}")]
-    return {"types": types, "values": (least, low, high, greatest), "used": used, "range": suggested}
+    return {
+        "types": types,
+        "values": (least, low, high, greatest),
+        "used": used,
+        "range": suggested,
+        "levels": (len(np.unique(values)), bytes_left),
+        "bits": bits,
+    }
 
 
 def _percentiles(values: np.ndarray) -> dict[str, int]:

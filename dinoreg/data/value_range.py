@@ -59,14 +59,11 @@ def to_byte_scale(raw: RawPixels, value_range: ValueRange | None) -> np.ndarray:
     raises BadImage where neither the type nor a range says what is black and what is white
     """
     values = raw.values
-    for_bytes = value_range is not None and max(value_range.high) <= 255  # one of deeper pictures is not
-    if values.dtype == np.uint8 and not for_bytes and raw.nodata is None:
+    if not is_scaled(values.dtype, value_range) and raw.nodata is None:
         pixels = 255 - values if raw.white_is_zero else values
     else:
-        missing = ~np.isfinite(values)
-        if raw.nodata is not None:
-            missing |= values == raw.nodata
-        low, high = _limits(raw, value_range, missing)
+        missing = missing_values(values, raw.nodata)
+        low, high = limits(raw, value_range, missing)
         scaled = (values.astype(np.float64) - low) * (255.0 / (np.asarray(high, dtype=np.float64) - low))
         pixels = scaled.clip(0.0, 255.0).astype(np.float32)
         if raw.white_is_zero:
@@ -78,14 +75,29 @@ def to_byte_scale(raw: RawPixels, value_range: ValueRange | None) -> np.ndarray:
     return pixels * alpha + np.float32(255.0) * (1 - alpha)  # on white
 
 
-def _limits(
+def is_scaled(dtype: np.dtype, value_range: ValueRange | None) -> bool:
+    """Whether pixels of a type are scaled: all but bytes, and bytes by a range that is meant for them."""
+    return dtype != np.uint8 or (value_range is not None and max(value_range.high) <= 255)
+
+
+def missing_values(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    """Where values of any shape say "not measured": bool of that shape."""
+    missing = ~np.isfinite(values)
+    return missing if nodata is None else missing | (values == nodata)
+
+
+def limits(
     raw: RawPixels, value_range: ValueRange | None, missing: np.ndarray
 ) -> tuple[np.ndarray | float, np.ndarray | float]:
+    """The values that become black and white, one of each or one for every channel; BadImage where nothing says it.
+
+    missing  (H, W, C) bool, see `missing_values`
+    """
     if value_range is not None:
         channels = raw.values.shape[2]
-        for name, limits in zip(("low", "high"), value_range):
-            if len(limits) not in (1, channels):
-                raise BadImage(f"{channels} channels, but data.range has {len(limits)} {name} values")
+        for name, numbers in zip(("low", "high"), value_range):
+            if len(numbers) not in (1, channels):
+                raise BadImage(f"{channels} channels, but data.range has {len(numbers)} {name} values")
         return np.array(value_range.low), np.array(value_range.high)
     if raw.own_range is not None:
         return raw.own_range

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinoreg.distributed.failures import Peers
+from dinoreg.distributed.waiting import announced
 from dinoreg.runtime.errors import RunError, UserError, one_line
 
 # NCCL's own watchdog ends a process without a word; the control group's time-out has to come first.
@@ -245,13 +246,17 @@ def is_collective_failure(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """A process's rank among `world_size`, its rank on its machine, and the host and port where rank 0 listens."""
+    """A process's rank among `world_size`, its rank on its machine, and the host and port where rank 0 listens.
+
+    told_by  the environment variable that says how many processes there are
+    """
 
     rank: int
     world_size: int
     local_rank: int
     address: str
     port: int
+    told_by: str = "WORLD_SIZE"
 
 
 def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -277,7 +282,8 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
         address = environment.get("MASTER_ADDR") or SlurmJobEnvironment().hostnames[0]
         job = number("SLURM_JOB_ID") * 7 + number("SLURM_STEP_ID")
         port = number("MASTER_PORT", 20_000 + job % 30_000)  # the same for all ranks, another for each job
-        return Place(number("SLURM_PROCID"), world_size, number("SLURM_LOCALID"), address, port)
+        name = "SLURM_STEP_NUM_TASKS"
+        return Place(number("SLURM_PROCID"), world_size, number("SLURM_LOCALID"), address, port, name)
     return None
 
 
@@ -391,14 +397,16 @@ def _join(place: Place, device: str, timeout: float) -> None:
         MASTER_PORT=str(place.port),
     )
     meeting = _meetings.setdefault((place.address, place.port), _Meeting())
+    why = f"{place.told_by}={place.world_size}"
     try:
-        dist.init_process_group(
-            "cuda:nccl,cpu:gloo" if cuda else "gloo",
-            store=meeting.next_store(timedelta(seconds=timeout)),
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
-        )
+        with announced(place.rank, place.world_size, place.address, place.port, why, meeting.sessions):
+            dist.init_process_group(
+                "cuda:nccl,cpu:gloo" if cuda else "gloo",
+                store=meeting.next_store(timedelta(seconds=timeout)),
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timedelta(seconds=timeout + (_NCCL_GRACE_SECONDS if cuda else 0.0)),
+            )
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
         meeting.store = None  # another attempt needs a new store
         reason = str(error).splitlines()[0][:200]

@@ -108,6 +108,8 @@ class Benchmark:
     download  where the files come from, in words
     options   choices of how it is read, set as NAME.KEY=VALUE: {KEY: option(default, help, …)}
     splits    in words, for the list: by default the counts of the first task, "3,680 / 3,669"
+    place     path of data of one's own
+    longer    for those, a name with that of the folder above, where a result of other data has the short one
     """
 
     name: str
@@ -122,6 +124,8 @@ class Benchmark:
     splits: str = ""
     options: Mapping[str, Field] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    place: str = ""
+    longer: str = ""
 
     def __post_init__(self) -> None:
         if self.tasks and not self.splits:

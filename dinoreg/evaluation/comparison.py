@@ -12,20 +12,44 @@ from typing import Any
 import numpy as np
 
 from dinoreg.evaluation.metrics.bootstrap import exact_bound, paired_difference
-from dinoreg.evaluation.result import Row
+from dinoreg.evaluation.result import Result, Row, headlines
 
 COUNTED = ("top-1", "mean per class", "CorLoc")  # metrics that count images as right or wrong
 
+MAJORITY = "majority class"  # what else a row is compared with: always naming the class that is most frequent in train
 BETTER, WORSE, NOT_SHOWN, SAME, UNKNOWN = "better", "worse", "not shown", "no difference", "not compared"
 
 
 def compared(rows: Sequence[Row], baselines: Mapping[str, Sequence[Row]]) -> tuple[Row, ...]:
-    """The rows with what they are against each baseline that has a row of the same key, in `Row.against`."""
-    of_key = {name: {row.key: row for row in those} for name, those in baselines.items()}
-    return tuple(
-        replace(row, against={name: compare(row, those[row.key]) for name, those in of_key.items() if row.key in those})
-        for row in rows
-    )
+    """The rows with what they are against each baseline that has a row of the same key, added to `Row.against`."""
+    found = []
+    for row in rows:
+        same = {name: next((each for each in those if each.key == row.key), None) for name, those in baselines.items()}
+        against = {name: compare(row, other) for name, other in same.items() if other is not None}
+        found.append(replace(row, against=row.against | against))
+    return tuple(found)
+
+
+def between(results: Sequence[tuple[str, Result]]) -> list[dict[str, Any]]:
+    """Later results against the first on the same images, by the first row of each protocol.
+
+    results  with what each is called
+    returns  `compare` with "dataset", "protocol", "metric", "unit", "n_test", and the names "model" and "other"
+    """
+    found, first = [], dict[tuple[str, ...], tuple[str, str, Row]]()
+    for name, result in results:
+        for row in headlines(result.rows):
+            dataset, other, before = first.setdefault((row.tested, *row.key), (result.dataset, name, row))
+            if row.tested and before is not row:
+                about = {key: getattr(row, key) for key in ("protocol", "metric", "unit", "n_test")}
+                about |= {"dataset": dataset, "model": name, "other": other}
+                found.append(about | compare(row, before))
+    return found
+
+
+def with_majority(row: Row, majority: Row) -> Row:
+    """A row beside the figure of always naming the largest class, `majority`, of the same images and seed."""
+    return replace(row, majority=majority.value, against=row.against | {MAJORITY: compare(row, majority)})
 
 
 def compare(row: Row, baseline: Row) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dinoreg.config.option import Options, check, fraction, option, section
-from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS
+from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
 
 side_option = partial(option, shapes_result=False)  # the numbers of a result do not depend on it
 
@@ -176,6 +176,7 @@ class EvalOptions(Options):
     )
     root: str | None = side_option(None, "the folder that holds the datasets' folders")
     columns: str = option("", "of a table of your own: what they are called, as path:FILE,label:BREED,split:SET")
+    range: list[float] | None = option(None, "LOW,HIGH of your own pictures, as data.range; none: what the weights say")
     out: str | None = side_option(None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS")
     protocols: list[str] | None = option(None, "only these; none: all that a dataset declares")
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
@@ -201,3 +202,7 @@ class EvalOptions(Options):
     detection: DetectionOptions = section(DetectionOptions)
     flow: FlowOptions = section(FlowOptions)
     few_shot: FewShotOptions = section(FewShotOptions)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.range is None or is_value_range(self.range), "range", self.range, VALUE_RANGE)

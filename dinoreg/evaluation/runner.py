@@ -11,7 +11,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,21 @@ import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.option import check, flat, nearest
-from dinoreg.data.source import Source
-from dinoreg.data.value_range import BadImage
+from dinoreg.data.copies import MOST_COMPARED, content_digest
+from dinoreg.data.statistics import survey
+from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
 from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
-from dinoreg.evaluation.features.images import default_workers, read_picture, size_of
+from dinoreg.evaluation.doubts import doubts
+from dinoreg.evaluation.features.images import default_workers, parallel, read_picture, size_of
 from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
-from dinoreg.runtime.errors import RunError, UserError, one_line
+from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
@@ -62,10 +65,10 @@ class Request:
 
 def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
     """The benchmarks of `dinoreg eval NAME,NAME | all | PATH`; UserError for an unknown or unreadable one."""
-    chosen: dict[str, Benchmark] = {}
+    chosen: dict[tuple[str, str], Benchmark] = {}
     for name in names:
         if name == "all":
-            chosen |= benchmarks()
+            chosen |= {(each.name, each.place): each for each in benchmarks().values()}
             continue
         if Path(name).exists() and not name.endswith(".py"):
             from dinoreg.evaluation.custom.datasets import own_benchmark
@@ -73,7 +76,7 @@ def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
             benchmark = own_benchmark(Path(name), request.dataset.get("own", {}), request.options.columns)
         else:
             benchmark = find_benchmark(name)
-        chosen[benchmark.name] = benchmark
+        chosen[benchmark.name, benchmark.place] = benchmark
     return list(chosen.values())
 
 
@@ -118,7 +121,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             continue
         if task.read not in seen:
             seen[task.read] = task.read(folder, values)
-            _sample(benchmark, seen[task.read])
+            _sample(benchmark, seen[task.read], own=False)
         data = seen[task.read]
         warnings += data.extra.get("warnings", [])
         if "samples" in data.extra:
@@ -130,20 +133,54 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             found = len(data.splits[split]) if split in data.splits else 0
             if found != count:
                 warnings.append(f"{benchmark.name}: {split} has {found:,} images, the official one {count:,}")
-    warnings = list(dict.fromkeys(warnings))
+    return Planned(benchmark, tuple(tasks), _distinct(warnings, request))
+
+
+def look(encoder: Encoder, plan: Planned, request: Request) -> Planned:
+    """A plan whose pictures are read as an encoder takes them; of one's own some are opened, and warned of.
+
+    raises  UserError for pictures that it cannot take, before anything is computed
+    """
+    warnings = [*plan.warnings, *check_channels(encoder, plan), *watched_images(encoder, plan)]
+    whose = "the range of the weights," if request.options.range is None else "range"
+    _read_as_taken(encoder, plan, request)
+    for data in {id(data): data for _, data in plan.tasks}.values():
+        _sample(plan.benchmark, data, own=True)
+        for name, split in data.splits.items():
+            if split.source.as_trained:
+                found = survey(split.source, encoder.in_channels, SAMPLED, whose, "range").warnings
+                warnings += [f"{plan.benchmark.name}: {name}: {line}" for line in found]
+    return replace(plan, warnings=_distinct(warnings, request))
+
+
+def _read_as_taken(encoder: Encoder, plan: Planned, request: Request) -> None:
+    """Have the pictures read with the channels that an encoder takes, by the range given or that of its weights."""
+    value_range = ValueRange.of(request.options.range) or encoder.value_range
+    for _, data in plan.tasks:
+        for split in data.splits.values():
+            split.source.value_range, split.source.in_channels = value_range, encoder.in_channels
+
+
+def _distinct(warnings: Sequence[str], request: Request) -> tuple[str, ...]:
+    """The warnings once each; UserError for any where the request is strict."""
     if warnings and request.options.strict:
-        raise UserError(f"{'; '.join(warnings)} (strict=true)")
-    return Planned(benchmark, tuple(tasks), tuple(warnings))
+        raise UserError(f"{'; '.join(dict.fromkeys(warnings))} (strict=true)")
+    return tuple(dict.fromkeys(warnings))
 
 
-def _sample(benchmark: Benchmark, data: Data) -> None:
-    """Open some images of each split and their ground truth; UserError for the first that is wrong."""
+def _sample(benchmark: Benchmark, data: Data, own: bool) -> None:
+    """Open some images of each split and their ground truth; UserError for the first that is wrong.
+
+    own  only the user's own, whose pixels wait for the encoder's channels and range; else only the others
+    """
     for name, split in data.splits.items():
         if not len(split):
             raise UserError(f"{benchmark.name}: the {name} split has no images")
+        if split.source.as_trained != own:
+            continue
         for index in np.unique(np.linspace(0, len(split) - 1, SAMPLED).astype(int)).tolist():
             place = split.image(index)
-            height, width = _size(split.source, place)
+            height, width = size_of(read_picture(split.source, place))
             if isinstance(split, Boxed) and not np.isfinite(split.boxes[index]).all():
                 raise UserError(f"{split.source.name(place)}: a box is not finite")
             for name_of_map, what in split.PIXELS:
@@ -153,19 +190,8 @@ def _sample(benchmark: Benchmark, data: Data) -> None:
                     raise UserError(f"{split.source.name(place)}: {sizes}")
 
 
-def _size(source: Source, index: int) -> tuple[int, int]:
-    """(height, width) of an image in pixels; UserError where it cannot be read."""
-    if not source.as_trained:
-        return size_of(read_picture(source, index))
-    try:  # its pixels wait for the range of values that the weights know
-        image = source.image(index)
-    except (BadImage, OSError) as error:
-        raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error)})") from None
-    return image.height, image.width
-
-
 def measure(encoder: Encoder, plan: Planned, request: Request, folder: Path) -> Result:
-    """Measure a planned dataset and write `folder/<dataset>.json`; a result already there under the same key is read.
+    """Measure a dataset that was looked at, write `folder/<dataset>.json`; a result with the same key is read instead.
 
     raises  UserError or RunError, naming dataset and protocol, where a task fails; finished tasks are saved, and the
             same call resumes after them
@@ -187,48 +213,79 @@ class _Evaluation:
     def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
         self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
         self.name = plan.benchmark.name
-        self.unfinished = folder / ".unfinished" / self.name
-        self.side = request.options.image_size or encoder.default_size
-        self.key = _key(encoder, plan, request, self.side)
+        sources = [split.source for _, data in plan.tasks for split in data.splits.values()]
+        own = all(source.as_trained for source in sources)
+        default = min(encoder.preprocessing.size) if own else encoder.default_size
+        self.image_size = request.options.image_size or default
+        self.key = _key(encoder, plan, request, self.image_size)
+        self.unfinished = folder / ".unfinished" / f"{self.name}-{self.key}"
+
+    def path(self) -> Path:
+        """The file of the result: where it is, else the first name that no other measurement has.
+
+        The names are `<dataset>.json`, for other data of one's own of that name the longer one, then one with the key.
+        With overwrite=true the first gives way.
+        """
+        benchmark = self.plan.benchmark
+        names = [self.name, benchmark.longer, f"{self.name}-{self.key[:8]}"]
+        known = {name: read_result(self.folder / f"{name}.json") for name in names if name}
+        first = known[self.name]
+        if first is not None and first.facts.get("place") == benchmark.place:  # the same data, measured otherwise
+            known.pop(benchmark.longer, None)
+        same = (name for name, each in known.items() if each is not None and each.key == self.key)
+        free = (name for name, each in known.items() if each is None)
+        new = self.name if self.request.options.overwrite else next(free, names[-1])
+        return self.folder / f"{next(same, new)}.json"
 
     def result(self) -> Result:
         """The result on disk if it has the same key, else a new one, which is written."""
-        path, encoder, options = self.folder / f"{self.name}.json", self.encoder, self.request.options
-        known = read_result(path)
+        encoder, options = self.encoder, self.request.options
+        known = read_result(self.path())
         if known is not None and known.key == self.key and not options.overwrite:
             return known
         started = time.time()
-        seen = check_channels(encoder, self.plan)
-        for _, data in self.plan.tasks:
-            for split in data.splits.values():
-                split.source.value_range, split.source.in_channels = encoder.value_range, encoder.in_channels
-        if options.examples:
-            shutil.rmtree(self.folder / "examples" / self.name, ignore_errors=True)
+        _read_as_taken(encoder, self.plan, self.request)
         own, baselines = self.rows("", lambda: encoder), {}
         if options.baselines:
             sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
             baselines["random init"] = self.rows("random init", lambda: encoder.random_init(options.seed))
             baselines["raw pixels"] = self.rows("raw pixels", lambda: PixelEncoder(*sizes, device=encoder.device))
+        own, variants = compared(own, baselines), {data.variant for _, data in self.plan.tasks}
+        path, benchmark = self.path(), self.plan.benchmark  # of several that began together, the others may be done
         facts = {
-            "title": self.plan.benchmark.title,
-            "task": self.plan.benchmark.task,
+            "title": f"{benchmark.title} ({self.key[:8]})" if path.stem.endswith(self.key[:8]) else benchmark.title,
+            "place": benchmark.place,
+            "task": benchmark.task,
+            "split": variants.pop() if len(variants) == 1 else "",
             "weights": {"name": encoder.name, "identity": encoder.identity},
             "precision": str(encoder.dtype).removeprefix("torch."),
-            "image_size": options.image_size or encoder.default_size,
+            "image_size": self.image_size,
             "seed": options.seed,
             "published": [
                 {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
                 for task, _ in self.plan.tasks
                 for number in task.published
             ],
-            "warnings": [*self.plan.warnings, *seen],
+            "warnings": [*self.plan.warnings, *doubts(own, baselines, [data for _, data in self.plan.tasks])],
             "seconds": time.time() - started,
             "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         }
-        result = Result(self.name, self.key, compared(own, baselines), baselines, facts)
+        result = Result(path.stem, self.key, own, baselines, facts)
         write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
+        self.show_examples(path.stem)
         shutil.rmtree(self.unfinished, ignore_errors=True)
+        with suppress(OSError):  # another dataset is not finished
+            self.unfinished.parent.rmdir()
         return result
+
+    def show_examples(self, name: str) -> None:
+        """Put the example pictures of this measurement in the place of those that the name `name` had before."""
+        drawn, shown = self.unfinished / "examples", self.folder / "examples" / name
+        if self.request.options.examples:
+            shutil.rmtree(shown, ignore_errors=True)
+        if drawn.is_dir():
+            shown.parent.mkdir(parents=True, exist_ok=True)
+            drawn.rename(shown)
 
     def rows(self, role: str, make: Callable[[], Encoder]) -> tuple[Row, ...]:
         """The rows of every task in one role, "" for the encoder itself; what was finished before is not done again.
@@ -245,11 +302,12 @@ class _Evaluation:
                 found += [Row.from_dict(row) for row in finished["rows"]]
                 continue
             module = importlib.import_module(PROTOCOLS[task.protocol][0])
-            options = _effective(self.request, task, data, self.side)
+            options = _effective(self.request, task, data, self.image_size)
             try:
                 rows = module.evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
             except (UserError, RunError) as error:
                 raise type(error)(f"{self.name}, {task.protocol}: {error}") from error
+            rows = [dataclasses.replace(row, tested=_tested(self.plan, task, data, self.request)) for row in rows]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
             found += rows
@@ -262,10 +320,11 @@ class _Evaluation:
         return Context(
             features=Path(options.features) if options.features else self.folder.parent / "features",
             # With the key in its name, a state is never resumed with other weights or options.
-            state=self.unfinished / self.key / name,
-            examples=self.folder / "examples" / self.name if options.examples and not role else None,
+            state=self.unfinished / name,
+            examples=self.unfinished / "examples" if options.examples and not role else None,
             seed=options.seed,
-            image_size=options.image_size or self.encoder.default_size,
+            image_size=self.image_size,
+            preprocessing=self.encoder.preprocessing,
             batch_size=options.batch_size,
             workers=default_workers() if options.workers is None else options.workers,
             num_examples=options.examples,
@@ -289,15 +348,58 @@ def _key(encoder: Encoder, plan: Planned, request: Request, side: int) -> str:
     """16 hexadecimal digits over all that shapes a result: weights, images, ground truth, options."""
     shaping = {key.partition(".")[0] for key in flat(request.options, shaping=True)}
     values = {key: value for key, value in dataclasses.asdict(request.options).items() if key in shaping}
-    data = [
-        (task.protocol, task.metric, {**task.options, **found.options(side)}, found.variant, name)
-        + (len(split), split.source.stamp(), split.truth_stamp())
-        for task, found in plan.tasks
-        for name, split in found.splits.items()
-    ]
+    data = [(*_stamped(task, found), found.options(side)) for task, found in plan.tasks]
     dataset = dict(request.dataset.get(plan.benchmark.name, {}))
-    text = json.dumps(plain([encoder.identity, str(encoder.dtype), values, data, dataset]), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest([encoder.identity, encoder.value_range, str(encoder.dtype), values, data, dataset])
+
+
+def _tested(plan: Planned, task: Task, data: Data, request: Request) -> str:
+    """16 hexadecimal digits over what a task is measured on: results of equal ones have the same resamples."""
+    return _digest([_stamped(task, data), dict(request.dataset.get(plan.benchmark.name, {})), request.options.seed])
+
+
+def _stamped(task: Task, data: Data) -> list[Any]:
+    """What identifies the images of a task and their truth."""
+    return [
+        (task.protocol, task.metric, dict(task.options), data.variant, name)
+        + (len(split), split.source.stamp(), split.truth_stamp())
+        for name, split in data.splits.items()
+    ]
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(plain(values), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
+    """A warning where the probe inside the encoder's run has looked at images that are tested here, by their contents.
+
+    Of more than MOST_COMPARED images, that many are looked at.
+    """
+    watched = encoder.watched
+    tested = {
+        split.source.stamp(): split for _, data in plan.tasks for name, split in data.splits.items() if name != "train"
+    }
+    places = [
+        (split.source, split.image(index))
+        for split in tested.values()
+        for index in np.unique(np.linspace(0, len(split) - 1, min(len(split), MOST_COMPARED)).astype(int)).tolist()
+    ]
+    if watched is None or not places:
+        return []
+
+    def is_watched(number: int) -> bool:
+        source, index = places[number]
+        try:
+            return content_digest(source.read(index)).hex()[:16] in watched.images
+        except (BadImage, OSError):
+            return False
+
+    count = sum(parallel(is_watched, range(len(places)), default_workers()))
+    known = f"{count:,} of {len(places):,} tested images are among those that the probe inside the run looked at"
+    how = "by them its best step was chosen, which is measured here: " if watched.chosen else ""
+    consequence = "its figures are too high" if watched.chosen else "whoever was guided by its curve has seen the test"
+    return [f"{plan.benchmark.name}: {known} (probe.data={watched.data}); {how}{consequence}"] if count else []
 
 
 def check_channels(encoder: Encoder, plan: Planned) -> list[str]:

@@ -3,10 +3,10 @@
 Memory is what PyTorch finds on the device, a little less than the number in its name.
 """
 
-import os
 from dataclasses import dataclass, replace
 
 from dinoreg.config.option import nearest
+from dinoreg.runtime.environment import free_memory, total_memory
 from dinoreg.runtime.errors import UserError
 
 GIB = 2**30
@@ -24,13 +24,20 @@ CONTEXT_GIB = 0.7
 NCCL_GIB = 0.8
 FRAGMENTATION = 0.105
 
+# On a CPU the peak of the process counts: Python with PyTorch and libraries after a few steps, and of what comes and
+# goes, a checkpoint's copies among it, the share that glibc keeps and cannot use. Both are fitted to real runs
+# (benchmarks/memory.py, docs/plan.md). Of the memory that is free a run should leave some to the rest of the machine.
+PROCESS_GIB = 0.8
+CPU_FRAGMENTATION = 0.28
+FREE_SHARE = 0.9
+
 
 @dataclass(frozen=True)
 class Device:
     """The device of one process.
 
     kind        "cuda" | "cpu"
-    memory      bytes
+    memory      bytes; of a CPU those that are free
     peaks       {"bf16", "fp16", "fp32"}: dense TFLOP/s of matrix products with float32 sums; empty: unknown
     local_link  GB/s to the devices of the same machine, one way
     link        GB/s to devices of other machines, one way, per device
@@ -115,9 +122,5 @@ def local_device() -> Device:
 
 
 def cpu_device() -> Device:
-    """The processor of this machine, with all of its memory; its peaks are unknown."""
-    try:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        memory = 0
-    return Device("this machine's CPU", "cpu", memory, {}, 10.0, 1.25)
+    """The processor of this machine, with the main memory that is free now; its peaks are unknown."""
+    return Device("this machine's CPU", "cpu", free_memory() or total_memory() or 0, {}, 10.0, 1.25)

@@ -10,10 +10,14 @@ last FFN of tokens that no loss uses.
 from collections import defaultdict
 from dataclasses import dataclass
 
-from dinoreg.plan.devices import CONTEXT_GIB, FRAGMENTATION, GIB, NCCL_GIB
+from dinoreg.plan import devices
+from dinoreg.plan.devices import GIB
 from dinoreg.plan.job import Job
 from dinoreg.plan.recorder import KOLEO, PARTS, STATE, Parts
 from dinoreg.plan.trace import trace_job
+
+# Bytes of state for each parameter: student, teacher, and AdamW's two moments.
+STATE_BYTES = 16
 
 # Blocks of the two steps that are run in place of a deeper one, and micro-batches in place of more.
 BLOCKS = (3, 5)
@@ -25,17 +29,21 @@ class Memory:
     """The memory of one device, in bytes.
 
     moments    {phase of a step, in order: {part: bytes} at its peak}
-    context    allowance for the CUDA context, libraries and NCCL
+    context    the CUDA context, libraries and NCCL; on a CPU the process with its libraries
     fragments  allowance for fragmentation of the allocator's memory
-    host       pinned (or plain) CPU memory of one process for crops that are prepared ahead
-    available  of the device; 0: unknown
+    host       CPU memory of one process for crops that are prepared ahead
+    saving     CPU memory of one process while a checkpoint is written
+    available  what a process may use of the device; 0: unknown
+    on_cpu     whether the device is the CPU, where `host` and `saving` are of the same memory
     """
 
     moments: dict[str, Parts]
     context: int
     fragments: int
     host: int
+    saving: int
     available: int
+    on_cpu: bool = False
 
     @property
     def peak(self) -> str:
@@ -44,13 +52,14 @@ class Memory:
 
     @property
     def allocated(self) -> int:
-        """Bytes of tensors at the peak, as `max_memory` in metrics.jsonl."""
+        """Bytes of tensors at the peak, on CUDA `max_memory` in metrics.jsonl."""
         return sum(self.moments[self.peak].values())
 
     @property
     def needed(self) -> int:
-        """Bytes that the device must have: tensors at the peak and both allowances."""
-        return self.allocated + self.context + self.fragments
+        """Bytes that the device must have: tensors at the peak and allowances; on a CPU the peak of the process."""
+        beside = self.host + self.saving if self.on_cpu else 0
+        return self.allocated + self.context + self.fragments + beside
 
     @property
     def fits(self) -> bool:
@@ -92,18 +101,49 @@ def _peak(moments: dict[str, Parts]) -> str:
 
 def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
     """The memory of a job, from the peaks {phase: {part: bytes}} of its step."""
-    cuda = job.device.kind == "cuda"
+    cpu = job.device.kind == "cpu"
     passing = sum(size for part, size in moments[_peak(moments)].items() if part not in STATE)
-    crops, channels = job.config.crops, job.config.model.in_channels
-    pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
-    slots = job.config.data.prefetch + 1
+    host, saving = _crops_ahead(job), checkpoint_copy(job) + teacher_file(job)
+    if cpu:
+        context, fragments = devices.PROCESS_GIB, devices.CPU_FRAGMENTATION * (passing + saving)
+    else:
+        context = devices.CONTEXT_GIB + devices.NCCL_GIB * (job.world_size > 1)
+        fragments = devices.FRAGMENTATION * passing
     return Memory(
         moments=moments,
-        context=int(GIB * (CONTEXT_GIB + NCCL_GIB * (job.world_size > 1))) if cuda else 0,
-        fragments=int(FRAGMENTATION * passing) if cuda else 0,
-        host=slots * job.config.batch_size * pixels * channels,
-        available=job.device.memory,
+        context=int(GIB * context),
+        fragments=int(fragments),
+        host=host,
+        saving=saving,
+        available=int(job.device.memory * (devices.FREE_SHARE if cpu else 1)),
+        on_cpu=cpu,
     )
+
+
+def _crops_ahead(job: Job) -> int:
+    """Bytes of the crops of all batches that a process prepares ahead: bytes, and on a CPU the augmented floats."""
+    config, crops = job.config, job.config.crops
+    pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
+    each = 1 + 4 * (job.device.kind == "cpu")
+    return (config.data.prefetch + 1) * config.batch_size * pixels * config.model.in_channels * each
+
+
+def checkpoint_size(job: Job) -> int:
+    """Bytes of one training state, of all processes together."""
+    prototypes = list(job.sizes.prototypes.values())
+    return STATE_BYTES * job.sizes.student + 4 * (prototypes[0] + prototypes[-1])
+
+
+def checkpoint_copy(job: Job) -> int:
+    """Bytes of the copy of its share that a process makes, to write it while training continues."""
+    # Each process writes its share of replicated tensors; shards are written by the processes that have them.
+    shares = job.shard_size if job.strategy == "fsdp" else job.world_size
+    return checkpoint_size(job) // shares * job.config.checkpoint.asynchronous
+
+
+def teacher_file(job: Job) -> int:
+    """Bytes of a teacher file."""
+    return 4 * job.sizes.student
 
 
 def step_peaks(job: Job) -> dict[str, Parts]:

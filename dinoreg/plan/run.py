@@ -11,7 +11,15 @@ from dinoreg.config.plan_options import PlanOptions
 from dinoreg.plan.advice import remedies, smallest
 from dinoreg.plan.devices import GIB, Device, cpu_device, find_device, local_device
 from dinoreg.plan.job import Job, describe
-from dinoreg.plan.memory import Memory, Operations, memory_of, operations_of
+from dinoreg.plan.memory import (
+    Memory,
+    Operations,
+    checkpoint_copy,
+    checkpoint_size,
+    memory_of,
+    operations_of,
+    teacher_file,
+)
 from dinoreg.plan.result import Checkpoint, Plan, Run
 from dinoreg.plan.speed import Speed, estimate, probe, worth_probing
 from dinoreg.plan.traffic import Step, collectives, step_of
@@ -20,8 +28,6 @@ from dinoreg.runtime.templates import render
 
 # Images of 500 x 375 pixels that one core decodes and crops in a second (docs/results/benchmarks.md).
 IMAGES_PER_CORE = 480.0
-# Bytes of state for each parameter: student, teacher, and AdamW's two moments.
-STATE_BYTES = 16
 # Memory and operations of KoLeo's search above these shares of a device or a step are worth a word.
 KOLEO_SHARE = 0.05
 
@@ -121,8 +127,8 @@ def _refuse(job: Job) -> None:
     least = smallest(job)
     raise UserError(
         f"does not fit: {memory_of(job).needed / GIB:.1f} GiB a device as it is, "
-        f"{least.memory.needed / GIB:.1f} GiB with {least}, and a {job.device.name} has "
-        f"{job.device.memory / GIB:.1f} GiB; use a larger device"
+        f"{least.memory.needed / GIB:.1f} GiB with {least}, and {job.device.name} has "
+        f"{least.memory.available / GIB:.1f} GiB{' to spare' if least.memory.on_cpu else ''}; use a larger device"
         + (", or more of them" if job.strategy == "fsdp" or job.world_size == 1 else "")
     )
 
@@ -170,17 +176,12 @@ def _remarks(job: Job, operations: Operations, speed: Speed | None, num_images: 
 
 
 def _checkpoint(job: Job, num_steps: int, disk: float) -> Checkpoint:
-    config = job.config
-    prototypes = list(job.sizes.prototypes.values())
-    centers = 4 * (prototypes[0] + prototypes[-1])
-    size = STATE_BYTES * job.sizes.student + centers
-    teacher = 4 * job.sizes.student
+    config, size, teacher = job.config, checkpoint_size(job), teacher_file(job)
     return Checkpoint(
         size=size,
         teacher=teacher,
         kept=config.checkpoint.keep + 1,
         every=config.checkpoint.every or min(2000, max(1, num_steps // 10)),
         seconds=(size + teacher) / (disk * 1e9),
-        # Each process writes its share of replicated tensors; shards are written by the processes that have them.
-        copy=size // (job.shard_size if job.strategy == "fsdp" else job.world_size) * config.checkpoint.asynchronous,
+        copy=checkpoint_copy(job),
     )

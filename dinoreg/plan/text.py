@@ -9,6 +9,8 @@ from dinoreg.plan.result import Plan
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.templates import render
 
+ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FRAGMENTATION", "CPU_FRAGMENTATION", "FREE_SHARE", "LINK_SHARE")
+
 
 def show(plan: Plan) -> None:
     """Print a plan to the console: memory, speed, traffic, time, notes, and changes with which it fits."""
@@ -50,7 +52,7 @@ def _text(plan: Plan) -> str:
         prototypes=plan.job.sizes.prototypes.values(),
         held={part: held.get(part, 0) for part in PARTS if part in held or (part == "gradients" and most_gradients)},
         most_gradients=most_gradients,
-        **{name: getattr(devices, name) for name in ("CONTEXT_GIB", "NCCL_GIB", "FRAGMENTATION", "LINK_SHARE")},
+        **{name: getattr(devices, name) for name in ALLOWANCES},
         **{each.__name__: each for each in (gib, size, duration, moment, number, digits, millions)},
     )
     return text.strip()

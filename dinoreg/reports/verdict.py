@@ -1,18 +1,21 @@
-"""What the probe and the health monitor say about a run, in words: helps, no benefit, harms, not measured."""
+"""What evaluations and the health monitor say of a run, in words: better by how much, not shown, worse, not measured.
 
+Every verdict is by the paired difference on the same test images, which a result states in "against"
+(`evaluation.comparison`). Two intervals side by side decide nothing.
+"""
+
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dinoreg.checkpoint.run_folder import Probe, Run
+from dinoreg.runtime.json_files import is_number, number
 from dinoreg.runtime.templates import score
 
-SPOKEN = {"random init": "the untrained network"}  # names of baselines, as said in a sentence
-
-HEADLINES = {
-    "good": "Pretraining helps: better than {}, with the intervals apart.",
-    "warn": "No benefit shown over {}: the intervals overlap.",
-    "bad": "Pretraining does harm here: {} did better.",
-    "plain": "No baseline was measured.",
-}
+MAJORITY = "majority class"  # beside the baselines: the figure of always naming the largest class
+SPOKEN = {"random init": "the untrained network", MAJORITY: "always naming the largest class"}  # in a sentence
+TONES = {"worse": "bad", "not shown": "warn", "no difference": "warn", "better": "good"}  # the worst first
+DASH = "\u2013"
 
 
 @dataclass(frozen=True)
@@ -22,33 +25,25 @@ class Verdict:
     tone       "good", "bad", "warn" or "plain"
     headline   one sentence
     sentences  further ones
+    short      the verdict in a few words, for a cell of a table
     """
 
     tone: str
     headline: str
     sentences: tuple[str, ...] = ()
-
-    @property
-    def short(self) -> str:
-        """The verdict in a word or two, for a cell of a table; a dash for "plain"."""
-        return {"good": "helps", "bad": "harms", "warn": "no benefit"}.get(self.tone, "\u2013")
+    short: str = DASH
 
 
 def verdict(run: Run) -> Verdict:
     """A run's verdict by the first that exists of: probe against baselines, probe alone, in-run probe, progress."""
-    probes = run.newest_probes()
-    judged = [judge(probe) for probe in probes]
-    compared = [each for each, probe in zip(judged, probes) if probe.baselines]
-    if compared:
-        order = ("bad", "warn", "good")
-        first = min(compared, key=lambda each: order.index(each.tone))
+    judged = [judge(probe) for probe in run.newest_probes()]
+    compared = [each for each in judged if each.tone != "plain"]
+    if judged:
+        order = list(TONES.values())
+        first = min(compared, key=lambda each: order.index(each.tone)) if compared else judged[0]
         others = [each for each in judged if each is not first]
         sentences = [*first.sentences, *(f"{each.headline} {' '.join(each.sentences)}" for each in others)]
         return Verdict(first.tone, first.headline, (*sentences, health(run)))
-    if judged:
-        sentences = [" ".join(each.sentences) for each in judged]
-        headline = "Measured, but with no baseline to compare with."
-        return Verdict("plain", headline, (*sentences, health(run)))
     steps, scores = run.series("knn_top1")
     if scores:
         change = f"from {scores[0]:.1%} at step {steps[0]:g} to " if len(scores) > 1 else ""
@@ -60,28 +55,91 @@ def verdict(run: Run) -> Verdict:
 
 
 def judge(probe: Probe) -> Verdict:
-    """One probe against its baselines, by 95 % intervals.
+    """One result against its baselines and against always naming the largest class, by its paired differences.
 
-    returns  tone "bad" where a baseline is better with the intervals apart, else "warn" where intervals overlap, "good"
-             where the probe is better than all with the intervals apart, "plain" without baselines
+    returns  tone "bad" where one of them is better, else "warn" where a gain over one is not shown, "good" where the
+             result is better than each, "plain" where nothing was compared; the largest class is spoken of first
     """
-    sign = 1.0 if probe.details.get("higher_is_better", True) else -1.0
-    own = sorted((sign * probe.low, sign * probe.high))
-    names: dict[str, list[str]] = {"bad": [], "warn": [], "good": []}  # of the baselines, the worst tone first
-    figures = []
-    for name, (value, low, high) in probe.baselines.items():
-        spoken, other = SPOKEN.get(name, name), sorted((sign * low, sign * high))
-        names["good" if own[0] > other[1] else "bad" if own[1] < other[0] else "warn"].append(spoken)
-        low_and_high = f"({score(low, probe.unit)} to {score(high, probe.unit)})"
-        figures.append(f"{spoken} {score(value, probe.unit)} {low_and_high}")
-    what = f"{probe.details.get('probe', 'probe')} on {probe.dataset}"
-    sentence = (
-        f"{what[:1].upper()}{what[1:]}: {score(probe.value, probe.unit)} {probe.metric} "
-        f"(95 % interval {score(probe.low, probe.unit)} to {score(probe.high, probe.unit)})"
-    )
-    sentence += f", against {', '.join(figures)}." if figures else "."
-    tone = next((tone for tone, those in names.items() if those), "plain")
-    return Verdict(tone, HEADLINES[tone].format(_and(names.get(tone, []))), (sentence,))
+    details, unit = probe.details, probe.unit
+    against = {name: found for name, found in differences(details).items() if found["verdict"] in TONES}
+    sentences, count = (_figures(probe),), details.get("n_test")
+    if not against:
+        unknown = "Not compared with its baselines: evaluate again."
+        return Verdict("plain", unknown if probe.baselines else "No baseline was measured.", sentences)
+    said = next(said for said in TONES if any(found["verdict"] == said for found in against.values()))
+    names = [name for name, found in against.items() if found["verdict"] == said]
+    words = [in_words(against[name], unit, count) for name in names]
+    spoken, do = _and([SPOKEN.get(name, name) for name in names]), "do" if names[-1].endswith("s") else "does"
+    if against.get(MAJORITY, {}).get("verdict", "better") != "better":
+        level = f" ({score(details['majority'], unit)})" if is_number(details.get("majority")) else ""
+        headline = f"Not better than {SPOKEN[MAJORITY]}{level}: {in_words(against[MAJORITY], unit, count)}."
+        short = "not better than the largest class"
+    elif said == "better":
+        gains = _and([f"{gain} than {SPOKEN.get(name, name)}" for name, gain in zip(names, words)])
+        headline, short = f"Pretraining helps: {gains}.", said
+    elif said == "worse":
+        headline = f"{spoken[:1].upper()}{spoken[1:]} {do} better here: the result is {_and(words)}."
+        short = f"{_and(names)} {do} better"
+    else:
+        headline, short = f"{words[0][:1].upper()}{words[0][1:]}: a gain over {spoken}.", words[0]
+    return Verdict(TONES[said], headline, sentences, short)
+
+
+def differences(details: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The comparisons of a row or result, {with what: one of `comparison.compare`}; broken ones are left out."""
+    against = details.get("against")
+    found = against.items() if isinstance(against, dict) else ()
+    return {str(name): each for name, each in found if isinstance(each, dict) and _is_whole(each)}
+
+
+def _is_whole(found: dict[str, Any]) -> bool:
+    ends = all(is_number(found.get(key)) for key in ("low", "high"))
+    return isinstance(found.get("verdict"), str) and (ends or found["verdict"] not in TONES)
+
+
+def in_words(found: Mapping[str, Any], unit: str, count: Any) -> str:
+    """A comparison: "better by 13.6 points [5.8, 22.3]", "not shown with 103 images", "no difference", "not compared".
+
+    found  one of `differences`
+    unit   of the difference, as for `score`; a share is told in points
+    count  of test images
+    """
+    said = str(found["verdict"])
+    if said == "not shown":
+        return f"{said} with {count:,} images" if is_number(count) else said
+    if said not in ("better", "worse"):
+        return said
+    low, high = sorted(abs(found[key]) for key in ("low", "high"))
+    value = abs(found["difference"])
+    if unit == "share":
+        return f"{said} by {100 * value:.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{said} by {value:.3g} {unit} [{low:.3g}, {high:.3g}]"
+
+
+PAIRED = ("dataset", "measure", "weights", "on the same images", "against")
+
+
+def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Weights against others on the same test images (`comparison.between`), as rows of text under PAIRED."""
+    return [
+        [
+            *(str(each["dataset"]), f"{each['protocol']}, {each['metric']}", str(each["model"])),
+            *(in_words(each, each["unit"], each["n_test"]), str(each["other"])),
+        ]
+        for each in paired
+    ]
+
+
+def _figures(probe: Probe) -> str:
+    """A result's figure and those beside it, in a sentence."""
+    details, unit = probe.details, probe.unit
+    what = f"{details.get('probe', 'probe')} on {probe.dataset}"
+    beside = [f"{SPOKEN.get(name, name)} {score(value, unit)}" for name, (value, *_) in probe.baselines.items()]
+    levels = {"the largest class": details.get("majority"), "chance": details.get("chance")}
+    beside += [f"{name} {score(number(value), unit)}" for name, value in levels.items() if is_number(value)]
+    low, high = (score(each, unit) for each in (probe.low, probe.high))
+    text = f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high})"
+    return f"{text}, against {', '.join(beside)}." if beside else f"{text}."
 
 
 def health(run: Run) -> str:

@@ -17,6 +17,12 @@ def duration(seconds: float) -> str:
     return " ".join(f"{count} {unit}" for count, unit in shown if count or first == 3)
 
 
+def about(seconds: float) -> str:
+    """A duration as one speaks of it: "248 days" from two days on, else as `duration`."""
+    days = seconds / 86_400
+    return f"{days:,.0f} days" if days >= 2 else duration(seconds)
+
+
 def _split(seconds: float) -> tuple[int, int, int, int]:
     """Days, hours, minutes and seconds, rounded; 0 for a negative duration."""
     minutes, rest = divmod(max(0, round(seconds)), 60)

@@ -1,5 +1,6 @@
 """The environment of a run, which `dinoreg doctor` prints, too: versions, processor, accelerators, memory, disk."""
 
+import math
 import os
 import platform
 import re
@@ -35,7 +36,8 @@ def environment() -> dict[str, Any]:
         "packages": {row.name: version(row.name) for row in DEPENDENCIES if row.extra == "core"},
         "cpu": _cpu_model(),
         "cores": usable_cores(),
-        "memory_gib": _memory_gib(),
+        "memory_gib": _gib(total_memory()),
+        "free_memory_gib": _gib(free_memory()),
         "free_disk_gib": free_disk_gib(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         **_torch(),
@@ -50,11 +52,66 @@ def version(package: str) -> str | None:
         return None
 
 
-def usable_cores() -> int:
-    """Number of CPU cores that this process may use; on a cluster often fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def usable_cores(root: Path = Path("/")) -> int:
+    """Number of CPU cores that this process may use; in a job or a container often fewer than there are."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for group in _cgroups(root, "cpu"):
+        quota = (
+            read_text(group / "cpu.max") or f"{_text(group, 'cpu.cfs_quota_us')} {_text(group, 'cpu.cfs_period_us')}"
+        )
+        share, _, period = quota.strip().partition(" ")
+        if share.isdigit() and period.isdigit() and int(period):
+            cores = min(cores, max(1, math.ceil(int(share) / int(period))))
+    return cores
+
+
+def busy(cores: int | None = None) -> str:
+    """ "load 9.1 on 2 cores" where more processes want to run than there are cores; else an empty text."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cores or os.cpu_count() or 1
+    return f"load {load:.1f} on {cores} cores" if load > cores + 0.5 else ""
+
+
+def total_memory() -> int | None:
+    """Bytes of main memory of this machine; None: unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of main memory that are free for this process: the machine's, or less where a cgroup limits it.
+
+    What the system keeps of files counts as free. None: unknown.
+    """
+    free = [1024 * int(kib) for kib in re.findall(r"^MemAvailable:\s+(\d+)", read_text(root / "proc/meminfo"), re.M)]
+    for group in _cgroups(root, "memory"):
+        limit = _text(group, "memory.max") or _text(group, "memory.limit_in_bytes")
+        used = _text(group, "memory.current") or _text(group, "memory.usage_in_bytes")
+        if limit.isdigit() and used.isdigit():
+            files = re.findall(r"^(?:total_)?inactive_file (\d+)", read_text(group / "memory.stat"), re.M)
+            free.append(max(0, int(limit) - int(used) + max(map(int, files), default=0)))
+    return min(free) if free else None
+
+
+def _cgroups(root: Path, controller: str) -> list[Path]:
+    """The folders of this process's control groups of "memory" or "cpu", from the innermost outwards."""
+    found = []
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers == "" or controller in controllers.split(","):
+            base = root / "sys/fs/cgroup" / (controller if controllers else "")
+            inner = base / path.strip("/")
+            found += [inner, *(folder for folder in inner.parents if folder.is_relative_to(base))]
+    return [folder for folder in found if folder.is_dir()]
+
+
+def _text(folder: Path, name: str) -> str:
+    return read_text(folder / name).strip()
+
+
+def _gib(count: int | None) -> float | None:
+    return None if count is None else round(count / 2**30, 1)
 
 
 def free_disk_gib(folder: Path | None = None) -> float:
@@ -119,10 +176,3 @@ def _commit() -> str | None:
 def _cpu_model() -> str:
     model = re.search(r"^model name\s*:\s*(.+)$", read_text(Path("/proc/cpuinfo")), re.MULTILINE)
     return model[1].strip() if model else platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        return None

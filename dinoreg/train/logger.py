@@ -24,9 +24,9 @@ from dinoreg.runtime.durations import clock
 
 logger = logging.getLogger("dinoreg")
 
-# Shown on the console line, under dinov2's names.
+# Shown on the console line: what is optimised, and its terms under dinov2's names.
 _CONSOLE = (
-    ("total_loss", "{:.4f}"),
+    ("loss", "{:.4f}"),
     ("dino_global_crops_loss", "{:.4f}"),
     ("dino_local_crops_loss", "{:.4f}"),
     ("ibot_loss", "{:.4f}"),
@@ -54,6 +54,9 @@ class SilentLog:
 
     def metrics(self, values: Mapping[str, Any]) -> None:
         """Log the metrics of a step, by name; "step" is among them."""
+
+    def progress(self, step: int) -> None:
+        """Show on a terminal that `step` has been taken."""
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a JSON line to the file `name`, one of `LINES`; it has the key "step"."""
@@ -124,6 +127,11 @@ class RunLog(SilentLog):
         logger.info("step %d/%d  %s", values["step"], self.num_steps, line)
         self.display.show(values, line)
 
+    def progress(self, step: int) -> None:
+        """Move the bar, if any, so that it knows the time left long before the first line of metrics."""
+        if self.display.progress:
+            self.display.progress.update(self.display.task, completed=step)
+
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Append a JSON line to the file `name`, one of `LINES`; the numbers of probe.jsonl go to TensorBoard, too."""
         self._add(name, line)
@@ -171,14 +179,14 @@ class StepDisplay:
                 TextColumn("{task.fields[losses]}"),
                 console=console,
             )
-            self._task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
+            self.task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
 
     def show(self, values: Mapping[str, Any], line: str) -> None:
         """Show the metrics of a step; `line` is their text where there is no bar. step_time is in seconds."""
         step = values["step"]
         if self.progress:
-            losses = f"loss {values['total_loss']:.3f}  {values['images_per_second']:.0f} img/s"
-            self.progress.update(self._task, completed=step, losses=losses)
+            losses = f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} img/s"
+            self.progress.update(self.task, completed=step, losses=losses)
             return
         fortieth = step * 40 // self.num_steps
         if fortieth != self._fortieth:

@@ -30,6 +30,7 @@ from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
 from dinoreg.train.metrics import Monitor
 from dinoreg.train.online_probe import ProbeRunner, write_probed
+from dinoreg.train.outlook import Pace, rounded
 from dinoreg.train.parallelize import check_replicas, compile_backbones
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
@@ -52,7 +53,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     with session(config.device, config.parallel.timeout) as ranks:
         with ranks.collective_errors():
             setup = prepare(config, ranks)
-        out = setup.out
+        config, out = setup.config, setup.out
         check_shared(out, ranks)
         newest, messages = find_checkpoint(out, ranks) if config.resume else (None, [])
         with ranks.collective_errors():
@@ -81,7 +82,10 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
             try:
                 with Signals() as signals:
                     train(setup, state, monitor, probes, checkpoints, signals)
-            except Exception as error:
+            except (Exception, KeyboardInterrupt) as error:
+                checkpoints.write_end(state.step, error)
+                if not isinstance(error, Exception):
+                    raise
                 diagnosis = ranks.diagnose_failure(error, state.step, config.parallel.timeout)
                 if diagnosis is None:
                     raise
@@ -113,6 +117,7 @@ def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
         batch_size=setup.config.batch_size,
         fp16=setup.dtype == torch.float16,
         pretrained=setup.init is not None,
+        loss=setup.config.loss,
     )
 
 
@@ -135,6 +140,7 @@ def train(
     if probes is not None and state.step == 0:
         probes.run(state)  # to compare with later
     batches = setup.batches(state)
+    pace = Pace(setup.outlook, num_steps, monitor.log, setup.device)
     try:
         while state.step < num_steps:
             batch = next(batches)
@@ -154,6 +160,7 @@ def train(
                 seed=config.seed,
             )
             monitor.observe(batch, result)
+            pace.after(state.step, batch.data_time)
             if logs_now:  # the one place that waits for the device
                 metrics = monitor.write(state, batch, result, now, checkpoints.writer.read_stall())
                 checkpoints.poll()
@@ -207,7 +214,8 @@ def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: Si
     attention = describe_backend(config.model.attention, setup.device, num_tokens, setup.dtype)
     log.say(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {str(setup.dtype)[6:]}, "
-        f"attention {attention}, {len(setup.source)} images, {setup.num_steps} steps of {setup.global_batch_size}"
+        f"attention {attention}, {len(setup.source):,} images, {setup.num_steps:,} steps of {setup.global_batch_size} "
+        f"({rounded(setup.outlook.passes)} passes)"
     )
     for note in notes:
         log.say(note)

@@ -103,10 +103,10 @@ def set_rates(optimizer: torch.optim.Optimizer, now: Now) -> None:
         group["weight_decay"] = now.weight_decay * group["wd_multiplier"]
 
 
-def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]:
+def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, Tensor]:
     """Clip the gradients of the backbone and of each head to an L2 norm of `max_norm`, each on its own.
 
-    max_norm  0: no clipping; 3 in DINOv2
+    max_norm  0 or None: no clipping; 3 in DINOv2
     returns   {"grad_norm_backbone": (), …}  norms before clipping, on the device, of the full gradient however it is
               sharded; none for a module without gradients (frozen)
     """
@@ -116,7 +116,7 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float) -> dict[str, Tensor]
         if not gradients:
             continue
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        if max_norm > 0:
+        if max_norm:
             torch.nn.utils.clip_grads_with_norm_(module.parameters(), max_norm, norm, foreach=True)
         norms[f"grad_norm_{name}"] = full_tensor(norm)
     return norms

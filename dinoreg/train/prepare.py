@@ -12,15 +12,21 @@ from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.config.overwrite import check_out, delete_run
+from dinoreg.data import augment as photometric
+from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
+from dinoreg.data.statistics import survey, with_statistics
+from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.online_probe import Probe, build_general, build_probe
+from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
@@ -39,7 +45,9 @@ class Setup:
 
     out      the run folder
     dtype    of autocast
+    config   as it was given, with what was measured of the data
     source   the images to train on
+    deep     whether they have more than eight bits
     probe    measured on the run's own domain; general: on images that it must not forget. None: no such probe
     student, teacher  on the CPU
     init     the weights that the run starts from; None: random ones
@@ -52,6 +60,7 @@ class Setup:
     device: torch.device
     dtype: torch.dtype
     source: Source
+    deep: bool
     probe: Probe | None
     general: Probe | None
     student: Networks
@@ -70,6 +79,13 @@ class Setup:
         """Images a step, over all processes."""
         return self.config.batch_size * self.ranks.world_size
 
+    @property
+    def outlook(self) -> Outlook:
+        """What the run is in for, without its time."""
+        device = "this CPU" if self.device.type == "cpu" else f"{self.ranks.world_size} GPU(s)"
+        batch, model, own = self.global_batch_size, self.config.model.name, self.config.init is not None
+        return Outlook(len(self.source), batch, self.num_steps, None, device, model, own, self.ranks.world_size)
+
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
@@ -78,12 +94,11 @@ class Setup:
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of this run, starting at the sample `state.position`."""
         config, patch_size = self.config, self.student.backbone.patch_size
-        channels = config.model.in_channels
         loader = BatchLoader(
             self.source,
-            Views(config.crops, config.augment, config.mask, patch_size, channels),
+            Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels),
             config.data,
-            deep=self.source.is_deep(channels),
+            deep=self.deep,
             batch_size=config.batch_size,
             seed=config.seed,
             device=self.device,
@@ -93,6 +108,13 @@ class Setup:
         )
         loader.bad.update(state.history.get("bad", {}))
         return loader
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the weights of this run state of pictures: crops of the size of the global ones, seen whole."""
+        config = self.config
+        size, limits = config.crops.global_size, ValueRange.of(config.data.range)
+        return Preprocessing(config.augment.mean, config.augment.std, (size, size), size, value_range=limits)
 
     def open_writer(self) -> Writer:
         """The writer of this run's checkpoints, which claims the run folder for this process group.
@@ -105,12 +127,7 @@ class Setup:
             config.checkpoint,
             describe_teacher={
                 "architecture": self.teacher.backbone.architecture(),
-                "preprocessing": {
-                    "mean": list(config.augment.mean),
-                    "std": list(config.augment.std),
-                    "image_size": config.crops.global_size,
-                    "range": config.data.range,
-                },
+                "preprocessing": self.preprocessing.as_json(),
                 "config_hash": config.hash(),
             },
             timeout=config.parallel.timeout,
@@ -127,7 +144,6 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
     out = Path(config.out)
     check_out(config, out)
-    changed = changed_config(config, out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
     if config.threads is not None:
@@ -139,9 +155,16 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
     with ranks.main_first():  # the others find the index ready
         source = open_source(data.source, data.weights, data.index_dir, data.root, data.range, data.columns)
+    saved = out / "config.yaml"
+    before = load_config(saved) if config.resume and saved.is_file() else None
+    config, measured = with_statistics(config, source, before)
+    changed = [] if before is None else changed_config(config, before, out)
+    seen = survey(source, config.model.in_channels)
     num_steps = config.num_steps(len(source), ranks.world_size)
     student, teacher = build_networks(config)
-    notes = [config.explain_lr(ranks.world_size), *changed]
+    notes = [config.explain_lr(ranks.world_size), *changed, *measured]
+    notes += filter(None, [photometric.left_out(config.augment, config.model.in_channels)])
+    notes += [f"warning: data: {line}" for line in seen.warnings]
     strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), ranks.world_size)
     koleo_ranks = config.loss.koleo_ranks
     if koleo_ranks is not None and ranks.world_size % koleo_ranks:
@@ -155,13 +178,15 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
     notes += [f"warning: {line}" for each in (probe, general) if each is not None for line in each.notes]
-    return Setup(
+    notes += [f"warning: data: {line}" for line in passed_over_in_words(source.passed_over)]
+    setup = Setup(
         config=config,
         ranks=ranks,
         out=out,
         device=device,
         dtype=dtype,
         source=source,
+        deep=seen.deep,
         probe=probe,
         general=general,
         student=student,
@@ -172,6 +197,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         ),
         notes=notes,
     )
+    if advice := setup.outlook.advice():
+        notes.append(f"advice: {advice}")
+    return setup
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
@@ -208,15 +236,12 @@ def check_shared(out: Path, ranks: Ranks) -> None:
         path.unlink(missing_ok=True)
 
 
-def changed_config(config: Config, out: Path) -> list[str]:
-    """A one-line message when a run is resumed with other values of options that affect its weights; else [].
+def changed_config(config: Config, before: Config, out: Path) -> list[str]:
+    """A one-line message when the run in `out` is resumed with other values of options that affect its weights, or [].
 
+    before  the config that the run has
     raises UserError where init= or an option of the architecture differs from the run's config.yaml
     """
-    path = out / "config.yaml"
-    if not config.resume or not path.is_file():
-        return []
-    before = load_config(path)
     if before.init != config.init:
         started = "without init=" if before.init is None else f"from init={before.init}"
         raise UserError(f"init={config.init}: the run in {out} was started {started}; a resumed run keeps its start")

@@ -5,18 +5,20 @@ All processes call these functions together; rank 0 writes the files beside the 
 
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import Ranks
-from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.errors import Interrupted, RunError, one_line
 from dinoreg.train.logger import SilentLog
 from dinoreg.train.state import TrainState
 
@@ -67,6 +69,9 @@ class Checkpoints:
     ranks: Ranks
     on_checkpoint: Callable[[int, Path], None] | None = None
 
+    def __post_init__(self) -> None:
+        self._status: dict[str, Any] = {}
+
     def save(self, state: TrainState, bad: Mapping[str, str], *, best: bool, wait: bool) -> None:
         """Start writing training state and teacher file; `last` points to them once they are on the disk.
 
@@ -109,9 +114,23 @@ class Checkpoints:
 
     def write_status(self, step: int) -> None:
         """Write `status.json`, {"phase", "step", "num_steps", "time"}, on rank 0; time in seconds since 1970."""
+        self._status = {"phase": "finished" if step >= self.num_steps else "running", "step": step}
+        self._write_status()
+
+    def write_end(self, reached: int, error: BaseException) -> None:
+        """Add to `status.json` why a run ended early and where: "phase" "stopped" or "failed", "reason", "reached"."""
+        if self._status.get("phase") == "finished" or not self.writer.owns():
+            return
+        stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+        number = getattr(error, "signal_number", signal.SIGINT)
+        reason = signal.Signals(number).name if stopped else f"{type(error).__name__}: {one_line(error)}"
+        self._status |= {"phase": "stopped" if stopped else "failed", "reason": reason, "reached": reached}
+        with suppress(OSError):
+            self._write_status()
+
+    def _write_status(self) -> None:
         if self.ranks.is_main:
-            phase = "finished" if step >= self.num_steps else "running"
-            content = {"phase": phase, "step": step, "num_steps": self.num_steps, "time": time.time()}
+            content = {**self._status, "num_steps": self.num_steps, "time": time.time()}
             write_atomic(self.out / "status.json", json.dumps(content) + "\n")
 
     def _write_skipped(self, bad: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
 """Learning rate, weight decay, teacher momentum and temperature as functions of the step (DINOv2's schedules).
 
-Warm-ups are inclusive: with w warm-up steps, step 0 has 0 and step w - 1 the peak. Cosines run from the end of
-the warm-up to the end of the run and stay at their final value beyond it.
+Warm-ups are inclusive: with w warm-up steps, step 0 has 0 and step w - 1 the peak; with a single one, step 0 has 0.
+Cosines run from the end of the warm-up to the end of the run and stay at their final value beyond it.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from fvcore.common.param_scheduler import CosineParamScheduler, LinearParamScheduler
 
 from dinoreg.config.schema import AdaptConfig, ScheduleConfig
+
+LOWEST_LR = 1e-6  # at the end of a run, as in DINOv2
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Now:
 
 
 def linear(start: float, end: float, step: int, steps: int) -> float:
-    """The line from `start` at step 0 to `end` at step `steps` - 1; `end` after it."""
+    """The line from `start` at step 0 to `end` at step `steps` - 1; `end` after it, and at once where `steps` is 0."""
+    if step == 0 < steps:
+        return start
     if step >= steps - 1:
         return end
     return LinearParamScheduler(start, end)(step / (steps - 1))
@@ -46,7 +50,7 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Schedules:
-    """All schedules of a run; the lengths in `options` and `adapt` are shares (0 to 1) of `num_steps`.
+    """All schedules of a run; the lengths in `options` and `adapt` are shares of `num_steps`.
 
     num_steps  optimizer steps of the run
     peak_lr    learning rate at the end of the warm-up
@@ -66,7 +70,8 @@ class Schedules:
         if step < warmup:
             lr = linear(0.0, self.peak_lr, step, warmup)
         else:
-            lr = cosine(self.peak_lr, min(options.final_lr, self.peak_lr), step - warmup, self.num_steps - warmup)
+            final = min(LOWEST_LR, self.peak_lr) if options.final_lr is None else options.final_lr
+            lr = cosine(self.peak_lr, final, step - warmup, self.num_steps - warmup)
         frozen = step < round(options.freeze_last_layer * self.num_steps)
         temp_steps = round(options.teacher_temp_warmup * self.num_steps)
         return Now(

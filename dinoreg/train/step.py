@@ -355,7 +355,7 @@ def train_step(
     *,
     loss: LossConfig,
     dtype: torch.dtype,
-    clip_grad: float,
+    clip_grad: float | None,
     accumulate: int,
     seed: int,
 ) -> StepResult:
@@ -363,7 +363,7 @@ def train_step(
 
     now         the scheduled values of the step
     dtype       of autocast; float16 comes with loss scaling
-    clip_grad   largest gradient norm of each module, see `clip_gradients`; 0: no clipping
+    clip_grad   largest gradient norm of each module, see `clip_gradients`; 0 or None: no clipping
     accumulate  number of micro-batches; it divides the number of images of the batch
     seed        of the run
 

@@ -11,6 +11,7 @@ from dinoreg.config.load import Config, find_config, load_config
 from dinoreg.data.display import channels_shown
 from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.source import Source
+from dinoreg.data.statistics import with_statistics
 from dinoreg.models.registry import parse_name
 from dinoreg.visualize.gallery import GREY, Gallery, sheet, tile, to_pixels
 from dinoreg.visualize.subject import config_source, newest_step, safe_name
@@ -75,6 +76,7 @@ def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: i
     """
     settings = load_config(config, list(overrides))
     source = config_source(settings.data, "data: missing; name a folder of images (data=photos/), a list, or scenes")
+    settings, _ = with_statistics(settings, source)
     gallery = Gallery("crops", Path(out) if out else default_folder(config))
     patch = int(parse_name(settings.model.name)["patch_size"])
     # Masks are drawn for a batch as a unit, so its size is the run's, unless that is far more than is shown.

@@ -58,7 +58,9 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
     values = BLANK.option_values({key: str(each) if key in as_text else each for key, each in options.items()})
     # The given values become the defaults, so that a reader called without options uses them as well.
     given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
-    blank = replace(BLANK, name=_name(path), title=path.name, folders=(str(path),), options=given)
+    name, above = _name(path), path.parent.parent if path.is_file() else path.parent
+    title, longer = f"{path.parent.name}/{path.name}".lstrip("/"), _safe(f"{above.name}_{name}")
+    blank = replace(BLANK, name=name, title=title, folders=(str(path),), options=given, place=str(path), longer=longer)
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
         return _of_pairs(blank, path, kinds, values)
     table = read_labelled(path, root=values["root"] or None, columns=columns)
@@ -101,6 +103,7 @@ def _split(table: LabelledImages, path: Path, share: float, seed: int) -> Data:
     labels, names = table.labels, table.class_names
     several = labels.ndim == 2
     everything = table.source()
+    everything.as_trained = True
     copies = find_copies(everything) if len(everything) <= MOST_COMPARED else None
     rows, variant = parts(table.words, _rarest(labels) if several else labels, share, seed, path, copies=copies)
     warnings = [*table.warnings, *passed_over_in_words(table.passed_over)]
@@ -110,9 +113,7 @@ def _split(table: LabelledImages, path: Path, share: float, seed: int) -> Data:
     kind = MultiLabelled if several else Labelled
     splits = {}
     for split, part in rows.items():
-        source = ChosenSource(everything, part)
-        source.as_trained = True
-        splits[split] = kind(source, labels[part], len(names))
+        splits[split] = kind(ChosenSource(everything, part), labels[part], len(names))
     return Data(splits, names, variant, {"warnings": warnings})
 
 
@@ -164,5 +165,10 @@ def _rarest(labels: np.ndarray) -> np.ndarray:
 def _name(path: Path) -> str:
     """What results are called: the folder's name, and of a table also its own; never that of a shipped dataset."""
     text = f"{path.parent.name}_{path.stem}" if path.is_file() else path.name
-    name = re.sub(r"[^\w.-]+", "_", text).strip("._") or NAME
+    name = _safe(text)
     return f"{NAME}_{name}" if (bundled("eval") / f"{name}.py").exists() else name
+
+
+def _safe(text: str) -> str:
+    """A text as the name of a file."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("._") or NAME

@@ -64,13 +64,15 @@ def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]) -
     if limit > FAR * usual:
         farthest = f"up to {limit:.3g} m; depth.max_depth={_above(limit):g} counts them"
         limit = usual
-        warnings.append(f"0.1% of the known depths lie beyond {_above(limit):g} m and are not counted, {farthest}")
+        warnings.append(
+            f"stray depth: 0.1% of the known depths lie beyond {_above(limit):g} m and are not counted, {farthest}"
+        )
     if unit is None and not PLAUSIBLE[0] < limit <= PLAUSIBLE[1]:
         what = f"{low:.3g} to {high:.3g}, were read as metres; own.depth_unit={UNIT} says what they are"
-        warnings.append(f"depth files of floats, {what} ({NOT_DEPTH})")
+        warnings.append(f"unit of depth: floats, {what} ({NOT_DEPTH})")
     for split, found in seen.found.items():
         if empty := sum(one.share == 0 for one in found):
-            warnings.append(f"in {empty:,} of {len(found):,} depth maps of {split} no pixel is known")
+            warnings.append(f"unknown depth: in {empty:,} of {len(found):,} depth maps of {split} no pixel is known")
     splits = {}
     for split, (images, truths) in pairs.items():
 
@@ -81,7 +83,6 @@ def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]) -
         splits[split] = DepthMaps(images, depth, f"{truths.stamp()} {metres} {seen.turns[split].tolist()}")
     set_by_data: dict[str, float] = {"max_depth": _above(limit), "min_depth": min(PUBLISHED.min_depth, limit / 1000)}
     set_by_data |= training_length(len(seen.found["train"]), PUBLISHED.steps, PUBLISHED.batch_size)
-    variant = f"{variant}{', ' * bool(variant)}depth up to {_above(limit):g} m"
     return Data(splits, (), variant, {"warnings": warnings, "samples": samples}, lambda _: set_by_data)
 
 

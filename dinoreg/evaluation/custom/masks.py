@@ -201,9 +201,13 @@ def _doubts(root: Path, names: list[str], classes: list[int], totals: Mapping[st
         share = sum(void.values()) / sum(total.values())
         if share > MOST_VOID or set(void) - {IGNORED}:
             values = _shares(total, [*void.items()][:MOST_LISTED])
-            warnings.append(f"{100 * share:.3g}% of the pixels of {split} are not counted: those of {values}")
+            warnings.append(
+                f"unused truth: {100 * share:.3g}% of the pixels of {split} are not counted: those of {values}"
+            )
         if len(unseen := np.array(names)[present[split] & ~present["train"]]):
-            warnings.append(f"{split} has classes that are not in train, and cannot be right: {listed(unseen)}")
+            warnings.append(
+                f"unlearnt classes: {split} has some that are not in train, and cannot be right: {listed(unseen)}"
+            )
     if len(untested := np.array(names)[present["train"] & ~present["test"]]):
-        warnings.append(f"nothing is said about classes without a pixel in test: {listed(untested)}")
+        warnings.append(f"untested classes: nothing is said about those without a pixel in test: {listed(untested)}")
     return warnings

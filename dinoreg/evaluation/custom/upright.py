@@ -68,7 +68,9 @@ def survey(pairs: Pairs, read: Callable[[Path], PixelFile], ask: Callable[[Path,
         for split, each in lies.items()
     }
     how = "turned with them, as those of the others are" if stored else "taken to lie upright"
-    unclear = f"{kinds.count(EITHER):,} pictures are turned by EXIF, which keeps their size: their {what} were {how}"
+    unclear = (
+        f"turned pictures: {kinds.count(EITHER):,} are turned by EXIF, which keeps their size: their {what} were {how}"
+    )
     return Survey(found, turns, np.array(sides), [unclear] * (EITHER in kinds))
 
 

@@ -53,7 +53,7 @@ def outside_limits(samples: Mapping[str, np.ndarray], low: float, high: float) -
     shares = {split: float(((depth <= low) | (depth >= high)).mean()) for split, depth in samples.items()}
     where = f"outside of {low:g} to {high:g} m (depth.min_depth, depth.max_depth)"
     return [
-        f"{share:.1%} of the known depths of {split} lie {where} and are not counted"
+        f"unused truth: {share:.1%} of the known depths of {split} lie {where} and are not counted"
         for split, share in shares.items()
         if share > OUTSIDE
     ]

@@ -85,10 +85,13 @@ class Confusion:
         right, true, _ = self.totals()
         return nanmean(_ratio(right, true))
 
-    def constant(self) -> tuple[int, float]:
+    def constant(self, weights: np.ndarray | None = None) -> tuple[int, float]:
         """The class that most true pixels have, and the mIoU in [0, 1] of predicting it everywhere: a trivial
-        baseline."""
-        _, true, _ = self.totals()
+        baseline.
+
+        weights  (num_images,) how often each image counts; once by default
+        """
+        _, true, _ = self.totals(weights)
         best = int(true.argmax())
         present = int((true > 0).sum())
         return best, float(true[best] / true.sum() / present) if present else float("nan")

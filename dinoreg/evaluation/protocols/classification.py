@@ -1,13 +1,15 @@
 """What the protocols of classification share: splits and metrics, features, rows of accuracy, pictures of mistakes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from dinoreg.data.source import Source
+from dinoreg.evaluation.comparison import with_majority
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.pictures import BACKGROUND, TEXT
@@ -27,6 +29,7 @@ from dinoreg.evaluation.result import Row
 PICTURE_SIZE = 224  # pixels of an example
 GREEN, RED = (21, 127, 91), (179, 50, 43)  # of pictures' edges
 METRICS = {"top-1": top1, "mean per class": mean_per_class_accuracy}
+MOST_CLASSES = 30  # of a whole confusion matrix
 MISSING = "the {name} split is missing, or its images do not have one class each"
 
 
@@ -44,21 +47,59 @@ def labelled_splits(
 
 def accuracy_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, **fields: Any) -> list[Row]:
     """Top-1 and mean per class accuracy, in [0, 1], of predicted classes (n,); the task's metric comes first."""
-    order = sorted(METRICS, key=lambda metric: metric != measured.task.metric)
-    return [accuracy_row(measured, test, predicted, metric, **fields) for metric in order]
+    other = next(metric for metric in METRICS if metric != measured.task.metric)
+    first = accuracy_row(measured, test, predicted, measured.task.metric, tables=True, **fields)
+    return [first, accuracy_row(measured, test, predicted, other, **fields)]
 
 
-def accuracy_row(measured: Measurement, test: Labelled, predicted: np.ndarray, metric: str, **fields: Any) -> Row:
-    """One of METRICS, in [0, 1], with its 95 % interval; both metrics stand in the details.
+def accuracy_row(
+    measured: Measurement, test: Labelled, predicted: np.ndarray, metric: str, tables: bool = False, **fields: Any
+) -> Row:
+    """One of METRICS, in [0, 1], with its 95 % interval, beside chance and the largest class; both metrics in details.
 
-    predicted  (n,) classes of the test images
+    predicted  (n,) classes of the test images, or (R, n) of them after each of R draws of labels, whose mean it is
+    tables     also `class_tables` in the details
     fields     of Row
     """
-    values = {name: function(predicted, test.labels) for name, function in METRICS.items()}
-    interval = draws_interval(predicted[None], test.labels, metric, seed=measured.context.seed)
+    seed, draws = measured.context.seed, np.atleast_2d(predicted)
+    values = {name: float(np.mean([scored(draw, test.labels) for draw in draws])) for name, scored in METRICS.items()}
+    details: dict[str, Any] = {"micro and macro": values, **fields.pop("details", {})}
+    if tables:
+        details |= class_tables(draws[0], test.labels, measured.data.names(test.num_classes))
     shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / test.num_classes}
-    shared["details"] = {"micro and macro": values}
-    return measured.row(values[metric], interval, **(shared | fields))
+    shared |= {"details": details, **fields}
+    row = measured.row(values[metric], draws_interval(draws, test.labels, metric, seed=seed), **shared)
+    largest = np.bincount(measured.split("train", Labelled, MISSING).labels).argmax()
+    constant = np.full(len(test), largest)
+    interval = draws_interval(constant[None], test.labels, metric, seed=seed)
+    return with_majority(row, measured.row(METRICS[metric](constant, test.labels), interval, **shared))
+
+
+def class_tables(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """What became of each class, and which are taken for which.
+
+    predicted, labels  (n,) classes said and true
+    returns  "classes"     [{"class", "n" test images, "recall", "precision"}]; NaN where none is of it, or said to be
+             "confusion"   for up to MOST_CLASSES [[images of class i said to be of class j]]
+             "confusions"  else [[class, said to be, images]], as many of the largest
+    """
+    K = len(names)
+    pairs, counts = np.unique(labels * K + predicted, return_counts=True)
+    true, said = np.divmod(pairs, K)
+    right = np.bincount(true[true == said], weights=counts[true == said], minlength=K)
+    of_class, named = (np.bincount(each, weights=counts, minlength=K) for each in (true, said))
+    with np.errstate(invalid="ignore"):
+        columns = (names, of_class.astype(int).tolist(), (right / of_class).tolist(), (right / named).tolist())
+    found: dict[str, Any] = {
+        "classes": [dict(zip(("class", "n", "recall", "precision"), row)) for row in zip(*columns)]
+    }
+    if K <= MOST_CLASSES:
+        matrix = np.zeros((K, K), dtype=int)
+        matrix[true, said] = counts
+        return found | {"confusion": matrix.tolist()}
+    wrong = np.flatnonzero(true != said)
+    largest = wrong[np.argsort(-counts[wrong], kind="stable")][:MOST_CLASSES]
+    return found | {"confusions": [[names[true[at]], names[said[at]], int(counts[at])] for at in largest]}
 
 
 def draws_interval(
@@ -99,14 +140,33 @@ def class_tokens(
 
     what        description of the images, beside the progress
     mean_patch  the mean patch token beside the class token, (n, 2 D), where the encoder's has its width
-    resize      short side over the crop's side
+    resize      short side over the crop's side, as published; of one's own pictures the weights say it
     raises      as `extract_features`
     """
-    size = measured.context.image_size
-    crop, what = CentreCrop(round(size * resize), size), f"features of {what}"
+    crop, what = measured.context.crop(source, resize), f"features of {what}"
     return feature_matrix(
         extract_features(measured.context, measured.encoder, source, crop, mean_patch=mean_patch, what=what)
     )
+
+
+def equal_features(source: Source, features: Tensor, what: str) -> tuple[str, ...]:
+    """A doubt where all images of a source have the same feature, with the likely cause; else none.
+
+    features  (n, D) of its images
+    what      the images in words, "training"
+    """
+    rows = features[torch.linspace(0, len(features) - 1, min(len(features), 256)).long()].double()
+    if len(rows) < 2 or bool((rows - rows[0]).norm(dim=1).max() > 1e-5 * rows[0].norm()):
+        return ()
+    places, crop = (0, len(source) - 1), CentreCrop(PICTURE_SIZE, PICTURE_SIZE)
+    first, last = (crop(read_picture(source, place)) for place in places)
+    pair = " and ".join(map(source.name, places))
+    if np.array_equal(first, last):
+        flat = f", every value {first.flat[0]:g}: is the range of values right?" if np.ptp(first) == 0 else ""
+        cause = f"the pictures are equal, too, as {pair}{flat}"
+    else:
+        cause = f"pictures as {pair} differ: the weights tell nothing apart, they have collapsed or are not these"
+    return (f"equal features: every {what} image has the same feature; {cause}",)
 
 
 def draw_mistakes(measured: Measurement, test: Labelled, predicted: np.ndarray, prefix: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dinoreg.data.display import as_rgb
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder
+from dinoreg.evaluation.comparison import with_majority
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Segmented
 from dinoreg.evaluation.dense.pictures import panel, triptych
@@ -68,14 +69,15 @@ def evaluate(measured: Measurement) -> list[Row]:
 
     def row(key: str, variant: str = "", chosen_on: str = "", note: str = "") -> Row:
         most_frequent, constant = counts[key].constant()
-        return measured.row(
+        seed = measured.context.seed
+        everywhere = bootstrap_statistic(len(test), lambda weights: counts[key].constant(weights)[1], seed=seed)
+        found = measured.row(
             counts[key].miou(),
-            bootstrap_statistic(len(test), counts[key].miou, seed=measured.context.seed),
+            bootstrap_statistic(len(test), counts[key].miou, seed=seed),
             variant=variant,
             chosen_on=chosen_on,
             n_train=len(train),
             n_test=len(test),
-            chance=constant,
             settings=probe.described(key),
             details={
                 "pixel_accuracy": counts[key].pixel_accuracy(),
@@ -87,6 +89,7 @@ def evaluate(measured: Measurement) -> list[Row]:
             },
             note=note if math.isfinite(losses[key]) else "its training diverged",
         )
+        return with_majority(found, measured.row(constant, everywhere, n_test=len(test)))
 
     if len(heads) == 1:
         return [row(best)]
