@@ -165,12 +165,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     notes = [config.explain_lr(ranks.world_size), *changed, *measured]
     notes += filter(None, [photometric.left_out(config.augment, config.model.in_channels)])
     notes += [f"warning: data: {line}" for line in seen.warnings]
-    strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), ranks.world_size)
-    koleo_ranks = config.loss.koleo_ranks
-    if koleo_ranks is not None and ranks.world_size % koleo_ranks:
-        raise UserError(f"loss.koleo_ranks={koleo_ranks}: expected a divisor of the {ranks.world_size} processes")
-    if strategy != "single":
-        notes.append(f"{ranks.world_size} processes, {strategy}")
+    notes += _processes(config, student, ranks.world_size)
     init = load_init(config, out, student, teacher)
     if init is not None:
         notes += [init.note, config.explain_start(num_steps, ranks.world_size)]
@@ -200,6 +195,15 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     if advice := setup.outlook.advice():
         notes.append(f"advice: {advice}")
     return setup
+
+
+def _processes(config: Config, student: Networks, world_size: int) -> list[str]:
+    """A line on how several processes share the run, or []; UserError where they cannot."""
+    strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), world_size)
+    koleo_ranks = config.loss.koleo_ranks
+    if koleo_ranks is not None and world_size % koleo_ranks:
+        raise UserError(f"loss.koleo_ranks={koleo_ranks}: expected a divisor of the {world_size} processes")
+    return [] if strategy == "single" else [f"{world_size} processes, {strategy}"]
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:
