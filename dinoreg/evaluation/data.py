@@ -4,15 +4,9 @@ Every image comes through a `Source` (bytes or pixels by index, with a name for 
 """
 
 import hashlib
-<<<<<<< HEAD
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
-=======
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
->>>>>>> main
 
 import numpy as np
 
@@ -196,24 +190,18 @@ class Data:
     class_names  (num_classes,) or empty
     variant      in words, where a choice was made: "banner cropped", "split 1", "seed 0, 30 per class"
     extra        anything else that one protocol needs of one dataset
-<<<<<<< HEAD
-    options      (side of the encoder's crops in pixels) -> options of the protocol that follow from the data, such as
-                 the largest depth; the user's own win
-=======
     folds        (n,) int64, or None. With folds, "test" holds all images and is the only split: those of each fold are
                  tested after learning from those of the others
->>>>>>> main
+    options      (side of the encoder's crops in pixels) -> options of the protocol that follow from the data, such as
+                 the largest depth; the user's own win
     """
 
     splits: dict[str, Any]
     class_names: Sequence[str] = ()
     variant: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
-<<<<<<< HEAD
-    options: Callable[[int], Mapping[str, Any]] = lambda _side: {}
-=======
     folds: np.ndarray | None = None
->>>>>>> main
+    options: Callable[[int], Mapping[str, Any]] = lambda _side: {}
 
     def names(self, num_classes: int) -> list[str]:
         """A name for each class; its number where it has none."""

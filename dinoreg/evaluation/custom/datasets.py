@@ -23,15 +23,10 @@ from dinoreg.data.labelled import LabelledImages, listed, passed_over_in_words
 from dinoreg.data.open import read_labelled
 from dinoreg.data.source import ChosenSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
-<<<<<<< HEAD
 from dinoreg.evaluation.custom.depth_maps import depths
 from dinoreg.evaluation.custom.masks import segmented
 from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
-from dinoreg.evaluation.custom.splits import copies_across, parts
-=======
-from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
 from dinoreg.evaluation.custom.splits import alone, copies_across, deal, parts
->>>>>>> main
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.runtime.errors import UserError
 
@@ -39,20 +34,15 @@ NAME = "own"
 SHARE = "a share between 0 and 1"
 FEW, FOLDS = 2000, 5  # labelled images below which every one is tested, and in how many folds
 OPTIONS = {
-<<<<<<< HEAD
-    "test_share": option(0.2, "of each class, held out where no split is given", above=0, below=1, expected=SHARE),
-    "seed": option(0, "of that hold-out", low=0),
-    "values": option(
-        "", "of masks: the numbers or colours that are classes, as [0,255]; empty: numbers from 0, not 255"
-    ),
-    "depth_unit": option("", "of depth files: m, cm, mm or 1/256; whole numbers need it, floats are metres"),
-=======
     "folds": option(
         0, f"where no split is given; 1: one hold-out; 0: {FOLDS} below {FEW:,} labelled images, else 1", low=0
     ),
     "test_share": option(0.2, "of each class, in one hold-out", above=0, below=1, expected=SHARE),
     "seed": option(0, "of folds or hold-out", low=0),
->>>>>>> main
+    "values": option(
+        "", "of masks: the numbers or colours that are classes, as [0,255]; empty: numbers from 0, not 255"
+    ),
+    "depth_unit": option("", "of depth files: m, cm, mm or 1/256; whole numbers need it, floats are metres"),
     "root": option("", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
 }
 BLANK = Benchmark(NAME, "", None, (), (), tasks=(), download="", licence="your own", options=OPTIONS, aliases=(NAME,))
@@ -81,13 +71,9 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
     title, longer = f"{path.parent.name}/{path.name}".lstrip("/"), _safe(f"{above.name}_{name}")
     blank = replace(BLANK, name=name, title=title, folders=(str(path),), options=given, place=str(path), longer=longer)
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
-<<<<<<< HEAD
-        return _of_pairs(blank, path, kinds, values)
-=======
         if values["folds"] > 1:
             raise UserError(f"own.folds={values['folds']}: folds are for labelled images, {path} holds {kinds[0]}")
-        return _of_pairs(blank, path, kinds, values["test_share"], values["seed"])
->>>>>>> main
+        return _of_pairs(blank, path, kinds, values)
     table = read_labelled(path, root=values["root"] or None, columns=columns)
     folds = values["folds"] or (FOLDS if len(table.paths) < FEW and "test_share" not in options else 1)
     if folds > 1 and "test_share" in options:

@@ -83,7 +83,7 @@ def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]) -
         splits[split] = DepthMaps(images, depth, f"{truths.stamp()} {metres} {seen.turns[split].tolist()}")
     set_by_data: dict[str, float] = {"max_depth": _above(limit), "min_depth": min(PUBLISHED.min_depth, limit / 1000)}
     set_by_data |= training_length(len(seen.found["train"]), PUBLISHED.steps, PUBLISHED.batch_size)
-    return Data(splits, (), variant, {"warnings": warnings, "samples": samples}, lambda _: set_by_data)
+    return Data(splits, (), variant, {"warnings": warnings, "samples": samples}, options=lambda _: set_by_data)
 
 
 def read_depth(path: Path) -> PixelFile:

@@ -60,7 +60,7 @@ def segmented(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]
         """Small pictures are not enlarged beyond what the encoder takes elsewhere."""
         return {**length, "size": min(max(short, side), PUBLISHED.size)}
 
-    return Data(splits, names, variant, {"warnings": warnings}, options_for)
+    return Data(splits, names, variant, {"warnings": warnings}, options=options_for)
 
 
 def read_numbers(path: Path, colours: bool = False) -> PixelFile:
