@@ -224,6 +224,21 @@ def decode(
     return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
 
 
+def pillow_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Pillow's convert("RGB") of a whole file, as the reference trains and published numbers were measured.
+
+    EXIF orientation is not applied, alpha is dropped, more than eight bits are cut off. Raises BadImage.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            check_size(image.height, image.width, max_pixels)
+            return image.convert("RGB")
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
+
+
 def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
     """(height, width, components, orientation) of an 8-bit Huffman-coded JPEG; None for anything else."""
     if data[:2] != b"\xff\xd8":
