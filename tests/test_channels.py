@@ -149,7 +149,7 @@ def test_mixed_ranges_levels_and_pages_are_inspected(tmp_path: Path) -> None:
     assert inspect_source(tmp_path)["pages"] == {4: 1}
 
 
-@pytest.mark.parametrize("channels", [1, 5, 48])
+@pytest.mark.parametrize("channels", [1, 5, pytest.param(48, marks=pytest.mark.slow)])
 def test_eval_finds_what_the_last_channel_alone_says(channels: int, tmp_path: Path) -> None:
     rng, run = np.random.default_rng(5), run_of(tmp_path / "run", channels)
     for place, levels in (("told", (800, 3200)), ("untold", (2000, 2000))):
