@@ -70,10 +70,15 @@ def judge(probe: Probe) -> Verdict:
     names = [name for name, found in against.items() if found["verdict"] == said]
     words = [in_words(against[name], unit, count) for name in names]
     spoken, do = _and([SPOKEN.get(name, name) for name in names]), "do" if names[-1].endswith("s") else "does"
-    if against.get(MAJORITY, {}).get("verdict", "better") != "better":
-        level = f" ({score(details['majority'], unit)})" if is_number(details.get("majority")) else ""
-        headline = f"Not better than {SPOKEN[MAJORITY]}{level}: {in_words(against[MAJORITY], unit, count)}."
-        short = "not better than the largest class"
+    majority = against.get(MAJORITY)
+    if majority is not None and majority["verdict"] != "better":
+        level = f"{SPOKEN[MAJORITY]} ({score(number(details.get('majority')), unit)})"
+        told = in_words(majority, unit, count)
+        gain = number(majority["difference"]) > 0
+        headline = (
+            f"{told[:1].upper()}{told[1:]}: a gain over {level}." if gain else f"Not better than {level}: {told}."
+        )
+        short = "not shown to be better than the largest class" if gain else "not better than the largest class"
     elif said == "better":
         gains = _and([f"{gain} than {SPOKEN.get(name, name)}" for name, gain in zip(names, words)])
         headline, short = f"Pretraining helps: {gains}.", said
@@ -128,6 +133,11 @@ def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
         ]
         for each in paired
     ]
+
+
+def in_cell(found: Mapping[str, Any], unit: str, count: Any) -> str:
+    """`in_words` on short lines."""
+    return in_words(found, unit, count).replace(" points", "").replace(" [", "\n[").replace(" with ", "\nwith ")
 
 
 def _figures(probe: Probe) -> str:
