@@ -257,7 +257,7 @@ def test_the_second_size_differs_from_the_first_and_divides() -> None:
     [
         ({"format": "tim"}, "did you mean timm"),
         ({"format": "keras"}, "expected one of timm, transformers, meta, safetensors, onnx"),
-        ({"weights": "nowhere"}, "'nowhere': no such file, run folder or model name"),
+        ({"weights": "nowhere"}, "'nowhere': no such file or run folder"),
         ({"size": "45"}, "45 is not a multiple of the patch size 8; try 40 or 48"),
         ({"size": "0"}, "not a size"),
         ({"size": "big"}, "size=big"),
@@ -382,6 +382,6 @@ def test_weights_without_a_run_say_what_is_not_known(light: tuple[Path, Path], t
     torch.save(model.state_dict(), tmp_path / "backbone.pth")
     text = card(tmp_path / "backbone.pth", light[1], tmp_path)
     assert "those above are assumed" in text
-    assert "| mean | 0, 0, 0, 0, 0 |" in text
+    assert "| mean | 0.5, 0.5, 0.5, 0.5, 0.5 |" in text
     assert "without the folder of the run" in text
     assert "No evaluation came with these weights." in text

@@ -373,3 +373,16 @@ def test_classes_of_a_list_that_no_row_has_are_said(tmp_path: Path) -> None:
     found = read_labelled(path)
     assert found.class_names == ["cat", "dog", "owl"]
     assert "owl" in found.warnings[0]
+
+
+def test_identifiers_without_an_ending_are_those_of_the_one_picture_so_called(tmp_path: Path) -> None:
+    pictures = ("a.png", "b.v2.JPG", "c.png", "c.jpg", "d.txt")
+    file = table(tmp_path, "image,label\na,0\nb.v2,1\n", pictures=pictures)
+    assert read_labelled(file).paths == ["a.png", "b.v2.JPG"]
+    for name in ("c", "d", "e"):
+        file = table(tmp_path, f"image,label\na,0\n{name},1\n", pictures=pictures)
+        assert f"/{name} is missing" in refusal(file)
+
+
+def test_two_identifiers_of_one_picture_are_refused(tmp_path: Path) -> None:
+    assert "a.png" in refusal(table(tmp_path, "image,label\na,0\na.png,1\n"))

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dinoreg.plan.devices as plan_devices
 import dinoreg.plan.run as plan_run
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.commands.main import main
@@ -374,7 +380,70 @@ def test_a_search_for_neighbours_that_grows_with_the_processes_is_pointed_out() 
     assert not any("KoLeo" in note for note in grouped.notes)
 
 
+def test_the_verdict_is_of_the_whole_run() -> None:
+    found = plan(tiny_config(steps=10), probe=False)
+    assert found.memory.on_cpu
+
+    def verdict(steps: int, seconds: float, num_images: int | None, spare: int = GIB) -> str:
+        memory = dataclasses.replace(found.memory, available=found.memory.needed + spare)
+        run = dataclasses.replace(found.run, steps=steps, images=6 * steps, seconds=seconds)
+        return dataclasses.replace(found, memory=memory, run=run, num_images=num_images).verdict
+
+    assert verdict(1000, 9060.0, 4800) == "It fits, 1.00 GiB to spare, 2 h 31 min, 1.2 passes over 4,800 images."
+    assert verdict(1000, 9060.0, None) == "It fits, 1.00 GiB to spare, 2 h 31 min."
+    long = verdict(2_131_000, 248 * 86_400.0, 544)
+    assert long.startswith("It fits, but 248 days on this CPU and 23,500 passes over 544 images; better: steps=")
+    assert "init=FILE" in long
+    assert long.endswith("a GPU.")
+    assert verdict(2_131_000, 248 * 86_400.0, 544, spare=-GIB).startswith("It does not fit: 1.00 GiB too much.")
+
+
+def test_what_loading_costs_is_measured_on_the_images_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        Image.fromarray(np.full((90, 120, 3), number, dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    config = tiny_config(steps=10, data__source=str(tmp_path), batch_size=2)
+    found = plan(config, probe=False)
+    assert 1e-4 < found.run.loading < 0.5
+    assert plan(tiny_config(steps=10), probe=False).run.loading is None  # scenes are drawn once
+    monkeypatch.setattr(plan_run, "seconds_per_image", lambda *_, **__: 3.0)
+    monkeypatch.setattr(plan_run, "estimate", lambda *_: Speed(1.0, False, "assumed", 2))
+    monkeypatch.setattr(plan_run, "usable_cores", lambda: 4)
+    waits = plan(dataclasses.replace(config, data=dataclasses.replace(config.data, workers=1)), probe=False).run
+    assert (waits.seconds, waits.waiting) == (10 * 2 * 3.0, pytest.approx(2 / 3))
+    shares = plan(dataclasses.replace(config, data=dataclasses.replace(config.data, workers=4)), probe=False).run
+    assert shares.seconds == pytest.approx(10 * 2 * (1.0 + 3.0 / 4))
+    away = plan(dataclasses.replace(config, device="auto"), gpu="h100", gpus=2)
+    assert (away.run.loading, away.run.waiting) == (3.0, None)
+    assert away.run.cores_per_process == pytest.approx(3.0 * away.run.images_per_second / 2)
+
+
 # ---------------------------------------------------------------- what does not fit
+
+
+def test_a_run_on_the_cpu_fits_into_nine_tenths_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fits(free: float) -> bool:
+        monkeypatch.setattr(plan_devices, "free_memory", lambda: int(free))
+        return memory_of(describe(tiny_config(), 1, 1, plan_devices.cpu_device())).fits
+
+    needed = memory_of(describe(tiny_config(), 1, 1, plan_devices.cpu_device())).needed
+    assert needed > 0.7 * GIB  # a tenth of which are tensors
+    assert fits(needed / 0.89)
+    assert not fits(needed / 0.91)
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_real_process_is_foretold(tmp_path: Path) -> None:
+    config = small(batch_size=32, steps=8, checkpoint__every=2, data__workers=1)
+    foretold = memory_of(describe(config, 1, 1, plan_devices.cpu_device())).needed
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    command = [sys.executable, "-m", "dinoreg", "pretrain", str(path), f"out={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    assert foretold == pytest.approx(1024 * used.ru_maxrss, rel=0.1)
 
 
 @pytest.mark.slow

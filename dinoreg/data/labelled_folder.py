@@ -66,7 +66,9 @@ def read_labelled_folder(
     images = _declared(root, images, given, warnings)
     present = {image.label for image in images}
     if len(present) < 2:
-        raise UserError(f"{root}: has images in {len(present)} folder(s), expected one per class, at least two")
+        raise UserError(
+            f"{root}: has images in {len(present)} folder(s), expected one per class, at least two{_tables(root)}"
+        )
     names = sorted(present)
     numbers = {name: number for number, name in enumerate(names)}
     warnings += _repeated_below(images) + alike(names)
@@ -80,6 +82,12 @@ def read_labelled_folder(
         warnings,
         index.passed_over,
     )
+
+
+def _tables(root: str) -> str:
+    """In words which tables lie in a folder that has no classes: one of them may be what was meant."""
+    tables = sorted(name for name in os.listdir(root) if name.endswith((".csv", ".tsv", ".parquet")))
+    return f"; or give a table of paths and labels, as {os.path.join(root, tables[0])}" if tables else ""
 
 
 def class_folders(

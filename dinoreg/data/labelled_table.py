@@ -12,12 +12,14 @@ import os
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from dinoreg.config.option import nearest
+from dinoreg.data.folder_index import EXTENSIONS
 from dinoreg.data.labelled import LabelledImages, alike, listed, read_classes
 from dinoreg.data.split_names import split_of
 from dinoreg.data.tables import SEVERAL, Columns, Table, inside, open_table
@@ -68,25 +70,43 @@ def read_labelled_table(
     if found["split"] is not None:
         words = [_split_of(cell, f"{path} {place}") for place, cell in cells[found["split"][0]]]
     numbers, names = _labels(path, {name: cells[name] for name in labels}, warnings)
-    require_files(base, first_places, path)
-    return LabelledImages(base, list(first_places), numbers, names, words, warnings, {})
+    paths = found_files(base, first_places, path)
+    if repeated := [name for name, count in Counter(paths).items() if count > 1]:
+        raise UserError(f"{path}: {repeated[0]} is listed twice, once without its ending")
+    return LabelledImages(base, paths, numbers, names, words, warnings, {})
 
 
-def require_files(root: str | os.PathLike[str], paths: Iterable[str], where: Path) -> None:
-    """UserError, beginning with `where`, naming the first missing path below the root and counting the others."""
+def found_files(root: str | os.PathLike[str], paths: Iterable[str], where: Path) -> list[str]:
+    """The paths below the root, those of identifiers without an ending completed by that of the one picture so called.
+
+    Raises UserError, beginning with `where`, naming the first path that does not exist and counting the others.
+    """
 
     @cache
-    def names(folder: str) -> set[str]:
-        """Every folder is listed once, which is quicker than asking file by file."""
-        try:
-            return set(os.listdir(os.path.join(root, folder)))
-        except OSError:
-            return set()
+    def pictures(folder: str) -> dict[str, list[str]]:
+        """Names by themselves and without their ending; every folder is listed once, quicker than file by file."""
+        found: dict[str, list[str]] = defaultdict(list)
+        with suppress(OSError):
+            for name in os.listdir(os.path.join(root, folder)):
+                found[name].insert(0, name)
+                stem, ending = os.path.splitext(name)
+                if ending.lower() in EXTENSIONS:
+                    found[stem].append(name)
+        return found
 
-    absent = [path for path in paths if os.path.basename(path) not in names(os.path.dirname(path))]
+    found = []
+    absent = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        named = pictures(folder).get(name, [])
+        if len(named) == 1 or name in named[:1]:
+            found.append(os.path.join(folder, named[0]))
+        else:
+            absent.append(path)
     if absent:
         more = f", and so are {len(absent) - 1:,} others" if len(absent) > 1 else ""
         raise UserError(f"{where}: {os.path.join(root, absent[0])} is missing{more}")
+    return found
 
 
 def _cells(table: Table, names: list[str]) -> dict[str, Cells]:

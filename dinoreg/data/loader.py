@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ from dinoreg.data.decode import BadImage
 from dinoreg.data.masks import block_masks, mask_tensors
 from dinoreg.data.rng import uniforms
 from dinoreg.data.sampler import Sampler
-from dinoreg.data.source import Source
+from dinoreg.data.source import ChosenSource, Source
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import RunError, UserError
 
 BAD_ALLOWANCE = 10  # bad images that never end a run, unless none at all are allowed
+_TIMED = 16  # images that tell how long one takes
 _ATTEMPTS = 1000  # substitutes tried for one bad image
 _LISTED = 100  # bad images named when a run ends over them
 _THREAD_NAME = "dinoreg-data"
@@ -278,6 +279,23 @@ class _Engine:
             boxes = [geometry.reduce_box(box, reduction, height, width) for box in boxes]
         for box, out in zip(boxes, job.slot.views[row]):
             geometry.cut_crop(pixels, box, out)
+
+
+def seconds_per_image(source: Source, views: Views, reading: DataConfig, augmented: bool) -> float:
+    """Seconds in which one worker reads, decodes and crops an image; the mean over some from all over a source.
+
+    augmented  with the changes of colour, which are a worker's where the step runs on the CPU
+    raises     RunError where none of them can be used
+    """
+    indices = np.unique(np.linspace(0, len(source) - 1, _TIMED).astype(np.int64))
+    chosen, device = ChosenSource(source, indices), torch.device("cpu" if augmented else "meta")
+    engine = _Engine(chosen, views, replace(reading, workers=0), len(indices), 0, device, 0, 1)
+    seconds = []
+    for _ in range(2):  # the first time pays for what is loaded only once
+        started = time.perf_counter()
+        engine.finish(_Job(0, _Slot(len(indices), views, torch.uint8, pinned=False)))
+        seconds.append((time.perf_counter() - started) / len(indices))
+    return min(seconds)
 
 
 class BatchLoader:

@@ -210,6 +210,10 @@ class _Evaluation:
         self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
         self.name = plan.benchmark.name
         self.key = _key(encoder, plan, request)
+        sources = [split.source for _, data in plan.tasks for split in data.splits.values()]
+        own = all(source.as_trained for source in sources)
+        default = min(encoder.preprocessing.size) if own else encoder.default_size
+        self.image_size = request.options.image_size or default
         self.unfinished = folder / ".unfinished" / f"{self.name}-{self.key}"
 
     def path(self) -> Path:
@@ -251,7 +255,7 @@ class _Evaluation:
             "split": variants.pop() if len(variants) == 1 else "",
             "weights": {"name": encoder.name, "identity": encoder.identity},
             "precision": str(encoder.dtype).removeprefix("torch."),
-            "image_size": options.image_size or encoder.default_size,
+            "image_size": self.image_size,
             "seed": options.seed,
             "published": [
                 {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
@@ -315,7 +319,8 @@ class _Evaluation:
             state=self.unfinished / name,
             examples=self.unfinished / "examples" if options.examples and not role else None,
             seed=options.seed,
-            image_size=options.image_size or self.encoder.default_size,
+            image_size=self.image_size,
+            preprocessing=self.encoder.preprocessing,
             batch_size=options.batch_size,
             workers=default_workers() if options.workers is None else options.workers,
             num_examples=options.examples,

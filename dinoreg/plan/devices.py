@@ -11,6 +11,12 @@ from dinoreg.runtime.errors import UserError
 
 GIB = 2**30
 
+
+def gib(count: float) -> str:
+    """Bytes of memory in GiB or MiB (powers of two)."""
+    return f"{count / GIB:.2f} GiB" if abs(count) >= GIB / 10 or not count else f"{count / 2**20:.1f} MiB"
+
+
 # Share of a link's stated rate that collectives attain on large messages.
 LINK_SHARE = 0.8
 # Seconds of one hop of a collective; a tree over n processes has log2(n) of them.

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.plan.advice import Remedy
+from dinoreg.plan.devices import gib
 from dinoreg.plan.job import Job
 from dinoreg.plan.memory import Memory, Operations
 from dinoreg.plan.speed import Speed
 from dinoreg.plan.traffic import Collective, Step
+from dinoreg.runtime.durations import about
 from dinoreg.runtime.errors import UserError
+from dinoreg.train.outlook import FEW_BATCHES, Outlook, rounded
 
 MEMORY_FIGURES = ("available", "needed", "allocated", "context", "fragments", "peak")
 
@@ -23,6 +26,8 @@ class Run:
     images             of all processes, as images_per_second is
     seconds            of the run, without probes and checkpoints
     cores_per_process  CPU cores that one process needs so that its device never waits for images
+    loading            seconds in which one core prepares an image of the data set; None: not measured
+    waiting            share (0 to 1) of a step that waits for images, on this machine
     """
 
     steps: int
@@ -31,6 +36,8 @@ class Run:
     images_per_second: float | None
     seconds: float | None
     cores_per_process: float | None
+    loading: float | None = None
+    waiting: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,30 @@ class Plan:
         return self.memory.fits
 
     @property
+    def outlook(self) -> Outlook:
+        """What the run is in for; without a known number of images nothing is held against theirs."""
+        job, config = self.job, self.job.config
+        images = self.num_images or max(self.run.images, FEW_BATCHES * job.global_batch_size)
+        device = "this CPU" if self.memory.on_cpu else f"{job.world_size} x {job.device.name}"
+        own = config.init is not None
+        name, processes = config.model.name, job.world_size
+        return Outlook(images, job.global_batch_size, self.run.steps, self.run.seconds, device, name, own, processes)
+
+    @property
+    def verdict(self) -> str:
+        """The whole run in a sentence: memory, and if that is enough, time and passes or what speaks against it."""
+        memory, outlook = self.memory, self.outlook
+        spare = memory.available - memory.needed
+        if not self.fits:
+            return f"It does not fit: {gib(-spare)} too much. It does with:"
+        if advice := outlook.advice():
+            return f"It fits, but {advice}."
+        parts = [f"It fits, {gib(spare)} to spare" if memory.available else "It fits"]
+        parts += [about(self.run.seconds)] if self.run.seconds is not None else []
+        parts += [f"{rounded(outlook.passes)} passes over {self.num_images:,} images"] if self.num_images else []
+        return ", ".join(parts) + "."
+
+    @property
     def operations_per_step(self) -> float:
         """Floating-point operations of a step, on all processes."""
         return self.operations.total * self.job.global_batch_size + self.job.koleo_operations() * self.job.world_size
@@ -96,6 +127,7 @@ class Plan:
         return {
             "job": job.as_dict(),
             "fits": self.fits,
+            "verdict": self.verdict,
             "parameters": {**sizes.parameters, "student": sizes.student, "teacher": sizes.student},
             "tokens": tokens,
             "operations_per_image": {**asdict(self.operations), "total": self.operations.total},

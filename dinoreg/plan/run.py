@@ -8,6 +8,9 @@ import torch
 
 from dinoreg.config.load import BUDGETS, Config, load_config
 from dinoreg.config.plan_options import PlanOptions
+from dinoreg.data.loader import Views, num_workers, seconds_per_image
+from dinoreg.data.open import open_source
+from dinoreg.data.source import ScenesSource, Source
 from dinoreg.plan.advice import remedies, smallest
 from dinoreg.plan.devices import GIB, Device, cpu_device, find_device, local_device
 from dinoreg.plan.job import Job, describe
@@ -23,7 +26,8 @@ from dinoreg.plan.memory import (
 from dinoreg.plan.result import Checkpoint, Plan, Run
 from dinoreg.plan.speed import Speed, estimate, probe, worth_probing
 from dinoreg.plan.traffic import Step, collectives, step_of
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.environment import busy, usable_cores
+from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.templates import render
 
 # Images of 500 x 375 pixels that one core decodes and crops in a second (docs/results/benchmarks.md).
@@ -49,14 +53,17 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
         notes.append(f"No gpu= was given and none is here: {device.name} is assumed.")
     links = {name: value for name in ("link", "local_link") if (value := getattr(options, name)) is not None}
     job = describe(config, nodes, gpus, replace(device, **links))
-    num_steps, num_images = _length(job, options.num_images, notes)
+    source = _open(config, notes)
+    num_images = options.num_images or (None if source is None else len(source))
+    num_steps = _length(job, num_images)
     needed = memory_of(job)
     advice = () if needed.fits else tuple(remedies(job))
     if not needed.fits and not advice:
         _refuse(job)
     operations = operations_of(job)
     speed = _speed(job, needed, here, options, notes)
-    notes += _remarks(job, operations, speed, num_images)
+    loading = _loading(job, source, notes)
+    notes += _remarks(job, operations, speed, here)
     step = step_of(job, None if speed is None else config.batch_size / speed.images_per_second)
     return Plan(
         job=job,
@@ -65,7 +72,7 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
         speed=speed,
         exchanges=tuple(collectives(job)),
         step=step,
-        run=_run(job, step, num_steps, num_images),
+        run=_run(job, step, num_steps, num_images, loading, here),
         checkpoint=_checkpoint(job, num_steps, options.disk),
         num_images=num_images,
         advice=advice,
@@ -73,15 +80,14 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
     )
 
 
-def _length(job: Job, num_images: int | None, notes: list[str]) -> tuple[int, int | None]:
-    """Steps of the run, and images of the data set where they are known."""
+def _length(job: Job, num_images: int | None) -> int:
+    """Steps of the run; UserError without a budget, or for epochs of an unknown number of images."""
     config = job.config
     if all(getattr(config, key) is None for key in BUDGETS):
         raise UserError("no budget: give one of steps=, images= or epochs=")
-    num_images = num_images or _count_images(config, notes)
     if config.epochs is not None and num_images is None:
         raise UserError(f"epochs={config.epochs:g}: the data are not here to be counted; give num_images=, or steps=")
-    return config.num_steps(num_images or 1, job.world_size), num_images
+    return config.num_steps(num_images or 1, job.world_size)
 
 
 def _machines(config: Config, options: PlanOptions) -> tuple[int, int, Device, bool]:
@@ -108,19 +114,30 @@ def _is_here(device: Device) -> bool:
     return found.peaks == device.peaks and abs(found.memory - device.memory) < 2 * GIB
 
 
-def _count_images(config: Config, notes: list[str]) -> int | None:
-    """Number of images in data=, or None and a note on why they could not be counted."""
+def _open(config: Config, notes: list[str]) -> Source | None:
+    """The images of data=, or None and a note on why they cannot be opened."""
     if config.data.source is None:
         return None
-    from dinoreg.data.open import open_source
-
     try:
         data, source = config.data, config.data.source
-        opened = open_source(source, data.weights, data.index_dir, data.root, columns=data.columns)
+        return open_source(source, data.weights, data.index_dir, data.root, data.range, data.columns)
     except UserError as error:
         notes.append(f"The images could not be counted here: {error}")
         return None
-    return len(opened)
+
+
+def _loading(job: Job, source: Source | None, notes: list[str]) -> float | None:
+    """Seconds in which a core of this machine prepares an image of the source; None where there are no files."""
+    if source is None or isinstance(source, ScenesSource):
+        return None
+    config = job.config
+    try:
+        patch_size, channels = job.sizes.networks.backbone.patch_size, config.model.in_channels
+        views = Views(config.crops, config.augment, config.mask, patch_size, channels)
+        return seconds_per_image(source, views, config.data, augmented=job.device.kind == "cpu")
+    except (UserError, RunError) as error:
+        notes.append(f"No image could be loaded here: {error}")
+        return None
 
 
 def _refuse(job: Job) -> None:
@@ -146,24 +163,41 @@ def _speed(job: Job, needed: Memory, here: bool, options: PlanOptions, notes: li
     return estimate(job, options.utilisation)
 
 
-def _run(job: Job, step: Step, num_steps: int, num_images: int | None) -> Run:
+def _run(job: Job, step: Step, num_steps: int, num_images: int | None, loading: float | None, here: bool) -> Run:
     images = num_steps * job.global_batch_size
     epochs = None if num_images is None else images / num_images
     if step.seconds is None:
-        return Run(num_steps, images, epochs, None, None, None)
+        return Run(num_steps, images, epochs, None, None, None, loading)
+    seconds, waiting = step.seconds, None
+    if loading is not None and here:
+        seconds = job.config.batch_size * loaded(job, step.seconds / job.config.batch_size, loading)
+        waiting = 1 - step.seconds / seconds
     rate = job.global_batch_size / step.seconds
-    return Run(num_steps, images, epochs, rate, num_steps * step.seconds, rate / job.world_size / IMAGES_PER_CORE)
+    cores = rate / job.world_size * (loading or 1 / IMAGES_PER_CORE)
+    return Run(num_steps, images, epochs, job.global_batch_size / seconds, num_steps * seconds, cores, loading, waiting)
 
 
-def _remarks(job: Job, operations: Operations, speed: Speed | None, num_images: int | None) -> list[str]:
-    """Remarks for the user, one sentence each."""
+def loaded(job: Job, computing: float, loading: float) -> float:
+    """Seconds of an image on one process of this machine, whose workers prepare the next ones meanwhile.
+
+    computing  seconds of an image in a step; on a CPU that keeps all cores busy, so that preparing comes on top
+    loading    seconds of a core
+    """
+    cores, processes = usable_cores(), job.gpus
+    workers = min(num_workers(job.config.data.workers, torch.device(job.device.kind)) or 1, cores / processes)
+    shared = computing + loading * processes / cores if job.device.kind == "cpu" else computing
+    return max(shared, loading / workers)
+
+
+def _remarks(job: Job, operations: Operations, speed: Speed | None, here: bool) -> list[str]:
+    """Remarks for the user, one sentence each; `here`: the speed was timed on this machine."""
     config = job.config
     measured = None if speed is None else speed.peak_memory
     text = render(
         "plan/templates/notes.txt.j2",
         job=job,
         config=config,
-        num_images=num_images,
+        busy=busy() if here and job.device.kind == "cpu" else "",
         no_masks=int(2 * job.global_batch_size * config.mask.probability) == 0,
         pairs=4 * (job.koleo_ranks * config.batch_size) ** 2,
         share=job.koleo_operations() / (operations.total * config.batch_size),

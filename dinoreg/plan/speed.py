@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Share of a device's stated peak that a step's matrix products are assumed to run at, by the backbone's width.
 # Published runs of this method: 31 to 39 % (ViT-L and g on A100, executed operations), 19 % (ViT-L on H100).
 UTILISATION = ((384, 0.20), (768, 0.28), (None, 0.33))
-# On a CPU, of the rate of a matrix product that is timed on the spot.
+# On a CPU, of the rate of a matrix products that are timed on the spot.
 CPU_SHARE = 0.6
 
 WARM_UP_STEPS = 2
@@ -60,7 +60,7 @@ def estimate(job: Job, utilisation: float | None = None) -> Speed | None:
     """The speed according to the device's peak; None where that is unknown.
 
     utilisation  share of the peak, in (0, 1]; None: `utilisation_of` the width, on a CPU `CPU_SHARE` of the rate of a
-                 matrix product that is timed on this machine
+                 matrix products that are timed on this machine
     """
     operations = operations_of(job).total + job.koleo_operations() / job.config.batch_size
     rate = job.device.peak(job.precision)
@@ -69,8 +69,8 @@ def estimate(job: Job, utilisation: float | None = None) -> Speed | None:
         by = "" if utilisation is None else " by you"
         source = f"estimate: {share:.0%} of {rate / 1e12:.0f} TFLOP/s, {job.precision}, assumed{by}"
     elif job.device.kind == "cpu":
-        share, rate = utilisation or CPU_SHARE, _product_rate(DTYPES[job.precision], job.config.threads)
-        source = f"estimate: {share:.0%} of {rate / 1e9:.0f} GFLOP/s, the rate of a matrix product here"
+        share, rate = utilisation or CPU_SHARE, _product_rate(DTYPES[job.precision], job.config.threads, job.sizes.dim)
+        source = f"estimate: {share:.0%} of {rate / 1e9:.0f} GFLOP/s, the median of matrix products here"
     else:
         return None
     return Speed(share * rate / operations, False, source, job.config.batch_size)
@@ -87,11 +87,18 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _product_rate(dtype: torch.dtype, threads: int | None) -> float:
-    """FLOP/s of a matrix product of 1024 x 1024 on this CPU, the best of a few."""
+def _product_rate(dtype: torch.dtype, threads: int | None, dim: int) -> float:
+    """FLOP/s of matrix products on this CPU, square ones and those of a layer of width `dim`: the median of several.
+
+    The best would be that of a machine without other work, which this one may not be.
+    """
+    rates = []
     with _threads(threads):
-        a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        return 2 * 1024**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=6))
+        for rows, inner, columns in ((1024, 1024, 1024), (2048, dim, 4 * dim)):
+            a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
+            seconds = timeit.repeat(lambda a=a, b=b: a @ b, number=1, repeat=8)[1:]  # type: ignore[misc]
+            rates += [2 * rows * inner * columns / each for each in seconds]
+    return statistics.median(rates)
 
 
 def probe(job: Job, device: torch.device) -> Speed | None:

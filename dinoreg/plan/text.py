@@ -3,11 +3,12 @@
 import re
 
 from dinoreg.plan import devices
-from dinoreg.plan.devices import GIB
+from dinoreg.plan.devices import gib
 from dinoreg.plan.recorder import PARTS
 from dinoreg.plan.result import Plan
-from dinoreg.runtime.durations import duration
+from dinoreg.runtime.durations import about
 from dinoreg.runtime.templates import render
+from dinoreg.train.outlook import rounded
 
 ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FRAGMENTATION", "CPU_FRAGMENTATION", "FREE_SHARE", "LINK_SHARE")
 
@@ -32,7 +33,8 @@ def show(plan: Plan) -> None:
     for note in plan.notes:
         console.print(f"  {note}", style="yellow", markup=False)
     console.print()
-    console.print(_verdict(plan), style="green" if plan.fits else "bold red", markup=False)
+    style = "bold red" if not plan.fits else "yellow" if plan.outlook.doubts() else "green"
+    console.print(plan.verdict, style=style, markup=False, soft_wrap=not console.is_terminal)
     for remedy in plan.advice:
         text = f"  {remedy}   {gib(remedy.memory.needed)}, {_slower(remedy.slower)}"
         if "batch_size" in remedy.overrides:
@@ -53,24 +55,12 @@ def _text(plan: Plan) -> str:
         held={part: held.get(part, 0) for part in PARTS if part in held or (part == "gradients" and most_gradients)},
         most_gradients=most_gradients,
         **{name: getattr(devices, name) for name in ALLOWANCES},
-        **{each.__name__: each for each in (gib, size, duration, moment, number, digits, millions)},
+        **{each.__name__: each for each in (gib, size, about, moment, number, digits, millions, rounded)},
     )
     return text.strip()
 
 
-def _verdict(plan: Plan) -> str:
-    spare = plan.memory.available - plan.memory.needed
-    if plan.fits:
-        return f"It fits{f', {gib(spare)} to spare' if plan.memory.available else ''}."
-    return f"It does not fit: {gib(-spare)} too much. It does with:"
-
-
 # ---------------------------------------------------------------- numbers
-
-
-def gib(count: float) -> str:
-    """Bytes of memory in GiB or MiB (powers of two)."""
-    return f"{count / GIB:.2f} GiB" if abs(count) >= GIB / 10 or not count else f"{count / 2**20:.1f} MiB"
 
 
 def size(count: float) -> str:

@@ -17,7 +17,7 @@ PROBED = {"marker": True, "from_zero": True}
 CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "knn_top1": ("k-NN accuracy of the probe", PROBED | {"percent": True}),
     "rankme": ("Effective rank of the probe's features", PROBED),
-    "total_loss": ("Total loss", SMOOTH),
+    "loss": ("Total loss", SMOOTH),
     "dino_global_crops_loss": ("Class token, global crops", SMOOTH),
     "dino_local_crops_loss": ("Class token, local crops", SMOOTH),
     "ibot_loss": ("Masked patches (iBOT)", SMOOTH),
@@ -74,7 +74,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], li
             "step": f"{run.step:,}",
             "images": f"{run.images_seen:,}" if run.images_seen else "",
             "img/s": f"{statistics.median(rates):.0f}" if rates else "",
-            "total loss": _number(run.last("total_loss")),
+            "total loss": _number(run.last("loss")),
             "k-NN": "" if knn is None else score(knn),
             "RankMe": _number(run.last("rankme")),
         }

@@ -16,8 +16,10 @@ from dinoreg.data import augment as photometric
 from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import survey, with_statistics
+from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
@@ -107,6 +109,13 @@ class Setup:
         loader.bad.update(state.history.get("bad", {}))
         return loader
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the weights of this run state of pictures: crops of the size of the global ones, seen whole."""
+        config = self.config
+        size, limits = config.crops.global_size, ValueRange.of(config.data.range)
+        return Preprocessing(config.augment.mean, config.augment.std, (size, size), size, value_range=limits)
+
     def open_writer(self) -> Writer:
         """The writer of this run's checkpoints, which claims the run folder for this process group.
 
@@ -118,12 +127,7 @@ class Setup:
             config.checkpoint,
             describe_teacher={
                 "architecture": self.teacher.backbone.architecture(),
-                "preprocessing": {
-                    "mean": list(config.augment.mean),
-                    "std": list(config.augment.std),
-                    "image_size": config.crops.global_size,
-                    "range": config.data.range,
-                },
+                "preprocessing": self.preprocessing.as_json(),
                 "config_hash": config.hash(),
             },
             timeout=config.parallel.timeout,
@@ -161,12 +165,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     notes = [config.explain_lr(ranks.world_size), *changed, *measured]
     notes += filter(None, [photometric.left_out(config.augment, config.model.in_channels)])
     notes += [f"warning: data: {line}" for line in seen.warnings]
-    strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), ranks.world_size)
-    koleo_ranks = config.loss.koleo_ranks
-    if koleo_ranks is not None and ranks.world_size % koleo_ranks:
-        raise UserError(f"loss.koleo_ranks={koleo_ranks}: expected a divisor of the {ranks.world_size} processes")
-    if strategy != "single":
-        notes.append(f"{ranks.world_size} processes, {strategy}")
+    notes += _processes(config, student, ranks.world_size)
     init = load_init(config, out, student, teacher)
     if init is not None:
         notes += [init.note, config.explain_start(num_steps, ranks.world_size)]
@@ -196,6 +195,15 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     if advice := setup.outlook.advice():
         notes.append(f"advice: {advice}")
     return setup
+
+
+def _processes(config: Config, student: Networks, world_size: int) -> list[str]:
+    """A line on how several processes share the run, or []; UserError where they cannot."""
+    strategy = choose_strategy(config.parallel, sum(p.numel() for p in student.parameters()), world_size)
+    koleo_ranks = config.loss.koleo_ranks
+    if koleo_ranks is not None and world_size % koleo_ranks:
+        raise UserError(f"loss.koleo_ranks={koleo_ranks}: expected a divisor of the {world_size} processes")
+    return [] if strategy == "single" else [f"{world_size} processes, {strategy}"]
 
 
 def check_shared(out: Path, ranks: Ranks) -> None:

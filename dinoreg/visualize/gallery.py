@@ -195,7 +195,8 @@ class ModelGallery(Gallery):
         self.grid = (self.size[0] // self.model.patch_size, self.size[1] // self.model.patch_size)
         super().__init__(view, Path(out) if out else self.subject.folder)
         self.pictures = read_pictures(self.subject, images, num, self.size)
-        self.pixels = to_pixels(self.pictures.images, self.subject.mean, self.subject.std)
+        preprocessing = self.subject.encoder.preprocessing
+        self.pixels = to_pixels(self.pictures.images, preprocessing.mean, preprocessing.std)
 
     def finish(self, title: str, record: Mapping[str, Any], **values: Any) -> Path:
         """Write the page, with the model, the resolution, the images and those left out; returns its path."""

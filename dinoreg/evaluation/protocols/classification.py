@@ -140,11 +140,10 @@ def class_tokens(
 
     what        description of the images, beside the progress
     mean_patch  the mean patch token beside the class token, (n, 2 D), where the encoder's has its width
-    resize      short side over the crop's side
+    resize      short side over the crop's side, as published; of one's own pictures the weights say it
     raises      as `extract_features`
     """
-    size = measured.context.image_size
-    crop, what = CentreCrop(round(size * resize), size), f"features of {what}"
+    crop, what = measured.context.crop(source, resize), f"features of {what}"
     return feature_matrix(
         extract_features(measured.context, measured.encoder, source, crop, mean_patch=mean_patch, what=what)
     )
