@@ -312,6 +312,19 @@ def test_the_largest_class_is_spoken_of_first(tmp_path: Path) -> None:
     assert verdict(changed(tmp_path / "a", against={"raw pixels": better, "majority class": better})).tone == "good"
 
 
+def test_a_probe_inside_the_run_is_told_with_chance_and_no_verdict(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a")
+    (run / "eval/0000040/scenes.json").unlink()
+    line = {"step": 40, "knn_top1": 0.16, "knn_top1_low": 0.11, "knn_top1_high": 0.22}
+    line |= {"knn_top1_chance": 0.143, "knn_top1_majority": 0.18}
+    (run / "probe.jsonl").write_text(json.dumps({"step": 0, "knn_top1": 0.18}) + "\n" + json.dumps(line) + "\n")
+    said = verdict(Run(run))
+    assert said.tone == "plain"
+    told = "went from 18.0 % at step 0 to 16.0 % at step 40 (11.0 % to 22.0 %; chance 14.3 %"
+    assert told in said.sentences[0]
+    assert f"dinoreg eval LABELLED weights={run}" in said.sentences[1]
+
+
 def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", value=0.3)
     (run / "eval/0000100").mkdir()

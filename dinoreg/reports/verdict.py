@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dinoreg.checkpoint.run_folder import Probe, Run
+from dinoreg.checkpoint.run_folder import Probe, Run, which_steps
 from dinoreg.runtime.json_files import is_number, number
 from dinoreg.runtime.templates import score
 
@@ -46,9 +46,16 @@ def verdict(run: Run) -> Verdict:
         return Verdict(first.tone, first.headline, (*sentences, health(run)))
     steps, scores = run.series("knn_top1")
     if scores:
-        change = f"from {scores[0]:.1%} at step {steps[0]:g} to " if len(scores) > 1 else ""
-        sentence = f"The k-NN probe inside the run went {change}{scores[-1]:.1%} at step {steps[-1]:g}."
-        return Verdict("plain", "No linear probe has been run yet.", (sentence, health(run)))
+        change = f"went from {score(scores[0])} at step {steps[0]:g} to" if len(scores) > 1 else "is at"
+        names = ("low", "high", "chance", "majority")
+        known = [score(each) for name in names if (each := run.last(f"knn_top1_{name}")) is not None]
+        words = " ({} to {}; chance {}, always naming the largest class {})"
+        beside = words.format(*known) if len(known) == len(names) else ""
+        sentence = f"The k-NN probe inside the run {change} {score(scores[-1])} at step {steps[-1]:g}{beside}."
+        further = (
+            f"{which_steps(run.folder)}. To measure it beside baselines: dinoreg eval LABELLED weights={run.folder}"
+        )
+        return Verdict("plain", "Nothing has been compared with baselines yet.", (sentence, further, health(run)))
     if run.metrics:
         return Verdict("plain", "Nothing has been measured on the features yet.", (progress(run), health(run)))
     return Verdict("plain", "The run has just begun: there are no metrics yet.", (progress(run),))
