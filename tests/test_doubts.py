@@ -142,7 +142,9 @@ def test_weights_in_one_folder_and_runs_of_one_report_are_compared_on_the_same_i
         alone = tmp_path / f"run_{path.stem}"
         assert main(["eval", str(data), f"weights={path}", f"out={alone}", *common]) == 0
     said = r"(better|worse) by [\d.]+ points \[[\d., ]+\]|not shown with 24 images|no difference"
-    assert re.search(rf"logistic regression, top-1: two against one: ({said})", capsys.readouterr().err)
+    assert re.search(
+        rf"logistic regression, top-1: two [\d.]+ % against one [\d.]+ %: ({said})", capsys.readouterr().err
+    )
     page = (tmp_path / "both/eval/0000000/report.html").read_text()
     assert "Weights on the same images" in page
     assert re.search(said, page)

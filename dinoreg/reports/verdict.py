@@ -133,13 +133,14 @@ PAIRED = ("dataset", "measure", "weights", "on the same images", "against")
 
 def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Weights against others on the same test images (`comparison.between`), as rows of text under PAIRED."""
-    return [
-        [
-            *(str(each["dataset"]), f"{each['protocol']}, {each['metric']}", str(each["model"])),
-            *(in_words(each, each["unit"], each["n_test"]), str(each["other"])),
-        ]
-        for each in paired
-    ]
+    rows = []
+    for each in paired:
+        ours, theirs = (
+            f"{each[key]} {score(value, each['unit'])}" for key, value in zip(("model", "other"), each["values"])
+        )
+        measure, said = f"{each['protocol']}, {each['metric']}", in_words(each, each["unit"], each["n_test"])
+        rows.append([str(each["dataset"]), measure, ours, said, theirs])
+    return rows
 
 
 def in_cell(found: Mapping[str, Any], unit: str, count: Any) -> str:
