@@ -69,7 +69,7 @@ def test_a_folder_of_classes_is_read_as_torchvision_reads_it_and_a_fifth_of_each
 ) -> None:
     folder = own.write(tmp_path, per_class=10)
     (folder / "amber" / ".hidden.jpg").unlink()  # which torchvision would count
-    data = read(folder)
+    data = read(folder, folds=1)
     theirs = ImageFolder(str(folder))
     ours = {
         path: label
@@ -86,7 +86,7 @@ def test_a_folder_of_classes_is_read_as_torchvision_reads_it_and_a_fifth_of_each
 
 def test_the_hold_out_follows_its_seed_and_share(tmp_path: Path) -> None:
     folder = own.write(tmp_path, per_class=5)
-    first, again, other = read(folder), read(folder), read(folder, seed=1)
+    first, again, other = read(folder, folds=1), read(folder, test_share=0.2), read(folder, folds=1, seed=1)
     assert names(first.splits["test"]) == names(again.splits["test"]) != names(other.splits["test"])
     assert len(read(folder, test_share=0.5).splits["test"]) == 15
     assert "own.test_share=1.5: expected a share between 0 and 1" in refusal(folder, test_share=1.5)
@@ -117,7 +117,7 @@ def test_without_a_test_folder_the_validation_folder_is_reported_on(tmp_path: Pa
 
 
 def test_a_lone_train_folder_is_split_by_hold_out(tmp_path: Path) -> None:
-    data = read(own.write_splits(tmp_path, per_class=5, splits=("train",)))
+    data = read(own.write_splits(tmp_path, per_class=5, splits=("train",)), folds=1)
     assert np.bincount(data.splits["test"].labels).tolist() == [1, 1, 1]
     assert "held out" in data.variant
 
@@ -179,7 +179,7 @@ def test_several_columns_are_several_labels_and_an_empty_cell_is_not_counted(tmp
 
 def test_a_hold_out_of_several_labels_balances_the_rarest(tmp_path: Path) -> None:
     table = own.write_csv(tmp_path, per_class=10, several=True, split=False)
-    data = read(table)
+    data = read(table, folds=1)
     assert data.splits["test"].labels.sum(axis=0).tolist() == [4, 4, 4, 8]
 
 

@@ -289,13 +289,14 @@ class _Evaluation:
         make  gives the encoder: called when a task first needs it, once for all of them
         """
         encoder = functools.cache(make)
-        found: list[Row] = []
-        for task, data in self.plan.tasks:
+        found: dict[str, list[Row]] = {}
+        # The grid first: what it extracts serves the others.
+        for task, data in sorted(self.plan.tasks, key=lambda each: each[0].protocol != "linear"):
             name = "-".join([task.protocol, *role.split()])
             path = self.unfinished / f"{name}.json"
             finished = {} if self.request.options.overwrite else read_json(path)
             if finished.get("key") == self.key:
-                found += [Row.from_dict(row) for row in finished["rows"]]
+                found[task.protocol] = [Row.from_dict(row) for row in finished["rows"]]
                 continue
             module = importlib.import_module(PROTOCOLS[task.protocol][0])
             options = _effective(self.request, task)
@@ -306,8 +307,8 @@ class _Evaluation:
             rows = [dataclasses.replace(row, tested=_tested(self.plan, task, data, self.request)) for row in rows]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
-            found += rows
-        return tuple(found)
+            found[task.protocol] = rows
+        return tuple(row for task, _ in self.plan.tasks for row in found[task.protocol])
 
     def context(self, name: str, role: str) -> Context:
         """The context of one task; `name` is that of its files, `role` as for `rows`."""
