@@ -34,7 +34,8 @@ def between(results: Sequence[tuple[str, Result]]) -> list[dict[str, Any]]:
     """Later results against the first on the same images, by the first row of each protocol.
 
     results  with what each is called
-    returns  `compare` with "dataset", "protocol", "metric", "unit", "n_test", the names "model" and "other" and their "values"
+    returns  `compare` with "dataset", "protocol", "metric", "unit", "n_test", and "values" of the two that "model" and
+             "other" name
     """
     found, first = [], dict[tuple[str, ...], tuple[str, str, Row]]()
     for name, result in results:
