@@ -145,7 +145,7 @@ def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
 
 def in_cell(found: Mapping[str, Any], unit: str, count: Any) -> str:
     """`in_words` on short lines."""
-    return in_words(found, unit, count).replace(" points", "").replace(" [", "\n[").replace(" with ", "\nwith ")
+    return in_words(found, unit, count).replace(" points", "").replace(" [", "\n[").replace(" with ", " with\n")
 
 
 def _figures(probe: Probe) -> str:
