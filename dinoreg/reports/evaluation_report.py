@@ -30,15 +30,16 @@ FORMAT = "dinoreg-evaluation"
 ROLES = ("random init", "raw pixels")
 NUMBERS = ("value", "95 % interval", "guessing", *ROLES)
 COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", "guessing", *ROLES, "verdict", "published")
+_PANELS = "An image, what was said of it, and the truth."
+_ANSWERS = "Half of them mistakes, where there are any: green right, red wrong, with what was said."
 EXAMPLES = {
     "knn": (
         "Nearest neighbours",
         "Blue: a test image. Then the training images most like it: green of its class, red not.",
     ),
-    "segmentation": ("Segmentation", "An image, what was said of its pixels, and the truth."),
-    "depth": ("Depth", "An image, the depth that was said, and the truth."),
+    **{kind: (f"Predictions: {kind}", _ANSWERS) for kind in ("logistic", "linear", "multilabel")},
+    **{kind: (kind.capitalize(), _PANELS) for kind in ("segmentation", "depth", "detection", "flow")},
 }
-PREDICTIONS = "Test images, half of them mistakes where there are any: green right, red wrong, with what was said."
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _section(record: Record, lines: Sequence[Line]) -> dict[str, Any]:
         "classes": [(line.row.get("protocol"), class_tables(line.row)) for line in lines if line.is_headline],
         "galleries": [
             (
-                *EXAMPLES.get(kind, (f"Predictions: {kind}", PREDICTIONS)),
+                *EXAMPLES.get(kind, (kind.capitalize(), "")),
                 [html.picture(path, path.stem) for path in paths],
             )
             for kind, paths in groupby(record.examples, lambda path: path.stem.rpartition("_")[0])
