@@ -20,6 +20,7 @@ from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.class_tables import class_tables
 from dinoreg.reports.compare import comparison, differences, run_names
+from dinoreg.reports.plots import run_charts
 from dinoreg.reports.run_report import write_report
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.durations import duration
@@ -314,19 +315,6 @@ def test_the_largest_class_is_spoken_of_first(tmp_path: Path) -> None:
     assert verdict(changed(tmp_path / "a", against={"raw pixels": better, "majority class": better})).tone == "good"
 
 
-def test_a_probe_inside_the_run_is_told_with_chance_and_no_verdict(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a")
-    (run / "eval/0000040/scenes.json").unlink()
-    line = {"step": 40, "knn_top1": 0.16, "knn_top1_low": 0.11, "knn_top1_high": 0.22}
-    line |= {"knn_top1_chance": 0.143, "knn_top1_majority": 0.18}
-    (run / "probe.jsonl").write_text(json.dumps({"step": 0, "knn_top1": 0.18}) + "\n" + json.dumps(line) + "\n")
-    said = verdict(Run(run))
-    assert said.tone == "plain"
-    told = "went from 18.0 % at step 0 to 16.0 % at step 40 (11.0 % to 22.0 %; chance 14.3 %"
-    assert told in said.sentences[0]
-    assert f"dinoreg eval LABELLED weights={run}" in said.sentences[1]
-
-
 def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", value=0.3)
     (run / "eval/0000100").mkdir()
@@ -341,6 +329,38 @@ def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:
     assert [probe.step for probe in loaded.probes] == [40, 100]
     assert loaded.newest_probes()[0].value == 0.9
     assert verdict(loaded).tone == "good"
+
+
+@pytest.mark.parametrize(
+    ("gain", "tone", "words"),
+    [
+        ((0.2, 0.1, 0.3), "good", "better than the start"),
+        ((-0.02, -0.07, 0.03), "warn", "not better than the start so far"),
+        ((-0.2, -0.3, -0.1), "bad", "worse than the start"),
+        (None, "plain", "not yet compared"),
+    ],
+)
+def test_without_an_evaluation_the_probe_inside_the_run_is_judged_by_its_start(
+    gain: tuple[float, float, float] | None, tone: str, words: str, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "a")
+    (run / "eval/0000040/scenes.json").unlink()
+    line: dict[str, Any] = {"step": 40, "knn_top1": 0.16, "knn_top1_low": 0.11, "knn_top1_high": 0.21}
+    line |= {"knn_top1_chance": 0.143, "knn_top1_majority": 0.18, "knn_top1_start": 0.17, "start_step": 0}
+    if gain is not None:
+        line |= {f"knn_top1_gain{end}": value for end, value in zip(("", "_low", "_high"), gain, strict=True)}
+    (run / "probe.jsonl").write_text(json.dumps(line) + "\n")
+    with (run / "config.yaml").open("a") as file:
+        file.write("probe:\n  data: labelled\n")
+    said = verdict(Run(run))
+    assert (said.tone, words in said.headline) == (tone, True)
+    assert "16.0 % [11.0, 21.0] (step 0: 17.0, chance 14.3, majority 18.0)" in said.sentences[0]
+    assert "naming the largest class" in said.sentences[1]
+    assert any(f"dinoreg eval labelled weights={run}" in sentence for sentence in said.sentences)
+    (accuracy, *_) = run_charts(Run(run))["probe"]
+    assert sorted(accuracy.levels.values()) == [0.143, 0.18]
+    assert not any("knn" in chart.title for chart in run_charts(Run(run))["other"])
+    assert f"weights={run}: nothing was saved yet" in " ".join(parse(write_report(run)).text)
 
 
 def test_values_that_are_not_finite_leave_a_gap_and_repeated_steps_count_once(tmp_path: Path) -> None:

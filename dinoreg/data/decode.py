@@ -108,7 +108,7 @@ class EncodedImage:
                    it
         """
         if self.raw is not None:
-            return orient(self._scaled(self.raw), self._orientation)
+            return self.oriented(self._scaled(self.raw))
         usual = self.components in (1, 3) and self.in_channels in (1, 3)
         try:
             if _decode_jpeg is not None and reduction == 1 and usual:
@@ -118,17 +118,21 @@ class EncodedImage:
                     whole = _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
                     if self.value_range is not None:
                         whole = self._scaled(RawPixels(whole.permute(1, 2, 0).numpy()))
-                    return orient(whole, self._orientation)
+                    return self.oriented(whole)
             with Image.open(io.BytesIO(self._data), formats=("JPEG",)) as image:
                 if reduction > 1:
                     mode = "L" if self.in_channels == 1 else "RGB"
                     image.draft(mode, (image.width // reduction, image.height // reduction))
                 raw = RawPixels(_rgb_or_bands(image, self.in_channels))
-            return orient(self._scaled(raw), self._orientation)
+            return self.oriented(self._scaled(raw))
         except BadImage:
             raise
         except Exception as error:
             raise BadImage(_reason(error)) from error
+
+    def oriented(self, pixels: Tensor) -> Tensor:
+        """Pixels (C, H, W) as the file stores them, turned as its EXIF orientation says."""
+        return orient(pixels, self._orientation)
 
     def _read_other(self, max_pixels: int) -> RawPixels:
         """Decode what is no JPEG of the quick path."""

@@ -145,7 +145,7 @@ def look(encoder: Encoder, plan: Planned, request: Request) -> Planned:
         for name, split in data.splits.items():
             if split.source.as_trained:
                 found = survey(split.source, encoder.in_channels, SAMPLED, whose, "range").warnings
-                warnings += [f"{plan.benchmark.name}: {name}: {line}" for line in found]
+                warnings += [f"{line} ({name})" for line in found]
     return replace(plan, warnings=_distinct(warnings, request))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.run_folder import Run, line_at
+from dinoreg.checkpoint.steps import probe_in_words, role_of
 from dinoreg.export.certificate import ONE_SIZE, OVERFLOW
 from dinoreg.export.formats import Format
 from dinoreg.export.onnx_graph import OPSET
@@ -39,6 +40,8 @@ def write_card(folder: Path, form: Format, source: Source, certificate: Mapping[
         config=flatten(run.config),
         metrics=line_at(run.metrics, step),
         probe=line_at(run.probe, step),
+        probed=probe_in_words(line_at(run.probe, step)),
+        role=role_of(run.folder, step, run.num_steps) if step is not None else "",
         results=[probe for probe in run.probes if probe.step == measured],
         measured=measured,
         peer=certificate["peer"],

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dinoreg.checkpoint.run_folder import Probe, Run, which_steps
-from dinoreg.runtime.json_files import is_number, number
+from dinoreg.checkpoint.run_folder import Probe, Run
+from dinoreg.checkpoint.steps import against_start, next_steps, probe_in_words
+from dinoreg.runtime.json_files import flatten, is_number, number
 from dinoreg.runtime.templates import score
 
 MAJORITY = "majority class"  # beside the baselines: the figure of always naming the largest class
@@ -44,21 +45,24 @@ def verdict(run: Run) -> Verdict:
         others = [each for each in judged if each is not first]
         sentences = [*first.sentences, *(f"{each.headline} {' '.join(each.sentences)}" for each in others)]
         return Verdict(first.tone, first.headline, (*sentences, health(run)))
-    steps, scores = run.series("knn_top1")
-    if scores:
-        change = f"went from {score(scores[0])} at step {steps[0]:g} to" if len(scores) > 1 else "is at"
-        names = ("low", "high", "chance", "majority")
-        known = [score(each) for name in names if (each := run.last(f"knn_top1_{name}")) is not None]
-        words = " ({} to {}; chance {}, always naming the largest class {})"
-        beside = words.format(*known) if len(known) == len(names) else ""
-        sentence = f"The k-NN probe inside the run {change} {score(scores[-1])} at step {steps[-1]:g}{beside}."
-        further = (
-            f"{which_steps(run.folder)}. To measure it beside baselines: dinoreg eval LABELLED weights={run.folder}"
-        )
-        return Verdict("plain", "Nothing has been compared with baselines yet.", (sentence, further, health(run)))
+    commands = next_steps(run.folder, flatten(run.config).get("probe.data"))
+    if probed := [line for line in run.probe if is_number(line.get("knn_top1"))]:
+        return judge_inside(probed[-1], commands, health(run))
     if run.metrics:
-        return Verdict("plain", "Nothing has been measured on the features yet.", (progress(run), health(run)))
+        headline = "Nothing has been measured on the features yet."
+        return Verdict("plain", headline, (progress(run), health(run), commands))
     return Verdict("plain", "The run has just begun: there are no metrics yet.", (progress(run),))
+
+
+def judge_inside(line: Mapping[str, Any], *sentences: str) -> Verdict:
+    """The probe inside a run against its start, by a line of probe.jsonl; `sentences` stand behind its figures."""
+    against, low = against_start(line), line.get("knn_top1_low")
+    tone = {"better": "good", "worse": "bad", "not": "warn"}.get(against.partition(" ")[0], "plain")
+    words = against.partition(":")[0] if against else "measured, but not yet compared with the start"
+    figures = [f"Step {line['step']:,}, {probe_in_words(line)}."]
+    if is_number(low) and is_number(line.get("knn_top1_majority")) and low <= line["knn_top1_majority"]:
+        figures.append(f"Not shown to be better than {SPOKEN[MAJORITY]}.")
+    return Verdict(tone, f"The probe inside the run: {words}.", (*figures, *sentences))
 
 
 def judge(probe: Probe) -> Verdict:
