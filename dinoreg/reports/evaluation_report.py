@@ -21,7 +21,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Probe, read_probe
 from dinoreg.reports import html
 from dinoreg.reports.class_tables import class_tables
-from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, differences, in_cell, judge, paired_rows
+from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, balanced, differences, in_cell, judge, paired_rows
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.json_files import is_number, number, read_json
 from dinoreg.runtime.templates import render, score
@@ -220,7 +220,7 @@ def record_lines(record: Record) -> list[Line]:
             record.title,
             f"{protocol} ({variant})" if variant else protocol,
             str(row.get("metric", "")),
-            _value(row, unit),
+            "\nbalanced ".join(filter(None, (_score(row, "value", unit), balanced(row)))),
             f"{low.removesuffix(' %').removesuffix(f' {unit}')} to {high}",
             _guessing(row, unit),
             *(_against(role, baseline, row, unit) for role, baseline in baselines.items()),
@@ -232,14 +232,6 @@ def record_lines(record: Record) -> list[Line]:
             cells[-2:] = judge(probe).short, _published(record, row)
         lines.append(Line(row, cells, is_headline))
     return lines
-
-
-def _value(row: dict[str, Any], unit: str) -> str:
-    """The figure; below top-1 the balanced accuracy of the same answers, the mean over classes."""
-    details = row.get("details")
-    both = details.get("micro and macro") if isinstance(details, dict) else None
-    balanced = _score(both, "mean per class", unit) if isinstance(both, dict) and row.get("metric") == "top-1" else DASH
-    return _score(row, "value", unit) + (f"\nbalanced {balanced}" if balanced != DASH else "")
 
 
 def _guessing(row: dict[str, Any], unit: str) -> str:

@@ -152,6 +152,14 @@ def in_cell(found: Mapping[str, Any], unit: str, count: Any) -> str:
     return in_words(found, unit, count).replace(" points", "").replace(" [", "\n[").replace(" with ", " with\n")
 
 
+def balanced(row: Any) -> str:
+    """The balanced accuracy, the mean over classes, of a row whose figure is top-1; "" for any other."""
+    details = row.get("details") if isinstance(row, dict) and row.get("metric") == "top-1" else None
+    both = details.get("micro and macro") if isinstance(details, dict) else None
+    value = both.get("mean per class") if isinstance(both, dict) else None
+    return score(number(value)) if is_number(value) else ""
+
+
 def _figures(probe: Probe) -> str:
     """A result's figure and those beside it, in a sentence."""
     details, unit = probe.details, probe.unit
@@ -160,7 +168,12 @@ def _figures(probe: Probe) -> str:
     levels = {"the largest class": details.get("majority"), "chance": details.get("chance")}
     beside += [f"{name} {score(number(value), unit)}" for name, value in levels.items() if is_number(value)]
     low, high = (score(each, unit) for each in (probe.low, probe.high))
-    text = f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high})"
+    rows = details.get("rows")
+    even = balanced(rows[0] if isinstance(rows, list) and rows else details)
+    more = f"; balanced {even}" if even else ""
+    text = (
+        f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high}{more})"
+    )
     return f"{text}, against {', '.join(beside)}." if beside else f"{text}."
 
 
