@@ -6,7 +6,6 @@ antialiasing. One's own images are the tensors that training, `embed` and `view`
 where the file has more than eight bits, and the same resize. torchvision's functions take both.
 """
 
-import io
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from dinoreg.data.center_crop import Interpolation, center_crop
-from dinoreg.data.decode import BadImage
+from dinoreg.data.decode import BadImage, pillow_rgb
 from dinoreg.data.display import as_rgb
 from dinoreg.data.source import Source
 from dinoreg.runtime.environment import usable_cores
@@ -45,11 +44,7 @@ def read_picture(source: Source, index: int) -> Picture:
         if source.as_trained:
             return source.decode(index, source.in_channels)
         data = source.read(index)
-        if isinstance(data, np.ndarray):
-            rgb = Image.fromarray(data).convert("RGB")
-        else:
-            with Image.open(io.BytesIO(data)) as image:
-                rgb = image.convert("RGB")
+        rgb = Image.fromarray(data).convert("RGB") if isinstance(data, np.ndarray) else pillow_rgb(data)
         return rgb.convert("L") if source.in_channels == 1 else rgb
     except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error, 200)})") from None
