@@ -36,7 +36,7 @@ FRAGMENTATION = 0.105
 # (docs/plan.md). Of the memory that is free a run should leave some to the rest of the machine.
 PROCESS_GIB, WORKER_GIB = 0.88, 0.015
 PROBE_GIB = 0.12
-CPU_FRAGMENTATION, SMALL_GIB = 0.22, 0.2  # of small amounts another half, up to so much
+CPU_FRAGMENTATION, SMALL_GIB = 0.22, 0.12  # of small amounts another half, up to so much
 FREE_SHARE = 0.9
 
 
