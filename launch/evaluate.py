@@ -28,7 +28,8 @@ def plan(request: Request) -> Plan:
 
     raises  UserError for what is wrong with the request, and for datasets that are not below root=
     """
-    from dinoreg.checkpoint.run_folder import PROBED, run_of, teacher_step
+    from dinoreg.checkpoint.run_folder import run_of, teacher_step
+    from dinoreg.checkpoint.steps import PROBED
     from dinoreg.commands.evaluate import read_request
     from dinoreg.weights.names import not_there, random_name
     from dinoreg.weights.resolve import find_weights

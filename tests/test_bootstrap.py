@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
+from torchmetrics.classification import MulticlassAccuracy
 
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, bootstrap_statistic, mean_per_class_accuracy, top1
 from dinoreg.evaluation.metrics.knn_rankme import rankme
@@ -81,13 +82,16 @@ def test_bootstrap_shrinks_to_a_point_when_all_scores_agree() -> None:
     assert (found.low, found.high) == (0.7, 0.7)
 
 
-def test_accuracies_equal_scikit_learn() -> None:
+@pytest.mark.parametrize("known", [7, 6, 3])  # classes that labels have, of 7 that are predicted, and of 9 in all
+def test_accuracies_equal_torchmetrics_and_scikit_learn(known: int) -> None:
     rng = np.random.default_rng(1)
-    labels, predictions = rng.integers(0, 6, 200), rng.integers(0, 7, 200)
+    labels, predictions = np.append(rng.integers(0, known - 1, 200), known - 1), rng.integers(0, 7, 201)
     assert top1(predictions, labels) == np.mean([p == y for p, y in zip(predictions, labels)])
-    with pytest.warns(UserWarning, match="y_pred"):
-        expected = balanced_accuracy_score(labels, predictions)
-    assert mean_per_class_accuracy(predictions, labels) == pytest.approx(expected, abs=1e-12)
+    macro = MulticlassAccuracy(num_classes=9, average="macro")(torch.tensor(predictions), torch.tensor(labels))
+    found = mean_per_class_accuracy(predictions, labels)
+    assert found == pytest.approx(macro.item(), abs=1e-6)
+    if known == 7:
+        assert found == pytest.approx(balanced_accuracy_score(labels, predictions), abs=1e-12)
 
 
 def test_bootstrap_of_only_right_or_only_wrong_answers_leaves_the_exact_doubt() -> None:

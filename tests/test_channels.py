@@ -36,7 +36,7 @@ def save(path: Path, planes: np.ndarray) -> None:
 
 def planes(rng: np.random.Generator, channels: int, last: np.ndarray) -> np.ndarray:
     """Noise of twelve bits in all channels but the last."""
-    noise = rng.integers(0, 4096, (channels, SIDE // 8, SIDE // 8)).repeat(8, 1).repeat(8, 2)
+    noise = rng.integers(0, 4096, (channels, SIDE, SIDE))
     return np.concatenate([noise[:-1], last[None]]).astype(np.uint16)
 
 
@@ -50,25 +50,9 @@ def write_classes(root: Path, channels: int, each: int = 12) -> Path:
     return root
 
 
-def write_pairs(root: Path, channels: int) -> Path:
-    """Masks and depth of a square that the last channel alone shows."""
-    rng = np.random.default_rng(1)
-    for folder in ("masks", "depth"):
-        (root / folder).mkdir(parents=True)
-    for number in range(10):
-        mask = np.zeros((SIDE, SIDE), np.uint8)
-        top, left = rng.integers(0, SIDE - 24, 2)
-        mask[top : top + 24, left : left + 24] = 1
-        save(root / "images" / f"{number}", planes(rng, channels, 400 + 3600 * mask))
-        Image.fromarray(mask).save(root / "masks" / f"{number}.png")
-        Image.fromarray((1000 + 3000 * mask).astype(np.uint16)).save(root / "depth" / f"{number}.png")
-    return root
-
-
 def run_of(folder: Path, channels: int, value_range: list[int] | None = TWELVE) -> Path:
-    """A run of random weights, whose patch tokens are near their pixels."""
-    options = {"in_channels": channels, "image_size": 32, "layerscale": 1e-3, "init_std": 0.1}
-    model = tiny_model(1, depth=1, dim=24, **options)
+    """A run of random weights."""
+    model = tiny_model(1, depth=1, dim=24, in_channels=channels, image_size=32, init_std=0.1)
     stated = {"mean": [0.5], "std": [0.25], "range": value_range}
     return write_run(folder, model, **stated)
 
@@ -125,13 +109,24 @@ def test_values_beyond_the_range_of_a_run_and_of_weights_are_named(tmp_path: Pat
             Image.fromarray(values).save(tmp_path / "deep" / name / f"{number}.png")
     source = open_source(tmp_path / "deep", value_range=TWELVE)
     (line,) = survey(source, 3).warnings
-    assert line.startswith("93.")  # 1 - 4095 / 65535 of evenly spread values
+    assert line.startswith("beyond the range: 93.")  # 1 - 4095 / 65535 of evenly spread values
     run = run_of(tmp_path / "run", 3)
     found = evaluated(tmp_path / "deep", run, tmp_path / "out", "protocols=knn", "knn.k=1")
-    assert [warning for warning in found["warnings"] if "cut off" in warning]
-    assert not evaluated(tmp_path / "deep", run, tmp_path / "other", "protocols=knn", "knn.k=1", "range=0,65535")[
-        "warnings"
-    ]
+    assert [warning for warning in found["warnings"] if warning.startswith("beyond the range: ")]
+    ranged = evaluated(tmp_path / "deep", run, tmp_path / "other", "protocols=knn", "knn.k=1", "range=0,65535")
+    assert not [warning for warning in ranged["warnings"] if "range" in warning]
+
+
+def test_embed_names_values_beyond_the_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (32, 32)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    run = run_of(tmp_path / "run", 3)
+    arguments = ["embed", f"data={tmp_path / 'a.png'}", f"weights={run}", "device=cpu"]
+    for name, more, words in (("plain", [], "cut off"), ("ranged", ["range=0,65535"], "")):
+        assert main([*arguments, f"out={tmp_path / name}.safetensors", *more]) == 0
+        said = capsys.readouterr().err
+        assert words in said
+        assert ("warning" in said) == bool(words)
 
 
 def test_a_range_that_is_hardly_used_is_named(tmp_path: Path) -> None:
@@ -154,13 +149,21 @@ def test_mixed_ranges_levels_and_pages_are_inspected(tmp_path: Path) -> None:
     assert inspect_source(tmp_path)["pages"] == {4: 1}
 
 
-@pytest.mark.parametrize("channels", [1, 5])
-def test_eval_of_own_pictures_sees_what_the_last_channel_says(channels: int, tmp_path: Path) -> None:
-    data, run = write_classes(tmp_path / "stripes", channels), run_of(tmp_path / "run", channels)
-    short = ["logistic.num_c=5", "linear.epochs=1", "linear.epoch_steps=30", "knn.k=1", "few_shot.repeats=1"]
-    found = evaluated(data, run, tmp_path / "out", "logistic.token=cls+mean", *short)
-    assert {row["protocol"] for row in found["rows"]} >= {"logistic regression", "linear grid", "weighted k-NN"}
-    assert found["warnings"] == []
+@pytest.mark.parametrize("channels", [1, 5, pytest.param(48, marks=pytest.mark.slow)])
+def test_eval_finds_what_the_last_channel_alone_says(channels: int, tmp_path: Path) -> None:
+    rng, run = np.random.default_rng(5), run_of(tmp_path / "run", channels)
+    for place, levels in (("told", (800, 3200)), ("untold", (2000, 2000))):
+        for name, level in zip(("dark", "bright"), levels):
+            for number in range(30 if channels < 48 else 40):
+                last = level + rng.integers(-400, 400, (SIDE, SIDE))
+                save(tmp_path / place / name / f"{number:02d}", planes(rng, channels, last))
+    options = ["protocols=logistic", "logistic.token=cls+mean", "logistic.num_c=8"]
+    told, untold = (
+        evaluated(tmp_path / place, run, tmp_path / f"out_{place}", *options) for place in ("told", "untold")
+    )
+    assert told["value"] > 0.9
+    assert told["low"] > untold["high"]
+    assert not [warning for warning in told["warnings"] if "range" in warning]
 
 
 def test_a_benchmark_is_refused_to_many_channels_and_grey_for_one(

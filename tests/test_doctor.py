@@ -212,6 +212,7 @@ def test_a_whole_unfinished_run_says_how_far_it_got_and_how_to_go_on(tmp_path: P
     assert "step 7 of 20, saved at 6: resume with" in text
     assert f"dinoreg pretrain {run} resume=true" in text
     assert row(progress, "last line")[1] == "step 7, loss 3, images_per_second 3.25"
+    assert row(progress, "weights")[1] == f"weights={run} means step 6 (last); weights={run}/best step 3"
     checkpoints = rows_of(sections, "checkpoints")
     assert checkpoints == [("step_0000003", "ok", "whole (best)"), ("step_0000006", "ok", "whole (last)")]
     assert rows_of(sections, "health") == [("events", "ok", "none")]

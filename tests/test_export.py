@@ -341,7 +341,7 @@ def test_the_card_tells_data_steps_results_statistics_and_loading_in_four_lines(
     for told in (
         "| data | photos |", "| steps | 20 of 30 |", "| images seen | 120 |", "| learning rate | 0.002 |",
         "| pets | accuracy, linear | 87.4 % | 86.1 % to 88.8 % | 3,669 | random init 11.1 % |",
-        "In-run probe at step 20: knn\\_top1 0.25.", "| mean | 0.1, 0.2, 0.3 |",
+        "In-run probe at step 20: knn\\_top1: 25.0 %.", "| mean | 0.1, 0.2, 0.3 |",
         "my\\_run/teacher/step\\_0000020.safetensors",
         "Not stated yet", "| 16x24 | bfloat16 |",
     ):  # fmt: skip

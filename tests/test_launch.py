@@ -714,6 +714,18 @@ def test_states_are_told_in_words(state: slurm.JobState | None, expected: str, m
     assert line.startswith(expected)
 
 
+def test_the_status_says_which_steps_are_saved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words(monkeypatch, slurm.JobState("COMPLETED"))
+    assert main(["launch", "status", "run"]) == 0
+    assert "weights=" not in capsys.readouterr().out
+    Path("run/checkpoints").mkdir()
+    Path("run/checkpoints/last").write_text("step_0000200\n")
+    assert main(["launch", "status", "run"]) == 0
+    assert "weights=run means step 200 (last)" in capsys.readouterr().out
+
+
 def test_the_words_of_a_running_training_say_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = Path("run/launch")
     launch.mkdir(parents=True)

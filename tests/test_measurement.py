@@ -13,6 +13,7 @@ from dinoreg.data.source import ScenesSource
 from dinoreg.evaluation.backbones.encoder import PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
+from dinoreg.evaluation.metrics.bootstrap import Interval
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, Measurement, choose_best, resumable_map
 from dinoreg.runtime.errors import UserError
@@ -53,7 +54,7 @@ def test_splits_are_of_the_kind_that_the_protocol_takes(tmp_path: Path) -> None:
 
 def test_a_row_carries_what_all_rows_share_and_the_variant_of_the_data(tmp_path: Path) -> None:
     measured = made(tmp_path, Data({}, variant="split 1"), seed=4)
-    row = measured.row(0.5, (0.25, 0.75), variant="k = 20", n_test=7)
+    row = measured.row(0.5, Interval(0.25, 0.75, np.array([0.25, 0.75])), variant="k = 20", n_test=7)
     assert (row.protocol, row.metric, row.variant) == (PROTOCOLS["knn"][1], "top-1", "k = 20, split 1")
     assert (row.value, row.low, row.high, row.seeds, row.n_test) == (0.5, 0.25, 0.75, (4,), 7)
     assert 0 <= row.hours < 1

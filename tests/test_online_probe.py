@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode, v2
 from training import given, read_lines, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.checkpoint.run_folder import watched_in, which_steps
+from dinoreg.checkpoint.steps import against_start, probe_in_words, role_of, watched_in, which_steps
 from dinoreg.config.load import Config
 from dinoreg.data.open import open_source
 from dinoreg.distributed.process_group import ALONE
@@ -251,6 +251,65 @@ def test_best_and_last_outlive_the_rest_and_are_told_apart_by_name(
     low, high = (100 * lines[2][f"knn_top1_{end}"] for end in ("low", "high"))
     beside = "(step 0: 20.0, chance 10.0, majority 20.0)"
     assert f"probe at step 4: knn_top1: 60.0 % [{low:.1f}, {high:.1f}] {beside}" in log
+
+
+def test_every_later_probe_is_compared_with_the_start_image_by_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [(0.2,), (0.5, 3.0, 6), (0.9,), (0.1,), (0.3, 3.0, 15)]
+    give(monkeypatch, found)
+    out = run(tmp_path / "run", probe__max_share=1.0)
+    first, *lines = read_lines(out / "probe.jsonl")
+    assert not any("start" in key or "gain" in key for key in first)
+    right = [given(top1, 30, *others).right for top1, *others in found]
+    for line, now in zip(lines, right[1:], strict=True):
+        difference = [int(one) - int(other) for one, other in zip(now, right[0], strict=True)]  # type: ignore[arg-type]
+        assert (line["start_step"], line["knn_top1_start"]) == (0, 0.2)
+        assert line["knn_top1_gain"] == pytest.approx(sum(difference) / 30)
+        assert line["knn_top1_gain_low"] < line["knn_top1_gain"] < line["knn_top1_gain_high"]
+    verdicts = [against_start(line).partition(":")[0] for line in lines]
+    assert verdicts[1] == "better than the start"
+    assert verdicts[3] == "not better than the start so far"
+    assert against_start(first) == ""
+    log = (out / "train.log").read_text()
+    assert all(f"probe at step {line['step']}: {probe_in_words(line)}" in log for line in (first, *lines))
+    assert f"dinoreg eval LABELLED weights={out}" in log
+
+
+def pointed(out: Path, lines: list[dict[str, Any]], **pointers: int) -> str:
+    """What is said of a run folder with these probes and pointers."""
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for name in ("last", "best"):
+        (out / "checkpoints" / name).unlink(missing_ok=True)
+    for name, step in pointers.items():
+        (out / "checkpoints" / name).write_text(f"step_{step:07d}\n")
+    (out / "probe.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return which_steps(out)
+
+
+def test_it_is_said_which_step_is_the_last_the_best_and_the_highest(tmp_path: Path) -> None:
+    shares = {0: 0.15, 20: 0.155, 40: 0.18, 200: 0.16}
+    lines = [
+        {"step": step, "knn_top1": share, "knn_top1_low": share - 0.05, "knn_top1_high": share + 0.05}
+        for step, share in shares.items()
+    ]
+    last = f"weights={tmp_path} means step 200 (last, k-NN 16.0 % [11.0, 21.0])"
+    none = pointed(tmp_path, lines, last=200)
+    assert none.startswith(last)
+    assert "18.0 % [13.0, 23.0] at step 40" in none
+    assert none.endswith("there is no best")
+    stays = pointed(tmp_path, lines, last=200, best=20)
+    assert f"; weights={tmp_path}/best step 20, k-NN 15.5 % [10.5, 20.5]; the highest k-NN, 18.0 %" in stays
+    assert stays.endswith("best stays")
+    best = pointed(tmp_path, lines, last=200, best=40)
+    assert best == f"{last}; weights={tmp_path}/best step 40, k-NN 18.0 % [13.0, 23.0]"
+    assert pointed(tmp_path, lines[:1], last=200).endswith("no step is the best: none was better than the start")
+    assert "k-NN" not in pointed(tmp_path, [], last=200)
+    assert "nothing was saved" in pointed(tmp_path, lines)
+    pointed(tmp_path, lines, last=200, best=40)
+    (tmp_path / "status.json").write_text('{"num_steps": 200}')
+    roles = [role_of(tmp_path, step) for step in (200, 40, 20)]
+    assert roles == ["step 200 of 200 (the last)", "step 40 of 200 (best by the probe, not the last)", "step 20 of 200"]
 
 
 def bests(monkeypatch: pytest.MonkeyPatch, figures: list[tuple[float, ...]], metric: str) -> list[int]:

@@ -18,10 +18,13 @@ from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.report import compare_runs, report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
+from dinoreg.reports.class_tables import class_tables
 from dinoreg.reports.compare import comparison, differences, run_names
+from dinoreg.reports.plots import run_charts
 from dinoreg.reports.run_report import write_report
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.durations import duration
+from dinoreg.runtime.templates import score
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -328,6 +331,38 @@ def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:
     assert verdict(loaded).tone == "good"
 
 
+@pytest.mark.parametrize(
+    ("gain", "tone", "words"),
+    [
+        ((0.2, 0.1, 0.3), "good", "better than the start"),
+        ((-0.02, -0.07, 0.03), "warn", "not better than the start so far"),
+        ((-0.2, -0.3, -0.1), "bad", "worse than the start"),
+        (None, "plain", "not yet compared"),
+    ],
+)
+def test_without_an_evaluation_the_probe_inside_the_run_is_judged_by_its_start(
+    gain: tuple[float, float, float] | None, tone: str, words: str, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "a")
+    (run / "eval/0000040/scenes.json").unlink()
+    line: dict[str, Any] = {"step": 40, "knn_top1": 0.16, "knn_top1_low": 0.11, "knn_top1_high": 0.21}
+    line |= {"knn_top1_chance": 0.143, "knn_top1_majority": 0.18, "knn_top1_start": 0.17, "start_step": 0}
+    if gain is not None:
+        line |= {f"knn_top1_gain{end}": value for end, value in zip(("", "_low", "_high"), gain, strict=True)}
+    (run / "probe.jsonl").write_text(json.dumps(line) + "\n")
+    with (run / "config.yaml").open("a") as file:
+        file.write("probe:\n  data: labelled\n")
+    said = verdict(Run(run))
+    assert (said.tone, words in said.headline) == (tone, True)
+    assert "16.0 % [11.0, 21.0] (step 0: 17.0, chance 14.3, majority 18.0)" in said.sentences[0]
+    assert "naming the largest class" in said.sentences[1]
+    assert any(f"dinoreg eval labelled weights={run}" in sentence for sentence in said.sentences)
+    (accuracy, *_) = run_charts(Run(run))["probe"]
+    assert sorted(accuracy.levels.values()) == [0.143, 0.18]
+    assert not any("knn" in chart.title for chart in run_charts(Run(run))["other"])
+    assert f"weights={run}: nothing was saved yet" in " ".join(parse(write_report(run)).text)
+
+
 def test_values_that_are_not_finite_leave_a_gap_and_repeated_steps_count_once(tmp_path: Path) -> None:
     lines = [{"step": 1, "a": 1.0}, {"step": 2, "a": "nan"}, {"step": 3, "a": 5.0}, {"step": 3, "a": 3.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "a"')
@@ -412,3 +447,18 @@ def test_a_report_draws_the_pictures_of_the_newest_teacher_once(tmp_path: Path) 
     before = [file.stat().st_mtime_ns for file in files]
     report_run(tmp_path)
     assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_tables_of_classes_are_whole_for_a_few_and_the_worst_of_many() -> None:
+    few = [{"class": name, "n": 4, "recall": 0.5, "precision": "nan"} for name in "ab"]
+    classes, confusion = class_tables({"details": {"classes": few, "confusion": [[2, 2], [2, 2]]}})
+    assert classes.rows == [["a", "4", "50.0 %", "\u2013"], ["b", "4", "50.0 %", "\u2013"]]
+    assert confusion.rows == [["a", "2", "2"], ["b", "2", "2"]]
+    many = [{"class": f"c{place}", "n": 9, "recall": (place * 7 % 40) / 40, "precision": 0.1} for place in range(40)]
+    worst, confused = class_tables({"details": {"classes": many, "confusions": [["c1", "c2", 5]]}})
+    assert [row[2] for row in worst.rows] == [score(place / 40) for place in range(30)]
+    assert confused.rows == [["c1", "c2", "5"]]
+    (single,) = class_tables({"details": {"iou": {"sky": 0.75, "road": "nan"}}})
+    assert single.rows == [["sky", "75.0 %"], ["road", "\u2013"]]
+    for broken in ({}, {"details": []}, {"details": {"classes": [3]}}, {"details": {"iou": 4}}):
+        assert class_tables(broken) == []

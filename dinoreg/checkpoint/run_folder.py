@@ -15,8 +15,6 @@ from omegaconf import OmegaConf
 
 from dinoreg.runtime.json_files import flatten, is_number, number, read_json, read_json_lines, read_text
 
-PROBED = "probe.json"  # on which images the probe inside the run compares its steps
-
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -80,8 +78,8 @@ class Run:
             line | logged_losses(line, *weights) if "total_loss" in line and "loss" not in line else line
             for line in lines
         ]
-        self.metrics = _by_step(old)
-        self.probe = _by_step(read_json_lines(path / "probe.jsonl"))
+        self.metrics = by_step(old)
+        self.probe = by_step(read_json_lines(path / "probe.jsonl"))
         extra = (read_json(file) for file in sorted((path / "health").glob("*.json")))
         self.events = read_json_lines(path / "health" / "events.jsonl")
         self.events += [event for event in extra if "name" in event and "message" in event]
@@ -149,7 +147,12 @@ def newest_teacher(run: Path) -> Path | None:
 
 def teacher_step(path: Path) -> int | None:
     """The step in the name of a teacher file; None for other files."""
-    match = _STEP.fullmatch(path.stem)
+    return step_in(path.stem)
+
+
+def step_in(name: str) -> int | None:
+    """The step in the name of a checkpoint; None for other names."""
+    match = _STEP.fullmatch(name)
     return int(match[1]) if match else None
 
 
@@ -159,60 +162,6 @@ def run_of(weights: str | Path) -> Path | None:
     is_teacher = path.parent.name == "teacher" and teacher_step(path) is not None
     run = path.parent.parent if is_teacher else path
     return run if (run / "config.yaml").is_file() else None
-
-
-def pointed_step(run: Path, pointer: str) -> int | None:
-    """The step that `last` or `best` of a run folder points to; None without one."""
-    match = _STEP.fullmatch(read_text(run / "checkpoints" / pointer)[:100].strip())
-    return int(match[1]) if match else None
-
-
-def which_steps(run: Path) -> str:
-    """In a sentence: what `weights=RUN` and `weights=RUN/best` mean, with the k-NN accuracies inside the run."""
-    probed = _by_step(read_json_lines(run / "probe.jsonl"))
-    last, best = pointed_step(run, "last"), pointed_step(run, "best")
-    if last is None:
-        return f"weights={run}: nothing was saved yet"
-    text = f"weights={run} means step {last:,} (last{_accuracy(probed, last)})"
-    if best is not None:
-        return f"{text}; weights={run}/best step {best:,}{_accuracy(probed, best)}"
-    labelled = any("knn_top1" in line for line in probed)
-    return f"{text}; no step is the best" + (", none was better than the start by its interval" if labelled else "")
-
-
-def _accuracy(probed: Sequence[Mapping[str, Any]], step: int) -> str:
-    """ ", k-NN 18.0 % [12.9, 23.7]" of a step that was probed, else an empty text."""
-    line = line_at(probed, step)
-    values = [line.get(f"knn_top1{end}") for end in ("", "_low", "_high")]
-    if line.get("step") != step or not all(map(is_number, values)):
-        return ""
-    value, low, high = (100 * number(each) for each in values)
-    return f", k-NN {value:.1f} % [{low:.1f}, {high:.1f}]"
-
-
-@dataclass(frozen=True)
-class Watched:
-    """The labelled images that the probe inside a run looks at, see `PROBED`.
-
-    data    where they are
-    images  16 hexadecimal digits over the content of each
-    chosen  whether the step at hand was chosen by its accuracy on them: it is the best, and not the last
-    """
-
-    data: str
-    images: frozenset[str]
-    chosen: bool
-
-
-def watched_in(run: Path, step: int) -> Watched | None:
-    """What the probe inside a run looks at, for weights of one of its steps; None where there are no labels."""
-    content = read_json(run / PROBED)
-    images = content.get("images")
-    if not isinstance(images, list):
-        return None
-    best, last = (pointed_step(run, name) for name in ("best", "last"))
-    chosen = step == best != last and content.get("metric") == "knn_top1"
-    return Watched(str(content.get("data")), frozenset(map(str, images)), chosen)
 
 
 def _whole(value: Any) -> int | None:
@@ -227,8 +176,8 @@ def _yaml(text: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()} if isinstance(content, dict) else {}
 
 
-def _by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In order of the step; of several lines for one step, as after a resume, the last."""
+def by_step(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of a file in order of the step; of several lines for one step, as after a resume, the last."""
     last = {line["step"]: line for line in lines if is_number(line.get("step"))}
     return [last[step] for step in sorted(last)]
 

@@ -180,6 +180,8 @@ def examine_run(run: Path) -> list[Section]:
 
 
 def _progress_rows(run: Path) -> list[Row]:
+    from dinoreg.checkpoint.steps import probe_in_words, which_steps
+
     lines, status = read_json_lines(run / "metrics.jsonl"), read_json(run / "status.json")
     last = (lines or [{}])[-1]
     rows = [("state", *_state(run, status, last))]
@@ -192,7 +194,8 @@ def _progress_rows(run: Path) -> list[Row]:
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
     if probes := read_json_lines(run / "probe.jsonl"):
-        rows.append(("last probe", "", _values({k: v for k, v in probes[-1].items() if k != "probe_time"})))
+        rows.append(("last probe", "", f"step {probes[-1].get('step')}, {probe_in_words(probes[-1])}"))
+    rows.append(("weights", "", which_steps(run)))
     if status.get("phase") != "finished":
         rows += _resource_rows(run, last)
     if failure := _last_traceback(run / "train.log"):

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from dinoreg.checkpoint.steps import role_of
 from dinoreg.commands.failures import print_status
 from dinoreg.commands.report import report_run
 from dinoreg.config.option import dotted, read
@@ -61,10 +62,12 @@ def evaluate_command(names: str | None = None, request: Request | None = None) -
     encoder, folder, run = _open(request.options.weights, request.options)
     plans = _look(encoder, plans, request, problems)
     print_status(f"{encoder.name} ({encoder.identity}), {len(plans)} dataset(s), results in {folder}")
+    if run is not None:
+        print_status(f"{run}: these weights are {role_of(run, int(folder.name))}")
     failed = _measure(encoder, plans, request, folder)
     paired = paired_with(folder)
     report = write_evaluation(folder, [*problems.values(), *failed], paired) if request.options.report else None
-    if run is not None and report is not None:
+    if run is not None and report is not None and request.options.out is None:
         report_run(run)
     Console().print(console_table(read_records(folder)))
     for dataset, figure, model, said, other in paired_rows(paired):
@@ -118,13 +121,8 @@ def paired_with(folder: Path) -> list[dict[str, Any]]:
     paths = sorted(
         folder.parent.glob("[0-9]*/*.json"), key=lambda path: (path.parent == folder, path.parent, path.stem)
     )
-    several = len({path.parent for path in paths}) > 1
-    named = []
-    for path in paths:
-        if (result := read_result(path)) is not None:
-            name = str(result.facts.get("weights", {}).get("name"))
-            named.append((f"{name}, step {path.parent.name.lstrip('0') or 0}" if several else name, result))
-    return between(named)
+    results = [result for path in paths if (result := read_result(path)) is not None]
+    return between([(str(result.facts.get("weights", {}).get("name")), result) for result in results])
 
 
 def _not_evaluated(folder: Path) -> list[str]:
@@ -212,7 +210,7 @@ def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
     check_size(encoder, options)
     safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in encoder.name).strip("-")
     out = Path(options.out) if options.out else run or Path("runs") / "eval" / f"{safe[:60]}-{encoder.identity[:8]}"
-    return encoder, out / "eval" / f"{step:07d}", run if options.out is None else None
+    return encoder, out / "eval" / f"{step:07d}", run
 
 
 def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: Path) -> list[str]:

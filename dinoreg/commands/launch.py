@@ -7,6 +7,7 @@ check and run them.
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 
 from dinoreg.commands.arguments import is_key_value, read_options, split_arguments
 from dinoreg.commands.options import ACTIONS, CancelOptions, LogsOptions
@@ -14,6 +15,7 @@ from dinoreg.commands.registry import VERBS, run_verb
 from dinoreg.jobs import control, status
 from dinoreg.jobs.job_type import Request, find_job, job_files
 from dinoreg.jobs.options import OPTION_NAMES, split_options
+from dinoreg.jobs.records import read_records
 from dinoreg.jobs.submit import command_line, launch
 from dinoreg.runtime.errors import UserError
 
@@ -94,4 +96,9 @@ def _act(name: str, arguments: Sequence[str]) -> None:
     elif isinstance(options, CancelOptions):
         control.cancel(folders[0], options.job, options.save, _say)
     else:
+        from dinoreg.checkpoint.steps import pointed_step, which_steps
+
         _say("\n".join(status.describe(folders[0])))
+        for run in dict.fromkeys(record.run for record in read_records(folders[0]) if record.run):
+            if pointed_step(Path(run), "last") is not None:
+                _say(which_steps(Path(run)))

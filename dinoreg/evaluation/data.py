@@ -4,13 +4,13 @@ Every image comes through a `Source` (bytes or pixels by index, with a name for 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from dinoreg.data.source import Source
+from dinoreg.data.source import ChosenSource, Source
 from dinoreg.runtime.errors import UserError
 
 IGNORED = 255  # in a segmentation mask: void, counts neither way
@@ -43,27 +43,42 @@ class Split:
                 digest.update(np.ascontiguousarray(each).tobytes())
         return digest.hexdigest()[:16]
 
-    def _take_labels(self, kind: type) -> None:
-        """The labels as an array of a type; UserError unless there is one for each image, and any."""
-        labels: np.ndarray = np.asarray(self.labels, dtype=kind)  # type: ignore[attr-defined]
-        object.__setattr__(self, "labels", labels)
-        if len(self.source) != len(labels):
-            raise UserError(f"{len(self.source)} images came with {len(labels)} labels")
-        if not len(labels):
-            raise UserError("a split has no images")
-
 
 @dataclass(frozen=True)
-class Labelled(Split):
-    """Images with one class each.
+class _ImageLabels(Split):
+    """Images with one label or several each, some of which may be learnt from and others tested.
 
-    labels  (n,) int64 in [0, num_classes); UserError for any other, for other than one an image, and for none
+    labels    (n,) or (n, num_classes); UserError for other than one row an image, and for none
+    pictures  (n,) the same number for copies of one picture, which are never on two sides; None: there are none
     """
 
     source: Source
     labels: np.ndarray
     num_classes: int
+    pictures: np.ndarray | None = None
     HELD = ("labels",)
+
+    def chosen(self, rows: np.ndarray) -> Self:
+        """Some of the images, as one of several choices from them; rows (m,) are their places."""
+        pictures = None if self.pictures is None else self.pictures[rows]
+        source = ChosenSource(self.source, rows, one_of_many=True)
+        return replace(self, source=source, labels=self.labels[rows], pictures=pictures)
+
+    def _take_labels(self, kind: type) -> None:
+        """The labels as an array of a type; UserError unless there is one for each image, and any."""
+        object.__setattr__(self, "labels", np.asarray(self.labels, dtype=kind))
+        if len(self.source) != len(self.labels):
+            raise UserError(f"{len(self.source)} images came with {len(self.labels)} labels")
+        if not len(self.labels):
+            raise UserError("a split has no images")
+
+
+@dataclass(frozen=True)
+class Labelled(_ImageLabels):
+    """Images with one class each.
+
+    labels  (n,) int64 in [0, num_classes); UserError for any other, for other than one an image, and for none
+    """
 
     def __post_init__(self) -> None:
         self._take_labels(np.int64)
@@ -76,17 +91,12 @@ class Labelled(Split):
 
 
 @dataclass(frozen=True)
-class MultiLabelled(Split):
+class MultiLabelled(_ImageLabels):
     """Images with a set of classes each.
 
     labels  (n, num_classes) int8: 1 present, 0 absent, -1 not to be counted for that class; UserError for any other,
             and where there is not one row an image
     """
-
-    source: Source
-    labels: np.ndarray
-    num_classes: int
-    HELD = ("labels",)
 
     def __post_init__(self) -> None:
         self._take_labels(np.int8)
@@ -180,12 +190,18 @@ class Data:
     class_names  (num_classes,) or empty
     variant      in words, where a choice was made: "banner cropped", "split 1", "seed 0, 30 per class"
     extra        anything else that one protocol needs of one dataset
+    folds        (n,) int64, or None. With folds, "test" holds all images and is the only split: those of each fold are
+                 tested after learning from those of the others
+    options      (side of the encoder's crops in pixels) -> options of the protocol that follow from the data, such as
+                 the largest depth; the user's own win
     """
 
     splits: dict[str, Any]
     class_names: Sequence[str] = ()
     variant: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
+    folds: np.ndarray | None = None
+    options: Callable[[int], Mapping[str, Any]] = lambda _side: {}
 
     def names(self, num_classes: int) -> list[str]:
         """A name for each class; its number where it has none."""

@@ -132,7 +132,8 @@ def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
     measured = {key for line in run.metrics + run.probe for key, value in line.items() if is_number(value)}
     start = "grad_norm_"
     gradients = {key: key[len(start) :].replace("_", " ") for key in sorted(measured) if key.startswith(start)}
-    shown = {"knn_top1", "rankme"}.union(*(names for rows in SECTIONS.values() for _, names, _ in rows))
+    shown = {"knn_top1", "rankme", "start_step"}.union(*(names for rows in SECTIONS.values() for _, names, _ in rows))
+    shown |= {key for key in measured if "knn_top1_" in key}  # intervals, and what an accuracy is compared with
     other = sorted(measured - shown - NOT_SHOWN - gradients.keys())[:most]
     sections = {
         name: [_chart(run, title, names or gradients, **options) for title, names, options in rows]
@@ -150,6 +151,9 @@ def _probe_charts(run: Run) -> list[Chart]:
         probes = [probe for probe in run.probes if probe.dataset == dataset]
         steps, values = [probe.step for probe in probes], [probe.value for probe in probes]
         accuracy.lines.append(Line(f"linear, {dataset}", steps, values))
+    for name in ("chance", "majority"):
+        if accuracy.lines and (level := run.last(f"knn_top1_{name}")) is not None:
+            accuracy.levels[f"{name} {100 * level:.3g} %"] = level
     chances = [probe.details["chance"] for probe in run.newest_probes() if is_number(probe.details.get("chance"))]
     accuracy.levels.update({f"chance {100 * each:.3g} %": float(each) for each in chances})
     ranks = _chart(run, "Effective rank of the probe's features", {"rankme": "rank"}, marker=True, from_zero=True)
@@ -203,11 +207,11 @@ def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
 
 
 def _draw_levels(axes: Axes, levels: Mapping[str, float]) -> None:
-    for name, level in levels.items():
+    for number, (name, level) in enumerate(levels.items()):  # in turn at the right and the left, as they may be near
         axes.axhline(level, color=INK, linewidth=0.9, linestyle=DOTTED)
         axes.annotate(
-            name, (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2), textcoords="offset points",
-            ha="right", va="bottom", color=INK,
+            name, (1 - number % 2, level), xycoords=("axes fraction", "data"), textcoords="offset points",
+            xytext=(2 if number % 2 else -2, 2), ha="left" if number % 2 else "right", va="bottom", color=INK,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Probe, Run
+from dinoreg.checkpoint.steps import which_steps
 from dinoreg.reports import html
 from dinoreg.reports.plots import run_charts
 from dinoreg.reports.verdict import verdict
@@ -37,6 +38,7 @@ def write_report(folder: str | Path, problem: str = "") -> Path:
         run.name,
         run=run,
         state=", ".join(filter(None, [str(run.status.get("phase", "")), f"step {run.step:,}{total}"])),
+        steps=which_steps(run.folder),
         words=verdict(run),
         figures=figures(run),
         probes=[(probe, html.probe_scale("this run", probe), _details(probe)) for probe in run.newest_probes()],

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dinoreg.checkpoint.run_folder import Probe, Run
-from dinoreg.runtime.json_files import is_number, number
+from dinoreg.checkpoint.steps import against_start, next_steps, probe_in_words
+from dinoreg.runtime.json_files import flatten, is_number, number
 from dinoreg.runtime.templates import score
 
 MAJORITY = "majority class"  # beside the baselines: the figure of always naming the largest class
@@ -44,14 +45,24 @@ def verdict(run: Run) -> Verdict:
         others = [each for each in judged if each is not first]
         sentences = [*first.sentences, *(f"{each.headline} {' '.join(each.sentences)}" for each in others)]
         return Verdict(first.tone, first.headline, (*sentences, health(run)))
-    steps, scores = run.series("knn_top1")
-    if scores:
-        change = f"from {scores[0]:.1%} at step {steps[0]:g} to " if len(scores) > 1 else ""
-        sentence = f"The k-NN probe inside the run went {change}{scores[-1]:.1%} at step {steps[-1]:g}."
-        return Verdict("plain", "No linear probe has been run yet.", (sentence, health(run)))
+    commands = next_steps(run.folder, flatten(run.config).get("probe.data"))
+    if probed := [line for line in run.probe if is_number(line.get("knn_top1"))]:
+        return judge_inside(probed[-1], commands, health(run))
     if run.metrics:
-        return Verdict("plain", "Nothing has been measured on the features yet.", (progress(run), health(run)))
+        headline = "Nothing has been measured on the features yet."
+        return Verdict("plain", headline, (progress(run), health(run), commands))
     return Verdict("plain", "The run has just begun: there are no metrics yet.", (progress(run),))
+
+
+def judge_inside(line: Mapping[str, Any], *sentences: str) -> Verdict:
+    """The probe inside a run against its start, by a line of probe.jsonl; `sentences` stand behind its figures."""
+    against, low = against_start(line), line.get("knn_top1_low")
+    tone = {"better": "good", "worse": "bad", "not": "warn"}.get(against.partition(" ")[0], "plain")
+    words = against.partition(":")[0] if against else "measured, but not yet compared with the start"
+    figures = [f"Step {line['step']:,}, {probe_in_words(line)}."]
+    if is_number(low) and is_number(line.get("knn_top1_majority")) and low <= line["knn_top1_majority"]:
+        figures.append(f"Not shown to be better than {SPOKEN[MAJORITY]}.")
+    return Verdict(tone, f"The probe inside the run: {words}.", (*figures, *sentences))
 
 
 def judge(probe: Probe) -> Verdict:
@@ -70,10 +81,15 @@ def judge(probe: Probe) -> Verdict:
     names = [name for name, found in against.items() if found["verdict"] == said]
     words = [in_words(against[name], unit, count) for name in names]
     spoken, do = _and([SPOKEN.get(name, name) for name in names]), "do" if names[-1].endswith("s") else "does"
-    if against.get(MAJORITY, {}).get("verdict", "better") != "better":
-        level = f" ({score(details['majority'], unit)})" if is_number(details.get("majority")) else ""
-        headline = f"Not better than {SPOKEN[MAJORITY]}{level}: {in_words(against[MAJORITY], unit, count)}."
-        short = "not better than the largest class"
+    majority = against.get(MAJORITY)
+    if majority is not None and majority["verdict"] != "better":
+        level = f"{SPOKEN[MAJORITY]} ({score(number(details.get('majority')), unit)})"
+        told = in_words(majority, unit, count)
+        gain = number(majority["difference"]) > 0
+        headline = (
+            f"{told[:1].upper()}{told[1:]}: a gain over {level}." if gain else f"Not better than {level}: {told}."
+        )
+        short = "not shown to be better than the largest class" if gain else "not better than the largest class"
     elif said == "better":
         gains = _and([f"{gain} than {SPOKEN.get(name, name)}" for name, gain in zip(names, words)])
         headline, short = f"Pretraining helps: {gains}.", said
@@ -121,13 +137,27 @@ PAIRED = ("dataset", "measure", "weights", "on the same images", "against")
 
 def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Weights against others on the same test images (`comparison.between`), as rows of text under PAIRED."""
-    return [
-        [
-            *(str(each["dataset"]), f"{each['protocol']}, {each['metric']}", str(each["model"])),
-            *(in_words(each, each["unit"], each["n_test"]), str(each["other"])),
-        ]
-        for each in paired
-    ]
+    rows = []
+    for each in paired:
+        ours, theirs = (
+            f"{each[key]} {score(value, each['unit'])}" for key, value in zip(("model", "other"), each["values"])
+        )
+        measure, said = f"{each['protocol']}, {each['metric']}", in_words(each, each["unit"], each["n_test"])
+        rows.append([str(each["dataset"]), measure, ours, said, theirs])
+    return rows
+
+
+def in_cell(found: Mapping[str, Any], unit: str, count: Any) -> str:
+    """`in_words` on short lines."""
+    return in_words(found, unit, count).replace(" points", "").replace(" [", "\n[").replace(" with ", " with\n")
+
+
+def balanced(row: Any) -> str:
+    """The balanced accuracy, the mean over classes, of a row whose figure is top-1; "" for any other."""
+    details = row.get("details") if isinstance(row, dict) and row.get("metric") == "top-1" else None
+    both = details.get("micro and macro") if isinstance(details, dict) else None
+    value = both.get("mean per class") if isinstance(both, dict) else None
+    return score(number(value)) if is_number(value) else ""
 
 
 def _figures(probe: Probe) -> str:
@@ -138,7 +168,12 @@ def _figures(probe: Probe) -> str:
     levels = {"the largest class": details.get("majority"), "chance": details.get("chance")}
     beside += [f"{name} {score(number(value), unit)}" for name, value in levels.items() if is_number(value)]
     low, high = (score(each, unit) for each in (probe.low, probe.high))
-    text = f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high})"
+    rows = details.get("rows")
+    even = balanced(rows[0] if isinstance(rows, list) and rows else details)
+    more = f"; balanced {even}" if even else ""
+    text = (
+        f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high}{more})"
+    )
     return f"{text}, against {', '.join(beside)}." if beside else f"{text}."
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import which_steps
+from dinoreg.checkpoint.steps import next_steps, which_steps
 from dinoreg.config.load import Config
 from dinoreg.distributed.process_group import Agreement, Ranks, session
 from dinoreg.models.attention import describe_backend
@@ -93,6 +93,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 raise diagnosis from error
             log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {out}")
             log.say(which_steps(out))
+            log.say(next_steps(out, config.probe.data))
     return out
 
 
@@ -158,6 +159,7 @@ def train(
                 clip_grad=config.optim.clip_grad,
                 accumulate=config.optim.accumulate,
                 seed=config.seed,
+                move_on_skip=config.optim.move_on_skip,
             )
             monitor.observe(batch, result)
             pace.after(state.step, batch.data_time)

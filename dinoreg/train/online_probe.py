@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.run_folder import PROBED
+from dinoreg.checkpoint.steps import ACCURACIES, PROBED, probe_in_words
 from dinoreg.config.load import Config
 from dinoreg.config.schema import ProbeConfig
 from dinoreg.data.center_crop import center_crops
@@ -171,14 +171,15 @@ class ProbeRunner:
         if state.step > 0:  # the first is no reason to leave out the next
             self._probing += values["probe_time"]
         self.monitor.pause(values["probe_time"])
-        self.monitor.log.append("probe.jsonl", {"step": state.step, **values})
         now = {"step": state.step, **values, "right": _packed(right), "images": self._images}
         # Of other images than those of before, as after a change of probe.data, this is the new start.
         if state.step == 0 or state.history.get("start", {}).get("images") != self._images:
             state.history["start"] = now
             state.history.pop("best", None)
         start, best = state.history["start"], state.history.get("best", {})
-        self.monitor.log.say(f"probe at step {state.step}: {in_words(values, start)}")
+        line = {"step": state.step, **values, **self._against(now, start)}
+        self.monitor.log.append("probe.jsonl", line)
+        self.monitor.log.say(f"probe at step {state.step}: {probe_in_words(line)}")
         self._watch_general(state, values)
         before = best if best.get("metric") == self.options.metric else start
         if start is now or not self._is_better(now, before):
@@ -186,15 +187,30 @@ class ProbeRunner:
         state.history["best"] = {**now, "metric": self.options.metric}
         return True
 
+    def _against(self, now: dict[str, Any], start: dict[str, Any]) -> dict[str, float]:
+        """The start in a later line: its step and accuracies, and the paired difference to it with its interval."""
+        if now["step"] == start["step"]:
+            return {}
+        found = {"start_step": start["step"], **{f"{key}_start": start[key] for key in ACCURACIES if key in start}}
+        if now["right"] is not None and start.get("right") is not None:
+            difference = self._difference(now, start)
+            interval = bootstrap_interval(difference)
+            found |= {"knn_top1_gain": float(difference.mean())}
+            found |= {"knn_top1_gain_low": interval.low, "knn_top1_gain_high": interval.high}
+        return found
+
+    def _difference(self, now: dict[str, Any], before: dict[str, Any]) -> np.ndarray:
+        """(m,) 1, 0 or -1: how the answers on the tested images differ between two probes."""
+        count = len(self.probe.images) - self.probe.in_bank
+        return _unpacked(now["right"], count) - _unpacked(before["right"], count)
+
     def _is_better(self, now: dict[str, Any], before: dict[str, Any]) -> bool:
         """Whether a probe is better than another on the same images: k-NN by the paired interval, RankMe at all."""
         if self.options.metric == "rankme":
             return now["rankme"] > before["rankme"]
         if now["right"] is None:
             return False
-        count = len(self.probe.images) - self.probe.in_bank
-        difference = _unpacked(now["right"], count) - _unpacked(before["right"], count)
-        return bootstrap_interval(difference).low > 0
+        return bootstrap_interval(self._difference(now, before)).low > 0
 
     def _watch_general(self, state: TrainState, values: dict[str, float]) -> None:
         """Warn when the general probe has fallen below its first value by more than the margin."""
@@ -212,22 +228,6 @@ class ProbeRunner:
             values["probe_time"] += general.pop("probe_time")
             values |= {f"general_{key}": value for key, value in general.items()}
         return Measured(values, right)
-
-
-def in_words(values: dict[str, Any], start: dict[str, Any]) -> str:
-    """One line on a probe: "knn_top1: 16.0 % [11.2, 21.5] (step 0: 18.0, chance 14.3, majority 18.0)  rankme: 26.5".
-
-    start  the values, with their "step", that later ones are compared with
-    """
-    parts = []
-    for key in ("knn_top1", "general_knn_top1"):
-        if key in values:
-            beside = {f"step {start['step']}:": start.get(key)}
-            beside |= {name: values[f"{key}_{name}"] for name in ("chance", "majority")}
-            shown = ", ".join(f"{name} {100 * share:.1f}" for name, share in beside.items() if share is not None)
-            value, low, high = (100 * values[f"{key}{end}"] for end in ("", "_low", "_high"))
-            parts.append(f"{key}: {value:.1f} % [{low:.1f}, {high:.1f}] ({shown})")
-    return "  ".join([*parts, *(f"{key}: {values[key]:.4g}" for key in ("rankme", "general_rankme") if key in values)])
 
 
 def _packed(right: np.ndarray | None) -> str | None:

@@ -108,7 +108,8 @@ def first_batch(config: Config, source: Source, patch_size: int, batch_size: int
     """
     views = Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels)
     reading = replace(config.data, workers=0, max_bad_fraction=1.0)
-    loader = BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed)
+    deep = config.data.range is not None
+    loader = BatchLoader(source, views, reading, batch_size=batch_size, seed=config.seed, deep=deep)
     with loader:
         return next(loader), loader.bad
 
@@ -122,5 +123,6 @@ def default_folder(config: str) -> Path:
 
 
 def _original(source: Source, index: int, settings: Config) -> Image.Image:
-    pixels = source.decode(index, settings.model.in_channels)[None]  # (1, C, H, W)
+    image = source.image(index, settings.model.in_channels, by_pillow=settings.data.reference_decode)
+    pixels = image.pixels()[None]  # (1, C, H, W)
     return tile(to_pixels(pixels.float() / 255, (0.0,), (1.0,))[0], TILE)

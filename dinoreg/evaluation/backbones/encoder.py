@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoreg.checkpoint.run_folder import Watched
+from dinoreg.checkpoint.steps import Watched
 from dinoreg.data.preprocess import PUBLISHED_SIZE, Preprocessing
 from dinoreg.data.value_range import ValueRange
 from dinoreg.models.vit import RegisterViT, Tokens

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dinoreg.checkpoint.run_folder import run_of, teacher_step, watched_in
+from dinoreg.checkpoint.run_folder import run_of, teacher_step
+from dinoreg.checkpoint.steps import watched_in
 from dinoreg.config.option import nearest
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder, seeded, wrap

@@ -4,7 +4,8 @@
 - a CSV, TSV or parquet file of paths and labels (`tables`), one or several labels an image
 - `images/` with `masks/` or `depth/` (`pairs`)
 
-Where no split is given, a seeded share of every class is held out, and the result says so.
+Where no split is given, the images of a small set are tested in folds, each image once, and of a large set a seeded
+share of every class is held out; the result says so.
 """
 
 import re
@@ -22,20 +23,34 @@ from dinoreg.data.labelled import LabelledImages, listed, passed_over_in_words
 from dinoreg.data.open import read_labelled
 from dinoreg.data.source import ChosenSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
-from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
-from dinoreg.evaluation.custom.splits import copies_across, parts
+from dinoreg.evaluation.custom.depth_maps import depths
+from dinoreg.evaluation.custom.masks import segmented
+from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
+from dinoreg.evaluation.custom.splits import alone, copies_across, deal, parts
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.runtime.errors import UserError
 
 NAME = "own"
 SHARE = "a share between 0 and 1"
+FEW, FOLDS = 2000, 5  # labelled images below which every one is tested, and in how many folds
 OPTIONS = {
-    "test_share": option(0.2, "of each class, held out where no split is given", above=0, below=1, expected=SHARE),
-    "seed": option(0, "of that hold-out", low=0),
+    "folds": option(
+        0, f"where no split is given; 1: one hold-out; 0: {FOLDS} below {FEW:,} labelled images, else 1", low=0
+    ),
+    "test_share": option(0.2, "of each class, in one hold-out", above=0, below=1, expected=SHARE),
+    "seed": option(0, "of folds or hold-out", low=0),
+    "values": option(
+        "", "of masks: the numbers or colours that are classes, as [0,255]; empty: numbers from 0, not 255"
+    ),
+    "depth_unit": option("", "of depth files: m, cm, mm or 1/256; whole numbers need it, floats are metres"),
     "root": option("", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
 }
 BLANK = Benchmark(NAME, "", None, (), (), tasks=(), download="", licence="your own", options=OPTIONS, aliases=(NAME,))
-EPOCH_STEPS = (100, 1250)  # fewest and most steps in one of the linear protocol's ten epochs
+EPOCH_STEPS = (
+    20,
+    100,
+    1250,
+)  # fewest, from 2,000 images on, and most steps in each of the linear protocol's ten epochs
 PAIRS = {"masks": ("segmentation", "mIoU", segmented), "depth": ("depth", "RMSE", depths)}
 
 
@@ -48,41 +63,50 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
     Raises UserError, in one line, for a path that is none of the kinds above and for anything wrong with its lists.
     """
     path = Path(path).expanduser().absolute()
-    values = BLANK.option_values(options)
+    as_text = ("values", "depth_unit")  # which Python gives as a list or number
+    values = BLANK.option_values({key: str(each) if key in as_text else each for key, each in options.items()})
     # The given values become the defaults, so that a reader called without options uses them as well.
     given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
     name, above = _name(path), path.parent.parent if path.is_file() else path.parent
     title, longer = f"{path.parent.name}/{path.name}".lstrip("/"), _safe(f"{above.name}_{name}")
     blank = replace(BLANK, name=name, title=title, folders=(str(path),), options=given, place=str(path), longer=longer)
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
-        return _of_pairs(blank, path, kinds, values["test_share"], values["seed"])
+        if values["folds"] > 1:
+            raise UserError(f"own.folds={values['folds']}: folds are for labelled images, {path} holds {kinds[0]}")
+        return _of_pairs(blank, path, kinds, values)
     table = read_labelled(path, root=values["root"] or None, columns=columns)
-    return _of_labels(blank, _split(table, path, values["test_share"], values["seed"]))
+    folds = values["folds"] or (FOLDS if len(table.paths) < FEW and "test_share" not in options else 1)
+    if folds > 1 and "test_share" in options:
+        raise UserError(f"own.folds={folds} and own.test_share exclude each other: folds test every image")
+    return _of_labels(blank, _split(table, path, values["test_share"], values["seed"], folds))
 
 
-def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], share: float, seed: int) -> Benchmark:
+def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], values: Mapping[str, Any]) -> Benchmark:
     tasks = []
     for kind in kinds:
         protocol, metric, read = PAIRS[kind]
-        pairs, variant = find_pairs(path, kind, share, seed)
-        tasks.append(Task(protocol, _reader(read, path, pairs, variant), metric))
+        pairs, variant, warnings = find_pairs(path, kind, values["test_share"], values["seed"])
+        tasks.append(Task(protocol, _reader(read, path, pairs, variant, values, warnings), metric))
     splits = counts_in_words({split: len(images) for split, (images, _) in pairs.items()})
     return replace(blank, task=" and ".join(task.protocol for task in tasks), splits=splits, tasks=tuple(tasks))
 
 
 def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
     read = _reader(lambda: data)
-    train = data.splits["train"]
+    folds = 1 if data.folds is None else int(data.folds.max()) + 1
+    train = data.splits["train" if folds == 1 else "test"]
     if isinstance(train, MultiLabelled):
         kind, tasks = "multi-label classification", [Task("multilabel", read, "all-points mAP")]
     else:
-        # On cached features a step costs next to nothing, and few images need few of them; the head is chosen on
-        # held-out training images, so that the reported ones stay unseen.
-        steps = int(np.clip(-(-len(train) // 1024), *EPOCH_STEPS))
+        # Few images need few steps, and there is a training for each fold; the head is chosen on held-out training
+        # images, so that the reported ones stay unseen.
+        fewest, usual, most = EPOCH_STEPS
+        steps = int(np.clip(-(-len(train) // 1024), np.clip(len(train) // 20, fewest, usual), most))
         options = {"linear": {"augment": False, "choose_on": "train", "epoch_steps": steps}}
         protocols = ("logistic", "linear", "knn", "few_shot")
         kind, tasks = "classification", [Task(each, read, "top-1", options=options.get(each, {})) for each in protocols]
-    splits = counts_in_words({name: len(part) for name, part in data.splits.items()})
+    counts = counts_in_words({name: len(part) for name, part in data.splits.items()})
+    splits = counts if folds == 1 else f"{counts} in {folds} folds"
     return replace(blank, task=kind, classes=train.num_classes, splits=splits, tasks=tuple(tasks))
 
 
@@ -91,23 +115,66 @@ def _reader(read: Callable[..., Data], *arguments: Any) -> Reader:
     return lambda _folder, _options: read(*arguments)
 
 
-def _split(table: LabelledImages, path: Path, share: float, seed: int) -> Data:
-    """The images of each split, with one label or several."""
-    labels, names = table.labels, table.class_names
+def _split(table: LabelledImages, path: Path, share: float, seed: int, folds: int) -> Data:
+    """The images of each split with one label or several; all in several folds, where no split is given."""
+    labels, names, everything = table.labels, table.class_names, table.source()
     several = labels.ndim == 2
-    everything = table.source()
+    groups, kind = (_rarest(labels), MultiLabelled) if several else (labels, Labelled)
     everything.as_trained = True
     copies = find_copies(everything) if len(everything) <= MOST_COMPARED else None
-    rows, variant = parts(table.words, _rarest(labels) if several else labels, share, seed, path, copies=copies)
-    warnings = [*table.warnings, *passed_over_in_words(table.passed_over)]
-    warnings += copies_across(rows, copies) if copies is not None else []
     two = _two_labels(table, copies) if copies is not None and not several else ""
-    warnings += [*filter(None, [two]), *_one_sided(table, rows, f"{path}: {two}{'; ' * bool(two)}")]
-    kind = MultiLabelled if several else Labelled
-    splits = {}
-    for split, part in rows.items():
-        splits[split] = kind(ChosenSource(everything, part), labels[part], len(names))
-    return Data(splits, names, variant, {"warnings": warnings})
+    where = f"{path}: {two}{'; ' * bool(two)}"
+    warnings = [*table.warnings, *passed_over_in_words(table.passed_over), *filter(None, [two])]
+
+    def part(rows: np.ndarray) -> Labelled | MultiLabelled:
+        return kind(
+            ChosenSource(everything, rows), labels[rows], len(names), None if copies is None else copies.groups[rows]
+        )
+
+    if folds > 1 and not {"val", "test"} & set(table.words or ()):
+        known = copies or alone(len(labels))
+        fold_of, said = _folds(table, groups, folds, seed, known, where)
+        order = np.lexsort(known.digests.T)  # by content, so that a folder and a table of the same images are one
+        variant = f"{fold_of.max() + 1} folds, seed {seed}"
+        return Data({"test": part(order)}, names, variant, {"warnings": warnings + said}, fold_of[order])
+    rows, variant = parts(table.words, groups, share, seed, path, copies=copies)
+    warnings += copies_across(rows, copies) if copies is not None else []
+    warnings += _one_sided(table, rows, where)
+    return Data({split: part(each) for split, each in rows.items()}, names, variant, {"warnings": warnings})
+
+
+def _folds(
+    table: LabelledImages, groups: np.ndarray, count: int, seed: int, copies: Copies, where: str
+) -> tuple[np.ndarray, list[str]]:
+    """The fold of each image, (n,) int64, and warnings on classes that are too small and on copies in several folds.
+
+    where   what messages begin with
+    raises  UserError where fewer than two classes can be both learnt and tested
+    """
+    names, single, n = np.array(table.class_names), table.labels.ndim == 1, len(groups)
+    has = groups[:, None] == np.arange(len(names)) if single else table.labels == 1  # (n, K)
+
+    def spread(fold_of: np.ndarray) -> np.ndarray:
+        """In how many folds each class is, (K,)."""
+        return np.array([has[fold_of == fold].any(axis=0) for fold in range(fold_of.max() + 1)]).sum(axis=0)
+
+    fold_of, warnings = deal(groups, count, seed, copies), []
+    if single and ((lone := spread(fold_of) == 1).sum() and (spread(fold_of) > 1).sum() < 2):
+        # Classes of one picture and its copies: better tested on copies, which is said, than not at all.
+        parted = Copies(copies.digests, np.where(lone[groups], np.arange(n), copies.groups))
+        fold_of = deal(groups, count, seed, parted)
+        warnings.append(f"copies lie in several folds, as these classes are one picture only: {listed(names[lone])}")
+    folds, found = int(fold_of.max()) + 1, spread(fold_of)
+    if folds < 2 or (single and (found > 1).sum() < 2):
+        raise UserError(f"{where}{n} image(s) are too few to test some: expected two pictures each of two classes")
+    few, lone = names[(found > 1) & (found < folds)], names[found == 1]
+    if len(few):
+        warnings.append(f"classes of fewer pictures than the {folds} folds, which not every fold tests: {listed(few)}")
+    if len(lone):
+        tested = int(has[:, found == 1].any(axis=1).sum())
+        which = f"classes of a single picture, which is not learnt when it is tested: {listed(lone)}"
+        warnings.append(f"{tested:,} of {n:,} images are of {which}")
+    return fold_of, warnings
 
 
 def _two_labels(table: LabelledImages, copies: Copies) -> str:

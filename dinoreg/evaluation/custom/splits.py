@@ -1,7 +1,8 @@
 """What all kinds of own data share: a check that files exist, and which images train and which test.
 
-Splits come from folders or from a column, under their usual names. Where there is none, a seeded share of every class
-is held out; where there is a validation split but no test split, the validation images are what is reported on.
+Splits come from folders or from a column, under their usual names. Where there is none, every image of a small set is
+tested once, in folds, and of a large one a seeded share of every class is held out; where there is a validation split
+but no test split, the validation images are what is reported on.
 """
 
 import hashlib
@@ -47,22 +48,61 @@ def _hold_out_by_content(groups: np.ndarray, share: float, seed: int, copies: Co
     held = np.zeros(len(groups), dtype=bool)
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
-        pictures = defaultdict(list)
-        for row in members:
-            pictures[copies.groups[row]].append(row)
         # A picture that other groups have, too, would be on both sides.
         shared = set(copies.groups[groups != group])
-        order = sorted(
-            (rows for picture, rows in pictures.items() if picture not in shared),
-            key=lambda rows: hashlib.sha256(b"%d" % seed + min(copies.digests[row].tobytes() for row in rows)).digest(),
-        )
         wanted = min(max(round(share * len(members)), 1), len(members) - 1)
         taken = 0
-        for rows in order:
+        for rows in _by_content(members, seed, copies):
+            if copies.groups[rows[0]] in shared:
+                continue
             if taken + len(rows) <= wanted or (taken == 0 and len(rows) < len(members)):
                 held[rows] = True
                 taken += len(rows)
     return held
+
+
+def _by_content(members: np.ndarray, seed: int, copies: Copies) -> list[list[int]]:
+    """The pictures among some rows, each with its copies, in an order that is that of their contents."""
+    pictures = defaultdict(list)
+    for row in members.tolist():
+        pictures[copies.groups[row]].append(row)
+
+    def place(rows: list[int]) -> bytes:
+        return hashlib.sha256(b"%d" % seed + min(copies.digests[row].tobytes() for row in rows)).digest()
+
+    return sorted(pictures.values(), key=place)
+
+
+def deal(groups: np.ndarray, count: int, seed: int, copies: Copies) -> np.ndarray:
+    """The fold of each row, (n,) int64 from 0: each group is spread over all folds, copies of a picture are in one.
+
+    groups  (n,) labels of any type; a picture of several groups goes with the first of them
+    count   of folds; fewer where there are fewer pictures
+    copies  of the n images, by whose contents they are ordered, so that a folder and a table of the same images have
+            the same folds
+
+    The pictures of a group, those with most copies first, go one by one to the fold that has least of their group,
+    among those to the smallest.
+    """
+    fold_of, sizes = np.full(len(groups), -1, dtype=np.int64), np.zeros(count, dtype=np.int64)
+    members_of = defaultdict(list)
+    for row, picture in enumerate(copies.groups.tolist()):
+        members_of[picture].append(row)
+    for group in np.unique(groups):
+        of_group = np.bincount(fold_of[(groups == group) & (fold_of >= 0)], minlength=count)
+        left = np.flatnonzero((groups == group) & (fold_of < 0))
+        for rows in sorted(_by_content(left, seed, copies), key=len, reverse=True):
+            fold = np.lexsort((sizes, of_group))[0]
+            everywhere = members_of[copies.groups[rows[0]]]
+            fold_of[everywhere] = fold
+            of_group[fold] += len(rows)
+            sizes[fold] += len(everywhere)
+    return np.unique(fold_of, return_inverse=True)[1]
+
+
+def alone(count: int) -> Copies:
+    """Images of which nobody is taken for a copy, in the order that they come in."""
+    return Copies(np.arange(count, dtype=">u8").view(np.uint8).reshape(count, -1), np.arange(count))
 
 
 def copies_across(parts: Mapping[str, np.ndarray], copies: Copies) -> list[str]:

@@ -1,8 +1,9 @@
 """Scores of a classifier and how sure they are: top-1, mean per class, percentile bootstrap, paired differences.
 
-Every interval is from the same resamples: those of `resample` for the number of images and the seed. So resample b of
-one figure and resample b of another are of the same images, and their differences are the paired bootstrap (Efron and
-Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13), which needs no further pass over the images.
+Every interval is from the same resamples: those of `resample` for the test images, their clusters and the seed. So
+resample b of one figure and resample b of another are of the same images, and their differences are the paired
+bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13), which needs no further pass
+over the images.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,6 +13,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 SAMPLES = 1000  # resamples of a figure
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Which test images belong together, and so are drawn together.
+
+    pictures  (n,) the same number for copies of one picture; None: there are none
+    folds     (n,) the fold that each image is tested in; None: all are tested after one training
+    """
+
+    pictures: np.ndarray | None = None
+    folds: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -41,33 +54,64 @@ def top1(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 
 def mean_per_class_accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The accuracy of each class in labels (n,), averaged with equal weight, in [0, 1]; ValueError as for `top1`."""
+    """The accuracy of each class, averaged with equal weight, in [0, 1]; ValueError as for `top1`.
+
+    As torchmetrics' macro average, which DINOv2's code reports: a class without a test image is left out, unless it is
+    predicted, and then counts as 0. Where labels (n,) hold every class it is the balanced accuracy.
+    """
     predicted, true = _paired(predictions, labels)
     _, inverse = np.unique(true, return_inverse=True)
-    return float((np.bincount(inverse, weights=predicted == true) / np.bincount(inverse)).mean())
+    recalls = np.bincount(inverse, weights=predicted == true) / np.bincount(inverse)
+    return float(recalls.sum() / (len(recalls) + count_absent(predicted, true)))
 
 
-def resample(count: int, samples: int = SAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+def count_absent(predicted: np.ndarray, true: np.ndarray) -> int:
+    """How many classes are predicted that no image has."""
+    return len(np.setdiff1d(predicted, true))
+
+
+def resample(
+    count: int, samples: int = SAMPLES, seed: int = 0, clusters: Clusters | None = None
+) -> Iterator[np.ndarray]:
     """How often each image is in each of `samples` resamples with replacement, (count,) int64 each.
+
+    With copies, pictures are drawn. With K folds it is the two-stage bootstrap (Davison and Hinkley, Bootstrap Methods
+    and their Application, 1997, section 3.8): K - 1 folds, and as many pictures from each as it has. Drawn folds stand
+    for other training sets; K - 1, because K would let their mean vary by a factor (K - 1) / K too little. To draw
+    pictures within drawn folds counts their variance nearly twice, which makes up for what folds cannot show: their
+    training sets overlap, and no cross-validation tells by how much that lets its figure vary (Bengio and Grandvalet,
+    JMLR 2004). `tests/test_folds.py` holds the interval against the accuracy of fresh training sets.
 
     Fewer samples are the first of more. ValueError for a count below 1.
     """
     if count < 1:
         raise ValueError("the bootstrap needs at least one image")
     rng = np.random.default_rng(seed)
+    places, none = np.arange(count), np.zeros(count, dtype=np.int64)
+    pictures = places if clusters is None or clusters.pictures is None else clusters.pictures
+    folds = none if clusters is None or clusters.folds is None else clusters.folds
+    units, unit_of = np.unique(np.stack([folds, pictures]), axis=1, return_inverse=True)
+    members = [np.flatnonzero(units[0] == fold) for fold in np.unique(folds)]
     for _ in range(samples):
-        yield np.bincount(rng.integers(0, count, size=count), minlength=count)
+        drawn = rng.integers(0, len(members), size=len(members) - 1) if len(members) > 1 else (0,)
+        picked = [members[fold][rng.integers(0, len(members[fold]), size=len(members[fold]))] for fold in drawn]
+        yield np.bincount(np.concatenate(picked), minlength=units.shape[1])[unit_of.ravel()]
 
 
 def bootstrap_statistic(
-    count: int, statistic: Callable[[np.ndarray], float], samples: int = SAMPLES, seed: int = 0
+    count: int,
+    statistic: Callable[[np.ndarray], float],
+    samples: int = SAMPLES,
+    seed: int = 0,
+    clusters: Clusters | None = None,
 ) -> Interval:
     """95 % percentile bootstrap interval of any statistic of a set of images, such as mAP or mIoU.
 
     count      of images; ValueError below 1
     statistic  weights (count,) int64, how often each image was drawn -> the statistic; NaN draws do not count
+    clusters   of the images; None: each stands for itself
     """
-    return percentile_interval(np.array([statistic(weights) for weights in resample(count, samples, seed)]))
+    return percentile_interval(np.array([statistic(weights) for weights in resample(count, samples, seed, clusters)]))
 
 
 def bootstrap_interval(scores: ArrayLike, samples: int = SAMPLES, seed: int = 0) -> Interval:

@@ -17,13 +17,15 @@ from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_picture, shown
 from dinoreg.evaluation.metrics.bootstrap import (
     SAMPLES,
+    Clusters,
     Interval,
     bootstrap_interval,
     bootstrap_statistic,
+    count_absent,
     mean_per_class_accuracy,
     top1,
 )
-from dinoreg.evaluation.protocols.measurement import Measurement
+from dinoreg.evaluation.protocols.measurement import Fold, Measurement
 from dinoreg.evaluation.result import Row
 
 PICTURE_SIZE = 224  # pixels of an example
@@ -33,16 +35,14 @@ MOST_CLASSES = 30  # of a whole confusion matrix
 MISSING = "the {name} split is missing, or its images do not have one class each"
 
 
-def labelled_splits(
-    measured: Measurement, subject: str = "classification"
-) -> tuple[Labelled, Labelled, Labelled | None]:
-    """The splits "train" and "test" of images with one class each, and "val" or None.
+def labelled_folds(measured: Measurement, subject: str = "classification") -> tuple[Labelled, list[Fold[Labelled]]]:
+    """All test images, with one class each, and every training with those that are tested after it.
 
     subject  the protocol's name in messages
     raises   UserError for a metric other than METRICS, and for a split that is missing or of another kind
     """
     measured.check_metric(subject, METRICS)
-    return measured.splits(Labelled, MISSING)
+    return measured.folds(Labelled, MISSING)
 
 
 def accuracy_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, **fields: Any) -> list[Row]:
@@ -68,11 +68,13 @@ def accuracy_row(
         details |= class_tables(draws[0], test.labels, measured.data.names(test.num_classes))
     shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / test.num_classes}
     shared |= {"details": details, **fields}
-    row = measured.row(values[metric], draws_interval(draws, test.labels, metric, seed=seed), **shared)
-    largest = np.bincount(measured.split("train", Labelled, MISSING).labels).argmax()
-    constant = np.full(len(test), largest)
-    interval = draws_interval(constant[None], test.labels, metric, seed=seed)
-    return with_majority(row, measured.row(METRICS[metric](constant, test.labels), interval, **shared))
+    clusters, learnt = measured.clusters(test), measured.data.splits.get("train", test)
+
+    def row(said: np.ndarray, value: float) -> Row:
+        return measured.row(value, draws_interval(said, test.labels, metric, seed=seed, clusters=clusters), **shared)
+
+    constant = np.full(len(test), np.bincount(learnt.labels).argmax())
+    return with_majority(row(draws, values[metric]), row(constant[None], METRICS[metric](constant, test.labels)))
 
 
 def class_tables(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
@@ -103,7 +105,12 @@ def class_tables(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]
 
 
 def draws_interval(
-    predicted: np.ndarray, labels: np.ndarray, metric: str, samples: int = SAMPLES, seed: int = 0
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    metric: str,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    clusters: Clusters | None = None,
 ) -> Interval:
     """95 % bootstrap interval of the mean accuracy over draws of labels; both labels and test images are resampled.
 
@@ -112,6 +119,7 @@ def draws_interval(
     metric     "top-1", else mean per class
     samples    number of resamples
     seed       of the resamples; draws are resampled by their number, so that encoders with the same ones compare
+    clusters   of the test images, which have draws of their own in each fold
 
     Each resample takes n images, and R - 1 draws: with R, their mean would vary by a factor (R - 1) / R too little.
     """
@@ -120,17 +128,22 @@ def draws_interval(
         return bootstrap_interval(correct[0], samples, seed)
     repeats, count = correct.shape
     rng = np.random.default_rng(repeats)
-    _, classes = np.unique(labels, return_inverse=True)
+    names, classes = np.unique(labels, return_inverse=True)
+    fold_of = None if clusters is None else clusters.folds
+    folds = np.zeros(count, dtype=np.int64) if fold_of is None else np.unique(fold_of, return_inverse=True)[1]
+    shape = folds.max() + 1, max(repeats - 1, 1)
+    if metric != "top-1":  # as in `mean_per_class_accuracy`
+        correct *= np.array([[len(names) / (len(names) + count_absent(draw, labels))] for draw in predicted])
 
     def resampled(weights: np.ndarray) -> float:
-        picked = np.bincount(rng.integers(0, repeats, size=max(repeats - 1, 1)), minlength=repeats)
-        right = weights * (picked @ correct / picked.sum())
+        picked = np.stack([np.bincount(draws, minlength=repeats) for draws in rng.integers(0, repeats, size=shape)])
+        right = weights * (picked[folds].T * correct).sum(axis=0) / shape[1]
         if metric == "top-1":
-            return float(right.sum() / count)
+            return float(right.sum() / weights.sum())
         per_class = np.bincount(classes, weights=weights)
         return float((np.bincount(classes, weights=right)[per_class > 0] / per_class[per_class > 0]).mean())
 
-    return bootstrap_statistic(count, resampled, samples, seed)
+    return bootstrap_statistic(count, resampled, samples, seed, clusters)
 
 
 def class_tokens(

@@ -28,9 +28,9 @@ from dinoreg.evaluation.protocols.classification import (
     class_tokens,
     draws_interval,
     equal_features,
-    labelled_splits,
+    labelled_folds,
 )
-from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
+from dinoreg.evaluation.protocols.measurement import Fold, Measurement, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import SoftmaxProblem
@@ -84,36 +84,43 @@ class Spread:
 def evaluate(measured: Measurement) -> list[Row]:
     """A row for each setting: shots from most to least, then shares from most to least; accuracy in [0, 1].
 
-    raises  UserError as `labelled_splits` and `extract_features`; RunError for a feature that is not finite
+    raises  UserError as `labelled_folds` and `extract_features`; RunError for a feature that is not finite
     """
     options, encoder, context = measured.options, measured.encoder, measured.context
-    train, test, _ = labelled_splits(measured, "few-shot")
-    features = class_tokens(measured, train.source, "train")
-    test_features = class_tokens(measured, test.source, "test")
-    spread = Spread(features)
+    test, folds = labelled_folds(measured, "few-shot")
+    features = [class_tokens(measured, each.train.source, "train") for each in folds]
+    spreads = [Spread(each) for each in features]
+    test_features = [class_tokens(measured, each.test.source, "test") for each in folds]
     settings = [Setting(shots=shots) for shots in sorted(options.few_shot.shots, reverse=True)]
     settings += [Setting(share=share) for share in sorted(options.few_shot.shares, reverse=True)]
     draws = [
-        (setting, context.seed + repeat)
+        (setting, context.seed + repeat, number)
         for setting in settings
         # Where all images are taken there is nothing to draw.
-        for repeat in range(1 if setting.counts(_available(train)).sum() == len(train) else options.few_shot.repeats)
+        for repeat in range(1 if _takes_all(setting, folds) else options.few_shot.repeats)
+        for number in range(len(folds))
     ]
 
     def scored(place: int, _: None) -> dict[str, Any]:
-        setting, seed = draws[place]
+        setting, seed, number = draws[place]
         started = time.monotonic()
+        train = folds[number].train
         index = drawn(train, setting, seed)
-        given = features, train, index, test_features, spread, options.logistic
+        given = features[number], train, index, test_features[number], spreads[number], options.logistic
         found = score(*given, seed, encoder.device, measured.task.metric)
         return {**found, "hours": (time.monotonic() - started) / 3600}
 
-    key = (options.few_shot, options.logistic, context.seed, context.image_size, encoder.identity, train.source.stamp())
+    stamps = [each.train.source.stamp() for each in folds]
+    key = (options.few_shot, options.logistic, context.seed, context.image_size, encoder.identity, stamps)
     results = resumable_map(context, "few_shot", key, len(draws), scored, f"draws ({encoder.name})")
     by_setting = {of: [each for each, draw in zip(results, draws) if draw[0] == of] for of in settings}
-    doubt = equal_features(train.source, features, "training")
-    rows = [_row(measured, setting, train, test, scored) for setting, scored in by_setting.items()]
+    doubt = equal_features(folds[0].train.source, features[0], "training")
+    rows = [_row(measured, setting, test, folds, scored) for setting, scored in by_setting.items()]
     return [replace(row, warnings=doubt) for row in rows]
+
+
+def _takes_all(setting: Setting, folds: list[Fold[Labelled]]) -> bool:
+    return all(setting.counts(_available(each.train)).sum() == len(each.train) for each in folds)
 
 
 def _available(train: Labelled) -> np.ndarray:
@@ -167,6 +174,7 @@ def score(
             seed=seed,
             patience=options.patience,
             score=METRICS[metric],
+            pictures=None if train.pictures is None else train.pictures[index],
             device=device,
         )
         C, model, path = found.C.item(), found.model, found.scores
@@ -198,14 +206,22 @@ def nearest_mean(x: Tensor, means: Tensor) -> Tensor:
     return distance.nan_to_num(nan=torch.inf).argmin(dim=-1)
 
 
-def _row(measured: Measurement, setting: Setting, train: Labelled, test: Labelled, scored: list[dict[str, Any]]) -> Row:
+def _row(
+    measured: Measurement, setting: Setting, test: Labelled, folds: list[Fold[Labelled]], scored: list[dict[str, Any]]
+) -> Row:
+    """The row of a setting; `scored` has every draw in every fold, fold by fold within a draw."""
     metric, context = measured.task.metric, measured.context
-    logistic, nearest = (np.stack([each[key].numpy() for each in scored]) for key in ("logistic", "nearest"))
-    counts = setting.counts(_available(train))
+    repeats = len(scored) // len(folds)
+    logistic, nearest = (np.empty((repeats, len(test)), dtype=np.int64) for _ in range(2))
+    for place, each in enumerate(scored):
+        rows = folds[place % len(folds)].rows
+        logistic[place // len(folds), rows] = each["logistic"].numpy()
+        nearest[place // len(folds), rows] = each["nearest"].numpy()
+    counts = [setting.counts(_available(each.train)) for each in folds]
     share = f"a class-balanced {measured.options.logistic.validation_share:.0%} of the drawn labels, seed of the draw"
     fixed = f"{FIXED_C:g} / mean squared distance of the training features from their mean"
     chosen = bool(scored[0]["path"])
-    means = draws_interval(nearest, test.labels, metric, seed=context.seed)
+    means = draws_interval(nearest, test.labels, metric, seed=context.seed, clusters=measured.clusters(test))
     return accuracy_row(
         measured,
         test,
@@ -213,13 +229,13 @@ def _row(measured: Measurement, setting: Setting, train: Labelled, test: Labelle
         metric,
         variant=setting.title,
         chosen_on=share if chosen else "",
-        seeds=tuple(context.seed + repeat for repeat in range(len(scored))),
-        n_train=int(counts.sum()),
+        seeds=tuple(context.seed + repeat for repeat in range(repeats)),
+        n_train=round(float(np.mean([each.sum() for each in counts]))),
         hours=sum(each["hours"] for each in scored),
         settings={
             "shots": setting.shots,
             "share": setting.share,
-            "draws": len(scored),
+            "draws": repeats,
             "C": [each["C"] for each in scored],
             "C from": share if chosen else fixed,
             "image_size": context.image_size,
@@ -229,7 +245,7 @@ def _row(measured: Measurement, setting: Setting, train: Labelled, test: Labelle
             "nearest class mean": float(np.mean([METRICS[metric](draw, test.labels) for draw in nearest])),
             "nearest class mean, interval": [means.low, means.high],
         },
-        note=_note(setting, _available(train), counts),
+        note=_note(setting, _available(folds[0].train), counts[0]),
     )
 
 

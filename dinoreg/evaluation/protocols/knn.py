@@ -1,5 +1,6 @@
 """Weighted k-NN on frozen class tokens, for every k of the options: DINO's and DINOv2's protocol, without training."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,9 +16,9 @@ from dinoreg.evaluation.protocols.classification import (
     class_tokens,
     equal_features,
     framed,
-    labelled_splits,
+    labelled_folds,
 )
-from dinoreg.evaluation.protocols.measurement import Measurement
+from dinoreg.evaluation.protocols.measurement import Fold, Measurement, learnt_from
 from dinoreg.evaluation.result import Row
 
 RESIZE = 256 / 224  # short side over crop, as DINOv2's k-NN and linear evaluations have it
@@ -28,29 +29,34 @@ SIDE, BLUE = 112, (59, 125, 216)  # pixels of a picture in a strip, edge of the 
 def evaluate(measured: Measurement) -> list[Row]:
     """One row for each k, accuracy in [0, 1]; k = 20 first where it is among them: papers do not say which they quote.
 
-    raises  as `labelled_splits` and `extract_features`
+    raises  as `labelled_folds` and `extract_features`
     """
     chosen, encoder, context = measured.options.knn, measured.encoder, measured.context
-    train, test, _ = labelled_splits(measured)
-    bank = class_tokens(measured, train.source, "train", resize=RESIZE)
-    queries = class_tokens(measured, test.source, "test", resize=RESIZE)
-    labels = torch.from_numpy(train.labels)
-    votes = knn_predict(bank.to(encoder.device), labels, queries, chosen.k, chosen.temperature, train.num_classes)
-    _gallery(bank, queries, train, test, context)
+    test, folds = labelled_folds(measured)
+    predicted = {k: np.empty(len(test), dtype=np.int64) for k in sorted(chosen.k, key=lambda each: (each != 20, each))}
+    for number, fold in enumerate(folds):
+        bank = class_tokens(measured, fold.train.source, "train", resize=RESIZE)
+        queries = class_tokens(measured, fold.test.source, "test", resize=RESIZE)
+        labels = torch.from_numpy(fold.train.labels)
+        votes = knn_predict(bank.to(encoder.device), labels, queries, chosen.k, chosen.temperature, test.num_classes)
+        for k, classes in predicted.items():
+            classes[fold.rows] = votes[k].argmax(dim=-1).cpu().numpy()
+        if number == 0:
+            _gallery(bank, queries, fold, context)
     rows: list[Row] = []
-    warnings = equal_features(train.source, bank, "training")
-    for k in sorted(chosen.k, key=lambda each: (each != 20, each)):
-        predicted = votes[k].argmax(dim=-1).cpu().numpy()
+    warnings = equal_features(fold.train.source, bank, "training")
+    for k, classes in predicted.items():
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
-        fields = {"variant": f"k = {k}", "n_train": len(train), "settings": settings, "warnings": warnings}
-        rows.append(accuracy_row(measured, test, predicted, measured.task.metric, tables=not rows, **fields))
+        fields = {"variant": f"k = {k}", "n_train": learnt_from(folds), "settings": settings, "warnings": warnings}
+        rows.append(accuracy_row(measured, test, classes, measured.task.metric, tables=not rows, **fields))
     return rows
 
 
-def _gallery(bank: Tensor, queries: Tensor, train: Labelled, test: Labelled, context: Context) -> None:
+def _gallery(bank: Tensor, queries: Tensor, fold: Fold[Labelled], context: Context) -> None:
     """Strips of a test image and its nearest training images; green edges for those of its class."""
     if context.examples is None:
         return
+    train, test = fold.train, fold.test
     generator = torch.Generator().manual_seed(context.seed)
     picked = torch.randperm(len(test), generator=generator)[: context.num_examples]
     _, nearest = nearest_neighbours(bank, queries[picked], min(GALLERY, len(train)))

@@ -29,9 +29,15 @@ from dinoreg.evaluation.features.images import (
     to_array,
 )
 from dinoreg.evaluation.options import LinearOptions
-from dinoreg.evaluation.protocols.classification import accuracy_row, accuracy_rows, draw_mistakes, labelled_splits
+from dinoreg.evaluation.protocols.classification import (
+    METRICS,
+    accuracy_row,
+    accuracy_rows,
+    draw_mistakes,
+    labelled_folds,
+)
 from dinoreg.evaluation.protocols.knn import RESIZE
-from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, Measurement, choose_best
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, Fold, Measurement, choose_best, per_fold
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
@@ -59,59 +65,104 @@ class Kind:
 def evaluate(measured: Measurement) -> list[Row]:
     """A row of the best head, and of each kind of input at its best rate; the grid is in the first one's settings.
 
-    Accuracy in [0, 1]. Raises as `labelled_splits` and `extract_features`, and RunError where every head diverges.
+    Accuracy in [0, 1]. Raises as `labelled_folds` and `extract_features`, and RunError where every head diverges.
     """
-    chosen, context = measured.options.linear, measured.context
-    train, test, val = labelled_splits(measured)
+    test, folds = labelled_folds(measured)
+    titles = [f"linear, fold {number} of {len(folds)}" for number in range(1, len(folds) + 1)]
+    grids = [_trained(measured, *each) for each in zip(folds, titles if len(folds) > 1 else ["linear"])]
+    grid, chosen_on = grids[0].grid, grids[0].chosen_on
+
+    def pooled(kind: Kind | None) -> tuple[np.ndarray, str | list[str]]:
+        """What the best heads, of one kind of input or of any, say of all test images, and which they are."""
+        names, predicted = [], np.empty(len(test), dtype=np.int64)
+        for each, fold in zip(grids, folds):
+            names.append(each.best(kind))
+            predicted[fold.rows] = each.grid.predict(names[-1], each.features)
+        return predicted, per_fold(names)
+
+    predicted, best = pooled(None)
+    draw_mistakes(measured, test, predicted, "linear")
+    settings = {
+        "steps": grid.steps,
+        "batch_size": grid.batch_size,
+        "augment": measured.options.linear.augment,
+        "image_size": measured.context.image_size,
+        "optimizer": "SGD, momentum 0.9, cosine to 0",
+        "best": best,
+        "grid": {name: per_fold([each.reported[name] for each in grids]) for name in grids[0].reported},
+    }
+    shared: dict[str, Any] = {
+        "chosen_on": chosen_on + ", as published" * (chosen_on == REPORTED),
+        "n_train": round(sum(len(each.grid.rows) for each in grids) / len(grids)),
+    }
+    rows = accuracy_rows(measured, test, predicted, settings=settings, **shared)
+    for kind in grid.kinds if len(grid.kinds) > 1 else ():
+        predicted, best = pooled(kind)
+        fields = {"variant": str(kind), "settings": {"best": best}, **shared}
+        rows.append(accuracy_row(measured, test, predicted, measured.task.metric, **fields))
+    return rows
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A trained grid with the features of its test images, and its heads' scores.
+
+    validation  {head: score} on what heads are chosen by; None: by `reported`, the scores on the test images
+    chosen_on   in words
+    """
+
+    grid: "Grid"
+    features: np.ndarray
+    reported: dict[str, float]
+    validation: dict[str, float] | None
+    chosen_on: str
+
+    def best(self, kind: Kind | None) -> str:
+        """The best head, of one kind of input or of any."""
+        names = self.reported if kind is None else self.grid.names(kind)
+        own = None if self.validation is None else {name: self.validation[name] for name in names}
+        return choose_best({name: self.reported[name] for name in names}, own)[0]
+
+
+def _trained(measured: Measurement, fold: Fold[Labelled], name: str) -> _Trained:
+    """All heads trained and scored in one fold; `name` is that of the saved state."""
+    chosen, context, metric = measured.options.linear, measured.context, measured.task.metric
+    train, test, val = fold.train, fold.test, fold.val
     held_out = np.zeros(len(train), dtype=bool)
     if val is None and chosen.choose_on == "train":
-        held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed).numpy()
-    grid = Grid(measured.encoder, train, np.flatnonzero(~held_out), chosen, context)
+        held_out = balanced_split(torch.from_numpy(train.labels), HELD_OUT, context.seed, train.pictures).numpy()
+    grid = Grid(measured.encoder, train, np.flatnonzero(~held_out), chosen, context, name)
     features = grid.features(test, "test")
     grid.train(features.shape[2])
-    metric = measured.task.metric
     reported, validation, words = grid.scores(features, test.labels, metric), None, OFFICIAL
     if val is not None:
         validation = grid.scores(grid.features(val, "val"), val.labels, metric)
     elif held_out.any():
         validation = grid.scores(grid.features(train, "train"), train.labels, metric, np.flatnonzero(held_out))
         words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
-    best, chosen_on = choose_best(reported, validation, words)
-    chosen_on += ", as published" * (chosen_on == REPORTED)
-    predicted = grid.predict(best, features)
-    draw_mistakes(measured, test, predicted, "linear")
-    settings = {
-        "steps": grid.steps,
-        "batch_size": grid.batch_size,
-        "augment": chosen.augment,
-        "image_size": context.image_size,
-        "optimizer": "SGD, momentum 0.9, cosine to 0",
-        "best": best,
-        "grid": reported,
-    }
-    shared: dict[str, Any] = {"chosen_on": chosen_on, "n_train": len(grid.rows)}
-    rows = accuracy_rows(measured, test, predicted, settings=settings, **shared)
-    for kind in grid.kinds if len(grid.kinds) > 1 else ():
-        names = grid.names(kind)
-        own = None if validation is None else {name: validation[name] for name in names}
-        name, _ = choose_best({name: reported[name] for name in names}, own)
-        fields = {"variant": str(kind), "settings": {"best": name}, **shared}
-        rows.append(accuracy_row(measured, test, grid.predict(name, features), metric, **fields))
-    return rows
+    return _Trained(grid, features, reported, validation, choose_best(reported, validation, words)[1])
 
 
 class Grid:
     """All heads of the grid, the images that they learn from, and the features that they are scored on.
 
     rows   (m,) indices into the training split of the images that the heads learn from
+    name   of the saved state
     kinds  of input; the heads of one kind, which differ by their rate, are one linear map side by side
     maps   {kind: its heads' map to (rates x classes) logits}, once trained
     """
 
     def __init__(
-        self, encoder: Encoder, train: Labelled, rows: np.ndarray, options: LinearOptions, context: Context
+        self,
+        encoder: Encoder,
+        train: Labelled,
+        rows: np.ndarray,
+        options: LinearOptions,
+        context: Context,
+        name: str = "linear",
     ) -> None:
         self.encoder, self.split, self.rows, self.options, self.context = encoder, train, rows, options, context
+        self.name = name
         self.deepest = min(max(options.blocks), encoder.depth)
         self.blocks = tuple(range(encoder.depth - self.deepest, encoder.depth))
         self.kinds = [
@@ -181,7 +232,7 @@ class Grid:
                 x, rows = self.stored(cached, step) if cached is not None else self.augmented(stream(step))
                 return self.losses(x, torch.from_numpy(self.split.labels[rows]).to(x.device))
 
-            train_heads(heads, sgd, losses, self.steps, lambda step: cosine(step, self.steps), self.context, "linear")
+            train_heads(heads, sgd, losses, self.steps, lambda step: cosine(step, self.steps), self.context, self.name)
 
     def stored(self, features: np.ndarray, step: int) -> tuple[Tensor, np.ndarray]:
         """Cached features (b, slots, D) float32 of the training images of a step, and their indices (b,) in the split.
@@ -221,17 +272,18 @@ class Grid:
         rows              (m,) of them that count; None: all
         """
         rows = np.arange(len(labels)) if rows is None else rows
-        truth = labels[rows]
-        _, classes, counts = np.unique(truth, return_inverse=True, return_counts=True)
-        weights, total = (np.ones(len(rows)), len(rows)) if metric == "top-1" else ((1 / counts)[classes], len(counts))
-        right = {kind: torch.zeros(len(self.options.lrs), dtype=torch.float64) for kind in self.kinds}
-        for start, x in zip(range(0, len(rows), CHUNK), self._chunks(features, rows)):
-            part, weight = (torch.from_numpy(each[start : start + CHUNK])[:, None] for each in (truth, weights))
+        said: dict[str, list[np.ndarray]] = {name: [] for kind in self.kinds for name in self.names(kind)}
+        broken = set[str]()
+        for x in self._chunks(features, rows):
             for kind, logits in self.logits(x).items():
-                right[kind] += (weight * (logits.argmax(dim=-1).cpu() == part)).sum(dim=0)
-                right[kind][~torch.isfinite(logits).all(dim=-1).all(dim=0).cpu()] = -torch.inf
-        names = [name for kind in self.kinds for name in self.names(kind)]
-        return dict(zip(names, (torch.cat(list(right.values())) / total).clamp(min=-1.0).tolist()))
+                finite = torch.isfinite(logits).all(dim=-1).all(dim=0).tolist()
+                for name, classes, sound in zip(self.names(kind), logits.argmax(dim=-1).T.cpu().numpy(), finite):
+                    said[name].append(classes)
+                    broken |= set() if sound else {name}
+        score = METRICS[metric]
+        return {
+            name: -1.0 if name in broken else score(np.concatenate(each), labels[rows]) for name, each in said.items()
+        }
 
     def _chunks(self, features: np.ndarray, rows: np.ndarray) -> Iterator[Tensor]:
         """(b, slots, D) float32 on the device, of some rows in order."""

@@ -14,54 +14,61 @@ from dinoreg.evaluation.protocols.classification import (
     class_tokens,
     draw_mistakes,
     equal_features,
-    labelled_splits,
+    labelled_folds,
 )
-from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement, learnt_from, per_fold
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
+from dinoreg.evaluation.solvers.regularisation_path import Path, select_and_fit
 
 
 def evaluate(measured: Measurement) -> list[Row]:
     """The headline (top-1 or mean per class, as the task says) and the other of the two, in [0, 1].
 
-    raises  as `labelled_splits` and `extract_features`
+    raises  as `labelled_folds` and `extract_features`
     """
     chosen, encoder, context = measured.options.logistic, measured.encoder, measured.context
-    train, test, val = labelled_splits(measured)
+    test, folds = labelled_folds(measured)
     pooled = chosen.token == "cls+mean"
-    features = class_tokens(measured, train.source, "train", pooled)
-    validation = None if val is None else (class_tokens(measured, val.source, "val", pooled), val.labels)
-    test_features = class_tokens(measured, test.source, "test", pooled)
     Cs = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c).tolist()
-    found = select_and_fit(
-        features,
-        train.labels,
-        train.num_classes,
-        Cs,
-        validation=validation,
-        validation_share=chosen.validation_share,
-        seed=context.seed,
-        patience=chosen.patience,
-        score=METRICS[measured.task.metric],
-        device=encoder.device,
-    )
-    predicted = found.model.predict(test_features).numpy()
+    predicted, paths = np.empty(len(test), dtype=np.int64), list[Path]()
+    for fold in folds:
+        train, val = fold.train, fold.val
+        features = class_tokens(measured, train.source, "train", pooled)
+        validation = None if val is None else (class_tokens(measured, val.source, "val", pooled), val.labels)
+        test_features = class_tokens(measured, fold.test.source, "test", pooled)
+        found = select_and_fit(
+            features,
+            train.labels,
+            train.num_classes,
+            Cs,
+            validation=validation,
+            validation_share=chosen.validation_share,
+            seed=context.seed,
+            patience=chosen.patience,
+            score=METRICS[measured.task.metric],
+            pictures=train.pictures,
+            device=encoder.device,
+        )
+        predicted[fold.rows] = found.model.predict(test_features).numpy()
+        paths.append(found)
     draw_mistakes(measured, test, predicted, "logistic")
+    ends = [path.C.item() in (path.visited[0].C, Cs[-1]) for path in paths]
     settings = {
-        "C": found.C.item(),
-        "path": found.scores,
-        "edge": found.C.item() in (found.visited[0].C, Cs[-1]),  # a wider path might score higher
+        "C": per_fold([path.C.item() for path in paths]),
+        "path": per_fold([path.scores for path in paths]),
+        "edge": any(ends),  # a wider path might score higher
         "token": chosen.token if encoder.pools else "cls",
         "image_size": context.image_size,
-        "converged": found.model.converged,
+        "converged": all(path.model.converged for path in paths),
     }
+    val = folds[0].val
     share = f"a class-balanced {chosen.validation_share:.0%} of train, seed {context.seed}"
     return accuracy_rows(
         measured,
         test,
         predicted,
         chosen_on=share if val is None else OFFICIAL,
-        n_train=len(train) + (0 if val is None else len(val)),
+        n_train=learnt_from(folds) + (0 if val is None else len(val)),
         settings=settings,
         warnings=equal_features(train.source, features, "training"),
     )

@@ -16,25 +16,42 @@ list of what `compute` gave for each, saved now and then.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.context import Context, SavedState
-from dinoreg.evaluation.data import Data
+from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.evaluation.features.images import parallel
-from dinoreg.evaluation.metrics.bootstrap import Interval
+from dinoreg.evaluation.metrics.bootstrap import Clusters, Interval
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
 
 S = TypeVar("S")  # kind of a split
+L = TypeVar("L", Labelled, MultiLabelled)
 K = TypeVar("K")  # name of a candidate
 T = TypeVar("T")
 
 OFFICIAL, REPORTED = "the official validation split", "the reported split itself"
+
+
+@dataclass(frozen=True)
+class Fold(Generic[S]):
+    """One training, and what is tested after it.
+
+    val   the official validation split, or None
+    rows  (m,) places of its test images among all that are tested
+    """
+
+    train: S
+    test: S
+    val: S | None
+    rows: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,23 @@ class Measurement:
         train, test = (self.split(name, kind, missing) for name in ("train", "test"))
         return train, test, self.split("val", kind, missing) if "val" in self.data.splits else None
 
+    def folds(self, kind: type[L], missing: str) -> tuple[L, list[Fold[L]]]:
+        """All images that are tested, and each training with its own of them: one, unless the data come in folds.
+
+        raises  as `split`
+        """
+        folds = self.data.folds
+        if folds is None:
+            train, test, val = self.splits(kind, missing)
+            return test, [Fold(train, test, val, np.arange(len(test)))]
+        test = self.split("test", kind, missing)
+        parts = [(np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)) for fold in np.unique(folds)]
+        return test, [Fold(test.chosen(learnt), test.chosen(rows), None, rows) for learnt, rows in parts]
+
+    def clusters(self, test: Labelled | MultiLabelled) -> Clusters:
+        """What belongs together among all images that are tested, for the bootstrap."""
+        return Clusters(test.pictures, self.data.folds)
+
     def row(self, value: float, interval: Interval, *, variant: str = "", **fields: Any) -> Row:
         """One figure with its 95 % interval, by default of the task's metric; shares in [0, 1].
 
@@ -92,6 +126,16 @@ class Measurement:
         }
         replicates = tuple(interval.replicates.tolist())
         return Row(value=value, low=interval.low, high=interval.high, replicates=replicates, **(shared | fields))
+
+
+def learnt_from(folds: Sequence[Fold[L]]) -> int:
+    """Images that are learnt from: in several folds, their mean number."""
+    return round(sum(len(fold.train) for fold in folds) / len(folds))
+
+
+def per_fold(values: Sequence[T]) -> T | list[T]:
+    """What was chosen, as settings hold it: of a single training by itself, of several folds in a list."""
+    return values[0] if len(values) == 1 else list(values)
 
 
 def choose_best(

@@ -7,7 +7,7 @@ loss). Images that show only difficult instances of a class count neither way fo
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from dinoreg.evaluation.data import MultiLabelled
 from dinoreg.evaluation.metrics.average_precision import Curve, Ranking
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic, nanmean
 from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions, equal_features
-from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
+from dinoreg.evaluation.protocols.measurement import OFFICIAL, Fold, Measurement, per_fold
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, SigmoidProblem
@@ -36,15 +36,54 @@ def evaluate(measured: Measurement) -> list[Row]:
             fitted; otherwise as `extract_features`
     """
     measured.check_metric("multi-label classification", METRICS)
+    chosen, context = measured.options.multilabel, measured.context
+    test, folds = measured.folds(MultiLabelled, MISSING)
+    names = measured.data.names(test.num_classes)
+    scores, fits = np.empty(test.labels.shape, dtype=np.float32), list[_Fitted]()
+    for fold in folds:
+        fits.append(_fitted(measured, fold))
+        scores[fold.rows] = _scores(fits[-1].model, _rows(measured, fold.test, "test"), measured.encoder.device)
+    _draw(measured, test, scores, names)
+    return mean_ap_rows(
+        measured,
+        scores,
+        test,
+        names,
+        chosen_on=f"{chosen.validation_share:.0%} of train, seed {context.seed}" if folds[0].val is None else OFFICIAL,
+        n_train=round(sum(each.images for each in fits) / len(fits)),
+        n_test=len(test),
+        settings={
+            "C": dict(zip(names, (per_fold(each) for each in zip(*(fit.C.tolist() for fit in fits))))),
+            "path": per_fold([each.path.scores for each in fits]),
+            "image_size": context.image_size,
+            "choice": "each class by its own validation average precision",
+            "converged": all(each.model.converged for each in fits),
+        },
+        note=_note(np.all([each.fitted for each in fits], axis=0), test.labels, names),
+        warnings=fits[0].warnings,
+    )
+
+
+class _Fitted(NamedTuple):
+    """The regressions of a training on some images, which classes they learnt (K,) bool, and the chosen C (K,)."""
+
+    model: LogisticModel
+    fitted: np.ndarray
+    C: np.ndarray
+    path: Path
+    images: int
+    warnings: tuple[str, ...]
+
+
+def _fitted(measured: Measurement, fold: Fold[MultiLabelled]) -> _Fitted:
+    """C chosen for each class on the validation split or on a share of train, and the fit on both."""
     chosen, device, context = measured.options.multilabel, measured.encoder.device, measured.context
-    train, test, val = measured.splits(MultiLabelled, MISSING)
-    everything = fit = _rows(measured, train, "train")
-    doubt = equal_features(train.source, fit.parts[0][0], "training")
-    test_rows = _rows(measured, test, "test")
-    if val is None:
-        fit, held = _held_out(fit, chosen.validation_share, context.seed)
+    everything = fit = _rows(measured, fold.train, "train")
+    doubt = equal_features(fold.train.source, fit.parts[0][0], "training")
+    if fold.val is None:
+        fit, held = _held_out(fit, chosen.validation_share, context.seed, fold.train.pictures)
     else:
-        held = _rows(measured, val, "val")
+        held = _rows(measured, fold.val, "val")
         everything = fit + held
     values = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c)
     Cs, path = choose(
@@ -57,27 +96,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     )
     problem = SigmoidProblem(everything, device=device)
     model = problem.solve(torch.from_numpy(Cs), path.model, tolerance=FINAL_TOLERANCE)
-    scores = _scores(model, test_rows, device)
-    names = measured.data.names(test.num_classes)
-    _draw(measured, test, scores, names)
-    return mean_ap_rows(
-        measured,
-        scores,
-        test.labels,
-        names,
-        chosen_on=f"{chosen.validation_share:.0%} of train, seed {context.seed}" if val is None else OFFICIAL,
-        n_train=problem.data.n,
-        n_test=len(test),
-        settings={
-            "C": dict(zip(names, Cs.tolist())),
-            "path": path.scores,
-            "image_size": context.image_size,
-            "choice": "each class by its own validation average precision",
-            "converged": model.converged,
-        },
-        note=_note(problem.fitted.numpy(), test.labels, names),
-        warnings=doubt,
-    )
+    return _Fitted(model, problem.fitted.numpy(), Cs, path, problem.data.n, doubt)
 
 
 def choose(
@@ -113,17 +132,18 @@ def choose(
 
 
 def mean_ap_rows(
-    measured: Measurement, scores: np.ndarray, labels: np.ndarray, names: list[str], **fields: Any
+    measured: Measurement, scores: np.ndarray, test: MultiLabelled, names: list[str], **fields: Any
 ) -> list[Row]:
     """11-point and all-points mAP in [0, 1], with intervals over images, the task's metric first.
 
-    Classes that no image has are left out.
+    Classes that no image has are left out. Of several folds, all images are ranked together, by their log odds: folds
+    have too few images of a class for an average precision each, which depends on their number.
 
     scores  (n, K), higher where a class is more likely
-    labels  (n, K) 1, 0 or -1 (not counted); UserError where no image has any class
+    test    labels (n, K); UserError where no image has any class
     fields  of Row
     """
-    n, K = labels.shape
+    (n, K), labels = test.labels.shape, test.labels
     present = [k for k in range(K) if (labels[:, k] == 1).any()]
     if not present:
         raise UserError("no test image has any of the classes")
@@ -137,7 +157,7 @@ def mean_ap_rows(
             return nanmean([ranking.curve(weights).average(points) for ranking in rankings])
 
         values = [ranking.curve().average(points) for ranking in rankings]
-        interval = bootstrap_statistic(n, mean_ap, draws, measured.context.seed)
+        interval = bootstrap_statistic(n, mean_ap, draws, measured.context.seed, measured.clusters(test))
         chance = float(np.mean([_random_order(ranking, points, rng) for ranking in rankings]))
         details = {"AP": {names[k]: value for k, value in zip(present, values)}, "bootstrap draws": draws}
         row = measured.row(float(np.mean(values)), interval, metric=metric, chance=chance, details=details, **fields)
@@ -158,13 +178,15 @@ def _rows(measured: Measurement, split: MultiLabelled, name: str) -> Rows:
     return Rows.of(class_tokens(measured, split.source, name), torch.from_numpy(split.labels))
 
 
-def _held_out(train: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
-    """The training images without a random share of them, and these."""
-    ((features, _),), labels, count = train.parts, train.labels, len(train)
+def _held_out(train: Rows, share: float, seed: int, pictures: np.ndarray | None = None) -> tuple[Rows, Rows]:
+    """The training images without a random share of them, and these; copies of one of the pictures (n,) together."""
+    ((features, _),), labels = train.parts, train.labels
+    _, picture_of = np.unique(np.arange(len(train)) if pictures is None else pictures, return_inverse=True)
+    count = int(picture_of.max()) + 1
     if count < 2:
         raise UserError(f"{count} labelled image is too few to hold out some of them")
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[np.random.default_rng(seed).permutation(count)[: min(max(round(share * count), 1), count - 1)]] = True
+    held = np.random.default_rng(seed).permutation(count)[: min(max(round(share * count), 1), count - 1)]
+    mask = torch.from_numpy(np.isin(picture_of, held))
     return Rows.of(features, labels, ~mask), Rows.of(features, labels, mask)
 
 

@@ -100,6 +100,7 @@ def select_and_fit(
     seed: int = 0,
     patience: int | None = None,
     score: Callable[[ArrayLike, ArrayLike], float] = top1,
+    pictures: np.ndarray | None = None,
     **options: Any,
 ) -> Path:
     """Choose C by its validation score (ties: the lower loss) and refit on every row, those of `validation` included.
@@ -111,6 +112,7 @@ def select_and_fit(
     validation_share  that share, in (0, 1)
     patience          as for `walk_path`
     score             (predicted classes, true ones) -> in [0, 1], higher is better
+    pictures          (n,) as for `balanced_split`
     options           of LogisticProblem
     raises            ValueError for labels or Cs out of range, features that are not finite, and too few rows
     """
@@ -121,7 +123,7 @@ def select_and_fit(
         fit, held = rows, Rows.of(validation[0], as_labels(validation[1], len(validation[0]), num_classes))
         rows = fit + held
     else:
-        mask = balanced_split(rows.labels, validation_share, seed)
+        mask = balanced_split(rows.labels, validation_share, seed, pictures)
         if mask.all() or not mask.any():
             raise ValueError(f"{len(rows)} labelled rows are too few to hold out {validation_share:.0%} of them")
         fit, held = (Rows.of(features, rows.labels, each) for each in (~mask, mask))
@@ -140,13 +142,18 @@ def select_and_fit(
     return replace(path, model=final.solve(float(path.C[0]), path.model, tolerance=FINAL_TOLERANCE))
 
 
-def balanced_split(labels: Tensor, share: float = 0.1, seed: int = 0) -> Tensor:
+def balanced_split(labels: Tensor, share: float = 0.1, seed: int = 0, pictures: np.ndarray | None = None) -> Tensor:
     """Hold out a share of the rows with every class in proportion: labels (n,) -> held out (n,) bool on the CPU.
 
     Rows are ordered by class, at random within a class, and taken at equal distances.
 
-    share  in (0, 1); ValueError outside
+    share     in (0, 1); ValueError outside
+    pictures  (n,) the same number for rows that stay together, copies of one picture: the share is one of pictures
     """
+    if pictures is not None:
+        _, first, picture_of = np.unique(pictures, return_index=True, return_inverse=True)
+        if 1 < len(first) < len(pictures):
+            return balanced_split(labels[torch.from_numpy(first)], share, seed)[torch.from_numpy(picture_of)]
     if not 0.0 < share < 1.0:
         raise ValueError(f"the held-out share must lie between 0 and 1, got {share}")
     rng = np.random.default_rng(seed)

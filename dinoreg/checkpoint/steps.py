@@ -1,0 +1,126 @@
+"""What is said of a run's steps: which one weights are of, and how good the probe inside the run found them."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dinoreg.checkpoint.run_folder import by_step, step_in
+from dinoreg.runtime.json_files import is_number, number, read_json, read_json_lines, read_text
+
+PROBED = "probe.json"  # on which images the probe inside the run compares its steps
+ACCURACIES = ("knn_top1", "general_knn_top1")
+
+
+def pointed_step(run: Path, pointer: str) -> int | None:
+    """The step that `last` or `best` of a run folder points to; None without one."""
+    return step_in(read_text(run / "checkpoints" / pointer)[:100].strip())
+
+
+def role_of(run: Path, step: int, total: int | None = None) -> str:
+    """A step among those of its run: "step 40 of 200 (best by the probe, not the last)".
+
+    total  steps of the run, where status.json does not say it
+    """
+    total = read_json(run / "status.json").get("num_steps", total)
+    best, last = (pointed_step(run, name) for name in ("best", "last"))
+    role = "the last" if step == last else "best by the probe, not the last" if step == best else ""
+    return f"step {step:,}{f' of {total:,}' if is_number(total) else ''}{role and f' ({role})'}"
+
+
+def which_steps(run: Path) -> str:
+    """In a sentence: what `weights=RUN` and `weights=RUN/best` mean, with the k-NN accuracies inside the run."""
+    probed = by_step(read_json_lines(run / "probe.jsonl"))
+    last, best = pointed_step(run, "last"), pointed_step(run, "best")
+    if last is None:
+        return f"weights={run}: nothing was saved yet"
+    told = {line["step"]: _interval(line, "knn_top1") for line in probed if is_number(line.get("knn_top1"))}
+    shown = {step: f", k-NN {text}" for step, text in told.items()}
+    text = f"weights={run} means step {last:,} (last{shown.get(last, '')})"
+    if best is not None and best != last:
+        text += f"; weights={run}/best step {best:,}{shown.get(best, '')}"
+    elif best is not None:
+        text += f"; weights={run}/best is the same"
+    by_accuracy = read_json(run / PROBED).get("metric") != "rankme"
+    highest = max((line for line in probed if line["step"] in told), key=lambda line: line["knn_top1"], default={})
+    step = highest.get("step")
+    if best is None and not step:
+        return f"{text}; no step is the best" + (": none was better than the start" if told else "")
+    if by_accuracy and step not in (None, best):
+        kept = "there is no best" if best is None else "best stays"
+        than = "than the start" if best is None else "than that"
+        text += f"; the highest k-NN, {told[step]} at step {step:,}, is not better {than} by its interval: {kept}"
+    return text
+
+
+def probe_in_words(line: Mapping[str, Any]) -> str:
+    """A line of probe.jsonl: "knn_top1: 16.0 % [11.2, 21.5] (step 0: 18.0, chance 14.3, majority 18.0), not better …".
+
+    What the line does not have is left out.
+    """
+    parts = []
+    for key in ACCURACIES:
+        if is_number(line.get(key)):
+            beside = {f"step {line.get('start_step')}:": line.get(f"{key}_start")}
+            beside |= {name: line.get(f"{key}_{name}") for name in ("chance", "majority")}
+            shown = ", ".join(f"{name} {100 * number(share):.1f}" for name, share in beside.items() if is_number(share))
+            against = against_start(line) if key == "knn_top1" else ""
+            text = f"{key}: {_interval(line, key)}{shown and f' ({shown})'}{against and f', {against}'}"
+            parts.append(text)
+    ranks = [key for key in ("rankme", "general_rankme") if is_number(line.get(key))]
+    return "  ".join([*parts, *(f"{key}: {line[key]:.4g}" for key in ranks)])
+
+
+def against_start(line: Mapping[str, Any]) -> str:
+    """Whether a line of probe.jsonl is better than the start, by the paired interval in points; "" where not known."""
+    gain, low, high = (line.get(f"knn_top1_gain{end}") for end in ("", "_low", "_high"))
+    if not all(map(is_number, (gain, low, high))):
+        return ""
+    verdict = "better" if number(low) > 0 else "worse" if number(high) < 0 else "not better"
+    so_far = " so far" if verdict == "not better" else ""
+    points = [100 * number(each) for each in (gain, low, high)]
+    return "{} than the start{}: {:+.1f} points [{:.1f}, {:.1f}]".format(verdict, so_far, *points)
+
+
+def next_steps(run: str | Path, labelled: Any = None) -> str:
+    """The commands that a trained run is measured and passed on with.
+
+    labelled  the run's probe.data
+    """
+    own = isinstance(labelled, str) and labelled.partition(":")[0] != "scenes"
+    weights, data = f"weights={shlex.quote(str(run))}", shlex.quote(str(labelled)) if own else "LABELLED"
+    verbs = (f"eval {data} {weights}", f"registers {weights} images={data}", f"export {weights} format=timm out=FOLDER")
+    return f"next: {'; '.join(f'dinoreg {verb}' for verb in verbs)}"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The labelled images that the probe inside a run looks at, see `PROBED`.
+
+    data    where they are
+    images  16 hexadecimal digits over the content of each
+    chosen  whether the step at hand was chosen by its accuracy on them: it is the best, and not the last
+    """
+
+    data: str
+    images: frozenset[str]
+    chosen: bool
+
+
+def watched_in(run: Path, step: int) -> Watched | None:
+    """What the probe inside a run looks at, for weights of one of its steps; None where there are no labels."""
+    content = read_json(run / PROBED)
+    images = content.get("images")
+    if not isinstance(images, list):
+        return None
+    best, last = (pointed_step(run, name) for name in ("best", "last"))
+    chosen = step == best != last and content.get("metric") == "knn_top1"
+    return Watched(str(content.get("data")), frozenset(map(str, images)), chosen)
+
+
+def _interval(line: Mapping[str, Any], key: str) -> str:
+    """ "18.0 % [12.9, 23.7]" of an accuracy in a line of probe.jsonl, without the interval where there is none."""
+    value, low, high = (line.get(f"{key}{end}") for end in ("", "_low", "_high"))
+    interval = f" [{100 * number(low):.1f}, {100 * number(high):.1f}]" if is_number(low) and is_number(high) else ""
+    return f"{100 * number(value):.1f} %{interval}"
