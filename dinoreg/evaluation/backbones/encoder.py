@@ -26,6 +26,7 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.weights.preprocessing import stated_preprocessing
 
 PUBLISHED_SIZE = 224  # pixels; the side at which classification is published
+RANDOM_WEIGHTS = " (random weights)"  # behind the name of an encoder that has them
 PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
 
 
@@ -168,7 +169,8 @@ class _ModuleEncoder(Encoder):
         return digest.hexdigest()[:16]
 
     def _like(self, module: nn.Module) -> Encoder:
-        return type(self)(module, f"random {self.name}", self.mean, self.std, self.device, self.dtype)  # type: ignore[call-arg]
+        name = f"{self.name.removesuffix(RANDOM_WEIGHTS)}{RANDOM_WEIGHTS}"
+        return type(self)(module, name, self.mean, self.std, self.device, self.dtype)  # type: ignore[call-arg]
 
 
 class NativeEncoder(_ModuleEncoder):
