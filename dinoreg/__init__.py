@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinoreg.commands.evaluate import evaluate
+    from dinoreg.evaluation.backbones.open import transform
     from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
     from dinoreg.weights.load import load
 
 __version__ = "0.1.0"
-__all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
+__all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain", "transform"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
@@ -23,6 +24,7 @@ _WHERE = {
     "VitRGTS": "dinoreg.models.classifier",
     "evaluate": "dinoreg.commands.evaluate",
     "load": "dinoreg.weights.load",
+    "transform": "dinoreg.evaluation.backbones.open",
 }
 
 

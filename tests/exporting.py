@@ -64,7 +64,7 @@ def write_run(folder: Path, model: RegisterViT, step: int = 20, **preprocessing:
         "steps: 30\nbatch_size: 6\nseed: 3\ninit: null\noptim:\n  lr: 0.002\n"
         "data:\n  source: /home/somebody/secret/photos\n"
     )
-    lines = [{"step": at, "images": 6 * at, "total_loss": 8 - at / 10} for at in (10, 20, 30)]
+    lines = [{"step": at, "images": 6 * at, "loss": 8 - at / 10} for at in (10, 20, 30)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4')
     (folder / "probe.jsonl").write_text('{"step": 20, "knn_top1": 0.25, "probe_time": 1.0}\n')
     record = {

@@ -113,15 +113,18 @@ def test_quickstart_passes_its_keys_on(stage: Stage) -> None:
 
 def test_report_writes_one_runs_report_and_compares_several(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     a, b = stage.run_folder("a"), stage.run_folder("b=1")
-    stage.put("dinoreg.reports.run_report", write_report=lambda run, problem: run / "report.html")
-    stage.put("dinoreg.reports.compare", compare_report=lambda runs, out: out or Path("compare.html"))
+    reports = {
+        "report_run": lambda run: run / "report.html",
+        "compare_runs": lambda runs, out: out or Path("compare.html"),
+    }
+    stage.put("dinoreg.commands.report", **reports)
     assert main(["report", str(a)]) == 0
     assert main(["report", str(a), str(b)]) == 0
     assert main(["report", str(a), "b=1", "out=both.html"]) == 0
     assert stage.calls == [
-        ("write_report", (a, ""), {}),
-        ("compare_report", ([a, b], None), {}),
-        ("compare_report", ([a, Path("b=1")], Path("both.html")), {}),
+        ("report_run", (a,), {}),
+        ("compare_runs", ([a, b], None), {}),
+        ("compare_runs", ([a, Path("b=1")], Path("both.html")), {}),
     ]
     assert capsys.readouterr().out.splitlines()[-1] == "report: both.html"
 

@@ -148,6 +148,7 @@ def test_the_anchor_is_not_computed_while_the_backbone_stands_still(
     for line in lines:
         parts = sum(line[key] for key in line if key.endswith("_loss") and key != "total_loss")
         assert line["total_loss"] == pytest.approx(parts, rel=1e-5)
+        assert line["loss"] == pytest.approx(parts + line["ibot_loss"] + line.get("koleo_loss", 0), rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def make_run(folder: Path, *steps: int, num_steps: int = 20) -> Path:
     for step in steps:
         checkpoint.save(run / "checkpoints", step, {"w": torch.full((3,), float(step))}, {"step": step}, keep=9)
         (run / "teacher" / f"{checkpoint.step_name(step)}.safetensors").touch()
-    lines = [{"step": step, "total_loss": 10.0 - step, "images_per_second": 3.25} for step in range(1, 8)]
+    lines = [{"step": step, "loss": 10.0 - step, "images_per_second": 3.25} for step in range(1, 8)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status = {"phase": "running", "step": steps[-1] if steps else 0, "num_steps": num_steps}
     (run / "status.json").write_text(json.dumps(status))
@@ -211,7 +211,7 @@ def test_a_whole_unfinished_run_says_how_far_it_got_and_how_to_go_on(tmp_path: P
     assert mark == "running"
     assert "step 7 of 20, saved at 6: resume with" in text
     assert f"dinoreg pretrain {run} resume=true" in text
-    assert row(progress, "last line")[1] == "step 7, total_loss 3, images_per_second 3.25"
+    assert row(progress, "last line")[1] == "step 7, loss 3, images_per_second 3.25"
     assert row(progress, "weights")[1] == f"weights={run} means step 6 (last); weights={run}/best step 3"
     checkpoints = rows_of(sections, "checkpoints")
     assert checkpoints == [("step_0000003", "ok", "whole (best)"), ("step_0000006", "ok", "whole (last)")]

@@ -13,10 +13,10 @@ from peer_models import timm_model, transformers_model
 from torch import Tensor
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from dinoreg.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder, wrap
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_bad_images_blocks_and_models_are_refused_in_one_line(images: Tensor) ->
 def test_identity_follows_weights_and_preprocessing_only() -> None:
     model = small_vit()
     assert wrap(model).identity == wrap(model, "another name").identity
-    assert wrap(model).identity != wrap(model, mean=(0.5,)).identity
+    assert wrap(model).identity != wrap(model, stated={"mean": [0.5]}).identity
     with torch.no_grad():
         model.cls_token[0, 0, 0] += 1e-3
     assert wrap(model).identity != wrap(small_vit()).identity

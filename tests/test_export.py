@@ -382,6 +382,6 @@ def test_weights_without_a_run_say_what_is_not_known(light: tuple[Path, Path], t
     torch.save(model.state_dict(), tmp_path / "backbone.pth")
     text = card(tmp_path / "backbone.pth", light[1], tmp_path)
     assert "those above are assumed" in text
-    assert "| mean | 0, 0, 0, 0, 0 |" in text
+    assert "| mean | 0.5, 0.5, 0.5, 0.5, 0.5 |" in text
     assert "without the folder of the run" in text
     assert "No evaluation came with these weights." in text

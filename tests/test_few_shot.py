@@ -22,7 +22,7 @@ from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, mean_per_cl
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, LogisticOptions
 from dinoreg.evaluation.protocols import few_shot
 from dinoreg.evaluation.protocols import logistic as classification
-from dinoreg.evaluation.protocols.classification import draws_interval
+from dinoreg.evaluation.protocols.classification import draws_interval, equal_features
 from dinoreg.evaluation.protocols.few_shot import (
     FIXED_C,
     Setting,
@@ -327,9 +327,19 @@ def test_what_cannot_be_scored_is_refused(tmp_path: Path) -> None:
         few_shot.evaluate(Measurement(PIXELS, data, dataclasses.replace(TASK, metric="mIoU"), FAST, context(tmp_path)))
     with pytest.raises(UserError, match="the train split is missing"):
         run(Data({"test": data.splits["test"]}), tmp_path)
+
+
+def test_features_that_are_all_equal_are_measured_and_doubted_with_their_cause(tmp_path: Path) -> None:
     grey = Labelled(ArraySource(np.full((6, 28, 28, 3), 90, dtype=np.uint8), "grey"), np.arange(6) % 2, 2)
-    with pytest.raises(UserError, match="every training image has the same feature"):
-        run(Data({"train": grey, "test": grey}), tmp_path)
+    for row in run(Data({"train": grey, "test": grey}), tmp_path / "grey"):
+        assert row.value == 0.5
+        (doubt,) = row.warnings
+        assert "the pictures are equal, too, as grey:0 and grey:5, every value 90" in doubt
+    rng = np.random.default_rng(0)
+    rich = Labelled(ArraySource(rng.integers(0, 256, (6, 28, 28, 3), dtype=np.uint8), "rich"), np.arange(6) % 2, 2)
+    assert run(Data({"train": rich, "test": rich}), tmp_path / "rich")[0].warnings == ()
+    features = torch.ones(6, 5) + 1e-8 * torch.randn(6, 5)
+    assert "rich:0 and rich:5 differ" in equal_features(rich.source, features, "training")[0]
 
 
 @pytest.mark.parametrize(("key", "value"), [("shots", (0,)), ("shares", (0.0,)), ("shares", (1.5,)), ("repeats", 0)])

@@ -22,7 +22,8 @@ from dinoreg.train.logger import LINES, LineFile, RunLog, TensorBoard
 def values(step: int, **others: Any) -> dict[str, Any]:
     return {
         "step": step,
-        "total_loss": 7.25,
+        "loss": 7.25,
+        "total_loss": 5.5,
         "dino_global_crops_loss": 1.5,
         "dino_local_crops_loss": 2.5,
         "ibot_loss": 3.0,
@@ -202,7 +203,7 @@ def test_the_console_line_has_dinov2s_names_and_the_time_left(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "step 2/80  total_loss: 7.2500  dino_global_crops_loss: 1.5000  dino_local_crops_loss: 2.5000  "
+        "step 2/80  loss: 7.2500  dino_global_crops_loss: 1.5000  dino_local_crops_loss: 2.5000  "
         "ibot_loss: 3.0000  koleo_loss: 0.2500  lr: 1.25e-03  images_per_second: 100.0  left: 2:36",
         "init: [bold]3 tensors[/bold] from a.pth",
     ]

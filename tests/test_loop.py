@@ -37,6 +37,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pretrain(tiny_config(tmp_path_factory.mktemp("plain") / "run"))
 
 
+def test_losses_of_dinov2s_names_have_its_values_and_loss_is_what_is_optimised(tmp_path: Path) -> None:
+    """dinov2 logs terms without their weights, KoLeo with its own, and of KoLeo and the patches' term half."""
+    weights = {"loss__dino_weight": 0.7, "loss__ibot_weight": 1.9, "loss__koleo_weight": 0.3}
+    first = read_lines(pretrain(tiny_config(tmp_path / "run", steps=2, **weights)) / "metrics.jsonl")[0]
+    # The terms do not depend on their weights before the first update.
+    plain = read_lines(pretrain(tiny_config(tmp_path / "plain", steps=2)) / "metrics.jsonl")[0]
+    for name in ("dino_global_crops_loss", "dino_local_crops_loss", "ibot_loss"):
+        assert first[name] == pytest.approx(plain[name], rel=1e-6)
+    assert first["koleo_loss"] == pytest.approx(3 * plain["koleo_loss"], rel=1e-6)
+    for line, dino, ibot in ((first, 0.7, 1.9), (plain, 1.0, 1.0)):
+        terms = dino * (line["dino_global_crops_loss"] + line["dino_local_crops_loss"])
+        assert line["loss"] == pytest.approx(terms + 2 * ibot * line["ibot_loss"] + 2 * line["koleo_loss"], rel=1e-6)
+
+
 def test_a_run_leaves_the_folder_of_the_design(tmp_path: Path) -> None:
     out = pretrain(tiny_config(tmp_path / "run", log__tensorboard=True, probe__every=4, probe__num_images=20))
     assert not (out / "checkpoints" / "best").exists()  # without labels no step is better than another
@@ -47,7 +61,7 @@ def test_a_run_leaves_the_folder_of_the_design(tmp_path: Path) -> None:
     assert checkpoint.verify(out / "checkpoints" / "step_0000008")["step"] == 8
     lines = read_lines(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
-    names = """images total_loss dino_global_crops_loss dino_local_crops_loss ibot_loss koleo_loss lr wd mom
+    names = """images loss total_loss dino_global_crops_loss dino_local_crops_loss ibot_loss koleo_loss lr wd mom
         teacher_temp last_layer_lr grad_norm_backbone grad_norm_dino_head current_batch_size step_time data_time
         images_per_second max_memory"""
     for key in names.split():

@@ -14,6 +14,7 @@ from planted import BLOCK, UNIT, patchy_images, planted_vit, save, write_images
 from dinoreg.commands.main import main
 from dinoreg.commands.options import RegistersOptions
 from dinoreg.commands.registers import read_pictures, report_registers
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.registers.measure import Pictures, measure
 from dinoreg.registers.verdict import comparison, judge
@@ -145,9 +146,13 @@ def test_the_command_compares_models_and_cleans_the_planted_one(
     assert pngs == ["maps_0.png", "maps_1.png", "maps_2.png", "norms.png", "positions.png"]
 
 
+def seen_at(size: int) -> Preprocessing:
+    return Preprocessing.of(None, 3, (size, size), 8, "x")
+
+
 def test_scenes_come_with_classes_and_boxes(tmp_path: Path) -> None:
     request = RegistersOptions(("x",), "scenes:seed=3", num_images=5)
-    found, skipped = read_pictures(request, 48, 3)
+    found, skipped = read_pictures(request, seen_at(48))
     assert found.images.shape == (5, 3, 48, 48)
     assert found.labels is not None
     assert found.boxes is not None
@@ -155,13 +160,13 @@ def test_scenes_come_with_classes_and_boxes(tmp_path: Path) -> None:
     assert not skipped
     for boxes in found.boxes:
         assert ((boxes >= 0) & (boxes <= 48)).all()
-    again, _ = read_pictures(RegistersOptions(("x",), "scenes:seed=3,first=30000002", num_images=2), 48, 3)
+    again, _ = read_pictures(RegistersOptions(("x",), "scenes:seed=3,first=30000002", num_images=2), seen_at(48))
     assert torch.equal(again.images, found.images[2:4])
-    assert read_pictures(RegistersOptions(("x",), "scenes", num_images=2, labels=False), 16, 3)[0].labels is None
+    assert read_pictures(RegistersOptions(("x",), "scenes", num_images=2, labels=False), seen_at(16))[0].labels is None
 
 
 def test_a_folder_without_classes_is_looked_at_without_probes(tmp_path: Path, photo_folder: Path) -> None:
-    found, _ = read_pictures(RegistersOptions(("x",), str(photo_folder), labels=False, num_images=6), 32, 3)
+    found, _ = read_pictures(RegistersOptions(("x",), str(photo_folder), labels=False, num_images=6), seen_at(32))
     assert found.labels is None
     assert found.images.shape == (6, 3, 32, 32)
 

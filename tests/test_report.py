@@ -15,10 +15,10 @@ from PIL import Image
 
 from dinoreg.checkpoint.format import write_teacher
 from dinoreg.checkpoint.run_folder import Run
-from dinoreg.commands.report import report_run
+from dinoreg.commands.report import compare_runs, report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
-from dinoreg.reports.compare import compare_report, comparison, differences, run_names
+from dinoreg.reports.compare import comparison, differences, run_names
 from dinoreg.reports.plots import run_charts
 from dinoreg.reports.run_report import write_report
 from dinoreg.reports.verdict import verdict
@@ -101,7 +101,13 @@ def write_run(folder: Path, value: float = 0.7, name: str = "vitt8_reg4", lr: fl
     (folder / "status.json").write_text(json.dumps({"phase": "finished", "step": 40, "num_steps": 40}))
     lines = [
         {
-            **{"step": step, "images": 8 * step, "total_loss": 5 - step / 40, "dino_global_crops_loss": 0.5},
+            **{
+                "step": step,
+                "images": 8 * step,
+                "loss": 5 - step / 40,
+                "total_loss": 4.0,
+                "dino_global_crops_loss": 0.5,
+            },
             **{
                 "dino_local_crops_loss": 4.0,
                 "ibot_loss": 2.0,
@@ -141,6 +147,22 @@ def write_run(folder: Path, value: float = 0.7, name: str = "vitt8_reg4", lr: fl
         noise = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"view/0000040/{picture}.png")
     return folder
+
+
+def test_the_losses_of_an_older_run_are_read_in_todays_terms(tmp_path: Path) -> None:
+    """It logged every term as optimised, weights included; now dinov2's names have dinov2's values."""
+    new, old = write_run(tmp_path / "new"), write_run(tmp_path / "old")
+    terms = {"dino_global_crops_loss": 0.7 * 0.5, "dino_local_crops_loss": 0.7 * 4.0}
+    terms |= {"ibot_loss": 2 * 1.9 * 2.0, "koleo_loss": 2 * 1.0}
+    lines = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, **terms, "total_loss": line["loss"]} for line in lines]
+    lines = [{key: value for key, value in line.items() if key != "loss"} for line in lines]
+    (old / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (old / "config.yaml").open("a") as file:
+        file.write("loss:\n  dino_weight: 0.7\n  ibot_weight: 1.9\n")
+    for key in ("loss", *terms):
+        assert Run(old).series(key) == (Run(new).series(key)[0], pytest.approx(Run(new).series(key)[1]))
+    assert Run(old).last("total_loss") == pytest.approx(0.5 + 4.0 + 2.0 + 1.0)
 
 
 def test_a_whole_run_gives_every_section_in_one_self_contained_file(tmp_path: Path) -> None:
@@ -240,7 +262,7 @@ def test_text_from_files_cannot_become_markup(tmp_path: Path) -> None:
     structure = parse(write_report(run))
     assert structure.tags.count("script") == 0
     assert attack in " ".join(structure.text)
-    compared = parse(compare_report([run, write_run(tmp_path / "b")], tmp_path / "c.html"))
+    compared = parse(compare_runs([run, write_run(tmp_path / "b")], tmp_path / "c.html"))
     assert compared.tags.count("script") == 0
 
 
@@ -370,7 +392,7 @@ def test_pictures_that_cannot_be_drawn_are_explained_in_the_report(tmp_path: Pat
 
 def test_runs_are_compared_in_a_table_with_their_differences_and_curves(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", value=0.5, lr=5e-4)]
-    path = compare_report(runs, tmp_path / "deep" / "compare.html")
+    path = compare_runs(runs, tmp_path / "deep" / "compare.html")
     structure = parse(path)
     text = " ".join(structure.text)
     for shown in (
@@ -399,7 +421,7 @@ def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path: Path) -> None:
 def test_comparing_runs_that_have_nothing_yet_works(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-    parse(compare_report([tmp_path / "a", tmp_path / "b"], tmp_path))
+    parse(compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path))
     assert (tmp_path / "report.html").is_file()
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 
 from dinoreg.data.loader import Batch
+from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.plots import MAX_POINTS, Chart, Line, _moving_average, _thin, darkened, draw_chart, short
 from dinoreg.visualize.attention import attention_maps, attention_sheet
@@ -152,7 +153,7 @@ def test_pictures_are_a_whole_multiple_of_the_training_size_when_that_is_small()
 
 
 def test_images_are_taken_from_all_over_a_source() -> None:
-    subject = Subject(tiny_model(), "tiny", MEAN, STD)
+    subject = Subject(NativeEncoder(tiny_model(), "tiny", {"mean": MEAN, "std": STD}))
     found = read_pictures(subject, "scenes:count=100,size=16", 4, (8, 8))
     assert found.names == ("scenes:12", "scenes:37", "scenes:62", "scenes:87")
     assert found.images.shape == (4, 3, 8, 8)

@@ -19,6 +19,7 @@ from test_report import parse
 
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.main import main
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.visualize.attention import attention_budget, attention_rows, chosen_heads, chosen_layers, overlay
@@ -36,7 +37,6 @@ from dinoreg.visualize.pca import (
 )
 from dinoreg.visualize.subject import open_images, open_subject, picture_size
 from dinoreg.weights.library_configs import library_of, preprocessing_of
-from dinoreg.weights.preprocessing import stated_preprocessing
 
 REGISTERS = (0, 1, 4, 8)
 
@@ -218,15 +218,16 @@ def test_pictures_are_as_large_as_in_training_or_a_multiple() -> None:
 
 def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
     subject = open_subject(str(write_run(tmp_path / "run", tiny_model())))
-    assert (subject.mean, subject.std, subject.step) == (MEAN, STD, STEP)
+    assert (subject.encoder.mean, subject.encoder.std, subject.step) == (MEAN, STD, STEP)
     assert subject.name == "run at step 7"
     assert subject.folder == tmp_path / "run" / "view" / "0000007"
     named = open_subject("random:vitt8_reg0", "cpu")
-    assert named.mean == (0.485, 0.456, 0.406)
+    assert named.encoder.mean == (0.485, 0.456, 0.406)
     assert named.folder == Path("view/vitt8_reg0-random-weights")
     same = open_subject("random:vitt8_reg0", "cpu").model.state_dict()
     assert all(torch.equal(value, same[key]) for key, value in named.model.state_dict().items())
-    assert stated_preprocessing(None, 2, "x") == ((0.5, 0.5), (0.25, 0.25))
+    unknown = Preprocessing.of(None, 2, (32, 32), 8, "x")
+    assert (unknown.mean, unknown.std, unknown.assumed) == ((0.5, 0.5), (0.25, 0.25), True)
 
 
 def test_a_transformers_folder_states_its_preprocessing(tmp_path: Path) -> None:
@@ -234,8 +235,8 @@ def test_a_transformers_folder_states_its_preprocessing(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1] * 3})
     )
-    stated = preprocessing_of(tmp_path, library_of(tmp_path) or "")
-    assert stated_preprocessing(stated, 3, "x") == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
+    stated = Preprocessing.of(preprocessing_of(tmp_path, library_of(tmp_path) or ""), 3, (32, 32), 8, "x")
+    assert (stated.mean, stated.std, stated.size, stated.short_side) == ((0.1, 0.2, 0.3), (1.0,) * 3, (32, 32), 32)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_pca_reuses_a_basis_for_another_checkpoint(tmp_path: Path) -> None:
         subject = open_subject(str(tmp_path / ("a" if name == "x" else "b")))
         source = open_images("scenes:count=3,size=32")
         pixels = torch.from_numpy(np.stack([source.read(i) for i in range(3)])).permute(0, 3, 1, 2)  # type: ignore[arg-type]
-        shift, scale = (torch.tensor(each)[:, None, None] for each in (subject.mean, subject.std))
+        shift, scale = (torch.tensor(each)[:, None, None] for each in (subject.encoder.mean, subject.encoder.std))
         patches = model((pixels / 255 - shift) / scale).patches.detach()
         colours = patch_colours(patches, read_basis(basis, 12, False)[0])
         with Image.open(tmp_path / name / "pca" / "01-scenes-0.png") as picture:

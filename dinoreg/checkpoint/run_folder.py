@@ -13,9 +13,23 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from dinoreg.runtime.json_files import is_number, number, read_json, read_json_lines, read_text
+from dinoreg.runtime.json_files import flatten, is_number, number, read_json, read_json_lines, read_text
 
 _STEP = re.compile(r"step_(\d+)")
+
+
+def logged_losses(optimised: Mapping[str, Any], dino_weight: float, ibot_weight: float) -> dict[str, float]:
+    """Losses as metrics.jsonl has them: `loss` is what is optimised, dinov2's names have the values that dinov2 logs.
+
+    dinov2 logs the class token's two terms without their weight, half of the patches' term without its weight, half of
+    KoLeo's with it, and as total_loss the sum of what it logs. anchor_loss, which only dinoreg has, is as optimised.
+
+    optimised  weighted terms under these names, and their sum as "total_loss"; terms with a weight of 0 are not there
+    """
+    divisors = {"dino_global_crops_loss": dino_weight, "dino_local_crops_loss": dino_weight}
+    divisors |= {"ibot_loss": 2 * ibot_weight, "koleo_loss": 2.0, "anchor_loss": 1.0}
+    terms = {name: number(optimised[name]) / by for name, by in divisors.items() if name in optimised and by}
+    return {"loss": number(optimised["total_loss"]), "total_loss": sum(terms.values()), **terms}
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,13 @@ class Run:
         self.config = _yaml(self.config_text)
         self.environment = read_json(path / "environment.json")
         self.status = read_json(path / "status.json")
-        self.metrics = by_step(read_json_lines(path / "metrics.jsonl"))
+        weights = [number(flatten(self.config).get(f"loss.{name}_weight", 1.0)) for name in ("dino", "ibot")]
+        lines = read_json_lines(path / "metrics.jsonl")  # older ones have losses as optimised under dinov2's names
+        old = [
+            line | logged_losses(line, *weights) if "total_loss" in line and "loss" not in line else line
+            for line in lines
+        ]
+        self.metrics = by_step(old)
         self.probe = by_step(read_json_lines(path / "probe.jsonl"))
         extra = (read_json(file) for file in sorted((path / "health").glob("*.json")))
         self.events = read_json_lines(path / "health" / "events.jsonl")

@@ -188,7 +188,8 @@ def _progress_rows(run: Path) -> list[Row]:
     if header := re.findall(r" I (.+ M parameters, .+)$", read_text(run / "train.log"), re.MULTILINE):
         rows.append(("started as", "", header[-1]))  # with device, attention and images
     if last:
-        names = ("step", "total_loss", "images_per_second", "data_time", "step_time")
+        loss = "loss" if "loss" in last else "total_loss"  # of an older run
+        names = ("step", loss, "images_per_second", "data_time", "step_time")
         rows.append(("last line", "", _values({name: last[name] for name in names if name in last})))
     else:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))

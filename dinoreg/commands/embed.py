@@ -5,6 +5,7 @@ left out, counted and listed beside the output.
 """
 
 import contextlib
+import math
 import signal
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import EmbedOptions
 from dinoreg.config.overwrite import check_folder
-from dinoreg.data.center_crop import center_crop, to_encoder
+from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_encoder
@@ -42,16 +44,18 @@ def embed(options: EmbedOptions) -> Path:
     source = open_images(options.data, "data", options.columns)
     device = pick_device(options.device)
     encoder = open_encoder(options.weights, device, pick_precision(options.precision, device)).encoder
-    source.value_range = encoder.value_range
-    size = options.image_size or encoder.default_size
-    if size % encoder.patch_size:
-        raise UserError(f"image_size={size}: {multiples(size, encoder.patch_size)}")
+    preprocessing = encoder.preprocessing.at(options.image_size)
+    source.value_range, size = preprocessing.value_range, preprocessing.size
+    if options.image_size and options.image_size % encoder.patch_size:
+        raise UserError(f"image_size={options.image_size}: {multiples(options.image_size, encoder.patch_size)}")
     settings = {
         "weights": encoder.name,
         "identity": encoder.identity,
         "data": source.fingerprint(),
         "token": options.token,
-        "image_size": size,
+        "image_size": size[0] if size[0] == size[1] else list(size),
+        "short_side": preprocessing.short_side,
+        "interpolation": preprocessing.interpolation,
         "precision": str(encoder.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
     }
@@ -60,7 +64,7 @@ def embed(options: EmbedOptions) -> Path:
         rows = RowFile(out, settings, shape, options.dtype, len(source), restart=options.overwrite)
         with contextlib.closing(rows):
             try:
-                _extract(rows, source, encoder, size, options)
+                _extract(rows, source, encoder, preprocessing, options)
             except KeyboardInterrupt:
                 rows.note()
                 done = f"interrupted after {rows.next:,} of {len(source):,} images; the same command goes on"
@@ -90,22 +94,24 @@ def _check_out(out: Path, overwrite: bool) -> None:
         check_folder(path, f"out={out}: {path}")
 
 
-def row_shape(token: str, encoder: Encoder, size: int) -> tuple[int, ...]:
+def row_shape(token: str, encoder: Encoder, size: tuple[int, int]) -> tuple[int, ...]:
     """The shape of one image's features: (D,), (2D,) for token "cls+mean", (N, D) for "patches".
 
-    size  height and width of the image in pixels
+    size  (height, width) of the image in pixels
     """
     if token == "patches":
-        return (size // encoder.patch_size) ** 2, encoder.dim
+        return math.prod(encoder.grid(*size)), encoder.dim
     return ((2 if token == "cls+mean" else 1) * encoder.dim,)
 
 
-def _extract(rows: RowFile, source: Source, encoder: Encoder, size: int, options: EmbedOptions) -> None:
+def _extract(
+    rows: RowFile, source: Source, encoder: Encoder, preprocessing: Preprocessing, options: EmbedOptions
+) -> None:
     """Append all features. Batches are cut by source index, readable or not, so that a resumed file is identical."""
 
     def read(index: int) -> Tensor | str:
         try:
-            return center_crop(source.decode(index, encoder.in_channels), size)
+            return preprocessing.crop(source.decode(index, encoder.in_channels))
         except BadImage as error:
             return str(error)
 

@@ -17,11 +17,13 @@ from dinoreg.config.option import dotted, read
 from dinoreg.evaluation.backbones.encoder import Encoder, wrap
 from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks, shadowed
+from dinoreg.evaluation.comparison import between
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.runner import Planned, Request, check_size, choose, look, measure, preflight
+from dinoreg.evaluation.runner import Planned, Request, check_size, choose, look, measure, preflight, read_result
 from dinoreg.jobs.records import read_records as read_jobs
 from dinoreg.jobs.status import examine
 from dinoreg.reports.evaluation_report import console_table, read_records, write_evaluation
+from dinoreg.reports.verdict import paired_rows
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
@@ -63,10 +65,13 @@ def evaluate_command(names: str | None = None, request: Request | None = None) -
     if run is not None:
         print_status(f"{run}: these weights are {role_of(run, int(folder.name))}")
     failed = _measure(encoder, plans, request, folder)
-    report = write_evaluation(folder, [*problems.values(), *failed]) if request.options.report else None
+    paired = paired_with(folder)
+    report = write_evaluation(folder, [*problems.values(), *failed], paired) if request.options.report else None
     if run is not None and report is not None and request.options.out is None:
         report_run(run)
     Console().print(console_table(read_records(folder)))
+    for dataset, figure, model, said, other in paired_rows(paired):
+        print_status(f"{dataset}, {figure}: {model} against {other}: {said}")
     for line in problems.values():
         print_status(f"not evaluated: {line}")
     if report is not None:
@@ -91,7 +96,7 @@ def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
     encoder, folder, _ = _open(model, request.options)
     plans = _look(encoder, plans, request, problems)
     results = [measure(encoder, plan, request, folder) for plan in plans]
-    write_evaluation(folder)
+    write_evaluation(folder, paired=paired_with(folder))
     return results[0] if len(results) == 1 and dataset != "all" else results
 
 
@@ -104,13 +109,27 @@ def report_results(folder: Path) -> Path:
     absent = _not_evaluated(folder)
     if not read_records(folder):
         raise RunError(f"{folder}: no results; {'; '.join(absent) or 'nothing was evaluated into this folder'}")
-    report = write_evaluation(folder, absent)
+    report = write_evaluation(folder, absent, paired_with(folder))
     run = folder.parent.parent
     if read_json(run / "status.json").get("phase") == "finished":  # until then its page belongs to the training
         from dinoreg.reports.run_report import write_report
 
         write_report(run)
     return report
+
+
+def paired_with(folder: Path) -> list[dict[str, Any]]:
+    """The results in OUT/eval/STEP and its other steps against one another on the same images (`between`)."""
+    paths = sorted(
+        folder.parent.glob("[0-9]*/*.json"), key=lambda path: (path.parent == folder, path.parent, path.stem)
+    )
+    several = len({path.parent for path in paths}) > 1
+    named = []
+    for path in paths:
+        if (result := read_result(path)) is not None:
+            name = str(result.facts.get("weights", {}).get("name"))
+            named.append((f"{name}, step {path.parent.name.lstrip('0') or 0}" if several else name, result))
+    return between(named)
 
 
 def _not_evaluated(folder: Path) -> list[str]:

@@ -78,7 +78,7 @@ class EmbedOptions(Options, verb="embed"):
     out: str = option(REQUIRED, "the file to write, .safetensors or .parquet")
     columns: str = option("", COLUMNS)
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
-    image_size: int | None = option(None, "side of the centre crop; none: 224 or less", unit="pixel", low=1)
+    image_size: int | None = option(None, "side of the centre crop; none: as the weights state", unit="pixel", low=1)
     batch_size: int = option(32, "images at a time", low=1)
     dtype: str = option("float32", "of the numbers in the file", choices=("float32", "float16"))
     device: str = option("auto", DEVICE)

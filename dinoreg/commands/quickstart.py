@@ -59,13 +59,14 @@ class PretrainedEncoder(NativeEncoder):
     """The backbone of a run as an encoder; its random init is the network that the run started from."""
 
     def __init__(self, config: Config, run: Path) -> None:
-        super().__init__(load(run), run.resolve().name, config.augment.mean, config.augment.std)
+        model = load(run)
+        super().__init__(model, run.resolve().name, model.preprocessing)
         self.config = config
 
     def random_init(self, seed: int = 0) -> Encoder:
         """The student before the first step of a run with this seed: for the run's own, what it started from."""
         start = cast(RegisterViT, build_networks(replace(self.config, seed=seed))[0]["backbone"])
-        return NativeEncoder(start, f"{self.name}{RANDOM_WEIGHTS}", self.mean, self.std)
+        return NativeEncoder(start, f"{self.name}{RANDOM_WEIGHTS}", self.preprocessing)
 
 
 def probe_run(config: Config, run: Path) -> Result:

@@ -14,12 +14,12 @@ from rich.console import Console
 from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import RegistersOptions
 from dinoreg.config.overwrite import check_folder
-from dinoreg.data.center_crop import center_crop, to_encoder
+from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.display import channels_shown
 from dinoreg.data.open import is_scenes, read_labelled
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import ScenesSource, Source
-from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import NativeEncoder, to_unit
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
@@ -42,7 +42,7 @@ def report_registers(options: RegistersOptions) -> Path:
     size = _common_size(subjects, options.size)
     out = Path(options.out) if options.out else Path("runs") / VIEW / safe_name("-".join(s.name for s in subjects))
     check_folder(out, f"out={out}:")
-    pictures, skipped = read_pictures(options, size, subjects[0].model.in_channels, subjects[0].value_range)
+    pictures, skipped = read_pictures(options, subjects[0].encoder.preprocessing.at(size))
     measured: list[Measured] = []
     for encoder in _encoders(subjects):
         first = _measure(encoder, pictures, options.seed)
@@ -51,7 +51,7 @@ def report_registers(options: RegistersOptions) -> Path:
             print_status(f"{encoder.name}: looking for register neurons")
             model = fit(encoder, pictures, first).model
             name = f"{encoder.name} + test-time register"
-            changed = NativeEncoder(model, name, encoder.mean, encoder.std, encoder.device)
+            changed = NativeEncoder(model, name, encoder.preprocessing, encoder.device)
             measured.append(_measure(changed, pictures, options.seed))
             measured[-1].record["added"] = True
     shown = to_unit(pictures.images[:SHOWN])
@@ -67,20 +67,16 @@ def report_registers(options: RegistersOptions) -> Path:
     return page
 
 
-def read_pictures(
-    options: RegistersOptions, size: int, channels: int, value_range: ValueRange | None = None
-) -> tuple[Pictures, list[tuple[str, str]]]:
+def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tuple[Pictures, list[tuple[str, str]]]:
     """The images of a request, with their classes and boxes where known, and (name, reason) of unreadable ones.
 
-    size      height and width in pixels
-    channels  of the models
-    value_range  of the data that the first of them was trained on
+    preprocessing  of the first of the models, at the size of all
     raises    UserError for a source that cannot be opened, RunError where fewer than two images can be read
 
     Scenes are rendered at that size and have classes and boxes; a folder with a subfolder per class has classes.
     """
     if is_scenes(options.images):
-        return _scenes(options, size, channels), []
+        return _scenes(options, preprocessing.size[0], len(preprocessing.mean)), []
     source: Source = open_images(options.images)
     labels: np.ndarray | None = None
     names: Sequence[str] = ()
@@ -88,12 +84,12 @@ def read_pictures(
         with suppress(UserError):  # fewer than two subfolders: images without classes
             found = read_labelled(options.images)
             source, labels, names = found.source(), found.labels, found.class_names
-    source.value_range = value_range
+    source.value_range = preprocessing.value_range
     order = evenly_spaced(len(source), options.num_images)
     images, readable, skipped = [], [], []
     for index in order:
         try:
-            images.append(center_crop(source.decode(index, channels), size))
+            images.append(preprocessing.crop(source.decode(index, len(preprocessing.mean))))
             readable.append(index)
         except (BadImage, OSError) as error:
             skipped.append((source.name(index), one_line(error)))
@@ -138,10 +134,8 @@ def _encoders(subjects: Sequence[Subject]) -> list[NativeEncoder]:
         if sum(other.name == name for other in subjects) > 1:
             name = f"{name}, {subject.model.num_registers} registers"
         names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
-    return [
-        NativeEncoder(subject.model, name, subject.mean, subject.std, subject.model.cls_token.device)
-        for subject, name in zip(subjects, names)
-    ]
+    encoders = (subject.encoder for subject in subjects)
+    return [NativeEncoder(each.module, name, each.preprocessing, each.device) for each, name in zip(encoders, names)]
 
 
 def _measure(encoder: NativeEncoder, pictures: Pictures, seed: int) -> Measured:

@@ -87,7 +87,7 @@ def _report(runs: list[str], options: keys.ReportOptions) -> None:
         if len(folders) == 1 and options.out is None:
             _function("commands.report", "report_run", "report")(folders[0])
         else:
-            _function("reports.compare", "compare_report", "report")(folders, options.out and Path(options.out))
+            _function("commands.report", "compare_runs", "report")(folders, options.out and Path(options.out))
 
 
 def _export(options: keys.ExportOptions) -> None:

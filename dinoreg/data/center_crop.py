@@ -8,11 +8,12 @@ One rule for everything that takes still pictures, so that a model sees a file i
 | transformers' image processor         | as weights say | down                | torch, the same bytes   |
 | timm's transform                      | as weights say | to even             | Pillow, within 2 levels |
 | eval, published k-NN and linear       | 256/224 x crop | to even             | Pillow, within 2 levels |
+| eval of one's own pictures            | as weights say | down                | `center_crop`           |
 
-Resizing is bicubic with antialiasing, on bytes where the picture has bytes, and rounds the long side down. Where what
-is over leaves 3 when divided by 4, crops of the last two begin one pixel later than those of the first two: the
-libraries differ and cannot be told otherwise, and transformers' way is ours. What weights say of the short side is the
-crop's own side unless they came with another (`weights.preprocessing`).
+Resizing is bicubic, or bilinear where weights say so, with antialiasing, on bytes where the picture has bytes, and
+rounds the long side down. Where what is over leaves 3 when divided by 4, crops of the two "to even" begin one pixel
+later than the others: the libraries differ and cannot be told otherwise, and transformers' way is ours. What weights
+say of the short side is the crop's own side unless they came with another (`preprocess`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,12 +30,18 @@ MAX_ASPECT = 8  # of a resized picture over its crop, in either direction; above
 ANTIALIASED_SLOPE = -0.5  # of the cubic kernel in PyTorch's antialiased resampling, as in Pillow's
 
 Half = Literal["down", "even"]
+Interpolation = Literal["bicubic", "bilinear"]
+INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 def center_crop(
-    image: Tensor, size: int | tuple[int, int], short_side: int | None = None, half: Half = "down"
+    image: Tensor,
+    size: int | tuple[int, int],
+    short_side: int | None = None,
+    half: Half = "down",
+    interpolation: Interpolation = "bicubic",
 ) -> Tensor:
-    """Resize a picture until it covers `short_side` (antialiased bicubic), then crop its centre to `size`.
+    """Resize a picture until it covers `short_side` (antialiased), then crop its centre to `size`.
 
     The memory taken is bounded by picture and crop: of a picture that is much longer than the crop, only the crop is
     resized. That differs from the crop of the whole by rounding alone.
@@ -54,8 +61,8 @@ def center_crop(
     if shape == tuple(image.shape[1:]):
         return image[:, top : top + height, left : left + width]
     if shape[0] > MAX_ASPECT * height or shape[1] > MAX_ASPECT * width:
-        return _resize_window(image, shape, (top, left), (height, width))
-    resized = F.interpolate(image[None], size=shape, mode="bicubic", antialias=True)[0].clamp_(0, 255)
+        return _resize_window(image, shape, (top, left), (height, width), interpolation)
+    resized = F.interpolate(image[None], size=shape, mode=interpolation, antialias=True)[0].clamp_(0, 255)
     return resized[:, top : top + height, left : left + width]
 
 
@@ -74,13 +81,17 @@ def resized_shape(shape: tuple[int, int], size: tuple[int, int], short_side: int
     return max(height, round(rows * scale)), max(width, round(columns * scale))
 
 
-def _resize_window(image: Tensor, shape: tuple[int, int], start: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def _resize_window(
+    image: Tensor, shape: tuple[int, int], start: tuple[int, int], size: tuple[int, int], interpolation: Interpolation
+) -> Tensor:
     """What the picture resized to `shape` shows from `start` on, computed from the pixels below that window alone.
 
     image   (C, H, W) uint8 or float32; columns first, then rows, each rounded to bytes for uint8, as PyTorch does
     start   (top, left) in the resized picture; size is (height, width)
     """
-    rows, columns = (_taps(image.shape[1 + axis], shape[axis], start[axis], size[axis]) for axis in (0, 1))
+    rows, columns = (
+        _taps(image.shape[1 + axis], shape[axis], start[axis], size[axis], interpolation) for axis in (0, 1)
+    )
     block = image[:, rows[0] : rows[0] + rows[1].shape[1], columns[0] : columns[0] + columns[1].shape[1]].float()
     for axis, weights in ((2, columns[1]), (1, rows[1])):
         block = torch.tensordot(block, weights, dims=([axis], [1])).movedim(-1, axis)
@@ -89,7 +100,7 @@ def _resize_window(image: Tensor, shape: tuple[int, int], start: tuple[int, int]
     return block.clamp_(0, 255).to(image.dtype)
 
 
-def _taps(length: int, resized: int, start: int, count: int) -> tuple[int, Tensor]:
+def _taps(length: int, resized: int, start: int, count: int, interpolation: Interpolation) -> tuple[int, Tensor]:
     """The first sample below a window of one axis, and the weights (count, samples) float32 of the samples from there.
 
     length   samples of the axis, which is resampled to `resized`; the window is `count` of these from `start` on
@@ -102,7 +113,8 @@ def _taps(length: int, resized: int, start: int, count: int) -> tuple[int, Tenso
     first = max(int(centers[0] - 2 * widen), 0)
     last = min(int(centers[-1] + 2 * widen) + 1, length)
     distance = (torch.arange(first, last, dtype=torch.float64) + 0.5 - centers[:, None]) / widen
-    weights = cubic_kernel(distance.abs(), ANTIALIASED_SLOPE)
+    bicubic = interpolation == "bicubic"
+    weights = cubic_kernel(distance.abs(), ANTIALIASED_SLOPE) if bicubic else (1 - distance.abs()).clamp(min=0)
     return first, (weights / weights.sum(dim=1, keepdim=True)).float()
 
 

@@ -192,15 +192,25 @@ class EncodedImage:
 
 
 def decode(
-    data: bytes | np.ndarray,
+    data: bytes | np.ndarray | Image.Image,
     in_channels: int = 3,
     max_pixels: int = MAX_PIXELS,
     value_range: ValueRange | None = None,
 ) -> Tensor:
     """Decode a whole image. Returns (in_channels, H, W) on the scale of bytes, see `EncodedImage.pixels`.
 
+    data    of a file, pixels (H, W) or (H, W, C) of any real type, or a Pillow image
     raises BadImage when it cannot be used
     """
+    if isinstance(data, Image.Image):
+        try:
+            deep = data.mode[0] in "IF"  # its modes of more than eight bits
+            data.load()  # before the orientation is read: of a TIFF Pillow applies it here
+            raw = RawPixels(_with_channels(np.asarray(data)) if deep else _rgb_or_bands(data, in_channels))
+            pixels = _from_array(to_byte_scale(raw, value_range), in_channels)
+            return orient(pixels, int(data.getexif().get(ORIENTATION_TAG, 1)))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise BadImage(_reason(error)) from error
     return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dinoreg.evaluation.metrics.bootstrap import exact_bound, paired_difference
-from dinoreg.evaluation.result import Row
+from dinoreg.evaluation.result import Result, Row, headlines
 
 COUNTED = ("top-1", "mean per class", "CorLoc")  # metrics that count images as right or wrong
 
@@ -28,6 +28,23 @@ def compared(rows: Sequence[Row], baselines: Mapping[str, Sequence[Row]]) -> tup
         against = {name: compare(row, other) for name, other in same.items() if other is not None}
         found.append(replace(row, against=row.against | against))
     return tuple(found)
+
+
+def between(results: Sequence[tuple[str, Result]]) -> list[dict[str, Any]]:
+    """Later results against the first on the same images, by the first row of each protocol.
+
+    results  with what each is called
+    returns  `compare` with "dataset", "protocol", "metric", "unit", "n_test", and the names "model" and "other"
+    """
+    found, first = [], dict[tuple[str, ...], tuple[str, str, Row]]()
+    for name, result in results:
+        for row in headlines(result.rows):
+            dataset, other, before = first.setdefault((row.tested, *row.key), (result.dataset, name, row))
+            if row.tested and before is not row:
+                about = {key: getattr(row, key) for key in ("protocol", "metric", "unit", "n_test")}
+                about |= {"dataset": dataset, "model": name, "other": other}
+                found.append(about | compare(row, before))
+    return found
 
 
 def with_majority(row: Row, majority: Row) -> Row:

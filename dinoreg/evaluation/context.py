@@ -18,6 +18,9 @@ from rich.markup import escape
 from rich.progress import track
 
 from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.data.preprocess import Preprocessing
+from dinoreg.data.source import Source
+from dinoreg.evaluation.features.images import CentreCrop
 
 T = TypeVar("T")
 SAVE_SECONDS = 120.0  # between saved states of work that can be resumed
@@ -32,6 +35,7 @@ class Context:
     state       folder for states of unfinished work; removed when the evaluation is done
     examples    folder for pictures of predictions, or None where none are wanted (baselines)
     image_size  side of square crops, in pixels
+    preprocessing  of the weights that are measured, which holds for one's own pictures, for baselines too
     batch_size  images that the backbone sees at once
     workers     decoding threads; 0 decodes in the calling thread
     progress    (items, total, description) -> the items, showing progress as they are taken
@@ -48,7 +52,19 @@ class Context:
     workers: int
     num_examples: int = 8
     features_dtype: str = "float32"
+    preprocessing: Preprocessing | None = None
     progress: Callable[[Iterable[Any], int, str], Iterator[Any]] = lambda items, _total, _what: iter(items)
+
+    def crop(self, source: Source, published: float = 1.0) -> CentreCrop:
+        """What is seen of an image for its features: of one's own pictures what the weights state.
+
+        published  of a benchmark: the short side over the crop's side
+        """
+        size = self.image_size
+        if self.preprocessing is None or not source.as_trained:
+            return CentreCrop(round(size * published), size)
+        stated = self.preprocessing.at(size)
+        return CentreCrop(stated.short_side, size, stated.interpolation)
 
     def example_indices(self, count: int) -> list[int]:
         """Evenly spaced indices below `count` of the images to draw examples of; empty where no examples are wanted."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,9 @@ class Row:
     settings          of the protocol: every option that was used, and what was chosen
     details           further figures of the same predictions: {"micro": …, "macro": …}
     n_train, n_test   images (or pairs) learnt from and scored
+    warnings          doubts that the protocol has about its own figure, each begins with a name
     against           {baseline: {"difference", "low", "high", "verdict"}}, as `comparison.compare` gives them
+    tested            16 hexadecimal digits over the images, their truth and the seed: equal ones pair replicates
     replicates        the figure of each bootstrap resample; figures of the same images and seed have the same resamples
     """
 
@@ -42,21 +48,24 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    warnings: tuple[str, ...] = ()
+    tested: str = ""
     against: dict[str, dict[str, Any]] = field(default_factory=dict)
     replicates: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     def as_dict(self, replicates: bool = True) -> dict[str, Any]:
-        """The fields in JSON's types, NaN and infinity as text; without the replicates where they are not wanted."""
-        values = plain(asdict(self))
-        return values if replicates else {key: value for key, value in values.items() if key != "replicates"}
+        """The fields in JSON's types, NaN and infinity as text; replicates as base64 of float64, or left out."""
+        packed = np.array(self.replicates, dtype="<f8").tobytes() if replicates else b""
+        return {**plain(asdict(replace(self, replicates=()))), "replicates": base64.b64encode(packed).decode()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Row:
         """The row of a dictionary from `as_dict`, without unknown keys; KeyError, TypeError or ValueError for
         another."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
-        known["seeds"] = tuple(known.get("seeds", (0,)))
-        known["replicates"] = tuple(map(float, known.get("replicates", ())))
+        known["seeds"], known["warnings"] = tuple(known.get("seeds", (0,))), tuple(known.get("warnings", ()))
+        packed = base64.b64decode(known.get("replicates", ""))
+        known["replicates"] = tuple(np.frombuffer(packed, dtype="<f8").tolist())
         for key in ("value", "low", "high"):
             known[key] = float(known[key])
         return cls(**known)
@@ -65,6 +74,11 @@ class Row:
     def key(self) -> tuple[str, str, str]:
         """(protocol, metric, variant): rows of two encoders with the same key are comparable."""
         return self.protocol, self.metric, self.variant
+
+
+def headlines(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each protocol."""
+    return list({row.protocol: row for row in reversed(rows)}.values())[::-1]
 
 
 def plain(value: Any) -> Any:
@@ -106,8 +120,11 @@ class Result:
         return next((each for each in self.baselines.get(name, ()) if each.key == row.key), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of `eval/<step>/<dataset>.json`: the headline on top, every row below, without replicates."""
-        top = self.headline
+        """The content of `eval/<step>/<dataset>.json`: the headline on top, every row below.
+
+        The first row of each protocol keeps its replicates, by which other weights can be compared with these.
+        """
+        top, firsts = self.headline, headlines(self.rows)
         return {
             "format": FORMAT,
             "version": 1,
@@ -121,7 +138,7 @@ class Result:
                 if (row := self.baseline(name, top)) is not None
             },
             **plain(self.facts),
-            "rows": [row.as_dict(replicates=False) for row in self.rows],
+            "rows": [row.as_dict(replicates=row in firsts) for row in self.rows],
             "baseline_rows": {
                 name: [row.as_dict(replicates=False) for row in rows] for name, rows in self.baselines.items()
             },

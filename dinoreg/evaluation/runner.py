@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks,
 from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
+from dinoreg.evaluation.doubts import doubts
 from dinoreg.evaluation.features.images import default_workers, parallel, read_picture, size_of
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
@@ -209,6 +211,10 @@ class _Evaluation:
         self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
         self.name = plan.benchmark.name
         self.key = _key(encoder, plan, request)
+        sources = [split.source for _, data in plan.tasks for split in data.splits.values()]
+        own = all(source.as_trained for source in sources)
+        default = min(encoder.preprocessing.size) if own else encoder.default_size
+        self.image_size = request.options.image_size or default
         self.unfinished = folder / ".unfinished" / f"{self.name}-{self.key}"
 
     def path(self) -> Path:
@@ -241,28 +247,32 @@ class _Evaluation:
             sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
             baselines["random init"] = self.rows("random init", lambda: encoder.random_init(options.seed))
             baselines["raw pixels"] = self.rows("raw pixels", lambda: PixelEncoder(*sizes, device=encoder.device))
+        own, variants = compared(own, baselines), {data.variant for _, data in self.plan.tasks}
         path, benchmark = self.path(), self.plan.benchmark  # of several that began together, the others may be done
         facts = {
             "title": f"{benchmark.title} ({self.key[:8]})" if path.stem.endswith(self.key[:8]) else benchmark.title,
             "place": benchmark.place,
             "task": benchmark.task,
+            "split": variants.pop() if len(variants) == 1 else "",
             "weights": {"name": encoder.name, "identity": encoder.identity},
             "precision": str(encoder.dtype).removeprefix("torch."),
-            "image_size": options.image_size or encoder.default_size,
+            "image_size": self.image_size,
             "seed": options.seed,
             "published": [
                 {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
                 for task, _ in self.plan.tasks
                 for number in task.published
             ],
-            "warnings": list(self.plan.warnings),
+            "warnings": [*self.plan.warnings, *doubts(own, baselines, [data for _, data in self.plan.tasks])],
             "seconds": time.time() - started,
             "date": time.strftime("%Y-%m-%d", time.gmtime(started)),
         }
-        result = Result(path.stem, self.key, compared(own, baselines), baselines, facts)
+        result = Result(path.stem, self.key, own, baselines, facts)
         write_atomic(path, json.dumps(result.as_dict(), indent=1) + "\n")
         self.show_examples(path.stem)
         shutil.rmtree(self.unfinished, ignore_errors=True)
+        with suppress(OSError):  # another dataset is not finished
+            self.unfinished.parent.rmdir()
         return result
 
     def show_examples(self, name: str) -> None:
@@ -294,6 +304,7 @@ class _Evaluation:
                 rows = module.evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
             except (UserError, RunError) as error:
                 raise type(error)(f"{self.name}, {task.protocol}: {error}") from error
+            rows = [dataclasses.replace(row, tested=_tested(self.plan, task, data, self.request)) for row in rows]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
             found += rows
@@ -309,7 +320,8 @@ class _Evaluation:
             state=self.unfinished / name,
             examples=self.unfinished / "examples" if options.examples and not role else None,
             seed=options.seed,
-            image_size=options.image_size or self.encoder.default_size,
+            image_size=self.image_size,
+            preprocessing=self.encoder.preprocessing,
             batch_size=options.batch_size,
             workers=default_workers() if options.workers is None else options.workers,
             num_examples=options.examples,
@@ -329,16 +341,27 @@ def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
     """16 hexadecimal digits over all that shapes a result: weights, images, ground truth, options."""
     shaping = {key.partition(".")[0] for key in flat(request.options, shaping=True)}
     values = {key: value for key, value in dataclasses.asdict(request.options).items() if key in shaping}
-    data = [
-        (task.protocol, task.metric, dict(task.options), found.variant, name)
-        + (len(split), split.source.stamp(), split.truth_stamp())
-        for task, found in plan.tasks
-        for name, split in found.splits.items()
-    ]
+    data = [_stamped(task, found) for task, found in plan.tasks]
     dataset = dict(request.dataset.get(plan.benchmark.name, {}))
-    pixels = [encoder.identity, encoder.value_range, str(encoder.dtype)]
-    text = json.dumps(plain([*pixels, values, data, dataset]), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return _digest([encoder.identity, encoder.value_range, str(encoder.dtype), values, data, dataset])
+
+
+def _tested(plan: Planned, task: Task, data: Data, request: Request) -> str:
+    """16 hexadecimal digits over what a task is measured on: results of equal ones have the same resamples."""
+    return _digest([_stamped(task, data), dict(request.dataset.get(plan.benchmark.name, {})), request.options.seed])
+
+
+def _stamped(task: Task, data: Data) -> list[Any]:
+    """What identifies the images of a task and their truth."""
+    return [
+        (task.protocol, task.metric, dict(task.options), data.variant, name)
+        + (len(split), split.source.stamp(), split.truth_stamp())
+        for name, split in data.splits.items()
+    ]
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(plain(values), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def watched_images(encoder: Encoder, plan: Planned) -> list[str]:

@@ -6,6 +6,7 @@ of the others. Whether the library then computes the same is for the certificate
 
 import inspect
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,8 @@ from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import hidden_dim_of
 from dinoreg.weights.convert import to_meta, to_timm, to_transformers
-from dinoreg.weights.library_configs import DINOV2_ARGUMENTS, DINOV2_FIXED, TIMM_ARGUMENTS
-from dinoreg.weights.resolve import TEACHER_FORMAT
+from dinoreg.weights.library_configs import DINOV2_ARGUMENTS, DINOV2_FIXED, INTERPOLATIONS, PROCESSOR, TIMM_ARGUMENTS
+from dinoreg.weights.resolve import PIXELS_FORMAT, TEACHER_FORMAT
 
 # timm's register models by width; other widths are set by arguments over a named model.
 TIMM_SIZES = {384: "small", 768: "base", 1024: "large"}
@@ -76,12 +77,15 @@ def write_timm(folder: Path, source: Source) -> None:
         "num_classes": 0,
         "dynamic_img_size": True,
     }
+    pixels, side = source.preprocessing, min(source.preprocessing.size)
+    shares = (side / (pixels.short_side + more) for more in (0, 0.5))  # timm divides by it and rounds down
     pretrained = {
-        "input_size": [model.in_channels, *source.size],
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "mean": list(source.mean),
-        "std": list(source.std),
+        "input_size": [model.in_channels, *pixels.size],
+        "interpolation": pixels.interpolation,
+        "crop_pct": next(share for share in shares if math.floor(side / share) == pixels.short_side),
+        "crop_mode": "center",
+        "mean": list(pixels.mean),
+        "std": list(pixels.std),
         "num_classes": 0,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
@@ -89,6 +93,7 @@ def write_timm(folder: Path, source: Source) -> None:
     }
     config = {"architecture": name, "num_classes": 0, "num_features": model.dim, "global_pool": "token"}
     _write_json(folder / "config.json", config | {"model_args": arguments, "pretrained_cfg": pretrained})
+    _write_pixels(folder, source)
 
 
 def _timm_ratio(dim: int, hidden: int) -> float:
@@ -129,21 +134,23 @@ def write_transformers(folder: Path, source: Source) -> None:
     if with_registers:
         config["num_register_tokens"] = model.num_registers
     _write_json(folder / "config.json", config)
+    pixels = source.preprocessing
     processor = {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": model.in_channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": round(min(source.size) * 256 / 224)},
-        "resample": 3,  # bicubic
+        "size": {"shortest_edge": pixels.short_side},
+        "resample": next(number for number, name in INTERPOLATIONS.items() if name == pixels.interpolation),
         "do_center_crop": True,
-        "crop_size": {"height": source.size[0], "width": source.size[1]},
+        "crop_size": {"height": pixels.size[0], "width": pixels.size[1]},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(source.mean),
-        "image_std": list(source.std),
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
     }
-    _write_json(folder / "preprocessor_config.json", processor)
+    _write_json(folder / PROCESSOR, processor)
+    _write_pixels(folder, source)
     _save(to_transformers(to_meta(model.state_dict())), folder / "model.safetensors")
 
 
@@ -196,7 +203,7 @@ def write_described(folder: Path, source: Source, name: str = "model.safetensors
         "format": TEACHER_FORMAT,
         "version": 1,
         "architecture": source.model.architecture(),
-        "preprocessing": source.preprocessing,
+        "preprocessing": source.preprocessing.as_json(),
         **source.origin,
         "sha256": digest(path),
     }
@@ -206,7 +213,7 @@ def write_described(folder: Path, source: Source, name: str = "model.safetensors
 def write_onnx_files(folder: Path, source: Source) -> None:
     """`model.onnx` in float32, `model_float16.onnx`, and `model.json` with the inputs, outputs and preprocessing."""
     facts = write_onnx(folder, source.model, hub_arguments(source.model), source.size_given)
-    _write_json(folder / "model.json", facts | {"preprocessing": source.preprocessing})
+    _write_json(folder / "model.json", facts | {"preprocessing": source.preprocessing.as_json()})
 
 
 # ------------------------------------------------------------------------------------------------------ the table
@@ -270,6 +277,12 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
     else:
         save_file(own, path, metadata={"format": "pt"})
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it; an export is shared
+
+
+def _write_pixels(folder: Path, source: Source) -> None:
+    """`model.json` beside a library's own files, which cannot say all that is done with pictures."""
+    about = {"format": PIXELS_FORMAT, "version": 1, "preprocessing": source.preprocessing.as_json()}
+    _write_json(folder / "model.json", about | source.origin)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ image's grid. Parameter names and shapes are those of the published DINOv2 weigh
 they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +103,11 @@ class RegisterViT(nn.Module):
     attention         "auto" | "xformers" | "sdpa" | "plain"
     checkpointing     recompute each block in the backward pass instead of storing its activations
     raises            UserError for a value out of its range and for sizes that do not divide
+
+    `preprocessing` is what weights that were loaded state of pictures (`data.preprocess`), else None; not used here.
     """
+
+    preprocessing: Mapping[str, Any] | None = None
 
     def __init__(
         self,

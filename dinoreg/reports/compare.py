@@ -1,7 +1,7 @@
 """Several runs side by side: a table, what differs in their configs, and their curves over one another."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.reports import html
 from dinoreg.reports.plots import SMOOTH, Chart, Line
+from dinoreg.reports.verdict import PAIRED, paired_rows
 from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import score
 
@@ -16,7 +17,7 @@ PROBED = {"marker": True, "from_zero": True}
 CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "knn_top1": ("k-NN accuracy of the probe", PROBED | {"percent": True}),
     "rankme": ("Effective rank of the probe's features", PROBED),
-    "total_loss": ("Total loss", SMOOTH),
+    "loss": ("Total loss", SMOOTH),
     "dino_global_crops_loss": ("Class token, global crops", SMOOTH),
     "dino_local_crops_loss": ("Class token, local crops", SMOOTH),
     "ibot_loss": ("Masked patches (iBOT)", SMOOTH),
@@ -31,12 +32,14 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
 NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
 
 
-def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+def compare_report(
+    loaded: Sequence[Run], out: str | Path | None = None, paired: Sequence[Mapping[str, Any]] = ()
+) -> Path:
     """Write one page on several runs; returns its path.
 
-    out  a file or an existing folder; None: `report.html` in the current one
+    out     a file or an existing folder; None: `report.html` in the current one
+    paired  their results against one another on the same images, as `comparison.between` gives them
     """
-    loaded = [Run(run) for run in runs]
     names = run_names(loaded)
     path = Path(out or "report.html")
     path = path / "report.html" if path.is_dir() else path
@@ -48,6 +51,8 @@ def compare_report(runs: Sequence[str | Path], out: str | Path | None = None) ->
         names=names,
         columns=columns,
         rows=rows,
+        paired_columns=PAIRED,
+        paired=paired_rows(paired),
         differences=[(key, *values) for key, values in differences(loaded).items()],
         charts=html.charts(overlaid(loaded, names)),
     )
@@ -69,7 +74,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], li
             "step": f"{run.step:,}",
             "images": f"{run.images_seen:,}" if run.images_seen else "",
             "img/s": f"{statistics.median(rates):.0f}" if rates else "",
-            "total loss": _number(run.last("total_loss")),
+            "total loss": _number(run.last("loss")),
             "k-NN": "" if knn is None else score(knn),
             "RankMe": _number(run.last("rankme")),
         }
@@ -115,7 +120,8 @@ def run_names(runs: Sequence[Run]) -> list[str]:
 
 
 def _with_interval(probe: Any) -> str:
-    return f"{score(probe.value)} ({score(probe.low)} to {score(probe.high)})"
+    value, low, high = (score(each, probe.unit) for each in (probe.value, probe.low, probe.high))
+    return f"{value} ({low} to {high})"
 
 
 def _number(value: float | None) -> str:

@@ -7,8 +7,9 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,24 @@ from rich.table import Table
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Probe, read_probe
 from dinoreg.reports import html
-from dinoreg.reports.verdict import DASH, differences, in_words, judge
+from dinoreg.reports.class_tables import class_tables
+from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, differences, in_words, judge, paired_rows
+from dinoreg.runtime.durations import duration
 from dinoreg.runtime.json_files import is_number, number, read_json
 from dinoreg.runtime.templates import render, score
 
 FORMAT = "dinoreg-evaluation"
 ROLES = ("random init", "raw pixels")
-COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", *ROLES, "verdict", "published")
+COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", "guessing", *ROLES, "verdict", "published")
+EXAMPLES = {
+    "knn": (
+        "Nearest neighbours",
+        "Blue: a test image. Then the training images most like it: green of its class, red not.",
+    ),
+    "segmentation": ("Segmentation", "An image, what was said of its pixels, and the truth."),
+    "depth": ("Depth", "An image, the depth that was said, and the truth."),
+}
+PREDICTIONS = "Test images, half of them mistakes where there are any: green right, red wrong, with what was said."
 
 
 @dataclass(frozen=True)
@@ -49,12 +61,28 @@ class Record:
         """The dataset's title, else its name."""
         return str(self.content.get("title") or self.probe.dataset)
 
+    @property
+    def split(self) -> str:
+        """How the images were split, in words, which stands at the end of every row's variant."""
+        return str(self.content.get("split") or "")
+
     def baseline(self, role: str, row: dict[str, Any]) -> dict[str, Any]:
         """The baseline's row for the same protocol, metric and variant, or {}."""
         rows = self.content.get("baseline_rows")
         candidates = _dicts(rows.get(role)) if isinstance(rows, dict) else []
         same = ("protocol", "metric", "variant")
         return next((each for each in candidates if all(each.get(key) == row.get(key) for key in same)), {})
+
+
+class Line(NamedTuple):
+    """A row of a record, its cells under COLUMNS, and whether it is the first of its protocol.
+
+    Only the first has a verdict and published numbers in its cells.
+    """
+
+    row: dict[str, Any]
+    cells: list[str]
+    is_headline: bool
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -74,20 +102,22 @@ def read_records(folder: Path) -> list[Record]:
     return records
 
 
-def write_evaluation(folder: str | Path, absent: Sequence[str] = ()) -> Path:
+def write_evaluation(folder: str | Path, absent: Sequence[str] = (), paired: Sequence[Mapping[str, Any]] = ()) -> Path:
     """Write `report.html`, `table.md` and `table.csv` beside the records; returns the path of the page.
 
     absent  lines on datasets that could not be evaluated
+    paired  weights against others on the same images, as `comparison.between` gives them
     """
     folder = Path(folder)
     records = read_records(folder)
     lines = [record_lines(record) for record in records]
-    values: dict[str, Any] = {"lead": _lead(records), "columns": COLUMNS}
+    values: dict[str, Any] = {"lead": _lead(records), "columns": COLUMNS, "paired_columns": PAIRED}
+    values["paired"] = paired_rows(paired)
     cells = [[line.cells for line in each] for each in lines]
     write_atomic(folder / "table.md", render("reports/templates/evaluation.md.j2", records=cells, **values))
     write_atomic(folder / "table.csv", comma_separated(records))
     values["headlines"] = [line.cells for each in lines for line in each if line.is_headline]
-    values |= {"datasets": list(map(_section, records, cells)), "absent": absent}
+    values |= {"datasets": list(map(_section, records, lines)), "absent": absent}
     write_atomic(folder / "report.html", html.page("reports/templates/evaluation.html.j2", "Evaluation", **values))
     return folder / "report.html"
 
@@ -95,7 +125,7 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = ()) -> Path:
 def console_table(records: Sequence[Record]) -> Table:
     """The headlines as a table for the terminal."""
     table = Table(title=_lead(records), padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("measure", "model", *ROLES):
+    for name in ("measure", "model", "guessing", *ROLES):
         table.add_column(name, justify="left" if name == "measure" else "right")
     several = len({record.weights.get("identity") for record in records}) > 1
     for record in records:
@@ -104,7 +134,9 @@ def console_table(records: Sequence[Record]) -> Table:
         for line in record_lines(record):
             _, protocol, metric, value, interval, *others, _, _ = line.cells
             if line.is_headline:
-                table.add_row(f"{protocol}\n{metric}", f"{value}\n[{interval.removesuffix(' %')}]", *others)
+                figure, *more = value.split("\n")
+                lines = [figure, f"\\[{interval.removesuffix(' %')}]", *more]
+                table.add_row(f"{protocol}\n{metric}", "\n".join(lines), *map(escape, others))
         table.add_section()
     return table
 
@@ -112,24 +144,31 @@ def console_table(records: Sequence[Record]) -> Table:
 def comma_separated(records: Sequence[Record]) -> str:
     """Every row as CSV with its numbers unrounded, for a spreadsheet."""
     text = io.StringIO()
-    keys = ("protocol", "metric", "variant", "value", "low", "high", "unit", "n_train", "n_test", "chosen_on", "hours")
+    keys = ["protocol", "metric", "variant", "value", "low", "high", "unit", "n_train", "n_test", "chosen_on", "hours"]
+    keys += ["chance", "majority"]
     facts = ("precision", "image_size", "seed")
-    columns = ("dataset", *keys, *ROLES, "weights", *facts)
+    others = (*ROLES, MAJORITY)
+    told = {f"{name}, {key}": (name, key) for name in others for key in ("difference", "low", "high", "verdict")}
+    columns = ("dataset", *keys, *ROLES, *told, "weights", *facts)
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for record in records:
         about = {"dataset": record.probe.dataset, "weights": record.weights.get("identity")}
         about |= {key: record.content.get(key) for key in facts}
         for row in record.rows:
-            writer.writerow(row | {role: record.baseline(role, row).get("value") for role in ROLES} | about)
+            against = differences(row)
+            values = {role: record.baseline(role, row).get("value") for role in ROLES} | about
+            writer.writerow(
+                row | values | {name: against.get(other, {}).get(key) for name, (other, key) in told.items()}
+            )
     return text.getvalue()
 
 
-def _section(record: Record, cells: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """What the page shows of one dataset, whose rows are given as cells under COLUMNS."""
+def _section(record: Record, lines: Sequence[Line]) -> dict[str, Any]:
+    """What the page shows of one dataset."""
     probe, rows, warnings = record.probe, record.rows, record.content.get("warnings")
     words, first = judge(probe), rows[0] if rows else {}
-    hours = number(record.content.get("seconds")) / 3600
+    seconds = number(record.content.get("seconds"))
     notes = [f"Hyper-parameters were chosen on {first['chosen_on']}."] if first.get("chosen_on") else []
     notes += dict.fromkeys(str(row.get("note") or "") for row in rows)
     notes += [f"{line}." for line in (warnings if isinstance(warnings, list) else [])]
@@ -138,24 +177,21 @@ def _section(record: Record, cells: Sequence[Sequence[str]]) -> dict[str, Any]:
         "words": words,
         "notes": [*words.sentences, *notes],
         "first": first,
-        "hours": f"{hours:.2f} h" if not math.isnan(hours) else "",
+        "split": record.split,
+        "time": duration(seconds) if not math.isnan(seconds) else "",
         "square": isinstance(first.get("settings"), dict) and "image_size" in first["settings"],
         "scale": html.probe_scale("this model", probe),
-        "rows": [row[1:-1] for row in cells],
-        "pictures": [html.picture(path, f"{record.title}: {path.stem}") for path in record.examples],
+        "rows": [line.cells[1:-1] for line in lines],
+        "classes": [(line.row.get("protocol"), class_tables(line.row)) for line in lines if line.is_headline],
+        "galleries": [
+            (
+                *EXAMPLES.get(kind, (f"Predictions: {kind}", PREDICTIONS)),
+                [html.picture(path, path.stem) for path in paths],
+            )
+            for kind, paths in groupby(record.examples, lambda path: path.stem.rpartition("_")[0])
+        ],
         "settings": json.dumps([row.get("settings") for row in rows], indent=1),
     }
-
-
-class Line(NamedTuple):
-    """A row of a record, its cells under COLUMNS, and whether it is the first of its protocol.
-
-    Only the first has a verdict and published numbers in its cells.
-    """
-
-    row: dict[str, Any]
-    cells: list[str]
-    is_headline: bool
 
 
 def record_lines(record: Record) -> list[Line]:
@@ -163,15 +199,17 @@ def record_lines(record: Record) -> list[Line]:
     lines: list[Line] = []
     for row in record.rows:
         unit, protocol = str(row.get("unit", "share")), str(row.get("protocol", ""))
+        variant = str(row.get("variant") or "").removesuffix(record.split).removesuffix(", ")
         is_headline = all(str(line.row.get("protocol", "")) != protocol for line in lines)
         low, high = _score(row, "low", unit), _score(row, "high", unit)
         baselines = {role: record.baseline(role, row) for role in ROLES}
         cells = [
             record.title,
-            f"{protocol} ({row['variant']})" if row.get("variant") else protocol,
+            f"{protocol} ({variant})" if variant else protocol,
             str(row.get("metric", "")),
-            _score(row, "value", unit),
+            _value(row, unit),
             f"{low.removesuffix(' %').removesuffix(f' {unit}')} to {high}",
+            _guessing(row, unit),
             *(_against(role, baseline, row, unit) for role, baseline in baselines.items()),
             "",
             "",
@@ -181,6 +219,21 @@ def record_lines(record: Record) -> list[Line]:
             cells[-2:] = judge(probe).short, _published(record, row)
         lines.append(Line(row, cells, is_headline))
     return lines
+
+
+def _value(row: dict[str, Any], unit: str) -> str:
+    """The figure; below top-1 the balanced accuracy of the same answers, the mean over classes."""
+    details = row.get("details")
+    both = details.get("micro and macro") if isinstance(details, dict) else None
+    balanced = _score(both, "mean per class", unit) if isinstance(both, dict) and row.get("metric") == "top-1" else DASH
+    return _score(row, "value", unit) + (f"\nbalanced {balanced}" if balanced != DASH else "")
+
+
+def _guessing(row: dict[str, Any], unit: str) -> str:
+    """What no look at the images gives: chance, and always naming the largest class."""
+    names = {"chance": "chance", "majority": "largest class"}
+    lines = [f"{name} {_score(row, key, unit)}" for key, name in names.items() if is_number(row.get(key))]
+    return "\n".join(lines) or DASH
 
 
 def _against(role: str, baseline: dict[str, Any], row: dict[str, Any], unit: str) -> str:

@@ -37,6 +37,7 @@ class Scale:
     low, high  the ends of the axis
     unit       of the values, as for `score`
     chance     a level to compare with, or None
+    level      what that is
     """
 
     rows: Sequence[tuple[str, float, float, float, bool]]
@@ -44,6 +45,7 @@ class Scale:
     high: float = 1.0
     unit: str = "share"
     chance: float | None = None
+    level: str = "chance"
 
 
 def probe_scale(name: str, probe: Probe) -> Scale:
@@ -53,8 +55,9 @@ def probe_scale(name: str, probe: Probe) -> Scale:
     ends = [end for _, _, low, high, _ in rows for end in (low, high)]
     shares = probe.unit == "share" and min(ends) >= 0.0 and max(ends) <= 1.0
     low, high = (0.0, 1.0) if shares else (min(0.0, *ends), max(ends) or 1.0)
-    chance = probe.details.get("chance")
-    return Scale(rows, low, high, probe.unit, number(chance) if is_number(chance) else None)
+    levels = {"always naming the largest class": "majority", "chance": "chance"}
+    known = [(number(probe.details[key]), name) for name, key in levels.items() if is_number(probe.details.get(key))]
+    return Scale(rows, low, high, probe.unit, *(known[0] if known else ()))
 
 
 def page(template: str, title: str, **values: Any) -> str:

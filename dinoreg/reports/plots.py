@@ -63,8 +63,9 @@ LOG = {"log": True}
 NOTES = {
     "Total loss": "What the optimizer minimises.",
     "Class token (DINO)": "Starts at ln K, a uniform guess over the prototypes; it has to leave that level.",
-    "Masked patches (iBOT)": "A uniform guess gives ln K times the share of masked crops.",
-    "Spread of class tokens (KoLeo)": "Lower is more evenly spread.",
+    "Masked patches (iBOT)": "Half of it, as dinov2 logs. A uniform guess gives half of ln K times the share of masked "
+    "crops.",
+    "Spread of class tokens (KoLeo)": "Half of it, as dinov2 logs. Lower is more evenly spread.",
     "Entropy of the teacher's targets": "One target should be far below ln K (it says something), their average near "
     "it (they differ).",
     "Prototypes in use": "Share that gets at least a tenth of an even share.",
@@ -86,7 +87,7 @@ ENTROPY = {"teacher_entropy": "one target", "target_marginal_entropy": "average 
 # "+" the sum is drawn.
 SECTIONS: dict[str, Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]]] = {
     "losses": (
-        ("Total loss", {"total_loss": "total"}, SMOOTH),
+        ("Total loss", {"loss": "total"}, SMOOTH),
         ("Class token (DINO)", DINO, SMOOTH | {"ln_k": True}),
         ("Masked patches (iBOT)", {"ibot_loss": "iBOT"}, SMOOTH),
         ("Spread of class tokens (KoLeo)", {"koleo_loss": "KoLeo"}, SMOOTH),
@@ -112,7 +113,15 @@ SECTIONS: dict[str, Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]]] 
     ),
 }
 UNITS = {"max_memory": 2**30}  # of values that are not shown as they are
-NOT_SHOWN = {"step", "images", "current_batch_size", "global_batch_size", "teacher_entropy_max", "probe_time"}
+NOT_SHOWN = {
+    "step",
+    "images",
+    "total_loss",
+    "current_batch_size",
+    "global_batch_size",
+    "teacher_entropy_max",
+    "probe_time",
+}
 
 
 def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:

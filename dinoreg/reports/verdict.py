@@ -4,7 +4,7 @@ Every verdict is by the paired difference on the same test images, which a resul
 (`evaluation.comparison`). Two intervals side by side decide nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,20 @@ def in_words(found: Mapping[str, Any], unit: str, count: Any) -> str:
     if unit == "share":
         return f"{said} by {100 * value:.1f} points [{100 * low:.1f}, {100 * high:.1f}]"
     return f"{said} by {value:.3g} {unit} [{low:.3g}, {high:.3g}]"
+
+
+PAIRED = ("dataset", "measure", "weights", "on the same images", "against")
+
+
+def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Weights against others on the same test images (`comparison.between`), as rows of text under PAIRED."""
+    return [
+        [
+            *(str(each["dataset"]), f"{each['protocol']}, {each['metric']}", str(each["model"])),
+            *(in_words(each, each["unit"], each["n_test"]), str(each["other"])),
+        ]
+        for each in paired
+    ]
 
 
 def _figures(probe: Probe) -> str:

@@ -42,6 +42,14 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def as_sides(value: Any) -> tuple[int, int] | None:
+    """(height, width) where a value is a size, one or two positive integers; else None."""
+    pair = [value, value] if type(value) is int else value
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        return None
+    return (pair[0], pair[1]) if all(type(side) is int and side > 0 for side in pair) else None
+
+
 def number(value: Any) -> float:
     """A JSON value as a float; NaN when it is not a number ("nan", null, a list)."""
     return float(value) if is_number(value) else math.nan

@@ -24,9 +24,9 @@ from dinoreg.runtime.durations import clock
 
 logger = logging.getLogger("dinoreg")
 
-# Shown on the console line, under dinov2's names.
+# Shown on the console line: what is optimised, and its terms under dinov2's names.
 _CONSOLE = (
-    ("total_loss", "{:.4f}"),
+    ("loss", "{:.4f}"),
     ("dino_global_crops_loss", "{:.4f}"),
     ("dino_local_crops_loss", "{:.4f}"),
     ("ibot_loss", "{:.4f}"),
@@ -185,7 +185,7 @@ class StepDisplay:
         """Show the metrics of a step; `line` is their text where there is no bar. step_time is in seconds."""
         step = values["step"]
         if self.progress:
-            losses = f"loss {values['total_loss']:.3f}  {values['images_per_second']:.0f} img/s"
+            losses = f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} img/s"
             self.progress.update(self.task, completed=step, losses=losses)
             return
         fortieth = step * 40 // self.num_steps

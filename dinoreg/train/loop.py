@@ -118,6 +118,7 @@ def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
         batch_size=setup.config.batch_size,
         fp16=setup.dtype == torch.float16,
         pretrained=setup.init is not None,
+        loss=setup.config.loss,
     )
 
 

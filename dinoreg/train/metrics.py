@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinoreg.checkpoint.run_folder import logged_losses
+from dinoreg.config.schema import LossConfig
 from dinoreg.data.loader import Batch
 from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import Ranks
@@ -18,7 +20,7 @@ from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import StepResult
 
-# dinov2's names of the losses.
+# dinov2's names of what a step optimises.
 LOSS_NAMES = {
     "total_loss": "total",
     "dino_global_crops_loss": "dino_global",
@@ -37,6 +39,7 @@ class Monitor:
     batch_size  images a step on this process
     fp16        whether the loss is scaled, so that an occasional overflow is normal
     pretrained  whether the run started from weights (`init=`), with a learning rate schedule of the backbone's own
+    loss        the weights that the losses of a step include
     """
 
     log: SilentLog
@@ -47,6 +50,7 @@ class Monitor:
     batch_size: int
     fp16: bool
     pretrained: bool
+    loss: LossConfig
 
     def __post_init__(self) -> None:
         self.global_batch_size = self.batch_size * self.ranks.world_size
@@ -75,7 +79,7 @@ class Monitor:
 
         checkpoint_stall  seconds that training waited for checkpoints since the last line
         returns           step_time and data_time in seconds a step, images_per_second over all processes, max_memory
-                          as `peak_memory` measures it, losses as optimised, and the metrics of `Health.summarise`
+                          as `peak_memory` measures it, losses by `logged_losses`, and the metrics of `Health.summarise`
         """
         metrics = self._of_step(state, batch, result, now)
         metrics |= self.weights.after() | self.health.summarise()
@@ -90,12 +94,12 @@ class Monitor:
         return metrics
 
     def _of_step(self, state: TrainState, batch: Batch, result: StepResult, now: Now) -> dict[str, float | int]:
-        """The values of this very step, under dinov2's names; losses as they are optimised."""
+        """The values of this very step, under dinov2's names."""
         losses = {name: float(result.losses[key]) for name, key in LOSS_NAMES.items() if key in result.losses}
         return {
             "step": state.step,
             "images": state.step * self.global_batch_size,
-            **losses,
+            **logged_losses(losses, self.loss.dino_weight, self.loss.ibot_weight),
             "lr": now.lr,
             **({"backbone_lr": now.lr * now.backbone} if self.pretrained else {}),
             "wd": now.weight_decay,

@@ -16,8 +16,10 @@ from dinoreg.data import augment as photometric
 from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import survey, with_statistics
+from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
@@ -107,6 +109,13 @@ class Setup:
         loader.bad.update(state.history.get("bad", {}))
         return loader
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What the weights of this run state of pictures: crops of the size of the global ones, seen whole."""
+        config = self.config
+        size, limits = config.crops.global_size, ValueRange.of(config.data.range)
+        return Preprocessing(config.augment.mean, config.augment.std, (size, size), size, value_range=limits)
+
     def open_writer(self) -> Writer:
         """The writer of this run's checkpoints, which claims the run folder for this process group.
 
@@ -118,12 +127,7 @@ class Setup:
             config.checkpoint,
             describe_teacher={
                 "architecture": self.teacher.backbone.architecture(),
-                "preprocessing": {
-                    "mean": list(config.augment.mean),
-                    "std": list(config.augment.std),
-                    "image_size": config.crops.global_size,
-                    "range": config.data.range,
-                },
+                "preprocessing": self.preprocessing.as_json(),
                 "config_hash": config.hash(),
             },
             timeout=config.parallel.timeout,

@@ -205,9 +205,10 @@ class ModelGallery(Gallery):
         self.size = picture_size(self.model, size)
         self.grid = (self.size[0] // self.model.patch_size, self.size[1] // self.model.patch_size)
         self.pictures = read_pictures(self.subject, images, num, self.size)
-        about = {"weights": self.subject.name, "images": self.pictures.names}
+        about = {"weights": self.subject.name, "identity": self.subject.encoder.identity, "images": self.pictures.names}
         super().__init__(view, Path(out) if out else self.subject.folder, about)
-        self.pixels = to_pixels(self.pictures.images, self.subject.mean, self.subject.std)
+        preprocessing = self.subject.encoder.preprocessing
+        self.pixels = to_pixels(self.pictures.images, preprocessing.mean, preprocessing.std)
 
     def finish(self, title: str, record: Mapping[str, Any], **values: Any) -> Path:
         """Write the page, with the model, the resolution, the images and those left out; returns its path."""

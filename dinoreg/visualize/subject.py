@@ -9,19 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
 from dinoreg.config.load import load_config
 from dinoreg.config.schema import DataConfig
-from dinoreg.data.center_crop import center_crop, stack_pixels
+from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock
 from dinoreg.data.open import open_source
 from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, Source
 from dinoreg.data.tar_index import index_tars
-from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.evaluation.backbones.open import open_native
 from dinoreg.models.vit import RegisterViT
@@ -37,18 +35,22 @@ MAX_SIZE = 672  # pixels a side to which they are enlarged at most
 class Subject:
     """A model in evaluation mode and how its images are made.
 
-    mean, std  one number per channel, on the scale of [0, 1]
-    value_range  of the data that it was trained on, or None
     run, step  the run that the weights belong to, or None; the step in the file's name, or 0
     """
 
-    model: RegisterViT
-    name: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    encoder: NativeEncoder
     run: Path | None = None
     step: int = 0
-    value_range: ValueRange | None = None
+
+    @property
+    def model(self) -> RegisterViT:
+        """The network itself."""
+        return self.encoder.module
+
+    @property
+    def name(self) -> str:
+        """The name to show."""
+        return self.encoder.name
 
     @property
     def folder(self) -> Path:
@@ -74,7 +76,7 @@ def open_subject(weights: str, device: str = "auto") -> Subject:
     """
     encoder, run, step = open_native(weights, pick_device(device))
     assert isinstance(encoder, NativeEncoder)
-    return Subject(encoder.module, encoder.name, encoder.mean, encoder.std, run, step, encoder.value_range)
+    return Subject(encoder, run, step)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -171,29 +173,19 @@ def read_pictures(
         source = run_source(subject)
     else:
         source = open_images(spec)
-        source.value_range = subject.value_range
+        source.value_range = subject.encoder.preprocessing.value_range
         num = len(source) if num is None and is_file_list(spec) else num
     pixels, names, skipped = [], [], []
+    preprocessing = subject.encoder.preprocessing.at(size)
     for index in evenly_spaced(len(source), num or NUM_IMAGES):
         try:
-            pixels.append(center_crop(source.decode(index, subject.model.in_channels), size))
+            pixels.append(preprocessing.crop(source.decode(index, subject.model.in_channels)))
             names.append(source.name(index))
         except BadImage as error:
             skipped.append((source.name(index), str(error)))
     if not pixels:
         raise UserError(f"images: none of {len(skipped)} could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
-    device = next(subject.model.parameters()).device
-    images = normalise(stack_pixels(pixels), subject.mean, subject.std).to(device)
-    return Pictures(images, tuple(names), tuple(skipped))
-
-
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Pixels (B, C, H, W) uint8 -> float32: in [0, 1], minus the mean, over the standard deviation of each channel.
-
-    mean, std  one number per channel, on the scale of [0, 1]
-    """
-    scale, shift = (torch.tensor(list(values)).float()[:, None, None] for values in (std, mean))
-    return (pixels.float() / 255 - shift) / scale
+    return Pictures(subject.encoder.prepare(to_encoder(pixels)), tuple(names), tuple(skipped))
 
 
 def evenly_spaced(total: int, count: int) -> Sequence[int]:

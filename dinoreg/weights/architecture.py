@@ -17,7 +17,7 @@ from torch import Tensor
 from dinoreg.models.layers import swiglu_hidden_dim
 from dinoreg.models.registry import HEAD_DIM, resampling
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.json_files import as_sides, is_number
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,6 @@ def hidden_dim_of(dim: int, ffn: str, ratio: float) -> int:
     """
     hidden = int(dim * ratio)
     return swiglu_hidden_dim(hidden) if ffn == "swiglu" else hidden
-
-
-def as_sides(value: Any) -> tuple[int, int] | None:
-    """(height, width) where a JSON value is a size, one or two positive integers; else None."""
-    pair = [value, value] if type(value) is int else value
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
-        return None
-    return (pair[0], pair[1]) if all(type(side) is int and side > 0 for side in pair) else None
 
 
 def _shaped(state: Mapping[str, Tensor], key: str, ndim: int, path: str | Path) -> Tensor:

@@ -13,11 +13,13 @@ from typing import Any
 from dinoreg.models.layers import NORM_EPS
 from dinoreg.models.registry import resampling
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.weights.architecture import Stated
 from dinoreg.weights.files import read_json
 
 CONFIG = "config.json"
+PROCESSOR = "preprocessor_config.json"
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by Pillow's number, as transformers writes it
 
 _DINOV2 = {"dinov2": 14, "dinov2_with_registers": 16}  # model types, and their default patch size
 # Arguments of RegisterViT: transformers' name and default.
@@ -39,6 +41,9 @@ TIMM_ARGUMENTS = {"dim": "embed_dim", "depth": "depth", "heads": "num_heads", "p
 _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_values", "no_embed_class", "mlp_ratio",
                   "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
                   "attn_drop_rate", "weight_init", "fix_init", "strict_img_size", "mlp_layer", "act_layer"}  # fmt: skip
+
+_TIMM_CROP_SHARE = 0.875  # timm's default for `crop_pct`
+_BYTE = 1 / 255
 
 
 class NotHeld(UserError):
@@ -67,17 +72,75 @@ def read_config(folder: Path, library: str) -> Stated:
 
 
 def preprocessing_of(folder: Path, library: str) -> dict[str, Any]:
-    """{"mean", "std"}, each as stated in a library's folder, unchecked (see `stated_preprocessing`), or left out.
+    """What a library's folder says of pictures, by the keys of `model.json`, unchecked; what it leaves out is missing.
+
+    Two more keys are for the report: "stated_by" names the file, "not_followed" what it says and dinoreg does not do.
 
     raises  UserError for a file that is not JSON
     """
     if library == "timm":
-        config, prefix = _pretrained(read_json(folder / CONFIG)), ""
-    else:
-        side = folder / "preprocessor_config.json"
-        config, prefix = read_json(side) if side.is_file() else {}, "image_"
-    found = {key: config.get(f"{prefix}{key}") for key in ("mean", "std")}
-    return {key: values for key, values in found.items() if values is not None}
+        return timm_preprocessing(_pretrained(read_json(folder / CONFIG)))
+    side = folder / PROCESSOR
+    return _processor(read_json(side)) if side.is_file() else {}
+
+
+def timm_preprocessing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a `pretrained_cfg`; what that leaves out has timm's default."""
+    size, how = config.get("input_size"), config.get("interpolation") or "bicubic"
+    share: Any = config.get("crop_pct")
+    sides = as_sides(size[1:]) if isinstance(size, list | tuple) else None
+    share = share if is_number(share) and 0 < share <= 1 else _TIMM_CROP_SHARE
+    stretched = config.get("crop_mode") not in (None, "center")
+    return _found(
+        CONFIG,
+        {"stretches or pads pictures": stretched, f"resizes by {str(how)[:20]}": how not in INTERPOLATIONS.values()},
+        mean=config.get("mean"),
+        std=config.get("std"),
+        image_size=sides,
+        short_side=math.floor(min(sides) / share) if sides else None,
+        interpolation=how,
+    )
+
+
+def _processor(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of transformers' `preprocessor_config.json`, in any of the ways in which its versions write sizes."""
+
+    def sides(value: Any) -> tuple[int, int] | None:
+        return as_sides([value.get("height"), value.get("width")] if isinstance(value, dict) else value)
+
+    size, how = config.get("size"), config.get("resample")
+    cropped = config.get("do_center_crop") is not False and config.get("crop_size") is not None
+    size = {"shortest_edge": size} if cropped and type(size) is int else size
+    short = size.get("shortest_edge") if isinstance(size, dict) else None
+    scale: Any = config.get("rescale_factor", _BYTE) if config.get("do_rescale") is not False else 1.0
+    mean: Any = config.get("image_mean")
+    std: Any = config.get("image_std")
+    if config.get("do_normalize") is False:
+        mean, std = [0.0], [1.0]
+    if is_number(scale) and scale > 0 and not math.isclose(scale, _BYTE, rel_tol=1e-4):  # of bytes, not of 0 to 1
+        mean, std = ([x * _BYTE / scale for x in each] if _numbers(each) else each for each in (mean, std))
+    return _found(
+        PROCESSOR,
+        {
+            "stretches pictures or leaves them whole": bool(size) and (sides(size) is not None or not cropped),
+            f"resizes by Pillow's filter {how}": how is not None and how not in INTERPOLATIONS,
+        },
+        mean=mean,
+        std=std,
+        image_size=sides(config.get("crop_size")) if cropped else sides(size) or as_sides(short),
+        short_side=short,
+        interpolation=INTERPOLATIONS.get(how) if type(how) is int else None,
+    )
+
+
+def _found(where: str, not_followed: Mapping[str, bool], **values: Any) -> dict[str, Any]:
+    found = {key: value for key, value in values.items() if value is not None}
+    other = [what for what, does in not_followed.items() if does]
+    return found | {"stated_by": where} | ({"not_followed": " and ".join(other)} if other else {})
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(map(is_number, values))
 
 
 def _pretrained(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from dinoreg.models.registry import HEAD_DIM, _check_options, build
 from dinoreg.models.vit import TOKEN_STD, RegisterViT, resample_positions
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.weights.architecture import describe_resampling, hidden_dim_of
 from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import SOURCES, Weights, find_weights, read_weights
@@ -43,6 +44,7 @@ class LoadReport:
     fresh: tuple[str, ...]  # in the encoder, not in the file: keep their start values
     where: str  # what the names in the file begin with: "teacher.backbone"
     others: tuple[str, ...]  # the same of other networks in the file, which were not taken
+    pixels: str  # what is done with pictures, and which file says so
 
     def __str__(self) -> str:
         groups = sorted({key.partition(".")[0] for key in self.left_out})
@@ -58,7 +60,7 @@ class LoadReport:
         network = f", {self.where!r} in it" if self.where and self.source != SOURCES["dinoreg"] else ""
         network += f", not {' or '.join(map(repr, self.others))}" if self.others else ""
         first = f"{len(self.loaded)} tensors loaded from {self.path} ({self.source}{network})"
-        return "; ".join([first, *changes, self.positions])
+        return "; ".join([first, *changes, self.positions, self.pixels])
 
 
 def load_into(model: RegisterViT, source: str | Path, adapt_channels: str | None = None) -> LoadReport:
@@ -103,7 +105,9 @@ def load_reported(
         generator = torch.Generator().manual_seed(0)
         state["register_tokens"] = TOKEN_STD * torch.randn(1, model.num_registers, model.dim, generator=generator)
     model.load_state_dict(state, assign=True)
-    changed = report.reshaped or report.adapted or report.grafted or report.others
+    model.preprocessing = _preprocessing(weights, theirs, model)
+    changed = bool(report.reshaped or report.adapted or report.grafted or report.others)
+    changed |= "stated_by" in weights.preprocessing  # a library's words, which ours stand for
     logger.log(logging.WARNING if changed else logging.INFO, "%s", report)
     return Loaded(model.to(device).eval().requires_grad_(True), report, weights)
 
@@ -209,7 +213,32 @@ def fit(
         positions=f"positions are resampled {now}, {reason}",
         where=weights.where,
         others=weights.others,
+        pixels=describe_preprocessing(weights.preprocessing),
     )
+
+
+def _preprocessing(weights: Weights, theirs: Mapping[str, Any], model: RegisterViT) -> dict[str, Any] | None:
+    """What the weights state of pictures, as far as it fits the model, whose size and channels may be others."""
+    stated = dict(weights.preprocessing)
+    if theirs["in_channels"] != model.in_channels:
+        stated = {key: value for key, value in stated.items() if key not in ("mean", "std", "range")}
+    sides, short = as_sides(stated.get("image_size")), stated.pop("short_side", None)
+    if sides and model.image_size != tuple(theirs["image_size"]):
+        stated["image_size"] = list(model.image_size)
+        short = round(short * min(model.image_size) / min(sides)) if is_number(short) else None
+    stated |= {} if short is None else {"short_side": short}
+    return stated or None
+
+
+def describe_preprocessing(stated: Mapping[str, Any]) -> str:
+    """What a model's JSON, or a library's, states of pictures, in words."""
+    words = {"short_side": "short side", "image_size": "crop", "interpolation": "", "mean": "mean", "std": "std"}
+    words["range"] = "data.range"
+    parts = [f"{word} {stated[key]}".strip() for key, word in words.items() if stated.get(key) is not None]
+    if not parts:
+        return "nothing beside them says what is done with pictures"
+    text = f"pictures as {stated.get('stated_by', 'the JSON beside them')} says: {', '.join(parts)}"
+    return text + (f"; it also {stated['not_followed']}, which is not done" if "not_followed" in stated else "")
 
 
 def _check_keys(state: Mapping[str, Tensor], model: RegisterViT, path: Path, spare: set[str]) -> tuple[str, ...]:

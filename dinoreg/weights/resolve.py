@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import read_text
-from dinoreg.weights.architecture import Stated, as_sides, infer_architecture
+from dinoreg.runtime.json_files import as_sides, read_text
+from dinoreg.runtime.json_files import read_json as read_lenient
+from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.convert import FROM, detect, from_timm
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
@@ -25,6 +26,7 @@ from dinoreg.weights.library_configs import library_of, preprocessing_of, read_c
 from dinoreg.weights.names import not_there, random_name
 
 TEACHER_FORMAT = "dinoreg-teacher"
+PIXELS_FORMAT = "dinoreg-pixels"  # of `model.json` in an export for a library whose own files say the rest
 
 # What a folder of transformers or timm calls its weights, in the order in which these libraries look.
 FILES = ("model.safetensors", f"model{INDEX_SUFFIX}", "pytorch_model.bin")
@@ -46,7 +48,7 @@ class Weights:
     backbone  the encoder's tensors, by name
     left_out  names of the tensors of heads (dino_head.*, ibot_head.*, head.*, classifier.*), and of the entries beside
               the state dict in a training file (optimizer, student, ...)
-    metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": {"mean": ..., "std": ...}}
+    metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": ...}, as `preprocessing_of`
     source    "dinoreg" | "meta" | "timm" | "transformers"
     stated    the architecture according to the JSON file beside it
     where     what the names in the file begin with ("teacher.backbone")
@@ -61,6 +63,12 @@ class Weights:
     stated: Stated
     where: str = ""
     others: tuple[str, ...] = ()
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What is stated of pictures, unchecked (`data.preprocess` reads it); {} where nothing is."""
+        found = self.metadata.get("preprocessing")
+        return found if isinstance(found, dict) else {}
 
     def architecture(self, heads: int | None = None) -> dict[str, Any]:
         """Arguments of RegisterViT, from the tensors' shapes and the JSON beside them, see `infer_architecture`.
@@ -155,9 +163,12 @@ def read_weights(source: str | Path) -> Weights:
     library = library_of(path.parent) if path.name in FILES else None
     if library is not None:  # before the tensors, which may be many
         stated = read_config(path.parent, library)
-        metadata: dict[str, Any] = {"preprocessing": preprocessing_of(path.parent, library)}
+        ours = read_lenient(path.parent / "model.json")
+        own = ours.get("preprocessing") if ours.get("format") == PIXELS_FORMAT else None
+        stated_here = preprocessing_of(path.parent, library)  # what somebody edits counts
+        metadata: dict[str, Any] = {"preprocessing": (own if isinstance(own, dict) else {}) | stated_here}
     else:
-        metadata = _read_metadata(path) if path.suffix == ".safetensors" else {}
+        metadata = _read_metadata(path)
         architecture = metadata.get("architecture")
         stated = Stated(architecture if isinstance(architecture, dict) else {})
     content = read_file(path)
@@ -172,7 +183,7 @@ def read_weights(source: str | Path) -> Weights:
         found = detect(state)
         if library is not None and found != library:
             raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
-        if library is None and metadata:
+        if metadata.get("format") == TEACHER_FORMAT:
             found = "dinoreg"  # without registers the names alone would look like timm's
         backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
     except UserError as error:
@@ -196,11 +207,18 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
-    """The JSON beside a safetensors file, after checking the digest in it; {} without one. UserError if it differs."""
+    """The JSON beside a weight file, after checking the digest in it; {} without one. UserError if it differs.
+
+    Beside a file of PyTorch a JSON may also be another program's; it is then left alone.
+    """
     side = path.with_suffix(".json")
     if not side.is_file():
         return {}
+    if path.suffix != ".safetensors" and read_lenient(side).get("format") != TEACHER_FORMAT:
+        return {}
     metadata = read_json(side)
+    if metadata.get("format") == PIXELS_FORMAT:
+        return metadata
     if metadata.get("format") != TEACHER_FORMAT:
         raise UserError(f"weights {side}: expected a JSON object with format {TEACHER_FORMAT!r}")
     if metadata.get("version") != 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.checkpoint.steps import Watched
+from dinoreg.data.preprocess import PUBLISHED_SIZE, Preprocessing
 from dinoreg.data.value_range import ValueRange
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.preprocessing import stated_preprocessing
+from dinoreg.weights.library_configs import timm_preprocessing
 
-PUBLISHED_SIZE = 224  # pixels; the side at which classification is published
 RANDOM_WEIGHTS = " (random weights)"  # behind the name of an encoder that has them
 PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
 
@@ -38,7 +38,7 @@ class Encoder(ABC):
     dim, depth   width D, number of blocks
     patch_size   pixels
     image_size   (height, width) that it was trained or published at, in pixels
-    mean, std    one number per channel, on the scale of [0, 1]
+    preprocessing  what is done with a picture, as the weights state it
     dtype        of the matrix products (autocast); tokens come out in float32
     """
 
@@ -50,11 +50,9 @@ class Encoder(ABC):
     num_registers: int
     in_channels: int
     image_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    preprocessing: Preprocessing
     device: torch.device
     dtype: torch.dtype
-    value_range: ValueRange | None = None  # of the data that it was trained on, for other data of its kind
     watched: Watched | None = None  # what the probe inside its run looked at
     pools: bool = True  # whether the mean patch token is as wide as the class token, so that it may be appended
 
@@ -94,7 +92,7 @@ class Encoder(ABC):
         return {name: part.float() for name, part in zip(("query", "key", "value"), parts)}
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images normalised by `mean` and `std`, float32 on the encoder's device.
+        """Images normalised by the mean and std of `preprocessing`, float32 on the encoder's device.
 
         images   (B, C, H, W) uint8, or float in [0, 1]
         returns  (B, C, H, W); UserError for another shape, or for a side that the patch size does not divide
@@ -108,9 +106,7 @@ class Encoder(ABC):
                 f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
                 f"expected multiples of the patch size {self.patch_size}"
             )
-        x = to_unit(images.to(self.device, non_blocking=True))
-        shape = (1, -1, 1, 1)
-        return (x - x.new_tensor(self.mean).view(shape)) / x.new_tensor(self.std).view(shape)
+        return self.preprocessing.normalise(images.to(self.device, non_blocking=True))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of height x width pixels."""
@@ -121,6 +117,21 @@ class Encoder(ABC):
         if not -self.depth <= index < self.depth:
             raise UserError(f"{self.name}: block {index} is out of range, it has {self.depth} blocks")
         return index % self.depth
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """One number per channel, on the scale of [0, 1]."""
+        return self.preprocessing.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """As `mean`."""
+        return self.preprocessing.std
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """Of the data that it was trained on, for other data of its kind."""
+        return self.preprocessing.value_range
 
     @property
     def default_size(self) -> int:
@@ -150,19 +161,20 @@ class _ModuleEncoder(Encoder):
         self,
         module: nn.Module,
         name: str,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
+        stated: Mapping[str, Any] | Preprocessing | None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.device, self.dtype, self.name = torch.device(device), dtype, name
         self.module = module.to(self.device).eval().requires_grad_(False)
-        self.mean, self.std = stated_preprocessing({"mean": mean, "std": std}, self.in_channels, name)
+        if not isinstance(stated, Preprocessing):
+            stated = Preprocessing.of(stated, self.in_channels, self.image_size, self.patch_size, name)
+        self.preprocessing = stated
 
     @cached_property
     def identity(self) -> str:  # type: ignore[override]  # computed once, from the weights at first access
         named = self.name if not list(self.module.parameters()) else ""
-        digest = hashlib.sha256(repr((named, self.mean, self.std)).encode())
+        digest = hashlib.sha256(repr((named, self.preprocessing.as_json())).encode())
         for key, value in sorted(self.module.state_dict().items()):
             digest.update(f"{key} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -170,7 +182,7 @@ class _ModuleEncoder(Encoder):
 
     def _like(self, module: nn.Module) -> Encoder:
         name = f"{self.name.removesuffix(RANDOM_WEIGHTS)}{RANDOM_WEIGHTS}"
-        return type(self)(module, name, self.mean, self.std, self.device, self.dtype)  # type: ignore[call-arg]
+        return type(self)(module, name, self.preprocessing, self.device, self.dtype)
 
 
 class NativeEncoder(_ModuleEncoder):
@@ -306,7 +318,8 @@ class PixelEncoder(Encoder):
     ) -> None:
         self.name, self.patch_size, self.image_size, self.side = "raw pixels", patch_size, image_size, side
         self.dim, self.depth, self.num_registers, self.in_channels = in_channels * patch_size**2, 1, 0, in_channels
-        self.mean, self.std = (0.5,) * in_channels, (0.25,) * in_channels
+        stated = {"mean": [0.5], "std": [0.25]}
+        self.preprocessing = Preprocessing.of(stated, in_channels, image_size, patch_size, self.name)
         self.device, self.dtype = torch.device(device), torch.float32
         self.identity = hashlib.sha256(f"pixels {patch_size} {in_channels} {side}".encode()).hexdigest()[:16]
 
@@ -328,33 +341,32 @@ class PixelEncoder(Encoder):
 def wrap(
     model: Any,
     name: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    stated: Mapping[str, Any] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Encoder:
     """An Encoder around a RegisterViT, a ViT of timm or of transformers; an Encoder is returned as it is.
 
-    name       by default the class's name
-    mean, std  one number per channel on the scale of [0, 1]; by default those the model states (timm), else ImageNet's
-    dtype      of the matrix products
-    raises     UserError for any other kind of model
+    name    by default the class's name
+    stated  what is done with pictures, as JSON has it (`Preprocessing.of`); by default what the model itself states: a
+            RegisterViT the weights that it was loaded from, timm's its `pretrained_cfg`
+    dtype   of the matrix products
+    raises  UserError for any other kind of model, and for a preprocessing that does not fit it
     """
     if isinstance(model, Encoder):
         return model
-    stated = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    stated = stated if isinstance(stated, dict) else {}
-    mean, std = mean or stated.get("mean"), std or stated.get("std")
     kind: type[_ModuleEncoder]
+    own: Mapping[str, Any] | None
     if isinstance(model, RegisterViT):
-        kind = NativeEncoder
+        kind, own = NativeEncoder, model.preprocessing
     elif hasattr(getattr(model, "config", None), "model_type"):
-        kind = TransformersEncoder
+        kind, own = TransformersEncoder, None
     elif hasattr(model, "forward_intermediates"):
-        kind = TimmEncoder
+        config = getattr(model, "pretrained_cfg", None)
+        kind, own = TimmEncoder, timm_preprocessing(config) if isinstance(config, dict) else None
     else:
         raise UserError(f"{type(model).__name__}: expected a RegisterViT, or a ViT of timm or transformers")
-    return kind(model, name or type(model).__name__, mean, std, device, dtype)
+    return kind(model, name or type(model).__name__, own if stated is None else stated, device, dtype)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Whatever RegisterViT can hold exactly is opened as one; what it cannot hold runs
 timm's own model run, say so: `timm:NAME` or `timm:NAME:FILE`.
 """
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,17 +15,19 @@ from torch import nn
 from dinoreg.checkpoint.run_folder import run_of, teacher_step
 from dinoreg.checkpoint.steps import watched_in
 from dinoreg.config.option import nearest
-from dinoreg.data.value_range import ValueRange
-from dinoreg.evaluation.backbones.encoder import RANDOM_WEIGHTS, Encoder, seeded, wrap
+from dinoreg.data.preprocess import Preprocessing
+from dinoreg.evaluation.backbones.encoder import RANDOM_WEIGHTS, Encoder, NativeEncoder, seeded, wrap
+from dinoreg.models.vit import RegisterViT, patch_grid
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
 from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.files import read_file
 from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
-from dinoreg.weights.load import load, load_reported
+from dinoreg.weights.load import describe_preprocessing, load, load_reported
 from dinoreg.weights.names import not_there, random_name
-from dinoreg.weights.preprocessing import stated_preprocessing, stated_range
 from dinoreg.weights.resolve import FILES, find_weights
+
+logger = logging.getLogger(__name__)
 
 
 class Opened(NamedTuple):
@@ -56,6 +60,24 @@ def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -
         return Opened(_from_transformers(file.parent, device, dtype))
 
 
+def transform(model: str | Path | RegisterViT, size: int | Sequence[int] | None = None) -> Preprocessing:
+    """What the weights of a model state of pictures, as a function: `transform(model)(picture)` is the model's input.
+
+    model    weights as for `dinoreg.load`, or the model that it returned
+    size     (height, width) of the crop in pixels, or one for both; None: as stated
+    returns  picture -> (C, height, width) float32, normalised; a picture is a path, the bytes of a file, a Pillow image
+             or an array (H, W) or (H, W, C). `mean`, `std`, `size`, `short_side` and `value_range` say what is done
+    raises   UserError as `dinoreg.load`, and for a size that the patch size does not divide
+    """
+    if isinstance(model, RegisterViT):
+        stated, patch_size = Preprocessing.of_model(model), model.patch_size
+    else:
+        encoder = open_encoder(str(model), "cpu", torch.float32).encoder
+        stated, patch_size = encoder.preprocessing, encoder.patch_size
+    patch_grid(stated.at(size).size, patch_size)
+    return stated.at(size)
+
+
 def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Opened:
     """A NativeEncoder of a run, a file, a library's folder or random:NAME, with the preprocessing stated beside it.
 
@@ -74,8 +96,6 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         return Opened(wrap(model, f"{random}{RANDOM_WEIGHTS}", device=device, dtype=dtype))
     folder = file.parent if file.name in FILES and library_of(file.parent) else None
     loaded = load_reported(file, device)
-    stated = loaded.weights.metadata.get("preprocessing")
-    mean, std = stated_preprocessing(stated, loaded.model.in_channels, file)
     step = teacher_step(file)
     run = None if step is None else run_of(file)
     name = file.stem
@@ -85,8 +105,7 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
         name = (folder or Path(weights)).resolve().name
     if loaded.report.others:  # the file holds several networks
         name = f"{name} ({loaded.report.where})"
-    encoder = wrap(loaded.model, name, mean, std, device, dtype)
-    encoder.value_range = ValueRange.of(stated_range(stated, file))
+    encoder = NativeEncoder(loaded.model, name, Preprocessing.of_model(loaded.model, file), device, dtype)
     encoder.watched = None if run is None or step is None else watched_in(run, step)
     return Opened(encoder, run, step or 0)
 
@@ -140,4 +159,5 @@ def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtyp
     if missing:
         raise UserError(f"weights={path}: {len(missing)} tensors are missing, the first is {missing[0]!r}")
     stated = preprocessing_of(path, "transformers")
-    return wrap(model, path.resolve().name, stated.get("mean"), stated.get("std"), device, dtype)
+    logger.warning("%s: %s", path, describe_preprocessing(stated))
+    return wrap(model, path.resolve().name, stated, device, dtype)

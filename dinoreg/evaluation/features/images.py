@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from dinoreg.data.center_crop import center_crop
+from dinoreg.data.center_crop import Interpolation, center_crop
 from dinoreg.data.decode import BadImage
 from dinoreg.data.display import as_rgb
 from dinoreg.data.source import Source
@@ -95,22 +95,23 @@ def shown(picture: Picture) -> Image.Image:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """Short side to `resize` pixels (bicubic), then the (size, size) centre: torchvision's Resize and CenterCrop.
+    """Short side to `resize` pixels, then the (size, size) centre: torchvision's Resize and CenterCrop for Pillow's.
 
-    resize, size  pixels
+    resize, size   pixels
+    interpolation  of one's own pictures, which are tensors; Pillow's are resized bicubic
     """
 
     resize: int
     size: int
+    interpolation: Interpolation = "bicubic"
 
     def __call__(self, picture: Picture) -> np.ndarray:
         """(size, size, C) uint8, or float32 in 0..255; memory is bounded whatever the picture's shape."""
         if isinstance(picture, Tensor):
-            scaled: Picture = center_crop(picture, self.resize)
-        elif max(picture.size) > MAX_ASPECT * min(picture.size):
+            return to_array(center_crop(picture, self.size, self.resize, interpolation=self.interpolation))
+        if max(picture.size) > MAX_ASPECT * min(picture.size):
             return to_array(self._of_a_strip(picture))
-        else:
-            scaled = functional.resize(picture, [self.resize], BICUBIC)
+        scaled = functional.resize(picture, [self.resize], BICUBIC)
         return to_array(functional.center_crop(scaled, [self.size]))
 
     def _of_a_strip(self, image: Image.Image) -> Image.Image:

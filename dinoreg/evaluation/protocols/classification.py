@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
@@ -139,14 +140,33 @@ def class_tokens(
 
     what        description of the images, beside the progress
     mean_patch  the mean patch token beside the class token, (n, 2 D), where the encoder's has its width
-    resize      short side over the crop's side
+    resize      short side over the crop's side, as published; of one's own pictures the weights say it
     raises      as `extract_features`
     """
-    size = measured.context.image_size
-    crop, what = CentreCrop(round(size * resize), size), f"features of {what}"
+    crop, what = measured.context.crop(source, resize), f"features of {what}"
     return feature_matrix(
         extract_features(measured.context, measured.encoder, source, crop, mean_patch=mean_patch, what=what)
     )
+
+
+def equal_features(source: Source, features: Tensor, what: str) -> tuple[str, ...]:
+    """A doubt where all images of a source have the same feature, with the likely cause; else none.
+
+    features  (n, D) of its images
+    what      the images in words, "training"
+    """
+    rows = features[torch.linspace(0, len(features) - 1, min(len(features), 256)).long()].double()
+    if len(rows) < 2 or bool((rows - rows[0]).norm(dim=1).max() > 1e-5 * rows[0].norm()):
+        return ()
+    places, crop = (0, len(source) - 1), CentreCrop(PICTURE_SIZE, PICTURE_SIZE)
+    first, last = (crop(read_picture(source, place)) for place in places)
+    pair = " and ".join(map(source.name, places))
+    if np.array_equal(first, last):
+        flat = f", every value {first.flat[0]:g}: is the range of values right?" if np.ptp(first) == 0 else ""
+        cause = f"the pictures are equal, too, as {pair}{flat}"
+    else:
+        cause = f"pictures as {pair} differ: the weights tell nothing apart, they have collapsed or are not these"
+    return (f"equal features: every {what} image has the same feature; {cause}",)
 
 
 def draw_mistakes(measured: Measurement, test: Labelled, predicted: np.ndarray, prefix: str) -> None:

@@ -12,7 +12,7 @@ Beside it stands the nearest class mean, on centred features of unit norm (Wang 
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from dinoreg.evaluation.protocols.classification import (
     accuracy_row,
     class_tokens,
     draws_interval,
+    equal_features,
     labelled_splits,
 )
 from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
@@ -34,9 +35,9 @@ from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import SoftmaxProblem
 from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
-from dinoreg.runtime.errors import UserError
 
 FIXED_UP_TO = 10  # labels per class, on average; with more, C is chosen
+ROUNDING = 1e-10  # squared, between features that are equal but for it
 FIXED_C = 10.0  # for features of unit spread; on digits and on planted classes 1 loses points, 100 changes little
 
 
@@ -62,14 +63,18 @@ class Setting:
 
 
 class Spread:
-    """Where features (n, D) lie: `mean` (D,) float64, and `power`, their mean squared distance from it."""
+    """Where features (n, D) lie: `mean` (D,) float64, and `power`, their mean squared distance from it.
+
+    The power is 0 for features that are equal but for rounding.
+    """
 
     def __init__(self, features: Tensor) -> None:
         """features (n, D), read a few thousand rows at a time."""
         parts = features.split(8192)
         zero = torch.zeros((), dtype=torch.float64)
         self.mean = sum((rows.double().sum(dim=0) for rows in parts), zero) / len(features)
-        self.power = sum(float((rows.double() - self.mean).square().sum()) for rows in parts) / len(features)
+        power = sum(float((rows.double() - self.mean).square().sum()) for rows in parts) / len(features)
+        self.power = power if power > ROUNDING * float(self.mean.square().sum()) else 0.0
 
     def unit(self, features: Tensor) -> Tensor:
         """Features (n, D), centred and of norm 1, float32."""
@@ -79,8 +84,7 @@ class Spread:
 def evaluate(measured: Measurement) -> list[Row]:
     """A row for each setting: shots from most to least, then shares from most to least; accuracy in [0, 1].
 
-    raises  UserError as `labelled_splits` and `extract_features`, and where all features are equal; RunError for a
-            feature that is not finite
+    raises  UserError as `labelled_splits` and `extract_features`; RunError for a feature that is not finite
     """
     options, encoder, context = measured.options, measured.encoder, measured.context
     train, test, _ = labelled_splits(measured, "few-shot")
@@ -107,7 +111,9 @@ def evaluate(measured: Measurement) -> list[Row]:
     key = (options.few_shot, options.logistic, context.seed, context.image_size, encoder.identity, train.source.stamp())
     results = resumable_map(context, "few_shot", key, len(draws), scored, f"draws ({encoder.name})")
     by_setting = {of: [each for each, draw in zip(results, draws) if draw[0] == of] for of in settings}
-    return [_row(measured, setting, train, test, scored) for setting, scored in by_setting.items()]
+    doubt = equal_features(train.source, features, "training")
+    rows = [_row(measured, setting, train, test, scored) for setting, scored in by_setting.items()]
+    return [replace(row, warnings=doubt) for row in rows]
 
 
 def _available(train: Labelled) -> np.ndarray:
@@ -145,14 +151,11 @@ def score(
     test_features  (n, D)
     metric         of METRICS, by which C is chosen
     returns        {"logistic", "nearest"}: (n,) int64 classes; "C": used, "path": visited, [] where C is fixed
-    raises         UserError where all features are equal
     """
     rows = features if len(index) == len(features) else features[torch.from_numpy(index)]
     labels = torch.from_numpy(train.labels[index])
-    if spread.power == 0:
-        raise UserError("every training image has the same feature: there is nothing to learn from")
     if len(index) <= FIXED_UP_TO * len(labels.unique()):
-        C, path = FIXED_C / spread.power, []
+        C, path = FIXED_C / spread.power if spread.power else FIXED_C, []
         model = SoftmaxProblem(Rows.of(rows, labels), train.num_classes, device=device).solve(C)
     else:
         found = select_and_fit(

@@ -8,7 +8,15 @@ from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.pictures import strip
 from dinoreg.evaluation.features.images import read_picture, shown
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, nearest_neighbours
-from dinoreg.evaluation.protocols.classification import GREEN, RED, accuracy_row, class_tokens, framed, labelled_splits
+from dinoreg.evaluation.protocols.classification import (
+    GREEN,
+    RED,
+    accuracy_row,
+    class_tokens,
+    equal_features,
+    framed,
+    labelled_splits,
+)
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Row
 
@@ -30,10 +38,11 @@ def evaluate(measured: Measurement) -> list[Row]:
     votes = knn_predict(bank.to(encoder.device), labels, queries, chosen.k, chosen.temperature, train.num_classes)
     _gallery(bank, queries, train, test, context)
     rows: list[Row] = []
+    warnings = equal_features(train.source, bank, "training")
     for k in sorted(chosen.k, key=lambda each: (each != 20, each)):
         predicted = votes[k].argmax(dim=-1).cpu().numpy()
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
-        fields = {"variant": f"k = {k}", "n_train": len(train), "settings": settings}
+        fields = {"variant": f"k = {k}", "n_train": len(train), "settings": settings, "warnings": warnings}
         rows.append(accuracy_row(measured, test, predicted, measured.task.metric, tables=not rows, **fields))
     return rows
 

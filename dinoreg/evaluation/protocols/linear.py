@@ -20,7 +20,6 @@ from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.windows import shuffled, training_stream
 from dinoreg.evaluation.features.cache import extract_features, slots
 from dinoreg.evaluation.features.images import (
-    CentreCrop,
     Picture,
     cropped,
     read_picture,
@@ -135,8 +134,7 @@ class Grid:
         what    description of the images, beside the progress
         raises  as `extract_features`
         """
-        crop = CentreCrop(round(self.context.image_size * RESIZE), self.context.image_size)
-        what = f"features of {what}"
+        crop, what = self.context.crop(split.source, RESIZE), f"features of {what}"
         return extract_features(self.context, self.encoder, split.source, crop, self.blocks, self.pooled, what)
 
     def logits(self, x: Tensor) -> dict[Kind, Tensor]:

@@ -13,6 +13,7 @@ from dinoreg.evaluation.protocols.classification import (
     accuracy_rows,
     class_tokens,
     draw_mistakes,
+    equal_features,
     labelled_splits,
 )
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
@@ -62,4 +63,5 @@ def evaluate(measured: Measurement) -> list[Row]:
         chosen_on=share if val is None else OFFICIAL,
         n_train=len(train) + (0 if val is None else len(val)),
         settings=settings,
+        warnings=equal_features(train.source, features, "training"),
     )

@@ -15,7 +15,7 @@ import torch
 from dinoreg.evaluation.data import MultiLabelled
 from dinoreg.evaluation.metrics.average_precision import Curve, Ranking
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic, nanmean
-from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions
+from dinoreg.evaluation.protocols.classification import class_tokens, draw_predictions, equal_features
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
@@ -39,6 +39,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     chosen, device, context = measured.options.multilabel, measured.encoder.device, measured.context
     train, test, val = measured.splits(MultiLabelled, MISSING)
     everything = fit = _rows(measured, train, "train")
+    doubt = equal_features(train.source, fit.parts[0][0], "training")
     test_rows = _rows(measured, test, "test")
     if val is None:
         fit, held = _held_out(fit, chosen.validation_share, context.seed)
@@ -75,6 +76,7 @@ def evaluate(measured: Measurement) -> list[Row]:
             "converged": model.converged,
         },
         note=_note(problem.fitted.numpy(), test.labels, names),
+        warnings=doubt,
     )
 
 
