@@ -24,7 +24,7 @@ from dinoreg.data.copies import MOST_COMPARED, content_digest
 from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
-from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
+from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark, is_shipped, shadowed
 from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
@@ -69,7 +69,7 @@ def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
         if name == "all":
             chosen |= {(each.name, each.place): each for each in benchmarks().values()}
             continue
-        if Path(name).exists() and not name.endswith(".py"):
+        if Path(name).exists() and not name.endswith(".py") and not is_shipped(name):
             from dinoreg.evaluation.custom.datasets import own_benchmark
 
             benchmark = own_benchmark(Path(name), request.dataset.get("own", {}), request.options.columns)
@@ -107,7 +107,8 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
     values = benchmark.option_values(request.dataset.get(benchmark.name, {}))
     root = request.options.root
     if root is None and benchmark.layouts:
-        raise UserError(f"{benchmark.name}: root= is missing, the folder that holds the datasets")
+        hint = f" ({shadowed([benchmark.name])[0]})" if Path(benchmark.name).exists() else ""
+        raise UserError(f"{benchmark.name}: root= is missing, the folder that holds the datasets{hint}")
     folder = benchmark.find(root) if root is not None and benchmark.layouts else Path(root or ".")
     tasks, warnings = [], []
     seen: dict[Callable, Data] = {}

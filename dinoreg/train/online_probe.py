@@ -25,7 +25,7 @@ from dinoreg.config.schema import ProbeConfig
 from dinoreg.data.center_crop import center_crops
 from dinoreg.data.copies import content_digest
 from dinoreg.data.labelled import listed, passed_over_in_words
-from dinoreg.data.open import open_source, read_labelled
+from dinoreg.data.open import is_scenes, open_source, read_labelled
 from dinoreg.data.source import ChosenSource, ScenesSource, Source
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
@@ -277,7 +277,7 @@ def build_general(config: Config) -> Probe | None:
 
 
 def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
-    if spec == "scenes" or spec.startswith("scenes:"):
+    if is_scenes(spec):
         probe = _probe(config, *_labelled_scenes(spec, config.probe.num_images))
     else:
         probe = _probe_of_own(config, key, spec)
@@ -336,7 +336,7 @@ def _probe(
 
 def _labelled_scenes(spec: str, count: int) -> tuple[Source, np.ndarray, int]:
     """Scenes, their labels (n,) int64 and the number of classes."""
-    source = open_source(spec if ":" in spec else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
+    source = open_source(spec if spec.partition(":")[2] else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
     assert isinstance(source, ScenesSource)
     labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
     return source, np.array(labels), len(CLASS_NAMES)
