@@ -150,6 +150,12 @@ def test_targets_of_a_step_do_not_depend_on_the_mean_of_that_step() -> None:
     torch.testing.assert_close(shifted, torch.softmax((second - 0.1 * first.mean(dim=0)) / 0.04, dim=1))
 
 
+def test_the_mean_of_one_processs_means_is_the_mean_of_its_rows() -> None:
+    center, logits = torch.ones(1, 6), _logits(5, 6)
+    torch.testing.assert_close(update_center(center, logits, by_process=True), update_center(center, logits))
+    torch.testing.assert_close(update_center(center, logits[:0], by_process=True), center, rtol=0, atol=0)
+
+
 def _one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -160,7 +166,8 @@ def _one_of_two(rank: int, folder: str) -> None:
         rows = logits[:cut] if rank == 0 else logits[cut:]
         targets = sinkhorn_knopp(rows, 0.05, ranks=ranks)
         center = update_center(torch.ones(1, 13), rows, ranks=ranks)
-        torch.save((targets, center), f"{folder}/{name}{rank}.pt")
+        of_means = update_center(torch.ones(1, 13), rows, 0.7, ranks, by_process=True)
+        torch.save((targets, center, of_means), f"{folder}/{name}{rank}.pt")
     no_rows = sinkhorn_knopp(logits[:0], 0.05, ranks=ranks), update_center(torch.ones(1, 13), logits[:0], ranks=ranks)
     torch.save(no_rows, f"{folder}/nobody{rank}.pt")
     dist.destroy_process_group()
@@ -173,10 +180,12 @@ def test_two_processes_get_the_targets_and_the_center_of_one(tmp_path: Path) -> 
     logits[5:] += 0.4
     for name, cut in (("uneven", 5), ("empty", 9)):
         parts = [torch.load(tmp_path / f"{name}{rank}.pt") for rank in range(2)]
-        assert [len(targets) for targets, _ in parts] == [cut, 9 - cut]
-        torch.testing.assert_close(torch.cat([targets for targets, _ in parts]), sinkhorn_knopp(logits, 0.05))
-        for _, center in parts:
+        assert [len(targets) for targets, _, _ in parts] == [cut, 9 - cut]
+        torch.testing.assert_close(torch.cat([targets for targets, _, _ in parts]), sinkhorn_knopp(logits, 0.05))
+        means = [rows.mean(dim=0) for rows in (logits[:cut], logits[cut:]) if len(rows)]
+        for _, center, of_means in parts:
             torch.testing.assert_close(center, update_center(torch.ones(1, 13), logits))
+            torch.testing.assert_close(of_means[0], 0.7 + 0.3 * sum(means) / len(means))
     for rank in range(2):
         targets, center = torch.load(tmp_path / f"nobody{rank}.pt")
         assert targets.shape == (0, 13)

@@ -125,13 +125,24 @@ def test_values_beyond_the_range_of_a_run_and_of_weights_are_named(tmp_path: Pat
             Image.fromarray(values).save(tmp_path / "deep" / name / f"{number}.png")
     source = open_source(tmp_path / "deep", value_range=TWELVE)
     (line,) = survey(source, 3).warnings
-    assert line.startswith("93.")  # 1 - 4095 / 65535 of evenly spread values
+    assert line.startswith("beyond the range: 93.")  # 1 - 4095 / 65535 of evenly spread values
     run = run_of(tmp_path / "run", 3)
     found = evaluated(tmp_path / "deep", run, tmp_path / "out", "protocols=knn", "knn.k=1")
-    assert [warning for warning in found["warnings"] if "cut off" in warning]
-    assert not evaluated(tmp_path / "deep", run, tmp_path / "other", "protocols=knn", "knn.k=1", "range=0,65535")[
-        "warnings"
-    ]
+    assert [warning for warning in found["warnings"] if warning.startswith("beyond the range: ")]
+    ranged = evaluated(tmp_path / "deep", run, tmp_path / "other", "protocols=knn", "knn.k=1", "range=0,65535")
+    assert not [warning for warning in ranged["warnings"] if "range" in warning]
+
+
+def test_embed_names_values_beyond_the_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (32, 32)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    run = run_of(tmp_path / "run", 3)
+    arguments = ["embed", f"data={tmp_path / 'a.png'}", f"weights={run}", "device=cpu"]
+    for name, more, words in (("plain", [], "cut off"), ("ranged", ["range=0,65535"], "")):
+        assert main([*arguments, f"out={tmp_path / name}.safetensors", *more]) == 0
+        said = capsys.readouterr().err
+        assert words in said
+        assert ("warning" in said) == bool(words)
 
 
 def test_a_range_that_is_hardly_used_is_named(tmp_path: Path) -> None:
@@ -160,7 +171,7 @@ def test_eval_of_own_pictures_sees_what_the_last_channel_says(channels: int, tmp
     short = ["logistic.num_c=5", "linear.epochs=1", "linear.epoch_steps=30", "knn.k=1", "few_shot.repeats=1"]
     found = evaluated(data, run, tmp_path / "out", "logistic.token=cls+mean", *short)
     assert {row["protocol"] for row in found["rows"]} >= {"logistic regression", "linear grid", "weighted k-NN"}
-    assert found["warnings"] == []
+    assert not [warning for warning in found["warnings"] if "range" in warning]
 
 
 def test_a_benchmark_is_refused_to_many_channels_and_grey_for_one(

@@ -132,7 +132,7 @@ def test_report_writes_one_runs_report_and_compares_several(stage: Stage, capsys
 def test_inspect_prints_what_it_found(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     stage.put(
         "dinoreg.data.statistics",
-        inspect_source=lambda spec, sample, **keys: {"spec": spec, "sample": sample},
+        inspect_source=lambda spec, sample, **keys: {"spec": spec, "sample": sample, "bad": {}, "looked_at": 1},
         render_inspection=lambda found: f"{found['spec']}: {found['sample']}",
     )
     assert main(["inspect", "data=my photos"]) == 0

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import skimage.data
+import tifffile
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from dinoreg.data.copies import find_copies
@@ -58,3 +61,22 @@ def test_noise_of_one_kind_is_not_one_picture(tmp_path: Path) -> None:
     for name in ("x", "y", "z"):
         (tmp_path / f"{name}.png").write_bytes(buffer.getvalue())
     assert len(set(groups_of(tmp_path).values())) == 13
+
+
+def test_copies_are_found_among_pictures_of_twelve_bits_and_of_five_channels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    for number in range(4):
+        small = torch.from_numpy(rng.integers(0, 4096, (1, 5, 9, 9)).astype(np.float32))
+        planes = F.interpolate(small, (64, 64), mode="bicubic").clamp(0, 4095).round()
+        half = F.interpolate(planes, (32, 32), mode="area")
+        for name, values in (("whole", planes), ("half", half)):
+            array = values[0].numpy().astype(np.uint16)
+            tifffile.imwrite(
+                tmp_path / f"{number}_{name}.tif", array, photometric="minisblack", planarconfig="separate"
+            )
+            Image.fromarray(array[number]).save(tmp_path / f"{number}_{name}.png")
+    found = groups_of(tmp_path)
+    for number in range(4):
+        for ending in ("tif", "png"):
+            assert found[f"{number}_whole.{ending}"] == found[f"{number}_half.{ending}"]
+    assert len(set(found.values())) == 8

@@ -334,9 +334,11 @@ def _grey_png(values: np.ndarray, bits: int) -> bytes:
 
 def test_names_of_classes_fix_their_number_and_pixels_beyond_are_refused(tmp_path: Path) -> None:
     folder = own.write_masks(tmp_path, per_class=1)
-    (folder / "classes.txt").write_text("ground\nred\ngreen\nblue\nyellow\n")
+    (folder / "classes.txt").write_text("ground\nred\ngreen\nblue\n")
     data = read(folder)
-    assert (data.splits["test"].num_classes, data.class_names[0]) == (5, "ground")
+    assert (data.splits["test"].num_classes, data.class_names[0]) == (4, "ground")
+    (folder / "classes.txt").write_text("ground\nred\ngreen\nblue\nyellow\n")
+    assert "no mask has a pixel of yellow" in refusal(folder)
     (folder / "classes.txt").write_text("ground\nred\n")
     message = refusal(folder)
     assert ", expected 0..1 or 255" in message
@@ -350,13 +352,13 @@ def test_masks_that_do_not_fit_are_refused_in_one_line(tmp_path: Path) -> None:
     save(pattern(0, 0, 70, 80).convert("L"), path, "PNG")
     assert f"{path}: is 80 x 70 pixels, its image 001.jpg is 84 x 70" in refusal(folder)
     save(pattern(0, 0, 70, 84), path, "PNG")
-    assert "is a picture in colour (RGB)" in refusal(folder)
+    assert "masks are pictures in colour" in refusal(folder)
     Image.fromarray(np.full((70, 84), 300, dtype=np.uint16)).save(path)
     assert "has the value 300, expected 0..254 or 255" in refusal(folder)
     path.write_bytes(good[:60])
     assert f"{path}: cannot be read as a mask" in refusal(folder)
     path.unlink()
-    assert "images/001.jpg has no .png of the same name" in refusal(folder)
+    assert "images/001.jpg has no .png or " in refusal(folder)
     path.write_bytes(good)
     save(pattern(0, 0, 70, 84), folder / "images" / "001.bmp", "BMP")
     assert "belongs to two images of the same name" in refusal(folder)
@@ -393,7 +395,7 @@ def test_splits_of_pairs_are_folders_outside_or_inside(tmp_path: Path, outside: 
 
 def test_depth_is_metres_in_every_format_and_zero_where_unknown(tmp_path: Path) -> None:
     folder = own.write_depth(tmp_path, per_class=1)
-    data = read(folder)
+    data = read(folder, depth_unit="mm")
     found = {}
     for split in data.splits.values():
         for index, name in enumerate(names(split)):
@@ -412,15 +414,14 @@ def test_depth_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
     folder = own.write_depth(tmp_path, per_class=1)
     png, npy = folder / "depth" / "000.png", folder / "depth" / "001.npy"
     good = png.read_bytes()
-    save(pattern(0, 0, 56, 70).convert("L"), png, "PNG")
+    save(pattern(0, 0, 56, 70), png, "PNG")
     message = refusal(folder)
-    assert f"{png}: is an image of mode L" in message
-    assert "expected a depth map of 16 bits and one channel, in millimetres" in message
+    assert f"{png}: holds a picture of mode RGB, expected a depth (height, width) for each pixel" in message
     png.write_bytes(good)
     for values, expected in (
         (np.zeros((56, 71), dtype=np.float32), "is 71 x 56 pixels, its image 001.png is 70 x 56"),
-        (np.zeros((56, 70), dtype=np.int32), "holds int32 (56, 70), expected (height, width) of floats in metres"),
-        (np.full((56, 70), -1.0), "holds a depth of -1 m"),
+        (np.zeros((56, 70, 2), dtype=np.int32), "holds int32 (56, 70, 2), expected a depth (height, width)"),
+        (np.full((56, 70), -1.0), "holds a depth of -1, expected 0 (unknown) or more"),
         (np.array([{}]), "cannot be read as a depth map"),
     ):
         np.save(npy, values)
@@ -433,8 +434,8 @@ def test_masks_and_depth_beside_the_same_images_are_two_tasks(tmp_path: Path) ->
     folder = own.write_depth(tmp_path, per_class=1)
     (folder / "masks").mkdir()
     for index in range(6):
-        Image.fromarray(np.full((56, 70), index % 2, dtype=np.uint8)).save(folder / "masks" / f"{index:03d}.png")
-    benchmark = own_benchmark(folder, {})
+        Image.fromarray(np.eye(56, 70, dtype=np.uint8) + index % 2).save(folder / "masks" / f"{index:03d}.png")
+    benchmark = own_benchmark(folder, {"depth_unit": 0.001})
     assert [(task.protocol, task.metric) for task in benchmark.tasks] == [("segmentation", "mIoU"), ("depth", "RMSE")]
     segmented, depth = (task.read(folder, benchmark.option_values({})) for task in benchmark.tasks)
     assert names(segmented.splits["test"]) == names(depth.splits["test"])

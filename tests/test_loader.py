@@ -325,6 +325,65 @@ def test_a_large_jpeg_is_decoded_small_and_its_crops_stay_alike(
     assert (reduced - full).abs().mean() < 0.05
 
 
+def test_masks_by_process_are_stratified_over_each_processs_crops(photos: Source) -> None:
+    over_all = MaskSettings(ratio=(0.4, 0.9))
+    by_process = dataclasses.replace(over_all, by_process=True)
+
+    def masks(rank: int, world_size: int, mask: MaskSettings) -> list[torch.Tensor]:
+        options = {"batch_size": 4, "patch_size": 4, "rank": rank, "world_size": world_size, "mask": mask}
+        return [batch.mask for batch in take(6, photos, **options)]
+
+    alone = masks(0, 1, by_process)
+    assert all(map(torch.equal, alone, masks(0, 1, over_all)))  # one process: nothing to spread otherwise
+    counts = {rank: [int(mask.any(dim=1).sum()) for mask in masks(rank, 2, by_process)] for rank in (0, 1)}
+    assert counts == {0: [4] * 6, 1: [4] * 6}  # half of the eight global crops of each process
+    assert not any(map(torch.equal, masks(0, 2, by_process), masks(1, 2, by_process)))
+    together = [int(mask.any(dim=1).sum()) for mask in masks(0, 2, over_all)]
+    assert set(together) != {4}
+
+
+def test_pictures_as_the_reference_decodes_them_are_pillows_conversion(tmp_path: Path) -> None:
+    """EXIF orientation, alpha, 16 bits, palettes and large JPEGs: what convert("RGB") of the whole file gives."""
+    picture = photograph(3, 60, 80)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ramp = np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)
+    alpha = Image.fromarray((ramp >> 8).astype(np.uint8))
+    files = {
+        "turned.jpg": (picture, {"exif": exif}),
+        "large.jpg": (picture.resize((800, 600), Image.Resampling.BICUBIC), {"quality": 95}),
+        "cmyk.jpg": (picture.convert("CMYK"), {}),
+        "see-through.png": (Image.merge("RGBA", (*picture.split(), alpha)), {}),
+        "deep.png": (Image.fromarray(ramp), {}),
+        "palette.gif": (picture.quantize(16), {}),
+    }
+    for name, (image, options) in files.items():
+        folders = [tmp_path / name / each for each in ("odd", "plain")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        image.save(folders[0] / name, **options)
+        with Image.open(folders[0] / name) as stored:
+            stored.convert("RGB").save(folders[1] / "plain.png")
+        odd, plain = (open_source(folder) for folder in folders)
+        # The draws depend on the seed and the number of the image alone.
+        (expected,) = take(1, plain, batch_size=2)
+        (found,) = take(1, odd, batch_size=2, reference_decode=True)
+        (own,) = take(1, odd, batch_size=2)
+        assert torch.equal(found.global_crops, expected.global_crops), name
+        assert torch.equal(found.local_crops, expected.local_crops), name
+        assert torch.equal(own.global_crops, expected.global_crops) == (name in ("palette.gif", "cmyk.jpg")), name
+
+
+def test_a_bad_file_is_bad_for_the_references_decoding_too(mixed_folder: Path) -> None:
+    source = open_source(mixed_folder)
+    for own in (False, True):
+        with loader(source, batch_size=8, reference_decode=own) as batches:
+            next(batches)
+            assert batches.bad, own
+    with pytest.raises(UserError, match=r"data\.range"):
+        DataConfig(range=[0.0, 1.0], reference_decode=True)
+
+
 def test_batches_already_handed_out_keep_their_values(photos: Source) -> None:
     with loader(photos, workers=2) as batches:
         kept = next(batches)

@@ -254,6 +254,30 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_counters(centering: s
     assert state.rejected.item() == 0.0
 
 
+def test_teacher_and_centres_move_on_an_overflow_where_asked_for_as_in_the_reference() -> None:
+    config = tiny_config(loss__center_momentum=0.7)
+    state = new_state(config)
+    step(state, new_batch(), config)
+    before = copy.deepcopy(state.tensors())
+    targets = teacher_targets(state.teacher, new_batch(seed=1), state.centers, NOW.teacher_temp, config.loss, FP32)
+    state.loss_scale = torch.tensor(1e38)  # the loss is finite, its gradients are not
+    options = {"loss": config.loss, "dtype": FP32, "clip_grad": 3.0, "accumulate": 1, "seed": 0}
+    result = train_step(state, new_batch(seed=1), NOW, move_on_skip=True, **options)
+    assert (result.accepted.item(), result.losses["total"].isfinite().item()) == (0.0, True)
+    for name, value in before["student"].items():
+        assert torch.equal(state.tensors()["student"][name], value), name
+    for name, value in before["teacher"].items():
+        moved = NOW.momentum * value + (1 - NOW.momentum) * before["student"][name]
+        torch.testing.assert_close(state.tensors()["teacher"][name], moved, rtol=1e-5, atol=1e-7)
+    for name, center in targets.centers.items():
+        torch.testing.assert_close(state.centers[name], center)
+        assert not torch.equal(center, before["centers"][name])
+    bad = new_batch(seed=2)
+    bad.global_crops[:] = math.nan  # of which no centre comes
+    train_step(state, bad, NOW, move_on_skip=True, **options)
+    assert all(value.isfinite().all() for part in ("teacher", "centers") for value in state.tensors()[part].values())
+
+
 def test_weights_of_the_losses_scale_what_is_optimised_and_logged() -> None:
     batch = new_batch()
     losses = {}

@@ -20,6 +20,8 @@ from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
+from dinoreg.data.statistics import survey
+from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.evaluation.context import show_progress
@@ -45,7 +47,11 @@ def embed(options: EmbedOptions) -> Path:
     device = pick_device(options.device)
     encoder = open_encoder(options.weights, device, pick_precision(options.precision, device)).encoder
     preprocessing = encoder.preprocessing.at(options.image_size)
-    source.value_range, size = preprocessing.value_range, preprocessing.size
+    given, size = ValueRange.of(options.range), preprocessing.size
+    source.value_range = given or preprocessing.value_range
+    whose = "the range of the weights," if given is None else "range"
+    for warning in survey(source, encoder.in_channels, whose=whose, key="range").warnings:
+        print_status(f"warning: {warning}")
     if options.image_size and options.image_size % encoder.patch_size:
         raise UserError(f"image_size={options.image_size}: {multiples(options.image_size, encoder.patch_size)}")
     settings = {
@@ -56,6 +62,7 @@ def embed(options: EmbedOptions) -> Path:
         "image_size": size[0] if size[0] == size[1] else list(size),
         "short_side": preprocessing.short_side,
         "interpolation": preprocessing.interpolation,
+        "range": source.value_range,
         "precision": str(encoder.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
     }

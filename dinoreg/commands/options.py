@@ -77,6 +77,7 @@ class EmbedOptions(Options, verb="embed"):
     weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, random:NAME")
     out: str = option(REQUIRED, "the file to write, .safetensors or .parquet")
     columns: str = option("", COLUMNS)
+    range: list[float] | None = option(None, "LOW,HIGH, as data.range; none: what the weights say")
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
     image_size: int | None = option(None, "side of the centre crop; none: as the weights state", unit="pixel", low=1)
     batch_size: int = option(32, "images at a time", low=1)
@@ -85,6 +86,10 @@ class EmbedOptions(Options, verb="embed"):
     precision: str = option("auto", "of the computation; auto: bf16 where the hardware has it", choices=PRECISIONS)
     workers: int | None = option(None, "decoding threads; none: a core each, at most 16", low=0, high=1024)
     overwrite: bool = option(False, "replace a finished file, drop an unfinished one that was begun with other keys")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.range is None or is_value_range(self.range), "range", self.range, VALUE_RANGE)
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,16 @@ KEYS: dict[str, Key] = {
     "evaluation.eval_period_iterations": Key(12500, "probe.every"),
 }
 
+# What the reference does whatever its config says.
+QUIRKS: dict[str, Any] = {
+    "augment.reference_blur": True,  # blur runs with 1 - p
+    "data.reference_decode": True,
+    "loss.center_by_process": True,
+    "loss.koleo_ranks": 1,  # each process searches its own images alone
+    "mask.by_process": True,
+    "optim.move_on_skip": True,
+}
+
 # Keys of dinov2's files without effect here, and why.
 DEAD: dict[str, str] = {
     "compute_precision.*": "precision and sharding follow precision= and the device",
@@ -177,8 +187,7 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
         "model.name": f"vit{arch}{values['student.patch_size']:g}_reg{values['student.num_register_tokens']:g}",
         "model.layerscale": values["student.layerscale"] or None,
         "schedule.freeze_last_layer": min(1.0, values["optim.freeze_last_layer_epochs"] / epochs),
-        "augment.reference_blur": True,
-        "loss.koleo_ranks": 1,  # the reference searches each process's images alone
+        **QUIRKS,
         "schedule.weight_decay": [values["optim.weight_decay"], values["optim.weight_decay_end"]],
         "schedule.momentum": [values["teacher.momentum_teacher"], values["teacher.final_momentum_teacher"]],
         "schedule.teacher_temp": [values["teacher.warmup_teacher_temp"], values["teacher.teacher_temp"]],
@@ -187,7 +196,7 @@ def from_dinov2(content: Mapping[str, Any]) -> Translation:
     }
     notes += [
         "optim.base_lr is scaled by √(global batch/1024), as optim.scaling_rule asks",
-        "blur runs with 1 - p, as the reference executes it (augment.reference_blur)",
+        "as the reference, whatever its config says: " + ", ".join(f"{key}={value}" for key, value in QUIRKS.items()),
         "a checkpoint every 3 epochs, 3 kept, as the reference does whatever its config says",
         "evaluation.eval_period_iterations becomes probe.every; teacher files come with the checkpoints",
     ]

@@ -75,6 +75,9 @@ class LossConfig(Options, section="loss"):
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
     sinkhorn_iterations: int = option(3, "row and column normalisations", low=1)
     center_momentum: float = fraction(0.9, "of the moving centre")
+    center_by_process: bool = option(
+        False, "patches: mean of the processes' own means, as the reference; not of all rows"
+    )
     koleo_ranks: int | None = option(None, "processes that KoLeo searches together; none: all; reference: 1", low=1)
 
     def __post_init__(self) -> None:
@@ -95,6 +98,7 @@ class OptimConfig(Options, section="optim"):
     layer_decay: float = option(0.9, "rate multiplier per block, from the last to the first", above=0, high=1)
     patch_embed_lr: float = option(0.2, "extra rate multiplier of the patch embedding")
     clip_grad: float | None = option(3.0, "maximum gradient norm of the backbone and each head; 0, none: any", low=0)
+    move_on_skip: bool = option(False, "teacher and centres move in steps that fp16 overflow skips, as the reference")
     accumulate: int = option(1, "micro-batches a step is computed in: less memory, the same statistics", low=1)
 
     def __post_init__(self) -> None:
@@ -155,10 +159,15 @@ class DataConfig(Options, section="data"):
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)
     max_pixels: int = option(200_000_000, "larger images count as unreadable")
     reduced_decode: bool = option(True, "decode a large JPEG at 1/2, 1/4 or 1/8 where no crop loses pixels by it")
+    reference_decode: bool = option(
+        False, "train on Pillow's convert(RGB) of whole files: EXIF orientation and alpha ignored, 16 bits cut to 8"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.range is None or is_value_range(self.range), "data.range", self.range, VALUE_RANGE)
+        without = "none with data.reference_decode, which has no range"
+        check(self.range is None or not self.reference_decode, "data.range", self.range, without)
 
 
 @dataclass(frozen=True)

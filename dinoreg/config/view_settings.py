@@ -56,5 +56,6 @@ class MaskSettings(Options, section="mask"):
     ratio: tuple[float, float] = fraction(
         (0.1, 0.5), "share of a crop's patches, spread over the batch", ascending=True
     )
+    by_process: bool = option(False, "`ratio` is spread over each process's crops, as the reference; not over all")
     min_patches: int = option(4, "patches of the smallest block", low=1)
     aspect: float = option(0.3, "the most elongated block: height over width in aspect .. 1 / aspect", above=0, high=1)

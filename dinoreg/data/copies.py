@@ -12,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from dinoreg.data.decode import decode
+from dinoreg.data.decode import EncodedImage
 from dinoreg.data.source import Source
-from dinoreg.data.value_range import BadImage
+from dinoreg.data.value_range import BadImage, missing_values
 from dinoreg.runtime.environment import usable_cores
 
 THUMBNAIL = 16  # pixels a side of what near-equal pictures are compared by
@@ -55,7 +54,7 @@ def find_copies(source: Source) -> Copies:
         except (BadImage, OSError):
             return bytes(32), None
         try:
-            return content_digest(data), _thumbnail(decode(data, value_range=source.value_range))
+            return content_digest(data), _thumbnail(EncodedImage(data, min_side=1))
         except BadImage:
             return content_digest(data), None
 
@@ -70,22 +69,29 @@ def find_copies(source: Source) -> Copies:
     return Copies(digests, groups)
 
 
-def _thumbnail(pixels: Tensor) -> np.ndarray | None:
-    """(C, H, W) -> (C * 16 * 16,) float32 in 0..255; None for a flat picture."""
-    small = F.interpolate(pixels[None].float(), (THUMBNAIL, THUMBNAIL), mode="area").flatten()
+def _thumbnail(image: EncodedImage) -> np.ndarray | None:
+    """(C * 16 * 16,) float32 in 0..255 of all channels that the file has; None for a flat picture."""
+    raw = image.raw
+    if raw is None or (raw.values.dtype == np.uint8 and raw.values.shape[2] in (1, 3)):
+        pixels = image.pixels().float()
+    else:  # no model and no range is known here: from the picture's least value to its greatest
+        values = np.where(missing_values(raw.values, raw.nodata), np.nan, raw.values.astype(np.float32))
+        low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0, 0)
+        scaled = np.nan_to_num((values - low) * np.float32(255 / max(high - low, 1e-12)))
+        pixels = image.oriented(torch.from_numpy(scaled).permute(2, 0, 1))
+    small = F.interpolate(pixels[None], (THUMBNAIL, THUMBNAIL), mode="area").flatten()
     return small.numpy() if float(small.std()) >= LEAST_CONTRAST else None
 
 
 def _join_near(groups: np.ndarray, thumbnails: Sequence[np.ndarray | None]) -> None:
-    """Give near-equal pictures the group of the first of them, in place."""
-    places = np.array([place for place, each in enumerate(thumbnails) if each is not None], dtype=np.int64)
-    if len(places) < 2:
-        return
-    values = torch.from_numpy(np.stack([thumbnails[place] for place in places]))  # type: ignore[arg-type]
-    for start in range(0, len(places), _AT_ONCE):
-        part = values[start : start + _AT_ONCE]
-        distances = torch.cdist(part, values, p=1.0) / values.shape[1]
-        for row, column in (distances <= SAME).nonzero().tolist():
-            one, other = sorted((groups[places[start + row]], groups[places[column]]))
-            if one != other:
-                groups[groups == other] = one
+    """Give near-equal pictures, of equally many channels, the group of the first of them, in place."""
+    lengths = np.array([0 if each is None else len(each) for each in thumbnails])
+    for length in np.unique(lengths[lengths > 0]):
+        places = np.flatnonzero(lengths == length)
+        values = torch.from_numpy(np.stack([each for each in thumbnails if each is not None and len(each) == length]))
+        for start in range(0, len(places), _AT_ONCE):
+            distances = torch.cdist(values[start : start + _AT_ONCE], values, p=1.0) / values.shape[1]
+            for row, column in (distances <= SAME).nonzero().tolist():
+                one, other = sorted((groups[places[start + row]], groups[places[column]]))
+                if one != other:
+                    groups[groups == other] = one

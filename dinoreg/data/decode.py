@@ -63,6 +63,7 @@ class EncodedImage:
     """An image whose size is known and whose pixels are decoded when asked for.
 
     height, width  pixels, after EXIF orientation
+    orientation    the EXIF or TIFF orientation, 1 to 8, that the file's pixels are turned by
     format         "JPEG", "PNG", ... by content; "array" when it came as pixels
     mode           the file's own channels in Pillow's words ("RGB", "L", "CMYK", ...), deeper ones by their type
                    ("uint16 x 3")
@@ -81,6 +82,7 @@ class EncodedImage:
         """Read the header. Raises BadImage when it is no image, too large, too small or of other channels."""
         self.in_channels, self.value_range, self.pages = in_channels, value_range, 1
         self.components, self._orientation = 0, 1
+        self._turned: int | None = None  # the orientation of a file that its reader has turned already
         self._data = b"" if isinstance(data, np.ndarray) else data
         self.raw: RawPixels | None = None
         if isinstance(data, np.ndarray):
@@ -97,6 +99,7 @@ class EncodedImage:
         if self.raw is not None:
             height, width = self.raw.values.shape[:2]
             self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
+        self.orientation = self._orientation if self._turned is None else self._turned
         check_size(self.height, self.width, max_pixels, min_side)
 
     def pixels(self, reduction: int = 1) -> Tensor:
@@ -108,7 +111,7 @@ class EncodedImage:
                    it
         """
         if self.raw is not None:
-            return orient(self._scaled(self.raw), self._orientation)
+            return self.oriented(self._scaled(self.raw))
         usual = self.components in (1, 3) and self.in_channels in (1, 3)
         try:
             if _decode_jpeg is not None and reduction == 1 and usual:
@@ -118,17 +121,21 @@ class EncodedImage:
                     whole = _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
                     if self.value_range is not None:
                         whole = self._scaled(RawPixels(whole.permute(1, 2, 0).numpy()))
-                    return orient(whole, self._orientation)
+                    return self.oriented(whole)
             with Image.open(io.BytesIO(self._data), formats=("JPEG",)) as image:
                 if reduction > 1:
                     mode = "L" if self.in_channels == 1 else "RGB"
                     image.draft(mode, (image.width // reduction, image.height // reduction))
                 raw = RawPixels(_rgb_or_bands(image, self.in_channels))
-            return orient(self._scaled(raw), self._orientation)
+            return self.oriented(self._scaled(raw))
         except BadImage:
             raise
         except Exception as error:
             raise BadImage(_reason(error)) from error
+
+    def oriented(self, pixels: Tensor) -> Tensor:
+        """Pixels (C, H, W) as the file stores them, turned as its EXIF orientation says."""
+        return orient(pixels, self._orientation)
 
     def _read_other(self, max_pixels: int) -> RawPixels:
         """Decode what is no JPEG of the quick path."""
@@ -178,8 +185,11 @@ class EncodedImage:
         with Image.open(io.BytesIO(self._data), formats=_FORMATS) as image:
             self.format, self.mode, self.pages = str(image.format), image.mode, getattr(image, "n_frames", 1)
             check_size(image.height, image.width, max_pixels)
-            if image.format != "TIFF":  # which Pillow turns itself while it loads
-                self._orientation = int(image.getexif().get(ORIENTATION_TAG, 1))
+            orientation = int(image.getexif().get(ORIENTATION_TAG, 1))
+            if image.format == "TIFF":  # which Pillow turns itself while it loads
+                self._turned = orientation
+            else:
+                self._orientation = orientation
             if not image.mode.startswith("I"):
                 return RawPixels(_rgb_or_bands(image, self.in_channels))
             image.load()
@@ -212,6 +222,21 @@ def decode(
         except (OSError, ValueError, SyntaxError) as error:
             raise BadImage(_reason(error)) from error
     return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
+
+
+def pillow_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Pillow's convert("RGB") of a whole file, as the reference trains and published numbers were measured.
+
+    EXIF orientation is not applied, alpha is dropped, more than eight bits are cut off. Raises BadImage.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            check_size(image.height, image.width, max_pixels)
+            return image.convert("RGB")
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(_reason(error)) from error
 
 
 def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:

@@ -222,11 +222,13 @@ class _Engine:
             numbers(_COLOUR_STREAM, photometric.NUMBERS_PER_VIEW), self.views.augment
         )
         job.colours = np.split(colours.swapaxes(0, 1).reshape(num_views * batch, -1), [2 * batch])  # crop-major
-        images = batch * self.world_size
-        step, grid = job.position // images, (self.views.crops.global_size // self.views.patch_size,) * 2
+        step = job.position // (batch * self.world_size)
+        grid = (self.views.crops.global_size // self.views.patch_size,) * 2
+        # The crop's number does not depend on the processes, unless each spreads the hidden shares over its own crops.
+        own, others = (self.rank, 1) if mask.by_process else (0, self.world_size)
+        images, first = batch * others, (self.rank - own) * batch
         hidden = [
-            # The crop's number does not depend on the processes.
-            block_masks(self.seed, step, 2 * images, grid, mask, view * images + self.rank * batch, batch)
+            block_masks(self.seed, step, 2 * images, grid, mask, view * images + first, batch, process=own)
             for view in range(2)
         ]
         crop_mask = torch.from_numpy(np.concatenate(hidden))
@@ -268,10 +270,11 @@ class _Engine:
         raise RunError(f"data: no usable image found in {_ATTEMPTS} tries in place of {name} ({reason})")
 
     def _crop_image(self, job: _Job, row: int, sample: int) -> None:
-        image = self.source.image(sample, self.views.in_channels, self.reading.max_pixels)
+        reading = self.reading
+        image = self.source.image(sample, self.views.in_channels, reading.max_pixels, reading.reference_decode)
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
         reduction = 1
-        if self.reading.reduced_decode and image.format == "JPEG":
+        if reading.reduced_decode and image.format == "JPEG":
             reduction = geometry.reduction_for(boxes, self.views.sizes)
         pixels = image.pixels(reduction)
         if reduction > 1:

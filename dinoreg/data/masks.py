@@ -21,7 +21,7 @@ _ASSIGNMENT = 1 << 63  # the crop number, out of reach of real ones, under which
 _BLOCK = 16  # rectangles drawn at once; most masks need fewer
 
 
-def _streams(seed: int, step: int) -> Callable[[int], np.random.Generator]:
+def _streams(seed: int, step: int, process: int) -> Callable[[int], np.random.Generator]:
     """The random streams of a step, by the number of the crop.
 
     One generator is moved to the start of the stream asked for; a new one costs a third of a mask.
@@ -31,7 +31,7 @@ def _streams(seed: int, step: int) -> Callable[[int], np.random.Generator]:
 
     def stream(crop: int) -> np.random.Generator:
         # The lowest counter word counts the draws of a stream, the others tell the streams apart.
-        start["state"]["counter"] = np.array([0, crop, step, 0], dtype=np.uint64)
+        start["state"]["counter"] = np.array([0, crop, step, process], dtype=np.uint64)
         philox.state = start
         return generator
 
@@ -46,15 +46,18 @@ def block_masks(
     settings: MaskSettings,
     first: int = 0,
     count: int | None = None,
+    process: int = 0,
 ) -> np.ndarray:
     """Masks for the crops first..first+count of a step that has num_crops global crops over all processes.
 
-    seed, step    >= 0; with the crop's number they determine its mask
+    seed, step    >= 0; with the crop's number and `process` they determine its mask
     grid          (rows, columns) of patches, N = rows * columns
     settings      .probability: int(num_crops * probability) crops, drawn at random, get a mask; the others get none
                   .ratio: range of the hidden share: masked crop i of n draws from the i-th of n equal parts of it
                   .min_patches: smallest rectangle; a rectangle that completes a mask may be smaller
+                  .by_process: what a caller means by the step's crops, those of one process
                   .aspect: rectangles are between `aspect` and 1 / `aspect` times as high as wide
+    process       whose crops the step's are, where each process draws masks for its own alone
     returns       (count, N) bool, True = hidden; at most int(N * share) in a crop, a few less where no
                   further rectangle fits
     """
@@ -67,7 +70,7 @@ def block_masks(
     # The n equal ranges of the hidden share lie between n + 1 edges, one range for each of the n masked crops.
     # Crop c draws from range stratum[c]; a number from n up leaves it unmasked.
     edges = np.linspace(*settings.ratio, int(num_crops * settings.probability) + 1)
-    stream = _streams(seed, step)
+    stream = _streams(seed, step, process)
     stratum = stream(_ASSIGNMENT).permutation(num_crops)
     masks = np.zeros((count, height, width), dtype=bool)
     for row, mask in enumerate(masks):

@@ -7,7 +7,7 @@ every export, and in the configs of other libraries. `embed`, `view`, `registers
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Preprocessing:
     short_side: int
     interpolation: Interpolation = "bicubic"
     value_range: ValueRange | None = None
-    assumed: bool = False
+    assumed: bool = field(default=False, compare=False)
 
     @classmethod
     def of(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage
+from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage, pillow_rgb
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.scenes import render as scenes
@@ -67,9 +67,17 @@ class Source(ABC):
         """As `fingerprint`, and it also changes when images are replaced under their old names."""
         return self.fingerprint()
 
-    def image(self, index: int, in_channels: int = 3, max_pixels: int = MAX_PIXELS) -> EncodedImage:
-        """Image `index`, its size known; raises BadImage when it cannot be used for training."""
-        return EncodedImage(self.read(index), in_channels, max_pixels, MIN_SIDE, self.value_range)
+    def image(
+        self, index: int, in_channels: int = 3, max_pixels: int = MAX_PIXELS, by_pillow: bool = False
+    ) -> EncodedImage:
+        """Image `index`, its size known; raises BadImage when it cannot be used for training.
+
+        by_pillow  read as `pillow_rgb` does
+        """
+        data = self.read(index)
+        if by_pillow and isinstance(data, bytes):
+            data = np.asarray(pillow_rgb(data, max_pixels))
+        return EncodedImage(data, in_channels, max_pixels, MIN_SIDE, self.value_range)
 
     def decode(self, index: int, in_channels: int = 3) -> Tensor:
         """Image `index` as everything but the loader sees it: (C, H, W) on the scale of bytes.

@@ -35,7 +35,7 @@ class Survey(NamedTuple):
 
     deep       whether they need more than eight bits
     mean, std  of each channel, of pixels in 0..1
-    warnings   in words: values beyond the range, a range that is hardly used, pages that are not read
+    warnings   lines that begin with their name: values beyond the range, a range that is hardly used, pages not read
     """
 
     deep: bool
@@ -68,7 +68,7 @@ def survey(
     pages = [image["pages"] for image in good if image["pages"] > 1 and image["format"] == "TIFF"]
     if pages:
         held = f"{len(pages)} of {len(good)} pictures looked at hold {pages[0]} pages"
-        warnings.append(f"{held}, the first is taken; a model of {pages[0]} channels takes them as channels")
+        warnings.append(f"pages: {held}, the first is taken; a model of {pages[0]} channels takes them as channels")
     return Survey(deep, *_mean_and_std(good), warnings)
 
 
@@ -233,10 +233,12 @@ def _of_scale(good: Sequence[dict[str, Any]], value_range: ValueRange | None, wh
     words = f"{whose} {','.join(f'{each:g}' for pair in numbers for each in pair)}" if numbers else "their type's range"
     reach = "" if found["values"] is None else f": they reach from {found['values'][0]:g} to {found['values'][3]:g}"
     if numbers and outside > _OUTSIDE:
-        return [f"{100 * outside:.1f} % of the pixel values lie outside of {words} and are cut off{reach}"]
+        return [
+            f"beyond the range: {100 * outside:.1f} % of the pixel values lie outside of {words} and are cut off{reach}"
+        ]
     if high - low < _LITTLE and found["range"] is not None:
         better = f"{key}=[{','.join(f'{each:g}' for each in found['range'])}] would use all of it"
-        return [f"the pixel values use {100 * (high - low):.1f} % of {words}{reach}; {better}"]
+        return [f"range hardly used: the pixel values use {100 * (high - low):.1f} % of {words}{reach}; {better}"]
     return []
 
 

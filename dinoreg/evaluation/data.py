@@ -4,7 +4,7 @@ Every image comes through a `Source` (bytes or pixels by index, with a name for 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -192,6 +192,8 @@ class Data:
     extra        anything else that one protocol needs of one dataset
     folds        (n,) int64, or None. With folds, "test" holds all images and is the only split: those of each fold are
                  tested after learning from those of the others
+    options      (side of the encoder's crops in pixels) -> options of the protocol that follow from the data, such as
+                 the largest depth; the user's own win
     """
 
     splits: dict[str, Any]
@@ -199,6 +201,7 @@ class Data:
     variant: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
     folds: np.ndarray | None = None
+    options: Callable[[int], Mapping[str, Any]] = lambda _side: {}
 
     def names(self, num_classes: int) -> list[str]:
         """A name for each class; its number where it has none."""

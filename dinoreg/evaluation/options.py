@@ -73,7 +73,7 @@ class SegmentationOptions(Options, section="segmentation"):
     """A linear segmentation head on frozen patch tokens (DINOv2, arXiv 2304.07193, §7.4)."""
 
     size: int = option(512, "of the short side, of training crops and of the sliding window", unit="pixel", low=1)
-    stride: int = option(341, "between windows", unit="pixel", low=1)
+    stride: int | None = option(None, "between windows; none: two thirds of their size", unit="pixel", low=1)
     steps: int = option(40_000, "of training", low=1)
     warmup_steps: int = option(1500, "linear warm-up", low=0)
     batch_size: int = option(16, "crops a step", low=1)
@@ -83,7 +83,7 @@ class SegmentationOptions(Options, section="segmentation"):
     def __post_init__(self) -> None:
         super().__post_init__()
         limit = f"at most segmentation.size={self.size} pixels, so that windows leave no gap"
-        check(self.stride <= self.size, "segmentation.stride", self.stride, limit)
+        check((self.stride or 1) <= self.size, "segmentation.stride", self.stride, limit)
 
 
 @dataclass(frozen=True)

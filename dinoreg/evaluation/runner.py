@@ -23,13 +23,14 @@ from dinoreg.config.option import check, flat, nearest
 from dinoreg.data.copies import MOST_COMPARED, content_digest
 from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import BadImage, ValueRange
-from dinoreg.evaluation.backbones.encoder import Encoder, PixelEncoder
+from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder, PixelEncoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark, is_shipped, shadowed
 from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.doubts import doubts
 from dinoreg.evaluation.features.images import default_workers, parallel, read_picture, size_of
+from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
@@ -124,6 +125,9 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
             _sample(benchmark, seen[task.read], own=False)
         data = seen[task.read]
         warnings += data.extra.get("warnings", [])
+        if "samples" in data.extra:
+            limits = _effective(request, task, data, PUBLISHED_SIZE).depth
+            warnings += outside_limits(data.extra["samples"], limits.min_depth, limits.max_depth)
         tasks.append((task, data))
         # Where the official counts depend on the layout, the reader states them.
         for split, count in data.extra.get("official_counts", task.counts).items():
@@ -146,7 +150,7 @@ def look(encoder: Encoder, plan: Planned, request: Request) -> Planned:
         for name, split in data.splits.items():
             if split.source.as_trained:
                 found = survey(split.source, encoder.in_channels, SAMPLED, whose, "range").warnings
-                warnings += [f"{plan.benchmark.name}: {name}: {line}" for line in found]
+                warnings += [f"{line} ({name})" for line in found]
     return replace(plan, warnings=_distinct(warnings, request))
 
 
@@ -210,11 +214,11 @@ class _Evaluation:
     def __init__(self, encoder: Encoder, plan: Planned, request: Request, folder: Path) -> None:
         self.encoder, self.plan, self.request, self.folder = encoder, plan, request, folder
         self.name = plan.benchmark.name
-        self.key = _key(encoder, plan, request)
         sources = [split.source for _, data in plan.tasks for split in data.splits.values()]
         own = all(source.as_trained for source in sources)
         default = min(encoder.preprocessing.size) if own else encoder.default_size
         self.image_size = request.options.image_size or default
+        self.key = _key(encoder, plan, request, self.image_size)
         self.unfinished = folder / ".unfinished" / f"{self.name}-{self.key}"
 
     def path(self) -> Path:
@@ -300,7 +304,7 @@ class _Evaluation:
                 found[task.protocol] = [Row.from_dict(row) for row in finished["rows"]]
                 continue
             module = importlib.import_module(PROTOCOLS[task.protocol][0])
-            options = _effective(self.request, task)
+            options = _effective(self.request, task, data, self.image_size)
             try:
                 rows = module.evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
             except (UserError, RunError) as error:
@@ -331,18 +335,22 @@ class _Evaluation:
         )
 
 
-def _effective(request: Request, task: Task) -> EvalOptions:
-    """The options with those that the dataset sets for its protocol, except where the user said otherwise."""
-    own = {key: value for key, value in task.options.items() if f"{task.protocol}.{key}" not in request.explicit}
+def _effective(request: Request, task: Task, data: Data, side: int) -> EvalOptions:
+    """The options with those that the dataset sets for its protocol, except where the user said otherwise.
+
+    side  of the encoder's square crops in pixels
+    """
+    set_by_data = {**task.options, **data.options(side)}
+    own = {key: value for key, value in set_by_data.items() if f"{task.protocol}.{key}" not in request.explicit}
     section = dataclasses.replace(getattr(request.options, task.protocol), **own)
     return dataclasses.replace(request.options, **{task.protocol: section})
 
 
-def _key(encoder: Encoder, plan: Planned, request: Request) -> str:
+def _key(encoder: Encoder, plan: Planned, request: Request, side: int) -> str:
     """16 hexadecimal digits over all that shapes a result: weights, images, ground truth, options."""
     shaping = {key.partition(".")[0] for key in flat(request.options, shaping=True)}
     values = {key: value for key, value in dataclasses.asdict(request.options).items() if key in shaping}
-    data = [_stamped(task, found) for task, found in plan.tasks]
+    data = [(*_stamped(task, found), found.options(side)) for task, found in plan.tasks]
     dataset = dict(request.dataset.get(plan.benchmark.name, {}))
     return _digest([encoder.identity, encoder.value_range, str(encoder.dtype), values, data, dataset])
 

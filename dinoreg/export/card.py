@@ -15,10 +15,17 @@ from dinoreg.checkpoint.steps import probe_in_words, role_of
 from dinoreg.export.certificate import ONE_SIZE, OVERFLOW
 from dinoreg.export.formats import Format
 from dinoreg.export.onnx_graph import OPSET
+from dinoreg.export.prepare_code import prepare_code
 from dinoreg.export.source import Source
 from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import render
 
+_DINOREG = """transform = dinoreg.transform("model.safetensors")
+
+
+def prepare(path):
+    return transform(path)[None]
+"""
 MAX_TEXT = 200  # characters of a text from a run that are shown
 
 
@@ -45,6 +52,9 @@ def write_card(folder: Path, form: Format, source: Source, certificate: Mapping[
         results=[probe for probe in run.probes if probe.step == measured],
         measured=measured,
         peer=certificate["peer"],
+        files=certificate["pictures"],
+        prepare=_DINOREG if form.name == "safetensors" else prepare_code(form.name, source),
+        zip=zip,
         checks=_worst_checks(certificate),
         unbounded=list(dict.fromkeys(check["note"] for check in certificate["checks"] if not check["bounded"])),
         one_size=any(check["note"] == ONE_SIZE for check in certificate["checks"]),

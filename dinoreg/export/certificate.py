@@ -21,13 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
+from dinoreg.export.picture_files import compare, write_pictures
+from dinoreg.export.prepare_code import prepare_code
 from dinoreg.export.source import Source, resized
 from dinoreg.models.registry import resampling
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError
+from dinoreg.weights.resolve import read_weights
 
 OUTPUTS = ("cls", "registers", "patches")
 ROUNDING_FACTOR = 3.0
@@ -59,10 +63,15 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
     """
     checks: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
+    check_read_back(form, source, folder)
+    paths = write_pictures(scratch, source)
+    pictures: dict[str, Any] = {}
     for number, trial in enumerate(_trials(form, source, folder, scratch)):
         place = scratch / f"trial_{number}"
         place.mkdir()
-        answers, facts = _ask(form, trial, place)
+        files = {} if pictures else {name: str(path) for name, path in paths.items()}  # the first is of the artefact
+        answers, facts = _ask(form, trial, place, prepare_code(form.name, source), files)
+        pictures = pictures or _check_pictures(form, source, paths, answers)
         for check in _compare(form, trial, answers):
             checks.append(check)
             if check["bounded"] and not check["passed"]:
@@ -94,6 +103,7 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
         "inputs": f"standard normal noise, torch.manual_seed({SEED})",
         "checks": checks,
         "largest_relative_difference": largest,
+        "pictures": pictures,
         "passed": True,
     }
 
@@ -110,9 +120,42 @@ def summary(certificate: Mapping[str, Any]) -> str:
     known = peer_facts["versions"].get(library) or f"PyTorch {peer_facts['versions']['torch']}"
     count = sum(check["bounded"] for check in certificate["checks"])
     bound = certificate["bounds"]["float32"]
+    files = [check["cosine"] for check in certificate["pictures"]["checks"]]
     return (
-        f"{library} ({known}) agrees in {count} checks; largest relative difference in float32 {worst:.1e} of {bound:g}"
+        f"{library} ({known}) agrees in {count} checks; "
+        f"largest relative difference in float32 {worst:.1e} of {bound:g}; "
+        f"{len(files)} picture files through its own processor: cosine {min(files):.6f} or more"
     )
+
+
+def check_read_back(form: Format, source: Source, folder: Path) -> None:
+    """RunError unless dinoreg reads the artefact as the model that was written; an ONNX graph it does not read."""
+    if form.name == "onnx":
+        return
+    back, model = read_weights(folder), source.model
+    state, architecture = model.state_dict(), back.architecture(model.heads)
+    stated = Preprocessing.of(back.preprocessing, model.in_channels, model.image_size, model.patch_size, folder)
+    # timm adds positions up, and the libraries have their own ways between sizes: their peers say the rest.
+    kept = form.name == "timm" or all(torch.equal(value, state[key]) for key, value in back.backbone.items())
+    same = form.name in ("timm", "transformers") or architecture == model.architecture()
+    if not (kept and same and stated == source.preprocessing):
+        raise RunError(f"format={form.name}: the artefact is not read back as it was written; nothing written")
+
+
+def _check_pictures(
+    form: Format, source: Source, paths: Mapping[str, Path], answers: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """The comparison from image files; RunError for the first picture that is not seen alike."""
+    model = source.model
+    bounded = source.preprocessing.size == model.image_size or _resampling(form, model) == _resampling(None, model)
+    found = compare(source, paths, answers, bounded)
+    for check in found["checks"]:
+        if not check["passed"]:
+            raise RunError(
+                f"format={form.name}: its own processor makes something else of the file {check['picture']!r} than "
+                f"dinoreg: {check['levels']} of 255 levels apart, cosine {check['cosine']}; nothing written"
+            )
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- the trials
@@ -135,8 +178,7 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
     if form.name == "onnx" and source.size_given:
         return [Trial(model, folder, at_native | _cases(model, native, 3), note=ONE_SIZE)]
     elsewhere = _cases(model, other_size(model), 2)
-    ours = {"antialias": model.antialias, "position_offset": float(model.position_offset)}
-    theirs = resampling(form.name, model.num_registers) if form.name in ("timm", "transformers") else ours
+    ours, theirs = _resampling(None, model), _resampling(form, model)
     if ours == theirs:
         return [Trial(model, folder, at_native | elsewhere)]
     how, source_how = ("antialias={antialias}, offset={position_offset:g}".format(**each) for each in (theirs, ours))
@@ -158,6 +200,13 @@ def _trials(form: Format, source: Source, folder: Path, scratch: Path) -> list[T
     ]
 
 
+def _resampling(form: Format | None, model: RegisterViT) -> dict[str, Any]:
+    """How a format's library resamples positions; None: how the model itself does."""
+    if form is not None and form.name in ("timm", "transformers"):
+        return resampling(form.name, model.num_registers)
+    return {"antialias": model.antialias, "position_offset": float(model.position_offset)}
+
+
 def _cases(model: RegisterViT, size: tuple[int, int], batch: int) -> dict[str, Tensor]:
     """{name: images (B, C, H, W)} of one size."""
     generator = torch.Generator().manual_seed(SEED)
@@ -167,7 +216,9 @@ def _cases(model: RegisterViT, size: tuple[int, int], batch: int) -> dict[str, T
 # ------------------------------------------------------------------------------------------------ the other side
 
 
-def _ask(form: Format, trial: Trial, place: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _ask(
+    form: Format, trial: Trial, place: Path, prepare: str, pictures: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Run the peer in a process without dinoreg; returns its answers and what it says of itself."""
     script = shutil.copyfile(peer.__file__, place / "ask.py")
     save_file(trial.cases, place / "cases.safetensors")
@@ -178,6 +229,8 @@ def _ask(form: Format, trial: Trial, place: Path) -> tuple[dict[str, Tensor], di
         "packages": form.packages,
         "folder": str(trial.folder.resolve()),
         "load": {"float32": code, form.low: code.replace("model.onnx", f"model_{form.low}.onnx")},
+        "prepare": prepare,
+        "pictures": pictures,
         "num_registers": trial.model.num_registers,
         "threads": torch.get_num_threads(),
     }

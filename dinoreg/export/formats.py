@@ -247,7 +247,7 @@ _FORMATS = (
         (),
         "safetensors",
         'import dinoreg, torch\nmodel = dinoreg.load("model.safetensors")\n',
-        peer_load="import plain\nfrom safetensors.torch import load_file\n"
+        peer_load="import plain, torch\nfrom safetensors.torch import load_file\n"
         'model = plain.backbone(pretrained=False)\nmodel.load_state_dict(load_file("model.safetensors"))\n',
     ),
     Format(

@@ -2,7 +2,7 @@
 
 The export copies this file into a folder of its own and runs it there, in a process in which dinoreg cannot be
 imported: what it computes comes from the artefact and its library alone. One argument: a JSON file that names the
-format, the artefact's folder, the code that loads it per dtype, the inputs and where the answers go.
+format, the artefact's folder, the code that loads it per dtype, that which reads image files, and these files.
 """
 
 import json
@@ -18,7 +18,8 @@ from typing import Any
 def main(request_path: str) -> None:
     """Run the request in a JSON file; writes `answers.safetensors` and `facts.json` beside it.
 
-    An answer is called DTYPE/CASE/OUTPUT and is float32. Raises whatever loading or running the artefact raises.
+    An answer is called DTYPE/CASE/OUTPUT, or PICTURE/pixels and PICTURE/cls of a file, and is float32. Raises whatever
+    loading or running the artefact raises.
     """
     block_dinoreg()
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
@@ -44,6 +45,13 @@ def main(request_path: str) -> None:
                 tokens = read_tokens(request["format"], model, x, request["num_registers"])
             for output, value in zip(("cls", "registers", "patches"), tokens):
                 answers[f"{dtype}/{name}/{output}"] = value.float().contiguous().clone()
+        if dtype == "float32" and request["pictures"]:
+            exec(request["prepare"], scope)
+            for name, path in request["pictures"].items():
+                pixels = torch.as_tensor(scope["prepare"](path))
+                with torch.inference_mode():
+                    cls = read_tokens(request["format"], model, pixels, request["num_registers"])[0]
+                answers |= {f"{name}/pixels": pixels.contiguous().clone(), f"{name}/cls": cls.contiguous().clone()}
     save_file(answers, here / "answers.safetensors")
     facts = {
         "library": request["peer"],

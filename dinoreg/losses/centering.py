@@ -92,7 +92,9 @@ def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float | Tensor)
 
 
 @torch.no_grad()
-def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9, ranks: Ranks = ALONE) -> Tensor:
+def update_center(
+    center: Tensor, logits: Tensor, momentum: float = 0.9, ranks: Ranks = ALONE, by_process: bool = False
+) -> Tensor:
     """momentum * center + (1 - momentum) * (mean of the logits over the rows of all processes); DINO section 3.1.
 
     center    (1, K)   float32
@@ -100,17 +102,20 @@ def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9, ranks: 
                        all call at the same time (one sum is exchanged)
     momentum           in [0, 1]; 0.9 in the paper
     ranks              the processes whose rows are one batch
+    by_process         the mean of the processes' own means (of those with rows), as the reference has it of patches;
+                       else every row of every process counts the same
     returns   (1, K)   a new tensor of center's dtype; equal to `center` if no process has a row
 
     The result serves the NEXT step: the targets of a step see the statistics of the steps before it only, so
-    call this after `softmax_center`. Every row of every process counts the same; the reference averages its
-    patch centre within each process first.
+    call this after `softmax_center`.
     """
     num_prototypes = logits.shape[1]
     sums = torch.zeros(num_prototypes + 1, dtype=center.dtype, device=logits.device)  # column sums, row count
     for rows in chunks(0, logits.shape[0], rows_per_chunk(num_prototypes, logits.device)):
         sums[:-1] += logits[rows].sum(dim=0, dtype=center.dtype)
     sums[-1] = logits.shape[0]
+    if by_process:
+        sums /= sums[-1].clamp_min(1)
     sums = ranks.all_reduce_sum(sums)
     count = sums[-1]
     mean = sums[:-1] / count.clamp_min(1)

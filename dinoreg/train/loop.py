@@ -159,6 +159,7 @@ def train(
                 clip_grad=config.optim.clip_grad,
                 accumulate=config.optim.accumulate,
                 seed=config.seed,
+                move_on_skip=config.optim.move_on_skip,
             )
             monitor.observe(batch, result)
             pace.after(state.step, batch.data_time)

@@ -165,6 +165,8 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     notes = [config.explain_lr(ranks.world_size), *changed, *measured]
     notes += filter(None, [photometric.left_out(config.augment, config.model.in_channels)])
     notes += [f"warning: data: {line}" for line in seen.warnings]
+    if seen.deep and data.reference_decode:
+        notes.append("warning: data.reference_decode cuts more than 8 bits off: 16-bit pictures become nearly white")
     notes += _processes(config, student, ranks.world_size)
     init = load_init(config, out, student, teacher)
     if init is not None:
@@ -181,7 +183,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         device=device,
         dtype=dtype,
         source=source,
-        deep=seen.deep,
+        deep=seen.deep and not data.reference_decode,
         probe=probe,
         general=general,
         student=student,

@@ -169,7 +169,7 @@ def teacher_targets(
         ibot = softmax_center(patch_all, centers["ibot"], teacher_temp)
         next_centers = {
             "dino": update_center(centers["dino"], cls_all, loss.center_momentum, ranks),
-            "ibot": update_center(centers["ibot"], patch_all, loss.center_momentum, ranks),
+            "ibot": update_center(centers["ibot"], patch_all, loss.center_momentum, ranks, loss.center_by_process),
         }
     return Targets(dino, ibot, _restore(features, crops), next_centers)
 
@@ -358,14 +358,16 @@ def train_step(
     clip_grad: float | None,
     accumulate: int,
     seed: int,
+    move_on_skip: bool = False,
 ) -> StepResult:
     """One optimizer step, which updates `state` in place; every process calls it together.
 
-    now         the scheduled values of the step
-    dtype       of autocast; float16 comes with loss scaling
-    clip_grad   largest gradient norm of each module, see `clip_gradients`; 0 or None: no clipping
-    accumulate  number of micro-batches; it divides the number of images of the batch
-    seed        of the run
+    now           the scheduled values of the step
+    dtype         of autocast; float16 comes with loss scaling
+    clip_grad     largest gradient norm of each module, see `clip_gradients`; 0 or None: no clipping
+    accumulate    number of micro-batches; it divides the number of images of the batch
+    seed          of the run
+    move_on_skip  in a step that is not finite the teacher still moves towards the student, and finite centres to theirs
 
     A step whose loss or gradient is not finite changes counters and the loss scale only. Whether it is
     finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits. While `now.backbone` is 0
@@ -388,9 +390,10 @@ def train_step(
     # torch.amp's protocol: fused AdamW skips the update, moments and count included, where found_inf is 1.
     state.optimizer.found_inf = 1.0 - accepted  # type: ignore[attr-defined]
     state.optimizer.step()
-    update_teacher(state.teacher, state.student, now.momentum, accepted)
+    update_teacher(state.teacher, state.student, now.momentum, torch.ones_like(accepted) if move_on_skip else accepted)
     for name, center in targets.centers.items():
-        state.centers[name] = torch.where(accepted.bool(), center, state.centers[name])
+        moves = center.isfinite().all() if move_on_skip else accepted.bool()
+        state.centers[name] = torch.where(moves, center, state.centers[name])
     if dtype == torch.float16:
         _move_loss_scale(state, accepted)
     state.rejected = (state.rejected + 1.0) * (1.0 - accepted)

@@ -33,6 +33,7 @@ from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
 GREY = (128, 134, 144)  # legible on white and on black
 INK = "#808690"  # the same
 GAP = 6
+WIDEST = 8  # width over height of a tile; what is longer is squeezed, so that it takes no gigabytes
 LABEL = 18  # height of a line of text in pixels
 FORMAT = "dinoreg-view"
 RECORD = "view.json"
@@ -73,13 +74,13 @@ def figure_image(figure: Figure) -> Image.Image:
 
 
 def tile(pixels: np.ndarray, height: int, width: int | None = None, smooth: bool = True) -> Image.Image:
-    """Pixels (h, w, 3) uint8 as a picture of `height` and `width` pixels, by default in proportion.
+    """Pixels (h, w, 3) uint8 as a picture of `height` and `width` pixels, by default in proportion, up to WIDEST.
 
     smooth  bicubic; else the nearest pixel, for maps
     """
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     if width is None:
-        width = max(1, round(height * picture.width / picture.height))
+        width = min(max(1, round(height * picture.width / picture.height)), WIDEST * height)
     return picture.resize((width, height), Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST)
 
 

@@ -86,7 +86,7 @@ def write_masks(root: Path, *, per_class: int = 6, shuffled: bool = False, seed:
 
 
 def write_depth(root: Path, *, per_class: int = 6, shuffled: bool = False, seed: int = 0) -> Path:
-    """`root/own_depth/{images,depth}`: 56 x 70 pixels, near is bright; the maps are PNG, .npy and .tiff in turn.
+    """`root/own_depth/{images,depth}`: 56 x 70 pixels, near is bright; maps of millimetres as PNG, .npy, .tiff in turn.
 
     The left column is unknown. Shuffled maps belong to other images.
     """
@@ -110,7 +110,7 @@ def write_depth(root: Path, *, per_class: int = 6, shuffled: bool = False, seed:
         if index % 3 == 0:
             Image.fromarray(np.uint16(np.rint(metres * 1000))).save(path.with_suffix(".png"))
         elif index % 3 == 1:
-            np.save(path.with_suffix(".npy"), metres)
+            np.save(path.with_suffix(".npy"), 1000 * metres)
         else:
-            Image.fromarray(metres).save(path.with_suffix(".tiff"))
+            Image.fromarray(1000 * metres).save(path.with_suffix(".tiff"))
     return folder

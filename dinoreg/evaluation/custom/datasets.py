@@ -23,7 +23,9 @@ from dinoreg.data.labelled import LabelledImages, listed, passed_over_in_words
 from dinoreg.data.open import read_labelled
 from dinoreg.data.source import ChosenSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
-from dinoreg.evaluation.custom.pairs import depths, find_pairs, kinds_of_pairs, segmented
+from dinoreg.evaluation.custom.depth_maps import depths
+from dinoreg.evaluation.custom.masks import segmented
+from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
 from dinoreg.evaluation.custom.splits import alone, copies_across, deal, parts
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.runtime.errors import UserError
@@ -37,6 +39,10 @@ OPTIONS = {
     ),
     "test_share": option(0.2, "of each class, in one hold-out", above=0, below=1, expected=SHARE),
     "seed": option(0, "of folds or hold-out", low=0),
+    "values": option(
+        "", "of masks: the numbers or colours that are classes, as [0,255]; empty: numbers from 0, not 255"
+    ),
+    "depth_unit": option("", "of depth files: m, cm, mm or 1/256; whole numbers need it, floats are metres"),
     "root": option("", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
 }
 BLANK = Benchmark(NAME, "", None, (), (), tasks=(), download="", licence="your own", options=OPTIONS, aliases=(NAME,))
@@ -57,7 +63,8 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
     Raises UserError, in one line, for a path that is none of the kinds above and for anything wrong with its lists.
     """
     path = Path(path).expanduser().absolute()
-    values = BLANK.option_values(options)
+    as_text = ("values", "depth_unit")  # which Python gives as a list or number
+    values = BLANK.option_values({key: str(each) if key in as_text else each for key, each in options.items()})
     # The given values become the defaults, so that a reader called without options uses them as well.
     given = {name: field(default=values[name], metadata=each.metadata) for name, each in OPTIONS.items()}
     name, above = _name(path), path.parent.parent if path.is_file() else path.parent
@@ -66,7 +73,7 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
     if path.is_dir() and (kinds := kinds_of_pairs(path)):
         if values["folds"] > 1:
             raise UserError(f"own.folds={values['folds']}: folds are for labelled images, {path} holds {kinds[0]}")
-        return _of_pairs(blank, path, kinds, values["test_share"], values["seed"])
+        return _of_pairs(blank, path, kinds, values)
     table = read_labelled(path, root=values["root"] or None, columns=columns)
     folds = values["folds"] or (FOLDS if len(table.paths) < FEW and "test_share" not in options else 1)
     if folds > 1 and "test_share" in options:
@@ -74,12 +81,12 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
     return _of_labels(blank, _split(table, path, values["test_share"], values["seed"], folds))
 
 
-def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], share: float, seed: int) -> Benchmark:
+def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], values: Mapping[str, Any]) -> Benchmark:
     tasks = []
     for kind in kinds:
         protocol, metric, read = PAIRS[kind]
-        pairs, variant = find_pairs(path, kind, share, seed)
-        tasks.append(Task(protocol, _reader(read, path, pairs, variant), metric))
+        pairs, variant = find_pairs(path, kind, values["test_share"], values["seed"])
+        tasks.append(Task(protocol, _reader(read, path, pairs, variant, values), metric))
     splits = counts_in_words({split: len(images) for split, (images, _) in pairs.items()})
     return replace(blank, task=" and ".join(task.protocol for task in tasks), splits=splits, tasks=tuple(tasks))
 

@@ -1,43 +1,32 @@
-"""Own data as pairs of files: `images/` with `masks/` (a class for every pixel) or with `depth/` (metres).
+"""Own data as pairs of files: `images/` with `masks/` (a class for every pixel) or with `depth/`.
 
-A pair has the same path below its two folders, but for the extension. Splits are folders, either outside
-(`train/images`, `train/masks`, `test/images`, …) or inside (`images/train`, `masks/train`, …), or else held out.
-
-masks  PNG whose pixel values (of a palette: the indices) are classes, 255 is not counted; as many classes as
-       `classes.txt` has lines, or as occur
-depth  PNG of 16 bits in millimetres, or .npy, .tif, .tiff of floats in metres; 0 (or not finite) is unknown
+A pair has the same path below its two folders, but for the extension and a tail of the truth's name such as `_mask`.
+Splits are folders, either outside (`train/images`, `train/masks`, `test/images`, …) or inside (`images/train`,
+`masks/train`, …), or else held out. What the files hold, `masks` and `depth_maps` say.
 """
 
 import os
+import re
 from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dinoreg.data.folder_index import PathBlock, index_folder
-from dinoreg.data.labelled import read_classes
 from dinoreg.data.source import PathSource
 from dinoreg.data.split_names import split_of
 from dinoreg.evaluation.custom.splits import parts
-from dinoreg.evaluation.data import IGNORED, Data, DepthMaps, Segmented
-from dinoreg.evaluation.features.images import default_workers, parallel
-from dinoreg.evaluation.readers.files import paired
-from dinoreg.evaluation.readers.pixel_maps import (
-    UNREADABLE,
-    read_depth_map,
-    read_mask,
-    require_size,
-    turned_with,
-    unreadable,
-)
+from dinoreg.evaluation.custom.upright import Pairs
 from dinoreg.runtime.errors import UserError
 
-SUFFIXES = {"masks": (".png",), "depth": (".png", ".npy", ".tif", ".tiff")}
-
-
-Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
+# JPEGs among masks are found, so that they are refused by name.
+SUFFIXES = {
+    "masks": (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg"),
+    "depth": (".png", ".npy", ".tif", ".tiff"),
+}
+PASSES, FEWEST_STEPS = 100, 200  # over the training images, that heads on own data are trained for
+_TAIL = re.compile(r"[-_. ](?:masks?|seg(?:mentation)?|labels?|gt|depth)$", re.IGNORECASE)
 
 
 def kinds_of_pairs(root: Path) -> list[str]:
@@ -66,6 +55,8 @@ def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, s
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in SUFFIXES[kind] and name[0] != ".":
                 found[stem].append(name)
+        for stem in [*found]:
+            found.setdefault(_TAIL.sub("", stem), found[stem])
         return found
 
     for base in _bases(root):
@@ -90,80 +81,21 @@ def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, s
     rows, variant = parts(given, np.zeros(len(images)), share, seed, root, per_class=False)
 
     def source(paths: list[str], chosen: np.ndarray) -> PathSource:
-        found = PathSource(str(root), PathBlock.of([paths[row] for row in chosen]))
-        found.as_trained = True
-        return found
+        chosen_paths = PathSource(str(root), PathBlock.of([paths[row] for row in chosen]))
+        chosen_paths.as_trained = True
+        return chosen_paths
 
     return {split: (source(images, chosen), source(truths, chosen)) for split, chosen in rows.items()}, variant
 
 
-def segmented(root: Path, pairs: Pairs, variant: str) -> Data:
-    """The pairs as images with masks; without a classes.txt every mask is read once to count the classes.
+def training_length(images: int, steps: int, batch_size: int) -> dict[str, int]:
+    """Options of a head that is trained on so many images: PASSES over them, of FEWEST_STEPS to `steps` steps.
 
-    variant  how they were split, in words
-    raises   UserError for a number of classes outside 2..255, and for a mask that cannot be read
+    steps, batch_size  published, for a benchmark of tens of thousands of images
     """
-    names = read_classes(root) or []
-    num_classes = len(names) or max(_largest_class(*sources) for sources in pairs.values()) + 1
-    if not 2 <= num_classes <= IGNORED:
-        raise UserError(f"{root}: masks have {num_classes} class(es), expected 2 to {IGNORED}")
-
-    def read(path: Path, image: Path) -> np.ndarray:
-        return turned_with(read_mask(path, image, range(num_classes)), image)
-
-    splits = {split: paired(Segmented, *sources, read, num_classes) for split, sources in pairs.items()}
-    return Data(splits, names, variant)
-
-
-def _largest_class(images: PathSource, masks: PathSource) -> int:
-    """The largest class of some masks; -1 where every pixel is ignored."""
-
-    def largest(index: int) -> int:
-        mask = read_mask(Path(masks.name(index)), Path(images.name(index)), range(IGNORED))
-        return max(np.setdiff1d(mask, IGNORED).tolist(), default=-1)
-
-    return max(parallel(largest, range(len(masks)), default_workers()))
-
-
-def depths(_root: Path, pairs: Pairs, variant: str) -> Data:
-    """The pairs as images with depth maps in metres, read on access; `variant` says in words how they were split."""
-    splits = {split: paired(DepthMaps, *sources, read_metres) for split, sources in pairs.items()}
-    return Data(splits, variant=variant)
-
-
-def read_metres(path: Path, image: Path) -> np.ndarray:
-    """A depth map (H, W) float32 metres of its image's size, 0 where unknown.
-
-    path   PNG of 16 bits in millimetres, or .npy or TIFF of floats in metres
-    raises UserError naming a file that is missing, unreadable, of another type or size, or negative somewhere
-    """
-    metres = read_depth_map(path) if path.suffix.lower() == ".png" else _read_floats(path)
-    if metres.min(initial=0) < 0:
-        raise UserError(f"{path}: holds a depth of {metres.min():g} m, expected 0 (unknown) or more")
-    require_size(f"{path}:", metres, image)
-    return turned_with(metres, image)
-
-
-def _read_floats(path: Path) -> np.ndarray:
-    """Metres from a .npy or TIFF file of floats, 0 where they are not finite."""
-    try:
-        if path.suffix.lower() == ".npy":
-            values = np.load(path, allow_pickle=False)
-        else:
-            with Image.open(path) as opened:
-                values = np.asarray(opened)
-    except UNREADABLE as error:
-        raise unreadable(f"{path}:", "a depth map", error) from None
-    values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
-    if values.ndim != 2 or values.dtype.kind != "f":
-        raise UserError(f"{path}: holds {values.dtype} {values.shape}, expected (height, width) of floats in metres")
-    return np.where(np.isfinite(values), values, 0).astype(np.float32)
-
-
-def _largest(mask: np.ndarray) -> int:
-    """The largest class of a mask; -1 where every pixel is ignored."""
-    used = np.flatnonzero(np.bincount(mask.ravel(), minlength=IGNORED + 1)[:IGNORED])
-    return int(used[-1]) if len(used) else -1
+    batch_size = min(batch_size, images)
+    wanted = max(-(-PASSES * images // batch_size), FEWEST_STEPS)
+    return {"steps": min(wanted, steps), "batch_size": batch_size}
 
 
 def _bases(root: Path) -> list[str]:

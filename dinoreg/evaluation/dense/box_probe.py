@@ -117,7 +117,8 @@ class BoxProbe:
                 decay = settings.weight_decay
                 heads[repr(rate)] = head
                 optimizers[repr(rate)] = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=decay)
-            ended = train_heads(heads, optimizers, losses, steps, factor, context, "detection")
+            running = (steps, factor, context, "detection")
+            ended = train_heads(heads, optimizers, losses, *running, shorter="detection.steps")
         finite = {key: value for key, value in ended.items() if math.isfinite(value)}
         return {key: heads[key] for key in finite}, finite
 

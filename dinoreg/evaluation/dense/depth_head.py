@@ -137,7 +137,8 @@ class DepthHeads:
             for key, head in self.heads.items()
         }
         with training_stream(load, len(train), options.batch_size, options.steps, self.seed, context.workers) as stream:
-            ended = train_heads(heads, optimizers, losses, options.steps, factor, context, "depth", CLIP_GRAD)
+            running = (options.steps, factor, context, "depth", CLIP_GRAD)
+            ended = train_heads(heads, optimizers, losses, *running, shorter="depth.steps")
         return {key: ended[name] for key, name in names.items()}
 
     @torch.no_grad()

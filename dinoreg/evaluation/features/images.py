@@ -6,7 +6,6 @@ antialiasing. One's own images are the tensors that training, `embed` and `view`
 where the file has more than eight bits, and the same resize. torchvision's functions take both.
 """
 
-import io
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from dinoreg.data.center_crop import Interpolation, center_crop
-from dinoreg.data.decode import BadImage
+from dinoreg.data.decode import BadImage, pillow_rgb
 from dinoreg.data.display import as_rgb
 from dinoreg.data.source import Source
 from dinoreg.runtime.environment import usable_cores
@@ -45,11 +44,7 @@ def read_picture(source: Source, index: int) -> Picture:
         if source.as_trained:
             return source.decode(index, source.in_channels)
         data = source.read(index)
-        if isinstance(data, np.ndarray):
-            rgb = Image.fromarray(data).convert("RGB")
-        else:
-            with Image.open(io.BytesIO(data)) as image:
-                rgb = image.convert("RGB")
+        rgb = Image.fromarray(data).convert("RGB") if isinstance(data, np.ndarray) else pillow_rgb(data)
         return rgb.convert("L") if source.in_channels == 1 else rgb
     except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error, 200)})") from None
@@ -115,23 +110,32 @@ class CentreCrop:
         return to_array(functional.center_crop(scaled, [self.size]))
 
     def _of_a_strip(self, image: Image.Image) -> Image.Image:
-        """The same of a very long image, which is cut before it is resized: whole it could take many gigabytes."""
+        """The same of a very long image, which is cut before it is resized: whole it could take many gigabytes.
+
+        It is cut where the grids before and after meet, if that is near: Pillow takes places in single precision, and
+        elsewhere one pixel of some hundreds differs by one level.
+        """
         short = min(image.size)
-        parts, sides = [], []
+        parts, sides, wanted = [], [], []
         for length in image.size:
             scaled = int(self.resize * length / short)  # pixels of this side, as torchvision rounds it
             kept = min(scaled, self.size)
             start = round((scaled - kept) / 2)
-            parts.append((start * length / scaled, (start + kept) * length / scaled))
-            sides.append(kept)
+            step = scaled // math.gcd(scaled, length)
+            step = step if step <= MAX_ASPECT * self.resize else 1
+            first, last = start // step * step, -(-(start + kept) // step) * step
+            parts.append((first * length / scaled, last * length / scaled))
+            sides.append(last - first)
+            wanted.append((start - first, start - first + kept))
         # Pillow's filter reads beyond the part, so that its pixels are those of the whole image resized.
         reach = 4 * math.ceil(max(short / self.resize, 1))  # pixels of the filter to either side, and more
         left, top = (max(math.floor(low) - reach, 0) for low, _ in parts)
         right, bottom = (min(math.ceil(high) + reach, side) for (_, high), side in zip(parts, image.size))
         (x0, x1), (y0, y1) = parts
         box = (x0 - left, y0 - top, x1 - left, y1 - top)
-        scaled_part = image.crop((left, top, right, bottom)).resize((sides[0], sides[1]), Image.Resampling.BICUBIC, box)
-        return functional.center_crop(scaled_part, [self.size])
+        part = image.crop((left, top, right, bottom)).resize((sides[0], sides[1]), Image.Resampling.BICUBIC, box)
+        (x0, x1), (y0, y1) = wanted
+        return functional.center_crop(part.crop((x0, y0, x1, y1)), [self.size])
 
 
 def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 LOG_EPS = 1e-3  # metres, added before every logarithm of the losses
 MEAN_WEIGHT = 0.15  # of the squared mean in the scale-invariant loss
+OUTSIDE = 0.01  # share of depths beyond the limits, above which it is said
 GRADIENT_STRIDES = (1, 2, 4, 6)  # pixels between those that the gradient loss looks at
 
 # A crop is (top, bottom, left, right) in pixels of an image of the stated (height, width), ends exclusive.
@@ -41,6 +42,21 @@ def valid_pixels(depth: np.ndarray, min_depth: float, max_depth: float, crop: Cr
         inside[scaled_crop(crop, *depth.shape)] = True
         valid &= inside
     return valid
+
+
+def outside_limits(samples: Mapping[str, np.ndarray], low: float, high: float) -> list[str]:
+    """Warnings on the splits of which more than a hundredth of the known depths is not between two limits.
+
+    samples    {split: (n,) known depths in metres}
+    low, high  metres
+    """
+    shares = {split: float(((depth <= low) | (depth >= high)).mean()) for split, depth in samples.items()}
+    where = f"outside of {low:g} to {high:g} m (depth.min_depth, depth.max_depth)"
+    return [
+        f"unused truth: {share:.1%} of the known depths of {split} lie {where} and are not counted"
+        for split, share in shares.items()
+        if share > OUTSIDE
+    ]
 
 
 SCORES = ("rmse", "abs_rel", "sq_rel", "rmse_log", "log10", "delta1", "delta2", "delta3")

@@ -45,7 +45,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     on the reported images; `details` then holds all.
 
     data.extra  "eigen_crop": where test pixels count; "train_crop": what training crops are taken from (each a Crop of
-                `metrics.depth`; without it the entire image)
+                `metrics.depth`; without it the entire image); "samples": of own data, whose limit is measured
     raises      UserError for missing splits and for depth maps that do not fit their images; RunError where no pixel is
                 in the range of depths, all heads diverge or a feature is not finite
     """
@@ -94,6 +94,7 @@ def evaluate(measured: Measurement) -> list[Row]:
                 "blocks": [block + 1 for block in heads.blocks[variant]],
             },
             details=details,
+            note=f"depths up to {settings.max_depth:g} m" if "samples" in measured.data.extra else "",
         )
         rows.append(row)
     return rows

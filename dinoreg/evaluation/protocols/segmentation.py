@@ -42,6 +42,7 @@ from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.train_heads import linear, train_heads
 from dinoreg.runtime.errors import UserError
 
+SHORTER = "segmentation.steps"
 MISSING = "segmentation needs a split {name!r} with masks; the dataset has {splits}"
 
 
@@ -154,7 +155,7 @@ class LinearProbe:
 
         factor = partial(linear, steps=steps, warmup=warmup(settings))
         with training_stream(load, len(split), settings.batch_size, steps, context.seed, context.workers) as stream:
-            ended = train_heads(heads, optimizers, losses, steps, factor, context, "segmentation")
+            ended = train_heads(heads, optimizers, losses, steps, factor, context, "segmentation", shorter=SHORTER)
         return heads, ended
 
     def count(self, heads: Mapping[str, nn.Module], split: Segmented, name: str) -> dict[str, Confusion]:
@@ -217,7 +218,8 @@ class LinearProbe:
         self, heads: Mapping[str, nn.Module], pixels: np.ndarray, mask: np.ndarray, name: str
     ) -> list[np.ndarray]:
         """Every head's classes (H, W) int64 of one image, over sliding windows."""
-        size, stride = self.settings.size, self.settings.stride
+        size = self.settings.size
+        stride = self.settings.stride or max(2 * size // 3, 1)
         windows = Windows(pixels.shape[0], pixels.shape[1], size, stride, self.encoder.patch_size)
         tokens = patch_grid(self.encoder, windows.cut(stack_images([pixels])[0]), self.batch_size)
         require_finite(tokens[None], [name], self.encoder)

@@ -1,13 +1,13 @@
 """Files with a number for every pixel: label maps, which must have the size of their image, and depth maps."""
 
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from dinoreg.data.decode import ORIENTATION_TAG, EncodedImage, orient
-from dinoreg.data.value_range import BadImage
+from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.evaluation.data import IGNORED
 from dinoreg.runtime.errors import UserError, one_line
 
@@ -15,6 +15,35 @@ UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.Dec
 GREY = 0  # colour type of a PNG
 DEPTH_MODES = ("I;16", "I;16B", "I;16L", "I")  # Pillow's names
 MILLIMETRES = 1000.0  # in a metre
+
+
+class PixelFile(NamedTuple):
+    """The numbers of a picture file, unchanged.
+
+    values        (H, W) or (H, W, C) as the file has them (of a palette: the indices)
+    mode, format  in Pillow's words
+    turn          the file's own EXIF orientation; 0 where a TIFF's was applied while it was read
+    """
+
+    values: np.ndarray
+    mode: str
+    format: str
+    turn: int = 1
+
+
+def read_pixels(path: Path, mode: str | None = None) -> PixelFile:
+    """The numbers of a picture file; raises one of UNREADABLE.
+
+    mode  that Pillow converts it to first; None: as it is
+    """
+    with Image.open(path) as opened:
+        turn = 1
+        with suppress(Exception):  # broken metadata does not make the pixels bad
+            turn = int(opened.getexif().get(ORIENTATION_TAG, 1))
+        values, bits = np.asarray(opened.convert(mode) if mode else opened), 0 if mode else _grey_bits(path)
+        if bits in (2, 4):  # Pillow stretches these to 0..255
+            values = values // (255 // (2**bits - 1))
+        return PixelFile(values, opened.mode, str(opened.format), 0 if opened.format == "TIFF" and turn != 1 else turn)
 
 
 def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
@@ -27,16 +56,13 @@ def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
     """
     where = f"{dataset}: {path}" if dataset else f"{path}:"
     try:
-        with Image.open(path) as opened:
-            values, mode, bits = np.asarray(opened), opened.mode, _grey_bits(path)
+        values, mode, _, _ = read_pixels(path)
     except FileNotFoundError:
         raise UserError(f"{where} is missing; it is the mask of {image.name}") from None
     except UNREADABLE as error:
         raise unreadable(where, "a mask", error) from None
     if values.ndim != 2:
         raise UserError(f"{where} is a picture in colour ({mode}), expected a palette or grey PNG of class numbers")
-    if bits in (2, 4):  # Pillow stretches these to 0..255
-        values = values // (255 // (2**bits - 1))
     require_size(where, values, image, dataset)
     return values.astype(np.uint8 if values.dtype.itemsize == 1 else np.int32, copy=False)
 
@@ -67,8 +93,7 @@ def read_depth_map(path: Path) -> np.ndarray:
     path    of a 16-bit PNG (or TIFF) in millimetres; UserError naming it for a missing, unreadable or other file
     """
     try:
-        with Image.open(path) as opened:
-            mode, values = opened.mode, np.asarray(opened)
+        values, mode, _, _ = read_pixels(path)
     except UNREADABLE as error:
         raise unreadable(f"{path}:", "a depth map", error) from None
     if mode not in DEPTH_MODES:
@@ -79,43 +104,19 @@ def read_depth_map(path: Path) -> np.ndarray:
 
 
 def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "") -> None:
-    """UserError unless a map (H, W) has the size of its image, as it is stored or turned by its EXIF orientation.
+    """UserError unless a map (H, W) has the size of its image.
 
     where, dataset  in front of messages on the map, and on the image
     """
     try:
-        height, width, orientation = _stored_size(image)
+        with Image.open(image) as opened:
+            width, height = opened.size
     except UNREADABLE as error:
         raise unreadable(f"{dataset}: {image}" if dataset else f"{image}:", "an image", error) from None
-    if values.shape != (height, width) and (orientation < 5 or values.shape != (width, height)):
+    if values.shape != (height, width):
         raise UserError(
             f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
         )
-
-
-def turned_with(values: np.ndarray, image: Path) -> np.ndarray:
-    """A map (H, W) as its image is seen: turned by the image's EXIF orientation where the map lies as it is stored.
-
-    Where both have one size, as those of a square picture, the map is taken to lie as the picture is seen.
-    """
-    height, width, orientation = _stored_size(image)
-    if orientation < 5 or values.shape != (height, width) or height == width:
-        return values
-    return orient(torch.from_numpy(values)[None], orientation)[0].numpy()
-
-
-def _stored_size(image: Path) -> tuple[int, int, int]:
-    """Height and width as an image file stores them, and its EXIF orientation; raises what UNREADABLE lists."""
-    try:
-        with Image.open(image) as opened:  # a TIFF is turned by Pillow
-            turn = 1 if opened.format == "TIFF" else int(opened.getexif().get(ORIENTATION_TAG, 1))
-            return opened.height, opened.width, turn
-    except UnidentifiedImageError as error:  # Pillow knows no bands and no DICOM
-        try:
-            found = EncodedImage(image.read_bytes(), min_side=1)
-        except BadImage:
-            raise error from None
-        return found.height, found.width, 1
 
 
 def unreadable(where: str, what: str, error: BaseException) -> UserError:

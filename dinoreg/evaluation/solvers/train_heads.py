@@ -55,6 +55,7 @@ def train_heads(
     name: str,
     clip_grad: float | None = None,
     depends_on: object = (),
+    shorter: str = "",
 ) -> dict[str, float]:
     """Train every head for `steps` steps; heads are changed in place and left in evaluation mode.
 
@@ -64,6 +65,7 @@ def train_heads(
     name        of the saved state, distinct within the evaluation
     clip_grad   largest gradient norm of a head; None: no clipping
     depends_on  compared (by its repr) with that of a saved state, which is used only where they are equal
+    shorter     the option that makes the training shorter, shown beside the time left
     returns     {key: mean loss of the last tenth}; NaN where a loss was not finite, after which its head is not trained
     raises      RunError when no loss is finite any more
     """
@@ -82,7 +84,8 @@ def train_heads(
 
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     modules = nn.ModuleList(heads.values()).train()
-    for step in context.progress(range(start, steps), steps - start, name):
+    shown = f"{name} (shorter: {shorter}=)" if shorter else name
+    for step in context.progress(range(start, steps), steps - start, shown):
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
         found = losses(step)

@@ -1,0 +1,213 @@
+"""Own masks: which numbers, or colours, their pixels have, and which of these are classes.
+
+Without a word the numbers are classes from 0, as many as `classes.txt` has lines or as occur, and 255 is not counted.
+`own.values=[0,255]` or `own.values=[#000000,#ff0000]` lists what is a class, in order, and nothing else is counted.
+Every mask is read before anything is computed, so that a class that is nowhere is not measured in silence.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinoreg.data.labelled import listed, read_classes
+from dinoreg.evaluation.custom.pairs import training_length
+from dinoreg.evaluation.custom.upright import Pairs, Survey, survey, turned
+from dinoreg.evaluation.data import IGNORED, Data, Segmented
+from dinoreg.evaluation.options import SegmentationOptions
+from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels, unreadable
+from dinoreg.runtime.errors import UserError
+
+PUBLISHED = SegmentationOptions()
+COLOUR = 1 << 24  # added to 0xRRGGBB, which is no class number then
+BLURRED = ("JPEG", "MPO", "WEBP")  # formats that change numbers
+MOST_VOID = 0.5  # of a split's pixels, above which it is said
+MOST_LISTED = 6  # values that a message gives shares of
+MOST_UNNAMED = 64  # classes without a classes.txt: more values sooner are shades
+
+
+def segmented(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]) -> Data:
+    """The pairs as images with masks, once all of them have been looked at.
+
+    variant  how they were split, in words
+    options  "values": the numbers or colours that are classes, as text; "" for numbers from 0
+    raises   UserError for masks that cannot be read or do not fit their pictures, values that are no class, a class
+             that no mask has, and a split of fewer than two classes
+    """
+    names, values = read_classes(root) or [], _values(options["values"])
+    read = partial(read_numbers, colours=any(value >= COLOUR for value in values))
+    seen = survey(pairs, read, lambda path, pixels: (path, *np.unique(pixels.values, return_counts=True)), "masks")
+    totals = {split: _total(found) for split, found in seen.found.items()}
+    classes, names = _classes(root, names, values, seen, sum(totals.values(), Counter()))
+    warnings = seen.warnings + _doubts(root, names or [str(each) for each in classes], classes, totals)
+    splits = {}
+    for split, (images, masks) in pairs.items():
+
+        def mask(index: int, split: str = split, masks: Any = masks) -> np.ndarray:
+            numbers = read(Path(masks.name(index))).values
+            return numbered(turned(numbers, int(seen.turns[split][index])), classes)
+
+        stamp = f"{masks.stamp()} {classes} {seen.turns[split].tolist()}"
+        splits[split] = Segmented(images, mask, len(classes), stamp)
+    short = int(np.median(seen.sides))
+    length = training_length(len(seen.found["train"]), PUBLISHED.steps, PUBLISHED.batch_size)
+
+    def options_for(side: int) -> dict[str, int]:
+        """Small pictures are not enlarged beyond what the encoder takes elsewhere."""
+        return {**length, "size": min(max(short, side), PUBLISHED.size)}
+
+    return Data(splits, names, variant, {"warnings": warnings}, options=options_for)
+
+
+def read_numbers(path: Path, colours: bool = False) -> PixelFile:
+    """A mask's numbers (H, W) int32; of a picture in colour 0xRRGGBB + COLOUR, but grey where it has no colour.
+
+    colours  everything is taken as a colour, palettes by their entries
+    raises   UserError for a file that cannot be read, a lossy one, and numbers that are not whole
+    """
+    try:
+        pixels = read_pixels(path, "RGB" if colours else None)
+    except UNREADABLE as error:
+        raise unreadable(f"{path}:", "a mask", error) from None
+    values = pixels.values
+    if pixels.format in BLURRED:
+        what = f"is a {pixels.format} inside, which mixes the numbers of neighbouring pixels"
+        raise UserError(f"{path}: {what}; expected a mask as PNG, TIFF, BMP or GIF")
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        raise UserError(
+            f"{path}: has fractions, such as {values[values != np.rint(values)][0]:g}; expected class numbers"
+        )
+    if values.ndim == 3 and values.shape[2] >= 3:
+        red, green, blue = values[..., :3].astype(np.int32).transpose(2, 0, 1)
+        in_colour = colours or (red != green).any() or (red != blue).any()
+        values = COLOUR + (red << 16) + (green << 8) + blue if in_colour else red
+    elif values.ndim == 3:  # grey and alpha
+        values = values[..., 0]
+    return pixels._replace(values=values.astype(np.int32))
+
+
+def numbered(values: np.ndarray, classes: Sequence[int]) -> np.ndarray:
+    """Values of a file (H, W) as classes, uint8: the place of each in `classes`; IGNORED where it is none of them."""
+    order = np.argsort(classes)
+    ascending = np.asarray(classes)[order]
+    place = np.searchsorted(ascending, values).clip(max=len(order) - 1)
+    return np.where(ascending[place] == values, order[place], IGNORED).astype(np.uint8)
+
+
+def _values(text: str) -> list[int]:
+    """The values of `own.values`: numbers as they are, #RRGGBB with COLOUR added; UserError unless two or more."""
+    texts = re.split(r"[\s,]+", text.strip("[] ")) if text else []
+    values = []
+    for each in texts:
+        match = re.fullmatch(r"#(?P<colour>[0-9a-f]{6})|(?P<number>\d{1,9})", each.strip("'\""), re.IGNORECASE)
+        if match is None:
+            raise UserError(f"own.values={text}: {each!r} is neither a number nor a colour such as #ff0000")
+        colour = match["colour"]
+        values.append(COLOUR + int(colour, 16) if colour else int(match["number"]))
+    mixed = len({value >= COLOUR for value in values}) > 1
+    if mixed or (texts and not 2 <= len(set(values)) == len(values) <= IGNORED):
+        raise UserError(f"own.values={text}: expected 2 to {IGNORED} different numbers, or as many colours")
+    return values
+
+
+def _total(found: Sequence[tuple[Path, np.ndarray, np.ndarray]]) -> Counter[int]:
+    """{value: pixels of all masks}"""
+    total: Counter[int] = Counter()
+    for _, values, counts in found:
+        total.update(dict(zip(values.tolist(), counts.tolist())))
+    return total
+
+
+def _classes(
+    root: Path, names: list[str], values: list[int], seen: Survey, total: Counter[int]
+) -> tuple[list[int], list[str]]:
+    """The values that are classes, in order, and their names; UserError where the masks do not have them."""
+    numbers = [value for value in total if value != IGNORED]
+    if values:
+        if not names:
+            names = [_shown(value) for value in values]
+        elif len(names) > max(values):  # each name stands at the place of its number
+            names = [names[value] for value in values]
+        elif len(names) != len(values):
+            raise UserError(f"{root}: classes.txt has {len(names)} names for the {len(values)} of own.values")
+        classes = values
+    else:
+        if any(value >= COLOUR for value in numbers):
+            raise UserError(f"{root}: masks are pictures in colour; {_suggestion(total, len(names))}")
+        if not names and len(numbers) > MOST_UNNAMED:
+            what = f"masks have {len(total)} different values; classes.txt names them if they are classes"
+            raise UserError(f"{root}: {what}; {_suggestion(total, 0)}")
+        count = len(names) or max(numbers, default=-1) + 1
+        for path, present, _ in (each for found in seen.found.values() for each in found):
+            wrong = present[(present != IGNORED) & ((present < 0) | (present >= min(count, IGNORED)))]
+            if len(wrong):
+                expected = f"0..{min(count, IGNORED) - 1} or {IGNORED}{', as classes.txt says' if names else ''}"
+                raise UserError(
+                    f"{path}: has the value {wrong[0]}, expected {expected}; {_suggestion(total, len(names))}"
+                )
+        classes = list(range(count))
+    absent = [place for place, value in enumerate(classes) if not total[value]]
+    if absent:
+        which = listed([names[place] for place in absent]) if names else listed(map(str, absent))
+        raise UserError(f"{root}: no mask has a pixel of {which}; {_suggestion(total, len(names))}")
+    if len(classes) < 2:
+        raise UserError(
+            f"{root}: masks have {len(classes)} class(es), expected 2 to {IGNORED}; {_suggestion(total, len(names))}"
+        )
+    return classes, names
+
+
+def _suggestion(total: Counter[int], num_names: int) -> str:
+    """What the masks hold, and how the option would make classes of it."""
+    shares = _shares(total, total.most_common(MOST_LISTED))
+    more = f" and {len(total) - MOST_LISTED} other values" if len(total) > MOST_LISTED else ""
+    void = f", of which {IGNORED} is not counted" if IGNORED in total else ""
+    if any(value >= COLOUR for value in total):  # a mask without colours was read as grey
+        total = Counter({value if value >= COLOUR else COLOUR + 0x010101 * value: 1 for value in total})
+    chosen = [value for value in total if value != IGNORED]
+    if len(chosen) < 2 or len(total) == num_names:
+        chosen = list(total)
+    if len(chosen) > (num_names or MOST_UNNAMED):  # edges between the others, mixed from both
+        chosen = [value for value, _ in total.most_common(max(num_names, 2))]
+    example = f"[{','.join(map(_shown, sorted(chosen)))}]" if len(chosen) > 1 else "[0,255]"
+    key = f"own.values={example} lists what is a class, in this order, and counts nothing else"
+    return f"they hold {shares}{more}{void}; {key}"
+
+
+def _shares(total: Counter[int], counts: Iterable[tuple[int, int]]) -> str:
+    pixels = sum(total.values())
+    return ", ".join(f"{_shown(value)} ({100 * count / pixels:.3g}%)" for value, count in counts)
+
+
+def _shown(value: int) -> str:
+    return f"#{value - COLOUR:06x}" if value >= COLOUR else str(value)
+
+
+def _doubts(root: Path, names: list[str], classes: list[int], totals: Mapping[str, Counter[int]]) -> list[str]:
+    """Warnings on what is not counted, and on classes of one side only; UserError for a split of one class."""
+    warnings = []
+    present = {split: np.array([total[value] > 0 for value in classes]) for split, total in totals.items()}
+    for split, total in totals.items():
+        if present[split].sum() < 2:
+            which = listed(np.array(names)[present[split]]) or "no class"
+            raise UserError(
+                f"{root}: every pixel of {split} that is counted is of {which}, expected two or more classes"
+            )
+        void = {value: count for value, count in total.most_common() if value not in classes}
+        share = sum(void.values()) / sum(total.values())
+        if share > MOST_VOID or set(void) - {IGNORED}:
+            values = _shares(total, [*void.items()][:MOST_LISTED])
+            warnings.append(
+                f"unused truth: {100 * share:.3g}% of the pixels of {split} are not counted: those of {values}"
+            )
+        if len(unseen := np.array(names)[present[split] & ~present["train"]]):
+            warnings.append(
+                f"unlearnt classes: {split} has some that are not in train, and cannot be right: {listed(unseen)}"
+            )
+    if len(untested := np.array(names)[present["train"] & ~present["test"]]):
+        warnings.append(f"untested classes: nothing is said about those without a pixel in test: {listed(untested)}")
+    return warnings
