@@ -398,10 +398,12 @@ def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
             return False
 
     count = sum(parallel(is_watched, range(len(places)), default_workers()))
-    known = f"{count:,} of {len(places):,} tested images are among those that the probe inside the run looked at"
-    how = "by them its best step was chosen, which is measured here: " if watched.chosen else ""
-    consequence = "its figures are too high" if watched.chosen else "whoever was guided by its curve has seen the test"
-    return [f"{plan.benchmark.name}: {known} (probe.data={watched.data}); {how}{consequence}"] if count else []
+    known = f"{count:,} of {len(places):,} tested images were looked at by the probe inside the run ({watched.data})"
+    if watched.chosen:
+        found = f"chosen on tested images: {known}, and its step was chosen by them: the figures are too high"
+    else:
+        found = f"watched while training: {known}; who was guided by its curve has seen the test"
+    return [found] if count else []
 
 
 def check_channels(encoder: Encoder, plan: Planned) -> list[str]:
