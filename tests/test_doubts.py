@@ -90,7 +90,8 @@ def test_where_one_class_is_most_of_the_data_it_is_spoken_of_first(
 ) -> None:
     data = write(tmp_path / "noise", {"many": 180, "few": 12, "rare": 8}, visible=False)
     weights = small(tmp_path / "small.pth")
-    assert main(["eval", str(data), f"weights={weights}", f"out={tmp_path / 'out'}", *FAST]) == 0
+    where = [f"weights={weights}", f"out={tmp_path / 'out'}", "own.test_share=0.2"]
+    assert main(["eval", str(data), *where, *FAST]) == 0
     shown = capsys.readouterr()
     found = record(tmp_path / "out", "noise")
     assert found["majority"] == pytest.approx(36 / 40)
@@ -134,14 +135,16 @@ def test_weights_in_one_folder_and_runs_of_one_report_are_compared_on_the_same_i
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "colours", {"red": 40, "green": 40, "blue": 40}, visible=True)
-    common = ["baselines=false", "protocols=logistic", *FAST[1:]]
+    common = ["baselines=false", "protocols=logistic", "own.test_share=0.2", *FAST[1:]]
     weights = [small(tmp_path / f"{name}.pth", seed) for seed, name in enumerate(("one", "two"))]
     for path in weights:
         assert main(["eval", str(data), f"weights={path}", f"out={tmp_path / 'both'}", *common]) == 0
         alone = tmp_path / f"run_{path.stem}"
         assert main(["eval", str(data), f"weights={path}", f"out={alone}", *common]) == 0
     said = r"(better|worse) by [\d.]+ points \[[\d., ]+\]|not shown with 24 images|no difference"
-    assert re.search(rf"logistic regression, top-1: two against one: ({said})", capsys.readouterr().err)
+    assert re.search(
+        rf"logistic regression, top-1: two [\d.]+ % against one [\d.]+ %: ({said})", capsys.readouterr().err
+    )
     page = (tmp_path / "both/eval/0000000/report.html").read_text()
     assert "Weights on the same images" in page
     assert re.search(said, page)

@@ -173,6 +173,12 @@ def test_a_token_that_knows_the_class_is_told_from_one_that_does_not() -> None:
     assert unknown.accuracy < 0.5
     assert (known.n_train, known.n_test) == (210, 90)
     assert known.low <= known.accuracy <= known.high
+    assert known.against(unknown)["verdict"] == "better"  # type: ignore[index]
+    assert unknown.against(known)["verdict"] == "worse"  # type: ignore[index]
+    assert known.against(unknown)["difference"] == pytest.approx(known.accuracy - unknown.accuracy)  # type: ignore[index]
+    some = probe_token(ignorant, labels, 3, test, torch.arange(300) < 250)
+    assert some is not None
+    assert known.against(some) is None  # of other images
     peer = LogisticRegression(max_iter=1000).fit(knowing[~test], labels[~test])
     assert known.accuracy == pytest.approx(peer.score(knowing[test], labels[test]), abs=0.03)
 

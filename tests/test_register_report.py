@@ -73,6 +73,8 @@ def test_labels_add_probes_and_controls_and_boxes_add_lost() -> None:
     assert tokens == ["CLS", "register 1", "register 2", "mean patch", "normal patch", "outlier patch"]
     scores = {probe["token"]: probe["accuracy"] for probe in record["probes"]}
     assert scores["mean patch"] > 0.9
+    difference = record["probes"][-1]["against"]["difference"]
+    assert difference == pytest.approx(scores["outlier patch"] - scores["normal patch"])
     assert [row["kind"] for row in record["controls"]] == ["as it is", "zero", "mean", "noise", "shuffle"] * 2
     assert {row["what"] for row in record["controls"]} == {"registers", "outliers"}
     untouched = record["controls"][0]

@@ -18,11 +18,13 @@ from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.report import compare_runs, report_run
 from dinoreg.config.load import load_config, to_yaml
 from dinoreg.models.vit import RegisterViT
+from dinoreg.reports.class_tables import class_tables
 from dinoreg.reports.compare import comparison, differences, run_names
 from dinoreg.reports.plots import run_charts
 from dinoreg.reports.run_report import write_report
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.durations import duration
+from dinoreg.runtime.templates import score
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -445,3 +447,18 @@ def test_a_report_draws_the_pictures_of_the_newest_teacher_once(tmp_path: Path) 
     before = [file.stat().st_mtime_ns for file in files]
     report_run(tmp_path)
     assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_tables_of_classes_are_whole_for_a_few_and_the_worst_of_many() -> None:
+    few = [{"class": name, "n": 4, "recall": 0.5, "precision": "nan"} for name in "ab"]
+    classes, confusion = class_tables({"details": {"classes": few, "confusion": [[2, 2], [2, 2]]}})
+    assert classes.rows == [["a", "4", "50.0 %", "\u2013"], ["b", "4", "50.0 %", "\u2013"]]
+    assert confusion.rows == [["a", "2", "2"], ["b", "2", "2"]]
+    many = [{"class": f"c{place}", "n": 9, "recall": (place * 7 % 40) / 40, "precision": 0.1} for place in range(40)]
+    worst, confused = class_tables({"details": {"classes": many, "confusions": [["c1", "c2", 5]]}})
+    assert [row[2] for row in worst.rows] == [score(place / 40) for place in range(30)]
+    assert confused.rows == [["c1", "c2", "5"]]
+    (single,) = class_tables({"details": {"iou": {"sky": 0.75, "road": "nan"}}})
+    assert single.rows == [["sky", "75.0 %"], ["road", "\u2013"]]
+    for broken in ({}, {"details": []}, {"details": {"classes": [3]}}, {"details": {"iou": 4}}):
+        assert class_tables(broken) == []

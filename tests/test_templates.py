@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from jinja2 import UndefinedError
 
-from dinoreg.reports.evaluation_report import FORMAT, write_evaluation
+from dinoreg.reports.evaluation_report import COLUMNS, FORMAT, write_evaluation
 from dinoreg.runtime import templates
 from dinoreg.runtime.templates import escape_markdown, percent, position, render, score
 
@@ -36,7 +36,7 @@ def test_a_hostile_name_is_text_in_the_table_of_an_evaluation(tmp_path: Path) ->
     assert "](http" not in table
     title, _, head, rule, line = table.splitlines()
     cells = [re.split(r"(?<!\\)\|", each) for each in (head, rule, line)]
-    assert [len(each) for each in cells] == [11] * 3
+    assert [len(each) for each in cells] == [len(COLUMNS) + 2] * 3
     assert title.startswith("# Evaluation of ")
     assert "&lt;b&gt;" in (tmp_path / "report.html").read_text()
 

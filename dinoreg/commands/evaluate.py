@@ -123,13 +123,8 @@ def paired_with(folder: Path) -> list[dict[str, Any]]:
     paths = sorted(
         folder.parent.glob("[0-9]*/*.json"), key=lambda path: (path.parent == folder, path.parent, path.stem)
     )
-    several = len({path.parent for path in paths}) > 1
-    named = []
-    for path in paths:
-        if (result := read_result(path)) is not None:
-            name = str(result.facts.get("weights", {}).get("name"))
-            named.append((f"{name}, step {path.parent.name.lstrip('0') or 0}" if several else name, result))
-    return between(named)
+    results = [result for path in paths if (result := read_result(path)) is not None]
+    return between([(str(result.facts.get("weights", {}).get("name")), result) for result in results])
 
 
 def _not_evaluated(folder: Path) -> list[str]:

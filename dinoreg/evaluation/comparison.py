@@ -34,15 +34,16 @@ def between(results: Sequence[tuple[str, Result]]) -> list[dict[str, Any]]:
     """Later results against the first on the same images, by the first row of each protocol.
 
     results  with what each is called
-    returns  `compare` with "dataset", "protocol", "metric", "unit", "n_test", and the names "model" and "other"
+    returns  `compare` with "dataset", "protocol", "metric", "unit", "n_test", and "values" of the two that "model" and
+             "other" name
     """
     found, first = [], dict[tuple[str, ...], tuple[str, str, Row]]()
     for name, result in results:
         for row in headlines(result.rows):
             dataset, other, before = first.setdefault((row.tested, *row.key), (result.dataset, name, row))
-            if row.tested and before is not row:
+            if row.tested and name != other:
                 about = {key: getattr(row, key) for key in ("protocol", "metric", "unit", "n_test")}
-                about |= {"dataset": dataset, "model": name, "other": other}
+                about |= {"dataset": dataset, "model": name, "other": other, "values": (row.value, before.value)}
                 found.append(about | compare(row, before))
     return found
 

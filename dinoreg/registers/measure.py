@@ -29,6 +29,7 @@ BINS = 80  # of the histograms of norms
 SHOWN = 6  # images whose maps are drawn
 ATTENDED = 16  # images over which attention is averaged
 CONTROL_PROBES = {"cls": "CLS", "patch": "mean patch"}  # {name in the record: token whose probe is scored again}
+BESIDE_OUTLIERS = "normal patch, images with an outlier"
 CONTROL_IMAGES = 256  # to which replacements are applied, at most
 DISCOVERY_IMAGES = 500
 BIASES = tuple(-step / 10 for step in range(10))  # added to LOST's cosines; arXiv 2506.08010 sweeps [-1, 0]
@@ -242,7 +243,11 @@ class _Inspection:
         controls = self.controls("registers", rows, outliers, 0, probed) if registers else []
         if first_block is not None:
             controls += self.controls("outliers", rows[outliers[rows].any(dim=1)], outliers, first_block, probed)
-        probes = [{"token": name, **dict(zip(probe._fields, probe[:-1]))} for name, probe in probed.items()]
+        probes = [{"token": name, **probe.record()} for name, probe in probed.items()]
+        for each in probes:
+            if each["token"] == "outlier patch":
+                normal = next((probed[name] for name in (BESIDE_OUTLIERS, "normal patch") if name in probed), None)
+                each["against"] = normal and probed["outlier patch"].against(normal)
         return {"registers_alike": alike, "probes": probes, "controls": controls}
 
     def tokens(self, outliers: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -262,7 +267,7 @@ class _Inspection:
         tokens["normal patch"] = (normal_patch, has_normal)
         if has_outlier.any():
             if not has_outlier.all():
-                tokens["normal patch, images with an outlier"] = (normal_patch, has_normal & has_outlier)
+                tokens[BESIDE_OUTLIERS] = (normal_patch, has_normal & has_outlier)
             tokens["outlier patch"] = (outlier_patch, has_outlier)
         return tokens
 

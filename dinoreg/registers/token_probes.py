@@ -10,10 +10,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dinoreg.evaluation.comparison import compare
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
+from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.logistic_regression import LogisticModel
 from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
 from dinoreg.models.vit import RegisterViT
@@ -28,6 +31,7 @@ class Probed(NamedTuple):
     """Accuracy of one token's probe in [0, 1] with its 95 % bootstrap interval over the test images, and the fit.
 
     n_train, n_test  images
+    tested           (n,) bool, the images that are tested on
     """
 
     accuracy: float
@@ -36,6 +40,20 @@ class Probed(NamedTuple):
     n_train: int
     n_test: int
     model: LogisticModel
+    tested: Tensor
+    replicates: np.ndarray
+
+    def record(self) -> dict[str, Any]:
+        """The figures alone."""
+        return {name: getattr(self, name) for name in self._fields[:5]}
+
+    def against(self, other: "Probed") -> dict[str, Any] | None:
+        """The paired difference to another token's probe, as `comparison.compare` gives it; None on other images."""
+        if not torch.equal(self.tested, other.tested):
+            return None
+        return compare(
+            *(Row("probe", "top-1", *p[:3], n_test=p.n_test, replicates=tuple(p.replicates)) for p in (self, other))
+        )
 
 
 def probe_token(
@@ -56,7 +74,8 @@ def probe_token(
     fitted = select_and_fit(features[train], labels[train], num_classes, CS, seed=seed, standardize=True).model
     right = (fitted.predict(features[tested]).cpu() == labels[tested]).numpy()
     interval = bootstrap_interval(right, seed=seed)
-    return Probed(float(right.mean()), interval.low, interval.high, int(train.sum()), int(tested.sum()), fitted)
+    figures = float(right.mean()), interval.low, interval.high, int(train.sum()), int(tested.sum())
+    return Probed(*figures, fitted, tested, interval.replicates)
 
 
 class Moments(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dinoreg.reports.verdict import Verdict
+from dinoreg.reports.verdict import Verdict, in_words
 from dinoreg.runtime.templates import percent, render, score
 
 DASH = "\u2013"
@@ -18,10 +18,14 @@ def judge(record: dict[str, Any]) -> Verdict:
 
     record  of `Measured`
     """
+    outlier_probe = _probe(record, "outlier patch")
+    against = (outlier_probe or {}).get("against")
     text = render(
         "registers/templates/verdict.txt.j2",
         **record,
-        outlier_probe=_probe(record, "outlier patch"),
+        outlier_probe=outlier_probe,
+        against=against,
+        difference=against and in_words(against, "share", (outlier_probe or {})["n_test"]),
         patch_probe=_probe(record, "normal patch, images with an outlier") or _probe(record, "normal patch"),
     )
     headline, *sentences = (" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())

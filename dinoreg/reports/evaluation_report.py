@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,23 +21,25 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Probe, read_probe
 from dinoreg.reports import html
 from dinoreg.reports.class_tables import class_tables
-from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, differences, in_words, judge, paired_rows
+from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, balanced, differences, in_cell, judge, paired_rows
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.json_files import is_number, number, read_json
 from dinoreg.runtime.templates import render, score
 
 FORMAT = "dinoreg-evaluation"
 ROLES = ("random init", "raw pixels")
+NUMBERS = ("value", "95 % interval", "guessing", *ROLES)
 COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", "guessing", *ROLES, "verdict", "published")
+_PANELS = "An image, what was said of it, and the truth."
+_ANSWERS = "Half of them mistakes, where there are any: green right, red wrong, with what was said."
 EXAMPLES = {
     "knn": (
         "Nearest neighbours",
         "Blue: a test image. Then the training images most like it: green of its class, red not.",
     ),
-    "segmentation": ("Segmentation", "An image, what was said of its pixels, and the truth."),
-    "depth": ("Depth", "An image, the depth that was said, and the truth."),
+    **{kind: (f"Predictions: {kind}", _ANSWERS) for kind in ("logistic", "linear", "multilabel")},
+    **{kind: (kind.capitalize(), _PANELS) for kind in ("segmentation", "depth", "detection", "flow")},
 }
-PREDICTIONS = "Test images, half of them mistakes where there are any: green right, red wrong, with what was said."
 
 
 @dataclass(frozen=True)
@@ -111,22 +114,24 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = (), paired: Seq
     folder = Path(folder)
     records = read_records(folder)
     lines = [record_lines(record) for record in records]
-    values: dict[str, Any] = {"lead": _lead(records), "columns": COLUMNS, "paired_columns": PAIRED}
-    values["paired"] = paired_rows(paired)
+    values: dict[str, Any] = {"lead": _lead(records), "paired_columns": PAIRED, "paired": paired_rows(paired)}
     cells = [[line.cells for line in each] for each in lines]
-    write_atomic(folder / "table.md", render("reports/templates/evaluation.md.j2", records=cells, **values))
+    write_atomic(
+        folder / "table.md", render("reports/templates/evaluation.md.j2", records=cells, columns=COLUMNS, **values)
+    )
     write_atomic(folder / "table.csv", comma_separated(records))
-    values["headlines"] = [line.cells for each in lines for line in each if line.is_headline]
+    values["headlines"] = _filled([line.cells for each in lines for line in each if line.is_headline])
     values |= {"datasets": list(map(_section, records, lines)), "absent": absent}
     write_atomic(folder / "report.html", html.page("reports/templates/evaluation.html.j2", "Evaluation", **values))
     return folder / "report.html"
 
 
 def console_table(records: Sequence[Record]) -> Table:
-    """The headlines as a table for the terminal."""
-    table = Table(title=_lead(records), padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("measure", "model", "guessing", *ROLES):
-        table.add_column(name, justify="left" if name == "measure" else "right")
+    """The headlines as a table for the terminal, of 80 columns or more."""
+    table = Table(title=_lead(records), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("measure")
+    for name, width in (("model", 15), ("guessing", 14), *((role, 14) for role in ROLES)):
+        table.add_column(name, justify="right", min_width=width)
     several = len({record.weights.get("identity") for record in records}) > 1
     for record in records:
         name = record.probe.dataset + (f", {record.weights.get('name', '')}" if several else "")
@@ -135,8 +140,8 @@ def console_table(records: Sequence[Record]) -> Table:
             _, protocol, metric, value, interval, *others, _, _ = line.cells
             if line.is_headline:
                 figure, *more = value.split("\n")
-                lines = [figure, f"\\[{interval.removesuffix(' %')}]", *more]
-                table.add_row(f"{protocol}\n{metric}", "\n".join(lines), *map(escape, others))
+                lines = [figure, f"[{interval.removesuffix(' %')}]", *more]
+                table.add_row(*map(escape, (f"{protocol}\n{metric}", "\n".join(lines), *others)))
         table.add_section()
     return table
 
@@ -164,6 +169,14 @@ def comma_separated(records: Sequence[Record]) -> str:
     return text.getvalue()
 
 
+def _filled(rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]], list[int]]:
+    """The columns of a table that have anything in them: names, rows and which hold numbers, of rows under COLUMNS."""
+    kept = [place for place in range(len(COLUMNS)) if any(row[place] not in ("", DASH) for row in rows)]
+    names = [COLUMNS[place] for place in kept]
+    numeric = [place for place, name in enumerate(names) if name in NUMBERS]
+    return names, [[row[place] for place in kept] for row in rows], numeric
+
+
 def _section(record: Record, lines: Sequence[Line]) -> dict[str, Any]:
     """What the page shows of one dataset."""
     probe, rows, warnings = record.probe, record.rows, record.content.get("warnings")
@@ -181,11 +194,11 @@ def _section(record: Record, lines: Sequence[Line]) -> dict[str, Any]:
         "time": duration(seconds) if not math.isnan(seconds) else "",
         "square": isinstance(first.get("settings"), dict) and "image_size" in first["settings"],
         "scale": html.probe_scale("this model", probe),
-        "rows": [line.cells[1:-1] for line in lines],
+        "rows": _filled([[DASH, *line.cells[1:-1], DASH] for line in lines]),
         "classes": [(line.row.get("protocol"), class_tables(line.row)) for line in lines if line.is_headline],
         "galleries": [
             (
-                *EXAMPLES.get(kind, (f"Predictions: {kind}", PREDICTIONS)),
+                *EXAMPLES.get(kind, (kind.capitalize(), "")),
                 [html.picture(path, path.stem) for path in paths],
             )
             for kind, paths in groupby(record.examples, lambda path: path.stem.rpartition("_")[0])
@@ -207,7 +220,7 @@ def record_lines(record: Record) -> list[Line]:
             record.title,
             f"{protocol} ({variant})" if variant else protocol,
             str(row.get("metric", "")),
-            _value(row, unit),
+            "\nbalanced ".join(filter(None, (_score(row, "value", unit), balanced(row)))),
             f"{low.removesuffix(' %').removesuffix(f' {unit}')} to {high}",
             _guessing(row, unit),
             *(_against(role, baseline, row, unit) for role, baseline in baselines.items()),
@@ -221,17 +234,9 @@ def record_lines(record: Record) -> list[Line]:
     return lines
 
 
-def _value(row: dict[str, Any], unit: str) -> str:
-    """The figure; below top-1 the balanced accuracy of the same answers, the mean over classes."""
-    details = row.get("details")
-    both = details.get("micro and macro") if isinstance(details, dict) else None
-    balanced = _score(both, "mean per class", unit) if isinstance(both, dict) and row.get("metric") == "top-1" else DASH
-    return _score(row, "value", unit) + (f"\nbalanced {balanced}" if balanced != DASH else "")
-
-
 def _guessing(row: dict[str, Any], unit: str) -> str:
     """What no look at the images gives: chance, and always naming the largest class."""
-    names = {"chance": "chance", "majority": "largest class"}
+    names = {"chance": "chance", "majority": "largest"}
     lines = [f"{name} {_score(row, key, unit)}" for key, name in names.items() if is_number(row.get(key))]
     return "\n".join(lines) or DASH
 
@@ -239,7 +244,7 @@ def _guessing(row: dict[str, Any], unit: str) -> str:
 def _against(role: str, baseline: dict[str, Any], row: dict[str, Any], unit: str) -> str:
     """A baseline's figure, and on the next line how the row differs from it."""
     found = differences(row).get(role)
-    return _score(baseline, "value", unit) + (f"\n{in_words(found, unit, row.get('n_test'))}" if found else "")
+    return _score(baseline, "value", unit) + (f"\n{in_cell(found, unit, row.get('n_test'))}" if found else "")
 
 
 def _published(record: Record, row: dict[str, Any]) -> str:

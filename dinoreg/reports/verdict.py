@@ -81,10 +81,15 @@ def judge(probe: Probe) -> Verdict:
     names = [name for name, found in against.items() if found["verdict"] == said]
     words = [in_words(against[name], unit, count) for name in names]
     spoken, do = _and([SPOKEN.get(name, name) for name in names]), "do" if names[-1].endswith("s") else "does"
-    if against.get(MAJORITY, {}).get("verdict", "better") != "better":
-        level = f" ({score(details['majority'], unit)})" if is_number(details.get("majority")) else ""
-        headline = f"Not better than {SPOKEN[MAJORITY]}{level}: {in_words(against[MAJORITY], unit, count)}."
-        short = "not better than the largest class"
+    majority = against.get(MAJORITY)
+    if majority is not None and majority["verdict"] != "better":
+        level = f"{SPOKEN[MAJORITY]} ({score(number(details.get('majority')), unit)})"
+        told = in_words(majority, unit, count)
+        gain = number(majority["difference"]) > 0
+        headline = (
+            f"{told[:1].upper()}{told[1:]}: a gain over {level}." if gain else f"Not better than {level}: {told}."
+        )
+        short = "not shown to be better than the largest class" if gain else "not better than the largest class"
     elif said == "better":
         gains = _and([f"{gain} than {SPOKEN.get(name, name)}" for name, gain in zip(names, words)])
         headline, short = f"Pretraining helps: {gains}.", said
@@ -132,13 +137,27 @@ PAIRED = ("dataset", "measure", "weights", "on the same images", "against")
 
 def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Weights against others on the same test images (`comparison.between`), as rows of text under PAIRED."""
-    return [
-        [
-            *(str(each["dataset"]), f"{each['protocol']}, {each['metric']}", str(each["model"])),
-            *(in_words(each, each["unit"], each["n_test"]), str(each["other"])),
-        ]
-        for each in paired
-    ]
+    rows = []
+    for each in paired:
+        ours, theirs = (
+            f"{each[key]} {score(value, each['unit'])}" for key, value in zip(("model", "other"), each["values"])
+        )
+        measure, said = f"{each['protocol']}, {each['metric']}", in_words(each, each["unit"], each["n_test"])
+        rows.append([str(each["dataset"]), measure, ours, said, theirs])
+    return rows
+
+
+def in_cell(found: Mapping[str, Any], unit: str, count: Any) -> str:
+    """`in_words` on short lines."""
+    return in_words(found, unit, count).replace(" points", "").replace(" [", "\n[").replace(" with ", " with\n")
+
+
+def balanced(row: Any) -> str:
+    """The balanced accuracy, the mean over classes, of a row whose figure is top-1; "" for any other."""
+    details = row.get("details") if isinstance(row, dict) and row.get("metric") == "top-1" else None
+    both = details.get("micro and macro") if isinstance(details, dict) else None
+    value = both.get("mean per class") if isinstance(both, dict) else None
+    return score(number(value)) if is_number(value) else ""
 
 
 def _figures(probe: Probe) -> str:
@@ -149,7 +168,12 @@ def _figures(probe: Probe) -> str:
     levels = {"the largest class": details.get("majority"), "chance": details.get("chance")}
     beside += [f"{name} {score(number(value), unit)}" for name, value in levels.items() if is_number(value)]
     low, high = (score(each, unit) for each in (probe.low, probe.high))
-    text = f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high})"
+    rows = details.get("rows")
+    even = balanced(rows[0] if isinstance(rows, list) and rows else details)
+    more = f"; balanced {even}" if even else ""
+    text = (
+        f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high}{more})"
+    )
     return f"{text}, against {', '.join(beside)}." if beside else f"{text}."
 
 
