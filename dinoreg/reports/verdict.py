@@ -4,6 +4,7 @@ Every verdict is by the paired difference on the same test images, which a resul
 (`evaluation.comparison`). Two intervals side by side decide nothing.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +150,7 @@ def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
 
 def in_cell(found: Mapping[str, Any], unit: str, count: Any) -> str:
     """`in_words` on short lines."""
-    return in_words(found, unit, count).replace(" points", "").replace(" [", "\n[").replace(" with ", " with\n")
+    return re.sub(r" \S+ \[", "\n[", in_words(found, unit, count)).replace(" with ", " with\n")
 
 
 def balanced(row: Any) -> str:
