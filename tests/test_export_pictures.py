@@ -26,7 +26,7 @@ from dinoreg.runtime.errors import RunError
 
 SHAPES = ((48, 80), (80, 48), (17, 23), (40, 40), (31, 210), (333, 90), (40, 83))  # height, width
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the model, and of what is stated with it
-    "rgb": ({}, {}),
+    "rgb, no LayerScale": ({"layerscale": None}, {}),
     "wide crop": ({"image_size": (24, 40)}, {"image_size": [24, 40]}),
     "grey, other short side": ({"in_channels": 1}, {"short_side": 46, "interpolation": "bilinear"}),
     "5 channels": ({"in_channels": 5}, {}),

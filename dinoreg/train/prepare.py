@@ -18,7 +18,7 @@ from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.open import open_source
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
-from dinoreg.data.statistics import survey, with_statistics
+from dinoreg.data.statistics import Survey, survey, with_statistics
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
@@ -135,6 +135,15 @@ class Setup:
         )
 
 
+def _of_pictures(config: Config, source: Source, seen: Survey) -> list[str]:
+    """Lines on what becomes of the pictures, for the log."""
+    warnings = [*seen.warnings, *passed_over_in_words(source.passed_over)]
+    if seen.deep and config.data.reference_decode:
+        warnings.append("data.reference_decode cuts more than eight bits off: 16-bit pictures become nearly white")
+    left_out = photometric.left_out(config.augment, config.model.in_channels)
+    return [*filter(None, [left_out]), *(f"warning: data: {line}" for line in warnings)]
+
+
 def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     """Check a config against the machine, the data and the weights; every process calls this.
 
@@ -163,10 +172,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     num_steps = config.num_steps(len(source), ranks.world_size)
     student, teacher = build_networks(config)
     notes = [config.explain_lr(ranks.world_size), *changed, *measured]
-    notes += filter(None, [photometric.left_out(config.augment, config.model.in_channels)])
-    notes += [f"warning: data: {line}" for line in seen.warnings]
-    if seen.deep and data.reference_decode:
-        notes.append("warning: data.reference_decode cuts more than 8 bits off: 16-bit pictures become nearly white")
+    notes += _of_pictures(config, source, seen)
     notes += _processes(config, student, ranks.world_size)
     init = load_init(config, out, student, teacher)
     if init is not None:
@@ -175,7 +181,6 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
     notes += [f"warning: {line}" for each in (probe, general) if each is not None for line in each.notes]
-    notes += [f"warning: data: {line}" for line in passed_over_in_words(source.passed_over)]
     setup = Setup(
         config=config,
         ranks=ranks,

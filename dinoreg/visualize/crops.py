@@ -123,5 +123,6 @@ def default_folder(config: str) -> Path:
 
 
 def _original(source: Source, index: int, settings: Config) -> Image.Image:
-    pixels = source.decode(index, settings.model.in_channels)[None]  # (1, C, H, W)
+    image = source.image(index, settings.model.in_channels, by_pillow=settings.data.reference_decode)
+    pixels = image.pixels()[None]  # (1, C, H, W)
     return tile(to_pixels(pixels.float() / 255, (0.0,), (1.0,))[0], TILE)
