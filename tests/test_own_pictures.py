@@ -29,30 +29,35 @@ def knn_of(data: Path, run: Path, out: Path) -> tuple[float, dict]:
     return record["rows"][0]["value"], record
 
 
-def write_stripes(root: Path, save: Callable[[Path, np.ndarray], None]) -> None:
-    """Two classes, stripes across and down, with a random phase, in splits; `save(path, values in 0..1)`."""
+def write_stripes(root: Path, save: Callable[[Path, np.ndarray], None], splits: bool = True) -> None:
+    """Two classes, stripes across and down, with a random phase; `save(path, values in 0..1)`."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[:64, :64]
     for name, ramp in (("across", rows), ("down", columns)):
         for number in range(20):
             wave = 0.5 + 0.45 * np.sin(ramp / 3 + rng.uniform(0, 2 * np.pi)) * rng.uniform(0.5, 1)
-            path = root / ("test" if number % 4 == 0 else "train") / name / f"{number:02d}.png"
+            split = ("test" if number % 4 == 0 else "train") if splits else ""
+            path = root / split / name / f"{number:02d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             save(path, wave)
 
 
-def test_sixteen_bits_are_as_good_as_eight(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("splits", [True, False])
+def test_sixteen_bits_are_as_good_as_eight(splits: bool, run: Path, tmp_path: Path) -> None:
     def eight(path: Path, values: np.ndarray) -> None:
         Image.fromarray((values * 255).round().astype(np.uint8)).save(path)
 
     def sixteen(path: Path, values: np.ndarray) -> None:
         Image.fromarray((values * 255).round().astype(np.uint16) * 257).save(path)
 
-    write_stripes(tmp_path / "deep8", eight)
-    write_stripes(tmp_path / "deep16", sixteen)
+    write_stripes(tmp_path / "deep8", eight, splits)
+    write_stripes(tmp_path / "deep16", sixteen, splits)
     first, _ = knn_of(tmp_path / "deep8", run, tmp_path / "a")
     second, _ = knn_of(tmp_path / "deep16", run, tmp_path / "b")
-    assert first == second > 0.8
+    if splits:
+        assert first == second > 0.8
+    else:  # the hold-out follows the contents of files, which differ
+        assert min(first, second) > 0.8
 
 
 def test_turned_transparent_and_palette_pictures_are_seen_as_in_training(run: Path, tmp_path: Path) -> None:
@@ -94,7 +99,7 @@ def test_copies_stay_on_one_side_so_that_noise_is_chance(run: Path, tmp_path: Pa
     value, record = knn_of(tmp_path / "copies", run, tmp_path / "out")
     # 8 different pictures are tested, 3 times each: all right by luck in 1 of 256 cases, 100 % where copies leak.
     assert value < 0.9
-    assert record["warnings"] == []
+    assert not [warning for warning in record["warnings"] if "copies" in warning]
 
 
 def test_copies_across_given_splits_are_a_warning(run: Path, tmp_path: Path) -> None:
@@ -109,7 +114,8 @@ def test_copies_across_given_splits_are_a_warning(run: Path, tmp_path: Path) -> 
         root / "test" / "a" / "new.png"
     )
     _, record = knn_of(root, run, tmp_path / "out")
-    assert record["warnings"] == ["8 of 9 images of test are copies of training images"]
+    copies = [warning for warning in record["warnings"] if "copies" in warning]
+    assert copies == ["8 of 9 images of test are copies of training images"]
 
 
 def test_a_folder_and_a_table_of_the_same_pictures_are_split_alike(run: Path, tmp_path: Path) -> None:
