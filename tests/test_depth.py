@@ -22,7 +22,7 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.dense import depth_images
 from dinoreg.evaluation.dense.depth_head import DepthHead, DepthHeads, head_blocks
-from dinoreg.evaluation.dense.depth_images import crop_size, read_pair, training_crop
+from dinoreg.evaluation.dense.depth_images import crop_size, read_pair, seen_size, training_crop
 from dinoreg.evaluation.options import DepthOptions, EvalOptions
 from dinoreg.evaluation.protocols.depth import evaluate
 from dinoreg.evaluation.protocols.measurement import Measurement
@@ -153,6 +153,14 @@ def test_crops_are_416_by_544_or_less_in_proportion(
 ) -> None:
     split = _maps([np.zeros((height, width, 3), dtype=np.uint8)] * 2, [])
     assert crop_size(split, border, 640) == expected
+
+
+def test_small_images_are_enlarged_where_the_options_say_so_and_never_beyond_the_long_side() -> None:
+    assert seen_size(56, 112, 640) == (56, 112)
+    assert seen_size(56, 112, 640, 224) == (224, 448)
+    assert seen_size(56, 112, 300, 224) == (150, 300)
+    split = _maps([np.zeros((56, 112, 3), dtype=np.uint8)], [])
+    assert crop_size(split, None, 640, 224) == (224, 292)
 
 
 def test_an_image_smaller_than_the_crop_is_filled_up_with_unknown_depth() -> None:

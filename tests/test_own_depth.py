@@ -31,6 +31,8 @@ def write(folder: Path, maps: list[np.ndarray], suffix: str = ".png") -> Path:
         known = np.where(np.isfinite(values), values, 0).astype(float)
         near = 250 - 200 * known / max(known.max(), 1)
         picture = np.repeat(near[..., None], 3, axis=2).clip(0, 255).astype(np.uint8)
+        blocks = np.random.default_rng(index).integers(0, 255, (SIZE[0] // 4, SIZE[1] // 4), dtype=np.uint8)
+        picture[..., 2] = np.kron(blocks, np.ones((4, 4), dtype=np.uint8))  # so that none is a copy of another
         Image.fromarray(picture).save(folder / "images" / split / f"{index}.png")
         path = folder / "depth" / split / f"{index}{suffix}"
         if suffix == ".npy":
@@ -146,7 +148,7 @@ def test_depths_outside_of_the_limits_are_said_from_one_in_a_hundred() -> None:
 
 def test_training_is_as_long_as_the_set(tmp_path: Path) -> None:
     options = read(write(tmp_path, [slope(2, 8)] * 7, ".npy")).options(224)
-    assert options == {"max_depth": 8.1, "min_depth": 0.001, "steps": 200, "batch_size": 6}
+    assert options == {"max_depth": 8.1, "min_depth": 0.001, "steps": 200, "batch_size": 6, "min_size": 224}
 
 
 def test_the_command_line_asks_for_the_unit_and_measures_the_range(

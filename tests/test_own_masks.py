@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,21 @@ def test_names_may_cover_more_numbers_than_the_masks_have(tmp_path: Path) -> Non
     data = read(folder, values="0,2,5")
     assert list(data.class_names) == ["ground", "cat", "dog"]
     assert np.array_equal(data.splits["test"].mask(0), columns(0, 1, 1, 2))
+
+
+def test_copies_of_a_picture_are_held_out_together_and_across_splits_they_are_said(tmp_path: Path) -> None:
+    folder = write(tmp_path, [columns(0, 1)] * 6)
+    for kind in ("images", "masks"):
+        shutil.copy(folder / kind / "train" / "0.png", folder / kind / "test" / "copy.png")
+    assert read(folder).extra["warnings"] == ["1 of 2 images of test are copies of training images"]
+    for path in [*folder.glob("*/*/*.png")]:
+        path.rename(path.parents[1] / path.name)
+    for folder_of_split in folder.glob("*/*/"):
+        folder_of_split.rmdir()
+    for seed in range(6):
+        splits = read(folder, seed=seed).splits
+        sides = [{Path(split.source.name(index)).stem for index in range(len(split))} for split in splits.values()]
+        assert all(len(side & {"0", "copy"}) != 1 for side in sides)
 
 
 def test_a_split_of_one_class_is_refused(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_no_consumer_enlarges_the_whole(own: bool, source: PathSource, largest: 
     segmentation_head.training_crop(*segmentation_head.read_pair(segmented, 0), SIZE, [0] * 3, rng)
     depths = DepthMaps(source, lambda _: mask + np.float32(1))
     read, metres = depth_images.read_pair(depths, 0)
-    depth_images.training_crop(depth_images.shrink(read, 640), metres, (SIZE, SIZE), None, rng)
+    depth_images.training_crop(depth_images.as_seen(read, 640), metres, (SIZE, SIZE), None, rng)
 
 
 def test_own_pictures_are_cropped_before_they_are_resized(source: PathSource, largest: list[int]) -> None:

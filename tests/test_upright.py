@@ -69,6 +69,11 @@ def lie_over_each_other(data: Data, split: str, index: int) -> bool:
     return mask.shape == pixels.shape and np.array_equal(mask == 1, pixels > 100)
 
 
+def unclear(data: Data) -> list[str]:
+    """Its warnings on truths that could lie either way; the pictures are copies of each other, which is said too."""
+    return [each for each in data.extra["warnings"] if each.startswith("turned pictures")]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("drawn_on", ["shown", "stored"])
 @pytest.mark.parametrize("ending", [".png", ".tif"])
@@ -80,7 +85,7 @@ def test_a_truth_lies_over_its_upright_picture(tmp_path: Path, orientation: int,
     data = read(tmp_path)
     assert lie_over_each_other(data, "test", 0)
     assert all(lie_over_each_other(data, "train", index) for index in (0, 1))
-    assert len(data.extra["warnings"]) == (orientation in (2, 3, 4))
+    assert len(unclear(data)) == (orientation in (2, 3, 4))
 
 
 @pytest.mark.parametrize("drawn_on", ["shown", "stored"])
@@ -89,8 +94,8 @@ def test_of_a_square_picture_the_truths_own_tag_decides(tmp_path: Path, drawn_on
         pair(tmp_path, number, 6, drawn_on, size=(28, 28), tag=6 if drawn_on == "stored" else 1)
     data = read(tmp_path)
     assert lie_over_each_other(data, "test", 0)
-    unclear = "turned pictures: 2 are turned by EXIF, which keeps their size: their masks were taken to lie upright"
-    assert data.extra["warnings"] == ([unclear] if drawn_on == "shown" else [])
+    said = "turned pictures: 2 are turned by EXIF, which keeps their size: their masks were taken to lie upright"
+    assert unclear(data) == ([said] if drawn_on == "shown" else [])
 
 
 def test_a_tag_that_was_copied_to_an_upright_truth_turns_nothing(tmp_path: Path) -> None:

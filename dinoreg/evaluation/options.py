@@ -100,6 +100,7 @@ class DepthOptions(Options, section="depth"):
     min_depth: float = option(1e-3, "of the bins and of what is scored", unit="metre", above=0)
     max_depth: float = option(10.0, "likewise", unit="metre", above=0)
     max_size: int = option(640, "of the long side that the backbone sees at most", unit="pixel", low=1)
+    min_size: int = option(1, "of the short side that it sees at least", unit="pixel", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()

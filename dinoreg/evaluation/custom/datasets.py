@@ -85,8 +85,8 @@ def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], values: Mapping[st
     tasks = []
     for kind in kinds:
         protocol, metric, read = PAIRS[kind]
-        pairs, variant = find_pairs(path, kind, values["test_share"], values["seed"])
-        tasks.append(Task(protocol, _reader(read, path, pairs, variant, values), metric))
+        pairs, variant, warnings = find_pairs(path, kind, values["test_share"], values["seed"])
+        tasks.append(Task(protocol, _reader(read, path, pairs, variant, values, warnings), metric))
     splits = counts_in_words({split: len(images) for split, (images, _) in pairs.items()})
     return replace(blank, task=" and ".join(task.protocol for task in tasks), splits=splits, tasks=tuple(tasks))
 

@@ -45,11 +45,12 @@ class Known(NamedTuple):
     sample: np.ndarray
 
 
-def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]) -> Data:
+def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any], warnings: Sequence[str] = ()) -> Data:
     """The pairs as images with depth maps in metres, once all of them have been looked at.
 
     variant  how they were split, in words
-    options  "depth_unit": of the files; "" where it is not known
+    options   "depth_unit": of the files; "" where it is not known
+    warnings  that there are already
     raises   UserError for maps that cannot be read or do not fit their pictures, whole numbers without a unit, negative
              depths, and a split in which nothing is known or all is equally far
     """
@@ -59,7 +60,7 @@ def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]) -
     low, high = _range(root, seen.found, unit)
     metres = unit or 1.0
     samples = {split: np.concatenate([one.sample for one in found]) * metres for split, found in seen.found.items()}
-    limit, warnings = high * metres, list(seen.warnings)
+    limit, warnings = high * metres, [*warnings, *seen.warnings]
     usual = float(np.quantile(samples["train"], ONE_OUTLIER))
     if limit > FAR * usual:
         farthest = f"up to {limit:.3g} m; depth.max_depth={_above(limit):g} counts them"
@@ -83,7 +84,8 @@ def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]) -
         splits[split] = DepthMaps(images, depth, f"{truths.stamp()} {metres} {seen.turns[split].tolist()}")
     set_by_data: dict[str, float] = {"max_depth": _above(limit), "min_depth": min(PUBLISHED.min_depth, limit / 1000)}
     set_by_data |= training_length(len(seen.found["train"]), PUBLISHED.steps, PUBLISHED.batch_size)
-    return Data(splits, (), variant, {"warnings": warnings, "samples": samples}, options=lambda _: set_by_data)
+    extra = {"warnings": warnings, "samples": samples}
+    return Data(splits, (), variant, extra, options=lambda side: {**set_by_data, "min_size": side})
 
 
 def read_depth(path: Path) -> PixelFile:

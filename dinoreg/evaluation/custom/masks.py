@@ -30,11 +30,12 @@ MOST_LISTED = 6  # values that a message gives shares of
 MOST_UNNAMED = 64  # classes without a classes.txt: more values sooner are shades
 
 
-def segmented(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]) -> Data:
+def segmented(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any], warnings: Sequence[str] = ()) -> Data:
     """The pairs as images with masks, once all of them have been looked at.
 
     variant  how they were split, in words
-    options  "values": the numbers or colours that are classes, as text; "" for numbers from 0
+    options   "values": the numbers or colours that are classes, as text; "" for numbers from 0
+    warnings  that there are already
     raises   UserError for masks that cannot be read or do not fit their pictures, values that are no class, a class
              that no mask has, and a split of fewer than two classes
     """
@@ -43,7 +44,8 @@ def segmented(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]
     seen = survey(pairs, read, lambda path, pixels: (path, *np.unique(pixels.values, return_counts=True)), "masks")
     totals = {split: _total(found) for split, found in seen.found.items()}
     classes, names = _classes(root, names, values, seen, sum(totals.values(), Counter()))
-    warnings = seen.warnings + _doubts(root, names or [str(each) for each in classes], classes, totals)
+    shown = names or [str(each) for each in classes]
+    warnings = [*warnings, *seen.warnings, *_doubts(root, shown, classes, totals)]
     splits = {}
     for split, (images, masks) in pairs.items():
 

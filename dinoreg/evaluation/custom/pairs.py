@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
+from dinoreg.data.copies import MOST_COMPARED, find_copies
 from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.source import PathSource
 from dinoreg.data.split_names import split_of
-from dinoreg.evaluation.custom.splits import parts
+from dinoreg.evaluation.custom.splits import copies_across, parts
 from dinoreg.evaluation.custom.upright import Pairs
 from dinoreg.runtime.errors import UserError
 
@@ -35,8 +36,10 @@ def kinds_of_pairs(root: Path) -> list[str]:
     return [kind for kind in SUFFIXES if any((root / base / kind).is_dir() for base in bases)]
 
 
-def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, str]:
-    """Every image with its mask or depth map, by split, and in words how they were split.
+def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, str, list[str]]:
+    """Every image with its mask or depth map, by split, how they were split in words, and warnings of copies.
+
+    Copies of a picture are held out together; across given splits they are a warning.
 
     kind         "masks" or "depth"
     share, seed  share in (0, 1) and seed of the held-out images where the folders name no test split
@@ -78,14 +81,18 @@ def find_pairs(root: Path, kind: str, share: float, seed: int) -> tuple[Pairs, s
     if "train" in known and None in words:
         raise UserError(f"{root / images[words.index(None)]}: lies in no split, though others lie in train")
     given = known if len(known) == len(words) else None
-    rows, variant = parts(given, np.zeros(len(images)), share, seed, root, per_class=False)
+    everything = PathSource(str(root), PathBlock.of(images))
+    copies = find_copies(everything) if len(images) <= MOST_COMPARED else None
+    rows, variant = parts(given, np.zeros(len(images)), share, seed, root, per_class=False, copies=copies)
+    warnings = copies_across(rows, copies) if copies is not None else []
 
     def source(paths: list[str], chosen: np.ndarray) -> PathSource:
         chosen_paths = PathSource(str(root), PathBlock.of([paths[row] for row in chosen]))
         chosen_paths.as_trained = True
         return chosen_paths
 
-    return {split: (source(images, chosen), source(truths, chosen)) for split, chosen in rows.items()}, variant
+    pairs = {split: (source(images, chosen), source(truths, chosen)) for split, chosen in rows.items()}
+    return pairs, variant, warnings
 
 
 def training_length(images: int, steps: int, batch_size: int) -> dict[str, int]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dinoreg.evaluation.backbones.encoder import Encoder, seeded, to_unit
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import DepthMaps
-from dinoreg.evaluation.dense.depth_images import read_pair, shrink, training_crop
+from dinoreg.evaluation.dense.depth_images import as_seen, read_pair, training_crop
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, centre_pad, centre_padding, training_stream
 from dinoreg.evaluation.features.cache import require_finite
 from dinoreg.evaluation.features.images import parallel, stack_images, to_array
@@ -115,7 +115,7 @@ class DepthHeads:
 
         def load(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
             image, metres = read_pair(train, index)
-            return training_crop(shrink(image, options.max_size), metres, size, border, rng)
+            return training_crop(as_seen(image, options.max_size, options.min_size), metres, size, border, rng)
 
         def losses(step: int) -> Mapping[str, Tensor]:
             indices, crops = zip(*stream(step))
@@ -170,7 +170,7 @@ class DepthHeads:
 
         def load(index: int) -> tuple[int, np.ndarray, np.ndarray]:
             image, depth = read_pair(split, index)
-            return index, to_array(shrink(image, self.options.max_size)), depth
+            return index, to_array(as_seen(image, self.options.max_size, self.options.min_size)), depth
 
         loaded = parallel(load, range(len(split)), context.workers)
         batch_size = min(context.batch_size, self.options.batch_size)

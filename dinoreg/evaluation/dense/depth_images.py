@@ -44,28 +44,29 @@ def read_pair(split: DepthMaps, index: int) -> tuple[Picture, np.ndarray]:
     return image, np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
 
 
-def shrunk_size(height: int, width: int, max_size: int) -> tuple[int, int]:
-    """Height and width in pixels with the long side at most `max_size`, in proportion; never enlarged."""
-    return fit_size(height, width, min(height, width), max_size)
+def seen_size(height: int, width: int, max_size: int, min_size: int = 1) -> tuple[int, int]:
+    """Height and width in pixels, in proportion, with the short side at least `min_size` unless that would make the
+    long side more than `max_size`."""
+    return fit_size(height, width, max(min(height, width), min_size), max_size)
 
 
-def shrink(image: Picture, max_size: int) -> Picture:
-    """The image with its long side at most `max_size` pixels, bilinear; itself where it fits."""
-    return resized(image, *shrunk_size(*size_of(image), max_size), BILINEAR)
+def as_seen(image: Picture, max_size: int, min_size: int = 1) -> Picture:
+    """The image at its `seen_size`, bilinear; itself where it fits."""
+    return resized(image, *seen_size(*size_of(image), max_size, min_size), BILINEAR)
 
 
-def crop_size(split: DepthMaps, border: Crop | None, max_size: int) -> tuple[int, int]:
+def crop_size(split: DepthMaps, border: Crop | None, max_size: int, min_size: int = 1) -> tuple[int, int]:
     """Height and width in pixels of training crops: 416 x 544, or in proportion less where images are smaller.
 
     The smallest of up to SIZES_READ images, evenly spaced, decides; an image that is smaller still is padded.
 
     border    the part of each image that crops are taken from; None: all of it
-    max_size  pixels of the long side, to which images are shrunk first
+    max_size, min_size  pixels of the sides that images are brought to first, as `seen_size`
     raises    UserError for an image that cannot be read
     """
     smallest = [10**9, 10**9]
     for index in np.unique(np.linspace(0, len(split) - 1, SIZES_READ).astype(int)):
-        height, width = shrunk_size(*size_of(read_picture(split.source, int(index))), max_size)
+        height, width = seen_size(*size_of(read_picture(split.source, int(index))), max_size, min_size)
         if border is not None:
             rows, columns = scaled_crop(border, height, width)
             height, width = rows.stop - rows.start, columns.stop - columns.start
@@ -80,7 +81,7 @@ def training_crop(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One randomly augmented crop, and its depth.
 
-    depth    (H, W) float32 metres, 0 where unknown; resized to the image if that was shrunk
+    depth    (H, W) float32 metres, 0 where unknown; resized to the image if that was scaled
     size     (h, w) of the crop in pixels; what lies beyond the image is 0
     border   the part of the image that the crop is taken from; None: all of it
     returns  (h, w, C) float32 in [0, 1]; (h, w) float32 metres, 0 where unknown or padded

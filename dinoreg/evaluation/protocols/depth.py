@@ -22,7 +22,7 @@ from dinoreg.evaluation.dense.depth_head import (
     resized,
     warmup_steps,
 )
-from dinoreg.evaluation.dense.depth_images import CROP, crop_size, example, read_pair, shrink
+from dinoreg.evaluation.dense.depth_images import CROP, as_seen, crop_size, example, read_pair
 from dinoreg.evaluation.features.images import parallel, stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.depth import SCORES, Crop, depth_scores, mean_scores, valid_pixels
@@ -55,7 +55,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     valid = partial(valid_pixels, min_depth=settings.min_depth, max_depth=settings.max_depth)
     in_border, in_window = partial(valid, crop=border), partial(valid, crop=window)
     metres, baseline = _mean_depth(train, test, in_border, in_window, settings, context)
-    size = crop_size(train, border, settings.max_size)
+    size = crop_size(train, border, settings.max_size, settings.min_size)
     heads = DepthHeads(measured.encoder, settings, context.seed)
     ended = heads.fit(train, size, border, context)
     scores = _score(heads, test, in_window, context, "depth: test")
@@ -166,7 +166,7 @@ def _draw(heads: DepthHeads, key: Key, test: DepthMaps, valid: Valid, context: C
     """Image | prediction | truth of evenly spaced test images, by one head."""
     for number, index in enumerate(context.example_indices(len(test))):
         image, true = read_pair(test, index)
-        pixels = stack_images([to_array(shrink(image, heads.options.max_size))])
+        pixels = stack_images([to_array(as_seen(image, heads.options.max_size, heads.options.min_size))])
         predicted = resized(heads.predict(pixels, [key], [test.source.name(index)])[key][0], true.shape)
         error = depth_scores(predicted, true, valid(true))["rmse"]
         picture = example(image, predicted, true, valid(true), f"lin.{key[0]}, RMSE {error:.2f} m")
