@@ -30,6 +30,7 @@ from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop
 from dinoreg.evaluation.metrics.bootstrap import Clusters, bootstrap_statistic, resample
+from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, LinearOptions, LogisticOptions, MultilabelOptions
 from dinoreg.evaluation.protocols.classification import draws_interval
 from dinoreg.evaluation.protocols.measurement import Measurement
@@ -342,11 +343,30 @@ def test_nothing_is_learnt_from_copies_of_noise(tmp_path: Path) -> None:
                 save(noise, tmp_path / "copies" / label / f"{number:02d}_png.rf.{copy}.png", "PNG")
     torch.save(small_vit().state_dict(), tmp_path / "small.pth")
     options = [f"weights={tmp_path}/small.pth", f"out={tmp_path}/out", "workers=0", "examples=0", "report=false"]
-    assert main(["eval", str(tmp_path / "copies"), *options, "protocols=knn,logistic", "logistic.num_c=8"]) == 0
+    assert main(["eval", str(tmp_path / "copies"), *options, "protocols=knn,logistic", "knn.k=20"]) == 0
     (path,) = (tmp_path / "out").glob("eval/*/copies.json")
     found = json.loads(path.read_text())
-    rows = [(who, row) for who, those in [("run", found["rows"]), *found["baseline_rows"].items()] for row in those]
-    assert {who for who, _ in rows} == {"run", "random init", "raw pixels"}
-    for _, row in rows:
+    assert set(found["baseline_rows"]) == {"random init", "raw pixels"}
+    for row in [*found["rows"], *(row for rows in found["baseline_rows"].values() for row in rows)]:
         assert row["n_test"] == 120
         assert row["low"] <= 0.5 <= row["high"]
+
+
+def test_of_copies_of_noise_chance_is_in_the_interval_in_19_of_20_cases() -> None:
+    rng = np.random.default_rng(1)
+    pictures = np.repeat(np.arange(40), 3)
+    labels = pictures // 20
+    found = []
+    for _ in range(60):
+        x = torch.from_numpy(rng.normal(size=(40, 24))[pictures].astype(np.float32))
+        folds = deal(labels, 5, 0, Copies(alone(120).digests, pictures * 3))
+        said = np.empty(120, dtype=np.int64)
+        for fold in range(5):
+            learnt, rows = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
+            votes = knn_predict(x[learnt], torch.from_numpy(labels[learnt]), x[rows], [20], 0.07, 2)
+            said[rows] = votes[20].argmax(dim=-1).numpy()
+        interval = draws_interval(said[None], labels, "top-1", 100, clusters=Clusters(pictures, folds))
+        found.append((interval.low <= 0.5 <= interval.high, (said == labels).mean()))
+    covered, mean = np.array(found, dtype=np.float64).mean(axis=0)
+    assert 0.90 <= covered <= 0.99
+    assert mean == pytest.approx(0.5, abs=3 * 0.1 / np.sqrt(60))

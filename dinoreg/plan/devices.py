@@ -30,11 +30,13 @@ CONTEXT_GIB = 0.7
 NCCL_GIB = 0.8
 FRAGMENTATION = 0.105
 
-# On a CPU the peak of the process counts: Python with PyTorch and libraries after a few steps, and of what comes and
-# goes, a checkpoint's copies among it, the share that glibc keeps and cannot use. Both are fitted to real runs
-# (benchmarks/memory.py, docs/plan.md). Of the memory that is free a run should leave some to the rest of the machine.
-PROCESS_GIB = 0.8
-CPU_FRAGMENTATION = 0.28
+# On a CPU the peak of the process counts: Python with PyTorch and libraries after a few steps; each thread that decodes
+# (photos of six megapixels); what a probe imports and computes besides the network; and of what comes and goes, a
+# checkpoint's copies among it, the share that glibc keeps and cannot use. All are fitted to the peaks of real runs
+# (docs/plan.md). Of the memory that is free a run should leave some to the rest of the machine.
+PROCESS_GIB, WORKER_GIB = 0.88, 0.015
+PROBE_GIB = 0.12
+CPU_FRAGMENTATION, SMALL_GIB = 0.22, 0.12  # of small amounts another half, up to so much
 FREE_SHARE = 0.9
 
 

@@ -10,11 +10,15 @@ last FFN of tokens that no loss uses.
 from collections import defaultdict
 from dataclasses import dataclass
 
+import torch
+
+from dinoreg.data.loader import num_workers
 from dinoreg.plan import devices
 from dinoreg.plan.devices import GIB
 from dinoreg.plan.job import Job
-from dinoreg.plan.recorder import KOLEO, PARTS, STATE, Parts
+from dinoreg.plan.recorder import KOLEO, PARTS, STATE, TEACHER, Parts
 from dinoreg.plan.trace import trace_job
+from dinoreg.train.online_probe import BATCH_SIZE as PROBE_BATCH
 
 # Bytes of state for each parameter: student, teacher, and AdamW's two moments.
 STATE_BYTES = 16
@@ -33,8 +37,9 @@ class Memory:
     fragments  allowance for fragmentation of the allocator's memory
     host       CPU memory of one process for crops that are prepared ahead
     saving     CPU memory of one process while a checkpoint is written
+    probing    CPU memory for the probe's images and their features, on a CPU
     available  what a process may use of the device; 0: unknown
-    on_cpu     whether the device is the CPU, where `host` and `saving` are of the same memory
+    on_cpu     whether the device is the CPU, where `host`, `saving` and `probing` are of the same memory
     """
 
     moments: dict[str, Parts]
@@ -42,6 +47,7 @@ class Memory:
     fragments: int
     host: int
     saving: int
+    probing: int
     available: int
     on_cpu: bool = False
 
@@ -58,7 +64,7 @@ class Memory:
     @property
     def needed(self) -> int:
         """Bytes that the device must have: tensors at the peak and allowances; on a CPU the peak of the process."""
-        beside = self.host + self.saving if self.on_cpu else 0
+        beside = self.host + self.saving + self.probing if self.on_cpu else 0
         return self.allocated + self.context + self.fragments + beside
 
     @property
@@ -105,7 +111,10 @@ def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
     passing = sum(size for part, size in moments[_peak(moments)].items() if part not in STATE)
     host, saving = _crops_ahead(job), checkpoint_copy(job) + teacher_file(job)
     if cpu:
-        context, fragments = devices.PROCESS_GIB, devices.CPU_FRAGMENTATION * (passing + saving)
+        workers = num_workers(job.config.data.workers, torch.device("cpu"))
+        context = devices.PROCESS_GIB + devices.WORKER_GIB * workers
+        passing += saving
+        fragments = devices.CPU_FRAGMENTATION * passing + min(passing / 2, devices.SMALL_GIB * GIB)
     else:
         context = devices.CONTEXT_GIB + devices.NCCL_GIB * (job.world_size > 1)
         fragments = devices.FRAGMENTATION * passing
@@ -115,6 +124,7 @@ def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
         fragments=int(fragments),
         host=host,
         saving=saving,
+        probing=_probe_memory(job, moments) if cpu else 0,
         available=int(job.device.memory * (devices.FREE_SHARE if cpu else 1)),
         on_cpu=cpu,
     )
@@ -126,6 +136,21 @@ def _crops_ahead(job: Job) -> int:
     pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
     each = 1 + 4 * (job.device.kind == "cpu")
     return (config.data.prefetch + 1) * config.batch_size * pixels * config.model.in_channels * each
+
+
+def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
+    """Bytes that the probe inside a run needs on a CPU, little of which finds room in what a step has left.
+
+    A batch of its images needs what as many global crops of the teacher do in a step, and two copies of its pixels.
+    """
+    config, size = job.config, job.config.crops.global_size
+    if config.probe.every == 0:
+        return 0
+    passing = sum(count for part, count in moments[TEACHER].items() if part not in STATE)
+    pixels, images = config.model.in_channels * size**2, min(config.probe.num_images, PROBE_BATCH)
+    kept = config.probe.num_images * (1 + (config.probe.general is not None)) * pixels
+    network = images * (passing / (2 * job.micro_batch_size) + 2 * 4 * pixels)
+    return int(devices.PROBE_GIB * GIB + network) + kept
 
 
 def checkpoint_size(job: Job) -> int:

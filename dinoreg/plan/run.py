@@ -52,9 +52,11 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
     if options.gpu is None and not here:
         notes.append(f"No gpu= was given and none is here: {device.name} is assumed.")
     links = {name: value for name in ("link", "local_link") if (value := getattr(options, name)) is not None}
-    job = describe(config, nodes, gpus, replace(device, **links))
     source = _open(config, notes)
     num_images = options.num_images or (None if source is None else len(source))
+    if num_images is not None and config.probe.data is None:  # it takes some of them
+        config = replace(config, probe=replace(config.probe, num_images=min(config.probe.num_images, num_images)))
+    job = describe(config, nodes, gpus, replace(device, **links))
     num_steps = _length(job, num_images)
     needed = memory_of(job)
     advice = () if needed.fits else tuple(remedies(job))

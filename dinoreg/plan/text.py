@@ -8,9 +8,10 @@ from dinoreg.plan.recorder import PARTS
 from dinoreg.plan.result import Plan
 from dinoreg.runtime.durations import about
 from dinoreg.runtime.templates import render
+from dinoreg.train.online_probe import BATCH_SIZE as PROBE_BATCH
 from dinoreg.train.outlook import rounded
 
-ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FRAGMENTATION", "CPU_FRAGMENTATION", "FREE_SHARE", "LINK_SHARE")
+ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FRAGMENTATION", "FREE_SHARE", "LINK_SHARE")
 
 
 def show(plan: Plan) -> None:
@@ -54,6 +55,7 @@ def _text(plan: Plan) -> str:
         prototypes=plan.job.sizes.prototypes.values(),
         held={part: held.get(part, 0) for part in PARTS if part in held or (part == "gradients" and most_gradients)},
         most_gradients=most_gradients,
+        PROBE_BATCH=PROBE_BATCH,
         **{name: getattr(devices, name) for name in ALLOWANCES},
         **{each.__name__: each for each in (gib, size, about, moment, number, digits, millions, rounded)},
     )

@@ -46,11 +46,7 @@ OPTIONS = {
     "root": option("", "of a table: the folder that its paths begin at and must stay in; empty: the table's own"),
 }
 BLANK = Benchmark(NAME, "", None, (), (), tasks=(), download="", licence="your own", options=OPTIONS, aliases=(NAME,))
-EPOCH_STEPS = (
-    20,
-    100,
-    1250,
-)  # fewest, from 2,000 images on, and most steps in each of the linear protocol's ten epochs
+EPOCH_STEPS = (100, 1250)  # fewest, shared by all folds, and most steps in each of the linear protocol's ten epochs
 PAIRS = {"masks": ("segmentation", "mIoU", segmented), "depth": ("depth", "RMSE", depths)}
 
 
@@ -70,7 +66,11 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
     name, above = _name(path), path.parent.parent if path.is_file() else path.parent
     title, longer = f"{path.parent.name}/{path.name}".lstrip("/"), _safe(f"{above.name}_{name}")
     blank = replace(BLANK, name=name, title=title, folders=(str(path),), options=given, place=str(path), longer=longer)
-    if path.is_dir() and (kinds := kinds_of_pairs(path)):
+    kinds = kinds_of_pairs(path) if path.is_dir() else []
+    for name, kind in (("values", "masks"), ("depth_unit", "depth")):
+        if values[name] and kind not in kinds:
+            raise UserError(f"own.{name}={values[name]}: {path} has no images/ with {kind}/ beside it")
+    if kinds:
         if values["folds"] > 1:
             raise UserError(f"own.folds={values['folds']}: folds are for labelled images, {path} holds {kinds[0]}")
         return _of_pairs(blank, path, kinds, values)
@@ -98,10 +98,8 @@ def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
     if isinstance(train, MultiLabelled):
         kind, tasks = "multi-label classification", [Task("multilabel", read, "all-points mAP")]
     else:
-        # Few images need few steps, and there is a training for each fold; the head is chosen on held-out training
-        # images, so that the reported ones stay unseen.
-        fewest, usual, most = EPOCH_STEPS
-        steps = int(np.clip(-(-len(train) // 1024), np.clip(len(train) // 20, fewest, usual), most))
+        # Few images need few steps; the head is chosen on held-out training images: the reported ones stay unseen.
+        steps = int(np.clip(-(-len(train) // 1024), max(EPOCH_STEPS[0] // folds, 5), EPOCH_STEPS[1]))
         options = {"linear": {"augment": False, "choose_on": "train", "epoch_steps": steps}}
         protocols = ("logistic", "linear", "knn", "few_shot")
         kind, tasks = "classification", [Task(each, read, "top-1", options=options.get(each, {})) for each in protocols]
