@@ -206,6 +206,13 @@ def test_values_that_are_none_are_refused(tmp_path: Path, values: str) -> None:
     assert f"own.values={values}: " in refusal(write(tmp_path, [columns(0, 1)] * 2), values=values)
 
 
+def test_options_of_masks_and_depth_need_them(tmp_path: Path) -> None:
+    folder = write(tmp_path, [columns(0, 1)] * 2)
+    assert "own.depth_unit=mm: " in refusal(folder, depth_unit="mm")
+    (folder / "masks").rename(folder / "labels")
+    assert "has no images/ with masks/ beside it" in refusal(folder, values="0,255")
+
+
 def test_the_key_of_a_result_knows_what_was_a_class(tmp_path: Path) -> None:
     folder = write(tmp_path, [columns(0, 1, 2, 255)] * 2)
     stamps = [read(folder, values=each).splits["test"].truth_stamp() for each in ("0,1", "1,0", "0,1,2", "")]
@@ -216,6 +223,8 @@ def test_the_key_of_a_result_knows_what_was_a_class(tmp_path: Path) -> None:
 def test_values_become_their_places() -> None:
     values = np.array([[7, 3, 255], [0, 8, 3]], dtype=np.int32)
     assert numbered(values, [7, 3, 0]).tolist() == [[0, 1, 255], [2, 255, 1]]
+    assert numbered(values, [70_000, 3, 0]).tolist() == [[255, 1, 255], [2, 255, 1]]
+    assert numbered(values * 100_000, [300_000, 700_000]).tolist() == [[1, 0, 255], [255, 255, 0]]
 
 
 def test_training_is_as_long_as_the_set_and_crops_as_large_as_its_pictures(tmp_path: Path) -> None:

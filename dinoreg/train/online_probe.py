@@ -27,6 +27,7 @@ from dinoreg.data.copies import content_digest
 from dinoreg.data.labelled import listed, passed_over_in_words
 from dinoreg.data.open import is_scenes, open_source, read_labelled
 from dinoreg.data.source import ChosenSource, ScenesSource, Source
+from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
@@ -296,7 +297,8 @@ def _probe_of_own(config: Config, key: str, spec: str) -> Probe:
         raise UserError(f"{key}={spec}: has several labels an image, expected one")
     source = found.source()
     source.value_range = ValueRange.of(config.data.range)
-    notes = tuple(f"{key}: {line}" for line in (*found.warnings, *passed_over_in_words(found.passed_over)))
+    seen = survey(source, config.model.in_channels, what=key).warnings
+    notes = tuple(f"{key}: {line}" for line in (*found.warnings, *passed_over_in_words(found.passed_over), *seen))
     words = np.array(found.words or [])
     queried = next((split for split in ("val", "test") if split in words), None)
     parts = None

@@ -66,7 +66,11 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
     name, above = _name(path), path.parent.parent if path.is_file() else path.parent
     title, longer = f"{path.parent.name}/{path.name}".lstrip("/"), _safe(f"{above.name}_{name}")
     blank = replace(BLANK, name=name, title=title, folders=(str(path),), options=given, place=str(path), longer=longer)
-    if path.is_dir() and (kinds := kinds_of_pairs(path)):
+    kinds = kinds_of_pairs(path) if path.is_dir() else []
+    for name, kind in (("values", "masks"), ("depth_unit", "depth")):
+        if values[name] and kind not in kinds:
+            raise UserError(f"own.{name}={values[name]}: {path} has no images/ with {kind}/ beside it")
+    if kinds:
         if values["folds"] > 1:
             raise UserError(f"own.folds={values['folds']}: folds are for labelled images, {path} holds {kinds[0]}")
         return _of_pairs(blank, path, kinds, values)

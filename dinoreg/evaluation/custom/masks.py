@@ -24,6 +24,7 @@ from dinoreg.runtime.errors import UserError
 
 PUBLISHED = SegmentationOptions()
 COLOUR = 1 << 24  # added to 0xRRGGBB, which is no class number then
+SMALL = 1 << 16  # numbers below are looked up in a table
 BLURRED = ("JPEG", "MPO", "WEBP")  # formats that change numbers
 MOST_VOID = 0.5  # of a split's pixels, above which it is said
 MOST_LISTED = 6  # values that a message gives shares of
@@ -41,7 +42,7 @@ def segmented(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any]
     """
     names, values = read_classes(root) or [], _values(options["values"])
     read = partial(read_numbers, colours=any(value >= COLOUR for value in values))
-    seen = survey(pairs, read, lambda path, pixels: (path, *np.unique(pixels.values, return_counts=True)), "masks")
+    seen = survey(pairs, read, _counted, "masks")
     totals = {split: _total(found) for split, found in seen.found.items()}
     classes, names = _classes(root, names, values, seen, sum(totals.values(), Counter()))
     shown = names or [str(each) for each in classes]
@@ -94,6 +95,10 @@ def read_numbers(path: Path, colours: bool = False) -> PixelFile:
 
 def numbered(values: np.ndarray, classes: Sequence[int]) -> np.ndarray:
     """Values of a file (H, W) as classes, uint8: the place of each in `classes`; IGNORED where it is none of them."""
+    if max(classes) < SMALL and values.min(initial=0) >= 0 and values.max(initial=0) < SMALL:
+        table = np.full(SMALL, IGNORED, dtype=np.uint8)
+        table[list(classes)] = np.arange(len(classes))
+        return table[values]
     order = np.argsort(classes)
     ascending = np.asarray(classes)[order]
     place = np.searchsorted(ascending, values).clip(max=len(order) - 1)
@@ -114,6 +119,16 @@ def _values(text: str) -> list[int]:
     if mixed or (texts and not 2 <= len(set(values)) == len(values) <= IGNORED):
         raise UserError(f"own.values={text}: expected 2 to {IGNORED} different numbers, or as many colours")
     return values
+
+
+def _counted(path: Path, pixels: PixelFile) -> tuple[Path, np.ndarray, np.ndarray]:
+    """(file, the values it has, how many pixels have each)"""
+    values = pixels.values.ravel()
+    if values.min(initial=0) >= 0 and values.max(initial=0) < SMALL:  # seven times as fast as sorting
+        counts = np.bincount(values)
+        present = np.flatnonzero(counts)
+        return path, present, counts[present]
+    return path, *np.unique(values, return_counts=True)
 
 
 def _total(found: Sequence[tuple[Path, np.ndarray, np.ndarray]]) -> Counter[int]:
