@@ -88,7 +88,7 @@ def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], 
     """
     from dinoreg.evaluation.runner import choose
 
-    everything = names == "all" and not Path(names).exists()
+    everything = names == "all"
     parts = [names] if Path(names).exists() else [name for name in names.split(",") if name]
     chosen, notes = {}, []
     for part in parts:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dinoreg.commands.main import main
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.backbone_in_file import find_backbone
@@ -144,3 +146,43 @@ def test_values_of_other_classes_beside_the_tensors_are_left_out_and_not_made(tm
         loaded = load_reported(path)
         assert_this(dict(loaded.model.state_dict()))
         assert set(beside) <= set(loaded.report.left_out)
+
+
+@pytest.mark.parametrize("form", [*ONE_NETWORK, *(f"several: {name}" for name in SEVERAL)])
+def test_the_command_line_computes_with_the_network_that_is_meant_and_says_which_of_several(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = form.startswith("several: ")
+    torch.save(SEVERAL[form.removeprefix("several: ")] if several else ONE_NETWORK[form], tmp_path / "file.pth")
+    torch.save(THIS, tmp_path / "plain.pth")
+    rows = []
+    for name in ("file", "plain"):
+        out = tmp_path / f"{name}.safetensors"
+        command = ["embed", "data=scenes:count=3,size=28", f"weights={tmp_path}/{name}.pth", f"out={out}", "workers=0"]
+        assert main([*command, "precision=fp32", "device=cpu"]) == 0
+        rows.append(load_file(out)["features"])
+        if name == "file":
+            said = capsys.readouterr().err
+            taken = find_backbone(torch.load(tmp_path / "file.pth", weights_only=True)).where
+            assert (f"by file ({taken})" in said) == several
+    assert rows[0].abs().max() > 0
+    assert torch.equal(*rows)
+
+
+@pytest.mark.parametrize("names", [("storage_tokens", "rope_embed.periods"), ("reg_token", "blocks.0.gamma_1")])
+def test_rotary_positions_are_refused_in_words(
+    names: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {key: value for key, value in THIS.items() if key != "pos_embed"}
+    torch.save(
+        {"teacher": {f"backbone.{key}": value for key, value in (state | dict.fromkeys(names, torch.ones(2))).items()}},
+        tmp_path / "three.pth",
+    )
+    assert (
+        main(["embed", "data=scenes:count=3,size=28", f"weights={tmp_path}/three.pth", f"out={tmp_path}/x.safetensors"])
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "DINOv3" in said
+    assert not (tmp_path / "x.safetensors").exists()

@@ -100,6 +100,17 @@ def test_pictures_of_other_channels_end_a_run_before_it_begins(tmp_path: Path) -
     assert inspect_source(data)["misfits"] == {5: 4}
 
 
+def test_a_probe_of_other_channels_is_refused_by_its_name(tmp_path: Path) -> None:
+    data = write_classes(tmp_path / "cells", 5, each=2)
+    for name in ("a", "b"):
+        (tmp_path / "rgb" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (32, 32), (number, 90, 7)).save(tmp_path / "rgb" / name / f"{number}.png")
+    options = {"model__in_channels": 5, "data__range": TWELVE, "probe__every": 1, "probe__data": str(tmp_path / "rgb")}
+    with pytest.raises(UserError, match=r"^probe\.data: none of 6 pictures .*3 channels, expected 5"):
+        prepare(tiny_config(tmp_path / "run", data__source=str(data), **options))
+
+
 def test_values_beyond_the_range_of_a_run_and_of_weights_are_named(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("train/a", "train/b", "test/a", "test/b"):

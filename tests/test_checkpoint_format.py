@@ -295,6 +295,16 @@ def test_teacher_files_hold_float32_weights_and_what_is_needed_to_rebuild_them(t
     ]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_whoever_reads_the_run_folder_reads_its_weights(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        path = checkpoint.write_teacher(tmp_path, 1, {"backbone.x": torch.ones(3)}, {})
+    finally:
+        os.umask(before)
+    assert [each.stat().st_mode & 0o777 for each in (path, path.with_suffix(".json"))] == [mode, mode]
+
+
 def test_what_torchs_writer_says_of_a_full_disk_is_put_in_words() -> None:
     error = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598")
     assert reason(error) == "a write was cut short (No space left on device, or a failing disk)"

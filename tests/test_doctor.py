@@ -232,7 +232,7 @@ def test_a_finished_run_needs_nothing(tmp_path: Path) -> None:
     [
         (
             {"phase": "stopped", "reason": "SIGTERM", "step": 6, "reached": 6},
-            ("stopped", "stopped by SIGTERM at step 7"),
+            ("open", "stopped by SIGTERM at step 7"),
         ),
         (
             {"phase": "failed", "reason": "RunError: no", "step": 0, "reached": 9},

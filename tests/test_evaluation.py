@@ -327,6 +327,25 @@ def test_a_declaration_of_ones_own_works_by_path(root: Path, weights: Path, tmp_
         find_benchmark(str(tmp_path / "torn.py"))
 
 
+def test_a_folder_here_does_not_take_the_name_of_a_shipped_dataset(
+    root: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own.write(tmp_path).rename(tmp_path / "pets")
+    quick = [f"weights={weights}", "protocols=[knn]", "knn.k=[1]", "baselines=false", "workers=0", "report=false"]
+    assert main(["eval", "pets", *quick, f"root={root}", "out=a"]) == 0
+    assert "./pets" in capsys.readouterr().err
+    assert results(tmp_path / "a")["pets"]["title"] == "Oxford-IIIT Pets"
+    assert main(["eval", "pets", *quick]) == 2  # without root= nothing but the folder can be meant, and that is said
+    assert "./pets" in capsys.readouterr().err
+    for name in ("./pets", "pets/"):
+        assert main(["eval", name, *quick, "out=b"]) == 0
+        assert "shipped" not in capsys.readouterr().err
+    assert set(results(tmp_path / "b")) == {"own_pets"}
+    options = {"protocols": ["knn"], "baselines": False, "workers": 0, "out": "c"}
+    assert dinoreg.evaluate(str(weights), Path("pets"), **options).dataset == "own_pets"
+
+
 def test_images_that_the_probe_of_the_run_has_seen_are_said_when_they_are_tested(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -356,12 +375,12 @@ def test_images_that_the_probe_of_the_run_has_seen_are_said_when_they_are_tested
     tested = [data.splits["test"].source.name(index) for index in range(len(data.splits["test"]))]
     count = len({*tested} & {*map(str, looked_at)})
     assert f"{count} of {len(tested)} tested images" in watched
-    assert "was chosen" not in watched
+    assert watched.startswith("watched while training: ")
     (run / "checkpoints" / "best").write_text("step_0000007\n")
     for path in (labelled, tmp_path / "link"):
         (chosen,) = warnings(path)
         assert f"{count} of {len(tested)} tested images" in chosen
-        assert "was chosen" in chosen
+        assert chosen.startswith("chosen on tested images: ")
     assert warnings(table) == []
 
 

@@ -19,6 +19,7 @@ from processes import on_processes, pretrain_each
 from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
 
+from dinoreg.checkpoint.steps import watched_in
 from dinoreg.commands.arguments import Verb, verb_help
 from dinoreg.commands.launch import check_command
 from dinoreg.commands.main import main
@@ -284,6 +285,21 @@ def test_each_dataset_is_a_task_of_its_own_and_the_report_comes_last() -> None:
     assert plan.folder == Path("run")
     assert plan.links[Path(kept)] == Path("run/teacher/step_0000007.safetensors")
     assert set(report.removes) == set(plan.links)
+
+
+def test_jobs_know_by_which_images_the_step_was_chosen() -> None:
+    labelled_folder(Path("shapes"))
+    run = write_run(Path("run"), tiny_model())
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints/best").write_text("step_0000007\n")
+    (run / "probe.json").write_text('{"data": "shapes", "metric": "knn_top1", "images": ["00"]}')
+    plan = plan_of("evaluate", "shapes", f"weights={run}/best", "gpus_per_node=0")
+    for path, text in plan.files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    watched = watched_in(Path("run/launch/weights/run"), 7)
+    assert watched is not None
+    assert (watched.data, watched.chosen) == ("shapes", True)
 
 
 def test_a_datasets_own_options_go_to_its_task_alone() -> None:

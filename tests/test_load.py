@@ -22,7 +22,7 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.load import load, load_into
-from dinoreg.weights.resolve import read_weights
+from dinoreg.weights.resolve import find_weights, read_weights
 from tests.hostile import Payload
 
 
@@ -407,6 +407,13 @@ def test_weights_of_another_architecture_are_refused_and_change_nothing(
     with pytest.raises(UserError, match=re.escape(message)):
         load_into(model, path)
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_random_weights_are_random_whatever_is_called_so_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(tiny().state_dict(), "random:vitt16_reg2")
+    assert find_weights("random:vitt16_reg2") is None
+    assert find_weights("./random:vitt16_reg2") == Path("random:vitt16_reg2")
 
 
 def test_starting_from_a_bare_name_or_nothing_is_refused() -> None:

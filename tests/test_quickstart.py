@@ -13,10 +13,10 @@ from training import loss_trace, tiny_config
 
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands import quickstart as module
-from dinoreg.commands.quickstart import probe_run, quickstart
+from dinoreg.commands.quickstart import PretrainedEncoder, probe_run, quickstart
 from dinoreg.config.load import Config
 from dinoreg.data.source import Source
-from dinoreg.evaluation.backbones.encoder import Encoder
+from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.features.cache import extract_features
 from dinoreg.evaluation.result import Result, Row
@@ -24,6 +24,7 @@ from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes.render import NUM_CLASSES
 from dinoreg.train.loop import pretrain
+from dinoreg.train.state import build_networks
 
 
 def result(low: float, high: float) -> Result:
@@ -74,6 +75,16 @@ def test_random_init_is_the_network_that_the_run_started_from(tmp_path: Path) ->
     found = probe_run(config, pretrain(config))
     own, start = found.rows[0], found.baselines["random init"][0]
     assert replace(start, hours=own.hours, details=own.details, against=own.against) == own
+
+
+def test_other_seeds_give_other_random_weights(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path / "run", steps=1, seed=4, data__workers=0)
+    encoder = PretrainedEncoder(config, pretrain(config))
+    one, two, own = (encoder.random_init(seed) for seed in (0, 1, 4))
+    assert len({one.identity, two.identity, own.identity}) == 3
+    assert all("random weights" in each.name for each in (one, two, own))
+    started = NativeEncoder(build_networks(config)[0]["backbone"], "start", own.preprocessing)
+    assert started.identity == own.identity
 
 
 @pytest.fixture

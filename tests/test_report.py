@@ -312,7 +312,13 @@ def test_the_largest_class_is_spoken_of_first(tmp_path: Path) -> None:
     better = against(0.4)
     run = changed(write_run(tmp_path / "a"), majority=0.887, against={"raw pixels": better, "majority class": pairs})
     assert verdict(run).headline.startswith("Not better than always naming the largest class (88.7 %)")
-    assert verdict(changed(tmp_path / "a", against={"raw pixels": better, "majority class": better})).tone == "good"
+    said = verdict(changed(tmp_path / "a", against={"raw pixels": better, "majority class": better}))
+    assert (said.tone, "largest" in said.headline) == ("good", False)
+    alone = verdict(changed(tmp_path / "a", baselines={}, against={"majority class": better}))
+    assert alone.tone == "plain"  # that pretraining helps is not said without a baseline
+    assert "better by 40.0 points" in alone.headline.lower()
+    worse = verdict(changed(tmp_path / "a", against={"raw pixels": against(-0.4), "majority class": pairs}))
+    assert worse.tone == "bad"
 
 
 def test_the_newest_step_speaks_for_the_run(tmp_path: Path) -> None:

@@ -34,6 +34,20 @@ def test_a_folder_gives_its_files_bytes_and_paths(tmp_path: Path) -> None:
     assert len(source.groups()) == 1
 
 
+def test_scenes_beside_a_folder_of_that_name_are_refused_until_it_is_said_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = open_source("scenes")
+    make(tmp_path, "scenes/a.jpg")
+    with pytest.raises(UserError, match=r"say \./scenes for it, or scenes: for the drawn"):
+        open_source("scenes")
+    for spec in ("./scenes", "scenes/", Path("scenes")):
+        assert names(open_source(spec)) == [str(tmp_path / "scenes/a.jpg")]
+    assert open_source("scenes:").fingerprint() == drawn.fingerprint()
+    assert len(open_source("scenes:count=3")) == 3
+
+
 def test_a_file_that_has_gone_since_is_a_bad_image(tmp_path: Path) -> None:
     make(tmp_path, "a.jpg", "b.jpg")
     source = open_source(tmp_path)

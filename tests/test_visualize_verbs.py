@@ -341,6 +341,26 @@ def test_pictures_of_others_stay_when_a_view_is_drawn_again(tmp_path: Path) -> N
     assert (tmp_path / "secret.png").exists()
 
 
+def test_a_view_of_other_images_stands_beside_the_one_before(
+    tmp_path: Path, photo_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", tiny_model())
+    photos = sorted(photo_folder.rglob("*.png"))[:2] or sorted(photo_folder.rglob("*.jpg"))[:2]
+    pages = []
+    for photo in (*photos, photos[0]):
+        assert view("norms", f"weights={run}", f"images={photo}", f"out={tmp_path / 'out'}", "size=16") == 0
+        pages.append(capsys.readouterr().out.strip().rpartition(" ")[2])
+    assert pages[0] == pages[2] != pages[1]
+    records = [json.loads((Path(page).with_suffix("") / "view.json").read_text()) for page in pages]
+    assert [record["images"] for record in records] == [[record["images"][0]] for record in records]
+    assert [Path(record["images"][0]).name for record in records] == [photos[i].name for i in (0, 1, 0)]
+    assert all(
+        (Path(page).with_suffix("") / name).exists()
+        for page, r in zip(pages, records, strict=True)
+        for name in r["pictures"]
+    )
+
+
 def test_pca_reuses_a_basis_for_another_checkpoint(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", tiny_model())
     torch.manual_seed(5)

@@ -397,6 +397,8 @@ def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str,
     """
     with replacing(path, token) as aside:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
+        with suppress(OSError):  # safetensors lets the owner alone read it; others read the folder, too
+            aside.chmod(aside.parent.stat().st_mode & 0o666)
         content = {"format": "dinoreg-teacher", "version": VERSION, **description, "sha256": digest(aside)}
         # First, so that the file never exists without its digest.
         write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n", token)

@@ -20,7 +20,7 @@ from dinoreg.runtime.json_files import read_json, read_json_lines, read_text
 SLOW_IMPORTS = ("timm", "transformers")
 
 
-# A line: name, "ok" | "missing" | "stopped" | "running" | "problem" | "", text. A section: its title and its lines.
+# A line: name, "ok" | "missing" | "open" | "running" | "problem" | "", text. A section: its title and its lines.
 Row = tuple[str, str, str]
 Section = tuple[str, list[Row]]
 
@@ -215,7 +215,7 @@ def _state(run: Path, status: dict[str, Any], last: dict[str, Any]) -> tuple[str
     go_on = f"{where}: resume with dinoreg pretrain {run} resume=true"
     if phase in ("stopped", "failed"):
         by = "by " if phase == "stopped" else "by an error, "
-        return ("stopped" if phase == "stopped" else "problem"), f"{phase} {by}{status.get('reason', '?')} at {go_on}"
+        return ("open" if phase == "stopped" else "problem"), f"{phase} {by}{status.get('reason', '?')} at {go_on}"
     owner = owner_of(run)
     if owner is None or owner.host != socket.gethostname():
         at = "" if owner is None else f" as {owner}"
@@ -236,7 +236,7 @@ def _resource_rows(run: Path, last: dict[str, Any]) -> list[Row]:
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (run / "checkpoints").glob("step_*")]
     if sizes:
         disk, needed = free_disk_gib(run), 2 * max(sizes) / 2**30
-        text = f"{disk} GiB are free; a checkpoint takes {max(sizes) / 2**30:.2f} GiB, beside those it replaces"
+        text = f"{disk} GiB are free; a checkpoint takes {max(sizes) / 1e6:,.1f} MB, beside those it replaces"
         rows.append(("disk", "problem" if disk < needed else "ok", text))
     return rows
 

@@ -84,7 +84,8 @@ def embed(options: EmbedOptions) -> Path:
     except OSError as error:
         raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
     left_out = f"; {len(rows.skipped):,} left out, listed in {skipped_list(out)}" if rows.skipped else ""
-    print_status(f"embed: {rows.count:,} images, {' x '.join(map(str, shape))} numbers each{left_out}")
+    counts = f"{rows.count:,} images, {' x '.join(map(str, shape))} numbers each{left_out}"
+    print_status(f"embed by {encoder.name}: {counts}")
     return out
 
 

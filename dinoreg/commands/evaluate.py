@@ -16,7 +16,7 @@ from dinoreg.commands.report import report_run
 from dinoreg.config.option import dotted, read
 from dinoreg.evaluation.backbones.encoder import Encoder, wrap
 from dinoreg.evaluation.backbones.open import open_encoder
-from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks
+from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks, shadowed
 from dinoreg.evaluation.comparison import between
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.runner import Planned, Request, check_size, choose, look, measure, preflight, read_result
@@ -90,6 +90,8 @@ def evaluate(model: Any, dataset: str | Path, **options: Any) -> Any:
     raises   UserError (a ValueError) for a wrong key, value, dataset or missing file, before anything is computed
     """
     request = read_request(options)
+    if isinstance(dataset, Path) and dataset.exists():
+        dataset = dataset.absolute()  # a path, whatever else has its name
     plans, problems = _prepare(str(dataset), request)
     encoder, folder, _ = _open(model, request.options)
     plans = _look(encoder, plans, request, problems)
@@ -176,6 +178,8 @@ def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str
         raise UserError(last)
     if not plans:
         raise UserError(f"protocols={','.join(request.options.protocols or ())}: none of the datasets declares them")
+    for note in shadowed(names.split(",")):
+        print_status(note)
     for plan in plans:
         for warning in plan.warnings:
             print_status(f"warning: {warning}")

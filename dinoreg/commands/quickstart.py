@@ -6,6 +6,7 @@ the same network before training, and raw pixels.
 
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +18,7 @@ from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
 from dinoreg.data.source import ScenesSource
-from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder
+from dinoreg.evaluation.backbones.encoder import RANDOM_WEIGHTS, Encoder, NativeEncoder
 from dinoreg.evaluation.benchmark import Benchmark, Task
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.options import EvalOptions
@@ -63,9 +64,9 @@ class PretrainedEncoder(NativeEncoder):
         self.config = config
 
     def random_init(self, seed: int = 0) -> Encoder:
-        """The student before its first step, from the run's seed; `seed` is ignored."""
-        start = cast(RegisterViT, build_networks(self.config)[0]["backbone"])
-        return NativeEncoder(start, "random init", self.preprocessing)
+        """The student before the first step of a run with this seed: for the run's own, what it started from."""
+        start = cast(RegisterViT, build_networks(replace(self.config, seed=seed))[0]["backbone"])
+        return NativeEncoder(start, f"{self.name}{RANDOM_WEIGHTS}", self.preprocessing)
 
 
 def probe_run(config: Config, run: Path) -> Result:
@@ -79,14 +80,18 @@ def probe_run(config: Config, run: Path) -> Result:
     train = scenes(FIRST_PROBE_SCENE, NUM_TRAIN)
     test = scenes(FIRST_PROBE_SCENE + NUM_TRAIN, NUM_TEST)
     folder = run / "eval" / f"{read_json(run / 'status.json')['step']:07d}"
-    return probe(PretrainedEncoder(config, run), Data({"train": train, "test": test}, CLASS_NAMES), folder)
+    data = Data({"train": train, "test": test}, CLASS_NAMES)
+    return probe(PretrainedEncoder(config, run), data, folder, seed=config.seed)
 
 
-def probe(encoder: Encoder, data: Data, folder: Path, name: str = "scenes", baselines: bool = True) -> Result:
+def probe(
+    encoder: Encoder, data: Data, folder: Path, name: str = "scenes", baselines: bool = True, seed: int = 0
+) -> Result:
     """Logistic regression on class token and mean patch token; the result is written to `folder/<name>.json`.
 
     data       splits "train" and "test", with one class per image
     baselines  whether to measure random weights and pixels, too
+    seed       of the evaluation and of the random weights
     """
     task = Task("logistic", lambda root, options: data, "top-1", options={"token": "cls+mean"})
     benchmark = Benchmark(
@@ -102,7 +107,7 @@ def probe(encoder: Encoder, data: Data, folder: Path, name: str = "scenes", base
     )
     with tempfile.TemporaryDirectory() as features:  # pixels as features would outweigh the run
         size = min(encoder.image_size)
-        request = Request(EvalOptions(image_size=size, examples=0, features=features, baselines=baselines))
+        request = Request(EvalOptions(image_size=size, examples=0, features=features, baselines=baselines, seed=seed))
         ((plan,), _) = preflight([benchmark], request)
         return measure(encoder, look(encoder, plan, request), request, folder)
 

@@ -17,7 +17,7 @@ from dinoreg.config.overwrite import check_folder
 from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.display import channels_shown
-from dinoreg.data.open import read_labelled
+from dinoreg.data.open import is_scenes, read_labelled
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import ScenesSource, Source
 from dinoreg.evaluation.backbones.encoder import NativeEncoder, to_unit
@@ -75,7 +75,7 @@ def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tu
 
     Scenes are rendered at that size and have classes and boxes; a folder with a subfolder per class has classes.
     """
-    if options.images.partition(":")[0] == "scenes" and not Path(options.images).exists():
+    if is_scenes(options.images):
         return _scenes(options, preprocessing.size[0], len(preprocessing.mean)), []
     source: Source = open_images(options.images)
     labels: np.ndarray | None = None

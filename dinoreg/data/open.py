@@ -25,7 +25,7 @@ def open_source(
 ) -> Source:
     """Open what `data=` names.
 
-    spec       a folder; a list of paths; "scenes" or "scenes:count=20000,size=64,seed=0"; a dataset that is
+    spec       a folder; a list of paths; the drawn "scenes:" or "scenes:count=20000,size=64,seed=0"; a dataset that is
                declared in `eval/`, as "imagenet22k:root=/datasets"; or a sequence of these
     weights    for a sequence: each source's share of the draws (any positive numbers); by default by their
                sizes
@@ -59,11 +59,11 @@ def _open(
         return parts[0] if len(parts) == 1 else JoinedSource(parts, weights)
     if weights is not None and len(weights) != 1:
         raise UserError(f"data.weights has {len(weights)} numbers for one source ({spec})")
-    spec = os.path.expanduser(os.fspath(spec))
+    is_text, spec = isinstance(spec, str), os.path.expanduser(os.fspath(spec))
     if not spec:
         raise UserError(f"data is empty, expected {KINDS}")
     name, colon, options = spec.partition(":")
-    if name == "scenes" and not os.path.exists(spec):
+    if is_text and is_scenes(spec):
         return _open_scenes(options)
     if os.path.isdir(spec):
         return PathSource(os.path.abspath(spec), index_folder(spec, index_dir))
@@ -100,6 +100,15 @@ def read_labelled(
     if base is not None and not os.path.isdir(base):
         raise UserError(f"{root_key}={root}: is not a folder")
     return read_labelled_table(path, base, column_names(columns, columns_key), root_key)
+
+
+def is_scenes(spec: str) -> bool:
+    """Whether `spec` means the drawn scenes; UserError where it may as well mean a folder or file of that name."""
+    if spec.partition(":")[0] != "scenes":
+        return False
+    if os.path.exists(spec):
+        raise UserError(f"{spec}: there is a path of this name; say ./{spec} for it, or scenes: for the drawn pictures")
+    return True
 
 
 def _open_scenes(options: str) -> ScenesSource:

@@ -45,13 +45,19 @@ class Survey(NamedTuple):
 
 
 def survey(
-    source: Source, in_channels: int, count: int = LOOKED_AT, whose: str = "data.range", key: str = ""
+    source: Source,
+    in_channels: int,
+    count: int = LOOKED_AT,
+    whose: str = "data.range",
+    key: str = "",
+    what: str = "data",
 ) -> Survey:
     """Look at some pictures of a source as a model of `in_channels` will see them.
 
     count   pictures, at most
     whose   what messages call the range of the source
     key     the option that sets it; "": as `whose`
+    what    the option that names the pictures
     raises  UserError, with the first reason, where none of them can be used
     """
     images = _describe_some(source, count, in_channels)
@@ -60,7 +66,7 @@ def survey(
         first, channels = images[0], {image.get("channels", in_channels) for image in images}
         hint = f"; model.in_channels={min(channels)} takes them" if channels.isdisjoint({1, 3, in_channels}) else ""
         raise UserError(
-            f"data: none of {len(images)} pictures looked at can be used for {in_channels} channels; the first: "
+            f"{what}: none of {len(images)} pictures looked at can be used for {in_channels} channels; the first: "
             f"{first['name']}: {first['bad']}{hint}"
         )
     deep = source.value_range is not None or any(image["type"] != "uint8" for image in good)

@@ -5,7 +5,7 @@ The library finds declarations by name or path and never imports them as package
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -209,6 +209,17 @@ def counts_in_words(counts: Mapping[str, int]) -> str:
 def benchmarks() -> dict[str, Benchmark]:
     """Every shipped declaration, by name, in the order of the names of their files."""
     return {each.name: each for each in map(load_benchmark, sorted(bundled("eval").glob("*.py")))}
+
+
+def is_shipped(name: str) -> bool:
+    """Whether a name means shipped datasets, whatever is called so in the current folder."""
+    return name == "all" or any(name.lower() in (each.name, *each.aliases) for each in benchmarks().values())
+
+
+def shadowed(names: Iterable[str]) -> list[str]:
+    """A note for each name that means shipped datasets though a folder or file here has it, too."""
+    both = [name for name in names if is_shipped(name) and Path(name).exists()]
+    return [f"{name}: the shipped dataset is meant; the {name} in the current folder is ./{name}" for name in both]
 
 
 def find_benchmark(name: str) -> Benchmark:

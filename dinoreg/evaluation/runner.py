@@ -24,7 +24,7 @@ from dinoreg.data.copies import MOST_COMPARED, content_digest
 from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder, PixelEncoder
-from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark
+from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark, is_shipped, shadowed
 from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
@@ -70,7 +70,7 @@ def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
         if name == "all":
             chosen |= {(each.name, each.place): each for each in benchmarks().values()}
             continue
-        if Path(name).exists() and not name.endswith(".py"):
+        if Path(name).exists() and not name.endswith(".py") and not is_shipped(name):
             from dinoreg.evaluation.custom.datasets import own_benchmark
 
             benchmark = own_benchmark(Path(name), request.dataset.get("own", {}), request.options.columns)
@@ -108,7 +108,8 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
     values = benchmark.option_values(request.dataset.get(benchmark.name, {}))
     root = request.options.root
     if root is None and benchmark.layouts:
-        raise UserError(f"{benchmark.name}: root= is missing, the folder that holds the datasets")
+        hint = f" ({shadowed([benchmark.name])[0]})" if Path(benchmark.name).exists() else ""
+        raise UserError(f"{benchmark.name}: root= is missing, the folder that holds the datasets{hint}")
     folder = benchmark.find(root) if root is not None and benchmark.layouts else Path(root or ".")
     tasks, warnings = [], []
     seen: dict[Callable, Data] = {}
@@ -397,10 +398,12 @@ def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
             return False
 
     count = sum(parallel(is_watched, range(len(places)), default_workers()))
-    known = f"{count:,} of {len(places):,} tested images are among those that the probe inside the run looked at"
-    how = "by them its best step was chosen, which is measured here: " if watched.chosen else ""
-    consequence = "its figures are too high" if watched.chosen else "whoever was guided by its curve has seen the test"
-    return [f"{plan.benchmark.name}: {known} (probe.data={watched.data}); {how}{consequence}"] if count else []
+    known = f"{count:,} of {len(places):,} tested images were looked at by the probe inside the run ({watched.data})"
+    if watched.chosen:
+        found = f"chosen on tested images: {known}, and its step was chosen by them: the figures are too high"
+    else:
+        found = f"watched while training: {known}; who was guided by its curve has seen the test"
+    return [found] if count else []
 
 
 def check_channels(encoder: Encoder, plan: Planned) -> list[str]:

@@ -63,15 +63,14 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
     """
     checks: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
-    check_read_back(form, source, folder)
     paths = write_pictures(scratch, source)
-    pictures: dict[str, Any] = {}
+    of_files: dict[str, Tensor] = {}
     for number, trial in enumerate(_trials(form, source, folder, scratch)):
         place = scratch / f"trial_{number}"
         place.mkdir()
-        files = {} if pictures else {name: str(path) for name, path in paths.items()}  # the first is of the artefact
+        files = {} if of_files else {name: str(path) for name, path in paths.items()}  # the first is of the artefact
         answers, facts = _ask(form, trial, place, prepare_code(form.name, source), files)
-        pictures = pictures or _check_pictures(form, source, paths, answers)
+        of_files = of_files or answers
         for check in _compare(form, trial, answers):
             checks.append(check)
             if check["bounded"] and not check["passed"]:
@@ -81,6 +80,8 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
                     f"format={form.name}: {form.peer} differs from the source: {check['output']} at {where} in "
                     f"{check['dtype']} by {far}; nothing written"
                 )
+    pictures = _check_pictures(form, source, paths, of_files)
+    check_read_back(form, source, folder)
     largest = {}
     for dtype in ("float32", form.low):
         differences = (c["relative_difference"] for c in checks if c["bounded"] and c["dtype"] == dtype)

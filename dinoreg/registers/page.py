@@ -50,9 +50,9 @@ def write_registers(
     channels in words, which of the models' channels are shown
     raises   UserError where OUT cannot be a folder, RunError where it cannot be written
     """
-    gallery = Gallery(VIEW, out)
     records = [each.record for each in measured]
     names = [record["name"] for record in records]
+    gallery = Gallery(VIEW, out, {"measured": [[each["identity"], each["source"]] for each in records]})
     with_outliers = [record for record in records if record["outliers"]["patches"]]
     positions = position_figure(with_outliers) if with_outliers else None
     return gallery.write_page(

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -129,8 +130,8 @@ def write_evaluation(folder: str | Path, absent: Sequence[str] = (), paired: Seq
 def console_table(records: Sequence[Record]) -> Table:
     """The headlines as a table for the terminal, of 80 columns or more."""
     table = Table(title=_lead(records), box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("measure")
-    for name, width in (("model", 15), ("guessing", 14), *((role, 14) for role in ROLES)):
+    table.add_column("measure", overflow="fold")
+    for name, width in (("model", 16), ("guessing", 14), *((role, 14) for role in ROLES)):
         table.add_column(name, justify="right", min_width=width)
     several = len({record.weights.get("identity") for record in records}) > 1
     for record in records:
@@ -140,7 +141,7 @@ def console_table(records: Sequence[Record]) -> Table:
             _, protocol, metric, value, interval, *others, _, _ = line.cells
             if line.is_headline:
                 figure, *more = value.split("\n")
-                lines = [figure, f"[{interval.removesuffix(' %')}]", *more]
+                lines = [figure, f"[{re.sub(' [^ 0-9]+$', '', interval)}]", *more]
                 table.add_row(*map(escape, (f"{protocol}\n{metric}", "\n".join(lines), *others)))
         table.add_section()
     return table

@@ -4,6 +4,7 @@ Every verdict is by the paired difference on the same test images, which a resul
 (`evaluation.comparison`). Two intervals side by side decide nothing.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,31 +75,36 @@ def judge(probe: Probe) -> Verdict:
     details, unit = probe.details, probe.unit
     against = {name: found for name, found in differences(details).items() if found["verdict"] in TONES}
     sentences, count = (_figures(probe),), details.get("n_test")
+    majority, unmeasured = against.pop(MAJORITY, None), "No baseline was measured."
+    if majority is not None:
+        level = f"{SPOKEN[MAJORITY]} ({score(number(details.get('majority')), unit)})"
+        told, gain = in_words(majority, unit, count), number(majority["difference"]) > 0
+        if majority["verdict"] != "better":
+            tone = "bad" if "worse" in (each["verdict"] for each in (majority, *against.values())) else "warn"
+            headline = f"{_capital(told)}: a gain over {level}." if gain else f"Not better than {level}: {told}."
+            return Verdict(tone, headline, sentences, f"not {'shown to be ' * gain}better than the largest class")
+        unmeasured = f"{_capital(told)} than {level}. {unmeasured}"
     if not against:
-        unknown = "Not compared with its baselines: evaluate again."
-        return Verdict("plain", unknown if probe.baselines else "No baseline was measured.", sentences)
+        later = "Not compared with its baselines: evaluate again."
+        return Verdict("plain", later if probe.baselines else unmeasured, sentences)
     said = next(said for said in TONES if any(found["verdict"] == said for found in against.values()))
     names = [name for name, found in against.items() if found["verdict"] == said]
     words = [in_words(against[name], unit, count) for name in names]
     spoken, do = _and([SPOKEN.get(name, name) for name in names]), "do" if names[-1].endswith("s") else "does"
-    majority = against.get(MAJORITY)
-    if majority is not None and majority["verdict"] != "better":
-        level = f"{SPOKEN[MAJORITY]} ({score(number(details.get('majority')), unit)})"
-        told = in_words(majority, unit, count)
-        gain = number(majority["difference"]) > 0
-        headline = (
-            f"{told[:1].upper()}{told[1:]}: a gain over {level}." if gain else f"Not better than {level}: {told}."
-        )
-        short = "not shown to be better than the largest class" if gain else "not better than the largest class"
-    elif said == "better":
+    if said == "better":
         gains = _and([f"{gain} than {SPOKEN.get(name, name)}" for name, gain in zip(names, words)])
         headline, short = f"Pretraining helps: {gains}.", said
     elif said == "worse":
-        headline = f"{spoken[:1].upper()}{spoken[1:]} {do} better here: the result is {_and(words)}."
+        headline = f"{_capital(spoken)} {do} better here: the result is {_and(words)}."
         short = f"{_and(names)} {do} better"
     else:
-        headline, short = f"{words[0][:1].upper()}{words[0][1:]}: a gain over {spoken}.", words[0]
+        what = f"no difference to {spoken}" if said == "no difference" else f"{words[0]}: a gain over {spoken}"
+        headline, short = f"{_capital(what)}.", words[0]
     return Verdict(TONES[said], headline, sentences, short)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def differences(details: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -149,7 +155,7 @@ def paired_rows(paired: Iterable[Mapping[str, Any]]) -> list[list[str]]:
 
 def in_cell(found: Mapping[str, Any], unit: str, count: Any) -> str:
     """`in_words` on short lines."""
-    return in_words(found, unit, count).replace(" points", "").replace(" [", "\n[").replace(" with ", " with\n")
+    return re.sub(r" \S+ \[", "\n[", in_words(found, unit, count)).replace(" with ", " with\n")
 
 
 def balanced(row: Any) -> str:

@@ -25,8 +25,9 @@ from dinoreg.config.schema import ProbeConfig
 from dinoreg.data.center_crop import center_crops
 from dinoreg.data.copies import content_digest
 from dinoreg.data.labelled import listed, passed_over_in_words
-from dinoreg.data.open import open_source, read_labelled
+from dinoreg.data.open import is_scenes, open_source, read_labelled
 from dinoreg.data.source import ChosenSource, ScenesSource, Source
+from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
@@ -277,7 +278,7 @@ def build_general(config: Config) -> Probe | None:
 
 
 def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
-    if spec == "scenes" or spec.startswith("scenes:"):
+    if is_scenes(spec):
         probe = _probe(config, *_labelled_scenes(spec, config.probe.num_images))
     else:
         probe = _probe_of_own(config, key, spec)
@@ -296,7 +297,8 @@ def _probe_of_own(config: Config, key: str, spec: str) -> Probe:
         raise UserError(f"{key}={spec}: has several labels an image, expected one")
     source = found.source()
     source.value_range = ValueRange.of(config.data.range)
-    notes = tuple(f"{key}: {line}" for line in (*found.warnings, *passed_over_in_words(found.passed_over)))
+    seen = survey(source, config.model.in_channels, what=key).warnings
+    notes = tuple(f"{key}: {line}" for line in (*found.warnings, *passed_over_in_words(found.passed_over), *seen))
     words = np.array(found.words or [])
     queried = next((split for split in ("val", "test") if split in words), None)
     parts = None
@@ -336,7 +338,7 @@ def _probe(
 
 def _labelled_scenes(spec: str, count: int) -> tuple[Source, np.ndarray, int]:
     """Scenes, their labels (n,) int64 and the number of classes."""
-    source = open_source(spec if ":" in spec else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
+    source = open_source(spec if spec.partition(":")[2] else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
     assert isinstance(source, ScenesSource)
     labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
     return source, np.array(labels), len(CLASS_NAMES)

@@ -77,18 +77,18 @@ def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: i
     settings = load_config(config, list(overrides))
     source = config_source(settings.data, "data: missing; name a folder of images (data=photos/), a list, or scenes")
     settings, _ = with_statistics(settings, source)
-    gallery = Gallery("crops", Path(out) if out else default_folder(config))
     patch = int(parse_name(settings.model.name)["patch_size"])
     # Masks are drawn for a batch as a unit, so its size is the run's, unless that is far more than is shown.
     batch, unreadable = first_batch(settings, source, patch, min(max(num, 8), settings.batch_size))
     indices = [int(index) for index in batch.sample_ids[:num]]
     names = [source.name(index) for index in indices]
+    gallery = Gallery("crops", Path(out) if out else default_folder(config), {"images": names})
     originals = [_original(source, index, settings) for index in indices]
     drawn = crop_sheet(batch, settings.augment.mean, settings.augment.std, patch, num, TILE, originals)
     hidden = batch.mask.float().mean(dim=1)
     return gallery.write_page(
         f"Training crops of {config}",
-        {"config": config, "hash": settings.hash(), "images": names},
+        {"config": config, "hash": settings.hash()},
         settings=settings,
         patch=patch,
         total=len(source),

@@ -8,8 +8,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from itertools import accumulate, zip_longest
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -120,12 +122,21 @@ def sheet(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str] = (), na
 class Gallery:
     """Collects the pictures of one view as they are drawn, then writes the page around them.
 
-    Pictures that the same view left in the same place before are removed, other files are not touched.
+    Pictures that the same view of the same images left there before are removed, other files are not touched.
     """
 
-    def __init__(self, view: str, out: Path) -> None:
-        """Checks `out` and writes nothing; raises UserError when it cannot be a folder."""
-        self.view, self.out, self.folder = view, out, out / view
+    def __init__(self, view: str, out: Path, about: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Checks `out` and writes nothing; raises UserError when it cannot be a folder.
+
+        about  part of the record that says of what the view is; where the last one here was of something else, it
+               stays, and this one is called `VIEW-1a2b3c4d`
+        """
+        self.view, self.out, self.name = view, out, view
+        self.about = json.loads(json.dumps(dict(about)))
+        before = read_json(out / view / RECORD)
+        if before.get("format") == FORMAT and any(before.get(key, value) != value for key, value in self.about.items()):
+            self.name = f"{view}-{sha256(json.dumps(self.about).encode()).hexdigest()[:8]}"
+        self.folder = out / self.name
         for path in (*reversed(out.parents), out, self.folder):
             check_folder(path, f"out={out}: {path}")
         self.saved: list[str] = []  # names of the pictures
@@ -152,8 +163,8 @@ class Gallery:
         folder  of `dinoreg/`, in which `templates/<view>.html.j2` is; it is given `values`
         raises  RunError where the page cannot be written
         """
-        page = self.out / f"{self.view}.html"
-        written = {"format": FORMAT, "view": self.view, **record, "pictures": self.saved}
+        page = self.out / f"{self.name}.html"
+        written = {"format": FORMAT, "view": self.view, **self.about, **record, "pictures": self.saved}
         content = html.page(f"{folder}/templates/{self.view}.html.j2", title, **values)
         with self._writing():
             write_atomic(self.folder / RECORD, json.dumps(written, indent=1) + "\n")
@@ -194,15 +205,15 @@ class ModelGallery(Gallery):
         self.model = self.subject.model
         self.size = picture_size(self.model, size)
         self.grid = (self.size[0] // self.model.patch_size, self.size[1] // self.model.patch_size)
-        super().__init__(view, Path(out) if out else self.subject.folder)
         self.pictures = read_pictures(self.subject, images, num, self.size)
+        about = {"weights": self.subject.name, "identity": self.subject.encoder.identity, "images": self.pictures.names}
+        super().__init__(view, Path(out) if out else self.subject.folder, about)
         preprocessing = self.subject.encoder.preprocessing
         self.pixels = to_pixels(self.pictures.images, preprocessing.mean, preprocessing.std)
 
     def finish(self, title: str, record: Mapping[str, Any], **values: Any) -> Path:
         """Write the page, with the model, the resolution, the images and those left out; returns its path."""
-        name, names = self.subject.name, self.pictures.names
-        record = {"weights": name, "size": self.size, "images": names, **record}
+        name, record = self.subject.name, {"size": self.size, **record}
         channels = channels_shown(self.model.in_channels)
         values |= {"gallery": self, "skipped": self.pictures.skipped, "channels": channels}
         return self.write_page(f"{title} of {name}", record, **values)

@@ -127,7 +127,8 @@ def _heads(dim: int, stated: Stated, path: str | Path) -> int:
     value = stated.values.get("heads")
     if value is None:
         if dim % HEAD_DIM:
-            raise UserError(f"weights {path}: the width {dim} does not tell the number of heads; give heads=")
+            how = "give heads= to dinoreg.load, or model.heads= to a run with init="
+            raise UserError(f"weights {path}: the width {dim} does not tell the number of heads; {how}")
         return dim // HEAD_DIM
     if type(value) is int and 0 < value <= dim and dim % value == 0:
         return value

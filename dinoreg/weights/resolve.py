@@ -23,7 +23,7 @@ from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.convert import FROM, detect, from_timm
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
 from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
-from dinoreg.weights.names import not_there
+from dinoreg.weights.names import not_there, random_name
 
 TEACHER_FORMAT = "dinoreg-teacher"
 PIXELS_FORMAT = "dinoreg-pixels"  # of `model.json` in an export for a library whose own files say the rest
@@ -83,7 +83,7 @@ class Weights:
 
 
 def find_weights(source: str | Path) -> Path | None:
-    """The path of the weight file for `source`; None if that path does not exist.
+    """The path of the weight file for `source`; None for random:NAME, and if that path does not exist.
 
     source   a file: itself. A run folder: its last teacher, else the newest. RUN/best, RUN/last, a checkpoint of a run,
              or a pointer to one: the teacher of that step. A folder of transformers or timm: its weights. Any other
@@ -91,6 +91,8 @@ def find_weights(source: str | Path) -> Path | None:
     raises   UserError for a folder without weights or with several files, and for a run without a best step
     """
     path = Path(source)
+    if random_name(source) is not None:  # whatever is called so in the current folder
+        return None
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
@@ -173,6 +175,11 @@ def read_weights(source: str | Path) -> Weights:
     try:
         found_in_file = find_backbone(content)
         state = _plain(found_in_file.state)  # before tokens and positions are added up
+        if not {"pos_embed", "embeddings.position_embeddings"} & state.keys():
+            raise UserError(
+                "no 'pos_embed': its positions are not learned, but rotary (as in DINOv3 and EVA) or of another kind, "
+                "which this encoder does not have; timm runs a model of its own as weights=timm:NAME:FILE"
+            )
         found = detect(state)
         if library is not None and found != library:
             raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")

@@ -26,6 +26,7 @@ from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.library_configs import timm_preprocessing
 
+RANDOM_WEIGHTS = " (random weights)"  # behind the name of an encoder that has them
 PIXEL_SIDE = 32  # pixels; the raw-pixel baseline's class token is the image at this side
 
 
@@ -180,7 +181,8 @@ class _ModuleEncoder(Encoder):
         return digest.hexdigest()[:16]
 
     def _like(self, module: nn.Module) -> Encoder:
-        return type(self)(module, f"random {self.name}", self.preprocessing, self.device, self.dtype)
+        name = f"{self.name.removesuffix(RANDOM_WEIGHTS)}{RANDOM_WEIGHTS}"
+        return type(self)(module, name, self.preprocessing, self.device, self.dtype)
 
 
 class NativeEncoder(_ModuleEncoder):

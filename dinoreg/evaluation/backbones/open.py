@@ -16,7 +16,7 @@ from dinoreg.checkpoint.run_folder import run_of, teacher_step
 from dinoreg.checkpoint.steps import watched_in
 from dinoreg.config.option import nearest
 from dinoreg.data.preprocess import Preprocessing
-from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder, seeded, wrap
+from dinoreg.evaluation.backbones.encoder import RANDOM_WEIGHTS, Encoder, NativeEncoder, seeded, wrap
 from dinoreg.models.vit import RegisterViT, patch_grid
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
@@ -93,7 +93,7 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
             raise not_there(weights)
         with seeded(0):
             model = load(weights, device, layerscale=1.0)
-        return Opened(wrap(model, f"{random} (random weights)", device=device, dtype=dtype))
+        return Opened(wrap(model, f"{random}{RANDOM_WEIGHTS}", device=device, dtype=dtype))
     folder = file.parent if file.name in FILES and library_of(file.parent) else None
     loaded = load_reported(file, device)
     step = teacher_step(file)
@@ -126,7 +126,7 @@ def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> 
         raise UserError(f"weights={weights}: expected a ViT; {name} takes no dynamic_img_size") from None
     if file:
         _load_state(model, Path(file), weights)
-    return wrap(model, f"timm {name}" if file else f"timm {name} (random weights)", device=device, dtype=dtype)
+    return wrap(model, f"timm {name}{'' if file else RANDOM_WEIGHTS}", device=device, dtype=dtype)
 
 
 def _load_state(model: nn.Module, path: Path, weights: str) -> None:
