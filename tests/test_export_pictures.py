@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # of the model, and
     "rgb, no LayerScale": ({"layerscale": None}, {}),
     "wide crop": ({"image_size": (24, 40)}, {"image_size": [24, 40]}),
     "grey, other short side": ({"in_channels": 1}, {"short_side": 46, "interpolation": "bilinear"}),
+    "grey of 16 bits": ({"in_channels": 1}, {"range": [0, 4095]}),
     "5 channels": ({"in_channels": 5}, {}),
     "16 bits": ({}, {"range": [100, 4095]}),
     "5 channels of floats": ({"in_channels": 5}, {"range": [-1000, 1000]}),
