@@ -158,6 +158,8 @@ def test_lossy_masks_fractions_and_shades_are_refused(tmp_path: Path) -> None:
 def test_a_smeared_edge_does_not_hide_what_the_two_values_are(tmp_path: Path) -> None:
     mask = columns(*[0] * 14, 60, 200, *[255] * 16)
     assert "own.values=[0,255]" in refusal(write(tmp_path, [mask] * 2, "background lesion"))
+    many = np.clip(columns(0, 255) + np.random.default_rng(0).integers(-9, 9, SIZE), 0, 255).astype(np.uint8)
+    assert "own.values=[0,255]" in refusal(write(tmp_path / "many", [many] * 2))
     data = read(tmp_path, values="0,255")
     assert "those of 60 (3.12%), 200 (3.12%)" in data.extra["warnings"][0]
 

@@ -26,7 +26,7 @@ from warm_interpreter import RUN_IMPORTS, WarmInterpreter, WarmProcess
 import dinoreg
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.commands.main import main
-from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.errors import UserError
 
 # As a folder under the root, a file, and the longest side it is stored with.
 PLACES = {
@@ -289,8 +289,9 @@ def test_a_folder_without_one_usable_image_ends_in_words(plain: Path, tmp_path: 
     photos.mkdir()
     (photos / "only.jpg").write_text("not a picture\n")
     values = {**TINY, "data.source": str(photos), "out": str(tmp_path / "run")}
-    with pytest.raises(RunError, match=r"no usable image found in .* in place of .*only\.jpg"):
+    with pytest.raises(UserError, match=r"only\.jpg: not an image in a known format"):
         dinoreg.pretrain(plain, **values)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -205,8 +205,8 @@ class TestPlanted:
         assert row.metric == "mIoU"
         assert row.value > 0.8
         assert row.low <= row.value <= row.high
-        assert row.chance is not None
-        assert row.chance < 0.15
+        assert row.majority is not None
+        assert row.majority < 0.15
         assert row.details["pixel_accuracy"] > 0.9
         assert set(row.details["iou"]) == {f"object {n}, thing {n}" for n in range(1, 151)}
         assert sum(math.isfinite(value) for value in row.details["iou"].values()) >= 4
@@ -218,8 +218,8 @@ class TestPlanted:
         encoder = PixelEncoder(7, (28, 28))
         assert rows(encoder, False).value > 0.8
         row = rows(encoder, True)
-        assert row.chance is not None
-        assert abs(row.value - row.chance) < 0.1
+        assert row.majority is not None
+        assert abs(row.value - row.majority) < 0.1
 
 
 def test_a_single_head_chooses_nothing_and_says_what_was_used(data: Data, vit: Encoder, tmp_path: Path) -> None:

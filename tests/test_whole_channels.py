@@ -88,7 +88,8 @@ def test_a_model_of_other_channels_goes_all_the_way(channels: int, formats: list
     found: dict[str, dict] = {}
     for place in ("classes", "classes/tags.csv", "pairs"):
         folder = out / place.replace("/", "_")
-        command("eval", data / place, f"weights={run}", f"out={folder}", "logistic.token=cls+mean", *SHORT)
+        own = "own.depth_unit=mm" if place == "pairs" else "own.folds=1"
+        command("eval", data / place, f"weights={run}", f"out={folder}", "logistic.token=cls+mean", own, *SHORT)
         (path,) = folder.glob("eval/[0-9]*/*.json")
         for row in json.loads(path.read_text())["rows"]:
             found.setdefault(row["protocol"], row)

@@ -183,7 +183,9 @@ class EvalOptions(Options):
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
     device: str = side_option("auto", DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)
-    image_size: int | None = option(None, "of square crops; none: 224 or less", unit="pixel", low=1)
+    image_size: int | None = option(
+        None, "of square crops; none: of own pictures as the weights state, else 224 or less", unit="pixel", low=1
+    )
     batch_size: int = side_option(64, "images the backbone sees at once", low=1)
     workers: int | None = side_option(None, "decoding threads; none: one for every core but one", low=0, high=1024)
     baselines: bool = option(True, "also random init of the same architecture and raw pixels")

@@ -107,5 +107,7 @@ def _write_tiffs(folder: Path, shapes: Mapping[str, tuple[int, int]], source: So
             kinds["deep"] = (low + (high - low) * waves).astype(np.float32)
         for kind, pixels in kinds.items():
             paths[f"{name}, {kind}"] = folder / f"{name}_{kind}.tif"
-            tifffile.imwrite(paths[f"{name}, {kind}"], pixels, photometric="minisblack", planarconfig="contig")
+            flat = pixels.shape[2] == 1  # of one channel there is no order of channels
+            pixels, order = (pixels[:, :, 0], None) if flat else (pixels, "contig")
+            tifffile.imwrite(paths[f"{name}, {kind}"], pixels, photometric="minisblack", planarconfig=order)
     return paths

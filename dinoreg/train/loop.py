@@ -81,6 +81,8 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
             checkpoints.write_status(state.step)
             try:
                 with Signals() as signals:
+                    if probes is not None and state.step == 0:
+                        probes.run(state)  # to compare with later
                     train(setup, state, monitor, probes, checkpoints, signals)
             except (Exception, KeyboardInterrupt) as error:
                 checkpoints.write_end(state.step, error)
@@ -138,8 +140,6 @@ def train(
     save_every = config.checkpoint.every or min(2000, max(1, num_steps // 10))
     max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
     agreement = Agreement(state.ranks)
-    if probes is not None and state.step == 0:
-        probes.run(state)  # to compare with later
     batches = setup.batches(state)
     pace = Pace(setup.outlook, num_steps, monitor.log, setup.device)
     try:
@@ -147,8 +147,7 @@ def train(
             batch = next(batches)
             now = setup.schedules.at(state.step)
             last = state.step + 1 == num_steps
-            logs_now = last or every(config.log.every, state.step + 1)
-            if logs_now:
+            if logs_now := last or every(config.log.every, state.step + 1):
                 monitor.weights.before()
             result = train_step(
                 state,

@@ -29,6 +29,7 @@ BLURRED = ("JPEG", "MPO", "WEBP")  # formats that change numbers
 MOST_VOID = 0.5  # of a split's pixels, above which it is said
 MOST_LISTED = 6  # values that a message gives shares of
 MOST_UNNAMED = 64  # classes without a classes.txt: more values sooner are shades
+MOST_SUGGESTED = 12  # classes without a classes.txt that a message makes of the values
 
 
 def segmented(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any], warnings: Sequence[str] = ()) -> Data:
@@ -188,7 +189,7 @@ def _suggestion(total: Counter[int], num_names: int) -> str:
     chosen = [value for value in total if value != IGNORED]
     if len(chosen) < 2 or len(total) == num_names:
         chosen = list(total)
-    if len(chosen) > (num_names or MOST_UNNAMED):  # edges between the others, mixed from both
+    if len(chosen) > (num_names or MOST_SUGGESTED):  # edges between the others, mixed from both
         chosen = [value for value, _ in total.most_common(max(num_names, 2))]
     example = f"[{','.join(map(_shown, sorted(chosen)))}]" if len(chosen) > 1 else "[0,255]"
     key = f"own.values={example} lists what is a class, in this order, and counts nothing else"

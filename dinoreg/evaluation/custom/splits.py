@@ -1,4 +1,4 @@
-"""What all kinds of own data share: a check that files exist, and which images train and which test.
+"""Which images train and which test, for all kinds of own data.
 
 Splits come from folders or from a column, under their usual names. Where there is none, every image of a small set is
 tested once, in folds, and of a large one a seeded share of every class is held out; where there is a validation split
@@ -6,22 +6,14 @@ but no test split, the validation images are what is reported on.
 """
 
 import hashlib
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
 from dinoreg.data.copies import Copies
 from dinoreg.runtime.errors import UserError
-
-SPLIT_WORDS = MappingProxyType(
-    {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-    | {"test": "test", "testing": "test"}
-)
 
 
 def hold_out(groups: np.ndarray, share: float, seed: int, copies: Copies | None = None) -> np.ndarray:
@@ -148,20 +140,3 @@ def parts(
         raise UserError(f"{where}: {len(groups)} image(s) are too few to hold some out for testing")
     share_of = f"{share:.0%} of each class" if per_class else f"{share:.0%}"
     return {"train": np.flatnonzero(~held), "test": np.flatnonzero(held)}, f"{share_of} held out, seed {seed}"
-
-
-def require_files(root: Path, paths: Iterable[str], where: Path) -> None:
-    """UserError, beginning with `where`, naming the first missing path below the root and counting the others."""
-
-    @cache
-    def names(folder: str) -> set[str]:
-        """Every folder is listed once, which is quicker than asking file by file."""
-        try:
-            return set(os.listdir(root / folder))
-        except OSError:
-            return set()
-
-    absent = [path for path in paths if os.path.basename(path) not in names(os.path.dirname(path))]
-    if absent:
-        more = f", and so are {len(absent) - 1:,} others" if len(absent) > 1 else ""
-        raise UserError(f"{where}: {root / absent[0]} is missing{more}")

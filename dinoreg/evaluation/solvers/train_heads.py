@@ -84,8 +84,7 @@ def train_heads(
 
     groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
     modules = nn.ModuleList(heads.values()).train()
-    shown = f"{name} (shorter: {shorter}=)" if shorter else name
-    for step in context.progress(range(start, steps), steps - start, shown):
+    for step in context.progress(range(start, steps), steps - start, name + f" (shorter: {shorter}=)" * bool(shorter)):
         for group in groups:
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor(step)
         found = losses(step)
