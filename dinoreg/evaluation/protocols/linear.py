@@ -107,7 +107,8 @@ def evaluate(measured: Measurement) -> list[Row]:
 class _Trained:
     """A trained grid with the features of its test images, and its heads' scores.
 
-    validation  {head: score} on what heads are chosen by; None: by `reported`, the scores on the test images
+    validation  {head: score} on what heads are chosen by, the first of equals; where that is held out of train, those
+                of lower loss come first. None: by `reported`, the scores on the test images
     chosen_on   in words
     """
 
@@ -120,7 +121,7 @@ class _Trained:
     def best(self, kind: Kind | None) -> str:
         """The best head, of one kind of input or of any."""
         names = self.reported if kind is None else self.grid.names(kind)
-        own = None if self.validation is None else {name: self.validation[name] for name in names}
+        own = None if self.validation is None else {name: at for name, at in self.validation.items() if name in names}
         return choose_best({name: self.reported[name] for name in names}, own)[0]
 
 
@@ -138,7 +139,10 @@ def _trained(measured: Measurement, fold: Fold[Labelled], name: str) -> _Trained
     if val is not None:
         validation = grid.scores(grid.features(val, "val"), val.labels, metric)
     elif held_out.any():
-        validation = grid.scores(grid.features(train, "train"), train.labels, metric, np.flatnonzero(held_out))
+        known, rows = grid.features(train, "train"), np.flatnonzero(held_out)
+        validation = grid.scores(known, train.labels, metric, rows)
+        loss = grid.mean_losses(known, train.labels, rows)  # a tenth of a small set tells few heads apart
+        validation = {name: validation[name] for name in sorted(validation, key=lambda name: loss[name])}
         words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
     return _Trained(grid, features, reported, validation, choose_best(reported, validation, words)[1])
 
@@ -284,6 +288,19 @@ class Grid:
         return {
             name: -1.0 if name in broken else score(np.concatenate(each), labels[rows]) for name, each in said.items()
         }
+
+    @torch.no_grad()
+    def mean_losses(self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        """{head: mean cross-entropy, infinite where it is not finite} of the rows (m,) of features and labels."""
+        total = {kind: torch.zeros(len(self.options.lrs), dtype=torch.float64) for kind in self.kinds}
+        for start, x in zip(range(0, len(rows), CHUNK), self._chunks(features, rows)):
+            truth = torch.from_numpy(labels[rows[start : start + CHUNK]]).to(x.device)[:, None]
+            for kind, logits in self.logits(x).items():
+                each = F.cross_entropy(logits.transpose(1, 2), truth.expand(logits.shape[:2]), reduction="none")
+                total[kind] += each.double().sum(dim=0).cpu()
+        names = [name for kind in self.kinds for name in self.names(kind)]
+        means = torch.cat(list(total.values())).nan_to_num(nan=torch.inf) / len(rows)
+        return dict(zip(names, means.tolist()))
 
     def _chunks(self, features: np.ndarray, rows: np.ndarray) -> Iterator[Tensor]:
         """(b, slots, D) float32 on the device, of some rows in order."""
