@@ -430,15 +430,18 @@ def test_the_anchor_of_parts_is_that_of_the_whole() -> None:
 def test_a_resumed_run_tells_which_options_are_not_those_it_was_started_with(tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(run_config(out, 1, steps=2))
+    before = load_config(out / "config.yaml")
     same = run_config(out, 1, steps=2, resume=True, data__workers=0, log__every=2, parallel__strategy="fsdp")
-    assert changed_config(same, out) == []
+    assert changed_config(same, before, out) == []
     for key in ("precision", "parallel.param_dtype", "parallel.reduce_dtype"):
-        (line,) = changed_config(run_config(out, 1, steps=2, resume=True, **{key.replace(".", "__"): "bf16"}), out)
+        (line,) = changed_config(
+            run_config(out, 1, steps=2, resume=True, **{key.replace(".", "__"): "bf16"}), before, out
+        )
         assert f"{key}=bf16 (was " in line
-    (line,) = changed_config(dataclasses.replace(same, device="mps"), out)
+    (line,) = changed_config(dataclasses.replace(same, device="mps"), before, out)
     assert "device=mps (was cpu)" in line
     other = run_config(out, 1, steps=3, resume=True, optim__lr=2e-3)
-    (line,) = changed_config(other, out)
+    (line,) = changed_config(other, before, out)
     assert line.startswith("resumed with steps=3 (was 2), optim.lr=0.002 (was 0.001): ")
     pretrain(other)
     assert line in (out / "train.log").read_text()
