@@ -22,6 +22,7 @@ THUMBNAIL = 16  # pixels a side of what near-equal pictures are compared by
 MOST_COMPARED = 20_000  # pictures up to which an evaluation looks for copies
 SAME = 1.5  # levels of 255 by which the thumbnails of one picture may differ on average
 LEAST_CONTRAST = 8.0  # levels; flatter pictures are alike without being copies
+_FLAT = 0.25  # levels of contrast below which a picture shows nothing but its rounding
 _AT_ONCE = 512
 
 
@@ -30,10 +31,24 @@ class Copies(NamedTuple):
 
     digests  (n, 32) uint8, SHA-256 of each file; zeros for one that cannot be read
     groups   (n,) int64, the same number for copies: the place of the first of them
+    looks    (n,) float64, a number of what a picture shows, which other bits, brightness or contrast leave where it is;
+             0 for a flat one. None: of all
     """
 
     digests: np.ndarray
     groups: np.ndarray
+    looks: np.ndarray | None = None
+
+    def order(self) -> np.ndarray:
+        """The images by what they show, (n,) int64: the same for a folder and a table, for sixteen bits and eight."""
+        return np.lexsort(self.digests.T if self.looks is None else (*self.digests.T, self.looks))
+
+    def shuffled(self, seed: int) -> np.ndarray:
+        """The place of each image, (n,) int64, when what `order` gives is shuffled by a seed, copies with the first."""
+        first = np.full(len(self.groups), len(self.groups))
+        np.minimum.at(first, self.groups[self.order()], np.arange(len(self.groups)))
+        places = np.random.default_rng([seed, 1729]).permutation(len(self.groups))
+        return places[first[self.groups]]
 
 
 def content_digest(data: bytes | np.ndarray) -> bytes:
@@ -48,7 +63,7 @@ def find_copies(source: Source) -> Copies:
     1.5 levels of 255 on average, of pictures that are not flat.
     """
 
-    def look(index: int) -> tuple[bytes, np.ndarray | None]:
+    def look(index: int) -> tuple[bytes, torch.Tensor | None]:
         try:
             data = source.read(index)
         except (BadImage, OSError):
@@ -65,12 +80,21 @@ def find_copies(source: Source) -> Copies:
     groups = first[inverse.ravel()].astype(np.int64)
     readable = digests.any(axis=1)
     groups[~readable] = np.flatnonzero(~readable)
-    _join_near(groups, [thumbnail for _, thumbnail in found])
-    return Copies(digests, groups)
+    thumbnails = [thumbnail for _, thumbnail in found]
+    _join_near(groups, [None if each is None or each.std() < LEAST_CONTRAST else each.numpy() for each in thumbnails])
+    return Copies(digests, groups, np.array([0.0 if each is None else _look(each) for each in thumbnails]))
 
 
-def _thumbnail(image: EncodedImage) -> np.ndarray | None:
-    """(C * 16 * 16,) float32 in 0..255 of all channels that the file has; None for a flat picture."""
+def _look(thumbnail: torch.Tensor) -> float:
+    """Where a thumbnail (C * 16 * 16,) lies along a fixed direction, after its mean and its contrast are taken out."""
+    grey = thumbnail.view(-1, THUMBNAIL**2).double().mean(dim=0)
+    contrast = grey.std()
+    direction = torch.randn(THUMBNAIL**2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return float((grey - grey.mean()) @ direction / contrast) if contrast > _FLAT else 0.0
+
+
+def _thumbnail(image: EncodedImage) -> torch.Tensor:
+    """(C * 16 * 16,) float32 in 0..255 of all channels that the file has."""
     raw = image.raw
     if raw is None or (raw.values.dtype == np.uint8 and raw.values.shape[2] in (1, 3)):
         pixels = image.pixels().float()
@@ -79,8 +103,7 @@ def _thumbnail(image: EncodedImage) -> np.ndarray | None:
         low, high = (np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else (0, 0)
         scaled = np.nan_to_num((values - low) * np.float32(255 / max(high - low, 1e-12)))
         pixels = image.oriented(torch.from_numpy(scaled).permute(2, 0, 1))
-    small = F.interpolate(pixels[None], (THUMBNAIL, THUMBNAIL), mode="area").flatten()
-    return small.numpy() if float(small.std()) >= LEAST_CONTRAST else None
+    return F.interpolate(pixels[None], (THUMBNAIL, THUMBNAIL), mode="area").flatten()
 
 
 def _join_near(groups: np.ndarray, thumbnails: Sequence[np.ndarray | None]) -> None:

@@ -132,7 +132,7 @@ def _split(table: LabelledImages, path: Path, share: float, seed: int, folds: in
     if folds > 1 and not {"val", "test"} & set(table.words or ()):
         known = copies or alone(len(labels))
         fold_of, said = _folds(table, groups, folds, seed, known, where)
-        order = np.lexsort(known.digests.T)  # by content, so that a folder and a table of the same images are one
+        order = known.order()  # a folder and a table of the same images are one
         variant = f"{fold_of.max() + 1} folds, seed {seed}"
         return Data({"test": part(order)}, names, variant, {"warnings": warnings + said}, fold_of[order])
     rows, variant = parts(table.words, groups, share, seed, path, copies=copies)
@@ -159,7 +159,7 @@ def _folds(
     fold_of, warnings = deal(groups, count, seed, copies), []
     if single and ((lone := spread(fold_of) == 1).sum() and (spread(fold_of) > 1).sum() < 2):
         # Classes of one picture and its copies: better tested on copies, which is said, than not at all.
-        parted = Copies(copies.digests, np.where(lone[groups], np.arange(n), copies.groups))
+        parted = copies._replace(groups=np.where(lone[groups], np.arange(n), copies.groups))
         fold_of = deal(groups, count, seed, parted)
         warnings.append(f"copies lie in several folds, as these classes are one picture only: {listed(names[lone])}")
     folds, found = int(fold_of.max()) + 1, spread(fold_of)

@@ -5,7 +5,6 @@ tested once, in folds, and of a large one a seeded share of every class is held 
 but no test split, the validation images are what is reported on.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,14 +36,14 @@ def hold_out(groups: np.ndarray, share: float, seed: int, copies: Copies | None 
 
 
 def _hold_out_by_content(groups: np.ndarray, share: float, seed: int, copies: Copies) -> np.ndarray:
-    held = np.zeros(len(groups), dtype=bool)
+    held, places = np.zeros(len(groups), dtype=bool), copies.shuffled(seed)
     for group in np.unique(groups):
         members = np.flatnonzero(groups == group)
         # A picture that other groups have, too, would be on both sides.
         shared = set(copies.groups[groups != group])
         wanted = min(max(round(share * len(members)), 1), len(members) - 1)
         taken = 0
-        for rows in _by_content(members, seed, copies):
+        for rows in _by_content(members, places, copies):
             if copies.groups[rows[0]] in shared:
                 continue
             if taken + len(rows) <= wanted or (taken == 0 and len(rows) < len(members)):
@@ -53,16 +52,12 @@ def _hold_out_by_content(groups: np.ndarray, share: float, seed: int, copies: Co
     return held
 
 
-def _by_content(members: np.ndarray, seed: int, copies: Copies) -> list[list[int]]:
-    """The pictures among some rows, each with its copies, in an order that is that of their contents."""
+def _by_content(members: np.ndarray, places: np.ndarray, copies: Copies) -> list[list[int]]:
+    """The pictures among some rows, each with its copies, in the order of their places."""
     pictures = defaultdict(list)
-    for row in members.tolist():
+    for row in members[np.argsort(places[members], kind="stable")].tolist():
         pictures[copies.groups[row]].append(row)
-
-    def place(rows: list[int]) -> bytes:
-        return hashlib.sha256(b"%d" % seed + min(copies.digests[row].tobytes() for row in rows)).digest()
-
-    return sorted(pictures.values(), key=place)
+    return list(pictures.values())
 
 
 def deal(groups: np.ndarray, count: int, seed: int, copies: Copies) -> np.ndarray:
@@ -77,13 +72,13 @@ def deal(groups: np.ndarray, count: int, seed: int, copies: Copies) -> np.ndarra
     among those to the smallest.
     """
     fold_of, sizes = np.full(len(groups), -1, dtype=np.int64), np.zeros(count, dtype=np.int64)
-    members_of = defaultdict(list)
+    members_of, places = defaultdict(list), copies.shuffled(seed)
     for row, picture in enumerate(copies.groups.tolist()):
         members_of[picture].append(row)
     for group in np.unique(groups):
         of_group = np.bincount(fold_of[(groups == group) & (fold_of >= 0)], minlength=count)
         left = np.flatnonzero((groups == group) & (fold_of < 0))
-        for rows in sorted(_by_content(left, seed, copies), key=len, reverse=True):
+        for rows in sorted(_by_content(left, places, copies), key=len, reverse=True):
             fold = np.lexsort((sizes, of_group))[0]
             everywhere = members_of[copies.groups[rows[0]]]
             fold_of[everywhere] = fold
