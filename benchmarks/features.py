@@ -29,7 +29,7 @@ def dinoreg_model(size: int, tiny: bool, dtype: torch.dtype) -> Callable[[Tensor
 
     shape = dict(zip(("dim", "depth", "heads"), TINY)) if tiny else {}
     model = build_model("vits14_reg4", image_size=size, **shape)
-    encoder = wrap(model, mean=(0.0,), std=(1.0,), dtype=dtype)  # it keeps to its own precision
+    encoder = wrap(model, stated={"mean": [0.0], "std": [1.0]}, dtype=dtype)  # it keeps to its own precision
     return _Features(model, lambda images: encoder.tokens(images).cls)
 
 

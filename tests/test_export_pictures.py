@@ -74,7 +74,12 @@ def check_card(form: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     ("form", "kind"),
     [
         ("meta", "5 channels of floats"),
-        *(pytest.param(form, kind, marks=pytest.mark.slow) for form in FORMATS for kind in KINDS),
+        *(
+            pytest.param(form, kind, marks=pytest.mark.slow)
+            for form in FORMATS
+            for kind in KINDS
+            if form != "onnx" or "rgb" in kind or "floats" in kind  # the slowest; its card has the others' code
+        ),
     ],
 )
 def test_every_cards_code_makes_what_dinoreg_makes(

@@ -941,7 +941,7 @@ def test_a_training_of_two_processes_survives_a_request_to_save(capsys: pytest.C
     (job,) = ended("run")
     assert job.line == "local1.0  pretrain: finished, requeued once"
     assert loss_trace(Path("run")) == loss_trace(Path("whole"))
-    assert main(["launch", "logs", "run", "lines=2"]) == 0
+    assert main(["launch", "logs", "run", "lines=10"]) == 0
     assert "finished: 40 steps, 240 images -> run" in capsys.readouterr().out
     assert main(["launch", "cancel", "run"]) == 0
     assert capsys.readouterr().out == "nothing to cancel: all jobs are over\n"

@@ -357,5 +357,5 @@ def test_a_probe_on_labelled_photographs_reads_them_through_the_same_decoder(
     arguments = command("pretrain", plain, data=album, out=out, probe__every=6, probe__data=album)
     assert main(arguments) == 0
     lines = read_lines(out / "probe.jsonl")
-    assert [line["step"] for line in lines] == [6, 12]
+    assert [line["step"] for line in lines] == [0, 6, 12]
     assert all(0.0 <= line["knn_top1"] <= 1.0 and line["rankme"] >= 1.0 for line in lines)
