@@ -82,14 +82,14 @@ def find_copies(source: Source) -> Copies:
     groups[~readable] = np.flatnonzero(~readable)
     thumbnails = [thumbnail for _, thumbnail in found]
     _join_near(groups, [None if each is None or each.std() < LEAST_CONTRAST else each.numpy() for each in thumbnails])
-    return Copies(digests, groups, np.array([0.0 if each is None else _look(each) for each in thumbnails]))
+    direction = torch.randn(THUMBNAIL**2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return Copies(digests, groups, np.array([0.0 if each is None else _look(each, direction) for each in thumbnails]))
 
 
-def _look(thumbnail: torch.Tensor) -> float:
-    """Where a thumbnail (C * 16 * 16,) lies along a fixed direction, after its mean and its contrast are taken out."""
+def _look(thumbnail: torch.Tensor, direction: torch.Tensor) -> float:
+    """Where a thumbnail (C * 16 * 16,) lies along a direction (16 * 16,), its mean and its contrast taken out."""
     grey = thumbnail.view(-1, THUMBNAIL**2).double().mean(dim=0)
     contrast = grey.std()
-    direction = torch.randn(THUMBNAIL**2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return float((grey - grey.mean()) @ direction / contrast) if contrast > _FLAT else 0.0
 
 
