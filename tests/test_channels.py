@@ -11,6 +11,7 @@ from miniatures import pets
 from PIL import Image
 from small_runs import tiny_model, write_run
 from training import tiny_config
+from zoo import write_planes
 
 from dinoreg.commands.main import main
 from dinoreg.config.load import load_config
@@ -25,15 +26,6 @@ SIDE = 48
 ROWS, COLUMNS = np.mgrid[:SIDE, :SIDE]
 
 
-def save(path: Path, planes: np.ndarray) -> None:
-    """(C, H, W) uint16 as a PNG or a TIFF of planes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if len(planes) == 1:
-        Image.fromarray(planes[0]).save(path.with_suffix(".png"))
-    else:
-        tifffile.imwrite(path.with_suffix(".tif"), planes, photometric="minisblack", planarconfig="separate")
-
-
 def planes(rng: np.random.Generator, channels: int, last: np.ndarray) -> np.ndarray:
     """Noise of twelve bits in all channels but the last."""
     noise = rng.integers(0, 4096, (channels, SIDE, SIDE))
@@ -46,7 +38,7 @@ def write_classes(root: Path, channels: int, each: int = 12) -> Path:
     for name, ramp in (("down", ROWS), ("across", COLUMNS)):
         for number in range(each):
             wave = 0.5 + 0.5 * np.sin(ramp / 3 + rng.uniform(0, 6)) * rng.uniform(0.5, 1)
-            save(root / name / f"{number:02d}", planes(rng, channels, wave * 4095))
+            write_planes(root / name / f"{number:02d}", planes(rng, channels, wave * 4095))
     return root
 
 
@@ -167,7 +159,7 @@ def test_eval_finds_what_the_last_channel_alone_says(channels: int, tmp_path: Pa
         for name, level in zip(("dark", "bright"), levels):
             for number in range(30 if channels < 48 else 40):
                 last = level + rng.integers(-400, 400, (SIDE, SIDE))
-                save(tmp_path / place / name / f"{number:02d}", planes(rng, channels, last))
+                write_planes(tmp_path / place / name / f"{number:02d}", planes(rng, channels, last))
     options = ["protocols=logistic", "logistic.token=cls+mean", "logistic.num_c=8"]
     told, untold = (
         evaluated(tmp_path / place, run, tmp_path / f"out_{place}", *options) for place in ("told", "untold")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tifffile
 from PIL import Image
+from zoo import write_planes
 
 from dinoreg.commands.main import main
 
@@ -25,15 +25,6 @@ SHORT = [
 ]  # fmt: skip
 
 
-def save(path: Path, planes: np.ndarray) -> None:
-    """(C, H, W) uint16 as a PNG or a TIFF of planes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if len(planes) == 1:
-        Image.fromarray(planes[0]).save(path.with_suffix(".png"))
-    else:
-        tifffile.imwrite(path.with_suffix(".tif"), planes, photometric="minisblack", planarconfig="separate")
-
-
 def write_data(root: Path, channels: int) -> None:
     """Classes, several labels, masks and depth, all of which the last channel alone shows; the others are noise."""
     rng = np.random.default_rng(channels)
@@ -45,7 +36,9 @@ def write_data(root: Path, channels: int) -> None:
     lines, ending = ["path,label"], "png" if channels == 1 else "tif"
     for name, level in (("dark", 800), ("bright", 3200)):
         for number in range(20):
-            save(root / "classes" / name / f"{number:02d}", planes(level + rng.integers(-400, 400, (SIDE, SIDE))))
+            write_planes(
+                root / "classes" / name / f"{number:02d}", planes(level + rng.integers(-400, 400, (SIDE, SIDE)))
+            )
             lines.append(f"{name}/{number:02d}.{ending},{name}{'|even' * (number % 2 == 0)}")
     (root / "classes" / "tags.csv").write_text("\n".join(lines) + "\n")
     for folder in ("masks", "depth"):
@@ -54,7 +47,7 @@ def write_data(root: Path, channels: int) -> None:
         mask = np.zeros((SIDE, SIDE), np.uint8)
         top, left = rng.integers(0, SIDE // 8 - 3, 2) * 8
         mask[top : top + 24, left : left + 24] = 1
-        save(root / "pairs" / "images" / f"{number}", planes(400 + 3600 * mask.astype(int)))
+        write_planes(root / "pairs" / "images" / f"{number}", planes(400 + 3600 * mask.astype(int)))
         Image.fromarray(mask).save(root / "pairs" / "masks" / f"{number}.png")
         Image.fromarray((1000 + 3000 * mask.astype(int)).astype(np.uint16)).save(
             root / "pairs" / "depth" / f"{number}.png"

@@ -8,6 +8,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -343,3 +344,12 @@ def medical() -> dict[str, Animal]:
 def zoo() -> dict[str, Animal]:
     """Every file by its name."""
     return {**eight_bits(), **jpegs(), **deep(), **channels(), **medical()}
+
+
+def write_planes(path: Path, planes: np.ndarray) -> None:
+    """(C, H, W) uint16 as a PNG of one channel or a TIFF of planes; the ending is added to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(planes) == 1:
+        Image.fromarray(planes[0]).save(path.with_suffix(".png"))
+    else:
+        tifffile.imwrite(path.with_suffix(".tif"), planes, photometric="minisblack", planarconfig="separate")
