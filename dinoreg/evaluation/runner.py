@@ -309,7 +309,8 @@ class _Evaluation:
                 rows = module.evaluate(Measurement(encoder(), data, task, options, self.context(name, role)))
             except (UserError, RunError) as error:
                 raise type(error)(f"{self.name}, {task.protocol}: {error}") from error
-            rows = [dataclasses.replace(row, tested=_tested(self.plan, task, data, self.request)) for row in rows]
+            tested = _tested(self.plan, task, data, self.request)
+            rows = [dataclasses.replace(row, tested=tested) for row in rows]
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, json.dumps({"key": self.key, "rows": [row.as_dict() for row in rows]}))
             found[task.protocol] = rows
@@ -378,7 +379,8 @@ def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
 
     Of more than MOST_COMPARED images, that many are looked at.
     """
-    watched = encoder.watched
+    if (watched := encoder.watched) is None:
+        return []
     tested = {
         split.source.stamp(): split for _, data in plan.tasks for name, split in data.splits.items() if name != "train"
     }
@@ -387,7 +389,7 @@ def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
         for split in tested.values()
         for index in np.unique(np.linspace(0, len(split) - 1, min(len(split), MOST_COMPARED)).astype(int)).tolist()
     ]
-    if watched is None or not places:
+    if not places:
         return []
 
     def is_watched(number: int) -> bool:

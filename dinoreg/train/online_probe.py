@@ -10,6 +10,7 @@ more than chance: the 95 % bootstrap interval of the paired difference, over the
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast
+from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes.layout import label_of
 from dinoreg.scenes.render import CLASS_NAMES
@@ -262,7 +264,9 @@ def write_probed(out: Path, probe: Probe, config: Config) -> None:
     """
     if probe.labels is None or probe.source is None:
         return
-    digests = [content_digest(probe.source.read(index)).hex()[:16] for index in range(len(probe.source))]
+    read = probe.source.read
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        digests = list(pool.map(lambda index: content_digest(read(index)).hex()[:16], range(len(probe.source))))
     content = {"data": config.probe.data, "metric": config.probe.metric, "images": digests}
     write_atomic(out / PROBED, json.dumps(content) + "\n")
 

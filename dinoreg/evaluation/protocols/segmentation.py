@@ -66,11 +66,12 @@ def evaluate(measured: Measurement) -> list[Row]:
     counts = probe.count(heads, test, "test")
     best, chosen_on = choose_best(scores(counts), tried)
     probe.draw(heads[best], test)
+    seed = measured.context.seed
+    # Always the most frequent class: of the true classes alone, so the same for every head.
+    most_frequent, constant = counts[best].constant()
+    everywhere = bootstrap_statistic(len(test), lambda weights: counts[best].constant(weights)[1], seed=seed)
 
     def row(key: str, variant: str = "", chosen_on: str = "", note: str = "") -> Row:
-        most_frequent, constant = counts[key].constant()
-        seed = measured.context.seed
-        everywhere = bootstrap_statistic(len(test), lambda weights: counts[key].constant(weights)[1], seed=seed)
         found = measured.row(
             counts[key].miou(),
             bootstrap_statistic(len(test), counts[key].miou, seed=seed),
