@@ -52,6 +52,11 @@ def write_atomic(path: Path, content: str | bytes, token: str = "") -> None:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def share(path: Path) -> None:
+    """Let whoever reads a file's folder read the file, too: safetensors lets its owner alone. OSError if it cannot."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
 def part_name(path: Path, token: str = "") -> Path:
     """The temporary path under which `path` is written: PATH.part, or PATH.TOKEN.part."""
     return path.with_name(f"{path.name}{token and '.'}{token}.part")

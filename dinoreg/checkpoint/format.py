@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dinoreg.checkpoint.atomic import reason, replacing, sync, write_atomic
+from dinoreg.checkpoint.atomic import reason, replacing, share, sync, write_atomic
 from dinoreg.checkpoint.metadata import METADATA, Reader, TensorPlanner
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime import json_files
@@ -397,8 +397,8 @@ def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str,
     """
     with replacing(path, token) as aside:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, aside)
-        with suppress(OSError):  # safetensors lets the owner alone read it; others read the folder, too
-            aside.chmod(aside.parent.stat().st_mode & 0o666)
+        with suppress(OSError):
+            share(aside)
         content = {"format": "dinoreg-teacher", "version": VERSION, **description, "sha256": digest(aside)}
         # First, so that the file never exists without its digest.
         write_atomic(path.with_suffix(".json"), json.dumps(content, indent=1) + "\n", token)

@@ -18,9 +18,9 @@ from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.display import channels_shown
 from dinoreg.data.open import is_scenes, read_labelled
-from dinoreg.data.preprocess import Preprocessing
+from dinoreg.data.preprocess import Preprocessing, to_unit
 from dinoreg.data.source import ScenesSource, Source
-from dinoreg.evaluation.backbones.encoder import NativeEncoder, to_unit
+from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge

@@ -42,6 +42,11 @@ class LabelledImages:
     warnings: list[str]
     passed_over: dict[str, int]
 
+    def has(self) -> np.ndarray:
+        """Which classes each image is of, (n, K) bool."""
+        single = self.labels.ndim == 1
+        return self.labels[:, None] == np.arange(len(self.class_names)) if single else self.labels == 1
+
     def source(self) -> PathSource:
         """The images, in the order of `paths`."""
         return PathSource(self.root, PathBlock.of(self.paths))

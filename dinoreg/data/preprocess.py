@@ -114,7 +114,7 @@ class Preprocessing:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], minus the mean, over the standard deviation: float32."""
-        unit = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        unit = to_unit(images)
         mean, std = (unit.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (unit - mean) / std
 
@@ -131,6 +131,11 @@ class Preprocessing:
             name = picture if isinstance(picture, str | os.PathLike) else type(picture).__name__
             raise UserError(f"{name}: cannot be read as an image ({error})") from None
         return self.normalise(to_encoder([self.crop(pixels)]))[0]
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Pixels, uint8 or float in [0, 1], as float32 in [0, 1]."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def _range(values: Any, where: object) -> ValueRange | None:

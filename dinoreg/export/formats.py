@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dinoreg.checkpoint.atomic import share
 from dinoreg.export import hub_model
 from dinoreg.export.onnx_graph import write_onnx
 from dinoreg.export.source import Source
@@ -276,7 +277,7 @@ def _save(state: dict[str, Tensor], path: Path) -> None:
         torch.save(own, path)
     else:
         save_file(own, path, metadata={"format": "pt"})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets the owner alone read it; an export is shared
+        share(path)
 
 
 def _write_pixels(folder: Path, source: Source) -> None:

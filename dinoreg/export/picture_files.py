@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.export.prepare_code import needs_tiff
 from dinoreg.export.source import Source
 from dinoreg.runtime.dependencies import install
@@ -16,7 +17,7 @@ from dinoreg.runtime.errors import UserError
 
 MIN_COSINE = 0.9999  # of class tokens
 MAX_LEVELS = 1.0  # of 255: mean absolute difference of the inputs; Pillow and torch resize within one on average
-_ORIENTATION, _TURNED = 0x0112, 6
+_TURNED = 6
 
 
 def write_pictures(folder: Path, source: Source) -> dict[str, Path]:
@@ -83,7 +84,7 @@ def _write_bytes(folder: Path, shapes: Mapping[str, tuple[int, int]], source: So
     veiled.putalpha(Image.linear_gradient("L").resize(veiled.size))
     save("transparent", veiled)
     exif = Image.Exif()
-    exif[_ORIENTATION] = _TURNED
+    exif[ORIENTATION_TAG] = _TURNED
     save("turned", drawn["wide"], "jpg", quality=95, exif=exif)
     return paths
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from rich.table import Table
 
-from dinoreg.reports.verdict import Verdict, in_words
+from dinoreg.registers.measure import BESIDE_OUTLIERS
+from dinoreg.reports.verdict import DASH, Verdict, in_words
 from dinoreg.runtime.templates import percent, render, score
 
-DASH = "\u2013"
 TONES = {"none": "good", "tail": "warn", "group": "bad"}
 FINDINGS = {"none": "no outliers", "tail": "a tail", "group": "outliers"}
 
@@ -26,7 +26,7 @@ def judge(record: dict[str, Any]) -> Verdict:
         outlier_probe=outlier_probe,
         against=against,
         difference=against and in_words(against, "share", (outlier_probe or {})["n_test"]),
-        patch_probe=_probe(record, "normal patch, images with an outlier") or _probe(record, "normal patch"),
+        patch_probe=_probe(record, BESIDE_OUTLIERS) or _probe(record, "normal patch"),
     )
     headline, *sentences = (" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
     return Verdict(TONES[record["outliers"]["kind"]], headline, tuple(sentences))

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from dinoreg.reports.verdict import DASH
 from dinoreg.runtime.json_files import is_number, number
 from dinoreg.runtime.templates import score
 
-DASH = "\u2013"
 IN_FULL, LISTED = 12, 30  # classes of a matrix that is shown whole; rows of a list
 SINGLE = {"AP": "AP", "iou": "IoU"}  # details of one number a class, and their names
 

@@ -177,9 +177,7 @@ def _figures(probe: Probe) -> str:
     rows = details.get("rows")
     even = balanced(rows[0] if isinstance(rows, list) and rows else details)
     more = f"; balanced {even}" if even else ""
-    text = (
-        f"{what[:1].upper()}{what[1:]}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high}{more})"
-    )
+    text = f"{_capital(what)}: {score(probe.value, unit)} {probe.metric} (95 % interval {low} to {high}{more})"
     return f"{text}, against {', '.join(beside)}." if beside else f"{text}."
 
 

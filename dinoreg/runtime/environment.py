@@ -65,9 +65,9 @@ def usable_cores(root: Path = Path("/")) -> int:
     return cores
 
 
-def busy(cores: int | None = None) -> str:
+def busy() -> str:
     """ "load 9.1 on 2 cores" where more processes want to run than there are cores; else an empty text."""
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cores or os.cpu_count() or 1
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     return f"load {load:.1f} on {cores} cores" if load > cores + 0.5 else ""
 
 

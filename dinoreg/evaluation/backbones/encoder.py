@@ -369,11 +369,6 @@ def wrap(
     return kind(model, name or type(model).__name__, own if stated is None else stated, device, dtype)
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """Pixels, uint8 or float in [0, 1], as float32 in [0, 1]."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
 def _split(tokens: Tensor, num_registers: int) -> Tokens:
     return Tokens(tokens[:, 0], tokens[:, 1 : 1 + num_registers], tokens[:, 1 + num_registers :])
 

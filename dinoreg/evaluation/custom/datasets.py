@@ -150,7 +150,7 @@ def _folds(
     raises  UserError where fewer than two classes can be both learnt and tested
     """
     names, single, n = np.array(table.class_names), table.labels.ndim == 1, len(groups)
-    has = groups[:, None] == np.arange(len(names)) if single else table.labels == 1  # (n, K)
+    has = table.has()
 
     def spread(fold_of: np.ndarray) -> np.ndarray:
         """In how many folds each class is, (K,)."""
@@ -195,7 +195,7 @@ def _one_sided(table: LabelledImages, rows: Mapping[str, np.ndarray], where: str
     raises  UserError where one class is all that a split has, or where no image of one can be right
     """
     names, single, warnings = np.array(table.class_names), table.labels.ndim == 1, []
-    has = table.labels[:, None] == np.arange(len(names)) if single else table.labels == 1  # (n, K)
+    has = table.has()
     present = {split: has[part].any(axis=0) for split, part in rows.items()}
     for split, there in present.items():
         if single and there.sum() == 1:

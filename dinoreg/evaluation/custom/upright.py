@@ -17,8 +17,8 @@ from dinoreg.data.source import PathSource
 from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.context import show_progress
 from dinoreg.evaluation.features.images import default_workers, parallel
-from dinoreg.evaluation.readers.pixel_maps import PixelFile
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.evaluation.readers.pixel_maps import PixelFile, unreadable
+from dinoreg.runtime.errors import UserError
 
 Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
 T = TypeVar("T")
@@ -83,7 +83,7 @@ def _header(images: PathSource, index: int) -> EncodedImage:
     try:
         return images.image(index)
     except BadImage as error:
-        raise UserError(f"{images.name(index)}: cannot be read as an image ({one_line(error, 200)})") from None
+        raise unreadable(f"{images.name(index)}:", "an image", error) from None
 
 
 def _lie(image: EncodedImage, pixels: PixelFile, path: Path, name: str) -> tuple[int, int]:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoreg.evaluation.backbones.encoder import Encoder, seeded, to_unit
+from dinoreg.data.preprocess import to_unit
+from dinoreg.evaluation.backbones.encoder import Encoder, seeded
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.depth_images import as_seen, read_pair, training_crop

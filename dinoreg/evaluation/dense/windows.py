@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import pad
 
-from dinoreg.evaluation.backbones.encoder import Encoder, to_unit
+from dinoreg.data.preprocess import to_unit
+from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.data import IGNORED
 from dinoreg.evaluation.features.images import parallel
 from dinoreg.evaluation.solvers.train_heads import generator
