@@ -5,7 +5,7 @@ share of the images. k-NN is the DINO papers' weighted vote with half of the ima
 2210.02885) needs no labels and is always measured.
 
 `best` is the step of a labelled probe that was better than the best before it, at first than the untrained network, by
-more than chance: the 95 % bootstrap interval of the paired difference, over the same tested images, lies above 0.
+more than chance: by the paired difference on the same tested images (`evaluation.comparison.judged`).
 """
 
 import json
@@ -31,7 +31,8 @@ from dinoreg.data.source import ChosenSource, ScenesSource, Source
 from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
+from dinoreg.evaluation.comparison import BETTER, judged
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, paired_difference
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.environment import usable_cores
@@ -190,22 +191,23 @@ class ProbeRunner:
         state.history["best"] = {**now, "metric": self.options.metric}
         return True
 
-    def _against(self, now: dict[str, Any], start: dict[str, Any]) -> dict[str, float]:
-        """The start in a later line: its step and accuracies, and the paired difference to it with its interval."""
+    def _against(self, now: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
+        """The start in a later line: its step and accuracies, and the paired difference to it with its verdict."""
         if now["step"] == start["step"]:
             return {}
         found = {"start_step": start["step"], **{f"{key}_start": start[key] for key in ACCURACIES if key in start}}
         if now["right"] is not None and start.get("right") is not None:
-            difference = self._difference(now, start)
-            interval = bootstrap_interval(difference)
-            found |= {"knn_top1_gain": float(difference.mean())}
-            found |= {"knn_top1_gain_low": interval.low, "knn_top1_gain_high": interval.high}
+            gain = self._compared(now, start)
+            found |= {"knn_top1_gain": gain["difference"], "knn_top1_gain_verdict": gain["verdict"]}
+            found |= {"knn_top1_gain_low": gain["low"], "knn_top1_gain_high": gain["high"]}
         return found
 
-    def _difference(self, now: dict[str, Any], before: dict[str, Any]) -> np.ndarray:
-        """(m,) 1, 0 or -1: how the answers on the tested images differ between two probes."""
+    def _compared(self, now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+        """What the answers on the tested images say against those of an earlier probe, as `comparison.judged`."""
         count = len(self.probe.images) - self.probe.in_bank
-        return _unpacked(now["right"], count) - _unpacked(before["right"], count)
+        right = [_unpacked(each["right"], count) for each in (now, before)]
+        difference = paired_difference(*(bootstrap_interval(each).replicates for each in right))
+        return judged(float(right[0].mean() - right[1].mean()), difference, count)
 
     def _is_better(self, now: dict[str, Any], before: dict[str, Any]) -> bool:
         """Whether a probe is better than another on the same images: k-NN by the paired interval, RankMe at all."""
@@ -213,7 +215,7 @@ class ProbeRunner:
             return now["rankme"] > before["rankme"]
         if now["right"] is None:
             return False
-        return bootstrap_interval(self._difference(now, before)).low > 0
+        return bool(self._compared(now, before)["verdict"] == BETTER)
 
     def _watch_general(self, state: TrainState, values: dict[str, float]) -> None:
         """Warn when the general probe has fallen below its first value by more than the margin."""
