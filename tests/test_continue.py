@@ -29,9 +29,9 @@ from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import Interrupted, UserError
 from dinoreg.scenes import render as scenes
 from dinoreg.train import loop
+from dinoreg.train.class_probe import Measured, Probe
 from dinoreg.train.health import REMEDIES, Health
 from dinoreg.train.loop import pretrain
-from dinoreg.train.online_probe import Measured, Probe
 from dinoreg.train.prepare import prepare
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import build_networks, build_state
