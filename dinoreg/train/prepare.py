@@ -24,8 +24,8 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
+from dinoreg.train.class_probe import Probe, build_general, build_probe
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
-from dinoreg.train.online_probe import Probe, build_general, build_probe
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
