@@ -27,10 +27,11 @@ from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted
 from dinoreg.runtime.json_files import read_json
+from dinoreg.train.class_probe import write_probed
 from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
 from dinoreg.train.metrics import Monitor
-from dinoreg.train.online_probe import ProbeRunner, write_probed
+from dinoreg.train.online_probe import ProbeRunner
 from dinoreg.train.outlook import Pace, rounded
 from dinoreg.train.parallelize import check_replicas, compile_backbones
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare

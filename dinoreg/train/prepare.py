@@ -28,8 +28,8 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
+from dinoreg.train.class_probe import Probe, build_general, build_probe
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
-from dinoreg.train.online_probe import Probe, build_general, build_probe
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
@@ -103,7 +103,8 @@ class Setup:
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
-        return build_state(self.config, self.student, self.teacher, self.device, self.dtype, anchor, self.ranks)
+        networks, where = (self.student, self.teacher), (self.device, self.dtype)
+        return build_state(self.config, *networks, *where, anchor, self.ranks, num_images=len(self.source))
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of the stage that `state.step` is in, starting at the sample `state.position`."""
