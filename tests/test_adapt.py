@@ -216,5 +216,5 @@ def test_two_processes_go_on_as_one(first: Path, tmp_path: Path, strategy: str) 
 def test_the_ways_that_are_compared_are_configs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
     continuation = importlib.import_module("continuation")
-    for options in continuation.METHODS.values():
-        load_config(continuation.STAGED, {"init": "x", "model.name": "vits14_reg0", **options})
+    for config, options in continuation.METHODS.values():
+        load_config(config, {"init": "x", "model.name": "vits14_reg0", **options})
