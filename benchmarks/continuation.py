@@ -30,6 +30,7 @@ from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split, select_and_fit
+from dinoreg.runtime.device import autocast, pick_device, pick_precision
 from dinoreg.train.loop import pretrain
 from dinoreg.weights.load import load
 
@@ -83,10 +84,13 @@ def features(weights: Path, pictures: Pictures, size: int, cache: Path) -> torch
     """Class token and mean patch of every picture as a whole, (n, 2 D); kept in `cache`."""
     if not cache.is_file():
         see = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, (size, size), size)
-        model, rows = load(weights), []
+        device = pick_device("auto")
+        dtype, model, rows = pick_precision("auto", device), load(weights).to(device), []
         for first in range(0, len(pictures.paths), 32):
-            tokens = model(torch.stack([see(path) for path in pictures.paths[first : first + 32]]))
-            rows.append(torch.cat([tokens.cls, tokens.patches.mean(dim=1)], dim=1))
+            images = torch.stack([see(path) for path in pictures.paths[first : first + 32]]).to(device)
+            with autocast(device, dtype):
+                tokens = model(images)
+            rows.append(torch.cat([tokens.cls, tokens.patches.mean(dim=1)], dim=1).float().cpu())
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.save(cache, torch.cat(rows).numpy())
     return torch.from_numpy(np.load(cache))
@@ -153,7 +157,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=60)
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--most", type=int, help="pictures of each set that are used; none: all")
-    options.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    options.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = options.parse_args()
     given.folder = given.folder.absolute()
