@@ -88,8 +88,9 @@ def read_verdict(overrides: Mapping[str, Any] | Iterable[str]) -> tuple[VerdictO
 def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]) -> LabelledVerdict:
     benchmark = own_benchmark(Path(labelled), own, options.columns)
     if not set(KINDS) <= {task.protocol for task in benchmark.tasks}:
-        what = f"holds data for {benchmark.task}, expected one class a picture"
-        raise UserError(f"{labelled}: {what}; dinoreg eval compares weights on it (the same out= for each)")
+        raise UserError(
+            f"{labelled}: expected one class a picture; for {benchmark.task} see dinoreg eval, one out= for all"
+        )
     encoders, mine = _open(options)
     run = mine.run or Path("runs/verdict") / folder_name(mine.encoder)
     out = Path(options.out) if options.out else run / "verdict" / f"{mine.step:07d}" / benchmark.name
@@ -123,7 +124,8 @@ def _request(options: VerdictOptions, own: Encoder, data: Data, features: Path) 
     if options.range is None:  # one for all, so that all see the same pixels
         shared["range"] = own.preprocessing.as_json()["range"]
     shared |= {"baselines": False, "report": False, "examples": 0, "features": str(features)}
-    few = FewShotOptions((), shares(_learnt(data), data.splits["test"].num_classes), options.repeats)
+    learnt = data.splits.get("train", data.splits["test"])  # of folds, most of them
+    few = FewShotOptions((), shares(len(learnt), learnt.num_classes), options.repeats)
     return Request(EvalOptions(**shared, protocols=[*KINDS, "few_shot"], knn=KnnOptions(k=(20,)), few_shot=few))
 
 
@@ -148,13 +150,6 @@ def _open(options: VerdictOptions) -> tuple[dict[str, Encoder], Opened]:
     if options.public is not None:
         encoders["public"] = open_encoder(options.public, device, dtype).encoder
     return encoders | {role: make() for role, make in baselines_of(mine.encoder, options.seed).items()}, mine
-
-
-def _learnt(data: Data) -> int:
-    """Pictures that are learnt from: in several folds, their mean number."""
-    if data.folds is None:
-        return len(data.splits["train"])
-    return round(len(data.folds) * (1 - 1 / (1 + int(data.folds.max()))))
 
 
 def _row(result: Result, protocol: str) -> Row:

@@ -13,7 +13,7 @@ from dinoreg.evaluation.benchmark import PROTOCOLS
 from dinoreg.evaluation.result import Row
 
 HALVINGS = 6  # at most, of the number of labels
-FEWEST = 2  # labels a class on average, at the lower end of a curve
+FEWEST = 2  # labels a class on average, about, at the lower end of a curve
 
 
 def shares(labels: int, num_classes: int) -> tuple[float, ...]:
