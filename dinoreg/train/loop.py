@@ -72,8 +72,8 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
             monitor = build_monitor(setup, state, log)
             probes = None
             if setup.probe is not None:
-                options, num_steps = config.probe, setup.num_steps
-                probes = ProbeRunner(setup.probe, setup.general, options, num_steps, setup.device, setup.dtype, monitor)
+                looking = setup.probe, setup.general, setup.dense
+                probes = ProbeRunner(*looking, config.probe, setup.num_steps, setup.device, setup.dtype, monitor)
             checkpoints = Checkpoints(out, writer, setup.source, setup.num_steps, log, ranks, on_checkpoint)
             if config.model.compile:
                 compile_backbones(state.student, state.teacher)
