@@ -81,7 +81,8 @@ def dense_in_words(line: Mapping[str, Any]) -> str:
     known = [key for key in DENSE if is_number(line.get(key))]
     parts = {"dense_miou": f"mIoU {_interval(line, 'dense_miou')}", "dse": f"DSE {number(line.get('dse')):.3f}"}
     for key in known[:1]:
-        if is_number(start := line.get(f"{key}_start")):
+        if is_number(line.get(f"{key}_start")):
+            start = number(line.get(f"{key}_start"))
             form = f"{100 * start:.1f}" if key == "dense_miou" else f"{start:.3f}"
             parts[key] += f" (step {line.get('start_step')}: {form})"
     return "  ".join(parts[key] for key in known)

@@ -182,7 +182,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     probe, general = build_probe(config, source), build_general(config)
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
-    dense = build_dense(config, probe, student["backbone"].patch_size)
+    dense = build_dense(config, probe, student.backbone.patch_size)
     looking = (probe, general, None if dense is None else dense.pictures)
     notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
     setup = Setup(
