@@ -70,6 +70,7 @@ class LossConfig(Options, section="loss"):
     dino_weight: float = option(1.0, "of the class-token loss, local and global terms", low=0)
     ibot_weight: float = option(1.0, "of the masked-patch loss", low=0)
     koleo_weight: float = option(0.1, "of the entropy of class tokens, each global view", low=0)
+    diet_weight: float = option(0.0, "of naming the image from its crops' class tokens (DIET)", low=0)
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
@@ -82,8 +83,13 @@ class LossConfig(Options, section="loss"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        both = "a positive dino_weight or ibot_weight (both are zero)"
-        check(self.dino_weight + self.ibot_weight > 0, "loss.dino_weight", self.dino_weight, both)
+        positive = "a positive dino_weight, ibot_weight or diet_weight (all are zero)"
+        check(self.distils or self.diet_weight > 0, "loss.dino_weight", self.dino_weight, positive)
+
+    @property
+    def distils(self) -> bool:
+        """Whether a loss has the teacher's targets; without one the teacher is the student's average, no more."""
+        return self.dino_weight + self.ibot_weight > 0
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,8 @@ class AdaptConfig(Options, section="adapt"):
     warmup: float = fraction(0.1, "fraction of the run, after that, in which the backbone's rate rises from 0")
     lr: float = option(0.1, "learning rate of the backbone over that of the heads", above=0, high=1)
     layer_decay: float = option(0.75, "as optim.layer_decay, which holds where it is lower", above=0, high=1)
+    blocks: int | None = option(None, "last blocks that learn, with the final norm; none: all, and the tokens", low=1)
+    lora: int | None = option(None, "rank of adapters in their linear layers, which learn instead; none: none", low=1)
     channels: str | None = option(None, "weights for other channels; none: refuse", choices=("mean", "repeat", "zero"))
 
     def __post_init__(self) -> None:
@@ -341,6 +349,8 @@ def _check_model(config: Config) -> None:
         nearest = f"{below} or {below + patch}" if below > 0 else str(patch)
         multiple = f"a multiple of the patch size {patch} of {config.model.name}, for example {nearest}"
         check(size % patch == 0, key, size, multiple)
+    depth = config.model.depth or named["depth"]
+    check((config.adapt.blocks or 0) <= depth, "adapt.blocks", config.adapt.blocks, f"at most {depth}, those there are")
     dim, heads = config.model.dim or named["dim"], config.model.heads or named["heads"]
     check(dim % heads == 0, "model.heads", heads, f"a divisor of the width model.dim={dim}")
     channels = config.model.in_channels

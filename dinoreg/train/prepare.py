@@ -91,7 +91,8 @@ class Setup:
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
-        return build_state(self.config, self.student, self.teacher, self.device, self.dtype, anchor, self.ranks)
+        networks, where = (self.student, self.teacher), (self.device, self.dtype)
+        return build_state(self.config, *networks, *where, anchor, self.ranks, num_images=len(self.source))
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of this run, starting at the sample `state.position`."""
