@@ -294,7 +294,9 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online_probe, "bootstrap_interval", partial(bootstrap_interval, samples=200))
 
 
-def follow(figures: list[Figures], metric: str = "knn_top1", masks: bool = True) -> tuple[list[int], list[Any]]:
+def follow(
+    figures: list[Figures], metric: str = "knn_top1", masks: bool = True, grace: int = 0
+) -> tuple[list[int], list[Any]]:
     """The best steps, and the events with their steps, of a run whose probes at steps 0, 1, … find these figures.
 
     100 images are tested; a difference of dense figures below 0.028 may be chance.
@@ -309,7 +311,7 @@ def follow(figures: list[Figures], metric: str = "knn_top1", masks: bool = True)
         return Measured({"rankme": 3.0, "knn_top1": top1, **found, "probe_time": 1e-6}, top1 > RANKS, replicates)
 
     events: list[Any] = []
-    monitor: Any = SimpleNamespace(ranks=ALONE, pause=lambda _: None, log=SilentLog(), health=Health(24, grace=0))
+    monitor: Any = SimpleNamespace(ranks=ALONE, pause=lambda _: None, log=SilentLog(), health=Health(24, grace=grace))
     monitor.report = lambda step, found: events.extend((step, each) for each in found)
     probe: Any = SimpleNamespace(images=range(200), in_bank=100, source=None)
     runner = ProbeRunner(probe, None, None, config.probe, len(figures), CPU, torch.float32, monitor)
@@ -354,6 +356,15 @@ def test_patches_that_decay_while_the_class_token_improves_are_named_once(masks:
 )
 def test_other_courses_are_no_event(figures: list[Figures]) -> None:
     assert follow(figures)[1] == []
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_untrained_patches_are_no_base_of_a_score_without_masks() -> None:
+    falling = [(top1, 0.3, 1.2 - 0.1 * min(s, 3) + 0.02 * max(s - 3, 0)) for s, (top1, *_) in enumerate(RISING)]
+    assert [step for step, _ in follow(falling, masks=False)[1]] == [3]
+    assert follow(falling, masks=False, grace=3)[1] == []
+    assert follow(falling, "dse")[0] == []
+    assert follow(falling, "dse", grace=3)[0] == [3, 5, 7, 9]
 
 
 @pytest.mark.usefixtures("few_resamples")

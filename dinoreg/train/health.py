@@ -169,7 +169,7 @@ class Health:
     """Collects the signals of steps and turns them into metrics and diagnoses.
 
     num_prototypes  K of the DINO head
-    grace           the first step at which rules marked `late` apply
+    grace           the first step at which rules marked `late` apply, and dense scores without masks
     ranks           the processes that train together
     """
 

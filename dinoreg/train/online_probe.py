@@ -4,7 +4,8 @@ The teacher's features of fixed, unaugmented images are measured, first before a
 class tokens, `dense_probe` the patches.
 
 `best` is the step of a probe that was better than the best before it, at first than the untrained network, by more than
-chance: by the paired difference on the same images (`evaluation.comparison.judged`).
+chance: by the paired difference on the same images (`evaluation.comparison.judged`). RankMe has none, and DSE begins
+after the first fifth of the run.
 """
 
 import time
@@ -122,7 +123,12 @@ class ProbeRunner:
         return judged(now[metric] - before[metric], paired_difference(*replicates), count)
 
     def _is_better(self, now: dict[str, Any], before: dict[str, Any]) -> bool:
-        """Whether a probe is better than another on the same images: by the paired interval, RankMe at all."""
+        """Whether a probe is better than another on the same images: by the paired interval, RankMe at all.
+
+        The DSE of untrained patches, which point everywhere, is no base: the first probe from `grace` on is better.
+        """
+        if self.options.metric == "dse" and before["step"] < self.monitor.health.grace:
+            return bool(now["step"] >= self.monitor.health.grace)
         if self.options.metric == "rankme":
             return now["rankme"] > before["rankme"]
         return bool(self._compared(self.options.metric, now, before).get("verdict") == BETTER)
@@ -138,8 +144,10 @@ class ProbeRunner:
     def _watch_dense(self, state: TrainState, now: dict[str, Any]) -> None:
         """Warn when for several probes the patches have been worse than at their best, and the class token better."""
         metric = "dense_miou" if "dense_miou" in now else "dse"
+        if metric not in now or (metric == "dse" and state.step < self.monitor.health.grace):  # as for `best`
+            return
         peak = state.history.setdefault("peak", {**now, "decayed": 0})
-        if now.get(metric, 0) > peak.get(metric, 0):
+        if now[metric] > peak[metric]:
             peak = state.history["peak"] = {**now, "decayed": 0}
         patches, token = (self._compared(key, now, peak).get("verdict") for key in (metric, "knn_top1"))
         peak["decayed"] = peak["decayed"] + 1 if (patches, token) == (WORSE, BETTER) else 0
