@@ -80,11 +80,9 @@ def dense_in_words(line: Mapping[str, Any]) -> str:
     """The patches in a line of probe.jsonl: "mIoU 31.2 % [28.0, 34.4] (step 0: 20.1)  DSE 1.234"."""
     known = [key for key in DENSE if is_number(line.get(key))]
     parts = {"dense_miou": f"mIoU {_interval(line, 'dense_miou')}", "dse": f"DSE {number(line.get('dse')):.3f}"}
-    for key in known[:1]:
-        if is_number(line.get(f"{key}_start")):
-            start = number(line.get(f"{key}_start"))
-            form = f"{100 * start:.1f}" if key == "dense_miou" else f"{start:.3f}"
-            parts[key] += f" (step {line.get('start_step')}: {form})"
+    if known and is_number(line.get(f"{known[0]}_start")):
+        start = number(line[f"{known[0]}_start"]) * (100 if known[0] == "dense_miou" else 1)
+        parts[known[0]] += f" (step {line.get('start_step')}: {start:.3g})"
     return "  ".join(parts[key] for key in known)
 
 

@@ -59,7 +59,9 @@ class DenseProbe:
                  the most frequent class; dense_accuracy, the share of pixels that are right; probe_time in seconds
         """
         started = time.perf_counter()
-        patches = self.features(backbone, device, dtype, ranks)
+        places = self.places[..., None].to(device)
+        chosen = lambda tokens, part: tokens.patches.float().take_along_dim(places[part], dim=1)  # noqa: E731
+        patches = self.pictures.read(chosen, backbone, device, dtype, ranks)  # (n, P, D)
         separability, dimension, interval = structure(patches[:STRUCTURE_IMAGES])
         values = {"dse": separability + dimension, "dse_separability": separability, "dse_dimension": dimension}
         intervals = {"dse": interval}
@@ -72,12 +74,6 @@ class DenseProbe:
             values |= {f"{name}_low": each.low, f"{name}_high": each.high}
         values["probe_time"] = time.perf_counter() - started
         return Measured(values, replicates={name: each.replicates for name, each in intervals.items()})
-
-    def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Tensor:
-        """The chosen patches (n, P, D) float32 on `device`; all processes call together and get the same."""
-        places = self.places[..., None].to(device)
-        chosen = lambda tokens, part: tokens.patches.float().take_along_dim(places[part], dim=1)  # noqa: E731
-        return self.pictures.read(chosen, backbone, device, dtype, ranks)
 
 
 def segment(patches: Tensor, truth: Tensor, bank: int, num_classes: int) -> Confusion:

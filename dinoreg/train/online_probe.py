@@ -33,7 +33,8 @@ class ProbeRunner:
 
     general    the probe on images that a run which started from weights must not forget; None: none
     dense      the probe of the patches; None: none
-    num_steps  of the run; without options.every a probe is due every tenth of them
+    num_steps  of the run
+    horizon    without options.every a probe is due every tenth of these steps; None: of `num_steps`
     dtype      of autocast
     monitor    logs; it excludes the time of probes from the step time
     """
@@ -46,9 +47,11 @@ class ProbeRunner:
     device: torch.device
     dtype: torch.dtype
     monitor: Monitor
+    horizon: int | None = None
 
     def __post_init__(self) -> None:
-        self.every = self.options.every if self.options.every is not None else max(1, self.num_steps // 10)
+        tenth = max(1, (self.horizon or self.num_steps) // 10)
+        self.every = tenth if self.options.every is None else self.options.every
         self._started = time.perf_counter()
         self._probing = 0.0  # seconds spent in probes
         self._images = "" if self.probe.source is None else self.probe.source.fingerprint()
