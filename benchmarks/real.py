@@ -63,11 +63,12 @@ class Place(NamedTuple):
         return real_data.backbone(self.data)
 
 
-def dinoreg(*words: object) -> str:
-    """Run `dinoreg WORDS`, its output with ours; returns the command as a user types it."""
+def dinoreg(*words: object, unless: Path | None = None) -> str:
+    """Run `dinoreg WORDS` where `unless` is not there yet; returns the command as a user types it."""
     given = [str(word) for word in words]
-    print("$ dinoreg", *given, flush=True)
-    subprocess.run([sys.executable, "-m", "dinoreg", *given], check=True)
+    if unless is None or not unless.exists():
+        print("$ dinoreg", *given, flush=True)
+        subprocess.run([sys.executable, "-m", "dinoreg", *given], check=True)
     return " ".join(["dinoreg", *(word.replace(f"{Path.cwd()}/", "") for word in given)])
 
 
@@ -99,8 +100,8 @@ def exports(place: Place) -> dict[str, Any]:
     commands, rows = [], []
     for name in FORMATS:
         folder = place.out / "exports" / name
-        if not folder.is_dir():
-            commands.append(dinoreg("export", f"weights={place.weights}", f"format={name}", f"out={folder}"))
+        given = f"weights={place.weights}", f"format={name}", f"out={folder}"
+        commands.append(dinoreg("export", *given, unless=folder))
         stated = json.loads((folder / "certificate.json").read_text())
         differences = {"bounded": [0.0], "other": [0.0]}
         for check in stated["checks"]:
