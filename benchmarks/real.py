@@ -10,7 +10,7 @@ parity      the backbone's tokens against those inside the third party's own ONN
 exports     every format, with its certificate
 registers   the register report, at the size the backbone was trained for
 pictures    patch colours and attention on photographs that are free to pass on (scikit-image's), in OUT/figures
-foods, tiles, elpv_defect, elpv_cell
+foods (three seeds), tiles, elpv_defect, elpv_cell
             k-NN, linear, logistic and few-shot probes beside random weights and raw pixels on the same pictures
 """
 
@@ -34,21 +34,23 @@ from PIL import Image
 TOKENS = "/backbone/layernorm/Add_1_output_0"  # of the graph: class token and patches after the final norm
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # public domain or CC0, says scikit-image
 FORMATS = ("timm", "transformers", "meta", "safetensors", "onnx")
-COLOURS = 128  # of a committed picture
 
 
 class Probed(NamedTuple):
-    """How a labelled set is evaluated: pixels of the crops, and the seeds of folds, heads and random weights."""
+    """How a labelled set is evaluated: its name, pixels of the crops, the seed of folds, heads and random weights."""
 
+    name: str
     size: int
-    seeds: tuple[int, ...]
+    seed: int = 0
 
 
 SETS = {
-    "foods": Probed(224, (0, 1, 2)),
-    "tiles": Probed(98, (0,)),
-    "elpv_defect": Probed(112, (0,)),
-    "elpv_cell": Probed(112, (0,)),
+    "foods": Probed("foods", 224),
+    "tiles": Probed("tiles", 98),
+    "elpv_defect": Probed("elpv_defect", 112),
+    "elpv_cell": Probed("elpv_cell", 112),
+    "foods_seed1": Probed("foods", 224, 1),
+    "foods_seed2": Probed("foods", 224, 2),
 }
 
 
@@ -125,7 +127,9 @@ def registers(place: Place) -> dict[str, Any]:
     """The register report on photographs of foods: outliers or not, and what each kind of token knows."""
     folder = place.out / "registers"
     images = real_data.foods(place.data)
-    command = dinoreg("registers", f"weights={place.weights}", f"images={images}", "num_images=120", f"out={folder}")
+    command = dinoreg(
+        "registers", f"weights={place.weights}", f"images={images}", "num_images=120", f"out={folder}", unless=folder
+    )
     (model,) = json.loads((folder / "registers" / "view.json").read_text())["models"]
     return {"commands": [command], "model": {key: model[key] for key in ("outliers", "limit", "probes", "images")}}
 
@@ -138,36 +142,34 @@ def pictures(place: Place) -> dict[str, Any]:
     figures.mkdir(parents=True, exist_ok=True)
     paths = [Path(skimage.__file__).parent / "data" / name for name in PHOTOGRAPHS]
     given = f"weights={place.weights}", f"images=[{','.join(map(str, paths))}]", f"out={folder}"
-    commands = [dinoreg("view", "pca", *given), dinoreg("view", "attention", *given, "head=mean")]
+    commands = [
+        dinoreg("view", "pca", *given, unless=folder / "pca.html"),
+        dinoreg("view", "attention", *given, "head=mean", unless=folder / "attention.html"),
+    ]
     sheets = [Image.open(path).convert("RGBA") for path in sorted((folder / "attention").glob("*-maps.png"))]
-    drawn = {"real_pca.png": Image.open(folder / "pca" / "all.png"), "real_attention.png": stacked(sheets)}
+    drawn = {"real_pca.png": Image.open(folder / "pca" / "all.png"), "real_attention.png": in_pairs(sheets)}
     for name, picture in drawn.items():
-        picture.convert("RGBA").quantize(COLOURS).save(figures / name, optimize=True)
+        picture.save(figures / name, optimize=True)
     return {"commands": commands, "kib": {name: (figures / name).stat().st_size // 1024 for name in drawn}}
 
 
-def stacked(sheets: list[Image.Image]) -> Image.Image:
-    """Pictures one below the other."""
-    whole = Image.new("RGBA", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)))
-    top = 0
-    for sheet in sheets:
-        whole.paste(sheet, (0, top))
-        top += sheet.height
+def in_pairs(sheets: list[Image.Image]) -> Image.Image:
+    """Pictures two by two on one."""
+    width, height = (max(getattr(sheet, side) for sheet in sheets) for side in ("width", "height"))
+    whole = Image.new("RGBA", (2 * width, -(-len(sheets) // 2) * height))
+    for number, sheet in enumerate(sheets):
+        whole.paste(sheet, (number % 2 * width, number // 2 * height))
     return whole
 
 
-def probed(place: Place, name: str) -> dict[str, Any]:
-    """One set under each of its seeds: every figure with its interval, and the paired differences."""
-    folder, chosen = real_data.SETS[name](place.data), SETS[name]
-    commands, rows = [], []
-    for seed in chosen.seeds:
-        given = f"weights={place.weights}", f"image_size={chosen.size}", f"seed={seed}"
-        where = place.out / "probes" / f"{name}_seed{seed}"
-        shared = f"features={place.out / 'features'}", "examples=0"
-        commands.append(dinoreg("eval", folder, *given, f"out={where}", *shared))
-        record = json.loads((where / "eval" / "0000000" / f"{name}.json").read_text())
-        rows += [{"seed": seed, **cells} for cells in figures_of(record)]
-    return {"commands": commands, "rows": rows, "warnings": record["warnings"], "tested": record["n_test"]}
+def probed(place: Place, chosen: Probed) -> dict[str, Any]:
+    """One set under one seed: every figure with its interval, and the paired differences."""
+    folder, where = real_data.SETS[chosen.name](place.data), place.out / "probes" / f"{chosen.name}_seed{chosen.seed}"
+    given = f"weights={place.weights}", f"image_size={chosen.size}", f"seed={chosen.seed}", f"out={where}"
+    command = dinoreg("eval", folder, *given, f"features={place.out / 'features'}", "examples=0")
+    record = json.loads((where / "eval" / "0000000" / f"{chosen.name}.json").read_text())
+    about = {"pixels": chosen.size, "seed": chosen.seed, "tested": record["n_test"], "warnings": record["warnings"]}
+    return {"commands": [command], **about, "rows": list(figures_of(record))}
 
 
 def figures_of(record: dict[str, Any]) -> Iterator[dict[str, str]]:
@@ -192,7 +194,7 @@ PIECES: dict[str, Callable[[Place], dict[str, Any]]] = {
     "parity": parity,
     "exports": exports,
     "pictures": pictures,
-    **{name: partial(probed, name=name) for name in SETS},
+    **{piece: partial(probed, chosen=chosen) for piece, chosen in SETS.items()},
     "registers": registers,
 }
 
