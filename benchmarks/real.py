@@ -8,7 +8,7 @@ a piece that was stopped goes on after its last command. Tables are printed as M
 
 parity      the backbone's tokens against those inside the third party's own ONNX graph
 exports     every format, with its certificate
-registers   the register report, at the size the backbone was trained for
+registers   the register report
 pictures    patch colours and attention on photographs that are free to pass on (scikit-image's), in OUT/figures
 foods (three seeds), tiles, elpv_defect, elpv_cell
             k-NN, linear, logistic and few-shot probes beside random weights and raw pixels on the same pictures
@@ -124,12 +124,11 @@ def exports(place: Place) -> dict[str, Any]:
 
 
 def registers(place: Place) -> dict[str, Any]:
-    """The register report on photographs of foods: outliers or not, and what each kind of token knows."""
+    """The register report on photographs of foods of 224 px: outliers or not, and what each kind of token knows."""
     folder = place.out / "registers"
     images = real_data.foods(place.data)
-    command = dinoreg(
-        "registers", f"weights={place.weights}", f"images={images}", "num_images=120", f"out={folder}", unless=folder
-    )
+    given = f"weights={place.weights}", f"images={images}", "size=224", "num_images=150", f"out={folder}"
+    command = dinoreg("registers", *given, unless=folder / "registers.html")
     (model,) = json.loads((folder / "registers" / "view.json").read_text())["models"]
     return {"commands": [command], "model": {key: model[key] for key in ("outliers", "limit", "probes", "images")}}
 
