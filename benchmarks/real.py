@@ -175,11 +175,12 @@ def figures_of(record: dict[str, Any]) -> Iterator[dict[str, str]]:
     """The first row of each protocol and every few-shot row of a result: cells of a table, in per cent and points."""
     seen = set()
     for row in record["rows"]:
-        if row["protocol"] in seen and row["protocol"] != "few_shot":
+        protocol = row["protocol"].partition(" and ")[0]  # "few-shot and label efficiency"
+        if protocol in seen and protocol != "few-shot":
             continue
-        seen.add(row["protocol"])
+        seen.add(protocol)
         cells = {
-            "protocol": f"{row['protocol']}, {row['variant']}".replace("_", "-").removesuffix(", "),
+            "protocol": f"{protocol}, {row['variant']}".removesuffix(", "),
             "real weights": f"{100 * row['value']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]",
         }
         for other, found in row["against"].items():

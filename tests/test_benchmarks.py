@@ -230,8 +230,9 @@ def test_real_pictures_are_evaluated_piece_by_piece_and_a_second_start_repeats_n
     real.main()
     found = json.loads((tmp_path / "out" / "foods.json").read_text())
     assert found["tested"] == 32
-    protocols = {row["protocol"].partition(",")[0] for row in found["rows"]}
-    assert protocols == {"knn", "linear", "logistic", "few-shot"}
+    protocols = [row["protocol"].partition(",")[0] for row in found["rows"]]
+    assert len(set(protocols)) == 4
+    assert protocols.count("few-shot") == 6
     assert all(row["raw pixels"] and row["random init"] for row in found["rows"])
     assert Image.open(tmp_path / "out" / "figures" / "real_attention.png").size[0] > 400
 
