@@ -239,5 +239,5 @@ def test_real_pictures_are_evaluated_piece_by_piece_and_a_second_start_repeats_n
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("measured a second time")
 
-    monkeypatch.setattr(real.subprocess, "run", refuse)
+    monkeypatch.setattr(real, "dinoreg", refuse)
     real.main()
