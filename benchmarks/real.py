@@ -37,20 +37,22 @@ FORMATS = ("timm", "transformers", "meta", "safetensors", "onnx")
 
 
 class Probed(NamedTuple):
-    """How a labelled set is evaluated: its name, pixels of the crops, the seed of folds, heads and random weights."""
+    """How a labelled set is evaluated: its name, pixels of the crops, every which picture of a class, and the seed of
+    folds, heads and random weights."""
 
     name: str
     size: int
+    every: int = 1
     seed: int = 0
 
 
 SETS = {
     "foods": Probed("foods", 224),
-    "tiles": Probed("tiles", 98),
-    "elpv_defect": Probed("elpv_defect", 112),
-    "elpv_cell": Probed("elpv_cell", 112),
-    "foods_seed1": Probed("foods", 224, 1),
-    "foods_seed2": Probed("foods", 224, 2),
+    "tiles": Probed("tiles", 98, every=2),
+    "elpv_defect": Probed("elpv_defect", 112, every=3),
+    "elpv_cell": Probed("elpv_cell", 112, every=3),
+    "foods_seed1": Probed("foods", 224, seed=1),
+    "foods_seed2": Probed("foods", 224, seed=2),
 }
 
 
@@ -161,13 +163,33 @@ def in_pairs(sheets: list[Image.Image]) -> Image.Image:
     return whole
 
 
+def part_of(whole: Path, every: int, part: Path) -> Path:
+    """Links to every which file of each folder of a labelled set, in the order of their names; the whole for 1."""
+    if every == 1:
+        return whole
+    for folder in sorted({file.parent for file in whole.rglob("*.*")}):
+        for file in sorted(folder.glob("*.*"))[::every]:
+            link = part / file.relative_to(whole)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(file.resolve())
+    return part
+
+
 def probed(place: Place, chosen: Probed) -> dict[str, Any]:
     """One set under one seed: every figure with its interval, and the paired differences."""
-    folder, where = real_data.SETS[chosen.name](place.data), place.out / "probes" / f"{chosen.name}_seed{chosen.seed}"
+    where = place.out / "probes" / f"{chosen.name}_seed{chosen.seed}"
+    folder = part_of(real_data.SETS[chosen.name](place.data), chosen.every, place.out / "parts" / chosen.name)
     given = f"weights={place.weights}", f"image_size={chosen.size}", f"seed={chosen.seed}", f"out={where}"
     command = dinoreg("eval", folder, *given, f"features={place.out / 'features'}", "examples=0")
     record = json.loads((where / "eval" / "0000000" / f"{chosen.name}.json").read_text())
-    about = {"pixels": chosen.size, "seed": chosen.seed, "tested": record["n_test"], "warnings": record["warnings"]}
+    about = {
+        "pixels": chosen.size,
+        "every": chosen.every,
+        "seed": chosen.seed,
+        "tested": record["n_test"],
+        "warnings": record["warnings"],
+    }
     return {"commands": [command], **about, "rows": list(figures_of(record))}
 
 
