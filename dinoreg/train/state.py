@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dinoreg.config.load import Config
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.heads import PrototypeHead
+from dinoreg.models.lora import freeze_but
 from dinoreg.models.registry import build
 from dinoreg.models.vit import RegisterViT
 from dinoreg.train.optimizer import build_optimizer, start_moments
@@ -137,14 +138,25 @@ def build_state(
     anchor: RegisterViT | None = None,
     ranks: Ranks = ALONE,
     mesh: DeviceMesh | None = None,
+    num_images: int | None = None,
 ) -> TrainState:
     """The state at step 0 of a run, with the networks moved to `device` and distributed over `ranks`.
 
     dtype   of autocast; only float16 uses a loss scale above 1
     anchor  the frozen backbone of the anchor loss, if any
     mesh    of the processes, for FSDP2; None: all of them, in groups of `parallel.shard`
+    num_images  in the data, which the head of DIET has to tell apart; None: those of a batch
     raises  UserError where the processes do not divide into groups of `parallel.shard`
     """
+    if config.init is not None:
+        freeze_but(student.backbone, config.adapt.blocks, config.adapt.lora, config.seed)
+    if config.loss.diet_weight > 0:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            student["diet_head"] = nn.Linear(student.backbone.dim, num_images or config.batch_size, bias=False)
+    if not config.loss.distils:
+        for head in {student.dino_head, student.head_of_patches}:
+            head.requires_grad_(False)
     student.to(device).train()
     teacher.to(device)
     anchor = None if anchor is None else anchor.to(device)
