@@ -71,7 +71,9 @@ class LossConfig(Options, section="loss"):
     dino_weight: float = option(1.0, "of the class-token loss, local and global terms", low=0)
     ibot_weight: float = option(1.0, "of the masked-patch loss", low=0)
     koleo_weight: float = option(0.1, "of the entropy of class tokens, each global view", low=0)
-    diet_weight: float = option(0.0, "of naming the image from its crops' class tokens (DIET)", low=0)
+    diet_weight: float = option(
+        0.0, "of telling the images of the data apart, by their class tokens of init= (DIET)", low=0
+    )
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
@@ -292,6 +294,8 @@ class Config(Options):
             raise UserError(f"{' and '.join(given)}: give exactly one of steps, images and epochs")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite: give one of the two")
+        if self.init is not None and not self.loss.distils:
+            check(self.adapt.heads == 0, "adapt.heads", self.adapt.heads, "0: no loss has heads that could learn alone")
         _check_model(self)
 
     def num_steps(self, num_images: int, world_size: int = 1) -> int:

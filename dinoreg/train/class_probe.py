@@ -28,6 +28,7 @@ from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
+from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
@@ -36,6 +37,7 @@ from dinoreg.scenes.render import CLASS_NAMES
 
 NEIGHBOURS = 20
 BATCH_SIZE = 128
+READ_AT_ONCE = 1024  # images
 FIRST_PROBE_SCENE = 10_000_000  # far beyond the scenes that a run trains on
 
 
@@ -136,6 +138,22 @@ def build_probe(config: Config, source: Source) -> Probe | None:
         return _labelled_probe(config, "probe.data", config.probe.data)
     probe = _probe(config, source)
     return probe if len(probe.images) >= 4 else None
+
+
+def class_tokens_of_all(
+    config: Config, source: Source, backbone: RegisterViT, device: torch.device, dtype: torch.dtype, ranks: Ranks
+) -> Tensor:
+    """Class tokens (I, D) of all images of a source, float32, on `device`; 0 for those that cannot be read.
+
+    backbone  in eval mode; all `ranks` call together and get the same
+    """
+    tokens = torch.zeros(len(source), backbone.dim, device=device)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.augment.mean, config.augment.std))
+    for part in torch.arange(len(source)).split(READ_AT_ONCE):
+        pixels, readable = center_crops(source, part.tolist(), config.crops.global_size, config.model.in_channels)
+        if readable:
+            tokens[readable] = Probe(pixels, None, 0, mean, std).features(backbone, device, dtype, ranks)
+    return tokens
 
 
 def write_probed(out: Path, probe: Probe, config: Config) -> None:

@@ -28,7 +28,7 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
-from dinoreg.train.class_probe import Probe, build_general, build_probe
+from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
@@ -103,8 +103,11 @@ class Setup:
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
-        networks, where = (self.student, self.teacher), (self.device, self.dtype)
-        return build_state(self.config, *networks, *where, anchor, self.ranks, num_images=len(self.source))
+        seen, where = None, (self.device, self.dtype)
+        if self.config.loss.diet_weight > 0:
+            backbone = self.teacher.backbone.to(self.device)
+            seen = class_tokens_of_all(self.config, self.source, backbone, *where, self.ranks)
+        return build_state(self.config, self.student, self.teacher, *where, anchor, self.ranks, seen=seen)
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of the stage that `state.step` is in, starting at the sample `state.position`."""
