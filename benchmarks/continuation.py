@@ -42,8 +42,8 @@ STAGED = "continue_vits14_reg4"
 DIET: dict[str, Any] = {
     **{"loss.dino_weight": 0.0, "loss.ibot_weight": 0.0, "loss.koleo_weight": 0.0, "loss.diet_weight": 1.0},
     **{"loss.anchor_weight": 0.0, "mask.probability": 0.0, "crops.num_local": 0, "crops.global_scale": [0.4, 1.0]},
-    **{"model.drop_path": 0.0, "optim.base_lr": None, "optim.lr": 1e-3, "optim.layer_decay": 1.0},
-    **{"adapt.heads": 0.0, "adapt.lr": 0.2, "adapt.layer_decay": 1.0, "schedule.momentum": [0.95, 0.95]},
+    **{"model.drop_path": 0.0, "optim.base_lr": None, "optim.lr": 2e-4, "optim.layer_decay": 1.0, "adapt.lr": 1.0},
+    **{"adapt.heads": 0.0, "adapt.warmup": 0.0, "adapt.layer_decay": 1.0, "schedule.momentum": [0.9, 0.9]},
     **{"schedule.weight_decay": [0.05, 0.05], "augment.vflip": 0.5, "augment.solarize_global2": 0.0},
 }
 # Options on top of STAGED.
@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "staged, adapters": {"adapt.lora": 8},
     "DIET, last 4 blocks": {**DIET, "adapt.blocks": 4},
     "DIET, last 2 blocks": {**DIET, "adapt.blocks": 2},
-    "DIET, adapters in the last 4 blocks": {**DIET, "adapt.blocks": 4, "adapt.lora": 8, "adapt.lr": 1.0},
+    "DIET, adapters in the last 4 blocks": {**DIET, "adapt.blocks": 4, "adapt.lora": 8, "optim.lr": 1e-3},
     "DIET, last 4 blocks, anchor": {**DIET, "adapt.blocks": 4, "loss.anchor_weight": 1.0},
 }
 

@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from processes import on_processes, pretrain_each
 from safetensors.torch import load_file
 from test_step import new_batch
 from torch import Tensor, nn
 from training import read_lines, tiny_config
 
+import dinoreg
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.config.load import Config, load_config
-from dinoreg.losses.diet import SMOOTHING, diet_loss
+from dinoreg.losses.diet import TEMPERATURE, diet_loss
 from dinoreg.models.lora import LoraLinear
 from dinoreg.runtime.errors import Interrupted, UserError
 from dinoreg.train import loop
@@ -40,7 +42,13 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def continued(out: Path, first: Path, **overrides: Any) -> Config:
     """Six steps from `first`; the backbone learns from the first one on."""
-    options = {"init": str(first), "steps": 6, "adapt__heads": 0.0, "adapt__warmup": 0.0, "checkpoint__every": 100}
+    options: dict[str, Any] = {
+        "init": str(first),
+        "steps": 6,
+        "adapt__heads": 0.0,
+        "adapt__warmup": 0.0,
+        "checkpoint__every": 100,
+    }
     return tiny_config(out, **{**options, **overrides})
 
 
@@ -58,11 +66,15 @@ def changed(out: Path) -> set[str]:
     return {name for name, value in end.items() if not torch.equal(value, start[name])}
 
 
-def test_diet_is_the_cross_entropy_with_a_label_that_is_mostly_spread_evenly() -> None:
-    logits, images = torch.randn(5, 7, dtype=torch.float64), torch.tensor([3, 0, 6, 3, 1])
-    label = SMOOTHING / 7 + (1 - SMOOTHING) * F.one_hot(images, 7)
-    literal = -(label * logits.log_softmax(dim=1)).sum(dim=1).mean()
-    torch.testing.assert_close(diet_loss(logits, images), literal.float())
+def test_diet_is_the_log_probability_of_the_image_among_all_by_cosines_about_their_mean() -> None:
+    seen, tokens, images = torch.randn(7, 4) + 3, torch.randn(5, 4) + 3, [3, 0, 6, 3, 1]
+    mean = sum(seen) / 7
+    found = []
+    for token, image in zip(tokens, images):
+        cosines = [torch.dot(token - mean, row - mean) / (token - mean).norm() / (row - mean).norm() for row in seen]
+        powers = [torch.exp(cosine / TEMPERATURE) for cosine in cosines]
+        found.append(-(powers[image] / sum(powers)).log())
+    torch.testing.assert_close(diet_loss(tokens, seen, torch.tensor(images)), torch.stack(found).mean())
 
 
 def test_an_adapted_layer_is_the_plain_one_of_the_summed_weight() -> None:
@@ -110,11 +122,10 @@ def test_every_crop_names_its_image_in_micro_batches_too(first: Path, tmp_path: 
         batch.sample_ids = batch.sample_ids[::-1] + 30
         with torch.no_grad():
             cls = [state.student.backbone(crops).cls for crops in (batch.global_crops, batch.local_crops)]
-            logits = state.student["diet_head"](torch.cat(cls))
-        literal = diet_loss(logits, torch.tensor([35, 34, 33, 32, 31, 30] * 4))
+            literal = diet_loss(torch.cat(cls), state.seen, torch.tensor([35, 34, 33, 32, 31, 30] * 4))
         options = {"loss": config.loss, "dtype": torch.float32, "clip_grad": None, "accumulate": accumulate, "seed": 0}
         result = train_step(state, batch, NOW, **options)
-        found.append((result.losses["total"], state.student["diet_head"].weight.grad))
+        found.append((result.losses["total"], state.student.backbone.blocks[0].attn.qkv.weight.grad))
         assert result.losses.keys() == {"diet", "total"}
         torch.testing.assert_close(result.losses["diet"], literal)
         assert result.targets is None
@@ -130,8 +141,22 @@ def test_diet_alone_learns_without_a_pass_of_the_teacher_or_moments_of_its_head(
     assert lines[-1]["diet_loss"] == lines[-1]["total_loss"] < lines[0]["diet_loss"]
     assert read_lines(out / "health" / "events.jsonl") == []
     stored = checkpoint.Reader(out / "checkpoints" / "step_0000030").stored()
-    assert "optimizer.diet_head.weight.exp_avg" in stored
-    assert not [name for name in stored if name.startswith("optimizer.dino_head")]
+    assert {name.split(".")[1] for name in stored if name.startswith("optimizer.")} == {"backbone"}
+
+
+def test_what_diet_tells_apart_are_the_class_tokens_of_whole_images_at_the_start(first: Path, tmp_path: Path) -> None:
+    source = tmp_path / "pictures"
+    source.mkdir()
+    for number in range(5):
+        pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+        Image.fromarray(pixels.numpy()).save(source / f"{number}.png")
+    (source / "3.png").write_bytes(b"no picture")
+    seen = prepare(continued(tmp_path / "run", first, data__source=str(source), **DIET)).new_state().seen
+    assert seen is not None
+    model, see = load(first).eval(), dinoreg.transform(first)
+    for number in range(5):
+        token = model(see(source / f"{number}.png")[None]).cls[0] if number != 3 else torch.zeros(32)
+        torch.testing.assert_close(seen[number], token)
 
 
 def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
@@ -142,6 +167,10 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     for key in ("adapt.blocks", "adapt.lora"):
         with pytest.raises(UserError, match=f"{key}=0: expected at least 1"):
             load_config("quickstart", {key: 0})
+    with pytest.raises(UserError, match=r"adapt.heads=0.2: expected 0: no loss has heads"):
+        continued(tmp_path, tmp_path, **DIET, adapt__heads=0.2)
+    with pytest.raises(UserError, match=r"loss.diet_weight=1.0: expected 0 without init="):
+        prepare(tiny_config(tmp_path / "run", loss__diet_weight=1.0))
 
 
 @pytest.mark.slow

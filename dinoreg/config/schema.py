@@ -71,7 +71,9 @@ class LossConfig(Options, section="loss"):
     dino_weight: float = option(1.0, "of the class-token loss, local and global terms", low=0)
     ibot_weight: float = option(1.0, "of the masked-patch loss", low=0)
     koleo_weight: float = option(0.1, "of the entropy of class tokens, each global view", low=0)
-    diet_weight: float = option(0.0, "of naming the image from its crops' class tokens (DIET)", low=0)
+    diet_weight: float = option(
+        0.0, "of telling the images of the data apart, by their class tokens of init= (DIET)", low=0
+    )
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
@@ -237,9 +239,13 @@ class ProbeConfig(Options, section="probe"):
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
     columns: str = option("", "of a table in data or general: as path:FILE,label:BREED,split:SET; empty: usual names")
     root: str | None = option(None, "folder that the paths of such a table may not leave; none: the table's own")
+    dense: str | None = option(None, "images/ with masks/, or scenes: patches are segmented by k-NN; none: DSE alone")
+    dense_values: str = option("", "numbers or colours of such masks that are classes, as [0,255]; empty: from 0")
     margin: float = option(0.03, "fall of k-NN accuracy on probe.general that is warned of", above=0, below=1)
     num_images: int = option(2000, "images of each set embedded at each probe, half to learn from, half to test", low=4)
-    metric: str = option("knn_top1", "of `best`; rankme without labels", choices=("knn_top1", "rankme"))
+    metric: str = option(
+        "knn_top1", "of `best`; rankme and dse need no labels", choices=("knn_top1", "rankme", "dense_miou", "dse")
+    )
     max_share: float = option(0.05, "of the running time; probes are left out when they would cost more")
 
 
@@ -292,6 +298,8 @@ class Config(Options):
             raise UserError(f"{' and '.join(given)}: give exactly one of steps, images and epochs")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite: give one of the two")
+        if self.init is not None and not self.loss.distils:
+            check(self.adapt.heads == 0, "adapt.heads", self.adapt.heads, "0: no loss has heads that could learn alone")
         _check_model(self)
 
     def num_steps(self, num_images: int, world_size: int = 1) -> int:

@@ -25,7 +25,7 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import DTYPES
 from dinoreg.runtime.errors import RunError, UserError
 
-# A student or teacher by module name: {"backbone", "dino_head"} and, untied, "ibot_head"; "diet_head" of a student.
+# A student or teacher by module name: {"backbone", "dino_head"} and, untied, "ibot_head".
 Modules = nn.ModuleDict | Mapping[str, nn.Module]
 
 # Above this many parameters in the student, replicas of the training state on every process waste memory.
@@ -116,8 +116,6 @@ def _learns(name: str, student: nn.ModuleDict, loss: LossConfig) -> bool:
     """Whether a module gets gradients; DDP would wait for those of a head whose loss has no weight."""
     if name == "backbone":
         return True
-    if name == "diet_head":
-        return loss.diet_weight > 0
     if name == "ibot_head":
         return loss.ibot_weight > 0
     return loss.dino_weight > 0 or (loss.ibot_weight > 0 and "ibot_head" not in student)

@@ -28,7 +28,8 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
-from dinoreg.train.class_probe import Probe, build_general, build_probe
+from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
+from dinoreg.train.dense_probe import DenseProbe, build_dense
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
@@ -52,7 +53,7 @@ class Setup:
     config   as it was given, with what was measured of the data
     source   the images to train on
     deep     whether they have more than eight bits
-    probe    measured on the run's own domain; general: on images that it must not forget. None: no such probe
+    probe    measured on the run's own domain; general: on images that it must not forget; dense: patches. None: no such
     student, teacher  on the CPU
     init     the weights that the run starts from; None: random ones
     notes    lines for the log
@@ -67,6 +68,7 @@ class Setup:
     deep: bool
     probe: Probe | None
     general: Probe | None
+    dense: DenseProbe | None
     student: Networks
     teacher: Networks
     init: InitialWeights | None
@@ -103,8 +105,11 @@ class Setup:
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
-        networks, where = (self.student, self.teacher), (self.device, self.dtype)
-        return build_state(self.config, *networks, *where, anchor, self.ranks, num_images=len(self.source))
+        seen, where = None, (self.device, self.dtype)
+        if self.config.loss.diet_weight > 0:
+            backbone = self.teacher.backbone.to(self.device)
+            seen = class_tokens_of_all(self.config, self.source, backbone, *where, self.ranks)
+        return build_state(self.config, self.student, self.teacher, *where, anchor, self.ranks, seen=seen)
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of the stage that `state.step` is in, starting at the sample `state.position`."""
@@ -197,7 +202,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     probe, general = build_probe(config, source), build_general(config)
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
-    notes += [f"warning: {line}" for each in (probe, general) if each is not None for line in each.notes]
+    dense = build_dense(config, probe, student.backbone.patch_size)
+    looking = (probe, general, None if dense is None else dense.pictures)
+    notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
     setup = Setup(
         config=config,
         ranks=ranks,
@@ -208,6 +215,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         deep=seen.deep and not data.reference_decode,
         probe=probe,
         general=general,
+        dense=dense,
         student=student,
         teacher=teacher,
         init=init,

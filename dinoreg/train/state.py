@@ -37,7 +37,7 @@ class Networks(nn.ModuleDict):
 
 @dataclass
 class TrainState:
-    """The state of a run; a checkpoint holds all of it but `train_modules`, `ranks` and the anchor, which is fixed.
+    """The state of a run; a checkpoint holds all but `train_modules`, `ranks`, and anchor and `seen`, which are fixed.
 
     train_modules  the student's modules as a step calls them: the student itself, or DDP around each module
     centers        {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering)
@@ -49,6 +49,7 @@ class TrainState:
     rollbacks      how often the run has gone back to an earlier checkpoint
     history        JSON values: fingerprint of the data, unreadable images, best probe
     anchor         the frozen backbone of the anchor loss; None where loss.anchor_weight is 0
+    seen           (I, D) class tokens of all images at the start; None where loss.diet_weight is 0
     ranks          the processes that train it together
     """
 
@@ -65,6 +66,7 @@ class TrainState:
     rollbacks: int = 0
     history: dict[str, Any] = field(default_factory=dict)
     anchor: RegisterViT | None = None
+    seen: Tensor | None = None
     ranks: Ranks = ALONE
 
     def tensors(self) -> dict[str, Any]:
@@ -138,22 +140,20 @@ def build_state(
     anchor: RegisterViT | None = None,
     ranks: Ranks = ALONE,
     mesh: DeviceMesh | None = None,
-    num_images: int | None = None,
+    seen: Tensor | None = None,
 ) -> TrainState:
     """The state at step 0 of a run, with the networks moved to `device` and distributed over `ranks`.
 
     dtype   of autocast; only float16 uses a loss scale above 1
     anchor  the frozen backbone of the anchor loss, if any
     mesh    of the processes, for FSDP2; None: all of them, in groups of `parallel.shard`
-    num_images  in the data, which the head of DIET has to tell apart; None: those of a batch
+    seen    (I, D) what `diet_loss` tells apart; None: as many as a batch has, all alike
     raises  UserError where the processes do not divide into groups of `parallel.shard`
     """
     if config.init is not None:
         freeze_but(student.backbone, config.adapt.blocks, config.adapt.lora, config.seed)
-    if config.loss.diet_weight > 0:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            student["diet_head"] = nn.Linear(student.backbone.dim, num_images or config.batch_size, bias=False)
+    if seen is None and config.loss.diet_weight > 0:
+        seen = torch.zeros(config.batch_size, student.backbone.dim, device=device)
     if not config.loss.distils:
         for head in {student.dino_head, student.head_of_patches}:
             head.requires_grad_(False)
@@ -175,5 +175,6 @@ def build_state(
         scale_age=torch.zeros((), dtype=torch.int32, device=device),
         rejected=torch.zeros((), device=device),
         anchor=anchor,
+        seen=seen,
         ranks=ranks,
     )

@@ -210,6 +210,7 @@ def student_losses(
     anchor: nn.Module | None = None,
     frozen: bool = False,
     num_visible: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The unweighted losses of a micro-batch, and the student's global class tokens (2b, D).
 
@@ -219,8 +220,8 @@ def student_losses(
     frozen          no gradient goes to the backbone, only to the heads
     num_visible ()  the mean number of unmasked patches over all micro-batches, `num_patches` of `anchor_loss`; None:
                     that of this micro-batch
-    returns         {"dino_global", "dino_local", "ibot"} with targets, "diet" with such a head and "anchor" with an
-                    anchor, each () float32
+    seen            (I, D) of `diet_loss`; None: no such loss
+    returns         {"dino_global", "dino_local", "ibot"} with targets, "diet" and "anchor", each () float32
     """
     groups, masks, patches = student_inputs(part, anchor is not None)
     num_masked = len(part.mask_indices)
@@ -231,7 +232,6 @@ def student_losses(
         masked, visible = tokens[0].patches.split([num_masked, len(patches[0]) - num_masked])
         cls_tokens = [t.cls for t in tokens]
         logits = [] if targets is None else project(student, cls_tokens, masked)
-        diet_logits = student["diet_head"](torch.cat(cls_tokens)) if "diet_head" in student else None
     losses = {}
     if targets is not None:
         global_logits, *local_logits, patch_logits = logits
@@ -239,9 +239,9 @@ def student_losses(
         dino_global, dino_local = dino_loss(global_logits, local_group, targets.dino[part.rows], temp)
         ibot = ibot_loss(patch_logits, targets.ibot[part.masked_rows], part.mask_weights, len(global_tokens), temp)
         losses = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
-    if diet_logits is not None:
-        images = torch.as_tensor(part.images, device=diet_logits.device)
-        losses["diet"] = diet_loss(diet_logits, images.repeat(len(diet_logits) // len(images)))
+    if seen is not None:
+        crops, images = torch.cat(cls_tokens), torch.as_tensor(part.images, device=seen.device)
+        losses["diet"] = diet_loss(crops, seen, images.repeat(len(crops) // len(images)))
     if anchor is not None:
         with torch.no_grad(), autocast(part.global_crops.device, dtype):
             anchored = anchor(part.global_crops)
@@ -320,7 +320,7 @@ def backward(
         torch.manual_seed(seeds[index])
         with without_reduction(state.train_modules, index + 1 < len(parts)):
             losses, cls_tokens = student_losses(
-                state.train_modules, part, targets, loss, dtype, anchor, frozen, num_visible
+                state.train_modules, part, targets, loss, dtype, anchor, frozen, num_visible, state.seen
             )
             share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
             if koleo and alone:
