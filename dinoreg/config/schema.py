@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dinoreg.config.option import Options, check, flat, fraction, option, section
@@ -71,6 +71,7 @@ class LossConfig(Options, section="loss"):
     ibot_weight: float = option(1.0, "of the masked-patch loss", low=0)
     koleo_weight: float = option(0.1, "of the entropy of class tokens, each global view", low=0)
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
+    distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
     sinkhorn_iterations: int = option(3, "row and column normalisations", low=1)
@@ -235,6 +236,8 @@ class Config(Options):
 
     out: str | None = option(None, "the run folder", shapes_result=False)
     init: str | None = option(None, "weights to start from: a run, a teacher file, a folder or file of another library")
+    distill: str | None = option(None, "frozen network to learn from (weights= of eval), not from the own average")
+    distill_size: int | None = option(None, "at which it sees crops; none: as many patches", unit="pixel", low=1)
     steps: int | None = option(None, "length of the run in optimizer steps; excludes images and epochs", low=1)
     images: int | None = option(None, "length of the run in images", low=1)
     epochs: float | None = option(None, "length of the run in passes over the data", above=0)
@@ -270,7 +273,16 @@ class Config(Options):
             raise UserError(f"{' and '.join(given)}: give exactly one of steps, images and epochs")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite: give one of the two")
+        anchor, held = self.loss.anchor_weight, "0 with distill=, whose network says what features should be"
+        check(self.distill is None or anchor == 0, "loss.anchor_weight", anchor, held)
         _check_model(self)
+
+    def as_trained(self) -> "Config":
+        """With `distill=` the same without what such a run leaves out: local crops, masks, KoLeo; otherwise itself."""
+        if self.distill is None:
+            return self
+        crops, mask = replace(self.crops, num_local=0), replace(self.mask, probability=0.0)
+        return replace(self, crops=crops, mask=mask, loss=replace(self.loss, koleo_weight=0.0, centering="softmax"))
 
     def num_steps(self, num_images: int, world_size: int = 1) -> int:
         """Length of the run in optimizer steps, at least 1, for a data set of `num_images`.
@@ -330,7 +342,7 @@ def _check_model(config: Config) -> None:
         raise UserError(f"model.name={config.model.name}: {one_line(error, 200)}") from None
     patch = int(named["patch_size"])
     sizes = {"crops.global_size": config.crops.global_size}
-    if config.crops.num_local:
+    if config.crops.num_local and config.distill is None:
         sizes["crops.local_size"] = config.crops.local_size
     for key, size in sizes.items():
         below = size // patch * patch

@@ -28,6 +28,8 @@ LOSS_NAMES = {
     "ibot_loss": "ibot",
     "koleo_loss": "koleo",
     "anchor_loss": "anchor",
+    "distill_cls_loss": "distill_cls",
+    "distill_patch_loss": "distill_patch",
 }
 
 

@@ -30,6 +30,7 @@ from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+from dinoreg.train.tutor import Tutor, as_cut, load_tutor
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
@@ -51,6 +52,7 @@ class Setup:
     probe    measured on the run's own domain; general: on images that it must not forget. None: no such probe
     student, teacher  on the CPU
     init     the weights that the run starts from; None: random ones
+    tutor    the frozen network to learn from, on `device`; None without `distill=`
     notes    lines for the log
     """
 
@@ -66,6 +68,7 @@ class Setup:
     student: Networks
     teacher: Networks
     init: InitialWeights | None
+    tutor: Tutor | None
     schedules: Schedules
     notes: list[str]
 
@@ -88,15 +91,19 @@ class Setup:
 
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
-        anchor = self.init.anchor if self.init else None
-        return build_state(self.config, self.student, self.teacher, self.device, self.dtype, anchor, self.ranks)
+        anchor, tutor, networks = self.init.anchor if self.init else None, self.tutor, (self.student, self.teacher)
+        state = build_state(self.config, *networks, self.device, self.dtype, anchor, self.ranks, tutor=tutor)
+        if tutor is not None:
+            state.history["distill"] = tutor.encoder.identity
+        return state
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of this run, starting at the sample `state.position`."""
-        config, patch_size = self.config, self.student.backbone.patch_size
+        config = self.config
+        crops, patch_size = as_cut(self.tutor, config.crops, self.student.backbone.patch_size)
         loader = BatchLoader(
             self.source,
-            Views(config.crops, config.augment, config.mask, patch_size, config.model.in_channels),
+            Views(crops, config.augment, config.mask, patch_size, config.model.in_channels),
             config.data,
             deep=self.deep,
             batch_size=config.batch_size,
@@ -151,7 +158,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     """
     if not config.out:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
-    out = Path(config.out)
+    config, out = config.as_trained(), Path(config.out)
     check_out(config, out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
@@ -170,13 +177,18 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     changed = [] if before is None else changed_config(config, before, out)
     seen = survey(source, config.model.in_channels)
     num_steps = config.num_steps(len(source), ranks.world_size)
-    student, teacher = build_networks(config)
+    tutor = load_tutor(config, device, dtype)
+    student, teacher = build_networks(config, tutor)
     notes = [config.explain_lr(ranks.world_size), *changed, *measured]
     notes += _of_pictures(config, source, seen)
     notes += _processes(config, student, ranks.world_size)
     init = load_init(config, out, student, teacher)
     if init is not None:
         notes += [init.note, config.explain_start(num_steps, ranks.world_size)]
+    if tutor is not None:
+        notes.append(
+            f"distill: {tutor.encoder.name}, which sees crops of {tutor.size} pixels; no masks, no local crops"
+        )
     probe, general = build_probe(config, source), build_general(config)
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
@@ -194,6 +206,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         student=student,
         teacher=teacher,
         init=init,
+        tutor=tutor,
         schedules=Schedules(
             num_steps, config.peak_lr(ranks.world_size), config.schedule, config.adapt if init else None
         ),
@@ -251,11 +264,13 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     """A one-line message when the run in `out` is resumed with other values of options that affect its weights, or [].
 
     before  the config that the run has
-    raises UserError where init= or an option of the architecture differs from the run's config.yaml
+    raises UserError where init=, distill= or an option of the architecture differs from the run's config.yaml
     """
-    if before.init != config.init:
-        started = "without init=" if before.init is None else f"from init={before.init}"
-        raise UserError(f"init={config.init}: the run in {out} was started {started}; a resumed run keeps its start")
+    for key in ("init", "distill"):
+        then, now = getattr(before, key), getattr(config, key)
+        if then != now:
+            started = f"without {key}=" if then is None else f"from {key}={then}"
+            raise UserError(f"{key}={now}: the run in {out} was started {started}; a resumed run keeps its start")
     for section in SHAPING:
         then, now = vars(getattr(before, section)), vars(getattr(config, section))
         for key in now:
