@@ -197,7 +197,7 @@ def test_a_value_out_of_range_is_named_with_what_was_expected(override: str) -> 
 
 
 def test_all_loss_weights_zero_is_refused() -> None:
-    assert "both are zero" in refusal("loss.dino_weight=0", "loss.ibot_weight=0")
+    assert "all are zero" in refusal("loss.dino_weight=0", "loss.ibot_weight=0")
 
 
 @pytest.mark.parametrize(

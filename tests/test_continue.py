@@ -29,9 +29,9 @@ from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import Interrupted, UserError
 from dinoreg.scenes import render as scenes
 from dinoreg.train import loop
+from dinoreg.train.class_probe import Measured, Probe
 from dinoreg.train.health import REMEDIES, Health
 from dinoreg.train.loop import pretrain
-from dinoreg.train.online_probe import Measured, Probe
 from dinoreg.train.prepare import prepare
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import build_networks, build_state
@@ -319,7 +319,7 @@ def test_both_probes_are_followed_side_by_side_from_before_the_first_step(first:
     measured = {"rankme", *(f"knn_top1{end}" for end in ends)}
     names = {"step", "probe_time", *measured, *(f"general_{name}" for name in measured)}
     against = {"start_step", *(f"{of}knn_top1_start" for of in ("", "general_"))}
-    against |= {f"knn_top1_gain{end}" for end in ("", "_low", "_high")}
+    against |= {f"knn_top1_gain{end}" for end in ("", "_low", "_high", "_verdict")}
     assert [set(line) for line in lines] == [names, *(names | against for _ in lines[1:])]
     assert all(line["general_knn_top1_start"] == lines[0]["general_knn_top1"] for line in lines[1:])
     setup = prepare(continued(tmp_path / "again", first, **PROBED))

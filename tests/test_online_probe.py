@@ -24,12 +24,16 @@ from dinoreg.checkpoint.steps import against_start, probe_in_words, role_of, wat
 from dinoreg.config.load import Config
 from dinoreg.data.open import open_source
 from dinoreg.distributed.process_group import ALONE
+from dinoreg.evaluation.comparison import compare
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
+from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import render as scenes
 from dinoreg.scenes.layout import label_of
 from dinoreg.train import loop
+from dinoreg.train.class_probe import FIRST_PROBE_SCENE, Measured, Probe, build_probe
 from dinoreg.train.logger import SilentLog
-from dinoreg.train.online_probe import FIRST_PROBE_SCENE, Measured, Probe, ProbeRunner, build_probe
+from dinoreg.train.online_probe import ProbeRunner
 from dinoreg.train.state import build_networks
 from dinoreg.weights.resolve import find_weights
 
@@ -274,6 +278,39 @@ def test_every_later_probe_is_compared_with_the_start_image_by_image(
     log = (out / "train.log").read_text()
     assert all(f"probe at step {line['step']}: {probe_in_words(line)}" in log for line in (first, *lines))
     assert f"dinoreg eval LABELLED weights={out}" in log
+
+
+@pytest.mark.parametrize(("gained", "lost", "said"), [(0, 0, "not better"), (4, 0, "not better"), (9, 1, "better")])
+def test_a_probe_and_an_evaluation_say_the_same_of_the_same_answers(
+    gained: int, lost: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers(of_gained: bool) -> np.ndarray:
+        return np.repeat([of_gained, not of_gained, True, False], [gained, lost, 20, 30 - gained - lost])
+
+    found, lines = iter([answers(False), answers(True)]), list[dict[str, Any]]()
+
+    def measure(*_: object) -> Measured:
+        right = next(found)
+        return Measured({"rankme": 3.0, "probe_time": 1e-6, "knn_top1": float(right.mean())}, right)
+
+    monkeypatch.setattr(Probe, "measure", measure)
+    config = tiny_config(probe__every=1, probe__data="scenes", probe__num_images=100)
+    log = SimpleNamespace(append=lambda _, line: lines.append(line), say=lambda _: None)
+    monitor: Any = SimpleNamespace(ranks=ALONE, pause=lambda _: None, log=log)
+    runner = ProbeRunner(probe_of(config), None, config.probe, 1, CPU, torch.float32, monitor)
+    state: Any = SimpleNamespace(step=0, history={}, teacher=SimpleNamespace(backbone=None))
+    runner.run(state)
+    state.step = 1
+    is_best = runner.run(state)
+    rows = []
+    for right in (answers(True), answers(False)):
+        interval = bootstrap_interval(right)
+        replicates = tuple(interval.replicates.tolist())
+        rows.append(Row("k-NN", "top-1", right.mean(), interval.low, interval.high, n_test=50, replicates=replicates))
+    expected = compare(*rows)
+    assert [lines[1][f"knn_top1_gain{end}"] for end in ("", "_low", "_high", "_verdict")] == [*expected.values()]
+    assert against_start(lines[1]).startswith(f"{said} than the start")
+    assert is_best == (expected["verdict"] == "better")
 
 
 def pointed(out: Path, lines: list[dict[str, Any]], **pointers: int) -> str:

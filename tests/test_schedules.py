@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,3 +85,19 @@ def test_a_line_of_any_length_is_that_of_linspace() -> None:
             assert linear(0.04, 0.07, step, steps) == pytest.approx(expected, rel=1e-15)
         assert linear(0.04, 0.07, steps, steps) == 0.07
     assert linear(0.04, 0.07, 0, 0) == 0.07
+
+
+def test_a_constant_schedule_keeps_its_values_and_its_cooldown_is_half_a_cosine_to_those_of_a_cosine_one() -> None:
+    options = replace(SHORT.options, shape="constant", cooldown=1000, horizon=10_000)
+    long = Schedules(30_000, 1e-3, options)
+    assert [long.at(step).lr for step in (0, 999, 1000, 29_000)] == [0.0, 1e-3, 1e-3, 1e-3]
+    held = (long.at(20_000).weight_decay, long.at(20_000).momentum, long.at(20_000).teacher_temp)
+    assert held == (0.04, 0.992, 0.07)
+    for since in range(0, 1001, 100):
+        now, share = long.at(29_000 + since), (1 + math.cos(math.pi * since / 1000)) / 2
+        assert now.lr == pytest.approx(1e-6 + share * (1e-3 - 1e-6))
+        assert now.weight_decay == pytest.approx(0.4 + share * (0.04 - 0.4))
+        assert now.momentum == pytest.approx(1.0 + share * (0.992 - 1.0))
+    for steps in (10_000, 12_345):  # where it ends changes nothing before the cool-down
+        other = Schedules(steps, 1e-3, replace(options, cooldown=0))
+        assert all(other.at(step) == long.at(step) for step in range(0, steps, 97))

@@ -10,7 +10,7 @@ import numpy as np
 
 from dinoreg.config.load import Config, load_config
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
-from dinoreg.train.online_probe import Measured
+from dinoreg.train.class_probe import Measured
 
 TINY = {
     "model.name": "vitt8_reg4",

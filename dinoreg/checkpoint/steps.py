@@ -77,7 +77,9 @@ def against_start(line: Mapping[str, Any]) -> str:
     gain, low, high = (line.get(f"knn_top1_gain{end}") for end in ("", "_low", "_high"))
     if not all(map(is_number, (gain, low, high))):
         return ""
-    verdict = "better" if number(low) > 0 else "worse" if number(high) < 0 else "not better"
+    by_ends = "better" if number(low) > 0 else "worse" if number(high) < 0 else ""
+    said = line.get("knn_top1_gain_verdict", by_ends)  # which lines of earlier versions do not have
+    verdict = said if said in ("better", "worse") else "not better"
     so_far = " so far" if verdict == "not better" else ""
     points = [100 * number(each) for each in (gain, low, high)]
     return "{} than the start{}: {:+.1f} points [{:.1f}, {:.1f}]".format(verdict, so_far, *points)

@@ -69,19 +69,21 @@ class PretrainedEncoder(NativeEncoder):
         return NativeEncoder(start, f"{self.name}{RANDOM_WEIGHTS}", self.preprocessing)
 
 
-def probe_run(config: Config, run: Path) -> Result:
-    """Evaluate a run on held-out scenes, with baselines; the result is written to `run`/eval/STEP/."""
+def probe_run(
+    config: Config, run: Path, num_train: int = NUM_TRAIN, num_test: int = NUM_TEST, baselines: bool = True
+) -> Result:
+    """Evaluate a run on held-out scenes, some to learn from and some to test; it is written to `run`/eval/STEP/."""
     size = config.crops.global_size
 
     def scenes(first: int, count: int) -> Labelled:
         labels = np.array([label_of(index) for index in range(first, first + count)])
         return Labelled(ScenesSource(count, size, first=first), labels, NUM_CLASSES)
 
-    train = scenes(FIRST_PROBE_SCENE, NUM_TRAIN)
-    test = scenes(FIRST_PROBE_SCENE + NUM_TRAIN, NUM_TEST)
+    train = scenes(FIRST_PROBE_SCENE, num_train)
+    test = scenes(FIRST_PROBE_SCENE + num_train, num_test)
     folder = run / "eval" / f"{read_json(run / 'status.json')['step']:07d}"
     data = Data({"train": train, "test": test}, CLASS_NAMES)
-    return probe(PretrainedEncoder(config, run), data, folder, seed=config.seed)
+    return probe(PretrainedEncoder(config, run), data, folder, baselines=baselines, seed=config.seed)
 
 
 def probe(

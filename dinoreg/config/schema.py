@@ -22,6 +22,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICE = "auto | cpu | cuda | cuda:0 | mps"
 VALUE_RANGE = "LOW,HIGH with LOW below HIGH, once or for each channel"
+CONSTANT_ONLY = "0 unless schedule.shape=constant"
 MAX_SEED = 2**63 - 1
 MAX_WIDTH = 65536
 MAX_PROTOTYPES = 2**24
@@ -70,6 +71,9 @@ class LossConfig(Options, section="loss"):
     dino_weight: float = option(1.0, "of the class-token loss, local and global terms", low=0)
     ibot_weight: float = option(1.0, "of the masked-patch loss", low=0)
     koleo_weight: float = option(0.1, "of the entropy of class tokens, each global view", low=0)
+    diet_weight: float = option(
+        0.0, "of telling the images of the data apart, by their class tokens of init= (DIET)", low=0
+    )
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
@@ -83,8 +87,13 @@ class LossConfig(Options, section="loss"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        both = "a positive dino_weight or ibot_weight (both are zero)"
-        check(self.dino_weight + self.ibot_weight > 0, "loss.dino_weight", self.dino_weight, both)
+        positive = "a positive dino_weight, ibot_weight or diet_weight (all are zero)"
+        check(self.distils or self.diet_weight > 0, "loss.dino_weight", self.dino_weight, positive)
+
+    @property
+    def distils(self) -> bool:
+        """Whether a loss has the teacher's targets; without one the teacher is the student's average, no more."""
+        return self.dino_weight + self.ibot_weight > 0
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,19 @@ class ScheduleConfig(Options, section="schedule"):
     teacher_temp: tuple[float, float] = option((0.04, 0.07), "start and end (linear, then constant)", above=0)
     teacher_temp_warmup: float = option(0.3, "fraction of the run over which it rises; above 1 it ends below", low=0)
     freeze_last_layer: float = fraction(0.01, "fraction of the run in which the prototypes do not move")
+    shape: str = option(
+        "cosine",
+        "constant: rate, weight decay and momentum keep their first values, for a run that may be extended",
+        choices=("cosine", "constant"),
+    )
+    cooldown: int = option(0, "last steps, in which a constant schedule goes to its end values (cosine)", low=0)
+    horizon: int | None = option(
+        None, "steps that fractions of the run are of; none: its length, if constant that of its first start", low=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.cooldown == 0 or self.shape == "constant", "schedule.cooldown", self.cooldown, CONSTANT_ONLY)
 
 
 @dataclass(frozen=True)
@@ -129,6 +151,8 @@ class AdaptConfig(Options, section="adapt"):
     warmup: float = fraction(0.1, "fraction of the run, after that, in which the backbone's rate rises from 0")
     lr: float = option(0.1, "learning rate of the backbone over that of the heads", above=0, high=1)
     layer_decay: float = option(0.75, "as optim.layer_decay, which holds where it is lower", above=0, high=1)
+    blocks: int | None = option(None, "last blocks that learn, with the final norm; none: all, and the tokens", low=1)
+    lora: int | None = option(None, "rank of adapters in their linear layers, which learn instead; none: none", low=1)
     channels: str | None = option(None, "weights for other channels; none: refuse", choices=("mean", "repeat", "zero"))
 
     def __post_init__(self) -> None:
@@ -273,8 +297,13 @@ class Config(Options):
             raise UserError(f"{' and '.join(given)}: give exactly one of steps, images and epochs")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite: give one of the two")
-        anchor, held = self.loss.anchor_weight, "0 with distill=, whose network says what features should be"
-        check(self.distill is None or anchor == 0, "loss.anchor_weight", anchor, held)
+        if self.distill is not None:
+            without = "0 with distill=, whose network says what features should be"
+            for key in ("anchor_weight", "diet_weight"):
+                check(getattr(self.loss, key) == 0, f"loss.{key}", getattr(self.loss, key), without)
+            check(self.crops.stages is None, "crops.stages", self.crops.stages, "none with distill=")
+        if self.init is not None and not self.loss.distils:
+            check(self.adapt.heads == 0, "adapt.heads", self.adapt.heads, "0: no loss has heads that could learn alone")
         _check_model(self)
 
     def as_trained(self) -> "Config":
@@ -295,6 +324,15 @@ class Config(Options):
         if images is None:
             raise UserError("no budget: give one of steps=, images= or epochs=")
         return max(1, round(images / (self.batch_size * world_size)))
+
+    def stages(self, num_steps: int) -> dict[int, CropSettings]:
+        """{first step: crops} of the stages of a run of `num_steps`, in order; those without a step are left out."""
+        starts, stages = [0], {}
+        for until, global_size, local_size in self.crops.in_stages:
+            crops = replace(self.crops, global_size=global_size, local_size=local_size, stages=None)
+            stages[starts[-1]] = crops
+            starts.append(int(until * (self.schedule.horizon or num_steps)))
+        return {first: crops for first, crops in stages.items() if first < num_steps}
 
     def peak_lr(self, world_size: int = 1) -> float:
         """The peak learning rate: `optim.lr`, or as in DINOv2 `optim.base_lr` times sqrt(global batch / 1024)."""
@@ -341,14 +379,17 @@ def _check_model(config: Config) -> None:
     except ValueError as error:
         raise UserError(f"model.name={config.model.name}: {one_line(error, 200)}") from None
     patch = int(named["patch_size"])
-    sizes = {"crops.global_size": config.crops.global_size}
-    if config.crops.num_local and config.distill is None:
-        sizes["crops.local_size"] = config.crops.local_size
-    for key, size in sizes.items():
+    *stages, (_, *last) = config.crops.in_stages
+    used = 2 if config.crops.num_local and config.distill is None else 1
+    sizes = [*zip(("crops.global_size", "crops.local_size"), last[:used])]
+    sizes += [("crops.stages", size) for _, *both in stages for size in both[:used]]
+    for key, size in sizes:
         below = size // patch * patch
         nearest = f"{below} or {below + patch}" if below > 0 else str(patch)
         multiple = f"a multiple of the patch size {patch} of {config.model.name}, for example {nearest}"
         check(size % patch == 0, key, size, multiple)
+    depth = config.model.depth or named["depth"]
+    check((config.adapt.blocks or 0) <= depth, "adapt.blocks", config.adapt.blocks, f"at most {depth}, those there are")
     dim, heads = config.model.dim or named["dim"], config.model.heads or named["heads"]
     check(dim % heads == 0, "model.heads", heads, f"a divisor of the width model.dim={dim}")
     channels = config.model.in_channels

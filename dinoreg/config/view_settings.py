@@ -1,5 +1,6 @@
 """The options of crops, photometric augmentation and block masks, with DINOv2's defaults (its code)."""
 
+import re
 from dataclasses import dataclass
 
 from dinoreg.config.option import Options, check, fraction, option
@@ -18,6 +19,24 @@ class CropSettings(Options, section="crops"):
     global_scale: tuple[float, float] = option((0.32, 1.0), "share of the image's area", **SHARES)
     local_scale: tuple[float, float] = option((0.05, 0.32), "share of the image's area", **SHARES)
     ratio: tuple[float, float] = option((3 / 4, 4 / 3), "width over height of the box", above=0, ascending=True)
+    stages: list[str] | None = option(
+        None,
+        "sizes before those above, as [0.75:112/42]: 112 and 42 pixels until 75 % of the run; none: no others",
+        pattern=r"0?\.\d+:[1-9]\d{0,3}/[1-9]\d{0,3}",
+        expected="UNTIL:GLOBAL/LOCAL, a share of the run and two sizes in pixels",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ends = [0.0, *(until for until, *_ in self.in_stages)]
+        check(ends == sorted(set(ends)), "crops.stages", self.stages, "rising shares of the run above 0")
+
+    @property
+    def in_stages(self) -> list[tuple[float, int, int]]:
+        """(share of the run at its end, `global_size`, `local_size`) of every stage; the last one ends at 1."""
+        parts = [re.split("[:/]", text) for text in self.stages or []]
+        before = [(float(until), int(global_size), int(local_size)) for until, global_size, local_size in parts]
+        return [*before, (1.0, self.global_size, self.local_size)]
 
 
 @dataclass(frozen=True)

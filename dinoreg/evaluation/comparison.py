@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.evaluation.metrics.bootstrap import exact_bound, paired_difference
+from dinoreg.evaluation.metrics.bootstrap import Interval, exact_bound, paired_difference
 from dinoreg.evaluation.result import Result, Row, headlines
 
 COUNTED = ("top-1", "mean per class", "CorLoc")  # metrics that count images as right or wrong
@@ -54,28 +54,38 @@ def with_majority(row: Row, majority: Row) -> Row:
 
 
 def compare(row: Row, baseline: Row) -> dict[str, Any]:
-    """The difference of two rows of the same test images, which have their replicates from the same seed.
+    """The difference of two rows of the same test images, which have their replicates from the same seed: `judged`."""
+    replicates = paired_difference(row.replicates, baseline.replicates)
+    count, counted = row.n_test, row.metric in COUNTED
+    return judged(row.value - baseline.value, replicates, count, counted, row.higher_is_better)
 
-    returns  "difference"  of the values, row less baseline, in their unit
-             "low", "high" its 95 % interval; None where a row has no replicates or a value is not finite
-             "verdict"     "better" or "worse" where the interval leaves out 0, with regard to the metric's direction;
-                           "not shown"; "no difference" where every resample is the same for both; "not compared"
-                           where there is no interval
+
+def judged(
+    difference: float, interval: Interval, count: int, counted: bool = True, higher_is_better: bool = True
+) -> dict[str, Any]:
+    """What the difference of two figures of the same test images says.
+
+    interval  of the difference, with its replicates
+    count     of test images, 0 where it is not known
+    counted   whether the figures count images as right or wrong
+    returns   "difference"  as given
+              "low", "high" its 95 % interval; None where there are no replicates or a value is not finite
+              "verdict"     "better" or "worse" where the interval leaves out 0, with regard to the metric's direction;
+                            "not shown"; "no difference" where every resample is the same for both; "not compared"
+                            where there is no interval
 
     Two corrections for few images. Where all resamples have one difference other than 0, one end is the exact bound of
     the sign test. Where images are counted as right or wrong, 0 has to be left out by more than one image, which is
     the continuity correction of McNemar's test: 5 images that only one of the two gets right are too few, 6 are not.
     """
-    difference = row.value - baseline.value
-    interval = paired_difference(row.replicates, baseline.replicates)
     if not math.isfinite(difference) or math.isnan(interval.low):
         return {"difference": difference, "low": None, "high": None, "verdict": UNKNOWN}
     low, high = interval.low, interval.high
-    margin = 1 / row.n_test + 1e-9 if row.metric in COUNTED and row.n_test else 0.0
-    if low == high != 0.0 and row.n_test:  # the images agree; whether others would is the question of the sign test
-        ends, margin = (low, low * (2 * exact_bound(row.n_test) - 1)), 0.0
+    margin = 1 / count + 1e-9 if counted and count else 0.0
+    if low == high != 0.0 and count:  # the images agree; whether others would is the question of the sign test
+        ends, margin = (low, low * (2 * exact_bound(count) - 1)), 0.0
         low, high = min(ends), max(ends)
-    sign = 1.0 if row.higher_is_better else -1.0
+    sign = 1.0 if higher_is_better else -1.0
     worst, best = sorted((sign * low, sign * high))
     if difference == low == high == 0.0 and not np.nan_to_num(interval.replicates).any():
         said = SAME

@@ -211,8 +211,9 @@ def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes
     backend = config.model.attention
     if backend == "auto":
         backend = "plain" if device.kind == "cpu" and precision != "fp32" else "sdpa"
-    if config.loss.anchor_weight > 0 and config.init is None:
-        raise UserError(f"loss.anchor_weight={config.loss.anchor_weight}: expected 0 without init=")
+    for key in ("anchor_weight", "diet_weight"):
+        if (value := getattr(config.loss, key)) > 0 and config.init is None:
+            raise UserError(f"loss.{key}={value}: expected 0 without init=")
     ranks = config.loss.koleo_ranks
     if ranks is not None and world_size % ranks:
         raise UserError(f"loss.koleo_ranks={ranks}: expected a divisor of the {world_size} processes")

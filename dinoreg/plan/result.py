@@ -10,7 +10,7 @@ from dinoreg.plan.devices import gib
 from dinoreg.plan.job import Job
 from dinoreg.plan.memory import Memory, Operations
 from dinoreg.plan.speed import Speed
-from dinoreg.plan.traffic import Collective, Step
+from dinoreg.plan.traffic import Collective, Step, step_of
 from dinoreg.runtime.durations import about
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.outlook import FEW_BATCHES, Outlook, rounded
@@ -41,6 +41,42 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The cost of a stage of the run, in which crops have one size.
+
+    job         with the crops of the stage
+    operations  per image
+    speed       of a single process; None where nothing is known of the device
+    loading     seconds in which one core prepares an image; None: not measured
+    """
+
+    job: Job
+    steps: int
+    memory: Memory
+    operations: Operations
+    speed: Speed | None
+    loading: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of its steps, without waiting for data; None where unknown."""
+        if self.speed is None:
+            return None
+        each = step_of(self.job, self.job.config.batch_size / self.speed.images_per_second).seconds
+        return None if each is None else self.steps * each
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its figures as JSON values."""
+        crops = self.job.config.crops
+        found = {"steps": self.steps, "global_size": crops.global_size, "local_size": crops.local_size}
+        return found | {
+            "operations_per_image": self.operations.total,
+            "needed": self.memory.needed,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """The checkpoints of a run.
 
@@ -64,7 +100,8 @@ class Checkpoint:
 class Plan:
     """The predicted cost of a run.
 
-    operations  per image
+    job         of the stage that needs most memory, as `memory`; a run whose crops have one size has one stage
+    operations  per image, the mean over all stages
     speed       of a single process; None where nothing is known of the device
     exchanges   the collectives of a step
     num_images  in the data set; None where unknown
@@ -83,6 +120,7 @@ class Plan:
     num_images: int | None
     advice: tuple[Remedy, ...]
     notes: tuple[str, ...]
+    stages: tuple[Stage, ...]
 
     @property
     def fits(self) -> bool:
@@ -146,6 +184,7 @@ class Plan:
             "links": {"local": job.device.local_link, "between": job.device.link},
             "step": asdict(self.step),
             "run": asdict(self.run),
+            "stages": [stage.as_dict() for stage in self.stages],
             "checkpoint": asdict(self.checkpoint),
             "advice": [
                 {"overrides": remedy.overrides, "needed": remedy.memory.needed, "slower": remedy.slower}

@@ -1,5 +1,7 @@
 """Making a plan: the cost of a run, or a one-line error when it cannot run at all."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from dinoreg.plan.memory import (
     operations_of,
     teacher_file,
 )
-from dinoreg.plan.result import Checkpoint, Plan, Run
+from dinoreg.plan.result import Checkpoint, Plan, Run, Stage
 from dinoreg.plan.speed import Speed, estimate, probe, worth_probing
 from dinoreg.plan.traffic import Step, collectives, step_of
 from dinoreg.runtime.environment import busy, usable_cores
@@ -59,13 +61,13 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
         config = replace(config, probe=replace(config.probe, num_images=min(config.probe.num_images, num_images)))
     job = describe(config, nodes, gpus, replace(device, **links))
     num_steps = _length(job, num_images)
-    needed = memory_of(job)
+    jobs = _in_stages(job, num_steps)
+    needed, job = max(((memory_of(each), each) for each, _ in jobs), key=lambda pair: pair[0].needed)
     advice = () if needed.fits else tuple(remedies(job))
     if not needed.fits and not advice:
         _refuse(job)
-    operations = operations_of(job)
-    speed = _speed(job, needed, here, options, notes)
-    loading = _loading(job, source, notes)
+    stages = tuple(_stage(*each, source, here, options, notes) for each in jobs)
+    operations, speed, loading = _means(stages, next(stage.speed for stage in stages if stage.job is job))
     notes += _remarks(job, operations, speed, here)
     step = step_of(job, None if speed is None else config.batch_size / speed.images_per_second)
     return Plan(
@@ -79,8 +81,42 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
         checkpoint=_checkpoint(job, num_steps, options.disk),
         num_images=num_images,
         advice=advice,
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(notes)),
+        stages=stages,
     )
+
+
+def _in_stages(job: Job, num_steps: int) -> list[tuple[Job, int]]:
+    """(job with the crops of a stage, its steps) for each stage of the run; a run of one size has one."""
+    crops = job.config.stages(num_steps)
+    return [
+        (replace(job, config=replace(job.config, crops=crops[first])), end - first)
+        for first, end in itertools.pairwise([*crops, num_steps])
+    ]
+
+
+def _stage(job: Job, steps: int, source: Source | None, here: bool, options: PlanOptions, notes: list[str]) -> Stage:
+    needed = memory_of(job)
+    speed = _speed(job, needed, here, options, notes)
+    return Stage(job, steps, needed, operations_of(job), speed, _loading(job, source, notes))
+
+
+def _means(stages: Sequence[Stage], speed: Speed | None) -> tuple[Operations, Speed | None, float | None]:
+    """Operations and speed of an image, and seconds to load it: means over all steps; None where one is unknown.
+
+    speed  of the stage that the plan is about, whose other figures are kept
+    """
+    shares = [stage.steps / sum(each.steps for each in stages) for stage in stages]
+    kinds = Operations.__dataclass_fields__
+    operations = {
+        kind: sum(share * getattr(stage.operations, kind) for share, stage in zip(shares, stages)) for kind in kinds
+    }
+    speeds = [stage.speed.images_per_second for stage in stages if stage.speed is not None]
+    loading = [stage.loading for stage in stages if stage.loading is not None]
+    if speed is not None:
+        speed = replace(speed, images_per_second=1 / sum(share / each for share, each in zip(shares, speeds)))
+    mean = sum(share * each for share, each in zip(shares, loading))
+    return Operations(**operations), speed, mean if len(loading) == len(stages) else None
 
 
 def _length(job: Job, num_images: int | None) -> int:

@@ -8,7 +8,7 @@ from dinoreg.plan.recorder import PARTS
 from dinoreg.plan.result import Plan
 from dinoreg.runtime.durations import about
 from dinoreg.runtime.templates import render
-from dinoreg.train.online_probe import BATCH_SIZE as PROBE_BATCH
+from dinoreg.train.class_probe import BATCH_SIZE as PROBE_BATCH
 from dinoreg.train.outlook import rounded
 
 ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FRAGMENTATION", "FREE_SHARE", "LINK_SHARE")

@@ -149,7 +149,7 @@ def _fake_state(
             _give_fake_parameters(network)
             network.__dict__["to"] = lambda *_, network=network: network  # fake parameters cannot be moved
     owners = ALONE if mesh is None else ranks
-    state = build_state(config, student, teacher, CPU, DTYPES[precision], anchor, owners, mesh, tutor)
+    state = build_state(config, student, teacher, CPU, DTYPES[precision], anchor, owners, mesh, tutor=tutor)
     state.ranks = ranks
     return state
 

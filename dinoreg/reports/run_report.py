@@ -66,7 +66,10 @@ def figures(run: Run) -> list[tuple[str, Any, str]]:
     short = kind if kind == "scenes" else Path(data).name or data
     rates, waits, steps = (run.series(key)[1] for key in ("images_per_second", "data_time", "step_time"))
     waiting = f"{sum(waits) / sum(steps):.0%} waiting for images" if waits and steps and sum(steps) > 0 else ""
-    batch, crops, prototypes = map(config.get, ("batch_size", "crops.global_size", "head.prototypes"))
+    batch, crops, stages = map(config.get, ("batch_size", "crops.global_size", "crops.stages"))
+    prototypes = config.get("head.prototypes")
+    small = [f"{prototypes:,} prototypes"] if is_number(prototypes) else []
+    small += [f"before: {', '.join(map(str, stages))}"] if isinstance(stages, list) and stages else []
     return [
         ("model", config.get("model.name"), f"{run.parameters / 1e6:.2f} M parameters" if run.parameters else ""),
         ("data", short, options if kind == "scenes" else data if short != data else ""),
@@ -75,7 +78,7 @@ def figures(run: Run) -> list[tuple[str, Any, str]]:
         ("training time", "" if run.seconds is None else duration(run.seconds), ""),
         ("speed", f"{statistics.median(rates):,.0f} img/s" if rates else "", waiting),
         ("hardware", *hardware(run)),
-        ("crops", f"{crops} px" if crops else "", f"{prototypes:,} prototypes" if is_number(prototypes) else ""),
+        ("crops", f"{crops} px" if crops else "", "; ".join(small)),
     ]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import rankme
+from dinoreg.train.optimizer import learnt
 from dinoreg.train.parallelize import local
 from dinoreg.train.step import StepResult
 
@@ -186,7 +187,9 @@ class Health:
 
     @torch.no_grad()
     def observe(self, result: StepResult) -> None:
-        """Add the signals of one step; does not wait for the device."""
+        """Add the signals of one step, if it had targets; does not wait for the device."""
+        if result.targets is None:
+            return
         targets, features = result.targets.dino, result.targets.features  # (2B, K), (2B, D)
         entropy = torch.special.entr(targets).sum(dim=-1).mean()
         self._sums = self._sums + torch.stack([entropy, _spread(features)])
@@ -275,17 +278,20 @@ class WeightWatch:
 
     def __init__(self, student: nn.ModuleDict, teacher: nn.ModuleDict, ranks: Ranks) -> None:
         self.ranks = ranks
-        names = [name for name, p in student["backbone"].named_parameters() if p.ndim == 2 and "blocks" in name]
-        chosen = names[:: max(1, len(names) // 4)][:4]
-        self.student, self.teacher = (
-            [local(networks["backbone"].get_parameter(name)) for name in chosen] for networks in (student, teacher)
-        )
+        self.student, backbone = student["backbone"], teacher["backbone"]
+        matrices = [name for name, p in backbone.named_parameters() if p.ndim == 2 and "blocks" in name]
+        names = [name for name in matrices if learnt(self.student, name) is not None]
+        self.names = names[:: max(1, len(names) // 4)][:4]
+        self.teacher = [local(backbone.get_parameter(name)) for name in self.names]
         self._before: list[Tensor] = []
+
+    def _current(self) -> list[Tensor]:
+        return [weight.detach() for name in self.names if (weight := learnt(self.student, name)) is not None]
 
     @torch.no_grad()
     def before(self) -> None:
         """Copy the weights as they are before a step."""
-        self._before = [weight.detach().clone() for weight in self.student]
+        self._before = [weight.clone() for weight in self._current()]
 
     @torch.no_grad()
     def after(self) -> dict[str, float]:
@@ -294,9 +300,10 @@ class WeightWatch:
         Both are relative to the norm of the weights at `before`. Waits for the device.
         """
         before, self._before = self._before, []
+        current = self._current()
         norm = self._norm(before)
-        moved = self._norm([now - then for now, then in zip(self.student, before)])
-        apart = self._norm([now - average for now, average in zip(self.student, self.teacher)])
+        moved = self._norm([now - then for now, then in zip(current, before)])
+        apart = self._norm([now - average for now, average in zip(current, self.teacher)])
         return {"update_ratio": float(moved / norm), "teacher_distance": float(apart / norm)}
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:

@@ -43,13 +43,13 @@ def load_init(config: Config, out: Path, student: Networks, teacher: Networks) -
     A resumed run reads them from the copy in its folder, if there is one.
 
     raises UserError when the weights cannot be read, do not fit, or differ from the digest beside the copy, and for
-    loss.anchor_weight > 0 without `init=`
+    loss.anchor_weight or loss.diet_weight > 0 without `init=`
     """
     anchor_weight = config.loss.anchor_weight
     if config.init is None:
-        if anchor_weight > 0:
-            expected = "expected 0 without init=, there are no weights to stay near"
-            raise UserError(f"loss.anchor_weight={anchor_weight}: {expected}")
+        for key, value in (("anchor_weight", anchor_weight), ("diet_weight", config.loss.diet_weight)):
+            if value > 0:
+                raise UserError(f"loss.{key}={value}: expected 0 without init=, there are no features to begin with")
         return None
     if _has_copy(config, out):
         report = load_into(student.backbone, out / COPY)

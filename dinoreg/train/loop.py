@@ -21,15 +21,17 @@ import torch
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.steps import next_steps, which_steps
 from dinoreg.config.load import Config
+from dinoreg.data.loader import BatchLoader
 from dinoreg.distributed.process_group import Agreement, Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted
 from dinoreg.runtime.json_files import read_json
+from dinoreg.train.class_probe import write_probed
 from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
 from dinoreg.train.metrics import Monitor
-from dinoreg.train.online_probe import ProbeRunner, write_probed
+from dinoreg.train.online_probe import ProbeRunner
 from dinoreg.train.outlook import Pace, rounded
 from dinoreg.train.parallelize import check_replicas, compile_backbones
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
@@ -71,8 +73,8 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
             monitor = build_monitor(setup, state, log)
             probes = None
             if setup.probe is not None:
-                options, num_steps = config.probe, setup.num_steps
-                probes = ProbeRunner(setup.probe, setup.general, options, num_steps, setup.device, setup.dtype, monitor)
+                what = setup.probe, setup.general, config.probe, setup.num_steps
+                probes = ProbeRunner(*what, setup.device, setup.dtype, monitor, setup.schedules.horizon)
             checkpoints = Checkpoints(out, writer, setup.source, setup.num_steps, log, ranks, on_checkpoint)
             if config.model.compile:
                 compile_backbones(state.student, state.teacher)
@@ -109,8 +111,8 @@ def open_log(out: Path, step: int, num_steps: int, tensorboard: bool, ranks: Ran
 
 
 def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
-    """The monitor of a run; slow signals are judged after a fifth of its steps, at least 100."""
-    health = Health(setup.config.head.prototypes, grace=max(100, setup.num_steps // 5), ranks=setup.ranks)
+    """The monitor of a run; slow signals are judged after a fifth of its horizon, at least 100 steps."""
+    health = Health(setup.config.head.prototypes, grace=max(100, setup.schedules.horizon // 5), ranks=setup.ranks)
     return Monitor(
         log,
         health,
@@ -136,14 +138,14 @@ def train(
 
     raises Interrupted after a signal, once saved; RunError for lost checkpoints, non-finite steps or drifted replicas
     """
-    config, num_steps = setup.config, setup.num_steps
-    save_every = config.checkpoint.every or min(2000, max(1, num_steps // 10))
+    config, num_steps, agreement = setup.config, setup.num_steps, Agreement(state.ranks)
+    save_every = config.checkpoint.every or min(2000, max(1, setup.schedules.horizon // 10))
     max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
-    agreement = Agreement(state.ranks)
-    batches = setup.batches(state)
-    pace = Pace(setup.outlook, num_steps, monitor.log, setup.device)
+    batches, pace = open_stage(setup, state, monitor.log)
     try:
         while state.step < num_steps:
+            if batches.views.crops is not setup.stage_of(state.step)[0]:
+                batches, pace = open_stage(setup, state, monitor.log, batches)
             batch = next(batches)
             now = setup.schedules.at(state.step)
             last = state.step + 1 == num_steps
@@ -184,6 +186,23 @@ def train(
     finally:
         batches.close()
         checkpoints.close(batches.bad)
+
+
+def open_stage(
+    setup: Setup, state: TrainState, log: SilentLog, before: BatchLoader | None = None
+) -> tuple[BatchLoader, Pace]:
+    """The batches of the stage of crops that `state.step` is in, and what says how long it will take.
+
+    before  the loader of the stage before, which is closed; None: the run starts or resumes
+    """
+    crops, end = setup.stage_of(state.step)
+    if before is not None:
+        before.close()
+        state.history["bad"] = dict(before.bad)
+        if setup.config.model.compile:
+            torch.compiler.reset()  # else what is compiled anew would be for crops of any size
+        log.say(f"step {state.step}: from here to step {end} crops of {crops.global_size} and {crops.local_size} px")
+    return setup.batches(state), Pace(setup.outlook, end, log, setup.device)
 
 
 def every(period: int, step: int) -> bool:

@@ -27,6 +27,7 @@ LOSS_NAMES = {
     "dino_local_crops_loss": "dino_local",
     "ibot_loss": "ibot",
     "koleo_loss": "koleo",
+    "diet_loss": "diet",
     "anchor_loss": "anchor",
     "distill_cls_loss": "distill_cls",
     "distill_patch_loss": "distill_patch",

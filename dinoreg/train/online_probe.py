@@ -1,134 +1,27 @@
-"""How good are the features while the run goes on: k-NN on labelled images, effective rank without labels.
+"""The probes inside a run: when they are due, what is logged of them, and which step is the best so far.
 
-The teacher's class tokens of fixed, unaugmented images are measured, first before any update; each process embeds its
-share of the images. k-NN is the DINO papers' weighted vote with half of the images as the bank; RankMe (arXiv
-2210.02885) needs no labels and is always measured.
+The teacher's features of fixed, unaugmented images are measured, first before any update: `class_probe` measures the
+class tokens.
 
 `best` is the step of a labelled probe that was better than the best before it, at first than the untrained network, by
-more than chance: the 95 % bootstrap interval of the paired difference, over the same tested images, lies above 0.
+more than chance: by the paired difference on the same tested images (`evaluation.comparison.judged`).
 """
 
-import json
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.steps import ACCURACIES, PROBED, probe_in_words
-from dinoreg.config.load import Config
+from dinoreg.checkpoint.steps import ACCURACIES, probe_in_words
 from dinoreg.config.schema import ProbeConfig
-from dinoreg.data.center_crop import center_crops
-from dinoreg.data.copies import content_digest
-from dinoreg.data.labelled import listed, passed_over_in_words
-from dinoreg.data.open import is_scenes, open_source, read_labelled
-from dinoreg.data.source import ChosenSource, ScenesSource, Source
-from dinoreg.data.statistics import survey
-from dinoreg.data.value_range import ValueRange
-from dinoreg.distributed.process_group import ALONE, Ranks
-from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
-from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
-from dinoreg.runtime.device import autocast
-from dinoreg.runtime.environment import usable_cores
-from dinoreg.runtime.errors import UserError
-from dinoreg.scenes.layout import label_of
-from dinoreg.scenes.render import CLASS_NAMES
+from dinoreg.evaluation.comparison import BETTER, judged
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, paired_difference
+from dinoreg.train.class_probe import Measured, Probe
 from dinoreg.train.metrics import Monitor
 from dinoreg.train.state import TrainState
-
-NEIGHBOURS = 20
-BATCH_SIZE = 128
-FIRST_PROBE_SCENE = 10_000_000  # far beyond the scenes that a run trains on
-
-
-class Measured(NamedTuple):
-    """What a probe found.
-
-    values  by name, see `Probe.measure`
-    right   (m,) bool, which of the tested images were classified correctly; None without labels
-    """
-
-    values: dict[str, float]
-    right: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Fixed images to embed at every probe.
-
-    images     (n, C, H, W) uint8
-    labels     (n,) int64 below num_classes, or None: effective rank only
-    mean, std  (1, C, 1, 1) of the normalisation, for pixels in 0 to 1
-    bank       how many of the images, the first, the others are classified by; None: half of them
-    notes      lines for the log on how the labels were read
-    source     the same images as files, or None
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    num_classes: int
-    mean: Tensor
-    std: Tensor
-    bank: int | None = None
-    notes: tuple[str, ...] = ()
-    source: Source | None = None
-
-    @property
-    def in_bank(self) -> int:
-        """How many of the images, the first, are the bank."""
-        return len(self.images) // 2 if self.bank is None else self.bank
-
-    @torch.no_grad()
-    def measure(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Measured:
-        """Measure a backbone in eval mode; all `ranks` call together. Nothing random of PyTorch's is drawn.
-
-        dtype    of autocast
-        returns  rankme, the effective rank of the centred class tokens (1 to D); with labels knn_top1, the share
-                 (0 to 1) of the images behind the bank that 20 neighbours in the bank classify correctly,
-                 knn_top1_low and _high, its 95 % bootstrap interval, and _chance and _majority, the shares that
-                 guessing and always naming the most frequent class get right; probe_time in seconds
-        """
-        started = time.perf_counter()
-        features = self.features(backbone, device, dtype, ranks)
-        values = {"rankme": rankme(features - features.mean(dim=0))}
-        right = None
-        if self.labels is not None:
-            half = self.in_bank
-            votes = knn_predict(
-                features[:half],
-                self.labels[:half].to(device),
-                features[half:],
-                k=(NEIGHBOURS,),
-                num_classes=self.num_classes,
-            )
-            tested = self.labels[half:]
-            right = (votes[NEIGHBOURS].argmax(dim=-1).cpu() == tested).numpy()
-            interval = bootstrap_interval(right)
-            values |= {"knn_top1": float(right.mean())}
-            values |= {"knn_top1_low": interval.low, "knn_top1_high": interval.high}
-            values["knn_top1_chance"] = 1 / self.num_classes
-            values["knn_top1_majority"] = int(tested.bincount().max()) / len(tested)
-        return Measured({**values, "probe_time": time.perf_counter() - started}, right)
-
-    @torch.no_grad()
-    def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Tensor:
-        """Class tokens (n, D) of all images, float32, on `device`; all processes call together and get the same."""
-        share = -(-len(self.images) // ranks.world_size)
-        first = ranks.rank * share
-        # The last shares are filled up: a sharded backbone has to be called equally often everywhere.
-        indices = torch.arange(first, first + share).clamp(max=len(self.images) - 1)
-        rows = []
-        for part in indices.split(BATCH_SIZE):
-            images = self.images[part]
-            pixels = (images.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
-            with autocast(device, dtype):
-                rows.append(backbone(pixels).cls.float())
-        return ranks.gather_rows(torch.cat(rows))[: len(self.images)]
 
 
 @dataclass
@@ -136,7 +29,8 @@ class ProbeRunner:
     """Probes the teacher of a run at intervals, logs the results, and reports when it is the best so far.
 
     general    the probe on images that a run which started from weights must not forget; None: none
-    num_steps  of the run; without options.every a probe is due every tenth of them
+    num_steps  of the run
+    horizon    without options.every a probe is due every tenth of these steps; None: of `num_steps`
     dtype      of autocast
     monitor    logs; it excludes the time of probes from the step time
     """
@@ -148,9 +42,11 @@ class ProbeRunner:
     device: torch.device
     dtype: torch.dtype
     monitor: Monitor
+    horizon: int | None = None
 
     def __post_init__(self) -> None:
-        self.every = self.options.every if self.options.every is not None else max(1, self.num_steps // 10)
+        tenth = max(1, (self.horizon or self.num_steps) // 10)
+        self.every = tenth if self.options.every is None else self.options.every
         self._started = time.perf_counter()
         self._probing = 0.0  # seconds spent in probes
         self._images = "" if self.probe.source is None else self.probe.source.fingerprint()
@@ -190,22 +86,23 @@ class ProbeRunner:
         state.history["best"] = {**now, "metric": self.options.metric}
         return True
 
-    def _against(self, now: dict[str, Any], start: dict[str, Any]) -> dict[str, float]:
-        """The start in a later line: its step and accuracies, and the paired difference to it with its interval."""
+    def _against(self, now: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
+        """The start in a later line: its step and accuracies, and the paired difference to it with its verdict."""
         if now["step"] == start["step"]:
             return {}
         found = {"start_step": start["step"], **{f"{key}_start": start[key] for key in ACCURACIES if key in start}}
         if now["right"] is not None and start.get("right") is not None:
-            difference = self._difference(now, start)
-            interval = bootstrap_interval(difference)
-            found |= {"knn_top1_gain": float(difference.mean())}
-            found |= {"knn_top1_gain_low": interval.low, "knn_top1_gain_high": interval.high}
+            gain = self._compared(now, start)
+            found |= {"knn_top1_gain": gain["difference"], "knn_top1_gain_verdict": gain["verdict"]}
+            found |= {"knn_top1_gain_low": gain["low"], "knn_top1_gain_high": gain["high"]}
         return found
 
-    def _difference(self, now: dict[str, Any], before: dict[str, Any]) -> np.ndarray:
-        """(m,) 1, 0 or -1: how the answers on the tested images differ between two probes."""
+    def _compared(self, now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+        """What the answers on the tested images say against those of an earlier probe, as `comparison.judged`."""
         count = len(self.probe.images) - self.probe.in_bank
-        return _unpacked(now["right"], count) - _unpacked(before["right"], count)
+        right = [_unpacked(each["right"], count) for each in (now, before)]
+        difference = paired_difference(*(bootstrap_interval(each).replicates for each in right))
+        return judged(float(right[0].mean() - right[1].mean()), difference, count)
 
     def _is_better(self, now: dict[str, Any], before: dict[str, Any]) -> bool:
         """Whether a probe is better than another on the same images: k-NN by the paired interval, RankMe at all."""
@@ -213,7 +110,7 @@ class ProbeRunner:
             return now["rankme"] > before["rankme"]
         if now["right"] is None:
             return False
-        return bootstrap_interval(self._difference(now, before)).low > 0
+        return bool(self._compared(now, before)["verdict"] == BETTER)
 
     def _watch_general(self, state: TrainState, values: dict[str, float]) -> None:
         """Warn when the general probe has fallen below its first value by more than the margin."""
@@ -241,108 +138,3 @@ def _packed(right: np.ndarray | None) -> str | None:
 def _unpacked(text: str, count: int) -> np.ndarray:
     """(count,) float64 of 0 and 1, from the text of `_packed`."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8), count=count).astype(float)
-
-
-def build_probe(config: Config, source: Source) -> Probe | None:
-    """The probe of a run's own domain: on `probe.data` if given, else without labels on images of `source`.
-
-    returns  None for probe.every=0 and, without labels, for fewer than 4 readable images
-    raises   UserError when probe.data has fewer than 4 readable images, or one class only
-    """
-    if config.probe.every == 0:
-        return None
-    if config.probe.data is not None:
-        return _labelled_probe(config, "probe.data", config.probe.data)
-    probe = _probe(config, source)
-    return probe if len(probe.images) >= 4 else None
-
-
-def write_probed(out: Path, probe: Probe, config: Config) -> None:
-    """Write `probe.json` into the run folder: on which images the steps are compared, by the contents of their files.
-
-    An evaluation of the best step on these images would be one on images that it was chosen by.
-    """
-    if probe.labels is None or probe.source is None:
-        return
-    read = probe.source.read
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        digests = list(pool.map(lambda index: content_digest(read(index)).hex()[:16], range(len(probe.source))))
-    content = {"data": config.probe.data, "metric": config.probe.metric, "images": digests}
-    write_atomic(out / PROBED, json.dumps(content) + "\n")
-
-
-def build_general(config: Config) -> Probe | None:
-    """The probe on `probe.general`, the images that a run must not forget; None without it and for probe.every=0.
-
-    raises UserError when it has fewer than 4 readable images, or one class only
-    """
-    if config.probe.every == 0 or config.probe.general is None:
-        return None
-    return _labelled_probe(config, "probe.general", config.probe.general)
-
-
-def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
-    if is_scenes(spec):
-        probe = _probe(config, *_labelled_scenes(spec, config.probe.num_images))
-    else:
-        probe = _probe_of_own(config, key, spec)
-    assert probe.labels is not None
-    bank = probe.labels[: probe.in_bank]
-    if len(probe.images) < 4 or len(bank.unique()) < 2 or len(bank) == len(probe.labels):
-        raise UserError(f"{key}={spec}: expected at least 4 readable images of 2 classes")
-    return probe
-
-
-def _probe_of_own(config: Config, key: str, spec: str) -> Probe:
-    """A probe on a folder or table: where it has splits, the bank is of train and the others are of val, or of test."""
-    places = config.data.index_dir, config.probe.root
-    found = read_labelled(spec, *places, config.probe.columns, "probe.columns", "probe.root")
-    if found.labels.ndim > 1:
-        raise UserError(f"{key}={spec}: has several labels an image, expected one")
-    source = found.source()
-    source.value_range = ValueRange.of(config.data.range)
-    seen = survey(source, config.model.in_channels, what=key).warnings
-    notes = tuple(f"{key}: {line}" for line in (*found.warnings, *passed_over_in_words(found.passed_over), *seen))
-    words = np.array(found.words or [])
-    queried = next((split for split in ("val", "test") if split in words), None)
-    parts = None
-    if "train" in words and queried is not None:
-        parts = np.flatnonzero(words == "train"), np.flatnonzero(words == queried)
-        unseen = np.setdiff1d(found.labels[parts[1]], found.labels[parts[0]])
-        if len(unseen):
-            names = listed(found.class_names[label] for label in unseen)
-            notes += (f"{key}: classes of {queried} that train has not, and that cannot be right: {names}",)
-    return replace(_probe(config, source, found.labels, len(found.class_names), parts), notes=notes)
-
-
-def _probe(
-    config: Config,
-    source: Source,
-    labels: np.ndarray | None = None,
-    num_classes: int = 0,
-    parts: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Probe:
-    """A probe on some images of a source, always the same.
-
-    labels  of all images
-    parts   the images that the bank and those that are classified are taken from, half of them each; None: any
-    """
-    rng, count = np.random.default_rng(0), config.probe.num_images
-    if parts is None:
-        chosen = rng.permutation(len(source))[:count]
-    else:
-        chosen = np.concatenate([rng.permutation(part)[: count // 2] for part in parts])
-    images, readable = center_crops(source, chosen.tolist(), config.crops.global_size, config.model.in_channels)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.augment.mean, config.augment.std))
-    bank = None if parts is None else int(np.isin(readable, parts[0]).sum())
-    known = None if labels is None else torch.from_numpy(labels[readable])
-    files = ChosenSource(source, np.array(readable, dtype=np.int64))
-    return Probe(images, known, num_classes, mean, std, bank, source=files)
-
-
-def _labelled_scenes(spec: str, count: int) -> tuple[Source, np.ndarray, int]:
-    """Scenes, their labels (n,) int64 and the number of classes."""
-    source = open_source(spec if spec.partition(":")[2] else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
-    assert isinstance(source, ScenesSource)
-    labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
-    return source, np.array(labels), len(CLASS_NAMES)

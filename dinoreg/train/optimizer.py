@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dinoreg.config.schema import OptimConfig
+from dinoreg.models.lora import LoraLinear
 from dinoreg.train.parallelize import full_tensor, local
 from dinoreg.train.schedules import Now
 
@@ -124,13 +125,29 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, accepted: Tensor) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, on every parameter (DINO section 3.1).
+    """teacher <- momentum * teacher + (1 - momentum) * student, on every parameter that learns (DINO section 3.1).
 
     momentum     in [0, 1]
     accepted ()  1.0, or 0.0 for a step that was not finite, which leaves the teacher as it is
 
-    Both networks are sharded alike, or not at all, so that each process updates its own part.
+    Both networks are sharded alike, or not at all, so that each process updates its own part. The student may have more
+    parameters; the teacher is always plain.
     """
     weight = (accepted * (1.0 - momentum)).float()
-    for average, current in zip(teacher.parameters(), student.parameters()):
-        local(average).lerp_(local(current), weight.to(average.dtype))
+    for name, average in teacher.named_parameters():
+        current = learnt(student, name)
+        if current is not None:
+            local(average).lerp_(current, weight.to(average.dtype))
+
+
+def learnt(student: nn.Module, name: str) -> Tensor | None:
+    """This process's part of a student's parameter, an adapter's product added; None where it is frozen.
+
+    name  in the teacher. With adapters and FSDP all processes call together
+    """
+    module, _, leaf = name.rpartition(".")
+    owner = student.get_submodule(module)
+    current = getattr(owner, leaf)
+    if isinstance(owner, LoraLinear) and leaf == "weight":
+        return local(current) + local(owner.lora_up) @ full_tensor(owner.lora_down)
+    return local(current) if current.requires_grad else None

@@ -107,7 +107,7 @@ class Pace:
     """Says after the first two steps of a start how long the run will take, and once more if that is very long.
 
     outlook    of the whole run
-    last_step  with which it ends
+    last_step  with which it ends, or its present stage
     """
 
     outlook: Outlook
@@ -133,7 +133,8 @@ class Pace:
         left = each * (self.last_step - step)
         if left > SAID_FROM:
             share = f", {waiting / each:.0%} of it waiting for images" if waiting > each / 10 else ""
-            self.log.say(f"step {step}/{self.last_step}: {each:.3g} s a step{share}; about {about(left)} to the end")
+            end = "the end" if self.last_step == self.outlook.steps else f"step {self.last_step}"
+            self.log.say(f"step {step}/{self.outlook.steps}: {each:.3g} s a step{share}; about {about(left)} to {end}")
         ahead = replace(self.outlook, steps=self.last_step - step, seconds=left)
         if ahead.is_long and not self.outlook.doubts():
             self.log.say(f"advice: {ahead.advice()}")

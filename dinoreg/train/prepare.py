@@ -3,15 +3,19 @@
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.config.load import Config, load_config, to_yaml
+from dinoreg.checkpoint.steps import pointed_step
+from dinoreg.config.load import BUDGETS, Config, load_config, to_yaml
+from dinoreg.config.option import check
 from dinoreg.config.overwrite import check_out, delete_run
+from dinoreg.config.view_settings import CropSettings
 from dinoreg.data import augment as photometric
 from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.loader import BatchLoader, Views
@@ -24,8 +28,8 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
+from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
-from dinoreg.train.online_probe import Probe, build_general, build_probe
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
@@ -89,18 +93,33 @@ class Setup:
         batch, model, own = self.global_batch_size, self.config.model.name, self.config.init is not None
         return Outlook(len(self.source), batch, self.num_steps, None, device, model, own, self.ranks.world_size)
 
+    @cached_property
+    def stages(self) -> dict[int, CropSettings]:
+        """{first step: crops} of the stages of the run, in order."""
+        return self.config.stages(self.num_steps)
+
+    def stage_of(self, step: int) -> tuple[CropSettings, int]:
+        """The crops of the stage that `step` is in, and the step with which it ends."""
+        last = max(first for first in self.stages if first <= step)
+        return self.stages[last], min((first for first in self.stages if first > step), default=self.num_steps)
+
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
-        anchor, tutor, networks = self.init.anchor if self.init else None, self.tutor, (self.student, self.teacher)
-        state = build_state(self.config, *networks, self.device, self.dtype, anchor, self.ranks, tutor=tutor)
-        if tutor is not None:
-            state.history["distill"] = tutor.encoder.identity
+        anchor = self.init.anchor if self.init else None
+        seen, where = None, (self.device, self.dtype)
+        if self.config.loss.diet_weight > 0:
+            backbone = self.teacher.backbone.to(self.device)
+            seen = class_tokens_of_all(self.config, self.source, backbone, *where, self.ranks)
+        networks, given = (self.student, self.teacher), {"seen": seen, "tutor": self.tutor}
+        state = build_state(self.config, *networks, *where, anchor, self.ranks, **given)
+        if self.tutor is not None:
+            state.history["distill"] = self.tutor.encoder.identity
         return state
 
     def batches(self, state: TrainState) -> BatchLoader:
-        """The endless loader of this run, starting at the sample `state.position`."""
+        """The endless loader of the stage that `state.step` is in, starting at the sample `state.position`."""
         config = self.config
-        crops, patch_size = as_cut(self.tutor, config.crops, self.student.backbone.patch_size)
+        crops, patch_size = as_cut(self.tutor, self.stage_of(state.step)[0], self.student.backbone.patch_size)
         loader = BatchLoader(
             self.source,
             Views(crops, config.augment, config.mask, patch_size, config.model.in_channels),
@@ -174,21 +193,18 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     saved = out / "config.yaml"
     before = load_config(saved) if config.resume and saved.is_file() else None
     config, measured = with_statistics(config, source, before)
+    num_steps = config.num_steps(len(source), ranks.world_size)
+    config = with_horizon(config, num_steps, before, out)
     changed = [] if before is None else changed_config(config, before, out)
     seen = survey(source, config.model.in_channels)
-    num_steps = config.num_steps(len(source), ranks.world_size)
     tutor = load_tutor(config, device, dtype)
     student, teacher = build_networks(config, tutor)
-    notes = [config.explain_lr(ranks.world_size), *changed, *measured]
+    notes = [config.explain_lr(ranks.world_size), *([tutor.note] if tutor else []), *changed, *measured]
     notes += _of_pictures(config, source, seen)
     notes += _processes(config, student, ranks.world_size)
     init = load_init(config, out, student, teacher)
-    if init is not None:
-        notes += [init.note, config.explain_start(num_steps, ranks.world_size)]
-    if tutor is not None:
-        notes.append(
-            f"distill: {tutor.encoder.name}, which sees crops of {tutor.size} pixels; no masks, no local crops"
-        )
+    schedules = Schedules(num_steps, config.peak_lr(ranks.world_size), config.schedule, config.adapt if init else None)
+    notes += [] if init is None else [init.note, config.explain_start(schedules.horizon, ranks.world_size)]
     probe, general = build_probe(config, source), build_general(config)
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
@@ -207,14 +223,21 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         teacher=teacher,
         init=init,
         tutor=tutor,
-        schedules=Schedules(
-            num_steps, config.peak_lr(ranks.world_size), config.schedule, config.adapt if init else None
-        ),
+        schedules=schedules,
         notes=notes,
     )
+    notes += _stages(setup)
     if advice := setup.outlook.advice():
         notes.append(f"advice: {advice}")
     return setup
+
+
+def _stages(setup: Setup) -> list[str]:
+    """A line on the stages of the run, or [] where it has one."""
+    ends = [*setup.stages][1:]
+    words = [f"{crops.global_size} and {crops.local_size} px" for crops in setup.stages.values()]
+    parts = [f"{size} to step {end}" for size, end in zip(words, ends)]
+    return [f"crops in stages: {', '.join(parts)}, then {words[-1]}"] if ends else []
 
 
 def _processes(config: Config, student: Networks, world_size: int) -> list[str]:
@@ -260,6 +283,25 @@ def check_shared(out: Path, ranks: Ranks) -> None:
         path.unlink(missing_ok=True)
 
 
+def with_horizon(config: Config, num_steps: int, before: Config | None, out: Path) -> Config:
+    """A config with the horizon of a constant schedule, that of the run's first start, so that `steps` may grow.
+
+    before  the config that the run in `out` has; None: it has not begun
+    raises  UserError for a cool-down that would begin before what the run has reached
+    """
+    schedule, reached = config.schedule, 0
+    if before is not None and not before.schedule.cooldown:
+        reached = pointed_step(out, "last") or 0
+    left = (
+        f"at most {max(0, num_steps - reached)}, what is left of {num_steps} steps after step {reached}; or more steps="
+    )
+    check(schedule.cooldown <= max(0, num_steps - reached), "schedule.cooldown", schedule.cooldown, left)
+    if schedule.shape == "cosine" or schedule.horizon is not None:
+        return config
+    first = None if before is None else before.schedule.horizon
+    return replace(config, schedule=replace(schedule, horizon=first or num_steps))
+
+
 def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     """A one-line message when the run in `out` is resumed with other values of options that affect its weights, or [].
 
@@ -279,6 +321,9 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
                 raise UserError(f"{section}.{key}={now[key]}: {kept}")
     # The device shapes no weights but by its rounding.
     old, new = ({**each.shaping(), "device": each.device} for each in (before, config))
+    if "constant" == before.schedule.shape == config.schedule.shape and not before.schedule.cooldown:
+        for key in (*BUDGETS, "schedule.cooldown"):  # nothing that was computed depends on where it ends
+            del old[key], new[key]
     changed = [f"{key}={new[key]} (was {old[key]})" for key in new if old[key] != new[key]]
     return [f"resumed with {', '.join(changed)}: losses differ from an unbroken run's"] if changed else []
 

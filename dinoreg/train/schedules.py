@@ -1,7 +1,8 @@
 """Learning rate, weight decay, teacher momentum and temperature as functions of the step (DINOv2's schedules).
 
 Warm-ups are inclusive: with w warm-up steps, step 0 has 0 and step w - 1 the peak; with a single one, step 0 has 0.
-Cosines run from the end of the warm-up to the end of the run and stay at their final value beyond it.
+Cosines run from the end of the warm-up to the end of the run and stay at their final value beyond it. In a run that is
+constant instead, they run over its cool-down, if any.
 """
 
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def cosine(start: float, end: float, step: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Schedules:
-    """All schedules of a run; the lengths in `options` and `adapt` are shares of `num_steps`.
+    """All schedules of a run; the lengths in `options` and `adapt` are shares of `horizon`.
 
     num_steps  optimizer steps of the run
     peak_lr    learning rate at the end of the warm-up
@@ -63,22 +64,34 @@ class Schedules:
     options: ScheduleConfig
     adapt: AdaptConfig | None = None
 
+    @property
+    def horizon(self) -> int:
+        """Steps that shares of the run are of: `num_steps`, unless the options say otherwise."""
+        return self.options.horizon or self.num_steps
+
+    def fall(self, start: float, end: float, step: int, first: int = 0) -> float:
+        """A falling or rising value at `step`: half a cosine from `first` to the horizon, or over the cool-down."""
+        if self.options.shape == "cosine":
+            return cosine(start, end, step - first, self.horizon - first)
+        since = step - (self.num_steps - self.options.cooldown)
+        return cosine(start, end, since, self.options.cooldown) if since > 0 and self.options.cooldown else start
+
     def at(self, step: int) -> Now:
         """The values for step `step`, counted from 0; beyond the end of the run they stay at their final values."""
-        options = self.options
-        warmup = round(options.warmup * self.num_steps)
+        options, horizon = self.options, self.horizon
+        warmup = round(options.warmup * horizon)
         if step < warmup:
             lr = linear(0.0, self.peak_lr, step, warmup)
         else:
             final = min(LOWEST_LR, self.peak_lr) if options.final_lr is None else options.final_lr
-            lr = cosine(self.peak_lr, final, step - warmup, self.num_steps - warmup)
-        frozen = step < round(options.freeze_last_layer * self.num_steps)
-        temp_steps = round(options.teacher_temp_warmup * self.num_steps)
+            lr = self.fall(self.peak_lr, final, step, warmup)
+        frozen = step < round(options.freeze_last_layer * horizon)
+        temp_steps = round(options.teacher_temp_warmup * horizon)
         return Now(
             lr=lr,
             last_layer_lr=0.0 if frozen else lr,
-            weight_decay=cosine(*options.weight_decay, step, self.num_steps),
-            momentum=cosine(*options.momentum, step, self.num_steps),
+            weight_decay=self.fall(*options.weight_decay, step),
+            momentum=self.fall(*options.momentum, step),
             teacher_temp=linear(*options.teacher_temp, step, temp_steps),
             backbone=self.backbone_at(step),
         )
@@ -90,7 +103,7 @@ class Schedules:
         """
         if self.adapt is None:
             return 1.0
-        since = step - round(self.adapt.heads * self.num_steps)
+        since = step - round(self.adapt.heads * self.horizon)
         if since < 0:
             return 0.0
-        return linear(0.0, self.adapt.lr, since + 1, round(self.adapt.warmup * self.num_steps) + 1)
+        return linear(0.0, self.adapt.lr, since + 1, round(self.adapt.warmup * self.horizon) + 1)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dinoreg.config.load import Config
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.heads import PrototypeHead, TokenProjection
+from dinoreg.models.lora import freeze_but
 from dinoreg.models.registry import build
 from dinoreg.models.vit import RegisterViT
 from dinoreg.train.optimizer import build_optimizer, start_moments
@@ -40,7 +41,7 @@ class Networks(nn.ModuleDict):
 
 @dataclass
 class TrainState:
-    """The state of a run; a checkpoint holds all of it but `train_modules`, `ranks`, and what is fixed: anchor, tutor.
+    """The state of a run; a checkpoint holds all but `train_modules`, `ranks`, and the fixed anchor, `seen` and tutor.
 
     train_modules  the student's modules as a step calls them: the student itself, or DDP around each module
     centers        {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering); with a
@@ -53,6 +54,7 @@ class TrainState:
     rollbacks      how often the run has gone back to an earlier checkpoint
     history        JSON values: fingerprint of the data, identity of the tutor, unreadable images, best probe
     anchor         the frozen backbone of the anchor loss; None where loss.anchor_weight is 0
+    seen           (I, D) class tokens of all images at the start; None where loss.diet_weight is 0
     tutor          the frozen network of `distill=`, which every process holds whole; None without
     ranks          the processes that train it together
     """
@@ -70,6 +72,7 @@ class TrainState:
     rollbacks: int = 0
     history: dict[str, Any] = field(default_factory=dict)
     anchor: RegisterViT | None = None
+    seen: Tensor | None = None
     tutor: Tutor | None = None
     ranks: Ranks = ALONE
 
@@ -147,6 +150,7 @@ def build_state(
     anchor: RegisterViT | None = None,
     ranks: Ranks = ALONE,
     mesh: DeviceMesh | None = None,
+    seen: Tensor | None = None,
     tutor: Tutor | None = None,
 ) -> TrainState:
     """The state at step 0 of a run, with the networks moved to `device` and distributed over `ranks`.
@@ -154,9 +158,17 @@ def build_state(
     dtype   of autocast; only float16 uses a loss scale above 1
     anchor  the frozen backbone of the anchor loss, if any
     mesh    of the processes, for FSDP2; None: all of them, in groups of `parallel.shard`
+    seen    (I, D) what `diet_loss` tells apart; None: as many as a batch has, all alike
     tutor   on `device`, the one that the networks were built for
     raises  UserError where the processes do not divide into groups of `parallel.shard`
     """
+    if config.init is not None:
+        freeze_but(student.backbone, config.adapt.blocks, config.adapt.lora, config.seed)
+    if seen is None and config.loss.diet_weight > 0:
+        seen = torch.zeros(config.batch_size, student.backbone.dim, device=device)
+    if not config.loss.distils:
+        for head in {student.dino_head, student.head_of_patches}:
+            head.requires_grad_(False)
     student.to(device).train()
     teacher.to(device)
     anchor = None if anchor is None else anchor.to(device)
@@ -180,6 +192,7 @@ def build_state(
         scale_age=torch.zeros((), dtype=torch.int32, device=device),
         rejected=torch.zeros((), device=device),
         anchor=anchor,
+        seen=seen,
         tutor=tutor,
         ranks=ranks,
     )

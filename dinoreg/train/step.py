@@ -11,6 +11,7 @@ computed for all of it before the student starts, and KoLeo searches neighbours 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from dinoreg.data.loader import Batch
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.losses.centering import sinkhorn_knopp, softmax_center, update_center
+from dinoreg.losses.diet import diet_loss
 from dinoreg.losses.dino import dino_loss
 from dinoreg.losses.ibot import ibot_loss
 from dinoreg.losses.koleo import koleo_loss
@@ -56,17 +58,18 @@ class Targets:
 class StepResult:
     """What a step leaves for logging; tensors stay on the device.
 
-    losses    {"dino_global", "dino_local", "ibot", "koleo", "anchor", "total"}, each (): as optimised, weights
+    losses    {"dino_global", "dino_local", "ibot", "koleo", "diet", "anchor", "total"}, each (): as optimised, weights
               included, means over the batches of all processes; those with a weight of 0 are left out. With a tutor
               {"distill_cls", "distill_patch", "total"}
     norms     {"grad_norm_backbone", …}, each (): before clipping, of the modules with gradients
     accepted  ()  1.0, or 0.0 when loss or gradient was not finite and nothing was changed
+    targets   None where no loss has any
     """
 
     losses: dict[str, Tensor]
     norms: dict[str, Tensor]
     accepted: Tensor
-    targets: Targets
+    targets: Targets | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class MicroBatch:
     mask_weights: Tensor  # (m,)
     rows: Tensor | slice  # (2b,) rows of the whole batch's global crops
     masked_rows: Tensor | slice  # (m,) rows of the whole batch's masked patches
+    images: np.ndarray  # (b,) int64, their numbers in the data
 
 
 def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
@@ -89,7 +93,7 @@ def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
     """
     if count == 1:
         tensors = (batch.global_crops, batch.local_crops, batch.mask, batch.mask_indices, batch.mask_weights)
-        yield MicroBatch(*tensors, slice(None), slice(None))
+        yield MicroBatch(*tensors, slice(None), slice(None), batch.sample_ids)
         return
     num_images = batch.global_crops.shape[0] // 2
     num_patches = batch.mask.shape[1]
@@ -112,6 +116,7 @@ def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
             batch.mask_weights[masked_rows],
             rows,
             masked_rows,
+            batch.sample_ids[part * size : (part + 1) * size],
         )
 
 
@@ -203,21 +208,24 @@ def student_inputs(part: MicroBatch, anchored: bool) -> tuple[list[Tensor], list
 def student_losses(
     student: Modules,
     part: MicroBatch,
-    targets: Targets,
+    targets: Targets | None,
     loss: LossConfig,
     dtype: torch.dtype,
     anchor: nn.Module | None = None,
     frozen: bool = False,
     num_visible: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The unweighted losses of a micro-batch, and the student's global class tokens (2b, D).
 
+    targets         None where no loss has any
     dtype           of autocast
     anchor          the frozen backbone of the anchor loss, which sees the global crops unmasked; None: no such loss
     frozen          no gradient goes to the backbone, only to the heads
     num_visible ()  the mean number of unmasked patches over all micro-batches, `num_patches` of `anchor_loss`; None:
                     that of this micro-batch
-    returns         {"dino_global", "dino_local", "ibot"} and, with an anchor, "anchor", each () float32
+    seen            (I, D) of `diet_loss`; None: no such loss
+    returns         {"dino_global", "dino_local", "ibot"} with targets, "diet" and "anchor", each () float32
     """
     groups, masks, patches = student_inputs(part, anchor is not None)
     num_masked = len(part.mask_indices)
@@ -226,11 +234,18 @@ def student_losses(
             tokens = student["backbone"](groups, masks, patches)
         global_tokens = tokens[0].cls
         masked, visible = tokens[0].patches.split([num_masked, len(patches[0]) - num_masked])
-        global_logits, *local_logits, patch_logits = project(student, [t.cls for t in tokens], masked)
-    temp, local_group = loss.student_temp, local_logits[0] if local_logits else None
-    dino_global, dino_local = dino_loss(global_logits, local_group, targets.dino[part.rows], temp)
-    ibot = ibot_loss(patch_logits, targets.ibot[part.masked_rows], part.mask_weights, len(global_tokens), temp)
-    losses = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
+        cls_tokens = [t.cls for t in tokens]
+        logits = [] if targets is None else project(student, cls_tokens, masked)
+    losses = {}
+    if targets is not None:
+        global_logits, *local_logits, patch_logits = logits
+        temp, local_group = loss.student_temp, local_logits[0] if local_logits else None
+        dino_global, dino_local = dino_loss(global_logits, local_group, targets.dino[part.rows], temp)
+        ibot = ibot_loss(patch_logits, targets.ibot[part.masked_rows], part.mask_weights, len(global_tokens), temp)
+        losses = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
+    if seen is not None:
+        crops, images = torch.cat(cls_tokens), torch.as_tensor(part.images, device=seen.device)
+        losses["diet"] = diet_loss(crops, seen, images.repeat(len(crops) // len(images)))
     if anchor is not None:
         with torch.no_grad(), autocast(part.global_crops.device, dtype):
             anchored = anchor(part.global_crops)
@@ -271,7 +286,7 @@ def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None, r
 def backward(
     state: TrainState,
     batch: Batch,
-    targets: Targets,
+    targets: Targets | None,
     loss: LossConfig,
     dtype: torch.dtype,
     accumulate: int,
@@ -292,7 +307,7 @@ def backward(
     take part in the same way.
     """
     weights = {"dino_global": loss.dino_weight, "dino_local": loss.dino_weight}
-    weights |= {"ibot": loss.ibot_weight, "anchor": loss.anchor_weight}
+    weights |= {"ibot": loss.ibot_weight, "diet": loss.diet_weight, "anchor": loss.anchor_weight}
     anchor = state.anchor if loss.anchor_weight > 0 and not frozen else None
     parts = list(micro_batches(batch, accumulate))
     ranks = state.ranks
@@ -309,7 +324,7 @@ def backward(
         torch.manual_seed(seeds[index])
         with without_reduction(state.train_modules, index + 1 < len(parts)):
             losses, cls_tokens = student_losses(
-                state.train_modules, part, targets, loss, dtype, anchor, frozen, num_visible
+                state.train_modules, part, targets, loss, dtype, anchor, frozen, num_visible, state.seen
             )
             share = {name: weights[name] / len(parts) * value for name, value in losses.items() if weights[name] > 0}
             if koleo and alone:
@@ -377,12 +392,13 @@ def train_step(
     finite stays on the device: AdamW, centres and EMA read the flag there, so nothing waits. While `now.backbone` is 0
     the backbone gets no gradient, so neither its learning rate nor weight decay can change it.
     """
+    targets = None
+    if state.tutor is None and loss.distils:
+        ranks = state.ranks
+        targets = teacher_targets(state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, ranks)
     state.optimizer.zero_grad(set_to_none=True)
     step_seed, frozen = seed * 2**32 + state.step, now.backbone == 0.0
     if state.tutor is None:
-        targets = teacher_targets(
-            state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, state.ranks
-        )
         losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen)
     else:
         seeds = [micro_batch_seed(step_seed, index, state.ranks.rank) for index in range(accumulate)]
@@ -401,7 +417,7 @@ def train_step(
     state.optimizer.found_inf = 1.0 - accepted  # type: ignore[attr-defined]
     state.optimizer.step()
     update_teacher(state.teacher, state.student, now.momentum, torch.ones_like(accepted) if move_on_skip else accepted)
-    for name, center in targets.centers.items():
+    for name, center in (targets.centers if targets else {}).items():
         moves = center.isfinite().all() if move_on_skip else accepted.bool()
         state.centers[name] = torch.where(moves, center, state.centers[name])
     if dtype == torch.float16:

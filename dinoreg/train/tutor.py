@@ -40,6 +40,11 @@ class Tutor:
         module: nn.Module = self.encoder.module  # type: ignore[attr-defined]
         return module
 
+    @property
+    def note(self) -> str:
+        """A line for the log."""
+        return f"distill: {self.encoder.name}, which sees crops of {self.size} pixels; no masks, no local crops"
+
     def for_student(self, crops: Tensor) -> Tensor:
         """Crops (n, C, H, W), as they were cut, at the student's size."""
         return _resized(crops, self.student_size)

@@ -1,0 +1,247 @@
+"""Class tokens inside a run: k-NN on labelled images, effective rank without labels, and which images these are.
+
+Each process embeds its share of fixed, unaugmented images. k-NN is the DINO papers' weighted vote with half of the
+images as the bank; RankMe (arXiv 2210.02885) needs no labels and is always measured.
+"""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.steps import PROBED
+from dinoreg.config.load import Config
+from dinoreg.data.center_crop import center_crops
+from dinoreg.data.copies import content_digest
+from dinoreg.data.labelled import listed, passed_over_in_words
+from dinoreg.data.open import is_scenes, open_source, read_labelled
+from dinoreg.data.source import ChosenSource, ScenesSource, Source
+from dinoreg.data.statistics import survey
+from dinoreg.data.value_range import ValueRange
+from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
+from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
+from dinoreg.models.vit import RegisterViT
+from dinoreg.runtime.device import autocast
+from dinoreg.runtime.environment import usable_cores
+from dinoreg.runtime.errors import UserError
+from dinoreg.scenes.layout import label_of
+from dinoreg.scenes.render import CLASS_NAMES
+
+NEIGHBOURS = 20
+BATCH_SIZE = 128
+READ_AT_ONCE = 1024  # images
+FIRST_PROBE_SCENE = 10_000_000  # far beyond the scenes that a run trains on
+
+
+class Measured(NamedTuple):
+    """What a probe found.
+
+    values  by name, see `Probe.measure`
+    right   (m,) bool, which of the tested images were classified correctly; None without labels
+    """
+
+    values: dict[str, float]
+    right: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Fixed images to embed at every probe.
+
+    images     (n, C, H, W) uint8
+    labels     (n,) int64 below num_classes, or None: effective rank only
+    mean, std  (1, C, 1, 1) of the normalisation, for pixels in 0 to 1
+    bank       how many of the images, the first, the others are classified by; None: half of them
+    notes      lines for the log on how the labels were read
+    source     the same images as files, or None
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    num_classes: int
+    mean: Tensor
+    std: Tensor
+    bank: int | None = None
+    notes: tuple[str, ...] = ()
+    source: Source | None = None
+
+    @property
+    def in_bank(self) -> int:
+        """How many of the images, the first, are the bank."""
+        return len(self.images) // 2 if self.bank is None else self.bank
+
+    @torch.no_grad()
+    def measure(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Measured:
+        """Measure a backbone in eval mode; all `ranks` call together. Nothing random of PyTorch's is drawn.
+
+        dtype    of autocast
+        returns  rankme, the effective rank of the centred class tokens (1 to D); with labels knn_top1, the share
+                 (0 to 1) of the images behind the bank that 20 neighbours in the bank classify correctly,
+                 knn_top1_low and _high, its 95 % bootstrap interval, and _chance and _majority, the shares that
+                 guessing and always naming the most frequent class get right; probe_time in seconds
+        """
+        started = time.perf_counter()
+        features = self.features(backbone, device, dtype, ranks)
+        values = {"rankme": rankme(features - features.mean(dim=0))}
+        right = None
+        if self.labels is not None:
+            half = self.in_bank
+            votes = knn_predict(
+                features[:half],
+                self.labels[:half].to(device),
+                features[half:],
+                k=(NEIGHBOURS,),
+                num_classes=self.num_classes,
+            )
+            tested = self.labels[half:]
+            right = (votes[NEIGHBOURS].argmax(dim=-1).cpu() == tested).numpy()
+            interval = bootstrap_interval(right)
+            values |= {"knn_top1": float(right.mean())}
+            values |= {"knn_top1_low": interval.low, "knn_top1_high": interval.high}
+            values["knn_top1_chance"] = 1 / self.num_classes
+            values["knn_top1_majority"] = int(tested.bincount().max()) / len(tested)
+        return Measured({**values, "probe_time": time.perf_counter() - started}, right)
+
+    @torch.no_grad()
+    def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Tensor:
+        """Class tokens (n, D) of all images, float32, on `device`; all processes call together and get the same."""
+        share = -(-len(self.images) // ranks.world_size)
+        first = ranks.rank * share
+        # The last shares are filled up: a sharded backbone has to be called equally often everywhere.
+        indices = torch.arange(first, first + share).clamp(max=len(self.images) - 1)
+        rows = []
+        for part in indices.split(BATCH_SIZE):
+            images = self.images[part]
+            pixels = (images.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
+            with autocast(device, dtype):
+                rows.append(backbone(pixels).cls.float())
+        return ranks.gather_rows(torch.cat(rows))[: len(self.images)]
+
+
+def build_probe(config: Config, source: Source) -> Probe | None:
+    """The probe of a run's own domain: on `probe.data` if given, else without labels on images of `source`.
+
+    returns  None for probe.every=0 and, without labels, for fewer than 4 readable images
+    raises   UserError when probe.data has fewer than 4 readable images, or one class only
+    """
+    if config.probe.every == 0:
+        return None
+    if config.probe.data is not None:
+        return _labelled_probe(config, "probe.data", config.probe.data)
+    probe = _probe(config, source)
+    return probe if len(probe.images) >= 4 else None
+
+
+def class_tokens_of_all(
+    config: Config, source: Source, backbone: RegisterViT, device: torch.device, dtype: torch.dtype, ranks: Ranks
+) -> Tensor:
+    """Class tokens (I, D) of all images of a source, float32, on `device`; 0 for those that cannot be read.
+
+    backbone  in eval mode; all `ranks` call together and get the same
+    """
+    tokens = torch.zeros(len(source), backbone.dim, device=device)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.augment.mean, config.augment.std))
+    for part in torch.arange(len(source)).split(READ_AT_ONCE):
+        pixels, readable = center_crops(source, part.tolist(), config.crops.global_size, config.model.in_channels)
+        if readable:
+            tokens[readable] = Probe(pixels, None, 0, mean, std).features(backbone, device, dtype, ranks)
+    return tokens
+
+
+def write_probed(out: Path, probe: Probe, config: Config) -> None:
+    """Write `probe.json` into the run folder: on which images the steps are compared, by the contents of their files.
+
+    An evaluation of the best step on these images would be one on images that it was chosen by.
+    """
+    if probe.labels is None or probe.source is None:
+        return
+    read = probe.source.read
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        digests = list(pool.map(lambda index: content_digest(read(index)).hex()[:16], range(len(probe.source))))
+    content = {"data": config.probe.data, "metric": config.probe.metric, "images": digests}
+    write_atomic(out / PROBED, json.dumps(content) + "\n")
+
+
+def build_general(config: Config) -> Probe | None:
+    """The probe on `probe.general`, the images that a run must not forget; None without it and for probe.every=0.
+
+    raises UserError when it has fewer than 4 readable images, or one class only
+    """
+    if config.probe.every == 0 or config.probe.general is None:
+        return None
+    return _labelled_probe(config, "probe.general", config.probe.general)
+
+
+def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
+    if is_scenes(spec):
+        probe = _probe(config, *_labelled_scenes(spec, config.probe.num_images))
+    else:
+        probe = _probe_of_own(config, key, spec)
+    assert probe.labels is not None
+    bank = probe.labels[: probe.in_bank]
+    if len(probe.images) < 4 or len(bank.unique()) < 2 or len(bank) == len(probe.labels):
+        raise UserError(f"{key}={spec}: expected at least 4 readable images of 2 classes")
+    return probe
+
+
+def _probe_of_own(config: Config, key: str, spec: str) -> Probe:
+    """A probe on a folder or table: where it has splits, the bank is of train and the others are of val, or of test."""
+    places = config.data.index_dir, config.probe.root
+    found = read_labelled(spec, *places, config.probe.columns, "probe.columns", "probe.root")
+    if found.labels.ndim > 1:
+        raise UserError(f"{key}={spec}: has several labels an image, expected one")
+    source = found.source()
+    source.value_range = ValueRange.of(config.data.range)
+    seen = survey(source, config.model.in_channels, what=key).warnings
+    notes = tuple(f"{key}: {line}" for line in (*found.warnings, *passed_over_in_words(found.passed_over), *seen))
+    words = np.array(found.words or [])
+    queried = next((split for split in ("val", "test") if split in words), None)
+    parts = None
+    if "train" in words and queried is not None:
+        parts = np.flatnonzero(words == "train"), np.flatnonzero(words == queried)
+        unseen = np.setdiff1d(found.labels[parts[1]], found.labels[parts[0]])
+        if len(unseen):
+            names = listed(found.class_names[label] for label in unseen)
+            notes += (f"{key}: classes of {queried} that train has not, and that cannot be right: {names}",)
+    return replace(_probe(config, source, found.labels, len(found.class_names), parts), notes=notes)
+
+
+def _probe(
+    config: Config,
+    source: Source,
+    labels: np.ndarray | None = None,
+    num_classes: int = 0,
+    parts: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Probe:
+    """A probe on some images of a source, always the same.
+
+    labels  of all images
+    parts   the images that the bank and those that are classified are taken from, half of them each; None: any
+    """
+    rng, count = np.random.default_rng(0), config.probe.num_images
+    if parts is None:
+        chosen = rng.permutation(len(source))[:count]
+    else:
+        chosen = np.concatenate([rng.permutation(part)[: count // 2] for part in parts])
+    images, readable = center_crops(source, chosen.tolist(), config.crops.global_size, config.model.in_channels)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.augment.mean, config.augment.std))
+    bank = None if parts is None else int(np.isin(readable, parts[0]).sum())
+    known = None if labels is None else torch.from_numpy(labels[readable])
+    files = ChosenSource(source, np.array(readable, dtype=np.int64))
+    return Probe(images, known, num_classes, mean, std, bank, source=files)
+
+
+def _labelled_scenes(spec: str, count: int) -> tuple[Source, np.ndarray, int]:
+    """Scenes, their labels (n,) int64 and the number of classes."""
+    source = open_source(spec if spec.partition(":")[2] else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
+    assert isinstance(source, ScenesSource)
+    labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
+    return source, np.array(labels), len(CLASS_NAMES)
