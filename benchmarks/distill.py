@@ -2,12 +2,13 @@
 
     python benchmarks/distill.py FOLDER --out runs/distill --seeds 0 1 2 --write docs/results/distill.md
 
-FOLDER is that of `real_data.py`, which is asked for what is missing there: tiles of photographs and a DINOv2-S-class
-backbone. `distill_vitt16_reg4` learns from the backbone on the tiles of train, without their labels. k-NN (20
-neighbours, the bank is train) names the photograph that a tile of test was cut from, from another part of it; tiles of
-test that are equal to one of train are left out. The figure is the share of the way from random weights of the
-student's architecture (the mean of three) to the backbone, (student - random) / (backbone - random), with a bootstrap
-interval over the tested tiles; the backbone counts at its own 224 pixels or at those of the run, whichever is better.
+FOLDER is that of `real_data.py`, which is asked for what is missing there: photographs of solar cells and a
+DINOv2-S-class backbone. `distill_vitt16_reg4` learns from the backbone on half of the photographs, without labels; k-NN
+(20 neighbours among that half) tells monocrystalline from polycrystalline cells in the other half. The halves are
+blocks of 300 consecutive photographs in turn, so that hardly any module has cells in both. The figure is the share of
+the way from random weights of the student's architecture (the mean of three) to the backbone, (student - random) /
+(backbone - random), with a bootstrap interval over the photographs that were not seen; the backbone counts at its own
+224 pixels or at those of the run, whichever is better.
 """
 
 from __future__ import annotations
@@ -29,23 +30,35 @@ from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_precision
+from dinoreg.train.class_probe import build_probe
 from dinoreg.train.loop import pretrain
-from dinoreg.train.online_probe import build_probe
 from dinoreg.weights.load import load
 
 CONFIG, CPU = "distill_vitt16_reg4", torch.device("cpu")
 RANDOM_STARTS = 3
+BLOCK = 300  # photographs; modules have 60 or 72 cells
+
+
+def halves(folder: Path, out: Path) -> Path:
+    """Solar cells as a labelled folder with train and test."""
+    for path in sorted(real_data.elpv(folder, "cell").glob("*/*.png")):
+        split = ("train", "test")[(int(path.stem.removeprefix("cell")) - 1) // BLOCK % 2]
+        place = out / split / path.parent.name / path.name
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(path.resolve())
+    return out
 
 
 class Judge:
-    """k-NN on the tiles at one size; called with a network it says which of the unseen tiles it names right."""
+    """k-NN at one size; called with a network it says which of the unseen pictures it names right."""
 
-    def __init__(self, tiles: Path, size: int) -> None:
+    def __init__(self, pictures: Path, size: int) -> None:
         overrides = {"model.name": "vits14_reg0", "crops.global_size": size, "crops.num_local": 0}
-        wanted = {"probe.data": str(tiles), "probe.num_images": 1_000_000}
-        probe = build_probe(load_config(None, {**overrides, **wanted}), open_source(str(tiles)))
+        wanted = {"probe.data": str(pictures), "probe.num_images": 1_000_000}
+        probe = build_probe(load_config(None, {**overrides, **wanted}), open_source(str(pictures)))
         assert probe is not None
-        self.probe = probe
+        self.probe = probe  # equal pictures in both halves do not count
         contents = [image.numpy().tobytes() for image in probe.images]
         bank = set(contents[: probe.in_bank])
         self.unseen = np.array([content not in bank for content in contents[probe.in_bank :]])
@@ -69,10 +82,10 @@ def interval(count: int, statistic: Any) -> list[float]:
 
 
 def judge(
-    students: list[RegisterViT], tutor: Path, tiles: Path, size: int, tutor_sizes: tuple[int, ...]
+    students: list[RegisterViT], tutor: Path, pictures: Path, size: int, tutor_sizes: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Accuracies, and the share of the way, each with its interval over the tested tiles."""
-    at_size = Judge(tiles, size)
+    """Accuracies, and the share of the way, each with its interval over the tested pictures."""
+    at_size = Judge(pictures, size)
     stated = NativeEncoder(students[0], "student", None)
     starts = [stated.random_init(seed).module for seed in range(RANDOM_STARTS)]  # type: ignore[attr-defined]
     right = {"random weights": np.mean([at_size(start) for start in starts], axis=0)}
@@ -80,7 +93,7 @@ def judge(
     right["student"] = np.mean(rows, axis=0)
     backbone = load(tutor)
     for each in tutor_sizes:
-        right[f"backbone at {each} px"] = Judge(tiles, each)(backbone)
+        right[f"backbone at {each} px"] = Judge(pictures, each)(backbone)
     ceiling = max((name for name in right if name.startswith("backbone")), key=lambda name: right[name].mean())
     floor, reached, most = right["random weights"], right["student"], right[ceiling]
     count = len(floor)
@@ -94,7 +107,7 @@ def judge(
     }
     found["share"] = {"value": round(share(np.ones(count)), 4), "interval": interval(count, share)}
     found["share of each seed"] = [round(float((row - floor).mean() / (most - floor).mean()), 4) for row in rows]
-    return found | {"ceiling": ceiling, "tested tiles": count}
+    return found | {"ceiling": ceiling, "tested pictures": count}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -109,7 +122,7 @@ def table(found: dict[str, Any]) -> str:
     share = cell(found["share"]["value"], found["share"]["interval"])
     each = ", ".join(f"{100 * value:.1f}" for value in found["share of each seed"])
     words = f"Share of the way from random weights to the {found['ceiling']}: **{share} %** (seeds: {each} %)"
-    return f"{measure.table(rows)}\n\n{words}, over {found['tested tiles']} unseen tiles."
+    return f"{measure.table(rows)}\n\n{words}, over {found['tested pictures']} unseen pictures."
 
 
 def page(found: dict[str, Any], given: argparse.Namespace, seconds: list[float]) -> str:
@@ -138,15 +151,20 @@ def main() -> None:
     given = options.parse_args()
     keep_freed_memory()
     folder = given.folder.absolute()
-    tiles, tutor = real_data.tiles(folder), real_data.backbone(folder)
+    pictures, tutor = halves(folder, given.out.absolute() / "pictures"), real_data.backbone(folder)
     students, seconds = [], []
     for seed in given.seeds:
-        overrides = [f"data={tiles / 'train'}", f"distill={tutor}", f"out={given.out / f'seed{seed}'}", f"seed={seed}"]
+        overrides = [
+            f"data={pictures / 'train'}",
+            f"distill={tutor}",
+            f"out={given.out / f'seed{seed}'}",
+            f"seed={seed}",
+        ]
         config = load_config(CONFIG, [*overrides, "overwrite=true", "probe.every=0", "device=cpu", *given.set])
         student, took = train(config)
         students.append(student)
         seconds.append(took)
-    found = judge(students, tutor, tiles, config.crops.global_size, (config.distill_size or 224, 224))
+    found = judge(students, tutor, pictures, config.crops.global_size, (config.distill_size or 224, 224))
     if given.write is not None:
         given.write.write_text(page(found, given, seconds))
     settings = {"config": CONFIG, "set": given.set, "seeds": given.seeds}

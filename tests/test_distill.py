@@ -156,6 +156,7 @@ def test_a_run_on_the_command_line_learns_and_exports_a_plain_backbone(first: Pa
     assert {"distill_cls_loss", "distill_patch_loss", "feature_rank", "grad_norm_distill_head"} <= lines[0].keys()
     assert not {"dino_global_crops_loss", "ibot_loss", "koleo_loss", "teacher_entropy"} & lines[0].keys()
     assert lines[-1]["loss"] == pytest.approx(lines[-1]["distill_cls_loss"] + lines[-1]["distill_patch_loss"])
+    assert "from here to step" not in (out / "train.log").read_text()  # the loader is opened once
     losses = [line["loss"] for line in lines]
     assert sum(losses[-5:]) / 5 < 0.8 * sum(losses[:5]) / 5
     # What is exported is the moving average, without the projections.

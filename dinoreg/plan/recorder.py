@@ -109,8 +109,9 @@ class Recorder(TorchDispatchMode):
 
     def hold_state(self, state: TrainState, batch: Any) -> None:
         """Count the tensors of a training state and a batch, which exist before the step."""
-        networks = {"student weights": state.student, "teacher weights": state.teacher, "anchor weights": state.anchor}
-        networks |= {"tutor weights": state.tutor.network if state.tutor is not None else None}
+        networks: dict[str, nn.Module | None] = {"student weights": state.student, "teacher weights": state.teacher}
+        networks["anchor weights"] = state.anchor
+        networks["tutor weights"] = None if state.tutor is None else state.tutor.network
         for part, network in networks.items():
             for parameter in network.parameters() if network is not None else ():
                 self.hold(parameter, part)

@@ -95,8 +95,9 @@ class Setup:
 
     @cached_property
     def stages(self) -> dict[int, CropSettings]:
-        """{first step: crops} of the stages of the run, in order."""
-        return self.config.stages(self.num_steps)
+        """{first step: crops, as they are cut} of the stages of the run, in order."""
+        stages, patch_size = self.config.stages(self.num_steps), self.student.backbone.patch_size
+        return {first: as_cut(self.tutor, crops, patch_size)[0] for first, crops in stages.items()}
 
     def stage_of(self, step: int) -> tuple[CropSettings, int]:
         """The crops of the stage that `step` is in, and the step with which it ends."""
@@ -110,16 +111,17 @@ class Setup:
         if self.config.loss.diet_weight > 0:
             backbone = self.teacher.backbone.to(self.device)
             seen = class_tokens_of_all(self.config, self.source, backbone, *where, self.ranks)
-        networks, given = (self.student, self.teacher), {"seen": seen, "tutor": self.tutor}
-        state = build_state(self.config, *networks, *where, anchor, self.ranks, **given)
-        if self.tutor is not None:
-            state.history["distill"] = self.tutor.encoder.identity
+        networks, tutor = (self.student, self.teacher), self.tutor
+        state = build_state(self.config, *networks, *where, anchor, self.ranks, seen=seen, tutor=tutor)
+        if tutor is not None:
+            state.history["distill"] = tutor.encoder.identity
         return state
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of the stage that `state.step` is in, starting at the sample `state.position`."""
         config = self.config
-        crops, patch_size = as_cut(self.tutor, self.stage_of(state.step)[0], self.student.backbone.patch_size)
+        crops, _ = self.stage_of(state.step)
+        _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
         loader = BatchLoader(
             self.source,
             Views(crops, config.augment, config.mask, patch_size, config.model.in_channels),
@@ -177,7 +179,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     """
     if not config.out:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
-    config, out = config.as_trained(), Path(config.out)
+    out, config = Path(config.out), config.as_trained()
     check_out(config, out)
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
