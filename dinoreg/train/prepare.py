@@ -183,12 +183,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
     out, config = Path(config.out), config.as_trained()
     check_out(config, out)
-    device = pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
+    device, dtype = _device(config)
     data = config.data
     if data.source is None:
         raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
@@ -245,6 +240,16 @@ def _stages(setup: Setup) -> list[str]:
     words = [f"{crops.global_size} and {crops.local_size} px" for crops in setup.stages.values()]
     parts = [f"{size} to step {end}" for size, end in zip(words, ends)]
     return [f"crops in stages: {', '.join(parts)}, then {words[-1]}"] if ends else []
+
+
+def _device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype of autocast; threads and allocator of this process are set for it."""
+    device = pick_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device, pick_precision(config.precision, device)
 
 
 def _processes(config: Config, student: Networks, world_size: int) -> list[str]:
