@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from warm_interpreter import WarmInterpreter
 
@@ -187,6 +189,7 @@ def interpreter() -> Iterator[WarmInterpreter]:
         ("logistic", {"dinoreg", "scikit-learn", "scikit-learn, tol 1e-5"}),
         ("large", {"logistic", "knn", "linear"}),
         ("scaling", {"variants"}),
+        ("stages", {"rows"}),
         ("memory", {"vits14_reg4"}),
         ("kills", {"one process", "two, ddp", "two, fsdp"}),
         (
@@ -206,3 +209,36 @@ def test_a_benchmark_runs_in_its_shortest_form_and_ends_with_one_line_of_json(
     assert {"cpu", "cores", "torch", "commit", "variables"} <= set(line["machine"])
     if name == "data":
         assert min(part["whole_db"] for part in line["results"]["fidelity"].values()) >= 55
+
+
+@pytest.mark.slow
+def test_real_pictures_are_evaluated_piece_by_piece_and_a_second_start_repeats_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    real = load("real", monkeypatch)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 224, "patch_size": 14}
+    transformers.Dinov2Model(transformers.Dinov2Config(**small)).save_pretrained(tmp_path / "data" / "dinov2_s")
+    assets = tmp_path / "data" / "packages" / "foods" / "package" / "assets"
+    assets.mkdir(parents=True)
+    for number in range(32):  # two groups of sixteen, dark and light, and one that is too small
+        shade = np.random.default_rng(number).integers(0, 100, (20, 30, 3)) + 150 * (number % 2)
+        Image.fromarray(shade.astype(np.uint8)).save(assets / f"{'AB'[number % 2]}{number:03d}.jpeg")
+    Image.new("RGB", (30, 20)).save(assets / "C001.jpeg")
+    words = ["real.py", str(tmp_path / "out"), "--data", str(tmp_path / "data"), "--only", "pictures", "foods"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    real.main()
+    found = json.loads((tmp_path / "out" / "foods.json").read_text())
+    assert found["tested"] == 32
+    protocols = [row["protocol"].partition(",")[0] for row in found["rows"]]
+    assert len(set(protocols)) == 4
+    assert protocols.count("few-shot") == 6
+    assert all(row["raw pixels"] and row["random init"] for row in found["rows"])
+    assert Image.open(tmp_path / "out" / "figures" / "real_attention.png").size[0] > 400
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("measured a second time")
+
+    monkeypatch.setattr(real, "dinoreg", refuse)
+    real.main()

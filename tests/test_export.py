@@ -16,6 +16,7 @@ import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.export import certificate, formats
 from dinoreg.export.card import write_card
+from dinoreg.export.certificate import summary
 from dinoreg.export.run import read_certificate
 from dinoreg.export.source import read_source
 from dinoreg.runtime.errors import RunError, UserError
@@ -110,8 +111,11 @@ def test_without_registers_each_library_resamples_its_own_way_and_the_certificat
     run = write_run(tmp_path / "run", model)
     for format in ("timm", "transformers"):
         out = dinoreg.export(run, format, tmp_path / format)
-        checks = read_certificate(out)["checks"]
+        certificate = read_certificate(out)
+        checks = certificate["checks"]
         free = [check for check in checks if not check["bounded"]]
+        apart = max(check["relative_difference"] for check in free if check["dtype"] == "float32")
+        assert f"{apart:.1e}" in summary(certificate)  # the line in the terminal tells it, too
         assert {tuple(check["size"]) for check in free} == {(16, 24)}
         assert max(check["relative_difference"] for check in free) > 1e-3
         assert len({tuple(check["size"]) for check in checks if check["bounded"]}) == 2

@@ -115,17 +115,27 @@ def overflows(certificate: Mapping[str, Any]) -> bool:
 
 
 def summary(certificate: Mapping[str, Any]) -> str:
-    """The certificate in one line: the library that was run, the number of checks, the largest relative difference."""
+    """The certificate in one line: the library that was run, the number of checks, the largest relative difference.
+
+    What is not bounded is said behind it, as a user whose pictures have another size than the native one meets it.
+    """
     peer_facts, worst = certificate["peer"], certificate["largest_relative_difference"]["float32"]
     library = peer_facts["library"]
     known = peer_facts["versions"].get(library) or f"PyTorch {peer_facts['versions']['torch']}"
     count = sum(check["bounded"] for check in certificate["checks"])
     bound = certificate["bounds"]["float32"]
     files = [check["cosine"] for check in certificate["pictures"]["checks"]]
+    loose = [c for c in certificate["checks"] if not c["bounded"] and c["note"] != OVERFLOW and c["dtype"] == "float32"]
+    elsewhere = ""
+    if loose:
+        native = "x".join(map(str, certificate["source"]["architecture"]["image_size"]))
+        found = (check["relative_difference"] for check in loose)
+        most = max(math.inf if difference is None else difference for difference in found)
+        elsewhere = f"; at other sizes than {native} it differs by {most:.1e}, export with size= for the one you use"
     return (
         f"{library} ({known}) agrees in {count} checks; "
         f"largest relative difference in float32 {worst:.1e} of {bound:g}; "
-        f"{len(files)} picture files through its own processor: cosine {min(files):.6f} or more"
+        f"{len(files)} picture files through its own processor: cosine {min(files):.6f} or more{elsewhere}"
     )
 
 
