@@ -116,9 +116,9 @@ def main() -> None:
                     row: dict[str, Any] = {"set": name, "way": way, "batch": batch, "seed": seed}
                     for protocol, figure in judged.items():
                         row[protocol] = f"{100 * figure.value:.1f} [{100 * figure.low:.1f}, {100 * figure.high:.1f}]"
-                        row |= {f"{protocol} − {other}": in_words(found) for other, found in figure.against.items()}
+                        row |= {f"{protocol} - {other}": in_words(found) for other, found in figure.against.items()}
                         before = first.setdefault(protocol, figure)
-                        row[f"{protocol} − {given.ways[0]}"] = (
+                        row[f"{protocol} - {given.ways[0]}"] = (
                             "" if before is figure else in_words(compare(figure, before))
                         )
                     rows.append(row)
