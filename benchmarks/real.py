@@ -129,7 +129,7 @@ def registers(place: Place) -> dict[str, Any]:
     """The register report on photographs of foods of 224 px: outliers or not, and what each kind of token knows."""
     folder = place.out / "registers"
     images = real_data.foods(place.data)
-    given = f"weights={place.weights}", f"images={images}", "size=224", "num_images=150", f"out={folder}"
+    given = f"weights={place.weights}", f"images={images}", "size=224", "num_images=100", f"out={folder}"
     command = dinoreg("registers", *given, unless=folder / "registers.html")
     (model,) = json.loads((folder / "registers" / "view.json").read_text())["models"]
     return {"commands": [command], "model": {key: model[key] for key in ("outliers", "limit", "probes", "images")}}
