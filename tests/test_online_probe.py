@@ -97,7 +97,7 @@ def literal_features(probe: Probe, backbone: torch.nn.Module) -> Tensor:
 
 
 def assert_measures_are_literal(probe: Probe, backbone: torch.nn.Module) -> None:
-    measured, right = probe.measure(backbone, CPU, torch.float32)
+    measured, right, _ = probe.measure(backbone, CPU, torch.float32)
     features = literal_features(probe, backbone)
     torch.testing.assert_close(probe.features(backbone, CPU, torch.float32), features, atol=1e-5, rtol=1e-4)
     assert probe.labels is not None
@@ -164,7 +164,7 @@ def test_without_labels_there_is_only_the_rank() -> None:
     probe = probe_of(config)
     assert probe.labels is None
     assert len(probe.images) == 30
-    measured, right = probe.measure(backbone_of(config), CPU, torch.float32)
+    measured, right, _ = probe.measure(backbone_of(config), CPU, torch.float32)
     assert set(measured) == {"rankme", "probe_time"}
     assert right is None
 
@@ -297,7 +297,7 @@ def test_a_probe_and_an_evaluation_say_the_same_of_the_same_answers(
     config = tiny_config(probe__every=1, probe__data="scenes", probe__num_images=100)
     log = SimpleNamespace(append=lambda _, line: lines.append(line), say=lambda _: None)
     monitor: Any = SimpleNamespace(ranks=ALONE, pause=lambda _: None, log=log)
-    runner = ProbeRunner(probe_of(config), None, config.probe, 1, CPU, torch.float32, monitor)
+    runner = ProbeRunner(probe_of(config), None, None, config.probe, 1, CPU, torch.float32, monitor)
     state: Any = SimpleNamespace(step=0, history={}, teacher=SimpleNamespace(backbone=None))
     runner.run(state)
     state.step = 1
@@ -355,7 +355,7 @@ def bests(monkeypatch: pytest.MonkeyPatch, figures: list[tuple[float, ...]], met
     options: dict[str, Any] = {"probe__num_images": 60, "probe__metric": metric, "probe__max_share": 1.0}
     config = tiny_config(probe__every=1, probe__data="scenes", **options)
     monitor: Any = SimpleNamespace(ranks=ALONE, pause=lambda _: None, log=SilentLog())
-    runner = ProbeRunner(probe_of(config), None, config.probe, len(figures), CPU, torch.float32, monitor)
+    runner = ProbeRunner(probe_of(config), None, None, config.probe, len(figures), CPU, torch.float32, monitor)
     state: Any = SimpleNamespace(step=0, history={}, teacher=SimpleNamespace(backbone=None))
     found = []
     for step in range(len(figures)):

@@ -11,6 +11,7 @@ from dinoreg.runtime.json_files import is_number, number, read_json, read_json_l
 
 PROBED = "probe.json"  # on which images the probe inside the run compares its steps
 ACCURACIES = ("knn_top1", "general_knn_top1")
+DENSE = ("dense_miou", "dse")  # of patches: with masks, and without
 
 
 def pointed_step(run: Path, pointer: str) -> int | None:
@@ -30,23 +31,26 @@ def role_of(run: Path, step: int, total: int | None = None) -> str:
 
 
 def which_steps(run: Path) -> str:
-    """In a sentence: what `weights=RUN` and `weights=RUN/best` mean, with the k-NN accuracies inside the run."""
+    """In a sentence: what `weights=RUN` and `weights=RUN/best` mean, with the figures of the probe inside the run."""
     probed = by_step(read_json_lines(run / "probe.jsonl"))
     last, best = pointed_step(run, "last"), pointed_step(run, "best")
     if last is None:
         return f"weights={run}: nothing was saved yet"
     told = {line["step"]: _interval(line, "knn_top1") for line in probed if is_number(line.get("knn_top1"))}
     shown = {step: f", k-NN {text}" for step, text in told.items()}
+    metric = read_json(run / PROBED).get("metric", "knn_top1")
+    if metric in DENSE:
+        shown = {line["step"]: f", {dense_in_words(line)}" for line in probed}
     text = f"weights={run} means step {last:,} (last{shown.get(last, '')})"
     if best is not None and best != last:
         text += f"; weights={run}/best step {best:,}{shown.get(best, '')}"
     elif best is not None:
         text += f"; weights={run}/best is the same"
-    by_accuracy = read_json(run / PROBED).get("metric") != "rankme"
+    by_accuracy = metric == "knn_top1"
     highest = max((line for line in probed if line["step"] in told), key=lambda line: line["knn_top1"], default={})
     step = highest.get("step")
-    if best is None and not step:
-        return f"{text}; no step is the best" + (": none was better than the start" if told else "")
+    if best is None and (not step or not by_accuracy):
+        return f"{text}; no step is the best" + (": none was better than the start" if shown else "")
     if by_accuracy and step not in (None, best):
         kept = "there is no best" if best is None else "best stays"
         than = "than the start" if best is None else "than that"
@@ -70,6 +74,16 @@ def probe_in_words(line: Mapping[str, Any]) -> str:
             parts.append(text)
     ranks = [key for key in ("rankme", "general_rankme") if is_number(line.get(key))]
     return "  ".join([*parts, *(f"{key}: {line[key]:.4g}" for key in ranks)])
+
+
+def dense_in_words(line: Mapping[str, Any]) -> str:
+    """The patches in a line of probe.jsonl: "mIoU 31.2 % [28.0, 34.4] (step 0: 20.1)  DSE 1.234"."""
+    known = [key for key in DENSE if is_number(line.get(key))]
+    parts = {"dense_miou": f"mIoU {_interval(line, 'dense_miou')}", "dse": f"DSE {number(line.get('dse')):.3f}"}
+    if known and is_number(line.get(f"{known[0]}_start")):
+        start = number(line[f"{known[0]}_start"]) * (100 if known[0] == "dense_miou" else 1)
+        parts[known[0]] += f" (step {line.get('start_step')}: {start:.3g})"
+    return "  ".join(parts[key] for key in known)
 
 
 def against_start(line: Mapping[str, Any]) -> str:

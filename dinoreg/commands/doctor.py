@@ -180,7 +180,7 @@ def examine_run(run: Path) -> list[Section]:
 
 
 def _progress_rows(run: Path) -> list[Row]:
-    from dinoreg.checkpoint.steps import probe_in_words, which_steps
+    from dinoreg.checkpoint.steps import dense_in_words, probe_in_words, which_steps
 
     lines, status = read_json_lines(run / "metrics.jsonl"), read_json(run / "status.json")
     last = (lines or [{}])[-1]
@@ -195,6 +195,7 @@ def _progress_rows(run: Path) -> list[Row]:
         rows.append(("last line", "missing", "metrics.jsonl is empty: the run ended before its first line"))
     if probes := read_json_lines(run / "probe.jsonl"):
         rows.append(("last probe", "", f"step {probes[-1].get('step')}, {probe_in_words(probes[-1])}"))
+        rows += [("its patches", "", text) for text in [dense_in_words(probes[-1])] if text]
     rows.append(("weights", "", which_steps(run)))
     if status.get("phase") != "finished":
         rows += _resource_rows(run, last)

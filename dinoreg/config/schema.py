@@ -239,9 +239,13 @@ class ProbeConfig(Options, section="probe"):
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
     columns: str = option("", "of a table in data or general: as path:FILE,label:BREED,split:SET; empty: usual names")
     root: str | None = option(None, "folder that the paths of such a table may not leave; none: the table's own")
+    dense: str | None = option(None, "images/ with masks/, or scenes: patches are segmented by k-NN; none: DSE alone")
+    dense_values: str = option("", "numbers or colours of such masks that are classes, as [0,255]; empty: from 0")
     margin: float = option(0.03, "fall of k-NN accuracy on probe.general that is warned of", above=0, below=1)
     num_images: int = option(2000, "images of each set embedded at each probe, half to learn from, half to test", low=4)
-    metric: str = option("knn_top1", "of `best`; rankme without labels", choices=("knn_top1", "rankme"))
+    metric: str = option(
+        "knn_top1", "of `best`; rankme and dse need no labels", choices=("knn_top1", "rankme", "dense_miou", "dse")
+    )
     max_share: float = option(0.05, "of the running time; probes are left out when they would cost more")
 
 

@@ -19,6 +19,7 @@ from dinoreg.plan.job import Job
 from dinoreg.plan.recorder import KOLEO, PARTS, STATE, TEACHER, Parts
 from dinoreg.plan.trace import trace_job
 from dinoreg.train.class_probe import BATCH_SIZE as PROBE_BATCH
+from dinoreg.train.dense_probe import MOST_IMAGES
 
 # Bytes of state for each parameter: student, teacher, and AdamW's two moments.
 STATE_BYTES = 16
@@ -149,6 +150,7 @@ def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
     passing = sum(count for part, count in moments[TEACHER].items() if part not in STATE)
     pixels, images = config.model.in_channels * size**2, min(config.probe.num_images, PROBE_BATCH)
     kept = config.probe.num_images * (1 + (config.probe.general is not None)) * pixels
+    kept += MOST_IMAGES * (config.probe.dense is not None) * pixels
     network = images * (passing / (2 * job.micro_batch_size) + 2 * 4 * pixels)
     return int(devices.PROBE_GIB * GIB + network) + kept
 

@@ -42,6 +42,7 @@ class Chart:
     smooth     draw the moving average of each curve over a faint trace of its values
     marker     draw a dot at every value
     log        logarithmic axis of values; else `from_zero` begins it at 0
+    log_x      logarithmic axis of what they are values over
     percent    the values are shares in [0, 1], shown in percent
     """
 
@@ -55,6 +56,7 @@ class Chart:
     percent: bool = False
     from_zero: bool = False
     x_label: str = "step"
+    log_x: bool = False
 
 
 ZERO = {"from_zero": True}
@@ -76,6 +78,8 @@ NOTES = {
     "Seconds per step": "Waiting for images should be a small part.",
     "Accuracy of the probe": "Frozen features of the teacher.",
     "Effective rank of the probe's features": "RankMe: needs no labels; higher is usually better.",
+    "Segmentation by patches": "Falls while the class token improves? Then take an earlier step for dense tasks.",
+    "Order of patches": "DSE, without labels: clusters apart and tight, in many directions; higher is better.",
 }
 DINO = {
     "dino_global_crops_loss+dino_local_crops_loss": "global + local",
@@ -133,7 +137,8 @@ def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
     start = "grad_norm_"
     gradients = {key: key[len(start) :].replace("_", " ") for key in sorted(measured) if key.startswith(start)}
     shown = {"knn_top1", "rankme", "start_step"}.union(*(names for rows in SECTIONS.values() for _, names, _ in rows))
-    shown |= {key for key in measured if "knn_top1_" in key}  # intervals, and what an accuracy is compared with
+    # Intervals, and what an accuracy is compared with.
+    shown |= {key for key in measured if "knn_top1_" in key or key.startswith(("dense_", "dse"))}
     other = sorted(measured - shown - NOT_SHOWN - gradients.keys())[:most]
     sections = {
         name: [_chart(run, title, names or gradients, **options) for title, names, options in rows]
@@ -157,7 +162,11 @@ def _probe_charts(run: Run) -> list[Chart]:
     chances = [probe.details["chance"] for probe in run.newest_probes() if is_number(probe.details.get("chance"))]
     accuracy.levels.update({f"chance {100 * each:.3g} %": float(each) for each in chances})
     ranks = _chart(run, "Effective rank of the probe's features", {"rankme": "rank"}, marker=True, from_zero=True)
-    return [accuracy, ranks]
+    segmented = _chart(
+        run, "Segmentation by patches", {"dense_miou": "k-NN"}, marker=True, percent=True, from_zero=True
+    )
+    parts = {"dse": "DSE", "dse_separability": "separability", "dse_dimension": "dimension"}
+    return [accuracy, ranks, segmented, _chart(run, "Order of patches", parts, marker=True)]
 
 
 def _chart(run: Run, title: str, names: Mapping[str, str], *, ln_k: bool = False, **options: Any) -> Chart:
@@ -224,8 +233,12 @@ def _set_scales(axes: Axes, chart: Chart) -> None:
         axes.margins(y=0.08)  # of all that is drawn; set before the lower limit, which would move otherwise
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(percent_tick if chart.percent else short)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(short)
+    if chart.log_x:
+        axes.set_xscale("log")
+        set_log_ticks(axes.xaxis, 7)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(short)
     axes.set_xlabel(chart.x_label, color=INK)
 
 

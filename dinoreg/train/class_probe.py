@@ -6,10 +6,11 @@ images as the bank; RankMe (arXiv 2210.02885) needs no labels and is always meas
 
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
-from dinoreg.models.vit import RegisterViT
+from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
@@ -40,16 +41,20 @@ BATCH_SIZE = 128
 READ_AT_ONCE = 1024  # images
 FIRST_PROBE_SCENE = 10_000_000  # far beyond the scenes that a run trains on
 
+Reading = Callable[[Tokens, Tensor], Tensor]
+
 
 class Measured(NamedTuple):
     """What a probe found.
 
-    values  by name, see `Probe.measure`
-    right   (m,) bool, which of the tested images were classified correctly; None without labels
+    values      by name, see `Probe.measure` and `DenseProbe.measure`
+    right       (m,) bool, which of the tested images were classified correctly; None without labels
+    replicates  of "dse" and "dense_miou": (samples,) of every resample of the images, to be paired with other probes'
     """
 
     values: dict[str, float]
     right: np.ndarray | None = None
+    replicates: dict[str, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,20 +115,31 @@ class Probe:
             values["knn_top1_majority"] = int(tested.bincount().max()) / len(tested)
         return Measured({**values, "probe_time": time.perf_counter() - started}, right)
 
-    @torch.no_grad()
     def features(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE) -> Tensor:
         """Class tokens (n, D) of all images, float32, on `device`; all processes call together and get the same."""
-        share = -(-len(self.images) // ranks.world_size)
-        first = ranks.rank * share
-        # The last shares are filled up: a sharded backbone has to be called equally often everywhere.
-        indices = torch.arange(first, first + share).clamp(max=len(self.images) - 1)
-        rows = []
-        for part in indices.split(BATCH_SIZE):
+        return self.read(lambda tokens, _: tokens.cls.float(), backbone, device, dtype, ranks)
+
+    @torch.no_grad()
+    def read(
+        self, what: Reading, backbone: nn.Module, device: torch.device, dtype: torch.dtype, ranks: Ranks = ALONE
+    ) -> Tensor:
+        """What is read of the tokens of all images, (n, …), on `device`; all processes call together and get the same.
+
+        what  (tokens of a batch, the B rows in `images`) -> (B, …)
+        """
+        size = min(BATCH_SIZE, len(self.images))
+        share = -(-len(self.images) // (size * ranks.world_size))
+        # The last batches are filled up: a sharded backbone has to be called equally often everywhere, and batches of
+        # one size give the same numbers on any number of processes.
+        rows = torch.arange(share * ranks.world_size * size).clamp(max=len(self.images) - 1)
+        found = []
+        for part in rows.view(share, ranks.world_size, size)[:, ranks.rank]:
             images = self.images[part]
             pixels = (images.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
             with autocast(device, dtype):
-                rows.append(backbone(pixels).cls.float())
-        return ranks.gather_rows(torch.cat(rows))[: len(self.images)]
+                found.append(what(backbone(pixels), part))
+        gathered = ranks.gather_rows(torch.stack(found)).unflatten(0, (ranks.world_size, share))
+        return gathered.transpose(0, 1).flatten(0, 2)[: len(self.images)]
 
 
 def build_probe(config: Config, source: Source) -> Probe | None:
@@ -157,16 +173,17 @@ def class_tokens_of_all(
 
 
 def write_probed(out: Path, probe: Probe, config: Config) -> None:
-    """Write `probe.json` into the run folder: on which images the steps are compared, by the contents of their files.
+    """Write `probe.json` into the run folder: what `best` follows, and which labelled images it is measured on.
 
-    An evaluation of the best step on these images would be one on images that it was chosen by.
+    The images stand there by the contents of their files: an evaluation of the best step on them would be one on images
+    that it was chosen by.
     """
-    if probe.labels is None or probe.source is None:
-        return
-    read = probe.source.read
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        digests = list(pool.map(lambda index: content_digest(read(index)).hex()[:16], range(len(probe.source))))
-    content = {"data": config.probe.data, "metric": config.probe.metric, "images": digests}
+    content: dict[str, Any] = {"data": config.probe.data, "metric": config.probe.metric}
+    if probe.labels is not None and probe.source is not None:
+        read = probe.source.read
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            digests = pool.map(lambda index: content_digest(read(index)).hex()[:16], range(len(probe.source)))
+            content["images"] = list(digests)
     write_atomic(out / PROBED, json.dumps(content) + "\n")
 
 
@@ -182,7 +199,7 @@ def build_general(config: Config) -> Probe | None:
 
 def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
     if is_scenes(spec):
-        probe = _probe(config, *_labelled_scenes(spec, config.probe.num_images))
+        probe = _probe(config, *labelled_scenes(spec, config.probe.num_images))
     else:
         probe = _probe_of_own(config, key, spec)
     assert probe.labels is not None
@@ -239,8 +256,8 @@ def _probe(
     return Probe(images, known, num_classes, mean, std, bank, source=files)
 
 
-def _labelled_scenes(spec: str, count: int) -> tuple[Source, np.ndarray, int]:
-    """Scenes, their labels (n,) int64 and the number of classes."""
+def labelled_scenes(spec: str, count: int) -> tuple[ScenesSource, np.ndarray, int]:
+    """The scenes that `spec` names, or else `count` that no run trains on; labels (n,) int64; number of classes."""
     source = open_source(spec if spec.partition(":")[2] else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
     assert isinstance(source, ScenesSource)
     labels = [label_of(source.first + index, source.seed) for index in range(len(source))]

@@ -160,6 +160,8 @@ RULES = (
 REMEDIES = {rule.name: rule.remedy for rule in RULES} | {
     "forgetting": "Lower adapt.lr, raise loss.anchor_weight, train on general images too (data=[DOMAIN,GENERAL] with "
     "data.weights), or use a checkpoint from before the fall.",
+    "dense-decay": "For dense tasks use `best` by its patches (probe.metric=dense_miou or dse) or a shorter run; lower "
+    "the learning rate, or with init= raise loss.anchor_weight.",
 }
 
 
@@ -167,7 +169,7 @@ class Health:
     """Collects the signals of steps and turns them into metrics and diagnoses.
 
     num_prototypes  K of the DINO head
-    grace           the first step at which rules marked `late` apply
+    grace           the first step at which rules marked `late` apply, and dense scores without masks
     ranks           the processes that train together
     """
 
@@ -250,12 +252,26 @@ class Health:
         start, now, margin  shares of the test images, in 0 to 1
         step                at which `start` was measured
         """
-        if not now < start - margin or "forgetting" in self.reported:
+        if not now < start - margin:
             return []
-        self.reported.add("forgetting")
         message = f"k-NN on probe.general fell from {start:.1%} at step {step} to {now:.1%}"
-        message += f", by more than probe.margin ({100 * margin:.3g} points)"
-        return [Diagnosis("forgetting", message, REMEDIES["forgetting"])]
+        return self._once("forgetting", f"{message}, by more than probe.margin ({100 * margin:.3g} points)")
+
+    def dense_decay(self, metric: str, peak: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diagnosis]:
+        """One diagnosis for patches that got worse while the class token got better; returned once a run.
+
+        metric     "dense_miou" or "dse", by which the patches are measured
+        peak, now  the probes with their "step", metric and "knn_top1": when the patches were best, and the newest
+        """
+        patches = f"patches fell from {metric} {peak[metric]:.3f} at step {peak['step']} to {now[metric]:.3f}"
+        token = f"k-NN on class tokens rose from {peak['knn_top1']:.1%} to {now['knn_top1']:.1%}"
+        return self._once("dense-decay", f"{patches}, while {token}, both by more than chance")
+
+    def _once(self, name: str, message: str) -> list[Diagnosis]:
+        if name in self.reported:
+            return []
+        self.reported.add(name)
+        return [Diagnosis(name, message, REMEDIES[name])]
 
 
 def _spread(features: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
             monitor = build_monitor(setup, state, log)
             probes = None
             if setup.probe is not None:
-                what = setup.probe, setup.general, config.probe, setup.num_steps
+                what = setup.probe, setup.general, setup.dense, config.probe, setup.num_steps
                 probes = ProbeRunner(*what, setup.device, setup.dtype, monitor, setup.schedules.horizon)
             checkpoints = Checkpoints(out, writer, setup.source, setup.num_steps, log, ranks, on_checkpoint)
             if config.model.compile:

@@ -1,10 +1,11 @@
 """The probes inside a run: when they are due, what is logged of them, and which step is the best so far.
 
 The teacher's features of fixed, unaugmented images are measured, first before any update: `class_probe` measures the
-class tokens.
+class tokens, `dense_probe` the patches.
 
-`best` is the step of a labelled probe that was better than the best before it, at first than the untrained network, by
-more than chance: by the paired difference on the same tested images (`evaluation.comparison.judged`).
+`best` is the step of a probe that was better than the best before it, at first than the untrained network, by more than
+chance: by the paired difference on the same images (`evaluation.comparison.judged`). RankMe has none, and DSE begins
+after the first fifth of the run.
 """
 
 import time
@@ -15,11 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dinoreg.checkpoint.steps import ACCURACIES, probe_in_words
+from dinoreg.checkpoint.steps import ACCURACIES, DENSE, dense_in_words, probe_in_words
 from dinoreg.config.schema import ProbeConfig
-from dinoreg.evaluation.comparison import BETTER, judged
+from dinoreg.evaluation.comparison import BETTER, WORSE, judged
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, paired_difference
 from dinoreg.train.class_probe import Measured, Probe
+from dinoreg.train.dense_probe import DenseProbe
+from dinoreg.train.health import LINES_IN_A_ROW
 from dinoreg.train.metrics import Monitor
 from dinoreg.train.state import TrainState
 
@@ -29,6 +32,7 @@ class ProbeRunner:
     """Probes the teacher of a run at intervals, logs the results, and reports when it is the best so far.
 
     general    the probe on images that a run which started from weights must not forget; None: none
+    dense      the probe of the patches; None: none
     num_steps  of the run
     horizon    without options.every a probe is due every tenth of these steps; None: of `num_steps`
     dtype      of autocast
@@ -37,6 +41,7 @@ class ProbeRunner:
 
     probe: Probe
     general: Probe | None
+    dense: DenseProbe | None
     options: ProbeConfig
     num_steps: int
     device: torch.device
@@ -50,6 +55,8 @@ class ProbeRunner:
         self._started = time.perf_counter()
         self._probing = 0.0  # seconds spent in probes
         self._images = "" if self.probe.source is None else self.probe.source.fingerprint()
+        if self.options.dense is not None:
+            self._images += f" {self.options.dense} {self.options.dense_values}"
 
     def is_due(self, step: int) -> bool:
         """Whether to probe at `step`: at multiples of the period and at the end of the run."""
@@ -66,20 +73,25 @@ class ProbeRunner:
         if not ends and self.monitor.ranks.from_main(self._probing > self.options.max_share * elapsed):
             return False
         # Machines may differ in the last digit.
-        values, right = self.monitor.ranks.from_main(self._measure(state.teacher.backbone))
+        values, right, replicates = self.monitor.ranks.from_main(self._measure(state.teacher.backbone))
         if state.step > 0:  # the first is no reason to leave out the next
             self._probing += values["probe_time"]
         self.monitor.pause(values["probe_time"])
         now = {"step": state.step, **values, "right": _packed(right), "images": self._images}
+        now["replicates"] = {name: each.astype("<f4").tobytes().hex() for name, each in (replicates or {}).items()}
         # Of other images than those of before, as after a change of probe.data, this is the new start.
         if state.step == 0 or state.history.get("start", {}).get("images") != self._images:
             state.history["start"] = now
             state.history.pop("best", None)
+            state.history.pop("peak", None)
         start, best = state.history["start"], state.history.get("best", {})
         line = {"step": state.step, **values, **self._against(now, start)}
         self.monitor.log.append("probe.jsonl", line)
         self.monitor.log.say(f"probe at step {state.step}: {probe_in_words(line)}")
+        if patches := dense_in_words(line):
+            self.monitor.log.say(f"dense at step {state.step}: {patches}")
         self._watch_general(state, values)
+        self._watch_dense(state, now)
         before = best if best.get("metric") == self.options.metric else start
         if start is now or not self._is_better(now, before):
             return False
@@ -90,27 +102,39 @@ class ProbeRunner:
         """The start in a later line: its step and accuracies, and the paired difference to it with its verdict."""
         if now["step"] == start["step"]:
             return {}
-        found = {"start_step": start["step"], **{f"{key}_start": start[key] for key in ACCURACIES if key in start}}
-        if now["right"] is not None and start.get("right") is not None:
-            gain = self._compared(now, start)
-            found |= {"knn_top1_gain": gain["difference"], "knn_top1_gain_verdict": gain["verdict"]}
-            found |= {"knn_top1_gain_low": gain["low"], "knn_top1_gain_high": gain["high"]}
+        keys = (*ACCURACIES, *DENSE)
+        found = {"start_step": start["step"], **{f"{key}_start": start[key] for key in keys if key in start}}
+        for key in ("knn_top1", *DENSE):
+            if gain := self._compared(key, now, start):
+                found |= {f"{key}_gain": gain["difference"], f"{key}_gain_verdict": gain["verdict"]}
+                found |= {f"{key}_gain_low": gain["low"], f"{key}_gain_high": gain["high"]}
         return found
 
-    def _compared(self, now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-        """What the answers on the tested images say against those of an earlier probe, as `comparison.judged`."""
-        count = len(self.probe.images) - self.probe.in_bank
-        right = [_unpacked(each["right"], count) for each in (now, before)]
-        difference = paired_difference(*(bootstrap_interval(each).replicates for each in right))
-        return judged(float(right[0].mean() - right[1].mean()), difference, count)
+    def _compared(self, metric: str, now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+        """What a figure says against that of an earlier probe, as `comparison.judged`; {} where one of them has none.
+
+        metric  "knn_top1", or one of `DENSE`
+        """
+        if metric not in now or metric not in before:
+            return {}
+        count, both = 0, (now, before)
+        if metric == "knn_top1":
+            count = len(self.probe.images) - self.probe.in_bank
+            replicates = [bootstrap_interval(_unpacked(each["right"], count)).replicates for each in both]
+        else:
+            replicates = [np.frombuffer(bytes.fromhex(each["replicates"][metric]), dtype="<f4") for each in both]
+        return judged(now[metric] - before[metric], paired_difference(*replicates), count)
 
     def _is_better(self, now: dict[str, Any], before: dict[str, Any]) -> bool:
-        """Whether a probe is better than another on the same images: k-NN by the paired interval, RankMe at all."""
+        """Whether a probe is better than another on the same images: by the paired interval, RankMe at all.
+
+        The DSE of untrained patches, which point everywhere, is no base: the first probe from `grace` on is better.
+        """
+        if self.options.metric == "dse" and before["step"] < self.monitor.health.grace:
+            return bool(now["step"] >= self.monitor.health.grace)
         if self.options.metric == "rankme":
             return now["rankme"] > before["rankme"]
-        if now["right"] is None:
-            return False
-        return bool(self._compared(now, before)["verdict"] == BETTER)
+        return bool(self._compared(self.options.metric, now, before).get("verdict") == BETTER)
 
     def _watch_general(self, state: TrainState, values: dict[str, float]) -> None:
         """Warn when the general probe has fallen below its first value by more than the margin."""
@@ -120,14 +144,30 @@ class ProbeRunner:
             diagnoses = self.monitor.health.forgetting(start["knn_top1"], start["step"], now, self.options.margin)
             self.monitor.report(state.step, diagnoses)
 
+    def _watch_dense(self, state: TrainState, now: dict[str, Any]) -> None:
+        """Warn when for several probes the patches have been worse than at their best, and the class token better."""
+        metric = "dense_miou" if "dense_miou" in now else "dse"
+        if metric not in now or (metric == "dse" and state.step < self.monitor.health.grace):  # as for `best`
+            return
+        peak = state.history.setdefault("peak", {**now, "decayed": 0})
+        if now[metric] > peak[metric]:
+            peak = state.history["peak"] = {**now, "decayed": 0}
+        patches, token = (self._compared(key, now, peak).get("verdict") for key in (metric, "knn_top1"))
+        peak["decayed"] = peak["decayed"] + 1 if (patches, token) == (WORSE, BETTER) else 0
+        if peak["decayed"] >= LINES_IN_A_ROW:
+            self.monitor.report(state.step, self.monitor.health.dense_decay(metric, peak, now))
+
     def _measure(self, backbone: nn.Module) -> Measured:
-        """`Probe.measure` of the teacher's backbone, with the values of the general probe as "general_…"."""
-        values, right = self.probe.measure(backbone, self.device, self.dtype, self.monitor.ranks)
+        """All probes of the teacher's backbone, with the values of the general one as "general_…"."""
+        place = backbone, self.device, self.dtype, self.monitor.ranks
+        values, right, _ = self.probe.measure(*place)
         if self.general is not None:
-            general, _ = self.general.measure(backbone, self.device, self.dtype, self.monitor.ranks)
+            general = self.general.measure(*place).values
             values["probe_time"] += general.pop("probe_time")
             values |= {f"general_{key}": value for key, value in general.items()}
-        return Measured(values, right)
+        dense = Measured({"probe_time": 0.0}) if self.dense is None else self.dense.measure(*place)
+        seconds = values["probe_time"] + dense.values["probe_time"]
+        return Measured({**values, **dense.values, "probe_time": seconds}, right, dense.replicates)
 
 
 def _packed(right: np.ndarray | None) -> str | None:

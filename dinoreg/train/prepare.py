@@ -29,6 +29,7 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
+from dinoreg.train.dense_probe import DenseProbe, build_dense
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
@@ -52,7 +53,7 @@ class Setup:
     config   as it was given, with what was measured of the data
     source   the images to train on
     deep     whether they have more than eight bits
-    probe    measured on the run's own domain; general: on images that it must not forget. None: no such probe
+    probe    measured on the run's own domain; general: on images that it must not forget; dense: patches. None: no such
     student, teacher  on the CPU
     init     the weights that the run starts from; None: random ones
     notes    lines for the log
@@ -67,6 +68,7 @@ class Setup:
     deep: bool
     probe: Probe | None
     general: Probe | None
+    dense: DenseProbe | None
     student: Networks
     teacher: Networks
     init: InitialWeights | None
@@ -200,7 +202,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     probe, general = build_probe(config, source), build_general(config)
     if general is not None and probe is None:
         raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
-    notes += [f"warning: {line}" for each in (probe, general) if each is not None for line in each.notes]
+    dense = build_dense(config, probe, student.backbone.patch_size)
+    looking = (probe, general, None if dense is None else dense.pictures)
+    notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
     setup = Setup(
         config=config,
         ranks=ranks,
@@ -211,6 +215,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         deep=seen.deep and not data.reference_decode,
         probe=probe,
         general=general,
+        dense=dense,
         student=student,
         teacher=teacher,
         init=init,
