@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinoreg.commands.evaluate import evaluate
+    from dinoreg.commands.verdict import verdict
     from dinoreg.evaluation.backbones.open import transform
     from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from dinoreg.weights.load import load
 
 __version__ = "0.1.0"
-__all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain", "transform"]
+__all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
+__all__ += ["transform", "verdict"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
@@ -25,6 +27,7 @@ _WHERE = {
     "evaluate": "dinoreg.commands.evaluate",
     "load": "dinoreg.weights.load",
     "transform": "dinoreg.evaluation.backbones.open",
+    "verdict": "dinoreg.commands.verdict",
 }
 
 

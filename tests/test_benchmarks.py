@@ -189,6 +189,7 @@ def interpreter() -> Iterator[WarmInterpreter]:
         ("logistic", {"dinoreg", "scikit-learn", "scikit-learn, tol 1e-5"}),
         ("large", {"logistic", "knn", "linear"}),
         ("scaling", {"variants"}),
+        ("stages", {"rows"}),
         ("memory", {"vits14_reg4"}),
         ("kills", {"one process", "two, ddp", "two, fsdp"}),
         (

@@ -64,7 +64,7 @@ def test_continuous_integration_runs_the_test_command_verbatim() -> None:
 
 def test_there_are_commands_for_every_verb_that_takes_images_or_runs() -> None:
     verbs = {"quickstart", "pretrain", "inspect", "report", "eval", "view", "registers", "export", "embed"}
-    verbs |= {"launch", "plan"}
+    verbs |= {"launch", "plan", "verdict"}
     assert {words[0] for words in dinoreg_commands()} >= verbs
 
 

@@ -212,9 +212,14 @@ def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
     else:
         encoder, run, step = wrap(model, device=device, dtype=dtype), None, 0
     check_size(encoder, options)
-    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in encoder.name).strip("-")
-    out = Path(options.out) if options.out else run or Path("runs") / "eval" / f"{safe[:60]}-{encoder.identity[:8]}"
+    out = Path(options.out) if options.out else run or Path("runs") / "eval" / folder_name(encoder)
     return encoder, out / "eval" / f"{step:07d}", run
+
+
+def folder_name(encoder: Encoder) -> str:
+    """An encoder's name and identity as the name of a folder."""
+    safe = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in encoder.name).strip("-")
+    return f"{safe[:60]}-{encoder.identity[:8]}"
 
 
 def _measure(encoder: Any, plans: Sequence[Planned], request: Request, folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dinoreg.config.option import REQUIRED, Options, check, option
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
+from dinoreg.evaluation.options import SharedOptions
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
 Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
@@ -67,6 +68,17 @@ class ExportOptions(Options, verb="export"):
     format: str = option(REQUIRED, FORMATS)
     out: str = option(REQUIRED, "folder to write; new or empty")
     size: int | tuple[int, int] | None = option(None, "pixels or [height,width] that positions are resampled to")
+
+
+@dataclass(frozen=True)
+class VerdictOptions(SharedOptions, verb="verdict"):
+    """The weights that `dinoreg verdict` compares, and where it writes."""
+
+    weights: str = option(REQUIRED, "your own, as weights= of eval: a run, RUN/best, a weight file")
+    out: str | None = option(None, "folder of page and results; none: RUN/verdict/STEP/DATA, or in runs/verdict/")
+    public: str | None = option(None, "a public backbone, as weights= of eval takes any")
+    init: str | None = option(None, "what the own weights began with; none: what the run folder kept of it")
+    repeats: int = option(3, "draws of each number of labels below all", low=1)
 
 
 @dataclass(frozen=True)

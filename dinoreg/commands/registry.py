@@ -71,6 +71,14 @@ def _read_eval(arguments: list[str]) -> tuple[Any, ...]:
     return names, read_request(overrides)
 
 
+def _read_verdict(arguments: list[str]) -> tuple[Any, ...]:
+    missing = "LABELLED, a folder with a subfolder a class or a table"
+    labelled, overrides = source_and_overrides("verdict", arguments, missing)
+    from dinoreg.commands.verdict import read_verdict
+
+    return labelled, *read_verdict(overrides)
+
+
 def _read_report(arguments: list[str]) -> tuple[list[str], keys.ReportOptions]:
     runs, options = read_options(keys.ReportOptions, arguments, positional=None)
     if not runs:
@@ -179,6 +187,14 @@ VERBS: dict[str, Verb] = {
             "A dataset's own options are written NAME.KEY=VALUE; dinoreg eval --list shows all datasets.",
         ),
         flags=("--list",),
+    ),
+    "verdict": Verb(
+        "verdict LABELLED weights=RUN [public=WEIGHTS] [init=WEIGHTS] [key=value …]",
+        "own weights against their start, a public backbone, random weights and pixels on own labels: what to do next",
+        keys.VerdictOptions,
+        _function("commands.verdict", "verdict_command"),
+        _read_verdict,
+        details=("LABELLED is as for eval, with one class a picture; own.KEY=VALUE are its options, as own.folds=10.",),
     ),
     "registers": Verb(
         "registers weights=W[,W2…] images=FOLDER [out=FOLDER] [key=value …]",

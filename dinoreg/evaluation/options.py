@@ -167,19 +167,17 @@ class FewShotOptions(Options, section="few_shot"):
 
 
 @dataclass(frozen=True)
-class EvalOptions(Options):
-    """One evaluation: the weights, where datasets and results are, and the options of every protocol."""
+class SharedOptions(Options):
+    """What `dinoreg eval` and `dinoreg verdict` have in common: weights, own pictures, machine."""
 
     weights: str | None = option(
         None,
         "a run (its last state), RUN/best, a weight file, a folder of transformers, random:NAME, timm:NAME[:FILE]",
         shapes_result=False,
     )
-    root: str | None = side_option(None, "the folder that holds the datasets' folders")
     columns: str = option("", "of a table of your own: what they are called, as path:FILE,label:BREED,split:SET")
     range: list[float] | None = option(None, "LOW,HIGH of your own pictures, as data.range; none: what the weights say")
     out: str | None = side_option(None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS")
-    protocols: list[str] | None = option(None, "only these; none: all that a dataset declares")
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
     device: str = side_option("auto", DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)
@@ -188,9 +186,21 @@ class EvalOptions(Options):
     )
     batch_size: int = side_option(64, "images the backbone sees at once", low=1)
     workers: int | None = side_option(None, "decoding threads; none: one for every core but one", low=0, high=1024)
+    overwrite: bool = side_option(False, "measure again what has a result already")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.range is None or is_value_range(self.range), "range", self.range, VALUE_RANGE)
+
+
+@dataclass(frozen=True)
+class EvalOptions(SharedOptions):
+    """One evaluation: the weights, where datasets and results are, and the options of every protocol."""
+
+    root: str | None = side_option(None, "the folder that holds the datasets' folders")
+    protocols: list[str] | None = option(None, "only these; none: all that a dataset declares")
     baselines: bool = option(True, "also random init of the same architecture and raw pixels")
     strict: bool = side_option(False, "counts that differ from the official ones are errors")
-    overwrite: bool = side_option(False, "measure again what has a result already")
     features: str | None = side_option(None, "folder of cached features; none: OUT/features")
     features_dtype: str = option("float32", "on disk", choices=("float32", "float16"))
     examples: int = side_option(8, "pictures of predictions per dataset", low=0)
@@ -205,7 +215,3 @@ class EvalOptions(Options):
     detection: DetectionOptions = section(DetectionOptions)
     flow: FlowOptions = section(FlowOptions)
     few_shot: FewShotOptions = section(FewShotOptions)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.range is None or is_value_range(self.range), "range", self.range, VALUE_RANGE)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Row:
 
     def as_dict(self, replicates: bool = True) -> dict[str, Any]:
         """The fields in JSON's types, NaN and infinity as text; replicates as base64 of float64, or left out."""
-        packed = np.array(self.replicates, dtype="<f8").tobytes() if replicates else b""
-        return {**plain(asdict(replace(self, replicates=()))), "replicates": base64.b64encode(packed).decode()}
+        kept = packed(self.replicates if replicates else (), "<f8")
+        return {**plain(asdict(replace(self, replicates=()))), "replicates": kept}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Row:
@@ -64,8 +65,7 @@ class Row:
         another."""
         known = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         known["seeds"], known["warnings"] = tuple(known.get("seeds", (0,))), tuple(known.get("warnings", ()))
-        packed = base64.b64decode(known.get("replicates", ""))
-        known["replicates"] = tuple(np.frombuffer(packed, dtype="<f8").tolist())
+        known["replicates"] = tuple(unpacked(known.get("replicates", ""), "<f8").tolist())
         for key in ("value", "low", "high"):
             known[key] = float(known[key])
         return cls(**known)
@@ -74,6 +74,16 @@ class Row:
     def key(self) -> tuple[str, str, str]:
         """(protocol, metric, variant): rows of two encoders with the same key are comparable."""
         return self.protocol, self.metric, self.variant
+
+
+def packed(values: ArrayLike, kind: str) -> str:
+    """Numbers (n,) as text: base64 of a type of NumPy's, such as "<f8"."""
+    return base64.b64encode(np.asarray(values, dtype=kind).tobytes()).decode()
+
+
+def unpacked(text: str, kind: str) -> np.ndarray:
+    """The numbers (n,) in the text of `packed`."""
+    return np.frombuffer(base64.b64decode(text), dtype=kind)
 
 
 def headlines(rows: Sequence[Row]) -> list[Row]:
@@ -122,9 +132,9 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """The content of `eval/<step>/<dataset>.json`: the headline on top, every row below.
 
-        The first row of each protocol keeps its replicates, by which other weights can be compared with these.
+        The model's rows keep their replicates, by which other weights can be compared with these.
         """
-        top, firsts = self.headline, headlines(self.rows)
+        top = self.headline
         return {
             "format": FORMAT,
             "version": 1,
@@ -138,7 +148,7 @@ class Result:
                 if (row := self.baseline(name, top)) is not None
             },
             **plain(self.facts),
-            "rows": [row.as_dict(replicates=row in firsts) for row in self.rows],
+            "rows": [row.as_dict() for row in self.rows],
             "baseline_rows": {
                 name: [row.as_dict(replicates=False) for row in rows] for name, rows in self.baselines.items()
             },

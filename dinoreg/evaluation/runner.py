@@ -248,9 +248,7 @@ class _Evaluation:
         _read_as_taken(encoder, self.plan, self.request)
         own, baselines = self.rows("", lambda: encoder), {}
         if options.baselines:
-            sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
-            baselines["random init"] = self.rows("random init", lambda: encoder.random_init(options.seed))
-            baselines["raw pixels"] = self.rows("raw pixels", lambda: PixelEncoder(*sizes, device=encoder.device))
+            baselines = {role: self.rows(role, make) for role, make in baselines_of(encoder, options.seed).items()}
         own, variants = compared(own, baselines), {data.variant for _, data in self.plan.tasks}
         path, benchmark = self.path(), self.plan.benchmark  # of several that began together, the others may be done
         facts = {
@@ -372,6 +370,19 @@ def _stamped(task: Task, data: Data) -> list[Any]:
 
 def _digest(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(plain(values), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def baselines_of(encoder: Encoder, seed: int) -> dict[str, Callable[[], Encoder]]:
+    """What every encoder stands beside, by role: random weights of its architecture, and the pixels that it sees."""
+
+    def pixels() -> Encoder:
+        sizes = encoder.patch_size, encoder.image_size, encoder.in_channels
+        found = PixelEncoder(*sizes, device=encoder.device)
+        normalised = found.preprocessing
+        found.preprocessing = replace(encoder.preprocessing, mean=normalised.mean, std=normalised.std)
+        return found
+
+    return {"random init": lambda: encoder.random_init(seed), "raw pixels": pixels}
 
 
 def watched_images(encoder: Encoder, plan: Planned) -> list[str]:

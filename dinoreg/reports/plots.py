@@ -42,6 +42,7 @@ class Chart:
     smooth     draw the moving average of each curve over a faint trace of its values
     marker     draw a dot at every value
     log        logarithmic axis of values; else `from_zero` begins it at 0
+    log_x      logarithmic axis of what they are values over
     percent    the values are shares in [0, 1], shown in percent
     """
 
@@ -55,6 +56,7 @@ class Chart:
     percent: bool = False
     from_zero: bool = False
     x_label: str = "step"
+    log_x: bool = False
 
 
 ZERO = {"from_zero": True}
@@ -231,8 +233,12 @@ def _set_scales(axes: Axes, chart: Chart) -> None:
         axes.margins(y=0.08)  # of all that is drawn; set before the lower limit, which would move otherwise
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(percent_tick if chart.percent else short)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(short)
+    if chart.log_x:
+        axes.set_xscale("log")
+        set_log_ticks(axes.xaxis, 7)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(short)
     axes.set_xlabel(chart.x_label, color=INK)
 
 

@@ -26,7 +26,7 @@ from dinoreg.evaluation.metrics.bootstrap import (
     top1,
 )
 from dinoreg.evaluation.protocols.measurement import Fold, Measurement
-from dinoreg.evaluation.result import Row
+from dinoreg.evaluation.result import Row, packed
 
 PICTURE_SIZE = 224  # pixels of an example
 GREEN, RED = (21, 127, 91), (179, 50, 43)  # of pictures' edges
@@ -58,7 +58,7 @@ def accuracy_row(
     """One of METRICS, in [0, 1], with its 95 % interval, beside chance and the largest class; both metrics in details.
 
     predicted  (n,) classes of the test images, or (R, n) of them after each of R draws of labels, whose mean it is
-    tables     also `class_tables` in the details
+    tables     also `class_tables` in the details, and of one's own pictures the class said of each, as "answers"
     fields     of Row
     """
     seed, draws = measured.context.seed, np.atleast_2d(predicted)
@@ -66,6 +66,8 @@ def accuracy_row(
     details: dict[str, Any] = {"micro and macro": values, **fields.pop("details", {})}
     if tables:
         details |= class_tables(draws[0], test.labels, measured.data.names(test.num_classes))
+    if tables and test.source.as_trained:
+        details["answers"] = packed(draws[0], "<i4")
     shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / test.num_classes}
     shared |= {"details": details, **fields}
     clusters, learnt = measured.clusters(test), measured.data.splits.get("train", test)
