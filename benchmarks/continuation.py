@@ -30,31 +30,31 @@ from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split, select_and_fit
+from dinoreg.runtime.device import autocast, pick_device, pick_precision
 from dinoreg.train.loop import pretrain
 from dinoreg.weights.load import load
 
 MARGIN = 0.03  # of k-NN on the general set, as probe.margin
 NEIGHBOURS = 20  # as the in-run probe
 CS = np.geomspace(1e-4, 1e3, 15).tolist()
-PROBES = {"knn": "k-NN", "cls": "logistic, class token", "both": "logistic, class token and mean patch"}
-
-STAGED = "continue_vits14_reg4"
-DIET: dict[str, Any] = {
-    **{"loss.dino_weight": 0.0, "loss.ibot_weight": 0.0, "loss.koleo_weight": 0.0, "loss.diet_weight": 1.0},
-    **{"loss.anchor_weight": 0.0, "mask.probability": 0.0, "crops.num_local": 0, "crops.global_scale": [0.4, 1.0]},
-    **{"model.drop_path": 0.0, "optim.base_lr": None, "optim.lr": 2e-4, "optim.layer_decay": 1.0, "adapt.lr": 1.0},
-    **{"adapt.heads": 0.0, "adapt.warmup": 0.0, "adapt.layer_decay": 1.0, "schedule.momentum": [0.9, 0.9]},
-    **{"schedule.weight_decay": [0.05, 0.05], "augment.vflip": 0.5, "augment.solarize_global2": 0.0},
+PROBES = {
+    "knn": "k-NN",
+    "centred": "k-NN about the mean",
+    "cls": "logistic, class token",
+    "both": "logistic, class token and mean patch",
 }
-# Options on top of STAGED.
-METHODS: dict[str, dict[str, Any]] = {
-    "staged": {},
-    "staged, last 4 blocks": {"adapt.blocks": 4},
-    "staged, adapters": {"adapt.lora": 8},
-    "DIET, last 4 blocks": {**DIET, "adapt.blocks": 4},
-    "DIET, last 2 blocks": {**DIET, "adapt.blocks": 2},
-    "DIET, adapters in the last 4 blocks": {**DIET, "adapt.blocks": 4, "adapt.lora": 8, "optim.lr": 1e-3},
-    "DIET, last 4 blocks, anchor": {**DIET, "adapt.blocks": 4, "loss.anchor_weight": 1.0},
+
+STAGED, FEW = "continue_vits14_reg4", "continue_few_vits14_reg4"
+SMALL = {"crops.num_local": 2, "head.prototypes": 1024}
+# The config, and options on top of it.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "staged": (STAGED, SMALL),
+    "staged, last 4 blocks": (STAGED, {**SMALL, "adapt.blocks": 4}),
+    "staged, adapters": (STAGED, {**SMALL, "adapt.lora": 8}),
+    "few": (FEW, {}),
+    "few, last 4 blocks": (FEW, {"adapt.blocks": 4}),
+    "few, adapters in the last 4 blocks": (FEW, {"adapt.blocks": 4, "adapt.lora": 8, "optim.lr": 2e-3}),
+    "few, anchor": (FEW, {"loss.anchor_weight": 1.0}),
 }
 
 
@@ -84,10 +84,13 @@ def features(weights: Path, pictures: Pictures, size: int, cache: Path) -> torch
     """Class token and mean patch of every picture as a whole, (n, 2 D); kept in `cache`."""
     if not cache.is_file():
         see = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, (size, size), size)
-        model, rows = load(weights), []
+        device = pick_device("auto")
+        dtype, model, rows = pick_precision("auto", device), load(weights).to(device), []
         for first in range(0, len(pictures.paths), 32):
-            tokens = model(torch.stack([see(path) for path in pictures.paths[first : first + 32]]))
-            rows.append(torch.cat([tokens.cls, tokens.patches.mean(dim=1)], dim=1))
+            images = torch.stack([see(path) for path in pictures.paths[first : first + 32]]).to(device)
+            with autocast(device, dtype):
+                tokens = model(images)
+            rows.append(torch.cat([tokens.cls, tokens.patches.mean(dim=1)], dim=1).float().cpu())
         cache.parent.mkdir(parents=True, exist_ok=True)
         np.save(cache, torch.cat(rows).numpy())
     return torch.from_numpy(np.load(cache))
@@ -101,7 +104,9 @@ def probes(rows: torch.Tensor, pictures: Pictures) -> dict[str, Row]:
     for name in PROBES:
         used = rows if name == "both" else rows[:, : rows.shape[1] // 2]
         train, test = used[learnt], used[~learnt]
-        if name == "knn":
+        if name in ("knn", "centred"):
+            middle = train.mean(dim=0) if name == "centred" else 0.0
+            train, test = train - middle, test - middle
             predicted = knn_predict(train, labels, test, (NEIGHBOURS,), num_classes=classes)[NEIGHBOURS].argmax(dim=1)
         else:
             train, test = (torch.nn.functional.layer_norm(each, each.shape[1:]) for each in (train, test))
@@ -116,21 +121,16 @@ def probes(rows: torch.Tensor, pictures: Pictures) -> dict[str, Row]:
 def continue_run(given: argparse.Namespace, method: str, seed: int, train: Path) -> Path:
     """Go on in one way; returns the last teacher file."""
     out: Path = given.out / given.set / f"{method.replace(', ', '_').replace(' ', '_')}_s{seed}"
+    config, changes = METHODS[method]
     options: dict[str, Any] = {
         **{"init": str(given.folder / "dinov2_s"), "model.name": "vits14_reg0", "data": str(train), "out": str(out)},
         **{"data.root": str(given.folder), "crops.global_size": given.size, "crops.local_size": given.size // 28 * 14},
-        **{
-            "crops.num_local": 2,
-            "steps": given.steps,
-            "batch_size": given.batch,
-            "seed": seed,
-            "head.prototypes": 1024,
-        },
-        **{"probe.every": 0, "log.tensorboard": False, "checkpoint.every": given.steps, **METHODS[method]},
+        **{"steps": given.steps, "batch_size": given.batch, "seed": seed, "checkpoint.every": given.steps},
+        **{"probe.every": 0, "log.tensorboard": False, **changes},
     }
-    print("dinoreg pretrain", STAGED, *(f"{key}={value}" for key, value in options.items()), flush=True)
+    print("dinoreg pretrain", config, *(f"{key}={value}" for key, value in options.items()), flush=True)
     if not list((out / "teacher").glob(f"step_{given.steps:07d}.safetensors")):
-        pretrain(load_config(STAGED, {**options, "resume": out.is_dir()}))
+        pretrain(load_config(config, {**options, "resume": out.is_dir()}))
     return max((out / "teacher").glob("step_*.safetensors"))
 
 
@@ -154,10 +154,10 @@ def main() -> None:
     options.add_argument("--set", default="elpv_defect", help="pictures to go on with, a folder in FOLDER")
     options.add_argument("--general", default="tiles", help="pictures that must not be forgotten")
     options.add_argument("--size", type=int, default=112, help="pixels of pictures and global crops")
-    options.add_argument("--steps", type=int, default=100)
+    options.add_argument("--steps", type=int, default=60)
     options.add_argument("--batch", type=int, default=16)
     options.add_argument("--most", type=int, help="pictures of each set that are used; none: all")
-    options.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    options.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     given = options.parse_args()
     given.folder = given.folder.absolute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,10 @@ def test_two_processes_go_on_as_one(first: Path, tmp_path: Path, strategy: str) 
     one, other = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_ways_that_are_compared_are_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    continuation = importlib.import_module("continuation")
+    for config, options in continuation.METHODS.values():
+        load_config(config, {"init": "x", "model.name": "vits14_reg0", **options})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TEMPERATURE = 0.1  # of the cosines
+TEMPERATURE = 0.2  # of the cosines
 
 
 def diet_loss(tokens: Tensor, seen: Tensor, images: Tensor) -> Tensor:

@@ -253,7 +253,7 @@ def _checkpoint(job: Job, num_steps: int, disk: float) -> Checkpoint:
         size=size,
         teacher=teacher,
         kept=config.checkpoint.keep + 1,
-        every=config.checkpoint.every or min(2000, max(1, num_steps // 10)),
+        every=config.checkpoint.every or min(2000, max(1, (config.schedule.horizon or num_steps) // 10)),
         seconds=(size + teacher) / (disk * 1e9),
         copy=checkpoint_copy(job),
     )
