@@ -107,6 +107,7 @@ def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]
         tasks = tuple(each for each in plan.tasks if each[0].protocol in KINDS or role in ("own", other))
         results[role] = measure(encoders[role], replace(plan, tasks=tasks), request, out / role.replace(" ", "_"))
     record = _record(encoders, results, data, other)
+    record["data"] |= {"title": benchmark.title, "place": benchmark.place, "split": data.variant}
     record["warnings"] = warnings + [
         f"{role}: {line}" for role, each in results.items() for line in each.facts["warnings"] if line not in warnings
     ]
@@ -160,7 +161,7 @@ def _record(encoders: Mapping[str, Encoder], results: Mapping[str, Result], data
     """All figures: contenders by role, the own differences to each, the labels that one needs for another's figure."""
     rows = {role: {kind: _row(result, kind) for kind in KINDS} for role, result in results.items()}
     curves = {role: curve(results[role].rows, rows[role]["logistic"]) for role in ("own", other)}
-    judge, facts = rows["own"]["logistic"], results["own"].facts
+    judge = rows["own"]["logistic"]
     contenders: dict[str, Any] = {}
     for role, each in rows.items():
         encoder, points = encoders[role], curves.get(role, ())
@@ -175,7 +176,6 @@ def _record(encoders: Mapping[str, Encoder], results: Mapping[str, Result], data
     pairs = ((other, "own"), ("own", other))
     labels: dict[str, Any] = {who: labels_needed(curves[who], rows[whose]["logistic"]) for who, whose in pairs}
     about = {key: getattr(judge, key) for key in ("n_test", "n_train", "majority")}
-    about |= {key: facts[key] for key in ("title", "place", "split")}
     return {
         **{"format": "dinoreg-verdict", "version": 1},
         "data": {**about, "classes": data.splits["test"].num_classes},
