@@ -199,10 +199,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     schedules = Schedules(num_steps, config.peak_lr(ranks.world_size), config.schedule, config.adapt if init else None)
     if init is not None:
         notes += [init.note, config.explain_start(schedules.horizon, ranks.world_size)]
-    probe, general = build_probe(config, source), build_general(config)
-    if general is not None and probe is None:
-        raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
-    dense = build_dense(config, probe, student.backbone.patch_size)
+    probe, general, dense = _probes(config, source, student.backbone.patch_size)
     looking = (probe, general, None if dense is None else dense.pictures)
     notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
     setup = Setup(
@@ -226,6 +223,14 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     if advice := setup.outlook.advice():
         notes.append(f"advice: {advice}")
     return setup
+
+
+def _probes(config: Config, source: Source, patch_size: int) -> tuple[Probe | None, Probe | None, DenseProbe | None]:
+    """Those of the run's own domain, of general images, and of patches; UserError where they cannot be built."""
+    probe, general = build_probe(config, source), build_general(config)
+    if general is not None and probe is None:
+        raise UserError(f"probe.general={config.probe.general}: probing needs at least 4 images in data=, too")
+    return probe, general, build_dense(config, probe, patch_size)
 
 
 def _stages(setup: Setup) -> list[str]:
