@@ -1,13 +1,15 @@
 """Other projects as variants of the benchmarks. Run by them in the peer's own Python; needs no dinoreg.
 
 Known: lightly-train's DINOv2 method, as `lightly_train.pretrain(method="dinov2")` builds it (`step`: one optimizer
-step on random crops, without its data loader and loggers) and its transform (`data`).
+step on random crops, without its data loader and loggers) and its transform (`data`). `--train` is a whole run through
+its public interface, for what it learns rather than for how fast.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import types
 from collections.abc import Callable
@@ -102,13 +104,72 @@ def lightly_data(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
     return data.rate_of(crops, [file.read_bytes() for file in files], settings)
 
 
+def lightly_run(settings: dict[str, Any]) -> None:
+    """A run of `lightly_train.pretrain` with the network and crops of `configs/small.yaml`, on a CPU.
+
+    settings  data, out, method ("dino", "dinov2", or "constants": dinov2 with the constants of `small`), images, batch,
+              seed, threads
+    """
+    from functools import partial
+
+    import lightly_train
+    from lightly_train._models.dinov2_vit.dinov2_vit_src.models import vision_transformer as vit
+
+    torch.set_num_threads(settings["threads"])
+    torch.manual_seed(settings["seed"])
+    block = partial(vit.Block, attn_class=vit.MemEffAttention)
+    sizes = {"img_size": 40, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 2, "mlp_ratio": 4}
+    network = vit.DinoVisionTransformer(**sizes, num_register_tokens=4, init_values=None, block_fn=block)
+    transform: dict[str, Any] = {"image_size": (40, 40), "random_resize": {"min_scale": 0.5, "max_scale": 1.0}}
+    local = {"num_views": 2, "view_size": (24, 24), "random_resize": {"min_scale": 0.25, "max_scale": 0.5}}
+    transform["local_view"] = local
+    arguments: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    if settings["method"] == "constants":
+        jitter = {"prob": 0.8, "strength": 1.0, "brightness": 0.2, "contrast": 0.2, "saturation": 0.1, "hue": 0.02}
+        transform |= {"gaussian_blur": None, "color_jitter": jitter, "random_gray_scale": 0.05}
+        transform["global_view_1"] = {"gaussian_blur": None, "solarize": None}
+        local["gaussian_blur"] = None
+        steps = settings["images"] // settings["batch"]
+        arguments = {
+            **{"output_dim": 128, "hidden_dim": 512, "dino_bottleneck_dim": 64, "ibot_bottleneck_dim": 64},
+            **{"center_method": "sinkhorn_knopp", "koleo_loss_weight": 0.02, "momentum_start": 0.95},
+            **{"teacher_temp_start": 0.03, "teacher_temp_end": 0.04, "weight_decay_end": 0.1},
+            **{"layerwise_decay": 1.0, "patch_embed_lr_multiplier": 1.0, "student_freeze_last_layer_steps": 0},
+            **{"teacher_temp_warmup_steps": int(0.3 * steps), "warmup_steps": int(0.1 * steps)},
+        }
+        optimizer = {"lr": 2e-3 * (1024 / settings["batch"]) ** 0.5}  # which it scales by the batch again
+    files = sum(1 for path in Path(settings["data"]).rglob("*") if path.is_file())
+    lightly_train.pretrain(
+        out=settings["out"],
+        data=settings["data"],
+        model=network,
+        method="dino" if settings["method"] == "dino" else "dinov2",
+        method_args=arguments,
+        transform_args=transform,
+        optim_args=optimizer,
+        batch_size=settings["batch"],
+        epochs=max(1, round(settings["images"] / files)),
+        accelerator="cpu",
+        precision="bf16-mixed",
+        num_workers=1,
+        seed=settings["seed"],
+        overwrite=True,
+    )
+
+
 BUILDERS = {("lightly-train", "step"): lightly_step, ("lightly-train", "data"): lightly_data}
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--worker", required=True)
-    measure.serve(lambda settings: BUILDERS[settings["peer"], settings["what"]](settings), options.parse_args().worker)
+    options.add_argument("--worker", help="settings of a variant, as JSON")
+    options.add_argument("--train", help="settings of `lightly_run`, as JSON")
+    given = options.parse_args()
+    if given.train:
+        lightly_run(json.loads(given.train))
+    else:
+        measure.serve(lambda settings: BUILDERS[settings["peer"], settings["what"]](settings), given.worker)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ exports     every format, with its certificate
 registers   the register report
 pictures    patch colours and attention on photographs that are free to pass on (scikit-image's), in OUT/figures
 foods (three seeds), tiles, elpv_defect, elpv_cell
-            k-NN, linear, logistic and few-shot probes beside random weights and raw pixels on the same pictures
+            k-NN and logistic probes beside random weights and raw pixels on the same pictures; on foods linear and
+            few-shot ones, too
 """
 
 from __future__ import annotations
@@ -36,21 +37,25 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # pu
 FORMATS = ("timm", "transformers", "meta", "safetensors", "onnx")
 
 
+QUICK = "knn,logistic"  # the grid and few-shot draws take most of the time, and foods has them
+
+
 class Probed(NamedTuple):
-    """How a labelled set is evaluated: its name, pixels of the crops, every which picture of a class, and the seed of
-    folds, heads and random weights."""
+    """How a labelled set is evaluated: its name, pixels of the crops, every which picture of a class, the protocols
+    (all for none), and the seed of folds, heads and random weights."""
 
     name: str
     size: int
     every: int = 1
+    protocols: str = "none"
     seed: int = 0
 
 
 SETS = {
     "foods": Probed("foods", 224),
-    "tiles": Probed("tiles", 98, every=2),
-    "elpv_defect": Probed("elpv_defect", 112, every=3),
-    "elpv_cell": Probed("elpv_cell", 112, every=3),
+    "tiles": Probed("tiles", 98, every=2, protocols=QUICK),
+    "elpv_defect": Probed("elpv_defect", 112, every=3, protocols=QUICK),
+    "elpv_cell": Probed("elpv_cell", 112, every=3, protocols=QUICK),
     "foods_seed1": Probed("foods", 224, seed=1),
     "foods_seed2": Probed("foods", 224, seed=2),
 }
@@ -129,7 +134,7 @@ def registers(place: Place) -> dict[str, Any]:
     """The register report on photographs of foods of 224 px: outliers or not, and what each kind of token knows."""
     folder = place.out / "registers"
     images = real_data.foods(place.data)
-    given = f"weights={place.weights}", f"images={images}", "size=224", "num_images=150", f"out={folder}"
+    given = f"weights={place.weights}", f"images={images}", "size=224", "num_images=100", f"out={folder}"
     command = dinoreg("registers", *given, unless=folder / "registers.html")
     (model,) = json.loads((folder / "registers" / "view.json").read_text())["models"]
     return {"commands": [command], "model": {key: model[key] for key in ("outliers", "limit", "probes", "images")}}
@@ -180,8 +185,13 @@ def probed(place: Place, chosen: Probed) -> dict[str, Any]:
     """One set under one seed: every figure with its interval, and the paired differences."""
     where = place.out / "probes" / f"{chosen.name}_seed{chosen.seed}"
     folder = part_of(real_data.SETS[chosen.name](place.data), chosen.every, place.out / "parts" / chosen.name)
-    given = f"weights={place.weights}", f"image_size={chosen.size}", f"seed={chosen.seed}", f"out={where}"
-    command = dinoreg("eval", folder, *given, f"features={place.out / 'features'}", "examples=0")
+    given = (
+        f"weights={place.weights}",
+        f"image_size={chosen.size}",
+        f"protocols={chosen.protocols}",
+        f"seed={chosen.seed}",
+    )
+    command = dinoreg("eval", folder, *given, f"out={where}", f"features={place.out / 'features'}", "examples=0")
     record = json.loads((where / "eval" / "0000000" / f"{chosen.name}.json").read_text())
     about = {
         "pixels": chosen.size,

@@ -20,6 +20,7 @@ from warm_interpreter import WarmInterpreter
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.models.vit import RegisterViT
 
+ROWS = ("logistic regression", "weighted k-NN")
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -242,3 +243,31 @@ def test_real_pictures_are_evaluated_piece_by_piece_and_a_second_start_repeats_n
 
     monkeypatch.setattr(real, "dinoreg", refuse)
     real.main()
+
+
+@pytest.mark.slow
+def test_small_trains_and_judges_each_way_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = load("small", monkeypatch)
+    for number in range(40):  # dark and light: what random weights tell apart, too
+        shade = np.random.default_rng(number).integers(0, 100, (48, 48, 3)) + 150 * (number % 2)
+        path = tmp_path / "data" / "foods" / "AB"[number % 2] / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(shade.astype(np.uint8)).save(path)
+    words = ["small.py", str(tmp_path / "data"), "--out", str(tmp_path / "out"), "--sets", "foods", "--images", "128"]
+    monkeypatch.setattr(sys, "argv", [*words, "--ways", "small", "small, KoLeo 0.1", "--seeds", "3"])
+    small.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["rows"]
+    assert [row["way"] for row in rows] == ["small", "small, KoLeo 0.1"]
+    for row in rows:
+        assert all(row[f"{protocol} - {other}"] for protocol in ROWS for other in ("random init", "raw pixels"))
+        assert row["logistic regression"].startswith("100.0")
+    assert rows[1]["weighted k-NN - small"]
+    assert not rows[0]["weighted k-NN - small"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("trained a second time")
+
+    monkeypatch.setattr(small, "pretrain", refuse)
+    small.main()

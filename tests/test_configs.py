@@ -26,6 +26,7 @@ def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def test_the_promised_runs_are_there() -> None:
     assert set(NAMES) >= {
         "quickstart",
+        "small",
         "vits14_reg4",
         "vitb14_reg4",
         "vitl16_short_reg4_in1k",

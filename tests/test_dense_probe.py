@@ -18,6 +18,7 @@ from processes import on_processes
 from torch import Tensor
 from training import read_lines, tiny_config
 
+from dinoreg.checkpoint import format as checkpoint
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.checkpoint.steps import dense_in_words, which_steps
 from dinoreg.commands.doctor import examine_run
@@ -27,7 +28,7 @@ from dinoreg.distributed.process_group import ALONE, session
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.dense_structure import k_means, structure
 from dinoreg.reports.plots import run_charts
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.scenes.render import NUM_CLASSES, render
 from dinoreg.train import loop, online_probe
 from dinoreg.train.class_probe import Measured, build_probe
@@ -374,14 +375,15 @@ def test_best_can_follow_the_patches(metric: str) -> None:
     assert follow(DECAYING)[0][-1] > 6  # by the class token
 
 
-def run(out: Path, **options: Any) -> Path:
+def run(out: Path, on_checkpoint: Any = None, **options: Any) -> Path:
     given: dict[str, Any] = {
         "probe__every": 2,
         "probe__data": "scenes",
         "probe__num_images": 60,
         "probe__max_share": 1.0,
     }
-    return loop.pretrain(tiny_config(out, **{**given, "probe__dense": "scenes:count=40,first=900,size=32", **options}))
+    given |= {"probe__dense": "scenes:count=40,first=900,size=32"}
+    return loop.pretrain(tiny_config(out, **{**given, **options}), on_checkpoint)
 
 
 def probed(out: Path) -> list[dict[str, Any]]:
@@ -410,15 +412,29 @@ def test_a_run_shows_its_patches_wherever_it_shows_its_probe(
 @pytest.mark.slow
 def test_a_resumed_run_measures_what_an_unbroken_one_does(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
-    run(tmp_path / "broken", steps=8, epochs=None)
-    assert probed(tmp_path / "broken") == probed(whole)
+
+    def stop(step: int, _: Path) -> None:
+        if step == 4:
+            raise RunError("stopped")
+
+    with pytest.raises(RunError, match="stopped"):
+        run(tmp_path / "parts", stop, checkpoint__every=2)
+    assert len(probed(tmp_path / "parts")) < 5
+    parts = run(tmp_path / "parts", checkpoint__every=2, resume=True)
+    assert probed(parts) == probed(whole)
+    histories = [checkpoint.verify(out / "checkpoints" / checkpoint.step_name(8))["history"] for out in (parts, whole)]
+    for history in histories:
+        for probe in history.values():
+            if isinstance(probe, dict):
+                probe.pop("probe_time", None)
+    assert histories[0] == histories[1]
 
 
 @pytest.mark.slow
 def test_healthy_runs_have_no_event(tmp_path: Path) -> None:
     for seed in range(10):
-        out = run(tmp_path / str(seed), seed=seed, steps=30)
-        assert len(probed(out)) == 16
+        out = run(tmp_path / str(seed), seed=seed, steps=24)
+        assert len(probed(out)) == 13
         assert "dense-decay" not in (out / "health" / "events.jsonl").read_text()
 
 
@@ -433,6 +449,6 @@ def measure_together(out: str) -> None:
 def test_any_number_of_processes_measures_the_same_to_the_bit(tmp_path: Path) -> None:
     for count in (1, 2, 3):
         on_processes(count, measure_together, str(tmp_path / "found"))
-    found = {path.read_text() for path in tmp_path.iterdir()}
-    assert len(list(tmp_path.iterdir())) == 6
-    assert len(found) == 1
+    found = [path.read_text() for path in tmp_path.glob("found.*")]
+    assert len(found) == 6
+    assert len(set(found)) == 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
-from dinoreg.evaluation.context import Context
+from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, parallel, read_picture
 from dinoreg.runtime.errors import RunError, UserError
@@ -169,3 +169,12 @@ def test_batches_are_whole_but_for_the_last(folder: Path, tmp_path: Path, worker
     assert sizes == [4, 4, 3]
     alone = extract_features(where(tmp_path / "alone", batch_size=1), encoder, open_source(str(folder)), CROP)
     np.testing.assert_allclose(found, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_progress_slower_than_one_in_ten_seconds_is_told_in_seconds_each(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 28))  # a batch every 28 seconds, as a ViT-S needs on a busy CPU
+    monkeypatch.setattr("dinoreg.evaluation.context.time.monotonic", lambda: next(clock))
+    assert list(show_progress("abc", 3, "features")) == ["a", "b", "c"]
+    assert [line.split(" · ")[1] for line in capsys.readouterr().err.splitlines()] == ["28 s/it"] * 3

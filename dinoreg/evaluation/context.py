@@ -121,4 +121,5 @@ def show_progress(items: Iterable[T], total: int, what: str, unit: str = "it") -
         if now - shown >= SHOW_SECONDS:
             shown, rate = now, done / (now - started)
             left = timedelta(seconds=int((total - done) / rate)) if total else "?"
-            print(f"{what}: {done:,}/{total:,} · {rate:,.1f} {unit}/s · {left} left", file=sys.stderr, flush=True)
+            pace = f"{rate:,.1f} {unit}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s/{unit}"
+            print(f"{what}: {done:,}/{total:,} · {pace} · {left} left", file=sys.stderr, flush=True)

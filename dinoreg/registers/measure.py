@@ -5,7 +5,7 @@ add the probes, boxes LOST; without them these parts are left out.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder
+from dinoreg.evaluation.context import show_progress
 from dinoreg.evaluation.dense.lost import gram, lost
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.protocols.discovery import correct, crosswise
@@ -187,11 +188,17 @@ class _Inspection:
         self.size = batch_size(encoder, self.grid)
         self.first = 1 + encoder.num_registers  # of the patches in a sequence
 
+    def batches(self, what: str) -> Iterator[Tensor]:
+        """Numbers of all images (b,), a batch at a time, with the progress of `what`."""
+        rows = torch.arange(len(self.images)).split(self.size)
+        return show_progress(rows, len(rows), f"{self.encoder.name}: {what}")
+
     def norms(self) -> tuple[Tensor, Tensor, Tensor]:
         """Norms of patches (L, n, N) and of class token and registers (L, n, 1 + R), and neighbour cosines (n, N)."""
         self.progress("norms")
         norms, cosines = [], []
-        for batch in self.images.split(self.size):
+        for rows in self.batches("norms"):
+            batch = self.images[rows]
             layers = self.encoder.layers(batch, range(self.encoder.depth), norm=False)
             sequences = (torch.cat([each.cls[:, None], each.registers, each.patches], 1) for each in layers)
             norms.append(torch.stack([sequence.norm(dim=-1) for sequence in sequences]).cpu())
@@ -255,7 +262,7 @@ class _Inspection:
         normal, has_normal = measures.pick_patches(~outliers, self.seed)
         outlying, has_outlier = measures.pick_patches(outliers, self.seed)
         parts: list[list[Tensor]] = []
-        for rows in torch.arange(len(self.images)).split(self.size):
+        for rows in self.batches("tokens"):
             batch = self.encoder.tokens(self.images[rows])
             each = torch.arange(len(rows))
             picked = (batch.patches[each, chosen[rows]] for chosen in (normal, outlying))

@@ -82,8 +82,8 @@ def _more(found: Mapping[str, Any], whom: str, count: int) -> str:
     return f"{left}; about {wanted:,.0f} would show the {100 * difference:.1f} that were measured"
 
 
-def _points(found: Mapping[str, Any]) -> str:
-    return f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}"
+def _points(found: Mapping[str, Any], between: str = " to ") -> str:
+    return between.join(f"{100 * found[end]:+.1f}" for end in ("low", "high"))
 
 
 def _way(record: Mapping[str, Any]) -> float:
@@ -133,7 +133,8 @@ def _differences(record: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
     def told(found: Mapping[str, Any]) -> str:
         said = in_words(found, "share", record["data"]["n_test"])
-        return f"{said}: {_points(found)} points" if found["verdict"] == "not shown" else said
+        measured = f"{100 * found['difference']:+.1f} points [{_points(found, ', ')}]"
+        return f"{measured}, {said}" if found["verdict"] == "not shown" else said
 
     return [(NAMES[role], *(told(each[kind]) for kind in KINDS)) for role, each in record["against"].items()]
 
