@@ -263,7 +263,8 @@ def test_small_trains_and_judges_each_way_once(
     for row in rows:
         assert all(row[f"{protocol} - {other}"] for protocol in ROWS for other in ("random init", "raw pixels"))
         assert row["logistic regression"].startswith("100.0")
-    assert rows[1]["weighted k-NN - small"] and not rows[0]["weighted k-NN - small"]
+    assert rows[1]["weighted k-NN - small"]
+    assert not rows[0]["weighted k-NN - small"]
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("trained a second time")
