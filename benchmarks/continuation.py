@@ -36,7 +36,7 @@ from dinoreg.weights.load import load
 
 MARGIN = 0.03  # of k-NN on the general set, as probe.margin
 NEIGHBOURS = 20  # as the in-run probe
-CS = np.geomspace(1e-4, 1e3, 15).tolist()
+CS = np.geomspace(1e-5, 1.0, 11).tolist()
 PROBES = {
     "knn": "k-NN",
     "centred": "k-NN about the mean",
@@ -110,7 +110,7 @@ def probes(rows: torch.Tensor, pictures: Pictures) -> dict[str, Row]:
             predicted = knn_predict(train, labels, test, (NEIGHBOURS,), num_classes=classes)[NEIGHBOURS].argmax(dim=1)
         else:
             train, test = (torch.nn.functional.layer_norm(each, each.shape[1:]) for each in (train, test))
-            predicted = select_and_fit(train, labels, classes, CS, validation_share=0.2).model.predict(test)
+            predicted = select_and_fit(train, labels, classes, CS, validation_share=0.2, patience=3).model.predict(test)
         right = (predicted == tested).numpy()
         interval = bootstrap_interval(right)
         ends = (interval.low, interval.high)

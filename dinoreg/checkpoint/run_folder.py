@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from dinoreg.runtime.json_files import flatten, is_number, number, read_json, read_json_lines, read_text
 
+OWN_LOSSES = ("diet_loss", "anchor_loss", "distill_cls_loss", "distill_patch_loss")  # that dinov2 does not have
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -22,12 +23,12 @@ def logged_losses(optimised: Mapping[str, Any], dino_weight: float, ibot_weight:
     """Losses as metrics.jsonl has them: `loss` is what is optimised, dinov2's names have the values that dinov2 logs.
 
     dinov2 logs the class token's two terms without their weight, half of the patches' term without its weight, half of
-    KoLeo's with it, and as total_loss the sum of what it logs. diet_loss and anchor_loss are as optimised.
+    KoLeo's with it, and as total_loss the sum of what it logs. What only dinoreg has is as optimised.
 
     optimised  weighted terms under these names, and their sum as "total_loss"; terms with a weight of 0 are not there
     """
     divisors = {"dino_global_crops_loss": dino_weight, "dino_local_crops_loss": dino_weight}
-    divisors |= {"ibot_loss": 2 * ibot_weight, "koleo_loss": 2.0, "diet_loss": 1.0, "anchor_loss": 1.0}
+    divisors |= {"ibot_loss": 2 * ibot_weight, "koleo_loss": 2.0, **dict.fromkeys(OWN_LOSSES, 1.0)}
     terms = {name: number(optimised[name]) / by for name, by in divisors.items() if name in optimised and by}
     return {"loss": number(optimised["total_loss"]), "total_loss": sum(terms.values()), **terms}
 

@@ -55,9 +55,8 @@ class LabelledVerdict:
     page: Path
 
     def __repr__(self) -> str:
-        figures = {role: score(each["logistic"]["value"]) for role, each in self.record["contenders"].items()}
-        told = ", ".join(f"{role} {figure}" for role, figure in figures.items())
-        data = self.record["data"]
+        data, roles = self.record["data"], self.record["contenders"]
+        told = ", ".join(f"{role} {score(each['logistic']['value'])}" for role, each in roles.items())
         return f"<verdict on {data['title']}, {data['n_test']:,} pictures: {told}; {self.advice.choice}>"
 
 
@@ -107,7 +106,7 @@ def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]
         tasks = tuple(each for each in plan.tasks if each[0].protocol in KINDS or role in ("own", other))
         results[role] = measure(encoders[role], replace(plan, tasks=tasks), request, out / role.replace(" ", "_"))
     record = _record(encoders, results, data, other)
-    record["data"] |= {"title": benchmark.title, "place": benchmark.place, "split": data.variant}
+    record["data"] |= {key: getattr(benchmark, key) for key in ("title", "place", "classes")} | {"split": data.variant}
     record["warnings"] = warnings + [
         f"{role}: {line}" for role, each in results.items() for line in each.facts["warnings"] if line not in warnings
     ]
@@ -164,21 +163,20 @@ def _record(encoders: Mapping[str, Encoder], results: Mapping[str, Result], data
     judge = rows["own"]["logistic"]
     contenders: dict[str, Any] = {}
     for role, each in rows.items():
-        encoder, points = encoders[role], curves.get(role, ())
+        encoder = encoders[role]
         costly = role in ("own", "public")  # random weights and the start cost what the own ones do
         contenders[role] = {
             **{"name": encoder.name, "identity": encoder.identity},
             **{kind: _figures(row) for kind, row in each.items()},
-            "curve": [{"labels": point.n_train, **_figures(point)} for point in points],
+            "curve": [{"labels": point.n_train, **_figures(point)} for point in curves.get(role, ())],
             "cost": encoder_cost(encoder, results[role].facts["image_size"]) if costly else None,
         }
     others = [role for role in rows if role != "own"]
     pairs = ((other, "own"), ("own", other))
     labels: dict[str, Any] = {who: labels_needed(curves[who], rows[whose]["logistic"]) for who, whose in pairs}
-    about = {key: getattr(judge, key) for key in ("n_test", "n_train", "majority")}
     return {
         **{"format": "dinoreg-verdict", "version": 1},
-        "data": {**about, "classes": data.splits["test"].num_classes},
+        "data": {key: getattr(judge, key) for key in ("n_test", "n_train", "majority")},
         "contenders": contenders,
         "against": {role: {kind: compare(rows["own"][kind], rows[role][kind]) for kind in KINDS} for role in others},
         "labels": labels | {"reference": other, "fewest": curves["own"][0].n_train, "most": judge.n_train},

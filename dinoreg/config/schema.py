@@ -75,6 +75,7 @@ class LossConfig(Options, section="loss"):
         0.0, "of telling the images of the data apart, by their class tokens of init= (DIET)", low=0
     )
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
+    distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
     sinkhorn_iterations: int = option(3, "row and column normalisations", low=1)
@@ -263,6 +264,8 @@ class Config(Options):
 
     out: str | None = option(None, "the run folder", shapes_result=False)
     init: str | None = option(None, "weights to start from: a run, a teacher file, a folder or file of another library")
+    distill: str | None = option(None, "frozen network to learn from (weights= of eval), not from the own average")
+    distill_size: int | None = option(None, "at which it sees crops; none: as many patches", unit="pixel", low=1)
     steps: int | None = option(None, "length of the run in optimizer steps; excludes images and epochs", low=1)
     images: int | None = option(None, "length of the run in images", low=1)
     epochs: float | None = option(None, "length of the run in passes over the data", above=0)
@@ -298,9 +301,21 @@ class Config(Options):
             raise UserError(f"{' and '.join(given)}: give exactly one of steps, images and epochs")
         if self.resume and self.overwrite:
             raise UserError("resume and overwrite: give one of the two")
+        if self.distill is not None:
+            without = "0 with distill=, whose network says what features should be"
+            for key in ("anchor_weight", "diet_weight"):
+                check(getattr(self.loss, key) == 0, f"loss.{key}", getattr(self.loss, key), without)
+            check(self.crops.stages is None, "crops.stages", self.crops.stages, "none with distill=")
         if self.init is not None and not self.loss.distils:
             check(self.adapt.heads == 0, "adapt.heads", self.adapt.heads, "0: no loss has heads that could learn alone")
         _check_model(self)
+
+    def as_trained(self) -> "Config":
+        """With `distill=` the same without what such a run leaves out: local crops, masks, KoLeo; otherwise itself."""
+        if self.distill is None:
+            return self
+        crops, mask = replace(self.crops, num_local=0), replace(self.mask, probability=0.0)
+        return replace(self, crops=crops, mask=mask, loss=replace(self.loss, koleo_weight=0.0, centering="softmax"))
 
     def num_steps(self, num_images: int, world_size: int = 1) -> int:
         """Length of the run in optimizer steps, at least 1, for a data set of `num_images`.
@@ -369,7 +384,7 @@ def _check_model(config: Config) -> None:
         raise UserError(f"model.name={config.model.name}: {one_line(error, 200)}") from None
     patch = int(named["patch_size"])
     *stages, (_, *last) = config.crops.in_stages
-    used = 2 if config.crops.num_local else 1
+    used = 2 if config.crops.num_local and config.distill is None else 1
     sizes = [*zip(("crops.global_size", "crops.local_size"), last[:used])]
     sizes += [("crops.stages", size) for _, *both in stages for size in both[:used]]
     for key, size in sizes:

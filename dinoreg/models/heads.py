@@ -79,6 +79,25 @@ class WeightNormLinear(nn.Module):
         return F.linear(x, self.weight())
 
 
+class TokenProjection(nn.Module):
+    """Two linear maps from a network's tokens to those of another one: of class tokens and of patch tokens.
+
+    in_dim, out_dim  widths D and D' of the two networks. Both start as isometries (of the narrower side), so that
+                     neighbours among the tokens are neighbours among their images
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.cls, self.patch = nn.Linear(in_dim, out_dim), nn.Linear(in_dim, out_dim)
+        for layer in (self.cls, self.patch):
+            nn.init.orthogonal_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, cls_tokens: Tensor, patch_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """cls_tokens (n, D), patch_tokens (n, N, D) -> (n, D'), (n, N, D')."""
+        return self.cls(cls_tokens), self.patch(patch_tokens)
+
+
 class PrototypeHead(nn.Module):
     """The head of DINO (section 3) and iBOT: an MLP, L2 normalisation, then `WeightNormLinear` to the prototypes.
 

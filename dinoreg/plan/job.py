@@ -10,22 +10,28 @@ from torch import nn
 
 from dinoreg.config.load import Config
 from dinoreg.config.schema import ParallelConfig
+from dinoreg.models.heads import PrototypeHead
 from dinoreg.plan.devices import Device
 from dinoreg.runtime.device import pick_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.state import Networks, build_networks
+from dinoreg.train.tutor import Tutor, load_tutor
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the networks, from a student on the meta device, without memory. The teacher is as large."""
+    """The sizes of the networks, from a student on the meta device, without memory. The teacher is as large.
+
+    tutor  the frozen network of `distill=`, with its weights; None without
+    """
 
     networks: Networks
+    tutor: Tutor | None = None
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """Number of parameters of each network: {"backbone", "dino_head"} and, untied, "ibot_head"."""
+        """Number of parameters of each network by name, see `Networks`."""
         return {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks.items()}
 
     @property
@@ -35,9 +41,15 @@ class Sizes:
 
     @property
     def prototypes(self) -> dict[str, int]:
-        """Number of prototypes of each head, by name; a tied head is listed once."""
-        heads = {name: self.networks[name] for name in self.networks if name != "backbone"}
-        return {name: len(head.last_layer.weight_g) for name, head in heads.items()}  # type: ignore[union-attr, arg-type]
+        """Number of prototypes of each head, by name; a tied head is listed once. {} with a tutor."""
+        heads = {name: head for name, head in self.networks.items() if isinstance(head, PrototypeHead)}
+        return {name: len(head.last_layer.weight_g) for name, head in heads.items()}
+
+    @property
+    def centers(self) -> int:
+        """Numbers in the centres of class tokens and of patch tokens together."""
+        widths = list(self.prototypes.values()) if self.tutor is None else [self.tutor.encoder.dim]
+        return widths[0] + widths[-1]
 
     @property
     def dim(self) -> int:
@@ -178,9 +190,10 @@ class Job:
 
 
 def measure_sizes(config: Config) -> Sizes:
-    """The sizes of a config's networks, which are built on the meta device, without memory."""
+    """The sizes of a config's networks, which are built on the meta device, without memory; a tutor is loaded."""
+    tutor = load_tutor(config, torch.device("cpu"), torch.float32)
     with torch.device("meta"):
-        return Sizes(build_networks(config)[0])
+        return Sizes(build_networks(config, tutor)[0], tutor)
 
 
 def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes | None = None) -> Job:
@@ -189,7 +202,7 @@ def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes
     sizes   of the config's networks; None: measured
     raises  UserError where such a run would be refused at its start
     """
-    world_size = nodes * gpus
+    config, world_size = config.as_trained(), nodes * gpus
     precision = _precision(config, device)
     if config.model.attention == "xformers" and device.kind != "cuda":
         raise UserError(

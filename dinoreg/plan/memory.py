@@ -20,6 +20,7 @@ from dinoreg.plan.recorder import KOLEO, PARTS, STATE, TEACHER, Parts
 from dinoreg.plan.trace import trace_job
 from dinoreg.train.class_probe import BATCH_SIZE as PROBE_BATCH
 from dinoreg.train.dense_probe import MOST_IMAGES
+from dinoreg.train.tutor import as_cut
 
 # Bytes of state for each parameter: student, teacher, and AdamW's two moments.
 STATE_BYTES = 16
@@ -82,6 +83,7 @@ class Operations:
     teacher    backbone on the global crops
     heads      of student and teacher
     again      repeated or additional forward passes: recomputed blocks, an anchor, KoLeo's pass over micro-batches
+    tutor      frozen network of `distill=` on the same crops
     attention  products with (T, T) matrices; included in the others
     """
 
@@ -89,12 +91,13 @@ class Operations:
     teacher: float
     heads: float
     again: float
+    tutor: float
     attention: float
 
     @property
     def total(self) -> float:
         """Floating-point operations of one image in all."""
-        return self.student + self.teacher + self.heads + self.again
+        return self.student + self.teacher + self.heads + self.again + self.tutor
 
 
 def memory_of(job: Job) -> Memory:
@@ -133,7 +136,8 @@ def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
 
 def _crops_ahead(job: Job) -> int:
     """Bytes of the crops of all batches that a process prepares ahead: bytes, and on a CPU the augmented floats."""
-    config, crops = job.config, job.config.crops
+    config = job.config
+    crops, _ = as_cut(job.sizes.tutor, config.crops, job.sizes.networks.backbone.patch_size)
     pixels = 2 * crops.global_size**2 + crops.num_local * crops.local_size**2
     each = 1 + 4 * (job.device.kind == "cpu")
     return (config.data.prefetch + 1) * config.batch_size * pixels * config.model.in_channels * each
@@ -157,8 +161,7 @@ def _probe_memory(job: Job, moments: dict[str, Parts]) -> int:
 
 def checkpoint_size(job: Job) -> int:
     """Bytes of one training state, of all processes together."""
-    prototypes = list(job.sizes.prototypes.values())
-    return STATE_BYTES * job.sizes.student + 4 * (prototypes[0] + prototypes[-1])
+    return STATE_BYTES * job.sizes.student + 4 * job.sizes.centers
 
 
 def checkpoint_copy(job: Job) -> int:

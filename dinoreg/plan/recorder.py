@@ -29,6 +29,7 @@ PARTS = (
     "student weights",
     "teacher weights",
     "anchor weights",
+    "tutor weights",
     "AdamW moments",
     "gradients",
     "weights in low precision",
@@ -40,7 +41,7 @@ PARTS = (
     "crops",
     WORKING,
 )
-STATE = PARTS[:4]  # lives from step to step
+STATE = PARTS[:5]  # lives from step to step
 # Moments: the phases of a step, in order. Within a phase the same tensors are alive, up to the number of blocks.
 TEACHER, CLASS_TOKENS, KOLEO, STUDENT = "teacher", "class tokens", "KoLeo", "student and losses"
 LAST_BLOCKS, BLOCKS, BACKWARD_END = "backward, last blocks", "backward, blocks", "backward, end"
@@ -71,7 +72,7 @@ def count_operations(function: Any, args: Sequence[Any], kwargs: dict[str, Any],
 class Recorder(TorchDispatchMode):
     """A context that records storages and operations of a training step.
 
-    operations  {"student" | "teacher" | "heads" | "again" | "KoLeo" | "attention": floating-point operations}; "again"
+    operations  {"student" | "teacher" | "heads" | "again" | "tutor" | "KoLeo" | "attention": operations}; "again"
                 are repeated or additional forward passes, "attention" is included in the others
     """
 
@@ -87,6 +88,7 @@ class Recorder(TorchDispatchMode):
         self._masked, self._calls = tuple(masked), 0
         self._moment = TEACHER
         self._owners = ["step"]  # of what is computed: the innermost module that is watched
+        self._between = "KoLeo"  # what computes outside of these modules
         self._parts: list[str] = []  # of every storage
         self._sizes: list[int] = []  # as they are now
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}  # by address: number of the storage
@@ -107,7 +109,9 @@ class Recorder(TorchDispatchMode):
 
     def hold_state(self, state: TrainState, batch: Any) -> None:
         """Count the tensors of a training state and a batch, which exist before the step."""
-        networks = {"student weights": state.student, "teacher weights": state.teacher, "anchor weights": state.anchor}
+        networks: dict[str, nn.Module | None] = {"student weights": state.student, "teacher weights": state.teacher}
+        networks["anchor weights"] = state.anchor
+        networks["tutor weights"] = None if state.tutor is None else state.tutor.network
         for part, network in networks.items():
             for parameter in network.parameters() if network is not None else ():
                 self.hold(parameter, part)
@@ -182,6 +186,7 @@ class Recorder(TorchDispatchMode):
     def watching(self, state: TrainState) -> Iterator[None]:
         """A context with hooks on the networks of `state` that follow the current module and the backward pass."""
         blocks = state.student.backbone.blocks
+        self._between = "KoLeo" if state.tutor is None else "tutor"
         owners = {
             state.teacher.backbone: "teacher",
             state.student.backbone: "student",
@@ -265,7 +270,7 @@ class Recorder(TorchDispatchMode):
         owner = self._owners[-1]
         if _in_backward() and owner != "again":
             owner = "heads" if self._moment == STUDENT else "student"
-        kind = {"teacher's heads": "heads", "student's heads": "heads", "step": "KoLeo"}.get(owner, owner)
+        kind = {"teacher's heads": "heads", "student's heads": "heads", "step": self._between}.get(owner, owner)
         self.operations[kind] += operations
         if function in _ATTENTION:
             self.operations["attention"] += operations
@@ -279,7 +284,7 @@ class Recorder(TorchDispatchMode):
             return "logits and targets"
         if _in_backward():
             return WORKING
-        if owner == "step" and tensor.ndim == 4:
+        if owner == "step" and tensor.ndim == 4 and self._between == "KoLeo":
             return "crops"  # of a micro-batch
         if owner == "step" and func is aten.mm.default and tensor.shape == (self._koleo_images,) * 2:
             return "similarities for KoLeo"

@@ -31,6 +31,7 @@ from dinoreg.plan.traffic import Step, collectives, step_of
 from dinoreg.runtime.environment import busy, usable_cores
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.templates import render
+from dinoreg.train.tutor import as_cut
 
 # Images of 500 x 375 pixels that one core decodes and crops in a second (docs/results/benchmarks.md).
 IMAGES_PER_CORE = 480.0
@@ -170,8 +171,9 @@ def _loading(job: Job, source: Source | None, notes: list[str]) -> float | None:
         return None
     config = job.config
     try:
-        patch_size, channels = job.sizes.networks.backbone.patch_size, config.model.in_channels
-        views = Views(config.crops, config.augment, config.mask, patch_size, channels)
+        channels = config.model.in_channels
+        crops, patch_size = as_cut(job.sizes.tutor, config.crops, job.sizes.networks.backbone.patch_size)
+        views = Views(crops, config.augment, config.mask, patch_size, channels)
         return seconds_per_image(source, views, config.data, augmented=job.device.kind == "cpu")
     except (UserError, RunError) as error:
         notes.append(f"No image could be loaded here: {error}")
@@ -236,7 +238,7 @@ def _remarks(job: Job, operations: Operations, speed: Speed | None, here: bool) 
         job=job,
         config=config,
         busy=busy() if here and job.device.kind == "cpu" else "",
-        no_masks=int(2 * job.global_batch_size * config.mask.probability) == 0,
+        no_masks=config.distill is None and int(2 * job.global_batch_size * config.mask.probability) == 0,
         pairs=4 * (job.koleo_ranks * config.batch_size) ** 2,
         share=job.koleo_operations() / (operations.total * config.batch_size),
         measured=measured,

@@ -19,6 +19,7 @@ from dinoreg.plan.step import random_batch, take_step
 from dinoreg.runtime.device import DTYPES, keep_freed_memory, peak_memory
 from dinoreg.train.parallelize import compile_backbones
 from dinoreg.train.state import build_networks, build_state
+from dinoreg.train.tutor import load_tutor
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +141,13 @@ def _measure(config: Config, dtype: torch.dtype, device: torch.device) -> Speed:
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     with _threads(config.threads), torch.random.fork_rng(devices=[device] if cuda else []):
-        student, teacher = build_networks(config)
+        tutor = load_tutor(config, device, dtype)
+        student, teacher = build_networks(config, tutor)
         anchor = build_networks(config)[1].backbone if config.loss.anchor_weight > 0 else None
-        state = build_state(config, student, teacher, device, dtype, anchor)
+        state = build_state(config, student, teacher, device, dtype, anchor, tutor=tutor)
         if config.model.compile:
             compile_backbones(state.student, state.teacher)
-        batch = random_batch(config, student.backbone.patch_size, device)
+        batch = random_batch(config, student.backbone.patch_size, device, tutor)
         times: list[float] = []
         while len(times) < WARM_UP_STEPS + MOST_STEPS and sum(times[WARM_UP_STEPS:]) < PROBE_SECONDS:
             started = time.perf_counter()

@@ -5,11 +5,13 @@ import torch
 from torch import Tensor
 
 from dinoreg.config.load import Config
+from dinoreg.config.view_settings import CropSettings
 from dinoreg.data.loader import Batch
 from dinoreg.data.masks import block_masks, mask_tensors
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
+from dinoreg.train.tutor import Tutor, as_cut
 
 NOW = Now(lr=1e-5, last_layer_lr=1e-5, weight_decay=0.04, momentum=0.99, teacher_temp=0.05)
 
@@ -28,25 +30,28 @@ def take_step(config: Config, state: TrainState, batch: Batch, dtype: torch.dtyp
     )
 
 
-def random_batch(config: Config, patch_size: int, device: torch.device) -> Batch:
+def random_batch(config: Config, patch_size: int, device: torch.device, tutor: Tutor | None = None) -> Batch:
     """A batch of config.batch_size images of random pixels, with masks drawn as in a run of one process.
 
     patch_size  pixels; it divides crops.global_size
+    tutor       of the run, which may see larger crops
     """
-    grid = (config.crops.global_size // patch_size,) * 2
+    crops, patch_size = as_cut(tutor, config.crops, patch_size)
+    grid = (crops.global_size // patch_size,) * 2
     hidden = block_masks(0, 0, 2 * config.batch_size, grid, config.mask)
     indices, weights = mask_tensors(hidden)
-    return masked_batch(config, torch.from_numpy(hidden).to(device), indices.to(device), weights.to(device))
+    return masked_batch(config, crops, torch.from_numpy(hidden).to(device), indices.to(device), weights.to(device))
 
 
-def masked_batch(config: Config, mask: Tensor, indices: Tensor, weights: Tensor) -> Batch:
+def masked_batch(config: Config, crops: CropSettings, mask: Tensor, indices: Tensor, weights: Tensor) -> Batch:
     """A batch of random pixels with given masks.
 
+    crops    as they are cut, see `as_cut`
     mask     (2B, N) bool   B = config.batch_size
     indices  (M,) int64     of the masked patches among 2B * N
     weights  (M,)           of the masked patches, see `Batch`
     """
-    crops, count = config.crops, config.batch_size
+    count = config.batch_size
 
     def pixels(rows: int, size: int) -> Tensor:
         return torch.randn(rows, config.model.in_channels, size, size, device=mask.device)

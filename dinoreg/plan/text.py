@@ -47,11 +47,13 @@ def _text(plan: Plan) -> str:
     """The headline and the sections, with a blank line between."""
     held = plan.memory.moments[plan.memory.peak]
     most_gradients = max(parts.get("gradients", 0) for parts in plan.memory.moments.values())
-    kinds = {name: getattr(plan.operations, name) for name in ("student", "teacher", "heads", "again")}
+    kinds = {name: getattr(plan.operations, name) for name in ("student", "teacher", "heads", "again", "tutor")}
+    tutor = plan.job.sizes.tutor
     text = render(
         "plan/templates/plan.txt.j2",
         plan=plan,
         shares=[f"{name} {count / 1e9:.4g}" for name, count in kinds.items() if count],
+        tutor_parameters=sum(p.numel() for p in tutor.network.parameters()) if tutor else 0,
         prototypes=plan.job.sizes.prototypes.values(),
         held={part: held.get(part, 0) for part in PARTS if part in held or (part == "gradients" and most_gradients)},
         most_gradients=most_gradients,

@@ -8,6 +8,7 @@ more operations in float32 than the CPU's, but none that a step calls under auto
 attention saves the same tensors on both. DDP cannot run on fake tensors: such a step runs unwrapped, see `memory`.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.train.optimizer import start_moments
 from dinoreg.train.parallelize import device_mesh
 from dinoreg.train.state import TrainState, build_networks, build_state
+from dinoreg.train.tutor import Tutor, as_cut
 
 CPU = torch.device("cpu")
 
@@ -67,22 +69,32 @@ def trace_job(job: Job, depth: int, masked: tuple[int, ...]) -> Trace:
             loss=config.loss,
             optim=replace(config.optim, accumulate=parts),
             parallel=parallel,
+            distill=config.distill,
         ),
         job.precision,
         job.world_size,
         job.device.kind,
         masked,
+        job.sizes.tutor,
     )
 
 
 @lru_cache(maxsize=512)
-def trace_step(config: Config, precision: str, world_size: int, device_kind: str, masked: tuple[int, ...]) -> Trace:
+def trace_step(
+    config: Config,
+    precision: str,
+    world_size: int,
+    device_kind: str,
+    masked: tuple[int, ...],
+    tutor: Tutor | None = None,
+) -> Trace:
     """Trace one training step of rank 0 of `world_size` processes, on fake tensors.
 
     config       with parallel.strategy set ("ddp" runs unwrapped) and an attention backend that runs on a CPU
     precision    "bf16" | "fp16" | "fp32"
     device_kind  "cuda" | "cpu", which determines the size of the losses' scratch memory
     masked       masked patches of each micro-batch
+    tutor        with its weights, of which only the shapes count
     raises       UserError for several processes inside a process group, since the step simulates one
     """
     if world_size > 1 and dist.is_initialized():
@@ -94,7 +106,7 @@ def trace_step(config: Config, precision: str, world_size: int, device_kind: str
         sharded = config.parallel.strategy == "fsdp"
         mesh = device_mesh(CPU, config.parallel.shard, world_size) if sharded else None
         stack.enter_context(FakeTensorMode())
-        state = _fake_state(config, precision, ranks, mesh)
+        state = _fake_state(config, precision, ranks, mesh, None if tutor is None else _fake_tutor(tutor))
         return record_step(config, state, _fake_batch(config, state, sum(masked)), precision, masked)
 
 
@@ -106,7 +118,7 @@ def record_step(config: Config, state: TrainState, batch: Batch, precision: str,
     """
     if not state.optimizer.state:
         start_moments(state.optimizer)
-    centers = {center.shape[-1] for center in state.centers.values()}
+    centers = {center.shape[-1] for center in state.centers.values()} if state.tutor is None else ()
     koleo_ranks = config.loss.koleo_ranks or state.ranks.world_size
     recorder = Recorder(centers, koleo_ranks * config.batch_size, masked)
     recorder.hold_state(state, batch)
@@ -116,17 +128,28 @@ def record_step(config: Config, state: TrainState, batch: Batch, precision: str,
     return Trace(recorder.peaks(), recorder.peaks(without=("gradients",)), dict(recorder.operations))
 
 
-def _fake_state(config: Config, precision: str, ranks: Ranks, mesh: DeviceMesh | None) -> TrainState:
+def _fake_tutor(tutor: Tutor) -> Tutor:
+    """The same with fake weights; FakeTensorMode must be active."""
+    network, encoder = tutor.network, copy.copy(tutor.encoder)
+    tensors = (*network.parameters(), *network.buffers())
+    fakes = {id(t): nn.Parameter(torch.empty(t.shape, dtype=t.dtype), False) for t in tensors}
+    encoder.module = copy.deepcopy(network, fakes)  # type: ignore[attr-defined]
+    return replace(tutor, encoder=encoder)
+
+
+def _fake_state(
+    config: Config, precision: str, ranks: Ranks, mesh: DeviceMesh | None, tutor: Tutor | None
+) -> TrainState:
     """A run's training state of fake tensors, sharded over `mesh` if given; FakeTensorMode must be active."""
     with torch.device("meta"):  # where drawing start weights costs nothing
-        student, teacher = build_networks(config)
+        student, teacher = build_networks(config, tutor)
         anchor = build_networks(config)[1].backbone if config.loss.anchor_weight > 0 else None
     for network in (student, teacher, anchor):
         if network is not None:
             _give_fake_parameters(network)
             network.__dict__["to"] = lambda *_, network=network: network  # fake parameters cannot be moved
     owners = ALONE if mesh is None else ranks
-    state = build_state(config, student, teacher, CPU, DTYPES[precision], anchor, owners, mesh)
+    state = build_state(config, student, teacher, CPU, DTYPES[precision], anchor, owners, mesh, tutor=tutor)
     state.ranks = ranks
     return state
 
@@ -138,9 +161,10 @@ def _give_fake_parameters(network: nn.Module) -> None:
 
 
 def _fake_batch(config: Config, state: TrainState, masked: int) -> Batch:
-    patches = (config.crops.global_size // state.student.backbone.patch_size) ** 2
+    crops, patch_size = as_cut(state.tutor, config.crops, state.student.backbone.patch_size)
+    patches = (crops.global_size // patch_size) ** 2
     mask = torch.empty(2 * config.batch_size, patches, dtype=torch.bool)
-    return masked_batch(config, mask, torch.empty(masked, dtype=torch.int64), torch.empty(masked))
+    return masked_batch(config, crops, mask, torch.empty(masked, dtype=torch.int64), torch.empty(masked))
 
 
 @contextmanager

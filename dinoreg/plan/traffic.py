@@ -99,8 +99,9 @@ def _weights(job: Job) -> list[Collective]:
         student, calls = student + parts * backbone, calls + parts * blocks
     found = [
         Collective("student's weights, all-gather", student, calls, *group, 1, True),
-        Collective("teacher's weights, all-gather", parts * whole, parts * units, *group, 1, True),
     ]
+    if sizes.tutor is None:  # with one, the moving average sees no pictures
+        found.append(Collective("teacher's weights, all-gather", parts * whole, parts * units, *group, 1, True))
     if job.has_anchor:
         found.append(Collective("anchor's weights, all-gather", parts * backbone, parts * blocks, *group, 1, True))
     reduced = parts * DTYPES[options.reduce_dtype].itemsize * job.padded()
@@ -115,8 +116,7 @@ def _weights(job: Job) -> list[Collective]:
 def _statistics(job: Job) -> list[Collective]:
     """The collectives of prototype masses or centres, of KoLeo's class tokens, and of scalars (losses and norms)."""
     loss, sizes, everyone = job.config.loss, job.sizes, (job.world_size, job.gpus)
-    heads = list(sizes.prototypes.values())
-    prototypes = heads[0] + heads[-1]  # class tokens and patches are balanced apart
+    prototypes = sizes.centers  # class tokens and patches are balanced apart
     if loss.centering == "sinkhorn":
         size, calls = 4 * loss.sinkhorn_iterations * prototypes, 2 * (loss.sinkhorn_iterations + 1)
         found = [Collective("Sinkhorn, all-reduce", size, calls, *everyone, 2, False)]
@@ -126,6 +126,6 @@ def _statistics(job: Job) -> list[Collective]:
         ranks = job.koleo_ranks
         tokens = 4 * 2 * job.config.batch_size * sizes.dim
         found.append(Collective("KoLeo, all-gather", ranks * tokens, 1, ranks, min(ranks, job.gpus), 1, False))
-    scalars = 1 + (len(heads) + 1) * (job.strategy == "fsdp")
+    scalars = 1 + len(sizes.networks) * (job.strategy == "fsdp")
     found.append(Collective("losses and norms, all-reduce", 4 * 5 * scalars, scalars, *everyone, 2, False))
     return found

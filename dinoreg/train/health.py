@@ -210,24 +210,30 @@ class Health:
 
         returns  teacher_entropy, teacher_entropy_max and target_marginal_entropy in nats; prototype_usage, a share in
                  0 to 1; feature_std, 1 for isotropic and 0 for equal features; feature_rank, the RankMe
-                 (arXiv 2210.02885) of about `RANK_WINDOW` centred class tokens, NaN where they are not finite
+                 (arXiv 2210.02885) of about `RANK_WINDOW` centred class tokens, NaN where they are not finite.
+                 Without prototypes (`distill=`) only the last two
         """
         if not isinstance(self._sums, Tensor) or not isinstance(self._marginal, Tensor):
             return {}
         entropy, spread = (self.ranks.all_reduce_mean(self._sums) / self._steps).tolist()
-        marginal = self.ranks.all_reduce_mean(self._marginal) / self._steps
         share = -(-RANK_WINDOW // self.ranks.world_size)
         own = self.features[0][-share:] if len(self.features) == 1 else torch.cat(list(self.features))
         window = self.ranks.gather_rows(own)
-        self._clear()
-        return {
-            "teacher_entropy": entropy,
+        features = {
             "feature_std": spread,
+            "feature_rank": rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan,
+        }
+        marginal, steps = self._marginal, self._steps
+        self._clear()
+        if not len(marginal):
+            return features
+        marginal = self.ranks.all_reduce_mean(marginal) / steps
+        return features | {
+            "teacher_entropy": entropy,
             "teacher_entropy_max": math.log(self.num_prototypes),
             "target_marginal_entropy": float(torch.special.entr(marginal).sum()),
             # A prototype counts as used when it gets at least a tenth of its even share.
             "prototype_usage": float((marginal > 0.1 / self.num_prototypes).float().mean()),
-            "feature_rank": rankme(window - window.mean(dim=0)) if bool(window.isfinite().all()) else math.nan,
         }
 
     def diagnose(self, metrics: Mapping[str, Any]) -> list[Diagnosis]:

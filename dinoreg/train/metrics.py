@@ -29,6 +29,8 @@ LOSS_NAMES = {
     "koleo_loss": "koleo",
     "diet_loss": "diet",
     "anchor_loss": "anchor",
+    "distill_cls_loss": "distill_cls",
+    "distill_patch_loss": "distill_patch",
 }
 
 

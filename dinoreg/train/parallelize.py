@@ -25,7 +25,7 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import DTYPES
 from dinoreg.runtime.errors import RunError, UserError
 
-# A student or teacher by module name: {"backbone", "dino_head"} and, untied, "ibot_head".
+# A student or teacher by module name, see `state.Networks`.
 Modules = nn.ModuleDict | Mapping[str, nn.Module]
 
 # Above this many parameters in the student, replicas of the training state on every process waste memory.
@@ -114,7 +114,7 @@ def shard(networks: nn.ModuleDict, mesh: DeviceMesh, policy: MixedPrecisionPolic
 
 def _learns(name: str, student: nn.ModuleDict, loss: LossConfig) -> bool:
     """Whether a module gets gradients; DDP would wait for those of a head whose loss has no weight."""
-    if name == "backbone":
+    if name in ("backbone", "distill_head"):
         return True
     if name == "ibot_head":
         return loss.ibot_weight > 0

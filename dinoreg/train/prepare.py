@@ -35,6 +35,7 @@ from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+from dinoreg.train.tutor import Tutor, as_cut, load_tutor
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
@@ -56,6 +57,7 @@ class Setup:
     probe    measured on the run's own domain; general: on images that it must not forget; dense: patches. None: no such
     student, teacher  on the CPU
     init     the weights that the run starts from; None: random ones
+    tutor    the frozen network to learn from, on `device`; None without `distill=`
     notes    lines for the log
     """
 
@@ -72,6 +74,7 @@ class Setup:
     student: Networks
     teacher: Networks
     init: InitialWeights | None
+    tutor: Tutor | None
     schedules: Schedules
     notes: list[str]
 
@@ -94,8 +97,9 @@ class Setup:
 
     @cached_property
     def stages(self) -> dict[int, CropSettings]:
-        """{first step: crops} of the stages of the run, in order."""
-        return self.config.stages(self.num_steps)
+        """{first step: crops, as they are cut} of the stages of the run, in order."""
+        stages, patch_size = self.config.stages(self.num_steps), self.student.backbone.patch_size
+        return {first: as_cut(self.tutor, crops, patch_size)[0] for first, crops in stages.items()}
 
     def stage_of(self, step: int) -> tuple[CropSettings, int]:
         """The crops of the stage that `step` is in, and the step with which it ends."""
@@ -109,14 +113,20 @@ class Setup:
         if self.config.loss.diet_weight > 0:
             backbone = self.teacher.backbone.to(self.device)
             seen = class_tokens_of_all(self.config, self.source, backbone, *where, self.ranks)
-        return build_state(self.config, self.student, self.teacher, *where, anchor, self.ranks, seen=seen)
+        networks, tutor = (self.student, self.teacher), self.tutor
+        state = build_state(self.config, *networks, *where, anchor, self.ranks, seen=seen, tutor=tutor)
+        if tutor is not None:
+            state.history["distill"] = tutor.encoder.identity
+        return state
 
     def batches(self, state: TrainState) -> BatchLoader:
         """The endless loader of the stage that `state.step` is in, starting at the sample `state.position`."""
-        config, patch_size = self.config, self.student.backbone.patch_size
+        config = self.config
+        crops, _ = self.stage_of(state.step)
+        _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
         loader = BatchLoader(
             self.source,
-            Views(self.stage_of(state.step)[0], config.augment, config.mask, patch_size, config.model.in_channels),
+            Views(crops, config.augment, config.mask, patch_size, config.model.in_channels),
             config.data,
             deep=self.deep,
             batch_size=config.batch_size,
@@ -171,14 +181,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     """
     if not config.out:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
-    out = Path(config.out)
+    out, config = Path(config.out), config.as_trained()
     check_out(config, out)
-    device = pick_device(config.device)
-    dtype = pick_precision(config.precision, device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
+    device, dtype = _device(config)
     data = config.data
     if data.source is None:
         raise UserError("data: expected a folder of images, a list of paths, scenes or a named dataset, as data=PATH")
@@ -191,8 +196,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     config = with_horizon(config, num_steps, before, out)
     changed = [] if before is None else changed_config(config, before, out)
     seen = survey(source, config.model.in_channels)
-    student, teacher = build_networks(config)
-    notes = [config.explain_lr(ranks.world_size), *changed, *measured]
+    tutor = load_tutor(config, device, dtype)
+    student, teacher = build_networks(config, tutor)
+    notes = [config.explain_lr(ranks.world_size), *([tutor.note] if tutor else []), *changed, *measured]
     notes += _of_pictures(config, source, seen)
     notes += _processes(config, student, ranks.world_size)
     init = load_init(config, out, student, teacher)
@@ -216,6 +222,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         student=student,
         teacher=teacher,
         init=init,
+        tutor=tutor,
         schedules=schedules,
         notes=notes,
     )
@@ -239,6 +246,16 @@ def _stages(setup: Setup) -> list[str]:
     words = [f"{crops.global_size} and {crops.local_size} px" for crops in setup.stages.values()]
     parts = [f"{size} to step {end}" for size, end in zip(words, ends)]
     return [f"crops in stages: {', '.join(parts)}, then {words[-1]}"] if ends else []
+
+
+def _device(config: Config) -> tuple[torch.device, torch.dtype]:
+    """The device, and the dtype of autocast; threads and allocator of this process are set for it."""
+    device = pick_device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device, pick_precision(config.precision, device)
 
 
 def _processes(config: Config, student: Networks, world_size: int) -> list[str]:
@@ -307,11 +324,13 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     """A one-line message when the run in `out` is resumed with other values of options that affect its weights, or [].
 
     before  the config that the run has
-    raises UserError where init= or an option of the architecture differs from the run's config.yaml
+    raises UserError where init=, distill= or an option of the architecture differs from the run's config.yaml
     """
-    if before.init != config.init:
-        started = "without init=" if before.init is None else f"from init={before.init}"
-        raise UserError(f"init={config.init}: the run in {out} was started {started}; a resumed run keeps its start")
+    for key in ("init", "distill"):
+        then, now = getattr(before, key), getattr(config, key)
+        if then != now:
+            started = f"without {key}=" if then is None else f"from {key}={then}"
+            raise UserError(f"{key}={now}: the run in {out} was started {started}; a resumed run keeps its start")
     for section in SHAPING:
         then, now = vars(getattr(before, section)), vars(getattr(config, section))
         for key in now:

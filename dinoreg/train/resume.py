@@ -18,7 +18,7 @@ from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import Ranks
-from dinoreg.runtime.errors import Interrupted, RunError, one_line
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
 from dinoreg.train.logger import SilentLog
 from dinoreg.train.state import TrainState
 
@@ -41,10 +41,12 @@ def restore(state: TrainState, path: Path, source: Source) -> list[str]:
     """Load a checkpoint that `find_checkpoint` has verified into `state`; returns lines for the log.
 
     source  the images of this start, compared with those of the checkpoint
-    raises  RunError when a file is damaged, UserError when the checkpoint is of another architecture
+    raises  RunError when a file is damaged, UserError when the checkpoint is of another architecture or tutor
     """
-    tensors = state.tensors()
+    tensors, tutor = state.tensors(), state.history.get("distill")
     numbers = checkpoint.load(path, tensors, state.numbers(), verified=True, ranks=state.ranks)
+    if tutor != numbers["history"].get("distill"):
+        raise UserError(f"{path}: was distilled from other weights than those that distill= names now")
     state.load(tensors, numbers)
     messages = [f"resumed from {path}"]
     if state.history.get("source") not in (None, source.fingerprint()):

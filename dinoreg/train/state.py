@@ -11,23 +11,27 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dinoreg.config.load import Config
 from dinoreg.distributed.process_group import ALONE, Ranks
-from dinoreg.models.heads import PrototypeHead
+from dinoreg.models.heads import PrototypeHead, TokenProjection
 from dinoreg.models.lora import freeze_but
 from dinoreg.models.registry import build
 from dinoreg.models.vit import RegisterViT
 from dinoreg.train.optimizer import build_optimizer, start_moments
 from dinoreg.train.parallelize import Modules, parallelize
+from dinoreg.train.tutor import Tutor
 
 LARGEST_LOSS_SCALE = 2.0**16
 SCALARS = ("loss_scale", "scale_age", "rejected")  # tensors of the state that are one number
 
 
 class Networks(nn.ModuleDict):
-    """A backbone and its prototype heads: {"backbone", "dino_head"} and, untied, "ibot_head"."""
+    """A backbone and its heads: {"backbone", "dino_head"} and, untied, "ibot_head"; of a run with `distill=`
+    {"backbone", "distill_head"}.
+    """
 
     backbone: RegisterViT
     dino_head: PrototypeHead
     ibot_head: PrototypeHead
+    distill_head: TokenProjection
 
     @property
     def head_of_patches(self) -> PrototypeHead:
@@ -37,19 +41,21 @@ class Networks(nn.ModuleDict):
 
 @dataclass
 class TrainState:
-    """The state of a run; a checkpoint holds all but `train_modules`, `ranks`, and anchor and `seen`, which are fixed.
+    """The state of a run; a checkpoint holds all but `train_modules`, `ranks`, and the fixed anchor, `seen` and tutor.
 
     train_modules  the student's modules as a step calls them: the student itself, or DDP around each module
-    centers        {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering)
+    centers        {"dino": (1, K), "ibot": (1, K')}  moving centres of the teacher's logits (softmax centering); with a
+                   tutor {"cls": (1, D'), "patch": (1, D')}, of its tokens
     loss_scale ()  multiplies the loss before the backward pass; changes in fp16 only
     scale_age  ()  int32, finite steps since the scale last changed
     rejected   ()  non-finite steps in a row, counted on the device
     step           optimizer steps taken
     position       samples drawn from the data
     rollbacks      how often the run has gone back to an earlier checkpoint
-    history        JSON values: fingerprint of the data, unreadable images, best probe
+    history        JSON values: fingerprint of the data, identity of the tutor, unreadable images, best probe
     anchor         the frozen backbone of the anchor loss; None where loss.anchor_weight is 0
     seen           (I, D) class tokens of all images at the start; None where loss.diet_weight is 0
+    tutor          the frozen network of `distill=`, which every process holds whole; None without
     ranks          the processes that train it together
     """
 
@@ -67,6 +73,7 @@ class TrainState:
     history: dict[str, Any] = field(default_factory=dict)
     anchor: RegisterViT | None = None
     seen: Tensor | None = None
+    tutor: Tutor | None = None
     ranks: Ranks = ALONE
 
     def tensors(self) -> dict[str, Any]:
@@ -107,9 +114,10 @@ class TrainState:
         self.rollbacks = max(self.rollbacks, numbers["rollbacks"])
 
 
-def build_networks(config: Config) -> tuple[Networks, Networks]:
+def build_networks(config: Config, tutor: Tutor | None = None) -> tuple[Networks, Networks]:
     """Student and teacher, on the CPU, with equal weights that depend on config.seed alone.
 
+    tutor  that projections in place of prototype heads shall lead to
     The teacher is in eval mode and needs no gradients. raises UserError for a model that cannot be built
     """
     head = config.head
@@ -120,8 +128,10 @@ def build_networks(config: Config) -> tuple[Networks, Networks]:
         torch.manual_seed(config.seed)
         backbone = build(**model, image_size=config.crops.global_size)
         student = Networks({"backbone": backbone})
-        widths = {"dino_head": (head.prototypes, head.bottleneck_dim)}
-        if head.separate:
+        widths = {} if tutor else {"dino_head": (head.prototypes, head.bottleneck_dim)}
+        if tutor is not None:
+            student["distill_head"] = TokenProjection(backbone.dim, tutor.encoder.dim)
+        elif head.separate:
             separate = (head.ibot_prototypes or head.prototypes, head.ibot_bottleneck_dim or head.bottleneck_dim)
             widths["ibot_head"] = separate
         for name, (prototypes, bottleneck) in widths.items():
@@ -141,6 +151,7 @@ def build_state(
     ranks: Ranks = ALONE,
     mesh: DeviceMesh | None = None,
     seen: Tensor | None = None,
+    tutor: Tutor | None = None,
 ) -> TrainState:
     """The state at step 0 of a run, with the networks moved to `device` and distributed over `ranks`.
 
@@ -148,6 +159,7 @@ def build_state(
     anchor  the frozen backbone of the anchor loss, if any
     mesh    of the processes, for FSDP2; None: all of them, in groups of `parallel.shard`
     seen    (I, D) what `diet_loss` tells apart; None: as many as a batch has, all alike
+    tutor   on `device`, the one that the networks were built for
     raises  UserError where the processes do not divide into groups of `parallel.shard`
     """
     if config.init is not None:
@@ -162,19 +174,25 @@ def build_state(
     anchor = None if anchor is None else anchor.to(device)
     train_modules = parallelize(config.parallel, config.loss, student, teacher, anchor, device, ranks, mesh)
     optimizer = build_optimizer(student, student.backbone.depth, config.layer_decay(), config.optim)
-    if config.init is not None and config.adapt.heads > 0:
+    # With a tutor nothing is masked, so that the mask token never gets a gradient.
+    if tutor is not None or (config.init is not None and config.adapt.heads > 0):
         start_moments(optimizer)
-    heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}
+    if tutor is None:
+        heads = {"dino": teacher.dino_head, "ibot": teacher.head_of_patches}
+        widths = {name: len(head.last_layer.weight_g) for name, head in heads.items()}
+    else:
+        widths = dict.fromkeys(("cls", "patch"), tutor.encoder.dim)
     return TrainState(
         student=student,
         teacher=teacher,
         train_modules=train_modules,
         optimizer=optimizer,
-        centers={name: torch.zeros(1, len(head.last_layer.weight_g), device=device) for name, head in heads.items()},
+        centers={name: torch.zeros(1, width, device=device) for name, width in widths.items()},
         loss_scale=torch.tensor(LARGEST_LOSS_SCALE if dtype == torch.float16 else 1.0, device=device),
         scale_age=torch.zeros((), dtype=torch.int32, device=device),
         rejected=torch.zeros((), device=device),
         anchor=anchor,
         seen=seen,
+        tutor=tutor,
         ranks=ranks,
     )

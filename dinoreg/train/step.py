@@ -25,6 +25,7 @@ from dinoreg.losses.dino import dino_loss
 from dinoreg.losses.ibot import ibot_loss
 from dinoreg.losses.koleo import koleo_loss
 from dinoreg.runtime.device import autocast
+from dinoreg.train.distill import distill_backward
 from dinoreg.train.optimizer import clip_gradients, set_rates, update_teacher
 from dinoreg.train.parallelize import Modules, local, reshard, without_reduction
 from dinoreg.train.schedules import Now
@@ -43,6 +44,8 @@ class Targets:
     ibot     (M, K')   one row per masked patch; each sums to one
     features (2B, D)   the teacher's class tokens, float32, in the order of `dino`
     centers            {"dino": (1, K), "ibot": (1, K')}, the centres for the next step
+
+    With a tutor (see `distill_backward`) there are no prototypes, K = 0, and the features are the student's.
     """
 
     dino: Tensor
@@ -56,7 +59,8 @@ class StepResult:
     """What a step leaves for logging; tensors stay on the device.
 
     losses    {"dino_global", "dino_local", "ibot", "koleo", "diet", "anchor", "total"}, each (): as optimised, weights
-              included, means over the batches of all processes; those with a weight of 0 are left out
+              included, means over the batches of all processes; those with a weight of 0 are left out. With a tutor
+              {"distill_cls", "distill_patch", "total"}
     norms     {"grad_norm_backbone", …}, each (): before clipping, of the modules with gradients
     accepted  ()  1.0, or 0.0 when loss or gradient was not finite and nothing was changed
     targets   None where no loss has any
@@ -389,12 +393,18 @@ def train_step(
     the backbone gets no gradient, so neither its learning rate nor weight decay can change it.
     """
     targets = None
-    if loss.distils:
+    if state.tutor is None and loss.distils:
         ranks = state.ranks
         targets = teacher_targets(state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, ranks)
     state.optimizer.zero_grad(set_to_none=True)
-    step_seed = seed * 2**32 + state.step
-    losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen=now.backbone == 0.0)
+    step_seed, frozen = seed * 2**32 + state.step, now.backbone == 0.0
+    if state.tutor is None:
+        losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen)
+    else:
+        seeds = [micro_batch_seed(step_seed, index, state.ranks.rank) for index in range(accumulate)]
+        losses, features, centers = distill_backward(state, batch.global_crops, loss, dtype, seeds, frozen)
+        none = features[:, :0]
+        targets = Targets(none, none, features, centers)
     for networks in (state.student, state.teacher):
         reshard(networks)
     if dtype == torch.float16:

@@ -37,7 +37,7 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers": "transformers"}
 
-_HEAD_KEY = re.compile(r"(dino_head|ibot_head|head|classifier)\.")
+_HEAD_KEY = re.compile(r"(dino_head|ibot_head|distill_head|head|classifier)\.")
 _STEP_NAME = re.compile(r"step_\d+")
 
 
@@ -46,8 +46,8 @@ class Weights:
     """The content of a weight file, with the encoder's own key names, float32 on the CPU.
 
     backbone  the encoder's tensors, by name
-    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, head.*, classifier.*), and of the entries beside
-              the state dict in a training file (optimizer, student, ...)
+    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, distill_head.*, head.*, classifier.*), and of the
+              entries beside the state dict in a training file (optimizer, student, ...)
     metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": ...}, as `preprocessing_of`
     source    "dinoreg" | "meta" | "timm" | "transformers"
     stated    the architecture according to the JSON file beside it
