@@ -54,7 +54,8 @@ class Judge:
     """k-NN at one size; called with a network it says which of the unseen pictures it names right."""
 
     def __init__(self, pictures: Path, size: int) -> None:
-        overrides = {"model.name": "vits14_reg0", "crops.global_size": size, "crops.num_local": 0}
+        patch = next(patch for patch in (8, 14, 16) if size % patch == 0)  # a config's crops are of whole patches
+        overrides = {"model.name": f"vits{patch}_reg0", "crops.global_size": size, "crops.num_local": 0}
         wanted = {"probe.data": str(pictures), "probe.num_images": 1_000_000}
         probe = build_probe(load_config(None, {**overrides, **wanted}), open_source(str(pictures)))
         assert probe is not None
