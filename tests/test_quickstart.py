@@ -34,8 +34,7 @@ def result(low: float, high: float) -> Result:
 
 @pytest.fixture
 def few_scenes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "NUM_TRAIN", 90)
-    monkeypatch.setattr(module, "NUM_TEST", 50)
+    monkeypatch.setattr(probe_run, "__defaults__", (90, 50, True))
 
 
 @pytest.mark.slow
