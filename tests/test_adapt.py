@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ from processes import on_processes, pretrain_each
 from safetensors.torch import load_file
 from test_step import new_batch
 from torch import Tensor, nn
-from training import read_lines, tiny_config
+from training import read_lines, stopped_after, tiny_config
 
 import dinoreg
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.config.load import Config, load_config
 from dinoreg.losses.diet import TEMPERATURE, diet_loss
 from dinoreg.models.lora import LoraLinear
-from dinoreg.runtime.errors import Interrupted, UserError
-from dinoreg.train import loop
+from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
 from dinoreg.train.optimizer import update_teacher
 from dinoreg.train.prepare import prepare
@@ -179,20 +177,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_resumed_run_equals_the_unbroken_one(first: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     options = {"adapt__blocks": 1, **options}
     whole = pretrain(continued(tmp_path / "whole", first, **options))
-
-    class Stop(loop.Signals):
-        @property
-        def received(self) -> int:
-            return signal.SIGTERM if len(read_lines(tmp_path / "parts" / "metrics.jsonl")) == 3 else 0
-
-        @received.setter
-        def received(self, value: int) -> None:
-            pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Signals", Stop)
-        with pytest.raises(Interrupted):
-            pretrain(continued(tmp_path / "parts", first, **options))
+    with stopped_after(3, tmp_path / "parts", 6):
+        pretrain(continued(tmp_path / "parts", first, **options))
     parts = pretrain(continued(tmp_path / "parts", first, resume=True, **options))
     one, two = ([line["total_loss"] for line in read_lines(out / "metrics.jsonl")] for out in (whole, parts))
     assert one == two

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_step import new_batch
 from torch import Tensor
-from training import given, loss_trace, read_lines, tiny_config
+from training import given, loss_trace, read_lines, stopped_after, tiny_config
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.commands.main import main
@@ -26,9 +25,8 @@ from dinoreg.config.schema import AdaptConfig, ScheduleConfig
 from dinoreg.losses.anchor import anchor_loss
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
-from dinoreg.runtime.errors import Interrupted, UserError
+from dinoreg.runtime.errors import UserError
 from dinoreg.scenes import render as scenes
-from dinoreg.train import loop
 from dinoreg.train.class_probe import Measured, Probe
 from dinoreg.train.health import REMEDIES, Health
 from dinoreg.train.loop import pretrain
@@ -236,20 +234,8 @@ def test_a_run_resumed_in_any_stage_equals_the_unbroken_one_though_its_source_is
     source = tmp_path / "source"
     shutil.copytree(first, source)
     whole = pretrain(continued(tmp_path / "whole", source))
-
-    class Stop(loop.Signals):
-        @property
-        def received(self) -> int:
-            return signal.SIGTERM if len(read_lines(tmp_path / "parts" / "metrics.jsonl")) == stop else 0
-
-        @received.setter
-        def received(self, value: int) -> None:
-            pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Signals", Stop)
-        with pytest.raises(Interrupted):
-            pretrain(continued(tmp_path / "parts", source))
+    with stopped_after(stop, tmp_path / "parts", 10):
+        pretrain(continued(tmp_path / "parts", source))
     shutil.rmtree(source)
     parts = pretrain(continued(tmp_path / "parts", source, resume=True))
     for key in ("total_loss", "grad_norm_dino_head", "backbone_lr"):

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import TINY, loss_trace, read_lines, tiny_config
+from training import TINY, loss_trace, read_lines, stopped_after, tiny_config
 from warm_interpreter import RUN_IMPORTS, WarmInterpreter
 
 import dinoreg
 from dinoreg.checkpoint import format as checkpoint
-from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.train import loop
 from dinoreg.train.loop import pretrain
 from dinoreg.train.prepare import prepare
@@ -89,20 +89,8 @@ def test_the_same_config_gives_the_same_run_and_another_seed_another(plain: Path
 )
 def test_a_run_stopped_and_resumed_equals_the_unbroken_one_bit_for_bit(tmp_path: Path, options: dict[str, str]) -> None:
     whole = pretrain(tiny_config(tmp_path / "whole", **options))
-
-    class StopAtFive(loop.Signals):
-        @property
-        def received(self) -> int:
-            return signal.SIGTERM if len(read_lines(tmp_path / "parts" / "metrics.jsonl")) == 5 else 0
-
-        @received.setter
-        def received(self, value: int) -> None:
-            pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Signals", StopAtFive)
-        with pytest.raises(Interrupted, match="SIGTERM after step 5 of 8"):
-            pretrain(tiny_config(tmp_path / "parts", **options))
+    with stopped_after(5, tmp_path / "parts"):
+        pretrain(tiny_config(tmp_path / "parts", **options))
     parts = pretrain(tiny_config(tmp_path / "parts", resume=True, **options))
     assert loss_trace(parts) == loss_trace(whole)
     for name, value in teacher_of(whole, 8).items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import loss_trace, read_lines, tiny_config
+from training import loss_trace, read_lines, stopped_after, tiny_config
 
 from dinoreg.checkpoint.format import step_name
 from dinoreg.config.load import load_config
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.source import ScenesSource
 from dinoreg.plan import plan
-from dinoreg.runtime.errors import Interrupted, UserError
-from dinoreg.train import loop
+from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
 from dinoreg.train.prepare import prepare
 
@@ -54,20 +52,8 @@ def test_a_constant_run_is_extended_and_cooled_down_as_if_it_had_been_that_long(
 def test_a_run_stopped_anywhere_goes_on_with_the_crops_of_its_stage_bit_for_bit(tmp_path: Path) -> None:
     whole, out = pretrain(tiny_config(tmp_path / "whole", **COOLED, schedule__horizon=4)), tmp_path / "parts"
     for stop in (1, 3, 7):  # between two stages, in the last one, in the cool-down
-
-        class Stop(loop.Signals):
-            @property
-            def received(self, stop: int = stop) -> int:
-                return signal.SIGTERM if len(read_lines(out / "metrics.jsonl")) == stop else 0
-
-            @received.setter
-            def received(self, value: int) -> None:
-                pass
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "Signals", Stop)
-            with pytest.raises(Interrupted):
-                pretrain(tiny_config(out, **COOLED, schedule__horizon=4, resume=stop > 1))
+        with stopped_after(stop, out):
+            pretrain(tiny_config(out, **COOLED, schedule__horizon=4, resume=stop > 1))
     pretrain(tiny_config(out, **COOLED, schedule__horizon=4, resume=True))
     assert same_end(out, whole)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dinoreg.config.load import Config, load_config
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
+from dinoreg.runtime.errors import Interrupted
+from dinoreg.train import loop
 from dinoreg.train.class_probe import Measured
 
 TINY = {
@@ -46,6 +52,25 @@ def tiny_config(out: Path | str | None = None, **overrides: Any) -> Config:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def stopped_after(step: int, out: Path, num_steps: int = 8) -> Iterator[None]:
+    """The run inside, of `num_steps` with a line each in `out`/metrics.jsonl, is stopped by SIGTERM after `step`."""
+
+    class Stop(loop.Signals):
+        @property
+        def received(self) -> int:
+            return signal.SIGTERM if len(read_lines(out / "metrics.jsonl")) == step else 0
+
+        @received.setter
+        def received(self, value: int) -> None:
+            pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Signals", Stop)
+        with pytest.raises(Interrupted, match=f"SIGTERM after step {step} of {num_steps}"):
+            yield
 
 
 LOSSES = ("loss", "total_loss", "dino_global_crops_loss", "dino_local_crops_loss", "ibot_loss", "koleo_loss")
