@@ -220,6 +220,10 @@ class CheckpointConfig(Options, section="checkpoint"):
     asynchronous: bool = option(True, "training goes on while a copy in CPU memory is written; false: it waits")
     max_failures: int = option(3, "checkpoints in a row that could not be written and end the run", low=1)
 
+    def period(self, num_steps: int) -> int:
+        """Steps between checkpoints of a run of `num_steps`."""
+        return self.every or min(2000, max(1, num_steps // 10))
+
 
 @dataclass(frozen=True)
 class LogConfig(Options, section="log"):

@@ -62,11 +62,12 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
     job = describe(config, nodes, gpus, replace(device, **links))
     num_steps = _length(job, num_images)
     jobs = _in_stages(job, num_steps)
-    needed, job = max(((memory_of(each), each) for each, _ in jobs), key=lambda pair: pair[0].needed)
+    memories = [memory_of(each) for each, _ in jobs]
+    needed, job = max(zip(memories, (each for each, _ in jobs)), key=lambda pair: pair[0].needed)
     advice = () if needed.fits else tuple(remedies(job))
     if not needed.fits and not advice:
         _refuse(job)
-    stages = tuple(_stage(*each, source, here, options, notes) for each in jobs)
+    stages = tuple(_stage(*each, memory, source, here, options, notes) for each, memory in zip(jobs, memories))
     operations, speed, loading = _means(stages, next(stage.speed for stage in stages if stage.job is job))
     notes += _remarks(job, operations, speed, here)
     step = step_of(job, None if speed is None else config.batch_size / speed.images_per_second)
@@ -95,8 +96,9 @@ def _in_stages(job: Job, num_steps: int) -> list[tuple[Job, int]]:
     ]
 
 
-def _stage(job: Job, steps: int, source: Source | None, here: bool, options: PlanOptions, notes: list[str]) -> Stage:
-    needed = memory_of(job)
+def _stage(
+    job: Job, steps: int, needed: Memory, source: Source | None, here: bool, options: PlanOptions, notes: list[str]
+) -> Stage:
     speed = _speed(job, needed, here, options, notes)
     return Stage(job, steps, needed, operations_of(job), speed, _loading(job, source, notes))
 
@@ -255,7 +257,7 @@ def _checkpoint(job: Job, num_steps: int, disk: float) -> Checkpoint:
         size=size,
         teacher=teacher,
         kept=config.checkpoint.keep + 1,
-        every=config.checkpoint.every or min(2000, max(1, (config.schedule.horizon or num_steps) // 10)),
+        every=config.checkpoint.period(config.schedule.horizon or num_steps),
         seconds=(size + teacher) / (disk * 1e9),
         copy=checkpoint_copy(job),
     )

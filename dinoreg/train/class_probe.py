@@ -199,7 +199,9 @@ def build_general(config: Config) -> Probe | None:
 
 def _labelled_probe(config: Config, key: str, spec: str) -> Probe:
     if is_scenes(spec):
-        probe = _probe(config, *labelled_scenes(spec, config.probe.num_images))
+        source = scenes_of(spec, config.probe.num_images)
+        labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
+        probe = _probe(config, source, np.array(labels), len(CLASS_NAMES))
     else:
         probe = _probe_of_own(config, key, spec)
     assert probe.labels is not None
@@ -256,9 +258,8 @@ def _probe(
     return Probe(images, known, num_classes, mean, std, bank, source=files)
 
 
-def labelled_scenes(spec: str, count: int) -> tuple[ScenesSource, np.ndarray, int]:
-    """The scenes that `spec` names, or else `count` that no run trains on; labels (n,) int64; number of classes."""
+def scenes_of(spec: str, count: int) -> ScenesSource:
+    """The scenes that `spec` names, or else `count` that no run trains on."""
     source = open_source(spec if spec.partition(":")[2] else f"scenes:count={count},first={FIRST_PROBE_SCENE}")
     assert isinstance(source, ScenesSource)
-    labels = [label_of(source.first + index, source.seed) for index in range(len(source))]
-    return source, np.array(labels), len(CLASS_NAMES)
+    return source

@@ -28,7 +28,7 @@ from dinoreg.evaluation.metrics.knn_rankme import knn_predict
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
 from dinoreg.runtime.errors import UserError
 from dinoreg.scenes.render import NUM_CLASSES, render
-from dinoreg.train.class_probe import NEIGHBOURS, Measured, Probe, labelled_scenes
+from dinoreg.train.class_probe import NEIGHBOURS, Measured, Probe, scenes_of
 
 MOST_IMAGES = 512  # with masks, half of them the bank
 MOST_PATCHES = 64  # of an image
@@ -133,7 +133,7 @@ def build_dense(config: Config, probe: Probe | None, patch_size: int) -> DensePr
 
 def _scenes(spec: str) -> tuple[list[tuple[Segmented, np.ndarray]], tuple[str, ...]]:
     """Scenes with masks: the numbers of those to learn from, and of others to test."""
-    source, _, _ = labelled_scenes(spec, MOST_IMAGES)
+    source = scenes_of(spec, MOST_IMAGES)
     mask = lambda index: render(source.first + index, source.size, source.seed).segmentation  # noqa: E731
     part = Segmented(source, mask, 1 + NUM_CLASSES)
     return [(part, rows) for rows in np.array_split(np.arange(len(source)), 2)], ()

@@ -139,7 +139,7 @@ def train(
     raises Interrupted after a signal, once saved; RunError for lost checkpoints, non-finite steps or drifted replicas
     """
     config, num_steps, agreement = setup.config, setup.num_steps, Agreement(state.ranks)
-    save_every = config.checkpoint.every or min(2000, max(1, setup.schedules.horizon // 10))
+    save_every = config.checkpoint.period(setup.schedules.horizon)
     max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
     batches, pace = open_stage(setup, state, monitor.log)
     try:

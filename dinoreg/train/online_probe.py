@@ -20,6 +20,7 @@ from dinoreg.checkpoint.steps import ACCURACIES, DENSE, dense_in_words, probe_in
 from dinoreg.config.schema import ProbeConfig
 from dinoreg.evaluation.comparison import BETTER, WORSE, judged
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval, paired_difference
+from dinoreg.evaluation.result import packed, unpacked
 from dinoreg.train.class_probe import Measured, Probe
 from dinoreg.train.dense_probe import DenseProbe
 from dinoreg.train.health import LINES_IN_A_ROW
@@ -78,7 +79,7 @@ class ProbeRunner:
             self._probing += values["probe_time"]
         self.monitor.pause(values["probe_time"])
         now = {"step": state.step, **values, "right": _packed(right), "images": self._images}
-        now["replicates"] = {name: each.astype("<f4").tobytes().hex() for name, each in (replicates or {}).items()}
+        now["replicates"] = {name: packed(each, "<f4") for name, each in (replicates or {}).items()}
         # Of other images than those of before, as after a change of probe.data, this is the new start.
         if state.step == 0 or state.history.get("start", {}).get("images") != self._images:
             state.history["start"] = now
@@ -122,7 +123,7 @@ class ProbeRunner:
             count = len(self.probe.images) - self.probe.in_bank
             replicates = [bootstrap_interval(_unpacked(each["right"], count)).replicates for each in both]
         else:
-            replicates = [np.frombuffer(bytes.fromhex(each["replicates"][metric]), dtype="<f4") for each in both]
+            replicates = [unpacked(each["replicates"][metric], "<f4") for each in both]
         return judged(now[metric] - before[metric], paired_difference(*replicates), count)
 
     def _is_better(self, now: dict[str, Any], before: dict[str, Any]) -> bool:
