@@ -19,7 +19,9 @@ from dinoreg.checkpoint.atomic import part_name, write_atomic
 from dinoreg.checkpoint.format import remove_unfinished
 from dinoreg.config.overwrite import OWNER
 from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.runtime.environment import start_time
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.json_files import read_json
 
 
 class TakenOver(RunError):
@@ -32,6 +34,7 @@ class Lease:
 
     job, restarts  Slurm's job id (None outside Slurm) and how often Slurm has started the job again
     time           of the start, seconds since 1970
+    started        of the process, as `start_time` says; None where unknown
     """
 
     token: str
@@ -40,6 +43,7 @@ class Lease:
     job: str | None
     restarts: int
     time: float
+    started: int | None = None
 
     def __str__(self) -> str:
         place = f"process {self.pid}" if self.job is None else f"job {self.job}"
@@ -74,6 +78,7 @@ def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
                 job=os.environ.get("SLURM_JOB_ID"),
                 restarts=int(restarts) if restarts.isdigit() else 0,
                 time=time.time(),
+                started=start_time(os.getpid()),
             )
             try:
                 write_atomic(run / OWNER, json.dumps(asdict(lease), indent=1) + "\n", lease.token)
@@ -90,6 +95,6 @@ def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
 def owner_of(run: Path) -> Lease | None:
     """The owner of a run folder; None where owner.json is missing or unreadable."""
     try:
-        return Lease(**json.loads((run / OWNER).read_text()))
-    except (OSError, ValueError, TypeError):
+        return Lease(**read_json(run / OWNER))
+    except TypeError:
         return None

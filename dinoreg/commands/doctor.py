@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.runtime.dependencies import DEPENDENCIES, Dependency, install
-from dinoreg.runtime.environment import busy, environment, free_disk_gib, free_memory, version
+from dinoreg.runtime.environment import busy, environment, free_disk_gib, free_memory, start_time, version
 from dinoreg.runtime.errors import RunError, one_line
 from dinoreg.runtime.json_files import read_json, read_json_lines, read_text
 
@@ -221,7 +221,8 @@ def _state(run: Path, status: dict[str, Any], last: dict[str, Any]) -> tuple[str
     if owner is None or owner.host != socket.gethostname():
         at = "" if owner is None else f" as {owner}"
         return "running", f"started{at}, not seen to end: {go_on}, if it has ended"
-    if Path("/proc").is_dir() and not Path(f"/proc/{owner.pid}").exists():
+    alive = start_time(owner.pid)
+    if Path("/proc").is_dir() and (alive is None or owner.started not in (None, alive)):
         return "problem", f"ended without a word (process {owner.pid} is gone; killed, or out of memory?) after {go_on}"
     return "running", f"{where} ({owner})"
 

@@ -2,14 +2,18 @@
 
 import os
 import shutil
+import socket
+import time
 from fnmatch import fnmatch
 from pathlib import Path
 
 from dinoreg.config.load import Config, load_config, to_yaml
+from dinoreg.runtime.environment import start_time
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.json_files import is_number, read_json
 
 OWNER = "owner.json"
+SILENT_SECONDS = 120.0  # without a line of metrics.jsonl: then a run of another machine no longer counts as alive
 
 # Everything that a run, and the commands that work on it, leave in its folder.
 _WRITTEN_BY_RUNS = (
@@ -40,12 +44,40 @@ def check_out(config: Config, out: Path) -> None:
         raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
     elif not (out / "config.yaml").is_file():
         raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
+    else:
+        refuse_live(out)
+
+
+def refuse_live(out: Path) -> None:
+    """UserError where another start of the run in `out` is at work: two would spoil what the other writes.
+
+    On this machine by its process; on another by its lines in metrics.jsonl, unless Slurm started this same job again.
+    """
+    owner, status = read_json(out / OWNER), read_json(out / "status.json")
+    pid, host, claimed, ended = owner.get("pid"), owner.get("host"), owner.get("time"), status.get("time")
+    is_over = status.get("phase") in ("finished", "stopped", "failed")
+    if is_over and is_number(claimed) and is_number(ended) and ended >= claimed:
+        return
+    if host == socket.gethostname():
+        if type(pid) is not int or pid == os.getpid() or owner.get("started") is None:
+            return
+        if start_time(pid) == owner["started"]:
+            raise UserError(f"out={out}: its run is at work (process {pid}); end it first, as kill {pid} does")
+    elif owner.get("job") is None or owner["job"] != os.environ.get("SLURM_JOB_ID"):
+        try:
+            silent = time.time() - (out / "metrics.jsonl").stat().st_mtime
+        except OSError:
+            return
+        if owner and silent < SILENT_SECONDS:
+            known = f"its run is at work on {host} (process {pid}, a line {max(0, silent):.0f} s ago)"
+            wait = f"end it there, or wait until it has been silent for {SILENT_SECONDS:.0f} s"
+            raise UserError(f"out={out}: {known}; {wait}")
 
 
 def run_entries(out: Path) -> list[Path]:
     """The files and folders of the run in `out`, in the order in which to delete them; [] where no run has started.
 
-    raises UserError when `out` holds something other than a run of dinoreg, or other files beside one
+    raises UserError when `out` holds something other than a run of dinoreg, other files beside one, or a run at work
     """
     if not out.is_dir():
         return []
@@ -61,6 +93,7 @@ def run_entries(out: Path) -> list[Path]:
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(f"out={out}: holds {foreign[0]}{more}, which no run writes; it is not overwritten")
+    refuse_live(out)
     return entries
 
 

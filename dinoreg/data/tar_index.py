@@ -22,7 +22,7 @@ import numpy as np
 from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
 from dinoreg.data.source import Source, stamp_of_files
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
 MAX_BYTES = 1 << 28  # of one member, packed or unpacked; more is no photograph
@@ -241,8 +241,8 @@ def _from_headers(path: str) -> list[tuple[str, int, int]]:
             archive.fileobj.seek(archive.offset)
             if archive.fileobj.read(BLOCK).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"data: {path} is not a whole uncompressed tar archive ({error})") from None
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        raise UserError(f"data: {path} is not a whole uncompressed tar archive ({one_line(error, 160)})") from None
     return found
 
 

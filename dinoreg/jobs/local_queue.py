@@ -25,7 +25,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.jobs.records import cancel_file, log_files, replace_text
-from dinoreg.runtime.environment import usable_cores
+from dinoreg.runtime.environment import start_time, usable_cores
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_json, read_text
 
@@ -98,15 +98,6 @@ def begin(launch: Path, number: int, jobs: Sequence[LocalJob], max_parallel: int
             start_new_session=True,
         )
     return [runner.pid, start_time(runner.pid) or 0]
-
-
-def start_time(process: int) -> int | None:
-    """The start of a process in clock ticks since boot; None for a dead or zombie process and without /proc."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
 
 
 def is_alive(runner: Sequence[int]) -> bool:

@@ -71,6 +71,15 @@ def busy() -> str:
     return f"load {load:.1f} on {cores} cores" if load > cores + 0.5 else ""
 
 
+def start_time(process: int) -> int | None:
+    """The start of a process in clock ticks since boot; None for a dead or zombie process and without /proc."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
 def total_memory() -> int | None:
     """Bytes of main memory of this machine; None: unknown."""
     try:

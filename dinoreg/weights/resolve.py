@@ -154,8 +154,8 @@ def _only_file(folder: Path) -> Path:
 def read_weights(source: str | Path) -> Weights:
     """Read the weight file of `source` (see `find_weights`), of any of the libraries, torch or safetensors.
 
-    raises  UserError if it is missing, damaged, not the state dict of such an encoder, or contradicts the JSON beside
-            it; NotHeld, a UserError, if a library's config has something that the encoder does not compute
+    raises  UserError if it is missing, damaged, not finite, not the state dict of such an encoder, or contradicts the
+            JSON beside it; NotHeld, a UserError, if a library's config has something that the encoder does not compute
     """
     path = find_weights(source)
     if path is None:
@@ -191,7 +191,11 @@ def read_weights(source: str | Path) -> Weights:
     heads = [key for key in backbone if _HEAD_KEY.match(key)]
     backbone = {key: value for key, value in backbone.items() if key not in heads}
     _, left_out, where, others = found_in_file
-    return Weights(path, _plain(backbone), (*heads, *left_out), metadata, found, stated, where, others)
+    backbone = _plain(backbone)
+    for key, value in backbone.items():
+        if not value.isfinite().all():
+            raise UserError(f"weights {path}: {key} is not finite (NaN or infinite)")
+    return Weights(path, backbone, (*heads, *left_out), metadata, found, stated, where, others)
 
 
 def _grid(stated: Stated, state: Mapping[str, Tensor]) -> tuple[int, int] | None:

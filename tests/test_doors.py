@@ -1,0 +1,138 @@
+"""Each door through which untrusted files come in: nothing runs, nothing of others is touched, one line says why."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dinoreg.commands.main import main
+from dinoreg.config.load import Config, to_yaml
+from dinoreg.config.overwrite import delete_run, refuse_live
+from dinoreg.data.folder_index import load_index
+from dinoreg.data.tar_index import index_tars
+from dinoreg.evaluation.features.cache import _rows_done
+from dinoreg.runtime.environment import start_time
+from dinoreg.runtime.errors import UserError
+from dinoreg.weights.load import load
+from tests.hostile import Payload
+from tests.small_runs import STEP, tiny_model, write_run
+
+# ------------------------------------------------------------------ weights that are not numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(value: float, tmp_path: Path) -> None:
+    state = tiny_model().state_dict()
+    state["blocks.1.attn.qkv.weight"][3, 2] = value
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"w\.safetensors: blocks\.1\.attn\.qkv\.weight is not finite"):
+        load(tmp_path / "w.safetensors", heads=3)
+
+
+@pytest.mark.parametrize("stated", [{"std": [0, 0, 0]}, {"mean": [float("inf")] * 3}, {"mean": "x"}, {"std": [-1]}])
+def test_preprocessing_that_is_no_preprocessing_is_refused_by_file(
+    stated: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", tiny_model(), **stated)
+    out = tmp_path / "f.safetensors"
+    assert main(["embed", "data=scenes:count=4,size=32", f"weights={run}", f"out={out}", "device=cpu"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dinoreg: ")]
+    assert f"step_{STEP:07d}" in line
+    assert not out.exists()
+
+
+# ------------------------------------------------------------------ files with code in them
+
+
+def test_caches_with_objects_in_them_are_computed_anew_and_run_nothing(tmp_path: Path) -> None:
+    ran, objects = tmp_path / "ran", np.empty(1, object)
+    objects[0] = Payload(ran)
+    np.savez(tmp_path / "index.npz", evidence=objects, paths=objects)
+    np.save(tmp_path / "rows.npy", objects)
+    (tmp_path / "rows.json").write_text('{"done": 1}')
+    assert load_index(tmp_path / "index.npz", "") is None
+    assert _rows_done(tmp_path / "rows.npy", tmp_path / "rows.json") == 0
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.bin", "x.ckpt", "x.safetensors"])
+def test_weights_with_code_in_them_are_refused_and_run_nothing(name: str, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    torch.save({"model": Payload(ran)}, tmp_path / name)
+    with pytest.raises(UserError, match=name):
+        load(tmp_path / name)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("headers", [{"GNU.sparse.size": "x"}, {"GNU.sparse.map": "a,b"}, {"size": "8" * 19}])
+def test_headers_of_archives_that_lie_are_one_line(headers: dict[str, str], tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("x.jpg")
+        member.pax_headers = headers
+        archive.addfile(member, io.BytesIO(b""))
+    with pytest.raises(UserError, match=r"a\.tar|no image files"):
+        index_tars(tmp_path, tmp_path / "index")
+
+
+# ------------------------------------------------------------------ runs at work
+
+
+def claimed(folder: Path, **owner: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(Config()))
+    lease = {"token": "1", "host": socket.gethostname(), "job": None, "restarts": 0, "time": time.time(), **owner}
+    (folder / "owner.json").write_text(json.dumps(lease))
+    (folder / "metrics.jsonl").touch()
+    return folder
+
+
+@pytest.mark.parametrize("word", ["overwrite=true", "resume=true"])
+def test_a_run_at_work_is_neither_overwritten_nor_taken_over(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        run = claimed(tmp_path / "run", pid=other.pid, started=start_time(other.pid))
+        before = {path: path.read_bytes() for path in run.iterdir()}
+        assert main(["pretrain", "quickstart", "data=scenes", f"out={run}", word]) == 2
+        assert f"its run is at work (process {other.pid})" in capsys.readouterr().err
+        other.kill()
+        assert {path: path.read_bytes() for path in run.iterdir()} == before
+    refuse_live(run)  # it is gone, though status.json does not say so
+    delete_run(run)
+    assert not any(run.iterdir())
+
+
+def test_a_process_of_the_same_number_is_not_the_run(tmp_path: Path) -> None:
+    refuse_live(claimed(tmp_path / "run", pid=os.getppid(), started=1))
+
+
+def test_a_run_of_another_machine_is_at_work_while_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = claimed(tmp_path / "run", pid=1, host="elsewhere", job="7")
+    with pytest.raises(UserError, match="at work on elsewhere"):
+        refuse_live(run)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # Slurm has started this job again
+    refuse_live(run)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    os.utime(run / "metrics.jsonl", (0, 0))
+    refuse_live(run)
+
+
+def test_a_run_that_noted_its_end_is_over_whatever_its_process_does(tmp_path: Path) -> None:
+    run = claimed(tmp_path / "run", pid=os.getppid(), started=start_time(os.getppid()))
+    with pytest.raises(UserError, match="at work"):
+        refuse_live(run)
+    (run / "status.json").write_text(json.dumps({"phase": "stopped", "time": time.time()}))
+    refuse_live(run)
