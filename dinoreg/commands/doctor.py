@@ -14,7 +14,7 @@ from typing import Any
 from dinoreg.runtime.dependencies import DEPENDENCIES, Dependency, install
 from dinoreg.runtime.environment import busy, environment, free_disk_gib, free_memory, start_time, version
 from dinoreg.runtime.errors import RunError, one_line
-from dinoreg.runtime.json_files import read_json, read_json_lines, read_text
+from dinoreg.runtime.json_files import is_number, read_json, read_json_lines, read_text
 
 # Importing one of these takes seconds: only its installation is checked.
 SLOW_IMPORTS = ("timm", "transformers")
@@ -209,7 +209,7 @@ def _state(run: Path, status: dict[str, Any], last: dict[str, Any]) -> tuple[str
     from dinoreg.checkpoint.lease import owner_of
 
     saved, whole, phase = status.get("step", 0), status.get("num_steps", "?"), status.get("phase")
-    reached = max(status.get("reached", 0), saved, last.get("step", 0))
+    reached = max(filter(is_number, (status.get("reached"), saved, last.get("step"))), default=0)
     if phase == "finished":
         return "ok", f"finished: {saved} of {whole} steps"
     where = f"step {reached} of {whole}, {f'saved at {saved}' if saved else 'nothing saved'}"
@@ -232,7 +232,7 @@ def _resource_rows(run: Path, last: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     on_cpu = re.search(r"^device: cuda", read_text(run / "config.yaml"), re.MULTILINE) is None
     needs, free = last.get("max_memory"), free_memory()
-    if on_cpu and needs and free and not read_json(run / "environment.json").get("cuda"):
+    if on_cpu and is_number(needs) and free and not read_json(run / "environment.json").get("cuda"):
         mark = "problem" if needs > free else "ok"
         rows.append(("memory", mark, f"{needs / 2**30:.1f} GiB at its peak, {free / 2**30:.1f} GiB are free now"))
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (run / "checkpoints").glob("step_*")]

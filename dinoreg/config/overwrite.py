@@ -10,7 +10,7 @@ from pathlib import Path
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.runtime.environment import start_time
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import is_number, read_json
+from dinoreg.runtime.json_files import number, read_json
 
 OWNER = "owner.json"
 SILENT_SECONDS = 120.0  # without a line of metrics.jsonl: then a run of another machine no longer counts as alive
@@ -54,9 +54,9 @@ def refuse_live(out: Path) -> None:
     On this machine by its process; on another by its lines in metrics.jsonl, unless Slurm started this same job again.
     """
     owner, status = read_json(out / OWNER), read_json(out / "status.json")
-    pid, host, claimed, ended = owner.get("pid"), owner.get("host"), owner.get("time"), status.get("time")
+    pid, host = owner.get("pid"), owner.get("host")
     is_over = status.get("phase") in ("finished", "stopped", "failed")
-    if is_over and is_number(claimed) and is_number(ended) and ended >= claimed:
+    if is_over and number(status.get("time")) >= number(owner.get("time")):
         return
     if host == socket.gethostname():
         if type(pid) is not int or pid == os.getpid() or owner.get("started") is None:
