@@ -232,7 +232,7 @@ def _resource_rows(run: Path, last: dict[str, Any]) -> list[Row]:
     rows: list[Row] = []
     on_cpu = re.search(r"^device: cuda", read_text(run / "config.yaml"), re.MULTILINE) is None
     needs, free = last.get("max_memory"), free_memory()
-    if on_cpu and is_number(needs) and free and not read_json(run / "environment.json").get("cuda"):
+    if on_cpu and needs and is_number(needs) and free and not read_json(run / "environment.json").get("cuda"):
         mark = "problem" if needs > free else "ok"
         rows.append(("memory", mark, f"{needs / 2**30:.1f} GiB at its peak, {free / 2**30:.1f} GiB are free now"))
     sizes = [sum(file.stat().st_size for file in path.iterdir()) for path in (run / "checkpoints").glob("step_*")]
