@@ -133,11 +133,27 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, acce
     Both networks are sharded alike, or not at all, so that each process updates its own part. The student may have more
     parameters; the teacher is always plain.
     """
-    weight = (accepted * (1.0 - momentum)).float()
-    for name, average in teacher.named_parameters():
-        current = learnt(student, name)
-        if current is not None:
-            local(average).lerp_(current, weight.to(average.dtype))
+    pairs = [(local(average), learnt(student, name)) for name, average in teacher.named_parameters()]
+    averages = [average for average, current in pairs if current is not None]
+    currents = [current for _, current in pairs if current is not None]
+    if momentum < 0.5:  # the form below is not exact at 0
+        torch._foreach_lerp_(averages, currents, [accepted * (1.0 - momentum)] * len(averages))
+        return
+    # The step of gradient descent a - r (a - c), which is the average: one kernel for all parameters, and the update of
+    # PyTorch's that reads on the device whether to happen.
+    torch._fused_sgd_(
+        averages,
+        currents,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=1.0 - momentum,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=1.0 - accepted,
+    )
 
 
 def learnt(student: nn.Module, name: str) -> Tensor | None:
