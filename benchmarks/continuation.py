@@ -49,11 +49,9 @@ SMALL = {"crops.num_local": 2, "head.prototypes": 1024}
 # The config, and options on top of it.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "staged": (STAGED, SMALL),
-    "staged, last 4 blocks": (STAGED, {**SMALL, "adapt.blocks": 4}),
-    "staged, adapters": (STAGED, {**SMALL, "adapt.lora": 8}),
+    "staged, quick teacher": (STAGED, {**SMALL, "schedule.momentum": [0.9, 1.0], "adapt.lr": 0.3}),
     "few": (FEW, {}),
     "few, last 4 blocks": (FEW, {"adapt.blocks": 4}),
-    "few, adapters in the last 4 blocks": (FEW, {"adapt.blocks": 4, "adapt.lora": 8, "optim.lr": 2e-3}),
     "few, anchor": (FEW, {"loss.anchor_weight": 1.0}),
 }
 

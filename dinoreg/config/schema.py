@@ -152,7 +152,6 @@ class AdaptConfig(Options, section="adapt"):
     lr: float = option(0.1, "learning rate of the backbone over that of the heads", above=0, high=1)
     layer_decay: float = option(0.75, "as optim.layer_decay, which holds where it is lower", above=0, high=1)
     blocks: int | None = option(None, "last blocks that learn, with the final norm; none: all, and the tokens", low=1)
-    lora: int | None = option(None, "rank of adapters in their linear layers, which learn instead; none: none", low=1)
     channels: str | None = option(None, "weights for other channels; none: refuse", choices=("mean", "repeat", "zero"))
 
     def __post_init__(self) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.knn_rankme import rankme
-from dinoreg.train.optimizer import learnt
 from dinoreg.train.parallelize import local
 from dinoreg.train.step import StepResult
 
@@ -296,13 +295,13 @@ class WeightWatch:
         self.ranks = ranks
         self.student, backbone = student["backbone"], teacher["backbone"]
         matrices = [name for name, p in backbone.named_parameters() if p.ndim == 2 and "blocks" in name]
-        names = [name for name in matrices if learnt(self.student, name) is not None]
+        names = [name for name in matrices if self.student.get_parameter(name).requires_grad]
         self.names = names[:: max(1, len(names) // 4)][:4]
         self.teacher = [local(backbone.get_parameter(name)) for name in self.names]
         self._before: list[Tensor] = []
 
     def _current(self) -> list[Tensor]:
-        return [weight.detach() for name in self.names if (weight := learnt(self.student, name)) is not None]
+        return [local(self.student.get_parameter(name)).detach() for name in self.names]
 
     @torch.no_grad()
     def before(self) -> None:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dinoreg.config.schema import OptimConfig
-from dinoreg.models.lora import LoraLinear
 from dinoreg.train.parallelize import full_tensor, local
 from dinoreg.train.schedules import Now
 
@@ -130,12 +129,14 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, acce
     momentum     in [0, 1]
     accepted ()  1.0, or 0.0 for a step that was not finite, which leaves the teacher as it is
 
-    Both networks are sharded alike, or not at all, so that each process updates its own part. The student may have more
-    parameters; the teacher is always plain.
+    Both networks have the same parameters and are sharded alike, or not at all: each process updates its own part.
     """
-    pairs = [(local(average), learnt(student, name)) for name, average in teacher.named_parameters()]
-    averages = [average for average, current in pairs if current is not None]
-    currents = [current for _, current in pairs if current is not None]
+    pairs = [
+        (local(average), local(current))
+        for average, current in zip(teacher.parameters(), student.parameters(), strict=True)
+        if current.requires_grad
+    ]
+    averages, currents = ([pair[side] for pair in pairs] for side in (0, 1))
     if momentum < 0.5:  # the form below is not exact at 0
         torch._foreach_lerp_(averages, currents, [accepted * (1.0 - momentum)] * len(averages))
         return
@@ -154,16 +155,3 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, acce
         is_first_step=False,
         found_inf=1.0 - accepted,
     )
-
-
-def learnt(student: nn.Module, name: str) -> Tensor | None:
-    """This process's part of a student's parameter, an adapter's product added; None where it is frozen.
-
-    name  in the teacher. With adapters and FSDP all processes call together
-    """
-    module, _, leaf = name.rpartition(".")
-    owner = student.get_submodule(module)
-    current = getattr(owner, leaf)
-    if isinstance(owner, LoraLinear) and leaf == "weight":
-        return local(current) + local(owner.lora_up) @ full_tensor(owner.lora_down)
-    return local(current) if current.requires_grad else None

@@ -12,7 +12,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from dinoreg.config.load import Config
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.heads import PrototypeHead, TokenProjection
-from dinoreg.models.lora import freeze_but
 from dinoreg.models.registry import build
 from dinoreg.models.vit import RegisterViT
 from dinoreg.train.optimizer import build_optimizer, start_moments
@@ -162,8 +161,10 @@ def build_state(
     tutor   on `device`, the one that the networks were built for
     raises  UserError where the processes do not divide into groups of `parallel.shard`
     """
-    if config.init is not None:
-        freeze_but(student.backbone, config.adapt.blocks, config.adapt.lora, config.seed)
+    if config.init is not None and config.adapt.blocks is not None:
+        student.backbone.requires_grad_(False)
+        for module in (*student.backbone.blocks[-config.adapt.blocks :], student.backbone.norm):
+            module.requires_grad_(True)
     if seen is None and config.loss.diet_weight > 0:
         seen = torch.zeros(config.batch_size, student.backbone.dim, device=device)
     if not config.loss.distils:
