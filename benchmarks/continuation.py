@@ -51,7 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "staged": (STAGED, SMALL),
     "staged, quick teacher": (STAGED, {**SMALL, "schedule.momentum": [0.9, 1.0], "adapt.lr": 0.3}),
     "few": (FEW, {}),
-    "few, last 4 blocks": (FEW, {"adapt.blocks": 4}),
+    "few, last 2 blocks": (FEW, {"adapt.blocks": 2}),
     "few, anchor": (FEW, {"loss.anchor_weight": 1.0}),
 }
 
