@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from dinoreg.commands.main import main
@@ -136,3 +137,20 @@ def test_a_run_that_noted_its_end_is_over_whatever_its_process_does(tmp_path: Pa
         refuse_live(run)
     (run / "status.json").write_text(json.dumps({"phase": "stopped", "time": time.time()}))
     refuse_live(run)
+
+
+# ------------------------------------------------------------------ names that are no text
+
+
+def test_a_file_name_that_is_no_utf8_breaks_no_report(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for index in range(8):
+        pixels = np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{index}.png")
+    Path(os.fsdecode(bytes(photos) + b"/bad\xff.jpg")).write_bytes(b"no picture")
+    tiny = ["model.dim=32", "model.depth=1", "model.heads=2", "head.prototypes=16", "batch_size=4", "steps=4"]
+    keys = [f"data={photos}", f"out={tmp_path / 'run'}", "data.max_bad_fraction=1", "probe.every=0", "device=cpu"]
+    assert main(["pretrain", "quickstart", *tiny, *keys, "log.tensorboard=false"]) == 0
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "bad\\udcff.jpg" in report

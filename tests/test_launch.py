@@ -146,6 +146,10 @@ PRETRAIN = ["launch", "pretrain", "quickstart", "data=scenes", "out=run"]
         ([*PRETRAIN, LOCAL, "time=1", "signal_delay=60"], "signal_delay=60: expected less than time=1, which is 60 s"),
         ([*PRETRAIN, LOCAL, "code=mine"], "code=mine: expected copy or shared"),
         ([*PRETRAIN, LOCAL, "container=image.sif"], "container: jobs of cluster=local run in this environment"),
+        *(
+            ([*PRETRAIN, f"{key}=a\ntouch b\n#"], f"{key}=a touch b #: expected no control characters")
+            for key in ("account", "qos", "constraint", "exclude", "reservation", "python", "container", "name")
+        ),
         ([*PRETRAIN, LOCAL, "slurm_args=[Mail=x y]"], "slurm_args=Mail=x y: expected KEY=VALUE"),
         ([*PRETRAIN, "cluster=sge"], "cluster=sge: expected slurm or local"),
         ([*PRETRAIN, "cluster=slurm"], "cluster=slurm: there is no sbatch on the PATH"),

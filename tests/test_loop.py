@@ -391,19 +391,20 @@ def kill_until_through(
 
 
 @pytest.mark.slow
-def test_a_sigterm_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "run"
     run = start(out, 500)
     while run.poll() is None and steps_written(out) < 2:
         time.sleep(0.01)
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(number)
     _, errors = run.communicate(timeout=120)
-    assert run.returncode == 128 + signal.SIGTERM
+    assert run.returncode == 128 + number
     assert b"resume=true" in errors
     last = checkpoint.read_pointer(out / "checkpoints", "last")
     assert last == checkpoint.step_name(steps_written(out))
     status = json.loads((out / "status.json").read_text())
-    assert (status["phase"], status["reason"]) == ("stopped", "SIGTERM")
+    assert (status["phase"], status["reason"]) == ("stopped", number.name)
     assert status["step"] == status["reached"] == steps_written(out)
 
 

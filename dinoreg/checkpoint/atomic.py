@@ -45,11 +45,13 @@ def replacing(path: Path, token: str = "") -> Iterator[Path]:
 def write_atomic(path: Path, content: str | bytes, token: str = "") -> None:
     """Write `content` (text as UTF-8) to `path` in one rename: a kill leaves the old content or the new.
 
+    Bytes of file names that are no UTF-8, which Python keeps as surrogates, are written as \\udcff.
+
     token   as for `replacing`
     raises  OSError
     """
     with replacing(path, token) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        aside.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def share(path: Path) -> None:

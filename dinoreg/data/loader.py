@@ -344,7 +344,7 @@ class BatchLoader:
         self._ahead = 0 if self._engine.pool is None else reading.prefetch
         pixels = torch.float32 if deep else torch.uint8
         pinned = self.device.type == "cuda"
-        self._free = [_Slot(batch_size, views, pixels, pinned) for _ in range(self._ahead + 1)]
+        self._free = collections.deque(_Slot(batch_size, views, pixels, pinned) for _ in range(self._ahead + 1))
         self._jobs: collections.deque[_Job] = collections.deque()
 
     def __iter__(self) -> BatchLoader:
@@ -387,7 +387,7 @@ class BatchLoader:
 
     def _submit(self, ahead: int) -> None:
         while len(self._jobs) < ahead:
-            job = _Job(self._submitted, self._free.pop())
+            job = _Job(self._submitted, self._free.popleft())  # whose copies were queued first
             self._submitted += self._stride
             self._jobs.append(job)
             self._engine.start(job)
@@ -400,7 +400,7 @@ class BatchLoader:
         ]
         mask, mask_indices, mask_weights = map(self._send, job.masks)
         if self.device.type == "cuda":
-            job.slot.copied = torch.cuda.Event()
+            job.slot.copied = torch.cuda.Event(blocking=True)  # a worker that waits for it sleeps
             job.slot.copied.record(torch.cuda.current_stream(self.device))
         local_crops = crops[1] if len(crops) > 1 else None
         return Batch(

@@ -59,6 +59,10 @@ class LaunchOptions(Options):
         if minutes is not None and self.signal_delay is not None:
             limit = f"less than time={self.time}, which is {60 * minutes} s"
             check(self.signal_delay < 60 * minutes, "signal_delay", self.signal_delay, limit)
+        for key, value in vars(self).items():
+            for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
+                # Quotes of a shell keep newlines, and lines of #SBATCH end at them.
+                check(key == "setup" or text.isprintable(), key, text, "no control characters")
         for item in self.extra_args:
             check(re.match(r"[a-z][a-z-]*(=|$)", item) is not None, "slurm_args", item, "KEY=VALUE, as mail-type=END")
 

@@ -113,7 +113,7 @@ def update_center(
     sums = torch.zeros(num_prototypes + 1, dtype=center.dtype, device=logits.device)  # column sums, row count
     for rows in chunks(0, logits.shape[0], rows_per_chunk(num_prototypes, logits.device)):
         sums[:-1] += logits[rows].sum(dim=0, dtype=center.dtype)
-    sums[-1] = logits.shape[0]
+    sums[-1:].fill_(logits.shape[0])  # an assignment would wait for the device
     if by_process:
         sums /= sums[-1].clamp_min(1)
     sums = ranks.all_reduce_sum(sums)

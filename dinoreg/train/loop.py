@@ -259,14 +259,15 @@ def changed_code(path: Path, now: dict[str, Any]) -> list[str]:
 
 
 class Signals:
-    """A context in which SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are recorded, so that the loop can save after the step.
+    """A context in which signals that end a process are recorded, so that the loop can save after the step.
 
     received  the number of the last signal; 0: none
 
-    A second SIGINT raises KeyboardInterrupt at once. Outside the main thread signals are left alone.
+    A second SIGINT raises KeyboardInterrupt at once. SIGHUP stays ignored where nohup has it so.
+    Outside the main thread signals are left alone.
     """
 
-    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+    NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
     def __init__(self) -> None:
         self.received = 0
@@ -276,7 +277,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for name in self.NAMES:
                 number = getattr(signal, name, None)
-                if number is not None:
+                if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                     self._previous[number] = signal.signal(number, self._note)
         return self
 
