@@ -40,7 +40,7 @@ def test_lost_equals_the_papers_steps_patch_by_patch(seed: int, bias: float) -> 
     found = lost(similarity, (rows, columns), k)
     start, similar, part, alone = literal(similarity.numpy(), rows, columns, k)
     assert found.seed == start
-    assert found.similar.tolist() == similar
+    assert expand(similarity, by_degree(similarity), k).tolist() == similar
     assert set(np.flatnonzero(found.mask)) == part
     assert found.alone == alone
     ys, xs = [p // columns for p in part], [p % columns for p in part]
@@ -72,7 +72,7 @@ def test_of_two_like_objects_only_the_one_that_holds_the_seed_is_boxed() -> None
     both = torch.where((planted(6, 12, (8, 2, 11, 5), 0)[:, 1:2] > 0), twin, features)
     found = lost(gram(both), (6, 12))
     assert found.box in ((1, 1, 3, 3), (8, 2, 11, 5))
-    assert len(found.similar) == 4 + 9
+    assert len(expand(gram(both), by_degree(gram(both)))) == 4 + 9
 
 
 def test_all_positive_similarities_give_the_whole_image_and_a_bias_brings_the_object_back() -> None:
@@ -90,7 +90,7 @@ def test_a_bias_that_leaves_nothing_alike_falls_back_to_the_seed_patch() -> None
     assert found.alone
     assert found.mask.sum() == 1
     assert found.box == (0, 0, 1, 1)  # all degrees are 0: the first patch is the seed
-    assert len(found.similar) == 0
+    assert len(expand(similarity, by_degree(similarity))) == 0
 
 
 def test_a_patchs_similarity_to_itself_counts_for_joining_but_not_for_its_degree() -> None:

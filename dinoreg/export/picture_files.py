@@ -31,8 +31,7 @@ def write_pictures(folder: Path, source: Source) -> dict[str, Path]:
         "tall": (5 * height, 2 * width + 1),
         "small": (height // 2 + 1, width // 2 + 2),
     }
-    draw = _write_tiffs if needs_tiff(source) else _write_bytes
-    return draw(folder, shapes, source)
+    return _write_tiffs(folder, shapes, source) if needs_tiff(source) else _write_bytes(folder, shapes)
 
 
 def compare(source: Source, paths: Mapping[str, Path], answers: Mapping[str, Tensor], bounded: bool) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def _waves(shape: tuple[int, int], channels: int) -> np.ndarray:
     return 0.5 + np.stack(waves, axis=-1) / 6.5
 
 
-def _write_bytes(folder: Path, shapes: Mapping[str, tuple[int, int]], source: Source) -> dict[str, Path]:
+def _write_bytes(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Path]:
     paths = {}
 
     def save(name: str, image: Image.Image, suffix: str = "png", **options: Any) -> None:

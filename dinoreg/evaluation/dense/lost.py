@@ -23,14 +23,12 @@ class Found(NamedTuple):
     box      x0, y0, x1, y1 in patches, ends exclusive
     mask     (rows, columns) bool: the connected patches that the box encloses
     seed     index of the patch that it grew from
-    similar  (s,) indices of the patches that joined the seed, itself among them unless its own product is not positive
     alone    whether the seed was outside the mask of patches alike to these together, so that the box is the seed patch
     """
 
     box: tuple[int, int, int, int]
     mask: np.ndarray
     seed: int
-    similar: np.ndarray
     alone: bool
 
 
@@ -74,10 +72,9 @@ def lost(similarity: Tensor, grid: tuple[int, int], k: int = 100) -> Found:
         raise ValueError(f"similarities of shape {tuple(similarity.shape)} do not fit a grid of {rows}x{columns}")
     order = by_degree(similarity)
     seed = int(order[0])
-    similar = expand(similarity, order, k)
-    support = similarity[similar].sum(dim=0).reshape(rows, columns)
+    support = similarity[expand(similarity, order, k)].sum(dim=0).reshape(rows, columns)
     mask, alone = component(support.cpu().numpy() > 0, divmod(seed, columns))
-    return Found(enclosing(mask), mask, seed, similar.cpu().numpy(), alone)
+    return Found(enclosing(mask), mask, seed, alone)
 
 
 def component(mask: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, bool]:

@@ -30,7 +30,7 @@ from dinoreg.evaluation.protocols.classification import (
     equal_features,
     labelled_folds,
 )
-from dinoreg.evaluation.protocols.measurement import Fold, Measurement, resumable_map
+from dinoreg.evaluation.protocols.measurement import Fold, Measurement, learnt_from, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import SoftmaxProblem
@@ -230,7 +230,7 @@ def _row(
         variant=setting.title,
         chosen_on=share if chosen else "",
         seeds=tuple(context.seed + repeat for repeat in range(repeats)),
-        n_train=round(float(np.mean([each.sum() for each in counts]))),
+        n_train=learnt_from([int(each.sum()) for each in counts]),
         hours=sum(each["hours"] for each in scored),
         settings={
             "shots": setting.shots,

@@ -44,10 +44,11 @@ def evaluate(measured: Measurement) -> list[Row]:
         if number == 0:
             _gallery(bank, queries, fold, context)
     rows: list[Row] = []
+    n_train = learnt_from([len(fold.train) for fold in folds])
     warnings = equal_features(fold.train.source, bank, "training")
     for k, classes in predicted.items():
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
-        fields = {"variant": f"k = {k}", "n_train": learnt_from(folds), "settings": settings, "warnings": warnings}
+        fields = {"variant": f"k = {k}", "n_train": n_train, "settings": settings, "warnings": warnings}
         rows.append(accuracy_row(measured, test, classes, measured.task.metric, tables=not rows, **fields))
     return rows
 

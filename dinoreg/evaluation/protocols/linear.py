@@ -37,7 +37,15 @@ from dinoreg.evaluation.protocols.classification import (
     labelled_folds,
 )
 from dinoreg.evaluation.protocols.knn import RESIZE
-from dinoreg.evaluation.protocols.measurement import OFFICIAL, REPORTED, Fold, Measurement, choose_best, per_fold
+from dinoreg.evaluation.protocols.measurement import (
+    OFFICIAL,
+    REPORTED,
+    Fold,
+    Measurement,
+    choose_best,
+    learnt_from,
+    per_fold,
+)
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.regularisation_path import balanced_split
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
@@ -77,7 +85,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         names, predicted = [], np.empty(len(test), dtype=np.int64)
         for each, fold in zip(grids, folds):
             names.append(each.best(kind))
-            predicted[fold.rows] = each.grid.predict(names[-1], each.features)
+            predicted[fold.rows] = each.said[names[-1]]
         return predicted, per_fold(names)
 
     predicted, best = pooled(None)
@@ -93,7 +101,7 @@ def evaluate(measured: Measurement) -> list[Row]:
     }
     shared: dict[str, Any] = {
         "chosen_on": chosen_on + ", as published" * (chosen_on == REPORTED),
-        "n_train": round(sum(len(each.grid.rows) for each in grids) / len(grids)),
+        "n_train": learnt_from([len(each.grid.rows) for each in grids]),
     }
     rows = accuracy_rows(measured, test, predicted, settings=settings, **shared)
     for kind in grid.kinds if len(grid.kinds) > 1 else ():
@@ -105,15 +113,16 @@ def evaluate(measured: Measurement) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Trained:
-    """A trained grid with the features of its test images, and its heads' scores.
+    """A trained grid with what its heads say of the test images, and their scores.
 
+    said        {head: classes (n,) int64} of the test images
     validation  {head: score} on what heads are chosen by, the first of equals; where that is held out of train, those
                 of lower loss come first. None: by `reported`, the scores on the test images
     chosen_on   in words
     """
 
     grid: "Grid"
-    features: np.ndarray
+    said: dict[str, np.ndarray]
     reported: dict[str, float]
     validation: dict[str, float] | None
     chosen_on: str
@@ -135,16 +144,16 @@ def _trained(measured: Measurement, fold: Fold[Labelled], name: str) -> _Trained
     grid = Grid(measured.encoder, train, np.flatnonzero(~held_out), chosen, context, name)
     features = grid.features(test, "test")
     grid.train(features.shape[2])
-    reported, validation, words = grid.scores(features, test.labels, metric), None, OFFICIAL
+    (reported, said), validation, words = grid.scores(features, test.labels, metric), None, OFFICIAL
     if val is not None:
-        validation = grid.scores(grid.features(val, "val"), val.labels, metric)
+        validation, _ = grid.scores(grid.features(val, "val"), val.labels, metric)
     elif held_out.any():
         known, rows = grid.features(train, "train"), np.flatnonzero(held_out)
-        validation = grid.scores(known, train.labels, metric, rows)
+        validation, _ = grid.scores(known, train.labels, metric, rows)
         loss = grid.mean_losses(known, train.labels, rows)  # a tenth of a small set tells few heads apart
         validation = {name: validation[name] for name in sorted(validation, key=lambda name: loss[name])}
         words = f"a class-balanced {HELD_OUT:.0%} of train that no head was trained on, seed {context.seed}"
-    return _Trained(grid, features, reported, validation, choose_best(reported, validation, words)[1])
+    return _Trained(grid, said, reported, validation, choose_best(reported, validation, words)[1])
 
 
 class Grid:
@@ -258,36 +267,27 @@ class Grid:
         return features, self.rows[[index for index, _ in samples]]
 
     @torch.no_grad()
-    def predict(self, name: str, features: np.ndarray) -> np.ndarray:
-        """Classes (n,) int64 by one head, given by name, of features (n, slots, D)."""
-        kind = next(kind for kind in self.kinds if name in self.names(kind))
-        place = self.names(kind).index(name)
-        chunks = self._chunks(features, np.arange(len(features)))
-        return torch.cat([self.logits(x)[kind][:, place].argmax(dim=-1) for x in chunks]).cpu().numpy()
-
-    @torch.no_grad()
     def scores(
         self, features: np.ndarray, labels: np.ndarray, metric: str, rows: np.ndarray | None = None
-    ) -> dict[str, float]:
-        """The accuracy in [0, 1] of every head, {name: share}; -1 for one whose logits are not finite.
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """The accuracy in [0, 1] of every head, -1 for one whose logits are not finite, and its classes (m,) int64.
 
         features, labels  (n, slots, D) and (n,)
         metric            "top-1", else mean per class
         rows              (m,) of them that count; None: all
         """
         rows = np.arange(len(labels)) if rows is None else rows
-        said: dict[str, list[np.ndarray]] = {name: [] for kind in self.kinds for name in self.names(kind)}
+        parts: dict[str, list[np.ndarray]] = {name: [] for kind in self.kinds for name in self.names(kind)}
         broken = set[str]()
         for x in self._chunks(features, rows):
             for kind, logits in self.logits(x).items():
                 finite = torch.isfinite(logits).all(dim=-1).all(dim=0).tolist()
                 for name, classes, sound in zip(self.names(kind), logits.argmax(dim=-1).T.cpu().numpy(), finite):
-                    said[name].append(classes)
+                    parts[name].append(classes)
                     broken |= set() if sound else {name}
         score = METRICS[metric]
-        return {
-            name: -1.0 if name in broken else score(np.concatenate(each), labels[rows]) for name, each in said.items()
-        }
+        said = {name: np.concatenate(each) for name, each in parts.items()}
+        return {name: -1.0 if name in broken else score(each, labels[rows]) for name, each in said.items()}, said
 
     @torch.no_grad()
     def mean_losses(self, features: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> dict[str, float]:

@@ -68,7 +68,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         test,
         predicted,
         chosen_on=share if val is None else OFFICIAL,
-        n_train=learnt_from(folds) + (0 if val is None else len(val)),
+        n_train=learnt_from([len(fold.train) for fold in folds]) + (0 if val is None else len(val)),
         settings=settings,
         warnings=equal_features(train.source, features, "training"),
     )

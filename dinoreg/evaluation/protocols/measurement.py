@@ -128,9 +128,9 @@ class Measurement:
         return Row(value=value, low=interval.low, high=interval.high, replicates=replicates, **(shared | fields))
 
 
-def learnt_from(folds: Sequence[Fold[L]]) -> int:
-    """Images that are learnt from: in several folds, their mean number."""
-    return round(sum(len(fold.train) for fold in folds) / len(folds))
+def learnt_from(counts: Sequence[int]) -> int:
+    """Images that are learnt from, given their number in each fold: the mean."""
+    return round(sum(counts) / len(counts))
 
 
 def per_fold(values: Sequence[T]) -> T | list[T]:
