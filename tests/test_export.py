@@ -228,7 +228,7 @@ def test_weights_that_are_no_numbers_are_not_certified(tmp_path: Path) -> None:
     with torch.no_grad():
         model.norm.bias[0] = float("nan")
     run = write_run(tmp_path / "run", model)
-    with pytest.raises(RunError, match="no finite number"):
+    with pytest.raises(UserError, match=r"norm\.bias is not finite"):
         dinoreg.export(run, "meta", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
