@@ -939,7 +939,7 @@ def test_a_training_of_two_processes_survives_a_request_to_save(capsys: pytest.C
     assert main(["launch", "pretrain", *options]) == 0
     trains("run", 3)
     assert main(["launch", "pretrain", *options, "resume=true"]) == 2  # the folder is that job's
-    assert "out=run: its run is at work (process " in capsys.readouterr().err
+    assert "out=run: job local1.0 (pretrain) is still running; dinoreg launch cancel run" in capsys.readouterr().err
     processes = json.loads(Path("run/launch/local1.0_local.json").read_text())["processes"]
     os.kill(processes[1], signal.SIGUSR2)  # whoever hears it, all of them save the same step
     (job,) = ended("run")

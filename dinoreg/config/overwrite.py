@@ -44,8 +44,6 @@ def check_out(config: Config, out: Path) -> None:
         raise UserError(f"out={out}: not empty; use resume=true to go on, overwrite=true to start anew")
     elif not (out / "config.yaml").is_file():
         raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
-    else:
-        refuse_live(out)
 
 
 def refuse_live(out: Path) -> None:
@@ -77,7 +75,7 @@ def refuse_live(out: Path) -> None:
 def run_entries(out: Path) -> list[Path]:
     """The files and folders of the run in `out`, in the order in which to delete them; [] where no run has started.
 
-    raises UserError when `out` holds something other than a run of dinoreg, other files beside one, or a run at work
+    raises UserError when `out` holds something other than a run of dinoreg, or other files beside one
     """
     if not out.is_dir():
         return []
@@ -93,15 +91,15 @@ def run_entries(out: Path) -> list[Path]:
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(f"out={out}: holds {foreign[0]}{more}, which no run writes; it is not overwritten")
-    refuse_live(out)
     return entries
 
 
 def delete_run(out: Path) -> None:
     """Delete the run in `out`, but not the folder itself or the link to it.
 
-    raises UserError as `run_entries`, OSError when something cannot be deleted
+    raises UserError as `run_entries` and `refuse_live`, OSError when something cannot be deleted
     """
+    refuse_live(out)
     for path in run_entries(out):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

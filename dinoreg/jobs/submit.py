@@ -12,7 +12,7 @@ from pathlib import Path
 
 from submitit.core.utils import DelayedSubmission
 
-from dinoreg.config.overwrite import put_back, set_aside
+from dinoreg.config.overwrite import put_back, refuse_live, set_aside
 from dinoreg.jobs import local_queue as local
 from dinoreg.jobs import slurm
 from dinoreg.jobs.attempt import Command
@@ -90,7 +90,7 @@ def _group_options(group: Group, options: LaunchOptions, folder: Path) -> Launch
 
 
 def _refuse_a_second_launch(plan: Plan) -> None:
-    """UserError where a job that has not ended trains in one of the plan's run folders."""
+    """UserError where one of the plan's runs is at work: in a job that has not ended, or without one."""
     runs = [run for group in plan.groups for run in group.runs]
     resolved = {run.resolve() for run in runs}
     for folder in sorted({plan.folder, *runs}):
@@ -101,6 +101,8 @@ def _refuse_a_second_launch(plan: Plan) -> None:
                     f"out={status.record.run}: job {status.record.job} ({status.record.title}) is still "
                     f"{status.state}; dinoreg launch cancel {folder} ends it"
                 )
+    for run in runs:
+        refuse_live(run)
 
 
 class _Submission:

@@ -14,7 +14,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.steps import pointed_step
 from dinoreg.config.load import BUDGETS, Config, load_config, to_yaml
 from dinoreg.config.option import check
-from dinoreg.config.overwrite import check_out, delete_run
+from dinoreg.config.overwrite import check_out, delete_run, refuse_live
 from dinoreg.config.view_settings import CropSettings
 from dinoreg.data import augment as photometric
 from dinoreg.data.labelled import passed_over_in_words
@@ -183,6 +183,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
     out, config = Path(config.out), config.as_trained()
     check_out(config, out)
+    refuse_live(out)
     device, dtype = _device(config)
     data = config.data
     if data.source is None:
