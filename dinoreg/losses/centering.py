@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dinoreg.distributed.process_group import ALONE, Ranks
-from dinoreg.runtime.tiling import chunks, rows_per_chunk
+from dinoreg.runtime.tiling import chunks, rows_in_place
 
 # A row whose largest logit lies more than this many temperatures below the largest logit of all rows is
 # lifted to that distance, so that exp() never empties it. Cosine logits (|logit| <= 1) at a temperature of
@@ -46,7 +46,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
         raise ValueError(f"iterations is {iterations}; Sinkhorn-Knopp needs at least 1")
     num_rows, num_prototypes = logits.shape
     dtype = _working_dtype(logits)
-    size = rows_per_chunk(num_prototypes, logits.device)
+    size = rows_in_place(num_rows, num_prototypes, logits.device)
     targets = torch.empty(num_rows, num_prototypes, dtype=dtype, device=logits.device)
     mass = torch.zeros(num_prototypes, dtype=dtype, device=logits.device)
     smallest_mass = torch.finfo(dtype).tiny * 16
@@ -83,7 +83,7 @@ def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float | Tensor)
     """
     targets = torch.empty(logits.shape, dtype=_working_dtype(logits), device=logits.device)
     center = center.to(targets.dtype)
-    for rows in chunks(0, logits.shape[0], rows_per_chunk(logits.shape[1], logits.device)):
+    for rows in chunks(0, len(logits), rows_in_place(*logits.shape, logits.device)):
         part = torch.sub(logits[rows], center, out=targets[rows])
         part.mul_(1 / teacher_temp)
         part.sub_(part.amax(dim=-1, keepdim=True)).exp_()
@@ -111,7 +111,7 @@ def update_center(
     """
     num_prototypes = logits.shape[1]
     sums = torch.zeros(num_prototypes + 1, dtype=center.dtype, device=logits.device)  # column sums, row count
-    for rows in chunks(0, logits.shape[0], rows_per_chunk(num_prototypes, logits.device)):
+    for rows in chunks(0, len(logits), rows_in_place(*logits.shape, logits.device)):
         sums[:-1] += logits[rows].sum(dim=0, dtype=center.dtype)
     sums[-1:].fill_(logits.shape[0])  # an assignment would wait for the device
     if by_process:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.models.attention import compute_dtype
-from dinoreg.models.layers import init_linear_layers
+from dinoreg.models.layers import init_linear_layers, low_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.tiling import chunks, rows_per_chunk
 
@@ -140,7 +140,8 @@ class PrototypeHead(nn.Module):
 
     def bottleneck(self, tokens: Tensor) -> Tensor:
         """tokens (n, D) -> unit vectors (n, bottleneck_dim), in the dtype of the prototypes (float32)."""
-        x = self.mlp(tokens)
+        with low_precision(self.mlp, compute_dtype(tokens)):
+            x = self.mlp(tokens)
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12
         return F.normalize(x.float(), dim=-1, eps=eps).to(self.last_layer.weight_v.dtype)
 

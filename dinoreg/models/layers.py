@@ -5,14 +5,16 @@ Token-wise layers run once over it, whatever the number of groups; attention and
 groups' shapes. Parameter names are those of the published DINOv2 weights.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinoreg.models.attention import Shapes, attend_groups, without_autocast
+from dinoreg.models.attention import Shapes, attend_groups, compute_dtype, without_autocast
 from dinoreg.runtime.errors import UserError
 
 NORM_EPS = 1e-6
@@ -190,7 +192,14 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 
     def forward(
-        self, x: Tensor, shapes: Shapes, backends: Sequence[str], packed: bool = False, rows: Rows | None = None
+        self,
+        x: Tensor,
+        shapes: Shapes,
+        backends: Sequence[str],
+        packed: bool = False,
+        rows: Rows | None = None,
+        orders: Sequence[Sequence[Tensor]] | None = None,
+        owned: bool = False,
     ) -> Tensor:
         """x (S, D) -> (S, D), or (n, D) with `rows`.
 
@@ -199,32 +208,92 @@ class Block(nn.Module):
         packed   the groups came as a list: stochastic depth skips the dropped images' work at any rate, as DINOv2 does,
                  not only above `SUBSET_MIN_RATE`
         rows     the n tokens to return; the FFN is computed for them only. None: all
+        orders   two random orders of each group's images, for the two branches; None: drawn here
+        owned    x may be written to, and so may the gradient that comes back: nobody else reads them
         """
         rate = self.drop_path if self.training else 0.0
         gamma1, gamma2 = _gamma(self.ls1), _gamma(self.ls2)
         subset = rate > 0 and (packed or rate > SUBSET_MIN_RATE)
+        kept1: Sequence[Tensor] = ()
+        kept2: Sequence[Tensor] = ()
         if subset:
-            kept = draw_kept(shapes, rate, x.device)
-            part = kept_shapes(shapes, kept)
-            y = self.attn(self.norm1(gather_samples(x, shapes, kept)), part, backends)
-            x = add_samples(x, y, gamma1, shapes, kept)
-        else:
-            y = self.attn(self.norm1(x), shapes, backends)
-            x = _add(x, y, gamma1, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
-        if rows is not None:
-            # They are few: skipping the work of the dropped images would save nothing.
-            factors = None
-            if rate:
-                of_images = _kept_factors if subset else _sample_factors
-                factors = of_images(shapes, rate, x).index_select(0, rows.images).unsqueeze(1)
-            x = x.index_select(0, rows.tokens)
-            return _add(x, self.mlp(self.norm2(x)), gamma2, factors)
-        if subset:
-            kept = draw_kept(shapes, rate, x.device)
-            y = self.mlp(self.norm2(gather_samples(x, shapes, kept)))
-            return add_samples(x, y, gamma2, shapes, kept)
-        y = self.mlp(self.norm2(x))
-        return _add(x, y, gamma2, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
+            if orders is None:
+                orders = list(zip(*draw_orders(shapes, 2, x.device)))
+            kept1, kept2 = first_of(orders[0], rate), first_of(orders[1], rate)
+        with low_precision(self, compute_dtype(x)):
+            if subset:
+                part, x = gather_samples(x, shapes, kept1, owned)
+                y = self.attn(_norm(self.norm1, part), kept_shapes(shapes, kept1), backends)
+                x = add_samples(x, y, gamma1, shapes, kept1)
+            else:
+                y = self.attn(_norm(self.norm1, x), shapes, backends)
+                x = _add(x, y, gamma1, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
+            if rows is not None:
+                # They are few: skipping the work of the dropped images would save nothing.
+                factors = None
+                if rate:
+                    of_images = _kept_factors(shapes, kept2, x) if subset else _sample_factors(shapes, rate, x)
+                    factors = of_images.index_select(0, rows.images).unsqueeze(1)
+                x = x.index_select(0, rows.tokens)
+                return _add(x, self.mlp(_norm(self.norm2, x)), gamma2, factors)
+            if subset:
+                part, x = gather_samples(x, shapes, kept2, owned=True)
+                return add_samples(x, self.mlp(_norm(self.norm2, part)), gamma2, shapes, kept2)
+            y = self.mlp(_norm(self.norm2, x))
+            return _add(x, y, gamma2, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """The norm of x, in bfloat16 where `low_precision` made its parameters so: no float32 copy is written."""
+    if norm.weight.dtype != torch.bfloat16:
+        out: Tensor = norm(x)
+        return out
+    with without_autocast(x):
+        return F.layer_norm(x.bfloat16(), x.shape[-1:], norm.weight, norm.bias, NORM_EPS)  # type: ignore[arg-type]
+
+
+@contextmanager
+def low_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """A context in which the linear layers of `module` compute with copies of their parameters in `dtype`.
+
+    Autocast would cast one parameter at a time. Names in an object's own dictionary come before its parameters. Norms
+    follow in bfloat16 only: float16 has not the range for what a residual stream may hold.
+    """
+    kinds = (nn.Linear, nn.LayerNorm) if dtype == torch.bfloat16 else (nn.Linear,)
+    layers = [m for m in module.modules() if isinstance(m, kinds) and m.weight.dtype != dtype]
+    if dtype == torch.float32 or not layers or torch.compiler.is_compiling():
+        yield
+        return
+    owned = [(layer, name) for layer in layers for name, p in layer._parameters.items() if p is not None]
+    copies = _Copies.apply(dtype, *(layer._parameters[name] for layer, name in owned))
+    try:
+        for (layer, name), copy in zip(owned, copies, strict=True):
+            layer.__dict__[name] = copy
+        yield
+    finally:
+        for layer, name in owned:
+            del layer.__dict__[name]
+
+
+class _Copies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        copies = tuple(torch.empty_like(tensor, dtype=dtype) for tensor in tensors)
+        torch._foreach_copy_(copies, tensors)
+        frozen = [copy for copy, needed in zip(copies, ctx.needs_input_grad[1:], strict=True) if not needed]
+        ctx.mark_non_differentiable(*frozen)
+        ctx.dtype = tensors[0].dtype
+        return copies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [grad for grad in grads if grad is not None]
+        full = [torch.empty_like(grad, dtype=ctx.dtype) for grad in given]
+        if given:
+            torch._foreach_copy_(full, given)
+        ordered = iter(full)
+        return None, *(None if grad is None else next(ordered) for grad in grads)
 
 
 def _dropout(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -256,10 +325,15 @@ def _per_token(factors: Tensor, shapes: Shapes) -> Tensor:
     return torch.cat(repeated).unsqueeze(1)
 
 
-def _kept_factors(shapes: Shapes, rate: float, x: Tensor) -> Tensor:
+def _kept_factors(shapes: Shapes, kept: Sequence[Tensor], x: Tensor) -> Tensor:
     """What `add_samples` multiplies by, for the images of all groups: 0 for those that were not drawn."""
-    drawn = zip(shapes, draw_kept(shapes, rate, x.device), strict=True)
-    return torch.cat([x.new_zeros(images).index_fill_(0, kept, images / len(kept)) for (images, _), kept in drawn])
+    drawn = zip(shapes, kept, strict=True)
+    return torch.cat([x.new_zeros(images).index_fill_(0, index, images / len(index)) for (images, _), index in drawn])
+
+
+def draw_orders(shapes: Shapes, count: int, device: torch.device) -> list[Tensor]:
+    """For each group of b images `count` random orders of them at once: (count, b) int64."""
+    return [torch.rand(count, images, device=device).argsort(dim=1) for images, _ in shapes]
 
 
 def draw_kept(shapes: Shapes, rate: float, device: torch.device) -> list[Tensor]:
@@ -268,7 +342,12 @@ def draw_kept(shapes: Shapes, rate: float, device: torch.device) -> list[Tensor]
     rate     in [0, 1)
     returns  for each group of b images, (max(int(b * (1 - rate)), 1),) int64 indices below b, all different
     """
-    return [torch.randperm(images, device=device)[: max(int(images * (1 - rate)), 1)] for images, _ in shapes]
+    return first_of([order[0] for order in draw_orders(shapes, 1, device)], rate)
+
+
+def first_of(orders: Sequence[Tensor], rate: float) -> list[Tensor]:
+    """Of each group's random order (b,) of its images the first ones, as many as `draw_kept` draws."""
+    return [order[: max(int(len(order) * (1 - rate)), 1)] for order in orders]
 
 
 def kept_shapes(shapes: Shapes, kept: Sequence[Tensor]) -> Shapes:
@@ -276,21 +355,29 @@ def kept_shapes(shapes: Shapes, kept: Sequence[Tensor]) -> Shapes:
     return tuple((len(index), tokens) for (_, tokens), index in zip(shapes, kept, strict=True))
 
 
-def gather_samples(x: Tensor, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
-    """The tokens of the kept images of every group: x (S, D) -> (S', D); `kept` is that of `draw_kept`."""
-    return _GatherSamples.apply(x, shapes, *kept)
+def gather_samples(x: Tensor, shapes: Shapes, kept: Sequence[Tensor], owned: bool = False) -> tuple[Tensor, Tensor]:
+    """The tokens of the kept images of every group, (S', D), and x (S, D) for `add_samples` to add to.
+
+    kept   that of `draw_kept`
+    owned  that x itself, and its gradient is computed in place; else a copy. Views are always copied
+
+    Where x goes through here, its gradient comes complete from `add_samples`: nothing has to be zeroed and summed.
+    """
+    owned = owned and not x._is_view() and not torch.compiler.is_compiling()
+    part, stream = _GatherSamples.apply(x, owned, shapes, *kept)
+    return part, stream
 
 
 def add_samples(x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
     """x plus, at the kept images, y * gamma * (images / kept images): on average over draws, the undropped sum.
 
-    x       (S, D)    all tokens of all groups
+    x       (S, D)    all tokens of all groups, from `gather_samples`; written to
     y       (S', D)   a branch's output for the kept images
     gamma   (D,)      LayerScale's factors; None: 1
     kept              per group, the indices of `draw_kept`
     returns (S, D)    in the dtype of x
     """
-    return _AddSamples.apply(x, y, gamma, shapes, *kept)
+    return _AddSamples.apply(x, y, gamma, torch.compiler.is_compiling(), shapes, *kept)
 
 
 def _views(shapes: Shapes, kept: Sequence[Tensor]) -> list[tuple[slice, slice, int]]:
@@ -311,48 +398,65 @@ def _take(x: Tensor, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
     return out
 
 
+def _put(x: Tensor, y: Tensor, shapes: Shapes, kept: Sequence[Tensor], scaled: bool) -> None:
+    """Add the kept images' rows y to x in place, times images / kept images where `scaled`."""
+    for (in_x, in_y, images), index in zip(_views(shapes, kept), kept, strict=True):
+        part = y[in_y].view(len(index), -1)
+        x[in_x].view(images, -1).index_add_(0, index, part, alpha=images / len(index) if scaled else 1)
+
+
 class _GatherSamples(torch.autograd.Function):
     # Written out because autograd's own composition (select, then concatenate) makes a second copy each way.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shapes: Shapes, *kept: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, owned: bool, shapes: Shapes, *kept: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*kept)
-        ctx.shapes = shapes
-        return _take(x, shapes, kept)
+        ctx.shapes, ctx.owned = shapes, owned
+        part = _take(x, shapes, kept)
+        if owned:
+            ctx.mark_dirty(x)
+        return part, x if owned else x.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
-        kept = ctx.saved_tensors
-        views = _views(ctx.shapes, kept)
-        out = grad.new_zeros(views[-1][0].stop, grad.shape[1])
-        for (in_x, in_y, images), index in zip(views, kept, strict=True):
-            out[in_x].view(images, -1).index_copy_(0, index, grad[in_y].contiguous().view(len(index), -1))
-        return out, None, *(None for _ in kept)
+        grad_part, grad = grads
+        kept = ctx.saved_tensors  # read once: with checkpointing a second time is an error
+        grad = grad if ctx.owned else grad.clone()
+        _put(grad, grad_part.contiguous(), ctx.shapes, kept, scaled=False)
+        return grad, None, None, *(None for _ in kept)
 
 
 class _AddSamples(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, *kept: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, gamma: Tensor | None, compiled: bool, shapes: Shapes, *kept: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(y if gamma is not None else None, gamma, *kept)
         ctx.shapes, ctx.dtype = shapes, y.dtype
-        out = x.clone(memory_format=torch.contiguous_format)
-        for (in_x, in_y, images), index in zip(_views(shapes, kept), kept, strict=True):
-            part = y[in_y] if gamma is None else y[in_y] * gamma
-            part = part.to(x.dtype).view(len(index), -1)
-            out[in_x].view(images, -1).index_add_(0, index, part, alpha=images / len(index))
-        return out
+        if compiled:
+            x = x.clone()  # the compiler knows no marks, and leaves out the copy
+        else:
+            ctx.mark_dirty(x)
+        y = y.to(x.dtype) if gamma is None else torch.mul(y, gamma, out=torch.empty_like(y, dtype=x.dtype))
+        _put(x, y, shapes, kept, scaled=True)
+        return x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
         y, gamma, *kept = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_y = _take(grad, ctx.shapes, kept)
-        for (_, in_y, images), index in zip(_views(ctx.shapes, kept), kept, strict=True):
-            grad_y[in_y].mul_(images / len(index))
+        grad = grads[0].contiguous()
+        part = _take(grad, ctx.shapes, kept)
+        grad_y = torch.empty(part.shape, dtype=ctx.dtype, device=part.device)
+        rows = [in_y for _, in_y, _ in _views(ctx.shapes, kept)]
+        scales = [images / len(index) for (images, _), index in zip(ctx.shapes, kept, strict=True)]
+        factors: Sequence[Any] = scales
         grad_gamma = None
         if gamma is not None:
-            grad_gamma = (grad_y * y).sum(0).to(gamma.dtype)
-            grad_y.mul_(gamma)
-        return grad, grad_y.to(ctx.dtype), grad_gamma, None, *(None for _ in kept)
+            factors = torch._foreach_mul([gamma] * len(scales), scales)
+            product = part * y
+            sums = [product[in_y].sum(0) for in_y in rows]
+            torch._foreach_mul_(sums, scales)
+            grad_gamma = functools.reduce(torch.add, sums).to(gamma.dtype)
+        for in_y, factor in zip(rows, factors, strict=True):
+            torch.mul(part[in_y], factor, out=grad_y[in_y])
+        return grad, grad_y, grad_gamma, None, None, *(None for _ in kept)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinoreg.models.attention import Shapes, attention_weights, check_backend, compute_dtype, resolve_backend
-from dinoreg.models.layers import FFN_KINDS, NORM_EPS, Block, PatchEmbed, Rows, init_linear_layers
+from dinoreg.models.layers import FFN_KINDS, NORM_EPS, Block, PatchEmbed, Rows, draw_orders, init_linear_layers
 from dinoreg.runtime.errors import UserError
 
 POSITION_STD = 0.02
@@ -254,12 +254,15 @@ class RegisterViT(nn.Module):
         """Blocks start .. stop - 1 over packed tokens (S, D); of the last one only `rows`."""
         dtype = compute_dtype(x)
         backends = tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
+        again = self.checkpointing and self.training and torch.is_grad_enabled()
+        orders = None
+        if packed and self.training and any(block.drop_path for block in self.blocks):
+            orders = list(zip(*draw_orders(shapes, 2 * self.depth, x.device)))  # of all blocks at once
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, shapes, backends, packed, selected, use_reentrant=False)
-            else:
-                x = block(x, shapes, backends, packed, selected)
+            drawn = None if orders is None else orders[2 * index : 2 * index + 2]
+            arguments = (x, shapes, backends, packed, selected, drawn, packed and not again)
+            x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x
 
     # ---------------------------------------------------------------- looking inside

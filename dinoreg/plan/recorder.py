@@ -250,6 +250,9 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.hold(tensor, self._part_of(func, args, tensor))
+        if func is aten._foreach_copy_.default and self._part(args[1][0]) in ("student weights", "gathered weights"):
+            for tensor in args[0]:
+                self._relabel(tensor, "weights in low precision")
         if func.namespace == "fsdp":
             part = "gradients" if "chunk_cat" in str(func) else "gathered weights"
             for tensor in tree_leaves((args[0], out, kwargs.get("out"))):

@@ -20,6 +20,11 @@ def rows_per_chunk(row_length: int, device: torch.device) -> int:
     return max(1, budget // max(1, row_length))
 
 
+def rows_in_place(rows: int, row_length: int, device: torch.device) -> int:
+    """How many of `rows` rows to take at once where no scratch memory is needed: on an accelerator all, at least 1."""
+    return rows_per_chunk(row_length, device) if device.type == "cpu" else max(1, rows)
+
+
 def chunks(start: int, stop: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most `size` elements that cover start to stop - 1; none if the range is empty."""
     for first in range(start, stop, size):
