@@ -83,7 +83,7 @@ def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float | Tensor)
     """
     targets = torch.empty(logits.shape, dtype=_working_dtype(logits), device=logits.device)
     center = center.to(targets.dtype)
-    for rows in chunks(0, len(logits), rows_in_place(*logits.shape, logits.device)):
+    for rows in chunks(0, len(logits), rows_in_place(len(logits), logits.shape[1], logits.device)):
         part = torch.sub(logits[rows], center, out=targets[rows])
         part.mul_(1 / teacher_temp)
         part.sub_(part.amax(dim=-1, keepdim=True)).exp_()
@@ -111,7 +111,7 @@ def update_center(
     """
     num_prototypes = logits.shape[1]
     sums = torch.zeros(num_prototypes + 1, dtype=center.dtype, device=logits.device)  # column sums, row count
-    for rows in chunks(0, len(logits), rows_in_place(*logits.shape, logits.device)):
+    for rows in chunks(0, len(logits), rows_in_place(len(logits), logits.shape[1], logits.device)):
         sums[:-1] += logits[rows].sum(dim=0, dtype=center.dtype)
     sums[-1:].fill_(logits.shape[0])  # an assignment would wait for the device
     if by_process:
