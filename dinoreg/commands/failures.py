@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
+from dinoreg.runtime.printable import printable
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def running(out: str | None) -> Iterator[None]:
 
 def print_status(line: str) -> None:
     """Print a line to stderr, unbuffered; stdout is for results."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def explain_error(error: BaseException) -> str:

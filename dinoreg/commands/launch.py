@@ -18,8 +18,11 @@ from dinoreg.jobs.options import OPTION_NAMES, split_options
 from dinoreg.jobs.records import read_records
 from dinoreg.jobs.submit import command_line, launch
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import printable
 
-_say = partial(print, flush=True)
+
+def _say(text: str, end: str = "\n") -> None:
+    print(printable(text, keep="\n\r\t"), end=end, flush=True)
 
 
 def launch_command(*arguments: str) -> None:

@@ -25,6 +25,7 @@ from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge
 from dinoreg.runtime.errors import RunError, UserError, one_line
+from dinoreg.runtime.printable import printable
 from dinoreg.scenes.render import CLASS_NAMES, render
 from dinoreg.visualize.gallery import to_pixels
 from dinoreg.visualize.subject import Subject, evenly_spaced, open_images, open_subject, picture_size, safe_name
@@ -62,7 +63,7 @@ def report_registers(options: RegistersOptions) -> Path:
     Console().print(console_table(records))
     for record in records:
         words = judge(record)
-        print(f"{record['name']}: {' '.join((words.headline, *words.sentences))}")
+        print(f"{printable(record['name'])}: {' '.join((words.headline, *words.sentences))}")
     print(f"report: {page}")
     return page
 

@@ -15,6 +15,7 @@ from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import printable
 
 
 def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
@@ -23,7 +24,7 @@ def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
     def call(*args: Any, **named: Any) -> None:
         returned = getattr(importlib.import_module(f"dinoreg.{module}"), name)(*args, **named)
         if result:
-            print(f"{result}: {returned}")
+            print(f"{result}: {printable(str(returned))}")
 
     return call
 

@@ -35,6 +35,7 @@ from dinoreg.plan.encoder_cost import encoder_cost
 from dinoreg.reports.labelled_verdict import KINDS, Advice, advise, in_short, write_page
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import printable
 from dinoreg.runtime.templates import score
 
 REFERENCES = ("public", "start", "random init")  # whose labels are counted: the first that there is
@@ -74,7 +75,8 @@ def verdict(labelled: str | Path, **options: Any) -> LabelledVerdict:
 def verdict_command(labelled: str, options: VerdictOptions, own: Mapping[str, Any]) -> None:
     """Run `dinoreg verdict`: print the figures, the advice and the page's path."""
     found = _judge(labelled, options, own)
-    print("\n".join([*in_short(found.record), f"verdict: {': '.join(found.advice)}", f"page: {found.page}"]))
+    lines = [*in_short(found.record), f"verdict: {': '.join(found.advice)}", f"page: {found.page}"]
+    print(printable("\n".join(lines), keep="\n"))
 
 
 def read_verdict(overrides: Mapping[str, Any] | Iterable[str]) -> tuple[VerdictOptions, dict[str, Any]]:

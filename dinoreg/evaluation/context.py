@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.evaluation.features.images import CentreCrop
+from dinoreg.runtime.printable import in_markup, printable
 
 T = TypeVar("T")
 SAVE_SECONDS = 120.0  # between saved states of work that can be resumed
@@ -112,7 +112,7 @@ def show_progress(items: Iterable[T], total: int, what: str, unit: str = "it") -
     """
     console = Console(stderr=True)
     if console.is_terminal:
-        yield from track(items, escape(what), total, console=console, transient=True)
+        yield from track(items, in_markup(what), total, console=console, transient=True)
         return
     started = shown = time.monotonic()
     for done, item in enumerate(items, 1):
@@ -122,4 +122,4 @@ def show_progress(items: Iterable[T], total: int, what: str, unit: str = "it") -
             shown, rate = now, done / (now - started)
             left = timedelta(seconds=int((total - done) / rate)) if total else "?"
             pace = f"{rate:,.1f} {unit}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s/{unit}"
-            print(f"{what}: {done:,}/{total:,} · {pace} · {left} left", file=sys.stderr, flush=True)
+            print(f"{printable(what)}: {done:,}/{total:,} · {pace} · {left} left", file=sys.stderr, flush=True)

@@ -25,6 +25,7 @@ from dinoreg.jobs.options import NO_TIMEOUT
 from dinoreg.jobs.records import add_event, cancel_file, read_events
 from dinoreg.jobs.status import saved_step
 from dinoreg.runtime.errors import Interrupted, RunError, one_line
+from dinoreg.runtime.printable import printable
 
 STUCK = 3  # restarts in a row without a new checkpoint that end a training
 FIRST_PORT, NUM_PORTS = 12_000, 20_000  # below those that systems hand out by themselves
@@ -126,7 +127,7 @@ class Attempt:
             line = one_line(error)
             kind = "" if type(error).__module__.startswith("dinoreg") else f"{type(error).__name__}: "
             self.note("failed", error=kind + line, reported=_is_reported(error))
-            print(f"dinoreg: {line}", file=sys.stderr, flush=True)
+            print(f"dinoreg: {printable(line)}", file=sys.stderr, flush=True)
             raise
         if self.rank == 0:
             for path in self.command.removes:
@@ -209,7 +210,7 @@ class Attempt:
         if self.command.run:
             why += ", nothing was saved" if self.step is None else f", saved at step {self.step}"
         self.note("stopped", why=why)
-        print(f"dinoreg: {message}", file=sys.stderr, flush=True)
+        print(f"dinoreg: {printable(message)}", file=sys.stderr, flush=True)
         return "stopped"
 
     def _is_cancelled(self) -> bool:
@@ -258,7 +259,7 @@ class Evaluations:
                 process = subprocess.Popen(command_line, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             self.processes.append(process)
         except Exception as error:
-            print(f"dinoreg: step {step} is not evaluated ({error})", file=sys.stderr, flush=True)
+            print(f"dinoreg: step {step} is not evaluated ({one_line(error)})", file=sys.stderr, flush=True)
 
     def finish(self, seconds: float) -> None:
         """Wait, up to `seconds` each, for submissions in progress, which would be killed with the job."""

@@ -13,11 +13,11 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
-from dinoreg.runtime.json_files import read_json_lines
+from dinoreg.runtime.json_files import is_number, read_json_lines
 
 JOBS = "jobs.jsonl"
 
@@ -79,14 +79,23 @@ def add_records(launch: Path, records: Iterable[Record]) -> None:
 
 def read_records(folder: str | Path) -> list[Record]:
     """The jobs launched for a folder, in the order of submission; [] without any."""
-    names = {each.name for each in fields(Record)}
-    lines = [line for line in read_json_lines(launch_folder(folder) / JOBS) if names <= line.keys()]
-    return [Record(**{key: line[key] for key in names}) for line in lines]
+    hints = get_type_hints(Record)
+    lines = read_json_lines(launch_folder(folder) / JOBS)
+    whole = [line for line in lines if all(_is(line.get(name), hint) for name, hint in hints.items())]
+    return [Record(**{name: line[name] for name in hints}) for line in whole]
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of the type of a field of `Record`."""
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is(each, *get_args(hint)) for each in value)
+    return is_number(value) if hint is float else type(value) is hint
 
 
 def next_launch(launch: Path) -> int:
     """The number of the next launch in this folder, from 1."""
-    return 1 + max((int(line.get("launch", 0)) for line in read_json_lines(launch / JOBS)), default=0)
+    numbers = (line.get("launch") for line in read_json_lines(launch / JOBS))
+    return 1 + max((number for number in numbers if type(number) is int), default=0)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -104,9 +113,11 @@ def read_events(launch: Path, job: str, rank: int | None = None) -> list[dict[st
     for path in launch.glob(f"{job}_{'*' if rank is None else rank}_events.jsonl"):
         writer = path.name.removeprefix(f"{job}_").removesuffix("_events.jsonl")
         if writer.isdigit():
-            lines = [line for line in read_json_lines(path) if "event" in line and "time" in line]
+            lines = [
+                line for line in read_json_lines(path) if _is(line.get("event"), str) and is_number(line.get("time"))
+            ]
             events += [{**line, "rank": int(writer)} for line in lines]
-    return sorted(events, key=lambda line: float(line["time"]))
+    return sorted(events, key=lambda line: line["time"])
 
 
 def cancel_file(launch: Path, job: str) -> Path:

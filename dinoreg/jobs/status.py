@@ -218,7 +218,8 @@ def progress(record: Record) -> str:
     metrics: dict[str, Any] = {}
     for line in last_lines(Path(record.run) / "metrics.jsonl", 2):
         with contextlib.suppress(ValueError):  # the last may be half written
-            metrics = json.loads(line)
+            content = json.loads(line)
+            metrics = content if isinstance(content, dict) else metrics
     step, total = metrics.get("step", state.get("step")), state.get("num_steps")
     if not isinstance(step, int) or not isinstance(total, int):
         return "not training yet"
@@ -231,7 +232,8 @@ def progress(record: Record) -> str:
 
 
 def _restarts(events: Sequence[dict[str, Any]]) -> str:
-    count = max((int(line.get("restarts", 0)) for line in events if line["event"] == "start"), default=0)
+    counts = (line.get("restarts") for line in events if line["event"] == "start")
+    count = max((count for count in counts if type(count) is int), default=0)
     return f"requeued {TIMES.get(count, f'{count} times')}" if count else ""
 
 

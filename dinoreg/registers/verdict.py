@@ -7,6 +7,7 @@ from rich.table import Table
 
 from dinoreg.registers.measure import BESIDE_OUTLIERS
 from dinoreg.reports.verdict import DASH, Verdict, in_words
+from dinoreg.runtime.printable import in_markup
 from dinoreg.runtime.templates import percent, render, score
 
 TONES = {"none": "good", "tail": "warn", "group": "bad"}
@@ -40,7 +41,7 @@ def console_table(records: Sequence[dict[str, Any]]) -> Table:
     """Models in columns, figures in rows, for the terminal."""
     table = Table("", title="registers")
     for record in records:
-        table.add_column(record["name"], justify="right", overflow="fold")
+        table.add_column(in_markup(record["name"]), justify="right", overflow="fold")
     for name, cells in comparison(records):
         table.add_row(name, *cells)
     return table

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
 
 from dinoreg.checkpoint.atomic import write_atomic
@@ -25,6 +24,7 @@ from dinoreg.reports.class_tables import class_tables
 from dinoreg.reports.verdict import DASH, MAJORITY, PAIRED, balanced, differences, in_cell, judge, paired_rows
 from dinoreg.runtime.durations import duration
 from dinoreg.runtime.json_files import is_number, number, read_json
+from dinoreg.runtime.printable import in_markup
 from dinoreg.runtime.templates import render, score
 
 FORMAT = "dinoreg-evaluation"
@@ -136,13 +136,13 @@ def console_table(records: Sequence[Record]) -> Table:
     several = len({record.weights.get("identity") for record in records}) > 1
     for record in records:
         name = record.probe.dataset + (f", {record.weights.get('name', '')}" if several else "")
-        table.add_row(f"[bold]{escape(name)}[/]")
+        table.add_row(f"[bold]{in_markup(name)}[/]")
         for line in record_lines(record):
             _, protocol, metric, value, interval, *others, _, _ = line.cells
             if line.is_headline:
                 figure, *more = value.split("\n")
                 lines = [figure, f"[{re.sub(' [^ 0-9]+$', '', interval)}]", *more]
-                table.add_row(*map(escape, (f"{protocol}\n{metric}", "\n".join(lines), *others)))
+                table.add_row(*map(in_markup, (f"{protocol}\n{metric}", "\n".join(lines), *others)))
         table.add_section()
     return table
 

@@ -1,5 +1,7 @@
 """The errors with which a command ends early: wrong input, a failure while running, or a signal."""
 
+from dinoreg.runtime.printable import printable
+
 
 class EarlyEnd(Exception):
     """An end that is reported in one line, without a traceback.
@@ -28,4 +30,4 @@ class Interrupted(EarlyEnd):
 
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """An error's text in one line, cut to `limit` characters (None: not cut); its type's name where it has no text."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    return printable(" ".join(str(error).split()))[:limit] or type(error).__name__

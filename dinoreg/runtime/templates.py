@@ -1,7 +1,7 @@
 """Jinja templates, in the folder `templates/` beside the code that renders them.
 
-In `*.html.j2` every value is escaped for HTML, in `*.md.j2` for Markdown; `| safe` marks trusted text. In other
-templates (`*.txt.j2`) values are not escaped. A variable without a value is an error.
+In `*.html.j2` every value is escaped for HTML, in `*.md.j2` for Markdown; `| safe` marks trusted text. In `*.txt.j2`
+what a terminal would obey is written as escapes. A variable without a value is an error.
 """
 
 import re
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dinoreg.runtime.printable import printable
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -27,7 +29,11 @@ def escape_markdown(value: object) -> str:
     """A value on one line, with the special characters of Markdown and HTML escaped; text marked `| safe` as it is."""
     if hasattr(value, "__html__"):
         return str(value)
-    return re.sub(r"([\\`*_{}\[\]<>#|!~]|(?<=\])\()", r"\\\1", re.sub(r"\s+", " ", str(value)))
+    return re.sub(r"([\\`*_{}\[\]<>#|!~]|(?<=\])\()", r"\\\1", printable(re.sub(r"\s+", " ", str(value))))
+
+
+def _escape_text(value: object) -> object:
+    return printable(value, keep="\n\t") if isinstance(value, str) else value
 
 
 @lru_cache
@@ -35,12 +41,13 @@ def _environment(kind: str) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(PACKAGE),
         autoescape=kind == ".html",
-        finalize=escape_markdown if kind == ".md" else None,
+        finalize={".md": escape_markdown, ".txt": _escape_text}.get(kind),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "score": score, "position": position, "extent": extent}
+    filters = (percent, score, position, extent, printable)
+    environment.filters |= {each.__name__: each for each in filters}
     return environment
 
 

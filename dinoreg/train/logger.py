@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.runtime.durations import clock
+from dinoreg.runtime.printable import printable
 
 logger = logging.getLogger("dinoreg")
 
@@ -114,6 +115,7 @@ class RunLog(SilentLog):
 
     def say(self, message: str, level: int = logging.INFO) -> None:
         """Log a message to the console and train.log; `level` is one of the logging module."""
+        message = printable(message, keep="\n")
         logger.log(level, "%s", message)
         style = {logging.WARNING: "yellow", logging.ERROR: "bold red"}.get(level)
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,33 @@
+"""Text for terminals and logs: names of files hold any byte, and a terminal obeys some of them."""
+
+import unicodedata
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text in which nothing but itself reaches a terminal: other characters are written as Python's escapes.
+
+    Those are control characters (ESC moves the cursor and paints, a line feed forges a line), invisible ones that turn
+    the direction of text, halves of surrogate pairs (bytes of a name that is no UTF-8) and separators of lines.
+
+    keep  characters to leave as they are, such as line feeds
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character in keep or unicodedata.category(character) not in _OBEYED else _escaped(character)
+        for character in text
+    )
+
+
+def in_markup(text: str) -> str:
+    """Text for a table or bar of rich: `printable`, and no bracket in it is a style."""
+    from rich.markup import escape  # not on every import of the errors
+
+    return escape(printable(text, keep="\n"))
+
+
+_OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
