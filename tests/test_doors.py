@@ -63,9 +63,9 @@ def test_caches_with_objects_in_them_are_computed_anew_and_run_nothing(tmp_path:
     objects[0] = Payload(ran)
     np.savez(tmp_path / "index.npz", evidence=objects, paths=objects)
     np.save(tmp_path / "rows.npy", objects)
-    (tmp_path / "rows.json").write_text('{"done": 1}')
+    (tmp_path / "rows.json").write_text('{"done": 1, "crc32": 0}')
     assert load_index(tmp_path / "index.npz", "") is None
-    assert _rows_done(tmp_path / "rows.npy", tmp_path / "rows.json") == 0
+    assert _rows_done(tmp_path / "rows.npy", tmp_path / "rows.json", 1) == (0, 0)
     assert not ran.exists()
 
 

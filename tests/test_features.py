@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from encoders import context, small_encoder, small_vit
 from miniatures.pictures import pattern
+from mounts import mounted_disk
 from torch import Tensor
 
 from dinoreg.data.open import open_source
@@ -108,6 +114,69 @@ def test_an_extraction_that_was_stopped_goes_on_where_it_was(
     np.testing.assert_allclose(found, whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("stop_at", [None, 7])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_file_is_computed_anew_and_said(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop_at: int | None,
+    damage: str,
+) -> None:
+    monkeypatch.setattr("dinoreg.evaluation.features.cache.FLUSH_ROWS", 3)
+    source, place = open_source(str(folder)), where(tmp_path, batch_size=2)
+    with contextlib.suppress(KeyboardInterrupt):
+        extract_features(place, Counting(stop_at=stop_at).encoder, source, CROP)
+    (file,) = place.features.glob("*.npy" if stop_at is None else "*.part")
+    content = bytearray(file.read_bytes())
+    content[200] ^= 1
+    file.write_bytes({"flip": bytes(content), "cut": content[:300], "empty": b""}[damage])
+    again = Counting()
+    found = extract_features(place, again.encoder, source, CROP)
+    assert again.seen == 11
+    assert "not as it was written" in capsys.readouterr().err
+    whole = extract_features(where(tmp_path / "other", batch_size=2), small_encoder(), source, CROP)
+    np.testing.assert_array_equal(found, whole)
+
+
+def test_values_that_are_not_finite_are_computed_anew_whatever_the_checksum(folder: Path, tmp_path: Path) -> None:
+    source, place = open_source(str(folder)), where(tmp_path)
+    first = np.array(extract_features(place, small_encoder(), source, CROP))
+    (file,), (note,) = place.features.glob("*.npy"), place.features.glob("*.json")
+    content = bytearray(file.read_bytes())
+    content[-4:] = np.float32(np.nan).tobytes()
+    file.write_bytes(content)
+    note.write_text(json.dumps({**json.loads(note.read_text()), "crc32": zlib.crc32(content[-first.nbytes :])}))
+    np.testing.assert_array_equal(extract_features(place, small_encoder(), source, CROP), first)
+
+
+def test_two_processes_that_extract_the_same_do_not_mix_their_rows(folder: Path, tmp_path: Path) -> None:
+    source, place = open_source(str(folder)), where(tmp_path, batch_size=2)
+    meeting, inner = Counting(), []
+    layers = meeting.encoder._layers
+
+    def meet(*arguments: Any) -> list:
+        if meeting.seen == 4:
+            inner.append(np.array(extract_features(place, small_encoder(), source, CROP)))
+        return layers(*arguments)
+
+    meeting.encoder._layers = meet  # type: ignore[method-assign]
+    outer = extract_features(place, meeting.encoder, source, CROP)
+    whole = extract_features(where(tmp_path / "other", batch_size=2), small_encoder(), source, CROP)
+    np.testing.assert_array_equal(outer, whole)
+    np.testing.assert_array_equal(inner[0], whole)
+    assert not list(place.features.glob("*.part"))
+
+
+def test_a_disk_that_fills_up_is_said_in_words(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: SimpleNamespace(free=1 << 40))
+    with mounted_disk(tmp_path / "disk", "4k") as disk:
+        place = dataclasses.replace(where(tmp_path), features=disk)
+        with pytest.raises(RunError, match=r"npy: the features cannot be written \(No space left on device\)"):
+            extract_features(place, small_encoder(), open_source(str(folder)), CROP)
+
+
 def test_a_feature_that_is_not_finite_names_its_image(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"06\.png: its feature is not finite"):
         extract_features(where(tmp_path), Counting(nan_at=6).encoder, open_source(str(folder)), CROP)
@@ -136,7 +205,7 @@ def test_pixels_have_no_mean_patch_beside_their_class_token(folder: Path, tmp_pa
 
 def test_a_folder_that_cannot_be_written_is_said_in_words(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "f").write_text("a file")
-    with pytest.raises(RunError, match=r"cannot keep 0\.0 GiB of features"):
+    with pytest.raises(RunError, match=r"the features cannot be written"):
         extract_features(where(tmp_path), small_encoder(), open_source(str(folder)), CROP)
 
 

@@ -1,4 +1,4 @@
-"""Frozen features, extracted once: a memory-mapped file per (weights, images, crop, blocks), whole or resumable.
+"""Frozen features, extracted once: a file per (weights, images, crop, blocks), whole or resumable, with its checksum.
 
 A row holds the class token after each of the chosen blocks and, last, the mean patch token: (slots, D).
 The file's key is a hash over everything that shapes its numbers: it is never read for another model, image or crop.
@@ -6,28 +6,35 @@ What a file holds beyond what is wanted, slots of other protocols or images of o
 that want much come before those that want a part of it.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.atomic import part_name, reason, write_atomic
 from dinoreg.data.source import ChosenSource, Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.features.images import Picture, parallel, read_picture, stack_images
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.printable import printable
 
 FLUSH_ROWS = 4096  # rows written between notes of how far the extraction is
+_BLOCK = 1 << 24  # bytes of a file that are checked at once
 
 
 def extract_features(
@@ -93,7 +100,7 @@ def _superset(folder: Path, name: str, count: int, wanted: list[str]) -> np.ndar
         first = kept.index(wanted[0]) if wanted[0] in kept else len(kept)
         path = noted.with_suffix(".npy")
         # A slice, unlike a list of places, stays on the disk.
-        if kept[first : first + len(wanted)] == wanted and _rows_done(path, noted) == count:
+        if kept[first : first + len(wanted)] == wanted and _rows_done(path, noted, count)[0] == count:
             return np.load(path, mmap_mode="r")[:, first : first + len(wanted)]
     return None
 
@@ -152,45 +159,108 @@ def extract_rows(
 
     An interrupted extraction resumes.
     """
-    noted = path.with_suffix(".json")
-    done = flushed = _rows_done(path, noted)
-    rows: np.ndarray | None = np.load(path, mmap_mode="r+") if done else None
-    left = -(-(len(source) - done) // batch_size)
-    loaded = parallel(load, range(done, len(source)), context.workers)
-    batches = iter(lambda: list(islice(loaded, batch_size)), [])
-    for images in context.progress(batches, left, f"{what} ({encoder.name})") if left else ():
-        values = compute(stack_images(images))
-        require_finite(values, [source.name(done + place) for place in range(len(values))], encoder)
-        if rows is None:
-            shape = (len(source), *values.shape[1:])
-            rows = _create(path, shape, np.dtype(context.features_dtype), what, advice)
-        rows[done : done + len(values)] = values.cpu().numpy()
-        done += len(values)
-        if done - flushed >= flush_every or done == len(source):
-            rows.flush()  # type: ignore[attr-defined]
-            write_atomic(noted, json.dumps({**(note or {}), "done": done}) + "\n")
-            flushed = done
+    noted, trouble = path.with_suffix(".json"), f"the {what} cannot be written"
+    done, crc = _rows_done(path, noted, len(source))
+    if done == len(source):
+        return np.load(path, mmap_mode="r")
+    with contextlib.ExitStack() as stack:
+        with _in_words(path, trouble, advice):
+            aside, file = _aside(path)
+            stack.callback(_close, file)
+        if aside != part_name(path):
+            done = crc = 0
+        flushed = done
+        left = -(-(len(source) - done) // batch_size)
+        loaded = parallel(load, range(done, len(source)), context.workers)
+        batches = iter(lambda: list(islice(loaded, batch_size)), [])
+        for images in context.progress(batches, left, f"{what} ({encoder.name})"):
+            rows = np.ascontiguousarray(compute(stack_images(images)).cpu().numpy(), dtype=context.features_dtype)
+            require_finite(torch.from_numpy(rows), [source.name(done + place) for place in range(len(rows))], encoder)
+            with _in_words(path, trouble, advice):
+                if file.tell() == 0:
+                    _begin(file, (len(source), *rows.shape[1:]), rows.dtype, done, path.parent, f"the {what}", advice)
+                file.write(rows.data)
+                done, crc = done + len(rows), zlib.crc32(rows.data, crc)
+                if done - flushed >= flush_every or done == len(source):
+                    file.flush()
+                    os.fsync(file.fileno())
+                    if done == len(source):
+                        os.replace(aside, path)
+                    if done == len(source) or aside == part_name(path):
+                        write_atomic(noted, json.dumps({**(note or {}), "done": done, "crc32": crc}) + "\n")
+                    flushed = done
     return np.load(path, mmap_mode="r")
 
 
-def _rows_done(path: Path, noted: Path) -> int:
+@contextlib.contextmanager
+def _in_words(path: Path, trouble: str, advice: str) -> Iterator[None]:
     try:
-        done = int(read_json(noted)["done"])
-        return done if 0 <= done <= len(np.load(path, mmap_mode="r")) else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
-
-
-def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype, what: str, advice: str) -> np.ndarray:
-    needed = int(np.prod(shape)) * dtype.itemsize
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        # A mapped file takes its space page by page, and a full disk would end the process without a word.
-        if free < needed:
-            sizes = f"need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
-            raise RunError(f"{path.parent}: the {what} {sizes}{advice and f'; {advice}'}")
-        return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        yield
     except OSError as error:
-        size = f"{needed / 2**30:.1f} GiB of {what}"
-        raise RunError(f"{path.parent}: cannot keep {size} ({error.strerror})") from None
+        raise RunError(f"{path}: {trouble} ({reason(error)}){advice and f'; {advice}'}") from error
+
+
+def _close(file: BinaryIO) -> None:
+    with contextlib.suppress(OSError):  # what a full disk has refused once
+        file.close()
+
+
+def _rows_done(path: Path, noted: Path, count: int) -> tuple[int, int]:
+    """How many of `count` rows are there as they were written, and their CRC-32; (0, 0) where the file is damaged."""
+    note = read_json(noted)
+    done, expected = note.get("done"), note.get("crc32")
+    if type(done) is not int or type(expected) is not int:
+        return 0, 0
+    with contextlib.suppress(OSError, ValueError), open(path if done == count else part_name(path), "rb") as file:
+        shape, dtype = _read_header(file)
+        left = done * int(np.prod(shape[1:])) * dtype.itemsize
+        crc, whole = 0, dtype.kind == "f" and 0 <= done <= count == shape[0]
+        while left > 0 and whole:
+            block = file.read(min(left, _BLOCK))
+            crc, left = zlib.crc32(block, crc), left - len(block)
+            whole = bool(block) and bool(np.isfinite(np.frombuffer(block, dtype)).all())
+        if whole and crc == expected:
+            return done, crc
+    print(f"{printable(str(path))}: not as it was written; it is computed anew", file=sys.stderr, flush=True)
+    return 0, 0
+
+
+def _aside(path: Path) -> tuple[Path, BinaryIO]:
+    """The file that becomes `path` when it is whole, open; a second process that extracts the same has one of its own.
+
+    It is written with ordinary writes: a mapped file takes its space page by page, and a full disk ends the process
+    without a word.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = part_name(path)
+    file: BinaryIO = open(os.open(aside, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - `extract_rows` closes
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        aside = part_name(path, str(os.getpid()))
+        file = open(aside, "w+b")  # noqa: SIM115
+    return aside, file
+
+
+def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type of the .npy file at whose beginning `file` stands, which is left at its first row."""
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not version 1.0 of .npy")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return shape, dtype
+
+
+def _begin(
+    file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype, done: int, folder: Path, what: str, advice: str
+) -> None:
+    """Write or pass over the header, and go to where row `done` is to be written; RunError for too small a disk."""
+    row = int(np.prod(shape[1:])) * dtype.itemsize
+    needed, free = (shape[0] - done) * row, shutil.disk_usage(folder).free
+    if free < needed:
+        sizes = f"need {needed / 2**30:.1f} GiB and {free / 2**30:.1f} are free"
+        raise RunError(f"{folder}: {what} {sizes}{advice and f'; {advice}'}")
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    file.truncate(file.tell() + done * row)
+    file.seek(0, os.SEEK_END)
