@@ -19,6 +19,7 @@ from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.readers.files import missing, paths_source, read_bytes
 from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, unreadable
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.regular_files import open_regular
 
 NAME = "sintel"
 PASSES = ("clean", "final")
@@ -127,7 +128,7 @@ def read_flo(path: Path) -> np.ndarray:
 def _mask(path: Path) -> np.ndarray:
     """(H, W) bool of a grey PNG: where it is not 0."""
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file) as image:
             return np.asarray(image.convert("L")) != 0
     except UNREADABLE as error:
         raise unreadable(f"{NAME}: {path}", "a mask", error) from None

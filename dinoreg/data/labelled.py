@@ -13,6 +13,7 @@ import numpy as np
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.source import PathSource
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.regular_files import read_regular
 
 LISTED = 5  # names in one message
 # Texts and tables, which nobody expects to be read as pictures.
@@ -87,7 +88,7 @@ def read_classes(folder: str | os.PathLike[str]) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        names = [line.strip() for line in read_regular(path).decode("utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:

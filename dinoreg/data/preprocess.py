@@ -8,7 +8,6 @@ every export, and in the configs of other libraries. `embed`, `view`, `registers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from dinoreg.data.value_range import ValueRange
 from dinoreg.models.vit import RegisterViT, as_pair
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
+from dinoreg.runtime.regular_files import read_regular
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -124,8 +124,8 @@ class Preprocessing:
         picture  a path, the bytes of a file, a Pillow image, or an array (H, W) or (H, W, C) of any real type
         raises   UserError for what cannot be read, and for channels that the model does not have
         """
-        data = Path(picture).read_bytes() if isinstance(picture, str | os.PathLike) else picture
         try:
+            data = read_regular(picture) if isinstance(picture, str | os.PathLike) else picture
             pixels = decode(data, len(self.mean), value_range=self.value_range)
         except (BadImage, OSError) as error:
             name = picture if isinstance(picture, str | os.PathLike) else type(picture).__name__

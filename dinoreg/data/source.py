@@ -16,6 +16,7 @@ from torch import Tensor
 from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage, pillow_rgb
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.value_range import BadImage, ValueRange
+from dinoreg.runtime.regular_files import read_regular
 from dinoreg.scenes import render as scenes
 
 STAMPED_FILES = 50_000  # whose sizes and times are looked at when features are cached
@@ -108,8 +109,7 @@ class PathSource(Source):
     def read(self, index: int) -> bytes:
         """The bytes of a file; BadImage when it cannot be read."""
         try:
-            with open(self.name(index), "rb", buffering=0) as file:
-                return file.read()
+            return read_regular(self.name(index))
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror}") from error
 

@@ -23,6 +23,7 @@ from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
 from dinoreg.data.source import Source, stamp_of_files
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.regular_files import open_regular
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
 MAX_BYTES = 1 << 28  # of one member, packed or unpacked; more is no photograph
@@ -62,7 +63,7 @@ class TarSource(Source):
         if end - start > MAX_BYTES:
             raise BadImage(f"{end - start} bytes, more than the limit of {MAX_BYTES}")
         try:
-            with open(self._archive(index), "rb") as file:
+            with open_regular(self._archive(index)) as file:
                 file.seek(start)
                 member = file.read(end - start)
         except OSError as error:
@@ -231,7 +232,7 @@ def _from_headers(path: str) -> list[tuple[str, int, int]]:
     """(name, start, end) of every regular member, by walking the headers."""
     found = []
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 if member.isreg() and not member.issparse():
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK

@@ -7,11 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dinoreg.runtime.regular_files import open_regular
+
+_MAX_BYTES = 1 << 30
+
 
 def read_text(path: Path) -> str:
     """The text of a file, "" where it cannot be read; bytes that are not UTF-8 are replaced."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        with open_regular(path) as file:
+            return file.read(_MAX_BYTES).decode("utf-8", errors="replace")
     except OSError:
         return ""
 

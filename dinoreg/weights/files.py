@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.regular_files import open_regular, read_regular
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -57,6 +58,10 @@ def read_file(path: Path) -> Any:
     path    *.safetensors, *.safetensors.index.json (the list of a model's shards), or a file of torch.save
     raises  UserError for a file that is damaged, unsafe or larger in memory than on disk
     """
+    try:
+        open_regular(path).close()  # the libraries would wait for a pipe
+    except OSError as error:
+        raise UserError(f"weights {path}: cannot be read ({error.strerror})") from None
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
     return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
@@ -65,9 +70,7 @@ def read_file(path: Path) -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; UserError for anything else and for more than `MAX_JSON` bytes."""
     try:
-        if path.stat().st_size > MAX_JSON:
-            raise ValueError(f"more than {MAX_JSON >> 20} MiB")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path, MAX_JSON).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"weights {path}: not JSON ({one_line(error, 160)})") from None
     if not isinstance(content, dict):

@@ -18,6 +18,7 @@ from dinoreg.evaluation.readers.dataset_folder import unpacked
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.regular_files import MAX_BYTES, read_regular
 
 
 def missing(path: Path, dataset: str, archive: str) -> UserError:
@@ -37,9 +38,7 @@ def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) 
     archive  in the message for a missing file
     """
     try:
-        if most is not None and path.stat().st_size > most:
-            raise UserError(f"{dataset}: {path} has more than the {most:,} bytes that a file of its kind may have")
-        return path.read_bytes()
+        return read_regular(path, MAX_BYTES if most is None else most)
     except FileNotFoundError:
         raise missing(path, dataset, archive) from None
     except OSError as error:

@@ -10,6 +10,7 @@ from PIL import Image
 from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.evaluation.data import IGNORED
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.regular_files import open_regular
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
 GREY = 0  # colour type of a PNG
@@ -36,7 +37,7 @@ def read_pixels(path: Path, mode: str | None = None) -> PixelFile:
 
     mode  that Pillow converts it to first; None: as it is
     """
-    with Image.open(path) as opened:
+    with open_regular(path) as file, Image.open(file) as opened:
         turn = 1
         with suppress(Exception):  # broken metadata does not make the pixels bad
             turn = int(opened.getexif().get(ORIENTATION_TAG, 1))
@@ -109,7 +110,7 @@ def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "")
     where, dataset  in front of messages on the map, and on the image
     """
     try:
-        with Image.open(image) as opened:
+        with open_regular(image) as file, Image.open(file) as opened:
             width, height = opened.size
     except UNREADABLE as error:
         raise unreadable(f"{dataset}: {image}" if dataset else f"{image}:", "an image", error) from None

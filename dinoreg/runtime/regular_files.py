@@ -1,0 +1,30 @@
+"""Reading files that others name: never a pipe, a device or a socket, which would block, and never without a limit."""
+
+import errno
+import os
+import stat
+from typing import BinaryIO
+
+MAX_BYTES = 2_000_000_000  # of a picture's file
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file, open to be read; OSError, at once, for what is no regular file, as for one that cannot be opened."""
+    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return file
+
+
+def read_regular(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
+    """The content of a regular file; OSError for another kind, for more than `most` bytes, and where reading fails."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {most:,} bytes that are read", os.fspath(path))
+        return file.read()
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # a pipe would block here until somebody writes to it
