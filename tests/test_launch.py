@@ -138,7 +138,7 @@ PRETRAIN = ["launch", "pretrain", "quickstart", "data=scenes", "out=run"]
         ([*PRETRAIN, LOCAL, "partiton=low"], "partiton: unknown key; did you mean partition?"),
         ([*PRETRAIN, LOCAL, "gpu_per_node=1"], "gpu_per_node: unknown key; did you mean gpus_per_node?"),
         ([*PRETRAIN, LOCAL, "time=8h"], "time=8h: expected minutes, hours:minutes:seconds or days-hours"),
-        ([*PRETRAIN, LOCAL, "nodes=0"], "nodes=0: expected at least 1"),
+        ([*PRETRAIN, LOCAL, "nodes=0"], "nodes=0: expected a number in"),
         ([*PRETRAIN, LOCAL, "nodes=two"], "nodes=two: expected a whole number"),
         ([*PRETRAIN, LOCAL, "nodes=2"], "nodes=2: cluster=local is this machine alone"),
         ([*PRETRAIN, LOCAL, "gpus_per_node=64"], "gpus_per_node=64: this machine has"),

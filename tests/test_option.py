@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
+from dinoreg.commands.doctor import explain
 from dinoreg.commands.options import ACTIONS, VIEWS
 from dinoreg.commands.registry import VERBS
 from dinoreg.config.load import Config
@@ -24,6 +27,7 @@ from dinoreg.config.option import (
     read,
     section,
 )
+from dinoreg.data.open import open_source
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.runtime.errors import UserError
 
@@ -192,3 +196,27 @@ def test_numbers_that_no_machine_can_serve_are_refused_by_name(text: str) -> Non
 def test_evaluations_refuse_what_their_protocols_cannot_do() -> None:
     for text in ("knn.k=[0]", "linear.lrs=[]", "depth.variants=[1,0]", "workers=100000"):
         assert refusal(EvalOptions, text).startswith(text.partition("=")[0])
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_number_has_an_upper_bound_and_the_message_names_its_key(cls: type[Options]) -> None:
+    hints = keys_of(cls)
+    for key, declared in bounded(cls):
+        if re.search(r"\b(int|float)\b", str(hints[key])):
+            for value in (2**64, 1e30, math.inf):
+                with pytest.raises(UserError, match=rf"^{re.escape(key)}=.*: expected "):
+                    declared.check(key, value)
+
+
+@pytest.mark.parametrize(
+    "spec", ["count=100000000000", "size=1000000", "size=8", "seed=-1", "seed=9223372036854775808"]
+)
+def test_sizes_of_scenes_that_no_machine_holds_are_refused(spec: str) -> None:
+    with pytest.raises(UserError, match=f"scenes:{spec}, expected"):
+        open_source(f"scenes:{spec}")
+
+
+def test_running_out_of_memory_names_what_to_lower() -> None:
+    text = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1073741824 bytes"
+    assert "1 GiB at once" in (explain(RuntimeError(text)) or "")
+    assert "batch_size" in (explain(MemoryError()) or "")

@@ -152,7 +152,7 @@ def test_scenes_beyond_the_memory_for_them_are_rendered_each_time(monkeypatch: p
         ("imagenet99:root=/x", "'imagenet99' is not a known kind of source, expected a folder"),
         ("scenes:colour=3", "no option 'colour', expected count, size, seed"),
         ("scenes:count=many", "'many' is not a whole number"),
-        ("scenes:count=0", "below 1"),
+        ("scenes:count=0", "expected 1 to"),
     ],
 )
 def test_what_cannot_be_opened_is_refused_in_one_line(spec: str | list[str], what: str) -> None:

@@ -162,6 +162,13 @@ def explain(error: BaseException) -> str | None:
         return f"the package {error.name} is not installed: {install(error.name)}"
     if type(error).__name__ == "OutOfMemoryError":
         return "out of device memory: use a smaller batch_size, optim.accumulate=2, or model.checkpointing=true"
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        needed = re.search(r"allocate (\d+) bytes", text)
+        size = f", {int(needed[1]) / 2**30:.3g} GiB at once were asked for" if needed else ""
+        return (
+            f"out of memory{size}: lower batch_size, the sizes of pictures and crops, data.prefetch, data.workers, "
+            "model.dim or head.prototypes; dinoreg plan says what a run needs"
+        )
     return None
 
 

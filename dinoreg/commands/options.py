@@ -9,6 +9,7 @@ from typing import Any
 
 from dinoreg.config.option import REQUIRED, Options, check, option
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
+from dinoreg.config.view_settings import MAX_SIDE
 from dinoreg.evaluation.options import SharedOptions
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
@@ -67,7 +68,9 @@ class ExportOptions(Options, verb="export"):
     weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or random:NAME")
     format: str = option(REQUIRED, FORMATS)
     out: str = option(REQUIRED, "folder to write; new or empty")
-    size: int | tuple[int, int] | None = option(None, "pixels or [height,width] that positions are resampled to")
+    size: int | tuple[int, int] | None = option(
+        None, "pixels or [height,width] that positions are resampled to", high=MAX_SIDE
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class VerdictOptions(SharedOptions, verb="verdict"):
     out: str | None = option(None, "folder of page and results; none: RUN/verdict/STEP/DATA, or in runs/verdict/")
     public: str | None = option(None, "a public backbone, as weights= of eval takes any")
     init: str | None = option(None, "what the own weights began with; none: what the run folder kept of it")
-    repeats: int = option(3, "draws of each number of labels below all", low=1)
+    repeats: int = option(3, "draws of each number of labels below all", low=1, high=1_000)
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,10 @@ class EmbedOptions(Options, verb="embed"):
     columns: str = option("", COLUMNS)
     range: list[float] | None = option(None, "LOW,HIGH, as data.range; none: what the weights say")
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
-    image_size: int | None = option(None, "side of the centre crop; none: as the weights state", unit="pixel", low=1)
-    batch_size: int = option(32, "images at a time", low=1)
+    image_size: int | None = option(
+        None, "side of the centre crop; none: as the weights state", unit="pixel", low=1, high=MAX_SIDE
+    )
+    batch_size: int = option(32, "images at a time", low=1, high=1_000_000)
     dtype: str = option("float32", "of the numbers in the file", choices=("float32", "float16"))
     device: str = option("auto", DEVICE)
     precision: str = option("auto", "of the computation; auto: bf16 where the hardware has it", choices=PRECISIONS)
@@ -111,7 +116,9 @@ class RegistersOptions(Options, verb="registers"):
     weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or random:NAME, with commas between")
     images: str = option(REQUIRED, "a folder (one subfolder a class adds probes), a list of paths, scenes")
     out: str | None = option(None, "folder for registers.html; none: runs/registers/NAMES")
-    size: int | None = option(None, "pixels a side; none: the first model's own, enlarged where it is small")
+    size: int | None = option(
+        None, "pixels a side; none: the first model's own, enlarged where it is small", high=MAX_SIDE
+    )
     num_images: int = option(300, "images at most, from all over the source", low=2)
     labels: bool = option(True, "whether the subfolders of `images` are classes")
     test_time: bool = option(True, "try a test-time register on models that have outliers and no registers")
@@ -137,8 +144,10 @@ class ViewOptions(Options, verb="view"):
     weights: str = option(REQUIRED, "a run folder, a weight file, or random:NAME")
     images: str | list[str] | None = option(None, "an image, folder, list, tars, scenes or [several]; none: the run's")
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
-    num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1)
-    size: int | tuple[int, int] | None = option(None, "pixels, a side or [height, width]; none: the model's own")
+    num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1, high=10_000)
+    size: int | tuple[int, int] | None = option(
+        None, "pixels, a side or [height, width]; none: the model's own", high=MAX_SIDE
+    )
     device: str = option("auto", DEVICE)
 
 
@@ -169,7 +178,7 @@ class CropsOptions(Options, verb="view crops"):
     """The output of `dinoreg view crops`; its other keys are those of the config."""
 
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
-    num: int = option(8, "at most", unit="image", low=1)
+    num: int = option(8, "at most", unit="image", low=1, high=10_000)
 
 
 VIEWS: Kinds = {"attention": AttentionOptions, "pca": PcaOptions, "norms": NormsOptions, "crops": CropsOptions}
@@ -186,7 +195,7 @@ class LogsOptions(Options, verb="launch logs"):
 
     job: str | None = option(None, "its number; none: one that runs, else one that failed, else the last")
     task: int = option(0, "process of the job")
-    lines: int = option(40, "of its end", low=0)
+    lines: int = option(40, "of its end", low=0, high=1_000_000)
     follow: bool = option(False, "and what is added until the job is over")
 
 

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, TypeVar
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import flatten, is_number
 
+LARGEST = 1e12  # of any number without an upper bound of its own: no count, rate or weight is meant to be larger
 MAX_LISTED = 12  # a class with more keys than this does not list them all in a message
 REQUIRED: Any = dataclasses.MISSING  # instead of the default of an option that must be given
 T = TypeVar("T")
@@ -74,7 +75,8 @@ class Declaration:
             fits = not self.pattern or re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
             return fits and (not self.choices or value in self.choices)
         bounds = (self.low, operator.ge), (self.high, operator.le), (self.above, operator.gt), (self.below, operator.lt)
-        return is_number(value) and all(bound is None or holds(value, bound) for bound, holds in bounds)
+        is_sane = is_number(value) and (abs(value) <= LARGEST or self.high is not None)
+        return is_sane and all(bound is None or holds(value, bound) for bound, holds in bounds)
 
     def accepted(self, value: Any = None) -> str:
         """The range or the choices in words, "" without any; for a list or tuple `value`, those of its elements."""
@@ -99,6 +101,8 @@ class Declaration:
 
     def check(self, key: str, value: Any, or_none: bool = False) -> None:
         """UserError, naming key, value and accepted values, unless `value` is allowed; `or_none` adds none to these."""
+        if is_number(value) and abs(value) > LARGEST and self.high is None:
+            check(False, key, value, f"at most {LARGEST:g} in size")
         if not self.allows(value):
             close = nearest(str(value), self.choices) if self.choices else ""
             check(False, key, value, f"{self.accepted(value)}{', or none' if or_none else ''}{close}")

@@ -44,7 +44,7 @@ class ModelConfig(Options, section="model"):
     in_channels: int = option(3, "image channels", low=1, high=MAX_WIDTH)
     antialias: bool = option(True, "position grid resampled with antialiasing")
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
-    init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0)
+    init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0, high=10)
     attention: str = option("auto", "what computes the attention", choices=("auto", "xformers", "sdpa", "plain"))
     checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_result=False)
     compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_result=False)
@@ -61,7 +61,7 @@ class HeadConfig(Options, section="head"):
     separate: bool = option(False, "true: iBOT has a head of its own (untied)")
     ibot_prototypes: int | None = option(None, "K of a separate iBOT head; none: the same", low=1, high=MAX_PROTOTYPES)
     ibot_bottleneck_dim: int | None = option(None, "its bottleneck; none: as bottleneck_dim", low=1, high=MAX_WIDTH)
-    init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0)
+    init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0, high=10)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LossConfig(Options, section="loss"):
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
-    sinkhorn_iterations: int = option(3, "row and column normalisations", low=1)
+    sinkhorn_iterations: int = option(3, "row and column normalisations", low=1, high=1_000)
     center_momentum: float = fraction(0.9, "of the moving centre")
     center_by_process: bool = option(
         False, "patches: mean of the processes' own means, as the reference; not of all rows"
@@ -109,7 +109,9 @@ class OptimConfig(Options, section="optim"):
     patch_embed_lr: float = option(0.2, "extra rate multiplier of the patch embedding")
     clip_grad: float | None = option(3.0, "maximum gradient norm of the backbone and each head; 0, none: any", low=0)
     move_on_skip: bool = option(False, "teacher and centres move in steps that fp16 overflow skips, as the reference")
-    accumulate: int = option(1, "micro-batches a step is computed in: less memory, the same statistics", low=1)
+    accumulate: int = option(
+        1, "micro-batches a step is computed in: less memory, the same statistics", low=1, high=1_000_000
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,7 +207,9 @@ class ParallelConfig(Options, section="parallel"):
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)
-    timeout: float = option(600.0, "without an answer after which others are lost", unit="second", above=0)
+    timeout: float = option(
+        600.0, "without an answer after which others are lost", unit="second", above=0, high=100_000_000
+    )
     check_every: int = option(1000, "steps between comparisons of all copies of weights; 0: never", low=0)
 
 
@@ -214,8 +218,10 @@ class CheckpointConfig(Options, section="checkpoint"):
     """How often training states are written, and how many are kept."""
 
     every: int | None = option(None, "steps between checkpoints; none: a tenth of the run, at most 2000", low=1)
-    keep: int = option(2, "newest training states kept; the best is kept besides", low=1)
-    keep_hours: float | None = option(None, "one state is kept besides for every so many hours", above=0)
+    keep: int = option(2, "newest training states kept; the best is kept besides", low=1, high=1_000_000)
+    keep_hours: float | None = option(
+        None, "one state is kept besides for every so many hours", above=0, high=1_000_000
+    )
     asynchronous: bool = option(True, "training goes on while a copy in CPU memory is written; false: it waits")
     max_failures: int = option(3, "checkpoints in a row that could not be written and end the run", low=1)
 

@@ -113,7 +113,7 @@ def is_scenes(spec: str) -> bool:
 
 def _open_scenes(options: str) -> ScenesSource:
     values = {"count": 20_000, "size": 64, "seed": 0, "first": 0}
-    least = {"count": 1, "size": 16, "seed": 0, "first": 0}
+    bounds = {"count": (1, 10**9), "size": (16, 4096), "seed": (0, 2**63 - 1), "first": (0, 2**62)}
     for option in filter(None, options.split(",")):
         key, _, text = option.partition("=")
         if key not in values:
@@ -122,8 +122,9 @@ def _open_scenes(options: str) -> ScenesSource:
             values[key] = int(text)
         except ValueError:
             raise UserError(f"data: scenes:{key}={text!r} is not a whole number") from None
-        if values[key] < least[key]:
-            raise UserError(f"data: scenes:{key}={values[key]} is below {least[key]}")
+        low, high = bounds[key]
+        if not low <= values[key] <= high:
+            raise UserError(f"data: scenes:{key}={text}, expected {low} to {high}")
     return ScenesSource(**values)
 
 

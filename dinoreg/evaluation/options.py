@@ -8,6 +8,7 @@ from functools import partial
 
 from dinoreg.config.option import Options, check, fraction, option, section
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
+from dinoreg.config.view_settings import MAX_SIDE
 
 side_option = partial(option, shapes_result=False)  # the numbers of a result do not depend on it
 
@@ -16,7 +17,7 @@ side_option = partial(option, shapes_result=False)  # the numbers of a result do
 class KnnOptions(Options, section="knn"):
     """Weighted k-NN on class tokens: DINOv2's `eval/knn.py`, after Wu et al. (arXiv 1805.01978)."""
 
-    k: tuple[int, ...] = option((10, 20, 100, 200), "neighbours; all are reported", low=1)
+    k: tuple[int, ...] = option((10, 20, 100, 200), "neighbours; all are reported", low=1, high=1_000_000)
     temperature: float = option(0.07, "of the votes' softmax", above=0)
 
 
@@ -26,7 +27,7 @@ class _PathOptions(Options):
 
     min_c: float = option(1e-6, "weakest inverse regularisation of the path", above=0)
     max_c: float = option(1e5, "strongest", above=0)
-    num_c: int = option(45, "values of C between them, evenly on a log scale", low=1)
+    num_c: int = option(45, "values of C between them, evenly on a log scale", low=1, high=10_000)
     patience: int | None = option(None, "end the path after this many values without gain; none: visit all", low=1)
     validation_share: float = option(
         0.1, "of train, held out for choosing C without an official split", above=0, below=1
@@ -61,9 +62,9 @@ class LinearOptions(Options, section="linear"):
     lrs: tuple[float, ...] = option(LINEAR_LRS, "per 256 images", above=0)
     blocks: tuple[int, ...] = option((1, 4), "last blocks whose class tokens are concatenated", low=1)
     avgpool: tuple[int, ...] = option((0, 1), "1: the mean patch token is appended", low=0, high=1)
-    epochs: int = option(10, "of `epoch_steps` steps", low=1)
+    epochs: int = option(10, "of `epoch_steps` steps", low=1, high=1_000_000)
     epoch_steps: int | None = option(1250, "none: one pass over the training images", low=1)
-    batch_size: int = option(1024, "images a step", low=1)
+    batch_size: int = option(1024, "images a step", low=1, high=1_000_000)
     choose_on: str = option("test", "the best head; train: on a held-out tenth", choices=("test", "train"))
     augment: bool = option(True, "random resized crops and flips; false: heads on the cached centre-crop features")
 
@@ -72,11 +73,15 @@ class LinearOptions(Options, section="linear"):
 class SegmentationOptions(Options, section="segmentation"):
     """A linear segmentation head on frozen patch tokens (DINOv2, arXiv 2304.07193, §7.4)."""
 
-    size: int = option(512, "of the short side, of training crops and of the sliding window", unit="pixel", low=1)
-    stride: int | None = option(None, "between windows; none: two thirds of their size", unit="pixel", low=1)
+    size: int = option(
+        512, "of the short side, of training crops and of the sliding window", unit="pixel", low=1, high=MAX_SIDE
+    )
+    stride: int | None = option(
+        None, "between windows; none: two thirds of their size", unit="pixel", low=1, high=MAX_SIDE
+    )
     steps: int = option(40_000, "of training", low=1)
     warmup_steps: int = option(1500, "linear warm-up", low=0)
-    batch_size: int = option(16, "crops a step", low=1)
+    batch_size: int = option(16, "crops a step", low=1, high=1_000_000)
     lrs: tuple[float, ...] = option((1e-3,), "AdamW; several are trained at once and all reported", above=0)
     weight_decays: tuple[float, ...] = option((1e-4,), "each is combined with every rate", low=0)
 
@@ -93,14 +98,14 @@ class DepthOptions(Options, section="depth"):
     variants: tuple[int, ...] = option((1, 4), "lin.1 (last block) and lin.4 (four blocks)", low=1)
     steps: int = option(38_400, "of training", low=1)
     warmup_steps: int = option(12_800, "linear warm-up; a third of the steps at most", low=0)
-    batch_size: int = option(16, "crops a step", low=1)
+    batch_size: int = option(16, "crops a step", low=1, high=1_000_000)
     lrs: tuple[float, ...] = option((1e-4,), "AdamW; several are trained at once, the best is quoted", above=0)
     weight_decay: float = option(0.01, "of AdamW", low=0)
-    num_bins: int = option(256, "uniform in depth", low=2)
+    num_bins: int = option(256, "uniform in depth", low=2, high=65_536)
     min_depth: float = option(1e-3, "of the bins and of what is scored", unit="metre", above=0)
     max_depth: float = option(10.0, "likewise", unit="metre", above=0)
-    max_size: int = option(640, "of the long side that the backbone sees at most", unit="pixel", low=1)
-    min_size: int = option(1, "of the short side that it sees at least", unit="pixel", low=1)
+    max_size: int = option(640, "of the long side that the backbone sees at most", unit="pixel", low=1, high=MAX_SIDE)
+    min_size: int = option(1, "of the short side that it sees at least", unit="pixel", low=1, high=MAX_SIDE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,22 +121,22 @@ class DiscoveryOptions(Options, section="discovery"):
     blocks: tuple[int, ...] = option((-1,), "blocks to try; the best is quoted and the sweep is shown")
     biases: tuple[float, ...] = option((0.0,), "added to the Gram matrix before thresholding")
     normalise: bool = option(False, "L2-normalise features, so that the Gram matrix holds cosines")
-    k_patches: int = option(100, "low-degree patches that the seed may expand to", low=1)
+    k_patches: int = option(100, "low-degree patches that the seed may expand to", low=1, high=1_000_000)
 
 
 @dataclass(frozen=True)
 class DetectionOptions(Options, section="detection"):
     """A linear box head on frozen patch tokens, with FCOS's targets and loss; a protocol of this project."""
 
-    size: int = option(640, "of the short side", unit="pixel", low=1)
-    max_size: int = option(1024, "of the long side at most", unit="pixel", low=1)
+    size: int = option(640, "of the short side", unit="pixel", low=1, high=MAX_SIDE)
+    max_size: int = option(1024, "of the long side at most", unit="pixel", low=1, high=MAX_SIDE)
     steps: int = option(20_000, "of training", low=1)
     warmup_steps: int = option(500, "linear warm-up, a tenth of the steps at most, times a cosine to zero", low=0)
-    batch_size: int = option(16, "images a step", low=1)
+    batch_size: int = option(16, "images a step", low=1, high=1_000_000)
     lrs: tuple[float, ...] = option((1e-3,), "AdamW; several are trained at once and all reported", above=0)
     weight_decay: float = option(1e-4, "of AdamW", low=0)
     nms: float = fraction(0.6, "overlap above which the weaker of two boxes of a class goes")
-    max_boxes: int = option(100, "kept per image", low=1)
+    max_boxes: int = option(100, "kept per image", low=1, high=10_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,22 +149,24 @@ class DetectionOptions(Options, section="detection"):
 class FlowOptions(Options, section="flow"):
     """Optical flow by matching frozen patch tokens, as they are and projected; a protocol of this project."""
 
-    upscale: int = option(1, "image sides times this before encoding; 2 gives a grid twice as fine", low=1)
+    upscale: int = option(1, "image sides times this before encoding; 2 gives a grid twice as fine", low=1, high=64)
     temperature: float = option(0.05, "of the softmax over matches; the learned one starts here", above=0)
-    window: int = option(3, "patches to each side of the best match in the soft-argmax; 0: the whole frame", low=0)
-    dim: int = option(128, "width of the linear projection", low=1)
+    window: int = option(
+        3, "patches to each side of the best match in the soft-argmax; 0: the whole frame", low=0, high=1_000
+    )
+    dim: int = option(128, "width of the linear projection", low=1, high=65_536)
     steps: int = option(2000, "of training the projection", low=1)
     lr: float = option(1e-3, "AdamW", above=0)
-    batch_size: int = option(4, "pairs a step", low=1)
+    batch_size: int = option(4, "pairs a step", low=1, high=1_000_000)
 
 
 @dataclass(frozen=True)
 class FewShotOptions(Options, section="few_shot"):
     """Logistic regression and nearest class means on few labels (sources in `protocols/few_shot.py`)."""
 
-    shots: tuple[int, ...] = option((1, 5, 10), "labelled images per class", low=1, empty=True)
+    shots: tuple[int, ...] = option((1, 5, 10), "labelled images per class", low=1, empty=True, high=1_000_000)
     shares: tuple[float, ...] = option((0.01, 0.1, 1.0), "of the labels", above=0, high=1, empty=True)
-    repeats: int = option(5, "draws of each, averaged", low=1)
+    repeats: int = option(5, "draws of each, averaged", low=1, high=10_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,9 +189,13 @@ class SharedOptions(Options):
     device: str = side_option("auto", DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)
     image_size: int | None = option(
-        None, "of square crops; none: of own pictures as the weights state, else 224 or less", unit="pixel", low=1
+        None,
+        "of square crops; none: of own pictures as the weights state, else 224 or less",
+        unit="pixel",
+        low=1,
+        high=MAX_SIDE,
     )
-    batch_size: int = side_option(64, "images the backbone sees at once", low=1)
+    batch_size: int = side_option(64, "images the backbone sees at once", low=1, high=1_000_000)
     workers: int | None = side_option(None, "decoding threads; none: one for every core but one", low=0, high=1024)
     overwrite: bool = side_option(False, "measure again what has a result already")
 
@@ -203,7 +214,7 @@ class EvalOptions(SharedOptions):
     strict: bool = side_option(False, "counts that differ from the official ones are errors")
     features: str | None = side_option(None, "folder of cached features; none: OUT/features")
     features_dtype: str = option("float32", "on disk", choices=("float32", "float16"))
-    examples: int = side_option(8, "pictures of predictions per dataset", low=0)
+    examples: int = side_option(8, "pictures of predictions per dataset", low=0, high=10_000)
     report: bool = side_option(True, "write the report and tables; false: dinoreg report does so later")
     knn: KnnOptions = section(KnnOptions)
     logistic: LogisticOptions = section(LogisticOptions)
