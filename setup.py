@@ -61,7 +61,7 @@ setup(
     package_data={"": ["templates/*"]},
     install_requires=requirements("core"),
     extras_require={extra: requirements(extra) for extra in ("eval", "data", "export", "all", "test")},
-    entry_points={"console_scripts": ["dinoreg = dinoreg.commands.main:main"]},
+    entry_points={"console_scripts": ["dinoreg = dinoreg.commands.main:entry"]},
     cmdclass={"build_py": BuildWithDeclarations},
     classifiers=[
         "Development Status :: 4 - Beta",

@@ -1,8 +1,6 @@
 """`python -m dinoreg` is the command `dinoreg`."""
 
-import sys
-
-from dinoreg.commands.main import main
+from dinoreg.commands.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -7,17 +7,21 @@ that do the work are imported inside the verbs, so that help and messages about 
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from dinoreg.commands.arguments import overview, verb_help
 from dinoreg.commands.failures import explain_error, print_status
 from dinoreg.commands.registry import VERBS, run_verb
+from dinoreg.commands.streams import keep_streams, lost
 from dinoreg.config.option import nearest
+from dinoreg.runtime.environment import DATA_THREADS
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+_WRITES_FILES = {"quickstart", "pretrain", "eval", "embed", "export", "verdict", "registers", "view", "report"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,6 +52,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print_status(f"dinoreg: {explain_error(error)}{'' if debugging else ' (DINOREG_DEBUG=1 shows the traceback)'}")
         return FAILED
+
+
+def entry() -> NoReturn:
+    """The command `dinoreg`: ends the process with the code of `main`, whatever became of the console.
+
+    It is 1, too, where a verb whose result is what it prints could not print it.
+    """
+    results = keep_streams()
+    code = main()
+    if (reason := lost(results)) and code == OK and not _WRITES_FILES.intersection(sys.argv[1:2]):
+        print_status(f"dinoreg: stdout cannot be written ({reason})")
+        code = FAILED
+    sys.stderr.flush()
+    # A thread that waits for a disk which does not answer would keep the process.
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith(DATA_THREADS)]
+    for thread in readers:
+        thread.join(1.0)
+    if any(thread.is_alive() for thread in readers):
+        os._exit(code)
+    sys.exit(code)
 
 
 def script(declaration: Any, verb: str = "eval") -> None:

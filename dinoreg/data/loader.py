@@ -14,8 +14,10 @@ import collections
 import threading
 import time
 import weakref
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,14 +32,16 @@ from dinoreg.data.masks import block_masks, mask_tensors
 from dinoreg.data.rng import uniforms
 from dinoreg.data.sampler import Sampler
 from dinoreg.data.source import ChosenSource, Source
-from dinoreg.runtime.environment import usable_cores
+from dinoreg.runtime.environment import DATA_THREADS, usable_cores
 from dinoreg.runtime.errors import RunError, UserError
 
 BAD_ALLOWANCE = 10  # bad images that never end a run, unless none at all are allowed
 _TIMED = 16  # images that tell how long one takes
 _ATTEMPTS = 1000  # substitutes tried for one bad image
 _LISTED = 100  # bad images named when a run ends over them
-_THREAD_NAME = "dinoreg-data"
+_SLICE = 0.2  # seconds after which a wait looks up
+_LEAVE = 2.0  # seconds that workers have to end their image when a loader is closed
+T = TypeVar("T")
 _MOST_WORKERS = 16  # unless data.workers says otherwise
 _CROP_STREAM, _COLOUR_STREAM = 1, 2  # uses of the seed
 # A batch is shared out in parts. Where workers compute floats their number is fixed, because a mean's rounding
@@ -135,24 +139,27 @@ class _Job:
     bad: dict[str, str] = field(default_factory=dict)  # name -> reason
 
 
-def _start_pool(workers: int) -> ThreadPoolExecutor:
-    """Threads that compute with one thread each."""
+def _start_pool(workers: int) -> tuple[ThreadPoolExecutor, list[threading.Thread]]:
+    """Threads that compute with one thread each: the pool and its threads."""
     # A thread's own number of compute threads can only be set through a call that also changes the
     # default of threads to come; so all workers make it first, then the old default is put back.
     num_threads = torch.get_num_threads()
     ready = threading.Barrier(workers + 1)
 
+    threads = []
+
     def compute_alone() -> None:
+        threads.append(threading.current_thread())
         torch.get_num_threads()  # initialises this thread's count, which would undo a call before it
         torch.set_num_threads(1)
         ready.wait()
 
-    pool = ThreadPoolExecutor(workers, _THREAD_NAME, initializer=compute_alone)
+    pool = ThreadPoolExecutor(workers, DATA_THREADS, initializer=compute_alone)
     for _ in range(workers):
         pool.submit(int)  # starts one more thread, since those before wait for all
     ready.wait()
     torch.set_num_threads(num_threads)
-    return pool
+    return pool, threads
 
 
 @dataclass
@@ -161,7 +168,7 @@ class _Engine:
 
     source: Source
     views: Views
-    reading: DataConfig
+    options: DataConfig
     batch_size: int
     seed: int
     device: torch.device
@@ -171,9 +178,11 @@ class _Engine:
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.source.groups(), self.seed)
         self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
+        self.reading: dict[int, int] = {}  # thread -> the sample that it has in hand
+        self.on_wait: Callable[[float, list[str]], None] = lambda seconds, names: None
         self.stopping = False
-        workers = num_workers(self.reading.workers, self.device)
-        self.pool = _start_pool(workers) if workers else None
+        workers = num_workers(self.options.workers, self.device)
+        self.pool, self.threads = _start_pool(workers) if workers else (None, [])
         num_parts = _PARTS_ON_CPU if self.device.type == "cpu" else _PARTS_PER_WORKER * max(1, workers)
         size = -(-self.batch_size // num_parts)
         self.parts = [(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
@@ -181,9 +190,11 @@ class _Engine:
     def stop(self) -> None:
         self.stopping = True
         if self.pool is not None:
-            # An abandoned loader may be collected in a worker, which cannot wait for itself.
-            in_worker = threading.current_thread().name.startswith(_THREAD_NAME)
-            self.pool.shutdown(wait=not in_worker, cancel_futures=True)
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            # An abandoned loader may be collected in a worker, which cannot wait for itself; a read may never end.
+            until = time.monotonic() + _LEAVE
+            for thread in self.threads if threading.current_thread() not in self.threads else ():
+                thread.join(max(0.0, until - time.monotonic()))
 
     def start(self, job: _Job) -> None:
         """Have the workers prepare a job; without workers, `finish` does."""
@@ -193,8 +204,8 @@ class _Engine:
     def finish(self, job: _Job) -> None:
         """Wait for a job; raises what a worker raised."""
         if job.planned is not None:
-            for part in job.planned.result():
-                part.result()
+            for part in self._wait_for(job.planned):
+                self._wait_for(part)
             return
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a worker: the number of threads changes the rounding of means
@@ -204,6 +215,13 @@ class _Engine:
                 self._fill(job, first, last)
         finally:
             torch.set_num_threads(num_threads)
+
+    def _wait_for(self, future: Future[T]) -> T:
+        started = time.monotonic()
+        while not future.done() and not wait([future], _SLICE).done:
+            samples = list(self.reading.copy().values())
+            self.on_wait(time.monotonic() - started, [self.source.name(sample) for sample in samples])
+        return future.result()
 
     def _plan_and_share(self, job: _Job, pool: ThreadPoolExecutor) -> list[Future[None]]:
         self._plan(job)
@@ -270,11 +288,19 @@ class _Engine:
         raise RunError(f"data: no usable image found in {_ATTEMPTS} tries in place of {name} ({reason})")
 
     def _crop_image(self, job: _Job, row: int, sample: int) -> None:
-        reading = self.reading
-        image = self.source.image(sample, self.views.in_channels, reading.max_pixels, reading.reference_decode)
+        thread = threading.get_ident()
+        self.reading[thread] = sample
+        try:
+            self._cut_crops(job, row, sample)
+        finally:
+            del self.reading[thread]
+
+    def _cut_crops(self, job: _Job, row: int, sample: int) -> None:
+        options = self.options
+        image = self.source.image(sample, self.views.in_channels, options.max_pixels, options.reference_decode)
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
         reduction = 1
-        if reading.reduced_decode and image.format == "JPEG":
+        if options.reduced_decode and image.format == "JPEG":
             reduction = geometry.reduction_for(boxes, self.views.sizes)
         pixels = image.pixels(reduction)
         if reduction > 1:
@@ -359,6 +385,14 @@ class BatchLoader:
     def close(self) -> None:
         """Stop the workers. No batch can be asked for afterwards."""
         self._finalizer()
+
+    def when_waiting(self, call: Callable[[float, list[str]], None]) -> BatchLoader:
+        """Have `call` called five times a second while a batch is waited for; what it raises ends the wait.
+
+        call  gets the seconds waited and the names of the images that workers have in hand
+        """
+        self._engine.on_wait = call
+        return self
 
     @property
     def position(self) -> int:

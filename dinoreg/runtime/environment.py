@@ -20,6 +20,7 @@ VARIABLES = (
     *("MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "DINOREG_MALLOC", "PYTORCH_CUDA_ALLOC_CONF"),
     *("XFORMERS_DISABLED", "SLURM_JOB_ID"),
 )
+DATA_THREADS = "dinoreg-data"  # with which the names of threads begin that read images for training
 
 
 def environment() -> dict[str, Any]:

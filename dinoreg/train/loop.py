@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,7 +26,7 @@ from dinoreg.data.loader import BatchLoader
 from dinoreg.distributed.process_group import Agreement, Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
-from dinoreg.runtime.errors import Interrupted
+from dinoreg.runtime.errors import Interrupted, RunError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.train.class_probe import write_probed
 from dinoreg.train.health import Health, WeightWatch
@@ -141,12 +142,17 @@ def train(
     config, num_steps, agreement = setup.config, setup.num_steps, Agreement(state.ranks)
     save_every = config.checkpoint.period(setup.schedules.horizon)
     max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
-    batches, pace = open_stage(setup, state, monitor.log)
+    patience = Patience(setup, state, monitor.log, signals)
+    batches, pace = open_stage(setup, state, patience)
     try:
         while state.step < num_steps:
             if batches.views.crops is not setup.stage_of(state.step)[0]:
-                batches, pace = open_stage(setup, state, monitor.log, batches)
-            batch = next(batches)
+                batches, pace = open_stage(setup, state, patience, batches)
+            try:
+                batch = next(batches)
+            except (RunError, Interrupted):
+                checkpoints.rescue(state, batches.bad)
+                raise
             now = setup.schedules.at(state.step)
             last = state.step + 1 == num_steps
             if logs_now := last or every(config.log.every, state.step + 1):
@@ -171,7 +177,7 @@ def train(
                 if float(state.rejected) >= max_nonfinite:
                     batches.close()
                     checkpoints.roll_back(state, batches.bad, config.health.max_rollbacks)
-                    batches = setup.batches(state)
+                    batches = setup.batches(state).when_waiting(patience)
                     continue
             stop = agreement.maximum(signals.received)  # the number of a signal that any process received; 0: none
             if config.parallel.check_every and every(config.parallel.check_every, state.step):
@@ -188,8 +194,32 @@ def train(
         checkpoints.close(batches.bad)
 
 
+@dataclass
+class Patience:
+    """What is done while the loop waits for a batch: files that are not read are named, and signals answered."""
+
+    setup: Setup
+    state: TrainState
+    log: SilentLog
+    signals: Signals
+    said: float = 0.0
+
+    def __call__(self, seconds: float, names: list[str]) -> None:
+        """After `seconds` of waiting for the images `names`; raises Interrupted after a signal."""
+        if number := self.signals.received:
+            if self.state.step > 0 and self.setup.ranks.world_size == 1:
+                raise interruption(number, self.state, self.setup.num_steps, self.setup.out)
+            what = names[0] if names else "the data"
+            raise Interrupted(f"stopped by {signal.Signals(number).name} while waiting for {what}", number)
+        self.said = self.said if seconds > self.said else 0.0
+        if seconds > max(10.0, 3 * self.said):
+            self.said = seconds
+            which = f", of which {names[0]} is being read" if names else ""
+            self.log.say(f"data: a batch is waited for since {seconds:.0f} s{which}", logging.WARNING)
+
+
 def open_stage(
-    setup: Setup, state: TrainState, log: SilentLog, before: BatchLoader | None = None
+    setup: Setup, state: TrainState, patience: Patience, before: BatchLoader | None = None
 ) -> tuple[BatchLoader, Pace]:
     """The batches of the stage of crops that `state.step` is in, and what says how long it will take.
 
@@ -201,8 +231,10 @@ def open_stage(
         state.history["bad"] = dict(before.bad)
         if setup.config.model.compile:
             torch.compiler.reset()  # else what is compiled anew would be for crops of any size
-        log.say(f"step {state.step}: from here to step {end} crops of {crops.global_size} and {crops.local_size} px")
-    return setup.batches(state), Pace(setup.outlook, end, log, setup.device)
+        sizes = f"{crops.global_size} and {crops.local_size} px"
+        patience.log.say(f"step {state.step}: from here to step {end} crops of {sizes}")
+    loader = setup.batches(state).when_waiting(patience)
+    return loader, Pace(setup.outlook, end, patience.log, setup.device)
 
 
 def every(period: int, step: int) -> bool:

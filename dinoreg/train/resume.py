@@ -93,6 +93,22 @@ class Checkpoints:
             published = self.report()
         self._notify(published)
 
+    def rescue(self, state: TrainState, bad: Mapping[str, str]) -> None:
+        """Save the state of the last whole step before the run ends for want of data; of several processes not.
+
+        The others of several are in the middle of the next step. A failure to save is logged: the first error counts.
+        """
+        if self.ranks.world_size > 1 or state.step == 0:
+            return
+        try:
+            self.writer.wait()
+            if self.writer.saved == state.step:
+                return
+            self.save(state, bad, best=False, wait=True)
+            self.log.say(f"saved at step {state.step}: go on with resume=true once the data are there")
+        except (RunError, OSError) as error:
+            self.log.say(f"the state of step {state.step} could not be saved: {one_line(error)}", logging.WARNING)
+
     def poll(self) -> None:
         """Log the checkpoints that failed since the last call and announce published ones; never waits."""
         self._notify(self.report())

@@ -1,0 +1,122 @@
+"""However a command ends, its state is saved, and its exit code tells what became of the work, not of the console."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+DINOREG = [sys.executable, "-m", "dinoreg"]
+STEPS = 60
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def training(data: Path, out: Path, steps: int = STEPS) -> list[str]:
+    sizes = ["model.name=vitt8_reg4", "model.dim=32", "model.depth=1", "model.heads=2", "head.prototypes=16"]
+    crops = ["crops.global_size=32", "crops.local_size=16", "crops.num_local=1", "threads=1", "data.workers=1"]
+    every = ["checkpoint.every=100000", "log.every=1", "probe.every=0", "log.tensorboard=false", "batch_size=2"]
+    return ["pretrain", "quickstart", f"data={data}", f"out={out}", f"steps={steps}", *sizes, *crops, *every]
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("console", ["2>/dev/full", ">/dev/full", ">&-", "2>&-", ">&- 2>&- <&-", "2>&1 | head -n 2"])
+def test_a_run_outlives_its_console(pictures: Path, tmp_path: Path, console: str) -> None:
+    command = " ".join([*DINOREG, *training(pictures, tmp_path / "run", 4)])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {console}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path / "run")["phase"] == "finished"
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("console", "code"), [(">/dev/full", 1), ("| head -n 1", 0), (">&-", 0)])
+def test_what_is_printed_alone_is_missed(pictures: Path, console: str, code: int) -> None:
+    command = " ".join([*DINOREG, "inspect", f"data={pictures}"])
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command} {console}"], capture_output=True, text=True)
+    assert done.returncode == code
+    assert (done.stderr == "") == (code == 0)
+
+
+@pytest.mark.slow
+def test_data_that_vanish_leave_the_last_step(pictures: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen([*DINOREG, *training(pictures, run, 100_000)], stderr=subprocess.PIPE, text=True)
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < 3:
+        time.sleep(0.05)
+    pictures.rename(tmp_path / "gone")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "data:" in errors.splitlines()[-1]
+    ended = status(run)
+    assert ended["phase"] == "failed"
+    assert (run / "checkpoints" / "last").read_text().strip() == f"step_{ended['reached']:07d}"
+    (tmp_path / "gone").rename(pictures)
+    steps = ended["reached"] + 2
+    again = subprocess.run([*DINOREG, *training(pictures, run, steps), "resume=true"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"resumed from {run}/checkpoints/step_{ended['reached']:07d}" in again.stderr
+
+
+BLOCKED = textwrap.dedent("""
+    import sys, threading, time
+    import dinoreg.data.source as source
+    from dinoreg.commands.main import entry
+
+    read, count = source.PathSource.read, 0
+
+    def stuck(self, index):
+        global count
+        count += threading.current_thread().name.startswith("dinoreg-data")
+        if count > 30:
+            time.sleep(10_000)  # as a disk that does not answer
+        return read(self, index)
+
+    source.PathSource.read = stuck
+    entry()
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_read_that_never_ends_is_named_and_signals_are_answered(
+    pictures: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", BLOCKED, *training(pictures, run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    assert process.stderr is not None
+    begun = time.monotonic()
+    for line in process.stderr:
+        if "a batch is waited for" in line:
+            break
+    assert time.monotonic() - begun < 60
+    assert "png is being read" in line
+    process.send_signal(number)
+    asked = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert time.monotonic() - asked < 8  # 2 to answer, 2 + 1 to give the readers up, and saving
+    ended = status(run)
+    assert (ended["phase"], ended["reason"]) == ("stopped", number.name)
+    assert (run / "checkpoints" / "last").read_text().strip() == f"step_{ended['reached']:07d}"
