@@ -182,7 +182,10 @@ class _Engine:
         self.on_wait: Callable[[float, list[str]], None] = lambda seconds, names: None
         self.stopping = False
         workers = num_workers(self.options.workers, self.device)
-        self.pool, self.threads = _start_pool(workers) if workers else (None, [])
+        self.pool: ThreadPoolExecutor | None = None
+        self.threads: list[threading.Thread] = []
+        if workers:
+            self.pool, self.threads = _start_pool(workers)
         num_parts = _PARTS_ON_CPU if self.device.type == "cpu" else _PARTS_PER_WORKER * max(1, workers)
         size = -(-self.batch_size // num_parts)
         self.parts = [(first, min(first + size, self.batch_size)) for first in range(0, self.batch_size, size)]
