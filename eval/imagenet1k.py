@@ -26,6 +26,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, li
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.readers.files import lines, paths_source, present
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.regular_files import load_array
 
 NAME = "imagenet1k"
 NEEDS = {
@@ -93,8 +94,8 @@ def _entries(folder: Path, split: str, extra: str) -> Path:
 def _from_entries(folder: Path, split: str, entries: Path) -> tuple[Source, np.ndarray]:
     """From DINOv2's table: the number in the file's name, and the wnid."""
     try:
-        table = np.load(entries, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        table = load_array(entries)
+    except (OSError, ValueError) as error:
         raise UserError(f"{NAME}: {entries} is not a readable array ({str(error).splitlines()[0]})") from None
     if table.ndim != 1 or not {"actual_index", "class_id"} <= set(table.dtype.names or ()):
         raise UserError(f"{NAME}: {entries} has no columns actual_index and class_id")

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, TypeVar
 
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import flatten, is_number
+from dinoreg.runtime.printable import shortened
 
 LARGEST = 1e12  # of any number without an upper bound of its own: no count, rate or weight is meant to be larger
 MAX_LISTED = 12  # a class with more keys than this does not list them all in a message
@@ -154,7 +155,7 @@ def check(condition: bool, key: str, value: object, expected: str) -> None:
     """UserError `KEY=VALUE: expected …` unless the condition holds; for conditions that relate options."""
     if not condition:
         shown = f"{value:g}" if isinstance(value, float) else _typed(value)
-        raise UserError(f"{key}={shown}: expected {expected}")
+        raise UserError(f"{key}={shortened(shown, 200)}: expected {expected}")
 
 
 @cache
@@ -220,7 +221,7 @@ def dotted(values: Mapping[str, Any] | Iterable[str], where: str = "command line
         for text in values:
             key, separator, value = text.partition("=")
             if not separator or not key:
-                raise UserError(f"{text}: expected key=value")
+                raise UserError(f"{shortened(text)}: expected key=value")
             if key in given:
                 raise UserError(f"{key}: given twice")
             given[key] = Text(value)
@@ -229,7 +230,7 @@ def dotted(values: Mapping[str, Any] | Iterable[str], where: str = "command line
     for value in by_key.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, str) and "${" in item:
-                raise UserError(f"{where}: {item}: ${{…}} is not allowed in a config")
+                raise UserError(f"{where}: {shortened(item)}: ${{…}} is not allowed in a config")
     return by_key
 
 
@@ -254,10 +255,13 @@ def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> 
             verb = getattr(cls, "_verb", "")
             hint = nearest(name, known) or nearest(name.rpartition(".")[2], known)
             accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
+            accepted = accepted if len(known) <= MAX_LISTED else ""
             source = f"of dinoreg {verb}" if verb else f"({where})"
-            raise UserError(f"{name}: unknown key {source}{hint}{accepted if len(known) <= MAX_LISTED else ''}")
+            raise UserError(
+                f"{shortened(name)}: unknown key {source}{hint}{accepted if len(known) <= MAX_LISTED else ''}"
+            )
         elif value != {}:
-            raise UserError(f"{name}={value}: expected keys below it, such as {below} ({where})")
+            raise UserError(f"{shortened(name)}={shortened(value)}: expected keys below it, such as {below} ({where})")
     return converted
 
 
@@ -302,7 +306,7 @@ def convert(value: Any, hint: Any, key: str, where: str) -> Any:
     try:
         return _coerce(_read_text(str(value), hint) if isinstance(value, Text) else value, hint)
     except _WrongType:
-        raise UserError(f"{key}={_typed(value)}: expected {_type_words(hint)} ({where})") from None
+        raise UserError(f"{key}={shortened(_typed(value), 200)}: expected {_type_words(hint)} ({where})") from None
 
 
 def _read_text(text: str, hint: Any) -> Any:

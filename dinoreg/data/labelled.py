@@ -13,6 +13,7 @@ import numpy as np
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.source import PathSource
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import listed
 from dinoreg.runtime.regular_files import read_regular
 
 LISTED = 5  # names in one message
@@ -51,13 +52,6 @@ class LabelledImages:
     def source(self) -> PathSource:
         """The images, in the order of `paths`."""
         return PathSource(self.root, PathBlock.of(self.paths))
-
-
-def listed(names: Iterable[object]) -> str:
-    """Some names with commas between, and how many more there are."""
-    shown = list(map(str, names))
-    more = f" and {len(shown) - LISTED:,} more" if len(shown) > LISTED else ""
-    return ", ".join(shown[:LISTED]) + more
 
 
 def passed_over_in_words(counts: dict[str, int]) -> list[str]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dinoreg.data.folder_index import PathBlock, index_folder
-from dinoreg.data.labelled import LabelledImages, alike, listed, read_classes
+from dinoreg.data.labelled import LabelledImages, alike, read_classes
 from dinoreg.data.source import PathSource
 from dinoreg.data.split_names import lies_beside_splits, split_of
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import listed
 
 _TRUTH = "masks?|seg|segs|segmentations?|gt|gts|ground_?truths?|annotations?|labels?|depths?|contours?|outlines?"
 _TRUTH_FOLDER = re.compile(rf"(?:[a-z]+[_\-. ])?(?:{_TRUTH})(?:[_\-. ]?(?:images?|pngs?|maps?|files?))?", re.IGNORECASE)

@@ -20,10 +20,11 @@ import numpy as np
 
 from dinoreg.config.option import nearest
 from dinoreg.data.folder_index import EXTENSIONS
-from dinoreg.data.labelled import LabelledImages, alike, listed, read_classes
+from dinoreg.data.labelled import LabelledImages, alike, read_classes
 from dinoreg.data.split_names import split_of
 from dinoreg.data.tables import SEVERAL, Columns, Table, inside, open_table
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import listed
 
 INDICATORS = {"1": 1, "0": 0, "-1": -1, "": -1, "1.0": 1, "0.0": 0, "-1.0": -1, "true": 1, "false": 0}
 _MISSING = frozenset(("", "nan", "<na>", "nat"))  # what tables hold where there is no value
@@ -52,7 +53,7 @@ def read_labelled_table(
     found = {role: table.column(role, columns) for role in ("path", "split")}
     if found["path"] is None:
         expected = "say columns=path:NAME,label:NAME; its columns"
-        raise UserError(f"{path}: has no column path; {expected}: {', '.join(table.names)}")
+        raise UserError(f"{path}: has no column path; {expected}: {listed(table.names)}")
     labels, left = _label_columns(table, columns, [role[0] for role in found.values() if role is not None])
     warnings = [*table.notes, *(note for role in found.values() if role for note in role[1]), *left]
     cells = _cells(table, [found["path"][0], *labels, *([found["split"][0]] if found["split"] else [])])

@@ -13,6 +13,7 @@ from dinoreg.data.source import JoinedSource, PathSource, ScenesSource, Source
 from dinoreg.data.tables import LISTS, TABLES, Columns, column_names, inside, open_table
 from dinoreg.data.value_range import ValueRange
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import listed
 
 
 def open_source(
@@ -136,8 +137,7 @@ def _open_list(spec: str, root: str | os.PathLike[str] | None, columns: Columns)
     table = open_table(spec, f"data: the list {spec}", folder)
     found = table.column("path", columns)
     if found is None:
-        names = ", ".join(table.names)
-        raise UserError(f"{table.title} has no column path; say columns=path:NAME; its columns: {names}")
+        raise UserError(f"{table.title} has no column path; say columns=path:NAME; its columns: {listed(table.names)}")
     where, path = f"data: {spec} {table.unit}", found[0]
     entries = [inside(folder, cell, f"{where} {number}", "data.root") for number, (cell,) in table.cells(path) if cell]
     if not entries:

@@ -17,6 +17,7 @@ from dinoreg.data.folder_index import EXTENSIONS
 from dinoreg.data.split_names import split_of
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import listed, shortened
 
 TABLES = (".csv", ".tsv", ".parquet")
 LISTS = (".txt", ".lst")
@@ -86,7 +87,7 @@ class Table:
         ]
         if len(found) != 1:
             hint = nearest(name, self.names)
-            raise UserError(f"{self.title} has no column {name!r}{hint}; its columns: {', '.join(self.names)}")
+            raise UserError(f"{self.title} has no column {shortened(name)!r}{hint}; its columns: {listed(self.names)}")
         return found[0]
 
     def cells(self, *names: str) -> Iterator[tuple[int, list[str]]]:

@@ -23,7 +23,7 @@ from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
 from dinoreg.data.source import Source, stamp_of_files
 from dinoreg.runtime.errors import UserError, one_line
-from dinoreg.runtime.regular_files import open_regular
+from dinoreg.runtime.regular_files import load_array, open_regular
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
 MAX_BYTES = 1 << 28  # of one member, packed or unpacked; more is no photograph
@@ -166,8 +166,8 @@ def _logs(root: str, archives: Iterable[str]) -> dict[str, str]:
 def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> TarSource:
     """From DINOv2's table, in its order, which is that of the indices of DINOv2's own runs."""
     try:
-        table = np.load(entries, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        table = load_array(entries, mmap_mode="r")
+    except (OSError, ValueError) as error:
         raise UserError(f"data: {entries} is not a readable array ({str(error).splitlines()[0]})") from None
     wanted = {"class_id", "start_offset", "end_offset", "filename"}
     if table.ndim != 1 or not wanted <= set(table.dtype.names or ()):

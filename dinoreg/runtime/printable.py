@@ -1,6 +1,7 @@
 """Text for terminals and logs: names of files hold any byte, and a terminal obeys some of them."""
 
 import unicodedata
+from collections.abc import Iterable
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -17,6 +18,17 @@ def printable(text: str, keep: str = "") -> str:
         character if character in keep or unicodedata.category(character) not in _OBEYED else _escaped(character)
         for character in text
     )
+
+
+def shortened(text: object, width: int = 80) -> str:
+    """A text of others within a message: at most `width` characters, an ellipsis for the rest."""
+    return str(text) if len(str(text)) <= width else f"{str(text)[: width - 1]}…"
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Some names with commas between, each shortened, and how many more there are."""
+    texts = [shortened(name, 40) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most:,} more" if len(texts) > most else "")
 
 
 def in_markup(text: str) -> str:

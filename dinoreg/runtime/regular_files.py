@@ -1,9 +1,15 @@
 """Reading files that others name: never a pipe, a device or a socket, which would block, and never without a limit."""
 
+from __future__ import annotations
+
 import errno
 import os
 import stat
-from typing import BinaryIO
+import tokenize
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_BYTES = 2_000_000_000  # of a picture's file
 
@@ -24,6 +30,19 @@ def read_regular(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {most:,} bytes that are read", os.fspath(path))
         return file.read()
+
+
+def load_array(path: str | os.PathLike[str], mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """The array of a .npy file; OSError or ValueError, in words, for one that is damaged or holds objects."""
+    import numpy as np  # not for help and messages
+
+    with open_regular(path) as file:
+        if file.read(6) != np.lib.format.MAGIC_PREFIX:
+            raise ValueError("not a .npy file")
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (SyntaxError, EOFError, MemoryError, OverflowError, TypeError, tokenize.TokenError) as error:
+        raise ValueError(f"not a whole .npy file ({type(error).__name__})") from None
 
 
 def _without_waiting(path: str, flags: int) -> int:

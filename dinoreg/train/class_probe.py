@@ -21,7 +21,7 @@ from dinoreg.checkpoint.steps import PROBED
 from dinoreg.config.load import Config
 from dinoreg.data.center_crop import center_crops
 from dinoreg.data.copies import content_digest
-from dinoreg.data.labelled import listed, passed_over_in_words
+from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.open import is_scenes, open_source, read_labelled
 from dinoreg.data.source import ChosenSource, ScenesSource, Source
 from dinoreg.data.statistics import survey
@@ -33,6 +33,7 @@ from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import listed
 from dinoreg.scenes.layout import label_of
 from dinoreg.scenes.render import CLASS_NAMES
 

@@ -19,7 +19,7 @@ import numpy as np
 from dinoreg.config.bundled import bundled
 from dinoreg.config.option import option
 from dinoreg.data.copies import MOST_COMPARED, Copies, find_copies
-from dinoreg.data.labelled import LabelledImages, listed, passed_over_in_words
+from dinoreg.data.labelled import LabelledImages, passed_over_in_words
 from dinoreg.data.open import read_labelled
 from dinoreg.data.source import ChosenSource
 from dinoreg.evaluation.benchmark import Benchmark, Reader, Task, counts_in_words
@@ -29,6 +29,7 @@ from dinoreg.evaluation.custom.pairs import find_pairs, kinds_of_pairs
 from dinoreg.evaluation.custom.splits import alone, copies_across, deal, parts
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import listed
 
 NAME = "own"
 SHARE = "a share between 0 and 1"

@@ -19,6 +19,7 @@ from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels, unreadable
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.regular_files import load_array
 
 PUBLISHED = DepthOptions()
 UNITS = {"m": 1.0, "cm": 0.01, "mm": 0.001}  # in metres
@@ -93,7 +94,7 @@ def read_depth(path: Path) -> PixelFile:
     each pixel."""
     try:
         if path.suffix.lower() == ".npy":
-            pixels = PixelFile(np.load(path, allow_pickle=False), "", "npy")
+            pixels = PixelFile(load_array(path), "", "npy")
         else:
             pixels = read_pixels(path)
     except UNREADABLE as error:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.data.labelled import listed, read_classes
+from dinoreg.data.labelled import read_classes
 from dinoreg.evaluation.custom.pairs import training_length
 from dinoreg.evaluation.custom.upright import Pairs, Survey, survey, turned
 from dinoreg.evaluation.data import IGNORED, Data, Segmented
 from dinoreg.evaluation.options import SegmentationOptions
 from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels, unreadable
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.printable import listed
 
 PUBLISHED = SegmentationOptions()
 COLOUR = 1 << 24  # added to 0xRRGGBB, which is no class number then

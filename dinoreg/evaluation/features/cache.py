@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import tokenize
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -211,7 +212,10 @@ def _rows_done(path: Path, noted: Path, count: int) -> tuple[int, int]:
     done, expected = note.get("done"), note.get("crc32")
     if type(done) is not int or type(expected) is not int:
         return 0, 0
-    with contextlib.suppress(OSError, ValueError), open(path if done == count else part_name(path), "rb") as file:
+    with (
+        contextlib.suppress(OSError, ValueError, SyntaxError, tokenize.TokenError),
+        open(path if done == count else part_name(path), "rb") as file,
+    ):
         shape, dtype = _read_header(file)
         left = done * int(np.prod(shape[1:])) * dtype.itemsize
         crc, whole = 0, dtype.kind == "f" and 0 <= done <= count == shape[0]
