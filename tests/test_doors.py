@@ -111,6 +111,7 @@ def test_a_run_at_work_is_neither_overwritten_nor_taken_over(
         assert f"its run is at work (process {other.pid})" in capsys.readouterr().err
         other.kill()
         assert {path: path.read_bytes() for path in run.iterdir()} == before
+    refuse_live(run, takeover=True)
     refuse_live(run)  # it is gone, though status.json does not say so
     delete_run(run)
     assert not any(run.iterdir())

@@ -27,11 +27,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dinoreg.checkpoint.atomic import reason, replacing, share, sync, write_atomic
-from dinoreg.checkpoint.metadata import METADATA, Reader, TensorPlanner
+from dinoreg.checkpoint.metadata import MAX_BYTES, METADATA, Reader, TensorPlanner
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.runtime import json_files
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.regular_files import read_regular
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -245,7 +246,7 @@ def verify(path: Path, ranks: Ranks = ALONE, digests: bool = True) -> dict[str, 
     """
     with ranks.collective_errors():
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
+            manifest = json.loads(read_regular(path / MANIFEST, MAX_BYTES))
             for number, (name, expected) in enumerate(manifest.items()):
                 file = path / name
                 if file.parent != path:
@@ -258,7 +259,7 @@ def verify(path: Path, ranks: Ranks = ALONE, digests: bool = True) -> dict[str, 
                     raise RunError(f"checkpoint {path}: {name} is not what was written (its digest differs)")
             for name in sorted({METADATA, NUMBERS, *Reader(path).data_files()} - manifest.keys()):
                 raise RunError(f"checkpoint {path}: its manifest does not name {name}")
-            numbers: dict[str, Any] = json.loads((path / NUMBERS).read_text())
+            numbers: dict[str, Any] = json.loads(read_regular(path / NUMBERS, MAX_BYTES))
             version = numbers.get("version")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(f"checkpoint {path}: unreadable ({reason(error)})") from None

@@ -22,8 +22,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from dinoreg.checkpoint.atomic import reason
 from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.regular_files import read_regular
 
 METADATA = ".metadata"
+MAX_BYTES = 256 << 20  # of what describes a checkpoint; that of ViT-7B on a thousand processes has some tens of MiB
 
 
 class Reader(dcp.FileSystemReader):
@@ -33,7 +35,7 @@ class Reader(dcp.FileSystemReader):
         """Read `.metadata` without running code; RunError when it is damaged or describes anything but tensors."""
         path = Path(self.path) / METADATA
         try:
-            metadata = _Unpickler(io.BytesIO(path.read_bytes())).load()
+            metadata = _Unpickler(io.BytesIO(read_regular(path, MAX_BYTES))).load()
             _check(metadata)
         except Exception as error:  # a hostile pickle can end in any of them
             raise RunError(f"checkpoint {path}: unreadable ({reason(error)})") from None

@@ -20,7 +20,7 @@ from dinoreg.runtime.errors import UserError, one_line
 logger = logging.getLogger(__name__)
 
 # Of one command, not of the run.
-COMMAND_ONLY = ("resume", "overwrite")
+COMMAND_ONLY = ("resume", "overwrite", "takeover")
 # Of each group at most one is given; one of a later layer replaces one of an earlier layer.
 EXCLUSIVE = (BUDGETS, ("optim.base_lr", "optim.lr"), COMMAND_ONLY)
 

@@ -13,6 +13,7 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import number, read_json
 
 OWNER = "owner.json"
+_TAKEOVER = "; takeover=true goes on although"
 SILENT_SECONDS = 120.0  # without a line of metrics.jsonl: then a run of another machine no longer counts as alive
 
 # Everything that a run, and the commands that work on it, leave in its folder.
@@ -46,21 +47,24 @@ def check_out(config: Config, out: Path) -> None:
         raise UserError(f"out={out}: holds no run to resume (no config.yaml)")
 
 
-def refuse_live(out: Path) -> None:
-    """UserError where another start of the run in `out` is at work: two would spoil what the other writes.
+def refuse_live(out: Path, takeover: bool = False) -> None:
+    """UserError where another start of the run in `out` is at work, since two would spoil what the other writes.
 
     On this machine by its process; on another by its lines in metrics.jsonl, unless Slurm started this same job again.
+    With `takeover` nothing is refused.
     """
     owner, status = read_json(out / OWNER), read_json(out / "status.json")
     pid, host = owner.get("pid"), owner.get("host")
     is_over = status.get("phase") in ("finished", "stopped", "failed")
-    if is_over and number(status.get("time")) >= number(owner.get("time")):
+    if takeover or (is_over and number(status.get("time")) >= number(owner.get("time"))):
         return
     if host == socket.gethostname():
         if type(pid) is not int or pid == os.getpid() or owner.get("started") is None:
             return
         if start_time(pid) == owner["started"]:
-            raise UserError(f"out={out}: its run is at work (process {pid}); end it first, as kill {pid} does")
+            raise UserError(
+                f"out={out}: its run is at work (process {pid}); end it first, as kill {pid} does{_TAKEOVER}"
+            )
     elif owner.get("job") is None or owner["job"] != os.environ.get("SLURM_JOB_ID"):
         try:
             silent = time.time() - (out / "metrics.jsonl").stat().st_mtime
@@ -68,7 +72,7 @@ def refuse_live(out: Path) -> None:
             return
         if owner and silent < SILENT_SECONDS:
             known = f"its run is at work on {host} (process {pid}, a line {max(0, silent):.0f} s ago)"
-            wait = f"end it there, or wait until it has been silent for {SILENT_SECONDS:.0f} s"
+            wait = f"end it there, or wait until it has been silent for {SILENT_SECONDS:.0f} s{_TAKEOVER}"
             raise UserError(f"out={out}: {known}; {wait}")
 
 
@@ -94,12 +98,12 @@ def run_entries(out: Path) -> list[Path]:
     return entries
 
 
-def delete_run(out: Path) -> None:
+def delete_run(out: Path, takeover: bool = False) -> None:
     """Delete the run in `out`, but not the folder itself or the link to it.
 
     raises UserError as `run_entries` and `refuse_live`, OSError when something cannot be deleted
     """
-    refuse_live(out)
+    refuse_live(out, takeover)
     for path in run_entries(out):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

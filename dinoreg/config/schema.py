@@ -285,6 +285,7 @@ class Config(Options):
     threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_result=False)
     overwrite: bool = option(False, "delete what is in `out` first", shapes_result=False)
+    takeover: bool = option(False, "although another start of the run seems to be at work", shapes_result=False)
     model: ModelConfig = section(ModelConfig)
     head: HeadConfig = section(HeadConfig)
     crops: CropSettings = section(CropSettings)

@@ -29,7 +29,7 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "images_per_second": ("Images per second", SMOOTH),
 }
 # Options that do not affect training.
-NOT_COMPARED = ("out", "resume", "overwrite", "data.index_dir")
+NOT_COMPARED = ("out", "resume", "overwrite", "takeover", "data.index_dir")
 
 
 def compare_report(

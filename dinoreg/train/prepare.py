@@ -183,7 +183,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
         raise UserError("out: expected the folder to write the run to, as out=runs/NAME")
     out, config = Path(config.out), config.as_trained()
     check_out(config, out)
-    refuse_live(out)
+    refuse_live(out, config.takeover)
     device, dtype = _device(config)
     data = config.data
     if data.source is None:
@@ -355,7 +355,7 @@ def claim_folder(config: Config, out: Path, init: InitialWeights | None, backbon
     """
     try:
         if config.overwrite:
-            delete_run(out)
+            delete_run(out, config.takeover)
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "config.yaml", to_yaml(config))
         if init is not None:
