@@ -7,9 +7,11 @@
 Runs are on one process and on two (DDP, FSDP2), with a checkpoint at every second step. SIGKILL comes at a random
 instant from the start of the processes to the end of the run, half of the time as soon as a checkpoint is seen being
 written, to one rank or to all. After each kill the published state is verified, then the run is started again; at
-its end its losses are compared with those of an unbroken run, bit for bit. With --disks the blow is not a kill: the disk
-of the run fills up, or turns read-only, for a random time; a run may then go on or end in words. Ranks are forked from a warm process
+its end its losses are compared with those of an unbroken run, bit for bit. Ranks are forked from a warm process
 (`tests/faults/zygote.py`), so that their start is short; --jobs runs go on side by side.
+
+With --disks the blow is not a kill: the disk of the run fills up, or turns read-only, for a random time. A run may then
+go on, or end in words and be started again.
 """
 
 from __future__ import annotations
@@ -187,9 +189,9 @@ def spoil(start: Start, whole: float, faults: Faults, rng: random.Random, counts
 
 
 def judge_spoilt(start: Start, counts: Counts) -> None:
-    """A rank has to go on, or to stop in at most one line, with exit code 1."""
+    """A rank has to go on, or to stop in at most one line: with exit code 1, or with 2 if it could not even begin."""
     for rank in start.ranks:
-        if rank.code not in (0, 1) or len(rank.said()) > 1 or "Traceback" in rank.console():
+        if rank.code not in (0, 1, 2) or len(rank.said()) > 1 or "Traceback" in rank.console():
             counts.wordless += 1
             counts.notes.append(f"{start.out.name}: on a spoilt disk a rank ended with {rank.code}: {rank.console()}")
 
