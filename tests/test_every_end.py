@@ -120,3 +120,10 @@ def test_a_read_that_never_ends_is_named_and_signals_are_answered(
     ended = status(run)
     assert (ended["phase"], ended["reason"]) == ("stopped", number.name)
     assert (run / "checkpoints" / "last").read_text().strip() == f"step_{ended['reached']:07d}"
+
+
+def test_a_locale_without_the_characters_costs_no_help(tmp_path: Path) -> None:
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([*DINOREG, "pretrain", "--help"], capture_output=True, env=plain)
+    assert done.returncode == 0, done.stderr
+    assert b"crops.global_size" in done.stdout

@@ -8,6 +8,7 @@ import pytest
 from photographs import photograph
 from PIL import Image
 
+from dinoreg.data import statistics
 from dinoreg.data.statistics import inspect_source, render_inspection
 
 
@@ -72,3 +73,8 @@ def test_a_folder_of_bad_files_alone_is_described_too(tmp_path: Path) -> None:
     found = inspect_source(tmp_path)
     assert found["mean"] is None
     assert "bad: 1" in render_inspection(found)
+
+
+def test_bytes_are_counted_in_parts_as_in_one() -> None:
+    values = np.random.default_rng(0).integers(0, 256, 3 * statistics._COUNTED + 17, dtype=np.uint8)
+    assert np.array_equal(statistics._counts(values), np.bincount(values, minlength=256))

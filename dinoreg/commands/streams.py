@@ -1,6 +1,7 @@
 """Standard output and error that a command outlives: a closed terminal, a pipe whose reader left, a full disk."""
 
 import errno
+import io
 import os
 import sys
 from typing import Any, TextIO
@@ -41,10 +42,11 @@ def keep_streams() -> Lasting:
             os.fstat(number)
         except OSError:  # closed: the next file opened would get its number, and what others print
             os.open(os.devnull, os.O_RDWR)
-    out, err = (
-        Lasting(stream or open(os.devnull, "w"))  # noqa: SIM115 - for the life of the process
-        for stream in (sys.stdout, sys.stderr)
-    )
+    streams = [stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)]  # noqa: SIM115 - never closed
+    for stream in streams:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # where the locale has not every character
+    out, err = map(Lasting, streams)
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
     return out
 

@@ -25,6 +25,7 @@ _LISTED = 20  # bad files and groups of duplicates shown on the console
 _THREADS = 4
 _VALUES = 10_000  # of a picture of more than eight bits, looked at
 LOOKED_AT = 16  # pictures that are looked at before any work is done
+_COUNTED = 1 << 20  # bytes that are counted at once
 _MEASURED = 200  # pictures that a normalisation is measured on
 _OUTSIDE, _LITTLE = 0.01, 0.1  # shares of values beyond the range, and of the range in use, that are worth a warning
 _BITS_APART = 4  # between pictures of different ranges: 8 bits against 12, 12 against 16
@@ -200,11 +201,17 @@ def _describe(source: Source, index: int, in_channels: int) -> dict[str, Any]:
         image["places"] = ((sampled - low) / (np.asarray(high, dtype=np.float64) - low))[np.isfinite(sampled)]
     if pixels.dtype == np.uint8:
         # Every value occurs at most 256 ways, so counting is exact and quicker than a float copy.
-        shares = np.stack([np.bincount(channel, minlength=256) for channel in pixels]) / pixels.shape[1]
+        shares = np.stack([_counts(channel) for channel in pixels]) / pixels.shape[1]
         levels = np.arange(256) / 255
         return {**image, "mean": shares @ levels, "mean_square": shares @ levels**2}
     scaled = pixels / np.float32(255)
     return {**image, "mean": scaled.mean(1, dtype=np.float64), "mean_square": (scaled**2).mean(1, dtype=np.float64)}
+
+
+def _counts(values: np.ndarray) -> np.ndarray:
+    """How often each of 256 bytes occurs; in parts, since numpy counts a copy of eight times the size."""
+    parts = range(0, len(values), _COUNTED)
+    return np.sum([np.bincount(values[first : first + _COUNTED], minlength=256) for first in parts], axis=0)
 
 
 def _mean_and_std(good: Sequence[dict[str, Any]]) -> tuple[tuple[float, ...], tuple[float, ...]]:

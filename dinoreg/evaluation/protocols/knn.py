@@ -45,8 +45,10 @@ def evaluate(measured: Measurement) -> list[Row]:
             _gallery(bank, queries, fold, context)
     rows: list[Row] = []
     n_train = learnt_from([len(fold.train) for fold in folds])
-    warnings = equal_features(fold.train.source, bank, "training")
+    equal = equal_features(fold.train.source, bank, "training")
+    fewest = min(len(fold.train) for fold in folds)
     for k, classes in predicted.items():
+        warnings = (*equal, *([f"knn.k={k}: all of the {fewest:,} training pictures vote"] if k > fewest else ()))
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
         fields = {"variant": f"k = {k}", "n_train": n_train, "settings": settings, "warnings": warnings}
         rows.append(accuracy_row(measured, test, classes, measured.task.metric, tables=not rows, **fields))
