@@ -407,11 +407,11 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"size": 0}, "segmentation.size=0: expected at least 1 pixel"),
+            ({"size": 0}, "segmentation.size=0: expected a number of pixels in"),
             ({"stride": 19}, "segmentation.stride=19: expected at most segmentation.size=18 pixels"),
             ({"steps": 0}, "segmentation.steps=0: expected at least 1"),
             ({"warmup_steps": -1}, "segmentation.warmup_steps=-1: expected at least 0"),
-            ({"batch_size": 0}, "segmentation.batch_size=0: expected at least 1"),
+            ({"batch_size": 0}, "segmentation.batch_size=0: expected a number in"),
             ({"lrs": ()}, r"segmentation.lrs=\[\]: expected one or more, each a positive number"),
             ({"lrs": (0.0,)}, r"segmentation.lrs=\[0\]: expected each a positive number"),
             ({"weight_decays": (-1.0,)}, r"segmentation.weight_decays=\[-1\]: expected each at least 0"),

@@ -467,7 +467,7 @@ def test_crops_of_a_run_go_into_its_folder(tmp_path: Path) -> None:
         (["attention", "weights=run", "size=30"], "size=30: expected a multiple of the patch size 8, as 24 or 32"),
         (["attention", "weights=run", "size=[32,0]"], "size=0: expected a multiple"),
         (["attention", "weights=run", "size=big"], "size=big: expected a whole number or 2 numbers"),
-        (["attention", "weights=run", "num=0"], "num=0: expected at least 1 image"),
+        (["attention", "weights=run", "num=0"], "num=0: expected a number of images in"),
         (["attention", "weights=run", "out=torn.jpg"], "out=torn.jpg: torn.jpg is a file"),
         (["attention", "weights=run", "device=tpu"], "device=tpu: expected auto"),
         (["attention", "weights=run", "foreground=true"], "foreground: unknown key of dinoreg view attention"),
