@@ -119,6 +119,7 @@ def random_batch(config: Any, patch_size: int, number: int, device: torch.device
         mask=hidden.to(device),
         mask_indices=indices.to(device),
         mask_weights=weights.to(device),
+        hidden=hidden.sum(dim=1).numpy(),
         sample_ids=torch.arange(count).numpy(),
         position=count * (number + 1),
         data_time=0.0,

@@ -47,6 +47,7 @@ def new_batch(num_images: int = 6, num_local: int = 2, seed: int = 0, masked: bo
         mask=mask,
         mask_indices=indices,
         mask_weights=weights,
+        hidden=mask.sum(dim=1).numpy(),
         sample_ids=torch.arange(num_images).numpy(),
         position=num_images,
         data_time=0.0,

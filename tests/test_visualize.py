@@ -125,6 +125,7 @@ def batch(images: int = 3, num_local: int = 2) -> Batch:
         mask=mask,
         mask_indices=torch.tensor([15]),
         mask_weights=torch.ones(1),
+        hidden=mask.sum(dim=1).numpy(),
         sample_ids=np.arange(images),
         position=images,
         data_time=0.0,

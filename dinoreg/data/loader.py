@@ -97,6 +97,7 @@ class Batch:
     mask: Tensor  # (2B, N) bool, True = hidden
     mask_indices: Tensor  # (M,) int64 into the 2B*N flattened patches
     mask_weights: Tensor  # (M,) float32, 1 / (masked patches of that crop)
+    hidden: np.ndarray  # (2B,) int64, the masked patches of each crop; on the host
     sample_ids: np.ndarray  # (B,) int64, the images that were used
     position: int  # the sampler's position after this batch
     data_time: float  # seconds the consumer spent in asking for it
@@ -135,6 +136,7 @@ class _Job:
     boxes: np.ndarray = field(init=False)  # (B, V, TRIES, 4)
     colours: list[np.ndarray] = field(init=False)  # photometric parameters of each group of crops
     masks: list[Tensor] = field(init=False)  # mask, mask_indices and mask_weights of the batch
+    hidden: np.ndarray = field(init=False)  # masked patches of each crop
     augmented: list[Tensor] = field(init=False)  # on a CPU: float32 crops of each group
     bad: dict[str, str] = field(default_factory=dict)  # name -> reason
 
@@ -253,7 +255,7 @@ class _Engine:
             for view in range(2)
         ]
         crop_mask = torch.from_numpy(np.concatenate(hidden))
-        job.masks = [crop_mask, *mask_tensors(crop_mask)]
+        job.masks, job.hidden = [crop_mask, *mask_tensors(crop_mask)], crop_mask.sum(dim=1).numpy()
         job.augmented = []
         if self.device.type == "cuda":
             job.masks = [tensor.pin_memory() for tensor in job.masks]
@@ -446,6 +448,7 @@ class BatchLoader:
             mask,
             mask_indices,
             mask_weights,
+            job.hidden,
             sample_ids=job.ids,
             position=position,
             data_time=0.0,

@@ -76,16 +76,14 @@ class Recorder(TorchDispatchMode):
                 are repeated or additional forward passes, "attention" is included in the others
     """
 
-    def __init__(self, prototypes: Collection[int], koleo_images: int, masked: Sequence[int] = ()) -> None:
+    def __init__(self, prototypes: Collection[int], koleo_images: int) -> None:
         """
         prototypes    widths by which logits and targets are recognised
         koleo_images  number of images whose class tokens KoLeo compares
-        masked        masked patches of each micro-batch, for fake tensors; empty for real ones, which have values
         """
         super().__init__()
         self.operations: Counter[str] = Counter()
         self._prototypes, self._koleo_images = frozenset(prototypes), koleo_images
-        self._masked, self._calls = tuple(masked), 0
         self._moment = TEACHER
         self._owners = ["step"]  # of what is computed: the innermost module that is watched
         self._between = "KoLeo"  # what computes outside of these modules
@@ -242,10 +240,7 @@ class Recorder(TorchDispatchMode):
             return func(*args)
         if self._moment in (LAST_BLOCKS, BLOCKS, BACKWARD_END) and not _in_backward():
             self._enter(UPDATE)
-        if func is aten.nonzero.default and self._masked:
-            out = self._nonzero(args[0])
-        else:
-            out = func(*args, **kwargs)
+        out = func(*args, **kwargs)
         self._count(func.overloadpacket, count_operations(func.overloadpacket, args, kwargs, out))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -259,13 +254,6 @@ class Recorder(TorchDispatchMode):
                 if isinstance(tensor, Tensor) and self._part(tensor) == WORKING:
                     self._relabel(tensor, part)
         return out
-
-    def _nonzero(self, tensor: Tensor) -> Tensor:
-        """A fake result of nonzero: the micro-batch's number of masked patches, or of unmasked ones for `~mask`."""
-        masked = self._masked[self._calls % len(self._masked)]
-        self._calls += 1
-        rows = masked if tensor.numel() == sum(self._masked) else tensor.numel() - masked
-        return tensor.new_empty((rows, tensor.ndim), dtype=torch.int64)
 
     def _count(self, function: Any, operations: int) -> None:
         if not operations:

@@ -40,16 +40,20 @@ def random_batch(config: Config, patch_size: int, device: torch.device, tutor: T
     grid = (crops.global_size // patch_size,) * 2
     hidden = block_masks(0, 0, 2 * config.batch_size, grid, config.mask)
     indices, weights = mask_tensors(hidden)
-    return masked_batch(config, crops, torch.from_numpy(hidden).to(device), indices.to(device), weights.to(device))
+    mask, counts = torch.from_numpy(hidden).to(device), hidden.sum(axis=1)
+    return masked_batch(config, crops, mask, indices.to(device), weights.to(device), counts)
 
 
-def masked_batch(config: Config, crops: CropSettings, mask: Tensor, indices: Tensor, weights: Tensor) -> Batch:
+def masked_batch(
+    config: Config, crops: CropSettings, mask: Tensor, indices: Tensor, weights: Tensor, hidden: np.ndarray
+) -> Batch:
     """A batch of random pixels with given masks.
 
     crops    as they are cut, see `as_cut`
     mask     (2B, N) bool   B = config.batch_size
     indices  (M,) int64     of the masked patches among 2B * N
     weights  (M,)           of the masked patches, see `Batch`
+    hidden   (2B,) int64    masked patches of each crop
     """
     count = config.batch_size
 
@@ -62,6 +66,7 @@ def masked_batch(config: Config, crops: CropSettings, mask: Tensor, indices: Ten
         mask=mask,
         mask_indices=indices,
         mask_weights=weights,
+        hidden=hidden,
         sample_ids=np.arange(count),
         position=count,
         data_time=0.0,

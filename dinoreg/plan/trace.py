@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -107,20 +108,19 @@ def trace_step(
         mesh = device_mesh(CPU, config.parallel.shard, world_size) if sharded else None
         stack.enter_context(FakeTensorMode())
         state = _fake_state(config, precision, ranks, mesh, None if tutor is None else _fake_tutor(tutor))
-        return record_step(config, state, _fake_batch(config, state, sum(masked)), precision, masked)
+        return record_step(config, state, _fake_batch(config, state, masked), precision)
 
 
-def record_step(config: Config, state: TrainState, batch: Batch, precision: str, masked: tuple[int, ...] = ()) -> Trace:
+def record_step(config: Config, state: TrainState, batch: Batch, precision: str) -> Trace:
     """Take a step and record it; AdamW's moments exist before, as after a first step.
 
     precision  "bf16" | "fp16" | "fp32"
-    masked     masked patches of each micro-batch, for fake tensors; empty for real ones
     """
     if not state.optimizer.state:
         start_moments(state.optimizer)
     centers = {center.shape[-1] for center in state.centers.values()} if state.tutor is None else ()
     koleo_ranks = config.loss.koleo_ranks or state.ranks.world_size
-    recorder = Recorder(centers, koleo_ranks * config.batch_size, masked)
+    recorder = Recorder(centers, koleo_ranks * config.batch_size)
     recorder.hold_state(state, batch)
     with recorder.watching(state), recorder:
         take_step(config, state, batch, DTYPES[precision])
@@ -160,11 +160,13 @@ def _give_fake_parameters(network: nn.Module) -> None:
             setattr(module, name, nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad))
 
 
-def _fake_batch(config: Config, state: TrainState, masked: int) -> Batch:
+def _fake_batch(config: Config, state: TrainState, masked: tuple[int, ...]) -> Batch:
     crops, patch_size = as_cut(state.tutor, config.crops, state.student.backbone.patch_size)
     patches = (crops.global_size // patch_size) ** 2
     mask = torch.empty(2 * config.batch_size, patches, dtype=torch.bool)
-    return masked_batch(config, crops, mask, torch.empty(masked, dtype=torch.int64), torch.empty(masked))
+    hidden, count = np.zeros(len(mask), dtype=np.int64), sum(masked)
+    hidden[: config.batch_size : config.batch_size // len(masked)] = masked  # the first crop of each part has them all
+    return masked_batch(config, crops, mask, torch.empty(count, dtype=torch.int64), torch.empty(count), hidden)
 
 
 @contextmanager

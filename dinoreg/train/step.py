@@ -99,11 +99,13 @@ def micro_batches(batch: Batch, count: int) -> Iterator[MicroBatch]:
     num_patches = batch.mask.shape[1]
     size = num_images // count
     crop_of_patch = batch.mask_indices // num_patches
+    image_of_patch = crop_of_patch % num_images
+    hidden = batch.hidden.reshape(2, count, size).sum(axis=(0, 2))  # of each part; known here, so that nobody waits
     for part in range(count):
         images = torch.arange(part * size, (part + 1) * size, device=batch.global_crops.device)
         rows = torch.cat([images, images + num_images])
-        masked_rows = torch.isin(crop_of_patch, rows).nonzero()[:, 0]
-        own_row = torch.searchsorted(rows, crop_of_patch[masked_rows])
+        masked_rows = torch.nonzero_static(image_of_patch // size == part, size=int(hidden[part]))[:, 0]
+        own_row = image_of_patch[masked_rows] - part * size + size * (crop_of_patch[masked_rows] // num_images)
         local_crops = None
         if batch.local_crops is not None:
             views = batch.local_crops.unflatten(0, (-1, num_images))
@@ -199,7 +201,8 @@ def student_inputs(part: MicroBatch, anchored: bool) -> tuple[list[Tensor], list
     """
     patches = part.mask_indices
     if anchored:
-        patches = torch.cat([patches, (~part.mask).flatten().nonzero()[:, 0]])
+        visible = (~part.mask).flatten()
+        patches = torch.cat([patches, torch.nonzero_static(visible, size=len(visible) - len(patches))[:, 0]])
     if part.local_crops is None:
         return [part.global_crops], [part.mask], [patches]
     return [part.global_crops, part.local_crops], [part.mask, None], [patches, patches[:0]]
@@ -244,7 +247,7 @@ def student_losses(
         ibot = ibot_loss(patch_logits, targets.ibot[part.masked_rows], part.mask_weights, len(global_tokens), temp)
         losses = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
     if seen is not None:
-        crops, images = torch.cat(cls_tokens), torch.as_tensor(part.images, device=seen.device)
+        crops, images = torch.cat(cls_tokens), torch.from_numpy(part.images).to(seen.device, non_blocking=True)
         losses["diet"] = diet_loss(crops, seen, images.repeat(len(crops) // len(images)))
     if anchor is not None:
         with torch.no_grad(), autocast(part.global_crops.device, dtype):

@@ -4,7 +4,7 @@ It is no `teacher`, which is always the moving average of the student, also in s
 replica. A crop is cut at the larger of the two networks' sizes, so that neither sees an enlarged picture.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from dinoreg.models.vit import Tokens
 from dinoreg.runtime.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Tutor:
     """A frozen encoder and the crops that it shares with the student.
 
@@ -33,6 +33,7 @@ class Tutor:
     student_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    _sent: tuple[Tensor, ...] | None = field(default=None, init=False)
 
     @property
     def network(self) -> nn.Module:
@@ -51,7 +52,9 @@ class Tutor:
 
     def tokens(self, crops: Tensor) -> Tokens:
         """The encoder's tokens of crops (n, C, H, W), as they were cut; it normalises them its own way. float32."""
-        mean, std = (crops.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        if self._sent is None or self._sent[0].device != crops.device:  # once: a copy in each step would wait for it
+            self._sent = tuple(crops.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        mean, std = self._sent
         return self.encoder.tokens((_resized(crops, self.size) * std + mean).clamp(0, 1))
 
 
