@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dinoreg
-from dinoreg.__main__ import main
+from dinoreg.commands.main import main
 from dinoreg.export import certificate
 from dinoreg.export.formats import FORMATS
 from dinoreg.export.picture_files import MAX_LEVELS, MIN_COSINE, write_pictures

@@ -27,7 +27,7 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import flatten, is_number
 from dinoreg.runtime.printable import shortened
 
-LARGEST = 1e12  # of any number without an upper bound of its own: no count, rate or weight is meant to be larger
+LARGEST = 1e12  # of any whole number without an upper bound of its own: no count is meant to be larger
 MAX_LISTED = 12  # a class with more keys than this does not list them all in a message
 REQUIRED: Any = dataclasses.MISSING  # instead of the default of an option that must be given
 T = TypeVar("T")
@@ -76,8 +76,9 @@ class Declaration:
             fits = not self.pattern or re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
             return fits and (not self.choices or value in self.choices)
         bounds = (self.low, operator.ge), (self.high, operator.le), (self.above, operator.gt), (self.below, operator.lt)
-        is_sane = is_number(value) and (abs(value) <= LARGEST or self.high is not None)
-        return is_sane and all(bound is None or holds(value, bound) for bound, holds in bounds)
+        if not is_number(value) or (isinstance(value, int) and abs(value) > LARGEST and self.high is None):
+            return False
+        return all(bound is None or holds(value, bound) for bound, holds in bounds)
 
     def accepted(self, value: Any = None) -> str:
         """The range or the choices in words, "" without any; for a list or tuple `value`, those of its elements."""
@@ -102,7 +103,7 @@ class Declaration:
 
     def check(self, key: str, value: Any, or_none: bool = False) -> None:
         """UserError, naming key, value and accepted values, unless `value` is allowed; `or_none` adds none to these."""
-        if is_number(value) and abs(value) > LARGEST and self.high is None:
+        if type(value) is int and abs(value) > LARGEST and self.high is None:
             check(False, key, value, f"at most {LARGEST:g} in size")
         if not self.allows(value):
             close = nearest(str(value), self.choices) if self.choices else ""
