@@ -16,7 +16,6 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.printable import listed
 from dinoreg.runtime.regular_files import read_regular
 
-LISTED = 5  # names in one message
 # Texts and tables, which nobody expects to be read as pictures.
 _COMPANIONS = frozenset(
     (".txt", ".csv", ".tsv", ".xls", ".xlsx", ".parquet", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".ini", ".mat")
