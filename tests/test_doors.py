@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from miniatures.pictures import pattern
 from safetensors.torch import save_file
 
 from dinoreg.commands.main import main
@@ -147,8 +147,7 @@ def test_a_file_name_that_is_no_utf8_breaks_no_report(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     for index in range(8):
-        pixels = np.random.default_rng(index).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(photos / f"{index}.png")
+        pattern(index % 3, index).save(photos / f"{index}.png")
     Path(os.fsdecode(bytes(photos) + b"/bad\xff.jpg")).write_bytes(b"no picture")
     tiny = ["model.dim=32", "model.depth=1", "model.heads=2", "head.prototypes=16", "batch_size=4", "steps=4"]
     keys = [f"data={photos}", f"out={tmp_path / 'run'}", "data.max_bad_fraction=1", "probe.every=0", "device=cpu"]

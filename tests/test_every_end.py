@@ -11,9 +11,8 @@ import textwrap
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from miniatures.pictures import pattern
 
 DINOREG = [sys.executable, "-m", "dinoreg"]
 STEPS = 60
@@ -24,8 +23,7 @@ def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(12):
-        pixels = np.random.default_rng(number).integers(0, 255, (48, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+        pattern(number % 3, number).save(folder / f"{number:02d}.png")
     return folder
 
 

@@ -22,6 +22,7 @@ from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
 from dinoreg.evaluation.context import Context, show_progress
+from dinoreg.evaluation.features import cache
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, parallel, read_picture
 from dinoreg.runtime.errors import RunError, UserError
@@ -247,3 +248,12 @@ def test_progress_slower_than_one_in_ten_seconds_is_told_in_seconds_each(
     monkeypatch.setattr("dinoreg.evaluation.context.time.monotonic", lambda: next(clock))
     assert list(show_progress("abc", 3, "features")) == ["a", "b", "c"]
     assert [line.split(" · ")[1] for line in capsys.readouterr().err.splitlines()] == ["28 s/it"] * 3
+
+
+def test_a_whole_file_is_checked_once_while_it_is_as_it_was(folder: Path, tmp_path: Path) -> None:
+    source, place = open_source(str(folder)), where(tmp_path)
+    extract_features(place, small_encoder(), source, CROP)
+    cache._checksum.cache_clear()
+    for _ in range(3):
+        extract_features(place, small_encoder(), source, CROP)
+    assert cache._checksum.cache_info().misses == 1

@@ -15,13 +15,19 @@ from dinoreg.models.layers import (
     PatchEmbed,
     SwiGLU,
     add_samples,
-    draw_kept,
+    draw_orders,
+    first_of,
     gather_samples,
     swiglu_hidden_dim,
 )
 from dinoreg.runtime.errors import UserError
 
 CPU = torch.device("cpu")
+
+
+def drawn(shapes: tuple[tuple[int, int], ...], rate: float) -> list[Tensor]:
+    """The kept images of each group in one branch of one block."""
+    return first_of([order[0] for order in draw_orders(shapes, 1, CPU)], rate)
 
 
 def test_patch_embedding_equals_the_convolution_whose_weights_it_holds() -> None:
@@ -110,7 +116,7 @@ def test_block_equals_its_formula(options: dict[str, object]) -> None:
 
 def test_kept_counts_follow_the_rule() -> None:
     for images, rate, count in ((128, 0.3, 89), (5, 0.3, 3), (1, 0.9, 1), (3, 0.99, 1), (10, 0.1, 9)):
-        (kept,) = draw_kept(((images, 7),), rate, CPU)
+        (kept,) = drawn(((images, 7),), rate)
         assert len(kept) == count == max(int(images * (1 - rate)), 1)
         assert len(set(kept.tolist())) == count
         assert set(kept.tolist()) <= set(range(images))
@@ -119,7 +125,7 @@ def test_kept_counts_follow_the_rule() -> None:
 def test_gather_and_add_equal_plain_indexing_with_the_same_gradients() -> None:
     torch.manual_seed(0)
     shapes = ((4, 3), (5, 2))
-    kept = draw_kept(shapes, 0.4, CPU)  # 2 of 4 and 3 of 5
+    kept = drawn(shapes, 0.4)  # 2 of 4 and 3 of 5
     start = torch.randn(22, 6)
     weight, gamma0 = torch.randn(6, 6), torch.randn(6)
 
@@ -153,7 +159,7 @@ def test_gather_and_add_equal_plain_indexing_with_the_same_gradients() -> None:
 def test_subset_gradients_agree_with_finite_differences() -> None:
     torch.manual_seed(0)
     shapes = ((3, 2), (2, 1))
-    kept = draw_kept(shapes, 0.4, CPU)
+    kept = drawn(shapes, 0.4)
     x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     gamma = torch.randn(3, dtype=torch.float64, requires_grad=True)
 

@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from miniatures.pictures import pattern
 
 from dinoreg.runtime.printable import in_markup, printable
 from dinoreg.runtime.templates import escape_markdown
@@ -42,7 +41,7 @@ SHORT = ["steps=1", "batch_size=2", "probe.every=0", "data.workers=1"]
 def test_no_verb_prints_what_a_file_is_called_raw(tmp_path: Path, verb: list[str], out: list[str]) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8))
+    image = pattern(0, 0)
     for name in ("one", "two"):
         image.save(folder / f"{name}\x1b]0;owned\x07\nFAKE.png", format="png")
     (folder / "bad\x1b[2J.png").write_bytes(b"no picture")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import EmbedOptions
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.center_crop import to_encoder
@@ -29,6 +28,7 @@ from dinoreg.evaluation.features.images import default_workers, parallel
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, skipped_list
 from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.runtime.printable import print_status
 from dinoreg.visualize.subject import multiples, open_images
 
 

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dinoreg.checkpoint.steps import role_of
-from dinoreg.commands.failures import print_status
 from dinoreg.commands.report import report_run
 from dinoreg.config.option import dotted, read
 from dinoreg.evaluation.backbones.encoder import Encoder, wrap
@@ -27,6 +26,7 @@ from dinoreg.reports.verdict import paired_rows
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.printable import print_status
 
 
 def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:

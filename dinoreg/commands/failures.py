@@ -2,14 +2,12 @@
 
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
-from dinoreg.runtime.printable import printable
 
 
 @contextmanager
@@ -43,11 +41,6 @@ def running(out: str | None) -> Iterator[None]:
         if os.environ.get("DINOREG_DEBUG") == "1":
             traceback.print_exc()
         raise RunError(f"{explain_error(error)} (traceback: {log})") from error
-
-
-def print_status(line: str) -> None:
-    """Print a line to stderr, unbuffered; stdout is for results."""
-    print(printable(line), file=sys.stderr, flush=True)
 
 
 def explain_error(error: BaseException) -> str:

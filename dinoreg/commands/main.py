@@ -13,12 +13,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dinoreg.commands.arguments import overview, verb_help
-from dinoreg.commands.failures import explain_error, print_status
+from dinoreg.commands.failures import explain_error
 from dinoreg.commands.registry import VERBS, run_verb
 from dinoreg.commands.streams import keep_streams, lost
 from dinoreg.config.option import nearest
 from dinoreg.runtime.environment import DATA_THREADS
 from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
+from dinoreg.runtime.printable import print_status
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _WRITES_FILES = {"quickstart", "pretrain", "eval", "embed", "export", "verdict", "registers", "view", "report"}

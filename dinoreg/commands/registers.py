@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import RegistersOptions
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.center_crop import to_encoder
@@ -25,7 +24,7 @@ from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge
 from dinoreg.runtime.errors import RunError, UserError, one_line
-from dinoreg.runtime.printable import printable
+from dinoreg.runtime.printable import print_status, printable
 from dinoreg.scenes.render import CLASS_NAMES, render
 from dinoreg.visualize.gallery import to_pixels
 from dinoreg.visualize.subject import Subject, evenly_spaced, open_images, open_subject, picture_size, safe_name

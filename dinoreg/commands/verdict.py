@@ -16,7 +16,6 @@ import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.commands.evaluate import folder_name
-from dinoreg.commands.failures import print_status
 from dinoreg.commands.options import VerdictOptions
 from dinoreg.config.option import dotted, read
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -35,7 +34,7 @@ from dinoreg.plan.encoder_cost import encoder_cost
 from dinoreg.reports.labelled_verdict import KINDS, Advice, advise, in_short, write_page
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.printable import printable
+from dinoreg.runtime.printable import print_status, printable
 from dinoreg.runtime.templates import score
 
 REFERENCES = ("public", "start", "random init")  # whose labels are counted: the first that there is

@@ -8,7 +8,6 @@ no name of a member is ever used as a path, and every read is checked against th
 import hashlib
 import os
 import re
-import sys
 import tarfile
 import time
 import zlib
@@ -23,6 +22,7 @@ from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
 from dinoreg.data.source import Source, stamp_of_files
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import load_array, open_regular
 
 BLOCK = 512  # bytes of a header; members begin at multiples of it
@@ -202,7 +202,7 @@ def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: 
     """From block listings where there are any, else from the archives' own headers."""
     unlisted = [number for number, name in enumerate(archives) if name not in logs]
     if int(sizes[unlisted].sum()) > _WORTH_SAYING:
-        print(f"data: finding the images in {len(unlisted):,} archives of {root}, once", file=sys.stderr, flush=True)
+        print_status(f"data: finding the images in {len(unlisted):,} archives of {root}, once")
 
     def members(number: int) -> tuple[bytes, list[int], list[int]]:
         path = os.path.join(root, archives[number])

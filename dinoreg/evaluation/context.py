@@ -1,7 +1,6 @@
 """What a protocol receives besides its data: folders, seed, sizes, and how progress is shown."""
 
 import io
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -20,7 +19,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.evaluation.features.images import CentreCrop
-from dinoreg.runtime.printable import in_markup, printable
+from dinoreg.runtime.printable import in_markup, print_status
 
 T = TypeVar("T")
 SAVE_SECONDS = 120.0  # between saved states of work that can be resumed
@@ -122,4 +121,4 @@ def show_progress(items: Iterable[T], total: int, what: str, unit: str = "it") -
             shown, rate = now, done / (now - started)
             left = timedelta(seconds=int((total - done) / rate)) if total else "?"
             pace = f"{rate:,.1f} {unit}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s/{unit}"
-            print(f"{printable(what)}: {done:,}/{total:,} · {pace} · {left} left", file=sys.stderr, flush=True)
+            print_status(f"{what}: {done:,}/{total:,} · {pace} · {left} left")

@@ -25,7 +25,7 @@ from dinoreg.jobs.options import NO_TIMEOUT
 from dinoreg.jobs.records import add_event, cancel_file, read_events
 from dinoreg.jobs.status import saved_step
 from dinoreg.runtime.errors import Interrupted, RunError, one_line
-from dinoreg.runtime.printable import printable
+from dinoreg.runtime.printable import print_status
 
 STUCK = 3  # restarts in a row without a new checkpoint that end a training
 FIRST_PORT, NUM_PORTS = 12_000, 20_000  # below those that systems hand out by themselves
@@ -99,7 +99,7 @@ class Attempt:
         try:
             add_event(self.launch, self.job, self.rank, event, restarts=self.restarts, **facts)
         except OSError as error:  # a full disk is no reason to end what trains
-            print(f"dinoreg: {self.launch} cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+            print_status(f"dinoreg: {self.launch} cannot be written ({error.strerror})")
 
     def run(self) -> str:
         """Run the command; returns "done" or "stopped", or does not return when the job is requeued.
@@ -127,7 +127,7 @@ class Attempt:
             line = one_line(error)
             kind = "" if type(error).__module__.startswith("dinoreg") else f"{type(error).__name__}: "
             self.note("failed", error=kind + line, reported=_is_reported(error))
-            print(f"dinoreg: {printable(line)}", file=sys.stderr, flush=True)
+            print_status(f"dinoreg: {line}")
             raise
         if self.rank == 0:
             for path in self.command.removes:
@@ -210,7 +210,7 @@ class Attempt:
         if self.command.run:
             why += ", nothing was saved" if self.step is None else f", saved at step {self.step}"
         self.note("stopped", why=why)
-        print(f"dinoreg: {printable(message)}", file=sys.stderr, flush=True)
+        print_status(f"dinoreg: {message}")
         return "stopped"
 
     def _is_cancelled(self) -> bool:
@@ -259,7 +259,7 @@ class Evaluations:
                 process = subprocess.Popen(command_line, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             self.processes.append(process)
         except Exception as error:
-            print(f"dinoreg: step {step} is not evaluated ({one_line(error)})", file=sys.stderr, flush=True)
+            print_status(f"dinoreg: step {step} is not evaluated ({one_line(error)})")
 
     def finish(self, seconds: float) -> None:
         """Wait, up to `seconds` each, for submissions in progress, which would be killed with the job."""

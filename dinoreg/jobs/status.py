@@ -1,7 +1,5 @@
 """The status of jobs in words, from the scheduler, the job's own events and the progress of its run."""
 
-import contextlib
-import json
 import re
 import shutil
 import time
@@ -25,7 +23,7 @@ from dinoreg.jobs.records import (
 )
 from dinoreg.runtime.durations import clock
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import is_number, read_json, read_text
+from dinoreg.runtime.json_files import is_number, parsed_object, read_json, read_text
 
 # Slurm's reasons in plain words.
 REASONS = {
@@ -217,9 +215,7 @@ def progress(record: Record) -> str:
     state = read_json(Path(record.run) / "status.json")
     metrics: dict[str, Any] = {}
     for line in last_lines(Path(record.run) / "metrics.jsonl", 2):
-        with contextlib.suppress(ValueError):  # the last may be half written
-            content = json.loads(line)
-            metrics = content if isinstance(content, dict) else metrics
+        metrics = parsed_object(line) or metrics  # the last may be half written
     step, total = metrics.get("step", state.get("step")), state.get("num_steps")
     if not isinstance(step, int) or not isinstance(total, int):
         return "not training yet"

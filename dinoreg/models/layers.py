@@ -336,17 +336,14 @@ def draw_orders(shapes: Shapes, count: int, device: torch.device) -> list[Tensor
     return [torch.rand(count, images, device=device).argsort(dim=1) for images, _ in shapes]
 
 
-def draw_kept(shapes: Shapes, rate: float, device: torch.device) -> list[Tensor]:
-    """Draw the images whose residual branch is computed (DINOv2 section 5, efficient stochastic depth).
+def first_of(orders: Sequence[Tensor], rate: float) -> list[Tensor]:
+    """The images whose residual branch is computed: of each group's random order (b,) of its b images the first ones.
+
+    DINOv2 (arXiv 2304.07193), section 5, efficient stochastic depth.
 
     rate     in [0, 1)
-    returns  for each group of b images, (max(int(b * (1 - rate)), 1),) int64 indices below b, all different
+    returns  for each group (max(int(b * (1 - rate)), 1),) int64 indices below b, all different
     """
-    return first_of([order[0] for order in draw_orders(shapes, 1, device)], rate)
-
-
-def first_of(orders: Sequence[Tensor], rate: float) -> list[Tensor]:
-    """Of each group's random order (b,) of its images the first ones, as many as `draw_kept` draws."""
     return [order[: max(int(len(order) * (1 - rate)), 1)] for order in orders]
 
 
@@ -358,7 +355,7 @@ def kept_shapes(shapes: Shapes, kept: Sequence[Tensor]) -> Shapes:
 def gather_samples(x: Tensor, shapes: Shapes, kept: Sequence[Tensor], owned: bool = False) -> tuple[Tensor, Tensor]:
     """The tokens of the kept images of every group, (S', D), and x (S, D) for `add_samples` to add to.
 
-    kept   that of `draw_kept`
+    kept   that of `first_of`
     owned  that x itself, and its gradient is computed in place; else a copy. Views are always copied
 
     Where x goes through here, its gradient comes complete from `add_samples`: nothing has to be zeroed and summed.
@@ -374,7 +371,7 @@ def add_samples(x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, kept
     x       (S, D)    all tokens of all groups, from `gather_samples`; written to
     y       (S', D)   a branch's output for the kept images
     gamma   (D,)      LayerScale's factors; None: 1
-    kept              per group, the indices of `draw_kept`
+    kept              per group, the indices of `first_of`
     returns (S, D)    in the dtype of x
     """
     return _AddSamples.apply(x, y, gamma, torch.compiler.is_compiling(), shapes, *kept)

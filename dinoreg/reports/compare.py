@@ -7,6 +7,7 @@ from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Run
+from dinoreg.config.load import COMMAND_ONLY
 from dinoreg.reports import html
 from dinoreg.reports.plots import SMOOTH, Chart, Line
 from dinoreg.reports.verdict import PAIRED, paired_rows
@@ -29,7 +30,7 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {
     "images_per_second": ("Images per second", SMOOTH),
 }
 # Options that do not affect training.
-NOT_COMPARED = ("out", "resume", "overwrite", "takeover", "data.index_dir")
+NOT_COMPARED = ("out", *COMMAND_ONLY, "data.index_dir")
 
 
 def compare_report(

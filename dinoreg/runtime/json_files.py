@@ -23,12 +23,12 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; {} where the file cannot be read or holds no object."""
-    return _parsed(read_text(path)) or {}
+    return parsed_object(read_text(path)) or {}
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a file with one JSON object per line; other lines are skipped."""
-    return [content for line in read_text(path).splitlines() if (content := _parsed(line)) is not None]
+    return [content for line in read_text(path).splitlines() if (content := parsed_object(line)) is not None]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -60,7 +60,8 @@ def number(value: Any) -> float:
     return float(value) if is_number(value) else math.nan
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def parsed_object(text: str) -> dict[str, Any] | None:
+    """The object that a text is in JSON; None for one that is cut short or holds something else."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):

@@ -1,5 +1,6 @@
 """Text for terminals and logs: names of files hold any byte, and a terminal obeys some of them."""
 
+import sys
 import unicodedata
 from collections.abc import Iterable
 
@@ -18,6 +19,11 @@ def printable(text: str, keep: str = "") -> str:
         character if character in keep or unicodedata.category(character) not in _OBEYED else _escaped(character)
         for character in text
     )
+
+
+def print_status(line: str) -> None:
+    """Print a line to stderr, unbuffered; stdout is for results."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def shortened(text: object, width: int = 80) -> str:

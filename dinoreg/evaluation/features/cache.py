@@ -12,11 +12,11 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tokenize
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +32,7 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.features.images import Picture, parallel, read_picture, stack_images
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.printable import printable
+from dinoreg.runtime.printable import print_status
 
 FLUSH_ROWS = 4096  # rows written between notes of how far the extraction is
 _BLOCK = 1 << 24  # bytes of a file that are checked at once
@@ -97,11 +97,13 @@ def _digest(key: object) -> str:
 def _superset(folder: Path, name: str, count: int, wanted: list[str]) -> np.ndarray | None:
     """The wanted slots of a file that is whole and has them side by side, (count, slots, D); None without one."""
     for noted in sorted(folder.glob(f"{name}-*.json")):
-        kept = read_json(noted).get("slots", [])
+        note = read_json(noted)
+        kept = note.get("slots", [])
         first = kept.index(wanted[0]) if wanted[0] in kept else len(kept)
         path = noted.with_suffix(".npy")
         # A slice, unlike a list of places, stays on the disk.
-        if kept[first : first + len(wanted)] == wanted and _rows_done(path, noted, count)[0] == count:
+        is_meant = note.get("done") == count and kept[first : first + len(wanted)] == wanted
+        if is_meant and _rows_done(path, noted, count)[0] == count:
             return np.load(path, mmap_mode="r")[:, first : first + len(wanted)]
     return None
 
@@ -217,16 +219,29 @@ def _rows_done(path: Path, noted: Path, count: int) -> tuple[int, int]:
         open(path if done == count else part_name(path), "rb") as file,
     ):
         shape, dtype = _read_header(file)
-        left = done * int(np.prod(shape[1:])) * dtype.itemsize
-        crc, whole = 0, dtype.kind == "f" and 0 <= done <= count == shape[0]
-        while left > 0 and whole:
-            block = file.read(min(left, _BLOCK))
-            crc, left = zlib.crc32(block, crc), left - len(block)
-            whole = bool(block) and bool(np.isfinite(np.frombuffer(block, dtype)).all())
-        if whole and crc == expected:
-            return done, crc
-    print(f"{printable(str(path))}: not as it was written; it is computed anew", file=sys.stderr, flush=True)
+        start, size, now = file.tell(), done * int(np.prod(shape[1:])) * dtype.itemsize, os.fstat(file.fileno())
+        whole = dtype.kind == "f" and 0 <= done <= count == shape[0]
+        if whole and _checksum(Path(file.name), start, size, dtype.str, now.st_ino, now.st_mtime_ns) == expected:
+            return done, expected
+    print_status(f"{path}: not as it was written; it is computed anew")
     return 0, 0
+
+
+@lru_cache(maxsize=64)
+def _checksum(path: Path, start: int, size: int, dtype: str, inode: int, modified: int) -> int | None:
+    """CRC-32 of the floats in `size` bytes from `start`; None where they end before, or not all are finite.
+
+    inode, modified  of the file: while they are the same, it is read once, however many protocols ask
+    """
+    crc = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        while size > 0:
+            block = file.read(min(size, _BLOCK))
+            if not block or not np.isfinite(np.frombuffer(block, dtype)).all():
+                return None
+            crc, size = zlib.crc32(block, crc), size - len(block)
+    return crc
 
 
 def _aside(path: Path) -> tuple[Path, BinaryIO]:
