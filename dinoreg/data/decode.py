@@ -11,8 +11,9 @@ with grey.
 import importlib.util
 import io
 import struct
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, check_size
 
 MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956,970 in any case
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
+_LARGE = 1 << 25  # pixels
+_one_large = threading.Lock()
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs a program
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
 ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258  # of TIFF, and the first of EXIF, too
@@ -57,6 +60,23 @@ def _find_jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
 
 _load_image_operators()
 _decode_jpeg = _find_jpeg_operator()
+
+
+@contextmanager
+def alone_if_large(data: bytes | np.ndarray) -> Iterator[None]:
+    """A context in which no other picture of more than `_LARGE` pixels is decoded by this process.
+
+    Decoding takes some ten bytes a pixel for a while, and as many threads as look at pictures could each have one.
+    """
+    header = jpeg_header(data) if isinstance(data, bytes) else data.shape
+    if header is None:
+        try:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                header = image.size
+        except Exception:  # other readers know it, and find it as large as the file
+            header = len(data), 1
+    with _one_large if header[0] * header[1] > _LARGE else nullcontext():
+        yield
 
 
 class EncodedImage:
@@ -304,7 +324,12 @@ def _rgb_or_bands(image: Image.Image, in_channels: int) -> np.ndarray:
         if target == "L" and image.mode not in ("1", "RGB"):
             image = image.convert("RGB")
         image = image.convert(target)
-    return _with_channels(np.array(image))
+    if image.width * image.height <= _LARGE:
+        return _with_channels(np.array(image))
+    pixels = np.empty((image.height, image.width, len(target)), np.uint8)  # at once Pillow would make two copies more
+    for top in range(image.height):
+        pixels[top] = np.asarray(image.crop((0, top, image.width, top + 1))).reshape(pixels[0].shape)
+    return pixels
 
 
 def _with_channels(array: np.ndarray) -> np.ndarray:

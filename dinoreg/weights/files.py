@@ -59,12 +59,12 @@ def read_file(path: Path) -> Any:
     raises  UserError for a file that is damaged, unsafe or larger in memory than on disk
     """
     try:
-        open_regular(path).close()  # the libraries would wait for a pipe
+        with open_regular(path):  # the libraries would wait for a pipe
+            if path.name.endswith(INDEX_SUFFIX):
+                return _read_shards(path)
+            return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     except OSError as error:
         raise UserError(f"weights {path}: cannot be read ({error.strerror})") from None
-    if path.name.endswith(INDEX_SUFFIX):
-        return _read_shards(path)
-    return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

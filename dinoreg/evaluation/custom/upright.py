@@ -16,9 +16,10 @@ from dinoreg.data.decode import EncodedImage, orient
 from dinoreg.data.source import PathSource
 from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.context import show_progress
-from dinoreg.evaluation.features.images import default_workers, parallel
+from dinoreg.evaluation.features.images import default_workers
 from dinoreg.evaluation.readers.pixel_maps import PixelFile, unreadable
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.parallel import parallel
 
 Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
 T = TypeVar("T")
