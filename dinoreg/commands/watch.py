@@ -6,13 +6,11 @@ import signal
 import threading
 import time
 
-from dinoreg.runtime.environment import DATA_THREADS
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import being_read
 
 PATIENCE = 10.0  # seconds after which a file that is being read is named; then again after three times as long
 _ANSWER = 1.5  # seconds that the main thread has to answer a signal, unless it is in a read
-_LOOK = 1.0
 
 
 def watch() -> None:
@@ -20,24 +18,20 @@ def watch() -> None:
     received, noted = os.pipe()
     os.set_blocking(noted, False)
     signal.set_wakeup_fd(noted, warn_on_full_buffer=False)  # written at once, whatever the main thread is in
-    threading.Thread(target=_watch, args=(received,), name="watch", daemon=True).start()
+    threading.Thread(target=_watch, args=(received, threading.get_ident()), name="watch", daemon=True).start()
 
 
-def _watch(received: int) -> None:
+def _watch(received: int, main: int) -> None:
     said: dict[str, float] = {}  # file -> seconds after which it was named
-    main = threading.main_thread().ident
     while True:
-        if select.select([received], [], [], _LOOK)[0]:
-            number = os.read(received, 1)[0]
-            held = being_read().get(main or 0)
+        if select.select([received], [], [], 1.0)[0]:
+            number, before = os.read(received, 1)[0], being_read()
             time.sleep(_ANSWER)
-            if held is not None and being_read().get(main or 0) == held:
-                print_status(f"dinoreg: stopped by {signal.Signals(number).name} while {held[0]} was being read")
+            for _, path, _ in (each for each in being_read() if each in before and each[2] == main):
+                print_status(f"dinoreg: stopped by {signal.Signals(number).name} while {path} was being read")
                 os._exit(128 + number)
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        for thread, (path, since) in being_read().items():
+        for since, path, _ in being_read():
             seconds = time.monotonic() - since
-            # Of the files of batches the run's log has a line.
-            if seconds > max(PATIENCE, 3 * said.get(path, 0.0)) and not names.get(thread, "").startswith(DATA_THREADS):
+            if seconds > max(PATIENCE, 3 * said.get(path, 0.0)):
                 said[path] = seconds
                 print_status(f"{path}: is being read since {seconds:.0f} s")

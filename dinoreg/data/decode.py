@@ -68,14 +68,11 @@ def alone_if_large(data: bytes | np.ndarray) -> Iterator[None]:
 
     Decoding takes some ten bytes a pixel for a while, and as many threads as look at pictures could each have one.
     """
-    header = jpeg_header(data) if isinstance(data, bytes) else data.shape
-    if header is None:
-        try:
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                header = image.size
-        except Exception:  # other readers know it, and find it as large as the file
-            header = len(data), 1
-    with _one_large if header[0] * header[1] > _LARGE else nullcontext():
+    pixels = len(data)  # where other readers know it, which do not compress
+    if isinstance(data, bytes):
+        with suppress(Exception), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            pixels = image.width * image.height
+    with _one_large if pixels > _LARGE else nullcontext():
         yield
 
 
@@ -324,12 +321,7 @@ def _rgb_or_bands(image: Image.Image, in_channels: int) -> np.ndarray:
         if target == "L" and image.mode not in ("1", "RGB"):
             image = image.convert("RGB")
         image = image.convert(target)
-    if image.width * image.height <= _LARGE:
-        return _with_channels(np.array(image))
-    pixels = np.empty((image.height, image.width, len(target)), np.uint8)  # at once Pillow would make two copies more
-    for top in range(image.height):
-        pixels[top] = np.asarray(image.crop((0, top, image.width, top + 1))).reshape(pixels[0].shape)
-    return pixels
+    return _with_channels(np.array(image))
 
 
 def _with_channels(array: np.ndarray) -> np.ndarray:

@@ -433,15 +433,7 @@ class BatchLoader:
             job.slot.copied.record(torch.cuda.current_stream(self.device))
         local_crops = crops[1] if len(crops) > 1 else None
         return Batch(
-            crops[0],
-            local_crops,
-            mask,
-            mask_indices,
-            mask_weights,
-            job.hidden,
-            sample_ids=job.ids,
-            position=position,
-            data_time=0.0,
+            crops[0], local_crops, mask, mask_indices, mask_weights, job.hidden, job.ids, position, data_time=0
         )
 
     def _send(self, tensor: Tensor) -> Tensor:

@@ -181,28 +181,24 @@ def _describe(source: Source, index: int, in_channels: int) -> dict[str, Any]:
     image: dict[str, Any] = {"name": source.name(index)}
     try:
         data = source.read(index)
+        image["digest"] = content_digest(data)
+        with alone_if_large(data):
+            _measure(image, EncodedImage(data, in_channels, value_range=source.value_range))
     except BadImage as error:
-        return {**image, "bad": str(error)}
-    with alone_if_large(data):
-        return _describe_data(image, data, source.value_range, in_channels)
+        image["bad"] = str(error)
+    return image
 
 
-def _describe_data(
-    image: dict[str, Any], data: bytes | np.ndarray, value_range: ValueRange | None, in_channels: int
-) -> dict[str, Any]:
-    image["digest"] = content_digest(data)
-    try:
-        encoded = EncodedImage(data, in_channels, value_range=value_range)
-        raw = encoded.raw
-        image |= {"type": "uint8", "pages": encoded.pages, "channels": encoded.components}
-        if raw is not None:
-            image |= {"type": str(raw.values.dtype), "channels": raw.values.shape[2]}
-            sampled = _sample(raw)  # (n, C)
-            if raw.values.dtype != np.uint8:
-                image["values"] = sampled[np.isfinite(sampled)]
-        pixels = encoded.pixels().permute(1, 2, 0).flatten(0, 1).numpy()  # (H * W, C), channels innermost in memory
-    except BadImage as error:
-        return {**image, "bad": str(error)}
+def _measure(image: dict[str, Any], encoded: EncodedImage) -> None:
+    """Add the properties of a picture to `image`, those of its file first; BadImage when it cannot be decoded."""
+    raw, value_range = encoded.raw, encoded.value_range
+    image |= {"type": "uint8", "pages": encoded.pages, "channels": encoded.components}
+    if raw is not None:
+        image |= {"type": str(raw.values.dtype), "channels": raw.values.shape[2]}
+        sampled = _sample(raw)  # (n, C)
+        if raw.values.dtype != np.uint8:
+            image["values"] = sampled[np.isfinite(sampled)]
+    pixels = encoded.pixels().permute(1, 2, 0).flatten(0, 1).numpy()  # (H * W, C), channels innermost in memory
     image |= {name: getattr(encoded, name) for name in ("format", "mode", "height", "width")}
     windowed = raw is not None and raw.own_range is not None and value_range is None
     if raw is not None and is_scaled(raw.values.dtype, value_range) and not windowed:
@@ -213,10 +209,10 @@ def _describe_data(
         # Every value occurs at most 256 ways, so counting is exact and quicker than a float copy.
         counts = [[np.bincount(channel, minlength=256) for channel in part.T] for part in parts]
         shares, levels = np.sum(counts, axis=0) / len(pixels), np.arange(256) / 255
-        return {**image, "mean": shares @ levels, "mean_square": shares @ levels**2}
-    sums = [(part.sum(0), (part**2).sum(0)) for part in (each / np.float64(255) for each in parts)]
-    mean, mean_square = np.sum(sums, axis=0) / len(pixels)
-    return {**image, "mean": mean, "mean_square": mean_square}
+        image |= {"mean": shares @ levels, "mean_square": shares @ levels**2}
+    else:
+        sums = [(part.sum(0), (part**2).sum(0)) for part in (each / np.float64(255) for each in parts)]
+        image["mean"], image["mean_square"] = np.sum(sums, axis=0) / len(pixels)
 
 
 def _mean_and_std(good: Sequence[dict[str, Any]]) -> tuple[tuple[float, ...], tuple[float, ...]]:

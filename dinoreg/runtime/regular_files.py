@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_BYTES = 2_000_000_000  # of a picture's file
-_in_hand: dict[int, tuple[str, float]] = {}
+_in_hand: dict[int, tuple[float, str, int]] = {}
 
 
 @contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A context with a file to be read; OSError, at once, for what is no regular file, as for one that is not there."""
     thread = threading.get_ident()
-    _in_hand[thread] = os.fspath(path), time.monotonic()
+    _in_hand[thread] = time.monotonic(), str(path), thread
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -33,9 +33,9 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         _in_hand.pop(thread, None)
 
 
-def being_read() -> dict[int, tuple[str, float]]:
-    """The files that are open by `open_regular` just now: (path, time.monotonic() of opening) of each thread."""
-    return _in_hand.copy()
+def being_read() -> list[tuple[float, str, int]]:
+    """(time.monotonic() of opening, path, thread) of the files that are open by `open_regular`, the oldest first."""
+    return sorted(_in_hand.copy().values())
 
 
 def read_regular(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:

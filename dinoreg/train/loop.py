@@ -28,7 +28,6 @@ from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import being_read
 from dinoreg.train.class_probe import write_probed
 from dinoreg.train.health import Health, WeightWatch
@@ -213,17 +212,13 @@ class Patience:
         self.signals.received = self.signals.received or self.ranks.asked_to_stop()
         if self.signals.received:
             raise Interrupted("while waiting for data", self.signals.received)
-        names = [path for path, _ in sorted(being_read().values(), key=lambda each: each[1])]
-        which = f", of which {names[0]} is being read" if names else ""
+        which = "".join(f", of which {path} is being read" for _, path, _ in being_read()[:1])
         if self.ranks.world_size > 1 and seconds > self.timeout / 2:
             raise RunError(f"data: a batch has not come for {seconds:.0f} s{which}")
         self.said = self.said if seconds > self.said else 0.0
         if seconds > max(10.0, 3 * self.said):
             self.said = seconds
-            line = f"data: a batch is waited for since {seconds:.0f} s{which}"
-            self.log.say(line, logging.WARNING)
-            if not self.ranks.is_main:
-                print_status(f"rank {self.ranks.rank}: {line}")
+            self.log.say(f"data: a batch is waited for since {seconds:.0f} s{which}", logging.WARNING)
 
     def for_others(self) -> None:
         """While other processes, perhaps, wait for their data: have them hear of a signal that only this one got."""

@@ -209,24 +209,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     probe, general, dense = _probes(config, source, student.backbone.patch_size)
     looking = (probe, general, None if dense is None else dense.pictures)
     notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
-    setup = Setup(
-        config=config,
-        ranks=ranks,
-        out=out,
-        device=device,
-        dtype=dtype,
-        source=source,
-        deep=seen.deep and not data.reference_decode,
-        probe=probe,
-        general=general,
-        dense=dense,
-        student=student,
-        teacher=teacher,
-        init=init,
-        tutor=tutor,
-        schedules=schedules,
-        notes=notes,
-    )
+    deep = seen.deep and not data.reference_decode
+    given = config, ranks, out, device, dtype, source, deep
+    setup = Setup(*given, probe, general, dense, student, teacher, init, tutor, schedules, notes)
     notes += _stages(setup)
     if advice := setup.outlook.advice():
         notes.append(f"advice: {advice}")

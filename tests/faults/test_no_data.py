@@ -91,5 +91,5 @@ def test_a_read_that_never_ends_is_named_and_ends_the_run_before_the_others_give
     assert faults.wait(start, 90) == [1, 1], start.describe()
     assert_one_line(start.ranks[1], "data: a batch has not come for 12 s", ".png is being read")
     assert start.ranks[0].said() == []
-    assert "rank 1: data: a batch is waited for since 10 s" in start.ranks[1].console()
+    assert "png: is being read since 10 s" in start.ranks[1].console()
     assert reached(out) > 0
