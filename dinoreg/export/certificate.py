@@ -24,8 +24,7 @@ from torch import Tensor
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
-from dinoreg.export.picture_files import compare, write_pictures
-from dinoreg.export.prepare_code import prepare_code
+from dinoreg.export.picture_files import compare, prepare_code, write_pictures
 from dinoreg.export.source import Source, resized
 from dinoreg.models.registry import resampling
 from dinoreg.models.vit import RegisterViT
@@ -69,7 +68,7 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
         place = scratch / f"trial_{number}"
         place.mkdir()
         files = {} if of_files else {name: str(path) for name, path in paths.items()}  # the first is of the artefact
-        answers, facts = _ask(form, trial, place, prepare_code(form.name, source), files)
+        answers, facts = _ask(form, trial, place, prepare_code(form.name, source.preprocessing), files)
         of_files = of_files or answers
         for check in _compare(form, trial, answers):
             checks.append(check)
