@@ -1,4 +1,4 @@
-"""What the register report says in words, and its table, models in columns: `templates/verdict.txt.j2`, `comparison.txt.j2`."""
+"""What the register report says in words, and its table, models in columns; both are templates."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
