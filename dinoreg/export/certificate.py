@@ -233,7 +233,7 @@ def _ask(
     """Run the peer in a process without dinoreg; returns its answers and what it says of itself."""
     script = shutil.copyfile(peer.__file__, place / "ask.py")
     save_file(trial.cases, place / "cases.safetensors")
-    code = form.peer_load or form.load
+    code = form.load(for_peer=True)
     request = {
         "format": form.name,
         "peer": form.peer,
@@ -245,7 +245,7 @@ def _ask(
         "num_registers": trial.model.num_registers,
         "threads": torch.get_num_threads(),
     }
-    if form.peer_load:  # the file is read by that library, and its weights are run by the plain encoder
+    if form.name == "safetensors":  # the file is read by that library, and its weights are run by the plain encoder
         (place / "plain.py").write_text(hub_text(trial.model), encoding="utf-8")
     (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
     # Without bytecode, so that a hubconf.py leaves no cache in the artefact.
