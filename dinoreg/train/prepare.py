@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -124,18 +125,10 @@ class Setup:
         config = self.config
         crops, _ = self.stage_of(state.step)
         _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
-        loader = BatchLoader(
-            self.source,
-            Views(crops, config.augment, config.mask, patch_size, config.model.in_channels),
-            config.data,
-            deep=self.deep,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            device=self.device,
-            position=state.position,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-        )
+        views = Views(crops, config.augment, config.mask, patch_size, config.model.in_channels)
+        place: Any = {"position": state.position, "rank": self.ranks.rank, "world_size": self.ranks.world_size}
+        how: Any = {"deep": self.deep, "batch_size": config.batch_size, "seed": config.seed, "device": self.device}
+        loader = BatchLoader(self.source, views, config.data, **how, **place)
         loader.bad.update(state.history.get("bad", {}))
         return loader
 
