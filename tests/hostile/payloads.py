@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import shutil
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
@@ -20,8 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 from miniatures.pictures import pattern
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from dinoreg.checkpoint.format import MANIFEST, METADATA, _entry
+from dinoreg.runtime.digest import digest
 from tests.hostile import Payload
 
 RUN = "run"  # a whole run of two steps, in the folder of every trial
@@ -33,14 +34,18 @@ OWN = ["model.name=vitt8_reg4", "steps=2", "batch_size=2", "probe.every=0", "dat
 class Trial:
     """A payload at a door.
 
-    name   door: format
-    lay    (folder, mark) puts the payload into the folder and returns the command's arguments; the payload makes `mark`
-    codes  exit codes that are a good end
+    name      door: format
+    lay       (folder, mark) puts the payload into the folder and returns the command's arguments; it would make `mark`
+    codes     exit codes that are a good end
+    slow      whether it takes more than a moment
+    payloads  of which one would be enough
     """
 
     name: str
     lay: Callable[[Path, Path], list[str]]
     codes: tuple[int, ...] = (2,)
+    slow: bool = False
+    payloads: int = 1
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -68,18 +73,14 @@ def _evaluated(mark: Path) -> bytes:
 
 
 def _by_attribute(mark: Path) -> bytes:
-    """`os.mkdir` by way of names that look harmless: an attribute of a module that torch has imported."""
-    return b"\x80\x04\x8c\x05torch\x8c\x12serialization.os.\x94\x0c"[:0] + _dotted(
-        "torch.serialization", "os.mkdir", mark
-    )
+    """`os.mkdir` as an attribute of a module that readers of weights know."""
 
-
-def _dotted(module: str, name: str, mark: Path) -> bytes:
     def text(value: str) -> bytes:
-        return b"\x8c" + bytes([len(value.encode())]) + value.encode()
+        return b"\x8c" + bytes([len(value)]) + value.encode()
 
-    path = str(mark).encode()
-    return b"\x80\x04" + text(module) + text(name) + b"\x93X" + struct.pack("<I", len(path)) + path + b"\x85R."
+    path = bytes(mark)
+    name = text("torch.serialization") + text("os.mkdir")
+    return b"\x80\x04" + name + b"\x93X" + struct.pack("<I", len(path)) + path + b"\x85R."
 
 
 PICKLES: dict[str, Callable[[Path], bytes]] = {
@@ -159,6 +160,9 @@ def _weights() -> Iterator[Trial]:
     def file(name: str, verb: str, write: Callable[[Path], bytes]) -> Callable[[Path, Path], list[str]]:
         def lay(folder: Path, mark: Path) -> list[str]:
             (folder / name).write_bytes(write(mark))
+            for number in range(4 if "labelled" in verb else 0):
+                (folder / "labelled" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+                pattern(number % 2, number).save(folder / "labelled" / "ab"[number % 2] / f"{number}.png")
             return [part.format(file=folder / name, folder=folder) for part in verb.split()]
 
         return lay
@@ -167,6 +171,7 @@ def _weights() -> Iterator[Trial]:
     for what, write in TORCH.items():
         for name in ("w.pth", "w.safetensors"):
             yield Trial(f"embed weights={name}: {what}", file(name, embed, write))
+    yield Trial("embed weights=w.onnx: torch's zip", file("w.onnx", embed, _zipped))
     few = {what: TORCH[what] for what in ("torch's zip", "torch's file of before 1.6", "pickle of protocol 0")}
     own = " ".join(OWN)
     doors = {
@@ -175,12 +180,15 @@ def _weights() -> Iterator[Trial]:
         "export": "export weights={file} format=safetensors out={folder}/out",
         "view": "view norms weights={file} images=scenes:count=2,size=32 out={folder}/out",
         "registers": "registers weights={file} images=scenes:count=2,size=32 out={folder}/out",
-        "eval": "eval scenes: weights={file} out={folder}/out",
-        "verdict": "verdict {folder}/run weights={file} out={folder}/out",
+        "eval": "eval {folder}/labelled weights={file} out={folder}/out",
+        "verdict": "verdict {folder}/labelled weights={file} out={folder}/out",
+        "verdict public": "verdict {folder}/labelled weights={folder}/run public={file} out={folder}/out",
+        "plan init": f"plan quickstart {SCENES} init={{file}}",
     }
     for door, verb in doors.items():
         for what, write in few.items():
-            yield Trial(f"{door}: {what}", file("w.pt", verb, write))
+            slow, codes = door.startswith(("pretrain", "plan")), (0, 2) if door == "plan init" else (2,)
+            yield Trial(f"{door}: {what}", file("w.pt", verb, write), codes, slow)
 
 
 def _folders() -> Iterator[Trial]:
@@ -286,15 +294,11 @@ def _checkpoint(folder: Path) -> Path:
 
 def _signed(path: Path) -> None:
     """Give a changed checkpoint a manifest that says it is whole, as whoever changes it would."""
-    from dinoreg.checkpoint.format import MANIFEST, _entry
-
     entries = {file.name: _entry(file) for file in sorted(path.iterdir()) if file.name != MANIFEST}
     (path / MANIFEST).write_text(json.dumps(entries))
 
 
 def _checkpoints() -> Iterator[Trial]:
-    from dinoreg.checkpoint.format import METADATA
-
     def changed(change: Callable[[Path, Path], None]) -> Callable[[Path, Path], list[str]]:
         def lay(folder: Path, mark: Path) -> list[str]:
             for path in (folder / RUN / "checkpoints").glob("step_*"):
@@ -305,10 +309,13 @@ def _checkpoints() -> Iterator[Trial]:
         return lay
 
     def metadata(write: Callable[[Path], bytes]) -> Callable[[Path, Path], None]:
-        return lambda path, mark: (path / METADATA).write_bytes(write(mark)) and None
+        def change(path: Path, mark: Path) -> None:
+            (path / METADATA).write_bytes(write(mark))
+
+        return change
 
     for what, write in PICKLES.items():
-        yield Trial(f"resume, .metadata: {what}", changed(metadata(write)), (1,))
+        yield Trial(f"resume, .metadata: {what}", changed(metadata(write)), (1,), slow=True)
 
     def as_bytes(content: Callable[[Path], bytes], every: bool) -> Callable[[Path, Path], None]:
         """Entries of tensors declared as bytes, which DCP unpickles, and the files in their place."""
@@ -328,8 +335,8 @@ def _checkpoints() -> Iterator[Trial]:
         return change
 
     for what in ("torch's zip", "torch's file of before 1.6", "pickle of protocol 0"):
-        yield Trial(f"resume, an entry of bytes: {what}", changed(as_bytes(TORCH[what], False)), (1,))
-        yield Trial(f"resume, all entries of bytes: {what}", changed(as_bytes(TORCH[what], True)), (1,))
+        yield Trial(f"resume, an entry of bytes: {what}", changed(as_bytes(TORCH[what], False)), (1,), slow=True)
+        yield Trial(f"resume, all entries of bytes: {what}", changed(as_bytes(TORCH[what], True)), (1,), slow=True)
 
     def data(write: Callable[[Path], bytes]) -> Callable[[Path, Path], None]:
         def change(path: Path, mark: Path) -> None:
@@ -343,7 +350,7 @@ def _checkpoints() -> Iterator[Trial]:
         return change
 
     for what in ("torch's zip", "torch's file of before 1.6", "pickle"):
-        yield Trial(f"resume, the file of tensors: {what}", changed(data(TORCH[what])), (1,))
+        yield Trial(f"resume, the file of tensors: {what}", changed(data(TORCH[what])), (1,), slow=True)
 
     def elsewhere(path: Path, mark: Path) -> None:
         found = pickle.loads((path / METADATA).read_bytes())
@@ -352,7 +359,7 @@ def _checkpoints() -> Iterator[Trial]:
         (path.parents[2] / "outside.distcp").write_bytes(_zipped(mark))
         (path / METADATA).write_bytes(pickle.dumps(found))
 
-    yield Trial("resume, relative_path: torch's zip", changed(elsewhere), (1,))
+    yield Trial("resume, relative_path: torch's zip", changed(elsewhere), (1,), slow=True)
 
     def encoded(path: Path, mark: Path) -> None:
         found = pickle.loads((path / METADATA).read_bytes())
@@ -360,37 +367,52 @@ def _checkpoints() -> Iterator[Trial]:
             info.transform_descriptors = [str(mark)]
         (path / METADATA).write_bytes(pickle.dumps(found))
 
-    yield Trial("resume, transform_descriptors", changed(encoded), (1,))
+    yield Trial("resume, transform_descriptors", changed(encoded), (1,), slow=True)
 
     def planned(path: Path, mark: Path) -> None:
         found = pickle.loads((path / METADATA).read_bytes())
         found.planner_data = Payload(mark)
         (path / METADATA).write_bytes(pickle.dumps(found))
 
-    yield Trial("resume, planner_data", changed(planned), (1,))
+    yield Trial("resume, planner_data", changed(planned), (1,), slow=True)
 
 
 def _run_folders() -> Iterator[Trial]:
-    def in_run(name: str, write: Callable[[Path], bytes], *verb: str) -> Callable[[Path, Path], list[str]]:
+    embed = "embed data=scenes:count=4,size=32 weights={run} out={folder}/out.safetensors"
+
+    def in_run(name: str, write: Callable[[Path], bytes], verb: str = embed) -> Callable[[Path, Path], list[str]]:
         def lay(folder: Path, mark: Path) -> list[str]:
-            paths = [*(folder / RUN).glob(name)] or [folder / RUN / name]
-            for path in paths:
+            for path in [*(folder / RUN).glob(name)] or [folder / RUN / name]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(write(mark))
-            words = " ".join(verb) or "embed data=scenes:count=4,size=32 weights={run} out={folder}/o.safetensors"
-            return [part.format(run=folder / RUN, folder=folder) for part in words.split()]
+                if (stated := path.with_suffix(".json")).is_file() and path.suffix == ".safetensors":
+                    stated.write_text(json.dumps(json.loads(stated.read_text()) | {"sha256": digest(path)}))
+            return [part.format(run=folder / RUN, folder=folder) for part in verb.split()]
 
         return lay
 
     for what in ("torch's zip", "pickle"):
         yield Trial(f"embed, teacher file: {what}", in_run("teacher/*.safetensors", TORCH[what]))
-    resume = "pretrain {run} resume=true steps=4 out={run}"
-    for what in ("torch's zip", "pickle"):
-        yield Trial(f"resume, init.safetensors: {what}", in_run("init.safetensors", TORCH[what], resume), (0, 1, 2))
-    for name in ("launch/1_submitted.pkl", "launch/1_0_result.pkl", "launch/jobs.jsonl", "launch/1_0_events.jsonl"):
+    last = in_run("checkpoints/last", lambda mark: f"step_$(mkdir {mark})".encode())
+    yield Trial("embed RUN/last: command", last, (0,))
+    resume = "pretrain {run} resume=true steps=3 out={run}"
+    lay = in_run("init.safetensors", TORCH["torch's zip"], resume)
+    yield Trial("resume, init.safetensors: torch's zip", lay, (0, 1, 2), slow=True)
+
+    def job(mark: Path) -> bytes:
+        """A job of the files beside it, whose process is not one of ours."""
+        record = {"job": "1", "launch": 1, "kind": "pretrain", "group": "pretrain", "cluster": "local", "nodes": 1}
+        record |= {"command": ["mkdir", str(mark)], "tasks": 1, "run": "", "after": [], "runner": [1, 1.0], "code": ""}
+        return json.dumps({**record, "directory": "", "time": 1.5}).encode() + b"\n"
+
+    for name in ("1_submitted.pkl", "1_0_result.pkl", "1_0_events.jsonl", "jobs.jsonl"):
         for verb in ("status", "logs", "cancel"):
-            lay = in_run(name, _reduced, f"launch {verb} {{run}}")
-            yield Trial(f"launch {verb}, {name}: pickle", lay, (0, 1, 2))
+
+            def lay_job(folder: Path, mark: Path, name: str = name, verb: str = verb) -> list[str]:
+                in_run("launch/jobs.jsonl", job)(folder, mark)
+                return in_run(f"launch/{name}", _reduced, f"launch {verb} {{run}}")(folder, mark)
+
+            yield Trial(f"launch {verb}, {name}: pickle", lay_job, (0, 1, 2))
 
     def texts(mark: Path) -> bytes:
         evil = f"__import__('os').mkdir({str(mark)!r})"
@@ -398,16 +420,10 @@ def _run_folders() -> Iterator[Trial]:
         content |= dict.fromkeys(("format", "architecture", "preprocessing", "phase", "packages", "command"), evil)
         return json.dumps(content).encode() + b"\n"
 
-    for name in (
-        "environment.json",
-        "status.json",
-        "metrics.jsonl",
-        "probe.jsonl",
-        "health/events.jsonl",
-        "owner.json",
-    ):
-        for verb in ("report", "doctor"):
-            yield Trial(f"{verb}, {name}: code as text", in_run(name, texts, f"{verb} {{run}}"), (0,))
+    files = ("environment.json", "status.json", "metrics.jsonl", "probe.jsonl", "health/events.jsonl", "owner.json")
+    for name in files:
+        yield Trial(f"doctor, {name}: code as text", in_run(name, texts, "doctor {run}"), (0,))
+        yield Trial(f"report, {name}: code as text", in_run(name, texts, "report {run}"), (0,), slow=True)
     yield Trial("embed, teacher JSON: code as text", in_run("teacher/*.json", texts))
 
 
@@ -450,7 +466,7 @@ def _configs() -> Iterator[Trial]:
             (folder / RUN / "config.yaml").write_text(f"batch_size: {text.format(mark=mark)}\n")
             return _resume(folder)
 
-        yield Trial(f"resume, config.yaml: {what}", lay)
+        yield Trial(f"resume, config.yaml: {what}", lay, slow=True)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -458,20 +474,17 @@ def _configs() -> Iterator[Trial]:
 
 
 def _data() -> Iterator[Trial]:
-    inspect = ("inspect",)
-
     def picture(name: str, content: Callable[[Path], bytes]) -> Callable[[Path, Path], list[str]]:
         def lay(folder: Path, mark: Path) -> list[str]:
             (folder / "data").mkdir()
             pattern(0, 0).save(folder / "data" / "a.png")
             (folder / "data" / name).write_bytes(content(mark))
-            return [*inspect, f"data={folder / 'data'}"]
+            return ["inspect", f"data={folder / 'data'}"]
 
         return lay
 
-    postscript = (
-        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n({mark}) (w) file closefile (%pipe%mkdir {mark}) (w) file\n"
-    )
+    postscript = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n"
+    postscript += "({mark}) (w) file closefile (%pipe%mkdir {mark}) (w) file\n"
     pictures: dict[str, tuple[str, Callable[[Path], bytes]]] = {
         "PostScript": ("b.png", lambda mark: postscript.format(mark=mark).encode()),
         "PostScript by its name": ("b.eps", lambda mark: postscript.format(mark=mark).encode()),
@@ -484,22 +497,20 @@ def _data() -> Iterator[Trial]:
     for what, (name, content) in pictures.items():
         yield Trial(f"inspect, a picture: {what}", picture(name, content), (0,))
 
-    def called(name: str) -> Callable[[Path, Path], list[str]]:
-        def lay(folder: Path, mark: Path) -> list[str]:
-            (folder / "data").mkdir()
-            text = name.format(mark=f"$(printf '\\{ord('/'):o}')".join(str(mark).split("/")))
-            for each in (f"{text}.png", f"{text} bad.png"):
-                pattern(0, 0).save(folder / "data" / each, format="png")
-            (folder / "data" / f"{text} bad.png").write_bytes(b"")
-            return ["pretrain", "quickstart", *OWN, f"data={folder / 'data'}", f"out={folder / 'out'}"]
-
-        return lay
-
     names = {"command": "$(mkdir {mark})", "backquotes": "`mkdir {mark}`", "semicolon": "a;mkdir {mark};"}
     names |= {"pipe": "|mkdir {mark}", "newline": "a\nmkdir {mark}\n", "option": "--eval=mkdir {mark}"}
-    names |= {"format string": "{{0.__class__}}%n%s", "HTML": "<img src=x onerror=alert(1)>", "TeX": "$\\frac{{$_^{{"}
-    for what, name in names.items():
-        yield Trial(f"pretrain and report, a name: {what}", called(name), (0,))
+    names |= {"format": "{{0.__class__}}%n%s", "HTML": "<img src=x onerror=alert(1)>", "TeX": "$\\frac{{$_^{{"}
+
+    def called(folder: Path, mark: Path) -> list[str]:
+        (folder / "data").mkdir()
+        slash = f"$(printf '\\{ord('/'):o}')"
+        for name in names.values():
+            text = name.format(mark=slash.join(str(mark).split("/")))
+            pattern(0, 0).save(folder / "data" / f"{text}.png", format="png")
+            (folder / "data" / f"{text} bad.png").write_bytes(b"")
+        return ["pretrain", "quickstart", *OWN, f"data={folder / 'data'}", f"out={folder / 'out'}"]
+
+    yield Trial("pretrain and report, names of pictures", called, (0,), slow=True, payloads=len(names))
 
     def listed(line: str, verb: str) -> Callable[[Path, Path], list[str]]:
         def lay(folder: Path, mark: Path) -> list[str]:
@@ -561,33 +572,20 @@ def _data() -> Iterator[Trial]:
         yield Trial(f"eval cifar10: {what}", cifar(TORCH[what]))
 
 
-def _caches() -> Iterator[Trial]:
-    """Files of dinoreg's own caches, which others may write where the cache's folder is shared."""
+def _jobs() -> Iterator[Trial]:
+    """Lines of a shell in what reaches a job's script."""
+    keys = ("account", "qos", "constraint", "exclude", "reservation", "partition", "name", "mem", "container", "python")
+    for key in (*keys, "out"):
 
-    def index(write: Callable[[Path], bytes]) -> Callable[[Path, Path], list[str]]:
-        def lay(folder: Path, mark: Path) -> list[str]:
-            from dinoreg.data.folder_index import scan_folder  # noqa: F401 - the index is the one that it reads
+        def lay(folder: Path, mark: Path, key: str = key) -> list[str]:
+            given = {"out": f"{folder}/out", key: f"{folder}/a\nmkdir {mark}\n#"}
+            words = [f"{name}={value}" for name, value in given.items()]
+            return ["launch", "pretrain", "quickstart", "cluster=slurm", "dry_run=true", SCENES, *words]
 
-            (folder / "data").mkdir()
-            pattern(0, 0).save(folder / "data" / "a.png")
-            return ["inspect", f"data={folder / 'data'}"]
-
-        return lay
-
-    yield from ()
-    del index
+        yield Trial(f"launch, {key}: lines of a shell", lay)
 
 
 def trials() -> list[Trial]:
     """All payloads at all doors, that run in this process."""
-    parts = (_weights, _folders, _checkpoints, _run_folders, _configs, _data)
+    parts = (_weights, _folders, _checkpoints, _run_folders, _configs, _data, _jobs)
     return [trial for part in parts for trial in part()]
-
-
-def copy_run(run: Path, folder: Path) -> None:
-    """A whole run in the folder of a trial."""
-    shutil.copytree(run, folder / RUN)
-
-
-def names_of_tensors(path: Path) -> list[str]:
-    return sorted(load_file(path))
