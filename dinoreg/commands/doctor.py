@@ -37,13 +37,8 @@ def doctor(run: Path | None = None) -> None:
         console.print(Text(title, "bold"))
         width = max((len(name) for name, _, _ in rows), default=0)
         for name, mark, text in rows:
-            console.print(
-                Text.assemble(
-                    f"  {printable(name):<{width}}  ",
-                    (f"{mark:<7}", styles.get(mark, "yellow")),
-                    f"  {printable(text)}",
-                )
-            )
+            shown = f"{mark:<7}", styles.get(mark, "yellow")
+            console.print(Text.assemble(printable(f"  {name:<{width}}  "), shown, printable(f"  {text}")))
         console.print()
 
 

@@ -181,11 +181,8 @@ def write_probed(out: Path, probe: Probe, config: Config) -> None:
     """
     content: dict[str, Any] = {"data": config.probe.data, "metric": config.probe.metric}
     if probe.labels is not None and probe.source is not None:
-        read = probe.source.read
-        digests = parallel(
-            lambda index: content_digest(read(index)).hex()[:16], range(len(probe.source)), usable_cores()
-        )
-        content["images"] = list(digests)
+        read, places = probe.source.read, range(len(probe.source))
+        content["images"] = [*parallel(lambda each: content_digest(read(each)).hex()[:16], places, usable_cores())]
     write_atomic(out / PROBED, json.dumps(content) + "\n")
 
 

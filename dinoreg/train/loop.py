@@ -186,14 +186,14 @@ class Patience:
     signals: Signals
     timeout: float
     said: float = 0.0
-    told: bool = False
 
     def for_data(self, seconds: float) -> None:
         """After `seconds` of waiting for a batch; Interrupted after a signal to any process.
 
         raises RunError while the other processes still wait for this one
         """
-        self.signals.received = self.signals.received or self.ranks.asked_to_stop()
+        if number := self.ranks.asked_to_stop():
+            self.signals.received = number
         if self.signals.received:
             raise Interrupted("while waiting for data", self.signals.received)
         which = "".join(f", of which {path} is being read" for _, path, _ in being_read()[:1])
@@ -206,8 +206,7 @@ class Patience:
 
     def for_others(self) -> None:
         """While other processes, perhaps, wait for their data: have them hear of a signal that only this one got."""
-        if self.signals.received and not self.told:
-            self.told = True
+        if self.signals.received:
             self.ranks.ask_to_stop(self.signals.received)
 
 
@@ -234,7 +233,12 @@ def next_batch(batches: BatchLoader, state: TrainState, patience: Patience, chec
             ranks.mark_common(error)
             raise
     checkpoints.save_last(state, batches.bad)
-    raise interruption(stop, state, checkpoints.num_steps, checkpoints.out)
+    when = f"after step {state.step} of {checkpoints.num_steps}" if state.step else "before the first step"
+    saved = f"; go on with the same command and resume=true (state saved in {checkpoints.out})" if state.step else ""
+    interrupted = Interrupted(f"stopped by {signal.Signals(stop).name} {when}{saved}", stop)
+    interrupted.reported = not ranks.is_main
+    ranks.mark_common(interrupted)
+    raise interrupted
 
 
 def open_stage(
@@ -259,16 +263,6 @@ def open_stage(
 def every(period: int, step: int) -> bool:
     """Whether `step` is a multiple of `period`, both in steps."""
     return step % period == 0
-
-
-def interruption(stop: int, state: TrainState, num_steps: int, out: Path) -> Interrupted:
-    """The error with which all processes end after the signal of number `stop`; only rank 0 prints it."""
-    when = f"after step {state.step} of {num_steps}" if state.step else "before the first step"
-    saved = f"; go on with the same command and resume=true (state saved in {out})" if state.step else ""
-    interrupted = Interrupted(f"stopped by {signal.Signals(stop).name} {when}{saved}", stop)
-    interrupted.reported = not state.ranks.is_main
-    state.ranks.mark_common(interrupted)
-    return interrupted
 
 
 def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: SilentLog) -> None:

@@ -145,17 +145,9 @@ class Setup:
         raises UserError when the folder cannot be written
         """
         config = self.config
-        return Writer(
-            self.out,
-            config.checkpoint,
-            describe_teacher={
-                "architecture": self.teacher.backbone.architecture(),
-                "preprocessing": self.preprocessing.as_json(),
-                "config_hash": config.hash(),
-            },
-            timeout=config.parallel.timeout,
-            ranks=self.ranks,
-        )
+        stated = {"architecture": self.teacher.backbone.architecture(), "preprocessing": self.preprocessing.as_json()}
+        stated["config_hash"] = config.hash()
+        return Writer(self.out, config.checkpoint, stated, config.parallel.timeout, self.ranks)
 
 
 def _of_pictures(config: Config, source: Source, seen: Survey) -> list[str]:

@@ -16,7 +16,6 @@ from dinoreg.data.decode import EncodedImage, orient
 from dinoreg.data.source import PathSource
 from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.context import show_progress
-from dinoreg.evaluation.features.images import default_workers
 from dinoreg.evaluation.readers.pixel_maps import PixelFile, unreadable
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.parallel import parallel
@@ -58,7 +57,7 @@ def survey(pairs: Pairs, read: Callable[[Path], PixelFile], ask: Callable[[Path,
             image, pixels = _header(images, index), read(path)
             return ask(path, pixels), _lie(image, pixels, path, images.name(index)), min(image.height, image.width)
 
-        looked = parallel(one, range(len(images)), default_workers())
+        looked = parallel(one, range(len(images)))
         rows = list(show_progress(looked, len(images), f"looking at the {what} of {split}"))
         found[split], lies[split] = [row[0] for row in rows], [row[1] for row in rows]
         sides += [row[2] for row in rows]

@@ -21,7 +21,6 @@ from dinoreg.data.center_crop import Interpolation, center_crop
 from dinoreg.data.decode import BadImage, pillow_rgb
 from dinoreg.data.display import as_rgb
 from dinoreg.data.source import Source
-from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError, one_line
 
 # Pillow's image in RGB or L, or (C, H, W) uint8 or float32 on the scale of bytes, 0 to 255.
@@ -142,8 +141,3 @@ def stack_images(images: Sequence[np.ndarray]) -> Tensor:
     """
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return pixels if pixels.dtype == torch.uint8 else pixels.float() / 255
-
-
-def default_workers() -> int:
-    """Decoding threads: one for every core but one, at most 16."""
-    return min(max(usable_cores() - 1, 1), 16)
