@@ -252,7 +252,8 @@ def test_processes_gather_agree_and_fail_together(tmp_path: Path) -> None:
         assert found["gathered"] == [0, 10]
         assert found["main"] == 0
         assert found["rows"] == [[0, 1], [2, 3], [4, 5], [100, 101], [102, 103], [104, 105]]
-        assert found["agreed"] == [0, 0, 10, 0]  # a step later, on both
+        assert found["agreed"] == [0, 10, 7, 0]
+        assert found["asked"] == (0, 15)
         assert found["fine"] == "fine"
         assert "drifted apart at step 4: bias of rank 1 differs from the other" in found["drift weights"]
         assert "position of rank 1 differs" in found["drift position"]

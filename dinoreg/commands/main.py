@@ -46,9 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_status("dinoreg: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
     except Exception as error:
         debugging = os.environ.get("DINOREG_DEBUG") == "1"
         if debugging:
@@ -78,15 +75,15 @@ def entry() -> NoReturn:
     sys.exit(code)
 
 
-def script(declaration: Any, verb: str = "eval") -> None:
+def script(declaration: Any, verb: str = "eval") -> NoReturn:
     """Run a declaration as a script: `python eval/pets.py weights=…` is `dinoreg eval pets weights=…`.
 
     declaration  a benchmark or a job with a name
     verb         of the command line, "eval" or "launch"
     raises       SystemExit with the exit code of `main`
     """
-    path = getattr(sys.modules["__main__"], "__file__", None)
-    raise SystemExit(main([verb, str(path or declaration.name), *sys.argv[1:]]))
+    sys.argv[1:1] = [verb, str(getattr(sys.modules["__main__"], "__file__", None) or declaration.name)]
+    entry()
 
 
 def _dispatch(arguments: list[str]) -> int:

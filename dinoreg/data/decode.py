@@ -69,9 +69,8 @@ def alone_if_large(data: bytes | np.ndarray) -> Iterator[None]:
     Decoding takes some ten bytes a pixel for a while, and as many threads as look at pictures could each have one.
     """
     pixels = len(data)  # where other readers know it, which do not compress
-    if isinstance(data, bytes):
-        with suppress(Exception), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            pixels = image.width * image.height
+    with suppress(Exception), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        pixels = image.width * image.height
     with _one_large if pixels > _LARGE else nullcontext():
         yield
 
@@ -172,6 +171,8 @@ class EncodedImage:
             raise
         except Exception as error:
             raise BadImage(_reason(error)) from error
+        if raw.values.dtype.kind not in "buif":
+            raise BadImage(f"{raw.values.dtype} values, expected real numbers")
         self.mode = f"{raw.values.dtype} x {raw.values.shape[2]}"
         return raw
 

@@ -202,7 +202,7 @@ def _measure(image: dict[str, Any], encoded: EncodedImage) -> None:
     image |= {name: getattr(encoded, name) for name in ("format", "mode", "height", "width")}
     windowed = raw is not None and raw.own_range is not None and value_range is None
     if raw is not None and is_scaled(raw.values.dtype, value_range) and not windowed:
-        low, high = limits(raw, value_range, ~np.isfinite(sampled)[None])
+        low, high = limits(raw, value_range, missing_values(raw.values, raw.nodata))
         image["places"] = ((sampled - low) / (np.asarray(high, dtype=np.float64) - low))[np.isfinite(sampled)]
     parts = [pixels[first : first + _COUNTED] for first in range(0, len(pixels), _COUNTED)]
     if pixels.dtype == np.uint8:

@@ -147,8 +147,7 @@ class Ranks:
 
     def ask_to_stop(self, number: int) -> None:
         """Leave the number of a signal for the others, which may wait for data and hear of nothing else."""
-        if self.world_size > 1:
-            dist.distributed_c10d._get_default_store().set(f"stop {self.control.group_name}", str(number))
+        dist.distributed_c10d._get_default_store().set(f"stop {self.control.group_name}", str(number))
 
     def asked_to_stop(self) -> int:
         """The number that another process has left by `ask_to_stop`, or 0."""
