@@ -343,7 +343,7 @@ def test_a_run_that_died_with_a_traceback_shows_its_last_line(tmp_path: Path) ->
 def test_a_pointer_that_is_none_is_passed_over(
     content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = make_run(tmp_path / "run", 10)
+    run = make_run(tmp_path, 10)
     for name in ("last", "best"):
         (run / "checkpoints" / name).unlink(missing_ok=True)
         (run / "checkpoints" / name).mkdir() if content is None else (run / "checkpoints" / name).write_bytes(content)
