@@ -97,7 +97,7 @@ def run_entries(out: Path) -> list[Path]:
         why = "its config.yaml is not one that a run wrote" if config.exists() else "no config.yaml"
         raise UserError(f"out={out}: holds something other than a run ({why}); it is not overwritten")
     foreign = [path.name for path in entries if not _matches(path, _WRITTEN_BY_RUNS)]
-    for entry in entries:
+    for entry in () if foreign else entries:
         if not (entry.is_symlink() or _matches(entry, _BEFORE_A_RUN)):
             below = (path for path in entry.rglob("*") if path.is_file() and not path.is_symlink())
             foreign += [str(path.relative_to(out)) for path in below if not _matches(path, _WRITTEN_BELOW)]
