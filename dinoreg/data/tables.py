@@ -16,7 +16,7 @@ from dinoreg.config.option import nearest
 from dinoreg.data.folder_index import EXTENSIONS
 from dinoreg.data.split_names import split_of
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, readable
 from dinoreg.runtime.printable import listed, shortened
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -185,7 +185,7 @@ def inside(root: str, entry: str, where: str, option: str) -> str:
 def _lines(file: str, title: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number, cells without space around them) of every line that is not empty; without a delimiter one cell."""
     try:
-        with _open(file) as opened:
+        with readable(title), _open(file) as opened:
             if not delimiter:
                 yield from ((number, [line.strip()]) for number, line in enumerate(opened, 1) if line.strip())
                 return
@@ -193,10 +193,6 @@ def _lines(file: str, title: str, delimiter: str) -> Iterator[tuple[int, list[st
             for row in rows:
                 if any(cells := [cell.strip() for cell in row]):
                     yield rows.line_num, cells
-    except OSError as error:
-        raise UserError(f"{title} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{title} is not UTF-8 text") from None
     except csv.Error as error:
         raise UserError(f"{title} is not a valid table ({error})") from None
 

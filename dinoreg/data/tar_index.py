@@ -21,7 +21,7 @@ import numpy as np
 from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
 from dinoreg.data.source import Source, stamp_of_files
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, one_line, readable
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import load_array, open_regular
 
@@ -141,11 +141,8 @@ def index_tars(
 
 def _archives(root: str) -> list[str]:
     """The names of the archives in a folder, ascending."""
-    try:
-        with os.scandir(root) as entries:
-            names = sorted(e.name for e in entries if e.name.endswith(".tar") and e.name[0] != "." and e.is_file())
-    except OSError as error:
-        raise UserError(f"data: cannot read the folder {root}: {error.strerror}") from error
+    with readable(f"data: the folder {root}"), os.scandir(root) as entries:
+        names = sorted(e.name for e in entries if e.name.endswith(".tar") and e.name[0] != "." and e.is_file())
     if not names:
         raise UserError(f"data: no .tar archives in {root}")
     return names
@@ -249,10 +246,8 @@ def _from_headers(path: str) -> list[tuple[str, int, int]]:
 
 def _from_log(log: str, path: str, size: int) -> list[tuple[str, int, int]]:
     """(name, start, end) of every member that the listing of `tar --list --block-number` names."""
-    try:
+    with readable(f"data: {log}"):
         lines = Path(log).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise UserError(f"data: cannot read {log}: {error.strerror}") from error
     starts, names = [], []
     for number, line in enumerate(filter(None, map(str.rstrip, lines)), 1):
         matched = _LOG_LINE.fullmatch(line)

@@ -1,5 +1,8 @@
 """The errors with which a command ends early: wrong input, a failure while running, or a signal."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from dinoreg.runtime.printable import printable
 
 
@@ -31,3 +34,14 @@ class Interrupted(EarlyEnd):
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """An error's text in one line, cut to `limit` characters (None: not cut); its type's name where it has no text."""
     return printable(" ".join(str(error).split()))[:limit] or type(error).__name__
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Context in which a file or folder that cannot be read, or is no UTF-8, is a UserError that begins with `what`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} is not UTF-8 text") from None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, one_line, readable
 from dinoreg.runtime.regular_files import open_regular, read_regular
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -58,10 +58,8 @@ def read_file(path: Path) -> Any:
     path    *.safetensors, *.safetensors.index.json (the list of a model's shards), or a file of torch.save
     raises  UserError for a file that is damaged, unsafe or larger in memory than on disk
     """
-    try:
+    with readable(f"weights {path}:"):
         open_regular(path).close()  # the libraries would wait for a pipe
-    except OSError as error:
-        raise UserError(f"weights {path}: cannot be read ({error.strerror})") from None
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
     return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dinoreg.runtime.digest import digest
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, readable
 from dinoreg.runtime.json_files import as_sides, read_text
 from dinoreg.runtime.json_files import read_json as read_lenient
 from dinoreg.weights.architecture import Stated, infer_architecture
@@ -138,10 +138,8 @@ def _teacher_of(run: Path, checkpoint: str) -> Path | None:
 
 
 def _only_file(folder: Path) -> Path:
-    try:
+    with readable(f"weights {folder}:"):
         files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    except OSError as error:
-        raise UserError(f"weights {folder}: cannot be read ({error.strerror})") from None
     if len(files) == 1:
         return files[0]
     if files:

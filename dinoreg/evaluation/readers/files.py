@@ -17,7 +17,7 @@ from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
 from dinoreg.evaluation.readers.dataset_folder import unpacked
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, one_line, readable
 from dinoreg.runtime.regular_files import MAX_BYTES, read_regular
 
 
@@ -37,12 +37,11 @@ def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) 
 
     archive  in the message for a missing file
     """
-    try:
-        return read_regular(path, MAX_BYTES if most is None else most)
-    except FileNotFoundError:
-        raise missing(path, dataset, archive) from None
-    except OSError as error:
-        raise UserError(f"{dataset}: {path} cannot be read ({error.strerror})") from None
+    with readable(f"{dataset}: {path}"):
+        try:
+            return read_regular(path, MAX_BYTES if most is None else most)
+        except FileNotFoundError:
+            raise missing(path, dataset, archive) from None
 
 
 def read_text(path: Path, dataset: str, archive: str) -> str:
