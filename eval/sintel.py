@@ -17,8 +17,8 @@ from dinoreg.data.source import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, Task
 from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.readers.files import missing, paths_source, read_bytes
-from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, unreadable
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.pixel_maps import UNREADABLE
+from dinoreg.runtime.errors import UserError, readable_as
 from dinoreg.runtime.regular_files import open_regular
 
 NAME = "sintel"
@@ -127,11 +127,9 @@ def read_flo(path: Path) -> np.ndarray:
 
 def _mask(path: Path) -> np.ndarray:
     """(H, W) bool of a grey PNG: where it is not 0."""
-    try:
-        with open_regular(path) as file, Image.open(file) as image:
-            return np.asarray(image.convert("L")) != 0
-    except UNREADABLE as error:
-        raise unreadable(f"{NAME}: {path}", "a mask", error) from None
+    cautious = readable_as("a mask", f"{NAME}: {path}", *UNREADABLE)
+    with cautious, open_regular(path) as file, Image.open(file) as image:
+        return np.asarray(image.convert("L")) != 0
 
 
 DINOFLOW = "DinoFlow (paper not at hand)"

@@ -45,3 +45,15 @@ def readable(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{what} is not UTF-8 text") from None
+
+
+@contextmanager
+def readable_as(what: str, where: str, *kinds: type[BaseException]) -> Iterator[None]:
+    """Context in which errors of these kinds are a UserError: the file at `where` cannot be read as `what`."""
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, UserError):
+            raise
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else one_line(error, 200)
+        raise UserError(f"{where} cannot be read as {what} ({reason})") from None

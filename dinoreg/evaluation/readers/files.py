@@ -17,7 +17,7 @@ from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
 from dinoreg.evaluation.readers.dataset_folder import unpacked
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError, one_line, readable
+from dinoreg.runtime.errors import UserError, readable, readable_as
 from dinoreg.runtime.regular_files import MAX_BYTES, read_regular
 
 
@@ -46,10 +46,8 @@ def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) 
 
 def read_text(path: Path, dataset: str, archive: str) -> str:
     """A file's content as text; UserError for one that is missing, cannot be read or is not UTF-8."""
-    try:
+    with readable_as("text", f"{dataset}: {path}", UnicodeDecodeError):
         return read_bytes(path, dataset, archive).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{dataset}: {path} cannot be read as text ({error})") from None
 
 
 def lines(path: Path, dataset: str, archive: str) -> list[str]:
@@ -92,10 +90,8 @@ def read_json(
     object_hook  called with each object as it closes; what it returns replaces the object
     """
     text = read_text(path, dataset, archive)
-    try:
+    with readable_as("JSON", f"{dataset}: {path}", ValueError, RecursionError):
         return json.loads(text, object_hook=object_hook)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{dataset}: {path} cannot be read as JSON ({str(error)[:200]})") from None
 
 
 def paths_source(folder: Path, paths: Iterable[str], dataset: str) -> PathSource:
@@ -201,10 +197,9 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
         raise UserError(f"{dataset}: reading {path} needs scipy: {install('scipy')}") from None
     if not path.is_file():
         raise missing(path, dataset, archive)
-    try:
+    # What scipy raises for a damaged file depends on where the damage is.
+    with readable_as("a MATLAB file", f"{dataset}: {path}", Exception):
         variables = loadmat(str(path), appendmat=False, variable_names=list(names))
-    except Exception as error:  # what scipy raises for a damaged file depends on where the damage is
-        raise UserError(f"{dataset}: {path} cannot be read as a MATLAB file ({one_line(error, 200)})") from None
     for name in names:
         if name not in variables:
             raise UserError(f"{dataset}: {path} has no variable {name}; expected the file of {archive}")
