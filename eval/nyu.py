@@ -32,7 +32,7 @@ from dinoreg.evaluation.published import DINOV2, DINOV3, at_test_time, released,
 from dinoreg.evaluation.readers.files import matched, matlab_numbers, missing, paired, paths_source
 from dinoreg.evaluation.readers.pixel_maps import read_depth_map
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, one_line, reworded
 
 NAME = "nyu"
 SIZE = (480, 640)  # height, width that the crops are stated for
@@ -130,10 +130,8 @@ class LabelledFrames(Source):
 
     def depth(self, index: int) -> np.ndarray:
         """Depth (H, W) float32 metres, 0 where unknown; UserError where it cannot be read."""
-        try:
+        with reworded(f"{NAME}: {self.name(index)}: {self.key} cannot be read", OSError):
             return np.ascontiguousarray(self._read(self.key, index).T, dtype=np.float32)
-        except OSError as error:
-            raise UserError(f"{NAME}: {self.name(index)}: {self.key} cannot be read ({one_line(error, 160)})") from None
 
     def _read(self, key: str, index: int) -> np.ndarray:
         with self._lock:

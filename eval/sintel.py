@@ -18,7 +18,7 @@ from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, Ta
 from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.readers.files import missing, paths_source, read_bytes
 from dinoreg.evaluation.readers.pixel_maps import UNREADABLE
-from dinoreg.runtime.errors import UserError, readable_as
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.regular_files import open_regular
 
 NAME = "sintel"
@@ -127,7 +127,7 @@ def read_flo(path: Path) -> np.ndarray:
 
 def _mask(path: Path) -> np.ndarray:
     """(H, W) bool of a grey PNG: where it is not 0."""
-    cautious = readable_as("a mask", f"{NAME}: {path}", *UNREADABLE)
+    cautious = reworded(f"{NAME}: {path} cannot be read as a mask", *UNREADABLE)
     with cautious, open_regular(path) as file, Image.open(file) as image:
         return np.asarray(image.convert("L")) != 0
 

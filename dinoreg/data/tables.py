@@ -16,7 +16,7 @@ from dinoreg.config.option import nearest
 from dinoreg.data.folder_index import EXTENSIONS
 from dinoreg.data.split_names import split_of
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError, readable
+from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.printable import listed, shortened
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -184,17 +184,14 @@ def inside(root: str, entry: str, where: str, option: str) -> str:
 
 def _lines(file: str, title: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number, cells without space around them) of every line that is not empty; without a delimiter one cell."""
-    try:
-        with readable(title), _open(file) as opened:
-            if not delimiter:
-                yield from ((number, [line.strip()]) for number, line in enumerate(opened, 1) if line.strip())
-                return
-            rows = csv.reader(opened, delimiter=delimiter, skipinitialspace=True)
-            for row in rows:
-                if any(cells := [cell.strip() for cell in row]):
-                    yield rows.line_num, cells
-    except csv.Error as error:
-        raise UserError(f"{title} is not a valid table ({error})") from None
+    with readable(title), reworded(f"{title} is not a valid table", csv.Error), _open(file) as opened:
+        if not delimiter:
+            yield from ((number, [line.strip()]) for number, line in enumerate(opened, 1) if line.strip())
+            return
+        rows = csv.reader(opened, delimiter=delimiter, skipinitialspace=True)
+        for row in rows:
+            if any(cells := [cell.strip() for cell in row]):
+                yield rows.line_num, cells
 
 
 def _open(file: str) -> TextIO:
@@ -260,11 +257,9 @@ def _parquet(file: str, title: str, columns: list[str] | None = None) -> Any:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{title} needs pyarrow: {install('pyarrow')}") from None
-    try:
+    with reworded(f"{title} is not a readable parquet file", pyarrow.ArrowException, OSError):
         opened = pyarrow.parquet.ParquetFile(file)
         return opened.schema_arrow if columns is None else opened.read(columns=columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{title} is not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _parquet_names(file: str, title: str) -> list[str]:

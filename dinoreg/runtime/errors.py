@@ -1,6 +1,6 @@
 """The errors with which a command ends early: wrong input, a failure while running, or a signal."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dinoreg.runtime.printable import printable
@@ -37,23 +37,22 @@ def one_line(error: BaseException, limit: int | None = None) -> str:
 
 
 @contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Context in which a file or folder that cannot be read, or is no UTF-8, is a UserError that begins with `what`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{what} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{what} is not UTF-8 text") from None
+def reworded(sentence: str, *kinds: type[BaseException], into: Callable[[str], EarlyEnd] = UserError) -> Iterator[None]:
+    """Context in which errors of these kinds become one, `into`: the sentence, and in brackets their own words.
 
-
-@contextmanager
-def readable_as(what: str, where: str, *kinds: type[BaseException]) -> Iterator[None]:
-    """Context in which errors of these kinds are a UserError: the file at `where` cannot be read as `what`."""
+    What is in one line already stays as it is.
+    """
     try:
         yield
     except kinds as error:
-        if isinstance(error, UserError):
+        if isinstance(error, EarlyEnd):
             raise
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else one_line(error, 200)
-        raise UserError(f"{where} cannot be read as {what} ({reason})") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 200)
+        raise into(f"{sentence} ({reason})") from None
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Context in which a file or folder that cannot be read, or is no UTF-8, is a UserError that begins with `what`."""
+    with reworded(f"{what} cannot be read", OSError), reworded(f"{what} is not UTF-8 text", UnicodeDecodeError):
+        yield

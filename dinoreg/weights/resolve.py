@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dinoreg.runtime.digest import digest
-from dinoreg.runtime.errors import UserError, readable
+from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.json_files import as_sides, read_text
 from dinoreg.runtime.json_files import read_json as read_lenient
 from dinoreg.weights.architecture import Stated, infer_architecture
@@ -93,10 +93,8 @@ def find_weights(source: str | Path) -> Path | None:
     path = Path(source)
     if random_name(source) is not None:  # whatever is called so in the current folder
         return None
-    try:
+    with reworded(f"weights {str(source)[:80]!r}: not a path", OSError, ValueError):  # too long, or with a NUL in it
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
-        raise UserError(f"weights {str(source)[:80]!r}: not a path ({error})") from None
     if path.name in POINTERS and not (is_file or is_folder):
         path = _pointer(path)
         is_file = path.is_file()

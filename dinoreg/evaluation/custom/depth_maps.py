@@ -18,7 +18,7 @@ from dinoreg.evaluation.custom.upright import Pairs, survey, turned
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels
-from dinoreg.runtime.errors import UserError, readable_as
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.regular_files import load_array
 
 PUBLISHED = DepthOptions()
@@ -92,7 +92,7 @@ def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any], w
 def read_depth(path: Path) -> PixelFile:
     """The numbers (H, W) of a depth file as they are; UserError for one that cannot be read or has no single number for
     each pixel."""
-    with readable_as("a depth map", f"{path}:", *UNREADABLE):
+    with reworded(f"{path}: cannot be read as a depth map", *UNREADABLE):
         numbers = path.suffix.lower() == ".npy"
         pixels = PixelFile(load_array(path), "", "npy") if numbers else read_pixels(path)
     values = pixels.values

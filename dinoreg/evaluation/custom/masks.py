@@ -20,7 +20,7 @@ from dinoreg.evaluation.custom.upright import Pairs, Survey, survey, turned
 from dinoreg.evaluation.data import IGNORED, Data, Segmented
 from dinoreg.evaluation.options import SegmentationOptions
 from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels
-from dinoreg.runtime.errors import UserError, readable_as
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.printable import listed
 
 PUBLISHED = SegmentationOptions()
@@ -74,7 +74,7 @@ def read_numbers(path: Path, colours: bool = False) -> PixelFile:
     colours  everything is taken as a colour, palettes by their entries
     raises   UserError for a file that cannot be read, a lossy one, and numbers that are not whole
     """
-    with readable_as("a mask", f"{path}:", *UNREADABLE):
+    with reworded(f"{path}: cannot be read as a mask", *UNREADABLE):
         pixels = read_pixels(path, "RGB" if colours else None)
     values = pixels.values
     if pixels.format in BLURRED:

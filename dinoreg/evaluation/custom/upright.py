@@ -18,7 +18,7 @@ from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.context import show_progress
 from dinoreg.evaluation.features.images import default_workers, parallel
 from dinoreg.evaluation.readers.pixel_maps import PixelFile
-from dinoreg.runtime.errors import UserError, readable_as
+from dinoreg.runtime.errors import UserError, reworded
 
 Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def survey(pairs: Pairs, read: Callable[[Path], PixelFile], ask: Callable[[Path,
 
         def one(index: int, images: PathSource = images, truths: PathSource = truths) -> tuple:
             path, name = Path(truths.name(index)), images.name(index)
-            with readable_as("an image", f"{name}:", BadImage):
+            with reworded(f"{name}: cannot be read as an image", BadImage):
                 image = images.image(index)
             pixels = read(path)
             return ask(path, pixels), _lie(image, pixels, path, name), min(image.height, image.width)

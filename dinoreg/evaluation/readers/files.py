@@ -17,7 +17,7 @@ from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
 from dinoreg.evaluation.readers.dataset_folder import unpacked
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError, readable, readable_as
+from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.regular_files import MAX_BYTES, read_regular
 
 
@@ -46,7 +46,7 @@ def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) 
 
 def read_text(path: Path, dataset: str, archive: str) -> str:
     """A file's content as text; UserError for one that is missing, cannot be read or is not UTF-8."""
-    with readable_as("text", f"{dataset}: {path}", UnicodeDecodeError):
+    with reworded(f"{dataset}: {path} cannot be read as text", UnicodeDecodeError):
         return read_bytes(path, dataset, archive).decode("utf-8-sig")
 
 
@@ -90,7 +90,7 @@ def read_json(
     object_hook  called with each object as it closes; what it returns replaces the object
     """
     text = read_text(path, dataset, archive)
-    with readable_as("JSON", f"{dataset}: {path}", ValueError, RecursionError):
+    with reworded(f"{dataset}: {path} cannot be read as JSON", ValueError, RecursionError):
         return json.loads(text, object_hook=object_hook)
 
 
@@ -198,7 +198,7 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
     if not path.is_file():
         raise missing(path, dataset, archive)
     # What scipy raises for a damaged file depends on where the damage is.
-    with readable_as("a MATLAB file", f"{dataset}: {path}", Exception):
+    with reworded(f"{dataset}: {path} cannot be read as a MATLAB file", Exception):
         variables = loadmat(str(path), appendmat=False, variable_names=list(names))
     for name in names:
         if name not in variables:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.evaluation.data import IGNORED
-from dinoreg.runtime.errors import UserError, readable_as
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.regular_files import open_regular
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
@@ -58,7 +58,7 @@ def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
     where = f"{dataset}: {path}" if dataset else f"{path}:"
     if not path.exists():
         raise UserError(f"{where} is missing; it is the mask of {image.name}")
-    with readable_as("a mask", where, *UNREADABLE):
+    with reworded(f"{where} cannot be read as a mask", *UNREADABLE):
         values, mode, _, _ = read_pixels(path)
     if values.ndim != 2:
         raise UserError(f"{where} is a picture in colour ({mode}), expected a palette or grey PNG of class numbers")
@@ -91,7 +91,7 @@ def read_depth_map(path: Path) -> np.ndarray:
 
     path    of a 16-bit PNG (or TIFF) in millimetres; UserError naming it for a missing, unreadable or other file
     """
-    with readable_as("a depth map", f"{path}:", *UNREADABLE):
+    with reworded(f"{path}: cannot be read as a depth map", *UNREADABLE):
         values, mode, _, _ = read_pixels(path)
     if mode not in DEPTH_MODES:
         raise UserError(
@@ -106,7 +106,8 @@ def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "")
     where, dataset  in front of messages on the map, and on the image
     """
     picture = f"{dataset}: {image}" if dataset else f"{image}:"
-    with readable_as("an image", picture, *UNREADABLE), open_regular(image) as file, Image.open(file) as opened:
+    cautious = reworded(f"{picture} cannot be read as an image", *UNREADABLE)
+    with cautious, open_regular(image) as file, Image.open(file) as opened:
         width, height = opened.size
     if values.shape != (height, width):
         raise UserError(
