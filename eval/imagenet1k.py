@@ -108,16 +108,13 @@ def _meta(folder: Path) -> Meta | None:
     path = folder / "meta.bin"
     if not path.is_file():
         return None
-    try:
+    # A pickle can be broken, or forbidden, in many ways.
+    with reworded(f"{NAME}: {path} is not the file that torchvision writes and may be deleted", Exception):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings on other kinds of pickles, which do not apply
             names, wnids = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(text, str) for text in (*names, *wnids, *sum(names.values(), ()))):
             raise TypeError("expected names of wnids and a list of wnids")
-    except Exception as error:  # a pickle can be broken, or forbidden, in many ways
-        raise UserError(
-            f"{NAME}: {path} is not the file that torchvision writes ({type(error).__name__}); it may be deleted"
-        ) from None
     return names, wnids
 
 
