@@ -97,10 +97,8 @@ class LabelledFrames(Source):
     """
 
     def __init__(self, path: Path, depths: str) -> None:
-        try:
+        with reworded(f"{NAME}: reading {path} needs h5py: {install('h5py')}", ImportError):
             import h5py
-        except ImportError:
-            raise UserError(f"{NAME}: reading {path} needs h5py: {install('h5py')}") from None
         self.path, self.key = path, {"raw": "rawDepths", "filled": "depths"}[depths]
         self._lock = Lock()
         if not path.exists():

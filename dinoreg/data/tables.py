@@ -252,11 +252,9 @@ def _distinct(names: Sequence[str], title: str) -> tuple[str, ...]:
 
 def _parquet(file: str, title: str, columns: list[str] | None = None) -> Any:
     """Columns of a parquet file as a `pyarrow.Table`; without any its schema, a `pyarrow.Schema`."""
-    try:
+    with reworded(f"{title} needs pyarrow: {install('pyarrow')}", ImportError):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{title} needs pyarrow: {install('pyarrow')}") from None
     with reworded(f"{title} is not a readable parquet file", pyarrow.ArrowException, OSError):
         opened = pyarrow.parquet.ParquetFile(file)
         return opened.schema_arrow if columns is None else opened.read(columns=columns)

@@ -112,10 +112,8 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
 
 def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> Encoder:
     """timm:NAME with random weights, or timm:NAME:FILE with a state dict of the user's (safetensors or torch)."""
-    try:
+    with reworded(f"weights={weights}: timm is missing; {install('timm')}", ImportError):
         import timm
-    except ImportError:
-        raise UserError(f"weights={weights}: timm is missing; {install('timm')}") from None
     _, name, file = (*weights.split(":", 2), "")[:3]
     if not timm.is_model(name.partition(".")[0]):
         raise UserError(f"weights={weights}: timm has no model {name!r}{nearest(name, timm.list_models())}")
@@ -144,10 +142,8 @@ def _load_state(model: nn.Module, path: Path, weights: str) -> None:
 
 def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtype) -> Encoder:
     """A folder written by `save_pretrained`; nothing is fetched."""
-    try:
+    with reworded(f"weights={path}: transformers is missing; {install('transformers')}", ImportError):
         import transformers
-    except ImportError:
-        raise UserError(f"weights={path}: transformers is missing; {install('transformers')}") from None
     with reworded(f"weights={path}: not a model of transformers", Exception):  # whatever its parts raise
         model, info = transformers.AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
         model = model.float()

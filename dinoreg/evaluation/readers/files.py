@@ -191,10 +191,8 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
     A struct array is (1, n) with fields; a field's values are arrays of their own. Raises UserError for a file that
     is missing or damaged, or that lacks a name.
     """
-    try:
+    with reworded(f"{dataset}: reading {path} needs scipy: {install('scipy')}", ImportError):
         from scipy.io import loadmat
-    except ImportError:
-        raise UserError(f"{dataset}: reading {path} needs scipy: {install('scipy')}") from None
     if not path.is_file():
         raise missing(path, dataset, archive)
     # What scipy raises for a damaged file depends on where the damage is.
