@@ -124,10 +124,9 @@ class Preprocessing:
         picture  a path, the bytes of a file, a Pillow image, or an array (H, W) or (H, W, C) of any real type
         raises   UserError for what cannot be read, and for channels that the model does not have
         """
-        is_path = isinstance(picture, str | os.PathLike)
-        name = picture if is_path else type(picture).__name__
+        name = picture if isinstance(picture, str | os.PathLike) else type(picture).__name__
         with reworded(f"{name}: cannot be read as an image", BadImage, OSError):
-            data = read_regular(picture) if is_path else picture
+            data = read_regular(picture) if isinstance(picture, str | os.PathLike) else picture
             pixels = decode(data, len(self.mean), value_range=self.value_range)
         return self.normalise(to_encoder([self.crop(pixels)]))[0]
 
