@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from dinoreg.config.option import nearest
 from dinoreg.data.folder_index import EXTENSIONS
@@ -184,7 +184,8 @@ def inside(root: str, entry: str, where: str, option: str) -> str:
 
 def _lines(file: str, title: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number, cells without space around them) of every line that is not empty; without a delimiter one cell."""
-    with readable(title), reworded(f"{title} is not a valid table", csv.Error), _open(file) as opened:
+    invalid = reworded(f"{title} is not a valid table", csv.Error)
+    with readable(title), invalid, open(file, encoding="utf-8-sig", newline="") as opened:
         if not delimiter:
             yield from ((number, [line.strip()]) for number, line in enumerate(opened, 1) if line.strip())
             return
@@ -192,10 +193,6 @@ def _lines(file: str, title: str, delimiter: str) -> Iterator[tuple[int, list[st
         for row in rows:
             if any(cells := [cell.strip() for cell in row]):
                 yield rows.line_num, cells
-
-
-def _open(file: str) -> TextIO:
-    return open(file, encoding="utf-8-sig", newline="")
 
 
 def _delimiter(file: str, title: str, usual: str) -> tuple[str, int]:
