@@ -5,7 +5,6 @@ PyTorch's CUDA code is real here, the numbers are not: what is asserted are laun
 
 from __future__ import annotations
 
-
 import torch
 
 from tests.fake_cuda.fixture import counts_of, needs_fake_cuda, run

@@ -15,13 +15,12 @@ from dinoreg.runtime.tiling import chunks, rows_per_chunk
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """Weighted sum of the rows' H = mass * logsumexp(z) - sum_k q_k z_k, z = logits / student_temp.
+    """Weighted sum of the rows' H = -sum_k q_k log_softmax(z)_k, z = logits / student_temp.
 
     Rows are seen as (repeats, m, K): `repeats` blocks of m rows which all face the same m targets. Only the
-    logits get a gradient, w / student_temp * (mass * softmax(z) - q). The forward pass has softmax(z) at
-    hand and makes the gradient there: that costs one exp() of the matrix instead of two, and neither the
-    logits nor the (float32) targets must live until the backward pass, which only applies the upstream
-    gradient.
+    logits get a gradient, w / student_temp * (mass * softmax(z) - q). The forward pass has log_softmax(z) at
+    hand and makes the gradient there: neither the logits nor the (float32) targets must live until the backward
+    pass, which only applies the upstream gradient.
     """
 
     @staticmethod
@@ -31,10 +30,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         blocks = logits.unflatten(0, (-1, targets.shape[0])) if targets.shape[0] else logits[None]
         repeats, num_targets, _ = blocks.shape
-        mass = targets.sum(dim=-1, dtype=dtype).roll(-target_shift)  # (m,), in the order of the logits' rows
+        mass = targets.sum(dim=-1, dtype=dtype).roll(-target_shift)[:, None]  # (m, 1), in the order of logits' rows
         if weights is None:
             weights = torch.ones(1, dtype=dtype, device=logits.device).expand(repeats * num_targets)
         row_weights = weights.to(dtype).view(repeats, num_targets, 1)
+        scale = row_weights / student_temp
+        drawn = scale * mass  # towards softmax(z), as `scale` is towards q
         grad = None
         if ctx.needs_input_grad[0]:
             # Before the loss scale has been applied, gradients of 1e-8 are common: too small for float16.
@@ -43,21 +44,18 @@ class _SoftCrossEntropy(torch.autograd.Function):
         losses = torch.empty(repeats, num_targets, dtype=dtype, device=logits.device)
         tile = (*_tile_shape(blocks), blocks.shape[-1])
         first, second = (torch.empty(tile, dtype=dtype, device=logits.device) for _ in range(2))  # scratch
+        zero = losses.new_zeros(1)  # adding it makes a product in its precision, without a copy of the logits
         for block, rows, target_rows in _tiles(blocks, target_shift):
-            x, q, w = blocks[block, rows], targets[target_rows], row_weights[block, rows]
+            x, q = blocks[block, rows], targets[target_rows]
             scores, product = first[: x.shape[0], : x.shape[1]], second[: x.shape[0], : x.shape[1]]
-            largest = x.amax(dim=-1, keepdim=True).to(dtype)
-            torch.add(largest / -student_temp, x, alpha=1 / student_temp, out=scores)  # z - max z, one pass
-            expected = torch.mul(scores, q, out=product).sum(dim=-1)
-            total = scores.exp_().sum(dim=-1, keepdim=True)
-            losses[block, rows] = mass[rows] * total.log().squeeze(-1) - expected
+            torch.log_softmax(torch.add(zero, x, alpha=1 / student_temp, out=product), dim=-1, out=scores)
+            torch.sum(torch.mul(scores, q, out=product), dim=-1, out=losses[block, rows])
             if grad is not None:
-                w = w / student_temp
-                scores.mul_(mass[rows, None] * w / total)
-                torch.sub(scores, torch.mul(q, w, out=product), out=grad[block, rows])
+                scores.exp_().mul_(drawn[block, rows])
+                torch.addcmul(scores, q, scale[block, rows], value=-1, out=grad[block, rows])
         ctx.save_for_backward(grad)
         ctx.logits_dtype = logits.dtype
-        return (losses * row_weights.squeeze(-1)).sum()
+        return -(losses * row_weights.squeeze(-1)).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
