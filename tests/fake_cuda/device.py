@@ -68,8 +68,8 @@ class Answers:
     """What reads of scalars answer in place of memory that no kernel wrote: values by the function that reads.
 
     A function is the inmost of dinoreg's on the stack. Its reads take the values of its list in turn and keep the last.
-    A value is a number, or the numbers of a tensor that is read whole: float32, repeated as far as they are needed.
-    Reads of other functions get whatever is there.
+    A value is a number, or the numbers of a tensor that is read whole, repeated as far as they are needed: floats are
+    float32, integers int64. Reads of other functions get whatever is there.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -80,12 +80,14 @@ class Answers:
         values = self._values.get(function)
         if values is None:
             return
-        value = np.asarray(values.pop(0) if len(values) > 1 else values[0], np.float32)
-        ctypes.memmove(address, np.resize(value, -(-size // 4)).tobytes(), size)
+        value = np.asarray(values.pop(0) if len(values) > 1 else values[0])
+        if value.dtype == np.float64:
+            value = value.astype(np.float32)
+        ctypes.memmove(address, np.resize(value, -(-size // value.itemsize)).tobytes(), size)
 
 
-# A run on the fake device: every step was finite, so that no step is rejected.
-FINITE = {"_record_rejected": 1.0, "train": 0.0}
+# A run on the fake device: every step was finite, so that none is rejected; labels lie in their range.
+SOUND = {"_record_rejected": 1.0, "train": 0.0, "knn_predict": 0}
 
 
 def is_fake() -> bool:
@@ -94,10 +96,10 @@ def is_fake() -> bool:
 
 
 def _place(frame: FrameType | None) -> tuple[str, str]:
-    """The innermost function of dinoreg on the stack, and the lines of the three innermost."""
+    """The innermost function of dinoreg on the stack, and the lines of all of them, innermost first."""
     lines: list[str] = []
     function = ""
-    while frame is not None and len(lines) < 3:
+    while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(PACKAGE):
             function = function or frame.f_code.co_name

@@ -30,7 +30,7 @@ from dinoreg.train import loop
 from dinoreg.train.loop import pretrain
 from dinoreg.train.state import TrainState, build_networks, build_state
 from dinoreg.train.tutor import as_cut
-from tests.fake_cuda.device import FINITE, Answers, Counts, counted
+from tests.fake_cuda.device import SOUND, Answers, Counts, counted
 from tests.fake_cuda.traffic import Traffic
 
 DEVICE = torch.device("cuda", 0)
@@ -132,11 +132,11 @@ def run(
 ) -> dict[str, Any]:
     """A whole run, in this process or as one of several: {"counts", "error"}.
 
-    answers  of reads, besides those of a run whose steps are all finite
+    answers  of reads, in place of those that make a sound run
     at_step  count that step alone, without log line and checkpoint
     """
     config = load_config(None, {**overrides, "out": out, "resume": True, "device": "cuda"})
-    answered = Answers(**{**FINITE, **(answers or {})})
+    answered = Answers(**{**SOUND, **(answers or {})})
     of_step = Counts()
     take = loop.train_step
 
@@ -169,7 +169,7 @@ def commands(lines: list[list[str]]) -> list[dict[str, Any]]:
     """Commands of dinoreg, one after the other: each one's exit code and counts."""
     found = []
     for line in lines:
-        with counted() as counts:
+        with counted(Answers(**SOUND)) as counts:
             code = main(line)
         found.append({"code": code, "counts": counts})
     return found
