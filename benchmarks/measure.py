@@ -54,7 +54,7 @@ class Worker:
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed in close()
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GOMP_"))}
         if script != PEERS_SCRIPT:  # what dinoreg sets where it is imported before torch, as it is not here
-            env = {"GOMP_SPINCOUNT": "2000", **(env or {})}
+            env = {"GOMP_SPINCOUNT": "1000", **(env or {})}
         self._process = subprocess.Popen(
             [python, "-W", "ignore", str(HERE / script), "--worker", json.dumps(dict(settings))],
             stdin=subprocess.PIPE,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Threads of GNU OpenMP spin for milliseconds while they wait for each other, by default: beside another busy process a
 # step then takes ten times as long. The library reads this when PyTorch is loaded, which is later.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
