@@ -29,6 +29,7 @@ PACKAGE = str(Path(dinoreg.__file__).parent) + os.sep
 RUNTIME = ctypes.CDLL(None)  # preloaded
 
 _Hook = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_long, ctypes.c_void_p)
+_hooks: list[Any] = [_Hook()]  # of the contexts that are open, below them none
 
 
 @dataclass
@@ -69,7 +70,7 @@ class Answers:
 
     A function is the inmost of dinoreg's on the stack. Its reads take the values of its list in turn and keep the last.
     A value is a number, or the numbers of a tensor that is read whole, repeated as far as they are needed: floats are
-    float32, integers int64. Reads of other functions get whatever is there.
+    float32, integers int64, truths a byte. Reads of other functions get whatever is there.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -86,8 +87,9 @@ class Answers:
         ctypes.memmove(address, np.resize(value, -(-size // value.itemsize)).tobytes(), size)
 
 
-# A run on the fake device: every step was finite, so that none is rejected; labels lie in their range.
-SOUND = {"_record_rejected": 1.0, "train": 0.0, "knn_predict": 0}
+# All is well: every step was finite, so that none is rejected; labels lie in their range; features are finite, of which
+# one function counts the others and one asks.
+SOUND = {"_record_rejected": 1.0, "train": 0.0, "knn_predict": 0, "require_finite": 0, "__init__": True}
 
 
 def is_fake() -> bool:
@@ -110,7 +112,10 @@ def _place(frame: FrameType | None) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def counted(answers: Answers | None = None) -> Iterator[Counts]:
-    """What happens inside, filled in on leaving; `answers` is what reads get."""
+    """What happens inside, filled in on leaving; `answers` is what reads get.
+
+    One inside another takes over until it is left: the outer one lacks what happened before and in the inner one.
+    """
     counts, waits = Counts(), Counter[str]()
 
     def hook(what: bytes, size: int, address: int | None) -> None:
@@ -120,15 +125,16 @@ def counted(answers: Answers | None = None) -> Iterator[Counts]:
         elif answers is not None:
             answers.write(function, size, address)
 
-    held = _Hook(hook)
+    _hooks.append(_Hook(hook))
     torch.cuda.reset_peak_memory_stats()
     retries = torch.cuda.memory_stats().get("num_alloc_retries", 0)
     RUNTIME.fake_cuda_reset()
-    RUNTIME.fake_cuda_on_wait(held)
+    RUNTIME.fake_cuda_on_wait(_hooks[-1])
     try:
         yield counts
     finally:
-        RUNTIME.fake_cuda_on_wait(None)
+        _hooks.pop()
+        RUNTIME.fake_cuda_on_wait(_hooks[-1])
         counts.waits = dict(waits)
         counts.devices = [device for device in range(8) if RUNTIME.fake_cuda_devices() >> device & 1]
         counts.allocated, counts.reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()

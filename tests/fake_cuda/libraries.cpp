@@ -70,7 +70,25 @@ int cudnnCreate(void** handle) { return made(handle); }
 
 int cusolverDnCreate(void** handle) { return made(handle); }
 int cusolverDnCreateParams(void** parameters) { return made(parameters); }
+int cusolverDnCreateSyevjInfo(void** information) { return made(information); }
 int cusolverDnCreateGesvdjInfo(void** information) { return made(information); }
+// Eigenvalues need no workspace here.
+int cusolverDnXsyevd_bufferSize(
+    void*, void*, int, int, long, int, const void*, long, int, const void*, int, size_t* device, size_t* host) {
+  *device = *host = 0;
+  return 0;
+}
+int cusolverDnXsyevBatched_bufferSize(
+    void*, void*, int, int, long, int, const void*, long, int, const void*, int, size_t* device, size_t* host, long) {
+  *device = *host = 0;
+  return 0;
+}
+#define NO_WORKSPACE(NAME) \
+  int NAME(void*, int, int, int, const void*, int, const void*, int* size) { *size = 0; return 0; }
+NO_WORKSPACE(cusolverDnSsyevd_bufferSize)
+NO_WORKSPACE(cusolverDnDsyevd_bufferSize)
+NO_WORKSPACE(cusolverDnSsyevj_bufferSize)
+NO_WORKSPACE(cusolverDnDsyevj_bufferSize)
 
 struct ncclUniqueId {
   char bytes[128];

@@ -6,6 +6,8 @@ Configs come as a name (None: the schema's defaults) and overrides by dotted key
 from __future__ import annotations
 
 import contextlib
+import io
+import os
 import traceback
 from typing import Any
 from unittest import mock
@@ -144,7 +146,7 @@ def run(
         if state.step != at_step:
             return take(state, *arguments, **named)
         nonlocal of_step
-        with counted() as of_step:
+        with counted(answered) as of_step:
             return take(state, *arguments, **named)
 
     error = None
@@ -156,20 +158,21 @@ def run(
     return {"counts": counts, "step": of_step, "error": error}
 
 
-def planned_collectives(overrides: dict[str, Any], processes: int) -> dict[str, int]:
+def planned_collectives(overrides: dict[str, Any], world_size: int) -> dict[str, int]:
     """Bytes of the full tensors of a step's collectives, by kind, as the plan has them."""
     sizes: dict[str, int] = {}
-    for each in collectives(describe(load_config(None, overrides), 1, processes, find_device("h200"))):
+    for each in collectives(describe(load_config(None, overrides), 1, world_size, find_device("h200"))):
         kind = next(kind for kind in ("all-reduce", "all-gather", "reduce-scatter") if kind in each.name)
         sizes[kind] = sizes.get(kind, 0) + each.size
     return sizes
 
 
 def commands(lines: list[list[str]]) -> list[dict[str, Any]]:
-    """Commands of dinoreg, one after the other: each one's exit code and counts."""
+    """Commands of dinoreg, one after the other: each one's exit code, the end of what it said, and counts."""
     found = []
+    os.environ["DINOREG_DEBUG"] = "1"
     for line in lines:
-        with counted(Answers(**SOUND)) as counts:
+        with counted(Answers(**SOUND)) as counts, contextlib.redirect_stderr(io.StringIO()) as said:
             code = main(line)
-        found.append({"code": code, "counts": counts})
+        found.append({"code": code, "said": said.getvalue()[-2000:], "counts": counts})
     return found
