@@ -50,7 +50,7 @@ DEFAULT = ("dinoreg", "dinoreg, no drop path", "dinoreg, 8192 prototypes")
 def build(settings: dict[str, Any]) -> Any:
     """One variant of dinoreg, warmed up; see `measure.serve`."""
     from dinoreg.config.load import load_config
-    from dinoreg.plan.devices import cpu_device, local_device
+    from dinoreg.plan.devices import local_device
     from dinoreg.plan.job import describe
     from dinoreg.plan.memory import operations_of
     from dinoreg.runtime.device import DTYPES, keep_freed_memory, pick_device, pick_precision
@@ -89,8 +89,9 @@ def build(settings: dict[str, Any]) -> Any:
     now = Now(lr=1e-4, last_layer_lr=1e-4, weight_decay=0.04, momentum=0.992, teacher_temp=0.04)
     options = {"loss": config.loss, "dtype": dtype, "clip_grad": config.optim.clip_grad, "accumulate": 1, "seed": 0}
 
-    operations = operations_of(describe(config, 1, 1, cpu_device())).total  # of one image
-    peak = local_device().peak(next(name for name, known in DTYPES.items() if known == dtype))  # TFLOP/s, on paper
+    here = local_device()
+    operations = operations_of(describe(config, 1, 1, here)).total  # of one image
+    peak = here.peak(next(name for name, known in DTYPES.items() if known == dtype))  # TFLOP/s, on paper
 
     def step() -> None:
         train_step(state, batches[state.step % len(batches)], now, **options)

@@ -28,8 +28,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         blocks = logits.unflatten(0, (-1, targets.shape[0])) if targets.shape[0] else logits[None]
         repeats, num_targets, _ = blocks.shape
-        if weights is None:
-            weights = torch.ones(1, dtype=dtype, device=logits.device).expand(repeats * num_targets)
+        weights = logits.new_ones(len(logits)) if weights is None else weights
         row_weights = weights.to(dtype).view(repeats, num_targets, 1)
         scale = row_weights / student_temp
         drawn = scale * targets.sum(dim=-1, keepdim=True, dtype=dtype)  # towards softmax(z), as `scale` is towards q
@@ -104,7 +103,6 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor, student_temp: float, wei
         raise ValueError(f"no targets for {logits.shape[0]} rows of logits")
     if weights is not None and weights.shape != logits.shape[:1]:
         raise ValueError(f"weights {tuple(weights.shape)} do not fit {logits.shape[0]} rows of logits")
-    weights = None if weights is None else weights.detach()
     return _SoftCrossEntropy.apply(logits, targets.detach(), student_temp, weights)
 
 

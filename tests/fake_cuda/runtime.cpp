@@ -113,7 +113,7 @@ cudaError_t copied(void* to, const void* from, size_t bytes) {
   copy_small(to, from, bytes);
   bool pageable = (source == PAGEABLE && large) || target == PAGEABLE;
   if (on_wait && source != target && pageable) on_wait(what.c_str(), bytes, nullptr);
-  if (on_wait && source == DEVICE && target != DEVICE && bytes <= SCALAR) on_wait("read", bytes, to);
+  if (on_wait && source == DEVICE && target != DEVICE && bytes <= SMALL) on_wait("read", bytes, to);
   return cudaSuccess;
 }
 
