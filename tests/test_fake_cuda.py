@@ -12,8 +12,6 @@ import pytest
 import torch
 
 from tests.fake_cuda.fixture import counts_of, needs_fake_cuda, run
-from tests.jobs_on_trial import labelled_folder
-from tests.miniatures import ade20k
 from tests.training import TINY, read_lines
 
 pytestmark = needs_fake_cuda
@@ -105,44 +103,6 @@ def test_launches_and_traffic_of_large_networks_only_go_down() -> None:
 
 
 @pytest.mark.slow
-def test_memory_is_what_the_plan_says_whatever_the_masks() -> None:
-    given = {
-        "config": "vitl16_short_reg4_in1k",
-        "overrides": {"batch_size": 64, "model.attention": "sdpa"},
-        "steps": 40,
-        "ranks": 1,
-    }
-    found = run("varying_masks", **given)
-    counts, plan = counts_of(found["counts"]), found["plan"]
-    assert counts.allocated == pytest.approx(plan["allocated"], rel=0.01)
-    assert counts.reserved <= plan["allocated"] + plan["fragments"]
-    # As much as the plan asks for, less its allowance for what is no tensor, is enough.
-    cap = (plan["allocated"] + plan["fragments"]) / 2**30
-    capped = run("varying_masks", **given, gib=cap)
-    assert counts_of(capped["counts"]).retries == 0
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A whole run of one process, with a probe: the folder and what was counted."""
-    out = tmp_path_factory.mktemp("run") / "run"
-    probe = {"probe.data": "scenes:count=40,size=32", "probe.every": 3}
-    return out, run("run", overrides={**SMALL, "steps": 6, "checkpoint.every": 2, **probe}, out=str(out))
-
-
-@pytest.mark.slow
-def test_a_run_waits_in_log_lines_probes_and_checkpoints_only(finished: tuple[Path, dict[str, Any]]) -> None:
-    out, found = finished
-    assert found["error"] is None
-    assert (out / "checkpoints" / "last").exists()
-    assert [line["step"] for line in read_lines(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    waits = counts_of(found["counts"]).waits
-    assert any(" write" in wait for wait in waits)
-    never = (" train_step", " __next__", " observe", " after")  # functions on the stack
-    assert [wait for wait in waits if any(function in wait for function in never)] == []
-
-
-@pytest.mark.slow
 def test_rejected_steps_roll_a_run_back_and_it_goes_on(tmp_path: Path) -> None:
     overrides = {**SMALL, "steps": 6, "checkpoint.every": 2, "health.max_nonfinite": 2, "optim.accumulate": 2}
     # Reads of `train`: at each step whether to roll back; at steps 2 and 4 whether the state is good to save.
@@ -172,29 +132,3 @@ def test_two_processes_train_save_and_go_on_and_send_what_the_plan_says(tmp_path
         assert sent.keys() == planned.keys()
         for kind in planned:
             assert sent[kind] == pytest.approx(planned[kind], rel=0.01, abs=1024), kind
-
-
-@pytest.mark.slow
-def test_evaluations_views_features_and_distillation_run_to_their_end(
-    finished: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    weights, pictures = f"weights={finished[0]}", labelled_folder(tmp_path / "pictures", images=12)
-    ade20k.write(tmp_path / "datasets")
-    usual = [weights, "device=cuda", "workers=0", "baselines=false", "examples=0", f"out={tmp_path / 'eval'}"]
-    options = ["knn.k=[3]", "linear.lrs=[0.1]", "linear.epochs=1", "linear.epoch_steps=3", "logistic.num_c=2"]
-    dense = ["segmentation.size=48", "segmentation.stride=32", "segmentation.steps=3", "segmentation.lrs=[0.01]"]
-    shown = [f"images={pictures}", weights, "device=cuda"]
-    student = {**SMALL, "steps": 2, "distill": finished[0], "out": tmp_path / "student"}
-    lines = [
-        ["eval", str(pictures), "protocols=[knn,linear,logistic]", *usual, *options],
-        ["eval", "ade20k", f"root={tmp_path / 'datasets'}", *usual, *dense],
-        ["embed", f"data={pictures}", weights, "device=cuda", f"out={tmp_path / 'features.safetensors'}"],
-        ["view", "attention", *shown, f"out={tmp_path / 'view'}"],
-        ["view", "pca", *shown, f"out={tmp_path / 'view'}"],
-        ["registers", *shown, f"out={tmp_path / 'registers'}"],
-        ["pretrain", "small", *(f"{key}={'none' if value is None else value}" for key, value in student.items())],
-    ]
-    found = run("commands", lines=lines)
-    for line, each in zip(lines, found, strict=True):
-        assert each["code"] == 0, (line, each["said"])
-        assert counts_of(each["counts"]).launches, line

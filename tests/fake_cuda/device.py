@@ -66,11 +66,11 @@ class Counts:
 
 
 class Answers:
-    """What reads of scalars answer in place of memory that no kernel wrote: values by the function that reads.
+    """What copies to the host hold, by the function that reads; without an answer zeros, as no kernel wrote anything.
 
     A function is the inmost of dinoreg's on the stack. Its reads take the values of its list in turn and keep the last.
     A value is a number, or the numbers of a tensor that is read whole, repeated as far as they are needed: floats are
-    float32, integers int64, truths a byte. Reads of other functions get whatever is there.
+    float32, integers int64, truths a byte.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -87,14 +87,8 @@ class Answers:
         ctypes.memmove(address, np.resize(value, -(-size // value.itemsize)).tobytes(), size)
 
 
-# All is well: every step was finite, so that none is rejected; labels and predictions lie in their range; features are
-# finite, of which one function counts the others and one asks.
-SOUND = {"_record_rejected": 1.0, "train": 0.0, "knn_predict": 0, "scores": 0, "require_finite": 0, "__init__": True}
-
-
-def is_fake() -> bool:
-    """Whether this process has the fake runtime."""
-    return hasattr(RUNTIME, "fake_cuda_reset")
+# All is well: every step was finite, and so are all features.
+SOUND = {"_record_rejected": 1.0, "__init__": True}
 
 
 def _place(frame: FrameType | None) -> tuple[str, str]:

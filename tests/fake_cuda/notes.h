@@ -8,5 +8,5 @@ void noted_call(const std::string& what, long count = 1);  // of a call that wor
 size_t next_handle();
 void copy_small(void* to, const void* from, size_t bytes);  // large contents are garbage: nobody computed them
 
-// Bytes up to which CUDA stages a pageable copy without waiting; a copy to the host may be answered from a table.
+// Bytes up to which CUDA stages a pageable copy without waiting.
 constexpr size_t SMALL = 65536;
