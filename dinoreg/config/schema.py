@@ -45,7 +45,7 @@ class ModelConfig(Options, section="model"):
     antialias: bool = option(True, "position grid resampled with antialiasing")
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0, high=10)
-    attention: str = option("auto", "what computes the attention", choices=("auto", "xformers", "sdpa", "plain"))
+    attention: str = option("auto", "attention kernel", choices=("auto", "xformers", "varlen", "sdpa", "plain"))
     checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_result=False)
     compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_result=False)
 

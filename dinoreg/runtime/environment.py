@@ -142,7 +142,7 @@ def _torch() -> dict[str, Any]:
         import torch
 
         from dinoreg.runtime.device import cpu_has_bf16, cuda_has_bf16, pick_precision
-        from dinoreg.runtime.xformers_check import run_problem
+        from dinoreg.runtime.xformers_check import best_backend
     except Exception as error:
         return {"torch_error": f"{type(error).__name__}: {error}", "cuda": [], "attention": None, "cpu_bf16": None}
     devices = []
@@ -154,8 +154,7 @@ def _torch() -> dict[str, Any]:
     attention = None
     if devices:
         device = torch.device("cuda", torch.cuda.current_device())
-        problem = run_problem(device, pick_precision("auto", device))
-        attention = {"backend": "sdpa" if problem else "xformers", "reason": problem}
+        attention = dict(zip(("backend", "reason"), best_backend(device, pick_precision("auto", device))))
     return {
         "cuda": devices,
         "attention": attention,

@@ -34,7 +34,7 @@ from dinoreg.train.logger import RunLog, SilentLog
 from dinoreg.train.metrics import Monitor
 from dinoreg.train.online_probe import ProbeRunner
 from dinoreg.train.outlook import Pace, rounded
-from dinoreg.train.parallelize import check_replicas, compile_backbones
+from dinoreg.train.parallelize import check_replicas, compile_blocks
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
 from dinoreg.train.state import TrainState
@@ -78,7 +78,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 probes = ProbeRunner(*what, setup.device, setup.dtype, monitor, setup.schedules.horizon)
             checkpoints = Checkpoints(out, writer, setup.source, setup.num_steps, log, ranks, on_checkpoint)
             if config.model.compile:
-                compile_backbones(state.student, state.teacher)
+                compile_blocks(state.student, state.teacher)
             if ranks.is_main:
                 log_run_header(setup, state, messages, log)
             checkpoints.write_status(state.step)
