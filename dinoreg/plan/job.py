@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dinoreg.config.load import Config
-from dinoreg.config.schema import ParallelConfig
+from dinoreg.config.schema import PRECISIONS, ParallelConfig
 from dinoreg.models.attention import PACKED
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.plan.devices import Device
@@ -225,10 +225,11 @@ def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes
 
 def _precision(config: Config, device: Device) -> str:
     if config.precision != "auto":
-        if device.kind == "cuda" and device.peaks and device.peak(config.precision) is None:
+        refused = device.peaks if device.kind == "cuda" else config.precision == "tf32"
+        if refused and device.peak(config.precision) is None:
             raise UserError(
                 f"precision={config.precision}: a {device.name} does not compute in it; "
-                f"expected auto, {' or '.join(device.peaks)}"
+                f"expected auto, {' or '.join(device.peaks or PRECISIONS[1:])}"
             )
         return config.precision
     if device.kind == "cuda":

@@ -18,7 +18,7 @@ from dinoreg.runtime.json_files import read_text
 VARIABLES = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_"),
     *("MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "DINOREG_MALLOC", "PYTORCH_CUDA_ALLOC_CONF"),
-    *("XFORMERS_DISABLED", "SLURM_JOB_ID"),
+    *("PYTORCH_ALLOC_CONF", "XFORMERS_DISABLED", "SLURM_JOB_ID"),
 )
 DATA_THREADS = "dinoreg-data"  # with which the names of threads begin that read images for training
 

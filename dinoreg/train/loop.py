@@ -263,9 +263,10 @@ def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: Si
     backbone = state.student.backbone
     parameters = sum(p.numel() for p in backbone.parameters())
     num_tokens = 1 + backbone.num_registers + math.prod(backbone.grid)
+    precision = "tf32" if config.precision == "tf32" else str(setup.dtype)[6:]
     attention = describe_backend(config.model.attention, setup.device, num_tokens, setup.dtype)
     log.say(
-        f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {str(setup.dtype)[6:]}, "
+        f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {precision}, "
         f"attention {attention}, {len(setup.source):,} images, {setup.num_steps:,} steps of {setup.global_batch_size} "
         f"({rounded(setup.outlook.passes)} passes)"
     )
