@@ -260,11 +260,13 @@ def low_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     Autocast would cast one parameter at a time. Names in an object's own dictionary come before its parameters. Norms
     follow in bfloat16 only: float16 has not the range for what a residual stream may hold.
     """
-    if dtype == torch.float32 or torch.compiler.is_compiling():  # a compiler casts where it computes
+    kinds = (nn.Linear, nn.LayerNorm) if dtype == torch.bfloat16 else (nn.Linear,)
+    layers: list[nn.Module] = []
+    if dtype != torch.float32 and not torch.compiler.is_compiling():  # a compiler casts where it computes
+        layers = [m for m in module.modules() if isinstance(m, kinds) and m.weight.dtype != dtype]
+    if not layers:
         yield
         return
-    kinds = (nn.Linear, nn.LayerNorm) if dtype == torch.bfloat16 else (nn.Linear,)
-    layers = [m for m in module.modules() if isinstance(m, kinds) and m.weight.dtype != dtype]
     owned = [(layer, name) for layer in layers for name, p in layer._parameters.items() if p is not None]
     copies = _Copies.apply(dtype, *(layer._parameters[name] for layer, name in owned))
     try:
