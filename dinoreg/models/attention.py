@@ -149,7 +149,9 @@ def _attend_packed(qkv: Tensor, shapes: Shapes, backend: str) -> Tensor:
 
         longest = max(tokens for _, tokens in shapes)
         starts = _starts(shapes, qkv.device)
-        return varlen_attn(q, k, v, starts, starts, longest, longest)
+        out = varlen_attn(q, k, v, starts, starts, longest, longest)
+        assert isinstance(out, Tensor)  # no auxiliary outputs are asked for
+        return out
     from xformers.ops import memory_efficient_attention
 
     bias = _block_diagonal(shapes, qkv.device)

@@ -303,6 +303,7 @@ class RegisterViT(nn.Module):
             orders = list(zip(*draw_orders(shapes, 2 * self.depth, x.device)))  # of all blocks at once
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None
+            assert isinstance(block, Block)
             kept = None
             if orders is not None and block.drop_path:
                 kept = [first_of(order, block.drop_path) for order in orders[2 * index : 2 * index + 2]]

@@ -191,7 +191,7 @@ def step_peaks(job: Job) -> dict[str, Parts]:
                 held[part] += times * count
     whole = {moment: {part: round(held[part]) for part in PARTS if part in held} for moment, held in peaks.items()}
     if KOLEO in whole:  # the one part that grows with the square of the batch
-        whole[KOLEO]["similarities for KoLeo"] = 4 * (job.koleo_ranks * job.config.batch_size) ** 2
+        whole[KOLEO]["similarities for KoLeo"] = 8 * (job.koleo_ranks * job.config.batch_size) ** 2
     return whole
 
 

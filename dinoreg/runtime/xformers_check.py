@@ -6,6 +6,7 @@ An import alone proves little: a build for another PyTorch imports without an er
 import logging
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def run_problem(device: torch.device, dtype: torch.dtype, backend: str = "xforme
     return None
 
 
-def _with_xformers() -> Callable[[Tensor], Tensor]:
+def _with_xformers() -> Callable[[Tensor], Any]:
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
@@ -56,7 +57,7 @@ def _with_xformers() -> Callable[[Tensor], Tensor]:
     return lambda x: memory_efficient_attention(x[None], x[None], x[None], attn_bias=bias)
 
 
-def _with_varlen(device: torch.device) -> Callable[[Tensor], Tensor]:
+def _with_varlen(device: torch.device) -> Callable[[Tensor], Any]:
     from torch.nn.attention.varlen import varlen_attn
 
     starts = torch.tensor([0, 9, 24], dtype=torch.int32, device=device)

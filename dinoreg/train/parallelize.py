@@ -131,7 +131,9 @@ def compile_blocks(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
     """
     mark_constants()
     for networks in (student, teacher):
-        for block in networks["backbone"].blocks:
+        backbone = networks["backbone"]
+        assert isinstance(backbone, RegisterViT)
+        for block in backbone.blocks:
             block.forward = _compiled(block.forward)
 
 
