@@ -54,7 +54,7 @@ def build(settings: dict[str, Any]) -> Any:
     from dinoreg.plan.job import describe
     from dinoreg.plan.memory import operations_of
     from dinoreg.runtime.device import DTYPES, keep_freed_memory, pick_device, pick_precision
-    from dinoreg.train.parallelize import compile_backbones
+    from dinoreg.train.parallelize import compile_blocks
     from dinoreg.train.schedules import Now
     from dinoreg.train.state import build_networks, build_state
     from dinoreg.train.step import train_step
@@ -84,7 +84,7 @@ def build(settings: dict[str, Any]) -> Any:
     student, teacher = build_networks(config)
     state = build_state(config, student, teacher, device, dtype)
     if config.model.compile:
-        compile_backbones(student, teacher)
+        compile_blocks(student, teacher)
     batches = [random_batch(config, student.backbone.patch_size, number, device) for number in range(4)]
     now = Now(lr=1e-4, last_layer_lr=1e-4, weight_decay=0.04, momentum=0.992, teacher_temp=0.04)
     options = {"loss": config.loss, "dtype": dtype, "clip_grad": config.optim.clip_grad, "accumulate": 1, "seed": 0}

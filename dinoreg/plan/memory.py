@@ -121,7 +121,7 @@ def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
         fragments = devices.CPU_FRAGMENTATION * passing + min(passing / 2, devices.SMALL_GIB * GIB)
     else:
         context = devices.CONTEXT_GIB + devices.NCCL_GIB * (job.world_size > 1)
-        fragments = devices.FRAGMENTATION * passing
+        fragments = devices.gaps(passing)
     return Memory(
         moments=moments,
         context=int(GIB * context),

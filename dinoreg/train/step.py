@@ -413,7 +413,9 @@ def train_step(
     if dtype == torch.float16:
         _unscale(state)
     norms = clip_gradients(state.student, clip_grad)
-    accepted = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all().float()
+    finite = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all()
+    # One flag of all processes, on which skipping, saving and rolling back depend: they must not decide differently.
+    accepted = 1.0 - state.ranks.all_reduce_max((~finite).float())
 
     set_rates(state.optimizer, now)
     state.optimizer.found_inf = 1.0 - accepted
