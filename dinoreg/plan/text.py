@@ -11,7 +11,7 @@ from dinoreg.runtime.templates import render
 from dinoreg.train.class_probe import BATCH_SIZE as PROBE_BATCH
 from dinoreg.train.outlook import rounded
 
-ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FRAGMENTATION", "FREE_SHARE", "LINK_SHARE")
+ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FREE_SHARE", "LINK_SHARE")
 
 
 def show(plan: Plan) -> None:

@@ -124,6 +124,6 @@ def _statistics(job: Job) -> list[Collective]:
         ranks = job.koleo_ranks
         tokens = 4 * 2 * job.config.batch_size * sizes.dim
         found.append(Collective("KoLeo, all-gather", ranks * tokens, 1, ranks, min(ranks, job.gpus), 1, False))
-    scalars = 1 + len(sizes.networks) * (job.strategy == "fsdp")
+    scalars = 2 + len(sizes.networks) * (job.strategy == "fsdp")  # one says whether all are finite
     found.append(Collective("losses and norms, all-reduce", 4 * 5 * scalars, scalars, *everyone, 2, False))
     return found
