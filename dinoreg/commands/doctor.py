@@ -131,7 +131,7 @@ def _acceleration_rows(machine: dict[str, Any]) -> list[Row]:
     through, reason = f"runs through {attention['backend']}", attention["reason"]
     if reason is None:
         return [*rows, ("attention", "ok", f"{through}: tried, forward and backward")]
-    return [*rows, ("attention", "missing", f"{through} (same numbers); xformers does not run here: {reason}")]
+    return [*rows, ("attention", "missing", f"{through} (same numbers); {reason}")]
 
 
 def import_problem(package: str) -> str | None:
