@@ -69,7 +69,8 @@ def alone_if_large(data: bytes | np.ndarray) -> Iterator[None]:
     Decoding takes some ten bytes a pixel for a while, and as many threads as look at pictures could each have one.
     """
     pixels = len(data)  # where other readers know it, which do not compress
-    with suppress(Exception), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    # Pixels that are here already are no picture's file.
+    with suppress(Exception), Image.open(io.BytesIO(data), formats=_FORMATS) as image:  # type: ignore[arg-type]
         pixels = image.width * image.height
     with _one_large if pixels > _LARGE else nullcontext():
         yield

@@ -146,8 +146,8 @@ class Setup:
         raises UserError when the folder cannot be written
         """
         config = self.config
-        stated = {"architecture": self.teacher.backbone.architecture(), "preprocessing": self.preprocessing.as_json()}
-        stated["config_hash"] = config.hash()
+        architecture, pictures = self.teacher.backbone.architecture(), self.preprocessing.as_json()
+        stated = {"architecture": architecture, "preprocessing": pictures, "config_hash": config.hash()}
         return Writer(self.out, config.checkpoint, stated, config.parallel.timeout, self.ranks)
 
 
