@@ -12,7 +12,7 @@ import ast
 import os
 import re
 import shlex
-import subprocess
+import shutil
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import guide_pictures
 import pytest
+from warm_interpreter import RUN_IMPORTS, WarmInterpreter
 
 import dinoreg
 from dinoreg.commands.options import ACTIONS
@@ -172,52 +173,55 @@ def test_every_diagnosis_is_explained() -> None:
 
 
 @pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interpreter() -> Iterator[WarmInterpreter]:
+    with WarmInterpreter(*RUN_IMPORTS) as started:
+        yield started
+
+
+def run(interpreter: WarmInterpreter, folder: Path, words: list[str]) -> None:
+    """Run one command in `folder`, as a shell would: it has to end well, and without a traceback."""
+    programs = {"dinoreg": [sys.executable, "-m", "dinoreg"], "python": [sys.executable]}
+    assert words[0] in programs
+    assert not {"|", "&&", ">", ";"} & set(words), "write it so that each line is one command"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    done = interpreter.run([*programs[words[0]], *words[1:]], cwd=folder, env=environment)
+    said = f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, said
+    assert "Traceback" not in said
+
+
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory, interpreter: WarmInterpreter) -> Path:
     """What every page's folder begins with, made once."""
     root = tmp_path_factory.mktemp("furnished")
     guide_pictures.own_pictures(root)
     guide_pictures.public_weights(root / "weights" / "dinov2-small")
-    for name in ("photos", "other"):
-        done = shell(root, f"dinoreg pretrain small data=photos/ out=runs/{name} steps=4 seed={len(name)}", root)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for seed, name in enumerate(("photos", "other")):
+        words = f"dinoreg pretrain small data=photos/ out=runs/{name} steps=4 batch_size=8 seed={seed}"
+        run(interpreter, root, words.split())
     return root
 
 
-def shell(folder: Path, script: str, programs: Path) -> subprocess.CompletedProcess[str]:
-    """Run a script in `folder`, with this interpreter's dinoreg and python first on the PATH."""
-    own = programs / "programs"
-    own.mkdir(exist_ok=True)
-    for name, module in (("dinoreg", " -m dinoreg"), ("python", "")):
-        (own / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{module} "$@"\n')
-        (own / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{own}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
-    command = ["bash", "-euo", "pipefail", "-c", script]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
+def runs(page: Path) -> list[list[str]]:
+    """The commands of a page that this machine runs, in order."""
+    own = [line.tried for block in blocks(page, "bash") if not needs(block) for line in lines(block)]
+    # Setting up an environment is what .ci/run does, in these very words.
+    return [words for words in own if "venv" not in words]
 
 
-def runs(page: Path) -> list[str]:
-    """The scripts of a page that this machine runs, block by block."""
-    own = [block for block in blocks(page, "bash") if not needs(block)]
-    return ["\n".join(shlex.join(line.tried) if line.short else line.text for line in lines(each)) for each in own]
-
-
-READ = [page for page in PAGES if page.parent.name != "results" and any(runs(page))]
+READ = [page for page in PAGES if page.parent.name != "results" and runs(page)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", READ, ids=name_of)
-def test_a_page_runs_word_for_word(page: Path, furnished: Path, tmp_path: Path) -> None:
+def test_a_page_runs_word_for_word(page: Path, furnished: Path, interpreter: WarmInterpreter, tmp_path: Path) -> None:
     for made in furnished.iterdir():
         if made.name != "runs":
             (tmp_path / made.name).symlink_to(made)
     for name in ("tests", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for run in (furnished / "runs").iterdir():
-        if f"out=runs/{run.name} " not in page.read_text():
-            subprocess.run(["cp", "-r", "--parents", f"runs/{run.name}", tmp_path], cwd=furnished, check=True)
-    for script in runs(page):
-        if "venv" in script:
-            continue  # setting up an environment is what .ci/run does, in these very words
-        done = shell(tmp_path, script, furnished)
-        assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        assert "Traceback" not in done.stderr
+    for made in (furnished / "runs").iterdir():
+        if f"out=runs/{made.name} " not in page.read_text():
+            shutil.copytree(made, tmp_path / "runs" / made.name)
+    for words in runs(page):
+        run(interpreter, tmp_path, words)

@@ -60,7 +60,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
     for rows in chunks(0, num_rows, size):
         part = torch.sub(logits[rows], shift[rows], out=targets[rows])
         part.mul_(1 / teacher_temp).exp_()
-        mass = mass + part.sum(dim=0)
+        mass = part.sum(dim=0) if mass is nothing else mass + part.sum(dim=0)
 
     for _ in range(iterations):
         scale = ranks.all_reduce_sum(mass).clamp_min(smallest_mass).reciprocal()  # (K,)
@@ -68,7 +68,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
         for rows in chunks(0, num_rows, size):
             part = targets[rows].mul_(scale)
             part.div_(part.sum(dim=-1, keepdim=True))
-            mass = mass + part.sum(dim=0)
+            mass = part.sum(dim=0) if mass is nothing else mass + part.sum(dim=0)
     return targets
 
 

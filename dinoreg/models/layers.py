@@ -5,7 +5,6 @@ Token-wise layers run once over it, whatever the number of groups; attention and
 groups' shapes. Parameter names are those of the published DINOv2 weights.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -448,16 +447,14 @@ class _AddSamples(torch.autograd.Function):
         grad = grads[0].contiguous()
         part = _take(grad, ctx.shapes, kept)
         grad_y = torch.empty(part.shape, dtype=ctx.dtype, device=part.device)
-        rows = [in_y for _, in_y, _ in _views(ctx.shapes, kept)]
-        scales = [images / len(index) for (images, _), index in zip(ctx.shapes, kept, strict=True)]
-        factors: Sequence[Any] = scales
-        grad_gamma = None
-        if gamma is not None:
-            factors = torch._foreach_mul([gamma] * len(scales), scales)
-            product = part * y
-            sums = [product[in_y].sum(0) for in_y in rows]
-            torch._foreach_mul_(sums, scales)
-            grad_gamma = functools.reduce(torch.add, sums).to(gamma.dtype)
-        for in_y, factor in zip(rows, factors, strict=True):
-            torch.mul(part[in_y], factor, out=grad_y[in_y])
+        product = torch.empty_like(part if gamma is not None else part[:0])
+        nothing = part.new_zeros(1)  # to add products to, so that they are scaled in the same pass
+        for (_, in_y, images), index in zip(_views(ctx.shapes, kept), kept, strict=True):
+            scale = images / len(index)
+            if gamma is None:
+                torch.mul(part[in_y], scale, out=grad_y[in_y])
+            else:
+                torch.addcmul(nothing, part[in_y], gamma, value=scale, out=grad_y[in_y])
+                torch.addcmul(nothing, part[in_y], y[in_y], value=scale, out=product[in_y])
+        grad_gamma = None if gamma is None else product.sum(dim=0).to(gamma.dtype)
         return grad, grad_y, grad_gamma, None, None, *(None for _ in kept)

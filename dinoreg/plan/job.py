@@ -135,11 +135,6 @@ class Job:
         """Number of processes whose images KoLeo searches together."""
         return self.config.loss.koleo_ranks or self.world_size
 
-    @property
-    def has_anchor(self) -> bool:
-        """Whether a frozen anchor takes part in the step."""
-        return self.config.loss.anchor_weight > 0
-
     def masked_patches(self, images: int, worst: bool = False) -> int:
         """Expected number of masked patches in the global crops of `images` images.
 
