@@ -54,6 +54,7 @@ MODES: dict[str, dict[str, Any]] = {
     "micro-batches": {"optim.accumulate": 2},
     "no local crops": {"crops.num_local": 0},
     "anchor": {"loss.anchor_weight": 1.0},
+    "varlen": {"model.attention": "varlen"},
     "sdpa": {"model.attention": "sdpa"},
     "plain": {"model.attention": "plain"},
     "swiglu, no drop path": {"model.ffn": "swiglu", "model.drop_path": 0.0},
@@ -86,6 +87,17 @@ def test_the_attention_that_is_named_is_the_one_that_is_launched(modes: dict[str
     assert (fused == 0) == (named == "plain")
     if mode in ("sinkhorn", "sdpa"):  # two blocks: of the teacher, and of the student for all crops or for each size
         assert fused == 2 * (3 if named == "sdpa" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["auto", "varlen", "sdpa"])
+def test_blocks_compile_to_four_graphs_without_a_break_and_run_the_fused_kernels(attention: str) -> None:
+    found = run("compiled", overrides={**SMALL, "model.attention": attention}, steps=5)
+    assert found["breaks"] == []
+    assert found["graphs"][1] == found["graphs"][-1] <= 4  # whatever the number of masked patches
+    counts = counts_of(found["counts"])
+    assert counts.waits == {}
+    assert any(part in kernel for kernel in counts.kernels for part in FUSED)
 
 
 @pytest.mark.slow
