@@ -99,6 +99,11 @@ def _report(runs: list[str], options: keys.ReportOptions) -> None:
             _function("commands.report", "compare_runs", "report")(folders, options.out and Path(options.out))
 
 
+def _read_runs(arguments: list[str]) -> tuple[str]:
+    folders, _ = read_options(keys.RunsOptions, arguments, positional=1)
+    return (folders[0] if folders else "runs",)
+
+
 def _export(options: keys.ExportOptions) -> None:
     from dinoreg.export.certificate import summary
     from dinoreg.export.run import export, read_certificate
@@ -209,6 +214,13 @@ VERBS: dict[str, Verb] = {
         keys.ReportOptions,
         _report,
         _read_report,
+    ),
+    "runs": Verb(
+        "runs [FOLDER]",
+        "the runs in a folder (runs/): how each stands, its last and best figures; dinoreg report FOLDER compares them",
+        keys.RunsOptions,
+        _function("reports.run_list", "print_runs"),
+        _read_runs,
     ),
     "export": Verb(
         "export weights=… format=timm|transformers|meta|safetensors|onnx out=FOLDER [size=…]",

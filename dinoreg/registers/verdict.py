@@ -11,6 +11,7 @@ from dinoreg.runtime.printable import in_markup
 from dinoreg.runtime.templates import percent, render, score
 
 TONES = {"none": "good", "tail": "warn", "group": "bad"}
+ALIKE = 0.98  # mean cosine of registers that have not come apart
 FINDINGS = {"none": "no outliers", "tail": "a tail", "group": "outliers"}
 
 
@@ -21,16 +22,18 @@ def judge(record: dict[str, Any]) -> Verdict:
     """
     outlier_probe = _probe(record, "outlier patch")
     against = (outlier_probe or {}).get("against")
+    kind, copies = record["outliers"]["kind"], (record["registers_alike"] or 0.0) > ALIKE
     text = render(
         "registers/templates/verdict.txt.j2",
         **record,
+        copies=copies,
         outlier_probe=outlier_probe,
         against=against,
         difference=against and in_words(against, "share", (outlier_probe or {})["n_test"]),
         patch_probe=_probe(record, BESIDE_OUTLIERS) or _probe(record, "normal patch"),
     )
     headline, *sentences = (" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
-    return Verdict(TONES[record["outliers"]["kind"]], headline, tuple(sentences))
+    return Verdict("plain" if kind == "none" and copies else TONES[kind], headline, tuple(sentences))
 
 
 def _probe(record: dict[str, Any], token: str) -> dict[str, Any] | None:
@@ -83,7 +86,7 @@ ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("norm of CLS", lambda r: f"{r['layers'][-1]['cls']:.3g}"),
     ("norms of registers", lambda r: ", ".join(f"{norm:.3g}" for norm in r["layers"][-1]["registers"]) or DASH),
     ("cosine between registers", lambda r: or_dash(r["registers_alike"], "{:.2f}".format)),
-    ("stand out from block", lambda r: or_dash(r["where"]["onset"], lambda block: str(block + 1))),
+    ("stand out from block", lambda r: or_dash(r["where"]["onset"], str)),
     ("outliers on low-information patches", lambda r: or_dash(r["where"]["low_information"], percent)),
     ("neighbour cosine at outliers", lambda r: or_dash(r["where"]["cosine_outliers"], "{:.2f}".format)),
     ("neighbour cosine elsewhere", lambda r: "{:.2f}".format(r["where"]["cosine_others"])),

@@ -15,6 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.templates import PACKAGE
 
 MAX_POINTS = 400  # of one line; more are averaged in groups
 INK, GRID = "#3b4252", "#e3e6ec"  # of text and of lines, on a light background
@@ -38,6 +39,7 @@ class Line:
 class Chart:
     """Curves over the same axis, with dotted levels to compare them with; no curve means nothing to show.
 
+    note       the unit of the values, and what good ones look like
     levels     {name: value}
     smooth     draw the moving average of each curve over a faint trace of its values
     marker     draw a dot at every value
@@ -58,29 +60,22 @@ class Chart:
     x_label: str = "step"
     log_x: bool = False
 
+    @property
+    def in_words(self) -> str:
+        """The chart for those who cannot see it: where each curve begins and ends."""
+        written = percent_tick if self.percent else short
+        ends = [
+            f"{line.name} from {written(line.y[0])} to {written(line.y[-1])} at {self.x_label} {short(line.x[-1])}"
+            for line in self.lines
+        ]
+        return f"{self.title}: {'; '.join(ends)}"
+
 
 ZERO = {"from_zero": True}
 SMOOTH = {"smooth": True}
 LOG = {"log": True}
-NOTES = {
-    "Total loss": "What the optimizer minimises.",
-    "Class token (DINO)": "Starts at ln K, a uniform guess over the prototypes; it has to leave that level.",
-    "Masked patches (iBOT)": "Half of it, as dinov2 logs. A uniform guess gives half of ln K times the share of masked "
-    "crops.",
-    "Spread of class tokens (KoLeo)": "Half of it, as dinov2 logs. Lower is more evenly spread.",
-    "Entropy of the teacher's targets": "One target should be far below ln K (it says something), their average near "
-    "it (they differ).",
-    "Prototypes in use": "Share that gets at least a tenth of an even share.",
-    "Effective rank of class tokens": "RankMe on training crops; near 1 means collapse.",
-    "Spread of features": "Standard deviation over the batch; near 0 means collapse.",
-    "Gradient norms": "Before clipping.",
-    "Weights in motion": "Change in one step, and distance of student and teacher, relative to the weights.",
-    "Seconds per step": "Waiting for images should be a small part.",
-    "Accuracy of the probe": "Frozen features of the teacher.",
-    "Effective rank of the probe's features": "RankMe: needs no labels; higher is usually better.",
-    "Segmentation by patches": "Falls while the class token improves? Then take an earlier step for dense tasks.",
-    "Order of patches": "DSE: clusters apart and tight, in many directions. Counts after the first fifth of a run.",
-}
+# {title of a chart: the unit of its values, and what good ones look like}
+NOTES = dict(line.split(": ", 1) for line in (PACKAGE / "reports/templates/chart_notes.txt").read_text().splitlines())
 DINO = {
     "dino_global_crops_loss+dino_local_crops_loss": "global + local",
     "dino_global_crops_loss": "global",
@@ -113,7 +108,7 @@ SECTIONS: dict[str, Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]]] 
     "speed": (
         ("Images per second", {"images_per_second": "rate"}, ZERO | SMOOTH),
         ("Seconds per step", {"step_time": "step", "data_time": "of it, waiting for images"}, ZERO),
-        ("Memory in GiB", {"max_memory": "peak"}, ZERO),
+        ("Memory", {"max_memory": "peak"}, ZERO),
     ),
 }
 UNITS = {"max_memory": 2**30}  # of values that are not shown as they are
@@ -196,7 +191,7 @@ def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
     with rc_context(SETTINGS | {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "dinoreg"}):
         figure = Figure(figsize=(width, height))
         # Fixed margins: fitting them to the labels would take longer than everything else.
-        figure.subplots_adjust(left=0.14, right=0.985, bottom=0.36 / height, top=1 - (0.08 + legend) / height)
+        figure.subplots_adjust(left=0.14, right=0.97, bottom=0.36 / height, top=1 - (0.08 + legend) / height)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         for number, line in enumerate(chart.lines):
@@ -243,8 +238,10 @@ def _set_scales(axes: Axes, chart: Chart) -> None:
 
 
 def set_log_ticks(axis: Axis, count: int) -> None:
-    """At most `count` ticks at 1, 2 and 5 times powers of ten, written short."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=count))
+    """At most `count` ticks at powers of ten, and at 2 and 5 times these where there is room, written short."""
+    low, high = axis.get_view_interval()
+    wide = not 0 < low < high < 1000 * low  # where ticks between the powers would be one over the other
+    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=count))
     axis.set_major_formatter(short)
     axis.set_minor_formatter(NullFormatter())
 

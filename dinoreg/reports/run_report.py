@@ -67,12 +67,21 @@ def figures(run: Run) -> list[tuple[str, Any, str]]:
     rates, waits, steps = (run.series(key)[1] for key in ("images_per_second", "data_time", "step_time"))
     waiting = f"{sum(waits) / sum(steps):.0%} waiting for images" if waits and steps and sum(steps) > 0 else ""
     batch, crops, stages = map(config.get, ("batch_size", "crops.global_size", "crops.stages"))
+    images, skipped = run.status.get("num_images"), len(run.skipped)
+    seen = f"{images:,} images" if is_number(images) else ""
+    if is_number(images) and images and run.images_seen:
+        seen += f", {run.images_seen / images:,.1f} passes"
+    seen += f", {skipped:,} skipped" if skipped else ""
     prototypes = config.get("head.prototypes")
     small = [f"{prototypes:,} prototypes"] if is_number(prototypes) else []
     small += [f"before: {', '.join(map(str, stages))}"] if isinstance(stages, list) and stages else []
     return [
         ("model", config.get("model.name"), f"{run.parameters / 1e6:.2f} M parameters" if run.parameters else ""),
-        ("data", short, options if kind == "scenes" else data if short != data else ""),
+        (
+            "data",
+            short,
+            "; ".join(filter(None, [options if kind == "scenes" else data if short != data else "", seen])),
+        ),
         ("steps", f"{run.step:,}" if run.step else "", f"of {total:,}" if total and total != run.step else ""),
         ("images seen", f"{run.images_seen:,}" if run.images_seen else "", f"batch {batch}" if batch else ""),
         ("training time", "" if run.seconds is None else duration(run.seconds), ""),
