@@ -52,7 +52,9 @@ class Worker:
     ) -> None:
         """Start it, and return when it is warmed up. Raises WorkerError when it cannot be."""
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed in close()
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GOMP_"))}
+        if script != PEERS_SCRIPT:  # what dinoreg sets where it is imported before torch, as it is not here
+            env = {"GOMP_SPINCOUNT": "1000", **(env or {})}
         self._process = subprocess.Popen(
             [python, "-W", "ignore", str(HERE / script), "--worker", json.dumps(dict(settings))],
             stdin=subprocess.PIPE,
@@ -137,6 +139,18 @@ def in_turn(workers: Mapping[str, Worker | Inline], rounds: int, budget: float =
         taken = {name: workers[name].measure() for name in names}
         results.append({name: taken[name] for name in workers})
     return results
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """`count` processes beside that use a core each, as neighbours on a shared machine do."""
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for each in neighbours:
+            each.kill()
+            each.wait()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
     python benchmarks/step.py
     python benchmarks/step.py --peer lightly-train --peer-python PEER/bin/python
     python benchmarks/step.py --only dinoreg "dinoreg, fp32" --phases
+    python benchmarks/step.py --only dinoreg "dinoreg, spinning" --busy 1
 
 ViT-S/16 with 4 registers, 65536 prototypes, batch 8, 2 x 224 + 8 x 96 unless told otherwise. Everything but the
 data is dinoreg's own: the networks, the step and the optimizer are those that a run is made of.
@@ -16,10 +17,12 @@ from typing import Any
 import measure
 import torch
 
-# Overrides of the options below, per variant; "malloc": whether glibc keeps freed memory.
+# Overrides of the options below, per variant; "malloc": whether glibc keeps freed memory; "spin": whether threads that
+# wait spin for as long as GNU OpenMP has it by itself.
 OURS: dict[str, dict[str, Any]] = {
     "dinoreg": {},
     "dinoreg, malloc left alone": {"malloc": False},
+    "dinoreg, spinning": {"spin": True},
     "dinoreg, fp32": {"precision": "fp32"},
     "dinoreg, bf16": {"precision": "bf16"},
     "dinoreg, drop path 0.1": {"drop_path": 0.1},
@@ -173,6 +176,7 @@ def main() -> None:
     options.add_argument("--prototypes", type=int, default=65536)
     options.add_argument("--drop-path", type=float, help="of dinoreg; none: its default")
     options.add_argument("--steps", type=int, default=1, help="steps of one measurement")
+    options.add_argument("--busy", type=int, default=0, help="processes beside that use a core each")
     given = options.parse_args()
     if given.worker:
         measure.serve(build, given.worker)
@@ -194,14 +198,15 @@ def main() -> None:
     variants = {}
     for name in chosen:
         own = {**settings, **known[name]}
-        malloc = own.pop("malloc", True)
+        malloc, spin = own.pop("malloc", True), own.pop("spin", False)
         if name in theirs:
             env = measure.KEEP_FREED if malloc else None
             variants[name] = (measure.PEERS_SCRIPT, {"peer": given.peer, "what": "step", **own}, given.peer_python, env)
         else:
             own["prototypes"] = min(own["prototypes"], settings["prototypes"])
-            variants[name] = ("step.py", own, sys.executable, None if malloc else {"DINOREG_MALLOC": "0"})
-    with measure.workers_of(variants, build if given.short else None) as workers:
+            env = {} if malloc else {"DINOREG_MALLOC": "0"}
+            variants[name] = ("step.py", own, sys.executable, env | ({"GOMP_SPINCOUNT": "300000"} if spin else {}))
+    with measure.workers_of(variants, build if given.short else None) as workers, measure.busy(given.busy):
         rounds = measure.in_turn(workers, given.rounds, given.budget)
     bases = [name for name in theirs if name in rounds[0]] or [next(iter(rounds[0]))]
     summary = measure.compare(rounds, "images_per_s", bases)
@@ -221,7 +226,7 @@ def main() -> None:
             row["GFLOP/s"] = f"{values['gflops']:.0f}" if "gflops" in values else ""
             row["of matmul"] = f"{100 * values['share_of_matmul']:.0f} %" if "share_of_matmul" in values else ""
             row["peak GiB"] = f"{values['peak_gib']:.2f}"
-    measure.report("step", {**settings, "rounds": len(rounds)}, summary, measure.table(table))
+    measure.report("step", {**settings, "busy": given.busy, "rounds": len(rounds)}, summary, measure.table(table))
 
 
 if __name__ == "__main__":

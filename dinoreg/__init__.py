@@ -4,6 +4,7 @@ Names are looked up when they are first used, so that `import dinoreg` is quick.
 """
 
 import importlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from dinoreg.models.vit import RegisterViT, Tokens
     from dinoreg.reports.run_list import runs
     from dinoreg.weights.load import load
+
+# Threads of GNU OpenMP spin for milliseconds while they wait for each other, by default: beside another busy process a
+# step then takes ten times as long. The library reads this when PyTorch is loaded, which is later.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]

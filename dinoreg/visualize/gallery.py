@@ -91,12 +91,7 @@ def map_row(pixels: np.ndarray, maps: Iterable[np.ndarray], height: int) -> list
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str] = (), names: Sequence[str] = ()) -> Image.Image:
-    """Rows of tiles under column headings, with a name to the left of each row; short rows leave room.
-
-    raises  ValueError without any tile
-    """
-    if not rows or not any(rows):
-        raise ValueError("a contact sheet needs at least one tile")
+    """Rows of tiles under column headings, with a name to the left of each row; short rows leave room."""
     font = ImageFont.load_default(size=13)
     widths = [max(tile.width for tile in column if tile) for column in zip_longest(*rows)]
     heights = [max(each.height for each in row) for row in rows]
