@@ -16,7 +16,7 @@ from dinoreg.runtime.errors import RunError, one_line
 from dinoreg.runtime.json_files import is_number, read_json, read_json_lines, read_text
 
 # Importing one of these takes seconds: only its installation is checked.
-SLOW_IMPORTS = ("timm", "transformers")
+SLOW_IMPORTS = ("timm", "transformers", "wandb", "mlflow-skinny")
 
 
 # A line: name, "ok" | "missing" | "open" | "running" | "problem" | "", text. A section: its title and its lines.

@@ -73,6 +73,8 @@ DEPENDENCIES = (
     Dependency("onnx", "export", ">=1.16,<2", "writing ONNX files"),
     Dependency("onnxruntime", "export", ">=1.18,<2", "checking an ONNX file against the model"),
     Dependency("onnxscript", "export", ">=0.3,<1", "PyTorch's ONNX exporter, which is built on it"),
+    Dependency("wandb", "log", ">=0.18,<1", "runs in Weights & Biases, with log.to=wandb"),
+    Dependency("mlflow-skinny", "log", ">=2.14,<4", "runs in MLflow, with log.to=mlflow", "mlflow"),
     Dependency("pytest", "test", ">=8,<10", "running the tests"),
     Dependency("pytest-xdist", "test", ">=3.5,<4", "running them on several processes, a file at a time each", "xdist"),
     Dependency("ruff", "test", ">=0.8,<1", "linting and formatting"),

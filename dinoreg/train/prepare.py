@@ -35,6 +35,7 @@ from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+from dinoreg.train.trackers import check_trackers
 from dinoreg.train.tutor import Tutor, as_cut, load_tutor
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
@@ -184,6 +185,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     out, config = Path(config.out), config.as_trained()
     check_out(config, out)
     refuse_live(out, config.takeover)
+    check_trackers(config.log.to)
     device, dtype = _device(config)
     data = config.data
     if data.source is None:
