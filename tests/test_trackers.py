@@ -19,7 +19,7 @@ from dinoreg.train.logger import RunLog
 from dinoreg.train.trackers import check_trackers
 
 
-class Failing:
+class Failing(trackers.TensorBoard):
     """A tracker whose server goes away after one line."""
 
     name = "Server"

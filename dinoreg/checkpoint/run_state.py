@@ -4,11 +4,10 @@ import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from dinoreg.checkpoint.run_folder import Run, whole
 from dinoreg.runtime.durations import about
 from dinoreg.runtime.environment import start_time
-from dinoreg.runtime.json_files import is_number, read_json
 
 # Phases, and how much each is a problem.
 MARKS = {"finished": "ok", "running": "running", "unseen": "running", "stopped": "open", "failed": "problem"}
@@ -25,7 +24,7 @@ class RunState:
     reached    the last step that is known of
     saved      the step of the last checkpoint; 0: nothing was saved
     num_steps  of the whole run; None: unknown
-    updated    when its files were last written, in seconds since 1970; None: unknown
+    updated    when its files were last written, in seconds since 1970; 0: unknown
     """
 
     phase: str
@@ -33,12 +32,12 @@ class RunState:
     reached: int
     saved: int
     num_steps: int | None
-    updated: float | None
+    updated: float
 
     @property
     def age(self) -> str:
         """How long ago its files were last written, in words."""
-        return "" if self.updated is None else about(max(0.0, time.time() - self.updated))
+        return about(max(0.0, time.time() - self.updated)) if self.updated else ""
 
     @property
     def in_words(self) -> str:
@@ -49,23 +48,15 @@ class RunState:
         return f"{said} ({self.reason})" if self.reason else said
 
 
-def state_of(run: Path, last_step: Any = None) -> RunState:
-    """How the run of a folder stands.
-
-    last_step  of the last line of metrics.jsonl, where it is known
-    """
-    status = read_json(run / "status.json")
-    phase, saved, num_steps = status.get("phase"), status.get("step"), status.get("num_steps")
-    reached = max((int(each) for each in (status.get("reached"), saved, last_step) if is_number(each)), default=0)
-    reason = ""
-    if phase in ("stopped", "failed"):
-        reason = str(status.get("reason", ""))
-    elif phase != "finished":
-        phase, reason = _alive(run)
-    files = (run / name for name in ("metrics.jsonl", "status.json"))
-    updated = max((path.stat().st_mtime for path in files if path.is_file()), default=None)
-    steps = (int(each) if is_number(each) else None for each in (saved, num_steps))
-    return RunState(str(phase), reason, reached, next(steps) or 0, next(steps), updated)
+def state_of(run: Run) -> RunState:
+    """How a run stands."""
+    phase, reason = run.status.get("phase"), str(run.status.get("reason", ""))
+    if phase not in ("finished", "stopped", "failed"):
+        phase, reason = _alive(run.folder)
+    reached, saved = (whole(run.status.get(key)) or 0 for key in ("reached", "step"))
+    files = (run.folder / name for name in ("metrics.jsonl", "status.json"))
+    updated = max((path.stat().st_mtime for path in files if path.is_file()), default=0.0)
+    return RunState(str(phase), reason, max(run.step, reached), saved, run.num_steps, updated)
 
 
 def _alive(run: Path) -> tuple[str, str]:

@@ -190,7 +190,7 @@ def _progress_rows(run: Path) -> list[Row]:
 
     lines, status = read_json_lines(run / "metrics.jsonl"), read_json(run / "status.json")
     last = (lines or [{}])[-1]
-    rows = [("state", *_state(run, last.get("step")))]
+    rows = [("state", *_state(run))]
     if header := re.findall(r" I (.+ M parameters, .+)$", read_text(run / "train.log"), re.MULTILINE):
         rows.append(("started as", "", header[-1]))  # with device, attention and images
     if last:
@@ -210,11 +210,12 @@ def _progress_rows(run: Path) -> list[Row]:
     return rows
 
 
-def _state(run: Path, last_step: Any) -> tuple[str, str]:
+def _state(run: Path) -> tuple[str, str]:
     """Mark and text: how the run stands, and how to go on."""
+    from dinoreg.checkpoint.run_folder import Run
     from dinoreg.checkpoint.run_state import MARKS, state_of
 
-    state = state_of(run, last_step)
+    state = state_of(Run(run))
     whole, saved = state.num_steps or "?", f"saved at {state.saved}" if state.saved else "nothing saved"
     if state.phase == "finished":
         return "ok", f"finished: {state.saved} of {whole} steps"

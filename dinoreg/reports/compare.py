@@ -11,27 +11,12 @@ from dinoreg.checkpoint.run_folder import Run
 from dinoreg.checkpoint.run_state import state_of
 from dinoreg.config.load import COMMAND_ONLY
 from dinoreg.reports import html
-from dinoreg.reports.plots import NOTES, SMOOTH, Chart, Line
+from dinoreg.reports.plots import CHARTS, Chart, Line
 from dinoreg.reports.run_list import probed
 from dinoreg.reports.verdict import DASH, PAIRED, paired_rows
 from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import score
 
-PROBED = {"marker": True, "from_zero": True}
-CURVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "knn_top1": ("Accuracy of the probe", PROBED | {"percent": True}),
-    "rankme": ("Effective rank of the probe's features", PROBED),
-    "loss": ("Total loss", SMOOTH),
-    "dino_global_crops_loss": ("Class token, global crops", SMOOTH),
-    "dino_local_crops_loss": ("Class token, local crops", SMOOTH),
-    "ibot_loss": ("Masked patches (iBOT)", SMOOTH),
-    "koleo_loss": ("Spread of class tokens (KoLeo)", SMOOTH),
-    "teacher_entropy": ("Entropy of the teacher's targets", SMOOTH),
-    "prototype_usage": ("Prototypes in use", SMOOTH | {"percent": True, "from_zero": True}),
-    "feature_rank": ("Effective rank of class tokens", SMOOTH),
-    "lr": ("Learning rate", {}),
-    "images_per_second": ("Images per second", SMOOTH),
-}
 # Options that do not affect training.
 NOT_COMPARED = ("out", *COMMAND_ONLY, "data.index_dir")
 # Of those that do: what losses are of, so that they are on one scale only where these are equal.
@@ -79,7 +64,7 @@ def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], li
         probes = {probe.dataset: _with_interval(probe) for probe in run.newest_probes()}
         row = {
             "run": name,
-            "state": state_of(run.folder, run.step).in_words,
+            "state": state_of(run).in_words,
             "model": str(flatten(run.config).get("model.name") or ""),
             "step": f"{run.step:,}",
             "images": f"{run.images_seen:,}" if run.images_seen else "",
@@ -107,8 +92,9 @@ def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     """One chart per measurement with a line per run; over images, not steps, where batch sizes differ and are known."""
     by_images = all(run.images_seen for run in runs) and len({run.config.get("batch_size") for run in runs}) > 1
     charts = []
-    for key, (title, options) in CURVES.items():
-        chart = Chart(title, NOTES[title], x_label="images" if by_images else "step", **options)
+    for each in CHARTS["compared"]:
+        (key,) = each["keys"]
+        chart = Chart(each["title"], each["note"], x_label="images" if by_images else "step", **each["options"])
         for run, name in zip(runs, names):
             x, y = run.series(key)
             if by_images and run.images_seen and run.step:

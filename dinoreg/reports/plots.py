@@ -1,6 +1,7 @@
 """Line charts of a run as SVG: metrics.jsonl and probe.jsonl, grouped by the question they answer."""
 
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,56 +72,11 @@ class Chart:
         return f"{self.title}: {'; '.join(ends)}"
 
 
-ZERO = {"from_zero": True}
-SMOOTH = {"smooth": True}
-LOG = {"log": True}
-# {title of a chart: the unit of its values, and what good ones look like}
-NOTES = dict(line.split(": ", 1) for line in (PACKAGE / "reports/templates/chart_notes.txt").read_text().splitlines())
-DINO = {
-    "dino_global_crops_loss+dino_local_crops_loss": "global + local",
-    "dino_global_crops_loss": "global",
-    "dino_local_crops_loss": "local",
-}
-ENTROPY = {"teacher_entropy": "one target", "target_marginal_entropy": "average target"}
-# Rows of (title, {key of metrics.jsonl or probe.jsonl: name in the legend}, options of the chart); of keys joined by
-# "+" the sum is drawn.
-SECTIONS: dict[str, Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]]] = {
-    "losses": (
-        ("Total loss", {"loss": "total"}, SMOOTH),
-        ("Class token (DINO)", DINO, SMOOTH | {"ln_k": True}),
-        ("Masked patches (iBOT)", {"ibot_loss": "iBOT"}, SMOOTH),
-        ("Spread of class tokens (KoLeo)", {"koleo_loss": "KoLeo"}, SMOOTH),
-    ),
-    "schedules": (
-        ("Learning rate", {"lr": "all", "last_layer_lr": "prototypes"}, ZERO),
-        ("Weight decay", {"wd": "weight decay"}, {}),
-        ("Teacher momentum", {"mom": "momentum"}, {}),
-        ("Teacher temperature", {"teacher_temp": "temperature"}, {}),
-    ),
-    "health": (
-        ("Entropy of the teacher's targets", ENTROPY, ZERO | {"ln_k": True}),
-        ("Prototypes in use", {"prototype_usage": "used"}, ZERO | {"percent": True}),
-        ("Effective rank of class tokens", {"feature_rank": "rank"}, ZERO),
-        ("Spread of features", {"feature_std": "spread"}, ZERO),
-        ("Gradient norms", {}, LOG),  # of every "grad_norm_…" there is
-        ("Weights in motion", {"update_ratio": "update", "teacher_distance": "student to teacher"}, LOG),
-    ),
-    "speed": (
-        ("Images per second", {"images_per_second": "rate"}, ZERO | SMOOTH),
-        ("Seconds per step", {"step_time": "step", "data_time": "of it, waiting for images"}, ZERO),
-        ("Memory", {"max_memory": "peak"}, ZERO),
-    ),
-}
+# {"run": {section: charts}, "compared": charts, "notes": {title of any other chart: its note}, "not_shown": keys}.
+# A chart is its title, {key of metrics.jsonl or probe.jsonl: name in the legend} (of keys joined by "+" the sum is
+# drawn), options of Chart, and a note: the unit of the values, and what good ones look like.
+CHARTS = json.loads((PACKAGE / "reports/templates/charts.json").read_text())
 UNITS = {"max_memory": 2**30}  # of values that are not shown as they are
-NOT_SHOWN = {
-    "step",
-    "images",
-    "total_loss",
-    "current_batch_size",
-    "global_batch_size",
-    "teacher_entropy_max",
-    "probe_time",
-}
 
 
 def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
@@ -131,22 +87,25 @@ def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
     measured = {key for line in run.metrics + run.probe for key, value in line.items() if is_number(value)}
     start = "grad_norm_"
     gradients = {key: key[len(start) :].replace("_", " ") for key in sorted(measured) if key.startswith(start)}
-    shown = {"knn_top1", "rankme", "start_step"}.union(*(names for rows in SECTIONS.values() for _, names, _ in rows))
-    # Intervals, and what an accuracy is compared with.
-    shown |= {key for key in measured if "knn_top1_" in key or key.startswith(("dense_", "dse"))}
-    other = sorted(measured - shown - NOT_SHOWN - gradients.keys())[:most]
     sections = {
-        name: [_chart(run, title, names or gradients, **options) for title, names, options in rows]
-        for name, rows in SECTIONS.items()
+        name: [
+            _chart(run, each["title"], each["keys"] or gradients, each["note"], **each["options"]) for each in charts
+        ]
+        for name, charts in CHARTS["run"].items()
     }
-    sections["probe"] = _probe_charts(run)
-    sections["other"] = [_chart(run, key.replace("_", " "), {key: key}) for key in other]
+    shown = set(CHARTS["not_shown"]).union(
+        gradients, *(each["keys"] for charts in CHARTS["run"].values() for each in charts)
+    )
+    # Intervals, and what an accuracy is compared with.
+    shown |= {key for key in measured if "knn_top1_" in key or key.startswith(("dense_", "dse")) or key == "probe_time"}
+    other = [(key, key.replace("_", " ")) for key in sorted(measured - shown)[:most]]
+    sections["other"] = [_chart(run, title, {key: key}, CHARTS["notes"].get(title, "")) for key, title in other]
+    _add_evaluations(run, sections["probe"][0])
     return {name: [chart for chart in charts if chart.lines] for name, charts in sections.items()}
 
 
-def _probe_charts(run: Run) -> list[Chart]:
-    """The in-run probe, with the levels of the final evaluation's baselines where they measure the same."""
-    accuracy = _chart(run, "Accuracy of the probe", {"knn_top1": "k-NN"}, marker=True, percent=True, from_zero=True)
+def _add_evaluations(run: Run, accuracy: Chart) -> None:
+    """Evaluations beside the in-run probe, and the levels of their baselines where they measure the same."""
     for dataset in dict.fromkeys(probe.dataset for probe in run.probes if accuracy.lines):
         probes = [probe for probe in run.probes if probe.dataset == dataset]
         steps, values = [probe.step for probe in probes], [probe.value for probe in probes]
@@ -156,15 +115,9 @@ def _probe_charts(run: Run) -> list[Chart]:
             accuracy.levels[f"{name} {100 * level:.3g} %"] = level
     chances = [probe.details["chance"] for probe in run.newest_probes() if is_number(probe.details.get("chance"))]
     accuracy.levels.update({f"chance {100 * each:.3g} %": float(each) for each in chances})
-    ranks = _chart(run, "Effective rank of the probe's features", {"rankme": "rank"}, marker=True, from_zero=True)
-    segmented = _chart(
-        run, "Segmentation by patches", {"dense_miou": "k-NN"}, marker=True, percent=True, from_zero=True
-    )
-    parts = {"dse": "DSE", "dse_separability": "separability", "dse_dimension": "dimension"}
-    return [accuracy, ranks, segmented, _chart(run, "Order of patches", parts, marker=True)]
 
 
-def _chart(run: Run, title: str, names: Mapping[str, str], *, ln_k: bool = False, **options: Any) -> Chart:
+def _chart(run: Run, title: str, names: Mapping[str, str], note: str, *, ln_k: bool = False, **options: Any) -> Chart:
     """A chart of what a run has measured; `ln_k` draws the level of a uniform guess, which a note may speak of."""
     lines = []
     for key, name in names.items():
@@ -173,7 +126,7 @@ def _chart(run: Run, title: str, names: Mapping[str, str], *, ln_k: bool = False
         values = [math.fsum(line[part] for part in parts) / UNITS.get(key, 1) for line in points]
         if points:
             lines.append(Line(name, [line["step"] for line in points], values))
-    level, note = run.last("teacher_entropy_max"), NOTES.get(title, "")
+    level = run.last("teacher_entropy_max")
     if level is None:
         return Chart(title, "" if "ln K" in note else note, lines, **options)
     return Chart(title, note, lines, {"ln K": level} if ln_k else {}, **options)

@@ -22,7 +22,6 @@ from dinoreg.runtime.templates import score
 
 NAMES = {"knn_top1": "k-NN", "rankme": "RankMe", "dense_miou": "mIoU", "dse": "DSE"}
 SHARES = ("knn_top1", "dense_miou")
-COLOURS = {"ok": "green", "problem": "bold red"}
 
 
 class Figure(NamedTuple):
@@ -56,8 +55,8 @@ def probed(run: Run) -> tuple[Figure | None, Figure | None]:
     figures = {}
     for line in run.probe:
         if metric is not None and is_number(line.get(metric)):
-            ends = (number(line.get(f"{metric}{end}")) for end in ("", "_low", "_high"))
-            figures[line["step"]] = Figure(metric, *ends, line["step"])
+            value, low, high = (number(line.get(f"{metric}{end}")) for end in ("", "_low", "_high"))
+            figures[line["step"]] = Figure(metric, value, low, high, line["step"])
     return next(reversed(figures.values()), None), figures.get(pointed_step(run.folder, "best"))
 
 
@@ -96,11 +95,10 @@ def runs(folder: str | Path = "runs") -> list[ListedRun]:
     found = []
     for run in (Run(path.parent) for path in configs):
         results = {probe.dataset: probe.value for probe in run.newest_probes()}
-        state = state_of(run.folder, run.step)
-        found.append(ListedRun(run.folder, state, run.last("loss"), *probed(run), results))
+        found.append(ListedRun(run.folder, state_of(run), run.last("loss"), *probed(run), results))
     if not found:
         raise UserError(f"runs: {folder}: no run in it (a run folder has a config.yaml)")
-    return sorted(found, key=lambda each: (-(each.state.updated or 0.0), str(each.folder)))
+    return sorted(found, key=lambda each: (-each.state.updated, str(each.folder)))
 
 
 def print_runs(folder: str) -> None:
@@ -118,7 +116,8 @@ def runs_table(found: Iterable[ListedRun]) -> Table:
         table.add_column(name, justify="right" if name in ("steps", "loss", "age") else "left", overflow="fold")
     for each in found:
         state, whole = each.state, each.state.num_steps
-        said = f"[{COLOURS.get(MARKS[state.phase], 'yellow')}]{SPOKEN.get(state.phase, state.phase)}[/]"
+        colour = {"ok": "green", "problem": "red"}.get(MARKS[state.phase], "yellow")
+        said = f"[{colour}]{SPOKEN.get(state.phase, state.phase)}[/]"
         why = f"\n{in_markup(state.reason)}" if state.reason and state.phase != "running" else ""
         steps = f"{state.reached:,}\nof {whole:,}" if whole and whole != state.reached else f"{state.reached:,}"
         loss = DASH if each.loss is None else f"{each.loss:.3f}"

@@ -1,6 +1,8 @@
 """Where a run's numbers go besides its folder: TensorBoard, Weights & Biases, MLflow; a class each, over its library.
 
 Addresses, keys and offline modes are those libraries' own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI …).
+`add` adds numbers named `kind/key`; `close` writes what is pending and ends, `ok` where the run ended without an error.
+Both may raise what the library raises.
 """
 
 import importlib.util
@@ -12,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.runtime.dependencies import install
@@ -21,18 +23,6 @@ from dinoreg.runtime.json_files import read_json
 
 IDENTITIES = "trackers.json"  # in the run folder: {tracker: its name of this run}, for a resume
 PROJECT = "dinoreg"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME says another
-
-
-class Tracker(Protocol):
-    """One place that numbers go to; every method may raise what its library raises."""
-
-    name: str
-
-    def add(self, kind: str, values: Mapping[str, float], step: int) -> None:
-        """Add numbers named `kind/key`."""
-
-    def close(self, ok: bool) -> None:
-        """Write what is pending and end; `ok` says whether the run ended without an error."""
 
 
 class TensorBoard:
@@ -74,10 +64,9 @@ class WandB:
     def __init__(self, out: Path, identity: str | None, config: Mapping[str, Any]) -> None:
         import wandb
 
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
         self.identity = identity or secrets.token_hex(6)
+        named = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": out.resolve().name, "id": self.identity}
         settings = wandb.Settings(console="off")  # train.log has the console's lines
-        named = {"project": project, "name": out.resolve().name, "id": self.identity}
         self.run: Any = wandb.init(**named, resume="allow", config=dict(config), settings=settings)
         self.run.define_metric("*", step_metric="step")  # of its own: after a resume some steps come again
 
@@ -96,17 +85,17 @@ class MLflow:
     name = "MLflow"
 
     def __init__(self, out: Path, identity: str | None, config: Mapping[str, Any]) -> None:
-        from mlflow import MlflowClient
-        from mlflow.entities import Param
+        import mlflow
 
-        self.client: Any = MlflowClient()
+        self.client: Any = mlflow.MlflowClient()
         self._last: Any = None
         if identity is None:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            found = self.client.get_experiment_by_name(name)
-            experiment = found.experiment_id if found else self.client.create_experiment(name)
+            experiment = mlflow.set_experiment(name).experiment_id
             identity = str(self.client.create_run(experiment, run_name=out.resolve().name).info.run_id)
-            self.client.log_batch(identity, params=[Param(key, str(value)[:500]) for key, value in config.items()])
+            self.client.log_batch(
+                identity, params=[mlflow.entities.Param(key, str(value)[:500]) for key, value in config.items()]
+            )
         else:
             self.client.update_run(identity, status="RUNNING")
         self.identity = identity
@@ -128,6 +117,7 @@ class MLflow:
             self.client.set_terminated(self.identity, "FINISHED" if ok else "FAILED")
 
 
+Tracker = TensorBoard | WandB | MLflow
 REMOTE = {"wandb": WandB, "mlflow": MLflow}  # by what is imported, as log.to= names them
 
 
