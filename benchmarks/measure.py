@@ -165,12 +165,10 @@ def workers_of(
     workers: dict[str, Worker | Inline] = {}
     try:
         for name, (script, settings, python, env) in variants.items():
-            if inline is not None and script != PEERS_SCRIPT:
-                workers[name] = Inline(inline(dict(settings)))
-                continue
+            here = inline is not None and script != PEERS_SCRIPT
             try:
-                workers[name] = Worker(script, settings, python, env)
-            except WorkerError as error:
+                workers[name] = Inline(inline(dict(settings))) if here else Worker(script, settings, python, env)
+            except (WorkerError, RuntimeError, ValueError) as error:
                 print(f"{name}: left out; {error}", file=sys.stderr)
         if not workers:
             raise SystemExit("no variant could be started")

@@ -28,6 +28,10 @@ OURS: dict[str, dict[str, Any]] = {
     "dinoreg, drop path 0.1": {"drop_path": 0.1},
     "dinoreg, no drop path": {"drop_path": 0.0},
     "dinoreg, 8192 prototypes": {"prototypes": 8192},
+    "dinoreg, xformers": {"attention": "xformers"},
+    "dinoreg, varlen": {"attention": "varlen"},
+    "dinoreg, sdpa": {"attention": "sdpa"},
+    "dinoreg, compiled": {"compile": True},
 }
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "lightly-train": {
@@ -39,16 +43,18 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "lightly-train, bf16, malloc, drop path 0.3": {"precision": "bf16", "drop_path": 0.3},
     }
 }
+MODEL = ("dim", "depth", "heads", "attention", "compile")
 DEFAULT = ("dinoreg", "dinoreg, no drop path", "dinoreg, 8192 prototypes")
 
 
 def build(settings: dict[str, Any]) -> Any:
     """One variant of dinoreg, warmed up; see `measure.serve`."""
     from dinoreg.config.load import load_config
-    from dinoreg.plan.devices import cpu_device
+    from dinoreg.plan.devices import local_device
     from dinoreg.plan.job import describe
     from dinoreg.plan.memory import operations_of
-    from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
+    from dinoreg.runtime.device import DTYPES, keep_freed_memory, pick_device, pick_precision
+    from dinoreg.train.parallelize import compile_blocks
     from dinoreg.train.schedules import Now
     from dinoreg.train.state import build_networks, build_state
     from dinoreg.train.step import train_step
@@ -58,7 +64,7 @@ def build(settings: dict[str, Any]) -> Any:
         {
             "model.name": settings["model"],
             **({} if settings["drop_path"] is None else {"model.drop_path": settings["drop_path"]}),
-            **{f"model.{key}": settings[key] for key in ("dim", "depth", "heads") if settings.get(key)},
+            **{f"model.{key}": settings[key] for key in MODEL if settings.get(key)},
             "crops.global_size": settings["global_size"],
             "crops.local_size": settings["local_size"],
             "crops.num_local": settings["num_local"],
@@ -77,11 +83,15 @@ def build(settings: dict[str, Any]) -> Any:
         keep_freed_memory()
     student, teacher = build_networks(config)
     state = build_state(config, student, teacher, device, dtype)
+    if config.model.compile:
+        compile_blocks(student, teacher)
     batches = [random_batch(config, student.backbone.patch_size, number, device) for number in range(4)]
     now = Now(lr=1e-4, last_layer_lr=1e-4, weight_decay=0.04, momentum=0.992, teacher_temp=0.04)
     options = {"loss": config.loss, "dtype": dtype, "clip_grad": config.optim.clip_grad, "accumulate": 1, "seed": 0}
 
-    operations = operations_of(describe(config, 1, 1, cpu_device())).total  # of one image
+    here = local_device()
+    operations = operations_of(describe(config, 1, 1, here)).total  # of one image
+    peak = here.peak(next(name for name, known in DTYPES.items() if known == dtype))  # TFLOP/s, on paper
 
     def step() -> None:
         train_step(state, batches[state.step % len(batches)], now, **options)
@@ -93,6 +103,7 @@ def build(settings: dict[str, Any]) -> Any:
             "images_per_s": config.batch_size / spent,
             "gflops": executed / 1e9,
             "share_of_matmul": executed / measure.matmul_flops(device, dtype),
+            **({"share_of_peak": executed / (peak * 1e12)} if peak else {}),
             "peak_gib": measure.peak_gib(device),
         }
 

@@ -138,6 +138,17 @@ def test_threads_yield_to_a_busy_neighbour_unless_the_user_says_otherwise() -> N
     assert 0 < int(done.stdout) < 300_000  # what GNU OpenMP has by itself
 
 
+def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise() -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    shown = [sys.executable, "-c", f"import dinoreg, os; print([os.environ.get(name) for name in {names}])"]
+    plain = {key: value for key, value in os.environ.items() if key not in names}
+    mine = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    ours = "expandable_segments:True" if sys.platform == "linux" else None
+    for given, kept in (({}, [ours, None]), (mine, [None, "max_split_size_mb:64"])):
+        done = subprocess.run(shown, capture_output=True, text=True, cwd=ROOT, env=plain | given)
+        assert done.stdout.strip() == str(kept)
+
+
 def test_the_public_names_are_there() -> None:
     import dinoreg
 

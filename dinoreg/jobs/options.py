@@ -1,6 +1,7 @@
 """The resources and settings of a job: the keys of `dinoreg launch` that are not keys of the command it runs.
 
-There are no defaults for a site: an option that is not given is not requested, and the scheduler decides.
+There are no defaults for a site: an option that is not given is not requested, and the scheduler decides. But cores
+are, where there are GPUs: a process with one core starves its GPU.
 """
 
 import re
@@ -14,6 +15,7 @@ from dinoreg.runtime.errors import UserError
 CLUSTERS = ("slurm", "local")
 CODES = ("copy", "shared")
 SIGNAL_DELAY = 120  # seconds
+GPU_CORES = 4  # for its kernels, their backward pass, and decoding; most sites give one where none are asked for
 NO_TIMEOUT = 60 * 24 * 365  # minutes; what submitit counts with where there is no limit
 PLACEMENT = ("partition", "account", "qos", "constraint", "exclude", "reservation")  # where jobs run, and who pays
 
@@ -29,7 +31,9 @@ class LaunchOptions(Options):
     tasks_per_node: int | None = option(
         None, "processes on a machine; none: one for each GPU, at least one", low=1, high=10_000
     )
-    cpus_per_task: int | None = option(None, "cores of a process; none: not asked for", low=1, high=100_000)
+    cpus_per_task: int | None = option(
+        None, f"cores of a process; none: {GPU_CORES} where it has a GPU, else not asked for", low=1, high=100_000
+    )
     mem: str | None = option(
         None,
         "memory of a machine; none: not asked for",
@@ -83,6 +87,11 @@ class LaunchOptions(Options):
     def tasks(self) -> int:
         """Number of processes on each machine."""
         return self.tasks_per_node or max(1, self.gpus_per_node or 1)
+
+    @property
+    def cores(self) -> int | None:
+        """Cores of a process; None: not asked for."""
+        return self.cpus_per_task or (GPU_CORES if self.gpus_per_node else None)
 
     @property
     def world_size(self) -> int:

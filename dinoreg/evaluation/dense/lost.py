@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import reworded
 
 
 class Found(NamedTuple):
@@ -84,10 +84,8 @@ def component(mask: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, bool
              paper's code gives up
     raises   UserError without scipy
     """
-    try:
+    with reworded(f"object discovery needs scipy: {install('scipy')}", ImportError):
         from scipy import ndimage
-    except ModuleNotFoundError:
-        raise UserError(f"object discovery needs scipy: {install('scipy')}") from None
     if not mask[seed]:
         part = np.zeros(mask.shape, dtype=bool)
         part[seed] = True
