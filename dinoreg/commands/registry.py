@@ -99,11 +99,6 @@ def _report(runs: list[str], options: keys.ReportOptions) -> None:
             _function("commands.report", "compare_runs", "report")(folders, options.out and Path(options.out))
 
 
-def _read_runs(arguments: list[str]) -> tuple[str]:
-    folders, _ = read_options(keys.RunsOptions, arguments, positional=1)
-    return (folders[0] if folders else "runs",)
-
-
 def _export(options: keys.ExportOptions) -> None:
     from dinoreg.export.certificate import summary
     from dinoreg.export.run import export, read_certificate
@@ -220,7 +215,7 @@ VERBS: dict[str, Verb] = {
         "the runs in a folder (runs/): how each stands, its last and best figures; dinoreg report FOLDER compares them",
         keys.RunsOptions,
         _function("reports.run_list", "print_runs"),
-        _read_runs,
+        lambda arguments: ([*read_options(keys.RunsOptions, arguments, positional=1)[0], "runs"][0],),
     ),
     "export": Verb(
         "export weights=… format=timm|transformers|meta|safetensors|onnx out=FOLDER [size=…]",

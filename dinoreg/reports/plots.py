@@ -64,11 +64,7 @@ class Chart:
     @property
     def in_words(self) -> str:
         """The chart for those who cannot see it: where each curve begins and ends."""
-        written = percent_tick if self.percent else short
-        ends = [
-            f"{line.name} from {written(line.y[0])} to {written(line.y[-1])} at {self.x_label} {short(line.x[-1])}"
-            for line in self.lines
-        ]
+        ends = (f"{line.name} from {short(line.y[0])} to {short(line.y[-1])}" for line in self.lines)
         return f"{self.title}: {'; '.join(ends)}"
 
 
