@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dinoreg.checkpoint.run_folder import Run
-from dinoreg.checkpoint.run_state import MARKS, SPOKEN, RunState, state_of
+from dinoreg.checkpoint.run_state import SPOKEN, RunState, state_of
 from dinoreg.checkpoint.steps import PROBED, pointed_step
 from dinoreg.reports.verdict import DASH
 from dinoreg.runtime.errors import UserError
@@ -116,8 +116,7 @@ def runs_table(found: Iterable[ListedRun]) -> Table:
         table.add_column(name, justify="right" if name in ("steps", "loss", "age") else "left", overflow="fold")
     for each in found:
         state, whole = each.state, each.state.num_steps
-        colour = {"ok": "green", "problem": "red"}.get(MARKS[state.phase], "yellow")
-        said = f"[{colour}]{SPOKEN.get(state.phase, state.phase)}[/]"
+        said = SPOKEN.get(state.phase, state.phase)
         why = f"\n{in_markup(state.reason)}" if state.reason and state.phase != "running" else ""
         steps = f"{state.reached:,}\nof {whole:,}" if whole and whole != state.reached else f"{state.reached:,}"
         loss = DASH if each.loss is None else f"{each.loss:.3f}"

@@ -104,7 +104,7 @@ class RunLog(SilentLog):
             self.display.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+    def __exit__(self, *ended: object) -> None:
         if self.display.progress:
             self.display.progress.stop()
         for name, lines in self._lines.items():
@@ -113,7 +113,7 @@ class RunLog(SilentLog):
                 self.say(f"{self.out / name}: its last lines could not be written: {lost}", logging.WARNING)
         for tracker in self.trackers:
             try:
-                tracker.close(kind is None)
+                tracker.close(ended[0] is None)
             except Exception as error:  # each library has errors of its own
                 self.say(f"{tracker.name}: its last numbers may be lost: {one_line(error)}", logging.WARNING)
         logger.removeHandler(self._handler)

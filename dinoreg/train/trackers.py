@@ -65,9 +65,10 @@ class WandB:
         import wandb
 
         self.identity = identity or secrets.token_hex(6)
-        named = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "name": out.resolve().name, "id": self.identity}
-        settings = wandb.Settings(console="off")  # train.log has the console's lines
-        self.run: Any = wandb.init(**named, resume="allow", config=dict(config), settings=settings)
+        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        named: dict[str, Any] = {"project": project, "name": out.resolve().name, "id": self.identity}
+        quiet = wandb.Settings(console="off")  # train.log has the console's lines
+        self.run: Any = wandb.init(**named, resume="allow", config=dict(config), settings=quiet)
         self.run.define_metric("*", step_metric="step")  # of its own: after a resume some steps come again
 
     def add(self, kind: str, values: Mapping[str, float], step: int) -> None:
@@ -118,7 +119,10 @@ class MLflow:
 
 
 Tracker = TensorBoard | WandB | MLflow
-REMOTE = {"wandb": WandB, "mlflow": MLflow}  # by what is imported, as log.to= names them
+REMOTE: dict[str, type[WandB | MLflow]] = {
+    "wandb": WandB,
+    "mlflow": MLflow,
+}  # by what is imported, as log.to= names them
 
 
 def check_trackers(names: Sequence[str]) -> None:
