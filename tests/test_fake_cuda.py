@@ -96,6 +96,17 @@ def test_the_attention_that_is_named_is_the_one_that_is_launched(modes: dict[str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("attention", ["auto", "varlen", "sdpa"])
+def test_blocks_compile_to_four_graphs_without_a_break_and_run_the_fused_kernels(attention: str) -> None:
+    found = run("compiled", overrides={**SMALL, "model.attention": attention}, steps=5)
+    assert found["breaks"] == []
+    assert found["graphs"][1] == found["graphs"][-1] <= 4  # whatever the number of masked patches
+    counts = counts_of(found["counts"])
+    assert counts.waits == {}
+    assert any(part in kernel for kernel in counts.kernels for part in FUSED)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.__version__.startswith("2.10."), reason="another PyTorch has other kernels")
 def test_launches_and_traffic_of_large_networks_only_go_down() -> None:
     cases = [{"config": name, "overrides": {"batch_size": size}} for name, size in LAUNCHES]

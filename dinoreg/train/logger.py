@@ -171,16 +171,9 @@ class StepDisplay:
         self._fortieth = -1
         self.progress: Progress | None = None
         if console.is_terminal:
-            self.progress = Progress(
-                TextColumn("[bold]pretrain"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[losses]}"),
-                console=console,
-            )
+            gone = TextColumn("[bold]pretrain"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            left = TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[losses]}")
+            self.progress = Progress(*gone, *left, console=console)
             self.task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
 
     def show(self, values: Mapping[str, Any], line: str) -> None:

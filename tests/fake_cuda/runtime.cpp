@@ -14,6 +14,7 @@
 #include <map>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "notes.h"
@@ -452,22 +453,27 @@ int cuLaunchKernel(
 // Segments that grow: addresses are reserved first, memory is put under them in pieces.
 struct Piece {
   size_t bytes;
+  int device;
 };
 int cuMemAddressReserve(uintptr_t* address, size_t bytes, size_t, uintptr_t, unsigned long long) {
   *address = reinterpret_cast<uintptr_t>(reserve(bytes));
   return *address ? 0 : cudaErrorMemoryAllocation;
 }
 int cuMemAddressFree(uintptr_t address, size_t bytes) { return munmap(reinterpret_cast<void*>(address), bytes); }
-int cuMemCreate(Piece** piece, size_t bytes, const void*, unsigned long long) {
-  noted_call("malloc");
+int cuMemCreate(Piece** piece, size_t bytes, const int* properties, unsigned long long) {
+  int device = properties[3];  // of CUmemAllocationProp location.id: whatever the calling thread's device is
+  touched |= 1u << device;
+  note("malloc");
   Guard guard(state().mutex);
   if (state().used + bytes > capacity()) return cudaErrorMemoryAllocation;
-  *piece = new Piece{bytes};
+  *piece = new Piece{bytes, device};
   return 0;
 }
 int cuMemRelease(Piece* piece) { delete piece; return 0; }
 int cuMemMap(uintptr_t address, size_t, size_t, Piece* piece, unsigned long long) {
+  int mine = std::exchange(current, piece->device);
   add_block(reinterpret_cast<void*>(address), piece->bytes, DEVICE);
+  current = mine;
   return 0;
 }
 int cuMemUnmap(uintptr_t address, size_t bytes) {
