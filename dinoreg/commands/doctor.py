@@ -14,6 +14,7 @@ from dinoreg.runtime.dependencies import DEPENDENCIES, Dependency, install
 from dinoreg.runtime.environment import busy, environment, free_disk_gib, free_memory, version
 from dinoreg.runtime.errors import RunError, one_line
 from dinoreg.runtime.json_files import is_number, read_json, read_json_lines, read_text
+from dinoreg.runtime.printable import printable
 
 # Importing one of these takes seconds: only its installation is checked.
 SLOW_IMPORTS = ("timm", "transformers", "wandb", "mlflow-skinny")
@@ -35,9 +36,8 @@ def doctor(run: Path | None = None) -> None:
         console.print(Text(title, "bold"))
         width = max((len(name) for name, _, _ in rows), default=0)
         for name, mark, text in rows:
-            console.print(
-                Text.assemble(f"  {name:<{width}}  ", (f"{mark:<7}", styles.get(mark, "yellow")), f"  {text}")
-            )
+            shown = f"{mark:<7}", styles.get(mark, "yellow")
+            console.print(Text.assemble(printable(f"  {name:<{width}}  "), shown, printable(f"  {text}")))
         console.print()
 
 

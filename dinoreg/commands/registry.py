@@ -110,14 +110,8 @@ def _export(options: keys.ExportOptions) -> None:
 def _inspect(options: keys.InspectOptions) -> None:
     from dinoreg.data.statistics import inspect_source, render_inspection
 
-    found = inspect_source(
-        options.data,
-        options.sample,
-        in_channels=options.in_channels,
-        value_range=options.range,
-        root=options.root,
-        columns=options.columns,
-    )
+    own: Any = {"in_channels": options.in_channels, "value_range": options.range, "root": options.root}
+    found = inspect_source(options.data, options.sample, **own, columns=options.columns)
     print(render_inspection(found))
     if len(found["bad"]) == found["looked_at"]:
         name, reason = next(iter(found["bad"].items()))

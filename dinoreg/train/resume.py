@@ -93,19 +93,20 @@ class Checkpoints:
             published = self.report()
         self._notify(published)
 
-    def rescue(self, state: TrainState, bad: Mapping[str, str]) -> None:
-        """Save the state of the last whole step before the run ends for want of data; of several processes not.
-
-        The others of several are in the middle of the next step. A failure to save is logged: the first error counts.
-        """
-        if self.ranks.world_size > 1 or state.step == 0:
-            return
-        try:
+    def save_last(self, state: TrainState, bad: Mapping[str, str]) -> bool:
+        """Save the last whole step, between two; returns whether there was one that was not saved yet."""
+        with suppress(RunError):  # then it is written again
             self.writer.wait()
-            if self.writer.saved == state.step:
-                return
-            self.save(state, bad, best=False, wait=True)
-            self.log.say(f"saved at step {state.step}: go on with resume=true once the data are there")
+        if state.step == 0 or self.writer.saved == state.step:
+            return False
+        self.save(state, bad, best=False, wait=True)
+        return True
+
+    def rescue(self, state: TrainState, bad: Mapping[str, str]) -> None:
+        """Save the last whole step before the run ends by an error; a failure is logged, as the first error counts."""
+        try:
+            if self.save_last(state, bad):
+                self.log.say(f"saved at step {state.step}: go on with resume=true once the data are there")
         except (RunError, OSError) as error:
             self.log.say(f"the state of step {state.step} could not be saved: {one_line(error)}", logging.WARNING)
 
