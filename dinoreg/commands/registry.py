@@ -110,14 +110,8 @@ def _export(options: keys.ExportOptions) -> None:
 def _inspect(options: keys.InspectOptions) -> None:
     from dinoreg.data.statistics import inspect_source, render_inspection
 
-    found = inspect_source(
-        options.data,
-        options.sample,
-        in_channels=options.in_channels,
-        value_range=options.range,
-        root=options.root,
-        columns=options.columns,
-    )
+    own: Any = {"in_channels": options.in_channels, "value_range": options.range, "root": options.root}
+    found = inspect_source(options.data, options.sample, **own, columns=options.columns)
     print(render_inspection(found))
     if len(found["bad"]) == found["looked_at"]:
         name, reason = next(iter(found["bad"].items()))
@@ -209,6 +203,13 @@ VERBS: dict[str, Verb] = {
         keys.ReportOptions,
         _report,
         _read_report,
+    ),
+    "runs": Verb(
+        "runs [FOLDER]",
+        "the runs in a folder (runs/): how each stands, its last and best figures; dinoreg report FOLDER compares them",
+        keys.RunsOptions,
+        _function("reports.run_list", "print_runs"),
+        lambda arguments: ([*read_options(keys.RunsOptions, arguments, positional=1)[0], "runs"][0],),
     ),
     "export": Verb(
         "export weights=… format=timm|transformers|meta|safetensors|onnx out=FOLDER [size=…]",

@@ -43,10 +43,7 @@ def require_complete(config: Config) -> Config:
 # Reading and writing
 
 
-def load_config(
-    source: str | Path | None = None,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
-) -> Config:
+def load_config(source: str | Path | None = None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:
     """The config of a run: defaults, then a YAML file or the name of a shipped one, then overrides.
 
     source     a name in `configs/` ("vits14_reg4"), a YAML file (ours or dinov2's own), a run folder, or None
@@ -67,6 +64,10 @@ def load_config(
                 unset = False if group == COMMAND_ONLY else None
                 values.update(dict.fromkeys(group, unset))
         values.update(given)
+    if source is not None and path.name == "config.yaml" and "out" not in layers[-1][1]:
+        again = values.get("resume") or values.get("overwrite")
+        if path.parent == Path(source) or (again and (path.parent / "owner.json").is_file()):
+            values["out"] = str(path.parent)  # a run lies where it is, wherever it was written
     return build(Config, values)
 
 

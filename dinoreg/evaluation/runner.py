@@ -29,13 +29,14 @@ from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context, show_progress
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.doubts import doubts
-from dinoreg.evaluation.features.images import default_workers, parallel, read_picture, size_of
+from dinoreg.evaluation.features.images import read_picture, size_of
 from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.parallel import default_workers, parallel
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
 
@@ -410,7 +411,7 @@ def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
         except (BadImage, OSError):
             return False
 
-    count = sum(parallel(is_watched, range(len(places)), default_workers()))
+    count = sum(parallel(is_watched, range(len(places))))
     known = f"{count:,} of {len(places):,} tested images were looked at by the probe inside the run ({watched.data})"
     if watched.chosen:
         found = f"chosen on tested images: {known}, and its step was chosen by them: the figures are too high"

@@ -50,6 +50,10 @@ class Tokens(NamedTuple):
     registers: Tensor  # (B, R, D)
     patches: Tensor  # (B, N, D), row by row
 
+    def __repr__(self) -> str:
+        shapes = (f"{name}={tuple(each.shape)}" for name, each in self._asdict().items())
+        return f"Tokens({', '.join(shapes)})"
+
 
 class ChosenTokens(NamedTuple):
     """The class tokens and the selected patch tokens of a crop group, after the final norm."""

@@ -18,6 +18,7 @@ from dinoreg.models.layers import swiglu_hidden_dim
 from dinoreg.models.registry import HEAD_DIM, resampling
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
+from dinoreg.runtime.printable import shortened
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,11 @@ class Stated:
 
     def says(self, key: str) -> str:
         """The phrase for messages that the file says KEY=VALUE, in the file's own names."""
-        return f"{self.where} says {self.names.get(key, key)}={self.values.get(key)!r}"
+        return f"{self.where} says {self.names.get(key, key)}={shortened(repr(self.values.get(key)))}"
 
 
 def infer_architecture(
-    state: Mapping[str, Tensor],
-    stated: Stated = Stated(),
-    path: str | Path = "state dict",
-    source: str = "meta",
+    state: Mapping[str, Tensor], stated: Stated = Stated(), path: str | Path = "state dict", source: str = "meta"
 ) -> dict[str, Any]:
     """The arguments of RegisterViT for a backbone state dict with dinoreg's (Meta's) key names.
 
