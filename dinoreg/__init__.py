@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
+    from dinoreg.reports.run_list import runs
     from dinoreg.weights.load import load
 
 # Threads of GNU OpenMP spin for milliseconds while they wait for each other, by default: beside another busy process a
@@ -29,7 +30,7 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
-__all__ += ["transform", "verdict"]
+__all__ += ["runs", "transform", "verdict"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
@@ -37,6 +38,7 @@ _WHERE = {
     "VitRGTS": "dinoreg.models.classifier",
     "evaluate": "dinoreg.commands.evaluate",
     "load": "dinoreg.weights.load",
+    "runs": "dinoreg.reports.run_list",
     "transform": "dinoreg.evaluation.backbones.open",
     "verdict": "dinoreg.commands.verdict",
 }

@@ -204,6 +204,13 @@ VERBS: dict[str, Verb] = {
         _report,
         _read_report,
     ),
+    "runs": Verb(
+        "runs [FOLDER]",
+        "the runs in a folder (runs/): how each stands, its last and best figures; dinoreg report FOLDER compares them",
+        keys.RunsOptions,
+        _function("reports.run_list", "print_runs"),
+        lambda arguments: ([*read_options(keys.RunsOptions, arguments, positional=1)[0], "runs"][0],),
+    ),
     "export": Verb(
         "export weights=… format=timm|transformers|meta|safetensors|onnx out=FOLDER [size=…]",
         "write a backbone for another library, with a certificate that it computes the same there, and a model card",

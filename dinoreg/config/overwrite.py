@@ -20,7 +20,8 @@ SILENT_SECONDS = 120.0  # without a line of metrics.jsonl: then a run of another
 _WRITTEN_BY_RUNS = (
     *("config.yaml", OWNER, "environment.json", "status.json", "init.safetensors", "init.json"),
     *("checkpoints", "teacher", "train.log", "metrics.jsonl", "probe.jsonl", "probe.json", "skipped.jsonl", "health"),
-    *("events.out.tfevents.*", "report.html", "eval", "view", "verdict", "launch", ".overwritten-*", "*.part"),
+    *("events.out.tfevents.*", "trackers.json", "report.html", "eval", "view", "verdict", "launch"),
+    *(".overwritten-*", "*.part"),
 )
 # In the folders of these, but for `launch`, whose jobs may write what they like.
 _WRITTEN_BELOW = (

@@ -31,9 +31,7 @@ class LaunchOptions(Options):
     tasks_per_node: int | None = option(
         None, "processes on a machine; none: one for each GPU, at least one", low=1, high=10_000
     )
-    cpus_per_task: int | None = option(
-        None, f"cores of a process; none: {GPU_CORES} where it has a GPU, else not asked for", low=1, high=100_000
-    )
+    cpus_per_task: int | None = option(None, f"cores of a process; none: {GPU_CORES} with a GPU", low=1, high=100_000)
     mem: str | None = option(
         None,
         "memory of a machine; none: not asked for",

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,7 +27,7 @@ from dinoreg.distributed.process_group import Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
-from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.json_files import flatten, read_json
 from dinoreg.runtime.regular_files import being_read
 from dinoreg.train.class_probe import write_probed
 from dinoreg.train.health import Health, WeightWatch
@@ -40,6 +40,7 @@ from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
+from dinoreg.train.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,9 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
             writer.saved = state.step
         if config.resume and state.step == 0:
             messages.append(f"nothing to resume in {out}: starting at step 0")
-        with open_log(out, state.step, setup.num_steps, config.log.tensorboard, ranks) as log:
+        with ranks.collective_errors():
+            log = open_log(config, out, state.step, setup.num_steps, ranks)
+        with log:
             monitor = build_monitor(setup, state, log)
             probes = None
             if setup.probe is not None:
@@ -105,13 +108,17 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     return out
 
 
-def open_log(out: Path, step: int, num_steps: int, tensorboard: bool, ranks: Ranks) -> SilentLog:
+def open_log(config: Config, out: Path, step: int, num_steps: int, ranks: Ranks) -> SilentLog:
     """The log of a run: files and console on rank 0, a silent one on the others.
 
     step       that the run starts or resumes at
     num_steps  of the run, to its end
+    raises     UserError for a tracker that cannot be begun
     """
-    return RunLog(out, step=step, num_steps=num_steps, tensorboard=tensorboard) if ranks.is_main else SilentLog()
+    if not ranks.is_main:
+        return SilentLog()
+    trackers = open_trackers(out, step, config.log.to, config.log.tensorboard, flatten(asdict(config)))
+    return RunLog(out, step=step, num_steps=num_steps, trackers=trackers)
 
 
 def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:

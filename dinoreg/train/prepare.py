@@ -28,7 +28,7 @@ from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.attention import resolve_backend
 from dinoreg.models.vit import RegisterViT
-from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision, round_products
+from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
 from dinoreg.train.dense_probe import DenseProbe, build_dense
@@ -37,6 +37,7 @@ from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+from dinoreg.train.trackers import check_trackers
 from dinoreg.train.tutor import Tutor, as_cut, load_tutor
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
@@ -170,6 +171,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     out, config = Path(config.out), config.as_trained()
     check_out(config, out)
     refuse_live(out, config.takeover)
+    check_trackers(config.log.to)
     device, dtype = _device(config)
     data = config.data
     if data.source is None:
@@ -227,7 +229,8 @@ def _device(config: Config) -> tuple[torch.device, torch.dtype]:
     """
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
-    round_products(config.precision, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     resolve_backend(config.model.attention, device, dtype=dtype)
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -132,7 +132,7 @@ class Checkpoints:
                 self.on_checkpoint(step, self.out / "teacher" / f"{checkpoint.step_name(step)}.safetensors")
 
     def write_status(self, step: int) -> None:
-        """Write `status.json`, {"phase", "step", "num_steps", "time"}, on rank 0; time in seconds since 1970."""
+        """Write `status.json` on rank 0: "phase", "step", "num_steps", "num_images", "time" in seconds since 1970."""
         self._status = {"phase": "finished" if step >= self.num_steps else "running", "step": step}
         self._write_status()
 
@@ -149,7 +149,7 @@ class Checkpoints:
 
     def _write_status(self) -> None:
         if self.ranks.is_main:
-            content = {**self._status, "num_steps": self.num_steps, "time": time.time()}
+            content = {**self._status, "num_steps": self.num_steps, "num_images": len(self.source), "time": time.time()}
             write_atomic(self.out / "status.json", json.dumps(content) + "\n")
 
     def _write_skipped(self, bad: Mapping[str, str]) -> None:

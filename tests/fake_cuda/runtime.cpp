@@ -45,7 +45,8 @@ State& state() {
 using Guard = std::lock_guard<std::recursive_mutex>;
 
 thread_local int current = 0;
-std::atomic<unsigned> touched{0};  // a bit for each device that anything was done on
+// A bit for each device that anything was done on: ever, which makes its context, and since the last reset.
+std::atomic<unsigned> contexts{0}, touched{0};
 std::atomic<size_t> handles{0x1000};
 // (what, bytes, where a copy arrived or null): the host has waited, or reads what the device should have computed.
 void (*on_wait)(const char*, long, void*) = nullptr;
@@ -149,6 +150,7 @@ void note(const std::string& what, long count) {
   state().counts[what] += count;
 }
 void noted_call(const std::string& what, long count) {
+  contexts |= 1u << current;
   touched |= 1u << current;
   note(what, count);
 }
@@ -430,7 +432,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 int cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
   *flags = 0;
-  *active = touched >> device & 1;
+  *active = contexts >> device & 1;
   return 0;
 }
 int cuCtxGetCurrent(void** context) { *context = reinterpret_cast<void*>(1); return 0; }

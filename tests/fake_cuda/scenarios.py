@@ -102,8 +102,10 @@ def load_batches(overrides: dict[str, Any], batches: int) -> dict[str, Any]:
 
 
 def smoke(config: str, overrides: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
-    """A step, then batches of another device, in one process."""
-    return {"step": step(config, overrides), "batches": load_batches(loaded, 6)}
+    """Batches of the second device, then a step on the first, in one process."""
+    batches = load_batches(loaded, 6)  # first: threads may use the context of a device that was used before
+    torch.cuda.set_device(DEVICE)
+    return {"batches": batches, "step": step(config, overrides)}
 
 
 def varying_masks(config: str, overrides: dict[str, Any], steps: int, ranks: int) -> dict[str, Any]:
