@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
@@ -110,6 +109,8 @@ def _meta(folder: Path) -> Meta | None:
     path = folder / "meta.bin"
     if not path.is_file():
         return None
+    import torch  # here, so that the table of datasets does not wait for it
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings on other kinds of pickles, which do not apply

@@ -12,11 +12,11 @@ import numpy as np
 
 from dinoreg.config.load import Config
 from dinoreg.config.view_settings import AugmentSettings
-from dinoreg.data.copies import content_digest
 from dinoreg.data.decode import EncodedImage
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, is_scaled, limits, missing_values
+from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.templates import render
 

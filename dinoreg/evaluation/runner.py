@@ -20,7 +20,7 @@ import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.option import check, flat, nearest
-from dinoreg.data.copies import MOST_COMPARED, content_digest
+from dinoreg.data.copies import MOST_COMPARED
 from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder, PixelEncoder
@@ -34,6 +34,7 @@ from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
 from dinoreg.evaluation.result import Result, Row, plain
+from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
 
