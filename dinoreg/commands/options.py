@@ -3,11 +3,12 @@
 Nothing here imports torch, so that help and messages about wrong arguments appear at once.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoreg.config.option import REQUIRED, Options, check, option
+from dinoreg.config.option import REQUIRED, Options, check, dotted, option, read
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
 from dinoreg.config.view_settings import MAX_SIDE
 from dinoreg.evaluation.options import SharedOptions
@@ -27,6 +28,11 @@ class NoOptions(Options):
 @dataclass(frozen=True)
 class DoctorOptions(NoOptions, verb="doctor"):
     """`dinoreg doctor` has no keys."""
+
+
+@dataclass(frozen=True)
+class CompletionOptions(NoOptions, verb="completion"):
+    """`dinoreg completion` has no keys."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,9 @@ class InspectOptions(Options, verb="inspect"):
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     in_channels: int = option(3, "image channels of the model that is to see them", low=1, high=65536)
     range: list[float] | None = option(None, "LOW,HIGH as in data.range; none: each file's type says it")
+    prepare: str | None = option(None, "folder for a copy of smaller pictures; goes on where it was stopped")
+    side: int = option(512, "of the copy's pictures at most, their short one", unit="pixel", low=16, high=MAX_SIDE)
+    longest: bool = option(False, "side= is of the long side")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,6 +93,13 @@ class VerdictOptions(SharedOptions, verb="verdict"):
     repeats: int = option(3, "draws of each number of labels below all", low=1, high=1_000)
 
 
+def read_verdict(overrides: Mapping[str, Any] | Iterable[str]) -> tuple[VerdictOptions, dict[str, Any]]:
+    """The options, and those of own data (own.KEY=VALUE); UserError for an unknown key or a value not accepted."""
+    given = dotted(overrides)
+    own = {key.removeprefix("own."): given.pop(key) for key in [*given] if key.startswith("own.")}
+    return read(VerdictOptions, given)[0], own
+
+
 @dataclass(frozen=True)
 class EmbedOptions(Options, verb="embed"):
     """The images, the model and the feature file of `dinoreg embed`."""
@@ -99,7 +115,7 @@ class EmbedOptions(Options, verb="embed"):
     )
     batch_size: int = option(32, "images at a time", low=1, high=1_000_000)
     dtype: str = option("float32", "of the numbers in the file", choices=("float32", "float16"))
-    device: str = option("auto", DEVICE)
+    device: str = option("auto", **DEVICE)
     precision: str = option("auto", "of the computation; auto: bf16 where the hardware has it", choices=PRECISIONS)
     workers: int | None = option(None, "decoding threads; none: a core each, at most 16", low=0, high=1024)
     overwrite: bool = option(False, "replace a finished file, drop an unfinished one that was begun with other keys")
@@ -123,7 +139,7 @@ class RegistersOptions(Options, verb="registers"):
     labels: bool = option(True, "whether the subfolders of `images` are classes")
     test_time: bool = option(True, "try a test-time register on models that have outliers and no registers")
     seed: int = option(0, "of the probes' split, of patches drawn and of noise", low=0, high=MAX_SEED)
-    device: str = option("auto", DEVICE)
+    device: str = option("auto", **DEVICE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,7 +164,7 @@ class ViewOptions(Options, verb="view"):
     size: int | tuple[int, int] | None = option(
         None, "pixels, a side or [height, width]; none: the model's own", high=MAX_SIDE
     )
-    device: str = option("auto", DEVICE)
+    device: str = option("auto", **DEVICE)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,11 @@ from dinoreg.runtime.errors import UserError, one_line
 BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-DEVICE = "auto | cpu | cuda | cuda:0 | mps"
+DEVICE: dict[str, Any] = {
+    "help": "what computes; auto: a GPU where there is one",
+    "pattern": r"auto|cpu|mps|cuda(:\d+)?",
+    "expected": "auto, cpu, cuda, cuda:N or mps",
+}
 VALUE_RANGE = "LOW,HIGH with LOW below HIGH, once or for each channel"
 CONSTANT_ONLY = "0 unless schedule.shape=constant"
 MAX_SEED = 2**63 - 1
@@ -280,7 +284,7 @@ class Config(Options):
     epochs: float | None = option(None, "length of the run in passes over the data", above=0)
     batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
-    device: str = option("auto", DEVICE, shapes_result=False)
+    device: str = option("auto", **DEVICE, shapes_result=False)
     precision: str = option("auto", "auto: bf16 where the hardware has it", choices=PRECISIONS)
     threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_result=False)

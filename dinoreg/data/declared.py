@@ -54,15 +54,20 @@ def known_names() -> dict[str, Path]:
     return paths
 
 
+def find_named(name: str) -> Path:
+    """Where the dataset of a name is declared; UserError, with the nearest, for an unknown one."""
+    known = known_names()
+    if name.lower() not in known:
+        raise UserError(f"data: {name!r} is not a known kind of source, expected {KINDS}{nearest(name, known)}")
+    return known[name.lower()]
+
+
 def open_named(name: str, options: str, index_dir: str | None) -> Source:
     """The source `NAME:OPTIONS`, with OPTIONS like "root=/datasets,split=train".
 
     raises UserError for an unknown dataset or option, a missing root, and what the dataset itself lacks
     """
-    known = known_names()
-    if name.lower() not in known:
-        raise UserError(f"data: {name!r} is not a known kind of source, expected {KINDS}{nearest(name, known)}")
-    declared = load_declaration(known[name.lower()])
+    declared = load_declaration(find_named(name))
     benchmark, pretraining = declared.BENCHMARK, declared.PRETRAINING
     name = benchmark.name
     accepted = ("root", *(("split",) if pretraining.splits else ()), *pretraining.options)

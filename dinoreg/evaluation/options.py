@@ -186,7 +186,7 @@ class SharedOptions(Options):
     range: list[float] | None = option(None, "LOW,HIGH of your own pictures, as data.range; none: what the weights say")
     out: str | None = side_option(None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS")
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
-    device: str = side_option("auto", DEVICE)
+    device: str = side_option("auto", **DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)
     image_size: int | None = option(
         None,

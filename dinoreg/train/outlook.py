@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from dinoreg.data.statistics import FEW_IMAGES
 from dinoreg.runtime.durations import about
 from dinoreg.train.logger import SilentLog
 
-# Worth a word: fewer batches of images, more passes over them, more seconds; and so few images that public weights are
-# the better start.
-FEW_BATCHES, MANY_PASSES, LONG, FEW_IMAGES = 20, 2000, 7 * 86_400.0, 10_000
+# Worth a word: fewer batches of images, more passes over them, more seconds.
+FEW_BATCHES, MANY_PASSES, LONG = 20, 2000, 7 * 86_400.0
 # A run that is advised instead: passes, seconds, the smallest batch, and the fewest steps that are worth it.
 _PASSES, _SECONDS, _BATCH, _STEPS = 500, 86_400.0, 8, 1000
 SAID_FROM = 300.0  # seconds to the end; those of shorter runs are seen soon enough

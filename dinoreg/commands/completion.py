@@ -1,0 +1,58 @@
+"""`dinoreg completion SHELL`: the script with which a shell completes verbs, configs, datasets, keys, values, files."""
+
+import glob
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from dinoreg.commands.arguments import Verb
+from dinoreg.commands.options import ACTIONS, VIEWS
+from dinoreg.config.bundled import bundled
+from dinoreg.config.load import shipped_configs
+from dinoreg.jobs.job_type import job_files
+
+SHELLS = ("bash", "zsh", "fish")
+_DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def script_of(shell: str) -> str:
+    """The script for one of SHELLS, which asks `dinoreg completion words …` for what may be meant."""
+    return (Path(__file__).with_name("templates") / f"completion.{shell}").read_text(encoding="utf-8")
+
+
+def candidates(verbs: Mapping[str, Verb], typed: Sequence[str]) -> list[str]:
+    """What the last of the words behind `dinoreg`, as far as it is typed, may become."""
+    *before, current = typed or [""]
+    if not before:
+        return _starting(current, [*verbs, "--help", "--version"])
+    verb = verbs.get(before[0])
+    if verb is None:
+        return []
+    key, equals, value = current.partition("=")
+    keys = verb.keys()
+    if equals:
+        hint, declared = keys.get(key, (None, None))
+        known = ("true", "false") if hint is bool else declared.choices if declared else ()
+        known = _DEVICES if key == "device" else known
+        return [f"{key}={each}" for each in (_starting(value, known) if known else _files(value))]
+    found = _starting(current, _first_words(before[0])) if len(before) == 1 else []
+    return [*found, *_starting(current, [f"{each}=" for each in keys]), *_files(current)]
+
+
+def _first_words(verb: str) -> Iterable[str]:
+    if verb in ("pretrain", "plan"):
+        return shipped_configs()
+    if verb == "eval":
+        return ["all", "--list", *(path.stem for path in sorted(bundled("eval").glob("*.py")))]
+    return {"view": VIEWS, "launch": [*job_files(), *ACTIONS], "completion": SHELLS}.get(verb, ())
+
+
+def _starting(text: str, words: Iterable[str]) -> list[str]:
+    return [word for word in words if word.startswith(text)]
+
+
+def _files(text: str) -> list[str]:
+    """Paths that begin so, behind the last comma; folders with a slash at their end."""
+    first, comma, last = text.rpartition(",")
+    found = sorted(glob.glob(glob.escape(os.path.expanduser(last)) + "*"))
+    return [f"{first}{comma}{path}{'/' if os.path.isdir(path) else ''}" for path in found]

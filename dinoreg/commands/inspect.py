@@ -1,0 +1,139 @@
+"""`dinoreg inspect` and `dinoreg.inspect`: what a source of images is like, what to make of it, and a smaller copy."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dinoreg.checkpoint.atomic import replacing, write_atomic
+from dinoreg.commands.guide import next_line
+from dinoreg.commands.options import InspectOptions
+from dinoreg.config.overwrite import check_folder
+from dinoreg.data.open import open_source, read_labelled
+from dinoreg.data.source import Source
+from dinoreg.data.statistics import inspect_source, render_inspection
+from dinoreg.data.value_range import BadImage
+from dinoreg.runtime.environment import usable_cores
+from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.printable import print_status
+from dinoreg.runtime.progress import show_progress
+
+SETTINGS = "prepared.json"  # in a prepared folder: what it was made of, and how
+# Images below which a config is advised.
+_CONFIGS = ((500, "continue_few_vits14_reg4"), (50_000, "small"))
+_KEPT = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}  # formats that a smaller picture is written in; others: PNG
+
+
+def inspect(data: str | os.PathLike[str] | Sequence[str], **options: Any) -> dict[str, Any]:
+    """What a source of images is like, as `dinoreg inspect` prints it; see `data.statistics.inspect_source`.
+
+    data     as `data=`: a folder, several, a list of paths, scenes
+    options  the command line's keys: sample=1000, in_channels=3, range=[0, 4095], root=…, columns=…
+    raises   UserError (a ValueError) for wrong options, and as `open_source`
+    """
+    sources = os.fspath(data) if isinstance(data, (str, os.PathLike)) else [os.fspath(part) for part in data]
+    return _inspect(InspectOptions(data=sources, **options))
+
+
+def _inspect(options: InspectOptions) -> dict[str, Any]:
+    named = {key: getattr(options, key) for key in ("sample", "in_channels", "root", "columns")}
+    return inspect_source(options.data, value_range=options.range, **named)
+
+
+def inspect_command(options: InspectOptions) -> None:
+    """Run `dinoreg inspect`: print what was found and the next command; with prepare= write a smaller copy instead.
+
+    raises  UserError where no image can be read, and as `prepare`
+    """
+    if options.prepare is not None:
+        print(f"prepared: {prepare(options)}")
+        print_status(_next(options.prepare, len(open_source(options.prepare))))
+        return
+    found = _inspect(options)
+    print(render_inspection(found))
+    if len(found["bad"]) == found["looked_at"]:
+        name, reason = next(iter(found["bad"].items()))
+        raise UserError(f"data: none of the {found['looked_at']:,} images can be read; the first, {name}, {reason}")
+    large = found["large"] > 0.1 * found["looked_at"]
+    print_status(_next(options.data, found["images"], options.side if large else None))
+
+
+def _next(data: str | list[str], images: int, side: int | None = None) -> str:
+    """The command to go on with; `side`: of the pictures of a smaller copy that is to be made first."""
+    case, name = "", Path(data if isinstance(data, str) else data[0]).name.partition(":")[0]
+    if isinstance(data, str) and os.path.isdir(data):
+        with suppress(UserError):  # no subfolders that are classes
+            case = "labelled" if len(read_labelled(data).class_names) > 1 else ""
+        case = case if side is None else "large"
+    config = next((config for most, config in _CONFIGS if images < most), "vits14_reg4")
+    return next_line("inspect", {"data": data, "config": config, "stem": name, "folder": f"{name}-{side}"}, case)
+
+
+def prepare(options: InspectOptions) -> Path:
+    """Write a copy of a folder of images in which none is larger than `side`; returns its path.
+
+    Smaller files are copied as they are, as are those of more than eight bits; others are resized with antialiasing and
+    keep their place below the folder, so that classes stay classes. What is there already is not written again: the
+    same call goes on where it was stopped.
+
+    raises  UserError for what is no folder, for one inside the other, and for a folder prepared in another way
+    """
+    if not isinstance(options.data, str) or not os.path.isdir(os.path.expanduser(options.data)):
+        raise UserError(f"prepare={options.prepare}: data= has to be one folder")
+    assert options.prepare is not None
+    source, target = open_source(options.data), Path(options.prepare)
+    root = Path(os.path.abspath(os.path.expanduser(options.data)))
+    if target.absolute() == root or root in target.absolute().parents:
+        raise UserError(f"prepare={target}: expected a folder outside of data={options.data}")
+    if paired := [name for name in ("masks", "depth") if (root / name).is_dir()]:
+        raise UserError(f"prepare={target}: {root / paired[0]} holds no photographs, and would be spoilt")
+    check_folder(target, f"prepare={target}:")
+    settings = {"data": str(root), "side": options.side, "longest": options.longest}
+    known = read_json(target / SETTINGS)
+    if known != settings and target.is_dir() and any(target.iterdir()):
+        raise UserError(f"prepare={target}: not empty, and not prepared with these options; expected another folder")
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomic(target / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+    def written(index: int) -> str:
+        try:
+            _write_smaller(source, index, target / os.path.relpath(source.name(index), root), options)
+        except BadImage as error:
+            return f"{source.name(index)}: {error}"
+        return ""
+
+    from dinoreg.evaluation.features.images import parallel
+
+    done = parallel(written, range(len(source)), usable_cores())
+    bad = list(filter(None, show_progress(done, len(source), "prepare", "images")))
+    for line in bad[:10]:
+        print_status(f"left out: {line}")
+    print_status(f"prepare: {len(source) - len(bad):,} of {len(source):,} images")
+    return target
+
+
+def _write_smaller(source: Source, index: int, path: Path, options: InspectOptions) -> None:
+    """One file of a prepared folder, unless it is there."""
+
+    from dinoreg.evaluation.features.images import resized, shown
+
+    kind = _KEPT.get(path.suffix.lower(), "PNG")
+    smaller = path if path.suffix.lower() in _KEPT else path.with_name(f"{path.name}.png")
+    if path.is_file() or smaller.is_file():
+        return
+    image = source.image(index)
+    limit = (max if options.longest else min)(image.height, image.width)
+    pixels = image.pixels()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if limit <= options.side or str(pixels.dtype) != "torch.uint8":
+        with replacing(path) as aside:
+            shutil.copyfile(source.name(index), aside)
+        return
+    scale = options.side / limit
+    picture = resized(pixels, *(max(1, round(side * scale)) for side in (image.height, image.width)))
+    with replacing(smaller) as aside:
+        shown(picture).save(aside, kind, **({"quality": 95} if kind == "JPEG" else {}))
