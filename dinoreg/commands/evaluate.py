@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from dinoreg.checkpoint.steps import role_of
 from dinoreg.commands.report import report_run
 from dinoreg.evaluation.backbones.encoder import Encoder, wrap
 from dinoreg.evaluation.backbones.open import open_encoder
-from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks, shadowed
+from dinoreg.evaluation.benchmark import shadowed
 from dinoreg.evaluation.comparison import between
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.request import Request, choose, read_request, split_names
@@ -29,16 +28,13 @@ from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status
 
 
-def evaluate_command(names: str | None = None, request: Request | None = None) -> None:
+def evaluate_command(names: str, request: Request) -> None:
     """Run `dinoreg eval`: show progress, print the table of results and the report's path.
 
-    names    "all", or datasets with commas between; None: list all datasets
+    names    "all", or datasets with commas between
     raises   UserError for wrong options or missing data, before anything is measured; RunError naming the datasets
              that failed, after the others were measured
     """
-    if names is None or request is None:
-        list_datasets()
-        return
     assert request.options.weights is not None
     plans, problems = _prepare(names, request)
     encoder, folder, run = _open(request.options.weights, request.options)
@@ -119,30 +115,6 @@ def _not_evaluated(folder: Path) -> list[str]:
     return [
         f"{each.record.command[1]}: {each.state}, {each.text}" for each in examine(out, measuring) if not each.is_well
     ]
-
-
-def list_datasets() -> None:
-    """Print the table of every dataset: task, classes, splits, metrics and protocols, download, licence."""
-    headings = ("name", "task", "classes", "images", "metric (protocol)", "folder, download and options", "licence")
-    columns = [Column(heading, overflow="fold") for heading in headings]
-    table = Table(*columns, title="dinoreg eval NAME weights=… root=…", show_lines=True)
-    for benchmark in benchmarks().values():
-        metrics = "\n".join(f"{task.metric} ({PROTOCOLS[task.protocol][1]})" for task in benchmark.tasks)
-        table.add_row(
-            f"{benchmark.name}\n{benchmark.title}",
-            benchmark.task,
-            str(benchmark.classes or "n/a"),
-            benchmark.splits,
-            metrics,
-            f"{benchmark.folders[0]}/\n{benchmark.download}",
-            benchmark.licence,
-        )
-    console = Console()
-    # A pipe has no width: unwrapped lines are easier to search.
-    Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
-    print("keys of single datasets:")
-    for benchmark in benchmarks().values():
-        print("".join(f"  {line}\n" for line in benchmark.options_in_words()), end="")
 
 
 def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str]]:

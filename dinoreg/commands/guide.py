@@ -18,7 +18,7 @@ def said_of(name: str, what: str) -> list[str]:
 def next_line(name: str, values: Options | Mapping[str, Any], case: str = "") -> str:
     """ "next: …" with the commands that follow one; "" where nothing does.
 
-    values  of the placeholders in the text: options by key, quoted for the shell; the key in capitals where there is none
+    values  of the placeholders in the text, by key; a key without one stands there in capitals
     case    which of several texts
     """
     given = flat(values) if isinstance(values, Options) else values

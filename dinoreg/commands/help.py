@@ -14,7 +14,7 @@ _GAP = 26  # columns of "  key=value" beside its meaning; a longer one has a lin
 
 def overview(verbs: Mapping[str, Verb]) -> str:
     """The help of the program, with one line per verb."""
-    lines = [_beside(f"  {name}", *said_of(name, "summary"), max(map(len, verbs)) + 4) for name in verbs]
+    lines = [_beside(f"  {name}", said_of(name, "summary")[0], max(map(len, verbs)) + 4) for name in verbs]
     return "\n".join(
         [
             "dinoreg: self-supervised pretraining of Vision Transformers with register tokens",
@@ -32,7 +32,7 @@ def verb_help(verb: Verb, arguments: Sequence[str] = ()) -> str:
                values are shown in place of the defaults
     raises     UserError for a config that cannot be read
     """
-    known = {section_of(key) for key in verb.keys()} - {""}
+    known = {*map(section_of, verb.keys())} - {""}
     words = [argument for argument in arguments if not argument.startswith("-")]
     wanted = [word for word in words if word in known]
     named = [word for word in words if word not in known]

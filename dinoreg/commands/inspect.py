@@ -133,7 +133,7 @@ def _write_smaller(source: Source, index: int, path: Path, options: InspectOptio
         with replacing(path) as aside:
             shutil.copyfile(source.name(index), aside)
         return
-    scale = options.side / limit
-    picture = resized(pixels, *(max(1, round(side * scale)) for side in (image.height, image.width)))
+    height, width = (max(1, round(side * options.side / limit)) for side in (image.height, image.width))
+    picture = resized(pixels, height, width)
     with replacing(smaller) as aside:
         shown(picture).save(aside, kind, **({"quality": 95} if kind == "JPEG" else {}))

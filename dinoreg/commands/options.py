@@ -77,9 +77,7 @@ class ExportOptions(Options, verb="export"):
     weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or random:NAME")
     format: str = option(REQUIRED, FORMATS)
     out: str = option(REQUIRED, "folder to write; new or empty")
-    size: int | tuple[int, int] | None = option(
-        None, "pixels or [height,width] that positions are resampled to", high=MAX_SIDE
-    )
+    size: int | tuple[int, int] | None = option(None, "pixels or [height,width] for positions", high=MAX_SIDE)
 
 
 @dataclass(frozen=True)
@@ -110,9 +108,7 @@ class EmbedOptions(Options, verb="embed"):
     columns: str = option("", COLUMNS)
     range: list[float] | None = option(None, "LOW,HIGH, as data.range; none: what the weights say")
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
-    image_size: int | None = option(
-        None, "side of the centre crop; none: as the weights state", unit="pixel", low=1, high=MAX_SIDE
-    )
+    image_size: int | None = option(None, "of the crop; none: the weights'", unit="pixel", low=1, high=MAX_SIDE)
     batch_size: int = option(32, "images at a time", low=1, high=1_000_000)
     dtype: str = option("float32", "of the numbers in the file", choices=("float32", "float16"))
     device: str = option("auto", **DEVICE)
@@ -132,9 +128,7 @@ class RegistersOptions(Options, verb="registers"):
     weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or random:NAME, with commas between")
     images: str = option(REQUIRED, "a folder (one subfolder a class adds probes), a list of paths, scenes")
     out: str | None = option(None, "folder for registers.html; none: runs/registers/NAMES")
-    size: int | None = option(
-        None, "pixels a side; none: the first model's own, enlarged where it is small", high=MAX_SIDE
-    )
+    size: int | None = option(None, "pixels a side; none: the first model's, enlarged if small", high=MAX_SIDE)
     num_images: int = option(300, "images at most, from all over the source", low=2)
     labels: bool = option(True, "whether the subfolders of `images` are classes")
     test_time: bool = option(True, "try a test-time register on models that have outliers and no registers")
@@ -161,9 +155,7 @@ class ViewOptions(Options, verb="view"):
     images: str | list[str] | None = option(None, "an image, folder, list, tars, scenes or [several]; none: the run's")
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1, high=10_000)
-    size: int | tuple[int, int] | None = option(
-        None, "pixels, a side or [height, width]; none: the model's own", high=MAX_SIDE
-    )
+    size: int | tuple[int, int] | None = option(None, "pixels or [height,width]; none: the model's", high=MAX_SIDE)
     device: str = option("auto", **DEVICE)
 
 

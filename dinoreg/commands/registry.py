@@ -28,6 +28,7 @@ from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status, printable
+from dinoreg.runtime.templates import render
 
 
 def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
@@ -77,7 +78,7 @@ def _configs() -> list[str]:
 
 def _read_eval(arguments: list[str]) -> tuple[Any, ...]:
     if "--list" in arguments:
-        return ()
+        return "", [name for word in arguments if word != "--list" for name in word.split(",")]
     missing = "NAME, all, or the PATH of a labelled folder, of dinoreg eval --list"
     names, overrides = source_and_overrides("eval", arguments, missing, "; several datasets are written NAME,NAME")
     from dinoreg.evaluation.request import read_request
@@ -85,11 +86,17 @@ def _read_eval(arguments: list[str]) -> tuple[Any, ...]:
     return names, read_request(overrides)
 
 
-def _eval(names: str | None = None, request: Any = None) -> None:
-    if names is not None:
-        from dinoreg.evaluation.request import check_whole
+def _eval(names: str, request: Any) -> None:
+    """names, request  as for `evaluate_command`; "" and names: list these datasets, or all in short."""
+    from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks, find_benchmark
+    from dinoreg.evaluation.request import check_whole
 
-        check_whole(names, request)
+    if not names:
+        chosen = [find_benchmark(name) for name in request] or list(benchmarks().values())
+        text = "commands/templates/datasets.txt.j2"
+        print(render(text, long=bool(request), datasets=chosen, protocols=PROTOCOLS).rstrip())
+        return
+    check_whole(names, request)
     _function("commands.evaluate", "evaluate_command")(names, request)
 
 
@@ -223,7 +230,7 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
     if verb == "eval":
         from dinoreg.evaluation.request import is_own
 
-        case = ("own" if is_own(first) else "") if first else "none"
+        case = "listed" if "--list" in arguments else "own" if is_own(first) else ""
     elif verb == "view" and first == "crops":
         case, values["source"] = first, dict(pair.partition("=")[::2] for pair in pairs).get("data")
     elif verb == "export" and values["format"] == "onnx":

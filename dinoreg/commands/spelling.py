@@ -9,7 +9,7 @@ from dinoreg.commands.arguments import Verb, is_key_value
 from dinoreg.runtime.errors import one_line
 
 VERB_NAMES = {"train": "pretrain", "evaluate": "eval", "plot": "view"}
-_DASHES = re.compile(r"[-–—]+(?=[^\W\d])")  # a text processor makes one of two
+_DASHES = re.compile(r"[-\u2013\u2014]+(?=[^\W\d])")  # a text processor makes one of two
 
 
 def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:

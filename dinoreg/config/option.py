@@ -29,18 +29,12 @@ from dinoreg.runtime.json_files import flatten, is_number
 from dinoreg.runtime.printable import shortened
 
 # What other programs call the same; of each group a key that is known here is meant.
-_SYNONYMS = (
-    ("data", "images", "source", "dataset", "data_dir", "data_path", "path", "folder", "input"),
-    ("out", "output", "output_dir", "save_dir", "outdir", "o"),
-    ("weights", "checkpoint", "ckpt", "model", "pretrained", "init", "init_weights"),
-    ("lr", "learning_rate"),
-    ("batch_size", "bs", "batch", "samples_per_gpu"),
-    ("workers", "num_workers", "n_workers", "threads"),
-    ("steps", "max_steps", "num_steps", "iterations", "iters"),
-    ("epochs", "num_epochs", "max_epochs"),
-    ("weight_decay", "wd"),
-    ("global_size", "crop_size", "img_size", "image_size", "imgsz", "size"),
-)
+_SYNONYMS = [
+    *("data images source dataset data_dir data_path path folder input", "lr learning_rate", "weight_decay wd"),
+    *("weights checkpoint ckpt model pretrained init", "out output output_dir save_dir outdir", "batch_size batch bs"),
+    *("workers num_workers threads", "steps max_steps num_steps iterations", "epochs num_epochs max_epochs"),
+    "global_size crop_size img_size image_size imgsz size",
+]
 LARGEST = 1e12  # of any whole number without an upper bound of its own: no count is meant to be larger
 MAX_LISTED = 12  # a class with more keys than this does not list them all in a message
 REQUIRED: Any = dataclasses.MISSING  # instead of the default of an option that must be given
@@ -408,7 +402,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
 def _synonym(name: str, known: Iterable[str]) -> str:
     """As `nearest`, for a key that another program has for one of `known`."""
     leaf = name.lower().replace("-", "_").rpartition(".")[2]
-    same = next((group for group in _SYNONYMS if leaf in group), ())
+    same = next((group.split() for group in _SYNONYMS if leaf in group.split()), [])
     leaves = {key.rpartition(".")[2]: key for key in reversed(list(known))}
     found = next((leaves[word] for word in same if word in leaves), "")
     return f"; did you mean {found}?" if found else ""

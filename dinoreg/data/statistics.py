@@ -125,7 +125,8 @@ def inspect_source(
     value_range  LOW,HIGH as in `data.range`; without it pixels are scaled by their types
     root, columns  of a list or table, as for `open_source`
     returns    a dict of plain values: images, looked_at, formats, modes, percentiles of height, width and
-               shorter_side, small, large (of more than LARGE pixels), bad (name -> reason), duplicates (lists of names with equal contents),
+               shorter_side, small, large (of more than LARGE pixels), bad (name -> reason), duplicates (lists of
+               names with equal contents),
                mean, std (per channel, of pixels in 0..1, every image weighing the same; None without images), types
                (of pixels -> images), values (least, 0.1 %, 99.9 %, greatest) and used (the share of their type's
                range) of images of more than eight bits or None, range (a suggestion for `data.range`, or None),

@@ -54,7 +54,7 @@ def centre_pad(images: Tensor, multiple: int, value: Sequence[float] = (0.0,)) -
 
 
 def pad(images: Tensor, sides: tuple[int, int, int, int], value: Sequence[float]) -> Tensor:
-    """Images (..., C, H, W) with `value`, one for all channels or one for each, to (left, top, right, bottom) of them."""
+    """Images (..., C, H, W) with `value`, one for all channels or each, to (left, top, right, bottom) of them."""
     left, top, right, bottom = sides
     colour = torch.tensor(value, device=images.device).to(images.dtype).view(-1, 1, 1)
     height, width = images.shape[-2:]

@@ -109,8 +109,8 @@ class CentreCrop:
             return to_array(center_crop(picture, self.size, self.resize, interpolation=self.interpolation))
         if max(picture.size) > MAX_ASPECT * min(picture.size):
             return to_array(self._of_a_strip(picture))
-        scaled = resized(picture, *(int(self.resize * side / min(picture.size)) for side in size_of(picture)))
-        return to_array(self._centre_of(scaled))
+        width, height = (int(self.resize * side / min(picture.size)) for side in picture.size)
+        return to_array(self._centre_of(picture.resize((width, height), Image.Resampling.BICUBIC)))
 
     def _of_a_strip(self, image: Image.Image) -> Image.Image:
         """The same of a very long image, which is cut before it is resized: whole it could take many gigabytes.
