@@ -459,7 +459,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch, in_job: Path) -> dict[str, Any]:
         stage["requeued"] += 1
         raise SystemExit(144)
 
-    monkeypatch.setitem(VERBS, "pretrain", Verb("", "", NoOptions, train, read=lambda arguments: (arguments,)))
+    monkeypatch.setitem(VERBS, "pretrain", Verb("pretrain", NoOptions, train, read=lambda arguments: (arguments,)))
     previous = signal.signal(signal.SIGUSR2, submitits)
     stage["command"] = Command(run_verb, ("pretrain", "x", "resume=true"), str(in_job), run=str(in_job.parent))
     yield stage

@@ -28,7 +28,6 @@ from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status, printable
-from dinoreg.runtime.templates import render
 
 
 def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
@@ -51,9 +50,7 @@ def _load_config(arguments: list[str]) -> Config:
     first = Path(arguments[0]) if arguments else Path()
     if arguments and first.is_dir() and not (first / "config.yaml").exists():
         said = {"data": arguments[0], "stem": first.name, "rest": Verbatim(shlex.join(arguments[1:]))}
-        raise UserError(
-            f"pretrain: {first} is a folder without config.yaml; to train on it: {next_line('folder', said)}"
-        )
+        raise UserError(f"pretrain: {first} is a folder without config.yaml; {next_line('folder', said)}")
     return load_config(*source_and_overrides("pretrain", arguments))
 
 
@@ -92,6 +89,8 @@ def _eval(names: str, request: Any) -> None:
     from dinoreg.evaluation.request import check_whole
 
     if not names:
+        from dinoreg.runtime.templates import render
+
         chosen = [find_benchmark(name) for name in request] or list(benchmarks().values())
         text = "commands/templates/datasets.txt.j2"
         print(render(text, long=bool(request), datasets=chosen, protocols=PROTOCOLS).rstrip())
@@ -151,6 +150,7 @@ def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     if kind != "crops":
         return kind, vars(read_options(keys.VIEWS[kind], rest)[1])
     config, overrides, options = config_and_options("view crops", keys.VIEWS[kind], rest)
+    load_config(config, overrides)  # for what is wrong with it
     return kind, {"config": config, "overrides": overrides, **vars(options)}
 
 
