@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from dinoreg.config.option import Options, flat
+from dinoreg.runtime.printable import print_status
 
 
 def said_of(name: str, what: str) -> list[str]:
@@ -15,17 +15,21 @@ def said_of(name: str, what: str) -> list[str]:
     return _texts().get(name, what, fallback="").strip().splitlines()
 
 
-def next_line(name: str, values: Options | Mapping[str, Any], case: str = "") -> str:
-    """ "next: …" with the commands that follow one; "" where nothing does.
+def next_commands(name: str, values: Mapping[str, Any], case: str = "") -> list[str]:
+    """The commands that follow one, the best first; [] where none does.
 
     values  of the placeholders in the text, by key; a key without one stands there in capitals
     case    which of several texts
     """
-    given = flat(values) if isinstance(values, Options) else values
-    known = {key: _quoted(value) for key, value in given.items() if value not in (None, "")}
-    known.setdefault("stem", Path(str(given.get("weights") or given.get("out") or "model")).name.replace(":", "-"))
-    text = _texts().get(name, f"next {case}".strip(), fallback="").strip().replace("\n", "; ")
-    return text and "next: " + text.format_map(_OrCapitals(known))
+    known = {key: _quoted(value) for key, value in values.items() if value is not None}
+    known.setdefault("stem", Path(str(values.get("weights") or values.get("out") or "model")).name.replace(":", "-"))
+    return [line.format_map(_OrCapitals(known)).strip() for line in said_of(name, f"next {case}".strip())]
+
+
+def say_next(name: str, values: Mapping[str, Any], case: str = "") -> None:
+    """Print them to stderr, a line each."""
+    for start, command in zip(("next:", *["  or:"] * 9), next_commands(name, values, case)):
+        print_status(f"{start} {command}")
 
 
 class Verbatim(str):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import replacing, write_atomic
-from dinoreg.commands.guide import next_line
+from dinoreg.commands.guide import Verbatim, say_next
 from dinoreg.commands.options import InspectOptions
+from dinoreg.config.load import load_config
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.open import open_source, read_labelled
 from dinoreg.data.source import Source
-from dinoreg.data.statistics import inspect_source, render_inspection
+from dinoreg.data.statistics import FEW_IMAGES, inspect_source, render_inspection
 from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
@@ -23,8 +25,7 @@ from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.progress import show_progress
 
 SETTINGS = "prepared.json"  # in a prepared folder: what it was made of, and how
-# Images below which a config is advised.
-_CONFIGS = ((500, "continue_few_vits14_reg4"), (50_000, "small"))
+SMALL = 50_000  # images up to which configs/small.yaml is meant
 _KEPT = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}  # formats that a smaller picture is written in; others: PNG
 
 
@@ -51,7 +52,7 @@ def inspect_command(options: InspectOptions) -> None:
     """
     if options.prepare is not None:
         print(f"prepared: {prepare(options)}")
-        print_status(_next(options.prepare, len(open_source(options.prepare))))
+        _say_next(options.prepare, len(open_source(options.prepare)))
         return
     found = _inspect(options)
     print(render_inspection(found))
@@ -59,18 +60,22 @@ def inspect_command(options: InspectOptions) -> None:
         name, reason = next(iter(found["bad"].items()))
         raise UserError(f"data: none of the {found['looked_at']:,} images can be read; the first, {name}, {reason}")
     large = found["large"] > 0.1 * found["looked_at"]
-    print_status(_next(options.data, found["images"], options.side if large else None))
+    _say_next(options.data, found["images"], options.side if large else None)
 
 
-def _next(data: str | list[str], images: int, side: int | None = None) -> str:
-    """The command to go on with; `side`: of the pictures of a smaller copy that is to be made first."""
-    case, name = "", Path(data if isinstance(data, str) else data[0]).name.partition(":")[0]
-    if isinstance(data, str) and os.path.isdir(data):
+def _say_next(data: str | list[str], images: int, side: int | None = None) -> None:
+    """Print the command to go on with; `side`: of the pictures of a smaller copy that is to be made first."""
+    from dinoreg.train.outlook import FEW_BATCHES, batch_for  # which needs torch
+
+    name, more = Path(data if isinstance(data, str) else data[0]).name.partition(":")[0], ""
+    if is_folder := isinstance(data, str) and os.path.isdir(data):
         with suppress(UserError):  # no subfolders that are classes
-            case = "labelled" if len(read_labelled(data).class_names) > 1 else ""
-        case = case if side is None else "large"
-    config = next((config for most, config in _CONFIGS if images < most), "vits14_reg4")
-    return next_line("inspect", {"data": data, "config": config, "stem": name, "folder": f"{name}-{side}"}, case)
+            more = f"probe.data={shlex.quote(data)}" if len(read_labelled(data).class_names) > 1 else ""
+    if images < FEW_BATCHES * load_config("small").batch_size:
+        more += f" batch_size={batch_for(images)}"
+    case = "large" if side and is_folder else "few" if images < FEW_IMAGES else ""
+    values = {"data": data, "stem": name, "folder": f"{name}-{side}", "more": Verbatim(more)}
+    say_next("inspected", {**values, "config": "small" if images < SMALL else "vits14_reg4"}, case)
 
 
 def prepare(options: InspectOptions) -> Path:

@@ -18,7 +18,7 @@ from dinoreg.commands.arguments import (
 from dinoreg.commands.completion import SHELLS, script_of
 from dinoreg.commands.early import check_early, given_by
 from dinoreg.commands.failures import running
-from dinoreg.commands.guide import Verbatim, next_line
+from dinoreg.commands.guide import Verbatim, next_commands, say_next
 from dinoreg.config.load import Config, load_config, require_complete, shipped_configs
 from dinoreg.config.option import nearest, split_texts
 from dinoreg.config.plan_options import PlanOptions
@@ -27,7 +27,7 @@ from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.printable import print_status, printable
+from dinoreg.runtime.printable import printable
 
 
 def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
@@ -50,7 +50,7 @@ def _load_config(arguments: list[str]) -> Config:
     first = Path(arguments[0]) if arguments else Path()
     if arguments and first.is_dir() and not (first / "config.yaml").exists():
         said = {"data": arguments[0], "stem": first.name, "rest": Verbatim(shlex.join(arguments[1:]))}
-        raise UserError(f"pretrain: {first} is a folder without config.yaml; {next_line('folder', said)}")
+        raise UserError(f"pretrain: {first} is a folder without config.yaml; Write: {next_commands('folder', said)[0]}")
     return load_config(*source_and_overrides("pretrain", arguments))
 
 
@@ -217,13 +217,11 @@ def run_verb(verb: str, arguments: list[str], **hooks: Any) -> None:
     parsed = VERBS[verb].parse(arguments)
     check_early(parsed)
     VERBS[verb].run(*parsed, **hooks)
-    values, case = _done(verb, arguments, parsed)
-    if line := next_line(verb, values, case):
-        print_status(line)
+    say_next(verb, *_done(verb, arguments, parsed))
 
 
 def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
-    """(values, case) of the line on what to do next, see `next_line`."""
+    """(values, case) of the line on what to do next, see `say_next`."""
     values = {key: value for each in parsed for key, value in given_by(each).items()}
     words, pairs = split_arguments(arguments)
     first, case = (words or [""])[0], ""

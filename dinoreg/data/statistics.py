@@ -183,6 +183,7 @@ def _describe_some(source: Source, count: int, in_channels: int, what: str = "")
         found = pool.map(lambda index: _describe(source, int(index), in_channels), indices)
         if what:
             print_status(f"{what}: looking at {count:,} of {len(source):,} images")
+            import torch  # noqa: F401 (seconds which are not the pictures')
         return list(show_progress(found, count, what, "images") if what else found)
 
 
