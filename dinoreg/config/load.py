@@ -43,10 +43,7 @@ def require_complete(config: Config) -> Config:
 # Reading and writing
 
 
-def load_config(
-    source: str | Path | None = None,
-    overrides: Mapping[str, Any] | Iterable[str] = (),
-) -> Config:
+def load_config(source: str | Path | None = None, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Config:
     """The config of a run: defaults, then a YAML file or the name of a shipped one, then overrides.
 
     source     a name in `configs/` ("vits14_reg4"), a YAML file (ours or dinov2's own), a run folder, or None

@@ -391,10 +391,7 @@ def _join(place: Place, device: str, timeout: float) -> None:
         local_world_size = int_of(os.environ, "LOCAL_WORLD_SIZE", place.world_size)
         torch.cuda.set_device(pick_cuda_index(place.local_rank, torch.cuda.device_count(), local_world_size))
     os.environ.update(
-        RANK=str(place.rank),
-        WORLD_SIZE=str(place.world_size),
-        MASTER_ADDR=place.address,
-        MASTER_PORT=str(place.port),
+        RANK=str(place.rank), WORLD_SIZE=str(place.world_size), MASTER_ADDR=place.address, MASTER_PORT=str(place.port)
     )
     meeting = _meetings.setdefault((place.address, place.port), _Meeting())
     why = f"{place.told_by}={place.world_size}"

@@ -236,11 +236,7 @@ _FORMATS = (
         'import torch\nfrom transformers import AutoModel\nmodel = AutoModel.from_pretrained(".").eval()\n',
     ),
     Format(
-        "meta",
-        write_meta,
-        (),
-        "torch.hub",
-        'import torch\nmodel = torch.hub.load(".", "backbone", source="local")\n',
+        "meta", write_meta, (), "torch.hub", 'import torch\nmodel = torch.hub.load(".", "backbone", source="local")\n'
     ),
     Format(
         "safetensors",

@@ -97,9 +97,7 @@ def _weights(job: Job) -> list[Collective]:
     if options.reshard and job.config.loss.koleo_weight > 0 and parts > 1:
         # Class tokens first; without `reshard` that pass leaves the weights for the next.
         student, calls = student + parts * backbone, calls + parts * blocks
-    found = [
-        Collective("student's weights, all-gather", student, calls, *group, 1, True),
-    ]
+    found = [Collective("student's weights, all-gather", student, calls, *group, 1, True)]
     if sizes.tutor is None:  # with one, the moving average sees no pictures
         found.append(Collective("teacher's weights, all-gather", parts * whole, parts * units, *group, 1, True))
     if job.has_anchor:

@@ -198,10 +198,7 @@ def _section(record: Record, lines: Sequence[Line]) -> dict[str, Any]:
         "rows": _filled([[DASH, *line.cells[1:-1], DASH] for line in lines]),
         "classes": [(line.row.get("protocol"), class_tables(line.row)) for line in lines if line.is_headline],
         "galleries": [
-            (
-                *EXAMPLES.get(kind, (kind.capitalize(), "")),
-                [html.picture(path, path.stem) for path in paths],
-            )
+            (*EXAMPLES.get(kind, (kind.capitalize(), "")), [html.picture(path, path.stem) for path in paths])
             for kind, paths in groupby(record.examples, lambda path: path.stem.rpartition("_")[0])
         ],
         "settings": json.dumps([row.get("settings") for row in rows], indent=1),

@@ -38,10 +38,7 @@ class Stated:
 
 
 def infer_architecture(
-    state: Mapping[str, Tensor],
-    stated: Stated = Stated(),
-    path: str | Path = "state dict",
-    source: str = "meta",
+    state: Mapping[str, Tensor], stated: Stated = Stated(), path: str | Path = "state dict", source: str = "meta"
 ) -> dict[str, Any]:
     """The arguments of RegisterViT for a backbone state dict with dinoreg's (Meta's) key names.
 
