@@ -25,11 +25,8 @@ def candidates(verbs: Mapping[str, Verb], typed: Sequence[str]) -> list[str]:
     *before, current = typed or [""]
     if not before:
         return _starting(current, [*verbs, "--help", "--version"])
-    verb = verbs.get(before[0])
-    if verb is None:
-        return []
+    keys = verbs[before[0]].keys() if before[0] in verbs else {}
     key, equals, value = current.partition("=")
-    keys = verb.keys()
     if equals:
         hint, declared = keys.get(key, (None, None))
         known = ("true", "false") if hint is bool else declared.choices if declared else ()
@@ -40,11 +37,9 @@ def candidates(verbs: Mapping[str, Verb], typed: Sequence[str]) -> list[str]:
 
 
 def _first_words(verb: str) -> Iterable[str]:
-    if verb in ("pretrain", "plan"):
-        return shipped_configs()
-    if verb == "eval":
-        return ["all", "--list", *(path.stem for path in sorted(bundled("eval").glob("*.py")))]
-    return {"view": VIEWS, "launch": [*job_files(), *ACTIONS], "completion": SHELLS}.get(verb, ())
+    datasets = ["all", "--list", *(path.stem for path in sorted(bundled("eval").glob("*.py")))]
+    known = {"view": [*VIEWS], "launch": [*job_files(), *ACTIONS], "completion": [*SHELLS], "eval": datasets}
+    return shipped_configs() if verb in ("pretrain", "plan") else known.get(verb, ())
 
 
 def _starting(text: str, words: Iterable[str]) -> list[str]:

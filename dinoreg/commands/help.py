@@ -16,12 +16,7 @@ def overview(verbs: Mapping[str, Verb]) -> str:
     """The help of the program, with one line per verb."""
     lines = [_beside(f"  {name}", said_of(name, "summary")[0], max(map(len, verbs)) + 4) for name in verbs]
     return "\n".join(
-        [
-            "dinoreg: self-supervised pretraining of Vision Transformers with register tokens",
-            *("", "usage: dinoreg VERB … key=value …", "", *lines, ""),
-            *("dinoreg VERB --help lists a verb's keys; dinoreg --version prints the version.", ""),
-            *_examples("start"),
-        ]
+        [*said_of("start", "usage"), "", *lines, "", *said_of("start", "details"), "", *_examples("start")]
     )
 
 
@@ -37,19 +32,16 @@ def verb_help(verb: Verb, arguments: Sequence[str] = ()) -> str:
     wanted = [word for word in words if word in known]
     named = [word for word in words if word not in known]
     shown = verb.values(named) if verb.values and named and not is_key_value(named[0]) else verb.options
-    starts = ("usage:", *[" " * 6] * 9)
-    usage = [_wrapped(f"{start} dinoreg {line}", " " * 9) for start, line in zip(starts, said_of(verb.name, "usage"))]
-    lines = [*usage, "", *map(_wrapped, said_of(verb.name, "summary"))]
+    usage = "\n       dinoreg ".join(said_of(verb.name, "usage"))
+    lines = [_wrapped(f"usage: dinoreg {usage}", " " * 9), "", *map(_wrapped, said_of(verb.name, "summary"))]
     if not wanted:
-        details = [*said_of(verb.name, "details"), *verb.lines()]
-        lines += ["", *_examples(verb.name), *[""][: bool(details)], *map(_wrapped, details)]
+        lines += ["", *_examples(verb.name), "", *map(_wrapped, (*said_of(verb.name, "details"), *verb.lines()))]
     for kind, options in {"": shown, **verb.kinds}.items():
         rows = [row for row in describe(options) if not wanted or section_of(row[0]) in wanted]
         if rows:
             lines += ["", f"keys of {kind}:" if kind else "keys:", *_table(rows)]
     if known and not wanted:
-        sections = " ".join(sorted(known))
-        lines += ["", _wrapped(f"one section: dinoreg {verb.name} --help SECTION, of {sections}", "  ")]
+        lines += ["", _wrapped(f"one section: dinoreg {verb.name} --help {' | '.join(sorted(known))}", "  ")]
     return "\n".join(lines)
 
 

@@ -12,8 +12,6 @@ from typing import Any
 from dinoreg.checkpoint.atomic import replacing, write_atomic
 from dinoreg.commands.guide import Verbatim, say_next
 from dinoreg.commands.options import InspectOptions
-from dinoreg.config.load import load_config
-from dinoreg.config.overwrite import check_folder
 from dinoreg.data.open import open_source, read_labelled
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import FEW_IMAGES, inspect_source, render_inspection
@@ -21,12 +19,12 @@ from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.printable import print_status
+from dinoreg.runtime.printable import listed, print_status
 from dinoreg.runtime.progress import show_progress
 
 SETTINGS = "prepared.json"  # in a prepared folder: what it was made of, and how
-SMALL = 50_000  # images up to which configs/small.yaml is meant
-_KEPT = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}  # formats that a smaller picture is written in; others: PNG
+SMALL, SMALL_BATCH = 50_000, 64  # images up to which configs/small.yaml is meant, and its batch
+_JPEG = (".jpg", ".jpeg")
 
 
 def inspect(data: str | os.PathLike[str] | Sequence[str], **options: Any) -> dict[str, Any]:
@@ -36,13 +34,9 @@ def inspect(data: str | os.PathLike[str] | Sequence[str], **options: Any) -> dic
     options  the command line's keys: sample=1000, in_channels=3, range=[0, 4095], root=…, columns=…
     raises   UserError (a ValueError) for wrong options, and as `open_source`
     """
-    sources = os.fspath(data) if isinstance(data, (str, os.PathLike)) else [os.fspath(part) for part in data]
-    return _inspect(InspectOptions(data=sources, **options))
-
-
-def _inspect(options: InspectOptions) -> dict[str, Any]:
-    named = {key: getattr(options, key) for key in ("sample", "in_channels", "root", "columns")}
-    return inspect_source(options.data, value_range=options.range, **named)
+    given = InspectOptions(str(data) if isinstance(data, (str, os.PathLike)) else list(data), **options)
+    named = {key: getattr(given, key) for key in ("sample", "in_channels", "root", "columns")}
+    return inspect_source(given.data, value_range=given.range, **named)
 
 
 def inspect_command(options: InspectOptions) -> None:
@@ -54,7 +48,7 @@ def inspect_command(options: InspectOptions) -> None:
         print(f"prepared: {prepare(options)}")
         _say_next(options.prepare, len(open_source(options.prepare)))
         return
-    found = _inspect(options)
+    found = inspect(**vars(options))
     print(render_inspection(found))
     if len(found["bad"]) == found["looked_at"]:
         name, reason = next(iter(found["bad"].items()))
@@ -71,7 +65,7 @@ def _say_next(data: str | list[str], images: int, side: int | None = None) -> No
     if is_folder := isinstance(data, str) and os.path.isdir(data):
         with suppress(UserError):  # no subfolders that are classes
             more = f"probe.data={shlex.quote(data)}" if len(read_labelled(data).class_names) > 1 else ""
-    if images < FEW_BATCHES * load_config("small").batch_size:
+    if images < FEW_BATCHES * SMALL_BATCH:
         more += f" batch_size={batch_for(images)}"
     case = "large" if side and is_folder else "few" if images < FEW_IMAGES else ""
     values = {"data": data, "stem": name, "folder": f"{name}-{side}", "more": Verbatim(more)}
@@ -87,58 +81,53 @@ def prepare(options: InspectOptions) -> Path:
 
     raises  UserError for what is no folder, for one inside the other, and for a folder prepared in another way
     """
-    if not isinstance(options.data, str) or not os.path.isdir(os.path.expanduser(options.data)):
-        raise UserError(f"prepare={options.prepare}: data= has to be one folder")
-    assert options.prepare is not None
-    source, target = open_source(options.data), Path(options.prepare)
-    root = Path(os.path.abspath(os.path.expanduser(options.data)))
-    if target.absolute() == root or root in target.absolute().parents:
-        raise UserError(f"prepare={target}: expected a folder outside of data={options.data}")
-    if paired := [name for name in ("masks", "depth") if (root / name).is_dir()]:
-        raise UserError(f"prepare={target}: {root / paired[0]} holds no photographs, and would be spoilt")
-    check_folder(target, f"prepare={target}:")
+    root, target = Path(os.path.abspath(os.path.expanduser(str(options.data)))), Path(str(options.prepare))
     settings = {"data": str(root), "side": options.side, "longest": options.longest}
-    known = read_json(target / SETTINGS)
-    if known != settings and target.is_dir() and any(target.iterdir()):
-        raise UserError(f"prepare={target}: not empty, and not prepared with these options; expected another folder")
+    is_full = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    for wrong, why in (
+        (not root.is_dir(), "data= has to be one folder"),
+        (root in (target.absolute(), *target.absolute().parents), f"lies in data={options.data}"),
+        (
+            any((root / name).is_dir() for name in ("masks", "depth")),
+            f"{root} holds masks or depth, which it would spoil",
+        ),
+        (is_full and read_json(target / SETTINGS) != settings, "not empty, and not prepared with these options"),
+    ):
+        if wrong:
+            raise UserError(f"prepare={target}: {why}")
+    source, bad = open_source(root), []
     target.mkdir(parents=True, exist_ok=True)
     write_atomic(target / SETTINGS, json.dumps(settings, indent=1) + "\n")
 
-    def written(index: int) -> str:
+    def write(index: int) -> None:
         try:
             _write_smaller(source, index, target / os.path.relpath(source.name(index), root), options)
         except BadImage as error:
-            return f"{source.name(index)}: {error}"
-        return ""
+            bad.append(f"{source.name(index)}: {error}")
 
     from dinoreg.evaluation.features.images import parallel
 
-    done = parallel(written, range(len(source)), usable_cores())
-    bad = list(filter(None, show_progress(done, len(source), "prepare", "images")))
-    for line in bad[:10]:
-        print_status(f"left out: {line}")
-    print_status(f"prepare: {len(source) - len(bad):,} of {len(source):,} images")
+    for _ in show_progress(parallel(write, range(len(source)), usable_cores()), len(source), "prepare", "images"):
+        pass
+    print_status(f"prepare: {len(source) - len(bad):,} of {len(source):,} images; left out: {listed(bad) or 'none'}")
     return target
 
 
 def _write_smaller(source: Source, index: int, path: Path, options: InspectOptions) -> None:
-    """One file of a prepared folder, unless it is there."""
-
+    """One file of a prepared folder, unless it is there; a resized one is JPEG where it was, else PNG."""
     from dinoreg.evaluation.features.images import resized, shown
 
-    kind = _KEPT.get(path.suffix.lower(), "PNG")
-    smaller = path if path.suffix.lower() in _KEPT else path.with_name(f"{path.name}.png")
+    smaller = path if path.suffix.lower() in (*_JPEG, ".png") else path.with_name(f"{path.name}.png")
     if path.is_file() or smaller.is_file():
         return
     image = source.image(index)
-    limit = (max if options.longest else min)(image.height, image.width)
-    pixels = image.pixels()
+    pixels, limit = image.pixels(), (max if options.longest else min)(image.height, image.width)
     path.parent.mkdir(parents=True, exist_ok=True)
     if limit <= options.side or str(pixels.dtype) != "torch.uint8":
         with replacing(path) as aside:
             shutil.copyfile(source.name(index), aside)
         return
     height, width = (max(1, round(side * options.side / limit)) for side in (image.height, image.width))
-    picture = resized(pixels, height, width)
     with replacing(smaller) as aside:
-        shown(picture).save(aside, kind, **({"quality": 95} if kind == "JPEG" else {}))
+        kind = "JPEG" if smaller.suffix.lower() in _JPEG else "PNG"
+        shown(resized(pixels, height, width)).save(aside, kind, quality=95)

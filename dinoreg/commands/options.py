@@ -31,11 +31,6 @@ class DoctorOptions(NoOptions, verb="doctor"):
 
 
 @dataclass(frozen=True)
-class CompletionOptions(NoOptions, verb="completion"):
-    """`dinoreg completion` has no keys."""
-
-
-@dataclass(frozen=True)
 class QuickstartOptions(Options, verb="quickstart"):
     """The run of `dinoreg quickstart`."""
 

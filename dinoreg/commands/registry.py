@@ -177,9 +177,8 @@ _ACTIONS = {f"launch {action} RUN": cls for action, cls in keys.ACTIONS.items()}
 
 
 def _read_completion(arguments: list[str]) -> tuple[str]:
-    (shell, *_), _ = read_options(keys.CompletionOptions, arguments or ["bash, zsh or fish"], positional=1)
-    if shell not in SHELLS:
-        raise UserError(f"completion: {shell}: expected {' or '.join(SHELLS)}{nearest(shell, SHELLS)}")
+    if (shell := " ".join(arguments)) not in SHELLS:
+        raise UserError(f"completion: {shell or 'missing SHELL'}: expected {' or '.join(SHELLS)}")
     return (script_of(shell),)
 
 
