@@ -118,9 +118,8 @@ def _meta(folder: Path) -> Meta | None:
         if not all(isinstance(text, str) for text in (*names, *wnids, *sum(names.values(), ()))):
             raise TypeError("expected names of wnids and a list of wnids")
     except Exception as error:  # a pickle can be broken, or forbidden, in many ways
-        raise UserError(
-            f"{NAME}: {path} is not the file that torchvision writes ({type(error).__name__}); it may be deleted"
-        ) from None
+        why = f"{NAME}: {path} is not the file that torchvision writes ({type(error).__name__}); it may be deleted"
+        raise UserError(why) from None
     return names, wnids
 
 

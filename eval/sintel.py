@@ -119,9 +119,8 @@ def read_flo(path: Path) -> np.ndarray:
         raise UserError(f"{NAME}: {path} is not a .flo file, expected it to begin with PIEH, a width and a height")
     width, height = np.frombuffer(data, "<i4", 2, offset=4).tolist()
     if not (0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE) or len(data) != HEADER + 8 * width * height:
-        raise UserError(
-            f"{NAME}: {path} has {len(data)} bytes for {height}x{width} pixels, expected {HEADER} + 8 a pixel"
-        )
+        why = f"{NAME}: {path} has {len(data)} bytes for {height}x{width} pixels, expected {HEADER} + 8 a pixel"
+        raise UserError(why)
     return np.frombuffer(data, "<f4", offset=HEADER).reshape(height, width, 2).astype(np.float32)
 
 

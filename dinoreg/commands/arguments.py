@@ -52,10 +52,6 @@ class Verb:
         classes = (self.options, *self.kinds.values(), *((self.also,) if self.also else ()))
         return {key: found for cls in classes for key, found in declarations(cls).items()}
 
-    def switches(self) -> set[str]:
-        """The keys that are true or false."""
-        return {key for key, (hint, _) in self.keys().items() if hint is bool}
-
 
 def is_key_value(argument: str) -> bool:
     """Whether an argument has the form key=value; an existing path with "=" in it does not count."""

@@ -16,7 +16,16 @@ def overview(verbs: Mapping[str, Verb]) -> str:
     """The help of the program, with one line per verb."""
     lines = [_beside(f"  {name}", said_of(name, "summary")[0], max(map(len, verbs)) + 4) for name in verbs]
     return "\n".join(
-        [*said_of("start", "usage"), "", *lines, "", *said_of("start", "details"), "", *_examples("start")]
+        [
+            *said_of("start", "usage"),
+            "",
+            *lines,
+            "",
+            *said_of("start", "details"),
+            "",
+            "examples:",
+            *said_of("start", "examples"),
+        ]
     )
 
 
@@ -35,7 +44,13 @@ def verb_help(verb: Verb, arguments: Sequence[str] = ()) -> str:
     usage = "\n       dinoreg ".join(said_of(verb.name, "usage"))
     lines = [_wrapped(f"usage: dinoreg {usage}", " " * 9), "", *map(_wrapped, said_of(verb.name, "summary"))]
     if not wanted:
-        lines += ["", *_examples(verb.name), "", *map(_wrapped, (*said_of(verb.name, "details"), *verb.lines()))]
+        lines += [
+            "",
+            "examples:",
+            *said_of(verb.name, "examples"),
+            "",
+            *map(_wrapped, (*said_of(verb.name, "details"), *verb.lines())),
+        ]
     for kind, options in {"": shown, **verb.kinds}.items():
         rows = [row for row in describe(options) if not wanted or section_of(row[0]) in wanted]
         if rows:
@@ -73,10 +88,6 @@ def _wrapped(text: str, indent: str = "") -> str:
 def section_of(key: str) -> str:
     """The section that a dotted key belongs to, "" for none."""
     return key.partition(".")[0] if "." in key else ""
-
-
-def _examples(name: str) -> list[str]:
-    return ["examples:", *(f"  {line}" for line in said_of(name, "examples"))]
 
 
 def _width() -> int:

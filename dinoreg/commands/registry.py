@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.commands import options as keys
-from dinoreg.commands.arguments import (
-    Verb,
-    config_and_options,
-    is_key_value,
-    read_options,
-    source_and_overrides,
-    split_arguments,
-)
+from dinoreg.commands.arguments import Verb, config_and_options, read_options, source_and_overrides
 from dinoreg.commands.completion import SHELLS, script_of
 from dinoreg.commands.early import check_early, given_by
 from dinoreg.commands.failures import running
@@ -142,7 +135,7 @@ def _export(options: keys.ExportOptions) -> None:
 def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """(kind of view, arguments of `dinoreg.visualize.KIND.view_KIND`)"""
     expected = f"expected {', '.join(keys.VIEWS)}"
-    if not arguments or is_key_value(arguments[0]):
+    if not arguments or "=" in arguments[0]:
         raise UserError(f"view: missing what to view; {expected}")
     kind, *rest = arguments
     if kind not in keys.VIEWS:
@@ -222,20 +215,19 @@ def run_verb(verb: str, arguments: list[str], **hooks: Any) -> None:
 def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
     """(values, case) of the line on what to do next, see `say_next`."""
     values = {key: value for each in parsed for key, value in given_by(each).items()}
-    words, pairs = split_arguments(arguments)
-    first, case = (words or [""])[0], ""
+    first, case = (arguments or [""])[0].partition("=")[0], ""
     if verb == "eval":
         from dinoreg.evaluation.request import is_own
 
         case = "listed" if "--list" in arguments else "own" if is_own(first) else ""
     elif verb == "view" and first == "crops":
-        case, values["source"] = first, dict(pair.partition("=")[::2] for pair in pairs).get("data")
+        case, values["source"] = first, dict(pair.partition("=")[::2] for pair in arguments).get("data")
     elif verb == "export" and values["format"] == "onnx":
         case = "onnx"
     elif verb == "doctor" and first:
         case = "finished" if read_json(Path(first) / "status.json").get("phase") == "finished" else "unfinished"
     elif verb == "plan":
-        values["rest"] = Verbatim(shlex.join(split_texts(PlanOptions, pairs)[1]))
+        values["rest"] = Verbatim(shlex.join(split_texts(PlanOptions, arguments[1:])[1]))
     elif verb == "registers":
         values["weights"] = parsed[0].models[0]
     return {**values, "first": first}, case

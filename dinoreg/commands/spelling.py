@@ -18,7 +18,8 @@ def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:
     Accepted are --key value, --key=value, --some-key, key = value, key= value, a yes-or-no key alone, and a path behind
     the verb's words, which stands for its `path` key.
     """
-    keys, switches, rest = verb.keys(), verb.switches(), list(arguments)
+    keys, rest = verb.keys(), list(arguments)
+    switches = {key for key, (hint, _) in keys.items() if hint is bool}
     words: list[str] = []
     pairs: list[str] = []
     while rest:

@@ -81,9 +81,8 @@ def verdict_command(labelled: str, options: VerdictOptions, own: Mapping[str, An
 def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]) -> LabelledVerdict:
     benchmark = own_benchmark(Path(labelled), own, options.columns)
     if not set(KINDS) <= {task.protocol for task in benchmark.tasks}:
-        raise UserError(
-            f"{labelled}: expected one class a picture; for {benchmark.task} see dinoreg eval, one out= for all"
-        )
+        other = f"for {benchmark.task} see dinoreg eval, one out= for all"
+        raise UserError(f"{labelled}: expected one class a picture; {other}")
     encoders, mine = _open(options)
     run = mine.run or Path("runs/verdict") / folder_name(mine.encoder)
     out = Path(options.out) if options.out else run / "verdict" / f"{mine.step:07d}" / benchmark.name

@@ -20,13 +20,10 @@ from dinoreg.runtime.errors import UserError, one_line
 BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-DEVICE: dict[str, Any] = {
-    "help": "what computes; auto: a GPU where there is one",
-    "pattern": r"auto|cpu|mps|cuda(:\d+)?",
-    "expected": "auto, cpu, cuda, cuda:N or mps",
-}
+DEVICE = {"help": "what computes", "pattern": r"auto|cpu|mps|cuda(:\d+)?", "expected": "auto, cpu, cuda, cuda:N or mps"}
 VALUE_RANGE = "LOW,HIGH with LOW below HIGH, once or for each channel"
 CONSTANT_ONLY = "0 unless schedule.shape=constant"
+SHAPES = ("cosine", "constant")
 METRICS = ("knn_top1", "rankme", "dense_miou", "dse")
 MAX_SEED = 2**63 - 1
 MAX_WIDTH = 65536
@@ -129,11 +126,7 @@ class ScheduleConfig(Options, section="schedule"):
     teacher_temp: tuple[float, float] = option((0.04, 0.07), "start and end (linear, then constant)", above=0)
     teacher_temp_warmup: float = option(0.3, "fraction of the run over which it rises; above 1 it ends below", low=0)
     freeze_last_layer: float = fraction(0.01, "fraction of the run in which the prototypes do not move")
-    shape: str = option(
-        "cosine",
-        "constant: rate, weight decay and momentum keep their first values, for a run that may be extended",
-        choices=("cosine", "constant"),
-    )
+    shape: str = option("cosine", "constant: values stay the first, for a run that may be extended", choices=SHAPES)
     cooldown: int = option(0, "last steps, in which a constant schedule goes to its end values (cosine)", low=0)
     horizon: int | None = option(None, "steps that fractions are of; none: the run's, constant: at first", low=1)
 

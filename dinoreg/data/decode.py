@@ -36,7 +36,6 @@ ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258  # of TIFF, and the first of EXI
 _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
 
 
-@cache
 def _load_image_operators() -> None:
     """Load torchvision's image operators without torchvision, whose models take as long to import as torch itself."""
     import torch
@@ -152,7 +151,7 @@ class EncodedImage:
         try:
             if scientific.is_deep_png(self._data):
                 self._check_header(max_pixels)
-                _load_image_operators()
+                _jpeg_operator()  # which comes with that of PNG
                 raw = scientific.read_deep_png(self._data)
             elif scientific.is_dicom(self._data):
                 self.format = "DICOM"

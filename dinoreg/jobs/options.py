@@ -12,7 +12,7 @@ from dinoreg.config.option import Options, check, keys_of, option, read, split_t
 from dinoreg.runtime.errors import UserError
 
 CLUSTERS = ("slurm", "local")
-CODES = ("copy", "shared")
+CODES, AMOUNT = ("copy", "shared"), "a number with its unit, as 64G"
 SIGNAL_DELAY = 120  # seconds
 NO_TIMEOUT = 60 * 24 * 365  # minutes; what submitit counts with where there is no limit
 PLACEMENT = ("partition", "account", "qos", "constraint", "exclude", "reservation")  # where jobs run, and who pays
@@ -28,12 +28,7 @@ class LaunchOptions(Options):
     gpus_per_node: int | None = option(None, "none: not asked for; local: those that the job sees", low=0, high=1_000)
     tasks_per_node: int | None = option(None, "processes on a machine; none: one a GPU", low=1, high=10_000)
     cpus_per_task: int | None = option(None, "cores of a process; none: not asked for", low=1, high=100_000)
-    mem: str | None = option(
-        None,
-        "memory of a machine; none: not asked for",
-        pattern=r"\d+[KMGT]?B?",
-        expected="a number with its unit, as 64G",
-    )
+    mem: str | None = option(None, "of a machine; none: not asked for", pattern=r"\d+[KMGT]?B?", expected=AMOUNT)
     time: str | None = option(None, "limit: minutes, 8:00:00 or 2-00:00:00; none: the partition's")
     signal_delay: int | None = option(None, "seconds left to save in; none: 120 or less", low=1, high=1_000_000)
     partition: str | None = option(None, "several with commas")

@@ -195,9 +195,8 @@ class RegisterViT(nn.Module):
         target = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         if mask is not None:
             if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-                raise UserError(
-                    f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool {tuple(x.shape[:2])}"
-                )
+                why = f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool {tuple(x.shape[:2])}"
+                raise UserError(why)
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         patch_positions = resample_positions(
             self.pos_embed[:, 1:], self.grid, target, self.antialias, self.position_offset

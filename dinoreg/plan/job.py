@@ -205,9 +205,8 @@ def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes
     config, world_size = config.as_trained(), nodes * gpus
     precision = _precision(config, device)
     if config.model.attention == "xformers" and device.kind != "cuda":
-        raise UserError(
-            f"model.attention=xformers: runs on CUDA, and this is a plan for {device.name}; use auto or sdpa"
-        )
+        why = f"model.attention=xformers: runs on CUDA, and this is a plan for {device.name}; use auto or sdpa"
+        raise UserError(why)
     backend = config.model.attention
     if backend == "auto":
         backend = "plain" if device.kind == "cpu" and precision != "fp32" else "sdpa"

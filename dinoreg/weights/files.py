@@ -144,9 +144,8 @@ def _read_torch(path: Path) -> Any:
     except UserError:
         raise
     except pickle.UnpicklingError:
-        raise UserError(
-            f"weights {path}: holds more than tensors, or is no weight file; nothing in it was executed"
-        ) from None
+        why = f"weights {path}: holds more than tensors, or is no weight file; nothing in it was executed"
+        raise UserError(why) from None
     except Exception as error:  # torn archives end in many kinds of exception, all with the same meaning here
         raise UserError(f"weights {path}: not a whole torch file ({one_line(error, 160)})") from None
     _check_extent(content, path)
@@ -164,6 +163,5 @@ def _check_extent(content: Any, path: Path) -> None:
         elif isinstance(value, Tensor):
             whole = value.layout == torch.strided and value.device.type == "cpu"
             if not whole or value.numel() * value.element_size() > min(value.untyped_storage().nbytes(), budget):
-                raise UserError(
-                    f"weights {path}: a tensor of shape {tuple(value.shape)} is more than the file has bytes for"
-                )
+                why = f"weights {path}: a tensor of shape {tuple(value.shape)} is more than the file has bytes for"
+                raise UserError(why)

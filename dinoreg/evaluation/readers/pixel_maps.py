@@ -98,9 +98,8 @@ def read_depth_map(path: Path) -> np.ndarray:
     except UNREADABLE as error:
         raise unreadable(f"{path}:", "a depth map", error) from None
     if mode not in DEPTH_MODES:
-        raise UserError(
-            f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel, in millimetres"
-        )
+        why = f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel, in millimetres"
+        raise UserError(why)
     return values.astype(np.float32) / np.float32(MILLIMETRES)
 
 
@@ -115,9 +114,8 @@ def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "")
     except UNREADABLE as error:
         raise unreadable(f"{dataset}: {image}" if dataset else f"{image}:", "an image", error) from None
     if values.shape != (height, width):
-        raise UserError(
-            f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
-        )
+        why = f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
+        raise UserError(why)
 
 
 def unreadable(where: str, what: str, error: BaseException) -> UserError:
