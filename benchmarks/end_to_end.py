@@ -84,6 +84,7 @@ def build(settings: dict[str, Any]) -> Callable[[], measure.Measurement]:
 
 def main() -> None:
     options = measure.parser(__doc__)
+    options.add_argument("--only", nargs="+", choices=tuple(VARIANTS), help="measure these variants, by name")
     options.add_argument("--photos", type=Path, help="a folder of JPEGs; none: 500x375 photographs are written")
     options.add_argument("--model", default="vits16_reg4")
     options.add_argument("--prototypes", type=int, default=65536)
@@ -99,7 +100,7 @@ def main() -> None:
         return
     keys = ("model", "prototypes", "local_size", "batch_size", "workers", "device", "threads", "steps")
     settings = {**{key: getattr(given, key) for key in keys}, "settle": 1.0}
-    variants = VARIANTS
+    variants = {name: VARIANTS[name] for name in given.only or VARIANTS}
     if given.short:
         tiny = {
             "dim": 32,

@@ -26,7 +26,7 @@ from dinoreg.commands.quickstart import FIRST_PROBE_SCENE, probe
 from dinoreg.config.load import load_config
 from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.arrays import ArraySource
+from dinoreg.evaluation.readers.cifar import ArraySource
 from dinoreg.scenes.layout import UNITS, label_of
 from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES, render, render_image
 from dinoreg.scenes.shapes import KINDS

@@ -52,7 +52,9 @@ class Worker:
     ) -> None:
         """Start it, and return when it is warmed up. Raises WorkerError when it cannot be."""
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115 - closed in close()
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GOMP_"))}
+        if script != PEERS_SCRIPT:  # what dinoreg sets where it is imported before torch, as it is not here
+            env = {"GOMP_SPINCOUNT": "1000", **(env or {})}
         self._process = subprocess.Popen(
             [python, "-W", "ignore", str(HERE / script), "--worker", json.dumps(dict(settings))],
             stdin=subprocess.PIPE,
@@ -140,6 +142,18 @@ def in_turn(workers: Mapping[str, Worker | Inline], rounds: int, budget: float =
 
 
 @contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """`count` processes beside that use a core each, as neighbours on a shared machine do."""
+    neighbours = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for each in neighbours:
+            each.kill()
+            each.wait()
+
+
+@contextlib.contextmanager
 def workers_of(
     variants: Mapping[str, tuple[str, Mapping[str, Any], str, Mapping[str, str] | None]],
     inline: Callable[[dict[str, Any]], Callable[[], Measurement]] | None = None,
@@ -151,12 +165,10 @@ def workers_of(
     workers: dict[str, Worker | Inline] = {}
     try:
         for name, (script, settings, python, env) in variants.items():
-            if inline is not None and script != PEERS_SCRIPT:
-                workers[name] = Inline(inline(dict(settings)))
-                continue
+            here = inline is not None and script != PEERS_SCRIPT
             try:
-                workers[name] = Worker(script, settings, python, env)
-            except WorkerError as error:
+                workers[name] = Inline(inline(dict(settings))) if here else Worker(script, settings, python, env)
+            except (WorkerError, RuntimeError, ValueError) as error:
                 print(f"{name}: left out; {error}", file=sys.stderr)
         if not workers:
             raise SystemExit("no variant could be started")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import measure
+from alternatives import ALTERNATIVES, replaced
 
 from dinoreg import evaluate, load, pretrain
 from dinoreg.evaluation.comparison import compare
@@ -44,6 +45,10 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "small, KoLeo 0.1": ("small", {"loss.koleo_weight": 0.1}),
     "small, 1,024 prototypes": ("small", {"head.prototypes": 1024}),
+    "small, 64 prototypes": ("small", {"head.prototypes": 64}),
+    "small, KDE": ("small", {"loss.koleo_weight": 0.1}),
+    "small, SIGReg": ("small", {"loss.koleo_weight": 0.02}),
+    "small, Sinkhorn queue": ("small", {}),
     "vits14_reg4's settings": ("vits14_reg4", {**NETWORK, **CROPS}),
 }
 PEERS = {
@@ -67,9 +72,11 @@ def train(given: argparse.Namespace, data: Path, way: str, batch: int, seed: int
         return load(weights, heads=NETWORK["model.heads"])
     config, options = WAYS[way]
     told = {"data": str(data), "out": str(out), "images": given.images, "batch_size": batch, "seed": seed}
-    told |= {"threads": given.threads, "data.workers": 1, "probe.every": 0, "log.tensorboard": False}
+    told |= {"threads": given.threads, "data.workers": 1, "probe.every": 0, "log.tensorboard": False, "resume": True}
     if not (out / "checkpoints" / "last").exists():
-        pretrain(config, **told, **options)
+        alternative = way.removeprefix("small, ")
+        with replaced(alternative if alternative in ALTERNATIVES else None):
+            pretrain(config, **told, **options)
     return out
 
 

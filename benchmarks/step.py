@@ -3,6 +3,7 @@
     python benchmarks/step.py
     python benchmarks/step.py --peer lightly-train --peer-python PEER/bin/python
     python benchmarks/step.py --only dinoreg "dinoreg, fp32" --phases
+    python benchmarks/step.py --only dinoreg "dinoreg, spinning" --busy 1
 
 ViT-S/16 with 4 registers, 65536 prototypes, batch 8, 2 x 224 + 8 x 96 unless told otherwise. Everything but the
 data is dinoreg's own: the networks, the step and the optimizer are those that a run is made of.
@@ -16,15 +17,21 @@ from typing import Any
 import measure
 import torch
 
-# Overrides of the options below, per variant; "malloc": whether glibc keeps freed memory.
+# Overrides of the options below, per variant; "malloc": whether glibc keeps freed memory; "spin": whether threads that
+# wait spin for as long as GNU OpenMP has it by itself.
 OURS: dict[str, dict[str, Any]] = {
     "dinoreg": {},
     "dinoreg, malloc left alone": {"malloc": False},
+    "dinoreg, spinning": {"spin": True},
     "dinoreg, fp32": {"precision": "fp32"},
     "dinoreg, bf16": {"precision": "bf16"},
     "dinoreg, drop path 0.1": {"drop_path": 0.1},
     "dinoreg, no drop path": {"drop_path": 0.0},
     "dinoreg, 8192 prototypes": {"prototypes": 8192},
+    "dinoreg, xformers": {"attention": "xformers"},
+    "dinoreg, varlen": {"attention": "varlen"},
+    "dinoreg, sdpa": {"attention": "sdpa"},
+    "dinoreg, compiled": {"compile": True},
 }
 PEERS: dict[str, dict[str, dict[str, Any]]] = {
     "lightly-train": {
@@ -36,16 +43,18 @@ PEERS: dict[str, dict[str, dict[str, Any]]] = {
         "lightly-train, bf16, malloc, drop path 0.3": {"precision": "bf16", "drop_path": 0.3},
     }
 }
+MODEL = ("dim", "depth", "heads", "attention", "compile")
 DEFAULT = ("dinoreg", "dinoreg, no drop path", "dinoreg, 8192 prototypes")
 
 
 def build(settings: dict[str, Any]) -> Any:
     """One variant of dinoreg, warmed up; see `measure.serve`."""
     from dinoreg.config.load import load_config
-    from dinoreg.plan.devices import cpu_device
+    from dinoreg.plan.devices import local_device
     from dinoreg.plan.job import describe
     from dinoreg.plan.memory import operations_of
-    from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
+    from dinoreg.runtime.device import DTYPES, keep_freed_memory, pick_device, pick_precision
+    from dinoreg.train.parallelize import compile_blocks
     from dinoreg.train.schedules import Now
     from dinoreg.train.state import build_networks, build_state
     from dinoreg.train.step import train_step
@@ -55,7 +64,7 @@ def build(settings: dict[str, Any]) -> Any:
         {
             "model.name": settings["model"],
             **({} if settings["drop_path"] is None else {"model.drop_path": settings["drop_path"]}),
-            **{f"model.{key}": settings[key] for key in ("dim", "depth", "heads") if settings.get(key)},
+            **{f"model.{key}": settings[key] for key in MODEL if settings.get(key)},
             "crops.global_size": settings["global_size"],
             "crops.local_size": settings["local_size"],
             "crops.num_local": settings["num_local"],
@@ -74,11 +83,15 @@ def build(settings: dict[str, Any]) -> Any:
         keep_freed_memory()
     student, teacher = build_networks(config)
     state = build_state(config, student, teacher, device, dtype)
+    if config.model.compile:
+        compile_blocks(student, teacher)
     batches = [random_batch(config, student.backbone.patch_size, number, device) for number in range(4)]
     now = Now(lr=1e-4, last_layer_lr=1e-4, weight_decay=0.04, momentum=0.992, teacher_temp=0.04)
     options = {"loss": config.loss, "dtype": dtype, "clip_grad": config.optim.clip_grad, "accumulate": 1, "seed": 0}
 
-    operations = operations_of(describe(config, 1, 1, cpu_device())).total  # of one image
+    here = local_device()
+    operations = operations_of(describe(config, 1, 1, here)).total  # of one image
+    peak = here.peak(next(name for name, known in DTYPES.items() if known == dtype))  # TFLOP/s, on paper
 
     def step() -> None:
         train_step(state, batches[state.step % len(batches)], now, **options)
@@ -90,6 +103,7 @@ def build(settings: dict[str, Any]) -> Any:
             "images_per_s": config.batch_size / spent,
             "gflops": executed / 1e9,
             "share_of_matmul": executed / measure.matmul_flops(device, dtype),
+            **({"share_of_peak": executed / (peak * 1e12)} if peak else {}),
             "peak_gib": measure.peak_gib(device),
         }
 
@@ -173,6 +187,7 @@ def main() -> None:
     options.add_argument("--prototypes", type=int, default=65536)
     options.add_argument("--drop-path", type=float, help="of dinoreg; none: its default")
     options.add_argument("--steps", type=int, default=1, help="steps of one measurement")
+    options.add_argument("--busy", type=int, default=0, help="processes beside that use a core each")
     given = options.parse_args()
     if given.worker:
         measure.serve(build, given.worker)
@@ -194,14 +209,15 @@ def main() -> None:
     variants = {}
     for name in chosen:
         own = {**settings, **known[name]}
-        malloc = own.pop("malloc", True)
+        malloc, spin = own.pop("malloc", True), own.pop("spin", False)
         if name in theirs:
             env = measure.KEEP_FREED if malloc else None
             variants[name] = (measure.PEERS_SCRIPT, {"peer": given.peer, "what": "step", **own}, given.peer_python, env)
         else:
             own["prototypes"] = min(own["prototypes"], settings["prototypes"])
-            variants[name] = ("step.py", own, sys.executable, None if malloc else {"DINOREG_MALLOC": "0"})
-    with measure.workers_of(variants, build if given.short else None) as workers:
+            env = {} if malloc else {"DINOREG_MALLOC": "0"}
+            variants[name] = ("step.py", own, sys.executable, env | ({"GOMP_SPINCOUNT": "300000"} if spin else {}))
+    with measure.workers_of(variants, build if given.short else None) as workers, measure.busy(given.busy):
         rounds = measure.in_turn(workers, given.rounds, given.budget)
     bases = [name for name in theirs if name in rounds[0]] or [next(iter(rounds[0]))]
     summary = measure.compare(rounds, "images_per_s", bases)
@@ -221,7 +237,7 @@ def main() -> None:
             row["GFLOP/s"] = f"{values['gflops']:.0f}" if "gflops" in values else ""
             row["of matmul"] = f"{100 * values['share_of_matmul']:.0f} %" if "share_of_matmul" in values else ""
             row["peak GiB"] = f"{values['peak_gib']:.2f}"
-    measure.report("step", {**settings, "rounds": len(rounds)}, summary, measure.table(table))
+    measure.report("step", {**settings, "busy": given.busy, "rounds": len(rounds)}, summary, measure.table(table))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Names are looked up when they are first used, so that `import dinoreg` is quick.
 """
 
 import importlib
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,15 @@ if TYPE_CHECKING:
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
     from dinoreg.weights.load import load
+
+# Threads of GNU OpenMP spin for milliseconds while they wait for each other, by default: beside another busy process a
+# step then takes ten times as long. The library reads this when PyTorch is loaded, which is later.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Memory of a GPU in segments that grow: with the masks of a run, of which every step has other ones, segments of fixed
+# size leave a tenth of it in gaps. PyTorch reads this when CUDA starts.
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]

@@ -24,7 +24,7 @@ from dinoreg.evaluation import published
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, linear_tasks
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.readers.files import lines, paths_source, present
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.regular_files import load_array
 
 NAME = "imagenet1k"
@@ -92,10 +92,8 @@ def _entries(folder: Path, split: str, extra: str) -> Path:
 
 def _from_entries(folder: Path, split: str, entries: Path) -> tuple[Source, np.ndarray]:
     """From DINOv2's table: the number in the file's name, and the wnid."""
-    try:
+    with reworded(f"{NAME}: {entries} is not a readable array", OSError, ValueError):
         table = load_array(entries)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{NAME}: {entries} is not a readable array ({str(error).splitlines()[0]})") from None
     if table.ndim != 1 or not {"actual_index", "class_id"} <= set(table.dtype.names or ()):
         raise UserError(f"{NAME}: {entries} has no columns actual_index and class_id")
     wnids, numbers = table["class_id"], table["actual_index"]
@@ -111,15 +109,13 @@ def _meta(folder: Path) -> Meta | None:
         return None
     import torch  # here, so that the table of datasets does not wait for it
 
-    try:
+    # A pickle can be broken, or forbidden, in many ways.
+    with reworded(f"{NAME}: {path} is not the file that torchvision writes and may be deleted", Exception):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's warnings on other kinds of pickles, which do not apply
             names, wnids = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(text, str) for text in (*names, *wnids, *sum(names.values(), ()))):
             raise TypeError("expected names of wnids and a list of wnids")
-    except Exception as error:  # a pickle can be broken, or forbidden, in many ways
-        why = f"{NAME}: {path} is not the file that torchvision writes ({type(error).__name__}); it may be deleted"
-        raise UserError(why) from None
     return names, wnids
 
 

@@ -32,7 +32,7 @@ from dinoreg.evaluation.published import DINOV2, DINOV3, at_test_time, released,
 from dinoreg.evaluation.readers.files import matched, matlab_numbers, missing, paired, paths_source
 from dinoreg.evaluation.readers.pixel_maps import read_depth_map
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, reworded
 
 NAME = "nyu"
 SIZE = (480, 640)  # height, width that the crops are stated for
@@ -94,20 +94,16 @@ class LabelledFrames(Source):
     """
 
     def __init__(self, path: Path, depths: str) -> None:
-        try:
+        with reworded(f"{NAME}: reading {path} needs h5py: {install('h5py')}", ImportError):
             import h5py
-        except ImportError:
-            raise UserError(f"{NAME}: reading {path} needs h5py: {install('h5py')}") from None
         self.path, self.key = path, {"raw": "rawDepths", "filled": "depths"}[depths]
         self._lock = Lock()
-        try:
+        if not path.exists():
+            raise missing(path, NAME, LABELLED_ARCHIVE)
+        what = f"images and {self.key} cannot be read, expected a MATLAB 7.3 file"
+        with reworded(f"{NAME}: {path}: {what}", OSError, KeyError, AttributeError):
             self._file = h5py.File(path, "r")
             images, maps = (tuple(self._file[key].shape) for key in ("images", self.key))
-        except FileNotFoundError:
-            raise missing(path, NAME, LABELLED_ARCHIVE) from None
-        except (OSError, KeyError, AttributeError) as error:
-            what = f"images and {self.key} cannot be read, expected a MATLAB 7.3 file"
-            raise UserError(f"{NAME}: {path}: {what} ({one_line(error, 160)})") from None
         if len(images) != 4 or images[1] != 3 or maps != (images[0], *images[2:]):
             raise UserError(
                 f"{NAME}: {path}: images {images} and {self.key} {maps}, expected (n, 3, width, height) and "
@@ -127,10 +123,8 @@ class LabelledFrames(Source):
 
     def depth(self, index: int) -> np.ndarray:
         """Depth (H, W) float32 metres, 0 where unknown; UserError where it cannot be read."""
-        try:
+        with reworded(f"{NAME}: {self.name(index)}: {self.key} cannot be read", OSError):
             return np.ascontiguousarray(self._read(self.key, index).T, dtype=np.float32)
-        except OSError as error:
-            raise UserError(f"{NAME}: {self.name(index)}: {self.key} cannot be read ({one_line(error, 160)})") from None
 
     def _read(self, key: str, index: int) -> np.ndarray:
         with self._lock:

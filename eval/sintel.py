@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
@@ -17,9 +16,8 @@ from dinoreg.data.source import PathSource
 from dinoreg.evaluation.benchmark import Benchmark, Need, Options, Published, Task
 from dinoreg.evaluation.data import Data, FlowPairs
 from dinoreg.evaluation.readers.files import missing, paths_source, read_bytes
-from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, unreadable
-from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.regular_files import open_regular
+from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, read_pixels
+from dinoreg.runtime.errors import UserError, reworded
 
 NAME = "sintel"
 PASSES = ("clean", "final")
@@ -126,11 +124,8 @@ def read_flo(path: Path) -> np.ndarray:
 
 def _mask(path: Path) -> np.ndarray:
     """(H, W) bool of a grey PNG: where it is not 0."""
-    try:
-        with open_regular(path) as file, Image.open(file) as image:
-            return np.asarray(image.convert("L")) != 0
-    except UNREADABLE as error:
-        raise unreadable(f"{NAME}: {path}", "a mask", error) from None
+    with reworded(f"{NAME}: {path} cannot be read as a mask", *UNREADABLE):
+        return read_pixels(path, "L").values != 0
 
 
 DINOFLOW = "DinoFlow (paper not at hand)"

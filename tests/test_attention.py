@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from dinoreg.models import attention
-from dinoreg.models.attention import attend, attend_groups, attention_weights, resolve_backend
+from dinoreg.models.attention import PACKED, attend, attend_groups, attention_weights, resolve_backend
+from dinoreg.runtime import xformers_check
 from dinoreg.runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -104,32 +105,61 @@ def test_xformers_without_cuda_is_refused_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_where_xformers_does_not_run_its_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = torch.device("cuda")
+def test_where_a_better_backend_does_not_run_its_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, problems = torch.device("cuda"), {"xformers": "built for another PyTorch", "varlen": "no float32"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention, "run_problem", lambda device, dtype: "built for another PyTorch")
-    assert resolve_backend("auto", device) == "sdpa"
-    said = attention.describe_backend("auto", device, 50, torch.bfloat16)
-    assert said == "sdpa (xformers does not run here: built for another PyTorch)"
-    with pytest.raises(UserError, match="cannot run here: built for another PyTorch; use auto or sdpa"):
-        resolve_backend("xformers", device)
-    monkeypatch.setattr(attention, "run_problem", lambda device, dtype: None)
-    assert attention.describe_backend("auto", device, 50, torch.bfloat16) == "xformers"
-    assert attention.describe_backend("sdpa", device, 50, torch.bfloat16) == "sdpa"
-    assert attention.describe_backend("auto", CPU, 50, torch.float32) == "sdpa"
+    for module in (attention, xformers_check):
+        monkeypatch.setattr(module, "run_problem", lambda device, dtype, backend: problems.get(backend))
+
+    def said(name: str, device: torch.device = device) -> str:
+        return attention.describe_backend(name, device, 50, torch.bfloat16)
+
+    because = "xformers does not run here: built for another PyTorch"
+    assert said("auto") == f"sdpa ({because}; varlen does not run here: no float32)"
+    for backend in ("xformers", "varlen"):
+        with pytest.raises(UserError, match=f"{backend}.*cannot run here: {problems[backend]}; use auto or sdpa"):
+            resolve_backend(backend, device)
+    del problems["varlen"]
+    assert said("auto") == f"varlen ({because})"
+    assert said("varlen") == resolve_backend("auto", device) == "varlen"
+    del problems["xformers"]
+    assert said("auto") == "xformers"
+    assert said("sdpa") == "sdpa"
+    assert said("auto", CPU) == "plain"
+
+
+def test_varlen_is_given_the_boundaries_of_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import varlen
+
+    def literally(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, same: Tensor, longest: int, again: int) -> Tensor:
+        assert starts is same
+        assert (starts.dtype, longest, again) == (torch.int32, max(tokens for _, tokens in some), longest)
+        bounds = zip(starts.tolist(), starts.tolist()[1:], strict=False)
+        return torch.cat([literal(*(x[None, start:stop] for x in (q, k, v)))[0] for start, stop in bounds])
+
+    monkeypatch.setattr(varlen, "varlen_attn", literally)
+    shapes = ((2, 5), (1, 7), (3, 4))
+    qkv = torch.randn(29, 3, 2, 8, generator=torch.Generator().manual_seed(4))
+    for some in (shapes, shapes[:1]):  # a single group, too
+        part = qkv[: sum(images * tokens for images, tokens in some)]
+        expected = attend_groups(part, some, ("sdpa",) * len(some))
+        torch.testing.assert_close(attend_groups(part, some, ("varlen",) * len(some)), expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_xformers_equals_sdpa_on_packed_groups_and_their_gradients() -> None:
+@pytest.mark.parametrize("packed", PACKED)
+def test_packed_backends_equal_sdpa_and_its_gradients(packed: str) -> None:
     device = torch.device("cuda")
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 2e-2)):
-        resolve_backend("xformers", device, dtype=dtype)  # raises, and so fails, where its kernels do not run
+        if packed == "varlen" and dtype == torch.float32:
+            continue  # it has no kernel for it
+        resolve_backend(packed, device, dtype=dtype)  # raises, and so fails, where its kernels do not run
         shapes = ((3, 41), (5, 17))
         generator = torch.Generator().manual_seed(3)
         start = torch.randn(3 * 41 + 5 * 17, 3, 2, 64, generator=generator).to(device, dtype)
         results = []
-        for backend in ("xformers", "sdpa"):
+        for backend in (packed, "sdpa"):
             qkv = start.clone().requires_grad_()
             out = attend_groups(qkv, shapes, (backend, backend))
             out.float().square().sum().backward()

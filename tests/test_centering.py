@@ -123,7 +123,7 @@ def test_softmax_center_equals_the_softmax_of_centred_logits() -> None:
             expected[i, k] = powers[k] / sum(powers)
     torch.testing.assert_close(softmax_center(logits, center, 0.04), expected)
     assert softmax_center(logits[:0], center, 0.04).shape == (0, 5)
-    assert softmax_center(logits.bfloat16(), center.float(), torch.tensor(0.04)).dtype == torch.float32
+    assert softmax_center(logits.bfloat16(), center.float(), 0.04).dtype == torch.float32
 
 
 def test_center_moves_by_a_tenth_towards_the_mean() -> None:

@@ -17,8 +17,9 @@ from dinoreg.runtime.dependencies import DEPENDENCIES, LINUX_X86, find, install,
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [row.name for row in DEPENDENCIES]
-# What runs instead of being imported, by what shows it in .ci/run or pyproject.toml.
+# What runs instead of being imported, by what shows it in .ci/run, pyproject.toml or mkdocs.yml.
 TOOLS = {"pytest-xdist": "--dist loadfile", "ruff": "/ruff", "mypy": "/mypy", "wheel": 'pip" wheel'}
+TOOLS |= {"mkdocs-material": "name: material", "mkdocstrings-python": "- mkdocstrings"}
 
 
 def imports(*folders: str) -> Iterator[str]:
@@ -42,7 +43,7 @@ def test_every_dependency_has_a_use_in_the_code() -> None:
     code |= {"tensorboard"} if "torch.utils.tensorboard" in names else set()
     code |= {package for form in FORMATS.values() for package in form.packages}  # what torch.onnx.export imports
     tests = {name.partition(".")[0] for name in imports("tests", "benchmarks", "setup.py")}
-    script = (ROOT / ".ci" / "run").read_text() + (ROOT / "pyproject.toml").read_text()
+    script = "".join((ROOT / name).read_text() for name in (".ci/run", "pyproject.toml", "mkdocs.yml"))
     for row in DEPENDENCIES:
         if row.name in TOOLS:
             assert TOOLS[row.name] in script, row.name
@@ -82,7 +83,7 @@ def test_setuptools_gets_the_requirements_without_importing_dinoreg() -> None:
     core, extras = done.stdout.decode().splitlines()
     assert ast.literal_eval(core) == requirements("core")
     assert ast.literal_eval(extras) == {
-        extra: requirements(extra) for extra in ("eval", "data", "export", "all", "test")
+        extra: requirements(extra) for extra in ("eval", "data", "export", "docs", "all", "test")
     }
     assert set(requirements("all")) < set(requirements("test"))
     assert not set(requirements("core")) & set(requirements("test"))

@@ -198,7 +198,7 @@ def test_padding_is_put_around_an_image_and_cut_off_again() -> None:
     image = torch.randint(0, 256, (1, 3, 25, 38), dtype=torch.uint8)
     expected = torch.zeros(1, 25, 38)
     for flipped in (image, image.flip(-1)):
-        mean = torch.tensor(encoder.mean).view(1, 3, 1, 1)
+        mean = torch.tensor(encoder.preprocessing.mean).view(1, 3, 1, 1)
         padded = mean.expand(1, 3, 28, 42).clone()
         padded[:, :, 1:26, 2:40] = flipped / 255  # 3 missing rows: 1 above, 2 below; 4 missing columns: 2 and 2
         tokens = encoder.layers(padded, (1,), norm=False)

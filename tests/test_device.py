@@ -112,6 +112,11 @@ def test_auto_precision_of_a_gpu_is_bf16_where_the_hardware_has_it_or_else_fp16(
     pretend_gpu(monkeypatch, *capability)
     assert torch.cuda.is_bf16_supported()  # PyTorch's own default counts emulation
     assert pick_precision("auto", torch.device("cuda")) == dtype
+    if dtype == torch.bfloat16:
+        assert pick_precision("tf32", torch.device("cuda")) == torch.float32
+    else:
+        with pytest.raises(UserError, match="precision=tf32: cuda does not compute in it; use fp32"):
+            pick_precision("tf32", torch.device("cuda"))
     (described,) = environment._torch()["cuda"]
     assert described["bf16"] == (dtype == torch.bfloat16)
 

@@ -133,7 +133,9 @@ def test_features_are_those_of_the_patches_without_class_token_and_registers(reg
     image = torch.rand(3, 24, 40, generator=torch.Generator().manual_seed(0))
     found = features_of(encoder, image, [0, 2], feature)
     assert [each.shape for each in found] == [(15, 32), (15, 32)]
-    x = (image - torch.tensor(encoder.mean)[:, None, None]) / torch.tensor(encoder.std)[:, None, None]
+    x = (image - torch.tensor(encoder.preprocessing.mean)[:, None, None]) / torch.tensor(encoder.preprocessing.std)[
+        :, None, None
+    ]
     for block, features in zip((0, 2), found):
         if feature == "token":
             expected = encoder.module.intermediate_tokens(x[None], [block], True)[0].patches[0]
@@ -147,11 +149,13 @@ def test_padding_equals_zeros_after_normalisation() -> None:
     encoder = vit()
     pixels = np.random.default_rng(0).integers(0, 256, (21, 35, 3), dtype=np.uint8)
     image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    normalised = (image - torch.tensor(encoder.mean)[:, None, None]) / torch.tensor(encoder.std)[:, None, None]
+    normalised = (image - torch.tensor(encoder.preprocessing.mean)[:, None, None]) / torch.tensor(
+        encoder.preprocessing.std
+    )[:, None, None]
     zeros = torch.zeros(3, 24, 40)
     zeros[:, :21, :35] = normalised
     expected = encoder.module(zeros[None]).patches
-    found = encoder.tokens(pad_to_patches(pixels, 8, encoder.mean)[None]).patches
+    found = encoder.tokens(pad_to_patches(pixels, 8, encoder.preprocessing.mean)[None]).patches
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -33,7 +33,7 @@ from dinoreg.evaluation.protocols.few_shot import (
     score,
 )
 from dinoreg.evaluation.protocols.measurement import Measurement
-from dinoreg.evaluation.readers.arrays import ArraySource
+from dinoreg.evaluation.readers.cifar import ArraySource
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
 from tests.miniatures import own

@@ -370,7 +370,7 @@ def test_of_copies_of_noise_chance_is_in_the_interval_in_19_of_20_cases() -> Non
         said = np.empty(120, dtype=np.int64)
         for fold in range(5):
             learnt, rows = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-            votes = knn_predict(x[learnt], torch.from_numpy(labels[learnt]), x[rows], [20], 0.07, 2)
+            votes = knn_predict(x[learnt], torch.from_numpy(labels[learnt]), x[rows], 2, [20], 0.07)
             said[rows] = votes[20].argmax(dim=-1).numpy()
         interval = draws_interval(said[None], labels, "top-1", 100, clusters=Clusters(pictures, folds))
         found.append((interval.low <= 0.5 <= interval.high, (said == labels).mean()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,27 @@ def test_importing_dinoreg_and_asking_for_help_load_no_torch() -> None:
         check = f"import sys; {code}; loaded = {absent} & set(sys.modules); assert not loaded, loaded"
         done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
+
+
+def test_threads_yield_to_a_busy_neighbour_unless_the_user_says_otherwise() -> None:
+    shown = [sys.executable, "-c", "import dinoreg, os; print(os.environ.get('GOMP_SPINCOUNT'))"]
+    plain = {key: value for key, value in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    for given, kept in (({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+        done = subprocess.run(shown, capture_output=True, text=True, cwd=ROOT, env=plain | given)
+        assert done.stdout.strip() == kept
+    done = subprocess.run(shown, capture_output=True, text=True, cwd=ROOT, env=plain)
+    assert 0 < int(done.stdout) < 300_000  # what GNU OpenMP has by itself
+
+
+def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise() -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    shown = [sys.executable, "-c", f"import dinoreg, os; print([os.environ.get(name) for name in {names}])"]
+    plain = {key: value for key, value in os.environ.items() if key not in names}
+    mine = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    ours = "expandable_segments:True" if sys.platform == "linux" else None
+    for given, kept in (({}, [ours, None]), (mine, [None, "max_split_size_mb:64"])):
+        done = subprocess.run(shown, capture_output=True, text=True, cwd=ROOT, env=plain | given)
+        assert done.stdout.strip() == str(kept)
 
 
 def test_the_public_names_are_there() -> None:

@@ -118,8 +118,3 @@ def test_gram_holds_inner_products_or_cosines() -> None:
         for q in range(5):
             assert products[p, q] == pytest.approx(float(x[p] @ x[q]), abs=1e-6)
             assert cosines[p, q] == pytest.approx(float(x[p] @ x[q] / (x[p].norm() * x[q].norm())), abs=1e-6)
-
-
-def test_a_grid_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="do not fit a grid of 2x3"):
-        lost(torch.zeros(5, 5), (2, 3))

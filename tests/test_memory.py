@@ -103,7 +103,7 @@ def test_every_part_of_a_step_is_told_apart() -> None:
     assert crops < peaks[TEACHER]["crops"] < 1.1 * crops  # with masks
     assert peaks[UPDATE]["gradients"] == weights
     assert "gradients" not in peaks[STUDENT]
-    assert peaks[KOLEO]["similarities for KoLeo"] == 4 * 4 * 4
+    assert peaks[KOLEO]["similarities for KoLeo"] == 4 * 2 * 4 * 4
     stored = {
         "activations of the backbone",
         "activations of the heads",

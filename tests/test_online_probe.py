@@ -153,7 +153,7 @@ def test_a_network_that_sees_the_class_gets_every_vote() -> None:
 
     labels = torch.arange(300) % 5
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
-    probe = Probe(images, labels, 5, torch.zeros(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
+    probe = Probe(images, labels, 5, [0.0] * 3, [1.0] * 3)
     measured = probe.measure(Reader(), CPU, torch.float32).values
     assert measured["knn_top1"] == 1.0
     assert measured["rankme"] == pytest.approx(4.0, rel=1e-3)  # five equal corners around their mean

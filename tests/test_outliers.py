@@ -87,11 +87,6 @@ def test_a_handful_of_large_norms_among_many_is_chance() -> None:
     assert (found.kind, found.patches) == ("none", 4)
 
 
-def test_norms_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(ValueError, match="finite"):
-        robust_limit(torch.tensor([1.0, float("nan")]))
-
-
 def test_neighbour_cosine_equals_a_loop_over_the_four_neighbours() -> None:
     patches = torch.randn(2, 12, 5)
     found = neighbour_cosine(patches, (3, 4)).unflatten(1, (3, 4))
@@ -208,8 +203,6 @@ def test_replacements_are_what_they_say() -> None:
     noise = replacement("noise", many, moments([many]), torch.Generator().manual_seed(1))
     torch.testing.assert_close(noise.mean(dim=1), many.mean(dim=1), atol=0.15, rtol=0)
     torch.testing.assert_close(noise.std(dim=1), many.std(dim=1), atol=0.1, rtol=0)
-    with pytest.raises(ValueError, match="not a replacement"):
-        replacement("nothing", contents, known)
 
 
 def test_tokens_replaced_by_their_own_content_change_nothing_and_others_arrive_after_the_last_block() -> None:

@@ -29,7 +29,7 @@ from dinoreg.data.statistics import inspect_source
 from dinoreg.evaluation.benchmark import find_benchmark
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.features.images import read_picture
-from dinoreg.evaluation.readers.arrays import ArraySource, BottomCutSource
+from dinoreg.evaluation.readers.cifar import ArraySource
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
 from tests.miniatures import (
@@ -236,12 +236,6 @@ def test_an_array_source_hashes_pixels_in_their_order_whatever_the_memory_layout
     assert ArraySource(pixels, "a").name(3) == "a:3"
 
 
-@pytest.mark.parametrize("shape", [(3, 4, 4), (3, 4, 4, 1)])
-def test_an_array_source_takes_colour_images_only(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"\(n, H, W, 3\) uint8"):
-        ArraySource(np.zeros(shape, dtype=np.uint8), "a")
-
-
 def test_aircrafts_train_and_val_together_are_the_official_trainval(tmp_path: Path) -> None:
     aircraft.write(tmp_path, per_class=3)
     data = read("aircraft", tmp_path, crop_banner=False)
@@ -268,36 +262,21 @@ def test_aircraft_is_found_without_the_folder_data(tmp_path: Path) -> None:
     assert pairs(read("aircraft", folder / "data"), "test") == pairs(read("aircraft", tmp_path), "test")
 
 
-class Held(ArraySource):
-    """Sources of files, which hand out bytes."""
-
-    def __init__(self, files: list[bytes]) -> None:
-        super().__init__(np.zeros((len(files), 1, 1, 3), dtype=np.uint8), "held")
-        self.files = files
-
-    def read(self, index: int) -> Any:
-        return self.files[index]
-
-
-def test_what_is_no_image_or_all_banner_is_a_bad_image_with_a_name(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    Image.new("RGB", (30, 20)).save(path)
-    source = BottomCutSource(Held([b"no image", path.read_bytes()]), 20)
-    for index, reason in ((0, "cannot identify image file"), (1, "20 rows of pixels")):
-        with pytest.raises(BadImage, match=reason):
-            source.read(index)
-        with pytest.raises(UserError, match=rf"held:{index}: cannot be read as an image \({reason}"):
-            read_picture(source, index)
-    source.rows = 19
-    assert source.read(1).shape == (1, 30, 3)
-
-
-def test_cutting_follows_changes_of_the_files_and_of_the_rows() -> None:
-    pixels = np.zeros((2, 30, 4, 3), dtype=np.uint8)
-    inner = ArraySource(pixels, "a")
-    assert BottomCutSource(inner, 5).fingerprint() != BottomCutSource(inner, 6).fingerprint()
-    assert BottomCutSource(inner, 5).stamp() != BottomCutSource(ArraySource(pixels + 1, "a"), 5).stamp()
-    assert np.array_equal(BottomCutSource(inner, 5).read(1), pixels[1, :25])
+@pytest.mark.parametrize(("content", "reason"), [(b"no image", "not an image"), (b"", "20 rows of pixels")])
+def test_what_is_no_image_or_all_banner_is_a_bad_image_with_a_name(content: bytes, reason: str, tmp_path: Path) -> None:
+    aircraft.write(tmp_path, per_class=2)
+    source = read("aircraft", tmp_path).splits["train"].source
+    path = Path(source.name(0))
+    if content:
+        path.write_bytes(content)
+    else:
+        Image.new("RGB", (30, 20)).save(path)
+    with pytest.raises(BadImage, match=reason):
+        source.read(0)
+    with pytest.raises(UserError, match=rf"{path.name}: cannot be read as an image \({reason}"):
+        read_picture(source, 0)
+    Image.new("RGB", (30, 21)).save(path)
+    assert source.read(0).shape == (1, 30, 3)
 
 
 def shown(data: Data, split: str) -> list[int]:

@@ -480,7 +480,7 @@ def test_a_depth_map_that_is_missing_or_of_eight_bits_is_named(tmp_path: Path) -
     with pytest.raises(UserError, match=r"sync_depth_00001.png: cannot be read as a depth map"):
         test.depth(0)
     path.unlink()
-    with pytest.raises(UserError, match=r"sync_depth_00001.png: .*there is no such file"):
+    with pytest.raises(UserError, match=r"sync_depth_00001.png: .*No such file"):
         test.depth(0)
 
 

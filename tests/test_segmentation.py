@@ -260,7 +260,7 @@ def test_the_score_is_that_of_predictions_made_one_window_at_a_time(
         for top in {*range(0, max(height - 18, 0), 10), max(height - 18, 0)}:
             for left in {*range(0, max(width - 18, 0), 10), max(width - 18, 0)}:
                 window = scaled[:, :, top : top + 18, left : left + 18]
-                mean = torch.tensor(vit.mean).view(1, 3, 1, 1)
+                mean = torch.tensor(vit.preprocessing.mean).view(1, 3, 1, 1)
                 padded = F.pad(window - mean, (1, 1, 1, 1)) + mean  # 18 -> 20 = 5 patches
                 tokens = vit.tokens(padded).patches.mT.reshape(1, -1, 5, 5)
                 with torch.no_grad():

@@ -253,6 +253,9 @@ def test_a_dry_run_shows_the_command_and_the_batch_file_and_writes_nothing(
     assert "--kill-on-bad-exit=1 --cpus-per-task=3" in shown
     assert "    module load x\n    date\n" in shown
     assert "wckey" not in shown
+    for gpus, cores in (("2", True), ("0", False)):  # a process with one core would starve its GPU
+        assert main(["launch", "pretrain", tiny, "out=shown", "dry_run=true", f"gpus_per_node={gpus}"]) == 0
+        assert ("--cpus-per-task=4" in capsys.readouterr().out) is cores
     assert sorted(Path().iterdir()) == before
 
 

@@ -218,11 +218,11 @@ def test_pictures_are_as_large_as_in_training_or_a_multiple() -> None:
 
 def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
     subject = open_subject(str(write_run(tmp_path / "run", tiny_model())))
-    assert (subject.encoder.mean, subject.encoder.std, subject.step) == (MEAN, STD, STEP)
+    assert (subject.encoder.preprocessing.mean, subject.encoder.preprocessing.std, subject.step) == (MEAN, STD, STEP)
     assert subject.name == "run at step 7"
     assert subject.folder == tmp_path / "run" / "view" / "0000007"
     named = open_subject("random:vitt8_reg0", "cpu")
-    assert named.encoder.mean == (0.485, 0.456, 0.406)
+    assert named.encoder.preprocessing.mean == (0.485, 0.456, 0.406)
     assert named.folder == Path("view/vitt8_reg0-random-weights")
     same = open_subject("random:vitt8_reg0", "cpu").model.state_dict()
     assert all(torch.equal(value, same[key]) for key, value in named.model.state_dict().items())
@@ -381,7 +381,10 @@ def test_pca_reuses_a_basis_for_another_checkpoint(tmp_path: Path) -> None:
         subject = open_subject(str(tmp_path / ("a" if name == "x" else "b")))
         source = open_images("scenes:count=3,size=32")
         pixels = torch.from_numpy(np.stack([source.read(i) for i in range(3)])).permute(0, 3, 1, 2)  # type: ignore[arg-type]
-        shift, scale = (torch.tensor(each)[:, None, None] for each in (subject.encoder.mean, subject.encoder.std))
+        shift, scale = (
+            torch.tensor(each)[:, None, None]
+            for each in (subject.encoder.preprocessing.mean, subject.encoder.preprocessing.std)
+        )
         patches = model((pixels / 255 - shift) / scale).patches.detach()
         colours = patch_colours(patches, read_basis(basis, 12, False)[0])
         with Image.open(tmp_path / name / "pca" / "01-scenes-0.png") as picture:

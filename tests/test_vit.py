@@ -201,6 +201,32 @@ def test_both_resampling_behaviours_are_bicubic_interpolation_of_the_grid() -> N
     assert not torch.allclose(by_size, by_scale, atol=0.05)
 
 
+@pytest.mark.parametrize(("antialias", "offset"), [(True, 0.0), (False, 0.1)])
+def test_the_weights_of_resampling_and_its_gradient_are_those_of_pytorch_s_kernel(
+    antialias: bool, offset: float
+) -> None:
+    for side, target in ((16, (7, 7)), (37, (16, 16)), (37, (7, 9)), (14, (6, 6)), (7, (16, 20)), (5, (5, 3))):
+        identity = torch.eye(side * side)[None].requires_grad_()  # what comes out are the weights
+        image = identity.view(side, side, -1).permute(2, 0, 1)[None]
+        scale = [(new + offset) / side for new in target]
+        size = {"scale_factor": scale} if offset else {"size": target}
+        kernel = nn.functional.interpolate(image, mode="bicubic", antialias=antialias, **size)  # type: ignore[arg-type]
+        expected = kernel.flatten(2).transpose(1, 2)
+        weights = resample_positions(identity, (side, side), target, antialias, offset)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6)
+        back = images(*expected.shape)
+        ours, theirs = (torch.autograd.grad((out * back).sum(), identity)[0] for out in (weights, expected))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_has_seen_a_size_in_inference_mode_trains_on_it() -> None:
+    model = tiny()
+    with torch.inference_mode():
+        model(images(1, 2, 4, 4))
+    model(images(1, 2, 4, 4)).patches.sum().backward()
+    assert model.pos_embed.grad is not None
+
+
 def test_positions_are_resampled_in_float32_and_returned_in_their_dtype() -> None:
     positions = images(1, 16, 3)
     low = resample_positions(positions.bfloat16(), (4, 4), (6, 5))

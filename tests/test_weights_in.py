@@ -293,7 +293,7 @@ def test_a_folder_of_timm_says_heads_rectangle_and_statistics(tmp_path: Path) ->
     theirs = timms(img_size=(28, 42), num_heads=2)
     folder = timm_folder(tmp_path / "timm", theirs)
     opened = open_encoder(str(folder), "cpu", torch.float32)
-    assert (opened.encoder.mean, opened.encoder.std) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    assert (opened.encoder.preprocessing.mean, opened.encoder.preprocessing.std) == ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
     model = opened.encoder.module  # type: ignore[attr-defined]
     assert (model.grid, model.heads, opened.encoder.name) == ((2, 3), 2, "timm")
     assert_equal_at_all_sizes(model, theirs.forward_features, [(28, 42), (42, 28), (56, 56)])
@@ -565,7 +565,10 @@ def test_what_the_encoder_holds_is_opened_as_one_and_the_rest_in_its_own_library
     opened = open_encoder(str(tmp_path / "dinov2"), "cpu", torch.float32)
     assert isinstance(opened.encoder, NativeEncoder)
     assert opened.encoder.name == "dinov2"
-    assert (opened.encoder.mean, opened.encoder.std) == ((0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+    assert (opened.encoder.preprocessing.mean, opened.encoder.preprocessing.std) == (
+        (0.1, 0.2, 0.3),
+        (0.229, 0.224, 0.225),
+    )
 
     config = transformers.ViTConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96, image_size=32, patch_size=8

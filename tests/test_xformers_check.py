@@ -87,12 +87,16 @@ def test_the_environment_says_what_attention_runs_on_where_there_is_a_gpu(monkey
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr("dinoreg.runtime.device.cuda_has_bf16", lambda device: True)
     tried = []
-    for problem, backend in ((None, "xformers"), ("no kernel", "sdpa")):
+    for problem, backend in ((None, "xformers"), ("no kernel", "varlen")):
         monkeypatch.setattr(
-            xformers_check, "run_problem", lambda *given, problem=problem: tried.append(given) or problem
+            xformers_check,
+            "run_problem",
+            lambda *given, problem=problem: tried.append(given) or (problem if given[2] == "xformers" else None),
         )
-        assert environment._torch()["attention"] == {"backend": backend, "reason": problem}
-    assert tried == [(torch.device("cuda", 0), torch.bfloat16)] * 2
+        reason = problem and f"xformers does not run here: {problem}"
+        assert environment._torch()["attention"] == {"backend": backend, "reason": reason}
+    where = (torch.device("cuda", 0), torch.bfloat16)
+    assert tried == [(*where, "xformers"), (*where, "xformers"), (*where, "varlen")]
 
 
 @pytest.mark.gpu

@@ -81,8 +81,8 @@ def _package_rows(machine: dict[str, Any]) -> list[Row]:
 
 
 def _optional_rows() -> list[Row]:
-    optional = [row for row in DEPENDENCIES if row.extra not in ("core", "test")]
-    absent = [row.name for row in DEPENDENCIES if row.extra == "test" and version(row.name) is None]
+    optional = [row for row in DEPENDENCIES if row.extra not in ("core", "docs", "test")]
+    absent = [row.name for row in DEPENDENCIES if row.extra in ("docs", "test") and version(row.name) is None]
     tests = ("missing", f"{', '.join(absent)}: {install(absent[0])}") if absent else ("ok", "everything that they need")
     return [*((row.name, *_package(row, version(row.name))) for row in optional), ("the tests", *tests)]
 
@@ -131,7 +131,7 @@ def _acceleration_rows(machine: dict[str, Any]) -> list[Row]:
     through, reason = f"runs through {attention['backend']}", attention["reason"]
     if reason is None:
         return [*rows, ("attention", "ok", f"{through}: tried, forward and backward")]
-    return [*rows, ("attention", "missing", f"{through} (same numbers); xformers does not run here: {reason}")]
+    return [*rows, ("attention", "missing", f"{through} (same numbers); {reason}")]
 
 
 def import_problem(package: str) -> str | None:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from dinoreg.runtime.errors import UserError
+
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -19,7 +21,7 @@ def bundled(name: str) -> Path:
 def run_file(path: Path, prefix: str) -> ModuleType:
     """Run a Python file as the module `<prefix>_<stem>`, which is in sys.modules then.
 
-    raises  whatever the file raises, after removing the module again
+    raises  UserError for whatever the file raises, after removing the module again
     """
     name = f"{prefix}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -29,7 +31,9 @@ def run_file(path: Path, prefix: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickling look a module up by its name
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
-        raise
+        if isinstance(error, UserError) or not isinstance(error, Exception):
+            raise
+        raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
     return module

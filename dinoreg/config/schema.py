@@ -47,7 +47,7 @@ class ModelConfig(Options, section="model"):
     antialias: bool = option(True, "position grid resampled with antialiasing")
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0, high=10)
-    attention: str = option("auto", "what computes the attention", choices=("auto", "xformers", "sdpa", "plain"))
+    attention: str = option("auto", "attention kernel", choices=("auto", "xformers", "varlen", "sdpa", "plain"))
     checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_result=False)
     compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_result=False)
 
@@ -257,7 +257,7 @@ class Config(Options):
     batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
     device: str = option("auto", **DEVICE, shapes_result=False)
-    precision: str = option("auto", "auto: bf16 where the hardware has it", choices=PRECISIONS)
+    precision: str = option("auto", "auto: bf16 where it is fast; tf32: on CUDA", choices=(*PRECISIONS, "tf32"))
     threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_result=False)
     overwrite: bool = option(False, "delete what is in `out` first", shapes_result=False)

@@ -29,17 +29,12 @@ from dinoreg.data.value_range import BadImage
 MAX_ASPECT = 8  # of a resized picture over its crop, in either direction; above, only the crop is computed
 ANTIALIASED_SLOPE = -0.5  # of the cubic kernel in PyTorch's antialiased resampling, as in Pillow's
 
-Half = Literal["down", "even"]
 Interpolation = Literal["bicubic", "bilinear"]
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
 def center_crop(
-    image: Tensor,
-    size: int | tuple[int, int],
-    short_side: int | None = None,
-    half: Half = "down",
-    interpolation: Interpolation = "bicubic",
+    image: Tensor, size: int | tuple[int, int], short_side: int | None = None, interpolation: Interpolation = "bicubic"
 ) -> Tensor:
     """Resize a picture until it covers `short_side` (antialiased), then crop its centre to `size`.
 
@@ -50,14 +45,11 @@ def center_crop(
     size        (height, width) of the crop in pixels, or one for both
     short_side  pixels, of a square crop at least its side; None: that of the crop. A crop that is not square is covered
                 by the resized picture, with the same factor to spare
-    half        where half of an odd rest goes: "down", as transformers does, or to the nearest "even", as torchvision
-                and timm do
     returns     (C, height, width) of the same type
     """
     height, width = (size, size) if isinstance(size, int) else size
     shape = resized_shape((image.shape[1], image.shape[2]), (height, width), short_side)
-    rest = shape[0] - height, shape[1] - width
-    top, left = (over // 2 if half == "down" else round(over / 2) for over in rest)
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
     if shape == tuple(image.shape[1:]):
         return image[:, top : top + height, left : left + width]
     if shape[0] > MAX_ASPECT * height or shape[1] > MAX_ASPECT * width:

@@ -107,9 +107,4 @@ def load_declaration(path: Path) -> ModuleType:
 
 @cache
 def _run_declaration(path: Path, _modified: int) -> ModuleType:
-    try:
-        return run_file(path, "dinoreg_declared")
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from error
+    return run_file(path, "dinoreg_declared")

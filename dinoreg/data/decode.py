@@ -13,8 +13,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import struct
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,7 +120,7 @@ class EncodedImage:
         if self.raw is not None:
             return self.oriented(self._scaled(self.raw))
         usual = self.components in (1, 3) and self.in_channels in (1, 3)
-        try:
+        with _damage_named():
             if reduction == 1 and usual and (decode_jpeg := _jpeg_operator()) is not None:
                 import torch
 
@@ -137,10 +137,6 @@ class EncodedImage:
                     image.draft(mode, (image.width // reduction, image.height // reduction))
                 raw = RawPixels(_rgb_or_bands(image, self.in_channels))
             return self.oriented(self._scaled(raw))
-        except BadImage:
-            raise
-        except Exception as error:
-            raise BadImage(_reason(error)) from error
 
     def oriented(self, pixels: Tensor) -> Tensor:
         """Pixels (C, H, W) as the file stores them, turned as its EXIF orientation says."""
@@ -148,7 +144,7 @@ class EncodedImage:
 
     def _read_other(self, max_pixels: int) -> RawPixels:
         """Decode what is no JPEG of the quick path."""
-        try:
+        with _damage_named():
             if scientific.is_deep_png(self._data):
                 self._check_header(max_pixels)
                 _jpeg_operator()  # which comes with that of PNG
@@ -161,10 +157,6 @@ class EncodedImage:
                 raw, self._orientation, self.pages = scientific.read_tiff(self._data, self.in_channels, max_pixels)
             else:
                 return self._read_with_pillow(max_pixels)
-        except BadImage:
-            raise
-        except Exception as error:
-            raise BadImage(_reason(error)) from error
         self.mode = f"{raw.values.dtype} x {raw.values.shape[2]}"
         return raw
 
@@ -223,14 +215,12 @@ def decode(
     raises BadImage when it cannot be used
     """
     if isinstance(data, Image.Image):
-        try:
+        with _damage_named():
             deep = data.mode[0] in "IF"  # its modes of more than eight bits
             data.load()  # before the orientation is read: of a TIFF Pillow applies it here
             raw = RawPixels(_with_channels(np.asarray(data)) if deep else _rgb_or_bands(data, in_channels))
             pixels = _from_array(to_byte_scale(raw, value_range), in_channels)
             return orient(pixels, int(data.getexif().get(ORIENTATION_TAG, 1)))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise BadImage(_reason(error)) from error
     return EncodedImage(data, in_channels, max_pixels, min_side=1, value_range=value_range).pixels()
 
 
@@ -239,14 +229,9 @@ def pillow_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     EXIF orientation is not applied, alpha is dropped, more than eight bits are cut off. Raises BadImage.
     """
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            check_size(image.height, image.width, max_pixels)
-            return image.convert("RGB")
-    except BadImage:
-        raise
-    except Exception as error:
-        raise BadImage(_reason(error)) from error
+    with _damage_named(), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        check_size(image.height, image.width, max_pixels)
+        return image.convert("RGB")
 
 
 def jpeg_header(data: bytes) -> tuple[int, int, int, int] | None:
@@ -338,8 +323,14 @@ def _from_array(array: np.ndarray, in_channels: int) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def _reason(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    if not text or "cannot identify image file" in text[0]:
-        return "not an image in a known format"
-    return text[0]
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """Context in which what a library raises for damaged bytes, of whatever kind, is a BadImage in one line."""
+    try:
+        yield
+    except BadImage:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        known = text and "cannot identify image file" not in text[0]
+        raise BadImage(text[0] if known else "not an image in a known format") from error

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, readable
 
 _FORMATS = "jpg jpeg jpe jfif mpo png webp tif tiff bmp gif ppm pgm pbm pnm dcm dicom"
 EXTENSIONS = frozenset(f".{name}" for name in _FORMATS.split())
@@ -157,14 +157,12 @@ def _scan(root: str) -> tuple[PathBlock, list[str], list[int]]:
     while waiting:
         folder, above = waiting.pop()
         path = os.path.join(root, folder)
-        try:
+        with readable(f"data: the folder {path}"):
             status = os.stat(path)
             identity = (status.st_dev, status.st_ino)
             if identity in above:
                 continue
             names, below = _list_folder(path, passed_over)
-        except OSError as error:
-            raise UserError(f"data: cannot read the folder {path}: {error.strerror}") from error
         folders.append(folder)
         times.append(status.st_mtime_ns)
         prefix = os.fsencode(folder) + b"/" if folder else b""

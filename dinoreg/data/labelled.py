@@ -12,7 +12,7 @@ import numpy as np
 
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.source import PathSource
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, readable
 from dinoreg.runtime.printable import listed
 from dinoreg.runtime.regular_files import read_regular
 
@@ -80,12 +80,8 @@ def read_classes(folder: str | os.PathLike[str]) -> list[str] | None:
     path = Path(folder) / "classes.txt"
     if not path.is_file():
         return None
-    try:
+    with readable(f"{path}:"):
         names = [line.strip() for line in read_regular(path).decode("utf-8-sig").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if len(names) < 2 or repeated:
         raise UserError(f"{path}: expected two or more different names, one a line")

@@ -20,7 +20,7 @@ from dinoreg.data.center_crop import INTERPOLATIONS, Interpolation, center_crop,
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.value_range import ValueRange
 from dinoreg.models.vit import RegisterViT, as_pair
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.runtime.regular_files import read_regular
 
@@ -124,12 +124,10 @@ class Preprocessing:
         picture  a path, the bytes of a file, a Pillow image, or an array (H, W) or (H, W, C) of any real type
         raises   UserError for what cannot be read, and for channels that the model does not have
         """
-        try:
+        name = picture if isinstance(picture, str | os.PathLike) else type(picture).__name__
+        with reworded(f"{name}: cannot be read as an image", BadImage, OSError):
             data = read_regular(picture) if isinstance(picture, str | os.PathLike) else picture
             pixels = decode(data, len(self.mean), value_range=self.value_range)
-        except (BadImage, OSError) as error:
-            name = picture if isinstance(picture, str | os.PathLike) else type(picture).__name__
-            raise UserError(f"{name}: cannot be read as an image ({error})") from None
         return self.normalise(to_encoder([self.crop(pixels)]))[0]
 
 

@@ -10,13 +10,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any
 
 from dinoreg.config.option import nearest
 from dinoreg.data.folder_index import EXTENSIONS
 from dinoreg.data.split_names import split_of
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.printable import listed, shortened
 
 TABLES = (".csv", ".tsv", ".parquet")
@@ -184,25 +184,15 @@ def inside(root: str, entry: str, where: str, option: str) -> str:
 
 def _lines(file: str, title: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number, cells without space around them) of every line that is not empty; without a delimiter one cell."""
-    try:
-        with _open(file) as opened:
-            if not delimiter:
-                yield from ((number, [line.strip()]) for number, line in enumerate(opened, 1) if line.strip())
-                return
-            rows = csv.reader(opened, delimiter=delimiter, skipinitialspace=True)
-            for row in rows:
-                if any(cells := [cell.strip() for cell in row]):
-                    yield rows.line_num, cells
-    except OSError as error:
-        raise UserError(f"{title} cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{title} is not UTF-8 text") from None
-    except csv.Error as error:
-        raise UserError(f"{title} is not a valid table ({error})") from None
-
-
-def _open(file: str) -> TextIO:
-    return open(file, encoding="utf-8-sig", newline="")
+    invalid = reworded(f"{title} is not a valid table", csv.Error)
+    with readable(title), invalid, open(file, encoding="utf-8-sig", newline="") as opened:
+        if not delimiter:
+            yield from ((number, [line.strip()]) for number, line in enumerate(opened, 1) if line.strip())
+            return
+        rows = csv.reader(opened, delimiter=delimiter, skipinitialspace=True)
+        for row in rows:
+            if any(cells := [cell.strip() for cell in row]):
+                yield rows.line_num, cells
 
 
 def _delimiter(file: str, title: str, usual: str) -> tuple[str, int]:
@@ -259,16 +249,12 @@ def _distinct(names: Sequence[str], title: str) -> tuple[str, ...]:
 
 def _parquet(file: str, title: str, columns: list[str] | None = None) -> Any:
     """Columns of a parquet file as a `pyarrow.Table`; without any its schema, a `pyarrow.Schema`."""
-    try:
+    with reworded(f"{title} needs pyarrow: {install('pyarrow')}", ImportError):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{title} needs pyarrow: {install('pyarrow')}") from None
-    try:
+    with reworded(f"{title} is not a readable parquet file", pyarrow.ArrowException, OSError):
         opened = pyarrow.parquet.ParquetFile(file)
         return opened.schema_arrow if columns is None else opened.read(columns=columns)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{title} is not a readable parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _parquet_names(file: str, title: str) -> list[str]:

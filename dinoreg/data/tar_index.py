@@ -21,7 +21,7 @@ import numpy as np
 from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
 from dinoreg.data.source import Source, stamp_of_files
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import load_array, open_regular
 
@@ -141,11 +141,8 @@ def index_tars(
 
 def _archives(root: str) -> list[str]:
     """The names of the archives in a folder, ascending."""
-    try:
-        with os.scandir(root) as entries:
-            names = sorted(e.name for e in entries if e.name.endswith(".tar") and e.name[0] != "." and e.is_file())
-    except OSError as error:
-        raise UserError(f"data: cannot read the folder {root}: {error.strerror}") from error
+    with readable(f"data: the folder {root}"), os.scandir(root) as entries:
+        names = sorted(e.name for e in entries if e.name.endswith(".tar") and e.name[0] != "." and e.is_file())
     if not names:
         raise UserError(f"data: no .tar archives in {root}")
     return names
@@ -165,10 +162,8 @@ def _logs(root: str, archives: Iterable[str]) -> dict[str, str]:
 
 def _from_entries(root: str, entries: Path, archives: Sequence[str], sizes: np.ndarray) -> TarSource:
     """From DINOv2's table, in its order, which is that of the indices of DINOv2's own runs."""
-    try:
+    with reworded(f"data: {entries} is not a readable array", OSError, ValueError):
         table = load_array(entries, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise UserError(f"data: {entries} is not a readable array ({str(error).splitlines()[0]})") from None
     wanted = {"class_id", "start_offset", "end_offset", "filename"}
     if table.ndim != 1 or not wanted <= set(table.dtype.names or ()):
         raise UserError(f"data: {entries} has no columns {', '.join(sorted(wanted))}")
@@ -231,28 +226,25 @@ def _is_image(name: str) -> bool:
 def _from_headers(path: str) -> list[tuple[str, int, int]]:
     """(name, start, end) of every regular member, by walking the headers."""
     found = []
-    try:
-        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if member.isreg() and not member.issparse():
-                    end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                    found.append((member.name, member.offset_data - BLOCK, end))
-            # tarfile takes a broken header for the end of the archive; a whole one ends in zeros, or at once.
-            assert archive.fileobj is not None
-            archive.fileobj.seek(archive.offset)
-            if archive.fileobj.read(BLOCK).strip(b"\0"):
-                raise tarfile.ReadError(f"no header at byte {archive.offset}")
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-        raise UserError(f"data: {path} is not a whole uncompressed tar archive ({one_line(error, 160)})") from None
+    damaged = tarfile.TarError, OSError, EOFError, ValueError, OverflowError
+    whole = reworded(f"data: {path} is not a whole uncompressed tar archive", *damaged)
+    with whole, open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            if member.isreg() and not member.issparse():
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                found.append((member.name, member.offset_data - BLOCK, end))
+        # tarfile takes a broken header for the end of the archive; a whole one ends in zeros, or at once.
+        assert archive.fileobj is not None
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(BLOCK).strip(b"\0"):
+            raise tarfile.ReadError(f"no header at byte {archive.offset}")
     return found
 
 
 def _from_log(log: str, path: str, size: int) -> list[tuple[str, int, int]]:
     """(name, start, end) of every member that the listing of `tar --list --block-number` names."""
-    try:
+    with readable(f"data: {log}"):
         lines = Path(log).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError as error:
-        raise UserError(f"data: cannot read {log}: {error.strerror}") from error
     starts, names = [], []
     for number, line in enumerate(filter(None, map(str.rstrip, lines)), 1):
         matched = _LOG_LINE.fullmatch(line)

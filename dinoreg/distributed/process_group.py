@@ -378,7 +378,8 @@ def simulated_session(count: int) -> Iterator[Ranks]:
 def _leave(ranks: Ranks, owns_group: bool, healthy: bool) -> None:
     """Close all connections; the others notice, at the latest when this process has gone."""
     if owns_group and not healthy and "nccl" in dist.get_backend_config():
-        dist.destroy_process_group(ranks.control)  # NCCL itself would wait for the lost
+        dist.destroy_process_group(ranks.control)
+        dist.distributed_c10d._abort_process_group()  # destroyed, NCCL would wait for the lost
     elif owns_group:
         dist.destroy_process_group()  # or gloo's threads turn an exception into an abort
     if ranks.peers is not None:
@@ -393,6 +394,8 @@ def _join(place: Place, device: str, timeout: float) -> None:
     os.environ.update(
         RANK=str(place.rank), WORLD_SIZE=str(place.world_size), MASTER_ADDR=place.address, MASTER_PORT=str(place.port)
     )
+    # Else NCCL's monitor asks rank 0 every second for a dump that nobody reads, and reports at length when it is gone.
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     meeting = _meetings.setdefault((place.address, place.port), _Meeting())
     why = f"{place.told_by}={place.world_size}"
     try:

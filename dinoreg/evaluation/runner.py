@@ -121,7 +121,7 @@ def look(encoder: Encoder, plan: Planned, request: Request) -> Planned:
 
 def _read_as_taken(encoder: Encoder, plan: Planned, request: Request) -> None:
     """Have the pictures read with the channels that an encoder takes, by the range given or that of its weights."""
-    value_range = ValueRange.of(request.options.range) or encoder.value_range
+    value_range = ValueRange.of(request.options.range) or encoder.preprocessing.value_range
     for _, data in plan.tasks:
         for split in data.splits.values():
             split.source.value_range, split.source.in_channels = value_range, encoder.in_channels
@@ -316,7 +316,7 @@ def _key(encoder: Encoder, plan: Planned, request: Request, side: int) -> str:
     values = {key: value for key, value in dataclasses.asdict(request.options).items() if key in shaping}
     data = [(*_stamped(task, found), found.options(side)) for task, found in plan.tasks]
     dataset = dict(request.dataset.get(plan.benchmark.name, {}))
-    return _digest([encoder.identity, encoder.value_range, str(encoder.dtype), values, data, dataset])
+    return _digest([encoder.identity, encoder.preprocessing.value_range, str(encoder.dtype), values, data, dataset])
 
 
 def _tested(plan: Planned, task: Task, data: Data, request: Request) -> str:

@@ -15,17 +15,11 @@ from dinoreg.checkpoint.steps import probe_in_words, role_of
 from dinoreg.export.certificate import ONE_SIZE, OVERFLOW
 from dinoreg.export.formats import Format
 from dinoreg.export.onnx_graph import OPSET
-from dinoreg.export.prepare_code import prepare_code
+from dinoreg.export.picture_files import prepare_code
 from dinoreg.export.source import Source
 from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import render
 
-_DINOREG = """transform = dinoreg.transform("model.safetensors")
-
-
-def prepare(path):
-    return transform(path)[None]
-"""
 MAX_TEXT = 200  # characters of a text from a run that are shown
 
 
@@ -53,7 +47,7 @@ def write_card(folder: Path, form: Format, source: Source, certificate: Mapping[
         measured=measured,
         peer=certificate["peer"],
         files=certificate["pictures"],
-        prepare=_DINOREG if form.name == "safetensors" else prepare_code(form.name, source),
+        prepare=prepare_code("dinoreg" if form.name == "safetensors" else form.name, source.preprocessing),
         zip=zip,
         checks=_worst_checks(certificate),
         unbounded=list(dict.fromkeys(check["note"] for check in certificate["checks"] if not check["bounded"])),

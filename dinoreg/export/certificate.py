@@ -24,8 +24,7 @@ from torch import Tensor
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.export import peer
 from dinoreg.export.formats import Format, hub_text
-from dinoreg.export.picture_files import compare, write_pictures
-from dinoreg.export.prepare_code import prepare_code
+from dinoreg.export.picture_files import compare, prepare_code, write_pictures
 from dinoreg.export.source import Source, resized
 from dinoreg.models.registry import resampling
 from dinoreg.models.vit import RegisterViT
@@ -69,7 +68,7 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
         place = scratch / f"trial_{number}"
         place.mkdir()
         files = {} if of_files else {name: str(path) for name, path in paths.items()}  # the first is of the artefact
-        answers, facts = _ask(form, trial, place, prepare_code(form.name, source), files)
+        answers, facts = _ask(form, trial, place, prepare_code(form.name, source.preprocessing), files)
         of_files = of_files or answers
         for check in _compare(form, trial, answers):
             checks.append(check)
@@ -234,7 +233,7 @@ def _ask(
     """Run the peer in a process without dinoreg; returns its answers and what it says of itself."""
     script = shutil.copyfile(peer.__file__, place / "ask.py")
     save_file(trial.cases, place / "cases.safetensors")
-    code = form.peer_load or form.load
+    code = form.load(for_peer=True)
     request = {
         "format": form.name,
         "peer": form.peer,
@@ -246,7 +245,7 @@ def _ask(
         "num_registers": trial.model.num_registers,
         "threads": torch.get_num_threads(),
     }
-    if form.peer_load:  # the file is read by that library, and its weights are run by the plain encoder
+    if form.name == "safetensors":  # the file is read by that library, and its weights are run by the plain encoder
         (place / "plain.py").write_text(hub_text(trial.model), encoding="utf-8")
     (place / "request.json").write_text(json.dumps(request), encoding="utf-8")
     # Without bytecode, so that a hubconf.py leaves no cache in the artefact.

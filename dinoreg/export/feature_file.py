@@ -20,7 +20,7 @@ import numpy as np
 
 from dinoreg.checkpoint.atomic import sync, write_atomic
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, reworded
 
 SUFFIXES = (".safetensors", ".parquet")
 FORMAT = "dinoreg-features"
@@ -205,11 +205,9 @@ class RowFile:
 
 def import_pyarrow(path: Path) -> Any:
     """pyarrow with its parquet module; UserError saying how to install it where it is missing."""
-    try:
+    with reworded(f"{path}: parquet needs pyarrow: {install('pyarrow')}, or use .safetensors", ImportError):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: parquet needs pyarrow: {install('pyarrow')}, or use .safetensors") from None
     return pyarrow
 
 

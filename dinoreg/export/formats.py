@@ -23,6 +23,7 @@ from dinoreg.export.source import Source
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.templates import render
 from dinoreg.weights.architecture import hidden_dim_of
 from dinoreg.weights.convert import to_meta, to_timm, to_transformers
 from dinoreg.weights.library_configs import DINOV2_ARGUMENTS, DINOV2_FIXED, INTERPOLATIONS, PROCESSOR, TIMM_ARGUMENTS
@@ -37,23 +38,23 @@ _UNFILLED = "ARCHITECTURE: dict[str, Any] = {}\n"
 class Format:
     """One kind of artefact.
 
-    write      (folder, source) -> None
-    packages   modules that reading it back takes
-    peer       name of the library that is run for the certificate
-    load       code that makes `model` in the artefact's folder, for the model card and for the certificate's peer
-    peer_load  the peer's code instead, where the card's code uses dinoreg
-    low        the second dtype of the certificate
-    bound      the largest difference in float32, relative to the largest absolute value of the output
+    write     (folder, source) -> None
+    packages  modules that reading it back takes
+    peer      name of the library that is run for the certificate
+    low       the second dtype of the certificate
+    bound     the largest difference in float32, relative to the largest absolute value of the output
     """
 
     name: str
     write: Callable[[Path, Source], None]
     packages: tuple[str, ...]
     peer: str
-    load: str
-    peer_load: str = ""
     low: str = "bfloat16"
     bound: float = 1e-5
+
+    def load(self, for_peer: bool = False) -> str:
+        """Code that makes `model` in the artefact's folder, for the model card or for the certificate's peer."""
+        return render("export/templates/load.py.j2", form=self.name, for_peer=for_peer)
 
 
 # ------------------------------------------------------------------------------------------------------------ timm
@@ -220,43 +221,11 @@ def write_onnx_files(folder: Path, source: Source) -> None:
 # ------------------------------------------------------------------------------------------------------ the table
 
 _FORMATS = (
-    Format(
-        "timm",
-        write_timm,
-        ("timm", "safetensors"),
-        "timm",
-        'import json, timm, torch\nsaved = json.load(open("config.json"))\nmodel = timm.create_model('
-        'saved["architecture"], checkpoint_path="model.safetensors", **saved["model_args"]).eval()\n',
-    ),
-    Format(
-        "transformers",
-        write_transformers,
-        ("transformers", "safetensors"),
-        "transformers",
-        'import torch\nfrom transformers import AutoModel\nmodel = AutoModel.from_pretrained(".").eval()\n',
-    ),
-    Format(
-        "meta", write_meta, (), "torch.hub", 'import torch\nmodel = torch.hub.load(".", "backbone", source="local")\n'
-    ),
-    Format(
-        "safetensors",
-        write_described,
-        (),
-        "safetensors",
-        'import dinoreg, torch\nmodel = dinoreg.load("model.safetensors")\n',
-        peer_load="import plain, torch\nfrom safetensors.torch import load_file\n"
-        'model = plain.backbone(pretrained=False)\nmodel.load_state_dict(load_file("model.safetensors"))\n',
-    ),
-    Format(
-        "onnx",
-        write_onnx_files,
-        ("onnx", "onnxruntime", "onnxscript"),
-        "onnxruntime",
-        "import numpy, onnxruntime\n"
-        'model = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])\n',
-        low="float16",
-        bound=1e-4,
-    ),
+    Format("timm", write_timm, ("timm", "safetensors"), "timm"),
+    Format("transformers", write_transformers, ("transformers", "safetensors"), "transformers"),
+    Format("meta", write_meta, (), "torch.hub"),
+    Format("safetensors", write_described, (), "safetensors"),
+    Format("onnx", write_onnx_files, ("onnx", "onnxruntime", "onnxscript"), "onnxruntime", "float16", 1e-4),
 )
 FORMATS = {form.name: form for form in _FORMATS}
 

@@ -1,4 +1,8 @@
-"""Image files for a certificate: what dinoreg sees of them, and what the artefact's own processor makes of them."""
+"""Image files for a certificate: what dinoreg sees of them, and what the artefact's own processor makes of them.
+
+The library's own processor makes a model's input of a file wherever it takes such pictures; else numpy and Pillow do,
+by the numbers in `model.json`. Card and certificate have one code for it, so that a card is right or is not written.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +14,31 @@ from PIL import Image
 from torch import Tensor
 
 from dinoreg.data.decode import ORIENTATION_TAG
-from dinoreg.export.prepare_code import needs_tiff
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.export.source import Source
 from dinoreg.runtime.dependencies import install
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.templates import render
 
 MIN_COSINE = 0.9999  # of class tokens
 MAX_LEVELS = 1.0  # of 255: mean absolute difference of the inputs; Pillow and torch resize within one on average
 _TURNED = 6
+
+
+def _needs_tiff(stated: Preprocessing) -> bool:
+    """Whether the model's pictures are TIFF files, as Pillow has no such channels, or cuts such pixels."""
+    return len(stated.mean) not in (1, 3) or stated.value_range is not None
+
+
+def prepare_code(form: str, stated: Preprocessing) -> str:
+    """Python that defines `prepare`, from a picture's path to (1, C, H, W), after the code that loads the artefact.
+
+    form  name of the format; "dinoreg": through this library
+    """
+    tiff = _needs_tiff(stated)
+    by_library = form in ("timm", "transformers") and not tiff
+    values = {"stated": stated, "channels": len(stated.mean), "tiff": tiff, "by_library": by_library}
+    return render("export/templates/prepare.py.j2", form=form, **values)
 
 
 def write_pictures(folder: Path, source: Source) -> dict[str, Path]:
@@ -31,7 +52,7 @@ def write_pictures(folder: Path, source: Source) -> dict[str, Path]:
         "tall": (5 * height, 2 * width + 1),
         "small": (height // 2 + 1, width // 2 + 2),
     }
-    return _write_tiffs(folder, shapes, source) if needs_tiff(source) else _write_bytes(folder, shapes)
+    return _write_tiffs(folder, shapes, source) if _needs_tiff(source.preprocessing) else _write_bytes(folder, shapes)
 
 
 def compare(source: Source, paths: Mapping[str, Path], answers: Mapping[str, Tensor], bounded: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dinoreg.export.formats import FORMATS, Format
 from dinoreg.export.onnx_graph import drop_float16
 from dinoreg.export.source import read_source
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.errors import RunError, UserError, reworded
 
 CERTIFICATE = "certificate.json"
 
@@ -37,25 +37,22 @@ def export(weights: str | Path, *, format: str, out: str | Path, size: int | Seq
     form = _format(format)
     target = _target(out)
     source = read_source(weights, size)
-    try:
-        with _aside(target) as stage:
-            artefact, scratch = stage / "artefact", stage / "scratch"
-            artefact.mkdir()
-            scratch.mkdir()
-            form.write(artefact, source)
-            certificate = certify(form, source, artefact, scratch)
-            if format == "onnx" and overflows(certificate):
-                drop_float16(artefact)
-                certificate["artefact"]["files"] = listing(artefact)
-            write_card(artefact, form, source, certificate)
-            text = json.dumps(certificate, indent=1) + "\n"
-            (artefact / CERTIFICATE).write_text(text, encoding="utf-8")
-            for path in (*artefact.iterdir(), artefact):
-                sync(path)
-            os.replace(artefact, target)
-            sync(target.parent)
-    except OSError as error:
-        raise RunError(f"out={out}: could not be written: {error.strerror or error}") from error
+    with reworded(f"out={out}: could not be written", OSError, into=RunError), _aside(target) as stage:
+        artefact, scratch = stage / "artefact", stage / "scratch"
+        artefact.mkdir()
+        scratch.mkdir()
+        form.write(artefact, source)
+        certificate = certify(form, source, artefact, scratch)
+        if format == "onnx" and overflows(certificate):
+            drop_float16(artefact)
+            certificate["artefact"]["files"] = listing(artefact)
+        write_card(artefact, form, source, certificate)
+        text = json.dumps(certificate, indent=1) + "\n"
+        (artefact / CERTIFICATE).write_text(text, encoding="utf-8")
+        for path in (*artefact.iterdir(), artefact):
+            sync(path)
+        os.replace(artefact, target)
+        sync(target.parent)
     return target
 
 
@@ -75,13 +72,12 @@ def _format(name: str) -> Format:
 
 def _target(out: str | Path) -> Path:
     path = Path(out)
-    try:
+    # Not readable, a name too long, or with a NUL in it.
+    with reworded(f"out={str(out)[:80]}: not a folder that can be written", OSError, ValueError):
         if path.is_dir() and any(path.iterdir()):
             raise UserError(f"out={out}: the folder is not empty; an export writes into a new or empty one")
         if (path.exists() or path.is_symlink()) and not path.is_dir():
             raise UserError(f"out={out}: there is a file of this name; expected a new or empty folder")
-    except (OSError, ValueError) as error:  # not readable, a name too long, or with a NUL in it
-        raise UserError(f"out={str(out)[:80]}: not a folder that can be written ({error})") from None
     return Path(os.path.abspath(path))  # the last component must be a name, not "."
 
 

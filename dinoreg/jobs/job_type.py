@@ -127,12 +127,7 @@ def find_job(name: str) -> Job:
         raise UserError(why)
     if not path.is_file():
         raise UserError(f"launch: {path}: no such file; expected a Python file with a JOB")
-    try:
-        job = getattr(run_file(path, "dinoreg_job"), "JOB", None)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"launch: {path}: cannot be loaded ({type(error).__name__}: {error})") from error
+    job = getattr(run_file(path, "dinoreg_job"), "JOB", None)
     if not isinstance(job, Job):
         raise UserError(f"launch: {path}: has no JOB of type dinoreg.jobs.job_type.Job")
     return job

@@ -1,6 +1,7 @@
 """The resources and settings of a job: the keys of `dinoreg launch` that are not keys of the command it runs.
 
-There are no defaults for a site: an option that is not given is not requested, and the scheduler decides.
+There are no defaults for a site: an option that is not given is not requested, and the scheduler decides. But cores
+are, where there are GPUs: a process with one core starves its GPU.
 """
 
 import re
@@ -12,8 +13,9 @@ from dinoreg.config.option import Options, check, keys_of, option, read, split_t
 from dinoreg.runtime.errors import UserError
 
 CLUSTERS = ("slurm", "local")
-CODES, AMOUNT = ("copy", "shared"), "a number with its unit, as 64G"
+CODES = ("copy", "shared")
 SIGNAL_DELAY = 120  # seconds
+GPU_CORES = 4  # for its kernels, their backward pass, and decoding; most sites give one where none are asked for
 NO_TIMEOUT = 60 * 24 * 365  # minutes; what submitit counts with where there is no limit
 PLACEMENT = ("partition", "account", "qos", "constraint", "exclude", "reservation")  # where jobs run, and who pays
 
@@ -26,11 +28,22 @@ class LaunchOptions(Options):
     name: str | None = option(None, "the job's, in squeue; none: the kind of job and the folder")
     nodes: int = option(1, "machines", low=1, high=100_000)
     gpus_per_node: int | None = option(None, "none: not asked for; local: those that the job sees", low=0, high=1_000)
-    tasks_per_node: int | None = option(None, "processes on a machine; none: one a GPU", low=1, high=10_000)
-    cpus_per_task: int | None = option(None, "cores of a process; none: not asked for", low=1, high=100_000)
-    mem: str | None = option(None, "of a machine; none: not asked for", pattern=r"\d+[KMGT]?B?", expected=AMOUNT)
+    tasks_per_node: int | None = option(
+        None, "processes on a machine; none: one for each GPU, at least one", low=1, high=10_000
+    )
+    cpus_per_task: int | None = option(
+        None, f"cores of a process; none: {GPU_CORES} where it has a GPU, else not asked for", low=1, high=100_000
+    )
+    mem: str | None = option(
+        None,
+        "memory of a machine; none: not asked for",
+        pattern=r"\d+[KMGT]?B?",
+        expected="a number with its unit, as 64G",
+    )
     time: str | None = option(None, "limit: minutes, 8:00:00 or 2-00:00:00; none: the partition's")
-    signal_delay: int | None = option(None, "seconds left to save in; none: 120 or less", low=1, high=1_000_000)
+    signal_delay: int | None = option(
+        None, "seconds before the limit to save at; none: 120 or less", low=1, high=1_000_000
+    )
     partition: str | None = option(None, "several with commas")
     account: str | None = option(None, "who pays")
     qos: str | None = option(None, "quality of service")
@@ -41,8 +54,12 @@ class LaunchOptions(Options):
     container: str | None = option(None, "an image for pyxis, or a .sif file for apptainer")
     container_mounts: str | list[str] | None = option(None, "further folders that it sees, as /data:/data")
     python: str | None = option(None, "interpreter of the job; none: this one, python3 in a container")
-    max_parallel: int | None = option(None, "tasks at a time; none: all, or as GPUs allow", low=1, high=1_000_000)
-    requeues: int = option(100, "restarts after limits, preemptions, lost nodes", low=0, high=1_000_000)
+    max_parallel: int | None = option(
+        None, "tasks at a time; none: all; local: as GPUs allow, or one", low=1, high=1_000_000
+    )
+    requeues: int = option(
+        100, "restarts of a job at most, after time limits, preemptions and lost nodes", low=0, high=1_000_000
+    )
     code: str = option("copy", "copy: jobs run a copy of the package; shared: what is there then", choices=CODES)
     slurm_args: str | list[str] | None = option(None, "of sbatch besides, as [mail-type=END,exclusive]")
     dry_run: bool = option(False, "show the commands and the files of the jobs, and do nothing")
@@ -70,6 +87,11 @@ class LaunchOptions(Options):
     def tasks(self) -> int:
         """Number of processes on each machine."""
         return self.tasks_per_node or max(1, self.gpus_per_node or 1)
+
+    @property
+    def cores(self) -> int | None:
+        """Cores of a process; None: not asked for."""
+        return self.cpus_per_task or (GPU_CORES if self.gpus_per_node else None)
 
     @property
     def world_size(self) -> int:

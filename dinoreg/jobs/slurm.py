@@ -95,13 +95,13 @@ def make_executor(
     python = interpreter(options, launch, code)
     executor = submitit.SlurmExecutor(launch, max_num_timeout=options.requeues, python=python)
     srun_args = ["--kill-on-bad-exit=1"]
-    if options.cpus_per_task:  # srun does not take it over from sbatch
-        srun_args.append(f"--cpus-per-task={options.cpus_per_task}")
+    if options.cores:  # srun does not take it over from sbatch
+        srun_args.append(f"--cpus-per-task={options.cores}")
     if options.container and not _is_apptainer(options.container):
         mounts = _mounts(options, launch, code)
         srun_args += [f"--container-image={options.container}", f"--container-mounts={mounts}"]
         srun_args.append(f"--container-workdir={Path.cwd()}")
-    same_names = ("nodes", "cpus_per_task", "mem", *PLACEMENT)
+    same_names = ("nodes", "mem", *PLACEMENT)
     parameters = {key: value for key in same_names if (value := getattr(options, key)) is not None}
     extra: dict[str, Any] = {"requeue": True}
     if "reservation" in parameters:  # submitit does not know it
@@ -111,6 +111,7 @@ def make_executor(
         extra[key] = value if separator else True
     executor.update_parameters(
         **parameters,
+        cpus_per_task=options.cores,
         job_name=options.name,
         ntasks_per_node=options.tasks,
         gpus_per_node=options.gpus_per_node or None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dinoreg.distributed.process_group import ALONE, Ranks
-from dinoreg.runtime.tiling import chunks, rows_in_place
+from dinoreg.runtime.tiling import chunks, rows_in_place, rows_per_chunk
 
 # A row whose largest logit lies more than this many temperatures below the largest logit of all rows is
 # lifted to that distance, so that exp() never empties it. Cosine logits (|logit| <= 1) at a temperature of
@@ -48,7 +48,7 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
     dtype = _working_dtype(logits)
     size = rows_in_place(num_rows, num_prototypes, logits.device)
     targets = torch.empty(num_rows, num_prototypes, dtype=dtype, device=logits.device)
-    mass = torch.zeros(num_prototypes, dtype=dtype, device=logits.device)
+    mass = nothing = torch.zeros(num_prototypes, dtype=dtype, device=logits.device)
     smallest_mass = torch.finfo(dtype).tiny * 16
 
     row_max = torch.empty(num_rows, 1, dtype=dtype, device=logits.device)
@@ -60,34 +60,33 @@ def sinkhorn_knopp(logits: Tensor, teacher_temp: float | Tensor, iterations: int
     for rows in chunks(0, num_rows, size):
         part = torch.sub(logits[rows], shift[rows], out=targets[rows])
         part.mul_(1 / teacher_temp).exp_()
-        mass += part.sum(dim=0)
+        mass = part.sum(dim=0) if mass is nothing else mass + part.sum(dim=0)
 
     for _ in range(iterations):
         scale = ranks.all_reduce_sum(mass).clamp_min(smallest_mass).reciprocal()  # (K,)
-        mass = torch.zeros_like(mass)
+        mass = nothing
         for rows in chunks(0, num_rows, size):
             part = targets[rows].mul_(scale)
             part.div_(part.sum(dim=-1, keepdim=True))
-            mass += part.sum(dim=0)
+            mass = part.sum(dim=0) if mass is nothing else mass + part.sum(dim=0)
     return targets
 
 
 @torch.no_grad()
-def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
+def softmax_center(logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
     """softmax((logits - center) / teacher_temp), row by row (DINO, arXiv 2104.14294, section 3.1).
 
     logits        (n, K)   teacher logits; n may be 0
     center        (1, K)   running mean of the teacher's logits over the steps before this one
-    teacher_temp           > 0, a number or a () tensor
+    teacher_temp           > 0
     returns       (n, K)   float32 (float64 for float64 logits), without gradient; every row sums to 1
     """
     targets = torch.empty(logits.shape, dtype=_working_dtype(logits), device=logits.device)
-    center = center.to(targets.dtype)
-    for rows in chunks(0, len(logits), rows_in_place(len(logits), logits.shape[1], logits.device)):
-        part = torch.sub(logits[rows], center, out=targets[rows])
-        part.mul_(1 / teacher_temp)
-        part.sub_(part.amax(dim=-1, keepdim=True)).exp_()
-        part.div_(part.sum(dim=-1, keepdim=True))
+    shift, size = center.to(targets.dtype) / -teacher_temp, rows_per_chunk(logits.shape[1], logits.device)
+    scratch = torch.empty_like(targets[:size])
+    for rows in chunks(0, len(logits), size):
+        part = torch.add(shift, logits[rows], alpha=1 / teacher_temp, out=scratch[: len(logits[rows])])
+        torch.softmax(part, dim=-1, out=targets[rows])
     return targets
 
 

@@ -15,26 +15,23 @@ from dinoreg.runtime.tiling import chunks, rows_per_chunk
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """Weighted sum of the rows' H = mass * logsumexp(z) - sum_k q_k z_k, z = logits / student_temp.
+    """Weighted sum of the rows' H = -sum_k q_k log_softmax(z)_k, z = logits / student_temp.
 
     Rows are seen as (repeats, m, K): `repeats` blocks of m rows which all face the same m targets. Only the
-    logits get a gradient, w / student_temp * (mass * softmax(z) - q). The forward pass has softmax(z) at
-    hand and makes the gradient there: that costs one exp() of the matrix instead of two, and neither the
-    logits nor the (float32) targets must live until the backward pass, which only applies the upstream
-    gradient.
+    logits get a gradient, w / student_temp * (mass * softmax(z) - q). The forward pass has log_softmax(z) at
+    hand and makes the gradient there: neither the logits nor the (float32) targets must live until the backward
+    pass, which only applies the upstream gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None, target_shift: int
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None) -> Tensor:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         blocks = logits.unflatten(0, (-1, targets.shape[0])) if targets.shape[0] else logits[None]
         repeats, num_targets, _ = blocks.shape
-        mass = targets.sum(dim=-1, dtype=dtype).roll(-target_shift)  # (m,), in the order of the logits' rows
-        if weights is None:
-            weights = torch.ones(1, dtype=dtype, device=logits.device).expand(repeats * num_targets)
+        weights = logits.new_ones(len(logits)) if weights is None else weights
         row_weights = weights.to(dtype).view(repeats, num_targets, 1)
+        scale = row_weights / student_temp
+        drawn = scale * targets.sum(dim=-1, keepdim=True, dtype=dtype)  # towards softmax(z), as `scale` is towards q
         grad = None
         if ctx.needs_input_grad[0]:
             # Before the loss scale has been applied, gradients of 1e-8 are common: too small for float16.
@@ -43,21 +40,18 @@ class _SoftCrossEntropy(torch.autograd.Function):
         losses = torch.empty(repeats, num_targets, dtype=dtype, device=logits.device)
         tile = (*_tile_shape(blocks), blocks.shape[-1])
         first, second = (torch.empty(tile, dtype=dtype, device=logits.device) for _ in range(2))  # scratch
-        for block, rows, target_rows in _tiles(blocks, target_shift):
-            x, q, w = blocks[block, rows], targets[target_rows], row_weights[block, rows]
+        zero = losses.new_zeros(1)  # adding it makes a product in its precision, without a copy of the logits
+        for block, rows in _tiles(blocks):
+            x, q = blocks[block, rows], targets[rows]
             scores, product = first[: x.shape[0], : x.shape[1]], second[: x.shape[0], : x.shape[1]]
-            largest = x.amax(dim=-1, keepdim=True).to(dtype)
-            torch.add(largest / -student_temp, x, alpha=1 / student_temp, out=scores)  # z - max z, one pass
-            expected = torch.mul(scores, q, out=product).sum(dim=-1)
-            total = scores.exp_().sum(dim=-1, keepdim=True)
-            losses[block, rows] = mass[rows] * total.log().squeeze(-1) - expected
+            torch.log_softmax(torch.add(zero, x, alpha=1 / student_temp, out=product), dim=-1, out=scores)
+            torch.sum(torch.mul(scores, q, out=product), dim=-1, out=losses[block, rows])
             if grad is not None:
-                w = w / student_temp
-                scores.mul_(mass[rows, None] * w / total)
-                torch.sub(scores, torch.mul(q, w, out=product), out=grad[block, rows])
+                scores.exp_().mul_(drawn[block, rows])
+                torch.addcmul(scores, q, scale[block, rows], value=-1, out=grad[block, rows])
         ctx.save_for_backward(grad)
         ctx.logits_dtype = logits.dtype
-        return (losses * row_weights.squeeze(-1)).sum()
+        return -(losses * row_weights.squeeze(-1)).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -66,7 +60,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         # Not in place: the graph may be walked a second time.
         scaled = torch.empty(grad.shape, dtype=ctx.logits_dtype, device=grad.device)
         torch.mul(grad, upstream, out=scaled)
-        return scaled.flatten(0, 1), None, None, None, None
+        return scaled.flatten(0, 1), None, None, None
 
 
 def _tile_shape(blocks: Tensor) -> tuple[int, int]:
@@ -76,31 +70,26 @@ def _tile_shape(blocks: Tensor) -> tuple[int, int]:
     return min(max(1, repeats), rows_per_chunk(num_prototypes * rows, blocks.device)), rows
 
 
-def _tiles(blocks: Tensor, target_shift: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices (of blocks, of rows, of targets) that cover all rows; in each the targets are consecutive."""
+def _tiles(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Slices (of blocks, of rows) that cover all rows."""
     repeats, num_targets, _ = blocks.shape
     num_blocks, num_rows = _tile_shape(blocks)
-    wrap = num_targets - target_shift  # the row which faces target 0
-    for start, stop, shift in ((0, wrap, target_shift), (wrap, num_targets, -wrap)):
-        for rows in chunks(start, stop, num_rows):
-            for block in chunks(0, repeats, num_blocks):
-                yield block, rows, slice(rows.start + shift, rows.stop + shift)
+    for rows in chunks(0, num_targets, num_rows):
+        for block in chunks(0, repeats, num_blocks):
+            yield block, rows
 
 
-def soft_cross_entropy(
-    logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None = None, target_shift: int = 0
-) -> Tensor:
+def soft_cross_entropy(logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None = None) -> Tensor:
     """sum_i w_i * H(q_i, s_i) with H(q, s) = -sum_k q_k * log_softmax(s / student_temp)_k (DINO section 3.1).
 
     logits        (n, K)   student logits; n may be 0, which gives 0 and an empty gradient
-    targets       (m, K)   n is a multiple of m: row i faces target (i + target_shift) mod m, so that a few
-                           targets serve several blocks of m rows. A target may have any mass (entries >= 0),
+    targets       (m, K)   n is a multiple of m: row i faces target i mod m, so that a few targets serve several
+                           blocks of m rows. A target may have any mass (entries >= 0),
                            for example q1 + q2 with mass 2, which is H(q1, s) + H(q2, s)
     student_temp           > 0; 0.1 in the papers
     weights       (n,)     factor of each row; None: 1 for all
-    target_shift           0 to m - 1
     returns       ()       float32 (float64 for float64 logits): the sum in nats, not a mean
-    raises                 ValueError for shapes that do not fit one another and for a target_shift out of range
+    raises                 ValueError for shapes that do not fit one another
 
     Only the logits get a gradient, in their own dtype; there is no second derivative.
     """
@@ -114,10 +103,7 @@ def soft_cross_entropy(
         raise ValueError(f"no targets for {logits.shape[0]} rows of logits")
     if weights is not None and weights.shape != logits.shape[:1]:
         raise ValueError(f"weights {tuple(weights.shape)} do not fit {logits.shape[0]} rows of logits")
-    if not 0 <= target_shift < max(1, num_targets):
-        raise ValueError(f"target_shift is {target_shift}; expected 0 to {max(1, num_targets) - 1}")
-    weights = None if weights is None else weights.detach()
-    return _SoftCrossEntropy.apply(logits, targets.detach(), student_temp, weights, target_shift)
+    return _SoftCrossEntropy.apply(logits, targets.detach(), student_temp, weights)
 
 
 def dino_loss(
@@ -150,7 +136,7 @@ def dino_loss(
         raise ValueError(f"student_local has {num_local_rows} rows; expected a multiple of {batch_size} images")
     num_pairs = 2 + 2 * (num_local_rows // batch_size)
     scale = 1 / (num_pairs * batch_size)
-    global_loss = scale * soft_cross_entropy(student_global, targets, student_temp, target_shift=batch_size)
+    global_loss = scale * soft_cross_entropy(student_global, targets.roll(batch_size, dims=0), student_temp)
     if student_local is None or num_local_rows == 0:
         return global_loss, torch.zeros_like(global_loss)
     both_views = targets[:batch_size] + targets[batch_size:]  # (B, K), mass 2

@@ -1,22 +1,25 @@
 """Multi-head attention over groups of crops, with interchangeable kernels (DINOv2 §5).
 
-Three backends compute the same numbers: `xformers` (one call for a packed batch, CUDA only), `sdpa`
-(PyTorch's fused kernel, once per group) and `plain` (matmul, softmax, matmul; on a CPU the quickest for
+Four backends compute the same numbers: `xformers` and `varlen` (PyTorch's own; one call for a packed batch, CUDA
+only), `sdpa` (PyTorch's fused kernel, once per group) and `plain` (matmul, softmax, matmul; on a CPU the quickest for
 short sequences). The sequence of one group is never mixed with that of another, nor one image with another.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.xformers_check import run_problem
+from dinoreg.runtime.xformers_check import best_backend, run_problem
 
-BACKENDS = ("auto", "xformers", "sdpa", "plain")
+PACKED = ("xformers", "varlen")  # attend to all groups in one call, on CUDA
+BACKENDS = ("auto", *PACKED, "sdpa", "plain")
 
 # On a CPU, `plain` beats SDPA in low precision up to about this many tokens (SDPA's inner products miss the
 # quick low-precision kernels); in float32 SDPA is as quick or quicker at every length.
@@ -26,35 +29,34 @@ Shapes = tuple[tuple[int, int], ...]  # one (images, tokens) pair per group
 
 
 def check_backend(name: str) -> str:
-    """Return `name`; UserError where it is not one of `BACKENDS`, or is "xformers" on a machine without CUDA."""
+    """Return `name`; UserError where it is not one of `BACKENDS`, or is one of `PACKED` on a machine without CUDA."""
     if name not in BACKENDS:
         raise UserError(f"attention={name!r} is not a backend; expected one of {', '.join(BACKENDS)}")
-    if name == "xformers" and not torch.cuda.is_available():
-        raise UserError("attention='xformers' needs a CUDA device and none is present; use auto, sdpa or plain")
+    if name in PACKED and not torch.cuda.is_available():
+        raise UserError(f"attention={name!r} needs a CUDA device and none is present; use auto, sdpa or plain")
     return name
 
 
 def resolve_backend(
     name: str, device: torch.device, num_tokens: int | None = None, dtype: torch.dtype = torch.float32
 ) -> str:
-    """The backend that `name`, one of `BACKENDS`, stands for: "xformers", "sdpa" or "plain".
+    """The backend that `name`, one of `BACKENDS`, stands for: "xformers", "varlen", "sdpa" or "plain".
 
     num_tokens  length T of a sequence, for the choice between plain and sdpa on a CPU; None: a short one
-    dtype       of the queries, for the same choice and for xformers, which has kernels for some dtypes only
-    raises      UserError for an unknown name, and for "xformers" where it cannot run on this device and dtype
+    dtype       of the queries, for the same choice and for `PACKED`, which have kernels for some dtypes only
+    raises      UserError for an unknown name, and for one of `PACKED` where it cannot run on this device and dtype
     """
     check_backend(name)
-    if name == "xformers":
+    if name in PACKED:
         if device.type != "cuda":
-            raise UserError(f"attention='xformers' runs on CUDA, but the model is on {device.type}")
-        problem = run_problem(device, dtype)
+            raise UserError(f"attention={name!r} runs on CUDA, but the model is on {device.type}")
+        problem = run_problem(device, dtype, name)
         if problem:
-            raise UserError(f"attention='xformers' cannot run here: {problem}; use auto or sdpa")
-        return name
+            raise UserError(f"attention={name!r} cannot run here: {problem}; use auto or sdpa")
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "sdpa" if run_problem(device, dtype) else "xformers"
+        return best_backend(device, dtype)[0]
     if device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and (num_tokens or 0) <= PLAIN_MAX_TOKENS:
         return "plain"
     return "sdpa"
@@ -66,8 +68,14 @@ def describe_backend(name: str, device: torch.device, num_tokens: int | None, dt
     Arguments and errors are those of `resolve_backend`.
     """
     backend = resolve_backend(name, device, num_tokens, dtype)
-    problem = run_problem(device, dtype) if name == "auto" and device.type == "cuda" else None
-    return f"{backend} (xformers does not run here: {problem})" if problem else backend
+    problem = best_backend(device, dtype)[1] if name == "auto" and device.type == "cuda" else None
+    return f"{backend} ({problem})" if problem else backend
+
+
+def mark_constants() -> None:
+    """Have torch.compile take what an attention call needs beside its tensors for constants, made outside the graph."""
+    for function in (_block_diagonal, _starts):
+        torch.compiler.assume_constant_result(function)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -81,8 +89,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 
 
 def _autocast_on(x: Tensor) -> bool:
-    kind = x.device.type  # asking about a device without autocast, such as meta, is an error
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Asking about meta, which has no autocast, is an error.
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
@@ -123,8 +131,8 @@ def attend_groups(qkv: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tenso
     backends                           one per group, as `resolve_backend` returns it
     returns  (S, heads * head_dim)
     """
-    if backends[0] == "xformers" and len(shapes) > 1:  # a matter of the device, hence of all groups
-        return _attend_packed(qkv, shapes).flatten(1)
+    if backends[0] == "varlen" or (backends[0] == "xformers" and len(shapes) > 1):  # for all groups: a device's matter
+        return _attend_packed(qkv, shapes, backends[0]).flatten(1)
     groups = qkv.split([images * tokens for images, tokens in shapes]) if len(shapes) > 1 else (qkv,)
     outputs = []
     for group, (images, tokens), backend in zip(groups, shapes, backends, strict=True):
@@ -133,17 +141,38 @@ def attend_groups(qkv: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tenso
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _attend_packed(qkv: Tensor, shapes: Shapes) -> Tensor:
+def _attend_packed(qkv: Tensor, shapes: Shapes, backend: str) -> Tensor:
+    """qkv (S, 3, heads, head_dim) -> (S, heads, head_dim)."""
+    q, k, v = qkv.unbind(1)
+    if backend == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest = max(tokens for _, tokens in shapes)
+        starts = _starts(shapes, qkv.device)
+        out = varlen_attn(q, k, v, starts, starts, longest, longest)
+        assert isinstance(out, Tensor)  # no auxiliary outputs are asked for
+        return out
     from xformers.ops import memory_efficient_attention
 
-    q, k, v = qkv.unsqueeze(0).unbind(2)  # (1, S, heads, head_dim)
     bias = _block_diagonal(shapes, qkv.device)
-    return memory_efficient_attention(q, k, v, attn_bias=bias).squeeze(0)
+    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias).squeeze(0)
 
 
-@lru_cache(maxsize=64)
 def _block_diagonal(shapes: Shapes, device: torch.device) -> object:
-    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+    return _kept(True, shapes, device)
 
+
+def _starts(shapes: Shapes, device: torch.device) -> Tensor:
+    return _kept(False, shapes, device)
+
+
+@lru_cache(maxsize=128)
+def _kept(mask: bool, shapes: Shapes, device: torch.device) -> Any:
+    """xformers' mask of packed images, or where each begins, and the last ends: (images + 1,) int32."""
     lengths = [tokens for images, tokens in shapes for _ in range(images)]
-    return BlockDiagonalMask.from_seqlens(lengths, device=device)
+    with torch.inference_mode(False):  # it may be needed for a gradient later
+        if not mask:
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+        return BlockDiagonalMask.from_seqlens(lengths, device=device)

@@ -27,7 +27,7 @@ class VitRGTS(nn.Module):
     pool         what is classified: "cls", the class token, or "mean", the mean of the patch tokens
     dropout      probability in [0, 1], after the attention's projection and after both feed-forward layers
     emb_dropout  probability in [0, 1], on the sequence that enters the first block
-    attention    "auto" | "xformers" | "sdpa" | "plain"
+    attention    "auto" | "xformers" | "varlen" | "sdpa" | "plain"
     raises       UserError for sizes that do not fit, an unknown pool or attention, depth < 1, negative registers
     """
 

@@ -5,7 +5,6 @@ Token-wise layers run once over it, whatever the number of groups; attention and
 groups' shapes. Parameter names are those of the published DINOv2 weights.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -191,6 +190,10 @@ class Block(nn.Module):
         self.mlp = FFN_KINDS[ffn](dim, 4 * dim if hidden_dim is None else hidden_dim, dropout)
         self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A compiled forward pass is bound to this block: a copy has its own.
+        return {name: value for name, value in self.__dict__.items() if name != "forward"}
+
     def forward(
         self,
         x: Tensor,
@@ -198,7 +201,7 @@ class Block(nn.Module):
         backends: Sequence[str],
         packed: bool = False,
         rows: Rows | None = None,
-        orders: Sequence[Sequence[Tensor]] | None = None,
+        kept: Sequence[Sequence[Tensor]] | None = None,
         owned: bool = False,
     ) -> Tensor:
         """x (S, D) -> (S, D), or (n, D) with `rows`.
@@ -208,37 +211,34 @@ class Block(nn.Module):
         packed   the groups came as a list: stochastic depth skips the dropped images' work at any rate, as DINOv2 does,
                  not only above `SUBSET_MIN_RATE`
         rows     the n tokens to return; the FFN is computed for them only. None: all
-        orders   two random orders of each group's images, for the two branches; None: drawn here
+        kept     for the two branches, of each group the images that stochastic depth leaves; None: drawn here
         owned    x may be written to, and so may the gradient that comes back: nobody else reads them
         """
-        rate = self.drop_path if self.training else 0.0
+        rate = 0.0
+        if kept is None and self.training:  # else the rate is not read: a compiler would make a graph for each
+            rate = self.drop_path
+            if rate > (0 if packed else SUBSET_MIN_RATE):
+                kept = [first_of(order, rate) for order in zip(*draw_orders(shapes, 2, x.device))]
         gamma1, gamma2 = _gamma(self.ls1), _gamma(self.ls2)
-        subset = rate > 0 and (packed or rate > SUBSET_MIN_RATE)
-        kept1: Sequence[Tensor] = ()
-        kept2: Sequence[Tensor] = ()
-        if subset:
-            if orders is None:
-                orders = list(zip(*draw_orders(shapes, 2, x.device)))
-            kept1, kept2 = first_of(orders[0], rate), first_of(orders[1], rate)
         with low_precision(self, compute_dtype(x)):
-            if subset:
-                part, x = gather_samples(x, shapes, kept1, owned)
-                y = self.attn(_norm(self.norm1, part), kept_shapes(shapes, kept1), backends)
-                x = add_samples(x, y, gamma1, shapes, kept1)
+            if kept is not None:
+                part, x = gather_samples(x, shapes, kept[0], owned)
+                y = self.attn(_norm(self.norm1, part), kept_shapes(shapes, kept[0]), backends)
+                x = add_samples(x, y, gamma1, shapes, kept[0])
             else:
                 y = self.attn(_norm(self.norm1, x), shapes, backends)
                 x = _add(x, y, gamma1, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
             if rows is not None:
                 # They are few: skipping the work of the dropped images would save nothing.
                 factors = None
-                if rate:
-                    of_images = _kept_factors(shapes, kept2, x) if subset else _sample_factors(shapes, rate, x)
+                if rate or kept is not None:
+                    of_images = _sample_factors(shapes, rate, x) if kept is None else _kept_factors(shapes, kept[1], x)
                     factors = of_images.index_select(0, rows.images).unsqueeze(1)
                 x = x.index_select(0, rows.tokens)
                 return _add(x, self.mlp(_norm(self.norm2, x)), gamma2, factors)
-            if subset:
-                part, x = gather_samples(x, shapes, kept2, owned=True)
-                return add_samples(x, self.mlp(_norm(self.norm2, part)), gamma2, shapes, kept2)
+            if kept is not None:
+                part, x = gather_samples(x, shapes, kept[1], owned=True)
+                return add_samples(x, self.mlp(_norm(self.norm2, part)), gamma2, shapes, kept[1])
             y = self.mlp(_norm(self.norm2, x))
             return _add(x, y, gamma2, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
 
@@ -260,8 +260,10 @@ def low_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     follow in bfloat16 only: float16 has not the range for what a residual stream may hold.
     """
     kinds = (nn.Linear, nn.LayerNorm) if dtype == torch.bfloat16 else (nn.Linear,)
-    layers = [m for m in module.modules() if isinstance(m, kinds) and m.weight.dtype != dtype]
-    if dtype == torch.float32 or not layers or torch.compiler.is_compiling():
+    layers: list[nn.Module] = []
+    if dtype != torch.float32 and not torch.compiler.is_compiling():  # a compiler casts where it computes
+        layers = [m for m in module.modules() if isinstance(m, kinds) and m.weight.dtype != dtype]
+    if not layers:
         yield
         return
     owned = [(layer, name) for layer in layers for name, p in layer._parameters.items() if p is not None]
@@ -360,7 +362,7 @@ def gather_samples(x: Tensor, shapes: Shapes, kept: Sequence[Tensor], owned: boo
 
     Where x goes through here, its gradient comes complete from `add_samples`: nothing has to be zeroed and summed.
     """
-    owned = owned and not x._is_view() and not torch.compiler.is_compiling()
+    owned = owned and not torch.compiler.is_compiling() and not x._is_view()
     part, stream = _GatherSamples.apply(x, owned, shapes, *kept)
     return part, stream
 
@@ -404,9 +406,11 @@ def _put(x: Tensor, y: Tensor, shapes: Shapes, kept: Sequence[Tensor], scaled: b
 
 class _GatherSamples(torch.autograd.Function):
     # Written out because autograd's own composition (select, then concatenate) makes a second copy each way.
+    # All inputs as one: without gradients Dynamo counts the arguments to see whether the first is a context, and errs.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, owned: bool, shapes: Shapes, *kept: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        x, owned, shapes, *kept = inputs
         ctx.save_for_backward(*kept)
         ctx.shapes, ctx.owned = shapes, owned
         part = _take(x, shapes, kept)
@@ -425,9 +429,8 @@ class _GatherSamples(torch.autograd.Function):
 
 class _AddSamples(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, gamma: Tensor | None, compiled: bool, shapes: Shapes, *kept: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, y, gamma, compiled, shapes, *kept = inputs
         ctx.save_for_backward(y if gamma is not None else None, gamma, *kept)
         ctx.shapes, ctx.dtype = shapes, y.dtype
         if compiled:
@@ -444,16 +447,14 @@ class _AddSamples(torch.autograd.Function):
         grad = grads[0].contiguous()
         part = _take(grad, ctx.shapes, kept)
         grad_y = torch.empty(part.shape, dtype=ctx.dtype, device=part.device)
-        rows = [in_y for _, in_y, _ in _views(ctx.shapes, kept)]
-        scales = [images / len(index) for (images, _), index in zip(ctx.shapes, kept, strict=True)]
-        factors: Sequence[Any] = scales
-        grad_gamma = None
-        if gamma is not None:
-            factors = torch._foreach_mul([gamma] * len(scales), scales)
-            product = part * y
-            sums = [product[in_y].sum(0) for in_y in rows]
-            torch._foreach_mul_(sums, scales)
-            grad_gamma = functools.reduce(torch.add, sums).to(gamma.dtype)
-        for in_y, factor in zip(rows, factors, strict=True):
-            torch.mul(part[in_y], factor, out=grad_y[in_y])
+        product = torch.empty_like(part if gamma is not None else part[:0])
+        nothing = part.new_zeros(1)  # to add products to, so that they are scaled in the same pass
+        for (_, in_y, images), index in zip(_views(ctx.shapes, kept), kept, strict=True):
+            scale = images / len(index)
+            if gamma is None:
+                torch.mul(part[in_y], scale, out=grad_y[in_y])
+            else:
+                torch.addcmul(nothing, part[in_y], gamma, value=scale, out=grad_y[in_y])
+                torch.addcmul(nothing, part[in_y], y[in_y], value=scale, out=product[in_y])
+        grad_gamma = None if gamma is None else product.sum(dim=0).to(gamma.dtype)
         return grad, grad_y, grad_gamma, None, None, *(None for _ in kept)

@@ -14,8 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinoreg.models.attention import Shapes, attention_weights, check_backend, compute_dtype, resolve_backend
-from dinoreg.models.layers import FFN_KINDS, NORM_EPS, Block, PatchEmbed, Rows, draw_orders, init_linear_layers
+from dinoreg.models.attention import (
+    Shapes,
+    attention_weights,
+    check_backend,
+    compute_dtype,
+    resolve_backend,
+    without_autocast,
+)
+from dinoreg.models.layers import (
+    FFN_KINDS,
+    NORM_EPS,
+    Block,
+    PatchEmbed,
+    Rows,
+    draw_orders,
+    first_of,
+    init_linear_layers,
+)
 from dinoreg.runtime.errors import UserError
 
 POSITION_STD = 0.02
@@ -58,32 +74,53 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
+def resampling_matrices(
+    grid: tuple[int, int], target: tuple[int, int], antialias: bool, offset: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The weights (h, gh) and (w, gw), float32, with which `resample_positions` sums: PyTorch's own bicubic ones.
+
+    Arguments and errors are those of `resample_positions`.
+    """
+    matrices = []
+    with torch.inference_mode(False), torch.no_grad():  # one that is stored may be needed for a gradient later
+        for old, new in zip(grid, target, strict=True):
+            # Two columns: where the width is one, the antialiased kernel gives wrong rows.
+            samples = torch.eye(old, device="cpu")[None, :, :, None].expand(1, old, old, 2)
+            size: dict[str, Any] = {"scale_factor": ((new + offset) / old, 1.0)} if offset else {"size": (new, 2)}
+            weights = F.interpolate(samples, mode="bicubic", antialias=antialias, **size)[0, :, :, 0].T
+            if len(weights) != new:
+                raise UserError(f"position_offset={offset} turns grid {grid} into {len(weights)} rows, not {target}")
+            matrices.append(weights.contiguous().to(device))
+    return matrices[0], matrices[1]
+
+
 def resample_positions(
-    positions: Tensor, grid: tuple[int, int], target: tuple[int, int], antialias: bool = True, offset: float = 0.0
+    positions: Tensor,
+    grid: tuple[int, int],
+    target: tuple[int, int],
+    antialias: bool = True,
+    offset: float = 0.0,
+    matrices: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Bicubic resampling of patch positions from one grid to another, in float32.
+    """Bicubic resampling of patch positions from one grid to another, in float32, as two matrix products.
+
+    The backward pass of PyTorch's own kernel is not deterministic on CUDA.
 
     positions (1, gh * gw, D)   of the grid (gh, gw) = `grid`, row by row
     target                      (h, w), rows and columns of the new grid
     antialias, offset           (True, 0) for models with registers (arXiv 2309.16588, appendix A); the published models
                                 without registers were trained with (False, 0.1), where the scale factor is
                                 (h + offset) / gh, which also moves the sampling points slightly
+    matrices                    those of `resampling_matrices` for the same arguments; None: computed here
     returns   (1, h * w, D)     in the dtype of `positions`; `positions` itself where the grids agree
     raises                      UserError where the scale factor does not give the target grid
     """
     if grid == target:
         return positions
-    dim = positions.shape[-1]
-    # A contiguous copy: the kernel for channels-last input has no antialiased backward as quick as this one.
-    image = positions.float().reshape(1, *grid, dim).permute(0, 3, 1, 2).contiguous()
-    if offset:
-        scale = [(new + offset) / old for new, old in zip(target, grid, strict=True)]
-        image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=antialias)
-    else:
-        image = F.interpolate(image, size=target, mode="bicubic", antialias=antialias)
-    if image.shape[-2:] != target:
-        raise UserError(f"position_offset={offset} turns grid {grid} into {tuple(image.shape[-2:])}, not {target}")
-    return image.flatten(2).transpose(1, 2).to(positions.dtype)
+    down, across = matrices or resampling_matrices(grid, target, antialias, offset, positions.device)
+    with without_autocast(positions):
+        rows = (down @ positions.float().reshape(grid[0], -1)).unflatten(1, (grid[1], -1))  # (h, gw, D)
+        return (across @ rows).reshape(1, target[0] * target[1], -1).to(positions.dtype)
 
 
 class RegisterViT(nn.Module):
@@ -100,7 +137,7 @@ class RegisterViT(nn.Module):
                       (drop_path_uniform=False) growing linearly from 0 to it along the depth
     antialias, position_offset   how positions are resampled, see `resample_positions`
     init_std          standard deviation of every linear layer's initial weights
-    attention         "auto" | "xformers" | "sdpa" | "plain"
+    attention         "auto" | "xformers" | "varlen" | "sdpa" | "plain"
     checkpointing     recompute each block in the backward pass instead of storing its activations
     raises            UserError for a value out of its range and for sizes that do not divide
 
@@ -148,6 +185,7 @@ class RegisterViT(nn.Module):
         self.antialias, self.position_offset, self.init_std = antialias, position_offset, init_std
         self.attention_backend = check_backend(attention)
         self.checkpointing = checkpointing
+        self._resampling: dict[tuple[tuple[int, int], torch.device], tuple[Tensor, Tensor]] = {}
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], dim))
@@ -198,13 +236,18 @@ class RegisterViT(nn.Module):
                 why = f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool {tuple(x.shape[:2])}"
                 raise UserError(why)
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        patch_positions = resample_positions(
-            self.pos_embed[:, 1:], self.grid, target, self.antialias, self.position_offset
-        )
         tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)]
         if self.register_tokens is not None:
             tokens.append(self.register_tokens.expand(batch, -1, -1))
-        return torch.cat([*tokens, x + patch_positions], dim=1)
+        return torch.cat([*tokens, x + self._positions(target)], dim=1)
+
+    def _positions(self, target: tuple[int, int]) -> Tensor:
+        """Patch positions (1, h * w, D) of a grid; its matrices are kept on the device."""
+        how = self.grid, target, self.antialias, self.position_offset
+        key = target, self.pos_embed.device
+        if target != self.grid and key not in self._resampling:
+            self._resampling[key] = resampling_matrices(*how, self.pos_embed.device)
+        return resample_positions(self.pos_embed[:, 1:], *how, self._resampling.get(key))
 
     # ---------------------------------------------------------------- forward
 
@@ -259,8 +302,11 @@ class RegisterViT(nn.Module):
             orders = list(zip(*draw_orders(shapes, 2 * self.depth, x.device)))  # of all blocks at once
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None
-            drawn = None if orders is None else orders[2 * index : 2 * index + 2]
-            arguments = (x, shapes, backends, packed, selected, drawn, packed and not again)
+            assert isinstance(block, Block)
+            kept = None
+            if orders is not None and block.drop_path:
+                kept = [first_of(order, block.drop_path) for order in orders[2 * index : 2 * index + 2]]
+            arguments = (x, shapes, backends, packed, selected, kept, packed and not again)
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x
 

@@ -3,6 +3,7 @@
 Memory is what PyTorch finds on the device, a little less than the number in its name.
 """
 
+import os
 from dataclasses import dataclass, replace
 
 from dinoreg.config.option import nearest
@@ -23,12 +24,13 @@ LINK_SHARE = 0.8
 HOP_SECONDS = 8e-6
 
 # Besides the tensors: the CUDA context with its kernels, cuBLAS' workspaces, and NCCL's buffers where there are several
-# processes. Then what the caching allocator cannot use of the memory that comes and goes within a step: with the masks
-# of a run, of which every step has other ones, PyTorch's allocator reserved 43.03 GiB for 39.45 of tensors, 34 of them
-# passing (ViT-L/16, 64 images, on a CUDA runtime that computes nothing; 2026-11-28).
+# processes. Then what the caching allocator cannot use of the memory that comes and goes within a step, with the masks
+# of a run, of which every step has other ones. In segments that grow (`dinoreg/__init__.py`) 0.1 to 0.5 GiB: 35.09
+# GiB reserved for 34.90 of tensors (ViT-L/16, 64 images), 12.70 for 12.22 with checkpointing; in segments of fixed size
+# (`SEGMENTS_FIXED`) 43.03 for 39.45, 34 of them passing (on a CUDA runtime that computes nothing; 2026-11-28, -29).
 CONTEXT_GIB = 0.7
 NCCL_GIB = 0.8
-FRAGMENTATION = 0.105
+FRAGMENTATION, GAPS_GIB, SEGMENTS_FIXED = 0.02, 0.5, 0.105
 
 # On a CPU the peak of the process counts: Python with PyTorch and libraries after a few steps; each thread that decodes
 # (photos of six megapixels); what a probe imports and computes besides the network; and of what comes and goes, a
@@ -40,13 +42,20 @@ CPU_FRAGMENTATION, SMALL_GIB = 0.22, 0.12  # of small amounts another half, up t
 FREE_SHARE = 0.9
 
 
+def gaps(passing: float) -> float:
+    """Bytes of a GPU that its allocator cannot use where `passing` bytes come and go, as the environment sets it."""
+    chosen = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    grows = "expandable_segments:true" in chosen.lower().replace(" ", "")
+    return FRAGMENTATION * passing + GAPS_GIB * GIB if grows else SEGMENTS_FIXED * passing
+
+
 @dataclass(frozen=True)
 class Device:
     """The device of one process.
 
     kind        "cuda" | "cpu"
     memory      bytes; of a CPU those that are free
-    peaks       {"bf16", "fp16", "fp32"}: dense TFLOP/s of matrix products with float32 sums; empty: unknown
+    peaks       {"bf16", "fp16", "fp32", "tf32"}: dense TFLOP/s of matrix products with float32 sums; empty: unknown
     local_link  GB/s to the devices of the same machine, one way
     link        GB/s to devices of other machines, one way, per device
     """
@@ -59,18 +68,18 @@ class Device:
     link: float
 
     def peak(self, precision: str) -> float | None:
-        """The peak in FLOP/s for "bf16" | "fp16" | "fp32"; None where it is unknown or not supported."""
+        """The peak in FLOP/s for "bf16" | "fp16" | "fp32" | "tf32"; None where it is unknown or not supported."""
         tflops = self.peaks.get(precision)
         return None if tflops is None else tflops * 1e12
 
 
 def _gpu(name: str, gib: float, low: float, fp32: float, local: float, link: float, bf16: bool = True) -> Device:
-    peaks = {"fp16": low, "fp32": fp32} | ({"bf16": low} if bf16 else {})
+    peaks = {"fp16": low, "fp32": fp32} | ({"bf16": low, "tf32": low / 2} if bf16 else {})
     return Device(name, "cuda", int(gib * GIB), peaks, local, link)
 
 
 # Peaks: NVIDIA's data sheets ("Tensor Core" rows without sparsity; GeForce: the architecture white papers, with float32
-# sums). float32 without TF32, as PyTorch computes it by default. Links: half of the stated two-way NVLink rate, or
+# sums). float32 without TF32, whose peak is half of bf16's. Links: half of the stated two-way NVLink rate, or
 # PCIe x16 of the device's generation; between machines what such machines are usually sold with, for each device.
 DEVICES: dict[str, Device] = {
     # Tesla V100 data sheet (2020): 125 TFLOP/s tensor, NVLink 300 GB/s; DGX-1: 4 x 100 Gb/s for 8 devices

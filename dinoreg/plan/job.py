@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dinoreg.config.load import Config
-from dinoreg.config.schema import ParallelConfig
+from dinoreg.config.schema import PRECISIONS, ParallelConfig
+from dinoreg.models.attention import PACKED
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.plan.devices import Device
 from dinoreg.runtime.device import pick_precision
@@ -134,11 +135,6 @@ class Job:
         """Number of processes whose images KoLeo searches together."""
         return self.config.loss.koleo_ranks or self.world_size
 
-    @property
-    def has_anchor(self) -> bool:
-        """Whether a frozen anchor takes part in the step."""
-        return self.config.loss.anchor_weight > 0
-
     def masked_patches(self, images: int, worst: bool = False) -> int:
         """Expected number of masked patches in the global crops of `images` images.
 
@@ -204,10 +200,11 @@ def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes
     """
     config, world_size = config.as_trained(), nodes * gpus
     precision = _precision(config, device)
-    if config.model.attention == "xformers" and device.kind != "cuda":
-        why = f"model.attention=xformers: runs on CUDA, and this is a plan for {device.name}; use auto or sdpa"
-        raise UserError(why)
     backend = config.model.attention
+    if backend in PACKED and device.kind != "cuda":
+        raise UserError(
+            f"model.attention={backend}: runs on CUDA, and this is a plan for {device.name}; use auto or sdpa"
+        )
     if backend == "auto":
         backend = "plain" if device.kind == "cpu" and precision != "fp32" else "sdpa"
     for key in ("anchor_weight", "diet_weight"):
@@ -223,10 +220,11 @@ def describe(config: Config, nodes: int, gpus: int, device: Device, sizes: Sizes
 
 def _precision(config: Config, device: Device) -> str:
     if config.precision != "auto":
-        if device.kind == "cuda" and device.peaks and device.peak(config.precision) is None:
+        refused = device.peaks if device.kind == "cuda" else config.precision == "tf32"
+        if refused and device.peak(config.precision) is None:
             raise UserError(
                 f"precision={config.precision}: a {device.name} does not compute in it; "
-                f"expected auto, {' or '.join(device.peaks)}"
+                f"expected auto, {' or '.join(device.peaks or PRECISIONS[1:])}"
             )
         return config.precision
     if device.kind == "cuda":

@@ -121,7 +121,7 @@ def memory_from(job: Job, moments: dict[str, Parts]) -> Memory:
         fragments = devices.CPU_FRAGMENTATION * passing + min(passing / 2, devices.SMALL_GIB * GIB)
     else:
         context = devices.CONTEXT_GIB + devices.NCCL_GIB * (job.world_size > 1)
-        fragments = devices.FRAGMENTATION * passing
+        fragments = devices.gaps(passing)
     return Memory(
         moments=moments,
         context=int(GIB * context),
@@ -191,7 +191,7 @@ def step_peaks(job: Job) -> dict[str, Parts]:
                 held[part] += times * count
     whole = {moment: {part: round(held[part]) for part in PARTS if part in held} for moment, held in peaks.items()}
     if KOLEO in whole:  # the one part that grows with the square of the batch
-        whole[KOLEO]["similarities for KoLeo"] = 4 * (job.koleo_ranks * job.config.batch_size) ** 2
+        whole[KOLEO]["similarities for KoLeo"] = 8 * (job.koleo_ranks * job.config.batch_size) ** 2
     return whole
 
 

@@ -277,7 +277,7 @@ class Recorder(TorchDispatchMode):
             return WORKING
         if owner == "step" and tensor.ndim == 4 and self._between == "KoLeo":
             return "crops"  # of a micro-batch
-        if owner == "step" and func is aten.mm.default and tensor.shape == (self._koleo_images,) * 2:
+        if owner == "step" and func is aten.bmm.default and tensor.shape == (2, *(self._koleo_images,) * 2):
             return "similarities for KoLeo"
         return {"student": "activations of the backbone", "student's heads": "activations of the heads"}.get(
             owner, WORKING

@@ -12,7 +12,7 @@ from dinoreg.plan.memory import Memory, Operations
 from dinoreg.plan.speed import Speed
 from dinoreg.plan.traffic import Collective, Step, step_of
 from dinoreg.runtime.durations import about
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import reworded
 from dinoreg.train.outlook import FEW_BATCHES, Outlook, rounded
 
 MEMORY_FIGURES = ("available", "needed", "allocated", "context", "fragments", "peak")
@@ -196,8 +196,6 @@ class Plan:
     def write(self, path: str | Path) -> Path:
         """Write `as_dict` to a JSON file and return its path; UserError where it cannot be written."""
         path = Path(path)
-        try:
+        with reworded(f"out={path}: cannot be written", OSError):
             path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"out={path}: cannot be written ({error.strerror})") from None
         return path

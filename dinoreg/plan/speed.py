@@ -17,7 +17,7 @@ from dinoreg.plan.job import Job
 from dinoreg.plan.memory import memory_of, operations_of
 from dinoreg.plan.step import random_batch, take_step
 from dinoreg.runtime.device import DTYPES, keep_freed_memory, peak_memory
-from dinoreg.train.parallelize import compile_backbones
+from dinoreg.train.parallelize import compile_blocks
 from dinoreg.train.state import build_networks, build_state
 from dinoreg.train.tutor import load_tutor
 
@@ -146,7 +146,7 @@ def _measure(config: Config, dtype: torch.dtype, device: torch.device) -> Speed:
         anchor = build_networks(config)[1].backbone if config.loss.anchor_weight > 0 else None
         state = build_state(config, student, teacher, device, dtype, anchor, tutor=tutor)
         if config.model.compile:
-            compile_backbones(state.student, state.teacher)
+            compile_blocks(state.student, state.teacher)
         batch = random_batch(config, student.backbone.patch_size, device, tutor)
         times: list[float] = []
         while len(times) < WARM_UP_STEPS + MOST_STEPS and sum(times[WARM_UP_STEPS:]) < PROBE_SECONDS:

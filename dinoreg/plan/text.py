@@ -11,7 +11,7 @@ from dinoreg.runtime.templates import render
 from dinoreg.train.class_probe import BATCH_SIZE as PROBE_BATCH
 from dinoreg.train.outlook import rounded
 
-ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FRAGMENTATION", "FREE_SHARE", "LINK_SHARE")
+ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FREE_SHARE", "LINK_SHARE")
 
 
 def show(plan: Plan) -> None:
@@ -59,7 +59,7 @@ def _text(plan: Plan) -> str:
         most_gradients=most_gradients,
         PROBE_BATCH=PROBE_BATCH,
         **{name: getattr(devices, name) for name in ALLOWANCES},
-        **{each.__name__: each for each in (gib, size, about, moment, number, digits, millions, rounded)},
+        **{each.__name__: each for each in (gib, size, about, moment, number, millions, rounded)},
     )
     return text.strip()
 
@@ -83,11 +83,6 @@ def moment(seconds: float) -> str:
 def number(value: float) -> str:
     """A number with thousands separators, or with three digits below 100: 12,345 or 1.23."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def digits(value: float) -> str:
-    """A number with four significant digits."""
-    return f"{value:.4g}"
 
 
 def millions(count: int) -> str:

@@ -25,6 +25,7 @@ from dinoreg.config.load import Config
 from dinoreg.config.schema import ParallelConfig
 from dinoreg.data.loader import Batch
 from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
+from dinoreg.models.attention import PACKED
 from dinoreg.plan.job import Job
 from dinoreg.plan.recorder import Parts, Recorder
 from dinoreg.plan.step import masked_batch, take_step
@@ -59,7 +60,7 @@ def trace_job(job: Job, depth: int, masked: tuple[int, ...]) -> Trace:
     masked  masked patches of each micro-batch
     """
     config, parts = job.config, len(masked)
-    attention = "sdpa" if job.backend == "xformers" else job.backend  # which keeps a little more, and runs anywhere
+    attention = "sdpa" if job.backend in PACKED else job.backend  # which keeps a little more, and runs anywhere
     parallel = replace(config.parallel, strategy=job.strategy) if job.world_size > 1 else ParallelConfig()
     return trace_step(
         Config(

@@ -100,7 +100,7 @@ def _weights(job: Job) -> list[Collective]:
     found = [Collective("student's weights, all-gather", student, calls, *group, 1, True)]
     if sizes.tutor is None:  # with one, the moving average sees no pictures
         found.append(Collective("teacher's weights, all-gather", parts * whole, parts * units, *group, 1, True))
-    if job.has_anchor:
+    if job.config.loss.anchor_weight > 0:
         found.append(Collective("anchor's weights, all-gather", parts * backbone, parts * blocks, *group, 1, True))
     reduced = parts * DTYPES[options.reduce_dtype].itemsize * job.padded()
     found.append(Collective("gradients, reduce-scatter", reduced, parts * units, *group, 1, True))
@@ -124,6 +124,6 @@ def _statistics(job: Job) -> list[Collective]:
         ranks = job.koleo_ranks
         tokens = 4 * 2 * job.config.batch_size * sizes.dim
         found.append(Collective("KoLeo, all-gather", ranks * tokens, 1, ranks, min(ranks, job.gpus), 1, False))
-    scalars = 1 + len(sizes.networks) * (job.strategy == "fsdp")
+    scalars = 2 + len(sizes.networks) * (job.strategy == "fsdp")  # one says whether all are finite
     found.append(Collective("losses and norms, all-reduce", 4 * 5 * scalars, scalars, *everyone, 2, False))
     return found

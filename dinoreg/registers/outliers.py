@@ -57,14 +57,12 @@ class Outliers(NamedTuple):
 def robust_limit(norms: Tensor) -> Limit:
     """The limit of one model and layer: median x max(2, exp(4 deviations of the log norms)).
 
-    norms   any shape, above 0. Logarithms, because norms spread by factors; median and MAD, because the outliers
-            themselves must not move the limit; the factor 2, because a bulk of almost equal norms would otherwise put
-            it next to the median.
-    raises  ValueError for norms that are empty or not finite
+    norms   any shape, finite, above 0
+
+    Logarithms, because norms spread by factors; median and MAD, because the outliers themselves must not move the
+    limit; the factor 2, because a bulk of almost equal norms would otherwise put it next to the median.
     """
     norms = norms.detach().flatten().double()
-    if not len(norms) or not torch.isfinite(norms).all():
-        raise ValueError("norms must be finite and at least one")
     logs = norms.clamp(min=1e-12).log()
     middle = logs.median()
     deviation = float(MAD_TO_DEVIATION * (logs - middle).abs().median())

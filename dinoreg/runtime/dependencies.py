@@ -73,15 +73,15 @@ DEPENDENCIES = (
     Dependency("onnx", "export", ">=1.16,<2", "writing ONNX files"),
     Dependency("onnxruntime", "export", ">=1.18,<2", "checking an ONNX file against the model"),
     Dependency("onnxscript", "export", ">=0.3,<1", "PyTorch's ONNX exporter, which is built on it"),
+    Dependency("mkdocs-material", "docs", ">=9.5,<10", "the guides as a site", "material"),
+    Dependency("mkdocstrings-python", "docs", ">=1.16,<3", "its Python reference", "mkdocstrings_handlers.python"),
     Dependency("pytest", "test", ">=8,<10", "running the tests"),
     Dependency("pytest-xdist", "test", ">=3.5,<4", "running them on several processes, a file at a time each", "xdist"),
     Dependency("ruff", "test", ">=0.8,<1", "linting and formatting"),
     Dependency("mypy", "test", ">=1.11,<3", "checking types"),
     Dependency("setuptools", "test", ">=77,<85", "building the wheel without a download, in a test"),
     Dependency("wheel", "test", ">=0.43,<1", "packing the wheel that setuptools builds"),
-    Dependency(
-        "scikit-learn", "test", ">=1.4,<2", "the reference that probes and metrics are compared with", "sklearn"
-    ),
+    Dependency("scikit-learn", "test", ">=1.4,<2", "what probes and metrics are compared with", "sklearn"),
     Dependency("scikit-image", "test", ">=0.23,<1", "real photographs that come inside a package", "skimage"),
     Dependency("torchmetrics", "test", ">=1.4,<2", "the mIoU that ours is compared with"),
     Dependency("pycocotools", "test", ">=2.0.8,<3", "the official COCO metric, which ours is compared with"),
@@ -89,9 +89,9 @@ DEPENDENCIES = (
 
 
 def requirements(extra: str) -> list[str]:
-    """Requirement lines of "core" or an extra; "test" includes every extra, "all" every extra but the tests' own."""
+    """Requirement lines of "core" or an extra; "test" includes every extra, "all" those that a user needs."""
     extras = {row.extra for row in DEPENDENCIES} - {"core"}
-    wanted = {"test": extras, "all": extras - {"test"}}.get(extra, {extra})
+    wanted = {"test": extras, "all": extras - {"test", "docs"}}.get(extra, {extra})
     return [line for row in DEPENDENCIES if row.extra in wanted for line in row.requirements]
 
 

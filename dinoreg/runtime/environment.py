@@ -18,7 +18,7 @@ from dinoreg.runtime.json_files import read_text
 VARIABLES = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_"),
     *("MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_ARENA_MAX", "DINOREG_MALLOC", "PYTORCH_CUDA_ALLOC_CONF"),
-    *("XFORMERS_DISABLED", "SLURM_JOB_ID"),
+    *("PYTORCH_ALLOC_CONF", "XFORMERS_DISABLED", "SLURM_JOB_ID"),
 )
 DATA_THREADS = "dinoreg-data"  # with which the names of threads begin that read images for training
 
@@ -142,7 +142,7 @@ def _torch() -> dict[str, Any]:
         import torch
 
         from dinoreg.runtime.device import cpu_has_bf16, cuda_has_bf16, pick_precision
-        from dinoreg.runtime.xformers_check import run_problem
+        from dinoreg.runtime.xformers_check import best_backend
     except Exception as error:
         return {"torch_error": f"{type(error).__name__}: {error}", "cuda": [], "attention": None, "cpu_bf16": None}
     devices = []
@@ -154,8 +154,7 @@ def _torch() -> dict[str, Any]:
     attention = None
     if devices:
         device = torch.device("cuda", torch.cuda.current_device())
-        problem = run_problem(device, pick_precision("auto", device))
-        attention = {"backend": "sdpa" if problem else "xformers", "reason": problem}
+        attention = dict(zip(("backend", "reason"), best_backend(device, pick_precision("auto", device))))
     return {
         "cuda": devices,
         "attention": attention,

@@ -1,5 +1,8 @@
 """The errors with which a command ends early: wrong input, a failure while running, or a signal."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from dinoreg.runtime.printable import printable
 
 
@@ -31,3 +34,25 @@ class Interrupted(EarlyEnd):
 def one_line(error: BaseException, limit: int | None = None) -> str:
     """An error's text in one line, cut to `limit` characters (None: not cut); its type's name where it has no text."""
     return printable(" ".join(str(error).split()))[:limit] or type(error).__name__
+
+
+@contextmanager
+def reworded(sentence: str, *kinds: type[BaseException], into: Callable[[str], EarlyEnd] = UserError) -> Iterator[None]:
+    """Context in which errors of these kinds become one, `into`: the sentence, and in brackets their own words.
+
+    What is in one line already stays as it is.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, EarlyEnd):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 200)
+        raise into(f"{sentence} ({reason})") from None
+
+
+@contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Context in which a file or folder that cannot be read, or is no UTF-8, is a UserError that begins with `what`."""
+    with reworded(f"{what} cannot be read", OSError), reworded(f"{what} is not UTF-8 text", UnicodeDecodeError):
+        yield

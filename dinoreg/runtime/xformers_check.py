@@ -1,12 +1,15 @@
-"""Whether xformers works here, tested by running it, and why it does not.
+"""Which attention kernels work on a CUDA device, tested by running them, and why the better ones do not.
 
 An import alone proves little: a build for another PyTorch imports without an error, warns, and then finds no kernel.
 """
 
 import logging
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def load_problem() -> str | None:
@@ -26,26 +29,53 @@ def load_problem() -> str | None:
     return None if problem is None else reason(problem)
 
 
-@lru_cache(maxsize=16)
-def run_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """The reason why a small packed attention, forward and backward, fails under xformers on a CUDA device; else None.
+@lru_cache(maxsize=32)
+def run_problem(device: torch.device, dtype: torch.dtype, backend: str = "xformers") -> str | None:
+    """The reason why a small packed attention, forward and backward, fails on a CUDA device; None if it runs.
 
-    dtype  of queries, keys and values
+    dtype    of queries, keys and values
+    backend  "xformers", or "varlen": torch.nn.attention.varlen
     """
-    problem = load_problem()
+    problem = load_problem() if backend == "xformers" else None
     if problem is not None:
         return problem
     try:
-        from xformers.ops import memory_efficient_attention
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-        with torch.enable_grad(), torch.autocast("cuda", enabled=False):
-            x = torch.ones(1, 24, 2, 64, device=device, dtype=dtype, requires_grad=True)
-            out = memory_efficient_attention(x, x, x, attn_bias=BlockDiagonalMask.from_seqlens([9, 15]))
-            out.sum().backward()
+        attend = _with_xformers() if backend == "xformers" else _with_varlen(device)
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            x = torch.ones(24, 2, 64, device=device, dtype=dtype, requires_grad=True)
+            attend(x).sum().backward()
     except Exception as error:  # whatever it raises, the answer is the same: not this backend
         return reason(error)
     return None
+
+
+def _with_xformers() -> Callable[[Tensor], Any]:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    bias = BlockDiagonalMask.from_seqlens([9, 15])
+    return lambda x: memory_efficient_attention(x[None], x[None], x[None], attn_bias=bias)
+
+
+def _with_varlen(device: torch.device) -> Callable[[Tensor], Any]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = torch.tensor([0, 9, 24], dtype=torch.int32, device=device)
+    return lambda x: varlen_attn(x, x, x, starts, starts, 15, 15)
+
+
+def best_backend(device: torch.device, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The attention backend that serves a CUDA device best, and the reason why no better one does (None: xformers).
+
+    In order: "xformers"; "varlen", torch.nn.attention.varlen; "sdpa".
+    """
+    problems: list[str] = []
+    for backend in ("xformers", "varlen"):
+        problem = run_problem(device, dtype, backend)
+        if problem is None:
+            return backend, "; ".join(problems) or None
+        problems.append(f"{backend} does not run here: {problem}")
+    return "sdpa", "; ".join(problems)
 
 
 def reason(error: BaseException) -> str:

@@ -6,7 +6,7 @@ images as the bank; RankMe (arXiv 2210.02885) needs no labels and is always meas
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +64,7 @@ class Probe:
 
     images     (n, C, H, W) uint8
     labels     (n,) int64 below num_classes, or None: effective rank only
-    mean, std  (1, C, 1, 1) of the normalisation, for pixels in 0 to 1
+    mean, std  of the normalisation, C numbers each, for pixels in 0 to 1
     bank       how many of the images, the first, the others are classified by; None: half of them
     notes      lines for the log on how the labels were read
     source     the same images as files, or None
@@ -73,8 +73,8 @@ class Probe:
     images: Tensor
     labels: Tensor | None
     num_classes: int
-    mean: Tensor
-    std: Tensor
+    mean: Sequence[float]
+    std: Sequence[float]
     bank: int | None = None
     notes: tuple[str, ...] = ()
     source: Source | None = None
@@ -133,10 +133,11 @@ class Probe:
         # The last batches are filled up: a sharded backbone has to be called equally often everywhere, and batches of
         # one size give the same numbers on any number of processes.
         rows = torch.arange(share * ranks.world_size * size).clamp(max=len(self.images) - 1)
+        mean, std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (self.mean, self.std))
         found = []
         for part in rows.view(share, ranks.world_size, size)[:, ranks.rank]:
             images = self.images[part]
-            pixels = (images.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
+            pixels = (images.to(device).float() / 255 - mean) / std
             with autocast(device, dtype):
                 found.append(what(backbone(pixels), part))
         gathered = ranks.gather_rows(torch.stack(found)).unflatten(0, (ranks.world_size, share))
@@ -165,11 +166,12 @@ def class_tokens_of_all(
     backbone  in eval mode; all `ranks` call together and get the same
     """
     tokens = torch.zeros(len(source), backbone.dim, device=device)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.augment.mean, config.augment.std))
     for part in torch.arange(len(source)).split(READ_AT_ONCE):
         pixels, readable = center_crops(source, part.tolist(), config.crops.global_size, config.model.in_channels)
         if readable:
-            tokens[readable] = Probe(pixels, None, 0, mean, std).features(backbone, device, dtype, ranks)
+            tokens[readable] = Probe(pixels, None, 0, config.augment.mean, config.augment.std).features(
+                backbone, device, dtype, ranks
+            )
     return tokens
 
 
@@ -252,11 +254,10 @@ def _probe(
     else:
         chosen = np.concatenate([rng.permutation(part)[: count // 2] for part in parts])
     images, readable = center_crops(source, chosen.tolist(), config.crops.global_size, config.model.in_channels)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.augment.mean, config.augment.std))
     bank = None if parts is None else int(np.isin(readable, parts[0]).sum())
     known = None if labels is None else torch.from_numpy(labels[readable])
     files = ChosenSource(source, np.array(readable, dtype=np.int64))
-    return Probe(images, known, num_classes, mean, std, bank, source=files)
+    return Probe(images, known, num_classes, config.augment.mean, config.augment.std, bank, source=files)
 
 
 def scenes_of(spec: str, count: int) -> ScenesSource:

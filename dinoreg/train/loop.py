@@ -34,7 +34,7 @@ from dinoreg.train.logger import RunLog, SilentLog
 from dinoreg.train.metrics import Monitor
 from dinoreg.train.online_probe import ProbeRunner
 from dinoreg.train.outlook import Pace, rounded
-from dinoreg.train.parallelize import check_replicas, compile_backbones
+from dinoreg.train.parallelize import check_replicas, compile_blocks
 from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
 from dinoreg.train.state import TrainState
@@ -78,7 +78,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 probes = ProbeRunner(*what, setup.device, setup.dtype, monitor, setup.schedules.horizon)
             checkpoints = Checkpoints(out, writer, setup.source, setup.num_steps, log, ranks, on_checkpoint)
             if config.model.compile:
-                compile_backbones(state.student, state.teacher)
+                compile_blocks(state.student, state.teacher)
             if ranks.is_main:
                 log_run_header(setup, state, messages, log)
             checkpoints.write_status(state.step)
@@ -263,9 +263,10 @@ def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: Si
     backbone = state.student.backbone
     parameters = sum(p.numel() for p in backbone.parameters())
     num_tokens = 1 + backbone.num_registers + math.prod(backbone.grid)
+    precision = "tf32" if config.precision == "tf32" else str(setup.dtype)[6:]
     attention = describe_backend(config.model.attention, setup.device, num_tokens, setup.dtype)
     log.say(
-        f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {str(setup.dtype)[6:]}, "
+        f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {precision}, "
         f"attention {attention}, {len(setup.source):,} images, {setup.num_steps:,} steps of {setup.global_batch_size} "
         f"({rounded(setup.outlook.passes)} passes)"
     )

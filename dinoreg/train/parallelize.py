@@ -8,9 +8,10 @@ HSDP run hold replicas of one another.
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinoreg.config.schema import LossConfig, ParallelConfig
 from dinoreg.distributed.process_group import Ranks
+from dinoreg.models.attention import Shapes, mark_constants
+from dinoreg.models.layers import Rows
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import DTYPES
 from dinoreg.runtime.errors import RunError, UserError
@@ -121,13 +124,31 @@ def _learns(name: str, student: nn.ModuleDict, loss: LossConfig) -> bool:
     return loss.dino_weight > 0 or (loss.ibot_weight > 0 and "ibot_head" not in student)
 
 
-def compile_backbones(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
-    """torch.compile in place: each backbone as one, or block by block under FSDP, which gathers weights in between."""
+def compile_blocks(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
+    """Have torch.compile make one graph of each kind of backbone block, in place, for the passes of a step.
+
+    Blocks, not backbones: DDP reduces gradients and FSDP gathers weights between them, outside of the graphs.
+    """
+    mark_constants()
     for networks in (student, teacher):
         backbone = networks["backbone"]
         assert isinstance(backbone, RegisterViT)
-        for module in backbone.blocks if isinstance(backbone, FSDPModule) else [backbone]:
-            module.compile()
+        for block in backbone.blocks:
+            block.forward = _compiled(block.forward)
+
+
+def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The forward pass of a `Block`, compiled where its groups are packed: pictures of a probe come in any size."""
+    compiled = torch.compile(forward)
+
+    def of_step(
+        x: Tensor, shapes: Shapes, backends: Sequence[str], packed: bool, rows: Rows | None, *more: Any
+    ) -> Tensor:
+        for indices in rows or ():  # how many there are changes from step to step
+            torch._dynamo.maybe_mark_dynamic(indices, 0)
+        return (compiled if packed else forward)(x, shapes, backends, packed, rows, *more)
+
+    return of_step
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from dinoreg.data.source import Source
 from dinoreg.data.statistics import Survey, survey, with_statistics
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
+from dinoreg.models.attention import resolve_backend
 from dinoreg.models.vit import RegisterViT
-from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
+from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision, round_products
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
 from dinoreg.train.dense_probe import DenseProbe, build_dense
@@ -250,13 +251,19 @@ def _stages(setup: Setup) -> list[str]:
 
 
 def _device(config: Config) -> tuple[torch.device, torch.dtype]:
-    """The device, and the dtype of autocast; threads and allocator of this process are set for it."""
+    """The device, and the dtype of autocast; threads and allocator of this process are set for it.
+
+    raises UserError for an attention backend that does not run there
+    """
     device = pick_device(config.device)
+    dtype = pick_precision(config.precision, device)
+    round_products(config.precision, device)
+    resolve_backend(config.model.attention, device, dtype=dtype)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    return device, pick_precision(config.precision, device)
+    return device, dtype
 
 
 def _processes(config: Config, student: Networks, world_size: int) -> list[str]:

@@ -14,7 +14,7 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.heads import PrototypeHead, TokenProjection
 from dinoreg.models.registry import build
 from dinoreg.models.vit import RegisterViT
-from dinoreg.train.optimizer import build_optimizer, start_moments
+from dinoreg.train.optimizer import GroupsAdamW, build_optimizer, start_moments
 from dinoreg.train.parallelize import Modules, parallelize
 from dinoreg.train.tutor import Tutor
 
@@ -61,7 +61,7 @@ class TrainState:
     student: Networks
     teacher: Networks
     train_modules: Modules
-    optimizer: torch.optim.Optimizer
+    optimizer: GroupsAdamW
     centers: dict[str, Tensor]
     loss_scale: Tensor
     scale_age: Tensor

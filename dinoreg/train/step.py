@@ -43,7 +43,7 @@ class Targets:
     dino     (2B, K)   rows of view 1, then of view 2; each sums to one
     ibot     (M, K')   one row per masked patch; each sums to one
     features (2B, D)   the teacher's class tokens, float32, in the order of `dino`
-    centers            {"dino": (1, K), "ibot": (1, K')}, the centres for the next step
+    centers            {"dino": (1, K), "ibot": (1, K')}, the centres for the next step; {} where they do not move
 
     With a tutor (see `distill_backward`) there are no prototypes, K = 0, and the features are the student's.
     """
@@ -171,10 +171,10 @@ def teacher_targets(
         outputs.append((cls_part, patch_part, tokens.cls.float().clone()))
     cls_logits, patch_logits, features = (list(tensors) for tensors in zip(*outputs))
     cls_all, patch_all = _restore(cls_logits, crops), _restore(patch_logits, masked)
+    next_centers = {}
     if loss.centering == "sinkhorn":
         dino = sinkhorn_knopp(cls_all, teacher_temp, loss.sinkhorn_iterations, ranks)
         ibot = sinkhorn_knopp(patch_all, teacher_temp, loss.sinkhorn_iterations, ranks)
-        next_centers = centers
     else:
         dino = softmax_center(cls_all, centers["dino"], teacher_temp)
         ibot = softmax_center(patch_all, centers["ibot"], teacher_temp)
@@ -262,7 +262,7 @@ def koleo_of_views(features: Tensor) -> Tensor:
 
     features  (2B, D)   rows of view 1 first
     """
-    return koleo_loss(features[: len(features) // 2]) + koleo_loss(features[len(features) // 2 :])
+    return koleo_loss(features.unflatten(0, (2, -1)))
 
 
 def koleo_of_processes(features: Tensor, weight: float, num_ranks: int | None, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -413,11 +413,12 @@ def train_step(
     if dtype == torch.float16:
         _unscale(state)
     norms = clip_gradients(state.student, clip_grad)
-    accepted = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all().float()
+    finite = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all()
+    # One flag of all processes, on which skipping, saving and rolling back depend: they must not decide differently.
+    accepted = 1.0 - state.ranks.all_reduce_max((~finite).float())
 
     set_rates(state.optimizer, now)
-    # torch.amp's protocol: fused AdamW skips the update, moments and count included, where found_inf is 1.
-    state.optimizer.found_inf = 1.0 - accepted  # type: ignore[attr-defined]
+    state.optimizer.found_inf = 1.0 - accepted
     state.optimizer.step()
     update_teacher(state.teacher, state.student, now.momentum, torch.ones_like(accepted) if move_on_skip else accepted)
     for name, center in (targets.centers if targets else {}).items():

@@ -6,8 +6,8 @@ A sheet has a transparent background that suits a light and a dark page. A galle
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from itertools import accumulate, zip_longest
 from pathlib import Path
@@ -26,7 +26,7 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.display import as_rgb, channels_shown
 from dinoreg.reports import html
-from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.errors import RunError, reworded
 from dinoreg.runtime.json_files import read_json
 from dinoreg.visualize.subject import open_subject, picture_size, read_pictures
 
@@ -91,12 +91,7 @@ def map_row(pixels: np.ndarray, maps: Iterable[np.ndarray], height: int) -> list
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], columns: Sequence[str] = (), names: Sequence[str] = ()) -> Image.Image:
-    """Rows of tiles under column headings, with a name to the left of each row; short rows leave room.
-
-    raises  ValueError without any tile
-    """
-    if not rows or not any(rows):
-        raise ValueError("a contact sheet needs at least one tile")
+    """Rows of tiles under column headings, with a name to the left of each row; short rows leave room."""
     font = ImageFont.load_default(size=13)
     widths = [max(tile.width for tile in column if tile) for column in zip_longest(*rows)]
     heights = [max(each.height for each in row) for row in rows]
@@ -171,12 +166,8 @@ class Gallery:
             write_atomic(page, content)
         return page
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"out={self.out}: cannot be written ({error.strerror or error})") from None
+    def _writing(self) -> AbstractContextManager[None]:
+        return reworded(f"out={self.out}: cannot be written", OSError, into=RunError)
 
     def _remove_last(self) -> None:
         """Remove the pictures that a record of ours names; without one nothing is removed."""

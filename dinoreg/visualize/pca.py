@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.models.vit import RegisterViT
-from dinoreg.runtime.errors import RunError, UserError, one_line
+from dinoreg.runtime.errors import RunError, UserError, reworded
 from dinoreg.visualize.attention import chosen_layers
 from dinoreg.visualize.gallery import GREY, ModelGallery, map_row, sheet, tile
 from dinoreg.visualize.subject import safe_name
@@ -147,11 +147,9 @@ def write_basis(path: Path, basis: PatchBasis, foreground: Foreground | None, so
     tensors = {f"basis.{name}": each.contiguous() for name, each in basis._asdict().items()}
     if foreground is not None:
         tensors |= {f"foreground.{name}": each.contiguous() for name, each in foreground._asdict().items()}
-    try:
+    with reworded(f"basis={path}: cannot be written", OSError, into=RunError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, save(tensors, {"format": FORMAT, "fitted_on": source}))
-    except OSError as error:
-        raise RunError(f"basis={path}: cannot be written ({error.strerror})") from None
 
 
 def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis, Foreground | None, str]:
@@ -161,12 +159,10 @@ def read_basis(path: Path, dim: int, with_foreground: bool) -> tuple[PatchBasis,
     with_foreground  whether a foreground is expected
     raises           UserError for a file that is no basis, or that does not fit `dim` or `with_foreground`
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            stated = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"basis={path}: not a whole safetensors file ({one_line(error, 120)})") from None
+    whole = reworded(f"basis={path}: not a whole safetensors file", SafetensorError, OSError, ValueError)
+    with whole, safe_open(path, framework="pt") as file:
+        stated = file.metadata() or {}
+        tensors = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 - not a dict
     shapes = {"basis.mean": (dim,), "basis.axes": (dim, 3), "basis.low": (3,), "basis.high": (3,)}
     split_shapes = {"foreground.mean": (dim,), "foreground.axis": (dim,), "foreground.threshold": ()}
     has_foreground = not split_shapes.keys().isdisjoint(tensors)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dinoreg.runtime.errors import UserError
+from dinoreg.weights.convert import unique
 
 FLOATING_POINT = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
@@ -70,18 +71,12 @@ class _Network:
 
     def state(self) -> dict[str, Tensor]:
         """The tensors by name; UserError where two names become one, and for tensors that are not floating point."""
-        state: dict[str, Tensor] = {}
-        for key, value in self.content.items():
-            if not self._holds(key) or not isinstance(value, Tensor):
-                continue
+        held = {key: value for key, value in self.content.items() if self._holds(key) and isinstance(value, Tensor)}
+        for key, value in held.items():
             if value.dtype not in FLOATING_POINT:
                 dtype = str(value.dtype).removeprefix("torch.")
                 raise UserError(f"tensor {key[:80]!r} has dtype {dtype}, expected floating point")
-            name = _unwrapped(key[len(self.prefix) :])
-            if name in state:
-                raise UserError(f"{name!r} is there twice, under two names")
-            state[name] = value
-        return state
+        return unique((_unwrapped(key[len(self.prefix) :]), value) for key, value in held.items())
 
     def left_out(self, content: Any) -> tuple[str, ...]:
         """The names of what is not of this network: other entries of the file, other tensors beside it."""

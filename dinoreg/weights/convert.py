@@ -78,7 +78,7 @@ def from_meta(state: Mapping[str, Tensor]) -> State:
 
     raises  UserError when two keys mean the same tensor
     """
-    return _unique((_CHUNKED.sub(r"blocks.\1.", key), value) for key, value in state.items())
+    return unique((_CHUNKED.sub(r"blocks.\1.", key), value) for key, value in state.items())
 
 
 def to_meta(state: Mapping[str, Tensor]) -> State:
@@ -160,7 +160,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
     raises  UserError when one of query, key and value (or of gate and up) is missing, or two keys mean one tensor
     """
     pairs = _reversed(_TRANSFORMERS)
-    out = _unique((_renamed(_name_on_disk(key), pairs), value) for key, value in state.items())
+    out = unique((_renamed(_name_on_disk(key), pairs), value) for key, value in state.items())
     if "register_tokens" in out and not out["register_tokens"].numel():  # there are models with zero registers
         del out["register_tokens"]
     for fused, parts in _PARTS.items():
@@ -170,7 +170,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> State:
                 raise UserError(f"{name!r} has {len(found)} of its {len(parts)} parts")
             if len({value.shape for value in found}) != 1:
                 raise UserError(f"{name!r} has parts of different shapes")
-            out = _unique([*out.items(), (name, torch.cat(found))])
+            out = unique([*out.items(), (name, torch.cat(found))])
     return out
 
 
@@ -216,7 +216,8 @@ def _reversed(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(theirs, ours) for ours, theirs in pairs]
 
 
-def _unique(pairs: Iterable[tuple[str, Tensor]]) -> State:
+def unique(pairs: Iterable[tuple[str, Tensor]]) -> State:
+    """Tensors by name; UserError where two have one name."""
     out: State = {}
     for key, value in pairs:
         if key in out:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.regular_files import open_regular, read_regular
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -58,10 +58,8 @@ def read_file(path: Path) -> Any:
     path    *.safetensors, *.safetensors.index.json (the list of a model's shards), or a file of torch.save
     raises  UserError for a file that is damaged, unsafe or larger in memory than on disk
     """
-    try:
+    with readable(f"weights {path}:"):
         open_regular(path).close()  # the libraries would wait for a pipe
-    except OSError as error:
-        raise UserError(f"weights {path}: cannot be read ({error.strerror})") from None
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
     return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
@@ -69,10 +67,8 @@ def read_file(path: Path) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; UserError for anything else and for more than `MAX_JSON` bytes."""
-    try:
+    with reworded(f"weights {path}: not JSON", OSError, ValueError, RecursionError):
         content = json.loads(read_regular(path, MAX_JSON).decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"weights {path}: not JSON ({one_line(error, 160)})") from None
     if not isinstance(content, dict):
         raise UserError(f"weights {path}: holds a JSON {type(content).__name__}, expected an object")
     return content
@@ -87,13 +83,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     The library checks that the header describes exactly the file's bytes before it reads them; but of two entries of
     one name it would take the last.
     """
-    try:
+    damaged = SafetensorError, OSError, ValueError, RecursionError
+    with reworded(f"weights {path}: not a whole safetensors file", *damaged):
         state = load_file(path)
         with path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
         json.loads(header, object_pairs_hook=_without_repeats)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"weights {path}: not a whole safetensors file ({one_line(error, 160)})") from None
     return state
 
 
@@ -131,7 +126,8 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
-    try:
+    # Torn archives end in many kinds of exception, all with the same meaning here.
+    with reworded(f"weights {path}: not a whole torch file", Exception):
         # torch.save stores without compression, so a file that swells as it is read was not written by it.
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -140,14 +136,11 @@ def _read_torch(path: Path) -> Any:
                 raise UserError(f"weights {path}: its entries are compressed or overlap, not as torch.save writes")
         stand_ins: list[Any] = [(_LeftOut, name) for name in _HARMLESS]
         with torch.serialization.safe_globals([*stand_ins, (_plain_dict, "collections.defaultdict")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except pickle.UnpicklingError:
-        why = f"weights {path}: holds more than tensors, or is no weight file; nothing in it was executed"
-        raise UserError(why) from None
-    except Exception as error:  # torn archives end in many kinds of exception, all with the same meaning here
-        raise UserError(f"weights {path}: not a whole torch file ({one_line(error, 160)})") from None
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                what = "holds more than tensors, or is no weight file; nothing in it was executed"
+                raise UserError(f"weights {path}: {what}") from None
     _check_extent(content, path)
     return content
 
@@ -163,5 +156,6 @@ def _check_extent(content: Any, path: Path) -> None:
         elif isinstance(value, Tensor):
             whole = value.layout == torch.strided and value.device.type == "cpu"
             if not whole or value.numel() * value.element_size() > min(value.untyped_storage().nbytes(), budget):
-                why = f"weights {path}: a tensor of shape {tuple(value.shape)} is more than the file has bytes for"
-                raise UserError(why)
+                raise UserError(
+                    f"weights {path}: a tensor of shape {tuple(value.shape)} is more than the file has bytes for"
+                )

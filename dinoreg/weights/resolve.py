@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from dinoreg.runtime.digest import digest
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.json_files import as_sides, read_text
 from dinoreg.runtime.json_files import read_json as read_lenient
 from dinoreg.weights.architecture import Stated, infer_architecture
@@ -93,10 +93,8 @@ def find_weights(source: str | Path) -> Path | None:
     path = Path(source)
     if random_name(source) is not None:  # whatever is called so in the current folder
         return None
-    try:
+    with reworded(f"weights {str(source)[:80]!r}: not a path", OSError, ValueError):  # too long, or with a NUL in it
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
-        raise UserError(f"weights {str(source)[:80]!r}: not a path ({error})") from None
     if path.name in POINTERS and not (is_file or is_folder):
         path = _pointer(path)
         is_file = path.is_file()
@@ -138,10 +136,8 @@ def _teacher_of(run: Path, checkpoint: str) -> Path | None:
 
 
 def _only_file(folder: Path) -> Path:
-    try:
+    with readable(f"weights {folder}:"):
         files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    except OSError as error:
-        raise UserError(f"weights {folder}: cannot be read ({error.strerror})") from None
     if len(files) == 1:
         return files[0]
     if files:

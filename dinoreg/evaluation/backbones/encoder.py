@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from dinoreg.checkpoint.steps import Watched
 from dinoreg.data.preprocess import PUBLISHED_SIZE, Preprocessing
-from dinoreg.data.value_range import ValueRange
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
 from dinoreg.runtime.errors import UserError
@@ -116,21 +115,6 @@ class Encoder(ABC):
         if not -self.depth <= index < self.depth:
             raise UserError(f"{self.name}: block {index} is out of range, it has {self.depth} blocks")
         return index % self.depth
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """One number per channel, on the scale of [0, 1]."""
-        return self.preprocessing.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """As `mean`."""
-        return self.preprocessing.std
-
-    @property
-    def value_range(self) -> ValueRange | None:
-        """Of the data that it was trained on, for other data of its kind."""
-        return self.preprocessing.value_range
 
     @property
     def default_size(self) -> int:

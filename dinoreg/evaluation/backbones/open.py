@@ -19,7 +19,7 @@ from dinoreg.data.preprocess import Preprocessing
 from dinoreg.evaluation.backbones.encoder import RANDOM_WEIGHTS, Encoder, NativeEncoder, seeded, wrap
 from dinoreg.models.vit import RegisterViT, patch_grid
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.files import read_file
 from dinoreg.weights.library_configs import NotHeld, library_of, preprocessing_of
@@ -112,10 +112,8 @@ def open_native(weights: str, device: torch.device | str, dtype: torch.dtype = t
 
 def _from_timm(weights: str, device: torch.device | str, dtype: torch.dtype) -> Encoder:
     """timm:NAME with random weights, or timm:NAME:FILE with a state dict of the user's (safetensors or torch)."""
-    try:
+    with reworded(f"weights={weights}: timm is missing; {install('timm')}", ImportError):
         import timm
-    except ImportError:
-        raise UserError(f"weights={weights}: timm is missing; {install('timm')}") from None
     _, name, file = (*weights.split(":", 2), "")[:3]
     if not timm.is_model(name.partition(".")[0]):
         raise UserError(f"weights={weights}: timm has no model {name!r}{nearest(name, timm.list_models())}")
@@ -133,10 +131,9 @@ def _load_state(model: nn.Module, path: Path, weights: str) -> None:
     if not path.is_file():
         raise UserError(f"weights={weights}: {path} does not exist")
     content = read_file(path)
-    try:
+    # Torn files and wrong shapes raise many kinds of exception.
+    with reworded(f"weights={weights}: {path} does not fit the model", Exception):
         missing, unexpected = model.load_state_dict(find_backbone(content).state, strict=False)
-    except Exception as error:  # torn files and wrong shapes raise many kinds of exception
-        raise UserError(f"weights={weights}: {path} does not fit the model ({one_line(error, 160)})") from None
     extra = [key for key in unexpected if not key.startswith(("head.", "fc_norm."))]
     if missing or extra:
         first = (list(missing) + extra)[0]
@@ -145,15 +142,11 @@ def _load_state(model: nn.Module, path: Path, weights: str) -> None:
 
 def _from_transformers(path: Path, device: torch.device | str, dtype: torch.dtype) -> Encoder:
     """A folder written by `save_pretrained`; nothing is fetched."""
-    try:
+    with reworded(f"weights={path}: transformers is missing; {install('transformers')}", ImportError):
         import transformers
-    except ImportError:
-        raise UserError(f"weights={path}: transformers is missing; {install('transformers')}") from None
-    try:
+    with reworded(f"weights={path}: not a model of transformers", Exception):  # whatever its parts raise
         model, info = transformers.AutoModel.from_pretrained(path, local_files_only=True, output_loading_info=True)
         model = model.float()
-    except Exception as error:  # from_pretrained raises whatever its parts do
-        raise UserError(f"weights={path}: not a model of transformers ({one_line(error, 160)})") from None
     # The library fills what it misses with random numbers; only the pooler, which no evaluation uses, may be missing.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:

@@ -17,8 +17,8 @@ from dinoreg.evaluation.custom.pairs import training_length
 from dinoreg.evaluation.custom.upright import Pairs, survey, turned
 from dinoreg.evaluation.data import Data, DepthMaps
 from dinoreg.evaluation.options import DepthOptions
-from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels, unreadable
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.regular_files import load_array
 
 PUBLISHED = DepthOptions()
@@ -92,13 +92,9 @@ def depths(root: Path, pairs: Pairs, variant: str, options: Mapping[str, Any], w
 def read_depth(path: Path) -> PixelFile:
     """The numbers (H, W) of a depth file as they are; UserError for one that cannot be read or has no single number for
     each pixel."""
-    try:
-        if path.suffix.lower() == ".npy":
-            pixels = PixelFile(load_array(path), "", "npy")
-        else:
-            pixels = read_pixels(path)
-    except UNREADABLE as error:
-        raise unreadable(f"{path}:", "a depth map", error) from None
+    with reworded(f"{path}: cannot be read as a depth map", *UNREADABLE):
+        numbers = path.suffix.lower() == ".npy"
+        pixels = PixelFile(load_array(path), "", "npy") if numbers else read_pixels(path)
     values = pixels.values
     values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
     if values.ndim != 2 or values.dtype.kind not in "fiu" or pixels.mode == "P":

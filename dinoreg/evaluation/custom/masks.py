@@ -19,8 +19,8 @@ from dinoreg.evaluation.custom.pairs import training_length
 from dinoreg.evaluation.custom.upright import Pairs, Survey, survey, turned
 from dinoreg.evaluation.data import IGNORED, Data, Segmented
 from dinoreg.evaluation.options import SegmentationOptions
-from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels, unreadable
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.pixel_maps import UNREADABLE, PixelFile, read_pixels
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.printable import listed
 
 PUBLISHED = SegmentationOptions()
@@ -74,10 +74,8 @@ def read_numbers(path: Path, colours: bool = False) -> PixelFile:
     colours  everything is taken as a colour, palettes by their entries
     raises   UserError for a file that cannot be read, a lossy one, and numbers that are not whole
     """
-    try:
+    with reworded(f"{path}: cannot be read as a mask", *UNREADABLE):
         pixels = read_pixels(path, "RGB" if colours else None)
-    except UNREADABLE as error:
-        raise unreadable(f"{path}:", "a mask", error) from None
     values = pixels.values
     if pixels.format in BLURRED:
         what = f"is a {pixels.format} inside, which mixes the numbers of neighbouring pixels"

@@ -19,7 +19,7 @@ from dinoreg.data.source import PathSource
 from dinoreg.data.split_names import split_of
 from dinoreg.evaluation.custom.splits import copies_across, parts
 from dinoreg.evaluation.custom.upright import Pairs
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, readable
 
 # JPEGs among masks are found, so that they are refused by name.
 SUFFIXES = {
@@ -109,8 +109,6 @@ def _bases(root: Path) -> list[str]:
     """Folders that hold `images`: the root itself, or folders below it that are called like a split."""
     if (root / "images").is_dir():
         return [""]
-    try:
+    with readable(f"{root}:"):
         below = sorted(os.listdir(root))
-    except OSError as error:
-        raise UserError(f"{root}: cannot be read ({error.strerror})") from None
     return [name for name in below if split_of(name) and (root / name / "images").is_dir()]

@@ -16,8 +16,8 @@ from dinoreg.data.decode import EncodedImage, orient
 from dinoreg.data.source import PathSource
 from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.features.images import default_workers, parallel
-from dinoreg.evaluation.readers.pixel_maps import PixelFile, unreadable
-from dinoreg.runtime.errors import UserError
+from dinoreg.evaluation.readers.pixel_maps import PixelFile
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.progress import show_progress
 
 Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
@@ -53,9 +53,11 @@ def survey(pairs: Pairs, read: Callable[[Path], PixelFile], ask: Callable[[Path,
     for split, (images, truths) in pairs.items():
 
         def one(index: int, images: PathSource = images, truths: PathSource = truths) -> tuple:
-            path = Path(truths.name(index))
-            image, pixels = _header(images, index), read(path)
-            return ask(path, pixels), _lie(image, pixels, path, images.name(index)), min(image.height, image.width)
+            path, name = Path(truths.name(index)), images.name(index)
+            with reworded(f"{name}: cannot be read as an image", BadImage):
+                image = images.image(index)
+            pixels = read(path)
+            return ask(path, pixels), _lie(image, pixels, path, name), min(image.height, image.width)
 
         looked = parallel(one, range(len(images)), default_workers())
         rows = list(show_progress(looked, len(images), f"looking at the {what} of {split}"))
@@ -77,13 +79,6 @@ def survey(pairs: Pairs, read: Callable[[Path], PixelFile], ask: Callable[[Path,
 def turned(values: np.ndarray, orientation: int) -> np.ndarray:
     """A map (H, W), turned by an EXIF orientation."""
     return orient(torch.from_numpy(np.ascontiguousarray(values))[None], orientation)[0].numpy()
-
-
-def _header(images: PathSource, index: int) -> EncodedImage:
-    try:
-        return images.image(index)
-    except BadImage as error:
-        raise unreadable(f"{images.name(index)}:", "an image", error) from None
 
 
 def _lie(image: EncodedImage, pixels: PixelFile, path: Path, name: str) -> tuple[int, int]:

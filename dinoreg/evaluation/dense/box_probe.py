@@ -51,7 +51,7 @@ def prepare(
     height, width = fit_size(rows, columns, options.size, options.max_size)
     scale = (width / columns, height / rows)
     pixels = to_array(resized(picture, height, width))
-    image = pad_to_patches(pixels[:, ::-1] if flip else pixels, encoder.patch_size, encoder.mean)
+    image = pad_to_patches(pixels[:, ::-1] if flip else pixels, encoder.patch_size, encoder.preprocessing.mean)
     prepared = Prepared(index, image, (height, width), scale)
     if flip is None:
         return prepared

@@ -183,7 +183,7 @@ class DepthHeads:
 
     def _tokens(self, images: Tensor, names: Sequence[str]) -> tuple[dict[int, Tokens], tuple[int, int]]:
         """{block: tokens} of the blocks that heads read, and the grid; images are padded with what normalises to 0."""
-        padded = centre_pad(images, self.encoder.patch_size, self.encoder.mean)
+        padded = centre_pad(images, self.encoder.patch_size, self.encoder.preprocessing.mean)
         layers = sorted({block for blocks in self.blocks.values() for block in blocks})
         tokens = dict(zip(layers, self.encoder.layers(padded, layers, norm=False), strict=True))
         for each in tokens.values():

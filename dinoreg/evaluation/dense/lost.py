@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import reworded
 
 
 class Found(NamedTuple):
@@ -65,11 +65,9 @@ def lost(similarity: Tensor, grid: tuple[int, int], k: int = 100) -> Found:
     similarity  (N, N) inner products of the patches, row by row, with any bias added already
     grid        rows and columns, N = rows x columns
     k           patches of lowest degree that may join the seed; all of them where there are fewer
-    raises      ValueError where the similarities do not fit the grid, UserError without scipy
+    raises      UserError without scipy
     """
     rows, columns = grid
-    if similarity.shape != (rows * columns, rows * columns) or not rows * columns:
-        raise ValueError(f"similarities of shape {tuple(similarity.shape)} do not fit a grid of {rows}x{columns}")
     order = by_degree(similarity)
     seed = int(order[0])
     support = similarity[expand(similarity, order, k)].sum(dim=0).reshape(rows, columns)
@@ -86,10 +84,8 @@ def component(mask: np.ndarray, seed: tuple[int, int]) -> tuple[np.ndarray, bool
              paper's code gives up
     raises   UserError without scipy
     """
-    try:
+    with reworded(f"object discovery needs scipy: {install('scipy')}", ImportError):
         from scipy import ndimage
-    except ModuleNotFoundError:
-        raise UserError(f"object discovery needs scipy: {install('scipy')}") from None
     if not mask[seed]:
         part = np.zeros(mask.shape, dtype=bool)
         part[seed] = True

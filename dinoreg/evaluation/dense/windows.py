@@ -107,7 +107,7 @@ def patch_grid(encoder: Encoder, images: Tensor, batch_size: int) -> Tensor:
     """
     maps = []
     for part in images.split(max(batch_size, 1)):
-        padded = centre_pad(to_unit(part.to(encoder.device)), encoder.patch_size, encoder.mean)
+        padded = centre_pad(to_unit(part.to(encoder.device)), encoder.patch_size, encoder.preprocessing.mean)
         rows, columns = encoder.grid(*padded.shape[2:])
         maps.append(encoder.tokens(padded).patches.mT.unflatten(2, (rows, columns)))
     return torch.cat(maps)

@@ -24,11 +24,12 @@ from dinoreg.data.decode import BadImage, pillow_rgb
 from dinoreg.data.display import as_rgb
 from dinoreg.data.source import Source
 from dinoreg.runtime.environment import usable_cores
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import reworded
 
 T = TypeVar("T")
 # Pillow's image in RGB or L, or (C, H, W) uint8 or float32 on the scale of bytes, 0 to 255.
 Picture = Image.Image | Tensor
+UNREADABLE = (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 MAX_ASPECT = 8  # of a picture that is resized whole; of a longer one only what its centre crop needs
 
 
@@ -38,14 +39,12 @@ def read_picture(source: Source, index: int) -> Picture:
     Of one's own data (`Source.as_trained`) the pixels that training has, as a tensor; of a benchmark Pillow's RGB, or
     its grey for an encoder of one channel.
     """
-    try:
+    with reworded(f"{source.name(index)}: cannot be read as an image", *UNREADABLE):
         if source.as_trained:
             return source.decode(index, source.in_channels)
         data = source.read(index)
         rgb = Image.fromarray(data).convert("RGB") if isinstance(data, np.ndarray) else pillow_rgb(data)
         return rgb.convert("L") if source.in_channels == 1 else rgb
-    except (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{source.name(index)}: cannot be read as an image ({one_line(error, 200)})") from None
 
 
 def size_of(picture: Picture) -> tuple[int, int]:

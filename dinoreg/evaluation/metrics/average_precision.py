@@ -10,7 +10,6 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-POINTS = ("11", "101", "all", "step")
 COCO_RECALLS = np.linspace(0, 1, 101)
 
 
@@ -41,10 +40,7 @@ class Curve:
 
         points  "11": mean of the envelope at recall 0, 0.1, ..., 1 (VOC 2007); "101": at 0, 0.01, ..., 1 (COCO);
                 "all": area under the envelope (VOC since 2010); "step": area under the precision itself (scikit-learn);
-                ValueError for any other
         """
-        if points not in POINTS:
-            raise ValueError(f"points={points!r}: expected one of {', '.join(POINTS)}")
         if self.positives <= 0:
             return float("nan")
         if points in ("11", "101"):
@@ -60,7 +56,7 @@ class Curve:
 class Ranking:
     """Images sorted once by falling score, for the curves of many bootstrap draws.
 
-    scores   (n,) real; ValueError for NaN, and where the three shapes differ
+    scores   (n,) real, not NaN
     labels   (n,) true where the class is present
     ignored  (n,) true where the image counts neither way, or None
     """
@@ -68,10 +64,6 @@ class Ranking:
     def __init__(self, scores: ArrayLike, labels: ArrayLike, ignored: ArrayLike | None = None) -> None:
         values, present = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
         left_out = np.zeros(len(values), dtype=bool) if ignored is None else np.asarray(ignored, dtype=bool)
-        if values.ndim != 1 or values.shape != present.shape or values.shape != left_out.shape:
-            raise ValueError(f"scores {values.shape}, labels {present.shape} and ignored {left_out.shape} must be (n,)")
-        if np.isnan(values).any():
-            raise ValueError("scores must not be NaN")
         counted = np.flatnonzero(~left_out)
         self.order = counted[np.argsort(-values[counted], kind="stable")]
         self.present = present[self.order]

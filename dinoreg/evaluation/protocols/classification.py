@@ -25,8 +25,10 @@ from dinoreg.evaluation.metrics.bootstrap import (
     mean_per_class_accuracy,
     top1,
 )
+from dinoreg.evaluation.options import LogisticOptions
 from dinoreg.evaluation.protocols.measurement import Fold, Measurement
 from dinoreg.evaluation.result import Row, packed
+from dinoreg.evaluation.solvers.regularisation_path import Path, select_and_fit
 
 PICTURE_SIZE = 224  # pixels of an example
 GREEN, RED = (21, 127, 91), (179, 50, 43)  # of pictures' edges
@@ -162,6 +164,26 @@ def class_tokens(
     return feature_matrix(
         extract_features(measured.context, measured.encoder, source, crop, mean_patch=mean_patch, what=what)
     )
+
+
+def fit_classes(
+    features: Tensor,
+    train: Labelled,
+    options: LogisticOptions,
+    metric: str,
+    seed: int,
+    device: torch.device,
+    validation: tuple[Tensor, np.ndarray] | None = None,
+) -> Path:
+    """Logistic regression on the features (n, D) of training images, C chosen by a metric of METRICS.
+
+    validation  features and labels that C is chosen on; None: a share of the training images
+    raises      as `select_and_fit`
+    """
+    Cs = np.geomspace(options.min_c, options.max_c, options.num_c).tolist()
+    share: dict[str, Any] = {"validation_share": options.validation_share, "pictures": train.pictures, "seed": seed}
+    choice: dict[str, Any] = {"validation": validation, "patience": options.patience, "score": METRICS[metric]}
+    return select_and_fit(features, train.labels, train.num_classes, Cs, device=device, **share, **choice)
 
 
 def equal_features(source: Source, features: Tensor, what: str) -> tuple[str, ...]:

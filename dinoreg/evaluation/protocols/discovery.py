@@ -151,7 +151,7 @@ def _find(measured: Measurement, test: Boxed, sweep: DiscoveryOptions) -> np.nda
 
 def _objects(encoder: Encoder, image: np.ndarray, sweep: DiscoveryOptions, name: str) -> list[Found]:
     """The object of one image (h, w, C) under every setting, blocks first."""
-    batch = pad_to_patches(image, encoder.patch_size, encoder.mean)
+    batch = pad_to_patches(image, encoder.patch_size, encoder.preprocessing.mean)
     grid = encoder.grid(batch.shape[1], batch.shape[2])
     if grid[0] * grid[1] > MAX_PATCHES:
         raise UserError(

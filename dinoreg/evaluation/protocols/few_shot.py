@@ -28,13 +28,13 @@ from dinoreg.evaluation.protocols.classification import (
     class_tokens,
     draws_interval,
     equal_features,
+    fit_classes,
     labelled_folds,
 )
 from dinoreg.evaluation.protocols.measurement import Fold, Measurement, learnt_from, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.feature_matrix import Rows
 from dinoreg.evaluation.solvers.logistic_regression import SoftmaxProblem
-from dinoreg.evaluation.solvers.regularisation_path import select_and_fit
 
 FIXED_UP_TO = 10  # labels per class, on average; with more, C is chosen
 ROUNDING = 1e-10  # squared, between features that are equal but for it
@@ -165,18 +165,7 @@ def score(
         C, path = FIXED_C / spread.power if spread.power else FIXED_C, []
         model = SoftmaxProblem(Rows.of(rows, labels), train.num_classes, device=device).solve(C)
     else:
-        found = select_and_fit(
-            rows,
-            labels,
-            train.num_classes,
-            np.geomspace(options.min_c, options.max_c, options.num_c).tolist(),
-            validation_share=options.validation_share,
-            seed=seed,
-            patience=options.patience,
-            score=METRICS[metric],
-            pictures=None if train.pictures is None else train.pictures[index],
-            device=device,
-        )
+        found = fit_classes(rows, train.chosen(index), options, metric, seed, device)
         C, model, path = found.C.item(), found.model, found.scores
     means = class_means(rows, labels, train.num_classes, spread)
     return {

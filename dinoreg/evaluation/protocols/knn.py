@@ -38,7 +38,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         bank = class_tokens(measured, fold.train.source, "train", resize=RESIZE)
         queries = class_tokens(measured, fold.test.source, "test", resize=RESIZE)
         labels = torch.from_numpy(fold.train.labels)
-        votes = knn_predict(bank.to(encoder.device), labels, queries, chosen.k, chosen.temperature, test.num_classes)
+        votes = knn_predict(bank.to(encoder.device), labels, queries, test.num_classes, chosen.k, chosen.temperature)
         for k, classes in predicted.items():
             classes[fold.rows] = votes[k].argmax(dim=-1).cpu().numpy()
         if number == 0:

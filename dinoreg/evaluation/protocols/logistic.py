@@ -9,16 +9,16 @@ validation loss decides, and each fit starts at the one before and goes on until
 import numpy as np
 
 from dinoreg.evaluation.protocols.classification import (
-    METRICS,
     accuracy_rows,
     class_tokens,
     draw_mistakes,
     equal_features,
+    fit_classes,
     labelled_folds,
 )
 from dinoreg.evaluation.protocols.measurement import OFFICIAL, Measurement, learnt_from, per_fold
 from dinoreg.evaluation.result import Row
-from dinoreg.evaluation.solvers.regularisation_path import Path, select_and_fit
+from dinoreg.evaluation.solvers.regularisation_path import Path
 
 
 def evaluate(measured: Measurement) -> list[Row]:
@@ -29,30 +29,18 @@ def evaluate(measured: Measurement) -> list[Row]:
     chosen, encoder, context = measured.options.logistic, measured.encoder, measured.context
     test, folds = labelled_folds(measured)
     pooled = chosen.token == "cls+mean"
-    Cs = np.geomspace(chosen.min_c, chosen.max_c, chosen.num_c).tolist()
     predicted, paths = np.empty(len(test), dtype=np.int64), list[Path]()
     for fold in folds:
         train, val = fold.train, fold.val
         features = class_tokens(measured, train.source, "train", pooled)
         validation = None if val is None else (class_tokens(measured, val.source, "val", pooled), val.labels)
         test_features = class_tokens(measured, fold.test.source, "test", pooled)
-        found = select_and_fit(
-            features,
-            train.labels,
-            train.num_classes,
-            Cs,
-            validation=validation,
-            validation_share=chosen.validation_share,
-            seed=context.seed,
-            patience=chosen.patience,
-            score=METRICS[measured.task.metric],
-            pictures=train.pictures,
-            device=encoder.device,
-        )
+        given = chosen, measured.task.metric, context.seed, encoder.device, validation
+        found = fit_classes(features, train, *given)
         predicted[fold.rows] = found.model.predict(test_features).numpy()
         paths.append(found)
     draw_mistakes(measured, test, predicted, "logistic")
-    ends = [path.C.item() in (path.visited[0].C, Cs[-1]) for path in paths]
+    ends = [path.C.item() in (path.visited[0].C, chosen.max_c) for path in paths]
     settings = {
         "C": per_fold([path.C.item() for path in paths]),
         "path": per_fold([path.scores for path in paths]),

@@ -129,7 +129,7 @@ class LinearProbe:
         """
         settings, encoder, context = self.settings, self.encoder, self.context
         size, steps = settings.size, settings.steps
-        fill = [round(255 * value) for value in encoder.mean]
+        fill = [round(255 * value) for value in encoder.preprocessing.mean]
         blank = torch.zeros(1, encoder.in_channels, size, size, dtype=torch.uint8)
         _, dim, rows, columns = patch_grid(encoder, blank, 1).shape
         if settings.batch_size * rows * columns < 2:

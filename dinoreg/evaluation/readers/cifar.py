@@ -1,19 +1,53 @@
 """CIFAR's "python version": pickled batches of 32 x 32 images, for `eval/cifar10.py` and `eval/cifar100.py`."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinoreg.data.source import JoinedSource
+from dinoreg.data.source import JoinedSource, Source
 from dinoreg.evaluation.benchmark import Options, Reader
 from dinoreg.evaluation.data import Data, Labelled
-from dinoreg.evaluation.readers.arrays import ArraySource
 from dinoreg.evaluation.readers.python2_pickle import read_dictionary
 from dinoreg.runtime.errors import UserError
 
 SIDE = 32  # pixels
+
+
+class ArraySource(Source):
+    """Images of one size held in memory.
+
+    pixels  (n, H, W, 3) uint8 in any memory layout, so that a view costs no copy
+    title   where they come from: image 17 is called "TITLE:17"
+    """
+
+    def __init__(self, pixels: np.ndarray, title: str) -> None:
+        self.pixels, self.title = pixels, title
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, index: int) -> np.ndarray:
+        """Pixels (H, W, 3) uint8, contiguous."""
+        return np.ascontiguousarray(self.pixels[index])
+
+    def name(self, index: int) -> str:
+        """ "TITLE:index"."""
+        return f"{self.title}:{index}"
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits over the shape and every pixel."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self.pixels.shape).encode())
+        for image in self.pixels:
+            digest.update(image.tobytes())
+        return digest.hexdigest()[:16]
 
 
 def cifar_reader(

@@ -17,7 +17,7 @@ from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
 from dinoreg.evaluation.readers.dataset_folder import unpacked
 from dinoreg.evaluation.readers.pixel_maps import read_mask
 from dinoreg.runtime.dependencies import install
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.regular_files import MAX_BYTES, read_regular
 
 
@@ -37,20 +37,17 @@ def read_bytes(path: Path, dataset: str, archive: str, most: int | None = None) 
 
     archive  in the message for a missing file
     """
-    try:
-        return read_regular(path, MAX_BYTES if most is None else most)
-    except FileNotFoundError:
-        raise missing(path, dataset, archive) from None
-    except OSError as error:
-        raise UserError(f"{dataset}: {path} cannot be read ({error.strerror})") from None
+    with readable(f"{dataset}: {path}"):
+        try:
+            return read_regular(path, MAX_BYTES if most is None else most)
+        except FileNotFoundError:
+            raise missing(path, dataset, archive) from None
 
 
 def read_text(path: Path, dataset: str, archive: str) -> str:
     """A file's content as text; UserError for one that is missing, cannot be read or is not UTF-8."""
-    try:
+    with reworded(f"{dataset}: {path} cannot be read as text", UnicodeDecodeError):
         return read_bytes(path, dataset, archive).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{dataset}: {path} cannot be read as text ({error})") from None
 
 
 def lines(path: Path, dataset: str, archive: str) -> list[str]:
@@ -93,10 +90,8 @@ def read_json(
     object_hook  called with each object as it closes; what it returns replaces the object
     """
     text = read_text(path, dataset, archive)
-    try:
+    with reworded(f"{dataset}: {path} cannot be read as JSON", ValueError, RecursionError):
         return json.loads(text, object_hook=object_hook)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{dataset}: {path} cannot be read as JSON ({str(error)[:200]})") from None
 
 
 def paths_source(folder: Path, paths: Iterable[str], dataset: str) -> PathSource:
@@ -196,16 +191,13 @@ def matlab(path: Path, names: Iterable[str], dataset: str, archive: str) -> dict
     A struct array is (1, n) with fields; a field's values are arrays of their own. Raises UserError for a file that
     is missing or damaged, or that lacks a name.
     """
-    try:
+    with reworded(f"{dataset}: reading {path} needs scipy: {install('scipy')}", ImportError):
         from scipy.io import loadmat
-    except ImportError:
-        raise UserError(f"{dataset}: reading {path} needs scipy: {install('scipy')}") from None
     if not path.is_file():
         raise missing(path, dataset, archive)
-    try:
+    # What scipy raises for a damaged file depends on where the damage is.
+    with reworded(f"{dataset}: {path} cannot be read as a MATLAB file", Exception):
         variables = loadmat(str(path), appendmat=False, variable_names=list(names))
-    except Exception as error:  # what scipy raises for a damaged file depends on where the damage is
-        raise UserError(f"{dataset}: {path} cannot be read as a MATLAB file ({one_line(error, 200)})") from None
     for name in names:
         if name not in variables:
             raise UserError(f"{dataset}: {path} has no variable {name}; expected the file of {archive}")

@@ -18,7 +18,7 @@ from dinoreg.data.source import Source
 from dinoreg.evaluation.benchmark import Options, Reader
 from dinoreg.evaluation.data import IGNORED, Boxed, Data, MultiLabelled, Segmented, Split
 from dinoreg.evaluation.readers.files import matched, missing, paths_source, read_bytes, require_distinct, segmented
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, reworded
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -174,9 +174,8 @@ class _PlainTree(TreeBuilder):
 def parse(path: Path, dataset: str, archive: str) -> Element:
     """The root of an XML file of MOST_BYTES at most and without a document type; UserError for any other."""
     data = read_bytes(path, dataset, archive, MOST_BYTES)
-    try:
-        return XML(data, XMLParser(target=_PlainTree()))
-    except ParseError as error:
-        raise UserError(f"{dataset}: {path} is not XML ({error})") from None
-    except UserError as error:
-        raise UserError(f"{dataset}: {path} {error}") from None
+    with reworded(f"{dataset}: {path} is not XML", ParseError):
+        try:
+            return XML(data, XMLParser(target=_PlainTree()))
+        except UserError as error:
+            raise UserError(f"{dataset}: {path} {error}") from None

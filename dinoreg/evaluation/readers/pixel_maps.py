@@ -9,7 +9,7 @@ from PIL import Image
 
 from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.evaluation.data import IGNORED
-from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.regular_files import open_regular
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError)
@@ -56,12 +56,10 @@ def read_label_map(path: Path, image: Path, dataset: str = "") -> np.ndarray:
     Raises UserError naming the file when it is missing, unreadable, coloured, or of another size than its image.
     """
     where = f"{dataset}: {path}" if dataset else f"{path}:"
-    try:
+    if not path.exists():
+        raise UserError(f"{where} is missing; it is the mask of {image.name}")
+    with reworded(f"{where} cannot be read as a mask", *UNREADABLE):
         values, mode, _, _ = read_pixels(path)
-    except FileNotFoundError:
-        raise UserError(f"{where} is missing; it is the mask of {image.name}") from None
-    except UNREADABLE as error:
-        raise unreadable(where, "a mask", error) from None
     if values.ndim != 2:
         raise UserError(f"{where} is a picture in colour ({mode}), expected a palette or grey PNG of class numbers")
     require_size(where, values, image, dataset)
@@ -93,10 +91,8 @@ def read_depth_map(path: Path) -> np.ndarray:
 
     path    of a 16-bit PNG (or TIFF) in millimetres; UserError naming it for a missing, unreadable or other file
     """
-    try:
+    with reworded(f"{path}: cannot be read as a depth map", *UNREADABLE):
         values, mode, _, _ = read_pixels(path)
-    except UNREADABLE as error:
-        raise unreadable(f"{path}:", "a depth map", error) from None
     if mode not in DEPTH_MODES:
         why = f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel, in millimetres"
         raise UserError(why)
@@ -108,21 +104,13 @@ def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "")
 
     where, dataset  in front of messages on the map, and on the image
     """
-    try:
-        with open_regular(image) as file, Image.open(file) as opened:
-            width, height = opened.size
-    except UNREADABLE as error:
-        raise unreadable(f"{dataset}: {image}" if dataset else f"{image}:", "an image", error) from None
+    picture = f"{dataset}: {image}" if dataset else f"{image}:"
+    cautious = reworded(f"{picture} cannot be read as an image", *UNREADABLE)
+    with cautious, open_regular(image) as file, Image.open(file) as opened:
+        width, height = opened.size
     if values.shape != (height, width):
         why = f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
         raise UserError(why)
-
-
-def unreadable(where: str, what: str, error: BaseException) -> UserError:
-    """The error for a file that cannot be read as what it should be."""
-    missing = isinstance(error, FileNotFoundError)
-    reason = "there is no such file" if missing else one_line(error, 200)
-    return UserError(f"{where} cannot be read as {what} ({reason})")
 
 
 def _grey_bits(path: Path) -> int:

@@ -68,15 +68,12 @@ class CentredRows:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        """Read everything once or a few times. ValueError for a feature that is not finite, or matrices out of shape.
+        """Read everything once or a few times. ValueError for a feature that is not finite.
 
         standardize  divide each feature by its standard deviation first, which changes what a penalty means
         dtype        of the large products; sums are float64 either way
         """
         first = rows.parts[0][0]
-        for features, _ in rows.parts:
-            if features.ndim != 2 or features.shape[1] != first.shape[1]:
-                raise ValueError(f"features must be of shape (n, D), got {tuple(features.shape)}")
         self._rows, self._centred = rows, False
         self.n, self.dim = len(rows), first.shape[1]
         self.device, self.dtype = torch.device(first.device if device is None else device), dtype

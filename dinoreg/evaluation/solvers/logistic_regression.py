@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dinoreg.evaluation.solvers.feature_matrix import CentredRows, Rows
@@ -97,16 +96,14 @@ class LogisticProblem(ABC):
         classes: Tensor | None = None,
         tolerance: float = 1e-8,
     ) -> LogisticModel:
-        """Minimise the mean losses plus penalties, summed over classes; ValueError for a C that is not above 0.
+        """Minimise the mean losses plus penalties, summed over classes.
 
-        C          inverse regularisation: one for all classes, or one for each (K,)
+        C          inverse regularisation, above 0: one for all classes, or one for each (K,)
         init       start from this model (a neighbour on the regularisation path)
         classes    (K,) bool, which to fit; the others stay as in `init`
         tolerance  distance to the minimum at which to stop, as a mean loss
         """
         Cs = torch.as_tensor(C, dtype=torch.float64).expand(len(self.fitted))
-        if not bool((Cs > 0).all()):
-            raise ValueError(f"every class needs a C above 0, got {Cs.min():g}")
         model = self._start if init is None else init
         which = (self.fitted if classes is None else self.fitted & classes).nonzero()[:, 0]
         if not len(which):
@@ -173,7 +170,7 @@ class LogisticProblem(ABC):
 class SoftmaxProblem(LogisticProblem):
     """One class out of K for each row.
 
-    rows  with labels (n,), integers in [0, K); ValueError for anything else
+    rows  with labels (n,), integers in [0, K)
 
     The free intercept of a class without rows would go to minus infinity: it is left out, and never predicted.
     """
@@ -182,7 +179,7 @@ class SoftmaxProblem(LogisticProblem):
 
     def __init__(self, rows: Rows, num_classes: int, **options: Any) -> None:
         super().__init__(rows, **options)
-        known = as_labels(rows.labels, self.data.n, num_classes)
+        known = rows.labels.long()
         frequencies = torch.bincount(known, minlength=num_classes).double()
         self.fitted = frequencies > 0
         self.counts = torch.full_like(frequencies, self.data.n)
@@ -206,7 +203,7 @@ class SoftmaxProblem(LogisticProblem):
 class SigmoidProblem(LogisticProblem):
     """K independent binary regressions on the same features; each has a C of its own.
 
-    rows  with labels (n, K): 1 present, 0 absent, -1 not counted for that class; ValueError for others
+    rows  with labels (n, K): 1 present, 0 absent, -1 not counted for that class
     """
 
     exclusive = False
@@ -214,10 +211,6 @@ class SigmoidProblem(LogisticProblem):
     def __init__(self, rows: Rows, **options: Any) -> None:
         super().__init__(rows, **options)
         labels = rows.labels
-        if labels.ndim != 2 or len(labels) != self.data.n:
-            raise ValueError(f"labels of shape {tuple(labels.shape)} for {self.data.n} rows, expected (n, K)")
-        if not torch.isin(labels, torch.tensor([-1, 0, 1], dtype=labels.dtype)).all():
-            raise ValueError("labels must be 1, 0 or -1")
         self.labels = labels.to(self.data.device, torch.int8)
         self.counts, present = ((labels >= least).sum(dim=0).double().cpu() for least in (0, 1))
         self.fitted = (present > 0) & (present < self.counts)
@@ -232,13 +225,3 @@ class SigmoidProblem(LogisticProblem):
 
     def _probabilities(self, z: Tensor, part: slice, columns: Tensor) -> Tensor:
         return (self.labels[part][:, columns] >= 0) * z.sigmoid()
-
-
-def as_labels(labels: ArrayLike | Tensor, rows: int, num_classes: int) -> Tensor:
-    """Labels (rows,) as int64 on the CPU; ValueError unless they are integers in [0, num_classes)."""
-    values = torch.as_tensor(labels).detach().cpu()
-    if values.shape != (rows,) or rows == 0:
-        raise ValueError(f"expected one label for each of {rows} rows, got shape {tuple(values.shape)}")
-    if values.is_floating_point() or int(values.min()) < 0 or int(values.max()) >= num_classes:
-        raise ValueError(f"labels must be integers in 0..{num_classes - 1}")
-    return values.long()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinoreg.evaluation.metrics.bootstrap import nanmean, top1
 from dinoreg.evaluation.solvers.feature_matrix import Rows
-from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, LogisticProblem, SoftmaxProblem, as_labels
+from dinoreg.evaluation.solvers.logistic_regression import LogisticModel, LogisticProblem, SoftmaxProblem
 
 PATH_TOLERANCE, FINAL_TOLERANCE = 1e-6, 1e-7  # of the mean loss, while C is chosen by accuracy and afterwards
 
@@ -84,8 +84,7 @@ def walk_path(
         best_c = np.where(better, C, best_c)
         best = model if best is None else best.with_classes_of(model, torch.from_numpy(better).expand(len(classes)))
         active = active & (idle < patience) if patience is not None else active
-    if best is None:
-        raise ValueError("there is no C to try")
+    assert best is not None
     return Path(best_c, best, tuple(visited))
 
 
@@ -114,13 +113,11 @@ def select_and_fit(
     score             (predicted classes, true ones) -> in [0, 1], higher is better
     pictures          (n,) as for `balanced_split`
     options           of LogisticProblem
-    raises            ValueError for labels or Cs out of range, features that are not finite, and too few rows
+    raises            ValueError for features that are not finite, and too few rows
     """
-    rows = Rows.of(features, as_labels(labels, len(features), num_classes))
-    if not Cs or min(Cs) <= 0:
-        raise ValueError(f"every C must be above 0, got {tuple(Cs)}")
+    rows = Rows.of(features, torch.as_tensor(labels).long())
     if validation is not None:
-        fit, held = rows, Rows.of(validation[0], as_labels(validation[1], len(validation[0]), num_classes))
+        fit, held = rows, Rows.of(validation[0], torch.as_tensor(validation[1]).long())
         rows = fit + held
     else:
         mask = balanced_split(rows.labels, validation_share, seed, pictures)
@@ -147,15 +144,13 @@ def balanced_split(labels: Tensor, share: float = 0.1, seed: int = 0, pictures: 
 
     Rows are ordered by class, at random within a class, and taken at equal distances.
 
-    share     in (0, 1); ValueError outside
+    share     in (0, 1)
     pictures  (n,) the same number for rows that stay together, copies of one picture: the share is one of pictures
     """
     if pictures is not None:
         _, first, picture_of = np.unique(pictures, return_index=True, return_inverse=True)
         if 1 < len(first) < len(pictures):
             return balanced_split(labels[torch.from_numpy(first)], share, seed)[torch.from_numpy(picture_of)]
-    if not 0.0 < share < 1.0:
-        raise ValueError(f"the held-out share must lie between 0 and 1, got {share}")
     rng = np.random.default_rng(seed)
     values = labels.cpu().numpy()
     order = np.lexsort((rng.random(len(values)), values))

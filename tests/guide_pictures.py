@@ -1,0 +1,74 @@
+"""The folder in which the guides' commands run: a few small pictures of every kind that they name, and weights."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+from PIL import Image
+
+from dinoreg.scenes.render import CLASS_NAMES, Scene, render
+
+SIDE = 96
+
+
+def save(folder: Path, name: str, pixels: np.ndarray) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(folder / name)
+
+
+def labelled(folder: Path, start: int, count: int, classes: int = 3) -> list[tuple[str, str]]:
+    """`count` pictures each of some classes, a subfolder for each; returns (path below `folder`, class)."""
+    rows: list[tuple[str, str]] = []
+    index = start
+    while len(rows) < count * classes:
+        scene = render(index, SIDE)
+        name = CLASS_NAMES[scene.label]
+        if scene.label < classes and sum(kind == name for _, kind in rows) < count:
+            save(folder / name, f"{index}.png", scene.image)
+            rows.append((f"{name}/{index}.png", name))
+        index += 1
+    return rows
+
+
+def table(path: Path, header: tuple[str, str], rows: list[tuple[str, str]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def own_pictures(root: Path) -> None:
+    """Photographs, labels, masks, depth, 16 bits, five channels and a config of one's own, by the guides' names."""
+    scenes: list[Scene] = [render(index, SIDE) for index in range(40)]
+    for index, scene in enumerate(scenes):
+        save(root / "photos", f"{index:02}.jpg", scene.image)
+        save(root / "lesions" / "images", f"{index:02}.png", scene.image)
+        save(root / "lesions" / "masks", f"{index:02}.png", np.where(scene.segmentation > 0, 255, 0).astype(np.uint8))
+        save(root / "rooms" / "images", f"{index:02}.png", scene.image)
+        save(root / "rooms" / "depth", f"{index:02}.png", (scene.depth * 1000).astype(np.uint16))
+        save(root / "xrays", f"{index:02}.png", (321 + scene.image[..., 0] * 13.8).astype(np.uint16))
+        (root / "cells").mkdir(exist_ok=True)
+        planes = np.stack([np.roll(scene.image[..., 1], shift, 0).astype(np.uint16) * 16 for shift in range(5)])
+        tifffile.imwrite(root / "cells" / f"{index:02}.tif", planes, photometric="minisblack")
+    save(root / "photos", "a.jpg", scenes[0].image)
+    for index in range(40, 50):
+        save(root / "scans", f"{index}.png", render(index, SIDE).image)
+    rows = labelled(root / "labelled", 100, 14)
+    labelled(root / "watched", 1000, 8)
+    labelled(root / "general", 2000, 8)
+    table(root / "labels.csv", ("path", "label"), [(f"labelled/{name}", kind) for name, kind in rows])
+    table(root / "names.csv", ("path", "label"), [(f"{index:02}.jpg", "ab"[index % 2]) for index in range(40)])
+    for index in range(40):
+        save(root / "train_images", f"id{index}.png", scenes[index].image)
+    table(root / "train.csv", ("id_code", "diagnosis"), [(f"id{index}", str(index % 3)) for index in range(40)])
+
+
+def public_weights(folder: Path) -> None:
+    """A folder as the hub has it, with random weights: DINOv2's small, which a reader downloads."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
+    Dinov2Model(config).save_pretrained(folder)
