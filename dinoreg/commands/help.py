@@ -15,18 +15,8 @@ _GAP = 26  # columns of "  key=value" beside its meaning; a longer one has a lin
 def overview(verbs: Mapping[str, Verb]) -> str:
     """The help of the program, with one line per verb."""
     lines = [_beside(f"  {name}", said_of(name, "summary")[0], max(map(len, verbs)) + 4) for name in verbs]
-    return "\n".join(
-        [
-            *said_of("start", "usage"),
-            "",
-            *lines,
-            "",
-            *said_of("start", "details"),
-            "",
-            "examples:",
-            *said_of("start", "examples"),
-        ]
-    )
+    parts = [*said_of("start", "usage"), "", *lines, "", "examples:", *said_of("start", "examples")]
+    return "\n".join(parts)
 
 
 def verb_help(verb: Verb, arguments: Sequence[str] = ()) -> str:

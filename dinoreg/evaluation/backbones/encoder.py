@@ -100,10 +100,8 @@ class Encoder(ABC):
             why = f"{self.name}: images of shape {tuple(images.shape)}, expected (B, {self.in_channels}, H, W)"
             raise UserError(why)
         if any(side % self.patch_size for side in images.shape[2:]):
-            raise UserError(
-                f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
-                f"expected multiples of the patch size {self.patch_size}"
-            )
+            why = f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
+            raise UserError(f"{why}expected multiples of the patch size {self.patch_size}")
         return self.preprocessing.normalise(images.to(self.device, non_blocking=True))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
