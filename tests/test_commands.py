@@ -132,16 +132,8 @@ def test_report_writes_one_runs_report_and_compares_several(stage: Stage, capsys
 
 
 def test_inspect_prints_what_it_found(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
-    stage.put(
-        "dinoreg.data.statistics",
-        inspect_source=lambda spec, sample, **keys: {
-            **{"spec": spec, "sample": sample, "bad": {}, "looked_at": 1, "images": 1, "large": 0}
-        },
-        render_inspection=lambda found: f"{found['spec']}: {found['sample']}",
-    )
-    assert main(["inspect", "data=my photos"]) == 0
-    assert main(["inspect", "data=[a,b]", "sample=5"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["my photos: 1000", "['a', 'b']: 5"]
+    assert main(["inspect", "data=scenes:count=9,size=48", "sample=5"]) == 0
+    assert "9 images, 5 looked at" in capsys.readouterr().out
 
 
 def test_doctor_looks_at_the_machine_or_at_a_run(stage: Stage) -> None:

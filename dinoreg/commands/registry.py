@@ -227,7 +227,8 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
     elif verb == "doctor" and first:
         case = "finished" if read_json(Path(first) / "status.json").get("phase") == "finished" else "unfinished"
     elif verb == "plan":
-        values["rest"] = Verbatim(shlex.join(split_texts(PlanOptions, arguments[1:])[1]))
+        rest = split_texts(PlanOptions, arguments[1:])[1] + ([] if values.get("data.source") else ["data=FOLDER"])
+        values |= {"rest": Verbatim(shlex.join(rest)), "stem": Path(first).stem}
     elif verb == "registers":
         values["weights"] = parsed[0].models[0]
     return {**values, "first": first}, case

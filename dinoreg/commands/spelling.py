@@ -18,8 +18,7 @@ def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:
     Accepted are --key value, --key=value, --some-key, key = value, key= value, a yes-or-no key alone, and a path behind
     the verb's words, which stands for its `path` key.
     """
-    keys, rest = verb.keys(), list(arguments)
-    switches = {key for key, (hint, _) in keys.items() if hint is bool}
+    rest, switches = list(arguments), {key for key, (hint, _) in verb.keys().items() if hint is bool}
     words: list[str] = []
     pairs: list[str] = []
     while rest:
@@ -33,10 +32,10 @@ def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:
             is_switch = name in switches and not (rest and rest[0].lower() in ("true", "false"))
             has_value = rest and not is_switch and not is_key_value(rest[0]) and not _DASHES.match(rest[0])
             pairs.append(f"{name}={value if equals else rest.pop(0) if has_value else 'true'}")
-        elif rest and rest[0].startswith("=") and word in keys:
+        elif rest and rest[0].startswith("=") and not equals:
             value = rest.pop(0)[1:]
             pairs.append(f"{word}={value or (rest.pop(0) if rest else '')}")
-        elif equals and not value and name in keys and rest and not is_key_value(rest[0]):
+        elif equals and not value and rest and not is_key_value(rest[0]):
             pairs.append(f"{word}{rest.pop(0)}")
         elif is_key_value(word):
             pairs.append(word)
@@ -63,6 +62,8 @@ def corrected(error: BaseException, arguments: Sequence[str]) -> str:
         return text
     before, found = text[: meant.start()], []
     for place, word in enumerate(arguments):
+        if not place and "unknown verb" not in before:
+            continue
         key, equals, value = word.partition("=")
         named = [part for part in value.split(",") if part and f"={part}" in before]
         for part in (named or [key]) if equals else word.split(","):

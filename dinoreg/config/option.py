@@ -267,7 +267,7 @@ def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> 
             raise UserError(f"{parent}: is a value, not a section ({where})")
         elif below is None:
             verb = getattr(cls, "_verb", "")
-            hint = nearest(name, known) or nearest(name.rpartition(".")[2], known) or _synonym(name, known)
+            hint = _synonym(name, known) or nearest(name, known) or nearest(name.rpartition(".")[2], known)
             accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
             accepted = accepted if len(known) <= MAX_LISTED else ""
             source = f"of dinoreg {verb}" if verb else f"({where})"
@@ -336,7 +336,7 @@ def _read_text(text: str, hint: Any) -> Any:
         if len(parts) > 1 and not os.path.exists(text) and all(os.path.exists(os.path.expanduser(p)) for p in parts):
             return parts
     if str in kinds:  # a path or a name stays the text it is, whatever YAML would make of it
-        return os.path.expanduser(text) if text.startswith("~/") else text  # which no shell does behind "="
+        return text
     if "," in text and text[0] not in "[{":
         text = f"[{text}]"
     from omegaconf import OmegaConf  # here, so that help does not wait for it

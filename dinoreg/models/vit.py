@@ -50,6 +50,9 @@ class Tokens(NamedTuple):
     registers: Tensor  # (B, R, D)
     patches: Tensor  # (B, N, D), row by row
 
+    def __repr__(self) -> str:
+        return f"Tokens({', '.join(f'{name} {tuple(each.shape)}' for name, each in self._asdict().items())})"
+
 
 class ChosenTokens(NamedTuple):
     """The class tokens and the selected patch tokens of a crop group, after the final norm."""
