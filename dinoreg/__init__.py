@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
+    from dinoreg.reports.run_list import runs
     from dinoreg.weights.load import load
 
 # Threads of GNU OpenMP spin for milliseconds while they wait for each other, by default: beside another busy process a
@@ -30,7 +31,7 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
-__all__ += ["inspect", "transform", "verdict"]
+__all__ += ["inspect", "runs", "transform", "verdict"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
@@ -39,6 +40,7 @@ _WHERE = {
     "evaluate": "dinoreg.commands.evaluate",
     "inspect": "dinoreg.commands.inspect",
     "load": "dinoreg.weights.load",
+    "runs": "dinoreg.reports.run_list",
     "transform": "dinoreg.evaluation.backbones.open",
     "verdict": "dinoreg.commands.verdict",
 }

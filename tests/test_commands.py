@@ -103,6 +103,31 @@ def test_pretrain_resumes_from_a_run_folder(stage: Stage) -> None:
     assert (config.out, config.steps, config.resume) == (str(run), 5, True)
 
 
+def test_a_run_goes_on_where_it_lies_and_not_where_it_was_written(stage: Stage) -> None:
+    run, other = stage.run_folder(), stage.folder / "other"
+    (run / "config.yaml").write_text(f"out: {stage.folder / 'where it was'}\nsteps: 5\ndata: photos\n")
+    (run / "owner.json").write_text("{}")
+    stage.put("dinoreg.train.loop", pretrain=lambda config: Path(config.out))
+    stage.put("dinoreg.commands.report", report_run=lambda run: run / "report.html")
+    assert main(["pretrain", str(run), "resume=true"]) == 0
+    assert main(["pretrain", str(run), "overwrite=true"]) == 0
+    assert main(["pretrain", str(run / "config.yaml"), "resume=true"]) == 0
+    assert main(["pretrain", str(run), "resume=true", f"out={other}"]) == 0
+    assert [call[1][0].out for call in stage.calls if call[0] == "pretrain"] == [*[str(run)] * 3, str(other)]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", "a\udcff", "a" * 300, "b/" * 800])
+def test_a_name_that_nothing_can_be_called_is_refused(
+    name: str, stage: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = f"out={stage.folder}/{name}"
+    for verb in (["pretrain", "quickstart", "data=scenes"], ["embed", "data=scenes", "weights=x"], ["quickstart"]):
+        assert main([*verb, f"{keys}.parquet"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("dinoreg: out=")
+    assert not list(stage.folder.glob("a*"))
+
+
 def test_quickstart_passes_its_keys_on(stage: Stage) -> None:
     stage.put("dinoreg.commands.quickstart", quickstart=lambda out, seed, overwrite: Path("x"))
     assert main(["quickstart"]) == 0

@@ -83,7 +83,7 @@ def test_setuptools_gets_the_requirements_without_importing_dinoreg() -> None:
     core, extras = done.stdout.decode().splitlines()
     assert ast.literal_eval(core) == requirements("core")
     assert ast.literal_eval(extras) == {
-        extra: requirements(extra) for extra in ("eval", "data", "export", "docs", "all", "test")
+        extra: requirements(extra) for extra in ("eval", "data", "export", "log", "docs", "all", "test")
     }
     assert set(requirements("all")) < set(requirements("test"))
     assert not set(requirements("core")) & set(requirements("test"))

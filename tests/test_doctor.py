@@ -339,6 +339,20 @@ def test_a_run_that_died_with_a_traceback_shows_its_last_line(tmp_path: Path) ->
     assert text.startswith("KeyError: 1 (traceback in")
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"step_1\x1b[2J", None])
+def test_a_pointer_that_is_none_is_passed_over(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path, 10)
+    for name in ("last", "best"):
+        (run / "checkpoints" / name).unlink(missing_ok=True)
+        (run / "checkpoints" / name).mkdir() if content is None else (run / "checkpoints" / name).write_bytes(content)
+    (run / "health").mkdir(exist_ok=True)
+    (run / "health" / "events.jsonl").write_text(json.dumps({"step": "\x1b[2J", "name": "a\x1b"}) + "\n")
+    doctor.doctor(run)
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_an_empty_run_folder_is_described_without_a_crash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     doctor.doctor(tmp_path)

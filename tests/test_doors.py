@@ -19,10 +19,13 @@ import torch
 from miniatures.pictures import pattern
 from safetensors.torch import save_file
 
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.commands.main import main
 from dinoreg.config.load import Config, to_yaml
 from dinoreg.config.overwrite import delete_run, refuse_live
 from dinoreg.data.folder_index import load_index
+from dinoreg.data.open import read_labelled
+from dinoreg.data.statistics import inspect_source
 from dinoreg.data.tar_index import index_tars
 from dinoreg.evaluation.features.cache import _rows_done
 from dinoreg.runtime.environment import start_time
@@ -86,6 +89,34 @@ def test_headers_of_archives_that_lie_are_one_line(headers: dict[str, str], tmp_
         archive.addfile(member, io.BytesIO(b""))
     with pytest.raises(UserError, match=r"a\.tar|no image files"):
         index_tars(tmp_path, tmp_path / "index")
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        write_atomic(tmp_path / "pipe", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_pictures_of_floats_and_of_complex_numbers_are_described(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).random((20, 30))
+    for name, picture in {"a": values, "b": np.stack([values] * 3, 2).astype("f4"), "c": values.astype("c8")}.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", picture, photometric="rgb" if picture.ndim == 3 else "minisblack")
+    found = inspect_source(tmp_path)
+    assert found["looked_at"] == 3
+    assert {Path(name).name: reason for name, reason in found["bad"].items()} == {
+        "c.tif": "complex64 values, expected real numbers"
+    }
+
+
+def test_a_label_of_thousands_of_digits_is_a_name(tmp_path: Path) -> None:
+    for number in range(4):
+        pattern(number % 2, number).save(tmp_path / f"{number}.png")
+    lines = "".join(f"{number}.png,{'9' * 5000}{number % 2}\n" for number in range(4))
+    (tmp_path / "labels.csv").write_text(f"path,label\n{lines}")
+    assert len(read_labelled(str(tmp_path / "labels.csv")).class_names) == 2
 
 
 # ------------------------------------------------------------------ runs at work

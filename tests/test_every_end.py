@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from miniatures.pictures import pattern
+from small_runs import tiny_model, write_run
 
 DINOREG = [sys.executable, "-m", "dinoreg"]
 STEPS = 60
@@ -77,22 +78,28 @@ def test_data_that_vanish_leave_the_last_step(pictures: Path, tmp_path: Path) ->
 
 
 BLOCKED = textwrap.dedent("""
-    import sys, threading, time
-    import dinoreg.data.source as source
+    import sys, time
+    import dinoreg.runtime.regular_files as files
     from dinoreg.commands.main import entry
 
-    read, count = source.PathSource.read, 0
+    opened, counts = files._without_waiting, {}
 
-    def stuck(self, index):
-        global count
-        count += threading.current_thread().name.startswith("dinoreg-data")
-        if count > 30:
-            time.sleep(10_000)  # as a disk that does not answer
-        return read(self, index)
+    def stuck(path, flags):
+        counts[path] = counts.get(path, 0) + 1
+        if path.endswith(sys.argv[1]) and counts[path] > int(sys.argv[2]):
+            time.sleep(10_000)  # as a mount that does not answer
+        return opened(path, flags)
 
-    source.PathSource.read = stuck
+    files._without_waiting = stuck
+    del sys.argv[1:3]
     entry()
 """)
+
+
+def blocked(name: str, after: int, *arguments: str) -> subprocess.Popen[str]:
+    """dinoreg, for which files whose names end so cannot be opened any more after some times."""
+    command = [sys.executable, "-c", BLOCKED, name, str(after), *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
 
 
 @pytest.mark.slow
@@ -101,15 +108,14 @@ def test_a_read_that_never_ends_is_named_and_signals_are_answered(
     pictures: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-c", BLOCKED, *training(pictures, run)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = blocked("07.png", 3, *training(pictures, run))
     assert process.stderr is not None
     begun = time.monotonic()
     for line in process.stderr:
         if "a batch is waited for" in line:
             break
     assert time.monotonic() - begun < 60
-    assert "png is being read" in line
+    assert "07.png is being read" in line
     process.send_signal(number)
     asked = time.monotonic()
     process.communicate(timeout=30)
@@ -118,6 +124,40 @@ def test_a_read_that_never_ends_is_named_and_signals_are_answered(
     ended = status(run)
     assert (ended["phase"], ended["reason"]) == ("stopped", number.name)
     assert (run / "checkpoints" / "last").read_text().strip() == f"step_{ended['reached']:07d}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stuck", "after", "verb"),
+    [
+        ("5.png", 0, "inspect data={data}"),
+        ("5.png", 1, "embed data={data} weights={run} out={out}/f.safetensors device=cpu"),
+        ("5.png", 2, "eval {data} weights={run} out={out} protocols=[knn] device=cpu"),
+        (
+            "7.safetensors",
+            0,
+            "embed data={data} weights={run} out={out}/f.safetensors device=cpu",
+        ),  # in the main thread
+    ],
+)
+def test_a_file_that_is_never_read_is_named_and_ctrl_c_answered(
+    stuck: str, after: int, verb: str, tmp_path: Path
+) -> None:
+    for number in range(12):
+        (tmp_path / "data" / "abc"[number % 3]).mkdir(parents=True, exist_ok=True)
+        pattern(number % 3, number).save(tmp_path / "data" / "abc"[number % 3] / f"{number}.png")
+    run = write_run(tmp_path / "run", tiny_model(depth=1))
+    words = [word.format(data=tmp_path / "data", run=run, out=tmp_path / "out") for word in verb.split()]
+    process, begun = blocked(stuck, after, *words), time.monotonic()
+    assert process.stderr is not None
+    line = next((line for line in process.stderr if "is being read since" in line), "it ended")
+    assert f"{stuck}: is being read since 1" in line
+    assert time.monotonic() - begun > 10
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - asked < 8  # 2, and what a busy machine takes
 
 
 def test_a_locale_without_the_characters_costs_no_help(tmp_path: Path) -> None:

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from tests.fake_cuda.fixture import counts_of, needs_fake_cuda, run
+from tests.jobs_on_trial import labelled_folder
+from tests.miniatures import ade20k
 from tests.training import TINY, read_lines
 
 pytestmark = needs_fake_cuda
 
 # Kernels and matrix products of a step without augmentation; these numbers only go down.
 LAUNCHES = {
-    ("vits14_reg4", 128): 1286 + 214,
-    ("vitl16_short_reg4_in1k", 64): 2141 + 406,
-    ("vitg14_reg4_in22k", 8): 3750 + 678,
+    ("vits14_reg4", 128): 1228 + 218,
+    ("vitl16_short_reg4_in1k", 64): 2043 + 410,
+    ("vitg14_reg4_in22k", 8): 3580 + 682,
 }
 # GB that a step's operations read and write outside matrix products; they only go down, too.
 TRAFFIC = {"vitl16_short_reg4_in1k": 304}
@@ -54,6 +56,7 @@ MODES: dict[str, dict[str, Any]] = {
     "micro-batches": {"optim.accumulate": 2},
     "no local crops": {"crops.num_local": 0},
     "anchor": {"loss.anchor_weight": 1.0},
+    "varlen": {"model.attention": "varlen"},
     "sdpa": {"model.attention": "sdpa"},
     "plain": {"model.attention": "plain"},
     "swiglu, no drop path": {"model.ffn": "swiglu", "model.drop_path": 0.0},
@@ -84,8 +87,23 @@ def test_the_attention_that_is_named_is_the_one_that_is_launched(modes: dict[str
     kernels = counts_of(modes[mode]["counts"]).kernels
     fused = sum(number for kernel, number in kernels.items() if any(part in kernel for part in FUSED))
     assert (fused == 0) == (named == "plain")
-    if mode in ("sinkhorn", "sdpa"):  # two blocks: of the teacher, and of the student for all crops or for each size
+    if mode in (
+        "sinkhorn",
+        "varlen",
+        "sdpa",
+    ):  # two blocks: of the teacher, and of the student for all crops or for each size
         assert fused == 2 * (3 if named == "sdpa" else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["auto", "varlen", "sdpa"])
+def test_blocks_compile_to_four_graphs_without_a_break_and_run_the_fused_kernels(attention: str) -> None:
+    found = run("compiled", overrides={**SMALL, "model.attention": attention}, steps=5)
+    assert found["breaks"] == []
+    assert found["graphs"][1] == found["graphs"][-1] <= 4  # whatever the number of masked patches
+    counts = counts_of(found["counts"])
+    assert counts.waits == {}
+    assert any(part in kernel for kernel in counts.kernels for part in FUSED)
 
 
 @pytest.mark.slow
@@ -171,3 +189,30 @@ def test_two_processes_train_save_and_go_on_and_send_what_the_plan_says(tmp_path
         assert sent.keys() == planned.keys()
         for kind in planned:
             assert sent[kind] == pytest.approx(planned[kind], rel=0.01, abs=1024), kind
+
+
+@pytest.mark.slow
+def test_evaluations_views_features_and_distillation_run_to_their_end(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    weights, pictures = f"weights={finished[0]}", labelled_folder(tmp_path / "pictures", images=12)
+    ade20k.write(tmp_path / "datasets")
+    usual = [weights, "device=cuda", "workers=0", "baselines=false", "examples=0", f"out={tmp_path / 'eval'}"]
+    options = ["knn.k=[3]", "linear.lrs=[0.1]", "linear.epochs=1", "linear.epoch_steps=3", "logistic.num_c=2"]
+    dense = ["segmentation.size=48", "segmentation.stride=32", "segmentation.steps=3", "segmentation.lrs=[0.01]"]
+    shown = [f"images={pictures}", weights, "device=cuda"]
+    student = {**SMALL, "steps": 2, "distill": finished[0], "out": tmp_path / "student"}
+    lines = [
+        ["eval", str(pictures), "protocols=[knn,linear,logistic]", *usual, *options],
+        ["eval", "ade20k", f"root={tmp_path / 'datasets'}", *usual, *dense],
+        ["embed", f"data={pictures}", weights, "device=cuda", f"out={tmp_path / 'features.safetensors'}"],
+        ["view", "attention", *shown, f"out={tmp_path / 'view'}"],
+        ["view", "pca", *shown, f"out={tmp_path / 'view'}"],
+        ["registers", *shown, f"out={tmp_path / 'registers'}"],
+        ["pretrain", "small", *(f"{key}={'none' if value is None else value}" for key, value in student.items())],
+    ]
+    found = run("commands", lines=lines)
+    for line, each in zip(lines, found, strict=True):
+        assert each["code"] == 0, f"{line}\n{each['said']}"
+        assert counts_of(each["counts"]).launches, line
+    assert [wait for wait in counts_of(found[-1]["counts"]).waits if " train_step" in wait] == []  # with distillation

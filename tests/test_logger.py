@@ -12,11 +12,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from dinoreg.train import logger as log_module
-from dinoreg.train.logger import LINES, LineFile, RunLog, TensorBoard
+from dinoreg.train.logger import LINES, LineFile, RunLog
+from dinoreg.train.trackers import TensorBoard, open_trackers
 
 
 def values(step: int, **others: Any) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def values(step: int, **others: Any) -> dict[str, Any]:
 
 def open_log(out: Path, *, step: int = 0, num_steps: int = 80, tensorboard: bool = False) -> RunLog:
     out.mkdir(exist_ok=True)
-    return RunLog(out, step=step, num_steps=num_steps, tensorboard=tensorboard)
+    trackers = open_trackers(out, step, (), tensorboard, {})
+    return RunLog(out, step=step, num_steps=num_steps, trackers=trackers)
 
 
 def steps_in(path: Path) -> list[int]:
@@ -161,8 +164,9 @@ def test_a_full_disk_is_named_once_and_the_lines_lost_to_it_are_counted(
     monkeypatch.setattr(log_module, "_LogFile", lambda _: real("/dev/full"))
     with open_log(tmp_path, num_steps=3, tensorboard=True) as log:
         log._lines["metrics.jsonl"] = LineFile(Path("/dev/full"))
-        log._tensorboard = TensorBoard(tmp_path, 1)
-        log._tensorboard.writer = NoRoom()
+        (events,) = log.trackers
+        assert isinstance(events, TensorBoard)
+        events.writer = NoRoom()
         for step in (1, 2, 3):
             log.metrics(values(step))
         log.append("probe.jsonl", {"step": 3, "rankme": 1.0})
@@ -170,7 +174,7 @@ def test_a_full_disk_is_named_once_and_the_lines_lost_to_it_are_counted(
     path, why = tmp_path / "metrics.jsonl", "cannot be written (No space left on device)"
     assert said == [
         f"{path}: {why}; its lines are kept until it can be",
-        f"{tmp_path}: TensorBoard's events {why}; they end at step 1",
+        "TensorBoard: its numbers end at step 1: [Errno 28] No space left on device",
         f"{path}: its last lines could not be written: 3",
     ]
     assert steps_in(tmp_path / "probe.jsonl") == [3]
@@ -194,44 +198,46 @@ def test_a_copy_that_was_taken_over_does_not_write_into_its_successors_files(tmp
         assert [steps_in(tmp_path / name) for name in LINES] == [[1]] * len(LINES)
 
 
-def test_the_console_line_has_dinov2s_names_and_the_time_left(
+def test_the_console_line_has_the_losses_the_wait_and_the_time_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_log(tmp_path, num_steps=80) as log:
-        log.metrics(values(2))
+        log.metrics(values(2, data_time=1.2))
         log.say("init: [bold]3 tensors[/bold] from a.pth")
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
-        "step 2/80  loss: 7.2500  dino_global_crops_loss: 1.5000  dino_local_crops_loss: 2.5000  "
-        "ibot_loss: 3.0000  koleo_loss: 0.2500  lr: 1.25e-03  images_per_second: 100.0  left: 2:36",
+        "step 2/80  loss 7.250  dino 1.500  local 2.500  ibot 3.000  koleo 0.250  lr 1.25e-03  100.0 img/s  "
+        "60% waiting for images  2:36 left",
         "init: [bold]3 tensors[/bold] from a.pth",
     ]
     written = (tmp_path / "train.log").read_text()
     for line in captured.err.splitlines():
-        assert line.partition("  left")[0] in written
+        assert line.removesuffix("  2:36 left") in written
 
 
 def test_time_left_is_shown_in_hours_once_there_are_any(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_log(tmp_path, num_steps=4000) as log:
         log.metrics(values(100, step_time=3.0))
-    assert capsys.readouterr().err.rstrip().endswith("left: 3:15:00")
+    assert capsys.readouterr().err.rstrip().endswith("3:15:00 left")
 
 
-@pytest.mark.parametrize(("num_steps", "expected"), [(80, 41), (40, 40), (7, 7), (4000, 41)])
-def test_without_a_terminal_there_are_about_forty_lines_a_run(
-    num_steps: int, expected: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_without_a_terminal_lines_come_soon_at_the_end_and_from_time_to_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = iter(np.arange(0, 1e9, 2.0))  # each look at it is a step of two seconds
+    monkeypatch.setattr(log_module.time, "monotonic", lambda: next(clock))
+    num_steps = 40_000  # 22 hours
     with open_log(tmp_path, num_steps=num_steps) as log:
         for step in range(1, num_steps + 1):
-            log.metrics(values(step))
+            log.display.show(values(step), "x")
     lines = capsys.readouterr().err.splitlines()
     shown = [int(line.split("/")[0].removeprefix("step ")) for line in lines]
-    assert len(shown) == expected
-    assert (shown[0], shown[-1]) == (1, num_steps)
-    gaps = {later - earlier for earlier, later in itertools.pairwise(shown[1:])}
-    assert gaps <= {max(1, num_steps // 40)}
-    assert len(steps_in(tmp_path / "metrics.jsonl")) == num_steps
+    assert (shown[0], shown[1], shown[-1]) == (1, 9, num_steps)
+    gaps = [2 * (later - earlier) for earlier, later in itertools.pairwise(shown[:-1])]
+    assert gaps == sorted(gaps)
+    assert (gaps[0], gaps[-1]) == (16, 600)
+    assert 2 * shown[100] / 100 < gaps[101] <= 2 * shown[101] / 100 + 2
 
 
 def test_on_a_terminal_there_is_a_progress_bar_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

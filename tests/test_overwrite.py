@@ -39,6 +39,10 @@ REFUSED = {
     "photographs": ({"me.jpg": "x"}, "no config.yaml"),
     "another's owner.json": ({"owner.json": "[1]", "status.json": "{}"}, "no config.yaml"),
     "a run with something to keep": ({"config.yaml": to_yaml(Config()), "thesis.tex": "x"}, "holds thesis.tex, which"),
+    "a run with something to keep inside": (
+        {"config.yaml": to_yaml(Config()), "checkpoints/step_0000001/thesis.tex": "x"},
+        "holds checkpoints/step_0000001/thesis.tex, which",
+    ),
     "a run in a repository": ({"owner.json": LEASE, ".git/HEAD": "x", "notes": ""}, "holds .git and 1 more, which"),
 }
 

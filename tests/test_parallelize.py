@@ -22,7 +22,6 @@ from dinoreg.config.load import Config, load_config
 from dinoreg.config.schema import LossConfig, ParallelConfig
 from dinoreg.distributed.process_group import (
     ALONE,
-    Agreement,
     Place,
     Ranks,
     is_main_process,
@@ -191,8 +190,13 @@ def _in_session(folder: str) -> None:
         rows = torch.arange(6.0).view(3, 2) + 100 * rank
         found["rows"] = ranks.gather_rows(rows).tolist()
         found["alone"] = ranks.gather_rows(rows, 1).tolist()
-        agreement = Agreement(ranks)
-        found["agreed"] = [agreement.maximum(number) for number in ([0, 0, 0, 0] if rank else [0, 10, 0, 0])]
+        found["agreed"] = [ranks.maximum(number) for number in ([0, 0, 7, 0] if rank else [0, 10, 3, 0])]
+        found["asked"] = ranks.asked_to_stop()
+        ranks.maximum(0)
+        if rank == 1:
+            ranks.ask_to_stop(15)
+        ranks.maximum(0)
+        found["asked"] = found["asked"], ranks.asked_to_stop()
 
         features = torch.randn(8, 5, generator=torch.Generator().manual_seed(rank), dtype=torch.float32)
         value, gradient = koleo_of_processes(features, 0.5, None, ranks)
@@ -248,7 +252,8 @@ def test_processes_gather_agree_and_fail_together(tmp_path: Path) -> None:
         assert found["gathered"] == [0, 10]
         assert found["main"] == 0
         assert found["rows"] == [[0, 1], [2, 3], [4, 5], [100, 101], [102, 103], [104, 105]]
-        assert found["agreed"] == [0, 0, 10, 0]  # a step later, on both
+        assert found["agreed"] == [0, 10, 7, 0]
+        assert found["asked"] == (0, 15)
         assert found["fine"] == "fine"
         assert "drifted apart at step 4: bias of rank 1 differs from the other" in found["drift weights"]
         assert "position of rank 1 differs" in found["drift position"]
@@ -361,7 +366,8 @@ def test_on_one_process_nothing_is_wrapped_and_nothing_is_exchanged(tmp_path: Pa
     state = prepare(run_config(tmp_path / "run", 1)).new_state()
     assert state.train_modules is state.student
     assert isinstance(state.student.backbone, RegisterViT)
-    assert Agreement(ALONE).maximum(15) == 15
+    assert ALONE.maximum(15) == 15
+    assert ALONE.asked_to_stop() == 0
     with without_reduction(state.train_modules, True):
         pass
     check_replicas(1, 1, state.replicated(), ALONE)

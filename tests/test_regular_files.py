@@ -44,7 +44,7 @@ def irregular(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 READERS: list[tuple[Callable[[Path], object], type[Exception]]] = [
     (read_regular, OSError),
-    (open_regular, OSError),
+    (lambda path: open_regular(path).__enter__(), OSError),
     (digest, OSError),
     (read_pixels, OSError),
     (read_file, UserError),

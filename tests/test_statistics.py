@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from photographs import photograph
 from PIL import Image
 
-from dinoreg.data import statistics
+from dinoreg.data import decode, statistics
 from dinoreg.data.statistics import inspect_source, render_inspection
 
 
@@ -75,6 +77,32 @@ def test_a_folder_of_bad_files_alone_is_described_too(tmp_path: Path) -> None:
     assert "bad: 1" in render_inspection(found)
 
 
-def test_bytes_are_counted_in_parts_as_in_one() -> None:
-    values = np.random.default_rng(0).integers(0, 256, 3 * statistics._COUNTED + 17, dtype=np.uint8)
-    assert np.array_equal(statistics._counts(values), np.bincount(values, minlength=256))
+def test_a_picture_is_counted_in_parts_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "_COUNTED", 7)
+    values = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    found = inspect_source(tmp_path)
+    np.testing.assert_allclose(found["mean"], values.mean((0, 1)) / 255, atol=6e-5)  # four decimals
+    np.testing.assert_allclose(found["std"], values.std((0, 1)) / 255, atol=6e-5)
+
+
+def test_enormous_pictures_are_looked_at_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    working, most = [], []
+
+    class Watched(statistics.EncodedImage):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            working.append(1)
+            most.append(len(working))
+            time.sleep(0.02)
+            super().__init__(*arguments, **options)
+            working.pop()
+
+    monkeypatch.setattr(statistics, "EncodedImage", Watched)
+    for number in range(6):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    inspect_source(tmp_path)
+    assert max(most) > 1
+    monkeypatch.setattr(decode, "_LARGE", 1000)
+    most.clear()
+    inspect_source(tmp_path)
+    assert max(most) == 1

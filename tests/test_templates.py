@@ -48,7 +48,7 @@ def test_a_value_that_a_template_is_not_given_is_an_error() -> None:
 
 def test_every_template_is_found_and_can_be_parsed() -> None:
     found = sorted(path.relative_to(templates.PACKAGE) for path in templates.PACKAGE.rglob("templates/*.j2"))
-    assert {path.suffixes[-2] for path in found} == {".html", ".md", ".txt"}
+    assert {path.suffixes[-2] for path in found} == {".html", ".md", ".py", ".txt"}
     for path in found:
         templates._environment(path.suffixes[-2]).get_template(str(path))
 

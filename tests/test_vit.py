@@ -492,3 +492,9 @@ def test_intermediate_layers_follow_metas_meaning() -> None:
             model.get_intermediate_layers(x, wrong)
     with pytest.raises(UserError, match="layer 3 is out of range: the model has 3 blocks"):
         model.attention(x, 3)
+
+
+def test_tokens_are_shown_by_their_shapes() -> None:
+    model = RegisterViT(image_size=(16, 24), patch_size=8, dim=12, depth=1, heads=3, num_registers=2)
+    shown = repr(model(torch.zeros(5, 3, 16, 24)))
+    assert shown == "Tokens(cls=(5, 12), registers=(5, 2, 12), patches=(5, 6, 12))"

@@ -32,6 +32,8 @@ def replacing(path: Path, token: str = "") -> Iterator[Path]:
     """
     aside = part_name(path, token)
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a device would be replaced
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         yield aside
         sync(aside)
         os.replace(aside, path)

@@ -58,10 +58,7 @@ def write_pointer(folder: Path, name: str, step: int, token: str = "") -> None:
 
 def read_pointer(folder: Path, name: str) -> str | None:
     """The name of the checkpoint (see `step_name`) that `last` or `best` points to; None without one."""
-    try:
-        target = (folder / name).read_text().strip()
-    except FileNotFoundError:
-        return None
+    target = json_files.read_text(folder / name)[:100].strip()
     return target if target.startswith("step_") and target[5:].isdigit() else None
 
 

@@ -99,17 +99,17 @@ class Run:
     def step(self) -> int:
         """The last step in metrics.jsonl, probe.jsonl and status.json; 0 without any."""
         known = [line["step"] for line in self.metrics[-1:] + self.probe[-1:]] + [self.status.get("step")]
-        return max(_whole(step) or 0 for step in known)
+        return max(whole(step) or 0 for step in known)
 
     @property
     def num_steps(self) -> int | None:
         """Steps that the run is configured for; None where unknown."""
-        return _whole(self.status.get("num_steps", self.config.get("steps")))
+        return whole(self.status.get("num_steps", self.config.get("steps")))
 
     @property
     def images_seen(self) -> int | None:
         """Images that all processes have trained on up to the last line of metrics.jsonl; None where unknown."""
-        return _whole(self.metrics[-1].get("images")) if self.metrics else None
+        return whole(self.metrics[-1].get("images")) if self.metrics else None
 
     @property
     def seconds(self) -> float | None:
@@ -165,7 +165,8 @@ def run_of(weights: str | Path) -> Path | None:
     return run if (run / "config.yaml").is_file() else None
 
 
-def _whole(value: Any) -> int | None:
+def whole(value: Any) -> int | None:
+    """A JSON value as an int; None where it is not a number."""
     return int(value) if is_number(value) else None
 
 

@@ -6,18 +6,18 @@ Nothing here needs a working PyTorch, since an installation that cannot be impor
 import importlib
 import os
 import re
-import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dinoreg.runtime.dependencies import DEPENDENCIES, Dependency, install
-from dinoreg.runtime.environment import busy, environment, free_disk_gib, free_memory, start_time, version
+from dinoreg.runtime.environment import busy, environment, free_disk_gib, free_memory, version
 from dinoreg.runtime.errors import RunError, one_line
 from dinoreg.runtime.json_files import is_number, read_json, read_json_lines, read_text
+from dinoreg.runtime.printable import printable
 
 # Importing one of these takes seconds: only its installation is checked.
-SLOW_IMPORTS = ("timm", "transformers")
+SLOW_IMPORTS = ("timm", "transformers", "wandb", "mlflow-skinny")
 
 
 # A line: name, "ok" | "missing" | "open" | "running" | "problem" | "", text. A section: its title and its lines.
@@ -36,9 +36,8 @@ def doctor(run: Path | None = None) -> None:
         console.print(Text(title, "bold"))
         width = max((len(name) for name, _, _ in rows), default=0)
         for name, mark, text in rows:
-            console.print(
-                Text.assemble(f"  {name:<{width}}  ", (f"{mark:<7}", styles.get(mark, "yellow")), f"  {text}")
-            )
+            shown = f"{mark:<7}", styles.get(mark, "yellow")
+            console.print(Text.assemble(printable(f"  {name:<{width}}  "), shown, printable(f"  {text}")))
         console.print()
 
 
@@ -191,7 +190,7 @@ def _progress_rows(run: Path) -> list[Row]:
 
     lines, status = read_json_lines(run / "metrics.jsonl"), read_json(run / "status.json")
     last = (lines or [{}])[-1]
-    rows = [("state", *_state(run, status, last))]
+    rows = [("state", *_state(run))]
     if header := re.findall(r" I (.+ M parameters, .+)$", read_text(run / "train.log"), re.MULTILINE):
         rows.append(("started as", "", header[-1]))  # with device, attention and images
     if last:
@@ -211,27 +210,20 @@ def _progress_rows(run: Path) -> list[Row]:
     return rows
 
 
-def _state(run: Path, status: dict[str, Any], last: dict[str, Any]) -> tuple[str, str]:
-    """Mark and text: finished, running, stopped by a signal, failed, or ended without a word; and how to go on."""
-    from dinoreg.checkpoint.lease import owner_of
+def _state(run: Path) -> tuple[str, str]:
+    """Mark and text: how the run stands, and how to go on."""
+    from dinoreg.checkpoint.run_folder import Run
+    from dinoreg.checkpoint.run_state import MARKS, state_of
 
-    saved, whole, phase = status.get("step", 0), status.get("num_steps", "?"), status.get("phase")
-    reached = max(filter(is_number, (status.get("reached"), saved, last.get("step"))), default=0)
-    if phase == "finished":
-        return "ok", f"finished: {saved} of {whole} steps"
-    where = f"step {reached} of {whole}, {f'saved at {saved}' if saved else 'nothing saved'}"
-    go_on = f"{where}: resume with dinoreg pretrain {run} resume=true"
-    if phase in ("stopped", "failed"):
-        by = "by " if phase == "stopped" else "by an error, "
-        return ("open" if phase == "stopped" else "problem"), f"{phase} {by}{status.get('reason', '?')} at {go_on}"
-    owner = owner_of(run)
-    if owner is None or owner.host != socket.gethostname():
-        at = "" if owner is None else f" as {owner}"
-        return "running", f"started{at}, not seen to end: {go_on}, if it has ended"
-    alive = start_time(owner.pid)
-    if Path("/proc").is_dir() and (alive is None or owner.started not in (None, alive)):
-        return "problem", f"ended without a word (process {owner.pid} is gone; killed, or out of memory?) after {go_on}"
-    return "running", f"{where} ({owner})"
+    state = state_of(Run(run))
+    whole, saved = state.num_steps or "?", f"saved at {state.saved}" if state.saved else "nothing saved"
+    if state.phase == "finished":
+        return "ok", f"finished: {state.saved} of {whole} steps"
+    where = f"step {state.reached} of {whole}, {saved}"
+    if state.phase == "running":
+        return "running", f"{where} ({state.reason})"
+    unsure = ", if it has ended" if state.phase == "unseen" else ""
+    return MARKS[state.phase], f"{state.in_words} at {where}: resume with dinoreg pretrain {run} resume=true{unsure}"
 
 
 def _resource_rows(run: Path, last: dict[str, Any]) -> list[Row]:

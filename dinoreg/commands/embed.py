@@ -23,10 +23,10 @@ from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_encoder
-from dinoreg.evaluation.features.images import default_workers, parallel
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, skipped_list
 from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.progress import show_progress
 from dinoreg.visualize.subject import multiples, open_images
@@ -121,11 +121,10 @@ def _extract(
         except BadImage as error:
             return str(error)
 
-    workers = default_workers() if options.workers is None else options.workers
     total, start = len(source), rows.next
     if start:
         print_status(f"embed: going on after {start:,} of {total:,} images")
-    images = show_progress(parallel(read, range(start, total), workers), total - start, "embed", "images")
+    images = show_progress(parallel(read, range(start, total), options.workers), total - start, "embed", "images")
     for first in range(start, total, options.batch_size):
         batch = range(first, min(first + options.batch_size, total))
         readable: dict[int, Tensor] = {}

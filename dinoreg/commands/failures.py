@@ -47,4 +47,6 @@ def explain_error(error: BaseException) -> str:
     """One line about an unexpected error: a known cause with its remedy, else type and text."""
     from dinoreg.commands.doctor import explain
 
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return explain(error) or f"{type(error).__name__}: {one_line(error)}"

@@ -16,9 +16,9 @@ from dinoreg.data.open import open_source, read_labelled
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import FEW_IMAGES, inspect_source, render_inspection
 from dinoreg.data.value_range import BadImage
-from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import listed, print_status
 from dinoreg.runtime.progress import show_progress
 
@@ -105,9 +105,7 @@ def prepare(options: InspectOptions) -> Path:
         except BadImage as error:
             bad.append(f"{source.name(index)}: {error}")
 
-    from dinoreg.evaluation.features.images import parallel
-
-    for _ in show_progress(parallel(write, range(len(source)), usable_cores()), len(source), "prepare", "images"):
+    for _ in show_progress(parallel(write, range(len(source))), len(source), "prepare", "images"):
         pass
     print_status(f"prepare: {len(source) - len(bad):,} of {len(source):,} images; left out: {listed(bad) or 'none'}")
     return target

@@ -18,9 +18,11 @@ from dinoreg.commands.help import overview, verb_help
 from dinoreg.commands.registry import VERBS, run_verb
 from dinoreg.commands.spelling import VERB_NAMES, canonical, corrected
 from dinoreg.commands.streams import keep_streams, lost
+from dinoreg.commands.watch import watch
 from dinoreg.config.option import nearest
 from dinoreg.runtime.environment import DATA_THREADS
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.runtime.parallel import READERS
 from dinoreg.runtime.printable import print_status
 
 OK, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -46,9 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_status("dinoreg: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of a pipe, such as head, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
     except Exception as error:
         debugging = os.environ.get("DINOREG_DEBUG") == "1"
         if debugging:
@@ -63,13 +62,14 @@ def entry() -> NoReturn:
     It is 1, too, where a verb whose result is what it prints could not print it.
     """
     results = keep_streams()
+    watch()
     code = main()
     if (reason := lost(results)) and code == OK and not _WRITES_FILES.intersection(sys.argv[1:2]):
         print_status(f"dinoreg: stdout cannot be written ({reason})")
         code = FAILED
     sys.stderr.flush()
     # A thread that waits for a disk which does not answer would keep the process.
-    readers = [thread for thread in threading.enumerate() if thread.name.startswith(DATA_THREADS)]
+    readers = [thread for thread in threading.enumerate() if thread.name.startswith((DATA_THREADS, READERS))]
     for thread in readers:
         thread.join(1.0)
     if any(thread.is_alive() for thread in readers):
@@ -77,15 +77,15 @@ def entry() -> NoReturn:
     sys.exit(code)
 
 
-def script(declaration: Any, verb: str = "eval") -> None:
+def script(declaration: Any, verb: str = "eval") -> NoReturn:
     """Run a declaration as a script: `python eval/pets.py weights=…` is `dinoreg eval pets weights=…`.
 
     declaration  a benchmark or a job with a name
     verb         of the command line, "eval" or "launch"
     raises       SystemExit with the exit code of `main`
     """
-    path = getattr(sys.modules["__main__"], "__file__", None)
-    raise SystemExit(main([verb, str(path or declaration.name), *sys.argv[1:]]))
+    sys.argv[1:1] = [verb, str(getattr(sys.modules["__main__"], "__file__", None) or declaration.name)]
+    entry()
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -31,6 +31,11 @@ class DoctorOptions(NoOptions, verb="doctor"):
 
 
 @dataclass(frozen=True)
+class RunsOptions(NoOptions, verb="runs"):
+    """`dinoreg runs` has no keys."""
+
+
+@dataclass(frozen=True)
 class QuickstartOptions(Options, verb="quickstart"):
     """The run of `dinoreg quickstart`."""
 

@@ -169,6 +169,10 @@ _VIEWS = {f"view {kind}": cls for kind, cls in keys.VIEWS.items()}
 _ACTIONS = {f"launch {action} RUN": cls for action, cls in keys.ACTIONS.items()}
 
 
+def _read_runs(arguments: list[str]) -> tuple[str]:
+    return ([*read_options(keys.RunsOptions, arguments, positional=1)[0], "runs"][0],)
+
+
 def _read_completion(arguments: list[str]) -> tuple[str]:
     if (shell := " ".join(arguments)) not in SHELLS:
         raise UserError(f"completion: {shell or 'missing SHELL'}: expected {' or '.join(SHELLS)}")
@@ -190,6 +194,7 @@ _VERBS = (
     Verb("verdict", keys.VerdictOptions, _verdict, _read_verdict, words=1),
     Verb("eval", EvalOptions, _eval, _read_eval, flags=("--list",), words=1),
     Verb("report", keys.ReportOptions, _report, _read_report),
+    Verb("runs", keys.RunsOptions, _function("reports.run_list", "print_runs"), _read_runs),
     Verb("embed", keys.EmbedOptions, _function("commands.embed", "embed", "features"), path="data"),
     Verb("view", keys.NoOptions, _view, _read_view, kinds=_VIEWS, also=Config, words=1, path="images"),
     Verb("registers", keys.RegistersOptions, _function("commands.registers", "report_registers"), path="images"),

@@ -64,6 +64,10 @@ def load_config(source: str | Path | None = None, overrides: Mapping[str, Any] |
                 unset = False if group == COMMAND_ONLY else None
                 values.update(dict.fromkeys(group, unset))
         values.update(given)
+    if source is not None and path.name == "config.yaml" and "out" not in layers[-1][1]:
+        again = values.get("resume") or values.get("overwrite")
+        if path.parent == Path(source) or (again and (path.parent / "owner.json").is_file()):
+            values["out"] = str(path.parent)  # a run lies where it is, wherever it was written
     return build(Config, values)
 
 

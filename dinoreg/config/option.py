@@ -156,8 +156,12 @@ class Options:
         cls: Any = type(self)
         for item in dataclasses.fields(cls):
             if "option" in item.metadata:
-                or_none = type(None) in _kinds(_hints(cls)[item.name])
-                item.metadata["option"].check(f"{self._section}{item.name}", getattr(self, item.name), or_none)
+                or_none, value = type(None) in _kinds(_hints(cls)[item.name]), getattr(self, item.name)
+                item.metadata["option"].check(f"{self._section}{item.name}", value, or_none)
+                if item.name == "out" and value is not None:
+                    text = str(value)
+                    fits = text.isprintable() and len(text) <= 1000 and max(map(len, text.encode().split(b"/"))) <= 200
+                    check(fits, "out", value, "a path without control characters, its names of at most 200 bytes")
 
 
 def check(condition: bool, key: str, value: object, expected: str) -> None:
@@ -269,7 +273,6 @@ def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> 
             verb = getattr(cls, "_verb", "")
             hint = _synonym(name, known) or nearest(name, known) or nearest(name.rpartition(".")[2], known)
             accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
-            accepted = accepted if len(known) <= MAX_LISTED else ""
             source = f"of dinoreg {verb}" if verb else f"({where})"
             raise UserError(f"{shortened(name)}: unknown key {source}{hint}{accepted}")
         elif value != {}:

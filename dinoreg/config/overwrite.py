@@ -20,7 +20,13 @@ SILENT_SECONDS = 120.0  # without a line of metrics.jsonl: then a run of another
 _WRITTEN_BY_RUNS = (
     *("config.yaml", OWNER, "environment.json", "status.json", "init.safetensors", "init.json"),
     *("checkpoints", "teacher", "train.log", "metrics.jsonl", "probe.jsonl", "probe.json", "skipped.jsonl", "health"),
-    *("events.out.tfevents.*", "report.html", "eval", "view", "verdict", "launch", ".overwritten-*", "*.part"),
+    *("events.out.tfevents.*", "trackers.json", "report.html", "eval", "view", "verdict", "launch"),
+    *(".overwritten-*", "*.part"),
+)
+# In the folders of these, but for `launch`, whose jobs may write what they like.
+_WRITTEN_BELOW = (
+    *("last", "best", ".metadata", "*.distcp", "*.part", "*.safetensors", "*.json", "*.jsonl", "*.npy"),
+    *("*.tmp", "*.pt", "*.png", "*.html", "*.csv", "*.md"),
 )
 # Deleted last, so that a deletion that was interrupted can be done again.
 _MARKS = (OWNER, "config.yaml")
@@ -91,6 +97,10 @@ def run_entries(out: Path) -> list[Path]:
         why = "its config.yaml is not one that a run wrote" if config.exists() else "no config.yaml"
         raise UserError(f"out={out}: holds something other than a run ({why}); it is not overwritten")
     foreign = [path.name for path in entries if not _matches(path, _WRITTEN_BY_RUNS)]
+    for entry in () if foreign else entries:
+        if not (entry.is_symlink() or _matches(entry, _BEFORE_A_RUN)):
+            below = (path for path in entry.rglob("*") if path.is_file() and not path.is_symlink())
+            foreign += [str(path.relative_to(out)) for path in below if not _matches(path, _WRITTEN_BELOW)]
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise UserError(f"out={out}: holds {foreign[0]}{more}, which no run writes; it is not overwritten")

@@ -216,6 +216,7 @@ class LogConfig(Options, section="log"):
 
     every: int = option(10, "steps between lines of metrics.jsonl; the one place that waits for the device", low=1)
     tensorboard: bool = option(True, "write TensorBoard event files")
+    to: tuple[str, ...] = option((), "who gets every number, too", choices=("wandb", "mlflow"), empty=True)
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,18 @@ data?", arXiv 1902.00423).
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dinoreg.data.decode import EncodedImage
+from dinoreg.data.decode import EncodedImage, alone_if_large
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage, missing_values
 from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.environment import usable_cores
+from dinoreg.runtime.parallel import parallel
 
 THUMBNAIL = 16  # pixels a side of what near-equal pictures are compared by
 MOST_COMPARED = 20_000  # pictures up to which an evaluation looks for copies
@@ -64,12 +64,12 @@ def find_copies(source: Source) -> Copies:
         except (BadImage, OSError):
             return bytes(32), None
         try:
-            return content_digest(data), _thumbnail(EncodedImage(data, min_side=1))
+            with alone_if_large(data):
+                return content_digest(data), _thumbnail(EncodedImage(data, min_side=1))
         except BadImage:
             return content_digest(data), None
 
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        found = list(pool.map(look, range(len(source))))
+    found = list(parallel(look, range(len(source)), usable_cores()))
     digests = np.frombuffer(b"".join(digest for digest, _ in found), dtype=np.uint8).reshape(-1, 32)
     _, first, inverse = np.unique(digests, axis=0, return_index=True, return_inverse=True)
     groups = first[inverse.ravel()].astype(np.int64)

@@ -13,8 +13,9 @@ from __future__ import annotations
 import importlib.util
 import io
 import struct
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # imported where pixels are computed: sources and datasets ar
 
 MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956,970 in any case
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
+_LARGE = 1 << 25  # pixels
+_one_large = threading.Lock()
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # no format that runs a program
 _START_OF_FRAME = frozenset({0xC0, 0xC1, 0xC2})  # the baseline, extended and progressive Huffman codings
 ORIENTATION_TAG, _BITS_PER_SAMPLE = 0x0112, 258  # of TIFF, and the first of EXIF, too
@@ -64,6 +67,20 @@ def _jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
         return None
     needed = [str(argument.type) for argument in arguments if not argument.has_default_value()]
     return operator if needed == ["Tensor", "int"] else None
+
+
+@contextmanager
+def alone_if_large(data: bytes | np.ndarray) -> Iterator[None]:
+    """A context in which no other picture of more than `_LARGE` pixels is decoded by this process.
+
+    Decoding takes some ten bytes a pixel for a while, and as many threads as look at pictures could each have one.
+    """
+    pixels = len(data)  # where other readers know it, which do not compress
+    # Pixels that are here already are no picture's file.
+    with suppress(Exception), Image.open(io.BytesIO(data), formats=_FORMATS) as image:  # type: ignore[arg-type]
+        pixels = image.width * image.height
+    with _one_large if pixels > _LARGE else nullcontext():
+        yield
 
 
 class EncodedImage:
@@ -157,6 +174,8 @@ class EncodedImage:
                 raw, self._orientation, self.pages = scientific.read_tiff(self._data, self.in_channels, max_pixels)
             else:
                 return self._read_with_pillow(max_pixels)
+        if raw.values.dtype.kind not in "buif":
+            raise BadImage(f"{raw.values.dtype} values, expected real numbers")
         self.mode = f"{raw.values.dtype} x {raw.values.shape[2]}"
         return raw
 

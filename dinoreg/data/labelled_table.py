@@ -222,7 +222,7 @@ def _indicators(file: Path, name: str, column: Cells) -> list[int]:
 
 def _numbering(cells: set[str], given: list[str] | None) -> tuple[Callable[[str, str], int], list[str]]:
     """A cell's class number, and the names of the classes; whole numbers are ordered as such."""
-    whole = {cell: int(cell) for cell in cells if cell.removeprefix("-").isdecimal()}
+    whole = {cell: int(cell) for cell in cells if cell.removeprefix("-").isdecimal() and len(cell) < 20}
     numeric = len(whole) == len(cells)
     names = given or sorted(cells, key=(lambda cell: (whole[cell], cell)) if numeric else None)
     by_name = {name: index for index, name in enumerate(names)}

@@ -180,8 +180,7 @@ class _Engine:
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.source.groups(), self.seed)
         self.known_bad: dict[int, str] = {}  # by sample id; spares reading a bad file in every epoch
-        self.reading: dict[int, int] = {}  # thread -> the sample that it has in hand
-        self.on_wait: Callable[[float, list[str]], None] = lambda seconds, names: None
+        self.on_wait: Callable[[float], None] = lambda seconds: None
         self.stopping = False
         workers = num_workers(self.options.workers, self.device)
         self.pool: ThreadPoolExecutor | None = None
@@ -224,8 +223,7 @@ class _Engine:
     def _wait_for(self, future: Future[T]) -> T:
         started = time.monotonic()
         while not future.done() and not wait([future], _SLICE).done:
-            samples = list(self.reading.copy().values())
-            self.on_wait(time.monotonic() - started, [self.source.name(sample) for sample in samples])
+            self.on_wait(time.monotonic() - started)
         return future.result()
 
     def _plan_and_share(self, job: _Job, pool: ThreadPoolExecutor) -> list[Future[None]]:
@@ -293,14 +291,6 @@ class _Engine:
         raise RunError(f"data: no usable image found in {_ATTEMPTS} tries in place of {name} ({reason})")
 
     def _crop_image(self, job: _Job, row: int, sample: int) -> None:
-        thread = threading.get_ident()
-        self.reading[thread] = sample
-        try:
-            self._cut_crops(job, row, sample)
-        finally:
-            del self.reading[thread]
-
-    def _cut_crops(self, job: _Job, row: int, sample: int) -> None:
         options = self.options
         image = self.source.image(sample, self.views.in_channels, options.max_pixels, options.reference_decode)
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
@@ -391,10 +381,10 @@ class BatchLoader:
         """Stop the workers. No batch can be asked for afterwards."""
         self._finalizer()
 
-    def when_waiting(self, call: Callable[[float, list[str]], None]) -> BatchLoader:
-        """Have `call` called five times a second while a batch is waited for; what it raises ends the wait.
+    def when_waiting(self, call: Callable[[float], None]) -> BatchLoader:
+        """Have `call`, with the seconds so far, called five times a second while a batch is waited for.
 
-        call  gets the seconds waited and the names of the images that workers have in hand
+        What it raises ends the wait.
         """
         self._engine.on_wait = call
         return self
@@ -443,15 +433,7 @@ class BatchLoader:
             job.slot.copied.record(torch.cuda.current_stream(self.device))
         local_crops = crops[1] if len(crops) > 1 else None
         return Batch(
-            crops[0],
-            local_crops,
-            mask,
-            mask_indices,
-            mask_weights,
-            job.hidden,
-            sample_ids=job.ids,
-            position=position,
-            data_time=0.0,
+            crops[0], local_crops, mask, mask_indices, mask_weights, job.hidden, job.ids, position, data_time=0
         )
 
     def _send(self, tensor: Tensor) -> Tensor:

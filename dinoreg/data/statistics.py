@@ -4,7 +4,6 @@ import collections
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,12 +11,13 @@ import numpy as np
 
 from dinoreg.config.load import Config
 from dinoreg.config.view_settings import AugmentSettings
-from dinoreg.data.decode import EncodedImage
+from dinoreg.data.decode import EncodedImage, alone_if_large
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, is_scaled, limits, missing_values
 from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.progress import show_progress
 from dinoreg.runtime.templates import render
@@ -29,7 +29,7 @@ _VALUES = 10_000  # of a picture of more than eight bits, looked at
 LOOKED_AT = 16  # pictures that are looked at before any work is done
 FEW_IMAGES = 10_000  # below which public weights are the better start
 LARGE = 4_000_000  # pixels of a picture that takes longer to read than a step has
-_COUNTED = 1 << 20  # bytes that are counted at once
+_COUNTED = 1 << 20  # pixels that are counted at once, as numpy counts a copy of eight times the size
 _MEASURED = 200  # pictures that a normalisation is measured on
 _OUTSIDE, _LITTLE = 0.01, 0.1  # shares of values beyond the range, and of the range in use, that are worth a warning
 _BITS_APART = 4  # between pictures of different ranges: 8 bits against 12, 12 against 16
@@ -177,12 +177,11 @@ def _describe_some(source: Source, count: int, in_channels: int, what: str = "")
     """`_describe` of evenly spaced images, `count` at most; 0: of all. With `what` it shows its progress."""
     count = len(source) if count <= 0 else min(count, len(source))
     indices = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda index: _describe(source, int(index), in_channels), indices)
-        if what:
-            print_status(f"{what}: looking at {count:,} of {len(source):,} images")
-            import torch  # noqa: F401 (seconds which are not the pictures')
-        return list(show_progress(found, count, what, "images") if what else found)
+    found = parallel(lambda index: _describe(source, int(index), in_channels), indices, _THREADS)
+    if what:
+        print_status(f"{what}: looking at {count:,} of {len(source):,} images")
+        import torch  # noqa: F401 (seconds which are not the pictures')
+    return list(show_progress(found, count, what, "images") if what else found)
 
 
 def _describe(source: Source, index: int, in_channels: int) -> dict[str, Any]:
@@ -191,35 +190,37 @@ def _describe(source: Source, index: int, in_channels: int) -> dict[str, Any]:
     try:
         data = source.read(index)
         image["digest"] = content_digest(data)
-        encoded = EncodedImage(data, in_channels, value_range=source.value_range)
-        raw = encoded.raw
-        image |= {"type": "uint8", "pages": encoded.pages, "channels": encoded.components}
-        if raw is not None:
-            image |= {"type": str(raw.values.dtype), "channels": raw.values.shape[2]}
-            sampled = _sample(raw)  # (n, C)
-            if raw.values.dtype != np.uint8:
-                image["values"] = sampled[np.isfinite(sampled)]
-        pixels = encoded.pixels().flatten(1).numpy()  # (C, H * W)
+        with alone_if_large(data):
+            _measure(image, EncodedImage(data, in_channels, value_range=source.value_range))
     except BadImage as error:
-        return {**image, "bad": str(error)}
+        image["bad"] = str(error)
+    return image
+
+
+def _measure(image: dict[str, Any], encoded: EncodedImage) -> None:
+    """Add the properties of a picture to `image`, those of its file first; BadImage when it cannot be decoded."""
+    raw, value_range = encoded.raw, encoded.value_range
+    image |= {"type": "uint8", "pages": encoded.pages, "channels": encoded.components}
+    if raw is not None:
+        image |= {"type": str(raw.values.dtype), "channels": raw.values.shape[2]}
+        sampled = _sample(raw)  # (n, C)
+        if raw.values.dtype != np.uint8:
+            image["values"] = sampled[np.isfinite(sampled)]
+    pixels = encoded.pixels().permute(1, 2, 0).flatten(0, 1).numpy()  # (H * W, C), channels innermost in memory
     image |= {name: getattr(encoded, name) for name in ("format", "mode", "height", "width")}
-    windowed = raw is not None and raw.own_range is not None and source.value_range is None
-    if raw is not None and is_scaled(raw.values.dtype, source.value_range) and not windowed:
-        low, high = limits(raw, source.value_range, ~np.isfinite(sampled)[None])
+    windowed = raw is not None and raw.own_range is not None and value_range is None
+    if raw is not None and is_scaled(raw.values.dtype, value_range) and not windowed:
+        low, high = limits(raw, value_range, missing_values(raw.values, raw.nodata))
         image["places"] = ((sampled - low) / (np.asarray(high, dtype=np.float64) - low))[np.isfinite(sampled)]
+    parts = [pixels[first : first + _COUNTED] for first in range(0, len(pixels), _COUNTED)]
     if pixels.dtype == np.uint8:
         # Every value occurs at most 256 ways, so counting is exact and quicker than a float copy.
-        shares = np.stack([_counts(channel) for channel in pixels]) / pixels.shape[1]
-        levels = np.arange(256) / 255
-        return {**image, "mean": shares @ levels, "mean_square": shares @ levels**2}
-    scaled = pixels / np.float32(255)
-    return {**image, "mean": scaled.mean(1, dtype=np.float64), "mean_square": (scaled**2).mean(1, dtype=np.float64)}
-
-
-def _counts(values: np.ndarray) -> np.ndarray:
-    """How often each of 256 bytes occurs; in parts, since numpy counts a copy of eight times the size."""
-    parts = range(0, len(values), _COUNTED)
-    return np.sum([np.bincount(values[first : first + _COUNTED], minlength=256) for first in parts], axis=0)
+        counts = [[np.bincount(channel, minlength=256) for channel in part.T] for part in parts]
+        shares, levels = np.sum(counts, axis=0) / len(pixels), np.arange(256) / 255
+        image |= {"mean": shares @ levels, "mean_square": shares @ levels**2}
+    else:
+        sums = [(part.sum(0), (part**2).sum(0)) for part in (each / np.float64(255) for each in parts)]
+        image["mean"], image["mean_square"] = np.sum(sums, axis=0) / len(pixels)
 
 
 def _mean_and_std(good: Sequence[dict[str, Any]]) -> tuple[tuple[float, ...], tuple[float, ...]]:

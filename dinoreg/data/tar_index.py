@@ -12,7 +12,6 @@ import tarfile
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock, index_file, load_index, save_index
 from dinoreg.data.source import Source, stamp_of_files
 from dinoreg.runtime.errors import UserError, readable, reworded
+from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import load_array, open_regular
 
@@ -206,8 +206,7 @@ def _from_archives(root: str, archives: Sequence[str], sizes: np.ndarray, logs: 
         images = [each for each in listed if _is_image(each[0])]
         return PathBlock.of([name for name, _, _ in images]).block, [s for _, s, _ in images], [e for _, _, e in images]
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(members, range(len(archives))))
+    found = list(parallel(members, range(len(archives)), _THREADS))
     return TarSource(
         root,
         archives,

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_AT_ONCE = 1 << 22  # values that are scaled at once, in double precision
+
 
 class BadImage(Exception):
     """A file that cannot be used as an image. `str(error)` is the reason, without the file's name."""
@@ -64,8 +66,11 @@ def to_byte_scale(raw: RawPixels, value_range: ValueRange | None) -> np.ndarray:
     else:
         missing = missing_values(values, raw.nodata)
         low, high = limits(raw, value_range, missing)
-        scaled = (values.astype(np.float64) - low) * (255.0 / (np.asarray(high, dtype=np.float64) - low))
-        pixels = scaled.clip(0.0, 255.0).astype(np.float32)
+        pixels, scale = np.empty(values.shape, np.float32), 255.0 / (np.asarray(high, dtype=np.float64) - low)
+        rows = max(1, _AT_ONCE // max(1, values[:1].size))
+        for first in range(0, len(values), rows):
+            part = slice(first, first + rows)
+            pixels[part] = ((values[part].astype(np.float64) - low) * scale).clip(0.0, 255.0)
         if raw.white_is_zero:
             pixels = np.float32(255.0) - pixels
         pixels[missing] = 0.0

@@ -8,7 +8,8 @@ that a joint decision never waits for the device and never mixes with the step's
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -129,6 +130,32 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def maximum(self, value: int, meanwhile: Callable[[], None] = lambda: None) -> int:
+        """The maximum of an integer over all processes; `meanwhile` is called now and then until all have given theirs.
+
+        It never waits for the device, of which a process may be ahead.
+        """
+        if self.world_size == 1:
+            return value
+        number, began = torch.tensor(value), time.monotonic()
+        work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self.control, async_op=True)
+        while not work.is_completed():
+            meanwhile()
+            time.sleep(min(max(1e-4, (time.monotonic() - began) / 20), 0.2))
+        work.wait()  # raises what went wrong
+        return int(number)
+
+    def ask_to_stop(self, number: int) -> None:
+        """Leave the number of a signal for the others, which may wait for data and hear of nothing else."""
+        dist.distributed_c10d._get_default_store().set(f"stop {self.control.group_name}", str(number))
+
+    def asked_to_stop(self) -> int:
+        """The number that another process has left by `ask_to_stop`, or 0."""
+        if self.world_size == 1:
+            return 0
+        store, key = dist.distributed_c10d._get_default_store(), f"stop {self.control.group_name}"
+        return int(store.get(key)) if store.check([key]) else 0
+
     @contextmanager
     def collective_errors(self) -> Iterator[None]:
         """A context that all ranks enter: if it fails on one, it fails on all with the error of the lowest such rank.
@@ -197,31 +224,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-class Agreement:
-    """The maximum over all processes of an integer per step, known one step later, so that no process waits for it.
-
-    On one process the maximum is that of the same step.
-    """
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self._pending: tuple[Any, Tensor] | None = None
-
-    def maximum(self, value: int) -> int:
-        """Submit this step's number; returns the maximum of the step before (0 at the first). All processes call it."""
-        if self.ranks.world_size == 1:
-            return value
-        agreed = 0
-        if self._pending is not None:
-            work, numbers = self._pending
-            work.wait()
-            agreed = int(numbers)
-        numbers = torch.tensor(value)
-        work = dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=self.ranks.control, async_op=True)
-        self._pending = (work, numbers)
-        return agreed
 
 
 def is_collective_failure(error: BaseException) -> bool:

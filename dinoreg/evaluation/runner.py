@@ -29,7 +29,7 @@ from dinoreg.evaluation.comparison import compared
 from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.doubts import doubts
-from dinoreg.evaluation.features.images import default_workers, parallel, read_picture, size_of
+from dinoreg.evaluation.features.images import read_picture, size_of
 from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
@@ -38,6 +38,7 @@ from dinoreg.evaluation.result import Result, Row, plain
 from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.parallel import default_workers, parallel
 from dinoreg.runtime.progress import show_progress
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
@@ -375,7 +376,7 @@ def watched_images(encoder: Encoder, plan: Planned) -> list[str]:
         except (BadImage, OSError):
             return False
 
-    count = sum(parallel(is_watched, range(len(places)), default_workers()))
+    count = sum(parallel(is_watched, range(len(places))))
     known = f"{count:,} of {len(places):,} tested images were looked at by the probe inside the run ({watched.data})"
     if watched.chosen:
         found = f"chosen on tested images: {known}, and its step was chosen by them: the figures are too high"

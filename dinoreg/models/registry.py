@@ -61,7 +61,7 @@ def parse_name(name: str) -> dict[str, Any]:
 
 def _split_name(name: str) -> tuple[str, int, int, bool]:
     """(size letter, patch size, registers, whether it is a published model's name)."""
-    if match := _NATIVE.fullmatch(name):
+    if (match := _NATIVE.fullmatch(name)) and len(match[3]) < 5:
         return match[1], int(match[2]), int(match[3]), False
     if match := _META.fullmatch(name):
         return match[1], int(match[2]), int(match[4] or 4) if match[3] else 0, True

@@ -51,7 +51,8 @@ class Tokens(NamedTuple):
     patches: Tensor  # (B, N, D), row by row
 
     def __repr__(self) -> str:
-        return f"Tokens({', '.join(f'{name} {tuple(each.shape)}' for name, each in self._asdict().items())})"
+        shapes = (f"{name}={tuple(each.shape)}" for name, each in self._asdict().items())
+        return f"Tokens({', '.join(shapes)})"
 
 
 class ChosenTokens(NamedTuple):
@@ -236,8 +237,9 @@ class RegisterViT(nn.Module):
         target = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
         if mask is not None:
             if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-                why = f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool {tuple(x.shape[:2])}"
-                raise UserError(why)
+                raise UserError(
+                    f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool {tuple(x.shape[:2])}"
+                )
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)]
         if self.register_tokens is not None:

@@ -117,9 +117,9 @@ def norm_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
 
 def _draw_blocks(axes: Axes, record: dict[str, Any]) -> None:
     edges, shares = np.array(record["histogram"]["edges"]), np.array(record["histogram"]["shares"])
-    blocks = np.arange(len(shares) + 1) + 0.5
+    blocks = np.arange(len(shares) + 1) - 0.5
     axes.pcolormesh(blocks, edges, np.where(shares > 0, shares, np.nan).T, cmap="Blues", norm=LogNorm(1e-5, 0.5))
-    centres = np.arange(1, len(shares) + 1)
+    centres = np.arange(len(shares))
     axes.plot(centres, [layer["cls"] for layer in record["layers"]], color=COLOURS[1], linestyle="--", linewidth=1.2)
     for norms in zip(*(layer["registers"] for layer in record["layers"])):
         axes.plot(centres, norms, color=COLOURS[2], linewidth=0.8, marker="o", markersize=1.6)

@@ -11,6 +11,7 @@ from dinoreg.runtime.printable import in_markup
 from dinoreg.runtime.templates import render
 
 TONES = {"none": "good", "tail": "warn", "group": "bad"}
+ALIKE = 0.98  # mean cosine of registers that have not come apart
 
 
 def judge(record: dict[str, Any]) -> Verdict:
@@ -20,16 +21,18 @@ def judge(record: dict[str, Any]) -> Verdict:
     """
     outlier_probe = _probe(record, "outlier patch")
     against = (outlier_probe or {}).get("against")
+    kind, copies = record["outliers"]["kind"], (record["registers_alike"] or 0.0) > ALIKE
     text = render(
         "registers/templates/verdict.txt.j2",
         **record,
+        copies=copies,
         outlier_probe=outlier_probe,
         against=against,
         difference=against and in_words(against, "share", (outlier_probe or {})["n_test"]),
         patch_probe=_probe(record, BESIDE_OUTLIERS) or _probe(record, "normal patch"),
     )
     headline, *sentences = (" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip())
-    return Verdict(TONES[record["outliers"]["kind"]], headline, tuple(sentences))
+    return Verdict("plain" if kind == "none" and copies else TONES[kind], headline, tuple(sentences))
 
 
 def _probe(record: dict[str, Any], token: str) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """Several runs side by side: a table, what differs in their configs, and their curves over one another."""
 
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,30 +8,19 @@ from typing import Any
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.run_folder import Run
+from dinoreg.checkpoint.run_state import state_of
 from dinoreg.config.load import COMMAND_ONLY
 from dinoreg.reports import html
-from dinoreg.reports.plots import SMOOTH, Chart, Line
-from dinoreg.reports.verdict import PAIRED, paired_rows
+from dinoreg.reports.plots import CHARTS, Chart, Line
+from dinoreg.reports.run_list import probed
+from dinoreg.reports.verdict import DASH, PAIRED, paired_rows
 from dinoreg.runtime.json_files import flatten
 from dinoreg.runtime.templates import score
 
-PROBED = {"marker": True, "from_zero": True}
-CURVES: dict[str, tuple[str, dict[str, Any]]] = {
-    "knn_top1": ("k-NN accuracy of the probe", PROBED | {"percent": True}),
-    "rankme": ("Effective rank of the probe's features", PROBED),
-    "loss": ("Total loss", SMOOTH),
-    "dino_global_crops_loss": ("Class token, global crops", SMOOTH),
-    "dino_local_crops_loss": ("Class token, local crops", SMOOTH),
-    "ibot_loss": ("Masked patches (iBOT)", SMOOTH),
-    "koleo_loss": ("Spread of class tokens (KoLeo)", SMOOTH),
-    "teacher_entropy": ("Entropy of one target", SMOOTH),
-    "prototype_usage": ("Prototypes in use", SMOOTH | {"percent": True, "from_zero": True}),
-    "feature_rank": ("Effective rank in training", SMOOTH),
-    "lr": ("Learning rate", {}),
-    "images_per_second": ("Images per second", SMOOTH),
-}
 # Options that do not affect training.
 NOT_COMPARED = ("out", *COMMAND_ONLY, "data.index_dir")
+# Of those that do: what losses are of, so that they are on one scale only where these are equal.
+OF_LOSSES = ("batch_size", "head.", "crops.", "mask.", "loss.", "distill", "schedule.teacher_temp")
 
 
 def compare_report(
@@ -45,6 +35,7 @@ def compare_report(
     path = Path(out or "report.html")
     path = path / "report.html" if path.is_dir() else path
     columns, rows = comparison(loaded, names)
+    unlike, reports = differences(loaded), [run.folder / "report.html" for run in loaded]
     content = html.page(
         "reports/templates/compare.html.j2",
         f"{len(loaded)} runs compared",
@@ -52,9 +43,11 @@ def compare_report(
         names=names,
         columns=columns,
         rows=rows,
+        links=[os.path.relpath(each, path.parent) if each.is_file() and each != path else "" for each in reports],
+        apart=[key for key in unlike if key.startswith(OF_LOSSES)],
         paired_columns=PAIRED,
         paired=paired_rows(paired),
-        differences=[(key, *values) for key, values in differences(loaded).items()],
+        differences=[(key, *(value or DASH for value in values)) for key, values in unlike.items()],
         charts=html.charts(overlaid(loaded, names)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,26 +56,28 @@ def compare_report(
 
 
 def comparison(runs: Sequence[Run], names: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Column headings and one row of text per run; columns that would be empty are left out."""
+    """Column headings and one row of text per run, with a dash for what is not known; empty columns are left out."""
     datasets = list(dict.fromkeys(probe.dataset for run in runs for probe in run.newest_probes()))
     rows = []
     for run, name in zip(runs, names):
-        rates, knn = run.series("images_per_second")[1], run.last("knn_top1")
+        rates, (last, best) = run.series("images_per_second")[1], probed(run)
         probes = {probe.dataset: _with_interval(probe) for probe in run.newest_probes()}
         row = {
             "run": name,
+            "state": state_of(run).in_words,
             "model": str(flatten(run.config).get("model.name") or ""),
             "step": f"{run.step:,}",
             "images": f"{run.images_seen:,}" if run.images_seen else "",
             "img/s": f"{statistics.median(rates):.0f}" if rates else "",
             "total loss": _number(run.last("loss")),
-            "k-NN": "" if knn is None else score(knn),
+            "probe, last (95 %)": str(last or ""),
+            "probe, best (95 %)": str(best or ""),
             "RankMe": _number(run.last("rankme")),
         }
         row |= {f"{dataset} (95 %)": probes.get(dataset, "") for dataset in datasets}
         rows.append(row | {"problems": ", ".join(dict.fromkeys(str(event.get("name", "")) for event in run.events))})
     filled = [column for column in rows[0] if column == "run" or any(row[column] for row in rows)]
-    return filled, [[row[column] for column in filled] for row in rows]
+    return filled, [[row[column] or DASH for column in filled] for row in rows]
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -97,8 +92,9 @@ def overlaid(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
     """One chart per measurement with a line per run; over images, not steps, where batch sizes differ and are known."""
     by_images = all(run.images_seen for run in runs) and len({run.config.get("batch_size") for run in runs}) > 1
     charts = []
-    for key, (title, options) in CURVES.items():
-        chart = Chart(title, x_label="images" if by_images else "step", **options)
+    for each in CHARTS["compared"]:
+        (key,) = each["keys"]
+        chart = Chart(each["title"], each["note"], x_label="images" if by_images else "step", **each["options"])
         for run, name in zip(runs, names):
             x, y = run.series(key)
             if by_images and run.images_seen and run.step:

@@ -31,16 +31,6 @@ FORMAT = "dinoreg-evaluation"
 ROLES = ("random init", "raw pixels")
 NUMBERS = ("value", "95 % interval", "guessing", *ROLES)
 COLUMNS = ("dataset", "protocol", "metric", "value", "95 % interval", "guessing", *ROLES, "verdict", "published")
-_PANELS = "An image, what was said of it, and the truth."
-_ANSWERS = "Half of them mistakes, where there are any: green right, red wrong, with what was said."
-EXAMPLES = {
-    "knn": (
-        "Nearest neighbours",
-        "Blue: a test image. Then the training images most like it: green of its class, red not.",
-    ),
-    **{kind: (f"Predictions: {kind}", _ANSWERS) for kind in ("logistic", "linear", "multilabel")},
-    **{kind: (kind.capitalize(), _PANELS) for kind in ("segmentation", "depth", "detection", "flow")},
-}
 
 
 @dataclass(frozen=True)
@@ -191,14 +181,13 @@ def _section(record: Record, lines: Sequence[Line]) -> dict[str, Any]:
         "words": words,
         "notes": [*words.sentences, *notes],
         "first": first,
-        "split": record.split,
         "time": duration(seconds) if not math.isnan(seconds) else "",
         "square": isinstance(first.get("settings"), dict) and "image_size" in first["settings"],
         "scale": html.probe_scale("this model", probe),
         "rows": _filled([[DASH, *line.cells[1:-1], DASH] for line in lines]),
         "classes": [(line.row.get("protocol"), class_tables(line.row)) for line in lines if line.is_headline],
         "galleries": [
-            (*EXAMPLES.get(kind, (kind.capitalize(), "")), [html.picture(path, path.stem) for path in paths])
+            (kind, [html.picture(path, path.stem) for path in paths])
             for kind, paths in groupby(record.examples, lambda path: path.stem.rpartition("_")[0])
         ],
         "settings": json.dumps([row.get("settings") for row in rows], indent=1),

@@ -160,6 +160,7 @@ def write_page(record: Mapping[str, Any], folder: Path) -> Path:
     lines = [
         Line(name, *([each[key] for each in curve] for key in ("labels", "value"))) for name, curve in curves.items()
     ]
+    note = "Share of pictures named rightly, over the labels learnt from: higher and further to the left is better."
     options: dict[str, Any] = {"percent": True, "marker": True, "x_label": "labels", "log_x": True}
     advice = record["advice"]
     headline = f"{advice['choice'][:1].upper()}{advice['choice'][1:]}: {advice['reason']}."
@@ -174,7 +175,7 @@ def write_page(record: Mapping[str, Any], folder: Path) -> Path:
         differences=_differences(record),
         labels=_labels(record),
         curves=curves,
-        charts=html.charts([Chart("Accuracy over labels", lines=lines, **options)]),
+        charts=html.charts([Chart("Accuracy over labels", note, lines, **options)]),
         galleries={kind: _pictures(changed[kind], folder) for kind in ("won", "lost")},
     )
     write_atomic(folder / "verdict.html", content)

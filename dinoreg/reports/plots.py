@@ -1,6 +1,7 @@
 """Line charts of a run as SVG: metrics.jsonl and probe.jsonl, grouped by the question they answer."""
 
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.runtime.json_files import is_number
+from dinoreg.runtime.templates import PACKAGE
 
 MAX_POINTS = 400  # of one line; more are averaged in groups
 INK, GRID = "#3b4252", "#e3e6ec"  # of text and of lines, on a light background
@@ -38,6 +40,7 @@ class Line:
 class Chart:
     """Curves over the same axis, with dotted levels to compare them with; no curve means nothing to show.
 
+    note       the unit of the values, and what good ones look like
     levels     {name: value}
     smooth     draw the moving average of each curve over a faint trace of its values
     marker     draw a dot at every value
@@ -58,74 +61,18 @@ class Chart:
     x_label: str = "step"
     log_x: bool = False
 
+    @property
+    def in_words(self) -> str:
+        """The chart for those who cannot see it: where each curve begins and ends."""
+        ends = (f"{line.name} from {short(line.y[0])} to {short(line.y[-1])}" for line in self.lines)
+        return f"{self.title}: {'; '.join(ends)}"
 
-ZERO = {"from_zero": True}
-SMOOTH = {"smooth": True}
-LOG = {"log": True}
-NOTES = {
-    "Total loss": "What the optimizer minimises.",
-    "Class token (DINO)": "Starts at ln K, a uniform guess over the prototypes; it has to leave that level.",
-    "Masked patches (iBOT)": "Half of it, as dinov2 logs. A uniform guess gives half of ln K times the share of masked "
-    "crops.",
-    "Spread of class tokens (KoLeo)": "Half of it, as dinov2 logs. Lower is more evenly spread.",
-    "Entropy of the teacher's targets": "One target should be far below ln K (it says something), their average near "
-    "it (they differ).",
-    "Prototypes in use": "Share that gets at least a tenth of an even share.",
-    "Effective rank of class tokens": "RankMe on training crops; near 1 means collapse.",
-    "Spread of features": "Standard deviation over the batch; near 0 means collapse.",
-    "Gradient norms": "Before clipping.",
-    "Weights in motion": "Change in one step, and distance of student and teacher, relative to the weights.",
-    "Seconds per step": "Waiting for images should be a small part.",
-    "Accuracy of the probe": "Frozen features of the teacher.",
-    "Effective rank of the probe's features": "RankMe: needs no labels; higher is usually better.",
-    "Segmentation by patches": "Falls while the class token improves? Then take an earlier step for dense tasks.",
-    "Order of patches": "DSE: clusters apart and tight, in many directions. Counts after the first fifth of a run.",
-}
-DINO = {
-    "dino_global_crops_loss+dino_local_crops_loss": "global + local",
-    "dino_global_crops_loss": "global",
-    "dino_local_crops_loss": "local",
-}
-ENTROPY = {"teacher_entropy": "one target", "target_marginal_entropy": "average target"}
-# Rows of (title, {key of metrics.jsonl or probe.jsonl: name in the legend}, options of the chart); of keys joined by
-# "+" the sum is drawn.
-SECTIONS: dict[str, Sequence[tuple[str, Mapping[str, str], Mapping[str, Any]]]] = {
-    "losses": (
-        ("Total loss", {"loss": "total"}, SMOOTH),
-        ("Class token (DINO)", DINO, SMOOTH | {"ln_k": True}),
-        ("Masked patches (iBOT)", {"ibot_loss": "iBOT"}, SMOOTH),
-        ("Spread of class tokens (KoLeo)", {"koleo_loss": "KoLeo"}, SMOOTH),
-    ),
-    "schedules": (
-        ("Learning rate", {"lr": "all", "last_layer_lr": "prototypes"}, ZERO),
-        ("Weight decay", {"wd": "weight decay"}, {}),
-        ("Teacher momentum", {"mom": "momentum"}, {}),
-        ("Teacher temperature", {"teacher_temp": "temperature"}, {}),
-    ),
-    "health": (
-        ("Entropy of the teacher's targets", ENTROPY, ZERO | {"ln_k": True}),
-        ("Prototypes in use", {"prototype_usage": "used"}, ZERO | {"percent": True}),
-        ("Effective rank of class tokens", {"feature_rank": "rank"}, ZERO),
-        ("Spread of features", {"feature_std": "spread"}, ZERO),
-        ("Gradient norms", {}, LOG),  # of every "grad_norm_…" there is
-        ("Weights in motion", {"update_ratio": "update", "teacher_distance": "student to teacher"}, LOG),
-    ),
-    "speed": (
-        ("Images per second", {"images_per_second": "rate"}, ZERO | SMOOTH),
-        ("Seconds per step", {"step_time": "step", "data_time": "of it, waiting for images"}, ZERO),
-        ("Memory in GiB", {"max_memory": "peak"}, ZERO),
-    ),
-}
+
+# {"run": {section: charts}, "compared": charts, "notes": {title of any other chart: its note}, "not_shown": keys}.
+# A chart is its title, {key of metrics.jsonl or probe.jsonl: name in the legend} (of keys joined by "+" the sum is
+# drawn), options of Chart, and a note: the unit of the values, and what good ones look like.
+CHARTS = json.loads((PACKAGE / "reports/templates/charts.json").read_text())
 UNITS = {"max_memory": 2**30}  # of values that are not shown as they are
-NOT_SHOWN = {
-    "step",
-    "images",
-    "total_loss",
-    "current_batch_size",
-    "global_batch_size",
-    "teacher_entropy_max",
-    "probe_time",
-}
 
 
 def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
@@ -136,22 +83,25 @@ def run_charts(run: Run, most: int = 12) -> dict[str, list[Chart]]:
     measured = {key for line in run.metrics + run.probe for key, value in line.items() if is_number(value)}
     start = "grad_norm_"
     gradients = {key: key[len(start) :].replace("_", " ") for key in sorted(measured) if key.startswith(start)}
-    shown = {"knn_top1", "rankme", "start_step"}.union(*(names for rows in SECTIONS.values() for _, names, _ in rows))
-    # Intervals, and what an accuracy is compared with.
-    shown |= {key for key in measured if "knn_top1_" in key or key.startswith(("dense_", "dse"))}
-    other = sorted(measured - shown - NOT_SHOWN - gradients.keys())[:most]
     sections = {
-        name: [_chart(run, title, names or gradients, **options) for title, names, options in rows]
-        for name, rows in SECTIONS.items()
+        name: [
+            _chart(run, each["title"], each["keys"] or gradients, each["note"], **each["options"]) for each in charts
+        ]
+        for name, charts in CHARTS["run"].items()
     }
-    sections["probe"] = _probe_charts(run)
-    sections["other"] = [_chart(run, key.replace("_", " "), {key: key}) for key in other]
+    shown = set(CHARTS["not_shown"]).union(
+        gradients, *(each["keys"] for charts in CHARTS["run"].values() for each in charts)
+    )
+    # Intervals, and what an accuracy is compared with.
+    shown |= {key for key in measured if "knn_top1_" in key or key.startswith(("dense_", "dse")) or key == "probe_time"}
+    other = [(key, key.replace("_", " ")) for key in sorted(measured - shown)[:most]]
+    sections["other"] = [_chart(run, title, {key: key}, CHARTS["notes"].get(title, "")) for key, title in other]
+    _add_evaluations(run, sections["probe"][0])
     return {name: [chart for chart in charts if chart.lines] for name, charts in sections.items()}
 
 
-def _probe_charts(run: Run) -> list[Chart]:
-    """The in-run probe, with the levels of the final evaluation's baselines where they measure the same."""
-    accuracy = _chart(run, "Accuracy of the probe", {"knn_top1": "k-NN"}, marker=True, percent=True, from_zero=True)
+def _add_evaluations(run: Run, accuracy: Chart) -> None:
+    """Evaluations beside the in-run probe, and the levels of their baselines where they measure the same."""
     for dataset in dict.fromkeys(probe.dataset for probe in run.probes if accuracy.lines):
         probes = [probe for probe in run.probes if probe.dataset == dataset]
         steps, values = [probe.step for probe in probes], [probe.value for probe in probes]
@@ -161,15 +111,9 @@ def _probe_charts(run: Run) -> list[Chart]:
             accuracy.levels[f"{name} {100 * level:.3g} %"] = level
     chances = [probe.details["chance"] for probe in run.newest_probes() if is_number(probe.details.get("chance"))]
     accuracy.levels.update({f"chance {100 * each:.3g} %": float(each) for each in chances})
-    ranks = _chart(run, "Effective rank of the probe's features", {"rankme": "rank"}, marker=True, from_zero=True)
-    segmented = _chart(
-        run, "Segmentation by patches", {"dense_miou": "k-NN"}, marker=True, percent=True, from_zero=True
-    )
-    parts = {"dse": "DSE", "dse_separability": "separability", "dse_dimension": "dimension"}
-    return [accuracy, ranks, segmented, _chart(run, "Order of patches", parts, marker=True)]
 
 
-def _chart(run: Run, title: str, names: Mapping[str, str], *, ln_k: bool = False, **options: Any) -> Chart:
+def _chart(run: Run, title: str, names: Mapping[str, str], note: str, *, ln_k: bool = False, **options: Any) -> Chart:
     """A chart of what a run has measured; `ln_k` draws the level of a uniform guess, which a note may speak of."""
     lines = []
     for key, name in names.items():
@@ -178,7 +122,7 @@ def _chart(run: Run, title: str, names: Mapping[str, str], *, ln_k: bool = False
         values = [math.fsum(line[part] for part in parts) / UNITS.get(key, 1) for line in points]
         if points:
             lines.append(Line(name, [line["step"] for line in points], values))
-    level, note = run.last("teacher_entropy_max"), NOTES.get(title, "")
+    level = run.last("teacher_entropy_max")
     if level is None:
         return Chart(title, "" if "ln K" in note else note, lines, **options)
     return Chart(title, note, lines, {"ln K": level} if ln_k else {}, **options)
@@ -196,7 +140,7 @@ def draw_chart(chart: Chart, width: float = 3.7, height: float = 2.1) -> bytes:
     with rc_context(SETTINGS | {"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "dinoreg"}):
         figure = Figure(figsize=(width, height))
         # Fixed margins: fitting them to the labels would take longer than everything else.
-        figure.subplots_adjust(left=0.14, right=0.985, bottom=0.36 / height, top=1 - (0.08 + legend) / height)
+        figure.subplots_adjust(left=0.14, right=0.97, bottom=0.36 / height, top=1 - (0.08 + legend) / height)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         for number, line in enumerate(chart.lines):
@@ -243,8 +187,10 @@ def _set_scales(axes: Axes, chart: Chart) -> None:
 
 
 def set_log_ticks(axis: Axis, count: int) -> None:
-    """At most `count` ticks at 1, 2 and 5 times powers of ten, written short."""
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=count))
+    """At most `count` ticks at powers of ten, and at 2 and 5 times these where there is room, written short."""
+    low, high = axis.get_view_interval()
+    wide = not 0 < low < high < 1000 * low  # where ticks between the powers would be one over the other
+    axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=count))
     axis.set_major_formatter(short)
     axis.set_minor_formatter(NullFormatter())
 

@@ -73,6 +73,8 @@ DEPENDENCIES = (
     Dependency("onnx", "export", ">=1.16,<2", "writing ONNX files"),
     Dependency("onnxruntime", "export", ">=1.18,<2", "checking an ONNX file against the model"),
     Dependency("onnxscript", "export", ">=0.3,<1", "PyTorch's ONNX exporter, which is built on it"),
+    Dependency("wandb", "log", ">=0.18,<1", "runs in Weights & Biases, with log.to=wandb"),
+    Dependency("mlflow-skinny", "log", ">=2.14,<4", "runs in MLflow, with log.to=mlflow", "mlflow"),
     Dependency("mkdocs-material", "docs", ">=9.5,<10", "the guides as a site", "material"),
     Dependency("mkdocstrings-python", "docs", ">=1.16,<3", "its Python reference", "mkdocstrings_handlers.python"),
     Dependency("pytest", "test", ">=8,<10", "running the tests"),

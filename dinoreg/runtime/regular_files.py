@@ -5,22 +5,37 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
+import time
 import tokenize
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_BYTES = 2_000_000_000  # of a picture's file
+_in_hand: dict[int, tuple[float, str, int]] = {}
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """A file, open to be read; OSError, at once, for what is no regular file, as for one that cannot be opened."""
-    file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the caller closes it
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    return file
+@contextmanager
+def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A context with a file to be read; OSError, at once, for what is no regular file, as for one that is not there."""
+    thread = threading.get_ident()
+    _in_hand[thread] = time.monotonic(), str(path), thread
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+            yield file
+    finally:
+        _in_hand.pop(thread, None)
+
+
+def being_read() -> list[tuple[float, str, int]]:
+    """(time.monotonic() of opening, path, thread) of the files that are open by `open_regular`, the oldest first."""
+    return sorted(_in_hand.copy().values())
 
 
 def read_regular(path: str | os.PathLike[str], most: int = MAX_BYTES) -> bytes:
@@ -39,10 +54,10 @@ def load_array(path: str | os.PathLike[str], mmap_mode: Literal["r"] | None = No
     with open_regular(path) as file:
         if file.read(6) != np.lib.format.MAGIC_PREFIX:
             raise ValueError("not a .npy file")
-    try:
-        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-    except (SyntaxError, EOFError, MemoryError, OverflowError, TypeError, tokenize.TokenError) as error:
-        raise ValueError(f"not a whole .npy file ({type(error).__name__})") from None
+        try:
+            return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        except (SyntaxError, EOFError, MemoryError, OverflowError, TypeError, tokenize.TokenError) as error:
+            raise ValueError(f"not a whole .npy file ({type(error).__name__})") from None
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -1,7 +1,8 @@
 """Jinja templates, in the folder `templates/` beside the code that renders them.
 
-In `*.html.j2` every value is escaped for HTML, in `*.md.j2` for Markdown; `| safe` marks trusted text. In `*.txt.j2`
-what a terminal would obey is written as escapes. A variable without a value is an error.
+In `*.html.j2` every value is escaped for HTML and no line breaks between a number and its unit, in `*.md.j2` it is
+escaped for Markdown; `| safe` marks trusted text. In `*.txt.j2` what a terminal would obey is written as escapes. A
+variable without a value is an error.
 """
 
 import re
@@ -13,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dinoreg.runtime.printable import printable
 
+_UNIT = re.compile(r"(?<=\d) (?=(?:%|(?:px|points|images|steps|s|min|h|d|GiB|MB|M)\b))")
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -32,6 +34,11 @@ def escape_markdown(value: object) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|!~]|(?<=\])\()", r"\\\1", printable(re.sub(r"\s+", " ", str(value))))
 
 
+def _keep_units(value: object) -> object:
+    """A text with no line break between a number and its unit; markup, which has been through this, as it is."""
+    return _UNIT.sub("\u00a0", value) if type(value) is str else value
+
+
 def _escape_text(value: object) -> object:
     return printable(value, keep="\n\t") if isinstance(value, str) else value
 
@@ -41,7 +48,7 @@ def _environment(kind: str) -> Environment:
     environment = Environment(
         loader=FileSystemLoader(PACKAGE),
         autoescape=kind == ".html",
-        finalize={".md": escape_markdown, ".txt": _escape_text}.get(kind),
+        finalize={".md": escape_markdown, ".txt": _escape_text, ".html": _keep_units}.get(kind),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -7,7 +7,6 @@ images as the bank; RankMe (arXiv 2210.02885) needs no labels and is always meas
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from dinoreg.runtime.device import autocast
 from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import listed
 from dinoreg.scenes.layout import label_of
 from dinoreg.scenes.render import CLASS_NAMES
@@ -183,10 +183,8 @@ def write_probed(out: Path, probe: Probe, config: Config) -> None:
     """
     content: dict[str, Any] = {"data": config.probe.data, "metric": config.probe.metric}
     if probe.labels is not None and probe.source is not None:
-        read = probe.source.read
-        with ThreadPoolExecutor(usable_cores()) as pool:
-            digests = pool.map(lambda index: content_digest(read(index)).hex()[:16], range(len(probe.source)))
-            content["images"] = list(digests)
+        read, places = probe.source.read, range(len(probe.source))
+        content["images"] = [*parallel(lambda each: content_digest(read(each)).hex()[:16], places, usable_cores())]
     write_atomic(out / PROBED, json.dumps(content) + "\n")
 
 

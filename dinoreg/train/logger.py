@@ -1,4 +1,4 @@
-"""The logs of a run: the console, train.log, metrics.jsonl, probe.jsonl, TensorBoard, and the lists under health/.
+"""The logs of a run: the console, train.log, metrics.jsonl, probe.jsonl, trackers, and the lists under health/.
 
 One process writes, rank 0; the others have a silent log.
 """
@@ -10,9 +10,10 @@ import logging
 import math
 import os
 import sys
-import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.runtime.durations import clock
+from dinoreg.runtime.errors import one_line
 from dinoreg.runtime.printable import printable
+from dinoreg.train.trackers import Tracker
 
 logger = logging.getLogger("dinoreg")
 
-# Shown on the console line: what is optimised, and its terms under dinov2's names.
-_CONSOLE = (
-    ("loss", "{:.4f}"),
-    ("dino_global_crops_loss", "{:.4f}"),
-    ("dino_local_crops_loss", "{:.4f}"),
-    ("ibot_loss", "{:.4f}"),
-    ("koleo_loss", "{:.4f}"),
-    ("lr", "{:.2e}"),
-    ("images_per_second", "{:.1f}"),
-)
-
+# Shown on the console line: what is optimised, and its terms.
+_CONSOLE = {
+    "loss": "loss {:.3f}",
+    "dino_global_crops_loss": "dino {:.3f}",
+    "dino_local_crops_loss": "local {:.3f}",
+    "ibot_loss": "ibot {:.3f}",
+    "koleo_loss": "koleo {:.3f}",
+    "lr": "lr {:.2e}",
+    "images_per_second": "{:.1f} img/s",
+}
+_WAITS = 0.1  # share of a step from which waiting for images is worth a word
+_APART = 15.0, 600.0  # seconds between lines where there is no bar: a hundredth of the running time, within these
 
 # Files of JSON lines, each with its step.
 LINES = ("metrics.jsonl", "probe.jsonl", "health/events.jsonl", "health/nonfinite.jsonl")
@@ -72,12 +76,13 @@ class RunLog(SilentLog):
     out        the run folder
     step       that the run starts or resumes at: lines of later steps, which it will write again, are removed first
     num_steps  of the run, to its end
+    trackers   that get the numbers, too; one that fails is reported once and left
 
     A file that cannot be written, for example on a full disk, is reported once and does not end the run; a failed
     checkpoint may.
     """
 
-    def __init__(self, out: Path, *, step: int, num_steps: int, tensorboard: bool) -> None:
+    def __init__(self, out: Path, *, step: int, num_steps: int, trackers: Sequence[Tracker] = ()) -> None:
         self.out = out
         self.num_steps = num_steps
         (out / "health").mkdir(parents=True, exist_ok=True)
@@ -85,7 +90,7 @@ class RunLog(SilentLog):
             _truncate(out / name, step if step > 0 else -1)  # a run that starts from scratch writes step 0 again
         self._lines = {name: LineFile(out / name) for name in LINES}
         self._failing: set[str] = set()
-        self._tensorboard = TensorBoard(out, step + 1) if tensorboard else None
+        self.trackers = list(trackers)
         self._handler = _LogFile(out / "train.log")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
         self._level = logger.level
@@ -99,15 +104,18 @@ class RunLog(SilentLog):
             self.display.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *ended: object) -> None:
         if self.display.progress:
             self.display.progress.stop()
         for name, lines in self._lines.items():
             lost = lines.close()
             if lost:
                 self.say(f"{self.out / name}: its last lines could not be written: {lost}", logging.WARNING)
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for tracker in self.trackers:
+            try:
+                tracker.close(ended[0] is None)
+            except Exception as error:  # each library has errors of its own
+                self.say(f"{tracker.name}: its last numbers may be lost: {one_line(error)}", logging.WARNING)
         logger.removeHandler(self._handler)
         logger.setLevel(self._level)
         with suppress(OSError):
@@ -121,11 +129,13 @@ class RunLog(SilentLog):
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def metrics(self, values: Mapping[str, Any]) -> None:
-        """Write the metrics of a step, by name, to metrics.jsonl, TensorBoard, train.log and the console."""
+        """Write the metrics of a step, by name, to metrics.jsonl, trackers, train.log and the console."""
         self._add("metrics.jsonl", values)
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
         self._add_scalars("train", numbers, values["step"])
-        line = "  ".join(f"{key}: {form.format(values[key])}" for key, form in _CONSOLE if key in values)
+        line = "  ".join(form.format(values[key]) for key, form in _CONSOLE.items() if key in values)
+        waits, whole = values.get("data_time", 0.0), values["step_time"]
+        line += f"  {waits / whole:.0%} waiting for images" if waits > _WAITS * whole else ""
         logger.info("step %d/%d  %s", values["step"], self.num_steps, line)
         self.display.show(values, line)
 
@@ -135,7 +145,7 @@ class RunLog(SilentLog):
             self.display.progress.update(self.display.task, completed=step)
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Append a JSON line to the file `name`, one of `LINES`; the numbers of probe.jsonl go to TensorBoard, too."""
+        """Append a JSON line to the file `name`, one of `LINES`; the numbers of probe.jsonl go to trackers, too."""
         self._add(name, line)
         if name == "probe.jsonl":
             numbers = {key: value for key, value in line.items() if isinstance(value, float)}
@@ -156,31 +166,28 @@ class RunLog(SilentLog):
             self.say(f"{self.out / name}: {reason}", logging.WARNING)
 
     def _add_scalars(self, kind: str, values: Mapping[str, float], step: int) -> None:
-        error = self._tensorboard.add(kind, values, step) if self._tensorboard is not None else None
-        if error is not None:
-            reason = f"cannot be written ({error.strerror or error})"
-            self.say(f"{self.out}: TensorBoard's events {reason}; they end at step {step}", logging.WARNING)
+        for tracker in list(self.trackers):
+            try:
+                tracker.add(kind, values, step)
+            except Exception as error:  # each library has errors of its own
+                self.trackers.remove(tracker)
+                self.say(f"{tracker.name}: its numbers end at step {step}: {one_line(error)}", logging.WARNING)
+                with suppress(Exception):
+                    tracker.close(False)
 
 
 class StepDisplay:
-    """The progress of a run on the console: a bar on a terminal, otherwise about forty lines a run."""
+    """Progress on the console: a bar on a terminal and in Jupyter (with ipywidgets), else a line from time to time."""
 
     def __init__(self, console: Console, step: int, num_steps: int) -> None:
         self.console = console
         self.num_steps = num_steps
-        self._fortieth = -1
+        self._began, self._next = time.monotonic(), 0.0
         self.progress: Progress | None = None
-        if console.is_terminal:
-            self.progress = Progress(
-                TextColumn("[bold]pretrain"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[losses]}"),
-                console=console,
-            )
+        if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets")):
+            gone = TextColumn("[bold]pretrain"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+            left = TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[losses]}")
+            self.progress = Progress(*gone, *left, console=console)
             self.task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
 
     def show(self, values: Mapping[str, Any], line: str) -> None:
@@ -188,53 +195,14 @@ class StepDisplay:
         step = values["step"]
         if self.progress:
             losses = f"loss {values['loss']:.3f}  {values['images_per_second']:.0f} img/s"
+            losses += "  waiting for images" * (values.get("data_time", 0.0) > 0.5 * values["step_time"])
             self.progress.update(self.task, completed=step, losses=losses)
             return
-        fortieth = step * 40 // self.num_steps
-        if fortieth != self._fortieth:
+        now = time.monotonic()
+        if now >= self._next or step == self.num_steps:
+            self._next = now + min(max((now - self._began) / 100, _APART[0]), _APART[1])
             left = clock((self.num_steps - step) * values["step_time"])
-            self.console.print(f"step {step}/{self.num_steps}  {line}  left: {left}", highlight=False, soft_wrap=True)
-        self._fortieth = fortieth
-
-
-class TensorBoard:
-    """Scalars for TensorBoard, until a write fails.
-
-    out         folder of the event files
-    first_step  events of this and later steps, from before a resume, are purged
-    """
-
-    def __init__(self, out: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer: Any = SummaryWriter(str(out), purge_step=first_step)
-        self._excepthook = threading.excepthook
-        threading.excepthook = self._thread_failed
-
-    def add(self, kind: str, values: Mapping[str, float], step: int) -> OSError | None:
-        """Add scalars named `kind/key`; after a failed write, returns its error once and then ignores all calls."""
-        if self.writer is None:
-            return None
-        try:
-            for key, value in values.items():
-                self.writer.add_scalar(f"{kind}/{key}", value, step)
-        except OSError as error:  # its thread has met with it, and has ended
-            self.writer = None
-            return error
-        return None
-
-    def close(self) -> None:
-        """Write what is pending, ignoring OSError, and restore the thread exception hook."""
-        if self.writer is not None:
-            with suppress(OSError):
-                self.writer.close()
-        threading.excepthook = self._excepthook
-
-    def _thread_failed(self, failure: Any) -> None:
-        """Suppress the traceback of TensorBoard's thread: the next call raises the same error, reported in one line."""
-        from_tensorboard = type(failure.thread).__module__.startswith("tensorboard")
-        if not (from_tensorboard and isinstance(failure.exc_value, OSError)):
-            self._excepthook(failure)
+            self.console.print(f"step {step}/{self.num_steps}  {line}  {left} left", highlight=False, soft_wrap=True)
 
 
 class LineFile:

@@ -12,7 +12,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,12 +22,13 @@ import torch
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.steps import next_steps, which_steps
 from dinoreg.config.load import Config
-from dinoreg.data.loader import BatchLoader
-from dinoreg.distributed.process_group import Agreement, Ranks, session
+from dinoreg.data.loader import Batch, BatchLoader
+from dinoreg.distributed.process_group import Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
-from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.json_files import flatten, read_json
+from dinoreg.runtime.regular_files import being_read
 from dinoreg.train.class_probe import write_probed
 from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
@@ -39,11 +40,13 @@ from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
+from dinoreg.train.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
 # An fp16 loss scale may halve this often before a non-finite step means anything.
 FP16_GRACE = 16
+_NO_DATA = 1000  # in place of a signal's number: some process has no batch
 
 
 def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None = None) -> Path:
@@ -68,9 +71,12 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         writer = setup.open_writer()
         if newest is not None:
             messages += restore(state, newest, setup.source)
+            writer.saved = state.step
         if config.resume and state.step == 0:
             messages.append(f"nothing to resume in {out}: starting at step 0")
-        with open_log(out, state.step, setup.num_steps, config.log.tensorboard, ranks) as log:
+        with ranks.collective_errors():
+            log = open_log(config, out, state.step, setup.num_steps, ranks)
+        with log:
             monitor = build_monitor(setup, state, log)
             probes = None
             if setup.probe is not None:
@@ -102,29 +108,25 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
     return out
 
 
-def open_log(out: Path, step: int, num_steps: int, tensorboard: bool, ranks: Ranks) -> SilentLog:
+def open_log(config: Config, out: Path, step: int, num_steps: int, ranks: Ranks) -> SilentLog:
     """The log of a run: files and console on rank 0, a silent one on the others.
 
     step       that the run starts or resumes at
     num_steps  of the run, to its end
+    raises     UserError for a tracker that cannot be begun
     """
-    return RunLog(out, step=step, num_steps=num_steps, tensorboard=tensorboard) if ranks.is_main else SilentLog()
+    if not ranks.is_main:
+        return SilentLog()
+    trackers = open_trackers(out, step, config.log.to, config.log.tensorboard, flatten(asdict(config)))
+    return RunLog(out, step=step, num_steps=num_steps, trackers=trackers)
 
 
 def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
     """The monitor of a run; slow signals are judged after a fifth of its horizon, at least 100 steps."""
     health = Health(setup.config.head.prototypes, grace=max(100, setup.schedules.horizon // 5), ranks=setup.ranks)
-    return Monitor(
-        log,
-        health,
-        WeightWatch(state.student, state.teacher, setup.ranks),
-        setup.source,
-        setup.ranks,
-        batch_size=setup.config.batch_size,
-        fp16=setup.dtype == torch.float16,
-        pretrained=setup.init is not None,
-        loss=setup.config.loss,
-    )
+    fp16, weights = setup.dtype == torch.float16, WeightWatch(state.student, state.teacher, setup.ranks)
+    about: Any = {"batch_size": setup.config.batch_size, "fp16": fp16, "pretrained": setup.init is not None}
+    return Monitor(log, health, weights, setup.source, setup.ranks, **about, loss=setup.config.loss)
 
 
 def train(
@@ -139,35 +141,23 @@ def train(
 
     raises Interrupted after a signal, once saved; RunError for lost checkpoints, non-finite steps or drifted replicas
     """
-    config, num_steps, agreement = setup.config, setup.num_steps, Agreement(state.ranks)
+    config, num_steps = setup.config, setup.num_steps
     save_every = config.checkpoint.period(setup.schedules.horizon)
     max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
-    patience = Patience(setup, state, monitor.log, signals)
+    patience = Patience(state.ranks, monitor.log, signals, config.parallel.timeout)
+    options: Any = {key: getattr(config.optim, key) for key in ("clip_grad", "accumulate", "move_on_skip")}
+    options |= {"loss": config.loss, "dtype": setup.dtype, "seed": config.seed}
     batches, pace = open_stage(setup, state, patience)
     try:
         while state.step < num_steps:
             if batches.views.crops is not setup.stage_of(state.step)[0]:
                 batches, pace = open_stage(setup, state, patience, batches)
-            try:
-                batch = next(batches)
-            except (RunError, Interrupted):
-                checkpoints.rescue(state, batches.bad)
-                raise
+            batch = next_batch(batches, state, patience, checkpoints)
             now = setup.schedules.at(state.step)
             last = state.step + 1 == num_steps
             if logs_now := last or every(config.log.every, state.step + 1):
                 monitor.weights.before()
-            result = train_step(
-                state,
-                batch,
-                now,
-                loss=config.loss,
-                dtype=setup.dtype,
-                clip_grad=config.optim.clip_grad,
-                accumulate=config.optim.accumulate,
-                seed=config.seed,
-                move_on_skip=config.optim.move_on_skip,
-            )
+            result = train_step(state, batch, now, **options)
             monitor.observe(batch, result)
             pace.after(state.step, batch.data_time)
             if logs_now:  # the one place that waits for the device
@@ -177,17 +167,14 @@ def train(
                 if float(state.rejected) >= max_nonfinite:
                     batches.close()
                     checkpoints.roll_back(state, batches.bad, config.health.max_rollbacks)
-                    batches = setup.batches(state).when_waiting(patience)
+                    batches = setup.batches(state).when_waiting(patience.for_data)
                     continue
-            stop = agreement.maximum(signals.received)  # the number of a signal that any process received; 0: none
             if config.parallel.check_every and every(config.parallel.check_every, state.step):
                 check_replicas(state.step, state.position, state.replicated(), state.ranks)
             improved = probes is not None and probes.is_due(state.step) and probes.run(state)
             good = every(save_every, state.step) and float(state.rejected) == 0  # a state to come back to
-            if good or improved or last or stop:
-                checkpoints.save(state, batches.bad, best=improved, wait=last or stop > 0)
-            if stop and not last:
-                raise interruption(stop, state, num_steps, checkpoints.out)
+            if good or improved or last:
+                checkpoints.save(state, batches.bad, best=improved, wait=last)
             del batch, result  # the targets are as large as the logits: the next step needs the room
     finally:
         batches.close()
@@ -196,26 +183,69 @@ def train(
 
 @dataclass
 class Patience:
-    """What is done while the loop waits for a batch: files that are not read are named, and signals answered."""
+    """What is done while a process waits: files that are not read are named, and signals answered.
 
-    setup: Setup
-    state: TrainState
+    timeout  seconds without an answer after which the others count this process as lost
+    """
+
+    ranks: Ranks
     log: SilentLog
     signals: Signals
+    timeout: float
     said: float = 0.0
 
-    def __call__(self, seconds: float, names: list[str]) -> None:
-        """After `seconds` of waiting for the images `names`; raises Interrupted after a signal."""
-        if number := self.signals.received:
-            if self.state.step > 0 and self.setup.ranks.world_size == 1:
-                raise interruption(number, self.state, self.setup.num_steps, self.setup.out)
-            what = names[0] if names else "the data"
-            raise Interrupted(f"stopped by {signal.Signals(number).name} while waiting for {what}", number)
+    def for_data(self, seconds: float) -> None:
+        """After `seconds` of waiting for a batch; Interrupted after a signal to any process.
+
+        raises RunError while the other processes still wait for this one
+        """
+        if number := self.ranks.asked_to_stop():
+            self.signals.received = number
+        if self.signals.received:
+            raise Interrupted("while waiting for data", self.signals.received)
+        which = "".join(f", of which {path} is being read" for _, path, _ in being_read()[:1])
+        if self.ranks.world_size > 1 and seconds > self.timeout / 2:
+            raise RunError(f"data: a batch has not come for {seconds:.0f} s{which}")
         self.said = self.said if seconds > self.said else 0.0
         if seconds > max(10.0, 3 * self.said):
             self.said = seconds
-            which = f", of which {names[0]} is being read" if names else ""
             self.log.say(f"data: a batch is waited for since {seconds:.0f} s{which}", logging.WARNING)
+
+    def for_others(self) -> None:
+        """While other processes, perhaps, wait for their data: have them hear of a signal that only this one got."""
+        if self.signals.received:
+            self.ranks.ask_to_stop(self.signals.received)
+
+
+def next_batch(batches: BatchLoader, state: TrainState, patience: Patience, checkpoints: Checkpoints) -> Batch:
+    """The next batch, once every process has one; else all save the last whole step and end with the same error.
+
+    raises Interrupted after a signal to any process; what the lowest process without a batch has raised
+    """
+    batch, problem, ranks = None, None, state.ranks
+    try:
+        batch = next(batches)
+    except Exception as error:
+        problem = None if isinstance(error, Interrupted) else error
+    stop = ranks.maximum(patience.signals.received if problem is None else _NO_DATA, patience.for_others)
+    if batch is not None and not stop:
+        return batch
+    if stop == _NO_DATA:
+        try:
+            with ranks.collective_errors():
+                if problem is not None:
+                    raise problem
+        except Exception as error:
+            checkpoints.rescue(state, batches.bad)
+            ranks.mark_common(error)
+            raise
+    checkpoints.save_last(state, batches.bad)
+    when = f"after step {state.step} of {checkpoints.num_steps}" if state.step else "before the first step"
+    saved = f"; go on with the same command and resume=true (state saved in {checkpoints.out})" if state.step else ""
+    interrupted = Interrupted(f"stopped by {signal.Signals(stop).name} {when}{saved}", stop)
+    interrupted.reported = not ranks.is_main
+    ranks.mark_common(interrupted)
+    raise interrupted
 
 
 def open_stage(
@@ -233,25 +263,13 @@ def open_stage(
             torch.compiler.reset()  # else what is compiled anew would be for crops of any size
         sizes = f"{crops.global_size} and {crops.local_size} px"
         patience.log.say(f"step {state.step}: from here to step {end} crops of {sizes}")
-    loader = setup.batches(state).when_waiting(patience)
+    loader = setup.batches(state).when_waiting(patience.for_data)
     return loader, Pace(setup.outlook, end, patience.log, setup.device)
 
 
 def every(period: int, step: int) -> bool:
     """Whether `step` is a multiple of `period`, both in steps."""
     return step % period == 0
-
-
-def interruption(stop: int, state: TrainState, num_steps: int, out: Path) -> Interrupted:
-    """The error with which all processes end after the signal of number `stop`; only rank 0 prints it."""
-    interrupted = Interrupted(
-        f"stopped by {signal.Signals(stop).name} after step {state.step} of {num_steps}; "
-        f"go on with the same command and resume=true (state saved in {out})",
-        stop,
-    )
-    interrupted.reported = not state.ranks.is_main
-    state.ranks.mark_common(interrupted)
-    return interrupted
 
 
 def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: SilentLog) -> None:

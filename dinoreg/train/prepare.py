@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
 from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+from dinoreg.train.trackers import check_trackers
 from dinoreg.train.tutor import Tutor, as_cut, load_tutor
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
@@ -125,18 +127,10 @@ class Setup:
         config = self.config
         crops, _ = self.stage_of(state.step)
         _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
-        loader = BatchLoader(
-            self.source,
-            Views(crops, config.augment, config.mask, patch_size, config.model.in_channels),
-            config.data,
-            deep=self.deep,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            device=self.device,
-            position=state.position,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
-        )
+        views = Views(crops, config.augment, config.mask, patch_size, config.model.in_channels)
+        place: Any = {"position": state.position, "rank": self.ranks.rank, "world_size": self.ranks.world_size}
+        how: Any = {"deep": self.deep, "batch_size": config.batch_size, "seed": config.seed, "device": self.device}
+        loader = BatchLoader(self.source, views, config.data, **how, **place)
         loader.bad.update(state.history.get("bad", {}))
         return loader
 
@@ -153,17 +147,9 @@ class Setup:
         raises UserError when the folder cannot be written
         """
         config = self.config
-        return Writer(
-            self.out,
-            config.checkpoint,
-            describe_teacher={
-                "architecture": self.teacher.backbone.architecture(),
-                "preprocessing": self.preprocessing.as_json(),
-                "config_hash": config.hash(),
-            },
-            timeout=config.parallel.timeout,
-            ranks=self.ranks,
-        )
+        architecture, pictures = self.teacher.backbone.architecture(), self.preprocessing.as_json()
+        stated = {"architecture": architecture, "preprocessing": pictures, "config_hash": config.hash()}
+        return Writer(self.out, config.checkpoint, stated, config.parallel.timeout, self.ranks)
 
 
 def _of_pictures(config: Config, source: Source, seen: Survey) -> list[str]:
@@ -185,6 +171,7 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     out, config = Path(config.out), config.as_trained()
     check_out(config, out)
     refuse_live(out, config.takeover)
+    check_trackers(config.log.to)
     device, dtype = _device(config)
     data = config.data
     if data.source is None:
@@ -210,24 +197,9 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     probe, general, dense = _probes(config, source, student.backbone.patch_size)
     looking = (probe, general, None if dense is None else dense.pictures)
     notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
-    setup = Setup(
-        config=config,
-        ranks=ranks,
-        out=out,
-        device=device,
-        dtype=dtype,
-        source=source,
-        deep=seen.deep and not data.reference_decode,
-        probe=probe,
-        general=general,
-        dense=dense,
-        student=student,
-        teacher=teacher,
-        init=init,
-        tutor=tutor,
-        schedules=schedules,
-        notes=notes,
-    )
+    deep = seen.deep and not data.reference_decode
+    given = config, ranks, out, device, dtype, source, deep
+    setup = Setup(*given, probe, general, dense, student, teacher, init, tutor, schedules, notes)
     notes += _stages(setup)
     if advice := setup.outlook.advice():
         notes.append(f"advice: {advice}")

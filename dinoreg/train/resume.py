@@ -93,19 +93,20 @@ class Checkpoints:
             published = self.report()
         self._notify(published)
 
-    def rescue(self, state: TrainState, bad: Mapping[str, str]) -> None:
-        """Save the state of the last whole step before the run ends for want of data; of several processes not.
-
-        The others of several are in the middle of the next step. A failure to save is logged: the first error counts.
-        """
-        if self.ranks.world_size > 1 or state.step == 0:
-            return
-        try:
+    def save_last(self, state: TrainState, bad: Mapping[str, str]) -> bool:
+        """Save the last whole step, between two; returns whether there was one that was not saved yet."""
+        with suppress(RunError):  # then it is written again
             self.writer.wait()
-            if self.writer.saved == state.step:
-                return
-            self.save(state, bad, best=False, wait=True)
-            self.log.say(f"saved at step {state.step}: go on with resume=true once the data are there")
+        if state.step == 0 or self.writer.saved == state.step:
+            return False
+        self.save(state, bad, best=False, wait=True)
+        return True
+
+    def rescue(self, state: TrainState, bad: Mapping[str, str]) -> None:
+        """Save the last whole step before the run ends by an error; a failure is logged, as the first error counts."""
+        try:
+            if self.save_last(state, bad):
+                self.log.say(f"saved at step {state.step}: go on with resume=true once the data are there")
         except (RunError, OSError) as error:
             self.log.say(f"the state of step {state.step} could not be saved: {one_line(error)}", logging.WARNING)
 
@@ -131,7 +132,7 @@ class Checkpoints:
                 self.on_checkpoint(step, self.out / "teacher" / f"{checkpoint.step_name(step)}.safetensors")
 
     def write_status(self, step: int) -> None:
-        """Write `status.json`, {"phase", "step", "num_steps", "time"}, on rank 0; time in seconds since 1970."""
+        """Write `status.json` on rank 0: "phase", "step", "num_steps", "num_images", "time" in seconds since 1970."""
         self._status = {"phase": "finished" if step >= self.num_steps else "running", "step": step}
         self._write_status()
 
@@ -148,7 +149,7 @@ class Checkpoints:
 
     def _write_status(self) -> None:
         if self.ranks.is_main:
-            content = {**self._status, "num_steps": self.num_steps, "time": time.time()}
+            content = {**self._status, "num_steps": self.num_steps, "num_images": len(self.source), "time": time.time()}
             write_atomic(self.out / "status.json", json.dumps(content) + "\n")
 
     def _write_skipped(self, bad: Mapping[str, str]) -> None:

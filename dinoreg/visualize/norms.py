@@ -86,7 +86,8 @@ def norm_chart(rows: Sequence[dict[str, Any]]) -> Chart:
     lines = [Line(name, range(len(rows)), [row[key] for row in rows]) for key, name in names.items()]
     values = [value for line in lines for value in line.y if value > 0]
     wide = bool(values) and max(values) > 30 * min(values)
-    return Chart("Norm after each block", "", lines, marker=True, log=wide, from_zero=not wide, x_label="block")
+    note = "L2 norm, without a unit. Healthy: the largest patch stays within a few times the median."
+    return Chart("Norm after each block", note, lines, marker=True, log=wide, from_zero=not wide, x_label="block")
 
 
 def _map_sheets(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) -> Iterator[tuple[str, Image.Image]]:

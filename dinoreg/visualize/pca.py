@@ -219,7 +219,8 @@ def view_pca(*, foreground: bool, basis: str | None, layer: str, **request: Any)
     explained = explained_shares(patches[inside], colours)
     record = {"layer": layers[0], "basis": origin, "explained": explained}
     share = float(inside.float().mean()) if foreground else None
-    values = {"overview": overview, "pictures": parts, "share": share, "known": known is not None}
+    whole = int((inside.all(dim=1) | ~inside.any(dim=1)).sum()) if foreground else 0
+    values = {"overview": overview, "pictures": parts, "share": share, "whole": whole, "known": known is not None}
     return gallery.finish("Patch colours", record, **record, **values)
 
 

@@ -18,6 +18,7 @@ from dinoreg.models.layers import swiglu_hidden_dim
 from dinoreg.models.registry import HEAD_DIM, resampling
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
+from dinoreg.runtime.printable import shortened
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Stated:
 
     def says(self, key: str) -> str:
         """The phrase for messages that the file says KEY=VALUE, in the file's own names."""
-        return f"{self.where} says {self.names.get(key, key)}={self.values.get(key)!r}"
+        return f"{self.where} says {self.names.get(key, key)}={shortened(repr(self.values.get(key)))}"
 
 
 def infer_architecture(

@@ -58,11 +58,10 @@ def read_file(path: Path) -> Any:
     path    *.safetensors, *.safetensors.index.json (the list of a model's shards), or a file of torch.save
     raises  UserError for a file that is damaged, unsafe or larger in memory than on disk
     """
-    with readable(f"weights {path}:"):
-        open_regular(path).close()  # the libraries would wait for a pipe
-    if path.name.endswith(INDEX_SUFFIX):
-        return _read_shards(path)
-    return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    with readable(f"weights {path}:"), open_regular(path):  # the libraries would wait for a pipe
+        if path.name.endswith(INDEX_SUFFIX):
+            return _read_shards(path)
+        return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

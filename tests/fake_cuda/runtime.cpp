@@ -14,6 +14,7 @@
 #include <map>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "notes.h"
@@ -44,7 +45,8 @@ State& state() {
 using Guard = std::lock_guard<std::recursive_mutex>;
 
 thread_local int current = 0;
-std::atomic<unsigned> touched{0};  // a bit for each device that anything was done on
+// A bit for each device that anything was done on: ever, which makes its context, and since the last reset.
+std::atomic<unsigned> contexts{0}, touched{0};
 std::atomic<size_t> handles{0x1000};
 // (what, bytes, where a copy arrived or null): the host has waited, or reads what the device should have computed.
 void (*on_wait)(const char*, long, void*) = nullptr;
@@ -148,6 +150,7 @@ void note(const std::string& what, long count) {
   state().counts[what] += count;
 }
 void noted_call(const std::string& what, long count) {
+  contexts |= 1u << current;
   touched |= 1u << current;
   note(what, count);
 }
@@ -429,7 +432,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
 }
 int cuDevicePrimaryCtxGetState(int device, unsigned* flags, int* active) {
   *flags = 0;
-  *active = touched >> device & 1;
+  *active = contexts >> device & 1;
   return 0;
 }
 int cuCtxGetCurrent(void** context) { *context = reinterpret_cast<void*>(1); return 0; }
@@ -450,22 +453,27 @@ int cuLaunchKernel(
 // Segments that grow: addresses are reserved first, memory is put under them in pieces.
 struct Piece {
   size_t bytes;
+  int device;
 };
 int cuMemAddressReserve(uintptr_t* address, size_t bytes, size_t, uintptr_t, unsigned long long) {
   *address = reinterpret_cast<uintptr_t>(reserve(bytes));
   return *address ? 0 : cudaErrorMemoryAllocation;
 }
 int cuMemAddressFree(uintptr_t address, size_t bytes) { return munmap(reinterpret_cast<void*>(address), bytes); }
-int cuMemCreate(Piece** piece, size_t bytes, const void*, unsigned long long) {
-  noted_call("malloc");
+int cuMemCreate(Piece** piece, size_t bytes, const int* properties, unsigned long long) {
+  int device = properties[3];  // of CUmemAllocationProp location.id: whatever the calling thread's device is
+  touched |= 1u << device;
+  note("malloc");
   Guard guard(state().mutex);
   if (state().used + bytes > capacity()) return cudaErrorMemoryAllocation;
-  *piece = new Piece{bytes};
+  *piece = new Piece{bytes, device};
   return 0;
 }
 int cuMemRelease(Piece* piece) { delete piece; return 0; }
 int cuMemMap(uintptr_t address, size_t, size_t, Piece* piece, unsigned long long) {
+  int mine = std::exchange(current, piece->device);
   add_block(reinterpret_cast<void*>(address), piece->bytes, DEVICE);
+  current = mine;
   return 0;
 }
 int cuMemUnmap(uintptr_t address, size_t bytes) {

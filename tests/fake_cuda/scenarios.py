@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import traceback
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ import torch
 from dinoreg.commands.main import main
 from dinoreg.config.load import Config, load_config
 from dinoreg.data import loader as loading
-from dinoreg.data.loader import BatchLoader, Views
+from dinoreg.data.loader import Batch, BatchLoader, Views
 from dinoreg.data.masks import block_masks, mask_tensors
 from dinoreg.data.open import open_source
 from dinoreg.models.attention import resolve_backend
@@ -30,6 +31,7 @@ from dinoreg.plan.traffic import collectives
 from dinoreg.runtime.device import DTYPES
 from dinoreg.train import loop
 from dinoreg.train.loop import pretrain
+from dinoreg.train.parallelize import compile_blocks
 from dinoreg.train.state import TrainState, build_networks, build_state
 from dinoreg.train.tutor import as_cut
 from tests.fake_cuda.device import SOUND, Answers, Counts, counted
@@ -100,8 +102,10 @@ def load_batches(overrides: dict[str, Any], batches: int) -> dict[str, Any]:
 
 
 def smoke(config: str, overrides: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
-    """A step, then batches of another device, in one process."""
-    return {"step": step(config, overrides), "batches": load_batches(loaded, 6)}
+    """Batches of the second device, then a step on the first, in one process."""
+    batches = load_batches(loaded, 6)  # first: threads may use the context of a device that was used before
+    torch.cuda.set_device(DEVICE)
+    return {"batches": batches, "step": step(config, overrides)}
 
 
 def varying_masks(config: str, overrides: dict[str, Any], steps: int, ranks: int) -> dict[str, Any]:
@@ -112,21 +116,43 @@ def varying_masks(config: str, overrides: dict[str, Any], steps: int, ranks: int
     """
     settings = load_config(config, overrides)
     state, dtype = _state(settings), _dtype(settings)
-    patch_size, images = state.student.backbone.patch_size, settings.batch_size
-    crops, _ = as_cut(None, settings.crops, patch_size)
-    grid, masked = (crops.global_size // patch_size,) * 2, []
+    masked = []
     with counted() as counts:
         for number in range(steps):
-            total = 2 * images * ranks
-            firsts = (0, images * ranks)  # of the two views
-            hidden = np.concatenate([block_masks(0, number, total, grid, settings.mask, at, images) for at in firsts])
-            tensors = (tensor.to(DEVICE) for tensor in (torch.from_numpy(hidden), *mask_tensors(hidden)))
-            batch = masked_batch(settings, crops, *tensors, hidden.sum(axis=1))
+            batch = _batch_of(number, settings, state, ranks)
             masked.append(len(batch.mask_indices))
             take_step(settings, state, batch, dtype)
     plan = memory_of(describe(settings, 1, 1, find_device("h200")))
     planned = {"allocated": plan.allocated, "fragments": plan.fragments, "needed": plan.needed}
     return {"counts": counts, "masked": (min(masked), max(masked)), "plan": planned}
+
+
+def _batch_of(number: int, settings: Config, state: TrainState, ranks: int) -> Batch:
+    """The batch of a step on rank 0 of several, with that step's masks."""
+    patch_size, images = state.student.backbone.patch_size, settings.batch_size
+    crops, _ = as_cut(None, settings.crops, patch_size)
+    grid, total = (crops.global_size // patch_size,) * 2, 2 * images * ranks
+    firsts = (0, images * ranks)  # of the two views
+    hidden = np.concatenate([block_masks(0, number, total, grid, settings.mask, at, images) for at in firsts])
+    tensors = (tensor.to(DEVICE) for tensor in (torch.from_numpy(hidden), *mask_tensors(hidden)))
+    return masked_batch(settings, crops, *tensors, hidden.sum(axis=1))
+
+
+def compiled(overrides: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Steps under a compiler that stops after tracing: {"counts" of the last step, "graphs", "breaks"}.
+
+    graphs  after each step, how many there are
+    """
+    settings = load_config(None, overrides)
+    state, counters, graphs = _state(settings), torch._dynamo.utils.counters, []
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend="aot_eager")):
+        compile_blocks(state.student, state.teacher)
+    for number in range(steps):
+        batch = _batch_of(number, settings, state, 4)
+        with counted() as counts:
+            take_step(settings, state, batch, _dtype(settings))
+        graphs.append(counters["stats"]["unique_graphs"])
+    return {"counts": counts, "graphs": graphs, "breaks": list(counters["graph_break"])}
 
 
 def run(

@@ -16,6 +16,7 @@ NOTHING = (
     *("detach", "alias", "split", "unbind", "_unsafe_view", "_reshape_alias", "lift_fresh", "set_"),
     *("empty", "empty_like", "new_empty", "empty_strided"),
 )
+MADE = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")  # read nothing
 OVERWRITING = ("fill_", "zero_", "copy_", "bernoulli_", "random_")  # do not read what they write to
 
 
@@ -57,7 +58,7 @@ class Traffic(TorchDispatchMode):
 
     @staticmethod
     def _moved(name: str, args: Any, kwargs: Any, out: Any) -> int:
-        given = _sizes((args, kwargs))
+        given = 0 if name in MADE else _sizes((args, kwargs))
         if name == "index_select" or name == "index":
             return 2 * _sizes(out)
         if name in ("index_add_", "index_copy_"):  # rows are read and written, not all of the tensor

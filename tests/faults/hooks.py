@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,22 @@ def bad_picture(after: int) -> None:
         return read(self, number)
 
     ScenesSource.read = run  # type: ignore[method-assign]
+
+
+def stuck_read(after: int, flag: str) -> None:
+    """A file of this rank's share is opened and never read, as on a mount that hangs; `flag` is made then."""
+    from dinoreg.runtime import regular_files
+
+    opened, seen = regular_files._without_waiting, []
+
+    def run(path: str, flags: int) -> int:
+        seen.append(path)
+        if len(seen) > after and threading.current_thread().name.startswith("dinoreg-data"):
+            Path(flag).touch()
+            time.sleep(10_000)
+        return opened(path, flags)
+
+    regular_files._without_waiting = run
 
 
 def shared_seconds(seconds: float) -> None:

@@ -18,7 +18,7 @@ import select
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HERE = Path(__file__).resolve().parent
 IMPORTS = (
@@ -52,7 +52,7 @@ def import_everything() -> None:
     load_config(None, {})
 
 
-def become(request: dict[str, Any]) -> int:
+def become(request: dict[str, Any]) -> NoReturn:
     """In the new process: take the request's place in the world, inject its faults, run the command."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number, path in ((0, os.devnull), (1, request["output"]), (2, request["errors"])):
@@ -71,9 +71,10 @@ def become(request: dict[str, Any]) -> int:
     report.report_run = lambda run: run  # written after the run, and slower than it
     for name, arguments in request["hooks"]:
         getattr(hooks, name)(**arguments)
-    from dinoreg.commands.main import main
+    from dinoreg.commands.main import entry
 
-    return main(request["arguments"])
+    sys.argv[1:] = request["arguments"]
+    entry()
 
 
 def enter_network(name: str) -> None:
@@ -137,7 +138,7 @@ def main() -> int:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     for descriptor in (answers, wakeup, woken):
                         os.close(descriptor)
-                    return become(request)
+                    become(request)
                 answer({"pid": pid})
 
 

@@ -15,9 +15,9 @@ import torch
 from dinoreg.data.decode import EncodedImage, orient
 from dinoreg.data.source import PathSource
 from dinoreg.data.value_range import BadImage
-from dinoreg.evaluation.features.images import default_workers, parallel
 from dinoreg.evaluation.readers.pixel_maps import PixelFile
 from dinoreg.runtime.errors import UserError, reworded
+from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.progress import show_progress
 
 Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
@@ -59,7 +59,7 @@ def survey(pairs: Pairs, read: Callable[[Path], PixelFile], ask: Callable[[Path,
             pixels = read(path)
             return ask(path, pixels), _lie(image, pixels, path, name), min(image.height, image.width)
 
-        looked = parallel(one, range(len(images)), default_workers())
+        looked = parallel(one, range(len(images)))
         rows = list(show_progress(looked, len(images), f"looking at the {what} of {split}"))
         found[split], lies[split] = [row[0] for row in rows], [row[1] for row in rows]
         sides += [row[2] for row in rows]

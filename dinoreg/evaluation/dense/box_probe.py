@@ -15,10 +15,11 @@ from dinoreg.evaluation.data import Boxed
 from dinoreg.evaluation.dense.box_head import IGNORED, LinearBoxHead, Targets, assign, box_loss, centres, detect
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, fit_size, pad_to_patches, training_stream
 from dinoreg.evaluation.features.cache import require_finite
-from dinoreg.evaluation.features.images import parallel, read_picture, resized, size_of, to_array
+from dinoreg.evaluation.features.images import read_picture, resized, size_of, to_array
 from dinoreg.evaluation.metrics.box_ap import Detections
 from dinoreg.evaluation.options import DetectionOptions
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
+from dinoreg.runtime.parallel import parallel
 
 
 class Prepared(NamedTuple):

@@ -19,11 +19,12 @@ from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.depth_images import as_seen, read_pair, training_crop
 from dinoreg.evaluation.dense.windows import batches_of_one_shape, centre_pad, centre_padding, training_stream
 from dinoreg.evaluation.features.cache import require_finite
-from dinoreg.evaluation.features.images import parallel, stack_images, to_array
+from dinoreg.evaluation.features.images import stack_images, to_array
 from dinoreg.evaluation.metrics.depth import Crop, gradient_loss, scale_invariant_loss
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.solvers.train_heads import cosine, train_heads
 from dinoreg.models.vit import Tokens
+from dinoreg.runtime.parallel import parallel
 
 UPSAMPLE = 4  # of the patch grid, before scores become depths
 SCORE_FLOOR = 0.1  # added to every bin's score

@@ -21,8 +21,8 @@ from torch import Tensor
 from dinoreg.data.preprocess import to_unit
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.data import IGNORED
-from dinoreg.evaluation.features.images import parallel
 from dinoreg.evaluation.solvers.train_heads import generator
+from dinoreg.runtime.parallel import parallel
 
 T = TypeVar("T")
 CROP_TRIES = 10  # draws, after which a crop is taken even if it is not good

@@ -29,9 +29,10 @@ from dinoreg.checkpoint.atomic import part_name, reason, write_atomic
 from dinoreg.data.source import ChosenSource, Source
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.context import Context
-from dinoreg.evaluation.features.images import Picture, parallel, read_picture, stack_images
+from dinoreg.evaluation.features.images import Picture, read_picture, stack_images
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 
 FLUSH_ROWS = 4096  # rows written between notes of how far the extraction is
@@ -171,6 +172,7 @@ def extract_rows(
             aside, file = _aside(path)
             stack.callback(_close, file)
         if aside != part_name(path):
+            stack.callback(aside.unlink, missing_ok=True)
             done = crc = 0
         flushed = done
         left = -(-(len(source) - done) // batch_size)
@@ -223,8 +225,11 @@ def _rows_done(path: Path, noted: Path, count: int) -> tuple[int, int]:
         whole = dtype.kind == "f" and 0 <= done <= count == shape[0]
         if whole and _checksum(Path(file.name), start, size, dtype.str, now.st_ino, now.st_mtime_ns) == expected:
             return done, expected
-    print_status(f"{path}: not as it was written; it is computed anew")
+    _say_once(f"{path}: not as it was written; it is computed anew")
     return 0, 0
+
+
+_say_once = lru_cache(maxsize=64)(print_status)
 
 
 @lru_cache(maxsize=64)

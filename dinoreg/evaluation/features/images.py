@@ -7,11 +7,8 @@ where the file has more than eight bits, and the same resize.
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,10 +20,8 @@ from dinoreg.data.center_crop import Interpolation, center_crop
 from dinoreg.data.decode import BadImage, pillow_rgb
 from dinoreg.data.display import as_rgb
 from dinoreg.data.source import Source
-from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import reworded
 
-T = TypeVar("T")
 # Pillow's image in RGB or L, or (C, H, W) uint8 or float32 on the scale of bytes, 0 to 255.
 Picture = Image.Image | Tensor
 UNREADABLE = (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -145,28 +140,6 @@ class CentreCrop:
         return image.crop((left, top, left + self.size, top + self.size))
 
 
-def parallel(function: Callable[[int], T], indices: Iterable[int], workers: int) -> Iterator[T]:
-    """function(index) for each index in order, computed ahead in `workers` threads; 0: in the calling one.
-
-    What the function raises is raised when its turn comes, and what was not begun is cancelled.
-    """
-    if workers <= 0:
-        yield from map(function, indices)
-        return
-    ahead: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for index in indices:
-                ahead.append(pool.submit(function, index))
-                if len(ahead) >= 4 * workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
-
-
 def stack_images(images: Sequence[np.ndarray]) -> Tensor:
     """Images (h, w, C) of one size as an encoder takes them, channels last in memory.
 
@@ -175,8 +148,3 @@ def stack_images(images: Sequence[np.ndarray]) -> Tensor:
     """
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     return pixels if pixels.dtype == torch.uint8 else pixels.float() / 255
-
-
-def default_workers() -> int:
-    """Decoding threads: one for every core but one, at most 16."""
-    return min(max(usable_cores() - 1, 1), 16)

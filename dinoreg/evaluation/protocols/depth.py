@@ -23,13 +23,14 @@ from dinoreg.evaluation.dense.depth_head import (
     warmup_steps,
 )
 from dinoreg.evaluation.dense.depth_images import CROP, as_seen, crop_size, example, read_pair
-from dinoreg.evaluation.features.images import parallel, stack_images, to_array
+from dinoreg.evaluation.features.images import stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.depth import SCORES, Crop, depth_scores, mean_scores, valid_pixels
 from dinoreg.evaluation.options import DepthOptions
 from dinoreg.evaluation.protocols.measurement import Measurement, choose_best
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.parallel import parallel
 
 MEAN_IMAGES = 1000  # training images that the mean depth is taken over, at most
 MISSING = "linear depth needs a {name} split of images with depth maps"

@@ -22,11 +22,12 @@ from dinoreg.evaluation.data import FlowPairs
 from dinoreg.evaluation.dense.flow_frames import forget_tokens, frame_tokens, truth
 from dinoreg.evaluation.dense.flow_matching import TALLY, Geometry, Projection, Truth, figures, match, tally
 from dinoreg.evaluation.dense.pictures import draw_flow
-from dinoreg.evaluation.features.images import parallel, read_picture, shown, size_of
+from dinoreg.evaluation.features.images import read_picture, shown, size_of
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.protocols.measurement import Measurement, resumable_map
 from dinoreg.evaluation.result import Row
 from dinoreg.evaluation.solvers.train_heads import cosine, generator, train_heads
+from dinoreg.runtime.parallel import parallel
 
 ROUNDING = 0.01  # pixels; the loss is the end-point error, but smooth below this
 AHEAD = 1  # loading threads: each holds four batches of pairs, tokens included

@@ -26,11 +26,11 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.benchmark import PROTOCOLS, Task
 from dinoreg.evaluation.context import Context, SavedState
 from dinoreg.evaluation.data import Data, Labelled, MultiLabelled
-from dinoreg.evaluation.features.images import parallel
 from dinoreg.evaluation.metrics.bootstrap import Clusters, Interval
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.result import Row
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.parallel import parallel
 
 S = TypeVar("S")  # kind of a split
 L = TypeVar("L", Labelled, MultiLabelled)
