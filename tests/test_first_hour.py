@@ -174,7 +174,7 @@ def test_every_example_and_every_next_command_is_accepted(section: str, key: str
         "config": "small",
         "folder": "photos-9",
         "more": guide.Verbatim(""),
-        "rest": guide.Verbatim("data=photos"),
+        "rest": guide.Verbatim("data=photos" if section == "plan" else "steps=5"),
         "source": "photos",
     }
     if section in ("plan", "view"):

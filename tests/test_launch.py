@@ -20,7 +20,8 @@ from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
 
 from dinoreg.checkpoint.steps import watched_in
-from dinoreg.commands.arguments import Verb, verb_help
+from dinoreg.commands.arguments import Verb
+from dinoreg.commands.help import verb_help
 from dinoreg.commands.launch import check_command
 from dinoreg.commands.main import main
 from dinoreg.commands.options import ACTIONS, EmbedOptions, ExportOptions, NoOptions, ReportOptions

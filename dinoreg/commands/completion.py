@@ -12,7 +12,6 @@ from dinoreg.config.load import shipped_configs
 from dinoreg.jobs.job_type import job_files
 
 SHELLS = ("bash", "zsh", "fish")
-_DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def script_of(shell: str) -> str:
@@ -30,7 +29,7 @@ def candidates(verbs: Mapping[str, Verb], typed: Sequence[str]) -> list[str]:
     if equals:
         hint, declared = keys.get(key, (None, None))
         known = ("true", "false") if hint is bool else declared.choices if declared else ()
-        known = _DEVICES if key == "device" else known
+        known = ("auto", "cpu", "cuda", "mps") if key == "device" else known
         return [f"{key}={each}" for each in (_starting(value, known) if known else _files(value))]
     found = _starting(current, _first_words(before[0])) if len(before) == 1 else []
     return [*found, *_starting(current, [f"{each}=" for each in keys]), *_files(current)]

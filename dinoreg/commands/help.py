@@ -8,7 +8,6 @@ from dinoreg.commands.arguments import Verb, is_key_value
 from dinoreg.commands.guide import said_of
 from dinoreg.config.option import describe
 
-_WIDEST = 100
 _GAP = 26  # columns of "  key=value" beside its meaning; a longer one has a line of its own
 
 
@@ -81,4 +80,4 @@ def section_of(key: str) -> str:
 
 
 def _width() -> int:
-    return min(shutil.get_terminal_size((80, 24)).columns, _WIDEST)
+    return min(shutil.get_terminal_size((80, 24)).columns, 100)

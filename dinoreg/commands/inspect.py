@@ -24,7 +24,6 @@ from dinoreg.runtime.progress import show_progress
 
 SETTINGS = "prepared.json"  # in a prepared folder: what it was made of, and how
 SMALL, SMALL_BATCH = 50_000, 64  # images up to which configs/small.yaml is meant, and its batch
-_JPEG = (".jpg", ".jpeg")
 
 
 def inspect(data: str | os.PathLike[str] | Sequence[str], **options: Any) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def _write_smaller(source: Source, index: int, path: Path, options: InspectOptio
     """One file of a prepared folder, unless it is there; a resized one is JPEG where it was, else PNG."""
     from dinoreg.evaluation.features.images import resized, shown
 
-    smaller = path if path.suffix.lower() in (*_JPEG, ".png") else path.with_name(f"{path.name}.png")
+    smaller = path if path.suffix.lower() in (".jpg", ".jpeg", ".png") else path.with_name(f"{path.name}.png")
     if path.is_file() or smaller.is_file():
         return
     image = source.image(index)
@@ -127,5 +126,5 @@ def _write_smaller(source: Source, index: int, path: Path, options: InspectOptio
         return
     height, width = (max(1, round(side * options.side / limit)) for side in (image.height, image.width))
     with replacing(smaller) as aside:
-        kind = "JPEG" if smaller.suffix.lower() in _JPEG else "PNG"
+        kind = "PNG" if smaller.suffix.lower() == ".png" else "JPEG"
         shown(resized(pixels, height, width)).save(aside, kind, quality=95)

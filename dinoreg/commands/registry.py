@@ -84,9 +84,8 @@ def _eval(names: str, request: Any) -> None:
     if not names:
         from dinoreg.runtime.templates import render
 
-        chosen = [find_benchmark(name) for name in request] or list(benchmarks().values())
-        text = "commands/templates/datasets.txt.j2"
-        print(render(text, long=bool(request), datasets=chosen, protocols=PROTOCOLS).rstrip())
+        values = {"datasets": [*map(find_benchmark, request)] or [*benchmarks().values()], "protocols": PROTOCOLS}
+        print(render("commands/templates/datasets.txt.j2", long=bool(request), **values).rstrip())
         return
     check_whole(names, request)
     _function("commands.evaluate", "evaluate_command")(names, request)
@@ -151,6 +150,9 @@ def _view(kind: str, values: dict[str, Any]) -> None:
     _function(f"visualize.{kind}", f"view_{kind}", "view")(**values)
 
 
+_plan = _function("commands.plan", "plan_command")
+
+
 def _read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
     config, overrides, options = config_and_options("plan", PlanOptions, arguments)
     return load_config(config, overrides), options
@@ -188,9 +190,7 @@ _VERBS = (
     Verb("quickstart", keys.QuickstartOptions, _quickstart),
     Verb("pretrain", Config, _pretrain, _read_pretrain, lines=_configs, values=_load_config, words=1, path="data"),
     Verb("inspect", keys.InspectOptions, _function("commands.inspect", "inspect_command"), path="data"),
-    Verb(
-        "plan", PlanOptions, _function("commands.plan", "plan_command"), _read_plan, also=Config, words=1, path="data"
-    ),
+    Verb("plan", PlanOptions, _plan, _read_plan, also=Config, words=1, path="data"),
     Verb("verdict", keys.VerdictOptions, _verdict, _read_verdict, words=1),
     Verb("eval", EvalOptions, _eval, _read_eval, flags=("--list",), words=1),
     Verb("report", keys.ReportOptions, _report, _read_report),
