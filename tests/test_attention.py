@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dinoreg.models import attention
 from dinoreg.models.attention import PACKED, attend, attend_groups, attention_weights, resolve_backend
-from dinoreg.runtime import xformers_check
+from dinoreg.runtime import packed_attention
 from dinoreg.runtime.errors import UserError
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ def test_xformers_without_cuda_is_refused_in_one_line() -> None:
 def test_where_a_better_backend_does_not_run_its_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     device, problems = torch.device("cuda"), {"xformers": "built for another PyTorch", "varlen": "no float32"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for module in (attention, xformers_check):
+    for module in (attention, packed_attention):
         monkeypatch.setattr(module, "run_problem", lambda device, dtype, backend: problems.get(backend))
 
     def said(name: str, device: torch.device = device) -> str:

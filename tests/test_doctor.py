@@ -16,7 +16,7 @@ import torch
 
 from dinoreg.checkpoint import format as checkpoint
 from dinoreg.commands import doctor
-from dinoreg.runtime import environment, xformers_check
+from dinoreg.runtime import environment, packed_attention
 from dinoreg.runtime.dependencies import DEPENDENCIES, find
 from dinoreg.runtime.errors import RunError
 
@@ -122,7 +122,7 @@ def test_what_the_tests_lack_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("works", [True, False])
 def test_xformers_is_ok_only_where_its_kernels_load(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = None if works else "PyTorch 2.10.0+cu128 with CUDA 1208 (you have 2.14.1+cu130); libcudart.so.12: missing"
-    monkeypatch.setattr(xformers_check, "load_problem", lambda: problem)
+    monkeypatch.setattr(packed_attention, "load_problem", lambda: problem)
     mark, text = row(doctor._package_rows({"packages": {"xformers": "0.0.35"}}), "xformers")
     if works:
         assert (mark, text) == ("ok", "0.0.35, its kernels load")

@@ -83,10 +83,11 @@ BLOCKED = textwrap.dedent("""
     from dinoreg.commands.main import entry
 
     opened, counts = files._without_waiting, {}
+    name, most = sys.argv[1], int(sys.argv[2])
 
     def stuck(path, flags):
         counts[path] = counts.get(path, 0) + 1
-        if path.endswith(sys.argv[1]) and counts[path] > int(sys.argv[2]):
+        if str(path).endswith(name) and counts[path] > most:
             time.sleep(10_000)  # as a mount that does not answer
         return opened(path, flags)
 

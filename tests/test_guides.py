@@ -184,7 +184,7 @@ def run(interpreter: WarmInterpreter, folder: Path, words: list[str]) -> None:
     assert words[0] in programs
     assert not {"|", "&&", ">", ";"} & set(words), "write it so that each line is one command"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
-    done = interpreter.run([*programs[words[0]], *words[1:]], cwd=folder, env=environment)
+    done = interpreter.run([*programs[words[0]], *words[1:]], cwd=folder, env=environment, timeout=1800)
     said = f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     assert done.returncode == 0, said
     assert "Traceback" not in said

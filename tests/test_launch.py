@@ -753,10 +753,15 @@ def test_the_words_of_a_running_training_say_how_far_it_is(monkeypatch: pytest.M
     (launch.parent / "status.json").write_text('{"phase": "running", "step": 1000, "num_steps": 5000}\n')
     metrics = {"step": 1200, "images_per_second": 35.21, "step_time": 0.98}
     (launch.parent / "metrics.jsonl").write_text(json.dumps(metrics) + '\n{"step": 12')
+    header = (
+        "I vits14_reg4: 22.06 M parameters, cuda:0 bfloat16, attention {}, 9 images, 5,000 steps of 64 (9 passes)\n"
+    )
+    (launch.parent / "train.log").write_text(header.format("xformers") + header.format("varlen (no xformers)"))
     for restarts in (0, 1, 2):
         add_event(launch, "12", 0, "start", restarts=restarts, step=None)
     (line,) = words(monkeypatch, slurm.JobState("RUNNING", "", "n1", "3:20"))
-    assert line == ("pretrain: running, on n1 for 3:20, step 1200 of 5000, 35.2 images/s, 1:02:04 left, requeued twice")
+    done = "step 1200 of 5000, 35.2 images/s, 1:02:04 left"
+    assert line == f"pretrain: running, on n1 for 3:20, {done}, attention varlen, requeued twice"
 
 
 def test_the_words_of_a_failed_job_are_its_own_or_the_last_of_its_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from dinoreg.runtime import environment, xformers_check
-from dinoreg.runtime.xformers_check import load_problem, reason
+from dinoreg.runtime import environment, packed_attention
+from dinoreg.runtime.packed_attention import load_problem, reason
 
 # Taken from xformers 0.0.35 beside PyTorch 2.14 for CUDA 13.
 LOADER = """xFormers can't load C++/CUDA extensions. xFormers was built for:
@@ -89,7 +89,7 @@ def test_the_environment_says_what_attention_runs_on_where_there_is_a_gpu(monkey
     tried = []
     for problem, backend in ((None, "xformers"), ("no kernel", "varlen")):
         monkeypatch.setattr(
-            xformers_check,
+            packed_attention,
             "run_problem",
             lambda *given, problem=problem: tried.append(given) or (problem if given[2] == "xformers" else None),
         )
@@ -102,4 +102,4 @@ def test_the_environment_says_what_attention_runs_on_where_there_is_a_gpu(monkey
 @pytest.mark.gpu
 def test_on_a_gpu_xformers_loads_and_runs() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert xformers_check.run_problem(torch.device("cuda", 0), dtype) is None
+        assert packed_attention.run_problem(torch.device("cuda", 0), dtype) is None

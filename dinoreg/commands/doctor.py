@@ -109,7 +109,7 @@ def _package(row: Dependency, installed: str | None) -> tuple[str, str]:
 def _xformers_problem() -> str | None:
     """The reason why xformers' compiled part does not load, or None. Everything works without it."""
     try:
-        from dinoreg.runtime.xformers_check import load_problem
+        from dinoreg.runtime.packed_attention import load_problem
 
         return load_problem()
     except Exception as error:  # no PyTorch either

@@ -258,7 +258,7 @@ class Config(Options):
     batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
     device: str = option("auto", **DEVICE, shapes_result=False)
-    precision: str = option("auto", "auto: bf16 where it is fast; tf32: on CUDA", choices=(*PRECISIONS, "tf32"))
+    precision: str = option("auto", "auto: bf16 in hardware; tf32: fp32, faster", choices=(*PRECISIONS, "tf32"))
     threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_result=False)
     overwrite: bool = option(False, "delete what is in `out` first", shapes_result=False)

@@ -29,9 +29,7 @@ class LaunchOptions(Options):
     nodes: int = option(1, "machines", low=1, high=100_000)
     gpus_per_node: int | None = option(None, "none: not asked for; local: those that the job sees", low=0, high=1_000)
     tasks_per_node: int | None = option(None, "processes on a machine; none: one a GPU", low=1, high=10_000)
-    cpus_per_task: int | None = option(
-        None, f"cores of a process; none: {GPU_CORES} where it has a GPU, else not asked for", low=1, high=100_000
-    )
+    cpus_per_task: int | None = option(None, f"cores of a process; none: {GPU_CORES} with a GPU", low=1, high=100_000)
     mem: str | None = option(None, "of a machine; none: not asked for", pattern=r"\d+[KMGT]?B?", expected=AMOUNT)
     time: str | None = option(None, "limit: minutes, 8:00:00 or 2-00:00:00; none: the partition's")
     signal_delay: int | None = option(None, "seconds left to save in; none: 120 or less", low=1, high=1_000_000)

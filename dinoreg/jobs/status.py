@@ -209,7 +209,7 @@ def saved_step(run: str | Path) -> int | None:
 
 
 def progress(record: Record) -> str:
-    """The progress of a training: "step 1200 of 5000, 35.2 images/s, 1:02:03 left"; "" for other jobs."""
+    """The progress of a training: "step 1200 of 5000, 35.2 images/s, 1:02:03 left, attention sdpa"; "" for others."""
     if not record.run:
         return ""
     state = read_json(Path(record.run) / "status.json")
@@ -224,6 +224,8 @@ def progress(record: Record) -> str:
         text += f", {metrics['images_per_second']:.1f} images/s"
     if is_number(metrics.get("step_time")):
         text += f", {clock((total - step) * metrics['step_time'])} left"
+    if headers := re.findall(r" M parameters, .*, attention (\w+)", read_text(Path(record.run) / "train.log")):
+        text += f", attention {headers[-1]}"
     return text
 
 

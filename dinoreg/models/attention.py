@@ -7,25 +7,19 @@ short sequences). The sequence of one group is never mixed with that of another,
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.xformers_check import best_backend, run_problem
+from dinoreg.runtime.packed_attention import PACKED, Shapes, attend_packed, best_backend, run_problem
 
-PACKED = ("xformers", "varlen")  # attend to all groups in one call, on CUDA
 BACKENDS = ("auto", *PACKED, "sdpa", "plain")
 
 # On a CPU, `plain` beats SDPA in low precision up to about this many tokens (SDPA's inner products miss the
 # quick low-precision kernels); in float32 SDPA is as quick or quicker at every length.
 PLAIN_MAX_TOKENS = 300
-
-Shapes = tuple[tuple[int, int], ...]  # one (images, tokens) pair per group
 
 
 def check_backend(name: str) -> str:
@@ -48,9 +42,7 @@ def resolve_backend(
     """
     check_backend(name)
     if name in PACKED:
-        if device.type != "cuda":
-            raise UserError(f"attention={name!r} runs on CUDA, but the model is on {device.type}")
-        problem = run_problem(device, dtype, name)
+        problem = run_problem(device, dtype, name) if device.type == "cuda" else f"the model is on {device.type}"
         if problem:
             raise UserError(f"attention={name!r} cannot run here: {problem}; use auto or sdpa")
     if name != "auto":
@@ -70,12 +62,6 @@ def describe_backend(name: str, device: torch.device, num_tokens: int | None, dt
     backend = resolve_backend(name, device, num_tokens, dtype)
     problem = best_backend(device, dtype)[1] if name == "auto" and device.type == "cuda" else None
     return f"{backend} ({problem})" if problem else backend
-
-
-def mark_constants() -> None:
-    """Have torch.compile take what an attention call needs beside its tensors for constants, made outside the graph."""
-    for function in (_block_diagonal, _starts):
-        torch.compiler.assume_constant_result(function)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -132,47 +118,10 @@ def attend_groups(qkv: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tenso
     returns  (S, heads * head_dim)
     """
     if backends[0] == "varlen" or (backends[0] == "xformers" and len(shapes) > 1):  # for all groups: a device's matter
-        return _attend_packed(qkv, shapes, backends[0]).flatten(1)
+        return attend_packed(qkv, shapes, backends[0]).flatten(1)
     groups = qkv.split([images * tokens for images, tokens in shapes]) if len(shapes) > 1 else (qkv,)
     outputs = []
     for group, (images, tokens), backend in zip(groups, shapes, backends, strict=True):
         q, k, v = group.unflatten(0, (images, tokens)).unbind(2)
         outputs.append(attend(q, k, v, backend).flatten(2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def _attend_packed(qkv: Tensor, shapes: Shapes, backend: str) -> Tensor:
-    """qkv (S, 3, heads, head_dim) -> (S, heads, head_dim)."""
-    q, k, v = qkv.unbind(1)
-    if backend == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
-        longest = max(tokens for _, tokens in shapes)
-        starts = _starts(shapes, qkv.device)
-        out = varlen_attn(q, k, v, starts, starts, longest, longest)
-        assert isinstance(out, Tensor)  # no auxiliary outputs are asked for
-        return out
-    from xformers.ops import memory_efficient_attention
-
-    bias = _block_diagonal(shapes, qkv.device)
-    return memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias).squeeze(0)
-
-
-def _block_diagonal(shapes: Shapes, device: torch.device) -> object:
-    return _kept(True, shapes, device)
-
-
-def _starts(shapes: Shapes, device: torch.device) -> Tensor:
-    return _kept(False, shapes, device)
-
-
-@lru_cache(maxsize=128)
-def _kept(mask: bool, shapes: Shapes, device: torch.device) -> Any:
-    """xformers' mask of packed images, or where each begins, and the last ends: (images + 1,) int32."""
-    lengths = [tokens for images, tokens in shapes for _ in range(images)]
-    with torch.inference_mode(False):  # it may be needed for a gradient later
-        if not mask:
-            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
-
-        return BlockDiagonalMask.from_seqlens(lengths, device=device)

@@ -7,11 +7,13 @@ they are.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from dinoreg.models.attention import (
@@ -78,6 +80,7 @@ def patch_grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
+@lru_cache(maxsize=256)
 def resampling_matrices(
     grid: tuple[int, int], target: tuple[int, int], antialias: bool, offset: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
@@ -86,7 +89,7 @@ def resampling_matrices(
     Arguments and errors are those of `resample_positions`.
     """
     matrices = []
-    with torch.inference_mode(False), torch.no_grad():  # one that is stored may be needed for a gradient later
+    with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed for a gradient later
         for old, new in zip(grid, target, strict=True):
             # Two columns: where the width is one, the antialiased kernel gives wrong rows.
             samples = torch.eye(old, device="cpu")[None, :, :, None].expand(1, old, old, 2)
@@ -99,12 +102,7 @@ def resampling_matrices(
 
 
 def resample_positions(
-    positions: Tensor,
-    grid: tuple[int, int],
-    target: tuple[int, int],
-    antialias: bool = True,
-    offset: float = 0.0,
-    matrices: tuple[Tensor, Tensor] | None = None,
+    positions: Tensor, grid: tuple[int, int], target: tuple[int, int], antialias: bool = True, offset: float = 0.0
 ) -> Tensor:
     """Bicubic resampling of patch positions from one grid to another, in float32, as two matrix products.
 
@@ -115,13 +113,14 @@ def resample_positions(
     antialias, offset           (True, 0) for models with registers (arXiv 2309.16588, appendix A); the published models
                                 without registers were trained with (False, 0.1), where the scale factor is
                                 (h + offset) / gh, which also moves the sampling points slightly
-    matrices                    those of `resampling_matrices` for the same arguments; None: computed here
     returns   (1, h * w, D)     in the dtype of `positions`; `positions` itself where the grids agree
     raises                      UserError where the scale factor does not give the target grid
     """
     if grid == target:
         return positions
-    down, across = matrices or resampling_matrices(grid, target, antialias, offset, positions.device)
+    # A tensor without values belongs to one trace.
+    make = resampling_matrices.__wrapped__ if isinstance(positions, FakeTensor) else resampling_matrices
+    down, across = make(grid, target, antialias, offset, positions.device)
     with without_autocast(positions):
         rows = (down @ positions.float().reshape(grid[0], -1)).unflatten(1, (grid[1], -1))  # (h, gw, D)
         return (across @ rows).reshape(1, target[0] * target[1], -1).to(positions.dtype)
@@ -189,7 +188,6 @@ class RegisterViT(nn.Module):
         self.antialias, self.position_offset, self.init_std = antialias, position_offset, init_std
         self.attention_backend = check_backend(attention)
         self.checkpointing = checkpointing
-        self._resampling: dict[tuple[tuple[int, int], torch.device], tuple[Tensor, Tensor]] = {}
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid[0] * self.grid[1], dim))
@@ -244,15 +242,8 @@ class RegisterViT(nn.Module):
         tokens = [(self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)]
         if self.register_tokens is not None:
             tokens.append(self.register_tokens.expand(batch, -1, -1))
-        return torch.cat([*tokens, x + self._positions(target)], dim=1)
-
-    def _positions(self, target: tuple[int, int]) -> Tensor:
-        """Patch positions (1, h * w, D) of a grid; its matrices are kept on the device."""
-        how = self.grid, target, self.antialias, self.position_offset
-        key = target, self.pos_embed.device
-        if target != self.grid and key not in self._resampling:
-            self._resampling[key] = resampling_matrices(*how, self.pos_embed.device)
-        return resample_positions(self.pos_embed[:, 1:], *how, self._resampling.get(key))
+        where = self.grid, target, self.antialias, self.position_offset
+        return torch.cat([*tokens, x + resample_positions(self.pos_embed[:, 1:], *where)], dim=1)
 
     # ---------------------------------------------------------------- forward
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from dinoreg.config.load import Config
 from dinoreg.config.schema import PRECISIONS, ParallelConfig
-from dinoreg.models.attention import PACKED
 from dinoreg.models.heads import PrototypeHead
 from dinoreg.plan.devices import Device
 from dinoreg.runtime.device import pick_precision
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.packed_attention import PACKED
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.state import Networks, build_networks
 from dinoreg.train.tutor import Tutor, load_tutor

@@ -25,13 +25,13 @@ from dinoreg.config.load import Config
 from dinoreg.config.schema import ParallelConfig
 from dinoreg.data.loader import Batch
 from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
-from dinoreg.models.attention import PACKED
 from dinoreg.plan.job import Job
 from dinoreg.plan.recorder import Parts, Recorder
 from dinoreg.plan.step import masked_batch, take_step
 from dinoreg.runtime import tiling
 from dinoreg.runtime.device import DTYPES
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.packed_attention import PACKED
 from dinoreg.train.optimizer import start_moments
 from dinoreg.train.parallelize import device_mesh
 from dinoreg.train.state import TrainState, build_networks, build_state

@@ -53,7 +53,7 @@ def cuda_has_bf16(device: torch.device) -> bool:
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The autocast dtype of `auto | bf16 | fp16 | fp32 | tf32`; auto is bf16 wherever the hardware computes in it.
 
-    raises UserError for tf32 where the hardware does not have it, see `round_products`
+    raises UserError for tf32 where the hardware does not have it
     """
     if name == "tf32" and not (device.type == "cuda" and cuda_has_bf16(device)):  # GPUs have both or neither
         raise UserError(f"precision=tf32: {device} does not compute in it; use fp32")
@@ -64,12 +64,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cpu" and cpu_has_bf16():
         return torch.bfloat16
     return torch.float32
-
-
-def round_products(precision: str, device: torch.device) -> None:
-    """Set for this process whether float32 matrix products on CUDA round their factors to 10 bits (TF32)."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -142,7 +142,7 @@ def _torch() -> dict[str, Any]:
         import torch
 
         from dinoreg.runtime.device import cpu_has_bf16, cuda_has_bf16, pick_precision
-        from dinoreg.runtime.xformers_check import best_backend
+        from dinoreg.runtime.packed_attention import best_backend
     except Exception as error:
         return {"torch_error": f"{type(error).__name__}: {error}", "cuda": [], "attention": None, "cpu_bf16": None}
     devices = []

@@ -22,11 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinoreg.config.schema import LossConfig, ParallelConfig
 from dinoreg.distributed.process_group import Ranks
-from dinoreg.models.attention import Shapes, mark_constants
 from dinoreg.models.layers import Rows
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import DTYPES
 from dinoreg.runtime.errors import RunError, UserError
+from dinoreg.runtime.packed_attention import Shapes, mark_constants
 
 # A student or teacher by module name, see `state.Networks`.
 Modules = nn.ModuleDict | Mapping[str, nn.Module]

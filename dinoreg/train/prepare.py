@@ -28,7 +28,7 @@ from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.attention import resolve_backend
 from dinoreg.models.vit import RegisterViT
-from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision, round_products
+from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
 from dinoreg.train.dense_probe import DenseProbe, build_dense
@@ -229,7 +229,8 @@ def _device(config: Config) -> tuple[torch.device, torch.dtype]:
     """
     device = pick_device(config.device)
     dtype = pick_precision(config.precision, device)
-    round_products(config.precision, device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     resolve_backend(config.model.attention, device, dtype=dtype)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
