@@ -21,7 +21,7 @@ from dinoreg.runtime.dependencies import DEPENDENCIES, find
 from dinoreg.runtime.errors import RunError
 
 Rows = list[tuple[str, str, str]]
-NAMES = [row.name for row in DEPENDENCIES if row.extra in ("eval", "data", "export")]
+NAMES = [row.name for row in DEPENDENCIES if row.extra in ("eval", "data", "export", "log")]
 
 
 def rows_of(sections: list[doctor.Section], title: str) -> Rows:

@@ -54,7 +54,7 @@ def test_the_verdicts_are_words_that_fit() -> None:
     bad, good = judge(planted), judge(clean)
     assert (bad.tone, good.tone) == ("bad", "good")
     assert bad.headline.startswith("Outlier tokens found: 14.1 % of patches")
-    assert "block 2 of 4" in " ".join(bad.sentences)
+    assert "block 1 on (of blocks 0 to 3)" in " ".join(bad.sentences)
     assert good.headline.startswith("No outlier tokens")
     assert "small models" in " ".join(good.sentences)
     json.dumps([planted, clean], allow_nan=False)
