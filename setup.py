@@ -58,7 +58,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["dinoreg", "dinoreg.*"]),
-    package_data={"": ["templates/*"]},
+    package_data={"": ["templates/*", "py.typed"]},
     install_requires=requirements("core"),
     extras_require={extra: requirements(extra) for extra in ("eval", "data", "export", "log", "docs", "all", "test")},
     entry_points={"console_scripts": ["dinoreg = dinoreg.commands.main:entry"]},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinoreg.commands.evaluate import evaluate
+    from dinoreg.commands.inspect import inspect
     from dinoreg.commands.verdict import verdict
     from dinoreg.evaluation.backbones.open import transform
     from dinoreg.export.run import export
@@ -30,13 +31,14 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
-__all__ += ["runs", "transform", "verdict"]
+__all__ += ["inspect", "runs", "transform", "verdict"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
     "Tokens": "dinoreg.models.vit",
     "VitRGTS": "dinoreg.models.classifier",
     "evaluate": "dinoreg.commands.evaluate",
+    "inspect": "dinoreg.commands.inspect",
     "load": "dinoreg.weights.load",
     "runs": "dinoreg.reports.run_list",
     "transform": "dinoreg.evaluation.backbones.open",

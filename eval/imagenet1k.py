@@ -13,7 +13,6 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
@@ -108,6 +107,8 @@ def _meta(folder: Path) -> Meta | None:
     path = folder / "meta.bin"
     if not path.is_file():
         return None
+    import torch  # here, so that the table of datasets does not wait for it
+
     # A pickle can be broken, or forbidden, in many ways.
     with reworded(f"{NAME}: {path} is not the file that torchvision writes and may be deleted", Exception):
         with warnings.catch_warnings():

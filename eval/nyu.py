@@ -44,10 +44,7 @@ LABELLED, SPLITS = "nyu_depth_v2_labeled.mat", "splits.mat"
 LABELLED_ARCHIVE = "the labelled dataset of the NYU Depth V2 page (2.8 GB)"
 SPLITS_ARCHIVE = "indoor_seg_sup of the same authors, or the dataset's page"
 # (train list, test list, folders that the rows of each may be relative to): BTS's names, then the depth toolbox's.
-LISTS = (
-    ("nyudepthv2_train_files_with_gt.txt", "nyudepthv2_test_files_with_gt.txt"),
-    ("nyu_train.txt", "nyu_test.txt"),
-)
+LISTS = (("nyudepthv2_train_files_with_gt.txt", "nyudepthv2_test_files_with_gt.txt"), ("nyu_train.txt", "nyu_test.txt"))
 LAYOUTS = ("auto", "labelled", "sync")
 BASES = {"train": ("sync", "train", "."), "test": ("official_splits/test", "test", ".")}
 LIST_ARCHIVE = "train_test_inputs of BTS, or the lists of the Monocular-Depth-Estimation-Toolbox"
@@ -108,10 +105,8 @@ class LabelledFrames(Source):
             self._file = h5py.File(path, "r")
             images, maps = (tuple(self._file[key].shape) for key in ("images", self.key))
         if len(images) != 4 or images[1] != 3 or maps != (images[0], *images[2:]):
-            raise UserError(
-                f"{NAME}: {path}: images {images} and {self.key} {maps}, expected (n, 3, width, height) and "
-                f"(n, width, height)"
-            )
+            why = f"{NAME}: {path}: images {images} and {self.key} {maps}, expected (n, 3, width, height) and "
+            raise UserError(f"{why}(n, width, height)")
         self.total, _, self.width, self.height = images
 
     def __len__(self) -> int:

@@ -76,9 +76,8 @@ def _source(folder: Path, rows: list[tuple[str, str]], given: str) -> PathSource
     if given:
         base = folder / Path(given).expanduser()
         if not base.is_dir():
-            raise UserError(
-                f"{NAME}.images={given}: {base} is not a folder; expected the one with the images of {IMAGES}"
-            )
+            why = f"{NAME}.images={given}: {base} is not a folder; expected the one with the images of {IMAGES}"
+            raise UserError(why)
     else:
         base = folder if (folder / rows[0][1]).exists() else first_existing(folder, UNPACKED)
     return present(

@@ -18,7 +18,7 @@ from dinoreg.runtime.errors import UserError
 # These imports take seconds, and `dinoreg launch --help` reads this file.
 if TYPE_CHECKING:
     from dinoreg.evaluation.benchmark import Benchmark
-    from dinoreg.evaluation.runner import Request as Evaluation
+    from dinoreg.evaluation.request import Request as Evaluation
 
 REPORT_MINUTES = 60
 
@@ -30,7 +30,7 @@ def plan(request: Request) -> Plan:
     """
     from dinoreg.checkpoint.run_folder import run_of, teacher_step
     from dinoreg.checkpoint.steps import PROBED
-    from dinoreg.commands.evaluate import read_request
+    from dinoreg.evaluation.request import read_request
     from dinoreg.weights.names import not_there, random_name
     from dinoreg.weights.resolve import find_weights
 
@@ -86,15 +86,14 @@ def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], 
     names   "all", a path, or datasets with commas between
     raises  UserError for a named dataset whose data are missing, and where `all` finds none
     """
-    from dinoreg.evaluation.runner import choose
+    from dinoreg.evaluation.request import choose, folder_of, split_names
 
     everything = names == "all"
-    parts = [names] if Path(names).exists() else [name for name in names.split(",") if name]
     chosen, notes = {}, []
-    for part in parts:
+    for part in filter(None, split_names(names)):
         for benchmark in choose([part], evaluation):
             try:
-                _find(benchmark, evaluation)
+                folder_of(benchmark, evaluation)
             except UserError as error:
                 if not everything:
                     raise
@@ -106,18 +105,9 @@ def datasets(names: str, evaluation: Evaluation) -> tuple[dict[str, Benchmark], 
     return chosen, notes
 
 
-def _find(benchmark: Benchmark, evaluation: Evaluation) -> None:
-    """UserError where a dataset's files are not below root."""
-    if not benchmark.layouts:
-        return
-    if evaluation.options.root is None:
-        raise UserError(f"{benchmark.name}: root= is missing, the folder that holds the datasets")
-    benchmark.find(evaluation.options.root)
-
-
 def _concerns(item: str, benchmark: Benchmark) -> bool:
     """Whether a key applies to this dataset; NAME.KEY of another dataset does not."""
-    from dinoreg.commands.evaluate import read_request
+    from dinoreg.evaluation.request import read_request
 
     return set(read_request([item]).dataset) <= {benchmark.name, *benchmark.aliases}
 

@@ -58,7 +58,7 @@ def test_jpeg_has_the_pixels_of_torchvisions_decoder(kind: str, channels: int) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and for that reason not what we call
         expected = torchvision.io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
-    assert decode_module._decode_jpeg is not None
+    assert decode_module._jpeg_operator() is not None
     assert torch.equal(decode(data, channels), expected)
 
 
@@ -71,12 +71,13 @@ def operator_with(*types: str) -> Any:
 def test_without_torchvisions_decoder_or_with_another_one_jpegs_go_through_pillow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert decode_module._find_jpeg_operator() is not None
+    find = decode_module._jpeg_operator.__wrapped__
+    assert find() is not None
     for operators in (SimpleNamespace(), SimpleNamespace(decode_jpeg=operator_with("Tensor", "int", "Device"))):
         monkeypatch.setattr(torch.ops, "image", operators)
-        assert decode_module._find_jpeg_operator() is None
+        assert find() is None
     data = encoded()
-    monkeypatch.setattr(decode_module, "_decode_jpeg", None)
+    monkeypatch.setattr(decode_module, "_jpeg_operator", lambda: None)
     assert np.array_equal(array(data), np.asarray(Image.open(io.BytesIO(data))))
     assert close(array(data, in_channels=1), np.asarray(PHOTO.convert("L"))[..., None], 3)
 

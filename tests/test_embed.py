@@ -25,8 +25,8 @@ from dinoreg.commands.embed import embed
 from dinoreg.commands.main import main
 from dinoreg.commands.options import TOKENS, EmbedOptions
 from dinoreg.data.statistics import LOOKED_AT
-from dinoreg.evaluation import context
 from dinoreg.export.feature_file import skipped_list
+from dinoreg.runtime import progress
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
 from dinoreg.scenes.render import render_image
 
@@ -416,7 +416,7 @@ def test_what_must_be_given_is_named(key: str, capsys: pytest.CaptureFixture[str
 def test_the_command_line_writes_the_file_and_says_where(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(context, "SHOW_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "SHOW_SECONDS", 0.0)
     out = tmp_path / "f.safetensors"
     data = f"scenes:count={COUNT},size={SIZE}"
     assert main(["embed", f"data=[{data.replace(',', ';')}]", f"weights={run}", f"out={out}"]) == 2

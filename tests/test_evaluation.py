@@ -303,9 +303,13 @@ def test_all_measures_what_is_there_and_lists_what_is_not(
 
 def test_the_list_names_every_dataset_with_metric_and_licence(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--list"]) == 0
+    short = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in short.splitlines())
+    assert main(["eval", "--list", ",".join(benchmarks())]) == 0
     shown = capsys.readouterr().out
     for benchmark in benchmarks().values():
-        assert benchmark.name in shown
+        assert benchmark.name in short
+        assert benchmark.licence in shown
         for task in benchmark.tasks:
             assert task.metric.split()[0] in shown
         for key, line in zip(benchmark.options, benchmark.options_in_words(), strict=True):

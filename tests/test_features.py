@@ -21,12 +21,13 @@ from torch import Tensor
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.evaluation.backbones.encoder import PixelEncoder, wrap
-from dinoreg.evaluation.context import Context, show_progress
+from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.features import cache
 from dinoreg.evaluation.features.cache import extract_features, feature_matrix
 from dinoreg.evaluation.features.images import CentreCrop, read_picture
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.progress import show_progress
 
 CROP = CentreCrop(32, 32)
 

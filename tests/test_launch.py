@@ -20,7 +20,8 @@ from small_runs import tiny_model, write_run
 from training import loss_trace, tiny_config
 
 from dinoreg.checkpoint.steps import watched_in
-from dinoreg.commands.arguments import Verb, verb_help
+from dinoreg.commands.arguments import Verb
+from dinoreg.commands.help import verb_help
 from dinoreg.commands.launch import check_command
 from dinoreg.commands.main import main
 from dinoreg.commands.options import ACTIONS, EmbedOptions, ExportOptions, NoOptions, ReportOptions
@@ -459,7 +460,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch, in_job: Path) -> dict[str, Any]:
         stage["requeued"] += 1
         raise SystemExit(144)
 
-    monkeypatch.setitem(VERBS, "pretrain", Verb("", "", NoOptions, train, read=lambda arguments: (arguments,)))
+    monkeypatch.setitem(VERBS, "pretrain", Verb("pretrain", NoOptions, train, read=lambda arguments: (arguments,)))
     previous = signal.signal(signal.SIGUSR2, submitits)
     stage["command"] = Command(run_verb, ("pretrain", "x", "resume=true"), str(in_job), run=str(in_job.parent))
     yield stage

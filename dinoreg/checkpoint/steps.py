@@ -106,7 +106,7 @@ def next_steps(run: str | Path, labelled: Any = None) -> str:
     """
     own = isinstance(labelled, str) and labelled.partition(":")[0] != "scenes"
     weights, data = f"weights={shlex.quote(str(run))}", shlex.quote(str(labelled)) if own else "LABELLED"
-    verbs = (f"eval {data} {weights}", f"registers {weights} images={data}", f"export {weights} format=timm out=FOLDER")
+    verbs = f"verdict {data} {weights}", f"registers {weights} images={data}", f"export {weights} format=timm out=DIR"
     return f"next: {'; '.join(f'dinoreg {verb}' for verb in verbs)}"
 
 

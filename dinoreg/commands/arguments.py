@@ -1,4 +1,4 @@
-"""Parsing the arguments of a verb, and the help of the program and of each verb.
+"""A verb, and the parsing of its arguments.
 
 Nothing here imports torch, so that help and messages about wrong arguments appear at once.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dinoreg.config.option import Options, describe, read, split_texts
+from dinoreg.config.option import Declaration, Options, declarations, read, split_texts
 from dinoreg.runtime.errors import UserError
 
 T = TypeVar("T")
@@ -18,30 +18,39 @@ T = TypeVar("T")
 class Verb:
     """A command of the program.
 
-    usage    its arguments, for the help
-    summary  one line for the help
+    name     as it is typed
     options  the class of the verb's keys
     run      does the work; it is called with the result of `parse`
     read     (arguments) -> arguments of `run`, where these are more than the options; UserError for wrong arguments
     kinds    {first argument: keys} of a verb with several forms
-    details  further lines of help, or a function that returns them
+    lines    further lines of help
     values   (arguments) -> the options whose values help shows in place of the defaults, where a config is given
     flags    options that start with dashes; all others are written key=value
+    also     a class whose keys it takes, too
+    words    how many arguments without "=" it has itself
+    path     the key that a path behind these stands for
     """
 
-    usage: str
-    summary: str
+    name: str
     options: type[Options]
     run: Callable[..., None]
     read: Callable[[list[str]], tuple[Any, ...]] | None = None
     kinds: Mapping[str, type[Options]] = field(default_factory=dict)
-    details: Sequence[str] | Callable[[], Sequence[str]] = ()
+    lines: Callable[[], Sequence[str]] = tuple
     values: Callable[[list[str]], Options] | None = None
     flags: tuple[str, ...] = ()
+    also: type[Options] | None = None
+    words: int = 0
+    path: str = ""
 
     def parse(self, arguments: list[str]) -> tuple[Any, ...]:
         """The arguments of `run`; UserError, in one line, for wrong arguments."""
         return self.read(arguments) if self.read else (read_options(self.options, arguments)[1],)
+
+    def keys(self) -> dict[str, tuple[Any, Declaration]]:
+        """Every dotted key, of all its forms, with its type and declaration."""
+        classes = (self.options, *self.kinds.values(), *((self.also,) if self.also else ()))
+        return {key: found for cls in classes for key, found in declarations(cls).items()}
 
 
 def is_key_value(argument: str) -> bool:
@@ -95,47 +104,3 @@ def config_and_options(verb: str, cls: type[T], arguments: Sequence[str]) -> tup
     """
     own, rest = split_texts(cls, arguments)
     return *source_and_overrides(verb, rest), read_options(cls, own)[1]
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Help
-
-
-def overview(verbs: Mapping[str, Verb]) -> str:
-    """The help of the program, with one line per verb."""
-    width = max(map(len, verbs))
-    lines = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in verbs.items())
-    return (
-        "dinoreg: self-supervised pretraining of Vision Transformers with register tokens\n\n"
-        f"usage: dinoreg VERB … key=value …\n\n{lines}\n\n"
-        "dinoreg VERB --help lists a verb's keys; dinoreg --version prints the version."
-    )
-
-
-def verb_help(verb: Verb, arguments: Sequence[str] = ()) -> str:
-    """The help of one verb: usage, summary, and every key with type, default and meaning.
-
-    arguments  the other arguments; where they name a config, its values are shown in place of the defaults
-    raises     UserError for a config that cannot be read
-    """
-    lines = [f"usage: dinoreg {verb.usage}", "", verb.summary]
-    if details := verb.details() if callable(verb.details) else verb.details:
-        lines += ["", *details]
-    named = [argument for argument in arguments if not argument.startswith("-")]
-    shown = verb.values(named) if verb.values and named and not is_key_value(named[0]) else verb.options
-    for kind, options in {"": shown, **verb.kinds}.items():
-        if rows := describe(options):
-            lines += ["", f"keys of {kind}:" if kind else "keys:", *_table(rows)]
-    return "\n".join(lines)
-
-
-def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    lines: list[str] = []
-    section = ""
-    for key, kind, meaning in rows:
-        if "." in key and key.partition(".")[0] != section:
-            section = key.partition(".")[0]
-            lines.append("")
-        lines.append(f"  {key:<{widths[0]}}  {kind:<{widths[1]}}  {meaning}".rstrip())
-    return lines

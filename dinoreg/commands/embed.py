@@ -23,12 +23,12 @@ from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_encoder
-from dinoreg.evaluation.context import show_progress
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, skipped_list
 from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
+from dinoreg.runtime.progress import show_progress
 from dinoreg.visualize.subject import multiples, open_images
 
 

@@ -3,22 +3,21 @@
 This module connects `dinoreg.evaluation`, which measures, and `dinoreg.reports`, which shows results.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from dinoreg.checkpoint.steps import role_of
 from dinoreg.commands.report import report_run
-from dinoreg.config.option import dotted, read
 from dinoreg.evaluation.backbones.encoder import Encoder, wrap
 from dinoreg.evaluation.backbones.open import open_encoder
-from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks, shadowed
+from dinoreg.evaluation.benchmark import shadowed
 from dinoreg.evaluation.comparison import between
 from dinoreg.evaluation.options import EvalOptions
-from dinoreg.evaluation.runner import Planned, Request, check_size, choose, look, measure, preflight, read_result
+from dinoreg.evaluation.request import Request, choose, read_request, split_names
+from dinoreg.evaluation.runner import Planned, check_size, look, measure, preflight, read_result
 from dinoreg.jobs.records import read_records as read_jobs
 from dinoreg.jobs.status import examine
 from dinoreg.reports.evaluation_report import console_table, read_records, write_evaluation
@@ -29,35 +28,14 @@ from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status
 
 
-def read_request(overrides: Mapping[str, Any] | Iterable[str]) -> Request:
-    """A request from `key=value`: options of EvalOptions, and NAME.KEY=VALUE for those of a dataset.
-
-    raises UserError for an unknown key, naming the nearest, or a value that is not accepted
-    """
-    names = {name: each.name for each in benchmarks().values() for name in (each.name, *each.aliases)} | {"own": "own"}
-    general: dict[str, Any] = {}
-    dataset: dict[str, dict[str, Any]] = {}
-    for key, value in dotted(overrides).items():
-        name, _, rest = key.partition(".")
-        if rest and name in names:
-            dataset.setdefault(names[name], {})[rest] = value
-        else:
-            general[key] = value
-    return Request(*read(EvalOptions, general), dataset)
-
-
-def evaluate_command(names: str | None = None, request: Request | None = None) -> None:
+def evaluate_command(names: str, request: Request) -> None:
     """Run `dinoreg eval`: show progress, print the table of results and the report's path.
 
-    names    "all", or datasets with commas between; None: list all datasets
+    names    "all", or datasets with commas between
     raises   UserError for wrong options or missing data, before anything is measured; RunError naming the datasets
              that failed, after the others were measured
     """
-    if names is None or request is None:
-        list_datasets()
-        return
-    if request.options.weights is None:
-        raise UserError("eval: weights= is missing: a run folder, a weight file, or random:NAME for random weights")
+    assert request.options.weights is not None
     plans, problems = _prepare(names, request)
     encoder, folder, run = _open(request.options.weights, request.options)
     plans = _look(encoder, plans, request, problems)
@@ -139,34 +117,10 @@ def _not_evaluated(folder: Path) -> list[str]:
     ]
 
 
-def list_datasets() -> None:
-    """Print the table of every dataset: task, classes, splits, metrics and protocols, download, licence."""
-    headings = ("name", "task", "classes", "images", "metric (protocol)", "folder, download and options", "licence")
-    columns = [Column(heading, overflow="fold") for heading in headings]
-    table = Table(*columns, title="dinoreg eval NAME weights=… root=…", show_lines=True)
-    for benchmark in benchmarks().values():
-        metrics = "\n".join(f"{task.metric} ({PROTOCOLS[task.protocol][1]})" for task in benchmark.tasks)
-        table.add_row(
-            f"{benchmark.name}\n{benchmark.title}",
-            benchmark.task,
-            str(benchmark.classes or "n/a"),
-            benchmark.splits,
-            metrics,
-            f"{benchmark.folders[0]}/\n{benchmark.download}",
-            benchmark.licence,
-        )
-    console = Console()
-    # A pipe has no width: unwrapped lines are easier to search.
-    Console(width=max(console.width, 150) if not console.is_terminal else None).print(table)
-    print("keys of single datasets:")
-    for benchmark in benchmarks().values():
-        print("".join(f"  {line}\n" for line in benchmark.options_in_words()), end="")
-
-
 def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str]]:
     """The plans of the datasets, and problems of others; UserError when a named dataset, or all, cannot be measured."""
     everything = names == "all"
-    chosen = choose([names] if Path(names).exists() else names.split(","), request)
+    chosen = choose(split_names(names), request)
     plans, problems = preflight(chosen, request)
     if problems and not (everything and plans):
         *lines, last = problems.values()
@@ -178,7 +132,7 @@ def _prepare(names: str, request: Request) -> tuple[list[Planned], dict[str, str
         raise UserError(last)
     if not plans:
         raise UserError(f"protocols={','.join(request.options.protocols or ())}: none of the datasets declares them")
-    for note in shadowed(names.split(",")):
+    for note in shadowed(split_names(names)):
         print_status(note)
     for plan in plans:
         for warning in plan.warnings:

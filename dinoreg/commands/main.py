@@ -12,14 +12,16 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from dinoreg.commands.arguments import overview, verb_help
+from dinoreg.commands.completion import candidates
 from dinoreg.commands.failures import explain_error
+from dinoreg.commands.help import overview, verb_help
 from dinoreg.commands.registry import VERBS, run_verb
+from dinoreg.commands.spelling import VERB_NAMES, canonical, corrected
 from dinoreg.commands.streams import keep_streams, lost
 from dinoreg.commands.watch import watch
 from dinoreg.config.option import nearest
 from dinoreg.runtime.environment import DATA_THREADS
-from dinoreg.runtime.errors import Interrupted, RunError, UserError, one_line
+from dinoreg.runtime.errors import Interrupted, RunError, UserError
 from dinoreg.runtime.parallel import READERS
 from dinoreg.runtime.printable import print_status
 
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except (UserError, RunError, Interrupted) as error:
         if not error.reported:
-            print_status(f"dinoreg: {one_line(error)}")
+            print_status(f"dinoreg: {corrected(error, arguments)}")
         if isinstance(error, Interrupted):
             return 128 + error.signal_number
         return REFUSED if isinstance(error, UserError) else FAILED
@@ -90,19 +92,20 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview(VERBS))
         return OK
-    if arguments[0] in ("--version", "-V"):
+    if arguments[0] in ("--version", "-V", "version"):
         from dinoreg import __version__
 
         print(f"dinoreg {__version__}")
         return OK
     name, *rest = arguments
+    name = VERB_NAMES.get(name, name)
+    if name == "completion" and rest[:1] == ["words"]:
+        print("\n".join(candidates(VERBS, rest[1:])))
+        return OK
     if name not in VERBS:
         raise UserError(f"{name}: unknown verb{nearest(name, VERBS)}; known: {', '.join(VERBS)}")
     if any(argument in ("-h", "--help") for argument in rest):
         print(verb_help(VERBS[name], rest))
         return OK
-    for argument in rest:
-        if argument.startswith("-") and argument not in VERBS[name].flags:
-            raise UserError(f"{name}: {argument}: unknown option; options are written key=value")
-    run_verb(name, rest)
+    run_verb(name, canonical(VERBS[name], rest))
     return OK

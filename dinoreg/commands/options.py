@@ -3,11 +3,12 @@
 Nothing here imports torch, so that help and messages about wrong arguments appear at once.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoreg.config.option import REQUIRED, Options, check, option
+from dinoreg.config.option import REQUIRED, Options, check, dotted, option, read
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
 from dinoreg.config.view_settings import MAX_SIDE
 from dinoreg.evaluation.options import SharedOptions
@@ -60,6 +61,9 @@ class InspectOptions(Options, verb="inspect"):
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     in_channels: int = option(3, "image channels of the model that is to see them", low=1, high=65536)
     range: list[float] | None = option(None, "LOW,HIGH as in data.range; none: each file's type says it")
+    prepare: str | None = option(None, "folder for a copy of smaller pictures; goes on where it was stopped")
+    side: int = option(512, "of the copy's pictures at most, their short one", unit="pixel", low=16, high=MAX_SIDE)
+    longest: bool = option(False, "side= is of the long side")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +77,7 @@ class ExportOptions(Options, verb="export"):
     weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or random:NAME")
     format: str = option(REQUIRED, FORMATS)
     out: str = option(REQUIRED, "folder to write; new or empty")
-    size: int | tuple[int, int] | None = option(
-        None, "pixels or [height,width] that positions are resampled to", high=MAX_SIDE
-    )
+    size: int | tuple[int, int] | None = option(None, "pixels or [height,width] for positions", high=MAX_SIDE)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,13 @@ class VerdictOptions(SharedOptions, verb="verdict"):
     repeats: int = option(3, "draws of each number of labels below all", low=1, high=1_000)
 
 
+def read_verdict(overrides: Mapping[str, Any] | Iterable[str]) -> tuple[VerdictOptions, dict[str, Any]]:
+    """The options, and those of own data (own.KEY=VALUE); UserError for an unknown key or a value not accepted."""
+    given = dotted(overrides)
+    own = {key.removeprefix("own."): given.pop(key) for key in [*given] if key.startswith("own.")}
+    return read(VerdictOptions, given)[0], own
+
+
 @dataclass(frozen=True)
 class EmbedOptions(Options, verb="embed"):
     """The images, the model and the feature file of `dinoreg embed`."""
@@ -99,12 +108,10 @@ class EmbedOptions(Options, verb="embed"):
     columns: str = option("", COLUMNS)
     range: list[float] | None = option(None, "LOW,HIGH, as data.range; none: what the weights say")
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
-    image_size: int | None = option(
-        None, "side of the centre crop; none: as the weights state", unit="pixel", low=1, high=MAX_SIDE
-    )
+    image_size: int | None = option(None, "of the crop; none: the weights'", unit="pixel", low=1, high=MAX_SIDE)
     batch_size: int = option(32, "images at a time", low=1, high=1_000_000)
     dtype: str = option("float32", "of the numbers in the file", choices=("float32", "float16"))
-    device: str = option("auto", DEVICE)
+    device: str = option("auto", **DEVICE)
     precision: str = option("auto", "of the computation; auto: bf16 where the hardware has it", choices=PRECISIONS)
     workers: int | None = option(None, "decoding threads; none: a core each, at most 16", low=0, high=1024)
     overwrite: bool = option(False, "replace a finished file, drop an unfinished one that was begun with other keys")
@@ -121,14 +128,12 @@ class RegistersOptions(Options, verb="registers"):
     weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or random:NAME, with commas between")
     images: str = option(REQUIRED, "a folder (one subfolder a class adds probes), a list of paths, scenes")
     out: str | None = option(None, "folder for registers.html; none: runs/registers/NAMES")
-    size: int | None = option(
-        None, "pixels a side; none: the first model's own, enlarged where it is small", high=MAX_SIDE
-    )
+    size: int | None = option(None, "pixels a side; none: the first model's, enlarged if small", high=MAX_SIDE)
     num_images: int = option(300, "images at most, from all over the source", low=2)
     labels: bool = option(True, "whether the subfolders of `images` are classes")
     test_time: bool = option(True, "try a test-time register on models that have outliers and no registers")
     seed: int = option(0, "of the probes' split, of patches drawn and of noise", low=0, high=MAX_SEED)
-    device: str = option("auto", DEVICE)
+    device: str = option("auto", **DEVICE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,10 +155,8 @@ class ViewOptions(Options, verb="view"):
     images: str | list[str] | None = option(None, "an image, folder, list, tars, scenes or [several]; none: the run's")
     out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1, high=10_000)
-    size: int | tuple[int, int] | None = option(
-        None, "pixels, a side or [height, width]; none: the model's own", high=MAX_SIDE
-    )
-    device: str = option("auto", DEVICE)
+    size: int | tuple[int, int] | None = option(None, "pixels or [height,width]; none: the model's", high=MAX_SIDE)
+    device: str = option("auto", **DEVICE)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from dinoreg.evaluation.backbones.encoder import RANDOM_WEIGHTS, Encoder, Native
 from dinoreg.evaluation.benchmark import Benchmark, Task
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.options import EvalOptions
+from dinoreg.evaluation.request import Request
 from dinoreg.evaluation.result import Result
-from dinoreg.evaluation.runner import Request, look, measure, preflight
+from dinoreg.evaluation.runner import look, measure, preflight
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import read_json

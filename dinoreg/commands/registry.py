@@ -1,20 +1,25 @@
 """The verbs of the command line: the arguments of each, and the function that does its work."""
 
 import importlib
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dinoreg.commands import options as keys
-from dinoreg.commands.arguments import Verb, config_and_options, is_key_value, read_options, source_and_overrides
+from dinoreg.commands.arguments import Verb, config_and_options, read_options, source_and_overrides
+from dinoreg.commands.completion import SHELLS, script_of
+from dinoreg.commands.early import check_early, given_by
 from dinoreg.commands.failures import running
+from dinoreg.commands.guide import Verbatim, next_commands, say_next
 from dinoreg.config.load import Config, load_config, require_complete, shipped_configs
-from dinoreg.config.option import nearest
+from dinoreg.config.option import nearest, split_texts
 from dinoreg.config.plan_options import PlanOptions
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import printable
 
 
@@ -35,6 +40,10 @@ def _quickstart(options: keys.QuickstartOptions) -> None:
 
 
 def _load_config(arguments: list[str]) -> Config:
+    first = Path(arguments[0]) if arguments else Path()
+    if arguments and first.is_dir() and not (first / "config.yaml").exists():
+        said = {"data": arguments[0], "stem": first.name, "rest": Verbatim(shlex.join(arguments[1:]))}
+        raise UserError(f"pretrain: {first} is a folder without config.yaml; Write: {next_commands('folder', said)[0]}")
     return load_config(*source_and_overrides("pretrain", arguments))
 
 
@@ -54,30 +63,45 @@ def _pretrain(config: Config, **hooks: Any) -> None:
 
 
 def _configs() -> list[str]:
-    return [
-        f"CONFIG: {', '.join(shipped_configs())}; a YAML file (ours or dinov2's); a run folder.",
-        "Values below are those of CONFIG where it is given, else the defaults.",
-        "data=PATH is short for data.source=PATH.",
-        "A run that ended early goes on with: dinoreg pretrain RUN resume=true",
-    ]
+    return [f"CONFIG: {', '.join(shipped_configs())}; a YAML file (ours or dinov2's); a run folder."]
 
 
 def _read_eval(arguments: list[str]) -> tuple[Any, ...]:
     if "--list" in arguments:
-        return ()
+        return "", [name for word in arguments if word != "--list" for name in word.split(",")]
     missing = "NAME, all, or the PATH of a labelled folder, of dinoreg eval --list"
     names, overrides = source_and_overrides("eval", arguments, missing, "; several datasets are written NAME,NAME")
-    from dinoreg.commands.evaluate import read_request
+    from dinoreg.evaluation.request import read_request
 
     return names, read_request(overrides)
+
+
+def _eval(names: str, request: Any) -> None:
+    """names, request  as for `evaluate_command`; "" and names: list these datasets, or all in short."""
+    from dinoreg.evaluation.benchmark import PROTOCOLS, benchmarks, find_benchmark
+    from dinoreg.evaluation.request import check_whole
+
+    if not names:
+        from dinoreg.runtime.templates import render
+
+        values = {"datasets": [*map(find_benchmark, request)] or [*benchmarks().values()], "protocols": PROTOCOLS}
+        print(render("commands/templates/datasets.txt.j2", long=bool(request), **values).rstrip())
+        return
+    check_whole(names, request)
+    _function("commands.evaluate", "evaluate_command")(names, request)
 
 
 def _read_verdict(arguments: list[str]) -> tuple[Any, ...]:
     missing = "LABELLED, a folder with a subfolder a class or a table"
     labelled, overrides = source_and_overrides("verdict", arguments, missing)
-    from dinoreg.commands.verdict import read_verdict
+    return labelled, *keys.read_verdict(overrides)
 
-    return labelled, *read_verdict(overrides)
+
+def _verdict(labelled: str, *options: Any) -> None:
+    from dinoreg.data.open import find_labelled
+
+    find_labelled(labelled)
+    _function("commands.verdict", "verdict_command")(labelled, *options)
 
 
 def _read_report(arguments: list[str]) -> tuple[list[str], keys.ReportOptions]:
@@ -107,21 +131,10 @@ def _export(options: keys.ExportOptions) -> None:
     print(f"certificate: {summary(read_certificate(folder))}\nexport: {folder}")
 
 
-def _inspect(options: keys.InspectOptions) -> None:
-    from dinoreg.data.statistics import inspect_source, render_inspection
-
-    own: Any = {"in_channels": options.in_channels, "value_range": options.range, "root": options.root}
-    found = inspect_source(options.data, options.sample, **own, columns=options.columns)
-    print(render_inspection(found))
-    if len(found["bad"]) == found["looked_at"]:
-        name, reason = next(iter(found["bad"].items()))
-        raise UserError(f"data: none of the {found['looked_at']:,} images can be read; the first, {name}, {reason}")
-
-
 def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """(kind of view, arguments of `dinoreg.visualize.KIND.view_KIND`)"""
     expected = f"expected {', '.join(keys.VIEWS)}"
-    if not arguments or is_key_value(arguments[0]):
+    if not arguments or "=" in arguments[0]:
         raise UserError(f"view: missing what to view; {expected}")
     kind, *rest = arguments
     if kind not in keys.VIEWS:
@@ -129,11 +142,15 @@ def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     if kind != "crops":
         return kind, vars(read_options(keys.VIEWS[kind], rest)[1])
     config, overrides, options = config_and_options("view crops", keys.VIEWS[kind], rest)
+    load_config(config, overrides)  # for what is wrong with it
     return kind, {"config": config, "overrides": overrides, **vars(options)}
 
 
 def _view(kind: str, values: dict[str, Any]) -> None:
     _function(f"visualize.{kind}", f"view_{kind}", "view")(**values)
+
+
+_plan = _function("commands.plan", "plan_command")
 
 
 def _read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
@@ -150,121 +167,43 @@ def _jobs() -> list[str]:
     ]
 
 
+_VIEWS = {f"view {kind}": cls for kind, cls in keys.VIEWS.items()}
+_ACTIONS = {f"launch {action} RUN": cls for action, cls in keys.ACTIONS.items()}
+
+
+def _read_runs(arguments: list[str]) -> tuple[str]:
+    return ([*read_options(keys.RunsOptions, arguments, positional=1)[0], "runs"][0],)
+
+
+def _read_completion(arguments: list[str]) -> tuple[str]:
+    if (shell := " ".join(arguments)) not in SHELLS:
+        raise UserError(f"completion: {shell or 'missing SHELL'}: expected {' or '.join(SHELLS)}")
+    return (script_of(shell),)
+
+
 def _read_doctor(arguments: list[str]) -> tuple[Path | None]:
     runs, _ = read_options(keys.DoctorOptions, arguments, positional=1)
     return (_run_folder("doctor", runs[0]) if runs else None,)
 
 
-VERBS: dict[str, Verb] = {
-    "quickstart": Verb(
-        "quickstart [out=FOLDER] [seed=0] [overwrite=false]",
-        "pretrain a tiny model on the embedded scenes, probe it, write the report: CPU, minutes, no data",
-        keys.QuickstartOptions,
-        _quickstart,
-    ),
-    "pretrain": Verb(
-        "pretrain CONFIG data=FOLDER out=FOLDER [key=value …]",
-        "train a register ViT on a folder of images; CONFIG is a name in configs/ or a YAML file",
-        Config,
-        _pretrain,
-        _read_pretrain,
-        details=_configs,
-        values=_load_config,
-    ),
-    "eval": Verb(
-        "eval NAME[,NAME…]|all|PATH weights=… root=FOLDER [key=value …]",
-        "measure a backbone on benchmark datasets or on your own labelled images, beside two baselines",
-        EvalOptions,
-        _function("commands.evaluate", "evaluate_command"),
-        _read_eval,
-        details=(
-            "PATH is a folder with a subfolder per class, a CSV, images/ + masks/ or depth/, or your own eval/*.py.",
-            "A dataset's own options are written NAME.KEY=VALUE; dinoreg eval --list shows all datasets.",
-        ),
-        flags=("--list",),
-    ),
-    "verdict": Verb(
-        "verdict LABELLED weights=RUN [public=WEIGHTS] [init=WEIGHTS] [key=value …]",
-        "own weights against their start, a public backbone, random weights and pixels on own labels: what to do next",
-        keys.VerdictOptions,
-        _function("commands.verdict", "verdict_command"),
-        _read_verdict,
-        details=("LABELLED is as for eval, with one class a picture; own.KEY=VALUE are its options, as own.folds=10.",),
-    ),
-    "registers": Verb(
-        "registers weights=W[,W2…] images=FOLDER [out=FOLDER] [key=value …]",
-        "look for artifact tokens, and at what registers do and hold; several models side by side",
-        keys.RegistersOptions,
-        _function("commands.registers", "report_registers"),
-    ),
-    "report": Verb(
-        "report RUN… [out=FILE]",
-        "write the report of a run, compare several (or all in a folder), or write that of RUN/eval/STEP",
-        keys.ReportOptions,
-        _report,
-        _read_report,
-    ),
-    "runs": Verb(
-        "runs [FOLDER]",
-        "the runs in a folder (runs/): how each stands, its last and best figures; dinoreg report FOLDER compares them",
-        keys.RunsOptions,
-        _function("reports.run_list", "print_runs"),
-        lambda arguments: ([*read_options(keys.RunsOptions, arguments, positional=1)[0], "runs"][0],),
-    ),
-    "export": Verb(
-        "export weights=… format=timm|transformers|meta|safetensors|onnx out=FOLDER [size=…]",
-        "write a backbone for another library, with a certificate that it computes the same there, and a model card",
-        keys.ExportOptions,
-        _export,
-        details=("Exit code 1 and nothing written when the other library differs from the source above the bound.",),
-    ),
-    "inspect": Verb(
-        "inspect data=FOLDER [sample=1000]",
-        "count, sizes, formats and unreadable files of a data source",
-        keys.InspectOptions,
-        _inspect,
-    ),
-    "embed": Verb(
-        "embed data=FOLDER weights=… out=FILE.safetensors|FILE.parquet [key=value …]",
-        "write the features of a folder, list or archive of images to one file; goes on where it was stopped",
-        keys.EmbedOptions,
-        _function("commands.embed", "embed", "features"),
-    ),
-    "view": Verb(
-        "view attention|pca|norms weights=… images=… [key=value …]\n"
-        "       dinoreg view crops CONFIG [data=…] [key=value …]",
-        "pictures of what a model sees: attention, patch colours, token norms; or of the crops a config makes",
-        keys.NoOptions,
-        _view,
-        _read_view,
-        kinds={f"view {kind}": cls for kind, cls in keys.VIEWS.items()},
-        details=("view crops takes the keys of pretrain besides, as data=photos/ or crops.num_local=4.",),
-    ),
-    "launch": Verb(
-        "launch JOB [CONFIG] [key=value …]\n       dinoreg launch status|logs|cancel RUN [key=value …]",
-        "run a command as a job: on Slurm, or detached on this machine; it saves, requeues and goes on by itself",
-        LaunchOptions,
-        _function("commands.launch", "launch_command"),
-        tuple,
-        kinds={f"launch {action} RUN": cls for action, cls in keys.ACTIONS.items()},
-        details=_jobs,
-    ),
-    "plan": Verb(
-        "plan CONFIG [nodes=1] [gpus=8] [gpu=h100] [out=FILE.json] [key=value …]",
-        "what a run will cost before it starts: memory, speed, traffic, time, and what to change when it does not fit",
-        PlanOptions,
-        _function("commands.plan", "plan_command"),
-        _read_plan,
-        details=("All other keys are those of pretrain, as batch_size=32 or parallel.strategy=fsdp.",),
-    ),
-    "doctor": Verb(
-        "doctor [RUN]",
-        "what this machine has and what is missing for what; or what happened to a run",
-        keys.DoctorOptions,
-        _function("commands.doctor", "doctor"),
-        _read_doctor,
-    ),
-}
+_VERBS = (
+    Verb("quickstart", keys.QuickstartOptions, _quickstart),
+    Verb("pretrain", Config, _pretrain, _read_pretrain, lines=_configs, values=_load_config, words=1, path="data"),
+    Verb("inspect", keys.InspectOptions, _function("commands.inspect", "inspect_command"), path="data"),
+    Verb("plan", PlanOptions, _plan, _read_plan, also=Config, words=1, path="data"),
+    Verb("verdict", keys.VerdictOptions, _verdict, _read_verdict, words=1),
+    Verb("eval", EvalOptions, _eval, _read_eval, flags=("--list",), words=1),
+    Verb("report", keys.ReportOptions, _report, _read_report),
+    Verb("runs", keys.RunsOptions, _function("reports.run_list", "print_runs"), _read_runs),
+    Verb("embed", keys.EmbedOptions, _function("commands.embed", "embed", "features"), path="data"),
+    Verb("view", keys.NoOptions, _view, _read_view, kinds=_VIEWS, also=Config, words=1, path="images"),
+    Verb("registers", keys.RegistersOptions, _function("commands.registers", "report_registers"), path="images"),
+    Verb("export", keys.ExportOptions, _export, path="weights"),
+    Verb("launch", LaunchOptions, _function("commands.launch", "launch_command"), tuple, _ACTIONS, _jobs, also=Config),
+    Verb("doctor", keys.DoctorOptions, _function("commands.doctor", "doctor"), _read_doctor),
+    Verb("completion", keys.NoOptions, print, _read_completion),
+)
+VERBS = {verb.name: verb for verb in _VERBS}
 
 
 def run_verb(verb: str, arguments: list[str], **hooks: Any) -> None:
@@ -272,7 +211,32 @@ def run_verb(verb: str, arguments: list[str], **hooks: Any) -> None:
 
     hooks  arguments for a training, such as `on_checkpoint`, from the job that it runs in
     """
-    VERBS[verb].run(*VERBS[verb].parse(arguments), **hooks)
+    parsed = VERBS[verb].parse(arguments)
+    check_early(parsed)
+    VERBS[verb].run(*parsed, **hooks)
+    say_next(verb, *_done(verb, arguments, parsed))
+
+
+def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
+    """(values, case) of the line on what to do next, see `say_next`."""
+    values = {key: value for each in parsed for key, value in given_by(each).items()}
+    first, case = (arguments or [""])[0].partition("=")[0], ""
+    if verb == "eval":
+        from dinoreg.evaluation.request import is_own
+
+        case = "listed" if "--list" in arguments else "own" if is_own(first) else ""
+    elif verb == "view" and first == "crops":
+        case, values["source"] = first, dict(pair.partition("=")[::2] for pair in arguments).get("data")
+    elif verb == "export" and values["format"] == "onnx":
+        case = "onnx"
+    elif verb == "doctor" and first:
+        case = "finished" if read_json(Path(first) / "status.json").get("phase") == "finished" else "unfinished"
+    elif verb == "plan":
+        rest = split_texts(PlanOptions, arguments[1:])[1] + ([] if values.get("data.source") else ["data=FOLDER"])
+        values |= {"rest": Verbatim(shlex.join(rest)), "stem": Path(first).stem}
+    elif verb == "registers":
+        values["weights"] = parsed[0].models[0]
+    return {**values, "first": first}, case
 
 
 def _run_folders(verb: str, text: str) -> list[Path]:

@@ -7,7 +7,7 @@ the curve over numbers of labels with the same method. k-NN stands beside it as 
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.commands.evaluate import folder_name
-from dinoreg.commands.options import VerdictOptions
-from dinoreg.config.option import dotted, read
+from dinoreg.commands.options import VerdictOptions, read_verdict
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import Opened, open_encoder
 from dinoreg.evaluation.benchmark import PROTOCOLS
@@ -28,8 +27,9 @@ from dinoreg.evaluation.features.images import read_picture, shown
 from dinoreg.evaluation.label_efficiency import curve, labels_needed, shares
 from dinoreg.evaluation.options import EvalOptions, FewShotOptions, KnnOptions, SharedOptions
 from dinoreg.evaluation.protocols.classification import GREEN, RED, framed
+from dinoreg.evaluation.request import Request
 from dinoreg.evaluation.result import Result, Row, headlines, plain, unpacked
-from dinoreg.evaluation.runner import Request, baselines_of, look, measure, preflight
+from dinoreg.evaluation.runner import baselines_of, look, measure, preflight
 from dinoreg.plan.encoder_cost import encoder_cost
 from dinoreg.reports.labelled_verdict import KINDS, Advice, advise, in_short, write_page
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
@@ -78,19 +78,11 @@ def verdict_command(labelled: str, options: VerdictOptions, own: Mapping[str, An
     print(printable("\n".join(lines), keep="\n"))
 
 
-def read_verdict(overrides: Mapping[str, Any] | Iterable[str]) -> tuple[VerdictOptions, dict[str, Any]]:
-    """The options, and those of own data (own.KEY=VALUE); UserError for an unknown key or a value not accepted."""
-    given = dotted(overrides)
-    own = {key.removeprefix("own."): given.pop(key) for key in [*given] if key.startswith("own.")}
-    return read(VerdictOptions, given)[0], own
-
-
 def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]) -> LabelledVerdict:
     benchmark = own_benchmark(Path(labelled), own, options.columns)
     if not set(KINDS) <= {task.protocol for task in benchmark.tasks}:
-        raise UserError(
-            f"{labelled}: expected one class a picture; for {benchmark.task} see dinoreg eval, one out= for all"
-        )
+        other = f"for {benchmark.task} see dinoreg eval, one out= for all"
+        raise UserError(f"{labelled}: expected one class a picture; {other}")
     encoders, mine = _open(options)
     run = mine.run or Path("runs/verdict") / folder_name(mine.encoder)
     out = Path(options.out) if options.out else run / "verdict" / f"{mine.step:07d}" / benchmark.name

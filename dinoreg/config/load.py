@@ -100,9 +100,8 @@ def find_config(source: str | Path) -> Path:
         return path
     if path.is_dir():
         if not (path / "config.yaml").is_file():
-            raise UserError(
-                f"config {path}: a folder without config.yaml; expected a run folder, a YAML file or a name"
-            )
+            why = f"config {path}: a folder without config.yaml; expected a run folder, a YAML file or a name"
+            raise UserError(why)
         return path / "config.yaml"
     raise UserError(f"config {source}: unknown{nearest(str(source), known)}; known: {', '.join(known)}")
 

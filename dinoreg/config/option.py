@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import inspect
 import operator
+import os
 import re
 import types
 import typing
@@ -27,6 +28,13 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import flatten, is_number
 from dinoreg.runtime.printable import shortened
 
+# What other programs call the same; of each group a key that is known here is meant.
+_SYNONYMS = [
+    *("data images source dataset data_dir data_path path folder input", "lr learning_rate", "weight_decay wd"),
+    *("weights checkpoint ckpt model pretrained init", "out output output_dir save_dir outdir", "batch_size batch bs"),
+    *("workers num_workers threads", "steps max_steps num_steps iterations", "epochs num_epochs max_epochs"),
+    "global_size crop_size img_size image_size imgsz size",
+]
 LARGEST = 1e12  # of any whole number without an upper bound of its own: no count is meant to be larger
 MAX_LISTED = 12  # a class with more keys than this does not list them all in a message
 REQUIRED: Any = dataclasses.MISSING  # instead of the default of an option that must be given
@@ -183,6 +191,11 @@ def keys_of(cls: Any) -> dict[str, Any]:
     return {key: hint for key, hint, _, _ in _walk(cls)}
 
 
+def declarations(cls: Any) -> dict[str, tuple[Any, Declaration]]:
+    """Every dotted key of a class of options with its type and what it was declared with."""
+    return {key: (hint, item.metadata["option"]) for key, hint, item, _ in _walk(cls)}
+
+
 def flat(options: Any, shaping: bool = False) -> dict[str, Any]:
     """{"optim.lr": 0.004, …}: every value by its dotted key; `shaping`: only those that the result depends on."""
     return {
@@ -258,12 +271,10 @@ def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> 
             raise UserError(f"{parent}: is a value, not a section ({where})")
         elif below is None:
             verb = getattr(cls, "_verb", "")
-            hint = nearest(name, known) or nearest(name.rpartition(".")[2], known)
+            hint = _synonym(name, known) or nearest(name, known) or nearest(name.rpartition(".")[2], known)
             accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
             source = f"of dinoreg {verb}" if verb else f"({where})"
-            raise UserError(
-                f"{shortened(name)}: unknown key {source}{hint}{accepted if len(known) <= MAX_LISTED else ''}"
-            )
+            raise UserError(f"{shortened(name)}: unknown key {source}{hint}{accepted}")
         elif value != {}:
             raise UserError(f"{shortened(name)}={shortened(value)}: expected keys below it, such as {below} ({where})")
     return converted
@@ -324,6 +335,9 @@ def _read_text(text: str, hint: Any) -> Any:
             return _split_list(text[1:-1])
         if str not in kinds:  # names, unlike paths, hold no commas
             return _split_list(text)
+        parts = _split_list(text)
+        if len(parts) > 1 and not os.path.exists(text) and all(os.path.exists(os.path.expanduser(p)) for p in parts):
+            return parts
     if str in kinds:  # a path or a name stays the text it is, whatever YAML would make of it
         return text
     if "," in text and text[0] not in "[{":
@@ -386,6 +400,15 @@ def nearest(key: str, known: Iterable[str]) -> str:
         leaves = {path.rsplit(".", 1)[-1]: path for path in reversed(known)}
         matches = [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)]
     return f"; did you mean {matches[0]}?" if matches else ""
+
+
+def _synonym(name: str, known: Iterable[str]) -> str:
+    """As `nearest`, for a key that another program has for one of `known`."""
+    leaf = name.lower().replace("-", "_").rpartition(".")[2]
+    same = next((group.split() for group in _SYNONYMS if leaf in group.split()), [])
+    leaves = {key.rpartition(".")[2]: key for key in reversed(list(known))}
+    found = next((leaves[word] for word in same if word in leaves), "")
+    return f"; did you mean {found}?" if found else ""
 
 
 def describe(options: Any) -> list[tuple[str, str, str]]:

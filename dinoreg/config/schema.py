@@ -20,9 +20,11 @@ from dinoreg.runtime.errors import UserError, one_line
 BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-DEVICE = "auto | cpu | cuda | cuda:0 | mps"
+DEVICE = {"help": "what computes", "pattern": r"auto|cpu|mps|cuda(:\d+)?", "expected": "auto, cpu, cuda, cuda:N or mps"}
 VALUE_RANGE = "LOW,HIGH with LOW below HIGH, once or for each channel"
 CONSTANT_ONLY = "0 unless schedule.shape=constant"
+SHAPES = ("cosine", "constant")
+METRICS = ("knn_top1", "rankme", "dense_miou", "dse")
 MAX_SEED = 2**63 - 1
 MAX_WIDTH = 65536
 MAX_PROTOTYPES = 2**24
@@ -71,18 +73,14 @@ class LossConfig(Options, section="loss"):
     dino_weight: float = option(1.0, "of the class-token loss, local and global terms", low=0)
     ibot_weight: float = option(1.0, "of the masked-patch loss", low=0)
     koleo_weight: float = option(0.1, "of the entropy of class tokens, each global view", low=0)
-    diet_weight: float = option(
-        0.0, "of telling the images of the data apart, by their class tokens of init= (DIET)", low=0
-    )
+    diet_weight: float = option(0.0, "of telling images apart by class tokens of init= (DIET)", low=0)
     anchor_weight: float = option(0.0, "of the cosine distance to the features of init=; 0: off, at no cost", low=0)
     distill_patch_weight: float = option(1.0, "of patch tokens with distill=; class tokens have 1", low=0)
     student_temp: float = option(0.1, "softmax temperature of the student", above=0)
     centering: str = option("softmax", "of the targets; softmax has a moving centre", choices=("softmax", "sinkhorn"))
     sinkhorn_iterations: int = option(3, "row and column normalisations", low=1, high=1_000)
     center_momentum: float = fraction(0.9, "of the moving centre")
-    center_by_process: bool = option(
-        False, "patches: mean of the processes' own means, as the reference; not of all rows"
-    )
+    center_by_process: bool = option(False, "patches: mean of processes' means, as the reference; not of all rows")
     koleo_ranks: int | None = option(None, "processes that KoLeo searches together; none: all; reference: 1", low=1)
 
     def __post_init__(self) -> None:
@@ -109,9 +107,7 @@ class OptimConfig(Options, section="optim"):
     patch_embed_lr: float = option(0.2, "extra rate multiplier of the patch embedding")
     clip_grad: float | None = option(3.0, "maximum gradient norm of the backbone and each head; 0, none: any", low=0)
     move_on_skip: bool = option(False, "teacher and centres move in steps that fp16 overflow skips, as the reference")
-    accumulate: int = option(
-        1, "micro-batches a step is computed in: less memory, the same statistics", low=1, high=1_000_000
-    )
+    accumulate: int = option(1, "micro-batches of a step: less memory, the same statistics", low=1, high=1_000_000)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,15 +126,9 @@ class ScheduleConfig(Options, section="schedule"):
     teacher_temp: tuple[float, float] = option((0.04, 0.07), "start and end (linear, then constant)", above=0)
     teacher_temp_warmup: float = option(0.3, "fraction of the run over which it rises; above 1 it ends below", low=0)
     freeze_last_layer: float = fraction(0.01, "fraction of the run in which the prototypes do not move")
-    shape: str = option(
-        "cosine",
-        "constant: rate, weight decay and momentum keep their first values, for a run that may be extended",
-        choices=("cosine", "constant"),
-    )
+    shape: str = option("cosine", "constant: values stay the first, for a run that may be extended", choices=SHAPES)
     cooldown: int = option(0, "last steps, in which a constant schedule goes to its end values (cosine)", low=0)
-    horizon: int | None = option(
-        None, "steps that fractions of the run are of; none: its length, if constant that of its first start", low=1
-    )
+    horizon: int | None = option(None, "steps that fractions are of; none: the run's, constant: at first", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,9 +164,7 @@ class DataConfig(Options, section="data"):
 
     source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
-    range: list[float] | None = option(
-        None, "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type"
-    )
+    range: list[float] | None = option(None, "LOW,HIGH: black and white, or two a channel; none: by type")
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     columns: str = option("", "of a table: which holds the paths, as path:FILE; empty: one called as paths usually are")
     workers: int | None = option(None, "threads; none: a core each, at most 16", low=0, high=1024, shapes_result=False)
@@ -185,9 +173,7 @@ class DataConfig(Options, section="data"):
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)
     max_pixels: int = option(200_000_000, "larger images count as unreadable")
     reduced_decode: bool = option(True, "decode a large JPEG at 1/2, 1/4 or 1/8 where no crop loses pixels by it")
-    reference_decode: bool = option(
-        False, "train on Pillow's convert(RGB) of whole files: EXIF orientation and alpha ignored, 16 bits cut to 8"
-    )
+    reference_decode: bool = option(False, "Pillow's convert(RGB): EXIF orientation and alpha ignored, 16 bits cut")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,15 +187,11 @@ class ParallelConfig(Options, section="parallel"):
     """How a run is distributed over several processes; without effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
-    shard: int | None = option(
-        None, "fsdp: processes that share a state; none: all; fewer: HSDP", unit="process", low=1
-    )
+    shard: int | None = option(None, "fsdp: that share a state; none: all; fewer: HSDP", unit="process", low=1)
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)
-    timeout: float = option(
-        600.0, "without an answer after which others are lost", unit="second", above=0, high=100_000_000
-    )
+    timeout: float = option(600.0, "of silence before others are lost", unit="second", above=0, high=10**8)
     check_every: int = option(1000, "steps between comparisons of all copies of weights; 0: never", low=0)
 
 
@@ -219,9 +201,7 @@ class CheckpointConfig(Options, section="checkpoint"):
 
     every: int | None = option(None, "steps between checkpoints; none: a tenth of the run, at most 2000", low=1)
     keep: int = option(2, "newest training states kept; the best is kept besides", low=1, high=1_000_000)
-    keep_hours: float | None = option(
-        None, "one state is kept besides for every so many hours", above=0, high=1_000_000
-    )
+    keep_hours: float | None = option(None, "besides, a state for every so many hours", above=0, high=1_000_000)
     asynchronous: bool = option(True, "training goes on while a copy in CPU memory is written; false: it waits")
     max_failures: int = option(3, "checkpoints in a row that could not be written and end the run", low=1)
 
@@ -244,9 +224,7 @@ class ProbeConfig(Options, section="probe"):
     """The evaluation of the teacher during the run."""
 
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
-    data: str | None = option(
-        None, "labelled images: a folder of classes or of train/, val/ with classes, a table, scenes; none: rank only"
-    )
+    data: str | None = option(None, "labelled: a folder of classes or splits, a table, scenes; none: rank only")
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
     columns: str = option("", "of a table in data or general: as path:FILE,label:BREED,split:SET; empty: usual names")
     root: str | None = option(None, "folder that the paths of such a table may not leave; none: the table's own")
@@ -254,9 +232,7 @@ class ProbeConfig(Options, section="probe"):
     dense_values: str = option("", "numbers or colours of such masks that are classes, as [0,255]; empty: from 0")
     margin: float = option(0.03, "fall of k-NN accuracy on probe.general that is warned of", above=0, below=1)
     num_images: int = option(2000, "images of each set embedded at each probe, half to learn from, half to test", low=4)
-    metric: str = option(
-        "knn_top1", "of `best`; rankme and dse need no labels", choices=("knn_top1", "rankme", "dense_miou", "dse")
-    )
+    metric: str = option("knn_top1", "of `best`; rankme and dse need no labels", choices=METRICS)
     max_share: float = option(0.05, "of the running time; probes are left out when they would cost more")
 
 
@@ -281,7 +257,7 @@ class Config(Options):
     epochs: float | None = option(None, "length of the run in passes over the data", above=0)
     batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
-    device: str = option("auto", DEVICE, shapes_result=False)
+    device: str = option("auto", **DEVICE, shapes_result=False)
     precision: str = option("auto", "auto: bf16 in hardware; tf32: fp32, faster", choices=(*PRECISIONS, "tf32"))
     threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_result=False)

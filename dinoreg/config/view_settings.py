@@ -54,9 +54,7 @@ class AugmentSettings(Options, section="augment"):
     blur_global1: float = fraction(1.0, "probability of a Gaussian blur of the first global crop")
     blur_global2: float = fraction(0.1, "the same of the second global crop")
     blur_local: float = fraction(0.5, "the same of a local crop")
-    blur_sigma: tuple[float, float] = option(
-        (0.1, 2.0), "standard deviation", unit="pixel", above=0, ascending=True, high=1_000
-    )
+    blur_sigma: tuple[float, float] = option((0.1, 2.0), "in pixels", above=0, ascending=True, high=1_000)
     blur_kernel: int = option(9, "taps of the blur kernel, odd", low=1, high=1_001)
     reference_blur: bool = option(False, "blur with 1 - p, as the reference implementation runs (0.0, 0.9, 0.5)")
     solarize_global2: float = fraction(0.2, "probability of inverting the bright pixels of the second global crop")
@@ -74,9 +72,7 @@ class MaskSettings(Options, section="mask"):
     """Block masks that hide patches of the student's global crops."""
 
     probability: float = fraction(0.5, "share of the global crops of a batch that are masked")
-    ratio: tuple[float, float] = fraction(
-        (0.1, 0.5), "share of a crop's patches, spread over the batch", ascending=True
-    )
+    ratio: tuple[float, float] = fraction((0.1, 0.5), "masked share of a crop, over the batch", ascending=True)
     by_process: bool = option(False, "`ratio` is spread over each process's crops, as the reference; not over all")
     min_patches: int = option(4, "patches of the smallest block", low=1, high=1_000_000)
     aspect: float = option(0.3, "the most elongated block: height over width in aspect .. 1 / aspect", above=0, high=1)

@@ -4,7 +4,6 @@ A copy on both sides of a split is a test question that was in the book (Barz & 
 data?", arXiv 1902.00423).
 """
 
-import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from dinoreg.data.decode import EncodedImage, alone_if_large
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage, missing_values
+from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.parallel import parallel
 
@@ -49,11 +49,6 @@ class Copies(NamedTuple):
         np.minimum.at(first, self.groups[self.order()], np.arange(len(self.groups)))
         places = np.random.default_rng([seed, 1729]).permutation(len(self.groups))
         return places[first[self.groups]]
-
-
-def content_digest(data: bytes | np.ndarray) -> bytes:
-    """SHA-256 of a file's bytes or of an array's, 32 bytes."""
-    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()
 
 
 def find_copies(source: Source) -> Copies:

@@ -54,15 +54,20 @@ def known_names() -> dict[str, Path]:
     return paths
 
 
+def find_named(name: str) -> Path:
+    """Where the dataset of a name is declared; UserError, with the nearest, for an unknown one."""
+    known = known_names()
+    if name.lower() not in known:
+        raise UserError(f"data: {name!r} is not a known kind of source, expected {KINDS}{nearest(name, known)}")
+    return known[name.lower()]
+
+
 def open_named(name: str, options: str, index_dir: str | None) -> Source:
     """The source `NAME:OPTIONS`, with OPTIONS like "root=/datasets,split=train".
 
     raises UserError for an unknown dataset or option, a missing root, and what the dataset itself lacks
     """
-    known = known_names()
-    if name.lower() not in known:
-        raise UserError(f"data: {name!r} is not a known kind of source, expected {KINDS}{nearest(name, known)}")
-    declared = load_declaration(known[name.lower()])
+    declared = load_declaration(find_named(name))
     benchmark, pretraining = declared.BENCHMARK, declared.PRETRAINING
     name = benchmark.name
     accepted = ("root", *(("split",) if pretraining.splits else ()), *pretraining.options)
@@ -70,18 +75,16 @@ def open_named(name: str, options: str, index_dir: str | None) -> Source:
     for option in filter(None, _OPTION.split(options)):
         key, _, text = option.partition("=")
         if key not in accepted:
-            raise UserError(
-                f"data: {name} has no option {key!r}, expected {', '.join(accepted)}{nearest(key, accepted)}"
-            )
+            why = f"data: {name} has no option {key!r}, expected {', '.join(accepted)}{nearest(key, accepted)}"
+            raise UserError(why)
         if key in values:
             raise UserError(f"data: {name}:{options}: {key} is given twice")
         values[key] = Text(text)
     root = str(values.pop("root", ""))
     if not root:
         need = benchmark.layouts[0][0]
-        raise UserError(
-            f"data: {name} needs the folder that holds it, as {name}:root=FOLDER with {need.path} of {need.archive}"
-        )
+        why = f"data: {name} needs the folder that holds it, as {name}:root=FOLDER with {need.path} of {need.archive}"
+        raise UserError(why)
     split = str(values.pop("split", pretraining.splits[0] if pretraining.splits else ""))
     if pretraining.splits and split not in pretraining.splits:
         expected = " or ".join(pretraining.splits)

@@ -8,21 +8,26 @@ counts, and as many pages of one size as there are channels are these channels. 
 with grey.
 """
 
+from __future__ import annotations
+
 import importlib.util
 import io
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from dinoreg.data import scientific
 from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, check_size, to_byte_scale
+
+if TYPE_CHECKING:  # imported where pixels are computed: sources and datasets are opened, and refused, without torch
+    from torch import Tensor
 
 MAX_PIXELS = 200_000_000  # Pillow refuses formats other than JPEG above 178,956,970 in any case
 MIN_SIDE = 2  # pixels; below this there is nothing to crop
@@ -36,6 +41,8 @@ _GREY, _RGB = 1, 3  # modes of image::decode_jpeg
 
 def _load_image_operators() -> None:
     """Load torchvision's image operators without torchvision, whose models take as long to import as torch itself."""
+    import torch
+
     found = importlib.util.find_spec("torchvision")
     for library in Path(found.origin).parent.glob("image*.so") if found is not None and found.origin else ():
         with suppress(OSError):
@@ -44,11 +51,15 @@ def _load_image_operators() -> None:
     import torchvision  # noqa: F401 (where its library has another name)
 
 
-def _find_jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
+@cache
+def _jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
     """torchvision's JPEG decoder (encoded bytes, mode -> (C, H, W) uint8), or None where there is no such operator.
 
     The operator and not torchvision.io.decode_jpeg around it, which is deprecated since torchvision 0.29.
     """
+    import torch
+
+    _load_image_operators()
     try:
         operator = torch.ops.image.decode_jpeg
         arguments = operator.default._schema.arguments
@@ -56,10 +67,6 @@ def _find_jpeg_operator() -> Callable[[Tensor, int], Tensor] | None:
         return None
     needed = [str(argument.type) for argument in arguments if not argument.has_default_value()]
     return operator if needed == ["Tensor", "int"] else None
-
-
-_load_image_operators()
-_decode_jpeg = _find_jpeg_operator()
 
 
 @contextmanager
@@ -131,11 +138,13 @@ class EncodedImage:
             return self.oriented(self._scaled(self.raw))
         usual = self.components in (1, 3) and self.in_channels in (1, 3)
         with _damage_named():
-            if _decode_jpeg is not None and reduction == 1 and usual:
+            if reduction == 1 and usual and (decode_jpeg := _jpeg_operator()) is not None:
+                import torch
+
                 # bytearray: torch warns about memory that it may not write to
                 encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
                 with suppress(RuntimeError):  # for what this decoder refuses; Pillow has the last word
-                    whole = _decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
+                    whole = decode_jpeg(encoded, _RGB if self.in_channels == 3 else _GREY)
                     if self.value_range is not None:
                         whole = self._scaled(RawPixels(whole.permute(1, 2, 0).numpy()))
                     return self.oriented(whole)
@@ -155,6 +164,7 @@ class EncodedImage:
         with _damage_named():
             if scientific.is_deep_png(self._data):
                 self._check_header(max_pixels)
+                _jpeg_operator()  # which comes with that of PNG
                 raw = scientific.read_deep_png(self._data)
             elif scientific.is_dicom(self._data):
                 self.format = "DICOM"
@@ -318,6 +328,8 @@ def _with_channels(array: np.ndarray) -> np.ndarray:
 
 def _from_array(array: np.ndarray, in_channels: int) -> Tensor:
     """(H, W, C) as (in_channels, H, W), type kept; grey is repeated to three channels, colour becomes luma for one."""
+    import torch
+
     if array.shape[2] == 1 and in_channels == 3:
         array = np.repeat(array, 3, axis=2)
     elif array.shape[2] == 3 and in_channels == 1:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 
-from dinoreg.data.declared import KINDS, open_named
+from dinoreg.data.declared import KINDS, find_named, open_named
 from dinoreg.data.folder_index import PathBlock, index_folder
 from dinoreg.data.labelled import LabelledImages
 from dinoreg.data.labelled_folder import read_labelled_folder
@@ -61,18 +61,32 @@ def _open(
     if weights is not None and len(weights) != 1:
         raise UserError(f"data.weights has {len(weights)} numbers for one source ({spec})")
     is_text, spec = isinstance(spec, str), os.path.expanduser(os.fspath(spec))
-    if not spec:
-        raise UserError(f"data is empty, expected {KINDS}")
-    name, colon, options = spec.partition(":")
+    name, _, options = spec.partition(":")
     if is_text and is_scenes(spec):
         return _open_scenes(options)
     if os.path.isdir(spec):
         return PathSource(os.path.abspath(spec), index_folder(spec, index_dir))
     if os.path.isfile(spec):
         return _open_list(spec, root, columns)
-    if colon and name.isidentifier():
-        return open_named(name, options, None if index_dir is None else os.fspath(index_dir))
-    raise UserError(f"data: {spec} does not exist, expected {KINDS}")
+    check_source(spec)
+    return open_named(name, options, None if index_dir is None else os.fspath(index_dir))
+
+
+def check_source(spec: str | os.PathLike[str] | Sequence[str], key: str = "data") -> None:
+    """UserError for a path that does not exist and names no kind of source; nothing is read.
+
+    key  the option that names it
+    """
+    for part in [spec] if isinstance(spec, (str, os.PathLike)) else spec:
+        path = os.path.expanduser(os.fspath(part))
+        name, colon, _ = path.partition(":")
+        if not path:
+            raise UserError(f"{key} is empty, expected {KINDS}")
+        if os.path.exists(path) or is_scenes(path):
+            continue
+        if not colon or len(name) == 1 or not name.isidentifier():  # C:\ is a path
+            raise UserError(f"{key}: {part} does not exist, expected {KINDS}")
+        find_named(name)
 
 
 def read_labelled(
@@ -90,17 +104,23 @@ def read_labelled(
 
     Raises UserError, in one line, for what is missing and as `read_labelled_folder` and `read_labelled_table` do.
     """
-    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    path = find_labelled(path)
     if os.path.isdir(path):
         return read_labelled_folder(path, index_dir)
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: does not exist, expected a folder or a {', '.join(TABLES)} file")
-    if os.path.splitext(path)[1].lower() not in (*TABLES, *LISTS):
-        raise UserError(f"{path}: is a file, expected a folder or a {', '.join(TABLES)} file")
     base = None if root is None else os.path.expanduser(os.fspath(root))
     if base is not None and not os.path.isdir(base):
         raise UserError(f"{root_key}={root}: is not a folder")
     return read_labelled_table(path, base, column_names(columns, columns_key), root_key)
+
+
+def find_labelled(path: str | os.PathLike[str]) -> str:
+    """The absolute path of a folder or a table; UserError for anything else."""
+    path = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    if not os.path.exists(path):
+        raise UserError(f"{path}: does not exist, expected a folder or a {', '.join(TABLES)} file")
+    if not os.path.isdir(path) and os.path.splitext(path)[1].lower() not in (*TABLES, *LISTS):
+        raise UserError(f"{path}: is a file, expected a folder or a {', '.join(TABLES)} file")
+    return path
 
 
 def is_scenes(spec: str) -> bool:

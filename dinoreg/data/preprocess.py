@@ -147,9 +147,8 @@ def _range(values: Any, where: object) -> ValueRange | None:
 def _per_channel(values: Any, channels: int, key: str, where: object) -> tuple[float, ...]:
     fits = isinstance(values, (list, tuple)) and len(values) in (1, channels)
     if not fits or not all(map(is_number, values)):
-        raise UserError(
-            f"weights {where}: {key}={values!r}: expected one number or one for each of {channels} channels"
-        )
+        why = f"weights {where}: {key}={values!r}: expected one number or one for each of {channels} channels"
+        raise UserError(why)
     if key == "std" and min(values) <= 0:
         raise UserError(f"weights {where}: std={values!r}: expected positive numbers")
     return tuple(map(float, values)) * (channels // len(values))

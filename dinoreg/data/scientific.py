@@ -4,7 +4,6 @@ import io
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from dinoreg.data.value_range import BadImage, RawPixels, check_size
@@ -32,6 +31,8 @@ def is_deep_png(data: bytes) -> bool:
 
 def read_deep_png(data: bytes) -> RawPixels:
     """A PNG of 16 bits with 1 to 4 channels; the last of 2 or 4 is its transparency."""
+    import torch
+
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     values = torch.ops.image.decode_png(encoded, _PNG_UNCHANGED, False).permute(1, 2, 0).numpy()
     if values.shape[2] in (2, 4):

@@ -3,21 +3,25 @@
 A source hands out undecoded images by index. It knows nothing of order, crops or batches.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from dinoreg.data.decode import MAX_PIXELS, MIN_SIDE, EncodedImage, pillow_rgb
 from dinoreg.data.folder_index import PathBlock
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.runtime.regular_files import read_regular
 from dinoreg.scenes import render as scenes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STAMPED_FILES = 50_000  # whose sizes and times are looked at when features are cached
 SCENES_CACHE_BYTES = 1 << 30  # rendered scenes kept in memory at most

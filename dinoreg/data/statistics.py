@@ -11,13 +11,15 @@ import numpy as np
 
 from dinoreg.config.load import Config
 from dinoreg.config.view_settings import AugmentSettings
-from dinoreg.data.copies import content_digest
 from dinoreg.data.decode import EncodedImage, alone_if_large
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, is_scaled, limits, missing_values
+from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.printable import print_status
+from dinoreg.runtime.progress import show_progress
 from dinoreg.runtime.templates import render
 
 _PERCENTILES = (0, 5, 50, 95, 100)
@@ -25,6 +27,8 @@ _LISTED = 20  # bad files and groups of duplicates shown on the console
 _THREADS = 4
 _VALUES = 10_000  # of a picture of more than eight bits, looked at
 LOOKED_AT = 16  # pictures that are looked at before any work is done
+FEW_IMAGES = 10_000  # below which public weights are the better start
+LARGE = 4_000_000  # pixels of a picture that takes longer to read than a step has
 _COUNTED = 1 << 20  # pixels that are counted at once, as numpy counts a copy of eight times the size
 _MEASURED = 200  # pictures that a normalisation is measured on
 _OUTSIDE, _LITTLE = 0.01, 0.1  # shares of values beyond the range, and of the range in use, that are worth a warning
@@ -66,10 +70,8 @@ def survey(
     if not good:
         first, channels = images[0], {image.get("channels", in_channels) for image in images}
         hint = f"; model.in_channels={min(channels)} takes them" if channels.isdisjoint({1, 3, in_channels}) else ""
-        raise UserError(
-            f"{what}: none of {len(images)} pictures looked at can be used for {in_channels} channels; the first: "
-            f"{first['name']}: {first['bad']}{hint}"
-        )
+        why = f"{what}: none of {len(images)} pictures looked at can be used for {in_channels} channels; the first: "
+        raise UserError(f"{why}{first['name']}: {first['bad']}{hint}")
     deep = source.value_range is not None or any(image["type"] != "uint8" for image in good)
     warnings = _of_scale(good, source.value_range, whose, key or whose)
     pages = [image["pages"] for image in good if image["pages"] > 1 and image["format"] == "TIFF"]
@@ -121,7 +123,8 @@ def inspect_source(
     value_range  LOW,HIGH as in `data.range`; without it pixels are scaled by their types
     root, columns  of a list or table, as for `open_source`
     returns    a dict of plain values: images, looked_at, formats, modes, percentiles of height, width and
-               shorter_side, small, bad (name -> reason), duplicates (lists of names with equal contents),
+               shorter_side, small, large (of more than LARGE pixels), bad (name -> reason), duplicates (lists of
+               names with equal contents),
                mean, std (per channel, of pixels in 0..1, every image weighing the same; None without images), types
                (of pixels -> images), values (least, 0.1 %, 99.9 %, greatest) and used (the share of their type's
                range) of images of more than eight bits or None, range (a suggestion for `data.range`, or None),
@@ -132,7 +135,7 @@ def inspect_source(
     raises     UserError as `open_source` does
     """
     source = open_source(spec, root=root, value_range=value_range, columns=columns)
-    images = _describe_some(source, sample, in_channels)
+    images = _describe_some(source, sample, in_channels, "inspect")
     good = [image for image in images if "bad" not in image]
     height, width = (np.array([image[side] for image in good], dtype=np.int64) for side in ("height", "width"))
     shorter = np.minimum(height, width)
@@ -153,6 +156,7 @@ def inspect_source(
         "shorter_side": _percentiles(shorter),
         "crop_size": crop_size,
         "small": int((shorter < crop_size).sum()),
+        "large": int((height * width > LARGE).sum()),
         "bad": {image["name"]: image["bad"] for image in images if "bad" in image},
         **_values(images),
         "passed_over": source.passed_over,
@@ -166,14 +170,18 @@ def inspect_source(
 
 def render_inspection(statistics: dict[str, Any]) -> str:
     """The result of `inspect_source` as text for the console."""
-    return render("data/templates/inspection.txt.j2", listed=_LISTED, **statistics).rstrip()
+    return render("data/templates/inspection.txt.j2", listed=_LISTED, few=FEW_IMAGES, **statistics).rstrip()
 
 
-def _describe_some(source: Source, count: int, in_channels: int) -> list[dict[str, Any]]:
-    """`_describe` of evenly spaced images, `count` at most; 0: of all."""
+def _describe_some(source: Source, count: int, in_channels: int, what: str = "") -> list[dict[str, Any]]:
+    """`_describe` of evenly spaced images, `count` at most; 0: of all. With `what` it shows its progress."""
     count = len(source) if count <= 0 else min(count, len(source))
     indices = np.linspace(0, len(source) - 1, count).round().astype(np.int64)
-    return list(parallel(lambda index: _describe(source, int(index), in_channels), indices, _THREADS))
+    found = parallel(lambda index: _describe(source, int(index), in_channels), indices, _THREADS)
+    if what:
+        print_status(f"{what}: looking at {count:,} of {len(source):,} images")
+        import torch  # noqa: F401 (seconds which are not the pictures')
+    return list(show_progress(found, count, what, "images") if what else found)
 
 
 def _describe(source: Source, index: int, in_channels: int) -> dict[str, Any]:

@@ -413,9 +413,8 @@ def _join(place: Place, device: str, timeout: float) -> None:
         meeting.store = None  # another attempt needs a new store
         reason = str(error).splitlines()[0][:200]
         where = f"{place.address}:{place.port} within {timeout:.0f} s"
-        raise RunError(
-            f"rank {place.rank} of {place.world_size} could not meet the others at {where}: {reason}"
-        ) from None
+        why = f"rank {place.rank} of {place.world_size} could not meet the others at {where}: {reason}"
+        raise RunError(why) from None
 
 
 @dataclass

@@ -233,6 +233,8 @@ def find_benchmark(name: str) -> Benchmark:
     aliases = {alias: each for each in known.values() for alias in each.aliases}
     benchmark = (aliases | known).get(name.lower())
     if benchmark is None:
+        if "/" in name or "\\" in name or PurePosixPath(name).suffix:
+            raise UserError(f"{name}: does not exist; expected a labelled folder, a table, or a dataset of eval --list")
         hint = nearest(name, known) or nearest(name, aliases)
         raise UserError(f"{name}: unknown dataset{hint}; known: {', '.join(known)}")
     return benchmark

@@ -1,29 +1,23 @@
-"""What a protocol receives besides its data: folders, seed, sizes, and how progress is shown."""
+"""What a protocol receives besides its data: folders, seed, sizes, and states of unfinished work."""
 
 import io
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.evaluation.features.images import CentreCrop
-from dinoreg.runtime.printable import in_markup, print_status
 
-T = TypeVar("T")
 SAVE_SECONDS = 120.0  # between saved states of work that can be resumed
-SHOW_SECONDS = 5.0  # between lines of progress where there is no terminal
 
 
 @dataclass
@@ -100,25 +94,3 @@ class SavedState:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(self._path, buffer.getvalue())
             self._last = time.monotonic()
-
-
-def show_progress(items: Iterable[T], total: int, what: str, unit: str = "it") -> Iterator[T]:
-    """The items, with a bar on a terminal; elsewhere a line every SHOW_SECONDS with count, rate and time left.
-
-    total  number of items, 0 if unknown
-    what   description of the work
-    unit   of the rate, "it" per second by default
-    """
-    console = Console(stderr=True)
-    if console.is_terminal:
-        yield from track(items, in_markup(what), total, console=console, transient=True)
-        return
-    started = shown = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - shown >= SHOW_SECONDS:
-            shown, rate = now, done / (now - started)
-            left = timedelta(seconds=int((total - done) / rate)) if total else "?"
-            pace = f"{rate:,.1f} {unit}/s" if rate >= 0.1 else f"{1 / rate:,.0f} s/{unit}"
-            print_status(f"{what}: {done:,}/{total:,} · {pace} · {left} left")

@@ -10,6 +10,7 @@ from dinoreg.config.option import Options, check, fraction, option, section
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
 from dinoreg.config.view_settings import MAX_SIDE
 
+pixels = partial(option, unit="pixel", low=1, high=MAX_SIDE)
 side_option = partial(option, shapes_result=False)  # the numbers of a result do not depend on it
 
 
@@ -29,9 +30,7 @@ class _PathOptions(Options):
     max_c: float = option(1e5, "strongest", above=0)
     num_c: int = option(45, "values of C between them, evenly on a log scale", low=1, high=10_000)
     patience: int | None = option(None, "end the path after this many values without gain; none: visit all", low=1)
-    validation_share: float = option(
-        0.1, "of train, held out for choosing C without an official split", above=0, below=1
-    )
+    validation_share: float = option(0.1, "of train, to choose C by without a split", above=0, below=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,12 +72,8 @@ class LinearOptions(Options, section="linear"):
 class SegmentationOptions(Options, section="segmentation"):
     """A linear segmentation head on frozen patch tokens (DINOv2, arXiv 2304.07193, §7.4)."""
 
-    size: int = option(
-        512, "of the short side, of training crops and of the sliding window", unit="pixel", low=1, high=MAX_SIDE
-    )
-    stride: int | None = option(
-        None, "between windows; none: two thirds of their size", unit="pixel", low=1, high=MAX_SIDE
-    )
+    size: int = pixels(512, "of the short side, of training crops and of the sliding window")
+    stride: int | None = pixels(None, "between windows; none: two thirds of their size")
     steps: int = option(40_000, "of training", low=1)
     warmup_steps: int = option(1500, "linear warm-up", low=0)
     batch_size: int = option(16, "crops a step", low=1, high=1_000_000)
@@ -104,8 +99,8 @@ class DepthOptions(Options, section="depth"):
     num_bins: int = option(256, "uniform in depth", low=2, high=65_536)
     min_depth: float = option(1e-3, "of the bins and of what is scored", unit="metre", above=0)
     max_depth: float = option(10.0, "likewise", unit="metre", above=0)
-    max_size: int = option(640, "of the long side that the backbone sees at most", unit="pixel", low=1, high=MAX_SIDE)
-    min_size: int = option(1, "of the short side that it sees at least", unit="pixel", low=1, high=MAX_SIDE)
+    max_size: int = pixels(640, "of the long side that the backbone sees at most")
+    min_size: int = pixels(1, "of the short side that it sees at least")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,8 +123,8 @@ class DiscoveryOptions(Options, section="discovery"):
 class DetectionOptions(Options, section="detection"):
     """A linear box head on frozen patch tokens, with FCOS's targets and loss; a protocol of this project."""
 
-    size: int = option(640, "of the short side", unit="pixel", low=1, high=MAX_SIDE)
-    max_size: int = option(1024, "of the long side at most", unit="pixel", low=1, high=MAX_SIDE)
+    size: int = pixels(640, "of the short side")
+    max_size: int = pixels(1024, "of the long side at most")
     steps: int = option(20_000, "of training", low=1)
     warmup_steps: int = option(500, "linear warm-up, a tenth of the steps at most, times a cosine to zero", low=0)
     batch_size: int = option(16, "images a step", low=1, high=1_000_000)
@@ -151,9 +146,7 @@ class FlowOptions(Options, section="flow"):
 
     upscale: int = option(1, "image sides times this before encoding; 2 gives a grid twice as fine", low=1, high=64)
     temperature: float = option(0.05, "of the softmax over matches; the learned one starts here", above=0)
-    window: int = option(
-        3, "patches to each side of the best match in the soft-argmax; 0: the whole frame", low=0, high=1_000
-    )
+    window: int = option(3, "patches around the best match in the soft-argmax; 0: the frame", low=0, high=1_000)
     dim: int = option(128, "width of the linear projection", low=1, high=65_536)
     steps: int = option(2000, "of training the projection", low=1)
     lr: float = option(1e-3, "AdamW", above=0)
@@ -177,24 +170,14 @@ class FewShotOptions(Options, section="few_shot"):
 class SharedOptions(Options):
     """What `dinoreg eval` and `dinoreg verdict` have in common: weights, own pictures, machine."""
 
-    weights: str | None = option(
-        None,
-        "a run (its last state), RUN/best, a weight file, a folder of transformers, random:NAME, timm:NAME[:FILE]",
-        shapes_result=False,
-    )
+    weights: str | None = side_option(None, "a run, RUN/best, file, transformers folder, random:NAME, timm:NAME[:FILE]")
     columns: str = option("", "of a table of your own: what they are called, as path:FILE,label:BREED,split:SET")
     range: list[float] | None = option(None, "LOW,HIGH of your own pictures, as data.range; none: what the weights say")
     out: str | None = side_option(None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS")
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
-    device: str = side_option("auto", DEVICE)
+    device: str = side_option("auto", **DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)
-    image_size: int | None = option(
-        None,
-        "of square crops; none: of own pictures as the weights state, else 224 or less",
-        unit="pixel",
-        low=1,
-        high=MAX_SIDE,
-    )
+    image_size: int | None = pixels(None, "of square crops; none: own as the weights state, else 224 or less")
     batch_size: int = side_option(64, "images the backbone sees at once", low=1, high=1_000_000)
     workers: int | None = side_option(None, "decoding threads; none: one for every core but one", low=0, high=1024)
     overwrite: bool = side_option(False, "measure again what has a result already")

@@ -10,33 +10,36 @@ import importlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.config.option import check, flat, nearest
-from dinoreg.data.copies import MOST_COMPARED, content_digest
+from dinoreg.config.option import check, flat
+from dinoreg.data.copies import MOST_COMPARED
 from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import BadImage, ValueRange
 from dinoreg.evaluation.backbones.encoder import PUBLISHED_SIZE, Encoder, PixelEncoder
-from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task, benchmarks, find_benchmark, is_shipped, shadowed
+from dinoreg.evaluation.benchmark import PROTOCOLS, Benchmark, Task
 from dinoreg.evaluation.comparison import compared
-from dinoreg.evaluation.context import Context, show_progress
+from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Boxed, Data
 from dinoreg.evaluation.doubts import doubts
 from dinoreg.evaluation.features.images import read_picture, size_of
 from dinoreg.evaluation.metrics.depth import outside_limits
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.protocols.measurement import Measurement
+from dinoreg.evaluation.request import Request, folder_of
 from dinoreg.evaluation.result import Result, Row, plain
+from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.parallel import default_workers, parallel
+from dinoreg.runtime.progress import show_progress
 
 SAMPLED = 8  # images of each split that are opened before anything is computed
 
@@ -50,42 +53,11 @@ class Planned:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Request:
-    """An evaluation as the user requested it.
-
-    options    of the evaluation and of the protocols
-    explicit   dotted keys that the user gave: they win over a dataset's own protocol options
-    dataset    {dataset: {option: value}}
-    """
-
-    options: EvalOptions
-    explicit: frozenset[str] = frozenset()
-    dataset: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-def choose(names: Sequence[str], request: Request) -> list[Benchmark]:
-    """The benchmarks of `dinoreg eval NAME,NAME | all | PATH`; UserError for an unknown or unreadable one."""
-    chosen: dict[tuple[str, str], Benchmark] = {}
-    for name in names:
-        if name == "all":
-            chosen |= {(each.name, each.place): each for each in benchmarks().values()}
-            continue
-        if Path(name).exists() and not name.endswith(".py") and not is_shipped(name):
-            from dinoreg.evaluation.custom.datasets import own_benchmark
-
-            benchmark = own_benchmark(Path(name), request.dataset.get("own", {}), request.options.columns)
-        else:
-            benchmark = find_benchmark(name)
-        chosen[benchmark.name, benchmark.place] = benchmark
-    return list(chosen.values())
-
-
 def preflight(chosen: Sequence[Benchmark], request: Request) -> tuple[list[Planned], dict[str, str]]:
     """Check everything that can be known before the first forward pass.
 
     returns  the datasets that are ready, and {dataset: what is wrong} for the others
-    raises   UserError for an unknown protocol, and for options of datasets that are not evaluated
+    raises   UserError for options of datasets that are not evaluated
     """
     known = {name for benchmark in chosen for name in (benchmark.name, *benchmark.aliases)}
     for name in request.dataset:
@@ -93,9 +65,6 @@ def preflight(chosen: Sequence[Benchmark], request: Request) -> tuple[list[Plann
             evaluated = ", ".join(benchmark.name for benchmark in chosen)
             raise UserError(f"{name}: neither a key nor a dataset that is evaluated here ({evaluated})")
     wanted = request.options.protocols
-    for name in wanted or ():
-        if name not in PROTOCOLS:
-            raise UserError(f"protocols={name}: unknown{nearest(name, PROTOCOLS)}; known: {', '.join(PROTOCOLS)}")
     ready, problems = [], {}
     for benchmark in chosen:
         try:
@@ -107,11 +76,7 @@ def preflight(chosen: Sequence[Benchmark], request: Request) -> tuple[list[Plann
 
 def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) -> Planned:
     values = benchmark.option_values(request.dataset.get(benchmark.name, {}))
-    root = request.options.root
-    if root is None and benchmark.layouts:
-        hint = f" ({shadowed([benchmark.name])[0]})" if Path(benchmark.name).exists() else ""
-        raise UserError(f"{benchmark.name}: root= is missing, the folder that holds the datasets{hint}")
-    folder = benchmark.find(root) if root is not None and benchmark.layouts else Path(root or ".")
+    folder = folder_of(benchmark, request)
     tasks, warnings = [], []
     seen: dict[Callable, Data] = {}
     for task in benchmark.tasks:
@@ -430,10 +395,8 @@ def check_channels(encoder: Encoder, plan: Planned) -> list[str]:
         return []
     if encoder.in_channels == 1:
         return [f"{plan.benchmark.name}: {encoder.name} has one channel and sees its pictures in grey"]
-    raise UserError(
-        f"{plan.benchmark.name}: its pictures are RGB, and {encoder.name} takes {encoder.in_channels} channels; "
-        "expected a model of 3 channels, or of 1, which sees them in grey"
-    )
+    why = f"{plan.benchmark.name}: its pictures are RGB, and {encoder.name} takes {encoder.in_channels} channels; "
+    raise UserError(f"{why}expected a model of 3 channels, or of 1, which sees them in grey")
 
 
 def check_size(encoder: Encoder, options: EvalOptions) -> None:

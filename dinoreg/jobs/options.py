@@ -13,7 +13,7 @@ from dinoreg.config.option import Options, check, keys_of, option, read, split_t
 from dinoreg.runtime.errors import UserError
 
 CLUSTERS = ("slurm", "local")
-CODES = ("copy", "shared")
+CODES, AMOUNT = ("copy", "shared"), "a number with its unit, as 64G"
 SIGNAL_DELAY = 120  # seconds
 GPU_CORES = 4  # for its kernels, their backward pass, and decoding; most sites give one where none are asked for
 NO_TIMEOUT = 60 * 24 * 365  # minutes; what submitit counts with where there is no limit
@@ -28,20 +28,11 @@ class LaunchOptions(Options):
     name: str | None = option(None, "the job's, in squeue; none: the kind of job and the folder")
     nodes: int = option(1, "machines", low=1, high=100_000)
     gpus_per_node: int | None = option(None, "none: not asked for; local: those that the job sees", low=0, high=1_000)
-    tasks_per_node: int | None = option(
-        None, "processes on a machine; none: one for each GPU, at least one", low=1, high=10_000
-    )
+    tasks_per_node: int | None = option(None, "processes on a machine; none: one a GPU", low=1, high=10_000)
     cpus_per_task: int | None = option(None, f"cores of a process; none: {GPU_CORES} with a GPU", low=1, high=100_000)
-    mem: str | None = option(
-        None,
-        "memory of a machine; none: not asked for",
-        pattern=r"\d+[KMGT]?B?",
-        expected="a number with its unit, as 64G",
-    )
+    mem: str | None = option(None, "of a machine; none: not asked for", pattern=r"\d+[KMGT]?B?", expected=AMOUNT)
     time: str | None = option(None, "limit: minutes, 8:00:00 or 2-00:00:00; none: the partition's")
-    signal_delay: int | None = option(
-        None, "seconds before the limit to save at; none: 120 or less", low=1, high=1_000_000
-    )
+    signal_delay: int | None = option(None, "seconds left to save in; none: 120 or less", low=1, high=1_000_000)
     partition: str | None = option(None, "several with commas")
     account: str | None = option(None, "who pays")
     qos: str | None = option(None, "quality of service")
@@ -52,12 +43,8 @@ class LaunchOptions(Options):
     container: str | None = option(None, "an image for pyxis, or a .sif file for apptainer")
     container_mounts: str | list[str] | None = option(None, "further folders that it sees, as /data:/data")
     python: str | None = option(None, "interpreter of the job; none: this one, python3 in a container")
-    max_parallel: int | None = option(
-        None, "tasks at a time; none: all; local: as GPUs allow, or one", low=1, high=1_000_000
-    )
-    requeues: int = option(
-        100, "restarts of a job at most, after time limits, preemptions and lost nodes", low=0, high=1_000_000
-    )
+    max_parallel: int | None = option(None, "tasks at a time; none: all, or as GPUs allow", low=1, high=1_000_000)
+    requeues: int = option(100, "restarts after limits, preemptions, lost nodes", low=0, high=1_000_000)
     code: str = option("copy", "copy: jobs run a copy of the package; shared: what is there then", choices=CODES)
     slurm_args: str | list[str] | None = option(None, "of sbatch besides, as [mail-type=END,exclusive]")
     dry_run: bool = option(False, "show the commands and the files of the jobs, and do nothing")

@@ -97,10 +97,8 @@ def _refuse_a_second_launch(plan: Plan) -> None:
         records = [record for record in read_records(folder) if record.run and Path(record.run).resolve() in resolved]
         for status in examine(folder, records):
             if not status.is_over:
-                raise UserError(
-                    f"out={status.record.run}: job {status.record.job} ({status.record.title}) is still "
-                    f"{status.state}; dinoreg launch cancel {folder} ends it"
-                )
+                why = f"out={status.record.run}: job {status.record.job} ({status.record.title}) is still "
+                raise UserError(f"{why}{status.state}; dinoreg launch cancel {folder} ends it")
     for run in runs:
         refuse_live(run)
 

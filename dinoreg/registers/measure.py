@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.evaluation.backbones.encoder import Encoder, NativeEncoder
-from dinoreg.evaluation.context import show_progress
 from dinoreg.evaluation.dense.lost import gram, lost
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.protocols.discovery import correct, crosswise
@@ -24,6 +23,7 @@ from dinoreg.registers import outliers as measures
 from dinoreg.registers.test_time import Fitted, fit_test_time_register
 from dinoreg.registers.token_probes import CONTROLS, TEST_SHARE, Probed, moments, probe_token, replaced, replacement
 from dinoreg.runtime.errors import RunError
+from dinoreg.runtime.progress import show_progress
 
 BATCH_BYTES = 1 << 28  # of the tokens after every block that are held at a time
 BINS = 80  # of the histograms of norms

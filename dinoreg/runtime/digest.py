@@ -1,7 +1,9 @@
-"""The SHA-256 of a file, by which its content is recognised."""
+"""The SHA-256 of a file or a picture, by which its content is recognised."""
 
 import hashlib
 from pathlib import Path
+
+import numpy as np
 
 from dinoreg.runtime.regular_files import open_regular
 
@@ -13,3 +15,8 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 20):
             running.update(block)
     return running.hexdigest()
+
+
+def content_digest(data: bytes | np.ndarray) -> bytes:
+    """SHA-256 of a file's bytes or of an array's, 32 bytes."""
+    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest()

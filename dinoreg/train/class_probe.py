@@ -19,7 +19,6 @@ from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.checkpoint.steps import PROBED
 from dinoreg.config.load import Config
 from dinoreg.data.center_crop import center_crops
-from dinoreg.data.copies import content_digest
 from dinoreg.data.labelled import passed_over_in_words
 from dinoreg.data.open import is_scenes, open_source, read_labelled
 from dinoreg.data.source import ChosenSource, ScenesSource, Source
@@ -30,6 +29,7 @@ from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.models.vit import RegisterViT, Tokens
 from dinoreg.runtime.device import autocast
+from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.parallel import parallel

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from dinoreg.data.statistics import FEW_IMAGES
 from dinoreg.runtime.durations import about
 from dinoreg.train.logger import SilentLog
 
-# Worth a word: fewer batches of images, more passes over them, more seconds; and so few images that public weights are
-# the better start.
-FEW_BATCHES, MANY_PASSES, LONG, FEW_IMAGES = 20, 2000, 7 * 86_400.0, 10_000
+# Worth a word: fewer batches of images, more passes over them, more seconds.
+FEW_BATCHES, MANY_PASSES, LONG = 20, 2000, 7 * 86_400.0
 # A run that is advised instead: passes, seconds, the smallest batch, and the fewest steps that are worth it.
 _PASSES, _SECONDS, _BATCH, _STEPS = 500, 86_400.0, 8, 1000
 SAID_FROM = 300.0  # seconds to the end; those of shorter runs are seen soon enough
@@ -66,7 +66,7 @@ class Outlook:
         """What to do instead, with the keys of the command; "" where there are no doubts."""
         if not self.doubts():
             return ""
-        found, batch = [], max(_BATCH, 2 ** int(math.log2(max(1, self.images / FEW_BATCHES))))
+        found, batch = [], batch_for(self.images)
         if self.images >= FEW_BATCHES * self.batch or batch >= self.batch:
             batch = self.batch
         steps = [_PASSES * self.images / batch] if self.passes > MANY_PASSES else []
@@ -87,6 +87,11 @@ class Outlook:
         """Doubts and what to do in one line; "" for a run without doubts."""
         doubts = self.doubts()
         return f"{' and '.join(doubts)}; better: {self.better()}" if doubts else ""
+
+
+def batch_for(images: int) -> int:
+    """The largest power of two of which so few images still make FEW_BATCHES, at least a batch that can train."""
+    return max(_BATCH, 2 ** int(math.log2(max(1, images / FEW_BATCHES))))
 
 
 def rounded(value: float) -> str:

@@ -15,10 +15,10 @@ import torch
 from dinoreg.data.decode import EncodedImage, orient
 from dinoreg.data.source import PathSource
 from dinoreg.data.value_range import BadImage
-from dinoreg.evaluation.context import show_progress
 from dinoreg.evaluation.readers.pixel_maps import PixelFile
 from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.progress import show_progress
 
 Pairs = dict[str, tuple[PathSource, PathSource]]  # {split: (its images, the mask or depth map of each)}
 T = TypeVar("T")

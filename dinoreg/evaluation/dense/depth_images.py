@@ -5,13 +5,11 @@ random crop of 416 x 544, gamma, brightness and colour.
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms.v2.functional import rotate
 
 from dinoreg.evaluation.data import DepthMaps
 from dinoreg.evaluation.dense.pictures import strip, widened
 from dinoreg.evaluation.dense.windows import fit_size
 from dinoreg.evaluation.features.images import (
-    BILINEAR,
     Picture,
     channels_of,
     cropped,
@@ -52,7 +50,7 @@ def seen_size(height: int, width: int, max_size: int, min_size: int = 1) -> tupl
 
 def as_seen(image: Picture, max_size: int, min_size: int = 1) -> Picture:
     """The image at its `seen_size`, bilinear; itself where it fits."""
-    return resized(image, *seen_size(*size_of(image), max_size, min_size), BILINEAR)
+    return resized(image, *seen_size(*size_of(image), max_size, min_size), "bilinear")
 
 
 def crop_size(split: DepthMaps, border: Crop | None, max_size: int, min_size: int = 1) -> tuple[int, int]:
@@ -101,7 +99,9 @@ def training_crop(
         rng.uniform(*COLOUR, size=channels_of(image)),
     )
     if rotates:
-        image = rotate(image, angle, BILINEAR)
+        from torchvision.transforms.v2 import InterpolationMode, functional  # slow to import, with all its models
+
+        image = functional.rotate(image, angle, InterpolationMode.BILINEAR)
         maps = maps.rotate(angle, Image.Resampling.NEAREST)  # a mean of two depths lies on neither surface
     pixels, metres = to_array(image), np.asarray(maps)
     if flips:

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.transforms.v2.functional import adjust_hue
 
 from dinoreg.evaluation.data import IGNORED, Segmented
 from dinoreg.evaluation.dense.windows import crop_origin, fit_size, pad_to, upsampling
-from dinoreg.evaluation.features.images import BILINEAR, Picture, read_picture, resized, size_of, to_array
+from dinoreg.evaluation.features.images import Picture, read_picture, resized, size_of, to_array
 from dinoreg.runtime.errors import UserError
 
 SCALES = (0.5, 2.0)  # of training images, times the short side
@@ -88,7 +87,7 @@ def training_crop(
     """
     ratio = rng.uniform(*SCALES)
     height, width = fit_size(*size_of(image), max(int(size * ratio), 1), max(int(LONGEST * size * ratio), 1))
-    pixels = to_array(resized(image, height, width, BILINEAR))
+    pixels = to_array(resized(image, height, width, "bilinear"))
     labels = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
     top, left = crop_origin(height, width, size, rng, labels, MOST_OF_ONE_CLASS)
     pixels, labels = pixels[top : top + size, left : left + size], labels[top : top + size, left : left + size]
@@ -149,5 +148,7 @@ def turn_hue(image: np.ndarray, degrees: float) -> np.ndarray:
     image    (H, W, 3) float32 in [0, 255]
     returns  the same
     """
+    from torchvision.transforms.v2.functional import adjust_hue  # slow to import, with all its models
+
     pixels = torch.from_numpy(image / 255).permute(2, 0, 1)
     return 255 * adjust_hue(pixels, degrees / 360).permute(1, 2, 0).numpy()

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2.functional import pad
 
 from dinoreg.data.preprocess import to_unit
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -51,7 +50,17 @@ def centre_pad(images: Tensor, multiple: int, value: Sequence[float] = (0.0,)) -
     """
     top, bottom = centre_padding(images.shape[2], multiple)
     left, right = centre_padding(images.shape[3], multiple)
-    return pad(images, [left, top, right, bottom], fill=[float(each) for each in value])
+    return pad(images, (left, top, right, bottom), value)
+
+
+def pad(images: Tensor, sides: tuple[int, int, int, int], value: Sequence[float]) -> Tensor:
+    """Images (..., C, H, W) with `value`, one for all channels or each, to (left, top, right, bottom) of them."""
+    left, top, right, bottom = sides
+    colour = torch.tensor(value, device=images.device).to(images.dtype).view(-1, 1, 1)
+    height, width = images.shape[-2:]
+    padded = colour.expand(*images.shape[:-2], top + height + bottom, left + width + right).clone()
+    padded[..., top : top + height, left : left + width] = images
+    return padded
 
 
 def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -> Tensor:
@@ -63,7 +72,7 @@ def pad_to_patches(pixels: np.ndarray, patch_size: int, mean: Sequence[float]) -
     """
     height, width = pixels.shape[:2]
     image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
-    return pad(image, [0, 0, -width % patch_size, -height % patch_size], fill=[float(value) for value in mean])
+    return pad(image, (0, 0, -width % patch_size, -height % patch_size), mean)
 
 
 def batches_of_one_shape(

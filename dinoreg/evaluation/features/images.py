@@ -3,7 +3,7 @@
 Images of benchmarks are decoded and resized through Pillow, as the published numbers were and as torchvision's
 transforms do: the file is believed by its content, `.convert("RGB")` always, EXIF orientation not applied, bicubic with
 antialiasing. One's own images are the tensors that training, `embed` and `view` have: any number of channels, floats
-where the file has more than eight bits, and the same resize. torchvision's functions take both.
+where the file has more than eight bits, and the same resize.
 """
 
 import math
@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional
 
 from dinoreg.data.center_crop import Interpolation, center_crop
 from dinoreg.data.decode import BadImage, pillow_rgb
@@ -25,7 +24,6 @@ from dinoreg.runtime.errors import reworded
 
 # Pillow's image in RGB or L, or (C, H, W) uint8 or float32 on the scale of bytes, 0 to 255.
 Picture = Image.Image | Tensor
-BICUBIC, BILINEAR = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
 UNREADABLE = (BadImage, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 MAX_ASPECT = 8  # of a picture that is resized whole; of a longer one only what its centre crop needs
 
@@ -46,25 +44,30 @@ def read_picture(source: Source, index: int) -> Picture:
 
 def size_of(picture: Picture) -> tuple[int, int]:
     """(height, width) in pixels."""
-    height, width = functional.get_size(picture)
+    width, height = picture.size if isinstance(picture, Image.Image) else (picture.shape[2], picture.shape[1])
     return height, width
 
 
 def channels_of(picture: Picture) -> int:
     """Number of channels."""
-    return functional.get_num_channels(picture)
+    return len(picture.getbands()) if isinstance(picture, Image.Image) else len(picture)
 
 
-def resized(picture: Picture, height: int, width: int, how: InterpolationMode = BICUBIC) -> Picture:
+def resized(picture: Picture, height: int, width: int, how: Interpolation = "bicubic") -> Picture:
     """A picture at another size in pixels, antialiased; itself where it has that size."""
-    scaled = functional.resize(picture, [height, width], how, antialias=True)
-    # A bicubic filter overshoots; bytes cannot.
-    return scaled.clamp_(0, 255) if isinstance(scaled, Tensor) and scaled is not picture else scaled
+    if size_of(picture) == (height, width):
+        return picture
+    if isinstance(picture, Image.Image):
+        return picture.resize((width, height), Image.Resampling[how.upper()])
+    scaled = F.interpolate(picture[None], (height, width), mode=how, antialias=True)[0]
+    return scaled.clamp_(0, 255)  # a bicubic filter overshoots; bytes cannot
 
 
 def cropped(picture: Picture, top: int, left: int, height: int, width: int) -> Picture:
     """A part of a picture, in pixels."""
-    return functional.crop(picture, top, left, height, width)
+    if isinstance(picture, Image.Image):
+        return picture.crop((left, top, left + width, top + height))
+    return picture[:, top : top + height, left : left + width]
 
 
 def to_array(picture: Picture) -> np.ndarray:
@@ -100,8 +103,8 @@ class CentreCrop:
             return to_array(center_crop(picture, self.size, self.resize, interpolation=self.interpolation))
         if max(picture.size) > MAX_ASPECT * min(picture.size):
             return to_array(self._of_a_strip(picture))
-        scaled = functional.resize(picture, [self.resize], BICUBIC)
-        return to_array(functional.center_crop(scaled, [self.size]))
+        width, height = (int(self.resize * side / min(picture.size)) for side in picture.size)
+        return to_array(self._centre_of(picture.resize((width, height), Image.Resampling.BICUBIC)))
 
     def _of_a_strip(self, image: Image.Image) -> Image.Image:
         """The same of a very long image, which is cut before it is resized: whole it could take many gigabytes.
@@ -129,7 +132,12 @@ class CentreCrop:
         box = (x0 - left, y0 - top, x1 - left, y1 - top)
         part = image.crop((left, top, right, bottom)).resize((sides[0], sides[1]), Image.Resampling.BICUBIC, box)
         (x0, x1), (y0, y1) = wanted
-        return functional.center_crop(part.crop((x0, y0, x1, y1)), [self.size])
+        return self._centre_of(part.crop((x0, y0, x1, y1)))
+
+    def _centre_of(self, image: Image.Image) -> Image.Image:
+        """Half of an odd rest to even, as torchvision."""
+        left, top = (round((side - self.size) / 2) for side in image.size)
+        return image.crop((left, top, left + self.size, top + self.size))
 
 
 def stack_images(images: Sequence[np.ndarray]) -> Tensor:

@@ -3,11 +3,15 @@ The scores are those of Eigen et al. (arXiv 1406.2283) as DINOv2 reports them: e
 then averaged over images. The losses are the scale-invariant and the multi-scale gradient loss, on logarithms of depth.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG_EPS = 1e-3  # metres, added before every logarithm of the losses
 MEAN_WEIGHT = 0.15  # of the squared mean in the scale-invariant loss
@@ -122,7 +126,7 @@ def gradient_loss(predicted: Tensor, true: Tensor, valid: Tensor) -> Tensor:
     are along height and width, as in MegaDepth, from which the loss comes.
     """
     difference = (predicted + LOG_EPS).log() - (true.clamp(min=0) + LOG_EPS).log()
-    difference = torch.where(valid, difference, difference.new_zeros(()))
+    difference = difference.where(valid, difference.new_zeros(()))
     total = predicted.new_zeros(())
     for stride in GRADIENT_STRIDES:
         d, v = difference[:, ::stride, ::stride], valid[:, ::stride, ::stride]

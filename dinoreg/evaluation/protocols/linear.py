@@ -19,15 +19,7 @@ from dinoreg.evaluation.context import Context
 from dinoreg.evaluation.data import Labelled
 from dinoreg.evaluation.dense.windows import shuffled, training_stream
 from dinoreg.evaluation.features.cache import extract_features, slots
-from dinoreg.evaluation.features.images import (
-    Picture,
-    cropped,
-    read_picture,
-    resized,
-    size_of,
-    stack_images,
-    to_array,
-)
+from dinoreg.evaluation.features.images import Picture, cropped, read_picture, resized, size_of, stack_images, to_array
 from dinoreg.evaluation.options import LinearOptions
 from dinoreg.evaluation.protocols.classification import (
     METRICS,

@@ -33,7 +33,7 @@ from dinoreg.evaluation.dense.segmentation_head import (
 )
 from dinoreg.evaluation.dense.windows import Windows, centre_padding, fit_size, patch_grid, training_stream
 from dinoreg.evaluation.features.cache import require_finite
-from dinoreg.evaluation.features.images import BILINEAR, resized, size_of, stack_images, to_array
+from dinoreg.evaluation.features.images import resized, size_of, stack_images, to_array
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_statistic
 from dinoreg.evaluation.metrics.miou import Confusion, count_pixels
 from dinoreg.evaluation.options import SegmentationOptions
@@ -133,10 +133,8 @@ class LinearProbe:
         blank = torch.zeros(1, encoder.in_channels, size, size, dtype=torch.uint8)
         _, dim, rows, columns = patch_grid(encoder, blank, 1).shape
         if settings.batch_size * rows * columns < 2:
-            raise UserError(
-                f"segmentation.batch_size={settings.batch_size}: a crop of {size} pixels is one patch, "
-                "and a batch norm needs two; expected at least 2"
-            )
+            why = f"segmentation.batch_size={settings.batch_size}: a crop of {size} pixels is one patch, "
+            raise UserError(f"{why}and a batch norm needs two; expected at least 2")
         heads: dict[str, nn.Module] = {}
         optimizers = {}
         for key, (lr, decay) in self.combinations.items():
@@ -212,7 +210,7 @@ class LinearProbe:
         """An image scaled for the sliding window, (h, w, C), and its mask at its own size, (H, W) uint8."""
         image, mask = read_pair(split, index)
         height, width = fit_size(*size_of(image), self.settings.size, LONGEST * self.settings.size)
-        return to_array(resized(image, height, width, BILINEAR)), mask
+        return to_array(resized(image, height, width, "bilinear")), mask
 
     @torch.no_grad()
     def _predict(

@@ -1,0 +1,54 @@
+"""The words of each verb, which stand in `templates/guide.ini`: its help, and what to do when it is done."""
+
+import configparser
+import shlex
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dinoreg.runtime.printable import print_status
+
+
+def said_of(name: str, what: str) -> list[str]:
+    """The lines on a verb: its usage, summary, details or examples; [] where there are none."""
+    return _texts().get(name, what, fallback="").strip().splitlines()
+
+
+def next_commands(name: str, values: Mapping[str, Any], case: str = "") -> list[str]:
+    """The commands that follow one, the best first; [] where none does.
+
+    values  of the placeholders in the text, by key; a key without one stands there in capitals
+    case    which of several texts
+    """
+    known = {key: _quoted(value) for key, value in values.items() if value is not None}
+    known.setdefault("stem", Path(str(values.get("weights") or values.get("out") or "model")).name.replace(":", "-"))
+    return [line.format_map(_OrCapitals(known)).strip() for line in said_of(name, f"next {case}".strip())]
+
+
+def say_next(name: str, values: Mapping[str, Any], case: str = "") -> None:
+    """Print them to stderr, a line each."""
+    for start, command in zip(("next:", *["  or:"] * 9), next_commands(name, values, case)):
+        print_status(f"{start} {command}")
+
+
+class Verbatim(str):
+    """A value that is quoted already."""
+
+
+class _OrCapitals(dict[str, str]):
+    def __missing__(self, key: str) -> str:
+        return key.upper()
+
+
+def _quoted(value: Any) -> str:
+    if isinstance(value, Verbatim):
+        return value
+    return shlex.quote(",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+
+
+@cache
+def _texts() -> configparser.ConfigParser:
+    found = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+    found.read(Path(__file__).with_name("templates") / "guide.ini", encoding="utf-8")
+    return found

@@ -1,0 +1,130 @@
+"""`dinoreg inspect` and `dinoreg.inspect`: what a source of images is like, what to make of it, and a smaller copy."""
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dinoreg.checkpoint.atomic import replacing, write_atomic
+from dinoreg.commands.guide import Verbatim, say_next
+from dinoreg.commands.options import InspectOptions
+from dinoreg.data.open import open_source, read_labelled
+from dinoreg.data.source import Source
+from dinoreg.data.statistics import FEW_IMAGES, inspect_source, render_inspection
+from dinoreg.data.value_range import BadImage
+from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.parallel import parallel
+from dinoreg.runtime.printable import listed, print_status
+from dinoreg.runtime.progress import show_progress
+
+SETTINGS = "prepared.json"  # in a prepared folder: what it was made of, and how
+SMALL, SMALL_BATCH = 50_000, 64  # images up to which configs/small.yaml is meant, and its batch
+
+
+def inspect(data: str | os.PathLike[str] | Sequence[str], **options: Any) -> dict[str, Any]:
+    """What a source of images is like, as `dinoreg inspect` prints it; see `data.statistics.inspect_source`.
+
+    data     as `data=`: a folder, several, a list of paths, scenes
+    options  the command line's keys: sample=1000, in_channels=3, range=[0, 4095], root=…, columns=…
+    raises   UserError (a ValueError) for wrong options, and as `open_source`
+    """
+    given = InspectOptions(str(data) if isinstance(data, (str, os.PathLike)) else list(data), **options)
+    named = {key: getattr(given, key) for key in ("sample", "in_channels", "root", "columns")}
+    return inspect_source(given.data, value_range=given.range, **named)
+
+
+def inspect_command(options: InspectOptions) -> None:
+    """Run `dinoreg inspect`: print what was found and the next command; with prepare= write a smaller copy instead.
+
+    raises  UserError where no image can be read, and as `prepare`
+    """
+    if options.prepare is not None:
+        print(f"prepared: {prepare(options)}")
+        _say_next(options.prepare, len(open_source(options.prepare)))
+        return
+    found = inspect(**vars(options))
+    print(render_inspection(found))
+    if len(found["bad"]) == found["looked_at"]:
+        name, reason = next(iter(found["bad"].items()))
+        raise UserError(f"data: none of the {found['looked_at']:,} images can be read; the first, {name}, {reason}")
+    large = found["large"] > 0.1 * found["looked_at"]
+    _say_next(options.data, found["images"], options.side if large else None)
+
+
+def _say_next(data: str | list[str], images: int, side: int | None = None) -> None:
+    """Print the command to go on with; `side`: of the pictures of a smaller copy that is to be made first."""
+    from dinoreg.train.outlook import FEW_BATCHES, batch_for  # which needs torch
+
+    name, more = Path(data if isinstance(data, str) else data[0]).name.partition(":")[0], ""
+    if is_folder := isinstance(data, str) and os.path.isdir(data):
+        with suppress(UserError):  # no subfolders that are classes
+            more = f"probe.data={shlex.quote(data)}" if len(read_labelled(data).class_names) > 1 else ""
+    if images < FEW_BATCHES * SMALL_BATCH:
+        more += f" batch_size={batch_for(images)}"
+    case = "large" if side and is_folder else "few" if images < FEW_IMAGES else ""
+    values = {"data": data, "stem": name, "folder": f"{name}-{side}", "more": Verbatim(more)}
+    say_next("inspected", {**values, "config": "small" if images < SMALL else "vits14_reg4"}, case)
+
+
+def prepare(options: InspectOptions) -> Path:
+    """Write a copy of a folder of images in which none is larger than `side`; returns its path.
+
+    Smaller files are copied as they are, as are those of more than eight bits; others are resized with antialiasing and
+    keep their place below the folder, so that classes stay classes. What is there already is not written again: the
+    same call goes on where it was stopped.
+
+    raises  UserError for what is no folder, for one inside the other, and for a folder prepared in another way
+    """
+    root, target = Path(os.path.abspath(os.path.expanduser(str(options.data)))), Path(str(options.prepare))
+    settings = {"data": str(root), "side": options.side, "longest": options.longest}
+    is_full = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    for wrong, why in (
+        (not root.is_dir(), "data= has to be one folder"),
+        (root in (target.absolute(), *target.absolute().parents), f"lies in data={options.data}"),
+        (
+            any((root / name).is_dir() for name in ("masks", "depth")),
+            f"{root} holds masks or depth, which it would spoil",
+        ),
+        (is_full and read_json(target / SETTINGS) != settings, "not empty, and not prepared with these options"),
+    ):
+        if wrong:
+            raise UserError(f"prepare={target}: {why}")
+    source, bad = open_source(root), []
+    target.mkdir(parents=True, exist_ok=True)
+    write_atomic(target / SETTINGS, json.dumps(settings, indent=1) + "\n")
+
+    def write(index: int) -> None:
+        try:
+            _write_smaller(source, index, target / os.path.relpath(source.name(index), root), options)
+        except BadImage as error:
+            bad.append(f"{source.name(index)}: {error}")
+
+    for _ in show_progress(parallel(write, range(len(source))), len(source), "prepare", "images"):
+        pass
+    print_status(f"prepare: {len(source) - len(bad):,} of {len(source):,} images; left out: {listed(bad) or 'none'}")
+    return target
+
+
+def _write_smaller(source: Source, index: int, path: Path, options: InspectOptions) -> None:
+    """One file of a prepared folder, unless it is there; a resized one is JPEG where it was, else PNG."""
+    from dinoreg.evaluation.features.images import resized, shown
+
+    smaller = path if path.suffix.lower() in (".jpg", ".jpeg", ".png") else path.with_name(f"{path.name}.png")
+    if path.is_file() or smaller.is_file():
+        return
+    image = source.image(index)
+    pixels, limit = image.pixels(), (max if options.longest else min)(image.height, image.width)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if limit <= options.side or str(pixels.dtype) != "torch.uint8":
+        with replacing(path) as aside:
+            shutil.copyfile(source.name(index), aside)
+        return
+    height, width = (max(1, round(side * options.side / limit)) for side in (image.height, image.width))
+    with replacing(smaller) as aside:
+        kind = "PNG" if smaller.suffix.lower() == ".png" else "JPEG"
+        shown(resized(pixels, height, width)).save(aside, kind, quality=95)

@@ -1,0 +1,276 @@
+"""The first hour: start-up without torch, usual spellings, help, examples, and the way from verb to verb."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dinoreg
+from dinoreg.commands import guide
+from dinoreg.commands.completion import SHELLS, candidates, script_of
+from dinoreg.commands.main import main
+from dinoreg.commands.registry import VERBS
+from dinoreg.commands.spelling import canonical
+from dinoreg.runtime.errors import UserError
+
+QUICK = [
+    *(
+        "--help",
+        "--version",
+        "version",
+        "train --help",
+        "small --help",
+        "eval --list",
+        "eval --list pets",
+        "launch --help",
+    ),
+    *(
+        "pretrain nope=1",
+        "pretrain vits14_reg4",
+        "train vits14",
+        "pretrain vits14_reg4 data=nope out=x",
+        "pretrain . a=1",
+    ),
+    *("pretrain vits14_reg4 data=nope.pets:root=x out=x", "pretrain vits14_reg4 data=scenes out=x init=nope"),
+    *("inspect data=nope", "plan nope", "plan vits14_reg4 gpus=0", "verdict nope weights=random:vitt14_reg4"),
+    *("eval nope weights=random:vitt14_reg4", "eval pets weights=nope", "eval pets weights=random:vitt14_reg4"),
+    *("embed nope weights=random:vitt14_reg4 out=x.parquet", "embed scenes weights=nope out=x.parquet", "export nope"),
+    *("export weights=nope format=timm out=x", "view pca weights=nope", "view crops nope", "view foo", "report nope"),
+    *("registers weights=nope images=scenes", "launch nope", "doctor nope", "quickstart foo=1", "completion bash"),
+    *(
+        "eval pets weights=random:vitt14_reg4 device=tpu",
+        "completion words eval pe",
+        "completion words pretrain small lo",
+    ),
+]
+
+
+def in_a_new_process(code: str, cwd: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_what_computes_nothing_answers_without_torch(tmp_path: Path) -> None:
+    code = f"""
+import contextlib, io, sys
+from dinoreg.commands.main import main
+for line in {QUICK}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        status = main(line.split())
+    assert status in (0, 2), (line, status)
+    assert not {{"torch", "torchvision", "matplotlib", "sympy"}} & sys.modules.keys(), line
+"""
+    in_a_new_process(code, tmp_path)
+
+
+@pytest.mark.slow
+def test_training_and_classification_do_without_torchvisions_models(tmp_path: Path) -> None:
+    modules = "train.loop commands.verdict commands.embed commands.registers evaluation.protocols.logistic"
+    names = [f"dinoreg.{name}" for name in modules.split()]
+    code = f"import importlib, sys; [*map(importlib.import_module, {names})]; assert 'torchvision' not in sys.modules"
+    in_a_new_process(code, tmp_path)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with all that the examples name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "scans", "labelled", "runs/a", "runs/b", "photos-512"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name / "config.yaml").write_text("data: photos\nout: runs/a\nsteps: 5\n")
+    (tmp_path / "photo.jpg").touch()
+    return tmp_path
+
+
+FORMS = [
+    "data=photos out=x batch_size=8 resume=true optim.lr=0.001",
+    "--data photos --out x --batch_size 8 --resume --optim.lr 0.001",
+    "--data=photos --out=x --batch-size=8 --resume=true --optim.lr=1e-3",
+    "data = photos out = x batch_size= 8 resume optim.lr =0.001",
+    "photos out=x —batch-size 8 resume --optim.lr=1e-3",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_usual_ways_to_write_options_are_one(form: str, here: Path) -> None:
+    verb = VERBS["pretrain"]
+    first, given = (verb.parse(canonical(verb, ["small", *words.split()])) for words in (FORMS[0], form))
+    assert given == first
+
+
+def test_words_flags_and_paths_find_their_places(here: Path) -> None:
+    assert canonical(VERBS["eval"], ["weights=x", "pets"]) == ["pets", "weights=x"]
+    assert canonical(VERBS["eval"], ["--list", "pets"]) == ["pets", "--list"]
+    assert canonical(VERBS["inspect"], ["photos", "scans", "--sample", "5"]) == ["data=photos,scans", "sample=5"]
+    assert canonical(VERBS["view"], ["pca", "photo.jpg", "--layer", "-1"]) == ["pca", "images=photo.jpg", "layer=-1"]
+    assert canonical(VERBS["export"], ["runs/a", "format=timm"]) == ["weights=runs/a", "format=timm"]
+    options = VERBS["inspect"].parse(["data=photos,scans"])[0]
+    assert options.data == ["photos", "scans"]  # and without brackets, which zsh takes for a pattern
+
+
+@pytest.mark.parametrize(
+    ("given", "better"),
+    [
+        ("pretrian small data=photos out=x", "pretrain small data=photos out=x"),
+        ("pretrain small learning_rate=1e-3 data=photos", "pretrain small optim.lr=1e-3 data=photos"),
+        ("pretrain smal data='my photos'", "pretrain small 'data=my photos'"),
+        ("pretrain small loss.centering=sinkhron", "pretrain small loss.centering=sinkhorn"),
+        ("embed images=photos weights=x out=x", "embed data=photos weights=x out=x"),
+        ("eval pest,cars weights=random:vitt14_reg4", "eval pets,cars weights=random:vitt14_reg4"),
+        ("view pac weights=x", "view pca weights=x"),
+        ("pretrain photos steps=5", "pretrain small data=photos out=runs/photos steps=5"),
+    ],
+)
+def test_a_refusal_ends_with_the_corrected_command(
+    given: str, better: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(shlex.split(given)) == 2
+    assert capsys.readouterr().err.rstrip().endswith(f"Write: dinoreg {better}")
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_fits_the_terminal(verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for columns in (80, 100):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main([*verb.split(), "--help"]) == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= columns
+        assert "examples:" in text
+
+
+def test_help_of_one_section_has_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "small", "--help", "optim"]) == 0
+    text = capsys.readouterr().out
+    assert "  optim.lr=0.002 " in text
+    assert "loss." not in text
+
+
+TEXTS = configparser.ConfigParser(interpolation=None, delimiters=("=",))
+TEXTS.read(Path(guide.__file__).with_name("templates") / "guide.ini", encoding="utf-8")
+COMMANDS = [
+    (section, key, line.partition("    ")[0])
+    for section in TEXTS.sections()
+    for key, text in TEXTS[section].items()
+    if key.startswith(("next", "examples"))
+    for line in text.strip().splitlines()
+    if line.startswith("dinoreg ") and "VERB" not in line and "> ~" not in line
+]
+
+
+@pytest.mark.parametrize(("section", "key", "line"), COMMANDS)
+def test_every_example_and_every_next_command_is_accepted(section: str, key: str, line: str, here: Path) -> None:
+    values = {"weights": "runs/a", "images": "photos", "data": "photos", "stem": "a", "first": "labelled", "out": "x"}
+    values |= {
+        "config": "small",
+        "folder": "photos-9",
+        "more": guide.Verbatim(""),
+        "rest": guide.Verbatim("data=photos" if section == "plan" else "steps=5"),
+        "source": "photos",
+    }
+    if section in ("plan", "view"):
+        values["first"] = "small"
+    if section in ("report", "doctor"):
+        values["first"] = "runs/a"
+    if key.startswith("next"):
+        chosen = TEXTS[section][key].strip().splitlines().index(line)
+        line = guide.next_commands(section, values, key.removeprefix("next").strip())[chosen]
+    _, name, *arguments = shlex.split(line.partition(" (")[0])
+    if "--help" not in arguments:
+        VERBS[name].parse(canonical(VERBS[name], arguments))
+
+
+def test_words_are_completed(here: Path) -> None:
+    assert candidates(VERBS, ["pre"]) == ["pretrain"]
+    assert candidates(VERBS, ["pretrain", "vits"]) == ["vits14_reg4"]
+    assert candidates(VERBS, ["pretrain", "small", "loss.centering"]) == ["loss.centering="]
+    assert candidates(VERBS, ["pretrain", "small", "loss.centering=s"]) == [
+        *("loss.centering=softmax", "loss.centering=sinkhorn")
+    ]
+    assert candidates(VERBS, ["pretrain", "small", "data=photos,sc"]) == ["data=photos,scans/"]
+    assert candidates(VERBS, ["eval", "pe"]) == ["pets"]
+    for shell in SHELLS:
+        assert "dinoreg completion words" in script_of(shell)
+
+
+def test_bash_completes_behind_an_equals_sign(here: Path) -> None:
+    typed = "dinoreg pretrain small loss.centering=si"
+    lines = [
+        f'dinoreg() {{ {shlex.quote(sys.executable)} -m dinoreg "$@"; }}',
+        script_of("bash"),
+        f"COMP_LINE={shlex.quote(typed)} COMP_POINT={len(typed)}; _dinoreg; echo ${{COMPREPLY[*]}}",
+    ]
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, env={**os.environ})
+    assert done.stdout == "sinkhorn\n", done.stderr
+
+
+# A copy of smaller pictures
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    for name, size in {
+        "cat/a.jpg": (90, 60),
+        "cat/b.png": (40, 80),
+        "dog/c.bmp": (70, 50),
+        "dog/d.png": (20, 30),
+    }.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).save(path)
+    (tmp_path / "photos" / "dog" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    return tmp_path / "photos"
+
+
+def test_a_smaller_copy_keeps_places_and_goes_on_where_it_was_stopped(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = pictures.with_name("small")
+    command = ["inspect", str(pictures), f"prepare={small}", "side=30"]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"prepared: {small}\n"
+    assert "4 of 5 images; left out: " in captured.err
+    assert f"next: dinoreg pretrain small data={small} out=runs/small probe.data={small}" in captured.err
+    files = {str(path.relative_to(small)): path for path in small.rglob("*.*") if path.suffix != ".json"}
+    sizes = {name: Image.open(path).size for name, path in files.items()}
+    assert sizes == {"cat/a.jpg": (45, 30), "cat/b.png": (30, 60), "dog/c.bmp.png": (42, 30), "dog/d.png": (20, 30)}
+    assert files["dog/d.png"].read_bytes() == (pictures / "dog" / "d.png").read_bytes()
+    before = {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in files.items()}
+    files["cat/b.png"].unlink()
+    assert main(command) == 0
+    after = {name: (path.read_bytes(), path.stat().st_mtime_ns) for name, path in files.items()}
+    assert after["cat/b.png"][0] == before.pop("cat/b.png")[0]
+    assert {name: after[name] for name in before} == before
+    capsys.readouterr()
+    assert main([*command, "longest"]) == 2
+    assert "not prepared with these options" in capsys.readouterr().err
+
+
+def test_a_copy_is_refused_where_it_would_spoil_something(pictures: Path, tmp_path: Path) -> None:
+    from dinoreg.commands.inspect import prepare
+    from dinoreg.commands.options import InspectOptions
+
+    (pictures.with_name("diary")).write_text("mine")
+    for target in (pictures, pictures / "inside", pictures.with_name("diary")):
+        with pytest.raises(UserError, match="prepare="):
+            prepare(InspectOptions(str(pictures), prepare=str(target)))
+    (pictures / "masks").mkdir()
+    with pytest.raises(UserError, match="masks"):
+        prepare(InspectOptions(str(pictures), prepare=str(tmp_path / "new")))
+    assert not (tmp_path / "new").exists()
+
+
+def test_inspect_is_a_function_too(pictures: Path) -> None:
+    found = dinoreg.inspect(pictures, sample=3)
+    assert (found["images"], found["looked_at"], found["large"]) == (5, 3, 0)
