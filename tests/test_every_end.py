@@ -158,7 +158,7 @@ def test_a_file_that_is_never_read_is_named_and_ctrl_c_answered(
     asked = time.monotonic()
     process.communicate(timeout=30)
     assert process.returncode == 130
-    assert time.monotonic() - asked < 8  # 2, and what a busy machine takes
+    assert time.monotonic() - asked < 15  # 2, and what a busy machine takes
 
 
 def test_a_locale_without_the_characters_costs_no_help(tmp_path: Path) -> None:
