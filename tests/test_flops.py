@@ -66,6 +66,8 @@ def test_a_step_takes_the_matrix_products_that_one_counts_by_hand(attention: str
         if last == 0:
             backbone[0] = forward + embedding
             attended += depth * attention_products
+    # Positions of 4 x 4 patches resampled to the 2 x 2 of local crops, rows first, and the gradient of the positions.
+    backbone[1] += 2 * (2 * 2 * 4 * (4 * dim) + 2 * (2 * dim) * 4 * 2)
     ffn = 2 * 2 * dim * hidden  # the last block's, of the tokens that a loss looks at
     backbone[0] += (2 * images + masked) * ffn
     backbone[1] += 3 * (4 * images + masked) * ffn
@@ -93,7 +95,8 @@ def test_what_is_added_to_a_step_is_counted_apart() -> None:
     assert plain.again == 0
     again = operations(model__checkpointing=True)
     embedding = 2 * (2 * 16 + 2 * 4) * 192 * 32
-    assert again.again == pytest.approx((plain.student - 2 * embedding) / 3)
+    resampling = (2 * 2 * 4 * (4 * 32) + 2 * (2 * 32) * 4 * 2) / 4  # of positions, once for the 4 images
+    assert again.again == pytest.approx((plain.student - 2 * embedding - 2 * resampling) / 3)
     assert (again.student, again.teacher, again.heads) == (plain.student, plain.teacher, plain.heads)
     assert operations(optim__accumulate=2).again == pytest.approx((plain.student + embedding) / 3)
     assert operations(model__drop_path=0.5).student < 0.65 * plain.student

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from dinoreg.models.attention import (
@@ -89,7 +90,8 @@ def resampling_matrices(
     Arguments and errors are those of `resample_positions`.
     """
     matrices = []
-    with torch.inference_mode(False), torch.no_grad():  # what is kept may be needed for a gradient later
+    # What is kept may be needed for a gradient later, and is no part of what is traced or counted meanwhile.
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
         for old, new in zip(grid, target, strict=True):
             # Two columns: where the width is one, the antialiased kernel gives wrong rows.
             samples = torch.eye(old, device="cpu")[None, :, :, None].expand(1, old, old, 2)
@@ -118,12 +120,13 @@ def resample_positions(
     """
     if grid == target:
         return positions
-    # A tensor without values belongs to one trace.
-    make = resampling_matrices.__wrapped__ if isinstance(positions, FakeTensor) else resampling_matrices
-    down, across = make(grid, target, antialias, offset, positions.device)
+    down, across = resampling_matrices(grid, target, antialias, offset, positions.device)
+    if isinstance(positions, FakeTensor):  # a tensor without values belongs to one trace
+        down, across = (positions.fake_mode.from_tensor(matrix) for matrix in (down, across))
     with without_autocast(positions):
         rows = (down @ positions.float().reshape(grid[0], -1)).unflatten(1, (grid[1], -1))  # (h, gw, D)
-        return (across @ rows).reshape(1, target[0] * target[1], -1).to(positions.dtype)
+        columns = rows.mT.reshape(-1, grid[1]) @ across.T  # (h D, w), one product of all rows
+        return columns.unflatten(0, (target[0], -1)).mT.reshape(1, target[0] * target[1], -1).to(positions.dtype)
 
 
 class RegisterViT(nn.Module):

@@ -51,7 +51,7 @@ MOMENTS = (TEACHER, CLASS_TOKENS, KOLEO, STUDENT, LAST_BLOCKS, BLOCKS, BACKWARD_
 _ATTENTION = (
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    aten.bmm,  # attention without a fused kernel; nothing else multiplies batches of matrices
+    aten.bmm,  # attention without a fused kernel; besides it only KoLeo multiplies batches of matrices
 )
 
 
@@ -263,7 +263,7 @@ class Recorder(TorchDispatchMode):
             owner = "heads" if self._moment == STUDENT else "student"
         kind = {"teacher's heads": "heads", "student's heads": "heads", "step": self._between}.get(owner, owner)
         self.operations[kind] += operations
-        if function in _ATTENTION:
+        if function in _ATTENTION and kind != "KoLeo":
             self.operations["attention"] += operations
 
     def _part_of(self, func: Any, args: Sequence[Any], tensor: Tensor) -> str:
