@@ -65,6 +65,10 @@ class Counts:
         return sum(self.kernels.values()) + self.products
 
 
+# DDP compares shapes, which no kernel computes, between processes.
+COPIED = ("parallelize", "<dictcomp>")
+
+
 class Answers:
     """What copies to the host hold, by the function that reads; without an answer zeros, as no kernel wrote anything.
 
@@ -77,9 +81,9 @@ class Answers:
         self._values = {name: list(given) if isinstance(given, list) else [given] for name, given in values.items()}
 
     def write(self, function: str, size: int, address: int) -> None:
-        """Put the next value of `function`, if it has any, over `size` bytes at `address`."""
-        values = self._values.get(function)
-        if values is None:
+        """Put the next value of `function`, else zeros, over `size` bytes at `address`."""
+        values = self._values.get(function, [0])
+        if function in COPIED:
             return
         value = np.asarray(values.pop(0) if len(values) > 1 else values[0])
         if value.dtype == np.float64:

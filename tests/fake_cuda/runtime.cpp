@@ -113,11 +113,8 @@ cudaError_t copied(void* to, const void* from, size_t bytes) {
   noted_call(what + (large ? " large" : ""));
   note("bytes of " + what, bytes);
   bool read = source == DEVICE && target != DEVICE;
-  if (read) {
-    memset(to, 0, bytes);  // what a kernel should have computed: not what lay there before
-  } else {
-    copy_small(to, from, bytes);
-  }
+  if (read && bytes > SMALL) memset(to, 0, bytes);  // a kernel should have computed it: not what lay there before
+  copy_small(to, from, bytes);
   bool pageable = (source == PAGEABLE && large) || target == PAGEABLE;
   if (on_wait && source != target && pageable) on_wait(what.c_str(), bytes, nullptr);
   if (on_wait && read) on_wait("read", bytes, to);
