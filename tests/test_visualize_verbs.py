@@ -461,7 +461,7 @@ def test_crops_of_a_run_go_into_its_folder(tmp_path: Path) -> None:
         (["attention", "weights=random:vitt8_reg4"], "images: missing; name an image"),
         (["attention", "weights=nowhere"], "weights 'nowhere': no such file"),
         (["attention", "weights=torn.pth", "images=scenes"], "weights torn.pth"),
-        (["attention", "weights=run", "images=nowhere"], "data: nowhere does not exist"),
+        (["attention", "weights=run", "images=nowhere"], "images: nowhere does not exist"),
         (["attention", "weights=run", "images=[]"], "images=[]: expected at least one"),
         (["attention", "weights=run", "images=torn.jpg"], "images: none of 1 could be read; the first:"),
         (["attention", "weights=run", "layer=3"], "layer=3: the model has 3 blocks"),

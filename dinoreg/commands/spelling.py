@@ -49,7 +49,7 @@ def canonical(verb: Verb, arguments: Sequence[str]) -> list[str]:
 def _with_paths(verb: Verb, words: list[str]) -> list[str]:
     """The words, those that are paths behind the verb's own as key=value."""
     own, paths = words[: verb.words], words[verb.words :]
-    if not verb.path or not paths or (own and not all(Path(path).exists() for path in paths)):
+    if not verb.path or not paths or own == ["crops"] or (own and not all(Path(path).exists() for path in paths)):
         return words
     return [*own, f"{verb.path}={','.join(paths)}"]
 
