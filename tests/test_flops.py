@@ -98,6 +98,7 @@ def test_what_is_added_to_a_step_is_counted_apart() -> None:
     resampling = (2 * 2 * 4 * (4 * 32) + 2 * (2 * 32) * 4 * 2) / 4  # of positions, once for the 4 images
     assert again.again == pytest.approx((plain.student - 2 * embedding - 2 * resampling) / 3)
     assert (again.student, again.teacher, again.heads) == (plain.student, plain.teacher, plain.heads)
-    assert operations(optim__accumulate=2).again == pytest.approx((plain.student + embedding) / 3)
+    forward = (plain.student - 2 * resampling + embedding) / 3
+    assert operations(optim__accumulate=2).again == pytest.approx(forward + 2 * resampling)  # in each half
     assert operations(model__drop_path=0.5).student < 0.65 * plain.student
     assert operations(init="weights", loss__anchor_weight=1.0).again > plain.teacher

@@ -568,7 +568,7 @@ def test_a_plan_is_printed_on_one_screen_and_written_with_every_figure(
 
 
 def test_a_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "vitl16_short_reg4_in1k", "gpus=1", "gpu=a100-40"]) == 0
+    assert main(["plan", "vitl16_short_reg4_in1k", "gpus=1", "gpu=a100-40", "batch_size=80"]) == 0
     out = capsys.readouterr().out
     assert "It does not fit: " in out
     assert "\n  optim.accumulate=2   " in out

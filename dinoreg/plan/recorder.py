@@ -242,8 +242,10 @@ class Recorder(TorchDispatchMode):
             self._enter(UPDATE)
         out = func(*args, **kwargs)
         self._count(func.overloadpacket, count_operations(func.overloadpacket, args, kwargs, out))
+        before = {_address(tensor) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            # A view of what no step has made, such as what positions are resampled with, is no tensor of a step's.
+            if isinstance(tensor, Tensor) and _address(tensor) not in before - self._alive.keys():
                 self.hold(tensor, self._part_of(func, args, tensor))
         if func is aten._foreach_copy_.default and self._part(args[1][0]) in ("student weights", "gathered weights"):
             for tensor in args[0]:
@@ -282,6 +284,10 @@ class Recorder(TorchDispatchMode):
         return {"student": "activations of the backbone", "student's heads": "activations of the heads"}.get(
             owner, WORKING
         )
+
+
+def _address(tensor: Tensor) -> int:
+    return local(tensor).untyped_storage()._cdata
 
 
 def _in_backward() -> bool:
