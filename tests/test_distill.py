@@ -244,9 +244,8 @@ def test_a_plan_counts_the_network_that_is_learnt_from(first: Path) -> None:
     assert tutor is not None
     with FlopCounterMode(display=False) as counter:
         tutor.tokens(torch.rand(2 * config.batch_size, 3, 48, 48))
-    attention = (
-        2 * config.batch_size * tutor.encoder.depth * 4 * (1 + 4 + 36) ** 2 * tutor.encoder.dim
-    )  # which that counter does not know
+    # Which that counter does not know:
+    attention = 2 * config.batch_size * tutor.encoder.depth * 4 * (1 + 4 + 36) ** 2 * tutor.encoder.dim
     assert operations.tutor == (counter.get_total_flops() + attention) / config.batch_size
     assert operations.teacher == 0
     parameters = sum(p.numel() for p in load(first).parameters())
