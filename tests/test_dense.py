@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import colorsys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -209,12 +211,14 @@ class TestStream:
         assert len(set(values)) == len(values)
 
     def test_leaving_ends_the_threads(self) -> None:
-        import threading
 
         before = threading.active_count()
         with training_stream(lambda index, rng: index, 50, 2, 20, seed=0, workers=3) as stream:
             stream(0)
             assert threading.active_count() > before
+        until = time.monotonic() + 20  # nobody waits for what a thread has in hand
+        while threading.active_count() > before and time.monotonic() < until:
+            time.sleep(0.01)
         assert threading.active_count() == before
 
     def test_its_random_numbers_are_apart_from_the_order(self) -> None:

@@ -381,7 +381,7 @@ def test_parquet_without_pyarrow_names_the_extra(run: Path, tmp_path: Path, monk
         (["workers=-1"], "workers=-1: expected a number in [0, 1024]"),
         (["device=tpu"], "device=tpu: expected auto"),
         (["tokens=cls"], "tokens: unknown key of dinoreg embed; did you mean token?"),
-        (["photos"], "embed: photos: unexpected; see dinoreg embed --help"),
+        (["photos"], "data: given twice"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

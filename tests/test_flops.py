@@ -67,7 +67,9 @@ def test_a_step_takes_the_matrix_products_that_one_counts_by_hand(attention: str
             backbone[0] = forward + embedding
             attended += depth * attention_products
     # Positions of 4 x 4 patches resampled to the 2 x 2 of local crops, rows first, and the gradient of the positions.
-    backbone[1] += 2 * (2 * 2 * 4 * (4 * dim) + 2 * (2 * dim) * 4 * 2)
+    columns = 2 * (2 * dim) * 4 * 2
+    backbone[1] += 2 * (2 * 2 * 4 * (4 * dim) + columns)
+    attended += 2 * columns  # as a batch of matrices
     ffn = 2 * 2 * dim * hidden  # the last block's, of the tokens that a loss looks at
     backbone[0] += (2 * images + masked) * ffn
     backbone[1] += 3 * (4 * images + masked) * ffn

@@ -277,7 +277,7 @@ def test_every_later_probe_is_compared_with_the_start_image_by_image(
     assert against_start(first) == ""
     log = (out / "train.log").read_text()
     assert all(f"probe at step {line['step']}: {probe_in_words(line)}" in log for line in (first, *lines))
-    assert f"dinoreg eval LABELLED weights={out}" in log
+    assert f"dinoreg verdict LABELLED weights={out}" in log
 
 
 @pytest.mark.parametrize(("gained", "lost", "said"), [(0, 0, "not better"), (4, 0, "not better"), (9, 1, "better")])

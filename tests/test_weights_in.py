@@ -198,7 +198,7 @@ def written(tmp_path: Path, ffn: str = "mlp", registers: int = 4, **changes: Any
         ({"num_attention_heads": 3}, r"config.json says num_attention_heads=3, which does not divide the width 64"),
         ({"num_attention_heads": "2"}, r"config.json says num_attention_heads='2', which does not divide"),
         ({"num_channels": 4}, r"config.json says num_channels=4, the tensors say 3"),
-        ({"num_attention_heads": 10**400}, r"num_attention_heads=10+, which does not divide"),
+        ({"num_attention_heads": 10**400}, r"num_attention_heads=10+…, which does not divide"),
         ({"mlp_ratio": 10**400}, r"the tensors have a hidden width of 256"),
         ({"model_type": ["dinov2"]}, r"model_type is .*, expected dinov2 or dinov2_with_registers"),
         ({"model_type": "vit"}, r"model_type is 'vit', expected dinov2 or dinov2_with_registers"),

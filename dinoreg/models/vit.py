@@ -125,8 +125,7 @@ def resample_positions(
         down, across = (positions.fake_mode.from_tensor(matrix) for matrix in (down, across))
     with without_autocast(positions):
         rows = (down @ positions.float().reshape(grid[0], -1)).unflatten(1, (grid[1], -1))  # (h, gw, D)
-        columns = rows.mT.reshape(-1, grid[1]) @ across.T  # (h D, w), one product of all rows
-        return columns.unflatten(0, (target[0], -1)).mT.reshape(1, target[0] * target[1], -1).to(positions.dtype)
+        return (across @ rows).reshape(1, target[0] * target[1], -1).to(positions.dtype)
 
 
 class RegisterViT(nn.Module):

@@ -51,7 +51,7 @@ MOMENTS = (TEACHER, CLASS_TOKENS, KOLEO, STUDENT, LAST_BLOCKS, BLOCKS, BACKWARD_
 _ATTENTION = (
     aten._scaled_dot_product_flash_attention_for_cpu,
     aten._scaled_dot_product_flash_attention_for_cpu_backward,
-    aten.bmm,  # attention without a fused kernel; besides it only KoLeo multiplies batches of matrices
+    aten.bmm,  # attention without a fused kernel, and positions as they are resampled, which are next to nothing
 )
 
 
