@@ -103,7 +103,7 @@ def test_where_one_class_is_most_of_the_data_it_is_spoken_of_first(
     assert [each["n"] for each in first["details"]["classes"]] == [2, 36, 2]
     assert first["details"]["micro and macro"]["mean per class"] < 0.7
     page = (tmp_path / "out/eval/0000000/report.html").read_text()
-    assert "Not better than always naming the largest class (90.0 %)" in re.sub("<[^>]+>", "", page)
+    assert "Not better than always naming the largest class (90.0 %)" in " ".join(re.sub("<[^>]+>", "", page).split())
     assert "said to be" in page or "columns what was said" in page
     assert page.count("held out, seed 0") == 1
     assert not (tmp_path / "out/eval/0000000/.unfinished").exists()
