@@ -6,7 +6,7 @@
 Every way trains the same network (96 wide, 3 deep, patch 8, 4 registers) on the same pictures without their labels, on
 as many images, with crops of the same sizes. Then `dinoreg eval` judges its frozen features by k-NN and logistic
 regression (class token and mean patch), paired with random weights of the network and with raw pixels on the same test
-pictures. Runs and results that are there already are kept, so the same command finishes what was interrupted.
+pictures. Runs and features that are there already are kept, so the same command finishes what was interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,7 @@ def judge(given: argparse.Namespace, folder: Path, way: str, batch: int, seed: i
     options = {"logistic.token": "cls+mean", "logistic.num_c": 21, "image_size": CROPS["crops.global_size"]}
     options["features"] = str(given.out / "features")
     place = given.out / folder.name / "results" / name
+    shutil.rmtree(place, ignore_errors=True)  # a kept result has no resamples of its baselines, features are kept
     result = evaluate(weights, folder, protocols=PROTOCOLS, out=str(place), workers=1, report=False, **options)
     return {row.protocol: row for row in headlines(result.rows)}
 
