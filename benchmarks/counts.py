@@ -13,6 +13,7 @@ import argparse
 from collections import Counter
 
 import measure
+import yaml
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
 
     if reason := problem():
         raise SystemExit(f"no fake CUDA device: {reason}")
-    overrides = dict(override.split("=", 1) for override in given.overrides)
+    overrides = {key: yaml.safe_load(value) for key, value in (each.split("=", 1) for each in given.overrides)}
     found = run("step", config=given.config, overrides=overrides, traffic=given.traffic)
     counts = counts_of(found["counts"])
     kernels = sum(counts.kernels.values())
