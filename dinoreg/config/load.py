@@ -103,6 +103,8 @@ def find_config(source: str | Path) -> Path:
             why = f"config {path}: a folder without config.yaml; expected a run folder, a YAML file or a name"
             raise UserError(why)
         return path / "config.yaml"
+    if "/" in str(source):
+        raise UserError(f"config {source}: no such file or folder")
     raise UserError(f"config {source}: unknown{nearest(str(source), known)}; known: {', '.join(known)}")
 
 

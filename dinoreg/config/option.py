@@ -272,7 +272,9 @@ def typed(values: Mapping[str, Any], cls: type, where: str = "command line") -> 
         elif below is None:
             verb = getattr(cls, "_verb", "")
             hint = _synonym(name, known) or nearest(name, known) or nearest(name.rpartition(".")[2], known)
-            accepted = f"; accepted: {', '.join(known)}" if known else "; it takes no keys"
+            shown = known if len(known) <= MAX_LISTED else dict.fromkeys(key.partition(".")[0] for key in known)
+            accepted = f"; accepted: {', '.join(shown)}" if known else "; it takes no keys"
+            accepted = "" if hint and len(known) > MAX_LISTED else accepted
             source = f"of dinoreg {verb}" if verb else f"({where})"
             raise UserError(f"{shortened(name)}: unknown key {source}{hint}{accepted}")
         elif value != {}:
