@@ -85,7 +85,7 @@ def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
     from dinoreg.data.source import PathSource
     from dinoreg.evaluation.backbones.encoder import wrap
     from dinoreg.evaluation.benchmark import Task
-    from dinoreg.evaluation.context import Context, show_progress
+    from dinoreg.evaluation.context import Context
     from dinoreg.evaluation.data import Data, Labelled
     from dinoreg.evaluation.options import EvalOptions, KnnOptions, LinearOptions, LogisticOptions
     from dinoreg.evaluation.protocols import classification as shared
@@ -93,6 +93,7 @@ def evaluate(protocol: str, folder: Path, given: Any) -> dict[str, float]:
     from dinoreg.evaluation.protocols import linear, logistic
     from dinoreg.evaluation.protocols.measurement import Measurement
     from dinoreg.models.vit import RegisterViT
+    from dinoreg.runtime.progress import show_progress
 
     splits = {}
     for seed, (name, count) in enumerate((("train", given.rows), ("test", given.test_rows)), 1):

@@ -24,6 +24,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the thorough tests, too")
+    parser.addoption("--guides", action="store_true", help="with --slow: run every command of the guides, too")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -213,6 +213,7 @@ READ = [page for page in PAGES if page.parent.name != "results" and runs(page)]
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("not config.getoption('--guides')", reason="takes an hour; runs with --guides")
 @pytest.mark.parametrize("page", READ, ids=name_of)
 def test_a_page_runs_word_for_word(page: Path, furnished: Path, interpreter: WarmInterpreter, tmp_path: Path) -> None:
     for made in furnished.iterdir():

@@ -10,6 +10,7 @@ from training import TINY, read_lines, tiny_config
 from dinoreg.scenes import render as scenes
 from dinoreg.train import loop
 from dinoreg.train.health import REMEDIES, Health, _spread
+from dinoreg.train.optimizer import GroupsAdamW
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import StepResult, Targets
 
@@ -148,7 +149,7 @@ def test_all_black_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_a_frozen_student_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    monkeypatch.setattr(GroupsAdamW, "step", lambda self, closure=None: None)
     assert "frozen-student" in run(tmp_path / "run")
 
 

@@ -21,16 +21,17 @@ def check_early(parsed: tuple[Any, ...]) -> None:
 
     parsed  arguments of a verb's function, of which `given_by` takes the values
     """
-    for each in parsed:
+    alone = not any(name in os.environ for name in _ELSEWHERE)  # else the processes agree first, and one speaks
+    for each in parsed if alone else ():
         given = given_by(each)
         for key in ("data", "images", "data.source"):
-            if given.get(key) is not None:
+            if isinstance(given.get(key), (str, os.PathLike, list, tuple)):  # `images` may also be a number of them
                 from dinoreg.data.open import check_source
 
                 check_source(given[key], key.partition(".")[0])
         for key in ("weights", "init", "distill", "public"):
             check_weights(given.get(key) or ())
-        if isinstance(each, Config) and each.out and not any(name in os.environ for name in _ELSEWHERE):
+        if isinstance(each, Config) and each.out:
             check_out(each, Path(each.out))
 
 

@@ -99,7 +99,7 @@ def resampling_matrices(
             weights = F.interpolate(samples, mode="bicubic", antialias=antialias, **size)[0, :, :, 0].T
             if len(weights) != new:
                 raise UserError(f"position_offset={offset} turns grid {grid} into {len(weights)} rows, not {target}")
-            matrices.append(weights.contiguous().to(device))
+            matrices.append(weights.contiguous().to(device, non_blocking=True))
     return matrices[0], matrices[1]
 
 

@@ -53,7 +53,10 @@ class Tutor:
     def tokens(self, crops: Tensor) -> Tokens:
         """The encoder's tokens of crops (n, C, H, W), as they were cut; it normalises them its own way. float32."""
         if self._sent is None or self._sent[0].device != crops.device:  # once: a copy in each step would wait for it
-            self._sent = tuple(crops.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+            self._sent = tuple(
+                torch.tensor(values, dtype=crops.dtype).view(-1, 1, 1).to(crops.device, non_blocking=True)
+                for values in (self.mean, self.std)
+            )
         mean, std = self._sent
         return self.encoder.tokens((_resized(crops, self.size) * std + mean).clamp(0, 1))
 

@@ -72,7 +72,7 @@ def test_a_clock_that_jumps_moves_neither_losses_nor_retention_nor_the_time_left
     # Of each day that the clock has shown one is kept, and the newest two besides.
     kept = [int(path.name[5:]) for path in sorted((out / "checkpoints").glob("step_*"))]
     assert kept == [2, 6, 8, 10]
-    left = re.findall(r"left: (\S+)", start.ranks[0].console())
+    left = re.findall(r"(\S+) left", start.ranks[0].console())
     assert len(left) > 1
     assert all(re.fullmatch(r"\d?\d:\d\d", each) for each in left), left  # minutes and seconds
     faults.finish(out, processes=2, checkpoint__keep_hours=1.0)
