@@ -454,7 +454,7 @@ def test_the_peak_of_a_real_process_is_foretold(tmp_path: Path) -> None:
     ("name", "gpus", "memory", "best"),
     [
         ("vitl16_short_reg4_in1k", 1, 36, {"optim.accumulate"}),
-        ("vits14_reg4", 1, 2.5, {"model.checkpointing", "optim.accumulate"}),
+        ("vits14_reg4", 1, 3.0, {"model.checkpointing", "optim.accumulate"}),
         ("vitg14_reg4_in22k", 8, 24, {"optim.accumulate"}),
         ("vits14_reg4", 1, 4, {"optim.accumulate"}),
     ],
