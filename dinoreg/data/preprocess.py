@@ -115,7 +115,8 @@ class Preprocessing:
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], minus the mean, over the standard deviation: float32."""
         unit = to_unit(images)
-        mean, std = (unit.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        numbers = torch.tensor([self.mean, self.std], dtype=unit.dtype)[..., None, None]
+        mean, std = numbers.to(unit.device, non_blocking=True)  # the host need not wait for a few numbers
         return (unit - mean) / std
 
     def __call__(self, picture: Picture) -> Tensor:
