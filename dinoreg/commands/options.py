@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoreg.config.option import REQUIRED, Options, check, dotted, option, read
+from dinoreg.config.option import REQUIRED, Options, check, dotted, option, output, read
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
 from dinoreg.config.view_settings import MAX_SIDE
 from dinoreg.evaluation.options import SharedOptions
@@ -39,7 +39,7 @@ class RunsOptions(NoOptions, verb="runs"):
 class QuickstartOptions(Options, verb="quickstart"):
     """The run of `dinoreg quickstart`."""
 
-    out: str | None = option(None, "the run folder; none: runs/quickstart")
+    out: str | None = output(None, "the run folder; none: runs/quickstart")
     seed: int = option(0, "of weights, data order, crops and masks", low=0, high=MAX_SEED)
     overwrite: bool = option(False, "delete what is in `out` first")
 
@@ -48,7 +48,7 @@ class QuickstartOptions(Options, verb="quickstart"):
 class ReportOptions(Options, verb="report"):
     """Where `dinoreg report` writes."""
 
-    out: str | None = option(None, "the HTML file; none: report.html, in the run's folder if it is one run")
+    out: str | None = output(None, "the HTML file; none: report.html, in the run's folder if it is one run")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ExportOptions(Options, verb="export"):
 
     weights: str = option(REQUIRED, "a run folder, a weight file (ours or others'), or random:NAME")
     format: str = option(REQUIRED, FORMATS)
-    out: str = option(REQUIRED, "folder to write; new or empty")
+    out: str = output(REQUIRED, "folder to write; new or empty")
     size: int | tuple[int, int] | None = option(None, "pixels or [height,width] for positions", high=MAX_SIDE)
 
 
@@ -85,7 +85,7 @@ class VerdictOptions(SharedOptions, verb="verdict"):
     """The weights that `dinoreg verdict` compares, and where it writes."""
 
     weights: str = option(REQUIRED, "your own, as weights= of eval: a run, RUN/best, a weight file")
-    out: str | None = option(None, "folder of page and results; none: RUN/verdict/STEP/DATA, or in runs/verdict/")
+    out: str | None = output(None, "folder of page and results; none: RUN/verdict/STEP/DATA, or in runs/verdict/")
     public: str | None = option(None, "a public backbone, as weights= of eval takes any")
     init: str | None = option(None, "what the own weights began with; none: what the run folder kept of it")
     repeats: int = option(3, "draws of each number of labels below all", low=1, high=1_000)
@@ -104,7 +104,7 @@ class EmbedOptions(Options, verb="embed"):
 
     data: str | list[str] = option(REQUIRED, "a folder, an image, a list of paths, tars, scenes, or [several]")
     weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, random:NAME")
-    out: str = option(REQUIRED, "the file to write, .safetensors or .parquet")
+    out: str = output(REQUIRED, "the file to write, .safetensors or .parquet")
     columns: str = option("", COLUMNS)
     range: list[float] | None = option(None, "LOW,HIGH, as data.range; none: what the weights say")
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
@@ -127,7 +127,7 @@ class RegistersOptions(Options, verb="registers"):
 
     weights: str | tuple[str, ...] = option(REQUIRED, "run folders, weight files or random:NAME, with commas between")
     images: str = option(REQUIRED, "a folder (one subfolder a class adds probes), a list of paths, scenes")
-    out: str | None = option(None, "folder for registers.html; none: runs/registers/NAMES")
+    out: str | None = output(None, "folder for registers.html; none: runs/registers/NAMES")
     size: int | None = option(None, "pixels a side; none: the first model's, enlarged if small", high=MAX_SIDE)
     num_images: int = option(300, "images at most, from all over the source", low=2)
     labels: bool = option(True, "whether the subfolders of `images` are classes")
@@ -153,7 +153,7 @@ class ViewOptions(Options, verb="view"):
 
     weights: str = option(REQUIRED, "a run folder, a weight file, or random:NAME")
     images: str | list[str] | None = option(None, "an image, folder, list, tars, scenes or [several]; none: the run's")
-    out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
+    out: str | None = output(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int | None = option(None, "at most; none: 8, or every file that was named", unit="image", low=1, high=10_000)
     size: int | tuple[int, int] | None = option(None, "pixels or [height,width]; none: the model's", high=MAX_SIDE)
     device: str = option("auto", **DEVICE)
@@ -185,7 +185,7 @@ class NormsOptions(ViewOptions, verb="view norms"):
 class CropsOptions(Options, verb="view crops"):
     """The output of `dinoreg view crops`; its other keys are those of the config."""
 
-    out: str | None = option(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
+    out: str | None = output(None, "folder to write to; none: RUN/view/<step>/, or view/<name>/")
     num: int = option(8, "at most", unit="image", low=1, high=10_000)
 
 

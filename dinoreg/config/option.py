@@ -56,6 +56,7 @@ class Declaration:
     ascending      a pair [low, high] must be in order
     empty          whether a list may have no elements; `option` sets False where the default is a tuple
     pattern        a regular expression that the full text must match, ignoring case
+    written        a path that is written to: one that shells and disks of all kinds take
     expected       the accepted values in words, where the other properties do not say it
     shapes_result  whether a run's weights, or an evaluation's numbers, depend on it; None: as declared for its section
     """
@@ -70,6 +71,7 @@ class Declaration:
     ascending: bool = False
     empty: bool = False
     pattern: str = ""
+    written: bool = False
     expected: str = ""
     shapes_result: bool | None = None
 
@@ -82,6 +84,7 @@ class Declaration:
             return True
         if isinstance(value, str):
             fits = not self.pattern or re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
+            fits = fits and (not self.written or _can_be_written(value))
             return fits and (not self.choices or value in self.choices)
         bounds = (self.low, operator.ge), (self.high, operator.le), (self.above, operator.gt), (self.below, operator.lt)
         if not is_number(value) or (isinstance(value, int) and abs(value) > LARGEST and self.high is None):
@@ -129,6 +132,16 @@ def fraction(default: Any, help: str, **declared: Any) -> Any:
     return option(default, help, low=0, high=1, **declared)
 
 
+def output(default: Any, help: str, **declared: Any) -> Any:
+    """A path that is written to."""
+    expected = "a path without control characters, its names of at most 200 bytes"
+    return option(default, help, written=True, expected=expected, **declared)
+
+
+def _can_be_written(path: str) -> bool:
+    return path.isprintable() and len(path) <= 1000 and max(map(len, path.encode().split(b"/"))) <= 200
+
+
 def section(cls: type[Options], shapes_result: bool = True) -> Any:
     """A field that holds the options of another class, each under the field's name and a dot."""
     return dataclasses.field(default_factory=cls, metadata={"shapes_result": shapes_result})
@@ -156,12 +169,8 @@ class Options:
         cls: Any = type(self)
         for item in dataclasses.fields(cls):
             if "option" in item.metadata:
-                or_none, value = type(None) in _kinds(_hints(cls)[item.name]), getattr(self, item.name)
-                item.metadata["option"].check(f"{self._section}{item.name}", value, or_none)
-                if item.name == "out" and value is not None:
-                    text = str(value)
-                    fits = text.isprintable() and len(text) <= 1000 and max(map(len, text.encode().split(b"/"))) <= 200
-                    check(fits, "out", value, "a path without control characters, its names of at most 200 bytes")
+                or_none = type(None) in _kinds(_hints(cls)[item.name])
+                item.metadata["option"].check(f"{self._section}{item.name}", getattr(self, item.name), or_none)
 
 
 def check(condition: bool, key: str, value: object, expected: str) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dinoreg.config.option import Options, option
+from dinoreg.config.option import Options, option, output
 
 
 @dataclass(frozen=True)
@@ -19,4 +19,4 @@ class PlanOptions(Options, verb="plan"):
     num_images: int | None = option(None, "in the data set; none: counted in data=, where that is here", low=1)
     disk: float = option(1.0, "GB/s at which all processes together write a checkpoint", above=0)
     probe: bool | None = option(None, "run a few steps here; none: on CUDA if it fits, on a CPU if quick")
-    out: str | None = option(None, "JSON file for every figure")
+    out: str | None = output(None, "JSON file for every figure")

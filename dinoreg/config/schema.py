@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dinoreg.config.option import Options, check, flat, fraction, option, section
+from dinoreg.config.option import Options, check, flat, fraction, option, output, section
 from dinoreg.config.view_settings import AugmentSettings, CropSettings, MaskSettings
 from dinoreg.runtime.errors import UserError, one_line
 
@@ -248,7 +248,7 @@ class HealthConfig(Options, section="health"):
 class Config(Options):
     """All options of a run; the sections have dotted keys, such as optim.lr."""
 
-    out: str | None = option(None, "the run folder", shapes_result=False)
+    out: str | None = output(None, "the run folder", shapes_result=False)
     init: str | None = option(None, "weights to start from: a run, a teacher file, a folder or file of another library")
     distill: str | None = option(None, "frozen network to learn from (weights= of eval), not from the own average")
     distill_size: int | None = option(None, "at which it sees crops; none: as many patches", unit="pixel", low=1)

@@ -6,7 +6,7 @@ The defaults are the published protocols.
 from dataclasses import dataclass
 from functools import partial
 
-from dinoreg.config.option import Options, check, fraction, option, section
+from dinoreg.config.option import Options, check, fraction, option, output, section
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
 from dinoreg.config.view_settings import MAX_SIDE
 
@@ -173,7 +173,9 @@ class SharedOptions(Options):
     weights: str | None = side_option(None, "a run, RUN/best, file, transformers folder, random:NAME, timm:NAME[:FILE]")
     columns: str = option("", "of a table of your own: what they are called, as path:FILE,label:BREED,split:SET")
     range: list[float] | None = option(None, "LOW,HIGH of your own pictures, as data.range; none: what the weights say")
-    out: str | None = side_option(None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS")
+    out: str | None = output(
+        None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS", shapes_result=False
+    )
     seed: int = option(0, "of splits, heads, sampling and bootstrap", low=0, high=MAX_SEED)
     device: str = side_option("auto", **DEVICE)
     precision: str = option("auto", "of the backbone; auto: bf16 where the hardware has it", choices=PRECISIONS)
