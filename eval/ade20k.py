@@ -47,8 +47,10 @@ def _names(path: Path) -> list[str]:
     """The last column of 150 rows that are numbered from 1, below one row of titles."""
     rows = [line.split("\t") for line in lines(path, NAME, ARCHIVE)][1:]
     if [row[0].strip() for row in rows] != [str(number) for number in range(1, NUM_CLASSES + 1)]:
-        why = f"{NAME}: {path} has {len(rows)} rows below its titles, "
-        raise UserError(f"{why}expected {NUM_CLASSES} with tabs between columns, numbered from 1")
+        raise UserError(
+            f"{NAME}: {path} has {len(rows)} rows below its titles, "
+            f"expected {NUM_CLASSES} with tabs between columns, numbered from 1"
+        )
     return [row[-1].strip() for row in rows]
 
 

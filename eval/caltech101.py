@@ -39,8 +39,9 @@ def read(folder: Path, options: Options) -> Data:
     for name in names:
         files = [path.name for path in (images / name).iterdir() if path.suffix.lower() == ".jpg"]
         if len(files) <= count:
-            why = f"{NAME}: {images / name} has {len(files)} images, expected more than train_per_class={count}"
-            raise UserError(why)
+            raise UserError(
+                f"{NAME}: {images / name} has {len(files)} images, expected more than train_per_class={count}"
+            )
         ranked = sorted(files, key=partial(_rank, seed, name))
         for split, drawn in (("train", ranked[:count]), ("test", ranked[count:])):
             rows[split] += [(name, f"{name}/{file}") for file in sorted(drawn)]

@@ -105,8 +105,10 @@ class LabelledFrames(Source):
             self._file = h5py.File(path, "r")
             images, maps = (tuple(self._file[key].shape) for key in ("images", self.key))
         if len(images) != 4 or images[1] != 3 or maps != (images[0], *images[2:]):
-            why = f"{NAME}: {path}: images {images} and {self.key} {maps}, expected (n, 3, width, height) and "
-            raise UserError(f"{why}(n, width, height)")
+            raise UserError(
+                f"{NAME}: {path}: images {images} and {self.key} {maps}, expected (n, 3, width, height) and "
+                "(n, width, height)"
+            )
         self.total, _, self.width, self.height = images
 
     def __len__(self) -> int:

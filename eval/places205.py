@@ -76,8 +76,9 @@ def _source(folder: Path, rows: list[tuple[str, str]], given: str) -> PathSource
     if given:
         base = folder / Path(given).expanduser()
         if not base.is_dir():
-            why = f"{NAME}.images={given}: {base} is not a folder; expected the one with the images of {IMAGES}"
-            raise UserError(why)
+            raise UserError(
+                f"{NAME}.images={given}: {base} is not a folder; expected the one with the images of {IMAGES}"
+            )
     else:
         base = folder if (folder / rows[0][1]).exists() else first_existing(folder, UNPACKED)
     return present(

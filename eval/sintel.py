@@ -48,8 +48,10 @@ def read(folder: Path, options: Options) -> Data:
     scenes = {name: _frames(root, wanted, name) for name in names}
     scored = [name for name in TEST_SCENES if name in scenes]
     if not scored or len(scored) == len(scenes):
-        why = f"{NAME}: {root / wanted[0]} has the scenes {', '.join(scenes) or '(none)'}, expected one of "
-        raise UserError(f"{why}{' and '.join(TEST_SCENES)} to score on and others to fit on; they come from {IMAGES}")
+        raise UserError(
+            f"{NAME}: {root / wanted[0]} has the scenes {', '.join(scenes) or '(none)'}, expected one of "
+            f"{' and '.join(TEST_SCENES)} to score on and others to fit on; they come from {IMAGES}"
+        )
     paths = [f"{each}/{frame}.png" for each in wanted for frames in scenes.values() for frame in frames]
     source = paths_source(root, paths, NAME)
     passes: dict[str, dict[str, FlowPairs]] = {each: {} for each in wanted}
@@ -115,8 +117,9 @@ def read_flo(path: Path) -> np.ndarray:
         raise UserError(f"{NAME}: {path} is not a .flo file, expected it to begin with PIEH, a width and a height")
     width, height = np.frombuffer(data, "<i4", 2, offset=4).tolist()
     if not (0 < width <= LARGEST_SIDE and 0 < height <= LARGEST_SIDE) or len(data) != HEADER + 8 * width * height:
-        why = f"{NAME}: {path} has {len(data)} bytes for {height}x{width} pixels, expected {HEADER} + 8 a pixel"
-        raise UserError(why)
+        raise UserError(
+            f"{NAME}: {path} has {len(data)} bytes for {height}x{width} pixels, expected {HEADER} + 8 a pixel"
+        )
     return np.frombuffer(data, "<f4", offset=HEADER).reshape(height, width, 2).astype(np.float32)
 
 

@@ -65,8 +65,9 @@ def read_grid(overrides: Sequence[str]) -> dict[str, list[str]]:
             raise UserError(f"{key}: given twice")
         grid[key] = values
     if not grid:
-        why = "launch sweep: nothing varies; expected sweep.KEY=[A,B], for example sweep.optim.lr=[1e-3,2e-3]"
-        raise UserError(why)
+        raise UserError(
+            "launch sweep: nothing varies; expected sweep.KEY=[A,B], for example sweep.optim.lr=[1e-3,2e-3]"
+        )
     return grid
 
 

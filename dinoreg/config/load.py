@@ -100,8 +100,9 @@ def find_config(source: str | Path) -> Path:
         return path
     if path.is_dir():
         if not (path / "config.yaml").is_file():
-            why = f"config {path}: a folder without config.yaml; expected a run folder, a YAML file or a name"
-            raise UserError(why)
+            raise UserError(
+                f"config {path}: a folder without config.yaml; expected a run folder, a YAML file or a name"
+            )
         return path / "config.yaml"
     if "/" in str(source):
         raise UserError(f"config {source}: no such file or folder")

@@ -68,8 +68,9 @@ def refuse_live(out: Path, takeover: bool = False) -> None:
         if type(pid) is not int or pid == os.getpid() or owner.get("started") is None:
             return
         if start_time(pid) == owner["started"]:
-            why = f"out={out}: its run is at work (process {pid}); end it first, as kill {pid} does{_TAKEOVER}"
-            raise UserError(why)
+            raise UserError(
+                f"out={out}: its run is at work (process {pid}); end it first, as kill {pid} does{_TAKEOVER}"
+            )
     elif owner.get("job") is None or owner["job"] != os.environ.get("SLURM_JOB_ID"):
         try:
             silent = time.time() - (out / "metrics.jsonl").stat().st_mtime

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinoreg.config.view_settings import AugmentSettings
+from dinoreg.runtime.device import per_channel
 
 NUMBERS_PER_VIEW = 12  # uniform numbers that the photometric changes of one view take
 
@@ -115,8 +116,7 @@ def augment(
     rows = rows[np.argsort(slot[rows], kind="stable")]
     budget = _CHUNK_CPU if crops.device.type == "cpu" else _CHUNK_DEVICE
     together = max(1, budget // (channels * height * width))
-    mean = torch.tensor(settings.mean, dtype=torch.float32).view(1, -1, 1, 1).to(crops.device, non_blocking=True)
-    std = torch.tensor(settings.std, dtype=torch.float32).view(1, -1, 1, 1).to(crops.device, non_blocking=True)
+    mean, std = per_channel(settings.mean, crops.device), per_channel(settings.std, crops.device)
     for start in range(0, len(rows), together):
         picked = rows[start : start + together]
         where = _to(picked, crops.device)

@@ -75,16 +75,18 @@ def open_named(name: str, options: str, index_dir: str | None) -> Source:
     for option in filter(None, _OPTION.split(options)):
         key, _, text = option.partition("=")
         if key not in accepted:
-            why = f"data: {name} has no option {key!r}, expected {', '.join(accepted)}{nearest(key, accepted)}"
-            raise UserError(why)
+            raise UserError(
+                f"data: {name} has no option {key!r}, expected {', '.join(accepted)}{nearest(key, accepted)}"
+            )
         if key in values:
             raise UserError(f"data: {name}:{options}: {key} is given twice")
         values[key] = Text(text)
     root = str(values.pop("root", ""))
     if not root:
         need = benchmark.layouts[0][0]
-        why = f"data: {name} needs the folder that holds it, as {name}:root=FOLDER with {need.path} of {need.archive}"
-        raise UserError(why)
+        raise UserError(
+            f"data: {name} needs the folder that holds it, as {name}:root=FOLDER with {need.path} of {need.archive}"
+        )
     split = str(values.pop("split", pretraining.splits[0] if pretraining.splits else ""))
     if pretraining.splits and split not in pretraining.splits:
         expected = " or ".join(pretraining.splits)

@@ -67,8 +67,9 @@ def read_labelled_folder(
     images = _declared(root, images, given, warnings)
     present = {image.label for image in images}
     if len(present) < 2:
-        why = f"{root}: has images in {len(present)} folder(s), expected one per class, at least two{_tables(root)}"
-        raise UserError(why)
+        raise UserError(
+            f"{root}: has images in {len(present)} folder(s), expected one per class, at least two{_tables(root)}"
+        )
     names = sorted(present)
     numbers = {name: number for number, name in enumerate(names)}
     warnings += _repeated_below(images) + alike(names)

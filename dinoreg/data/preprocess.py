@@ -20,6 +20,7 @@ from dinoreg.data.center_crop import INTERPOLATIONS, Interpolation, center_crop,
 from dinoreg.data.decode import BadImage, decode
 from dinoreg.data.value_range import ValueRange
 from dinoreg.models.vit import RegisterViT, as_pair
+from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.runtime.regular_files import read_regular
@@ -115,9 +116,7 @@ class Preprocessing:
     def normalise(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W), uint8 or float in [0, 1], minus the mean, over the standard deviation: float32."""
         unit = to_unit(images)
-        numbers = torch.tensor([self.mean, self.std], dtype=unit.dtype)[..., None, None]
-        mean, std = numbers.to(unit.device, non_blocking=True)  # the host need not wait for a few numbers
-        return (unit - mean) / std
+        return (unit - per_channel(self.mean, unit.device)) / per_channel(self.std, unit.device)
 
     def __call__(self, picture: Picture) -> Tensor:
         """A picture as the model takes it: (C, height, width) float32, normalised.
@@ -148,8 +147,9 @@ def _range(values: Any, where: object) -> ValueRange | None:
 def _per_channel(values: Any, channels: int, key: str, where: object) -> tuple[float, ...]:
     fits = isinstance(values, (list, tuple)) and len(values) in (1, channels)
     if not fits or not all(map(is_number, values)):
-        why = f"weights {where}: {key}={values!r}: expected one number or one for each of {channels} channels"
-        raise UserError(why)
+        raise UserError(
+            f"weights {where}: {key}={values!r}: expected one number or one for each of {channels} channels"
+        )
     if key == "std" and min(values) <= 0:
         raise UserError(f"weights {where}: std={values!r}: expected positive numbers")
     return tuple(map(float, values)) * (channels // len(values))

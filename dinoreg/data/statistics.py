@@ -70,8 +70,10 @@ def survey(
     if not good:
         first, channels = images[0], {image.get("channels", in_channels) for image in images}
         hint = f"; model.in_channels={min(channels)} takes them" if channels.isdisjoint({1, 3, in_channels}) else ""
-        why = f"{what}: none of {len(images)} pictures looked at can be used for {in_channels} channels; the first: "
-        raise UserError(f"{why}{first['name']}: {first['bad']}{hint}")
+        raise UserError(
+            f"{what}: none of {len(images)} pictures looked at can be used for {in_channels} channels; the first: "
+            f"{first['name']}: {first['bad']}{hint}"
+        )
     deep = source.value_range is not None or any(image["type"] != "uint8" for image in good)
     warnings = _of_scale(good, source.value_range, whose, key or whose)
     pages = [image["pages"] for image in good if image["pages"] > 1 and image["format"] == "TIFF"]

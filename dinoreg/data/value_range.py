@@ -115,5 +115,7 @@ def limits(
     low, high = (float(measured.min()), float(measured.max())) if measured.size else (0.0, 1.0)
     if np.issubdtype(kind, np.floating) and low >= 0 and high <= 1:
         return 0.0, 1.0
-    why = f"{kind} values from {low:g} to {high:g}: data.range=[LOW,HIGH] has to say which are black and white "
-    raise BadImage(f"{why}(dinoreg inspect measures it)")
+    raise BadImage(
+        f"{kind} values from {low:g} to {high:g}: data.range=[LOW,HIGH] has to say which are black and white "
+        "(dinoreg inspect measures it)"
+    )

@@ -413,8 +413,9 @@ def _join(place: Place, device: str, timeout: float) -> None:
         meeting.store = None  # another attempt needs a new store
         reason = str(error).splitlines()[0][:200]
         where = f"{place.address}:{place.port} within {timeout:.0f} s"
-        why = f"rank {place.rank} of {place.world_size} could not meet the others at {where}: {reason}"
-        raise RunError(why) from None
+        raise RunError(
+            f"rank {place.rank} of {place.world_size} could not meet the others at {where}: {reason}"
+        ) from None
 
 
 @dataclass

@@ -84,8 +84,10 @@ class Labelled(_ImageLabels):
         self._take_labels(np.int64)
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(outside):
-            why = f"{self.source.name(int(outside[0]))}: label {self.labels[outside[0]]} is out of range, "
-            raise UserError(f"{why}expected 0..{self.num_classes - 1}")
+            raise UserError(
+                f"{self.source.name(int(outside[0]))}: label {self.labels[outside[0]]} is out of range, "
+                f"expected 0..{self.num_classes - 1}"
+            )
 
 
 @dataclass(frozen=True)

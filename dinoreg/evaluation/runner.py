@@ -395,8 +395,10 @@ def check_channels(encoder: Encoder, plan: Planned) -> list[str]:
         return []
     if encoder.in_channels == 1:
         return [f"{plan.benchmark.name}: {encoder.name} has one channel and sees its pictures in grey"]
-    why = f"{plan.benchmark.name}: its pictures are RGB, and {encoder.name} takes {encoder.in_channels} channels; "
-    raise UserError(f"{why}expected a model of 3 channels, or of 1, which sees them in grey")
+    raise UserError(
+        f"{plan.benchmark.name}: its pictures are RGB, and {encoder.name} takes {encoder.in_channels} channels; "
+        "expected a model of 3 channels, or of 1, which sees them in grey"
+    )
 
 
 def check_size(encoder: Encoder, options: EvalOptions) -> None:

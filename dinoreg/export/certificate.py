@@ -75,8 +75,10 @@ def certify(form: Format, source: Source, folder: Path, scratch: Path) -> dict[s
             if check["bounded"] and not check["passed"]:
                 relative, where = check["relative_difference"], f"{check['size'][0]}x{check['size'][1]}"
                 far = f"{relative:.1e} of its scale, bound {check['bound']:.1e}" if relative else "no finite number"
-                why = f"format={form.name}: {form.peer} differs from the source: {check['output']} at {where} in "
-                raise RunError(f"{why}{check['dtype']} by {far}; nothing written")
+                raise RunError(
+                    f"format={form.name}: {form.peer} differs from the source: {check['output']} at {where} in "
+                    f"{check['dtype']} by {far}; nothing written"
+                )
     pictures = _check_pictures(form, source, paths, of_files)
     check_read_back(form, source, folder)
     largest = {}

@@ -133,8 +133,10 @@ class RowFile:
                 return False
             known = settings if isinstance(settings, dict) else {}
             key = next((key for key in self.settings if known.get(key) != self.settings[key]), "settings")
-            why = f"out={self.out}: an unfinished embed has {key}={known.get(key)}, not {self.settings.get(key)}; "
-            raise UserError(f"{why}finish it with its own keys, or drop it with overwrite=true")
+            raise UserError(
+                f"out={self.out}: an unfinished embed has {key}={known.get(key)}, not {self.settings.get(key)}; "
+                "finish it with its own keys, or drop it with overwrite=true"
+            )
         if {type(following), type(rows)} != {int} or not 0 <= rows <= following <= self.total:
             return False
         if size < _ROOM + self.row_bytes * rows:
@@ -148,8 +150,10 @@ class RowFile:
         needed = self.row_bytes * (copies * self.total - self.count)
         free = shutil.disk_usage(existing).free
         if needed > free:
-            why = f"out={self.out}: {self.total:,} rows need {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are "
-            raise UserError(f"{why}free; dtype=float16 takes half, token=mean one row an image")
+            raise UserError(
+                f"out={self.out}: {self.total:,} rows need {needed / 2**30:,.1f} GiB and {free / 2**30:,.1f} GiB are "
+                "free; dtype=float16 takes half, token=mean one row an image"
+            )
 
     def _to_safetensors(self, names: Iterator[str], texts: Mapping[str, str]) -> Path:
         """Names behind the rows, the header in front of them: nothing that is large is moved."""

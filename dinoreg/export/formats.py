@@ -116,8 +116,10 @@ def write_transformers(folder: Path, source: Source) -> None:
     model = source.model
     rows, columns = model.grid
     if rows != columns:
-        why = f"format=transformers: its position grid is square, this model's is {rows}x{columns}; "
-        raise UserError(f"{why}export with size={min(rows, columns) * model.patch_size}")
+        raise UserError(
+            f"format=transformers: its position grid is square, this model's is {rows}x{columns}; "
+            f"export with size={min(rows, columns) * model.patch_size}"
+        )
     with_registers = model.num_registers > 0
     architecture = model.architecture()
     config = {theirs: architecture[ours] for ours, (theirs, _) in DINOV2_ARGUMENTS.items()} | {

@@ -17,6 +17,7 @@ from dinoreg.data.decode import ORIENTATION_TAG
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.export.source import Source
 from dinoreg.runtime.dependencies import install
+from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.templates import render
 
@@ -62,7 +63,7 @@ def compare(source: Source, paths: Mapping[str, Path], answers: Mapping[str, Ten
     bounded  whether class tokens have to agree; the inputs always have to
     """
     checks = []
-    std = torch.tensor(source.preprocessing.std).view(-1, 1, 1)
+    std = per_channel(source.preprocessing.std, "cpu")
     for name, path in paths.items():
         pixels = source.preprocessing(path)
         theirs = answers[f"{name}/pixels"]

@@ -190,8 +190,10 @@ class Attempt:
             steps = [line.get("step") for line in starts[-STUCK - 1 :]]
             if len(steps) > STUCK and len(set(steps)) == 1:
                 where = "before its first checkpoint" if steps[0] is None else f"at step {steps[0]}"
-                why = f"restarted {STUCK} times without a new checkpoint, still {where}: "
-                raise RunError(f"{why}save more often (checkpoint.every=) or ask for more time (time=)")
+                raise RunError(
+                    f"restarted {STUCK} times without a new checkpoint, still {where}: "
+                    "save more often (checkpoint.every=) or ask for more time (time=)"
+                )
 
     # --------------------------------------------------------------------------------------------------------
     # After an interruption

@@ -123,8 +123,9 @@ def find_job(name: str) -> Job:
     known = job_files()
     path = Path(name) if name.endswith(".py") else known.get(name)
     if path is None:
-        why = f"launch: {name}: unknown job{nearest(name, known)}; known: {', '.join(known)}, or a .py of one's own"
-        raise UserError(why)
+        raise UserError(
+            f"launch: {name}: unknown job{nearest(name, known)}; known: {', '.join(known)}, or a .py of one's own"
+        )
     if not path.is_file():
         raise UserError(f"launch: {path}: no such file; expected a Python file with a JOB")
     job = getattr(run_file(path, "dinoreg_job"), "JOB", None)

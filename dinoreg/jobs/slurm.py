@@ -62,8 +62,9 @@ def require(options: LaunchOptions) -> None:
     """UserError where Slurm's programs are missing or the partition does not exist."""
     for name in PROGRAMS:
         if shutil.which(name) is None:
-            why = f"cluster=slurm: there is no {name} on the PATH; use a machine of the cluster, or cluster=local"
-            raise UserError(why)
+            raise UserError(
+                f"cluster=slurm: there is no {name} on the PATH; use a machine of the cluster, or cluster=local"
+            )
     answer = ask("sinfo", "-a", "-h", "-o", "%R")
     if answer.returncode:
         raise UserError(f"cluster=slurm: sinfo failed: {_one_line(answer.stderr)}")

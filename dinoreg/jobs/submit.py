@@ -97,8 +97,10 @@ def _refuse_a_second_launch(plan: Plan) -> None:
         records = [record for record in read_records(folder) if record.run and Path(record.run).resolve() in resolved]
         for status in examine(folder, records):
             if not status.is_over:
-                why = f"out={status.record.run}: job {status.record.job} ({status.record.title}) is still "
-                raise UserError(f"{why}{status.state}; dinoreg launch cancel {folder} ends it")
+                raise UserError(
+                    f"out={status.record.run}: job {status.record.job} ({status.record.title}) is still "
+                    f"{status.state}; dinoreg launch cancel {folder} ends it"
+                )
     for run in runs:
         refuse_live(run)
 

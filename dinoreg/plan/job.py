@@ -222,8 +222,10 @@ def _precision(config: Config, device: Device) -> str:
     if config.precision != "auto":
         refused = device.peaks if device.kind == "cuda" else config.precision == "tf32"
         if refused and device.peak(config.precision) is None:
-            why = f"precision={config.precision}: a {device.name} does not compute in it; "
-            raise UserError(f"{why}expected auto, {' or '.join(device.peaks or PRECISIONS[1:])}")
+            raise UserError(
+                f"precision={config.precision}: a {device.name} does not compute in it; "
+                f"expected auto, {' or '.join(device.peaks or PRECISIONS[1:])}"
+            )
         return config.precision
     if device.kind == "cuda":
         return "fp16" if device.peaks and "bf16" not in device.peaks else "bf16"

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -96,3 +97,10 @@ def peak_memory(device: torch.device) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def per_channel(
+    values: Sequence[float], device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Numbers, one for each channel or one for all, as (C, 1, 1) on a device, which the host does not wait for."""
+    return torch.tensor(values, dtype=dtype).view(-1, 1, 1).to(device, non_blocking=True)

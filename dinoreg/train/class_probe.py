@@ -28,7 +28,7 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.evaluation.metrics.bootstrap import bootstrap_interval
 from dinoreg.evaluation.metrics.knn_rankme import knn_predict, rankme
 from dinoreg.models.vit import RegisterViT, Tokens
-from dinoreg.runtime.device import autocast
+from dinoreg.runtime.device import autocast, per_channel
 from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.environment import usable_cores
 from dinoreg.runtime.errors import UserError
@@ -133,7 +133,7 @@ class Probe:
         # The last batches are filled up: a sharded backbone has to be called equally often everywhere, and batches of
         # one size give the same numbers on any number of processes.
         rows = torch.arange(share * ranks.world_size * size).clamp(max=len(self.images) - 1)
-        mean, std = (torch.tensor(each, device=device).view(-1, 1, 1) for each in (self.mean, self.std))
+        mean, std = per_channel(self.mean, device), per_channel(self.std, device)
         found = []
         for part in rows.view(share, ranks.world_size, size)[:, ranks.rank]:
             images = self.images[part]

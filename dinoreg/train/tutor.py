@@ -4,7 +4,7 @@ It is no `teacher`, which is always the moving average of the student, also in s
 replica. A crop is cut at the larger of the two networks' sizes, so that neither sees an enlarged picture.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.models.registry import parse_name
 from dinoreg.models.vit import Tokens
+from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.errors import UserError
 
 
@@ -33,7 +34,6 @@ class Tutor:
     student_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    _sent: tuple[Tensor, ...] | None = field(default=None, init=False)
 
     @property
     def network(self) -> nn.Module:
@@ -52,12 +52,7 @@ class Tutor:
 
     def tokens(self, crops: Tensor) -> Tokens:
         """The encoder's tokens of crops (n, C, H, W), as they were cut; it normalises them its own way. float32."""
-        if self._sent is None or self._sent[0].device != crops.device:  # once: a copy in each step would wait for it
-            self._sent = tuple(
-                torch.tensor(values, dtype=crops.dtype).view(-1, 1, 1).to(crops.device, non_blocking=True)
-                for values in (self.mean, self.std)
-            )
-        mean, std = self._sent
+        mean, std = (per_channel(values, crops.device) for values in (self.mean, self.std))
         return self.encoder.tokens((_resized(crops, self.size) * std + mean).clamp(0, 1))
 
 
@@ -86,8 +81,9 @@ def load_tutor(config: Config, device: torch.device, dtype: torch.dtype) -> Tuto
     """
     if config.distill is None:
         if config.distill_size is not None:
-            why = "distill: missing; name the weights to learn from, as distill=WEIGHTS (or distill_size=none)"
-            raise UserError(why)
+            raise UserError(
+                "distill: missing; name the weights to learn from, as distill=WEIGHTS (or distill_size=none)"
+            )
         return None
     encoder = open_encoder(config.distill, device, dtype).encoder
     channels, patch = config.model.in_channels, encoder.patch_size

@@ -157,8 +157,10 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         if a[key] != b[key]:
             raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}")
     if a["num_registers"] not in (0, b["num_registers"]):
-        why = f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
-        raise UserError(f"{why}registers are only grafted onto a backbone that has none")
+        raise UserError(
+            f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
+            "registers are only grafted onto a backbone that has none"
+        )
 
 
 def fit(

@@ -97,11 +97,14 @@ class Encoder(ABC):
         returns  (B, C, H, W); UserError for another shape, or for a side that the patch size does not divide
         """
         if images.ndim != 4 or images.shape[1] != self.in_channels:
-            why = f"{self.name}: images of shape {tuple(images.shape)}, expected (B, {self.in_channels}, H, W)"
-            raise UserError(why)
+            raise UserError(
+                f"{self.name}: images of shape {tuple(images.shape)}, expected (B, {self.in_channels}, H, W)"
+            )
         if any(side % self.patch_size for side in images.shape[2:]):
-            why = f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
-            raise UserError(f"{why}expected multiples of the patch size {self.patch_size}")
+            raise UserError(
+                f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
+                f"expected multiples of the patch size {self.patch_size}"
+            )
         return self.preprocessing.normalise(images.to(self.device, non_blocking=True))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -81,8 +81,9 @@ def read_numbers(path: Path, colours: bool = False) -> PixelFile:
         what = f"is a {pixels.format} inside, which mixes the numbers of neighbouring pixels"
         raise UserError(f"{path}: {what}; expected a mask as PNG, TIFF, BMP or GIF")
     if values.dtype.kind == "f" and (values != np.rint(values)).any():
-        why = f"{path}: has fractions, such as {values[values != np.rint(values)][0]:g}; expected class numbers"
-        raise UserError(why)
+        raise UserError(
+            f"{path}: has fractions, such as {values[values != np.rint(values)][0]:g}; expected class numbers"
+        )
     if values.ndim == 3 and values.shape[2] >= 3:
         red, green, blue = values[..., :3].astype(np.int32).transpose(2, 0, 1)
         in_colour = colours or (red != green).any() or (red != blue).any()
@@ -162,16 +163,18 @@ def _classes(
             wrong = present[(present != IGNORED) & ((present < 0) | (present >= min(count, IGNORED)))]
             if len(wrong):
                 expected = f"0..{min(count, IGNORED) - 1} or {IGNORED}{', as classes.txt says' if names else ''}"
-                why = f"{path}: has the value {wrong[0]}, expected {expected}; {_suggestion(total, len(names))}"
-                raise UserError(why)
+                raise UserError(
+                    f"{path}: has the value {wrong[0]}, expected {expected}; {_suggestion(total, len(names))}"
+                )
         classes = list(range(count))
     absent = [place for place, value in enumerate(classes) if not total[value]]
     if absent:
         which = listed([names[place] for place in absent]) if names else listed(map(str, absent))
         raise UserError(f"{root}: no mask has a pixel of {which}; {_suggestion(total, len(names))}")
     if len(classes) < 2:
-        why = f"{root}: masks have {len(classes)} class(es), expected 2 to {IGNORED}; {_suggestion(total, len(names))}"
-        raise UserError(why)
+        raise UserError(
+            f"{root}: masks have {len(classes)} class(es), expected 2 to {IGNORED}; {_suggestion(total, len(names))}"
+        )
     return classes, names
 
 
@@ -208,8 +211,9 @@ def _doubts(root: Path, names: list[str], classes: list[int], totals: Mapping[st
     for split, total in totals.items():
         if present[split].sum() < 2:
             which = listed(np.array(names)[present[split]]) or "no class"
-            why = f"{root}: every pixel of {split} that is counted is of {which}, expected two or more classes"
-            raise UserError(why)
+            raise UserError(
+                f"{root}: every pixel of {split} that is counted is of {which}, expected two or more classes"
+            )
         void = {value: count for value, count in total.most_common() if value not in classes}
         share = sum(void.values()) / sum(total.values())
         if share > MOST_VOID or set(void) - {IGNORED}:

@@ -47,8 +47,10 @@ def frame_tokens(encoder: Encoder, source: Source, geometry: Geometry, context: 
         picture = read_picture(source, index)
         found = size_of(picture)
         if found != tuple(geometry.size):
-            why = f"{source.name(index)}: a frame of {found[0]}x{found[1]} pixels, "
-            raise UserError(f"{why}expected {geometry.size[0]}x{geometry.size[1]} as the first frame has")
+            raise UserError(
+                f"{source.name(index)}: a frame of {found[0]}x{found[1]} pixels, "
+                f"expected {geometry.size[0]}x{geometry.size[1]} as the first frame has"
+            )
         return to_array(resized(picture, height, width))
 
     return extract_rows(

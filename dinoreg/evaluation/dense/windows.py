@@ -22,6 +22,7 @@ from dinoreg.data.preprocess import to_unit
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.data import IGNORED
 from dinoreg.evaluation.solvers.train_heads import generator
+from dinoreg.runtime.device import per_channel
 from dinoreg.runtime.parallel import parallel
 
 T = TypeVar("T")
@@ -56,8 +57,8 @@ def centre_pad(images: Tensor, multiple: int, value: Sequence[float] = (0.0,)) -
 def pad(images: Tensor, sides: tuple[int, int, int, int], value: Sequence[float]) -> Tensor:
     """Images (..., C, H, W) with `value`, one for all channels or each, to (left, top, right, bottom) of them."""
     left, top, right, bottom = sides
-    colour = torch.tensor(value, device=images.device).to(images.dtype).view(-1, 1, 1)
     height, width = images.shape[-2:]
+    colour = per_channel(value, images.device, images.dtype)
     padded = colour.expand(*images.shape[:-2], top + height + bottom, left + width + right).clone()
     padded[..., top : top + height, left : left + width] = images
     return padded

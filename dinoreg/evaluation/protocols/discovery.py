@@ -154,8 +154,10 @@ def _objects(encoder: Encoder, image: np.ndarray, sweep: DiscoveryOptions, name:
     batch = pad_to_patches(image, encoder.patch_size, encoder.preprocessing.mean)
     grid = encoder.grid(batch.shape[1], batch.shape[2])
     if grid[0] * grid[1] > MAX_PATCHES:
-        why = f"{name}: {image.shape[1]}x{image.shape[0]} pixels are {grid[0] * grid[1]:,} patches, all of which are "
-        raise UserError(f"{why}compared with one another; expected at most {MAX_PATCHES:,}")
+        raise UserError(
+            f"{name}: {image.shape[1]}x{image.shape[0]} pixels are {grid[0] * grid[1]:,} patches, all of which are "
+            f"compared with one another; expected at most {MAX_PATCHES:,}"
+        )
     found = []
     for features in features_of(encoder, batch, sweep.blocks, sweep.feature):
         require_finite(features[None], [name], encoder)

@@ -133,8 +133,10 @@ class LinearProbe:
         blank = torch.zeros(1, encoder.in_channels, size, size, dtype=torch.uint8)
         _, dim, rows, columns = patch_grid(encoder, blank, 1).shape
         if settings.batch_size * rows * columns < 2:
-            why = f"segmentation.batch_size={settings.batch_size}: a crop of {size} pixels is one patch, "
-            raise UserError(f"{why}and a batch norm needs two; expected at least 2")
+            raise UserError(
+                f"segmentation.batch_size={settings.batch_size}: a crop of {size} pixels is one patch, "
+                "and a batch norm needs two; expected at least 2"
+            )
         heads: dict[str, nn.Module] = {}
         optimizers = {}
         for key, (lr, decay) in self.combinations.items():

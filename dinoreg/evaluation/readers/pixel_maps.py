@@ -94,8 +94,9 @@ def read_depth_map(path: Path) -> np.ndarray:
     with reworded(f"{path}: cannot be read as a depth map", *UNREADABLE):
         values, mode, _, _ = read_pixels(path)
     if mode not in DEPTH_MODES:
-        why = f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel, in millimetres"
-        raise UserError(why)
+        raise UserError(
+            f"{path}: is an image of mode {mode}, expected a depth map of 16 bits and one channel, in millimetres"
+        )
     return values.astype(np.float32) / np.float32(MILLIMETRES)
 
 
@@ -109,8 +110,9 @@ def require_size(where: str, values: np.ndarray, image: Path, dataset: str = "")
     with cautious, open_regular(image) as file, Image.open(file) as opened:
         width, height = opened.size
     if values.shape != (height, width):
-        why = f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
-        raise UserError(why)
+        raise UserError(
+            f"{where} is {values.shape[1]} x {values.shape[0]} pixels, its image {image.name} is {width} x {height}"
+        )
 
 
 def _grey_bits(path: Path) -> int:
