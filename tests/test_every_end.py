@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from miniatures.pictures import pattern
+from miniatures.pictures import numbered, pattern
 from small_runs import tiny_model, write_run
 
 DINOREG = [sys.executable, "-m", "dinoreg"]
@@ -21,11 +21,7 @@ STEPS = 60
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for number in range(12):
-        pattern(number % 3, number).save(folder / f"{number:02d}.png")
-    return folder
+    return numbered(tmp_path / "pictures", 12)
 
 
 def training(data: Path, out: Path, steps: int = STEPS) -> list[str]:

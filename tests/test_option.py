@@ -110,7 +110,9 @@ def test_a_refusal_names_the_key_the_value_and_what_is_accepted(text: str, accep
 
 
 def test_unknown_and_missing_keys_are_named_with_the_nearest_or_the_meaning() -> None:
-    assert refusal(Outer, "nam=x").startswith("nam: unknown key of dinoreg try; did you mean name?")
+    assert refusal(Outer, "nam=x").startswith(
+        "nam: unknown key of dinoreg try; did you mean name?; accepted: name, size"
+    )
     assert refusal(Outer, "name=x", "inner.knd=dog").startswith(
         "inner.knd: unknown key of dinoreg try; did you mean inner.kind?"
     )

@@ -519,7 +519,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["vits14_reg4", "node=2"], "node: unknown key (command line)"),
         (["vits14_reg4", "gpu=h1000"], "gpu=h1000: unknown; did you mean h100?; known: v100"),
         (["vits14_reg4", "memory=-1"], "memory=-1: expected a positive number"),
-        (["vits14_reg4", "utilisation=2"], "utilisation=2: expected a number in (0, 1]"),
+        (["vits14_reg4", "utilisation=2"], "utilisation=2: expected a share of the peak in (0, 1]"),
         (["vits14_reg4", "steps=none"], "no budget: give one of"),
         (["vits14_reg4", "epochs=3", "gpus=1"], "epochs=3: the data are not here to be counted; give num_images="),
         (["vits14_reg4", "gpus=6", "parallel.shard=4"], "parallel.shard=4: expected a divisor of the 6 processes"),

@@ -368,7 +368,7 @@ def test_without_an_evaluation_the_probe_inside_the_run_is_judged_by_its_start(
     assert (said.tone, words in said.headline) == (tone, True)
     assert "16.0 % [11.0, 21.0] (step 0: 17.0, chance 14.3, majority 18.0)" in said.sentences[0]
     assert "naming the largest class" in said.sentences[1]
-    assert any(f"labelled weights={run}" in sentence for sentence in said.sentences)
+    assert any(f"dinoreg verdict labelled weights={run}" in sentence for sentence in said.sentences)
     (accuracy, *_) = run_charts(Run(run))["probe"]
     assert sorted(accuracy.levels.values()) == [0.143, 0.18]
     assert not any("knn" in chart.title for chart in run_charts(Run(run))["other"])

@@ -58,9 +58,9 @@ def test_runs_are_listed_with_their_states_and_figures_the_newest_first(
     assert second.loss == pytest.approx(4.0)
     assert dinoreg.runs(labelled)[0].best == second.best
     assert main(["runs", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert all(word in shown for word in ("SIGTERM", "finished", "30.0 %", "50.0 %", "RankMe 9"))
-    assert f"dinoreg report {tmp_path}" in shown
+    shown = capsys.readouterr()
+    assert all(word in shown.out for word in ("SIGTERM", "finished", "30.0 %", "50.0 %", "RankMe 9"))
+    assert shown.err == f"next: dinoreg report {tmp_path}\n"
     assert main(["report", str(tmp_path), f"out={tmp_path / 'page.html'}"]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "stopped by SIGTERM" in page

@@ -71,9 +71,15 @@ def acquire(run: Path, ranks: Ranks = ALONE) -> Lease:
         lease = None
         if ranks.is_main:
             restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
-            again = int(restarts) if restarts.isdigit() else 0
-            begun = os.environ.get("SLURM_JOB_ID"), again, time.time(), start_time(os.getpid())
-            lease = Lease(secrets.token_hex(4), socket.gethostname(), os.getpid(), *begun)
+            lease = Lease(
+                token=secrets.token_hex(4),
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                job=os.environ.get("SLURM_JOB_ID"),
+                restarts=int(restarts) if restarts.isdigit() else 0,
+                time=time.time(),
+                started=start_time(os.getpid()),
+            )
             try:
                 write_atomic(run / OWNER, json.dumps(asdict(lease), indent=1) + "\n", lease.token)
             except OSError as error:

@@ -60,14 +60,15 @@ def _say_next(data: str | list[str], images: int, side: int | None = None) -> No
     """Print the command to go on with; `side`: of the pictures of a smaller copy that is to be made first."""
     from dinoreg.train.outlook import FEW_BATCHES, batch_for  # which needs torch
 
-    name, more = Path(data if isinstance(data, str) else data[0]).name.partition(":")[0], ""
+    name, more = Path(data if isinstance(data, str) else data[0]).name.partition(":")[0], []
     if is_folder := isinstance(data, str) and os.path.isdir(data):
         with suppress(UserError):  # no subfolders that are classes
-            more = f"probe.data={shlex.quote(data)}" if len(read_labelled(data).class_names) > 1 else ""
+            if len(read_labelled(data).class_names) > 1:
+                more.append(f"probe.data={shlex.quote(data)}")
     if images < FEW_BATCHES * SMALL_BATCH:
-        more += f" batch_size={batch_for(images)}"
+        more.append(f"batch_size={batch_for(images)}")
     case = "large" if side and is_folder else "few" if images < FEW_IMAGES else ""
-    values = {"data": data, "stem": name, "folder": f"{name}-{side}", "more": Verbatim(more)}
+    values = {"data": data, "stem": name, "folder": f"{name}-{side}", "more": Verbatim(" ".join(more))}
     say_next("inspected", {**values, "config": "small" if images < SMALL else "vits14_reg4"}, case)
 
 

@@ -234,6 +234,8 @@ def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dic
     elif verb == "plan":
         rest = split_texts(PlanOptions, arguments[1:])[1] + ([] if values.get("data.source") else ["data=FOLDER"])
         values |= {"rest": Verbatim(shlex.join(rest)), "stem": Path(first).stem}
+    elif verb == "runs":
+        (first,) = parsed
     elif verb == "registers":
         values["weights"] = parsed[0].models[0]
     return {**values, "first": first}, case

@@ -126,9 +126,15 @@ class ScheduleConfig(Options, section="schedule"):
     teacher_temp: tuple[float, float] = option((0.04, 0.07), "start and end (linear, then constant)", above=0)
     teacher_temp_warmup: float = option(0.3, "fraction of the run over which it rises; above 1 it ends below", low=0)
     freeze_last_layer: float = fraction(0.01, "fraction of the run in which the prototypes do not move")
-    shape: str = option("cosine", "constant: values stay the first, for a run that may be extended", choices=SHAPES)
+    shape: str = option(
+        "cosine",
+        "constant: rate, weight decay and momentum keep their first values, for a run that may be extended",
+        choices=SHAPES,
+    )
     cooldown: int = option(0, "last steps, in which a constant schedule goes to its end values (cosine)", low=0)
-    horizon: int | None = option(None, "steps that fractions are of; none: the run's, constant: at first", low=1)
+    horizon: int | None = option(
+        None, "steps that fractions of the run are of; none: its length, if constant that of its first start", low=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,7 +170,9 @@ class DataConfig(Options, section="data"):
 
     source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
-    range: list[float] | None = option(None, "LOW,HIGH: black and white, or two a channel; none: by type")
+    range: list[float] | None = option(
+        None, "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type"
+    )
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     columns: str = option("", "of a table: which holds the paths, as path:FILE; empty: one called as paths usually are")
     workers: int | None = option(None, "threads; none: a core each, at most 16", low=0, high=1024, shapes_result=False)
@@ -173,7 +181,9 @@ class DataConfig(Options, section="data"):
     max_bad_fraction: float = fraction(0.01, "share of unreadable images that ends a run", shapes_result=False)
     max_pixels: int = option(200_000_000, "larger images count as unreadable")
     reduced_decode: bool = option(True, "decode a large JPEG at 1/2, 1/4 or 1/8 where no crop loses pixels by it")
-    reference_decode: bool = option(False, "Pillow's convert(RGB): EXIF orientation and alpha ignored, 16 bits cut")
+    reference_decode: bool = option(
+        False, "train on Pillow's convert(RGB) of whole files: EXIF orientation and alpha ignored, 16 bits cut to 8"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,11 +197,13 @@ class ParallelConfig(Options, section="parallel"):
     """How a run is distributed over several processes; without effect on one."""
 
     strategy: str = option("auto", "ddp up to 300 M parameters, then fsdp", choices=("auto", "ddp", "fsdp"))
-    shard: int | None = option(None, "fsdp: that share a state; none: all; fewer: HSDP", unit="process", low=1)
+    shard: int | None = option(
+        None, "fsdp: processes that share a state; none: all; fewer: HSDP", unit="process", low=1
+    )
     reshard: bool = option(False, "fsdp: gather weights anew backwards: less memory, more traffic")
     param_dtype: str = option("fp32", "fsdp: of weights gathered and computed with", choices=DTYPES, shapes_result=True)
     reduce_dtype: str = option("fp32", "fsdp: of gradients summed", choices=DTYPES, shapes_result=True)
-    timeout: float = option(600.0, "of silence before others are lost", unit="second", above=0, high=10**8)
+    timeout: float = option(600.0, "without an answer after which others are lost", unit="second", above=0, high=10**8)
     check_every: int = option(1000, "steps between comparisons of all copies of weights; 0: never", low=0)
 
 
@@ -224,7 +236,9 @@ class ProbeConfig(Options, section="probe"):
     """The evaluation of the teacher during the run."""
 
     every: int | None = option(None, "steps between probes; none: a tenth of the run; 0: never", low=0)
-    data: str | None = option(None, "labelled: a folder of classes or splits, a table, scenes; none: rank only")
+    data: str | None = option(
+        None, "labelled images: a folder of classes or of train/, val/ with classes, a table, scenes; none: rank only"
+    )
     general: str | None = option(None, "as data: what must not be forgotten; followed beside it from step 0 on")
     columns: str = option("", "of a table in data or general: as path:FILE,label:BREED,split:SET; empty: usual names")
     root: str | None = option(None, "folder that the paths of such a table may not leave; none: the table's own")
@@ -258,7 +272,11 @@ class Config(Options):
     batch_size: int = option(64, "images a step, per process", low=1, high=2**20)
     seed: int = option(0, "of weights, data order, crops, masks and drop path", low=0, high=MAX_SEED)
     device: str = option("auto", **DEVICE, shapes_result=False)
-    precision: str = option("auto", "auto: bf16 in hardware; tf32: fp32, faster", choices=(*PRECISIONS, "tf32"))
+    precision: str = option(
+        "auto",
+        "auto: bf16 where the hardware has it; tf32: fp32 whose products are rounded, on CUDA",
+        choices=(*PRECISIONS, "tf32"),
+    )
     threads: int | None = option(None, "of the CPU; none: PyTorch's choice", low=1, high=1024, shapes_result=False)
     resume: bool = option(False, "go on with the run in `out`", shapes_result=False)
     overwrite: bool = option(False, "delete what is in `out` first", shapes_result=False)

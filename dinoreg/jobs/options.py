@@ -13,7 +13,7 @@ from dinoreg.config.option import Options, check, keys_of, option, read, split_t
 from dinoreg.runtime.errors import UserError
 
 CLUSTERS = ("slurm", "local")
-CODES, AMOUNT = ("copy", "shared"), "a number with its unit, as 64G"
+CODES = ("copy", "shared")
 SIGNAL_DELAY = 120  # seconds
 GPU_CORES = 4  # for its kernels, their backward pass, and decoding; most sites give one where none are asked for
 NO_TIMEOUT = 60 * 24 * 365  # minutes; what submitit counts with where there is no limit
@@ -28,11 +28,20 @@ class LaunchOptions(Options):
     name: str | None = option(None, "the job's, in squeue; none: the kind of job and the folder")
     nodes: int = option(1, "machines", low=1, high=100_000)
     gpus_per_node: int | None = option(None, "none: not asked for; local: those that the job sees", low=0, high=1_000)
-    tasks_per_node: int | None = option(None, "processes on a machine; none: one a GPU", low=1, high=10_000)
+    tasks_per_node: int | None = option(
+        None, "processes on a machine; none: one for each GPU, at least one", low=1, high=10_000
+    )
     cpus_per_task: int | None = option(None, f"cores of a process; none: {GPU_CORES} with a GPU", low=1, high=100_000)
-    mem: str | None = option(None, "of a machine; none: not asked for", pattern=r"\d+[KMGT]?B?", expected=AMOUNT)
+    mem: str | None = option(
+        None,
+        "memory of a machine; none: not asked for",
+        pattern=r"\d+[KMGT]?B?",
+        expected="a number with its unit, as 64G",
+    )
     time: str | None = option(None, "limit: minutes, 8:00:00 or 2-00:00:00; none: the partition's")
-    signal_delay: int | None = option(None, "seconds left to save in; none: 120 or less", low=1, high=1_000_000)
+    signal_delay: int | None = option(
+        None, "seconds before the limit to save at; none: 120 or less", low=1, high=1_000_000
+    )
     partition: str | None = option(None, "several with commas")
     account: str | None = option(None, "who pays")
     qos: str | None = option(None, "quality of service")

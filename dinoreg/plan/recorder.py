@@ -137,11 +137,11 @@ class Recorder(TorchDispatchMode):
         self._resized(number, 0)
 
     def _part(self, tensor: Tensor) -> str | None:
-        found = self._alive.get(local(tensor).untyped_storage()._cdata)
+        found = self._alive.get(_address(tensor))
         return None if found is None else self._parts[found[0]]
 
     def _relabel(self, tensor: Tensor, part: str) -> None:
-        self._parts[self._alive[local(tensor).untyped_storage()._cdata][0]] = part
+        self._parts[self._alive[_address(tensor)][0]] = part
 
     @contextmanager
     def _following_resizes(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """The runs of a folder: how each stands, its last and best figures, and when it was last heard of."""
 
 import math
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +101,8 @@ def runs(folder: str | Path = "runs") -> list[ListedRun]:
 
 
 def print_runs(folder: str) -> None:
-    """Run `dinoreg runs`: print the runs of a folder as a table, and the command that compares them."""
-    found = runs(folder)
-    Console(highlight=False).print(runs_table(found))
-    if len(found) > 1:
-        print(f"next: dinoreg report {shlex.quote(folder)}")
+    """Run `dinoreg runs`: print the runs of a folder as a table."""
+    Console(highlight=False).print(runs_table(runs(folder)))
 
 
 def runs_table(found: Iterable[ListedRun]) -> Table:

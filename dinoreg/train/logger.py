@@ -185,9 +185,16 @@ class StepDisplay:
         self._began, self._next = time.monotonic(), 0.0
         self.progress: Progress | None = None
         if console.is_terminal or (console.is_jupyter and find_spec("ipywidgets")):
-            gone = TextColumn("[bold]pretrain"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-            left = TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[losses]}")
-            self.progress = Progress(*gone, *left, console=console)
+            self.progress = Progress(
+                TextColumn("[bold]pretrain"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[losses]}"),
+                console=console,
+            )
             self.task = self.progress.add_task("pretrain", total=num_steps, completed=step, losses="")
 
     def show(self, values: Mapping[str, Any], line: str) -> None:

@@ -124,9 +124,17 @@ def open_log(config: Config, out: Path, step: int, num_steps: int, ranks: Ranks)
 def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
     """The monitor of a run; slow signals are judged after a fifth of its horizon, at least 100 steps."""
     health = Health(setup.config.head.prototypes, grace=max(100, setup.schedules.horizon // 5), ranks=setup.ranks)
-    fp16, weights = setup.dtype == torch.float16, WeightWatch(state.student, state.teacher, setup.ranks)
-    about: Any = {"batch_size": setup.config.batch_size, "fp16": fp16, "pretrained": setup.init is not None}
-    return Monitor(log, health, weights, setup.source, setup.ranks, **about, loss=setup.config.loss)
+    return Monitor(
+        log,
+        health,
+        WeightWatch(state.student, state.teacher, setup.ranks),
+        setup.source,
+        setup.ranks,
+        batch_size=setup.config.batch_size,
+        fp16=setup.dtype == torch.float16,
+        pretrained=setup.init is not None,
+        loss=setup.config.loss,
+    )
 
 
 def train(
@@ -145,8 +153,6 @@ def train(
     save_every = config.checkpoint.period(setup.schedules.horizon)
     max_nonfinite = config.health.max_nonfinite + (FP16_GRACE if monitor.fp16 else 0)
     patience = Patience(state.ranks, monitor.log, signals, config.parallel.timeout)
-    options: Any = {key: getattr(config.optim, key) for key in ("clip_grad", "accumulate", "move_on_skip")}
-    options |= {"loss": config.loss, "dtype": setup.dtype, "seed": config.seed}
     batches, pace = open_stage(setup, state, patience)
     try:
         while state.step < num_steps:
@@ -157,7 +163,17 @@ def train(
             last = state.step + 1 == num_steps
             if logs_now := last or every(config.log.every, state.step + 1):
                 monitor.weights.before()
-            result = train_step(state, batch, now, **options)
+            result = train_step(
+                state,
+                batch,
+                now,
+                loss=config.loss,
+                dtype=setup.dtype,
+                clip_grad=config.optim.clip_grad,
+                accumulate=config.optim.accumulate,
+                seed=config.seed,
+                move_on_skip=config.optim.move_on_skip,
+            )
             monitor.observe(batch, result)
             pace.after(state.step, batch.data_time)
             if logs_now:  # the one place that waits for the device

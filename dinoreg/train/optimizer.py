@@ -169,6 +169,16 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float, acce
         return
     # The step of gradient descent a - r (a - c), which is the average: one kernel for all parameters, and the update of
     # PyTorch's that reads on the device whether to happen.
-    plain: dict[str, Any] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "is_first_step": False}
-    flags: dict[str, Any] = {"weight_decay": 1.0, "maximize": True, "found_inf": 1.0 - accepted}
-    torch._fused_sgd_(averages, currents, [], lr=1.0 - momentum, **flags, **plain)
+    torch._fused_sgd_(
+        averages,
+        currents,
+        [],
+        weight_decay=1.0,
+        momentum=0.0,
+        lr=1.0 - momentum,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+        found_inf=1.0 - accepted,
+    )

@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -128,9 +127,18 @@ class Setup:
         crops, _ = self.stage_of(state.step)
         _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
         views = Views(crops, config.augment, config.mask, patch_size, config.model.in_channels)
-        place: Any = {"position": state.position, "rank": self.ranks.rank, "world_size": self.ranks.world_size}
-        how: Any = {"deep": self.deep, "batch_size": config.batch_size, "seed": config.seed, "device": self.device}
-        loader = BatchLoader(self.source, views, config.data, **how, **place)
+        loader = BatchLoader(
+            self.source,
+            views,
+            config.data,
+            deep=self.deep,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            device=self.device,
+            position=state.position,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
         loader.bad.update(state.history.get("bad", {}))
         return loader
 
@@ -147,8 +155,11 @@ class Setup:
         raises UserError when the folder cannot be written
         """
         config = self.config
-        architecture, pictures = self.teacher.backbone.architecture(), self.preprocessing.as_json()
-        stated = {"architecture": architecture, "preprocessing": pictures, "config_hash": config.hash()}
+        stated = {
+            "architecture": self.teacher.backbone.architecture(),
+            "preprocessing": self.preprocessing.as_json(),
+            "config_hash": config.hash(),
+        }
         return Writer(self.out, config.checkpoint, stated, config.parallel.timeout, self.ranks)
 
 
@@ -197,9 +208,24 @@ def prepare(config: Config, ranks: Ranks = ALONE) -> Setup:
     probe, general, dense = _probes(config, source, student.backbone.patch_size)
     looking = (probe, general, None if dense is None else dense.pictures)
     notes += [f"warning: {line}" for each in looking if each is not None for line in each.notes]
-    deep = seen.deep and not data.reference_decode
-    given = config, ranks, out, device, dtype, source, deep
-    setup = Setup(*given, probe, general, dense, student, teacher, init, tutor, schedules, notes)
+    setup = Setup(
+        config=config,
+        ranks=ranks,
+        out=out,
+        device=device,
+        dtype=dtype,
+        source=source,
+        deep=seen.deep and not data.reference_decode,
+        probe=probe,
+        general=general,
+        dense=dense,
+        student=student,
+        teacher=teacher,
+        init=init,
+        tutor=tutor,
+        schedules=schedules,
+        notes=notes,
+    )
     notes += _stages(setup)
     if advice := setup.outlook.advice():
         notes.append(f"advice: {advice}")

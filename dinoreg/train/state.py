@@ -183,8 +183,17 @@ def build_state(
         widths = {name: len(head.last_layer.weight_g) for name, head in heads.items()}
     else:
         widths = dict.fromkeys(("cls", "patch"), tutor.encoder.dim)
-    centers = {name: torch.zeros(1, width, device=device) for name, width in widths.items()}
-    scale = torch.tensor(LARGEST_LOSS_SCALE if dtype == torch.float16 else 1.0, device=device)
-    age, rejected = torch.zeros((), dtype=torch.int32, device=device), torch.zeros((), device=device)
-    begun = student, teacher, train_modules, optimizer, centers, scale, age, rejected
-    return TrainState(*begun, anchor=anchor, seen=seen, tutor=tutor, ranks=ranks)
+    return TrainState(
+        student=student,
+        teacher=teacher,
+        train_modules=train_modules,
+        optimizer=optimizer,
+        centers={name: torch.zeros(1, width, device=device) for name, width in widths.items()},
+        loss_scale=torch.tensor(LARGEST_LOSS_SCALE if dtype == torch.float16 else 1.0, device=device),
+        scale_age=torch.zeros((), dtype=torch.int32, device=device),
+        rejected=torch.zeros((), device=device),
+        anchor=anchor,
+        seen=seen,
+        tutor=tutor,
+        ranks=ranks,
+    )

@@ -65,10 +65,14 @@ class WandB:
         import wandb
 
         self.identity = identity or secrets.token_hex(6)
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
-        named: dict[str, Any] = {"project": project, "name": out.resolve().name, "id": self.identity}
-        quiet = wandb.Settings(console="off")  # train.log has the console's lines
-        self.run: Any = wandb.init(**named, resume="allow", config=dict(config), settings=quiet)
+        self.run: Any = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=out.resolve().name,
+            id=self.identity,
+            resume="allow",
+            config=dict(config),
+            settings=wandb.Settings(console="off"),  # train.log has the console's lines
+        )
         self.run.define_metric("*", step_metric="step")  # of its own: after a resume some steps come again
 
     def add(self, kind: str, values: Mapping[str, float], step: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import STEPS, Faults, Start, assert_one_line, assert_sound
-from miniatures.pictures import pattern
+from miniatures.pictures import numbered
 from training import loss_trace
 
 RUNS = {"processes": 2, "checkpoint__every": STEPS, "data__prefetch": 1}
@@ -17,11 +17,7 @@ RUNS = {"processes": 2, "checkpoint__every": STEPS, "data__prefetch": 1}
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for number in range(48):
-        pattern(number % 3, number).save(folder / f"{number:02d}.png")
-    return folder
+    return numbered(tmp_path / "pictures", 48)
 
 
 def reached(out: Path) -> int:

@@ -27,6 +27,14 @@ def pattern(label: int, seed: int, height: int = 40, width: int = 48) -> Image.I
     return Image.fromarray(np.uint8(np.clip(image, 0, 255)))
 
 
+def numbered(folder: Path, count: int) -> Path:
+    """A new folder of pictures 00.png, 01.png, … of three kinds."""
+    folder.mkdir()
+    for number in range(count):
+        pattern(number % 3, number).save(folder / f"{number:02d}.png")
+    return folder
+
+
 def labels_for(count: int, num_classes: int, shuffled: bool, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(shown, told): the class each picture shows and the class the files claim; equal unless shuffled.
 

@@ -181,9 +181,19 @@ def fit_classes(
     raises      as `select_and_fit`
     """
     Cs = np.geomspace(options.min_c, options.max_c, options.num_c).tolist()
-    share: dict[str, Any] = {"validation_share": options.validation_share, "pictures": train.pictures, "seed": seed}
-    choice: dict[str, Any] = {"validation": validation, "patience": options.patience, "score": METRICS[metric]}
-    return select_and_fit(features, train.labels, train.num_classes, Cs, device=device, **share, **choice)
+    return select_and_fit(
+        features,
+        train.labels,
+        train.num_classes,
+        Cs,
+        validation=validation,
+        validation_share=options.validation_share,
+        seed=seed,
+        patience=options.patience,
+        score=METRICS[metric],
+        pictures=train.pictures,
+        device=device,
+    )
 
 
 def equal_features(source: Source, features: Tensor, what: str) -> tuple[str, ...]:

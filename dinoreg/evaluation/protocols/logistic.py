@@ -35,8 +35,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         features = class_tokens(measured, train.source, "train", pooled)
         validation = None if val is None else (class_tokens(measured, val.source, "val", pooled), val.labels)
         test_features = class_tokens(measured, fold.test.source, "test", pooled)
-        given = chosen, measured.task.metric, context.seed, encoder.device, validation
-        found = fit_classes(features, train, *given)
+        found = fit_classes(features, train, chosen, measured.task.metric, context.seed, encoder.device, validation)
         predicted[fold.rows] = found.model.predict(test_features).numpy()
         paths.append(found)
     draw_mistakes(measured, test, predicted, "logistic")
