@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import dinoreg
-from dinoreg.commands import guide
 from dinoreg.commands.completion import SHELLS, candidates, script_of
 from dinoreg.commands.main import main
 from dinoreg.commands.registry import VERBS
 from dinoreg.commands.spelling import canonical
+from dinoreg.runtime import guide
 from dinoreg.runtime.errors import UserError
 
 QUICK = [

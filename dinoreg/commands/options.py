@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoreg.config.option import REQUIRED, Options, check, dotted, option, output, read
+from dinoreg.config.option import REQUIRED, Options, check, dotted, nearest, option, output, read
 from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
 from dinoreg.config.view_settings import MAX_SIDE
 from dinoreg.evaluation.options import SharedOptions
+from dinoreg.runtime.errors import UserError
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
 Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
@@ -190,6 +191,12 @@ class CropsOptions(Options, verb="view crops"):
 
 
 VIEWS: Kinds = {"attention": AttentionOptions, "pca": PcaOptions, "norms": NormsOptions, "crops": CropsOptions}
+
+
+def check_view(kind: str) -> None:
+    """UserError for what is none of VIEWS."""
+    if kind not in VIEWS:
+        raise UserError(f"view: {kind}: unknown view{nearest(kind, VIEWS)}; expected {', '.join(VIEWS)}")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from dinoreg.evaluation.request import Request
 from dinoreg.evaluation.result import Result, Row, headlines, plain, unpacked
 from dinoreg.evaluation.runner import baselines_of, look, measure, preflight
 from dinoreg.plan.encoder_cost import encoder_cost
+from dinoreg.reports.html import WithPage
 from dinoreg.reports.labelled_verdict import KINDS, Advice, advise, in_short, write_page
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
@@ -42,7 +43,7 @@ SIDE, SHOWN = 128, 12  # pixels of a picture that changed sides, and how many of
 
 
 @dataclass(frozen=True, repr=False)
-class LabelledVerdict:
+class LabelledVerdict(WithPage):
     """What `dinoreg.verdict` found.
 
     advice  the choice and its reason
