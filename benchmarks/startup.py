@@ -1,4 +1,4 @@
-"""How long the command line takes to answer where nothing is computed: help, lists, wrong arguments; against torch alone.
+"""How long the command line takes to answer where nothing is computed, against an import of torch alone.
 
     python benchmarks/startup.py [--rounds 15]
 
