@@ -66,19 +66,13 @@ class CalledPackage(types.ModuleType):
     """
 
     @property
-    def __signature__(self) -> Any:
-        from inspect import signature
-
-        return signature(_function(self.__name__))
+    def __wrapped__(self) -> Callable[..., Any]:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(importlib.import_module(_WHERE[name]), name)
 
     def __call__(self, *values: Any, **named: Any) -> Any:
-        """The function that the package's text names."""
-        return _function(self.__name__)(*values, **named)
-
-
-def _function(package: str) -> Callable[..., Any]:
-    name = package.rpartition(".")[2]
-    return getattr(importlib.import_module(_WHERE[name]), name)
+        """See the function that is called."""
+        return self.__wrapped__(*values, **named)
 
 
 def pretrain(config: str | Path | None = None, **overrides: Any) -> Path:

@@ -17,7 +17,7 @@ from dinoreg.commands.options import RegistersOptions
 from dinoreg.config.option import read
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.center_crop import to_encoder
-from dinoreg.data.decode import BadImage, decode
+from dinoreg.data.decode import decode
 from dinoreg.data.display import channels_shown
 from dinoreg.data.open import is_scenes, read_labelled
 from dinoreg.data.preprocess import Preprocessing, to_unit
@@ -28,11 +28,11 @@ from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge
 from dinoreg.reports.html import WithPage
 from dinoreg.reports.verdict import Verdict
-from dinoreg.runtime.errors import RunError, UserError, one_line
+from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.printable import print_status, printable
 from dinoreg.scenes.render import CLASS_NAMES, render
 from dinoreg.visualize.gallery import to_pixels
-from dinoreg.visualize.subject import Subject, evenly_spaced, open_images, open_subject, picture_size, safe_name
+from dinoreg.visualize.subject import Subject, crops_of, open_images, open_subject, picture_size, safe_name
 
 FIRST_SCENE = 30_000_000  # far beyond those that a run trains on or a probe is tested on
 
@@ -129,18 +129,12 @@ def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tu
             found = read_labelled(options.images)
             source, labels, names = found.source(), found.labels, found.class_names
     source.value_range = preprocessing.value_range
-    order = evenly_spaced(len(source), options.num_images)
-    images, readable, skipped = [], [], []
-    for index in order:
-        try:
-            images.append(preprocessing.crop(source.decode(index, len(preprocessing.mean))))
-            readable.append(index)
-        except (BadImage, OSError) as error:
-            skipped.append((source.name(index), one_line(error)))
-    if len(images) < 2:
-        raise RunError(f"images={options.images}: {len(images)} of {len(order)} could be read, expected at least 2")
-    chosen = None if labels is None else torch.from_numpy(labels[readable]).long()
-    return Pictures(to_encoder(images), chosen, len(names), None, options.images), skipped
+    found, skipped = crops_of(source, preprocessing, options.num_images)
+    if len(found) < 2:
+        tried = len(found) + len(skipped)
+        raise RunError(f"images={options.images}: {len(found)} of {tried} could be read, expected at least 2")
+    chosen = None if labels is None else torch.from_numpy(labels[[*found]]).long()
+    return Pictures(to_encoder(list(found.values())), chosen, len(names), None, options.images), skipped
 
 
 def _scenes(options: RegistersOptions, size: int, channels: int) -> Pictures:

@@ -149,6 +149,14 @@ def _read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
     return load_config(config, overrides), options
 
 
+def _plan(config: Config, options: PlanOptions) -> None:
+    from dinoreg.plan.run import plan
+
+    plan(config, **vars(options)).show()
+    if options.out is not None:
+        print(f"plan: {options.out}")
+
+
 def _jobs() -> list[str]:
     jobs = [find_job(job) for job in job_files()]
     return [
@@ -181,9 +189,7 @@ _VERBS = (
     Verb("quickstart", keys.QuickstartOptions, _quickstart),
     Verb("pretrain", Config, _pretrain, _read_pretrain, lines=_configs, values=_load_config, words=1, path="data"),
     Verb("inspect", keys.InspectOptions, _function("commands.inspect", "inspect_command"), path="data"),
-    Verb(
-        "plan", PlanOptions, _function("commands.plan", "plan_command"), _read_plan, also=Config, words=1, path="data"
-    ),
+    Verb("plan", PlanOptions, _plan, _read_plan, also=Config, words=1, path="data"),
     Verb("verdict", keys.VerdictOptions, _verdict, _read_verdict, words=1),
     Verb("eval", EvalOptions, _eval, _read_eval, flags=("--list",), words=1),
     Verb("report", keys.ReportOptions, _report, _read_report),

@@ -121,13 +121,8 @@ class Result:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        rows = {"": self.headline} | {
-            name: row for name in self.baselines if (row := self.baseline(name, self.headline))
-        }
-        told = ", ".join(
-            f"{name} {row.value:.4g} [{row.low:.4g}, {row.high:.4g}]".strip() for name, row in rows.items()
-        )
-        return f"<{self.headline.metric} on {self.dataset}: {told}>"
+        row = self.headline
+        return f"<{row.metric} on {self.dataset}: {row.value:.4g} [{row.low:.4g}, {row.high:.4g}]>"
 
     @property
     def headline(self) -> Row:
