@@ -5,7 +5,6 @@ left out, counted and listed beside the output.
 """
 
 import contextlib
-import json
 import math
 import os
 import signal
@@ -77,11 +76,9 @@ def embed(data: str | Path | Sequence[str], weights: Any, out: str | Path | None
     with tempfile.TemporaryDirectory() as folder:
         named = {"data": data, "weights": weights if model is None else type(model).__name__}
         given, _ = read(EmbedOptions, {**named, "out": out or f"{folder}/features.safetensors", **options})
-        path = embed_command(given, model)
-        features, paths = read_rows(path)
-        listing = skipped_list(path)
-        lines = map(json.loads, listing.read_text(encoding="utf-8").splitlines() if listing.exists() else ())
-        return Features(features, paths, *_labels(given, paths), {line["name"]: line["reason"] for line in lines})
+        rows = _write(given, model)
+        features, paths = read_rows(rows.out)
+        return Features(features, paths, *_labels(given, paths), dict(rows.skipped.values()))
 
 
 def _labels(options: EmbedOptions, paths: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
@@ -95,10 +92,18 @@ def _labels(options: EmbedOptions, paths: Sequence[str]) -> tuple[np.ndarray | N
     return None, []
 
 
-def embed_command(options: EmbedOptions, model: Any = None) -> Path:
-    """Write the features of all images to options.out and return its path.
+def embed_command(options: EmbedOptions) -> Path:
+    """Run `dinoreg embed`: write the features of all images to options.out and return its path; raises as `embed`."""
+    rows = _write(options)
+    left_out = f"; {len(rows.skipped):,} left out, listed in {skipped_list(rows.out)}" if rows.skipped else ""
+    counts = f"{rows.count:,} images, {' x '.join(map(str, rows.shape))} numbers each{left_out}"
+    print_status(f"embed by {rows.settings['weights']}: {counts}")
+    return rows.out
 
-    model   in place of options.weights, which is then its name
+
+def _write(options: EmbedOptions, model: Any = None) -> RowFile:
+    """Write the features of all images to options.out; `model` stands for options.weights, which is then its name.
+
     raises  UserError, before anything is written, for wrong options or data and for an output that exists
             RunError when no image can be read, a feature is not finite or the disk is full
             Interrupted after Ctrl-C; the same call resumes
@@ -151,10 +156,7 @@ def embed_command(options: EmbedOptions, model: Any = None) -> Path:
         rows.finish(names, {**settings, "patch_size": encoder.patch_size, "skipped": len(rows.skipped)})
     except OSError as error:
         raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
-    left_out = f"; {len(rows.skipped):,} left out, listed in {skipped_list(out)}" if rows.skipped else ""
-    counts = f"{rows.count:,} images, {' x '.join(map(str, shape))} numbers each{left_out}"
-    print_status(f"embed by {encoder.name}: {counts}")
-    return out
+    return rows
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
