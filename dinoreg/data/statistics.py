@@ -132,8 +132,8 @@ def inspect_source(
                shorter_side, small (those with one below crop_size, which with patch_size is of the config for so many
                images), large (of more than LARGE pixels), bad (name -> reason), duplicates (lists of names with equal
                contents), mean, std (per channel, of pixels in 0..1, every image weighing the same; None without
-               images), types (of pixels -> images), values (least, 0.1 %, 99.9 %, greatest) and used (the share of their type's
-               range) of images of more than eight bits or None, range (a suggestion for `data.range`, or None),
+               images), types (of pixels -> images), values (least, 0.1 %, 99.9 %, greatest) and used (the share of
+               their type's range) of images of more than eight bits or None, range (a suggestion for `data.range`),
                levels (different values, and how many of the 256 of bytes are left of them by the range, or None),
                bits (that the brightest values take -> images, where they are of different ranges), passed_over (files
                that are no images, by ending), pages (how many in a file -> images, where more than one), misfits
