@@ -28,10 +28,9 @@ from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import ValueRange
-from dinoreg.evaluation.backbones.encoder import Encoder, wrap
-from dinoreg.evaluation.backbones.open import open_encoder
+from dinoreg.evaluation.backbones.encoder import Encoder
+from dinoreg.evaluation.backbones.open import open_model
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, read_rows, skipped_list
-from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import Interrupted, RunError, UserError
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
@@ -113,12 +112,7 @@ def _write(options: EmbedOptions, model: Any = None) -> RowFile:
     if out.suffix == ".parquet":
         import_pyarrow(out)
     source = open_images(options.data, "data", options.columns)
-    device = pick_device(options.device)
-    dtype = pick_precision(options.precision, device)
-    if model is None:
-        encoder = open_encoder(options.weights, device, dtype).encoder
-    else:
-        encoder = wrap(model, device=device, dtype=dtype)
+    encoder = open_model(options.weights if model is None else model, options.device, options.precision).encoder
     preprocessing = encoder.preprocessing.at(options.image_size)
     given, size = ValueRange.of(options.range), preprocessing.size
     source.value_range = given or preprocessing.value_range
