@@ -73,6 +73,7 @@ class Published:
     source: str
     differs: str = ""
     variant: str = ""  # of the protocol's rows, where several variants are published: "k = 20", "lin.4"
+    metric: str = ""  # other than the task's
 
 
 @dataclass(frozen=True)

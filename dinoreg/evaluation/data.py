@@ -78,7 +78,15 @@ class Labelled(_ImageLabels):
     """Images with one class each.
 
     labels  (n,) int64 in [0, num_classes); UserError for any other, for other than one an image, and for none
+    among   (m,) the classes that answers of the linear grid and of k-NN are chosen from, ascending; None: all
     """
+
+    among: np.ndarray | None = None
+
+    @property
+    def answers(self) -> np.ndarray:
+        """(m,) the classes that an answer is chosen from."""
+        return np.arange(self.num_classes) if self.among is None else self.among
 
     def __post_init__(self) -> None:
         self._take_labels(np.int64)

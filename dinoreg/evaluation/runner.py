@@ -227,7 +227,8 @@ class _Evaluation:
             "image_size": self.image_size,
             "seed": options.seed,
             "published": [
-                {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
+                dataclasses.asdict(number)
+                | {"metric": number.metric or task.metric, "protocol": PROTOCOLS[task.protocol][1]}
                 for task, _ in self.plan.tasks
                 for number in task.published
             ],
