@@ -32,6 +32,7 @@ PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "depth": ("dinoreg.evaluation.protocols.depth", "linear depth"),
         "discovery": ("dinoreg.evaluation.protocols.discovery", "object discovery (LOST)"),
         "detection": ("dinoreg.evaluation.protocols.detection", "linear patch detection"),
+        "retrieval": ("dinoreg.evaluation.protocols.retrieval", "instance retrieval"),
         "flow": ("dinoreg.evaluation.protocols.flow", "optical flow"),
         "few_shot": ("dinoreg.evaluation.protocols.few_shot", "few-shot and label efficiency"),
     }

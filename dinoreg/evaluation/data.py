@@ -162,6 +162,19 @@ class Boxed(Split):
 
 
 @dataclass(frozen=True)
+class Searched(Split):
+    """Images of a database, or queries that search it.
+
+    relevance  (queries, images of the database) int8: 1 easy, 2 hard to find, 0 another, -1 counted neither way; of the
+               database (0, 0)
+    """
+
+    source: Source
+    relevance: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int8))
+    HELD = ("relevance",)
+
+
+@dataclass(frozen=True)
 class FlowPairs(Split):
     """Pairs of consecutive frames with the flow from the first to the second.
 

@@ -141,6 +141,14 @@ class DetectionOptions(Options, section="detection"):
 
 
 @dataclass(frozen=True)
+class RetrievalOptions(Options, section="retrieval"):
+    """Instance retrieval by cosines of frozen features (Radenovic et al., arXiv 1803.11285; DINOv2, section 7.3)."""
+
+    size: int = pixels(448, "of the long side, of queries as of the others")
+    power: float = option(3.0, "of the generalised mean of patches; 1 is the mean", above=0)
+
+
+@dataclass(frozen=True)
 class FlowOptions(Options, section="flow"):
     """Optical flow by matching frozen patch tokens, as they are and projected; a protocol of this project."""
 
@@ -209,5 +217,6 @@ class EvalOptions(SharedOptions):
     depth: DepthOptions = section(DepthOptions)
     discovery: DiscoveryOptions = section(DiscoveryOptions)
     detection: DetectionOptions = section(DetectionOptions)
+    retrieval: RetrievalOptions = section(RetrievalOptions)
     flow: FlowOptions = section(FlowOptions)
     few_shot: FewShotOptions = section(FewShotOptions)

@@ -69,6 +69,7 @@ def imagenet_set(
         tasks=linear_tasks(read, {"train": 1_281_167, "test": test_images}, published),
         download=f"{archive}, and ImageNet-1k's archives",
         licence="pictures of others under their own terms; not verified",
+        aliases=(name.replace("_", "-"),),
         options={"imagenet": option("", "folder of ImageNet-1k; by default beside the set's own")},
     )
 
