@@ -31,6 +31,7 @@ FAST = {
         "segmentation.batch_size=6",
         "segmentation.lrs=[0.01]",
     ],
+    "knn_segmentation": ["knn_segmentation.size=48", "knn_segmentation.stride=32"],
     "depth": ["depth.steps=40", "depth.batch_size=6", "depth.lrs=[0.01]"],
     "discovery": ["discovery.normalise=true", "discovery.biases=[0,-0.2,-0.4,-0.6,-0.8]", "discovery.k_patches=20"],
     "detection": [

@@ -29,6 +29,7 @@ PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "logistic": ("dinoreg.evaluation.protocols.logistic", "logistic regression"),
         "multilabel": ("dinoreg.evaluation.protocols.multilabel", "multi-label logistic regression"),
         "segmentation": ("dinoreg.evaluation.protocols.segmentation", "linear segmentation"),
+        "knn_segmentation": ("dinoreg.evaluation.protocols.knn_segmentation", "k-NN segmentation"),
         "depth": ("dinoreg.evaluation.protocols.depth", "linear depth"),
         "discovery": ("dinoreg.evaluation.protocols.discovery", "object discovery (LOST)"),
         "detection": ("dinoreg.evaluation.protocols.detection", "linear patch detection"),
