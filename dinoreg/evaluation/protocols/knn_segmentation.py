@@ -81,8 +81,7 @@ def remember(segmenter: Segmenter, train: Segmented, chosen: KnnSegmentationOpti
         labels.append(shares[rows].half())
     if not sum(map(len, labels)):
         raise UserError("no training image has a pixel of a class")
-    parts = (torch.cat(each).to(encoder.device) for each in (features, labels))
-    return Memory(*parts, chosen.k, chosen.temperature)
+    return Memory(torch.cat(features), torch.cat(labels).to(encoder.device), chosen.k, chosen.temperature)
 
 
 def class_shares(masks: Tensor, patch_size: int, num_classes: int) -> Tensor:
