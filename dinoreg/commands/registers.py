@@ -129,12 +129,12 @@ def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tu
             found = read_labelled(options.images)
             source, labels, names = found.source(), found.labels, found.class_names
     source.value_range = preprocessing.value_range
-    found, skipped = crops_of(source, preprocessing, options.num_images)
-    if len(found) < 2:
-        tried = len(found) + len(skipped)
-        raise RunError(f"images={options.images}: {len(found)} of {tried} could be read, expected at least 2")
-    chosen = None if labels is None else torch.from_numpy(labels[[*found]]).long()
-    return Pictures(to_encoder(list(found.values())), chosen, len(names), None, options.images), skipped
+    crops, skipped = crops_of(source, preprocessing, options.num_images)
+    if len(crops) < 2:
+        tried = len(crops) + len(skipped)
+        raise RunError(f"images={options.images}: {len(crops)} of {tried} could be read, expected at least 2")
+    chosen = None if labels is None else torch.from_numpy(labels[[*crops]]).long()
+    return Pictures(to_encoder(list(crops.values())), chosen, len(names), None, options.images), skipped
 
 
 def _scenes(options: RegistersOptions, size: int, channels: int) -> Pictures:
