@@ -68,9 +68,8 @@ def registers(weights: str | Path | Sequence[str], images: str | Path, **options
     raises   UserError (a ValueError) for weights, images or sizes that do not fit, before anything is written; RunError
              where fewer than two images can be read or a norm is not finite
     """
-    several = not isinstance(weights, (str, Path))
-    named = {"weights": tuple(map(str, weights)) if several else str(weights), "images": images}
-    return _report(read(RegistersOptions, {**named, **options})[0])
+    models = str(weights) if isinstance(weights, (str, Path)) else tuple(map(str, weights))
+    return _report(read(RegistersOptions, {"weights": models, "images": images, **options})[0])
 
 
 def registers_command(options: RegistersOptions) -> None:
