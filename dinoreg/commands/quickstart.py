@@ -17,7 +17,8 @@ from dinoreg.commands.report import report_run
 from dinoreg.config.load import Config, load_config
 from dinoreg.data.source import ScenesSource
 from dinoreg.evaluation.backbones.encoder import RANDOM_WEIGHTS, Encoder, NativeEncoder
-from dinoreg.evaluation.benchmark import Benchmark, Task
+from dinoreg.evaluation.benchmark import Task
+from dinoreg.evaluation.custom.datasets import BLANK
 from dinoreg.evaluation.data import Data, Labelled
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.evaluation.request import Request
@@ -96,16 +97,9 @@ def probe(
     seed       of the evaluation and of the random weights
     """
     task = Task("logistic", lambda root, options: data, "top-1", options={"token": "cls+mean"})
-    benchmark = Benchmark(
-        name=name,
-        title="Embedded scenes",
-        classes=data.splits["train"].num_classes,
-        splits=f"{len(data.splits['train']):,} / {len(data.splits['test']):,}",
-        folders=(),
-        layouts=(),
-        tasks=(task,),
-        download="none: the program draws them",
-        licence="none needed",
+    classes, title = data.splits["train"].num_classes, "Embedded scenes"
+    benchmark = replace(
+        BLANK, name=name, title=title, classes=classes, tasks=(task,), options={}, licence="none needed"
     )
     with tempfile.TemporaryDirectory() as features:  # pixels as features would outweigh the run
         size = min(encoder.image_size)
