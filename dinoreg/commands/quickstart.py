@@ -27,7 +27,7 @@ from dinoreg.evaluation.runner import look, measure, preflight
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.templates import score
+from dinoreg.runtime.templates import with_interval
 from dinoreg.scenes.layout import label_of
 from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES
 from dinoreg.train.loop import pretrain
@@ -109,8 +109,7 @@ def probe(
 
 
 def _show(result: Result, headline: str, seconds: float, report: Path) -> None:
-    rows = {"pretrained": result.rows, **result.baselines}
     print(f"linear probe on {result.headline.n_test} held-out scenes, {NUM_CLASSES} classes, top-1:")
-    for name, (row, *_) in rows.items():
-        print(f"  {name + ':':<12} {score(row.value)} [{100 * row.low:.1f}, {100 * row.high:.1f}]")
+    for name, (row, *_) in {"pretrained": result.rows, **result.baselines}.items():
+        print(f"  {name + ':':<12} {with_interval(row.value, row.low, row.high)}")
     print(f"{headline} {seconds / 60:.1f} minutes in all.\nreport: {report}")
