@@ -301,7 +301,7 @@ def test_a_folder_of_timm_says_heads_rectangle_and_statistics(tmp_path: Path) ->
     with pytest.raises(UserError, match="pos_embed has 6 positions, which fit no grid of 2x4"):
         load(other)
     for number, change in enumerate(({"architecture": "resnet50"}, {"model_args": {"norm_layer": "rmsnorm"}})):
-        with pytest.raises(UserError, match=r"expected a ViT of the DINOv2 kind|'norm_layer', which the encoder"):
+        with pytest.raises(UserError, match=r"expected a ViT of the DINOv2 or DINOv3 kind|'norm_layer', which the encoder"):
             load(timm_folder(tmp_path / str(number), theirs, **change))
 
 

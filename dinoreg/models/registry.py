@@ -23,56 +23,65 @@ SIZES: dict[str, dict[str, Any]] = {
     "b": {"dim": 768, "depth": 12, "heads": 12},
     "l": {"dim": 1024, "depth": 24, "heads": 16},
     "g": {"dim": 1536, "depth": 40, "heads": 24, "ffn": "swiglu"},
+    # DINOv3's (arXiv 2508.10104)
+    "splus": {"dim": 384, "depth": 12, "heads": 6, "ffn": "swiglu", "ffn_ratio": 6.0},
+    "hplus": {"dim": 1280, "depth": 32, "heads": 20, "ffn": "swiglu", "ffn_ratio": 6.0},
+    "7b": {"dim": 4096, "depth": 40, "heads": 32, "ffn": "swiglu", "ffn_ratio": 3.0},
 }
-
-
 PATCH_SIZES = (8, 14, 16)
+# What DINOv3's models have in common, besides four registers and 16-pixel patches.
+DINOV3: dict[str, Any] = {"positions": "rope", "key_bias": False, "norm_eps": 1e-5}
 
-
-_NATIVE = re.compile(r"vit([tsblg])(\d+)_reg(\d+)")
-
-
+_NATIVE = re.compile(r"vit([tsblgh]|7b)(\d+)(plus)?_reg(\d+)(_rope)?")
 _META = re.compile(r"dinov2_vit([tsblg])(\d+)(_reg(\d*))?")
-
-
 _TIMM = re.compile(r"vit_(tiny|small|base|large|giant)_patch(\d+)_(?:reg(\d+)_)?dinov2(?:\.\w+)?")
-
-
 _TRANSFORMERS = re.compile(r"(?:facebook/)?dinov2-(with-registers-)?(small|base|large|giant)")
+_DINOV3 = re.compile(r"(?:facebook/)?dinov3[-_]vit([sblh]|7b)(\d+)(plus)?(?:-pretrain-\w+)?")
+_DINOV3_TIMM = re.compile(r"vit_(tiny|small|base|large|huge|7b)_(plus_)?patch(\d+)_dinov3(?:_qkvb)?(?:\.\w+)?")
 
 
 def parse_name(name: str) -> dict[str, Any]:
     """The arguments of RegisterViT that a model name stands for.
 
-    name    vit{t,s,b,l,g}{8,14,16}_reg{R}, built for 224 pixels; or, built for the 518 pixels it was published with (or
-            the next lower multiple of the patch size), a name of Meta (dinov2_vits14_reg), timm
-            (vit_small_patch14_reg4_dinov2) or transformers (facebook/dinov2-with-registers-small)
+    name    vit{t,s,b,l,g}{8,14,16}_reg{R}, built for 224 pixels; with _rope at its end as DINOv3 has it, where there
+            are vits16plus_…, vith16plus_… and vit7b16_…, too; or, built for the pixels it was published with (224 for
+            DINOv3, else 518 or the next lower multiple of the patch size), a name of Meta (dinov2_vits14_reg,
+            dinov3_vits16), timm (vit_small_patch14_reg4_dinov2) or transformers (facebook/dinov2-with-registers-small)
     raises  UserError for other names and patch sizes
     """
-    size, patch, registers, published = _split_name(name.strip())
+    size, patch, registers, rope, published = _split_name(name.strip())
     if patch not in PATCH_SIZES:
         raise UserError(f"model {name!r}: patch size {patch} is not one of {PATCH_SIZES}")
-    options = {**SIZES[size], "patch_size": patch, "num_registers": registers, "image_size": 224}
-    if published:
-        image_size = 518 // patch * patch
-        options |= {"image_size": image_size, "layerscale": 1.0} | resampling("meta", registers)
-    return options
+    options = {"ffn_ratio": 4.0, **SIZES[size], "patch_size": patch, "num_registers": registers, "image_size": 224}
+    if rope:
+        options |= DINOV3
+    elif published:
+        options |= {"image_size": 518 // patch * patch} | resampling("meta", registers)
+    return options | ({"layerscale": 1.0} if published else {})
 
 
-def _split_name(name: str) -> tuple[str, int, int, bool]:
-    """(size letter, patch size, registers, whether it is a published model's name)."""
-    if (match := _NATIVE.fullmatch(name)) and len(match[3]) < 5:
-        return match[1], int(match[2]), int(match[3]), False
+def _split_name(name: str) -> tuple[str, int, int, bool, bool]:
+    """(size, patch size, registers, whether positions are rotary, whether it is a published model's name)."""
+    if (match := _NATIVE.fullmatch(name)) and len(match[4]) < 5 and (size := match[1] + (match[3] or "")) in SIZES:
+        return size, int(match[2]), int(match[4]), bool(match[5]), False
     if match := _META.fullmatch(name):
-        return match[1], int(match[2]), int(match[4] or 4) if match[3] else 0, True
+        return match[1], int(match[2]), int(match[4] or 4) if match[3] else 0, False, True
     if match := _TIMM.fullmatch(name):
-        return match[1][0], int(match[2]), int(match[3] or 0), True
+        return match[1][0], int(match[2]), int(match[3] or 0), False, True
     if match := _TRANSFORMERS.fullmatch(name):
-        return match[2][0], 14, 4 if match[1] else 0, True
-    known = [f"vit{size}{patch}_reg4" for size in SIZES for patch in PATCH_SIZES]
+        return match[2][0], 14, 4 if match[1] else 0, False, True
+    if (match := _DINOV3.fullmatch(name)) and (size := match[1] + (match[3] or "")) in SIZES:
+        return size, int(match[2]), 4, True, True
+    if match := _DINOV3_TIMM.fullmatch(name):
+        size = match[1] if match[1] == "7b" else match[1][0] + ("plus" if match[2] else "")
+        if size in SIZES:
+            return size, int(match[3]), 4, True, True
+    sizes = [(size.removesuffix("plus"), "plus" if size.endswith("plus") else "") for size in SIZES]
+    ends = ("_reg4", "_reg4_rope")
+    known = [f"vit{size}{patch}{plus}{end}" for size, plus in sizes for patch in PATCH_SIZES for end in ends]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UserError(f"model {name!r} is not known; expected vit{{t,s,b,l,g}}{{8,14,16}}_reg<R>{hint}")
+    raise UserError(f"model {name!r} is not known; expected vit{{t,s,b,l,g}}{{8,14,16}}_reg<R>[_rope]{hint}")
 
 
 def build(name: str, **overrides: Any) -> RegisterViT:

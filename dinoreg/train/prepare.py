@@ -35,7 +35,7 @@ from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+from dinoreg.train.state import Networks, TrainState, build_networks, build_state, model_arguments
 from dinoreg.train.trackers import check_trackers
 from dinoreg.train.tutor import Tutor, as_cut, load_tutor
 
@@ -44,7 +44,10 @@ SHARED_SECONDS = 30.0
 
 # Sections that fix the shapes of a checkpoint: a resumed run may not change them, but for these options.
 SHAPING = ("model", "head")
-FREE = ("model.drop_path", "model.drop_path_uniform", "model.attention", "model.checkpointing", "model.compile")
+FREE = (
+    *("model.drop_path", "model.drop_path_uniform", "model.attention", "model.checkpointing", "model.compile"),
+    *("model.rope_shift", "model.rope_jitter", "model.rope_rescale"),
+)
 
 
 @dataclass
@@ -333,6 +336,8 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     before  the config that the run has
     raises UserError where init=, distill= or an option of the architecture differs from the run's config.yaml
     """
+    if model_arguments(before)["ffn_ratio"] == model_arguments(config)["ffn_ratio"]:  # given, or by the name
+        before = replace(before, model=replace(before.model, ffn_ratio=config.model.ffn_ratio))
     for key in ("init", "distill"):
         then, now = getattr(before, key), getattr(config, key)
         if then != now:

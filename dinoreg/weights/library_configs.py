@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.models.layers import NORM_EPS
-from dinoreg.models.registry import resampling
+from dinoreg.models.registry import DINOV3, resampling
+from dinoreg.models.rope import BASE
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.weights.architecture import Stated
@@ -21,7 +22,8 @@ CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by Pillow's number, as transformers writes it
 
-_DINOV2 = {"dinov2": 14, "dinov2_with_registers": 16}  # model types, and their default patch size
+_DINOV3 = "dinov3_vit"
+_PATCH_SIZES = {"dinov2": 14, "dinov2_with_registers": 16, _DINOV3: 16}  # of model types, by default
 # Arguments of RegisterViT: transformers' name and default.
 DINOV2_ARGUMENTS = {
     "dim": ("hidden_size", 768),
@@ -33,14 +35,32 @@ DINOV2_ARGUMENTS = {
 }
 # What RegisterViT has no argument for: as the encoder has it, which is transformers' default.
 DINOV2_FIXED: dict[str, Any] = {"layer_norm_eps": NORM_EPS, "qkv_bias": True, "hidden_act": "gelu"}
+DINOV3_FIXED: dict[str, Any] = {"proj_bias": True, "mlp_bias": True}
+# Arguments of RegisterViT: names and defaults of transformers' DINOv3ViT.
+DINOV3_ARGUMENTS = {
+    "dim": ("hidden_size", 384),
+    "depth": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 6),
+    "image_size": ("image_size", 224),
+    "in_channels": ("num_channels", 3),
+    "num_registers": ("num_register_tokens", 0),
+    "key_bias": ("key_bias", DINOV3["key_bias"]),
+    "norm_eps": ("layer_norm_eps", DINOV3["norm_eps"]),
+    "rope_base": ("rope_theta", BASE),
+}
+_TIMM_DINOV3 = re.compile(r"vit_\w+_patch\d+_dinov3(?:_qkvb)?(?:\.\w+)?")
 _TIMM_VIT = re.compile(r"vit_(tiny|small|base|large|giant)_patch\d+_(?:reg\d+_)?(?:dinov2|\d+)(?:\.\w+)?")
 # Arguments of RegisterViT and of timm's ViT.
 TIMM_ARGUMENTS = {"dim": "embed_dim", "depth": "depth", "heads": "num_heads", "patch_size": "patch_size",
                   "in_channels": "in_chans", "num_registers": "reg_tokens", "image_size": "img_size"}  # fmt: skip
+TIMM_DINOV3_ARGUMENTS = TIMM_ARGUMENTS | {"num_registers": "num_reg_tokens", "rope_base": "rope_temperature"}
 # Arguments of timm's ViT that change no output of its evaluation mode, or only the head's.
 _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_values", "no_embed_class", "mlp_ratio",
                   "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
                   "attn_drop_rate", "weight_init", "fix_init", "strict_img_size", "mlp_layer", "act_layer"}  # fmt: skip
+
+_TIMM_DINOV3_HARMLESS = {"qkv_bias", "swiglu_mlp", "swiglu_align_to", "global_pool", "num_prefix_tokens",
+                         "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"}  # fmt: skip
 
 _TIMM_CROP_SHARE = 0.875  # timm's default for `crop_pct`
 _BYTE = 1 / 255
@@ -68,7 +88,7 @@ def read_config(folder: Path, library: str) -> Stated:
     raises   NotHeld for a model that RegisterViT cannot represent, UserError for an invalid file
     """
     path = folder / CONFIG
-    return {"timm": _timm, "transformers": _dinov2}[library](read_json(path), path)
+    return {"timm": _timm, "transformers": _transformers}[library](read_json(path), path)
 
 
 def preprocessing_of(folder: Path, library: str) -> dict[str, Any]:
@@ -148,14 +168,26 @@ def _pretrained(config: Mapping[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
-    """transformers' Dinov2 and Dinov2WithRegisters; what a config leaves out has the library's default."""
+def _transformers(config: Mapping[str, Any], path: Path) -> Stated:
+    """transformers' Dinov2, Dinov2WithRegisters and DINOv3ViT; what a config leaves out has the library's default."""
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _DINOV2:
-        raise NotHeld(f"weights {path}: model_type is {str(kind)[:40]!r}, expected {' or '.join(_DINOV2)}")
-    values = {ours: config.get(theirs, default) for ours, (theirs, default) in DINOV2_ARGUMENTS.items()}
-    swiglu = config.get("use_swiglu_ffn", False) is True
-    fixed = {key: value for key, value in DINOV2_FIXED.items() if not (swiglu and key == "hidden_act")}  # SiLU always
+    if not isinstance(kind, str) or kind not in _PATCH_SIZES:
+        raise NotHeld(f"weights {path}: model_type is {str(kind)[:40]!r}, expected {' or '.join(_PATCH_SIZES)}")
+    table = DINOV3_ARGUMENTS if kind == _DINOV3 else DINOV2_ARGUMENTS
+    values = {ours: config.get(theirs, default) for ours, (theirs, default) in table.items()}
+    values["patch_size"] = _one_side(config.get("patch_size", _PATCH_SIZES[kind]))
+    gate = "use_gated_mlp" if kind == _DINOV3 else "use_swiglu_ffn"
+    gated = config.get(gate, False) is True
+    if kind == _DINOV3:
+        fixed = {**DINOV3_FIXED, "hidden_act": "silu" if gated else "gelu"}
+        values |= {"positions": "rope"} | resampling("transformers", 1)
+    else:
+        fixed = {
+            key: value for key, value in DINOV2_FIXED.items() if not (gated and key == "hidden_act")
+        }  # SiLU always
+        with_registers = kind == "dinov2_with_registers"
+        values["num_registers"] = config.get("num_register_tokens", 4) if with_registers else 0
+        values |= resampling("transformers", int(with_registers))
     if is_number(values["dim"]) and is_number(values["heads"]) and values["heads"]:
         fixed["head_dim"] = values["dim"] / values["heads"]
     for key, expected in fixed.items():
@@ -163,33 +195,35 @@ def _dinov2(config: Mapping[str, Any], path: Path) -> Stated:
         close = is_number(found) and is_number(expected) and math.isclose(found, expected, rel_tol=1e-6)
         if not close and found != expected:
             raise NotHeld(f"weights {path}: {key}={found!r}, the encoder has {expected!r}")
-    with_registers = kind == "dinov2_with_registers"
-    values |= {
-        "patch_size": _one_side(config.get("patch_size", _DINOV2[kind])),
-        "num_registers": config.get("num_register_tokens", 4) if with_registers else 0,
-        "ffn": "swiglu" if swiglu else "mlp",
-        **resampling("transformers", int(with_registers)),
-    }
-    names = {ours: theirs for ours, (theirs, _) in DINOV2_ARGUMENTS.items()}
-    return Stated(values, path.name, names | {"num_registers": "num_register_tokens", "ffn": "use_swiglu_ffn"})
+    names = {ours: theirs for ours, (theirs, _) in table.items()}
+    names |= {"num_registers": "num_register_tokens", "ffn": gate}
+    return Stated(values | {"ffn": "swiglu" if gated else "mlp"}, path.name, names)
 
 
 def _timm(config: Mapping[str, Any], path: Path) -> Stated:
     """timm's hub config: the architecture's name, arguments that differ from its defaults, and the input size."""
     name = config.get("architecture")
-    if not isinstance(name, str) or not _TIMM_VIT.fullmatch(name):
-        raise NotHeld(f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT of the DINOv2 kind")
+    dinov3 = isinstance(name, str) and _TIMM_DINOV3.fullmatch(name) is not None
+    if not isinstance(name, str) or not (dinov3 or _TIMM_VIT.fullmatch(name)):
+        raise NotHeld(
+            f"weights {path}: architecture is {str(name)[:60]!r}, expected a ViT of the DINOv2 or DINOv3 kind"
+        )
     arguments = config.get("model_args")
     arguments = arguments if isinstance(arguments, dict) else {}
-    unknown = [key for key in arguments if key not in {*TIMM_ARGUMENTS.values(), *_TIMM_HARMLESS}]
+    names = TIMM_DINOV3_ARGUMENTS if dinov3 else TIMM_ARGUMENTS
+    harmless = _TIMM_HARMLESS | _TIMM_DINOV3_HARMLESS if dinov3 else _TIMM_HARMLESS
+    unknown = [key for key in arguments if key not in {*names.values(), *harmless}]
     if unknown:
         raise NotHeld(f"weights {path}: model_args has {unknown[0][:40]!r}, which the encoder does not know")
-    values = {ours: _one_side(arguments[theirs]) for ours, theirs in TIMM_ARGUMENTS.items() if theirs in arguments}
-    values.setdefault("num_registers", int(found[1]) if (found := re.search(r"_reg(\d+)_", name)) else 0)
+    values = {ours: _one_side(arguments[theirs]) for ours, theirs in names.items() if theirs in arguments}
+    if dinov3:
+        values |= {"positions": "rope"}
+    else:
+        values.setdefault("num_registers", int(found[1]) if (found := re.search(r"_reg(\d+)_", name)) else 0)
     size = _pretrained(config).get("input_size")
     if "image_size" not in values and isinstance(size, list) and len(size) == 3:
         values["image_size"] = size[1:]
-    return Stated(values | resampling("timm", 0), path.name, TIMM_ARGUMENTS)
+    return Stated(values | resampling("timm", 0), path.name, names)
 
 
 def _one_side(size: Any) -> Any:

@@ -46,8 +46,13 @@ def not_there(source: str | Path) -> UserError:
 
 def _published(name: str, architecture: dict[str, Any]) -> str | None:
     """The file or hub folder that holds the published weights, or None: 14-pixel patches, with 4 registers or none."""
-    size = next(letter for letter, values in SIZES.items() if values["dim"] == architecture["dim"])
+    size = next(size for size, values in SIZES.items() if values.items() <= architecture.items())
     registers = architecture["num_registers"]
+    if architecture.get("positions") == "rope":
+        size, plus = size.removesuffix("plus"), "plus" if size.endswith("plus") else ""
+        if size in "tg" or (architecture["patch_size"], registers) != (16, 4):
+            return None
+        return f"the folder huggingface.co/facebook/dinov3-vit{size}16{plus}-pretrain-lvd1689m"
     if size not in _LIBRARY_SIZES or architecture["patch_size"] != 14 or registers not in (0, 4):
         return None
     if "dinov2-" in name:
