@@ -101,8 +101,7 @@ def test_views_have_the_attention_that_the_model_computes_with() -> None:
     images = torch.randn(2, 3, 32, 16)
     for layer in range(2):
         weights = model.attention(images, layer)
-        x = model._begin([images])
-        x = model._run(*x, layer).unflatten(0, (2, -1))
+        x = model._run(model._begin([images]), layer).unflatten(0, (2, -1))
         block: Any = model.blocks[layer]
         _, _, v = model.qkv(images, layer)
         mixed = (weights @ v).transpose(1, 2).flatten(2)

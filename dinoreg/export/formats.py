@@ -20,25 +20,14 @@ from dinoreg.checkpoint.atomic import share
 from dinoreg.export import hub_model
 from dinoreg.export.onnx_graph import write_onnx
 from dinoreg.export.source import Source
-from dinoreg.models.layers import NORM_EPS
-from dinoreg.models.registry import DINOV3
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.templates import render
 from dinoreg.weights.architecture import hidden_dim_of
 from dinoreg.weights.convert import to_meta, to_timm, to_transformers
-from dinoreg.weights.convert_dinov3 import to_timm_dinov3, to_transformers_dinov3
-from dinoreg.weights.library_configs import (
-    DINOV2_ARGUMENTS,
-    DINOV2_FIXED,
-    DINOV3_ARGUMENTS,
-    DINOV3_FIXED,
-    INTERPOLATIONS,
-    PROCESSOR,
-    TIMM_ARGUMENTS,
-    TIMM_DINOV3_ARGUMENTS,
-)
+from dinoreg.weights.convert_dinov3 import to_dinov3
+from dinoreg.weights.library_configs import INTERPOLATIONS, KINDS, PROCESSOR, TIMM_ARGUMENTS, TIMM_DINOV3_ARGUMENTS
 from dinoreg.weights.resolve import PIXELS_FORMAT, TEACHER_FORMAT
 
 # timm's register models by width; other widths are set by arguments over a named model.
@@ -78,24 +67,22 @@ def write_timm(folder: Path, source: Source) -> None:
     The config holds the model's name, its arguments and the preprocessing.
     """
     model = source.model
-    gated = model.ffn == "swiglu"
-    architecture, hidden = model.architecture(), hidden_dim(model)
+    gated, hidden, state = model.ffn == "swiglu", hidden_dim(model), to_meta(model.state_dict())
     if model.rope is not None:
-        _refuse("timm", model, **DINOV3)
-        state, names = to_timm_dinov3(model.state_dict()), TIMM_DINOV3_ARGUMENTS
+        state, names = to_dinov3(state, "timm"), TIMM_DINOV3_ARGUMENTS
         name = f"vit_small_{'plus_' if gated else ''}patch16_dinov3_qkvb"
     else:
-        _refuse("timm", model, key_bias=True, norm_eps=NORM_EPS)
-        state, names = to_timm(model.state_dict()), TIMM_ARGUMENTS
+        state, names = to_timm(state), TIMM_ARGUMENTS
         # "giant" is the only name with a gated FFN, which arguments in JSON cannot set.
         size = "giant" if gated else TIMM_SIZES.get(model.dim, "small")
         name = f"vit_{size}_patch14_{'reg4_' if model.num_registers else ''}dinov2"
         hidden *= 2 if gated else 1
+    architecture = model.architecture()
     _save(state, folder / "model.safetensors")
     arguments = {theirs: architecture[ours] for ours, theirs in names.items()} | {
         "mlp_ratio": _timm_ratio(model.dim, hidden),
-        # The factors come with the weights; zero is timm's way of saying that there are none, in its Eva it is none.
-        "init_values": 1e-5 if model.layerscale else None if model.rope else 0.0,
+        # The factors come with the weights; zero is timm's way of saying that there are none, where it can.
+        "init_values": 1e-5 if model.layerscale or model.rope else 0.0,
         "num_classes": 0,
         "dynamic_img_size": True,
     }
@@ -130,18 +117,33 @@ def _timm_ratio(dim: int, hidden: int) -> float:
 def write_transformers(folder: Path, source: Source) -> None:
     """`config.json`, `model.safetensors` and `preprocessor_config.json`, as AutoModel and AutoImageProcessor read them.
 
-    raises  UserError for what transformers' Dinov2 cannot express: a rectangular position grid, an FFN whose width is
-            not a multiple of the model's
+    raises  UserError for what transformers' models cannot express: a rectangular position grid or crop, and in Dinov2
+            an FFN whose width is not a multiple of the model's
     """
     model = source.model
-    config, state = (_dinov2 if model.rope is None else _dinov3)(model)
+    rows, columns = model.grid
+    if rows != columns:
+        raise UserError(
+            f"format=transformers: its position grid is square, this model's is {rows}x{columns}; "
+            f"export with size={min(rows, columns) * model.patch_size}"
+        )
+    model_type = "dinov3_vit" if model.rope else "dinov2_with_registers" if model.num_registers else "dinov2"
+    kind, gated, state = KINDS[model_type], model.ffn == "swiglu", to_meta(model.state_dict())
+    if model.rope is not None:
+        ffn = {"intermediate_size": hidden_dim(model), "hidden_act": kind.acts[gated]}
+        state = to_dinov3(state, "transformers", model.key_bias)
+    else:
+        ffn, state = {"mlp_ratio": _transformers_ratio(model), "hidden_act": "gelu"}, to_transformers(state)
     architecture = model.architecture()
-    table = DINOV2_ARGUMENTS if model.rope is None else DINOV3_ARGUMENTS
-    config = {theirs: architecture[ours] for ours, (theirs, _) in table.items()} | {
+    config = {theirs: architecture[ours] for ours, (theirs, _) in kind.arguments.items()} | {
+        "architectures": [kind.name],
+        "model_type": model_type,
+        kind.gate: gated,
+        **kind.fixed,
+        **ffn,
         "layerscale_value": 1.0,
-        "patch_size": model.patch_size,
+        "image_size": model.image_size[0],
         "torch_dtype": "float32",
-        **config,
     }
     _write_json(folder / "config.json", config)
     pixels = source.preprocessing
@@ -162,50 +164,6 @@ def write_transformers(folder: Path, source: Source) -> None:
     _write_json(folder / PROCESSOR, processor)
     _write_pixels(folder, source)
     _save(state, folder / "model.safetensors")
-
-
-def _dinov2(model: RegisterViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the config of transformers' Dinov2 or Dinov2WithRegisters says besides its arguments, and the tensors."""
-    _refuse("transformers", model, key_bias=True, norm_eps=NORM_EPS)
-    rows, columns = model.grid
-    if rows != columns:
-        raise UserError(
-            f"format=transformers: its position grid is square, this model's is {rows}x{columns}; "
-            f"export with size={min(rows, columns) * model.patch_size}"
-        )
-    registers = {"num_register_tokens": model.num_registers} if model.num_registers else {}
-    return {
-        "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
-        "model_type": "dinov2_with_registers" if registers else "dinov2",
-        "mlp_ratio": _transformers_ratio(model),
-        "use_swiglu_ffn": model.ffn == "swiglu",
-        "image_size": model.image_size[0],
-        **DINOV2_FIXED,
-        **registers,
-    }, to_transformers(to_meta(model.state_dict()))
-
-
-def _dinov3(model: RegisterViT) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same of DINOv3ViT."""
-    gated, (height, width) = model.ffn == "swiglu", model.image_size
-    return {
-        "architectures": ["DINOv3ViTModel"],
-        "model_type": "dinov3_vit",
-        "intermediate_size": hidden_dim(model),
-        "use_gated_mlp": gated,
-        "hidden_act": "silu" if gated else "gelu",
-        "image_size": height if height == width else [height, width],
-        **DINOV3_FIXED,
-    }, to_transformers_dinov3(to_meta(model.state_dict()), model.key_bias)
-
-
-def _refuse(form: str, model: RegisterViT, **kept: Any) -> None:
-    """UserError where a model has something else than a library's class has whatever its config says."""
-    for name, expected in kept.items():
-        if getattr(model, name) != expected:
-            raise UserError(
-                f"format={form}: the library's model has {name}={expected}, this one {getattr(model, name)}"
-            )
 
 
 def _transformers_ratio(model: RegisterViT) -> int:

@@ -104,17 +104,14 @@ class PlainViT(nn.Module):
         """Cosines and sines (T, head_dim / 2) float32 of what rotary positions turn tokens by; None: learned ones."""
         if self.pos_embed is not None:
             return None
-        rows, columns = self.grid_of(images)
-        steps = torch.arange(self.head_dim // 4, dtype=torch.float32, device=images.device)
-        turns = 2 * math.pi / self.rope_base ** (4 * steps / self.head_dim)
+        (rows, columns), options = self.grid_of(images), {"dtype": torch.float32, "device": images.device}
+        periods = self.rope_base ** (torch.arange(self.head_dim // 4, **options) * 4 / self.head_dim)
         by_row, by_column = (
-            ((torch.arange(count, dtype=torch.float32, device=images.device) + 0.5) / count * 2 - 1)[:, None] * turns
+            ((torch.arange(count, **options) + 0.5) / count * 2 - 1)[:, None] * (2 * math.pi / periods)
             for count in (rows, columns)
         )
-        pairs = by_row[:, None].expand(rows, columns, -1), by_column[None].expand(rows, columns, -1)
-        angles = torch.cat(pairs, dim=-1).reshape(rows * columns, -1)
-        still = angles.new_zeros(1 + self.num_register_tokens, angles.shape[1])  # the tokens before the patches
-        angles = torch.cat([still, angles])
+        angles = torch.cat([by_row[:, None].expand(-1, columns, -1), by_column.expand(rows, -1, -1)], dim=-1)
+        angles = F.pad(angles.reshape(rows * columns, -1), (0, 0, 1 + self.num_register_tokens, 0))  # others stay
         return angles.cos(), angles.sin()
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
@@ -136,7 +133,7 @@ class PlainViT(nn.Module):
         patches = self.patch_embed(images).transpose(1, 2)  # (B, N, D), row by row
         if masks is not None:
             patches = torch.where(masks.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        cls_token = self.cls_token
+        cls_token: Tensor = self.cls_token
         if self.pos_embed is not None:
             cls_token, patches = cls_token + self.pos_embed[:, :1], patches + self.resampled_positions(*grid)
         tokens = [cls_token] if self.register_tokens is None else [cls_token, self.register_tokens]

@@ -66,7 +66,7 @@ class Rope:
         drawn = 2 * torch.rand(5, device=device) - 1
         factors = (drawn[2:4] * math.log(self.jitter or 1) + drawn[4] * math.log(self.rescale or 1)).exp()
         moved = zip(_places(grid, device), drawn[:2] * (self.shift or 0), factors, strict=True)
-        return _table(*((places + shift) * factor for places, shift, factor in moved), first, head_dim, self.base)
+        return _table([(places + shift) * factor for places, shift, factor in moved], first, head_dim, self.base)
 
 
 def _places(grid: Grid, device: torch.device) -> list[Tensor]:
@@ -78,15 +78,15 @@ def _places(grid: Grid, device: torch.device) -> list[Tensor]:
 def _kept(grid: Grid, first: int, head_dim: int, base: float, device: torch.device) -> Tensor:
     # What is kept may be needed for a gradient later, and is no part of what is traced or counted meanwhile.
     with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
-        return _table(*_places(grid, device), first, head_dim, base)
+        return _table(_places(grid, device), first, head_dim, base)
 
 
-def _table(rows: Tensor, columns: Tensor, first: int, head_dim: int, base: float) -> Tensor:
+def _table(places: Sequence[Tensor], first: int, head_dim: int, base: float) -> Tensor:
     """Cosines and signed sines, (2, T, 1, 1, head_dim): channel i turns with channel i + head_dim / 2."""
-    periods = base ** (4 * torch.arange(head_dim // 4, device=rows.device) / head_dim)
-    by_row, by_column = (2 * math.pi * places[:, None] / periods for places in (rows, columns))
-    by_row, by_column = torch.broadcast_tensors(by_row[:, None], by_column[None])  # (h, w, head_dim / 4)
-    angles = F.pad(torch.cat([by_row, by_column], dim=-1).flatten(0, 1), (0, 0, first, 0))  # (T, head_dim / 2)
+    periods = base ** (4 * torch.arange(head_dim // 4, device=places[0].device) / head_dim)
+    by_row, by_column = (2 * math.pi * centres[:, None] / periods for centres in places)
+    pairs = torch.broadcast_tensors(by_row[:, None], by_column)  # (h, w, head_dim / 4) each
+    angles = F.pad(torch.cat(pairs, dim=-1).flatten(0, 1), (0, 0, first, 0))  # (T, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])[:, :, None, None]
 

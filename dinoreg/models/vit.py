@@ -67,6 +67,14 @@ class ChosenTokens(NamedTuple):
     patches: Tensor  # (m, D), in the order of the indices that selected them
 
 
+class _Begun(NamedTuple):
+    """Groups of images before the first block."""
+
+    x: Tensor  # (S, D), packed
+    shapes: Shapes
+    tables: list[Tensor] | None  # `RegisterViT.rope_tables`
+
+
 def as_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
     """`size` in pixels as (height, width); UserError, calling it `name`, unless it is one positive integer or two."""
     pair = (size, size) if isinstance(size, int) else tuple(size)
@@ -258,7 +266,7 @@ class RegisterViT(nn.Module):
                     f"mask is {mask.dtype} of shape {tuple(mask.shape)}; expected bool {tuple(x.shape[:2])}"
                 )
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        cls_token = self.cls_token
+        cls_token: Tensor = self.cls_token
         if self.pos_embed is not None:
             where = self.grid, self._grid_of(images), self.antialias, self.position_offset
             cls_token = cls_token + self.pos_embed[:, :1]
@@ -276,12 +284,9 @@ class RegisterViT(nn.Module):
         grids, first = [self._grid_of(group) for group in images], 1 + self.num_registers
         return self.rope.tables(grids, first, self.dim // self.heads, self.cls_token, self.training)
 
-    def _begin(
-        self, images: Sequence[Tensor], masks: Sequence[Tensor | None] = (None,)
-    ) -> tuple[Tensor, Shapes, list[Tensor] | None]:
-        """Groups of images as `_run` takes them: packed tokens (S, D), their shapes, `rope_tables`."""
+    def _begin(self, images: Sequence[Tensor], masks: Sequence[Tensor | None] = (None,)) -> _Begun:
         groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
-        return *_pack(groups), self.rope_tables(images)
+        return _Begun(*_pack(groups), self.rope_tables(images))
 
     # ---------------------------------------------------------------- forward
 
@@ -309,9 +314,10 @@ class RegisterViT(nn.Module):
         masks = [None] * len(images) if mask is None else list(mask)
         if not images or len(masks) != len(images):
             raise UserError(f"{len(images)} groups of images came with {len(masks)} masks")
-        x, shapes, tables = self._begin(images, masks)
+        begun = self._begin(images, masks)
+        shapes = begun.shapes
         rows = None if patches is None else _rows(shapes, patches, 1 + self.num_registers)
-        x = self.norm(self._run(x, shapes, tables, self.depth, packed, rows=rows))
+        x = self.norm(self._run(begun, self.depth, packed, rows=rows))
         if patches is None:
             outputs = self._split(x, shapes)
             return outputs if packed else outputs[0]
@@ -323,17 +329,9 @@ class RegisterViT(nn.Module):
         first = 1 + self.num_registers
         return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in _unpack(x, shapes)]
 
-    def _run(
-        self,
-        x: Tensor,
-        shapes: Shapes,
-        tables: list[Tensor] | None,
-        stop: int,
-        packed: bool = False,
-        start: int = 0,
-        rows: Rows | None = None,
-    ) -> Tensor:
+    def _run(self, begun: _Begun, stop: int, packed: bool = False, start: int = 0, rows: Rows | None = None) -> Tensor:
         """Blocks start .. stop - 1 over packed tokens (S, D); of the last one only `rows`."""
+        x, shapes, tables = begun
         dtype = compute_dtype(x)
         backends = tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
         again = self.checkpointing and self.training and torch.is_grad_enabled()
@@ -358,8 +356,8 @@ class RegisterViT(nn.Module):
         images  (B, C, H, W)
         returns (B, T, D)
         """
-        x, shapes, tables = self._begin([images])
-        return _unpack(self._run(x, shapes, tables, self.depth), shapes)[0]
+        begun = self._begin([images])
+        return _unpack(self._run(begun, self.depth), begun.shapes)[0]
 
     def get_intermediate_layers(
         self,
@@ -398,13 +396,13 @@ class RegisterViT(nn.Module):
         norm    apply the final norm to every block's output
         returns one Tokens per block
         """
-        x, shapes, tables = self._begin([images])
+        begun = self._begin([images])
         outputs: list[Tokens] = []
         start = 0
         for index in blocks:
-            x = self._run(x, shapes, tables, index + 1, start=start)
-            start = index + 1
-            outputs += self._split(self.norm(x) if norm else x, shapes)
+            x = self._run(begun, index + 1, start=start)
+            begun, start = begun._replace(x=x), index + 1
+            outputs += self._split(self.norm(x) if norm else x, begun.shapes)
         return outputs
 
     def qkv(self, images: Tensor, layer: int = -1, turned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -416,11 +414,12 @@ class RegisterViT(nn.Module):
         raises UserError for a block that the model does not have
         """
         index = self._layer(layer)
-        x, shapes, tables = self._begin([images])
-        x = self._run(x, shapes, tables, index)
+        begun = self._begin([images])
+        shapes, tables = begun.shapes, begun.tables if turned else None
+        x = self._run(begun, index)
         block = self.blocks[index]
         assert isinstance(block, Block)
-        qkv = block.attn.project(block.norm1(x), shapes, tables if turned else None)
+        qkv = block.attn.project(block.norm1(x), shapes, tables)
         q, k, v = qkv.unflatten(0, shapes[0]).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 

@@ -7,7 +7,7 @@ The JSON must not contradict the shapes.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,6 @@ from dinoreg.models.rope import BASE
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.runtime.printable import shortened
-
-# What a JSON alone says of what is computed: whether a value fits, and what was expected.
-_ARITHMETIC: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rope_base": (lambda value: is_number(value) and value >= 1, "a number from 1 on"),
-    "norm_eps": (lambda value: is_number(value) and 0 < value < 1, "a number between 0 and 1"),
-    "key_bias": (lambda value: isinstance(value, bool), "true or false"),
-}
 
 
 @dataclass(frozen=True)
@@ -94,11 +87,12 @@ def infer_architecture(
 
 def _arithmetic(rope: bool, stated: Stated, path: str | Path) -> dict[str, Any]:
     """The stated "key_bias", "norm_eps" and "rope_base"; else those of DINOv3's models, or of DINOv2's."""
-    found = {"rope_base": BASE, "norm_eps": NORM_EPS, "key_bias": True} | (DINOV3 if rope else {})
-    for key, (fits, expected) in _ARITHMETIC.items():
-        found[key] = stated.values.get(key, found[key])
-        if not fits(found[key]):
-            raise UserError(f"weights {path}: {stated.says(key)}, expected {expected}")
+    found = {"key_bias": True, "norm_eps": NORM_EPS, "rope_base": BASE} | (DINOV3 if rope else {})
+    found |= {key: value for key, value in stated.values.items() if key in found}
+    for key, kind in (("key_bias", "true or false"), ("norm_eps", "a positive number"), ("rope_base", "one above 1")):
+        value, least = found[key], 1 if key == "rope_base" else 0
+        if not (isinstance(value, bool) if key == "key_bias" else is_number(value) and value > least):
+            raise UserError(f"weights {path}: {stated.says(key)}, expected {kind}")
     return found
 
 

@@ -4,8 +4,8 @@ Ours are again Meta's names of DINOv2. Rotary positions have no tensors. Keys ha
 """
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,122 +15,111 @@ from dinoreg.runtime.errors import UserError
 from dinoreg.weights.convert import State, flipped, from_meta, joined, renamed, split, unique, with_scales
 
 _PERIODS = "rope_embed.periods"
+_GATES = (".mlp.w12.", ".mlp.w1.", ".mlp.fc1_g.", ".mlp.gate_proj.")  # of a gated FFN, in anybody's names
 
-# Our names, and theirs, used in both directions: the beginning of a key or, with a leading dot, any part of it.
-_META = (("register_tokens", "storage_tokens"),)
-_TIMM = (("register_tokens", "reg_token"), (".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2"))
-_TIMM_GATED = ((".mlp.w3.", ".mlp.fc2."),)
-_TRANSFORMERS = (
-    ("cls_token", "embeddings.cls_token"),
-    ("register_tokens", "embeddings.register_tokens"),
-    ("mask_token", "embeddings.mask_token"),
-    ("patch_embed.proj.", "embeddings.patch_embeddings."),
-    ("blocks.", "layer."),
-    (".attn.proj.", ".attention.o_proj."),
-    (".ls1.gamma", ".layer_scale1.lambda1"),
-    (".ls2.gamma", ".layer_scale2.lambda1"),
-)
-_TRANSFORMERS_FFN = {
-    "mlp": ((".mlp.fc1.", ".mlp.up_proj."), (".mlp.fc2.", ".mlp.down_proj.")),
-    "swiglu": ((".mlp.w3.", ".mlp.down_proj."),),
-}
-# One tensor of ours is several of theirs, concatenated in this order.
-_META_PARTS = {".mlp.w12.": (".mlp.w1.", ".mlp.w2.")}
-_TIMM_PARTS = {".mlp.w12.": (".mlp.fc1_g.", ".mlp.fc1_x.")}
-_TRANSFORMERS_PARTS = {
-    ".attn.qkv.": tuple(f".attention.{name}_proj." for name in "qkv"),
-    ".mlp.w12.": (".mlp.gate_proj.", ".mlp.up_proj."),
+
+class _Names(NamedTuple):
+    """A library's names.
+
+    pairs, plain, gated  our and their names, as for `renamed`: everywhere, and of either kind of FFN
+    parts                of one tensor of ours several of theirs, as for `joined`
+    biases               of queries, keys and values, where they are by themselves
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    parts: dict[str, tuple[str, ...]]
+    plain: tuple[tuple[str, str], ...] = ()
+    gated: tuple[tuple[str, str], ...] = ()
+    biases: tuple[str, ...] = ()
+
+
+_QKV = tuple(f".attention.{name}_proj." for name in "qkv")
+_BIASES = tuple(f".attn.{name}_bias" for name in "qkv")
+_LIBRARIES = {
+    "dinoreg": _Names((), {}),
+    "meta": _Names((("register_tokens", "storage_tokens"),), {".mlp.w12.": (".mlp.w1.", ".mlp.w2.")}),
+    "timm": _Names(
+        (("register_tokens", "reg_token"), (".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2")),
+        {".attn.qkv.bias": _BIASES, ".mlp.w12.": (".mlp.fc1_g.", ".mlp.fc1_x.")},
+        gated=((".mlp.w3.", ".mlp.fc2."),),
+        biases=_BIASES,
+    ),
+    "transformers": _Names(
+        (
+            ("cls_token", "embeddings.cls_token"),
+            ("register_tokens", "embeddings.register_tokens"),
+            ("mask_token", "embeddings.mask_token"),
+            ("patch_embed.proj.", "embeddings.patch_embeddings."),
+            ("blocks.", "layer."),
+            (".attn.proj.", ".attention.o_proj."),
+            (".ls1.gamma", ".layer_scale1.lambda1"),
+            (".ls2.gamma", ".layer_scale2.lambda1"),
+        ),
+        {".attn.qkv.": _QKV, ".mlp.w12.": (".mlp.gate_proj.", ".mlp.up_proj.")},
+        plain=((".mlp.fc1.", ".mlp.up_proj."), (".mlp.fc2.", ".mlp.down_proj.")),
+        gated=((".mlp.w3.", ".mlp.down_proj."),),
+        biases=tuple(f"{part}bias" for part in _QKV),
+    ),
 }
 
 
 def is_dinov3(state: Mapping[str, Any]) -> bool:
     """Whether these are the names of a DINOv3 backbone of one of the three libraries; only the keys are read."""
-    learned = {"pos_embed", "embeddings.position_embeddings"}
-    marks = {"storage_tokens", _PERIODS, "embeddings.patch_embeddings.weight"}
-    timm = {"reg_token", "blocks.0.gamma_1"}
-    return not learned & state.keys() and (bool(marks & state.keys()) or timm <= state.keys())
+    marks, timm = {"storage_tokens", _PERIODS, "embeddings.patch_embeddings.weight"}, {"reg_token", "blocks.0.gamma_1"}
+    return bool(marks & state.keys()) or timm <= state.keys()
 
 
-def from_meta_dinov3(state: Mapping[str, Tensor]) -> State:
-    """Ours from Meta's names; the norm of local crops, the periods of positions and the biases' masks are passed on.
+def from_dinov3(state: Mapping[str, Tensor], library: str) -> State:
+    """Ours from a library's names, those on disk or in memory; biases that a model does without are zero.
 
-    raises  UserError for other periods than DINOv3's, and when two keys mean the same tensor
+    library  "dinoreg" | "meta" | "timm" | "transformers"
+    raises   UserError for other periods than DINOv3's, when one of several parts of a tensor is missing, and when two
+             keys mean the same tensor
+
+    Of Meta's, the norm of local crops, the periods of positions and the biases' masks are passed on.
     """
-    out = unique((renamed(key, flipped(_META)), value) for key, value in from_meta(state).items())
-    if _PERIODS in out:  # rounded to bfloat16 in the published files
-        periods = out[_PERIODS]
-        expected = BASE ** (torch.arange(len(periods)) / len(periods))
-        if not torch.allclose(periods.float(), expected, rtol=1e-2):
-            raise UserError(f"{_PERIODS!r} are not those of DINOv3, {BASE:g} ** (i / {len(periods)})")
-    for key in [key for key in out if key.endswith(".attn.qkv.bias_mask")]:
-        bias = key.removesuffix("_mask")
-        out[bias] = torch.where(out[key].bool(), out[bias], 0)  # what is masked may be anything
-    return joined(out, _META_PARTS)
+    names, pairs = _LIBRARIES[library], flipped(_pairs(state, library))
+    plain = ((re.sub(r"^model\.(?=layer\.)", "", key), value) for key, value in from_meta(state).items())
+    out = unique((renamed(key, pairs), value) for key, value in plain)
+    for key, value in list(out.items()):
+        if key == "register_tokens" and not value.numel():  # there are models with zero registers
+            del out[key]
+        elif key == "mask_token":
+            out[key] = value.flatten(0, -2)  # transformers' has three dimensions
+        elif key == _PERIODS:
+            _check(value)
+        elif key.endswith(".bias_mask"):
+            bias = key.removesuffix("_mask")
+            out[bias] = torch.where(value.bool(), out[bias], 0)  # what is masked may be anything
+        elif key.endswith((".attn.qkv.weight", f"{_QKV[0]}weight")):
+            for bias in names.biases:
+                out.setdefault(key.partition(".att")[0] + bias, value.new_zeros(value.shape[1]))
+    return joined(out, names.parts)
 
 
-def from_timm_dinov3(state: Mapping[str, Tensor]) -> State:
-    """Ours from timm's `vit_*_patch16_dinov3`, with biases of queries and values or (all zero) without."""
-    gated = any(".mlp.fc1_g." in key for key in state)
-    pairs = flipped(_TIMM + _TIMM_GATED if gated else _TIMM)
-    out = unique((renamed(key, pairs), value) for key, value in state.items())
-    for key in [key for key in out if key.endswith(".attn.qkv.weight")]:
-        none = out[key].new_zeros(len(out[key]) // 3)
-        q, v = (out.pop(key.replace("qkv.weight", f"{name}_bias"), none) for name in "qv")
-        out[key.replace("weight", "bias")] = torch.cat([q, none, v])
-    return joined(out, _TIMM_PARTS)
+def to_dinov3(state: Mapping[str, Tensor], library: str, key_bias: bool = False) -> State:
+    """A library's names on disk from ours with a mask token. There always is LayerScale, see `with_scales`.
 
-
-def to_timm_dinov3(state: Mapping[str, Tensor]) -> State:
-    """timm's `vit_*_patch16_dinov3*_qkvb` from ours: the mask token is dropped, the keys' zero biases, too."""
-    gated = _TIMM_GATED if _is_gated(state) else ()
-    kept = {key: value for key, value in state.items() if key != "mask_token"}
-    out: State = {}
-    for key, value in split(kept, _TIMM_PARTS).items():
-        if key.endswith(".attn.qkv.bias"):
-            out |= {key.replace("qkv.bias", f"{name}_bias"): value.chunk(3)[at] for name, at in (("q", 0), ("v", 2))}
-        else:
-            out[renamed(key, _TIMM + gated)] = value
-    return out
-
-
-def from_transformers_dinov3(state: Mapping[str, Tensor]) -> State:
-    """Ours from transformers' DINOv3ViT; biases of queries, keys and values that a model does without are zero.
-
-    state   with the names on disk or those in memory
-    raises  UserError when one of several parts of a tensor is missing, or two keys mean one tensor
+    library   "timm", whose models have no mask token, or "transformers"
+    key_bias  whether keys have biases
     """
-    gated = any(".mlp.gate_proj." in key for key in state)
-    pairs = flipped(_TRANSFORMERS + _TRANSFORMERS_FFN["swiglu" if gated else "mlp"])
-    out = unique((renamed(re.sub(r"^model\.(?=layer\.)", "", key), pairs), value) for key, value in state.items())
-    for key in [key for key in out if re.search(r"\.attention\.[qkv]_proj\.weight$", key)]:
-        out.setdefault(key.removesuffix("weight") + "bias", out[key].new_zeros(len(out[key])))
-    if "register_tokens" in out and not out["register_tokens"].numel():
-        del out["register_tokens"]
-    if "mask_token" in out:
-        out["mask_token"] = out["mask_token"].flatten(0, -2)  # (1, 1, D)
-    return joined(out, _TRANSFORMERS_PARTS)
+    names, pairs = _LIBRARIES[library], _pairs(state, library)
+    out = {renamed(key, pairs): value for key, value in split(with_scales(state), names.parts).items()}
+    if library == "timm":
+        del out["mask_token"]
+    else:
+        mask_token = out["embeddings.mask_token"]
+        out["embeddings.mask_token"] = mask_token.unsqueeze(0)
+        out.setdefault("embeddings.register_tokens", mask_token.new_zeros(1, 0, mask_token.shape[-1]))
+    return {key: value for key, value in out.items() if key_bias or not key.endswith(names.biases[1])}
 
 
-def to_transformers_dinov3(state: Mapping[str, Tensor], key_bias: bool) -> State:
-    """transformers' names on disk from ours, with a mask token. It always has LayerScale, see `with_scales`.
-
-    key_bias  whether the keys' biases are among them
-    """
-    pairs = _TRANSFORMERS + _TRANSFORMERS_FFN["swiglu" if _is_gated(state) else "mlp"]
-    out = {renamed(key, pairs): value for key, value in split(with_scales(state), _TRANSFORMERS_PARTS).items()}
-    none = state["cls_token"].new_zeros(1, 0, state["cls_token"].shape[-1])
-    out.setdefault("embeddings.register_tokens", none)
-    out["embeddings.mask_token"] = state["mask_token"].unsqueeze(0)
-    return {key: value for key, value in out.items() if key_bias or not key.endswith(".k_proj.bias")}
+def _pairs(state: Mapping[str, Tensor], library: str) -> tuple[tuple[str, str], ...]:
+    names = _LIBRARIES[library]
+    return names.pairs + (names.gated if any(gate in key for key in state for gate in _GATES) else names.plain)
 
 
-FROM_DINOV3: dict[str, Callable[[Mapping[str, Tensor]], State]] = {
-    "dinoreg": from_meta,
-    "meta": from_meta_dinov3,
-    "timm": from_timm_dinov3,
-    "transformers": from_transformers_dinov3,
-}
-
-
-def _is_gated(state: Mapping[str, Tensor]) -> bool:
-    return "blocks.0.mlp.w12.weight" in state
+def _check(periods: Tensor) -> None:
+    expected = BASE ** (torch.arange(len(periods)) / len(periods))
+    if not torch.allclose(periods.float(), expected, rtol=1e-2):  # the published ones are rounded to bfloat16
+        raise UserError(f"{_PERIODS!r} are not those of DINOv3, {BASE:g} ** (i / {len(periods)})")

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dinoreg.models.layers import NORM_EPS
 from dinoreg.models.registry import DINOV3, resampling
@@ -22,31 +22,60 @@ CONFIG = "config.json"
 PROCESSOR = "preprocessor_config.json"
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by Pillow's number, as transformers writes it
 
-_DINOV3 = "dinov3_vit"
-_PATCH_SIZES = {"dinov2": 14, "dinov2_with_registers": 16, _DINOV3: 16}  # of model types, by default
-# Arguments of RegisterViT: transformers' name and default.
-DINOV2_ARGUMENTS = {
+
+class Kind(NamedTuple):
+    """A model type of transformers.
+
+    name       of its class
+    arguments  of RegisterViT: the config's name and default
+    gate       the config's name for whether the FFN is gated
+    acts       activation of a plain FFN and of a gated one; None: SiLU, whatever the config says
+    fixed      what RegisterViT has no argument for: as the encoder has it, which is transformers' default
+    others     arguments of RegisterViT that the config does not say
+    """
+
+    name: str
+    arguments: dict[str, tuple[str, Any]]
+    gate: str
+    acts: tuple[str, str | None]
+    fixed: dict[str, Any]
+    others: dict[str, Any]
+
+
+_COMMON = {"depth": ("num_hidden_layers", 12), "image_size": ("image_size", 224), "in_channels": ("num_channels", 3)}
+_DINOV2 = {
+    **_COMMON,
     "dim": ("hidden_size", 768),
-    "depth": ("num_hidden_layers", 12),
     "heads": ("num_attention_heads", 12),
-    "image_size": ("image_size", 224),
-    "in_channels": ("num_channels", 3),
     "ffn_ratio": ("mlp_ratio", 4),
+    "norm_eps": ("layer_norm_eps", NORM_EPS),
 }
-# What RegisterViT has no argument for: as the encoder has it, which is transformers' default.
-DINOV2_FIXED: dict[str, Any] = {"layer_norm_eps": NORM_EPS, "qkv_bias": True, "hidden_act": "gelu"}
-DINOV3_FIXED: dict[str, Any] = {"proj_bias": True, "mlp_bias": True}
-# Arguments of RegisterViT: names and defaults of transformers' DINOv3ViT.
-DINOV3_ARGUMENTS = {
-    "dim": ("hidden_size", 384),
-    "depth": ("num_hidden_layers", 12),
-    "heads": ("num_attention_heads", 6),
-    "image_size": ("image_size", 224),
-    "in_channels": ("num_channels", 3),
-    "num_registers": ("num_register_tokens", 0),
-    "key_bias": ("key_bias", DINOV3["key_bias"]),
-    "norm_eps": ("layer_norm_eps", DINOV3["norm_eps"]),
-    "rope_base": ("rope_theta", BASE),
+_REGISTERS, _SWIGLU = "num_register_tokens", ("use_swiglu_ffn", ("gelu", None), {"qkv_bias": True})
+KINDS = {
+    "dinov2": Kind("Dinov2Model", _DINOV2 | {"patch_size": ("patch_size", 14)}, *_SWIGLU, {"num_registers": 0}),
+    "dinov2_with_registers": Kind(
+        "Dinov2WithRegistersModel",
+        _DINOV2 | {"patch_size": ("patch_size", 16), "num_registers": (_REGISTERS, 4)},
+        *_SWIGLU,
+        {},
+    ),
+    "dinov3_vit": Kind(
+        "DINOv3ViTModel",
+        {
+            **_COMMON,
+            "dim": ("hidden_size", 384),
+            "heads": ("num_attention_heads", 6),
+            "patch_size": ("patch_size", 16),
+            "num_registers": (_REGISTERS, 0),
+            "key_bias": ("key_bias", DINOV3["key_bias"]),
+            "norm_eps": ("layer_norm_eps", DINOV3["norm_eps"]),
+            "rope_base": ("rope_theta", BASE),
+        },
+        "use_gated_mlp",
+        ("gelu", "silu"),
+        {"proj_bias": True, "mlp_bias": True},
+        {"positions": "rope"},
+    ),
 }
 _TIMM_DINOV3 = re.compile(r"vit_\w+_patch\d+_dinov3(?:_qkvb)?(?:\.\w+)?")
 _TIMM_VIT = re.compile(r"vit_(tiny|small|base|large|giant)_patch\d+_(?:reg\d+_)?(?:dinov2|\d+)(?:\.\w+)?")
@@ -57,10 +86,9 @@ TIMM_DINOV3_ARGUMENTS = TIMM_ARGUMENTS | {"num_registers": "num_reg_tokens", "ro
 # Arguments of timm's ViT that change no output of its evaluation mode, or only the head's.
 _TIMM_HARMLESS = {"num_classes", "dynamic_img_size", "dynamic_img_pad", "init_values", "no_embed_class", "mlp_ratio",
                   "drop_rate", "drop_path_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
-                  "attn_drop_rate", "weight_init", "fix_init", "strict_img_size", "mlp_layer", "act_layer"}  # fmt: skip
-
-_TIMM_DINOV3_HARMLESS = {"qkv_bias", "swiglu_mlp", "swiglu_align_to", "global_pool", "num_prefix_tokens",
-                         "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"}  # fmt: skip
+                  "attn_drop_rate", "weight_init", "fix_init", "strict_img_size", "mlp_layer", "act_layer",
+                  "qkv_bias", "swiglu_mlp", "swiglu_align_to", "rope_shift_coords", "rope_jitter_coords",
+                  "rope_rescale_coords"}  # fmt: skip
 
 _TIMM_CROP_SHARE = 0.875  # timm's default for `crop_pct`
 _BYTE = 1 / 255
@@ -169,25 +197,14 @@ def _pretrained(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _transformers(config: Mapping[str, Any], path: Path) -> Stated:
-    """transformers' Dinov2, Dinov2WithRegisters and DINOv3ViT; what a config leaves out has the library's default."""
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _PATCH_SIZES:
-        raise NotHeld(f"weights {path}: model_type is {str(kind)[:40]!r}, expected {' or '.join(_PATCH_SIZES)}")
-    table = DINOV3_ARGUMENTS if kind == _DINOV3 else DINOV2_ARGUMENTS
-    values = {ours: config.get(theirs, default) for ours, (theirs, default) in table.items()}
-    values["patch_size"] = _one_side(config.get("patch_size", _PATCH_SIZES[kind]))
-    gate = "use_gated_mlp" if kind == _DINOV3 else "use_swiglu_ffn"
-    gated = config.get(gate, False) is True
-    if kind == _DINOV3:
-        fixed = {**DINOV3_FIXED, "hidden_act": "silu" if gated else "gelu"}
-        values |= {"positions": "rope"} | resampling("transformers", 1)
-    else:
-        fixed = {
-            key: value for key, value in DINOV2_FIXED.items() if not (gated and key == "hidden_act")
-        }  # SiLU always
-        with_registers = kind == "dinov2_with_registers"
-        values["num_registers"] = config.get("num_register_tokens", 4) if with_registers else 0
-        values |= resampling("transformers", int(with_registers))
+    """Every one of `KINDS`; what a config leaves out has the library's default."""
+    kind = KINDS.get(str(config.get("model_type")))
+    if kind is None:
+        found = str(config.get("model_type"))[:40]
+        raise NotHeld(f"weights {path}: model_type is {found!r}, expected {' or '.join(KINDS)}")
+    values = {ours: config.get(theirs, default) for ours, (theirs, default) in kind.arguments.items()}
+    gated = config.get(kind.gate, False) is True
+    fixed = kind.fixed | ({"hidden_act": act} if (act := kind.acts[gated]) else {})
     if is_number(values["dim"]) and is_number(values["heads"]) and values["heads"]:
         fixed["head_dim"] = values["dim"] / values["heads"]
     for key, expected in fixed.items():
@@ -195,9 +212,10 @@ def _transformers(config: Mapping[str, Any], path: Path) -> Stated:
         close = is_number(found) and is_number(expected) and math.isclose(found, expected, rel_tol=1e-6)
         if not close and found != expected:
             raise NotHeld(f"weights {path}: {key}={found!r}, the encoder has {expected!r}")
-    names = {ours: theirs for ours, (theirs, _) in table.items()}
-    names |= {"num_registers": "num_register_tokens", "ffn": gate}
-    return Stated(values | {"ffn": "swiglu" if gated else "mlp"}, path.name, names)
+    values |= {"patch_size": _one_side(values["patch_size"]), "ffn": "swiglu" if gated else "mlp", **kind.others}
+    names = {ours: theirs for ours, (theirs, _) in kind.arguments.items()}
+    values |= resampling("transformers", int("num_registers" in names))
+    return Stated(values, path.name, names | {"ffn": kind.gate, "num_registers": _REGISTERS})
 
 
 def _timm(config: Mapping[str, Any], path: Path) -> Stated:
@@ -211,8 +229,7 @@ def _timm(config: Mapping[str, Any], path: Path) -> Stated:
     arguments = config.get("model_args")
     arguments = arguments if isinstance(arguments, dict) else {}
     names = TIMM_DINOV3_ARGUMENTS if dinov3 else TIMM_ARGUMENTS
-    harmless = _TIMM_HARMLESS | _TIMM_DINOV3_HARMLESS if dinov3 else _TIMM_HARMLESS
-    unknown = [key for key in arguments if key not in {*names.values(), *harmless}]
+    unknown = [key for key in arguments if key not in {*names.values(), *_TIMM_HARMLESS}]
     if unknown:
         raise NotHeld(f"weights {path}: model_args has {unknown[0][:40]!r}, which the encoder does not know")
     values = {ours: _one_side(arguments[theirs]) for ours, theirs in names.items() if theirs in arguments}

@@ -21,7 +21,7 @@ from dinoreg.runtime.json_files import read_json as read_lenient
 from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.convert import FROM, detect, from_timm
-from dinoreg.weights.convert_dinov3 import FROM_DINOV3, is_dinov3
+from dinoreg.weights.convert_dinov3 import from_dinov3, is_dinov3
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
 from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
 from dinoreg.weights.names import not_there, random_name
@@ -188,7 +188,7 @@ def read_weights(source: str | Path) -> Weights:
                     "timm runs a model of its own as weights=timm:NAME:FILE"
                 )
             stated = replace(stated, values={**stated.values, "positions": "rope"})
-            backbone = FROM_DINOV3[found](state)
+            backbone = from_dinov3(state, found)
         else:
             backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
     except UserError as error:

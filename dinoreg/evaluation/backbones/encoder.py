@@ -242,7 +242,7 @@ class TransformersEncoder(_ModuleEncoder):
 
     def __init__(self, module: Any, *arguments: Any, **options: Any) -> None:
         settings: Any = getattr(module, "config", None)
-        self._norm = getattr(module, "layernorm", getattr(module, "norm", None))
+        self._norm: Any = getattr(module, "layernorm", getattr(module, "norm", None))
         if self._norm is None or not hasattr(settings, "patch_size"):
             raise UserError(f"{type(module).__name__}: expected a ViT of transformers with a final `layernorm`")
         self.dim, self.depth = settings.hidden_size, settings.num_hidden_layers
