@@ -34,10 +34,7 @@ MAX_PROTOTYPES = 2**24
 class ModelConfig(Options, section="model"):
     """The architecture of the backbone, how it is computed, and its stochastic depth."""
 
-    name: str = option(
-        "vits14_reg4",
-        "vit{t,s,b,l,g}{8,14,16}_reg{0,1,4,…}, with _rope as DINOv3's, or an alias of Meta, timm or transformers",
-    )
+    name: str = option("vits14_reg4", "vit{t,s,b,l,g}{8,14,16}_reg{0,4,…}[_rope], or one of Meta, timm or transformers")
     dim: int | None = option(None, "width; none: by the name", low=1, high=MAX_WIDTH)
     depth: int | None = option(None, "blocks; none: by the name", low=1, high=1000)
     heads: int | None = option(None, "attention heads; none: by the name", low=1, high=MAX_WIDTH)

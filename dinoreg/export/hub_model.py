@@ -82,9 +82,11 @@ class PlainViT(nn.Module):
         self.patch_embed = nn.Sequential(
             OrderedDict(proj=nn.Conv2d(in_channels, dim, patch_size, patch_size), flatten=nn.Flatten(2))
         )
-        options = dim, heads, ffn, hidden_dim, layerscale, norm_eps
-        self.blocks = nn.ModuleList(TransformerBlock(*options) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.blocks = nn.ModuleList(TransformerBlock(dim, heads, ffn, hidden_dim, layerscale) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
 
     def resampled_positions(self, rows: int, columns: int) -> Tensor:
         """Positions of the patches of a rows x columns grid, (1, rows * columns, D), of the parameters' dtype."""
@@ -104,12 +106,11 @@ class PlainViT(nn.Module):
         """Cosines and sines (T, head_dim / 2) float32 of what rotary positions turn tokens by; None: learned ones."""
         if self.pos_embed is not None:
             return None
-        (rows, columns), options = self.grid_of(images), {"dtype": torch.float32, "device": images.device}
-        periods = self.rope_base ** (torch.arange(self.head_dim // 4, **options) * 4 / self.head_dim)
-        by_row, by_column = (
-            ((torch.arange(count, **options) + 0.5) / count * 2 - 1)[:, None] * (2 * math.pi / periods)
-            for count in (rows, columns)
-        )
+        rows, columns = self.grid_of(images)
+        numbers = [torch.arange(count, device=images.device).float() for count in (rows, columns, self.head_dim // 4)]
+        turns = 2 * math.pi / self.rope_base ** (numbers[2] * 4 / self.head_dim)
+        places = ((number + 0.5) / count * 2 - 1 for number, count in zip(numbers, (rows, columns)))
+        by_row, by_column = (place[:, None] * turns for place in places)
         angles = torch.cat([by_row[:, None].expand(-1, columns, -1), by_column.expand(rows, -1, -1)], dim=-1)
         angles = F.pad(angles.reshape(rows * columns, -1), (0, 0, 1 + self.num_register_tokens, 0))  # others stay
         return angles.cos(), angles.sin()
@@ -196,12 +197,12 @@ class PlainViT(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm attention and feed-forward layer, each a residual branch with its own scale."""
 
-    def __init__(self, dim: int, heads: int, ffn: str, hidden_dim: int, layerscale: bool, norm_eps: float) -> None:
+    def __init__(self, dim: int, heads: int, ffn: str, hidden_dim: int, layerscale: bool) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = nn.LayerNorm(dim)
         self.attn = SelfAttention(dim, heads)
         self.ls1 = ChannelScale(dim) if layerscale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = nn.LayerNorm(dim)
         self.mlp = GatedFFN(dim, hidden_dim) if ffn == "swiglu" else plain_ffn(dim, hidden_dim)
         self.ls2 = ChannelScale(dim) if layerscale else nn.Identity()
 

@@ -191,7 +191,6 @@ class Block(nn.Module):
     drop_path   probability in [0, 1) of dropping an image's branch while training (stochastic depth, arXiv 1603.09382)
     head_dim    width of one attention head; None: dim / heads
     dropout     probability in [0, 1], inside attention and FFN
-    norm_eps    of both norms
     key_bias    whether keys have a bias
     """
 
@@ -205,15 +204,14 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         head_dim: int | None = None,
         dropout: float = 0.0,
-        norm_eps: float = NORM_EPS,
         key_bias: bool = True,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, heads, head_dim, dropout, key_bias)
         self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = FFN_KINDS[ffn](dim, 4 * dim if hidden_dim is None else hidden_dim, dropout)
         self.ls2 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
 

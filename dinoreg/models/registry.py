@@ -32,12 +32,16 @@ PATCH_SIZES = (8, 14, 16)
 # What DINOv3's models have in common, besides four registers and 16-pixel patches.
 DINOV3: dict[str, Any] = {"positions": "rope", "key_bias": False, "norm_eps": 1e-5}
 
-_NATIVE = re.compile(r"vit([tsblgh]|7b)(\d+)(plus)?_reg(\d+)(_rope)?")
-_META = re.compile(r"dinov2_vit([tsblg])(\d+)(_reg(\d*))?")
-_TIMM = re.compile(r"vit_(tiny|small|base|large|giant)_patch(\d+)_(?:reg(\d+)_)?dinov2(?:\.\w+)?")
-_TRANSFORMERS = re.compile(r"(?:facebook/)?dinov2-(with-registers-)?(small|base|large|giant)")
-_DINOV3 = re.compile(r"(?:facebook/)?dinov3[-_]vit([sblh]|7b)(\d+)(plus)?(?:-pretrain-\w+)?")
-_DINOV3_TIMM = re.compile(r"vit_(tiny|small|base|large|huge|7b)_(plus_)?patch(\d+)_dinov3(?:_qkvb)?(?:\.\w+)?")
+# Ours, then those under which models are published. An empty group: there are four registers, or positions are rotary.
+_NAMES = (
+    r"vit(?P<size>[tsblgh]|7b)(?P<patch>\d+)(?P<plus>plus)?_reg(?P<registers>\d{1,4})(?P<rope>_rope)?",
+    r"dinov2_vit(?P<size>[tsblg])(?P<patch>\d+)(_reg(?P<registers>\d*))?",
+    r"vit_(?P<size>tiny|small|base|large|giant)_patch(?P<patch>\d+)_(reg(?P<registers>\d+)_)?dinov2(\.\w+)?",
+    r"(facebook/)?dinov2-(with-registers-(?P<registers>))?(?P<size>small|base|large|giant)",
+    r"(facebook/)?dinov3[-_]vit(?P<size>[sblh]|7b)(?P<patch>\d+)(?P<plus>plus)?(-pretrain-\w+)?(?P<registers>)(?P<rope>)",
+    r"vit_(?P<size>tiny|small|base|large|huge|7b)_(?P<plus>plus_)?patch(?P<patch>\d+)_dinov3(_qkvb)?(\.\w+)?"
+    r"(?P<registers>)(?P<rope>)",
+)
 
 
 def parse_name(name: str) -> dict[str, Any]:
@@ -49,9 +53,7 @@ def parse_name(name: str) -> dict[str, Any]:
             dinov3_vits16), timm (vit_small_patch14_reg4_dinov2) or transformers (facebook/dinov2-with-registers-small)
     raises  UserError for other names and patch sizes
     """
-    size, patch, registers, rope, published = _split_name(name.strip())
-    if patch not in PATCH_SIZES:
-        raise UserError(f"model {name!r}: patch size {patch} is not one of {PATCH_SIZES}")
+    size, patch, registers, rope, published = split_name(name.strip())
     options = {"ffn_ratio": 4.0, **SIZES[size], "patch_size": patch, "num_registers": registers, "image_size": 224}
     if rope:
         options |= DINOV3
@@ -60,22 +62,21 @@ def parse_name(name: str) -> dict[str, Any]:
     return options | ({"layerscale": 1.0} if published else {})
 
 
-def _split_name(name: str) -> tuple[str, int, int, bool, bool]:
-    """(size, patch size, registers, whether positions are rotary, whether it is a published model's name)."""
-    if (match := _NATIVE.fullmatch(name)) and len(match[4]) < 5 and (size := match[1] + (match[3] or "")) in SIZES:
-        return size, int(match[2]), int(match[4]), bool(match[5]), False
-    if match := _META.fullmatch(name):
-        return match[1], int(match[2]), int(match[4] or 4) if match[3] else 0, False, True
-    if match := _TIMM.fullmatch(name):
-        return match[1][0], int(match[2]), int(match[3] or 0), False, True
-    if match := _TRANSFORMERS.fullmatch(name):
-        return match[2][0], 14, 4 if match[1] else 0, False, True
-    if (match := _DINOV3.fullmatch(name)) and (size := match[1] + (match[3] or "")) in SIZES:
-        return size, int(match[2]), 4, True, True
-    if match := _DINOV3_TIMM.fullmatch(name):
-        size = match[1] if match[1] == "7b" else match[1][0] + ("plus" if match[2] else "")
+def split_name(name: str) -> tuple[str, int, int, bool, bool]:
+    """(size, patch size, registers, whether positions are rotary, whether it is a published model's name).
+
+    size    a key of `SIZES`
+    raises  UserError for other names and patch sizes
+    """
+    for number, pattern in enumerate(_NAMES):
+        said = match.groupdict() if (match := re.fullmatch(pattern, name)) else {"size": " "}
+        size = ("7b" if said["size"] == "7b" else said["size"][0]) + ("plus" if said.get("plus") else "")
         if size in SIZES:
-            return size, int(match[3]), 4, True, True
+            patch = int(said.get("patch", 14))
+            if patch not in PATCH_SIZES:
+                raise UserError(f"model {name!r}: patch size {patch} is not one of {PATCH_SIZES}")
+            registers = 0 if said["registers"] is None else int(said["registers"] or 4)
+            return size, patch, registers, said.get("rope") is not None, number > 0
     sizes = [(size.removesuffix("plus"), "plus" if size.endswith("plus") else "") for size in SIZES]
     ends = ("_reg4", "_reg4_rope")
     known = [f"vit{size}{patch}{plus}{end}" for size, plus in sizes for patch in PATCH_SIZES for end in ends]

@@ -195,12 +195,7 @@ class RegisterViT(nn.Module):
         super().__init__()
         self.image_size = as_pair(image_size, "image_size")
         self.grid = patch_grid(self.image_size, patch_size)
-        pairs = 4 if positions == "rope" else 1  # of channels, which turn by the row and by the column
-        if dim % (heads * pairs):
-            raise UserError(f"dim={dim} does not divide into heads={heads}{' of whole fours' if pairs > 1 else ''}")
-        for name, value, known in (("ffn", ffn, FFN_KINDS), ("positions", positions, POSITIONS)):
-            if value not in known:
-                raise UserError(f"{name}={value!r} is not known; expected one of {', '.join(known)}")
+        _check(dim=dim, heads=heads, ffn=ffn, positions=positions)
         if not 0 <= drop_path < 1:
             raise UserError(f"drop_path={drop_path} is not a probability below 1")
         if num_registers < 0 or depth < 1:
@@ -223,10 +218,13 @@ class RegisterViT(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_channels, dim)
         rates = [drop_path * (1.0 if drop_path_uniform else i / max(depth - 1, 1)) for i in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(dim, heads, ffn, int(dim * ffn_ratio), layerscale, rate, norm_eps=norm_eps, key_bias=key_bias)
+            Block(dim, heads, ffn, int(dim * ffn_ratio), layerscale, drop_path=rate, key_bias=key_bias)
             for rate in rates
         )
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm = nn.LayerNorm(dim)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = norm_eps
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -438,6 +436,15 @@ class RegisterViT(nn.Module):
         if not -self.depth <= layer < self.depth:
             raise UserError(f"layer {layer} is out of range: the model has {self.depth} blocks")
         return layer % self.depth
+
+
+def _check(dim: int, heads: int, ffn: str, positions: str) -> None:
+    for name, value, known in (("ffn", ffn, FFN_KINDS), ("positions", positions, POSITIONS)):
+        if value not in known:
+            raise UserError(f"{name}={value!r} is not known; expected one of {', '.join(known)}")
+    rotary = positions == "rope"  # a quarter of a head's channels is of rows, in pairs with another quarter
+    if dim % (4 * heads if rotary else heads):
+        raise UserError(f"dim={dim} does not divide into heads={heads}{' of whole fours' if rotary else ''}")
 
 
 def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Shapes]:

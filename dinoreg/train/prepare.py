@@ -26,7 +26,7 @@ from dinoreg.data.statistics import Survey, survey, with_statistics
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.attention import resolve_backend
-from dinoreg.models.vit import RegisterViT
+from dinoreg.models.vit import ARCHITECTURE, RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
@@ -42,12 +42,8 @@ from dinoreg.train.tutor import Tutor, as_cut, load_tutor
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
 
-# Sections that fix the shapes of a checkpoint: a resumed run may not change them, but for these options.
+# Sections that fix the shapes of a checkpoint: a resumed run may not change them, but for what is no architecture.
 SHAPING = ("model", "head")
-FREE = (
-    *("model.drop_path", "model.drop_path_uniform", "model.attention", "model.checkpointing", "model.compile"),
-    *("model.rope_shift", "model.rope_jitter", "model.rope_rescale"),
-)
 
 
 @dataclass
@@ -346,7 +342,8 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     for section in SHAPING:
         then, now = vars(getattr(before, section)), vars(getattr(config, section))
         for key in now:
-            if f"{section}.{key}" not in FREE and then[key] != now[key]:
+            shapes = section == "head" or key in ("name", *ARCHITECTURE)
+            if shapes and then[key] != now[key]:
                 kept = f"the run in {out} has {then[key]}; a resumed run keeps its architecture"
                 raise UserError(f"{section}.{key}={now[key]}: {kept}")
     # The device shapes no weights but by its rounding.

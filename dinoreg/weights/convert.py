@@ -25,17 +25,20 @@ _CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")
 
 # Our and their names, used in both directions: the beginning of a key or, with a leading dot, any part of it.
 _TIMM_SWIGLU = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
-_TRANSFORMERS = (  # names on disk, which are those before transformers 5
+TRANSFORMERS = (
     ("cls_token", "embeddings.cls_token"),
     ("register_tokens", "embeddings.register_tokens"),
     ("mask_token", "embeddings.mask_token"),
+    (".ls1.gamma", ".layer_scale1.lambda1"),
+    (".ls2.gamma", ".layer_scale2.lambda1"),
+)
+_TRANSFORMERS = (  # of DINOv2: names on disk, which are those before transformers 5
+    *TRANSFORMERS,
     ("pos_embed", "embeddings.position_embeddings"),
     ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
     ("norm.", "layernorm."),
     ("blocks.", "encoder.layer."),
     (".attn.proj.", ".attention.output.dense."),
-    (".ls1.gamma", ".layer_scale1.lambda1"),
-    (".ls2.gamma", ".layer_scale2.lambda1"),
     (".mlp.w12.", ".mlp.weights_in."),
     (".mlp.w3.", ".mlp.weights_out."),
 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinoreg.models.rope import BASE
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.convert import State, flipped, from_meta, joined, renamed, split, unique, with_scales
+from dinoreg.weights.convert import TRANSFORMERS, State, flipped, from_meta, joined, renamed, split, unique, with_scales
 
 _PERIODS = "rope_embed.periods"
 _GATES = (".mlp.w12.", ".mlp.w1.", ".mlp.fc1_g.", ".mlp.gate_proj.")  # of a gated FFN, in anybody's names
@@ -46,14 +46,10 @@ _LIBRARIES = {
     ),
     "transformers": _Names(
         (
-            ("cls_token", "embeddings.cls_token"),
-            ("register_tokens", "embeddings.register_tokens"),
-            ("mask_token", "embeddings.mask_token"),
+            *TRANSFORMERS,
             ("patch_embed.proj.", "embeddings.patch_embeddings."),
             ("blocks.", "layer."),
             (".attn.proj.", ".attention.o_proj."),
-            (".ls1.gamma", ".layer_scale1.lambda1"),
-            (".ls2.gamma", ".layer_scale2.lambda1"),
         ),
         {".attn.qkv.": _QKV, ".mlp.w12.": (".mlp.gate_proj.", ".mlp.up_proj.")},
         plain=((".mlp.fc1.", ".mlp.up_proj."), (".mlp.fc2.", ".mlp.down_proj.")),

@@ -42,39 +42,38 @@ class Kind(NamedTuple):
     others: dict[str, Any]
 
 
-_COMMON = {"depth": ("num_hidden_layers", 12), "image_size": ("image_size", 224), "in_channels": ("num_channels", 3)}
-_DINOV2 = {
-    **_COMMON,
-    "dim": ("hidden_size", 768),
-    "heads": ("num_attention_heads", 12),
-    "ffn_ratio": ("mlp_ratio", 4),
-    "norm_eps": ("layer_norm_eps", NORM_EPS),
+def _arguments(dim: int, heads: int, patch_size: int, norm_eps: float) -> dict[str, tuple[str, Any]]:
+    return {
+        "dim": ("hidden_size", dim),
+        "depth": ("num_hidden_layers", 12),
+        "heads": ("num_attention_heads", heads),
+        "patch_size": ("patch_size", patch_size),
+        "image_size": ("image_size", 224),
+        "in_channels": ("num_channels", 3),
+        "norm_eps": ("layer_norm_eps", norm_eps),
+    }
+
+
+_REGISTERS, _RATIO = "num_register_tokens", {"ffn_ratio": ("mlp_ratio", 4)}
+_SWIGLU = "use_swiglu_ffn", ("gelu", None), {"qkv_bias": True}
+_ROPE = {
+    "num_registers": (_REGISTERS, 0),
+    "key_bias": ("key_bias", DINOV3["key_bias"]),
+    "rope_base": ("rope_theta", BASE),
 }
-_REGISTERS, _SWIGLU = "num_register_tokens", ("use_swiglu_ffn", ("gelu", None), {"qkv_bias": True})
+_BIASES = {"proj_bias": True, "mlp_bias": True}
 KINDS = {
-    "dinov2": Kind("Dinov2Model", _DINOV2 | {"patch_size": ("patch_size", 14)}, *_SWIGLU, {"num_registers": 0}),
+    "dinov2": Kind("Dinov2Model", _arguments(768, 12, 14, NORM_EPS) | _RATIO, *_SWIGLU, {"num_registers": 0}),
     "dinov2_with_registers": Kind(
         "Dinov2WithRegistersModel",
-        _DINOV2 | {"patch_size": ("patch_size", 16), "num_registers": (_REGISTERS, 4)},
+        _arguments(768, 12, 16, NORM_EPS) | _RATIO | {"num_registers": (_REGISTERS, 4)},
         *_SWIGLU,
         {},
     ),
     "dinov3_vit": Kind(
         "DINOv3ViTModel",
-        {
-            **_COMMON,
-            "dim": ("hidden_size", 384),
-            "heads": ("num_attention_heads", 6),
-            "patch_size": ("patch_size", 16),
-            "num_registers": (_REGISTERS, 0),
-            "key_bias": ("key_bias", DINOV3["key_bias"]),
-            "norm_eps": ("layer_norm_eps", DINOV3["norm_eps"]),
-            "rope_base": ("rope_theta", BASE),
-        },
-        "use_gated_mlp",
-        ("gelu", "silu"),
-        {"proj_bias": True, "mlp_bias": True},
-        {"positions": "rope"},
+        _arguments(384, 6, 16, DINOV3["norm_eps"]) | _ROPE,
+        *("use_gated_mlp", ("gelu", "silu"), _BIASES, {"positions": "rope"}),
     ),
 }
 _TIMM_DINOV3 = re.compile(r"vit_\w+_patch\d+_dinov3(?:_qkvb)?(?:\.\w+)?")
