@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.steps import next_steps, which_steps
+from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import Config
 from dinoreg.data.loader import Batch, BatchLoader
 from dinoreg.distributed.process_group import Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
+from dinoreg.runtime.guide import after_training, next_lines
 from dinoreg.runtime.json_files import flatten, read_json
 from dinoreg.runtime.regular_files import being_read
 from dinoreg.train.class_probe import write_probed
@@ -105,7 +106,8 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 raise diagnosis from error
             log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {out}")
             log.say(which_steps(out))
-            log.say(next_steps(out, config.probe.data))
+            for line in next_lines("trained", after_training(out, config.probe.data, config.data.source)):
+                log.say(line)
     return out
 
 
