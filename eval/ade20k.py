@@ -68,6 +68,11 @@ PUBLISHED = (
     *at_test_time((48.27, 49.07, 49.13, 40.14), f"{DVT}; "),
 )
 
+NEIGHBOURS = "k and memory of its own code"
+DATA = (("Places205", 35.2), ("LVD-142M", 32.1), ("ImageNet-22k", 29.7), ("ImageNet-1k", 29.2))
+KNN = tuple(Published(f"CAPI ViT-L/14 ({data})", value, "CAPI's README", NEIGHBOURS) for data, value in DATA)
+COUNTS = {"train": 20_210, "test": 2_000}
+
 BENCHMARK = Benchmark(
     name=NAME,
     title="ADE20K (SceneParse150)",
@@ -75,7 +80,10 @@ BENCHMARK = Benchmark(
     classes=NUM_CLASSES,
     folders=("ADEChallengeData2016", "ade20k", "ADE20K", "ade/ADEChallengeData2016"),
     layouts=(needs(ARCHIVE, *(f"{kind}/{part}" for kind in KINDS for part in SPLITS.values()), NAMES_FILE),),
-    tasks=(Task("segmentation", read, "mIoU", {"train": 20_210, "test": 2_000}, PUBLISHED),),
+    tasks=(
+        Task("segmentation", read, "mIoU", COUNTS, PUBLISHED),
+        Task("knn_segmentation", read, "mIoU", COUNTS, KNN),
+    ),
     download=f"{ARCHIVE} of the MIT Scene Parsing Benchmark (not the full ADE20K release, whose layout is another)",
     licence="BSD-3-Clause by a secondary source for the annotations; terms of the images were not verified",
 )

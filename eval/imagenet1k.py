@@ -58,7 +58,8 @@ def read(folder: Path, options: Options) -> Data:
         "test": Labelled(test, np.searchsorted(wnids, test_wnids), len(wnids)),
     }
     names = _names(folder, meta)
-    return Data(splits, class_names=[names.get(str(wnid), str(wnid)) for wnid in wnids])
+    found = wnids.tolist()
+    return Data(splits, class_names=[names.get(wnid, wnid) for wnid in found], extra={"wnids": found})
 
 
 def _listed(folder: Path, split: str, extra: str, meta: Meta | None) -> tuple[Source, np.ndarray]:

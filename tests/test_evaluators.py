@@ -31,6 +31,7 @@ FAST = {
         "segmentation.batch_size=6",
         "segmentation.lrs=[0.01]",
     ],
+    "knn_segmentation": ["knn_segmentation.size=48", "knn_segmentation.stride=32"],
     "depth": ["depth.steps=40", "depth.batch_size=6", "depth.lrs=[0.01]"],
     "discovery": ["discovery.normalise=true", "discovery.biases=[0,-0.2,-0.4,-0.6,-0.8]", "discovery.k_patches=20"],
     "detection": [
@@ -40,6 +41,7 @@ FAST = {
         "detection.batch_size=8",
         "detection.lrs=[0.01]",
     ],
+    "retrieval": ["retrieval.size=48"],
     "flow": ["flow.steps=30", "flow.lr=0.01", "flow.batch_size=2"],
 }
 # How a miniature is written where its default does not suit patches of 8, and what is read of it.
@@ -122,12 +124,12 @@ def everything(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_all_over_a_root_with_every_dataset_gives_one_report(everything: tuple[Path, str]) -> None:
     folder, errors = everything
     assert {path.stem for path in folder.glob("*.json")} == set(NAMES)
-    assert len(NAMES) == 22
+    assert len(NAMES) == 29
     page, table = (folder / "report.html").read_text(), (folder / "table.md").read_text()
     for benchmark in benchmarks().values():
         assert benchmark.title.replace("&", "&amp;") in page
         assert benchmark.title in table
-    assert page.count("<section") == 1 + 22
+    assert page.count("<section") == 1 + 29
     assert "not evaluated" not in errors
 
 

@@ -21,7 +21,6 @@ BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICE = {"help": "what computes", "pattern": r"auto|cpu|mps|cuda(:\d+)?", "expected": "auto, cpu, cuda, cuda:N or mps"}
-VALUE_RANGE = "LOW,HIGH with LOW below HIGH, once or for each channel"
 CONSTANT_ONLY = "0 unless schedule.shape=constant"
 SHAPES = ("cosine", "constant")
 METRICS = ("knn_top1", "rankme", "dense_miou", "dse")
@@ -168,6 +167,10 @@ def is_value_range(numbers: Sequence[float]) -> bool:
     return len(lows) == len(highs) > 0 and all(low < high for low, high in zip(lows, highs))
 
 
+RANGE_WORDS = "LOW,HIGH with LOW below HIGH, once or for each channel"
+VALUE_RANGE: dict[str, Any] = {"fits": is_value_range, "expected": RANGE_WORDS}
+
+
 @dataclass(frozen=True)
 class DataConfig(Options, section="data"):
     """The images to train on, and how they are read."""
@@ -175,7 +178,9 @@ class DataConfig(Options, section="data"):
     source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
     range: list[float] | None = option(
-        None, "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type"
+        None,
+        "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type",
+        **VALUE_RANGE,
     )
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     columns: str = option("", "of a table: which holds the paths, as path:FILE; empty: one called as paths usually are")
@@ -191,7 +196,6 @@ class DataConfig(Options, section="data"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.range is None or is_value_range(self.range), "data.range", self.range, VALUE_RANGE)
         without = "none with data.reference_decode, which has no range"
         check(self.range is None or not self.reference_decode, "data.range", self.range, without)
 

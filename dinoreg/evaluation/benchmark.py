@@ -29,9 +29,11 @@ PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "logistic": ("dinoreg.evaluation.protocols.logistic", "logistic regression"),
         "multilabel": ("dinoreg.evaluation.protocols.multilabel", "multi-label logistic regression"),
         "segmentation": ("dinoreg.evaluation.protocols.segmentation", "linear segmentation"),
+        "knn_segmentation": ("dinoreg.evaluation.protocols.knn_segmentation", "k-NN segmentation"),
         "depth": ("dinoreg.evaluation.protocols.depth", "linear depth"),
         "discovery": ("dinoreg.evaluation.protocols.discovery", "object discovery (LOST)"),
         "detection": ("dinoreg.evaluation.protocols.detection", "linear patch detection"),
+        "retrieval": ("dinoreg.evaluation.protocols.retrieval", "instance retrieval"),
         "flow": ("dinoreg.evaluation.protocols.flow", "optical flow"),
         "few_shot": ("dinoreg.evaluation.protocols.few_shot", "few-shot and label efficiency"),
     }
@@ -73,6 +75,7 @@ class Published:
     source: str
     differs: str = ""
     variant: str = ""  # of the protocol's rows, where several variants are published: "k = 20", "lin.4"
+    metric: str = ""  # other than the task's
 
 
 @dataclass(frozen=True)

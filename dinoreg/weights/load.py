@@ -115,7 +115,9 @@ def load_reported(
 def load(
     source: str | Path, device: str | torch.device = "cpu", adapt_channels: str | None = None, **overrides: Any
 ) -> RegisterViT:
-    """A model in evaluation mode, with float32 weights from a file, or random ones for `random:NAME`.
+    """A model to compute features with, with float32 weights from a file, or random ones for `random:NAME`.
+
+    It is in evaluation mode, and no gradients are kept: to train it, call `model.train().requires_grad_(True)`.
 
     source          a run folder (its last state), checkpoint or teacher file; a file or folder of Meta, timm or
                     transformers; or `random:NAME`. A path that exists takes precedence
@@ -131,10 +133,10 @@ def load(
     """
     name = random_name(source)
     if name is None or find_weights(source) is not None:
-        return load_reported(source, device, adapt_channels, **overrides).model
+        return load_reported(source, device, adapt_channels, **overrides).model.requires_grad_(False)
     if adapt_channels is not None:
         raise UserError(f"adapt_channels={adapt_channels!r} is for weights, and {str(source)!r} is none")
-    return build(name, **overrides).to(device).eval()
+    return build(name, **overrides).to(device).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ making them fit

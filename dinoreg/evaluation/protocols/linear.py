@@ -178,6 +178,7 @@ class Grid:
         self.pooled = any(kind.avgpool for kind in self.kinds)
         self.batch_size = min(options.batch_size, len(rows))
         self.steps = options.epochs * (options.epoch_steps or math.ceil(len(rows) / self.batch_size))
+        self.no_answers = np.setdiff1d(np.arange(train.num_classes), train.answers)
         self.maps: dict[Kind, nn.Linear] = {}
 
     def names(self, kind: Kind) -> list[str]:
@@ -274,6 +275,7 @@ class Grid:
         for x in self._chunks(features, rows):
             for kind, logits in self.logits(x).items():
                 finite = torch.isfinite(logits).all(dim=-1).all(dim=0).tolist()
+                logits[..., self.no_answers] = -torch.inf
                 for name, classes, sound in zip(self.names(kind), logits.argmax(dim=-1).T.cpu().numpy(), finite):
                     parts[name].append(classes)
                     broken |= set() if sound else {name}
