@@ -160,7 +160,6 @@ class RetrievalOptions(Options, section="retrieval"):
     """Instance retrieval by cosines of frozen features (Radenovic et al., arXiv 1803.11285; DINOv2, section 7.3)."""
 
     size: int = pixels(448, "of the long side, of queries as of the others")
-    power: float = option(3.0, "of the generalised mean of patches; 1 is the mean", above=0)
 
 
 @dataclass(frozen=True)

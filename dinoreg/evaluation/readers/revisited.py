@@ -40,7 +40,10 @@ def revisited(
             relevance = np.zeros((len(queries), len(database)), dtype=np.int8)
             for row, query in zip(relevance, values["gnd"], strict=True):
                 for kind, value in RELEVANCE.items():
-                    row[_places(query[kind])] = value
+                    places = np.isin(np.arange(len(database)), query[kind])
+                    if places.sum() != len(query[kind]):
+                        raise ValueError(f"{kind} has places that are not in imlist")
+                    row[places] = value
             boxes = np.array([query["bbx"] for query in values["gnd"]], dtype=np.float64).reshape(len(queries), 4)
             if not (boxes[:, :2] < boxes[:, 2:]).all():
                 raise ValueError("a box is empty")
@@ -65,11 +68,3 @@ def revisited(
         download=f"{archive}; {truth.archive}",
         licence="photographs of Flickr under Flickr's terms",
     )
-
-
-def _places(numbers: object) -> np.ndarray:
-    """Places in a list, (m,) int64; ValueError for other than whole numbers from 0."""
-    places = np.array(numbers, dtype=np.float64).ravel()
-    if (places < 0).any() or (places % 1).any():
-        raise ValueError("places are not whole numbers from 0")
-    return places.astype(np.int64)
