@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dinoreg.config.option import Options, check, fraction, option, output, section
-from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
+from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE
 from dinoreg.config.view_settings import MAX_SIDE
 
 pixels = partial(option, unit="pixel", low=1, high=MAX_SIDE)
@@ -209,7 +209,9 @@ class SharedOptions(Options):
 
     weights: str | None = side_option(None, "a run, RUN/best, file, transformers folder, random:NAME, timm:NAME[:FILE]")
     columns: str = option("", "of a table of your own: what they are called, as path:FILE,label:BREED,split:SET")
-    range: list[float] | None = option(None, "LOW,HIGH of your own pictures, as data.range; none: what the weights say")
+    range: list[float] | None = option(
+        None, "of own pictures, as data.range; none: what the weights say", **VALUE_RANGE
+    )
     out: str | None = output(
         None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS", shapes_result=False
     )
@@ -220,10 +222,6 @@ class SharedOptions(Options):
     batch_size: int = side_option(64, "images the backbone sees at once", low=1, high=1_000_000)
     workers: int | None = side_option(None, "decoding threads; none: one for every core but one", low=0, high=1024)
     overwrite: bool = side_option(False, "measure again what has a result already")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.range is None or is_value_range(self.range), "range", self.range, VALUE_RANGE)
 
 
 @dataclass(frozen=True)
