@@ -33,12 +33,12 @@ MAX_PROTOTYPES = 2**24
 class ModelConfig(Options, section="model"):
     """The architecture of the backbone, how it is computed, and its stochastic depth."""
 
-    name: str = option("vits14_reg4", "vit{t,s,b,l,g}{8,14,16}_reg{0,1,4,…}, or an alias of Meta, timm or transformers")
+    name: str = option("vits14_reg4", "vit{t,s,b,l,g}{8,14,16}_reg{0,4,…}[_rope], or one of Meta, timm or transformers")
     dim: int | None = option(None, "width; none: by the name", low=1, high=MAX_WIDTH)
     depth: int | None = option(None, "blocks; none: by the name", low=1, high=1000)
     heads: int | None = option(None, "attention heads; none: by the name", low=1, high=MAX_WIDTH)
     ffn: str | None = option(None, "feed-forward network; none: by the name, swiglu for g", choices=("mlp", "swiglu"))
-    ffn_ratio: float = option(4.0, "hidden width of the FFN over dim", above=0, high=100)
+    ffn_ratio: float | None = option(None, "hidden width over dim; none: by the name, mostly 4", above=0, high=100)
     layerscale: float | None = option(1e-5, "initial per-channel residual scale; none: no LayerScale")
     drop_path: float = option(0.3, "share of samples that skip a residual branch", low=0, below=1)
     drop_path_uniform: bool = option(True, "the same rate in every block; false: linear from 0")
@@ -46,6 +46,10 @@ class ModelConfig(Options, section="model"):
     antialias: bool = option(True, "position grid resampled with antialiasing")
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0, high=10)
+    rope_base: float = option(100.0, "largest period of rotary positions", low=1, high=1e6)
+    rope_shift: float | None = option(None, "training: moves places by up to this, an image being 2 wide", low=0)
+    rope_jitter: float | None = option(None, "training: stretches each axis by 1/x to x; none: not", low=1, high=100)
+    rope_rescale: float | None = option(2.0, "training: both axes by one factor, 1/x to x; none: not", low=1, high=100)
     attention: str = option("auto", "attention kernel", choices=("auto", "xformers", "varlen", "sdpa", "plain"))
     checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_result=False)
     compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_result=False)
