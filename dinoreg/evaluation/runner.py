@@ -80,7 +80,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
     tasks, warnings = [], []
     seen: dict[Callable, Data] = {}
     for task in benchmark.tasks:
-        if wanted and task.protocol not in wanted:
+        if task.protocol not in wanted if wanted else task.asked:
             continue
         absent = next((need for need in task.needs if not need.met(folder)), None)
         if absent is not None:
