@@ -44,7 +44,8 @@ def restore(state: TrainState, path: Path, source: Source) -> list[str]:
     raises  RunError when a file is damaged, UserError when the checkpoint is of another architecture or tutor
     """
     tensors, tutor = state.tensors(), state.history.get("distill")
-    numbers = checkpoint.load(path, tensors, state.numbers(), verified=True, ranks=state.ranks)
+    optional = ("anchor",)  # which a run may have from some step on
+    numbers = checkpoint.load(path, tensors, state.numbers(), verified=True, ranks=state.ranks, optional=optional)
     if tutor != numbers["history"].get("distill"):
         raise UserError(f"{path}: was distilled from other weights than those that distill= names now")
     state.load(tensors, numbers)

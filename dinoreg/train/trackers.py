@@ -123,10 +123,7 @@ class MLflow:
 
 
 Tracker = TensorBoard | WandB | MLflow
-REMOTE: dict[str, type[WandB | MLflow]] = {
-    "wandb": WandB,
-    "mlflow": MLflow,
-}  # by what is imported, as log.to= names them
+REMOTE: dict[str, type[WandB | MLflow]] = {"wandb": WandB, "mlflow": MLflow}  # by what is imported
 
 
 def check_trackers(names: Sequence[str]) -> None:
