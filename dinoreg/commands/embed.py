@@ -25,7 +25,7 @@ from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_encoder
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, skipped_list
 from dinoreg.runtime.device import pick_device, pick_precision
-from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, reworded
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.progress import show_progress
@@ -67,7 +67,7 @@ def embed(options: EmbedOptions) -> Path:
         "batch_size": options.batch_size,
     }
     shape = row_shape(options.token, encoder, size)
-    try:
+    with reworded(f"out={out}: cannot be written", OSError, into=RunError):
         rows = RowFile(out, settings, shape, options.dtype, len(source), restart=options.overwrite)
         with contextlib.closing(rows):
             try:
@@ -81,8 +81,6 @@ def embed(options: EmbedOptions) -> Path:
             raise RunError(f"data: none of the {len(source):,} images could be read; the first: {name}: {reason}")
         names = (source.name(index) for index in range(len(source)) if index not in rows.skipped)
         rows.finish(names, {**settings, "patch_size": encoder.patch_size, "skipped": len(rows.skipped)})
-    except OSError as error:
-        raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
     left_out = f"; {len(rows.skipped):,} left out, listed in {skipped_list(out)}" if rows.skipped else ""
     counts = f"{rows.count:,} images, {' x '.join(map(str, shape))} numbers each{left_out}"
     print_status(f"embed by {encoder.name}: {counts}")
