@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.plan.advice import Remedy
 from dinoreg.plan.devices import gib
 from dinoreg.plan.job import Job
@@ -197,5 +198,5 @@ class Plan:
         """Write `as_dict` to a JSON file and return its path; UserError where it cannot be written."""
         path = Path(path)
         with reworded(f"out={path}: cannot be written", OSError):
-            path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+            write_atomic(path, json.dumps(self.as_dict(), indent=1) + "\n")
         return path

@@ -79,7 +79,7 @@ def measure(
 
     seed      of probes, picked patches and noise
     progress  called with the name of each part as it begins
-    raises    RunError where a norm is not finite, UserError where the images do not fit the encoder
+    raises    RunError where norms are not finite or all zero, UserError where the images do not fit the encoder
     """
     started = time.monotonic()
     inspection = _Inspection(encoder, pictures, seed, progress)
@@ -205,8 +205,8 @@ class _Inspection:
             embedded = self.encoder.module.patch_embed(self.encoder.prepare(batch))
             cosines.append(measures.neighbour_cosine(embedded, self.grid).cpu())
         special, patches = torch.cat(norms, dim=1).tensor_split([self.first], dim=2)
-        if not torch.isfinite(patches).all():
-            raise RunError(f"{self.encoder.name}: the norm of a patch is not finite")
+        if not torch.isfinite(patches).all() or not patches[-1].any():
+            raise RunError(f"{self.encoder.name}: the norms of its patches are not finite, or all zero")
         return patches, special, torch.cat(cosines)
 
     def attention(self, outliers: Tensor) -> tuple[Tensor, dict[str, Any]]:
