@@ -22,14 +22,14 @@ from dinoreg.checkpoint import format as checkpoint
 from dinoreg.commands.main import main
 from dinoreg.config.load import Config, load_config, to_yaml
 from dinoreg.distributed.process_group import ALONE, Ranks, simulated_session
-from dinoreg.plan import plan
 from dinoreg.plan.advice import change, remedies
 from dinoreg.plan.devices import DEVICES, GIB, Device, find_device, recognise
 from dinoreg.plan.job import describe, measure_sizes, padded
 from dinoreg.plan.memory import memory_of, operations_of
+from dinoreg.plan.result import size
+from dinoreg.plan.run import plan
 from dinoreg.plan.speed import Speed, estimate, probe, worth_probing
 from dinoreg.plan.step import random_batch
-from dinoreg.plan.text import size
 from dinoreg.plan.trace import trace_job
 from dinoreg.plan.traffic import Collective, collectives
 from dinoreg.runtime.durations import duration

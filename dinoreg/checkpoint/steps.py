@@ -1,6 +1,5 @@
 """What is said of a run's steps: which one weights are of, and how good the probe inside the run found them."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,17 +91,6 @@ def against_start(line: Mapping[str, Any]) -> str:
     so_far = " so far" if verdict == "not better" else ""
     points = [100 * number(each) for each in (gain, low, high)]
     return "{} than the start{}: {:+.1f} points [{:.1f}, {:.1f}]".format(verdict, so_far, *points)
-
-
-def next_steps(run: str | Path, labelled: Any = None) -> str:
-    """The commands that a trained run is measured and passed on with.
-
-    labelled  the run's probe.data
-    """
-    own = isinstance(labelled, str) and labelled.partition(":")[0] != "scenes"
-    weights, data = f"weights={shlex.quote(str(run))}", shlex.quote(str(labelled)) if own else "LABELLED"
-    verbs = f"verdict {data} {weights}", f"registers {weights} images={data}", f"export {weights} format=timm out=DIR"
-    return f"next: {'; '.join(f'dinoreg {verb}' for verb in verbs)}"
 
 
 @dataclass(frozen=True)

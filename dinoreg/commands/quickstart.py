@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from rich.console import Console
-from rich.table import Column, Table
 
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.commands.report import report_run
@@ -28,6 +26,7 @@ from dinoreg.evaluation.runner import look, measure, preflight
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports.verdict import verdict
 from dinoreg.runtime.json_files import read_json
+from dinoreg.runtime.templates import score
 from dinoreg.scenes.layout import label_of
 from dinoreg.scenes.render import CLASS_NAMES, NUM_CLASSES
 from dinoreg.train.loop import pretrain
@@ -116,12 +115,8 @@ def probe(
 
 
 def _show(result: Result, headline: str, seconds: float, report: Path) -> None:
-    console = Console()
-    what = f"{result.headline.n_test} held-out scenes, {NUM_CLASSES} classes (chance {1 / NUM_CLASSES:.1%})"
-    numbers = (Column(heading, justify="right") for heading in ("top-1", "95 % interval"))
-    table = Table("features", *numbers, title=f"Linear probe on {what}")
-    for name, (row, *_) in {"pretrained": result.rows, **result.baselines}.items():
-        table.add_row(name, f"{row.value:.1%}", f"{row.low:.1%} to {row.high:.1%}")
-    console.print(table)
-    text = f"{headline} {seconds / 60:.1f} minutes in all.\nreport: {report}"
-    console.print(text, highlight=False, soft_wrap=True)
+    rows = {"pretrained": result.rows, **result.baselines}
+    print(f"linear probe on {result.headline.n_test} held-out scenes, {NUM_CLASSES} classes, top-1:")
+    for name, (row, *_) in rows.items():
+        print(f"  {name + ':':<12} {score(row.value)} [{100 * row.low:.1f}, {100 * row.high:.1f}]")
+    print(f"{headline} {seconds / 60:.1f} minutes in all.\nreport: {report}")

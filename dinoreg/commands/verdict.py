@@ -18,7 +18,7 @@ from dinoreg.checkpoint.atomic import write_atomic, write_picture
 from dinoreg.commands.evaluate import folder_name
 from dinoreg.commands.options import VerdictOptions, read_verdict
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.backbones.open import Opened, open_encoder
+from dinoreg.evaluation.backbones.open import Opened, open_model
 from dinoreg.evaluation.benchmark import PROTOCOLS
 from dinoreg.evaluation.comparison import compare
 from dinoreg.evaluation.custom.datasets import own_benchmark
@@ -31,8 +31,9 @@ from dinoreg.evaluation.request import Request
 from dinoreg.evaluation.result import Result, Row, headlines, plain, unpacked
 from dinoreg.evaluation.runner import baselines_of, look, measure, preflight
 from dinoreg.plan.encoder_cost import encoder_cost
+from dinoreg.reports.html import WithPage
 from dinoreg.reports.labelled_verdict import KINDS, Advice, advise, in_short, write_page
-from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
+from dinoreg.runtime.device import keep_freed_memory
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.printable import print_status, printable
 from dinoreg.runtime.templates import score
@@ -42,7 +43,7 @@ SIDE, SHOWN = 128, 12  # pixels of a picture that changed sides, and how many of
 
 
 @dataclass(frozen=True, repr=False)
-class LabelledVerdict:
+class LabelledVerdict(WithPage):
     """What `dinoreg.verdict` found.
 
     advice  the choice and its reason
@@ -128,20 +129,19 @@ def _open(options: VerdictOptions) -> tuple[dict[str, Encoder], Opened]:
     The start sees pictures as the own model does, since training began like that; the public one as it states itself.
     """
     keep_freed_memory()
-    device = pick_device(options.device)
-    dtype = pick_precision(options.precision, device)
-    mine = open_encoder(options.weights, device, dtype)
+    machine = options.device, options.precision
+    mine = open_model(options.weights, *machine)
     encoders = {"own": mine.encoder}
     kept = None if mine.run is None else mine.run / "init.safetensors"
     if init := options.init or (kept and kept.is_file() and str(kept)):
-        start = open_encoder(init, device, dtype).encoder
+        start = open_model(init, *machine).encoder
         for key in ("patch_size", "in_channels"):
             if (given := getattr(start, key)) != (expected := getattr(mine.encoder, key)):
                 raise UserError(f"init={init}: its {key} is {given}, expected {expected}, as weights= began with it")
         start.preprocessing = mine.encoder.preprocessing
         encoders["start"] = start
     if options.public is not None:
-        encoders["public"] = open_encoder(options.public, device, dtype).encoder
+        encoders["public"] = open_model(options.public, *machine).encoder
     return encoders | {role: make() for role, make in baselines_of(mine.encoder, options.seed).items()}, mine
 
 

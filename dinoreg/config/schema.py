@@ -21,7 +21,6 @@ BUDGETS = ("steps", "images", "epochs")
 DTYPES = ("fp32", "bf16", "fp16")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICE = {"help": "what computes", "pattern": r"auto|cpu|mps|cuda(:\d+)?", "expected": "auto, cpu, cuda, cuda:N or mps"}
-VALUE_RANGE = "LOW,HIGH with LOW below HIGH, once or for each channel"
 CONSTANT_ONLY = "0 unless schedule.shape=constant"
 SHAPES = ("cosine", "constant")
 METRICS = ("knn_top1", "rankme", "dense_miou", "dse")
@@ -34,12 +33,12 @@ MAX_PROTOTYPES = 2**24
 class ModelConfig(Options, section="model"):
     """The architecture of the backbone, how it is computed, and its stochastic depth."""
 
-    name: str = option("vits14_reg4", "vit{t,s,b,l,g}{8,14,16}_reg{0,1,4,…}, or an alias of Meta, timm or transformers")
+    name: str = option("vits14_reg4", "vit{t,s,b,l,g}{8,14,16}_reg{0,4,…}[_rope], or one of Meta, timm or transformers")
     dim: int | None = option(None, "width; none: by the name", low=1, high=MAX_WIDTH)
     depth: int | None = option(None, "blocks; none: by the name", low=1, high=1000)
     heads: int | None = option(None, "attention heads; none: by the name", low=1, high=MAX_WIDTH)
     ffn: str | None = option(None, "feed-forward network; none: by the name, swiglu for g", choices=("mlp", "swiglu"))
-    ffn_ratio: float = option(4.0, "hidden width of the FFN over dim", above=0, high=100)
+    ffn_ratio: float | None = option(None, "hidden width over dim; none: by the name, mostly 4", above=0, high=100)
     layerscale: float | None = option(1e-5, "initial per-channel residual scale; none: no LayerScale")
     drop_path: float = option(0.3, "share of samples that skip a residual branch", low=0, below=1)
     drop_path_uniform: bool = option(True, "the same rate in every block; false: linear from 0")
@@ -47,6 +46,10 @@ class ModelConfig(Options, section="model"):
     antialias: bool = option(True, "position grid resampled with antialiasing")
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0, high=10)
+    rope_base: float = option(100.0, "largest period of rotary positions", low=1, high=1e6)
+    rope_shift: float | None = option(None, "training: moves places by up to this, an image being 2 wide", low=0)
+    rope_jitter: float | None = option(None, "training: stretches each axis by 1/x to x; none: not", low=1, high=100)
+    rope_rescale: float | None = option(2.0, "training: both axes by one factor, 1/x to x; none: not", low=1, high=100)
     attention: str = option("auto", "attention kernel", choices=("auto", "xformers", "varlen", "sdpa", "plain"))
     checkpointing: bool = option(False, "recompute activations backwards: less memory, more time", shapes_result=False)
     compile: bool = option(False, "torch.compile: minutes of start-up, faster steps on CUDA", shapes_result=False)
@@ -164,6 +167,10 @@ def is_value_range(numbers: Sequence[float]) -> bool:
     return len(lows) == len(highs) > 0 and all(low < high for low, high in zip(lows, highs))
 
 
+RANGE_WORDS = "LOW,HIGH with LOW below HIGH, once or for each channel"
+VALUE_RANGE: dict[str, Any] = {"fits": is_value_range, "expected": RANGE_WORDS}
+
+
 @dataclass(frozen=True)
 class DataConfig(Options, section="data"):
     """The images to train on, and how they are read."""
@@ -171,7 +178,9 @@ class DataConfig(Options, section="data"):
     source: str | list[str] | None = option(None, "folder, [several], list, scenes, imagenet1k:root=FOLDER")
     weights: list[float] | None = option(None, "probability of each of several folders; none: by their size")
     range: list[float] | None = option(
-        None, "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type"
+        None,
+        "LOW,HIGH: pixel values that are black and white, or two for each channel; none: those of the files' type",
+        **VALUE_RANGE,
     )
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     columns: str = option("", "of a table: which holds the paths, as path:FILE; empty: one called as paths usually are")
@@ -187,7 +196,6 @@ class DataConfig(Options, section="data"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.range is None or is_value_range(self.range), "data.range", self.range, VALUE_RANGE)
         without = "none with data.reference_decode, which has no range"
         check(self.range is None or not self.reference_decode, "data.range", self.range, without)
 

@@ -37,6 +37,7 @@ from dinoreg.runtime.errors import RunError, UserError
 
 BAD_ALLOWANCE = 10  # bad images that never end a run, unless none at all are allowed
 _TIMED = 16  # images that tell how long one takes
+_CHECKED = 4096  # images of a process that are compared with one another, file by file
 _ATTEMPTS = 1000  # substitutes tried for one bad image
 _LISTED = 100  # bad images named when a run ends over them
 _SLICE = 0.2  # seconds after which a wait looks up
@@ -101,6 +102,7 @@ class Batch:
     sample_ids: np.ndarray  # (B,) int64, the images that were used
     position: int  # the sampler's position after this batch
     data_time: float  # seconds the consumer spent in asking for it
+    checksums: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (B,) of their files; early on only
 
 
 class _Slot:
@@ -137,6 +139,7 @@ class _Job:
     colours: list[np.ndarray] = field(init=False)  # photometric parameters of each group of crops
     masks: list[Tensor] = field(init=False)  # mask, mask_indices and mask_weights of the batch
     hidden: np.ndarray = field(init=False)  # masked patches of each crop
+    checksums: np.ndarray = field(init=False)  # (B,), or (0,) once enough images have been compared
     augmented: list[Tensor] = field(init=False)  # on a CPU: float32 crops of each group
     bad: dict[str, str] = field(default_factory=dict)  # name -> reason
 
@@ -254,6 +257,8 @@ class _Engine:
         ]
         crop_mask = torch.from_numpy(np.concatenate(hidden))
         job.masks, job.hidden = [crop_mask, *mask_tensors(crop_mask)], crop_mask.sum(dim=1).numpy()
+        checked = job.position < _CHECKED * self.world_size and not job.epochs.any()
+        job.checksums = np.zeros(batch * checked, dtype=np.int64)
         job.augmented = []
         if self.device.type == "cuda":
             job.masks = [tensor.pin_memory() for tensor in job.masks]
@@ -293,6 +298,8 @@ class _Engine:
     def _crop_image(self, job: _Job, row: int, sample: int) -> None:
         options = self.options
         image = self.source.image(sample, self.views.in_channels, options.max_pixels, options.reference_decode)
+        if len(job.checksums):
+            job.checksums[row] = image.checksum()
         boxes = geometry.place_boxes(job.boxes[row], image.height, image.width, self.views.crops.ratio)
         reduction = 1
         if options.reduced_decode and image.format == "JPEG":
@@ -433,7 +440,16 @@ class BatchLoader:
             job.slot.copied.record(torch.cuda.current_stream(self.device))
         local_crops = crops[1] if len(crops) > 1 else None
         return Batch(
-            crops[0], local_crops, mask, mask_indices, mask_weights, job.hidden, job.ids, position, data_time=0
+            crops[0],
+            local_crops,
+            mask,
+            mask_indices,
+            mask_weights,
+            job.hidden,
+            job.ids,
+            position,
+            data_time=0,
+            checksums=job.checksums,
         )
 
     def _send(self, tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from dinoreg.checkpoint.atomic import sync, write_atomic
 from dinoreg.runtime.dependencies import install
@@ -209,6 +210,18 @@ class RowFile:
                 paths = pyarrow.array(itertools.islice(shown, at_once), pyarrow.string())
                 writer.write_table(pyarrow.Table.from_arrays([paths, lists], schema=schema))
         return path
+
+
+def read_rows(path: Path) -> tuple[np.ndarray, list[str]]:
+    """(features (n, …), paths of the n images) of a finished file."""
+    if path.suffix == ".parquet":
+        table = import_pyarrow(path).parquet.read_table(path)
+        shape = [int(side) for side in table.schema.metadata[b"shape"].split(b"x")]
+        flat = table.column("features").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(len(table), *shape), table.column("path").to_pylist()
+    tensors = load_file(path)
+    text, ends = tensors["paths"].tobytes(), [0, *tensors["path_ends"].tolist()]
+    return tensors["features"], [os.fsdecode(text[start:end]) for start, end in itertools.pairwise(ends)]
 
 
 def import_pyarrow(path: Path) -> Any:

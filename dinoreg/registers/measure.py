@@ -24,9 +24,9 @@ from dinoreg.registers.test_time import Fitted, fit_test_time_register
 from dinoreg.registers.token_probes import CONTROLS, TEST_SHARE, Probed, moments, probe_token, replaced, replacement
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.progress import show_progress
+from dinoreg.visualize.norms import histogram
 
 BATCH_BYTES = 1 << 28  # of the tokens after every block that are held at a time
-BINS = 80  # of the histograms of norms
 SHOWN = 6  # images whose maps are drawn
 ATTENDED = 16  # images over which attention is averaged
 CONTROL_PROBES = {"cls": "CLS", "patch": "mean patch"}  # {name in the record: token whose probe is scored again}
@@ -107,7 +107,7 @@ def measure(
             "images_with": int(outliers.any(dim=1).sum()),
         },
         "layers": [_layer(block, *pair) for block, pair in enumerate(zip(norms, special))],
-        "histogram": _histogram(norms),
+        "histogram": histogram(norms),
         "where": {"onset": onset, **_where(outliers, cosine, inspection.grid)},
         "attention": attended,
         **inspection.token_content(present, onset),
@@ -156,12 +156,6 @@ def _layer(block: int, patches: Tensor, special: Tensor) -> dict[str, Any]:
     share = measures.find_outliers(patches, limit).share
     row = {"block": block, "low": low, "median": median, "high": high, "largest": float(patches.max())}
     return row | {"limit": limit.value, "share": share, "cls": cls, "registers": registers}
-
-
-def _histogram(norms: Tensor) -> dict[str, Any]:
-    low, high = float(norms.min().clamp(min=1e-6)), float(norms.max())
-    edges = torch.logspace(np.log10(low * 0.98), np.log10(high * 1.02), BINS + 1)
-    return {"edges": edges.tolist(), "shares": measures.log_histogram(norms, edges).tolist()}
 
 
 def _where(outliers: Tensor, cosine: Tensor, grid: tuple[int, int]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The pages are templates (`templates/*.html.j2`); this module makes the pictures 
 """
 
 import base64
+import html
 import io
 import time
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,18 @@ class Picture:
     width: int
     description: str
     note: str = ""
+
+
+class WithPage:
+    """A result that has a page, by which it is shown in a notebook."""
+
+    page: Path
+
+    def _repr_html_(self) -> str | None:
+        if not self.page.is_file():
+            return None
+        shown = html.escape(self.page.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{shown}" style="width: 100%; height: 40em; border: 0; resize: vertical"></iframe>'
 
 
 @dataclass(frozen=True)

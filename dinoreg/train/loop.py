@@ -20,17 +20,19 @@ from typing import Any
 import torch
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.steps import next_steps, which_steps
+from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import Config
 from dinoreg.data.loader import Batch, BatchLoader
 from dinoreg.distributed.process_group import Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
+from dinoreg.runtime.guide import after_training, next_lines
 from dinoreg.runtime.json_files import flatten, read_json
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import being_read
 from dinoreg.train.class_probe import write_probed
+from dinoreg.train.data_watch import DataWatch
 from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
 from dinoreg.train.metrics import Monitor
@@ -102,7 +104,8 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 raise diagnosis from error
             log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {out}")
             log.say(which_steps(out))
-            log.say(next_steps(out, config.probe.data))
+            for line in next_lines("trained", after_training(out, config.probe.data, config.data.source)):
+                log.say(line)
     return out
 
 
@@ -131,11 +134,13 @@ def open_log(setup: Setup, step: int, trackers: Mapping[str, Remote]) -> SilentL
 
 def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
     """The monitor of a run; slow signals are judged after a fifth of its horizon, at least 100 steps."""
-    health = Health(setup.config.head.prototypes, grace=max(100, setup.schedules.horizon // 5), ranks=setup.ranks)
+    horizon = setup.schedules.horizon
+    health = Health(setup.config.head.prototypes, max(100, horizon // 5), setup.ranks, num_steps=horizon)
     return Monitor(
         log,
         health,
-        WeightWatch(state.student, state.teacher, setup.ranks),
+        WeightWatch(state.student, state.teacher, setup.ranks, frozen=unlearning(setup.config)),
+        DataWatch(setup.config.augment.mean, setup.config.augment.std, setup.ranks),
         setup.source,
         setup.ranks,
         batch_size=setup.config.batch_size,
@@ -143,6 +148,17 @@ def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
         pretrained=setup.init is not None,
         loss=setup.config.loss,
     )
+
+
+def unlearning(config: Config) -> list[str]:
+    """The modules of the networks that do not learn as a whole in a run of this config, see `WeightWatch`."""
+    loss = config.loss
+    still = {
+        "backbone": config.adapt.blocks is not None,
+        "dino_head": loss.dino_weight == 0 and (config.head.separate or loss.ibot_weight == 0),
+        "ibot_head": loss.ibot_weight == 0,
+    }
+    return [name for name, applies in still.items() if applies]
 
 
 def train(

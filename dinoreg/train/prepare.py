@@ -25,7 +25,7 @@ from dinoreg.data.statistics import Survey, survey, with_statistics
 from dinoreg.data.value_range import ValueRange
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.attention import resolve_backend
-from dinoreg.models.vit import RegisterViT
+from dinoreg.models.vit import ARCHITECTURE, RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
 from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.runtime.json_files import pointed_step
@@ -35,16 +35,15 @@ from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
 from dinoreg.train.outlook import Outlook
 from dinoreg.train.parallelize import choose_strategy
 from dinoreg.train.schedules import Schedules
-from dinoreg.train.state import Networks, TrainState, build_networks, build_state
+from dinoreg.train.state import Networks, TrainState, build_networks, build_state, model_arguments
 from dinoreg.train.trackers import check_trackers
 from dinoreg.train.tutor import Tutor, as_cut, load_tutor
 
 # How long a file that rank 0 wrote may take to show on another machine (NFS keeps listings for a while).
 SHARED_SECONDS = 30.0
 
-# Sections that fix the shapes of a checkpoint: a resumed run may not change them, but for these options.
+# Sections that fix the shapes of a checkpoint: a resumed run may not change them, but for what is no architecture.
 SHAPING = ("model", "head")
-FREE = ("model.drop_path", "model.drop_path_uniform", "model.attention", "model.checkpointing", "model.compile")
 
 
 @dataclass
@@ -331,6 +330,8 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     before  the config that the run has
     raises UserError where init=, distill= or an option of the architecture differs from the run's config.yaml
     """
+    if model_arguments(before)["ffn_ratio"] == model_arguments(config)["ffn_ratio"]:  # given, or by the name
+        before = replace(before, model=replace(before.model, ffn_ratio=config.model.ffn_ratio))
     for key in ("init", "distill"):
         then, now = getattr(before, key), getattr(config, key)
         if then != now:
@@ -339,7 +340,8 @@ def changed_config(config: Config, before: Config, out: Path) -> list[str]:
     for section in SHAPING:
         then, now = vars(getattr(before, section)), vars(getattr(config, section))
         for key in now:
-            if f"{section}.{key}" not in FREE and then[key] != now[key]:
+            shapes = section == "head" or key in ("name", *ARCHITECTURE)
+            if shapes and then[key] != now[key]:
                 kept = f"the run in {out} has {then[key]}; a resumed run keeps its architecture"
                 raise UserError(f"{section}.{key}={now[key]}: {kept}")
     # The device shapes no weights but by its rounding.

@@ -12,13 +12,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from dinoreg.config.load import Config
 from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.heads import PrototypeHead, TokenProjection
-from dinoreg.models.registry import build
+from dinoreg.models.registry import parse_name
 from dinoreg.models.vit import RegisterViT
 from dinoreg.train.optimizer import GroupsAdamW, build_optimizer, start_moments
 from dinoreg.train.parallelize import Modules, parallelize
 from dinoreg.train.tutor import Tutor
 
 LARGEST_LOSS_SCALE = 2.0**16
+_NONE_COUNTS = ("layerscale", "rope_shift", "rope_jitter", "rope_rescale")  # options of the model that mean it
 SCALARS = ("loss_scale", "scale_age", "rejected")  # tensors of the state that are one number
 
 
@@ -113,6 +114,17 @@ class TrainState:
         self.rollbacks = max(self.rollbacks, numbers["rollbacks"])
 
 
+def model_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of RegisterViT in a run: those that the model's name stands for and, before them, the options'.
+
+    raises UserError for an unknown name
+    """
+    # Options without a value follow from the model's name; compiling is not an argument of the model.
+    given = {key: value for key, value in vars(config.model).items() if value is not None or key in _NONE_COUNTS}
+    named = parse_name(config.model.name) | given | {"image_size": config.crops.global_size}
+    return {key: value for key, value in named.items() if key not in ("name", "compile")}
+
+
 def build_networks(config: Config, tutor: Tutor | None = None) -> tuple[Networks, Networks]:
     """Student and teacher, on the CPU, with equal weights that depend on config.seed alone.
 
@@ -120,12 +132,9 @@ def build_networks(config: Config, tutor: Tutor | None = None) -> tuple[Networks
     The teacher is in eval mode and needs no gradients. raises UserError for a model that cannot be built
     """
     head = config.head
-    # Options without a value follow from the model's name; compiling is not an argument of the model.
-    model = {key: value for key, value in vars(config.model).items() if value is not None or key == "layerscale"}
-    del model["compile"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        backbone = build(**model, image_size=config.crops.global_size)
+        backbone = RegisterViT(**model_arguments(config))
         student = Networks({"backbone": backbone})
         widths = {} if tutor else {"dino_head": (head.prototypes, head.bottleneck_dim)}
         if tutor is not None:

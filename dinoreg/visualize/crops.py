@@ -1,8 +1,9 @@
 """What the networks see: the augmented crops of a training batch, and the patches hidden from the student."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -66,15 +67,15 @@ def crop_sheet(
 # dinoreg view crops
 
 
-def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: int) -> Path:
+def view_crops(config: str, overrides: Sequence[str] | Mapping[str, Any], *, out: str | None, num: int) -> Path:
     """Draw the first training batch that a config makes of its data; returns the page's path.
 
     config     a name in `configs/`, a YAML file or a run folder
-    overrides  key=value of the config, as `pretrain` takes them
+    overrides  keys of the config, as `load_config` takes them
     num        images that are shown
     raises     UserError, before anything is written, for what is unknown, missing or does not fit
     """
-    settings = load_config(config, list(overrides))
+    settings = load_config(config, overrides)
     source = config_source(settings.data, "data: missing; name a folder of images (data=photos/), a list, or scenes")
     settings, _ = with_statistics(settings, source)
     patch = int(parse_name(settings.model.name)["patch_size"])

@@ -18,13 +18,14 @@ from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage
 from dinoreg.data.folder_index import EXTENSIONS, PathBlock
 from dinoreg.data.open import open_source
+from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import ChosenSource, JoinedSource, PathSource, Source
 from dinoreg.data.tar_index import index_tars
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
 from dinoreg.evaluation.backbones.open import open_native
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import pick_device
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, one_line
 
 NUM_IMAGES = 8
 MIN_GRID = 16  # patches a side below which pictures are enlarged, so that maps show something
@@ -175,17 +176,22 @@ def read_pictures(
         source = open_images(spec)
         source.value_range = subject.encoder.preprocessing.value_range
         num = len(source) if num is None and is_file_list(spec) else num
-    pixels, names, skipped = [], [], []
-    preprocessing = subject.encoder.preprocessing.at(size)
-    for index in evenly_spaced(len(source), num or NUM_IMAGES):
-        try:
-            pixels.append(preprocessing.crop(source.decode(index, subject.model.in_channels)))
-            names.append(source.name(index))
-        except BadImage as error:
-            skipped.append((source.name(index), str(error)))
-    if not pixels:
+    found, skipped = crops_of(source, subject.encoder.preprocessing.at(size), num or NUM_IMAGES)
+    if not found:
         raise UserError(f"images: none of {len(skipped)} could be read; the first: {skipped[0][0]}: {skipped[0][1]}")
-    return Pictures(subject.encoder.prepare(to_encoder(pixels)), tuple(names), tuple(skipped))
+    images = subject.encoder.prepare(to_encoder(list(found.values())))
+    return Pictures(images, tuple(map(source.name, found)), tuple(skipped))
+
+
+def crops_of(source: Source, preprocessing: Preprocessing, num: int) -> tuple[dict[int, Tensor], list[tuple[str, str]]]:
+    """{index: crop (C, H, W)} of evenly spaced images, `num` at most, and (name, reason) of unreadable ones."""
+    crops, skipped = {}, []
+    for index in evenly_spaced(len(source), num):
+        try:
+            crops[index] = preprocessing.crop(source.decode(index, len(preprocessing.mean)))
+        except (BadImage, OSError) as error:
+            skipped.append((source.name(index), one_line(error)))
+    return crops, skipped
 
 
 def evenly_spaced(total: int, count: int) -> Sequence[int]:

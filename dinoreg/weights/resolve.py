@@ -8,7 +8,7 @@ cannot lead out of its run folder.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dinoreg.runtime.json_files import read_json as read_lenient
 from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.convert import FROM, detect, from_timm
+from dinoreg.weights.convert_dinov3 import from_dinov3, is_dinov3
 from dinoreg.weights.files import INDEX_SUFFIX, read_file, read_json
 from dinoreg.weights.library_configs import library_of, preprocessing_of, read_config
 from dinoreg.weights.names import not_there, random_name
@@ -37,7 +38,10 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers": "transformers"}
 
-_HEAD_KEY = re.compile(r"(dino_head|ibot_head|distill_head|head|classifier)\.")
+# Beside the backbone's own tensors: heads, and in DINOv3's files a norm of local crops, periods and the biases' masks.
+_HEAD_KEY = re.compile(
+    r"(dino_head|ibot_head|distill_head|head|classifier|local_cls_norm|rope_embed)\.|.*\.attn\.qkv\.bias_mask$"
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,9 @@ class Weights:
     """The content of a weight file, with the encoder's own key names, float32 on the CPU.
 
     backbone  the encoder's tensors, by name
-    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, distill_head.*, head.*, classifier.*), and of the
-              entries beside the state dict in a training file (optimizer, student, ...)
+    left_out  names of the tensors of heads (dino_head.*, ibot_head.*, distill_head.*, head.*, classifier.*), of what
+              DINOv3's files have besides (local_cls_norm.*, rope_embed.*, *.bias_mask), and of the entries beside the
+              state dict in a training file (optimizer, student, ...)
     metadata  the JSON beside a teacher file; for a library's folder {"preprocessing": ...}, as `preprocessing_of`
     source    "dinoreg" | "meta" | "timm" | "transformers"
     stated    the architecture according to the JSON file beside it
@@ -169,17 +174,21 @@ def read_weights(source: str | Path) -> Weights:
     try:
         found_in_file = find_backbone(content)
         state = _plain(found_in_file.state)  # before tokens and positions are added up
-        if not {"pos_embed", "embeddings.position_embeddings"} & state.keys():
-            raise UserError(
-                "no 'pos_embed': its positions are not learned, but rotary (as in DINOv3 and EVA) or of another kind, "
-                "which this encoder does not have; timm runs a model of its own as weights=timm:NAME:FILE"
-            )
         found = detect(state)
         if library is not None and found != library:
             raise UserError(f"config.json is of {library}, the key names in {path.name} are of {SOURCES[found]}")
         if metadata.get("format") == TEACHER_FORMAT:
             found = "dinoreg"  # without registers the names alone would look like timm's
-        backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
+        if not {"pos_embed", "embeddings.position_embeddings"} & state.keys():
+            if not is_dinov3(state) and stated.values.get("positions") != "rope":
+                raise UserError(
+                    "no 'pos_embed': its positions are not learned, and nothing says that they are rotary as DINOv3's; "
+                    "timm runs a model of its own as weights=timm:NAME:FILE"
+                )
+            stated = replace(stated, values={**stated.values, "positions": "rope"})
+            backbone = from_dinov3(state, found)
+        else:
+            backbone = from_timm(state, _grid(stated, state)) if found == "timm" else FROM[found](state)
     except UserError as error:
         raise UserError(f"weights {path}: {error}") from None
     heads = [key for key in backbone if _HEAD_KEY.match(key)]
