@@ -269,7 +269,7 @@ def test_rows_that_are_not_as_they_were_written_are_computed_anew(
         patch.setattr("dinoreg.export.feature_file.NOTE_SECONDS", 0.0)
         stop_after(patch, 2, Stop())
         with pytest.raises(Stop):
-            embed(options(run, out))
+            embed_command(options(run, out))
     if damage == "a bit":
         rows = bytearray((part / "rows.bin").read_bytes())
         rows[-3] ^= 1
@@ -277,7 +277,7 @@ def test_rows_that_are_not_as_they_were_written_are_computed_anew(
     else:
         note = json.loads((part / "note.json").read_text())
         (part / "note.json").write_text(json.dumps({**note, "next": note["next"] + 1}))
-    embed(options(run, out))
+    embed_command(options(run, out))
     assert "not as it was written" in capsys.readouterr().err
     np.testing.assert_allclose(read_features(out)[0], literal("cls"), atol=2e-5)
 
