@@ -55,9 +55,8 @@ class Features:
     skipped: dict[str, str]
 
     def __repr__(self) -> str:
-        shape = " x ".join(map(str, self.features.shape[1:]))
-        classes = f", {len(self.class_names)} classes" if self.class_names else ""
-        return f"<features of {len(self.paths):,} images, {shape} numbers each{classes}; {len(self.skipped):,} skipped>"
+        shape, classes = " x ".join(map(str, self.features.shape)), len(self.class_names)
+        return f"<features {shape} of images; {classes} classes, {len(self.skipped):,} skipped>"
 
 
 def embed(data: str | Path | Sequence[str], weights: Any, out: str | Path | None = None, **options: Any) -> Features:
@@ -83,11 +82,10 @@ def embed(data: str | Path | Sequence[str], weights: Any, out: str | Path | None
 def _labels(options: EmbedOptions, paths: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
     """(labels of the images (n,), names of the classes) of a labelled folder or table with one class a picture."""
     with contextlib.suppress(UserError):  # it holds no classes, or is something else
-        if isinstance(options.data, str):
-            found = read_labelled(options.data, columns=options.columns)
-            if found.labels.ndim == 1:
-                known = {os.path.join(found.root, path): label for path, label in zip(found.paths, found.labels)}
-                return np.array([known.get(path, -1) for path in paths], np.int64), found.class_names
+        found = read_labelled(str(options.data), columns=options.columns)
+        if found.labels.ndim == 1:
+            known = {os.path.join(found.root, path): label for path, label in zip(found.paths, found.labels)}
+            return np.array([known.get(path, -1) for path in paths], np.int64), found.class_names
     return None, []
 
 

@@ -44,16 +44,14 @@ SIDE, SHOWN = 128, 12  # pixels of a picture that changed sides, and how many of
 
 @dataclass(frozen=True, repr=False)
 class LabelledVerdict(WithPage):
-    """What `dinoreg.verdict` found.
+    """What `dinoreg.verdict` found, and its `page`.
 
     advice  the choice and its reason
     record  all figures, as in `verdict.json`
-    page    path of `verdict.html`
     """
 
     advice: Advice
     record: dict[str, Any]
-    page: Path
 
     def __repr__(self) -> str:
         data, roles = self.record["data"], self.record["contenders"]
@@ -109,7 +107,7 @@ def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]
     advice = advise(record)
     record["advice"] = advice._asdict()
     write_atomic(out / "verdict.json", json.dumps(plain(record), indent=1) + "\n")
-    return LabelledVerdict(advice, record, write_page(record, out))
+    return LabelledVerdict(write_page(record, out), advice, record)
 
 
 def _request(options: VerdictOptions, own: Encoder, data: Data, features: Path) -> Request:

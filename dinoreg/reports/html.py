@@ -31,8 +31,9 @@ class Picture:
     note: str = ""
 
 
+@dataclass(frozen=True, repr=False)
 class WithPage:
-    """A result that has a page, by which it is shown in a notebook."""
+    """A result that has a page, the path of an HTML file by which it is shown in a notebook."""
 
     page: Path
 

@@ -5,6 +5,7 @@ escaped for Markdown; `| safe` marks trusted text. In all what a terminal would 
 without a value is an error.
 """
 
+import math
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -68,6 +69,11 @@ def score(value: float, unit: str = "share") -> str:
     if unit != "share":
         return f"{value:.3g} {unit}"
     return f"{100 * value:.1f} %" if 0.0 <= value <= 1.0 else f"{value:.4g}"
+
+
+def with_interval(value: float, low: float = math.nan, high: float = math.nan) -> str:
+    """A share with its interval, 0.18 -> 18.0 % [12.9, 23.7]; without one where an end is NaN."""
+    return score(value) + ("" if math.isnan(low + high) else f" [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def position(value: float, low: float, high: float) -> str:

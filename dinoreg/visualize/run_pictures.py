@@ -10,7 +10,7 @@ from dinoreg.visualize.attention import attention_sheet
 from dinoreg.visualize.crops import crop_sheet, first_batch
 from dinoreg.visualize.gallery import to_pixels
 from dinoreg.visualize.pca import pca_sheet
-from dinoreg.visualize.subject import NUM_IMAGES, open_subject, read_pictures, run_source, view_size
+from dinoreg.visualize.subject import NUM_IMAGES, open_subject, read_pictures, run_source, view_folder, view_size
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +40,10 @@ def _draw(run: Path) -> None:
     model, mean, std = subject.model, subject.encoder.preprocessing.mean, subject.encoder.preprocessing.std
     size = view_size(config.crops.global_size, model.patch_size)
     images = read_pictures(subject, None, NUM_IMAGES, (size, size)).images
-    subject.folder.mkdir(parents=True, exist_ok=True)
+    folder = view_folder(subject)
+    folder.mkdir(parents=True, exist_ok=True)
     pixels = to_pixels(images, mean, std)
-    write_picture(subject.folder / "pca.png", pca_sheet(model, images, pixels))
-    write_picture(subject.folder / "attention.png", attention_sheet(model, images[:6], pixels[:6]))
+    write_picture(folder / "pca.png", pca_sheet(model, images, pixels))
+    write_picture(folder / "attention.png", attention_sheet(model, images[:6], pixels[:6]))
     batch, _ = first_batch(config, run_source(subject), model.patch_size, min(6, config.batch_size))
-    write_picture(subject.folder / "crops.png", crop_sheet(batch, mean, std, model.patch_size))
+    write_picture(folder / "crops.png", crop_sheet(batch, mean, std, model.patch_size))
