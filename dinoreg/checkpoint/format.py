@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -296,6 +296,7 @@ def load(
     *,
     verified: bool = False,
     ranks: Ranks = ALONE,
+    optional: Collection[str] = (),
 ) -> dict[str, Any]:
     """Fill `tensors` (nested, as given to `save`; plain or DTensor) in place; returns the numbers.
 
@@ -303,6 +304,7 @@ def load(
 
     numbers   by name, values of the types that those in the checkpoint must have
     verified  `newest` has just checked the files: digests are not computed again
+    optional  names that are taken out of `tensors` where the checkpoint has nothing of theirs
     raises    RunError when a file is damaged, UserError when the checkpoint is of another architecture
     """
     loaded = verify(path, ranks, digests=not verified)
@@ -312,6 +314,9 @@ def load(
                 raise RunError(f"checkpoint {path}: unreadable ({NUMBERS} has no {type(value).__name__} {name})")
         reader = Reader(path)
         stored = reader.stored()
+        for name in optional:
+            if not any(key.startswith(f"{name}.") for key in stored):
+                tensors.pop(name, None)
         for name, tensor in flatten(tensors).items():
             if name not in stored:
                 raise UserError(f"checkpoint {path}: has no {name}; it belongs to another architecture")

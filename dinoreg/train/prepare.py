@@ -1,5 +1,6 @@
 """From a config to everything a run needs. Every check that can be made before a file is written is made here."""
 
+import copy
 import secrets
 import time
 from contextlib import suppress
@@ -110,6 +111,8 @@ class Setup:
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
+        if self.config.loss.gram_weight > 0:
+            anchor = copy.deepcopy(self.teacher.backbone)
         seen, where = None, (self.device, self.dtype)
         if self.config.loss.diet_weight > 0:
             backbone = self.teacher.backbone.to(self.device)
@@ -125,7 +128,8 @@ class Setup:
         config = self.config
         crops, _ = self.stage_of(state.step)
         _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
-        views = Views(crops, config.augment, config.mask, patch_size, config.model.in_channels)
+        looks = crops, config.augment, config.mask
+        views = Views(*looks, patch_size, config.model.in_channels, config.loss.anchor_size)
         loader = BatchLoader(
             self.source,
             views,

@@ -49,7 +49,8 @@ def restore(state: TrainState, path: Path, source: Source) -> list[str]:
     raises  RunError when a file is damaged, UserError when the checkpoint is of another architecture or tutor
     """
     tensors, tutor = state.tensors(), state.history.get("distill")
-    numbers = checkpoint.load(path, tensors, state.numbers(), verified=True, ranks=state.ranks)
+    optional = ("anchor",)  # which a run may have from some step on
+    numbers = checkpoint.load(path, tensors, state.numbers(), verified=True, ranks=state.ranks, optional=optional)
     bad = numbers["history"].get("bad", {})
     if not (numbers["step"] == step_in(path.name) and 0 <= numbers["position"] < 2**62 and isinstance(bad, dict)):
         raise RunError(f"checkpoint {path}: unreadable (its step, its position or its list of bad images is none)")
