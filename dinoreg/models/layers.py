@@ -7,6 +7,7 @@ groups' shapes. Parameter names are those of the published DINOv2 weights.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,20 @@ NORM_EPS = 1e-6
 
 # Up to this rate a plain batch scales whole samples; above it, skipping the work of the dropped ones is faster.
 SUBSET_MIN_RATE = 0.1
+
+
+class Kept(NamedTuple):
+    """The images of which one residual branch is computed: what stochastic depth leaves.
+
+    images  of each group (b',) int64, all different
+    tokens  (S',) int64, where their tokens are among all (S, D): one kernel then moves those of all groups. None on a
+            CPU, where long rows, of an image each, are quicker
+    zero    (1,) 0: adding products to it scales them in the same pass
+    """
+
+    images: list[Tensor]
+    tokens: Tensor | None
+    zero: Tensor
 
 
 class Rows(NamedTuple):
@@ -65,8 +80,9 @@ class PatchEmbed(nn.Module):
         if height % size or width % size or not height or not width:
             raise UserError(f"image size {height}x{width} is not a multiple of the patch size {size}")
         rows, columns = height // size, width // size
-        patches = images.to(weight.dtype).reshape(batch, channels, rows, size, columns, size)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * size * size)
+        patches = images.reshape(batch, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.to(compute_dtype(weight), memory_format=torch.contiguous_format)  # one copy for both
+        patches = patches.reshape(batch, rows * columns, channels * size * size)
         return F.linear(patches, weight.flatten(1), self.proj.bias)
 
 
@@ -201,7 +217,7 @@ class Block(nn.Module):
         backends: Sequence[str],
         packed: bool = False,
         rows: Rows | None = None,
-        kept: Sequence[Sequence[Tensor]] | None = None,
+        kept: Sequence[Kept] | None = None,
         owned: bool = False,
     ) -> Tensor:
         """x (S, D) -> (S, D), or (n, D) with `rows`.
@@ -211,18 +227,18 @@ class Block(nn.Module):
         packed   the groups came as a list: stochastic depth skips the dropped images' work at any rate, as DINOv2 does,
                  not only above `SUBSET_MIN_RATE`
         rows     the n tokens to return; the FFN is computed for them only. None: all
-        kept     for the two branches, of each group the images that stochastic depth leaves; None: drawn here
+        kept     for the two branches, from `draw_kept`; None: drawn here
         owned    x may be written to, and so may the gradient that comes back: nobody else reads them
         """
         rate = 0.0
         if kept is None and self.training:  # else the rate is not read: a compiler would make a graph for each
             rate = self.drop_path
             if rate > (0 if packed else SUBSET_MIN_RATE):
-                kept = [first_of(order, rate) for order in zip(*draw_orders(shapes, 2, x.device))]
+                kept = draw_kept(shapes, [rate, rate], x.device)
         gamma1, gamma2 = _gamma(self.ls1), _gamma(self.ls2)
         with low_precision(self, compute_dtype(x)):
             if kept is not None:
-                part, x = gather_samples(x, shapes, kept[0], owned)
+                part, x = gather_samples(x, shapes, kept[0], owned, _norm_dtype(self.norm1, x))
                 y = self.attn(_norm(self.norm1, part), kept_shapes(shapes, kept[0]), backends)
                 x = add_samples(x, y, gamma1, shapes, kept[0])
             else:
@@ -232,15 +248,22 @@ class Block(nn.Module):
                 # They are few: skipping the work of the dropped images would save nothing.
                 factors = None
                 if rate or kept is not None:
-                    of_images = _sample_factors(shapes, rate, x) if kept is None else _kept_factors(shapes, kept[1], x)
+                    of_images = (
+                        _sample_factors(shapes, rate, x) if kept is None else _kept_factors(shapes, kept[1].images, x)
+                    )
                     factors = of_images.index_select(0, rows.images).unsqueeze(1)
-                x = x.index_select(0, rows.tokens)
+                # The gradient of an index_select would be a copy of zeros; x is nobody else's.
+                x, _ = _GatherSamples.apply(x, not torch.compiler.is_compiling(), x.dtype, shapes, rows.tokens)
                 return _add(x, self.mlp(_norm(self.norm2, x)), gamma2, factors)
             if kept is not None:
-                part, x = gather_samples(x, shapes, kept[1], owned=True)
+                part, x = gather_samples(x, shapes, kept[1], True, _norm_dtype(self.norm2, x))
                 return add_samples(x, self.mlp(_norm(self.norm2, part)), gamma2, shapes, kept[1])
             y = self.mlp(_norm(self.norm2, x))
             return _add(x, y, gamma2, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
+
+
+def _norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
+    return torch.bfloat16 if norm.weight.dtype == torch.bfloat16 else x.dtype
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -339,44 +362,75 @@ def draw_orders(shapes: Shapes, count: int, device: torch.device) -> list[Tensor
 
 
 def first_of(orders: Sequence[Tensor], rate: float) -> list[Tensor]:
-    """The images whose residual branch is computed: of each group's random order (b,) of its b images the first ones.
+    """The images whose residual branch is computed: the first ones of each group's random orders (…, b) of b images.
 
     DINOv2 (arXiv 2304.07193), section 5, efficient stochastic depth.
 
     rate     in [0, 1)
-    returns  for each group (max(int(b * (1 - rate)), 1),) int64 indices below b, all different
+    returns  for each group (…, max(int(b * (1 - rate)), 1)) int64 indices below b, in an order all different
     """
-    return [order[: max(int(len(order) * (1 - rate)), 1)] for order in orders]
+    return [order[..., : max(int(order.shape[-1] * (1 - rate)), 1)] for order in orders]
 
 
-def kept_shapes(shapes: Shapes, kept: Sequence[Tensor]) -> Shapes:
+def draw_kept(shapes: Shapes, rates: Sequence[float], device: torch.device) -> list[Kept]:
+    """What stochastic depth leaves for each of several branches, drawn at once.
+
+    rates  of each branch, in [0, 1)
+    """
+    orders = draw_orders(shapes, len(rates), device)
+    zero, kept = torch.zeros(1, device=device), []
+    for rate, branches in groupby(range(len(rates)), rates.__getitem__):
+        first, *others = branches
+        chosen = first_of([order[first : first + 1 + len(others)] for order in orders], rate)
+        rows = token_rows(shapes, chosen) if device.type == "cuda" else [None] * (1 + len(others))
+        kept += [Kept(list(images), row, zero) for *images, row in zip(*chosen, rows, strict=True)]
+    return kept
+
+
+def token_rows(shapes: Shapes, chosen: Sequence[Tensor]) -> Tensor:
+    """Where the tokens of chosen images are among all tokens.
+
+    chosen   of each group (count, b') int64
+    returns  (count, S') int64
+    """
+    rows, start = [], 0
+    for (images, tokens), index in zip(shapes, chosen, strict=True):
+        each = torch.arange(start, start + tokens, device=index.device)
+        rows.append((index.unsqueeze(-1) * tokens + each).flatten(1))
+        start += images * tokens
+    return torch.cat(rows, dim=1)
+
+
+def kept_shapes(shapes: Shapes, kept: Kept) -> Shapes:
     """The (images, tokens) of each group after `gather_samples`."""
-    return tuple((len(index), tokens) for (_, tokens), index in zip(shapes, kept, strict=True))
+    return tuple((len(index), tokens) for (_, tokens), index in zip(shapes, kept.images, strict=True))
 
 
-def gather_samples(x: Tensor, shapes: Shapes, kept: Sequence[Tensor], owned: bool = False) -> tuple[Tensor, Tensor]:
+def gather_samples(
+    x: Tensor, shapes: Shapes, kept: Kept, owned: bool = False, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """The tokens of the kept images of every group, (S', D), and x (S, D) for `add_samples` to add to.
 
-    kept   that of `first_of`
     owned  that x itself, and its gradient is computed in place; else a copy. Views are always copied
+    dtype  of the tokens, which come from x in that dtype: fewer bytes than in float32 first; None: that of x
 
     Where x goes through here, its gradient comes complete from `add_samples`: nothing has to be zeroed and summed.
     """
     owned = owned and not torch.compiler.is_compiling() and not x._is_view()
-    part, stream = _GatherSamples.apply(x, owned, shapes, *kept)
+    part, stream = _GatherSamples.apply(x, owned, dtype or x.dtype, shapes, kept.tokens, *kept.images)
     return part, stream
 
 
-def add_samples(x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
+def add_samples(x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, kept: Kept) -> Tensor:
     """x plus, at the kept images, y * gamma * (images / kept images): on average over draws, the undropped sum.
 
     x       (S, D)    all tokens of all groups, from `gather_samples`; written to
     y       (S', D)   a branch's output for the kept images
     gamma   (D,)      LayerScale's factors; None: 1
-    kept              per group, the indices of `first_of`
     returns (S, D)    in the dtype of x
     """
-    return _AddSamples.apply(x, y, gamma, torch.compiler.is_compiling(), shapes, *kept)
+    compiled = torch.compiler.is_compiling()
+    return _AddSamples.apply(x, y, gamma, kept.zero, compiled, shapes, kept.tokens, *kept.images)
 
 
 def _views(shapes: Shapes, kept: Sequence[Tensor]) -> list[tuple[slice, slice, int]]:
@@ -389,7 +443,9 @@ def _views(shapes: Shapes, kept: Sequence[Tensor]) -> list[tuple[slice, slice, i
     return rows
 
 
-def _take(x: Tensor, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
+def _take(x: Tensor, shapes: Shapes, tokens: Tensor | None, kept: Sequence[Tensor]) -> Tensor:
+    if tokens is not None:
+        return x.index_select(0, tokens)
     views = _views(shapes, kept)
     out = x.new_empty(views[-1][1].stop, x.shape[1])
     for (in_x, in_y, images), index in zip(views, kept, strict=True):
@@ -397,11 +453,26 @@ def _take(x: Tensor, shapes: Shapes, kept: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _put(x: Tensor, y: Tensor, shapes: Shapes, kept: Sequence[Tensor], scaled: bool) -> None:
-    """Add the kept images' rows y to x in place, times images / kept images where `scaled`."""
+def _put(x: Tensor, y: Tensor, shapes: Shapes, tokens: Tensor | None, kept: Sequence[Tensor]) -> None:
+    """Add the kept images' rows y to x in place."""
+    if tokens is not None:
+        x.index_add_(0, tokens, y)
+        return
     for (in_x, in_y, images), index in zip(_views(shapes, kept), kept, strict=True):
-        part = y[in_y].view(len(index), -1)
-        x[in_x].view(images, -1).index_add_(0, index, part, alpha=images / len(index) if scaled else 1)
+        x[in_x].view(images, -1).index_add_(0, index, y[in_y].view(len(index), -1))
+
+
+def _times(a: Tensor, b: Tensor | None, zero: Tensor, shapes: Shapes, kept: Sequence[Tensor], out: Tensor) -> Tensor:
+    """a * b * (images / kept images) in one pass, into `out`; a, out (S', D), b the same or (D,) or None: 1."""
+    views = _views(shapes, kept)
+    scales = [images / len(index) for (*_, images), index in zip(views, kept, strict=True)]
+    parts = [in_y for _, in_y, _ in views] if len(set(scales)) > 1 else [slice(None)]
+    for part, scale in zip(parts, scales):
+        if b is None:
+            torch.mul(a[part], scale, out=out[part])
+        else:
+            torch.addcmul(zero, a[part], b if b.ndim == 1 else b[part], value=scale, out=out[part])
+    return out
 
 
 class _GatherSamples(torch.autograd.Function):
@@ -410,10 +481,10 @@ class _GatherSamples(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        x, owned, shapes, *kept = inputs
-        ctx.save_for_backward(*kept)
+        x, owned, dtype, shapes, tokens, *images = inputs
+        ctx.save_for_backward(tokens, *images)
         ctx.shapes, ctx.owned = shapes, owned
-        part = _take(x, shapes, kept)
+        part = _take(x.to(dtype), shapes, tokens, images)
         if owned:
             ctx.mark_dirty(x)
         return part, x if owned else x.clone(memory_format=torch.contiguous_format)
@@ -421,40 +492,36 @@ class _GatherSamples(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         grad_part, grad = grads
-        kept = ctx.saved_tensors  # read once: with checkpointing a second time is an error
+        tokens, *images = ctx.saved_tensors  # read once: with checkpointing a second time is an error
         grad = grad if ctx.owned else grad.clone()
-        _put(grad, grad_part.contiguous(), ctx.shapes, kept, scaled=False)
-        return grad, None, None, *(None for _ in kept)
+        _put(grad, grad_part.to(grad.dtype).contiguous(), ctx.shapes, tokens, images)
+        return grad, None, None, None, None, *(None for _ in images)
 
 
 class _AddSamples(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, y, gamma, compiled, shapes, *kept = inputs
-        ctx.save_for_backward(y if gamma is not None else None, gamma, *kept)
+        x, y, gamma, zero, compiled, shapes, tokens, *images = inputs
+        ctx.save_for_backward(y if gamma is not None else None, gamma, zero, tokens, *images)
         ctx.shapes, ctx.dtype = shapes, y.dtype
         if compiled:
             x = x.clone()  # the compiler knows no marks, and leaves out the copy
         else:
             ctx.mark_dirty(x)
-        y = y.to(x.dtype) if gamma is None else torch.mul(y, gamma, out=torch.empty_like(y, dtype=x.dtype))
-        _put(x, y, shapes, kept, scaled=True)
+        y = _times(y, gamma, zero, shapes, images, torch.empty_like(y, dtype=x.dtype))
+        _put(x, y, shapes, tokens, images)
         return x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        y, gamma, *kept = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        part = _take(grad, ctx.shapes, kept)
-        grad_y = torch.empty(part.shape, dtype=ctx.dtype, device=part.device)
-        product = torch.empty_like(part if gamma is not None else part[:0])
-        nothing = part.new_zeros(1)  # to add products to, so that they are scaled in the same pass
-        for (_, in_y, images), index in zip(_views(ctx.shapes, kept), kept, strict=True):
-            scale = images / len(index)
-            if gamma is None:
-                torch.mul(part[in_y], scale, out=grad_y[in_y])
-            else:
-                torch.addcmul(nothing, part[in_y], gamma, value=scale, out=grad_y[in_y])
-                torch.addcmul(nothing, part[in_y], y[in_y], value=scale, out=product[in_y])
-        grad_gamma = None if gamma is None else product.sum(dim=0).to(gamma.dtype)
-        return grad, grad_y, grad_gamma, None, None, *(None for _ in kept)
+        y, gamma, zero, tokens, *images = ctx.saved_tensors
+        grad, grad_gamma = grads[0].contiguous(), None
+        part = _take(grad, ctx.shapes, tokens, images)
+        grad_y = _times(part, gamma, zero, ctx.shapes, images, torch.empty_like(part, dtype=ctx.dtype))
+        if gamma is not None:
+            # As exact as y, whose own rounding is as coarse. Float16 has not the range; a CPU would only add a copy.
+            short = part.is_cuda and ctx.dtype == torch.bfloat16
+            product = torch.empty_like(part, dtype=ctx.dtype if short else part.dtype)
+            _times(part, y, zero, ctx.shapes, images, product)
+            grad_gamma = product.sum(dim=0, dtype=part.dtype).to(gamma.dtype)
+        return grad, grad_y, grad_gamma, None, None, None, None, *(None for _ in images)

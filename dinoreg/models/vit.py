@@ -31,8 +31,7 @@ from dinoreg.models.layers import (
     Block,
     PatchEmbed,
     Rows,
-    draw_orders,
-    first_of,
+    draw_kept,
     init_linear_layers,
 )
 from dinoreg.runtime.errors import UserError
@@ -295,15 +294,13 @@ class RegisterViT(nn.Module):
         dtype = compute_dtype(x)
         backends = tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
         again = self.checkpointing and self.training and torch.is_grad_enabled()
-        orders = None
-        if packed and self.training and any(block.drop_path for block in self.blocks):
-            orders = list(zip(*draw_orders(shapes, 2 * self.depth, x.device)))  # of all blocks at once
+        rates = [block.drop_path for block in self.blocks for _ in range(2)] if packed and self.training else []
+        rates = [rate for rate in rates if rate]
+        drawn = iter(draw_kept(shapes, rates, x.device) if rates else ())  # of all blocks at once
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None
             assert isinstance(block, Block)
-            kept = None
-            if orders is not None and block.drop_path:
-                kept = [first_of(order, block.drop_path) for order in orders[2 * index : 2 * index + 2]]
+            kept = [next(drawn), next(drawn)] if rates and block.drop_path else None
             arguments = (x, shapes, backends, packed, selected, kept, packed and not again)
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x

@@ -412,7 +412,7 @@ def train_step(
         reshard(networks)
     if dtype == torch.float16:
         _unscale(state)
-    norms = clip_gradients(state.student, clip_grad)
+    norms = clip_gradients(state.student, clip_grad, state.optimizer)
     finite = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all()
     # One flag of all processes, on which skipping, saving and rolling back depend: they must not decide differently.
     accepted = 1.0 - state.ranks.all_reduce_max((~finite).float())
