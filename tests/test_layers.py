@@ -10,17 +10,13 @@ from torch import Tensor, nn
 from dinoreg.models.layers import (
     Attention,
     Block,
-    Kept,
     LayerScale,
     Mlp,
     PatchEmbed,
     SwiGLU,
-    add_samples,
-    draw_kept,
-    gather_samples,
     swiglu_hidden_dim,
-    token_rows,
 )
+from dinoreg.models.stochastic_depth import Kept, add_samples, draw_kept, gather_samples, token_rows
 from dinoreg.runtime.errors import UserError
 
 CPU = torch.device("cpu")

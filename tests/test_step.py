@@ -13,8 +13,8 @@ from training import tiny_config
 from dinoreg.config.load import Config
 from dinoreg.data.loader import Batch
 from dinoreg.data.masks import mask_tensors
-from dinoreg.models import layers
-from dinoreg.models.layers import draw_orders
+from dinoreg.models import stochastic_depth
+from dinoreg.models.stochastic_depth import draw_orders
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState, build_networks, build_state
 from dinoreg.train.step import (
@@ -149,7 +149,7 @@ def test_a_gpu_takes_the_cpus_step(centering: str, monkeypatch: pytest.MonkeyPat
     def drawn_on_the_cpu(shapes: Any, count: int, device: torch.device) -> list[torch.Tensor]:
         return [order.to(device) for order in draw_orders(shapes, count, CPU)]
 
-    monkeypatch.setattr(layers, "draw_orders", drawn_on_the_cpu)
+    monkeypatch.setattr(stochastic_depth, "draw_orders", drawn_on_the_cpu)
     results = []
     for device in (CPU, torch.device("cuda")):
         state, batch = new_state(config, device), new_batch()

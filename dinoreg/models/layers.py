@@ -1,4 +1,4 @@
-"""The parts of a Vision Transformer block, with LayerScale and stochastic depth by batch subset (DINOv2 §5).
+"""The parts of a Vision Transformer block, with LayerScale and stochastic depth.
 
 Tokens reach a block as one matrix (S, D): all tokens of all images of all crop groups, one after the other.
 Token-wise layers run once over it, whatever the number of groups; attention and stochastic depth look at the
@@ -7,7 +7,6 @@ groups' shapes. Parameter names are those of the published DINOv2 weights.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -15,26 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.models.attention import Shapes, attend_groups, compute_dtype, without_autocast
+from dinoreg.models.stochastic_depth import Kept, add_samples, draw_kept, gather_rows, gather_samples, kept_shapes
 from dinoreg.runtime.errors import UserError
 
 NORM_EPS = 1e-6
 
 # Up to this rate a plain batch scales whole samples; above it, skipping the work of the dropped ones is faster.
 SUBSET_MIN_RATE = 0.1
-
-
-class Kept(NamedTuple):
-    """The images of which one residual branch is computed: what stochastic depth leaves.
-
-    images  of each group (b',) int64, all different
-    tokens  (S',) int64, where their tokens are among all (S, D): one kernel then moves those of all groups. None on a
-            CPU, where long rows, of an image each, are quicker
-    zero    (1,) 0: adding products to it scales them in the same pass
-    """
-
-    images: list[Tensor]
-    tokens: Tensor | None
-    zero: Tensor
 
 
 class Rows(NamedTuple):
@@ -237,9 +223,10 @@ class Block(nn.Module):
                 kept = draw_kept(shapes, [rate, rate], x.device)
         gamma1, gamma2 = _gamma(self.ls1), _gamma(self.ls2)
         with low_precision(self, compute_dtype(x)):
+            dtype = torch.bfloat16 if self.norm1.weight.dtype == torch.bfloat16 else None  # of the norms' input
             if kept is not None:
-                part, x = gather_samples(x, shapes, kept[0], owned, _norm_dtype(self.norm1, x))
-                y = self.attn(_norm(self.norm1, part), kept_shapes(shapes, kept[0]), backends)
+                part, x = gather_samples(x, shapes, kept[0], owned, dtype)
+                y = self.attn(_norm(self.norm1, part), kept_shapes(shapes, kept[0].images), backends)
                 x = add_samples(x, y, gamma1, shapes, kept[0])
             else:
                 y = self.attn(_norm(self.norm1, x), shapes, backends)
@@ -252,18 +239,13 @@ class Block(nn.Module):
                         _sample_factors(shapes, rate, x) if kept is None else _kept_factors(shapes, kept[1].images, x)
                     )
                     factors = of_images.index_select(0, rows.images).unsqueeze(1)
-                # The gradient of an index_select would be a copy of zeros; x is nobody else's.
-                x, _ = _GatherSamples.apply(x, not torch.compiler.is_compiling(), x.dtype, shapes, rows.tokens)
+                x = gather_rows(x, shapes, rows.tokens)
                 return _add(x, self.mlp(_norm(self.norm2, x)), gamma2, factors)
             if kept is not None:
-                part, x = gather_samples(x, shapes, kept[1], True, _norm_dtype(self.norm2, x))
+                part, x = gather_samples(x, shapes, kept[1], True, dtype)
                 return add_samples(x, self.mlp(_norm(self.norm2, part)), gamma2, shapes, kept[1])
             y = self.mlp(_norm(self.norm2, x))
             return _add(x, y, gamma2, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
-
-
-def _norm_dtype(norm: nn.Module, x: Tensor) -> torch.dtype:
-    return torch.bfloat16 if norm.weight.dtype == torch.bfloat16 else x.dtype
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -354,174 +336,3 @@ def _kept_factors(shapes: Shapes, kept: Sequence[Tensor], x: Tensor) -> Tensor:
     """What `add_samples` multiplies by, for the images of all groups: 0 for those that were not drawn."""
     drawn = zip(shapes, kept, strict=True)
     return torch.cat([x.new_zeros(images).index_fill_(0, index, images / len(index)) for (images, _), index in drawn])
-
-
-def draw_orders(shapes: Shapes, count: int, device: torch.device) -> list[Tensor]:
-    """For each group of b images `count` random orders of them at once: (count, b) int64."""
-    return [torch.rand(count, images, device=device).argsort(dim=1) for images, _ in shapes]
-
-
-def first_of(orders: Sequence[Tensor], rate: float) -> list[Tensor]:
-    """The images whose residual branch is computed: the first ones of each group's random orders (…, b) of b images.
-
-    DINOv2 (arXiv 2304.07193), section 5, efficient stochastic depth.
-
-    rate     in [0, 1)
-    returns  for each group (…, max(int(b * (1 - rate)), 1)) int64 indices below b, in an order all different
-    """
-    return [order[..., : max(int(order.shape[-1] * (1 - rate)), 1)] for order in orders]
-
-
-def draw_kept(shapes: Shapes, rates: Sequence[float], device: torch.device) -> list[Kept]:
-    """What stochastic depth leaves for each of several branches, drawn at once.
-
-    rates  of each branch, in [0, 1)
-    """
-    orders = draw_orders(shapes, len(rates), device)
-    zero, kept = torch.zeros(1, device=device), []
-    for rate, branches in groupby(range(len(rates)), rates.__getitem__):
-        first, *others = branches
-        chosen = first_of([order[first : first + 1 + len(others)] for order in orders], rate)
-        rows = token_rows(shapes, chosen) if device.type == "cuda" else [None] * (1 + len(others))
-        kept += [Kept(list(images), row, zero) for *images, row in zip(*chosen, rows, strict=True)]
-    return kept
-
-
-def token_rows(shapes: Shapes, chosen: Sequence[Tensor]) -> Tensor:
-    """Where the tokens of chosen images are among all tokens.
-
-    chosen   of each group (count, b') int64
-    returns  (count, S') int64
-    """
-    rows, start = [], 0
-    for (images, tokens), index in zip(shapes, chosen, strict=True):
-        each = torch.arange(start, start + tokens, device=index.device)
-        rows.append((index.unsqueeze(-1) * tokens + each).flatten(1))
-        start += images * tokens
-    return torch.cat(rows, dim=1)
-
-
-def kept_shapes(shapes: Shapes, kept: Kept) -> Shapes:
-    """The (images, tokens) of each group after `gather_samples`."""
-    return tuple((len(index), tokens) for (_, tokens), index in zip(shapes, kept.images, strict=True))
-
-
-def gather_samples(
-    x: Tensor, shapes: Shapes, kept: Kept, owned: bool = False, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """The tokens of the kept images of every group, (S', D), and x (S, D) for `add_samples` to add to.
-
-    owned  that x itself, and its gradient is computed in place; else a copy. Views are always copied
-    dtype  of the tokens, which come from x in that dtype: fewer bytes than in float32 first; None: that of x
-
-    Where x goes through here, its gradient comes complete from `add_samples`: nothing has to be zeroed and summed.
-    """
-    owned = owned and not torch.compiler.is_compiling() and not x._is_view()
-    part, stream = _GatherSamples.apply(x, owned, dtype or x.dtype, shapes, kept.tokens, *kept.images)
-    return part, stream
-
-
-def add_samples(x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, kept: Kept) -> Tensor:
-    """x plus, at the kept images, y * gamma * (images / kept images): on average over draws, the undropped sum.
-
-    x       (S, D)    all tokens of all groups, from `gather_samples`; written to
-    y       (S', D)   a branch's output for the kept images
-    gamma   (D,)      LayerScale's factors; None: 1
-    returns (S, D)    in the dtype of x
-    """
-    compiled = torch.compiler.is_compiling()
-    return _AddSamples.apply(x, y, gamma, kept.zero, compiled, shapes, kept.tokens, *kept.images)
-
-
-def _views(shapes: Shapes, kept: Sequence[Tensor]) -> list[tuple[slice, slice, int]]:
-    """For each group: its rows among all tokens, its rows among the kept tokens, its number of images."""
-    rows, start, stop = [], 0, 0
-    for (images, tokens), index in zip(shapes, kept, strict=True):
-        in_x, in_y = images * tokens, len(index) * tokens
-        rows.append((slice(start, start + in_x), slice(stop, stop + in_y), images))
-        start, stop = start + in_x, stop + in_y
-    return rows
-
-
-def _take(x: Tensor, shapes: Shapes, tokens: Tensor | None, kept: Sequence[Tensor]) -> Tensor:
-    if tokens is not None:
-        return x.index_select(0, tokens)
-    views = _views(shapes, kept)
-    out = x.new_empty(views[-1][1].stop, x.shape[1])
-    for (in_x, in_y, images), index in zip(views, kept, strict=True):
-        torch.index_select(x[in_x].view(images, -1), 0, index, out=out[in_y].view(len(index), -1))
-    return out
-
-
-def _put(x: Tensor, y: Tensor, shapes: Shapes, tokens: Tensor | None, kept: Sequence[Tensor]) -> None:
-    """Add the kept images' rows y to x in place."""
-    if tokens is not None:
-        x.index_add_(0, tokens, y)
-        return
-    for (in_x, in_y, images), index in zip(_views(shapes, kept), kept, strict=True):
-        x[in_x].view(images, -1).index_add_(0, index, y[in_y].view(len(index), -1))
-
-
-def _times(a: Tensor, b: Tensor | None, zero: Tensor, shapes: Shapes, kept: Sequence[Tensor], out: Tensor) -> Tensor:
-    """a * b * (images / kept images) in one pass, into `out`; a, out (S', D), b the same or (D,) or None: 1."""
-    views = _views(shapes, kept)
-    scales = [images / len(index) for (*_, images), index in zip(views, kept, strict=True)]
-    parts = [in_y for _, in_y, _ in views] if len(set(scales)) > 1 else [slice(None)]
-    for part, scale in zip(parts, scales):
-        if b is None:
-            torch.mul(a[part], scale, out=out[part])
-        else:
-            torch.addcmul(zero, a[part], b if b.ndim == 1 else b[part], value=scale, out=out[part])
-    return out
-
-
-class _GatherSamples(torch.autograd.Function):
-    # Written out because autograd's own composition (select, then concatenate) makes a second copy each way.
-    # All inputs as one: without gradients Dynamo counts the arguments to see whether the first is a context, and errs.
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        x, owned, dtype, shapes, tokens, *images = inputs
-        ctx.save_for_backward(tokens, *images)
-        ctx.shapes, ctx.owned = shapes, owned
-        part = _take(x.to(dtype), shapes, tokens, images)
-        if owned:
-            ctx.mark_dirty(x)
-        return part, x if owned else x.clone(memory_format=torch.contiguous_format)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        grad_part, grad = grads
-        tokens, *images = ctx.saved_tensors  # read once: with checkpointing a second time is an error
-        grad = grad if ctx.owned else grad.clone()
-        _put(grad, grad_part.to(grad.dtype).contiguous(), ctx.shapes, tokens, images)
-        return grad, None, None, None, None, *(None for _ in images)
-
-
-class _AddSamples(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, y, gamma, zero, compiled, shapes, tokens, *images = inputs
-        ctx.save_for_backward(y if gamma is not None else None, gamma, zero, tokens, *images)
-        ctx.shapes, ctx.dtype = shapes, y.dtype
-        if compiled:
-            x = x.clone()  # the compiler knows no marks, and leaves out the copy
-        else:
-            ctx.mark_dirty(x)
-        y = _times(y, gamma, zero, shapes, images, torch.empty_like(y, dtype=x.dtype))
-        _put(x, y, shapes, tokens, images)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        y, gamma, zero, tokens, *images = ctx.saved_tensors
-        grad, grad_gamma = grads[0].contiguous(), None
-        part = _take(grad, ctx.shapes, tokens, images)
-        grad_y = _times(part, gamma, zero, ctx.shapes, images, torch.empty_like(part, dtype=ctx.dtype))
-        if gamma is not None:
-            # As exact as y, whose own rounding is as coarse. Float16 has not the range; a CPU would only add a copy.
-            short = part.is_cuda and ctx.dtype == torch.bfloat16
-            product = torch.empty_like(part, dtype=ctx.dtype if short else part.dtype)
-            _times(part, y, zero, ctx.shapes, images, product)
-            grad_gamma = product.sum(dim=0, dtype=part.dtype).to(gamma.dtype)
-        return grad, grad_y, grad_gamma, None, None, None, None, *(None for _ in images)

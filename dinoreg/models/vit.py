@@ -31,9 +31,9 @@ from dinoreg.models.layers import (
     Block,
     PatchEmbed,
     Rows,
-    draw_kept,
     init_linear_layers,
 )
+from dinoreg.models.stochastic_depth import draw_kept
 from dinoreg.runtime.errors import UserError
 
 POSITION_STD = 0.02
@@ -294,8 +294,8 @@ class RegisterViT(nn.Module):
         dtype = compute_dtype(x)
         backends = tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
         again = self.checkpointing and self.training and torch.is_grad_enabled()
-        rates = [block.drop_path for block in self.blocks for _ in range(2)] if packed and self.training else []
-        rates = [rate for rate in rates if rate]
+        rates = [block.drop_path for block in self.blocks for _ in range(2) if block.drop_path]
+        rates = rates if packed and self.training else []
         drawn = iter(draw_kept(shapes, rates, x.device) if rates else ())  # of all blocks at once
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None

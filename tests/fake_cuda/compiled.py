@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -30,18 +30,32 @@ def planned_kernels(found: Counter[str]) -> Iterator[None]:
         moved: Counter[str] = Counter()
         for node in lowering.scheduler.nodes:
             moved[_kind(node)] += node.get_read_write_buffers_sizes()
-        interpreter = torch.fx.Interpreter(lowering.module)
 
         def call(arguments: list[Any]) -> Any:
             found.update(moved)
             given = list(arguments)
             arguments.clear()
             with _disable_current_modes():
-                return interpreter.run(*given)
+                return torch.fx.Interpreter(lowering.module).run(*given)
 
         return SimpleNamespace(call=call)
 
-    with mock.patch.object(GraphLowering, "_compile_to_module", plan), config.patch(force_disable_caches=True):
+    compiler = torch.compile
+
+    def compile_(forward: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = compiler(forward)
+
+        def run(*arguments: Any) -> Any:
+            with _disable_current_modes():  # under one of them nothing compiled would run
+                return compiled(*arguments)
+
+        return run
+
+    with (
+        mock.patch.object(torch, "compile", compile_),
+        mock.patch.object(GraphLowering, "_compile_to_module", plan),
+        config.patch(force_disable_caches=True),
+    ):
         yield
 
 

@@ -14,7 +14,7 @@ ATTENTION = ("flash", "efficient_attention")
 # They move nothing: views of which the schema does not say so, and memory that is only reserved.
 NOTHING = (
     *("detach", "alias", "split", "unbind", "_unsafe_view", "_reshape_alias", "lift_fresh", "set_"),
-    *("empty", "empty_like", "new_empty", "empty_strided"),
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"),
 )
 MADE = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")  # read nothing
 OVERWRITING = ("fill_", "zero_", "copy_", "bernoulli_", "random_")  # do not read what they write to
