@@ -158,7 +158,7 @@ def phases(state: Any, batch: Any, now: Any, config: Any, dtype: torch.dtype, de
         kept["loss"] = sum(losses.values()) + config.loss.koleo_weight * koleo_of_views(tokens)
 
     def clip_and_step() -> None:
-        clip_gradients(state.student, config.optim.clip_grad, state.optimizer)
+        clip_gradients(state.student, config.optim.clip_grad, state.optimizer, state.loss_scale)
         set_rates(state.optimizer, now)
         state.optimizer.step()
 

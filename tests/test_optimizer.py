@@ -96,7 +96,7 @@ def test_gradients_are_clipped_for_each_submodule_on_its_own() -> None:
         parameter.grad = torch.full_like(parameter, 1e-4)
     small = [p.grad.clone() for p in student["dino_head"].parameters()]
     optimizer = optimizer_of(student)
-    norms = clip_gradients(student, 3.0, optimizer)
+    norms = clip_gradients(student, 3.0, optimizer, torch.ones(()))
     optimizer.step()
     after = torch.stack([p.grad.norm() for p in student["backbone"].parameters()]).norm()
     count = sum(p.numel() for p in student["backbone"].parameters())

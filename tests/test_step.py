@@ -13,8 +13,8 @@ from training import tiny_config
 from dinoreg.config.load import Config
 from dinoreg.data.loader import Batch
 from dinoreg.data.masks import mask_tensors
-from dinoreg.models import stochastic_depth
-from dinoreg.models.stochastic_depth import draw_orders
+from dinoreg.models import vit
+from dinoreg.models.stochastic_depth import Kept, draw_kept, token_rows
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState, build_networks, build_state
 from dinoreg.train.step import (
@@ -146,10 +146,15 @@ def test_a_step_has_the_losses_and_gradients_of_the_sums_written_out() -> None:
 def test_a_gpu_takes_the_cpus_step(centering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(model__drop_path=0.3, model__layerscale=0.5, loss__centering=centering)
 
-    def drawn_on_the_cpu(shapes: Any, count: int, device: torch.device) -> list[torch.Tensor]:
-        return [order.to(device) for order in draw_orders(shapes, count, CPU)]
+    def drawn_on_the_cpu(shapes: Any, rates: Any, device: torch.device) -> list[Kept]:
+        kept = []
+        for each in draw_kept(shapes, rates, CPU):
+            tokens = token_rows(shapes, [index[None] for index in each.images])[0].to(device)
+            images = [index.to(device) for index in each.images]
+            kept.append(Kept(images, tokens if device.type == "cuda" else None, each.zero.to(device)))
+        return kept
 
-    monkeypatch.setattr(stochastic_depth, "draw_orders", drawn_on_the_cpu)
+    monkeypatch.setattr(vit, "draw_kept", drawn_on_the_cpu)
     results = []
     for device in (CPU, torch.device("cuda")):
         state, batch = new_state(config, device), new_batch()

@@ -5,7 +5,6 @@ float32, a cache-sized piece at a time, and keeps of the (n, K) matrix its gradi
 the logits: a float32 copy of the logits or of their softmax never exists.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,28 +23,24 @@ class _SoftCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, student_temp: float, weights: Tensor | None, mass: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        logits, targets, student_temp, weights, mass = inputs
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         blocks = logits.unflatten(0, (-1, targets.shape[0])) if targets.shape[0] else logits[None]
         repeats, num_targets, _ = blocks.shape
         weights = logits.new_ones(len(logits)) if weights is None else weights
         row_weights = weights.to(dtype).view(repeats, num_targets, 1)
-        if mass is None:
-            masses = targets.sum(dim=-1, keepdim=True, dtype=dtype)
-        else:
-            masses = row_weights.new_full((1, 1), mass).expand(num_targets, 1)
+        masses = row_weights.new_full((num_targets, 1), mass) if mass else targets.sum(-1, keepdim=True, dtype=dtype)
         grad = None
         if ctx.needs_input_grad[0]:
             # Before the loss scale has been applied, gradients of 1e-8 are common: too small for float16.
             grad_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
             grad = torch.empty(blocks.shape, dtype=grad_dtype, device=logits.device)
         losses = torch.empty(repeats, num_targets, dtype=dtype, device=logits.device)
-        tile = (*_tile_shape(blocks), blocks.shape[-1])
-        first, second = (torch.empty(tile, dtype=dtype, device=logits.device) for _ in range(2))  # scratch
+        tiles = _tiles(blocks)
+        first, second = (torch.empty_like(blocks[tiles[0]] if tiles else blocks, dtype=dtype) for _ in range(2))
         zero = losses.new_zeros(1)  # adding it makes a product in its precision, without a copy of the logits
-        for block, rows in _tiles(blocks):
+        for block, rows in tiles:
             x, q = blocks[block, rows], targets[rows]
             scores, product = first[: x.shape[0], : x.shape[1]], second[: x.shape[0], : x.shape[1]]
             torch.log_softmax(torch.add(zero, x, alpha=1 / student_temp, out=product), dim=-1, out=scores)
@@ -69,20 +64,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return scaled.flatten(0, 1), None, None, None, None
 
 
-def _tile_shape(blocks: Tensor) -> tuple[int, int]:
-    """How many (blocks, rows) to take at once: rows first, since the blocks share the targets of a row."""
+def _tiles(blocks: Tensor) -> list[tuple[slice, slice]]:
+    """Slices (of blocks, of rows) that cover all rows; rows first, since the blocks share the targets of a row."""
     repeats, num_targets, num_prototypes = blocks.shape
-    rows = min(max(1, num_targets), rows_per_chunk(num_prototypes, blocks.device))
-    return min(max(1, repeats), rows_per_chunk(num_prototypes * rows, blocks.device)), rows
-
-
-def _tiles(blocks: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices (of blocks, of rows) that cover all rows."""
-    repeats, num_targets, _ = blocks.shape
-    num_blocks, num_rows = _tile_shape(blocks)
-    for rows in chunks(0, num_targets, num_rows):
-        for block in chunks(0, repeats, num_blocks):
-            yield block, rows
+    num_rows = min(max(1, num_targets), rows_per_chunk(num_prototypes, blocks.device))
+    num_blocks = rows_per_chunk(num_prototypes * num_rows, blocks.device)
+    return [(block, rows) for rows in chunks(0, num_targets, num_rows) for block in chunks(0, repeats, num_blocks)]
 
 
 def soft_cross_entropy(

@@ -7,7 +7,7 @@ groups' shapes. Parameter names are those of the published DINOv2 weights.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,6 @@ NORM_EPS = 1e-6
 
 # Up to this rate a plain batch scales whole samples; above it, skipping the work of the dropped ones is faster.
 SUBSET_MIN_RATE = 0.1
-
-
-class Rows(NamedTuple):
-    """Some tokens of a packed (S, D)."""
-
-    tokens: Tensor  # (n,) row numbers, all different
-    images: Tensor  # (n,) whose tokens they are: numbers of images, counted through all groups
 
 
 def swiglu_hidden_dim(hidden_dim: int) -> int:
@@ -202,7 +195,7 @@ class Block(nn.Module):
         shapes: Shapes,
         backends: Sequence[str],
         packed: bool = False,
-        rows: Rows | None = None,
+        rows: Tensor | None = None,
         kept: Sequence[Kept] | None = None,
         owned: bool = False,
     ) -> Tensor:
@@ -212,7 +205,7 @@ class Block(nn.Module):
         backends attention backend of each group
         packed   the groups came as a list: stochastic depth skips the dropped images' work at any rate, as DINOv2 does,
                  not only above `SUBSET_MIN_RATE`
-        rows     the n tokens to return; the FFN is computed for them only. None: all
+        rows     (n,) numbers of the tokens to return, all different; the FFN is computed for them only. None: all
         kept     for the two branches, from `draw_kept`; None: drawn here
         owned    x may be written to, and so may the gradient that comes back: nobody else reads them
         """
@@ -221,7 +214,7 @@ class Block(nn.Module):
             rate = self.drop_path
             if rate > (0 if packed else SUBSET_MIN_RATE):
                 kept = draw_kept(shapes, [rate, rate], x.device)
-        gamma1, gamma2 = _gamma(self.ls1), _gamma(self.ls2)
+        gamma1, gamma2 = getattr(self.ls1, "gamma", None), getattr(self.ls2, "gamma", None)
         with low_precision(self, compute_dtype(x)):
             dtype = torch.bfloat16 if self.norm1.weight.dtype == torch.bfloat16 else None  # of the norms' input
             if kept is not None:
@@ -230,22 +223,18 @@ class Block(nn.Module):
                 x = add_samples(x, y, gamma1, shapes, kept[0])
             else:
                 y = self.attn(_norm(self.norm1, x), shapes, backends)
-                x = _add(x, y, gamma1, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
+                x = _add(x, y, gamma1, _sample_factors(shapes, rate, x))
             if rows is not None:
                 # They are few: skipping the work of the dropped images would save nothing.
-                factors = None
-                if rate or kept is not None:
-                    of_images = (
-                        _sample_factors(shapes, rate, x) if kept is None else _kept_factors(shapes, kept[1].images, x)
-                    )
-                    factors = of_images.index_select(0, rows.images).unsqueeze(1)
-                x = gather_rows(x, shapes, rows.tokens)
+                factors = _kept_factors(shapes, kept[1].images, x) if kept else _sample_factors(shapes, rate, x)
+                x = gather_rows(x, shapes, rows)
+                factors = None if factors is None else factors.index_select(0, rows)
                 return _add(x, self.mlp(_norm(self.norm2, x)), gamma2, factors)
             if kept is not None:
                 part, x = gather_samples(x, shapes, kept[1], True, dtype)
                 return add_samples(x, self.mlp(_norm(self.norm2, part)), gamma2, shapes, kept[1])
             y = self.mlp(_norm(self.norm2, x))
-            return _add(x, y, gamma2, _per_token(_sample_factors(shapes, rate, x), shapes) if rate else None)
+            return _add(x, y, gamma2, _sample_factors(shapes, rate, x))
 
 
 def _norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -265,13 +254,12 @@ def low_precision(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     follow in bfloat16 only: float16 has not the range for what a residual stream may hold.
     """
     kinds = (nn.Linear, nn.LayerNorm) if dtype == torch.bfloat16 else (nn.Linear,)
-    layers: list[nn.Module] = []
-    if dtype != torch.float32 and not torch.compiler.is_compiling():  # a compiler casts where it computes
-        layers = [m for m in module.modules() if isinstance(m, kinds) and m.weight.dtype != dtype]
-    if not layers:
+    wanted = dtype != torch.float32 and not torch.compiler.is_compiling()  # a compiler casts where it computes
+    layers = [m for m in module.modules() if wanted and isinstance(m, kinds) and m.weight.dtype != dtype]
+    owned = [(layer, name) for layer in layers for name, p in layer._parameters.items() if p is not None]
+    if not owned:
         yield
         return
-    owned = [(layer, name) for layer in layers for name, p in layer._parameters.items() if p is not None]
     copies = _Copies.apply(dtype, *(layer._parameters[name] for layer, name in owned))
     try:
         for (layer, name), copy in zip(owned, copies, strict=True):
@@ -295,20 +283,14 @@ class _Copies(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        given = [grad for grad in grads if grad is not None]
-        full = [torch.empty_like(grad, dtype=ctx.dtype) for grad in given]
-        if given:
-            torch._foreach_copy_(full, given)
-        ordered = iter(full)
-        return None, *(None if grad is None else next(ordered) for grad in grads)
+        full = [None if grad is None else torch.empty_like(grad, dtype=ctx.dtype) for grad in grads]
+        if given := [grad for grad in grads if grad is not None]:
+            torch._foreach_copy_([grad for grad in full if grad is not None], given)
+        return None, *full
 
 
 def _dropout(x: Tensor, rate: float, training: bool) -> Tensor:
     return F.dropout(x, rate, training) if rate and training else x
-
-
-def _gamma(scale: nn.Module) -> Tensor | None:
-    return scale.gamma if isinstance(scale, LayerScale) else None
 
 
 def _add(x: Tensor, y: Tensor, gamma: Tensor | None, factors: Tensor | None) -> Tensor:
@@ -320,19 +302,20 @@ def _add(x: Tensor, y: Tensor, gamma: Tensor | None, factors: Tensor | None) -> 
         return torch.addcmul(x, y, gamma) if gamma is not None else x + y
 
 
-def _sample_factors(shapes: Shapes, rate: float, x: Tensor) -> Tensor:
-    """For the images of all groups: 1 / (1 - rate) for those that stay, 0 for the others."""
-    return torch.cat([x.new_empty(images).bernoulli_(1 - rate).div_(1 - rate) for images, _ in shapes])
-
-
-def _per_token(factors: Tensor, shapes: Shapes) -> Tensor:
-    """Every image's factor for each of its tokens, (S, 1)."""
-    groups = factors.split([images for images, _ in shapes])
-    repeated = [group.repeat_interleave(tokens) for group, (_, tokens) in zip(groups, shapes, strict=True)]
-    return torch.cat(repeated).unsqueeze(1)
+def _sample_factors(shapes: Shapes, rate: float, x: Tensor) -> Tensor | None:
+    """1 / (1 - rate) for the tokens of images that stay, 0 for those of the others, (S, 1); None for a rate of 0."""
+    drawn = [x.new_empty(images).bernoulli_(1 - rate).div_(1 - rate) for images, _ in shapes if rate]
+    return _per_token(drawn, shapes) if drawn else None
 
 
 def _kept_factors(shapes: Shapes, kept: Sequence[Tensor], x: Tensor) -> Tensor:
-    """What `add_samples` multiplies by, for the images of all groups: 0 for those that were not drawn."""
+    """What `add_samples` multiplies by, for every token (S, 1): 0 for those of images that were not drawn."""
     drawn = zip(shapes, kept, strict=True)
-    return torch.cat([x.new_zeros(images).index_fill_(0, index, images / len(index)) for (images, _), index in drawn])
+    factors = [x.new_zeros(images).index_fill_(0, index, images / len(index)) for (images, _), index in drawn]
+    return _per_token(factors, shapes)
+
+
+def _per_token(factors: Sequence[Tensor], shapes: Shapes) -> Tensor:
+    """The factors of each group's images for each of their tokens, (S, 1)."""
+    pairs = zip(factors, shapes, strict=True)
+    return torch.cat([group.unsqueeze(1).expand(shape).flatten() for group, shape in pairs]).unsqueeze(1)

@@ -27,17 +27,13 @@ class Kept(NamedTuple):
     zero: Tensor
 
 
-def draw_orders(shapes: Shapes, count: int, device: torch.device) -> list[Tensor]:
-    """For each group of b images `count` random orders of them at once: (count, b) int64."""
-    return [torch.rand(count, images, device=device).argsort(dim=1) for images, _ in shapes]
-
-
 def draw_kept(shapes: Shapes, rates: Sequence[float], device: torch.device) -> list[Kept]:
     """For each of several branches: of b images of a group max(int(b * (1 - rate)), 1), the first of a random order.
 
     rates  of the branches, in [0, 1)
     """
-    orders, zero = draw_orders(shapes, len(rates), device), torch.zeros(1, device=device)
+    orders = [torch.rand(len(rates), images, device=device).argsort(dim=1) for images, _ in shapes]
+    zero = torch.zeros(1, device=device)
     kept: list[Kept] = []
     for rate, branches in groupby(rates):
         these = slice(len(kept), len(kept) + len(list(branches)))
@@ -77,8 +73,7 @@ def gather_samples(
     Where x goes through here, its gradient comes complete from `add_samples`: nothing has to be zeroed and summed.
     """
     owned = owned and not torch.compiler.is_compiling() and not x._is_view()
-    part, stream = _GatherSamples.apply(x, owned, dtype or x.dtype, shapes, kept.tokens, *kept.images)
-    return part, stream
+    return _GatherSamples.apply(x, owned, dtype or x.dtype, shapes, kept.tokens, *kept.images)
 
 
 def gather_rows(x: Tensor, shapes: Shapes, rows: Tensor) -> Tensor:
@@ -86,8 +81,7 @@ def gather_rows(x: Tensor, shapes: Shapes, rows: Tensor) -> Tensor:
 
     The gradient of an index_select would be a copy of zeros.
     """
-    part, _ = _GatherSamples.apply(x, not torch.compiler.is_compiling(), x.dtype, shapes, rows)
-    return part
+    return _GatherSamples.apply(x, not torch.compiler.is_compiling(), x.dtype, shapes, rows)[0]
 
 
 def add_samples(x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, kept: Kept) -> Tensor:
@@ -98,34 +92,34 @@ def add_samples(x: Tensor, y: Tensor, gamma: Tensor | None, shapes: Shapes, kept
     gamma   (D,)      LayerScale's factors; None: 1
     returns (S, D)    in the dtype of x
     """
-    gamma = kept.zero + 1 if gamma is None else gamma
-    compiled = torch.compiler.is_compiling()
+    gamma, compiled = kept.zero + 1 if gamma is None else gamma, torch.compiler.is_compiling()
     return _AddSamples.apply(x, y, gamma, kept.zero, compiled, shapes, kept.tokens, *kept.images)
 
 
-def _by_image(x: Tensor, shapes: Shapes) -> Iterator[Tensor]:
-    """Of each group the tokens, a row for each image."""
-    for (images, _), part in zip(shapes, x.split([images * tokens for images, tokens in shapes]), strict=True):
-        yield part.view(images, -1)
+def _by_image(x: Tensor, part: Tensor, shapes: Shapes, images: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Of each group a row for each image in x (S, D), the kept images' numbers, and their rows in `part` (S', D)."""
+    of_x = x.split([count * tokens for count, tokens in shapes])
+    of_part = part.split([count * tokens for count, tokens in kept_shapes(shapes, images)])
+    for (count, _), rows, index, kept_rows in zip(shapes, of_x, images, of_part, strict=True):
+        yield rows.view(count, -1), index, kept_rows.view(len(index), -1)
 
 
 def _take(x: Tensor, shapes: Shapes, tokens: Tensor | None, images: Sequence[Tensor]) -> Tensor:
     if tokens is not None:
         return x.index_select(0, tokens)
-    kept = kept_shapes(shapes, images)
-    out = x.new_empty(sum(count * tokens for count, tokens in kept), x.shape[1])
-    for part, index, chosen in zip(_by_image(x, shapes), images, _by_image(out, kept), strict=True):
-        torch.index_select(part, 0, index, out=chosen)
-    return out
+    part = x.new_empty(sum(count * tokens for count, tokens in kept_shapes(shapes, images)), x.shape[1])
+    for rows, index, kept_rows in _by_image(x, part, shapes, images):
+        torch.index_select(rows, 0, index, out=kept_rows)
+    return part
 
 
-def _put(x: Tensor, y: Tensor, shapes: Shapes, tokens: Tensor | None, images: Sequence[Tensor]) -> None:
-    """Add the kept images' tokens y to x in place."""
+def _put(x: Tensor, part: Tensor, shapes: Shapes, tokens: Tensor | None, images: Sequence[Tensor]) -> None:
+    """Add the kept images' tokens `part` to x in place."""
     if tokens is not None:
-        x.index_add_(0, tokens, y)
-        return
-    for part, index, rows in zip(_by_image(x, shapes), images, _by_image(y, kept_shapes(shapes, images)), strict=True):
-        part.index_add_(0, index, rows)
+        x.index_add_(0, tokens, part)
+    else:
+        for rows, index, kept_rows in _by_image(x, part, shapes, images):
+            rows.index_add_(0, index, kept_rows)
 
 
 def _times(a: Tensor, b: Tensor, zero: Tensor, shapes: Shapes, images: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -134,8 +128,7 @@ def _times(a: Tensor, b: Tensor, zero: Tensor, shapes: Shapes, images: Sequence[
     scales = [total / len(index) for (total, _), index in zip(shapes, images, strict=True)]
     if len(set(scales)) == 1:
         sizes, scales = [len(a)], scales[:1]
-    parts = zip(a.split(sizes), b.expand_as(a).split(sizes), out.split(sizes), scales, strict=True)
-    for part, factor, product, scale in parts:
+    for part, factor, product, scale in zip(a.split(sizes), b.expand_as(a).split(sizes), out.split(sizes), scales):
         torch.addcmul(zero, part, factor, value=scale, out=product)
     return out
 

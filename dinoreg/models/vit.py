@@ -30,7 +30,6 @@ from dinoreg.models.layers import (
     NORM_EPS,
     Block,
     PatchEmbed,
-    Rows,
     init_linear_layers,
 )
 from dinoreg.models.stochastic_depth import draw_kept
@@ -288,15 +287,16 @@ class RegisterViT(nn.Module):
         return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in _unpack(x, shapes)]
 
     def _run(
-        self, x: Tensor, shapes: Shapes, stop: int, packed: bool = False, start: int = 0, rows: Rows | None = None
+        self, x: Tensor, shapes: Shapes, stop: int, packed: bool = False, start: int = 0, rows: Tensor | None = None
     ) -> Tensor:
         """Blocks start .. stop - 1 over packed tokens (S, D); of the last one only `rows`."""
         dtype = compute_dtype(x)
         backends = tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
         again = self.checkpointing and self.training and torch.is_grad_enabled()
-        rates = [block.drop_path for block in self.blocks for _ in range(2) if block.drop_path]
-        rates = rates if packed and self.training else []
-        drawn = iter(draw_kept(shapes, rates, x.device) if rates else ())  # of all blocks at once
+        rates: list[Any] = [block.drop_path for block in self.blocks for _ in range(2) if packed and self.training]
+        drawn = iter(
+            draw_kept(shapes, list(filter(None, rates)), x.device) if any(rates) else ()
+        )  # of all blocks at once
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None
             assert isinstance(block, Block)
@@ -403,18 +403,19 @@ def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
     return (torch.cat(flat) if len(flat) > 1 else flat[0]), shapes
 
 
-def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Rows:
-    """Of each group the class tokens, then the selected patches; `first` tokens come before an image's patches."""
-    tokens, images = [], []
-    token, image = 0, 0  # of all groups before
+def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Tensor:
+    """The numbers, among all tokens, of each group's class tokens, then of its selected patches (n,).
+
+    first  tokens come before an image's patches
+    """
+    rows, start = [], 0
     for (count, length), chosen in zip(shapes, patches, strict=True):
-        num_patches = length - first
-        everyone = torch.arange(count, device=chosen.device)
-        owner = torch.div(chosen, num_patches, rounding_mode="floor")
-        tokens += [token + everyone * length, token + owner * length + first + chosen % num_patches]
-        images += [image + everyone, image + owner]
-        token, image = token + count * length, image + count
-    return Rows(torch.cat(tokens), torch.cat(images))
+        rows.append(torch.arange(start, start + count * length, length, device=chosen.device))
+        rows.append(
+            chosen + (chosen // (length - first) + 1) * first + start
+        )  # after those of its image and all before
+        start += count * length
+    return torch.cat(rows)
 
 
 def _unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:
