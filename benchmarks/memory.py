@@ -60,7 +60,7 @@ def compare(config: Any) -> dict[str, Any]:
 def run_on_cpu(name: str, overrides: list[str]) -> dict[str, Any]:
     """One row: what the plan says of a run on the CPU, and the most that its process held, in GiB."""
     from dinoreg.config.load import load_config
-    from dinoreg.plan import plan
+    from dinoreg.plan.run import plan
 
     config = load_config(name, overrides)
     planned = plan(config, probe=False).memory

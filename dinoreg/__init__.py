@@ -6,17 +6,23 @@ Names are looked up when they are first used, so that `import dinoreg` is quick.
 import importlib
 import os
 import sys
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dinoreg.commands.embed import embed
     from dinoreg.commands.evaluate import evaluate
     from dinoreg.commands.inspect import inspect
+    from dinoreg.commands.registers import registers
     from dinoreg.commands.verdict import verdict
+    from dinoreg.commands.view import view
     from dinoreg.evaluation.backbones.open import transform
     from dinoreg.export.run import export
     from dinoreg.models.classifier import VitRGTS
     from dinoreg.models.vit import RegisterViT, Tokens
+    from dinoreg.plan.run import plan
     from dinoreg.reports.run_list import runs
     from dinoreg.weights.load import load
 
@@ -31,19 +37,42 @@ if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CO
 
 __version__ = "0.1.0"
 __all__ = ["RegisterViT", "Tokens", "VitRGTS", "__version__", "evaluate", "export", "load", "pretrain"]
-__all__ += ["inspect", "runs", "transform", "verdict"]
+__all__ += ["embed", "inspect", "plan", "registers", "runs", "transform", "verdict", "view"]
 
 _WHERE = {
     "RegisterViT": "dinoreg.models.vit",
     "Tokens": "dinoreg.models.vit",
     "VitRGTS": "dinoreg.models.classifier",
+    "embed": "dinoreg.commands.embed",
     "evaluate": "dinoreg.commands.evaluate",
+    "export": "dinoreg.export.run",
     "inspect": "dinoreg.commands.inspect",
     "load": "dinoreg.weights.load",
+    "plan": "dinoreg.plan.run",
+    "registers": "dinoreg.commands.registers",
     "runs": "dinoreg.reports.run_list",
     "transform": "dinoreg.evaluation.backbones.open",
     "verdict": "dinoreg.commands.verdict",
+    "view": "dinoreg.commands.view",
 }
+_PACKAGES = ("export", "plan", "registers")  # each is also called, as the function of its name
+
+
+class CalledPackage(types.ModuleType):
+    """A package that is called as the function of its name, `dinoreg.plan("small")`.
+
+    Python binds a package's name in its parent as soon as anything inside it is imported, so a function of that name
+    would be overwritten; a module that can be called keeps both meanings.
+    """
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(importlib.import_module(_WHERE[name]), name)
+
+    def __call__(self, *values: Any, **named: Any) -> Any:
+        """See the function that is called."""
+        return self.__wrapped__(*values, **named)
 
 
 def pretrain(config: str | Path | None = None, **overrides: Any) -> Path:
@@ -62,8 +91,8 @@ def pretrain(config: str | Path | None = None, **overrides: Any) -> Path:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "export":  # a package that is called like a function, see dinoreg/export/__init__.py
-        return importlib.import_module("dinoreg.export")
+    if name in _PACKAGES:
+        return importlib.import_module(f"dinoreg.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'dinoreg' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)
@@ -72,4 +101,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE, "export"})
+    return sorted({*globals(), *_WHERE})

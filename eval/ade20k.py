@@ -9,7 +9,7 @@ from pathlib import Path
 from dinoreg.commands.main import script
 from dinoreg.evaluation.benchmark import Benchmark, Options, Published, Task, needs
 from dinoreg.evaluation.data import Data, Segmented
-from dinoreg.evaluation.published import BASELINE, DINOV2, at_test_time, denoised, released, with_registers
+from dinoreg.evaluation.published import BASELINE, DINOV2, at_test_time, capi, denoised, released, with_registers
 from dinoreg.evaluation.readers.files import lines, missing, segmented
 from dinoreg.runtime.errors import UserError
 
@@ -68,6 +68,9 @@ PUBLISHED = (
     *at_test_time((48.27, 49.07, 49.13, 40.14), f"{DVT}; "),
 )
 
+KNN = capi((35.2, 32.1, 29.7, 29.2), "neighbours and memory of its own code")
+COUNTS = {"train": 20_210, "test": 2_000}
+
 BENCHMARK = Benchmark(
     name=NAME,
     title="ADE20K (SceneParse150)",
@@ -75,7 +78,10 @@ BENCHMARK = Benchmark(
     classes=NUM_CLASSES,
     folders=("ADEChallengeData2016", "ade20k", "ADE20K", "ade/ADEChallengeData2016"),
     layouts=(needs(ARCHIVE, *(f"{kind}/{part}" for kind in KINDS for part in SPLITS.values()), NAMES_FILE),),
-    tasks=(Task("segmentation", read, "mIoU", {"train": 20_210, "test": 2_000}, PUBLISHED),),
+    tasks=(
+        Task("segmentation", read, "mIoU", COUNTS, PUBLISHED),
+        Task("knn_segmentation", read, "mIoU", COUNTS, KNN),
+    ),
     download=f"{ARCHIVE} of the MIT Scene Parsing Benchmark (not the full ADE20K release, whose layout is another)",
     licence="BSD-3-Clause by a secondary source for the annotations; terms of the images were not verified",
 )

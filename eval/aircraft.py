@@ -10,17 +10,15 @@ of an earlier edition's 10,200 images and 102 variants.
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+from PIL import Image
 
 from dinoreg.commands.main import script
 from dinoreg.config.option import option
-from dinoreg.data.decode import pillow_rgb
-from dinoreg.data.source import ChosenSource, Source
 from dinoreg.data.value_range import BadImage
 from dinoreg.evaluation.benchmark import Benchmark, Options, classification_tasks, needs
 from dinoreg.evaluation.data import Data
 from dinoreg.evaluation.published import REGISTERS, fine_grained, single_tokens
-from dinoreg.evaluation.readers.files import labelled, lines, matched
+from dinoreg.evaluation.readers.files import CroppedSource, labelled, lines, matched
 
 NAME, ARCHIVE = "aircraft", "fgvc-aircraft-2013b.tar.gz"
 BANNER_ROWS = 20  # pixels
@@ -29,24 +27,11 @@ TABLE_4, SIZE = f"{REGISTERS}, Table 4", "DINOv2 (size not restated)"
 BANNER_UNKNOWN = "banner cut off or not: not stated"
 
 
-class WithoutBanner(ChosenSource):
-    """Image files of another source, decoded to RGB, without their lowest BANNER_ROWS rows of pixels."""
-
-    def __init__(self, source: Source) -> None:
-        super().__init__(source, np.arange(len(source)))
-
-    def read(self, index: int) -> np.ndarray:
-        """(H - BANNER_ROWS, W, 3) uint8; BadImage for what cannot be decoded or has no more rows."""
-        data = self.source.read(index)
-        assert isinstance(data, bytes)
-        image = pillow_rgb(data)
-        if image.height <= BANNER_ROWS:
-            raise BadImage(f"{image.height} rows of pixels, of which the lowest {BANNER_ROWS} are to be cut off")
-        return np.asarray(image.crop((0, 0, image.width, image.height - BANNER_ROWS)))
-
-    def _with_indices(self, text: str) -> str:
-        """A fingerprint or stamp of the source, with what is done to its images."""
-        return super()._with_indices(f"{text} without the lowest {BANNER_ROWS} rows")
+def without_banner(_index: int, image: Image.Image) -> Image.Image:
+    """The image without its lowest BANNER_ROWS rows of pixels; BadImage for one that has no more."""
+    if image.height <= BANNER_ROWS:
+        raise BadImage(f"{image.height} rows of pixels, of which the lowest {BANNER_ROWS} are to be cut off")
+    return image.crop((0, 0, image.width, image.height - BANNER_ROWS))
 
 
 def read(folder: Path, options: Options) -> Data:
@@ -61,8 +46,8 @@ def read(folder: Path, options: Options) -> Data:
         path = below / f"images_variant_{split}.txt"
         rows = matched(path, r"(\S+) (.+)", "a number, a space and a variant", NAME, ARCHIVE)
         part = labelled(below / "images", [(variant, f"{image}.jpg") for image, variant in rows], names, path, NAME)
-        cut = options["crop_banner"]
-        splits[split] = replace(part, source=WithoutBanner(part.source)) if cut else part
+        cropped = CroppedSource(part.source, without_banner, f"without the lowest {BANNER_ROWS} rows")
+        splits[split] = replace(part, source=cropped) if options["crop_banner"] else part
     return Data(splits, names, variant="banner cut off" if options["crop_banner"] else "banner left in")
 
 
@@ -81,7 +66,6 @@ BENCHMARK = Benchmark(
     folders=("fgvc-aircraft-2013b", "fgvc-aircraft", "aircraft"),
     layouts=(needs(ARCHIVE, *(f"data/{path}" for path in FILES)), needs(ARCHIVE, *FILES)),
     tasks=classification_tasks(read, "mean per class", COUNTS, PUBLISHED),
-    download=ARCHIVE,
     licence="non-commercial research only",
     options={"crop_banner": option(True, "cut off the 20 rows of pixels at the bottom that hold a copyright banner")},
     aliases=("fgvc-aircraft", "fgvc_aircraft"),

@@ -33,6 +33,9 @@ MIOU = (
     Published("DINOv2 ViT-g/14", 83.1, BASELINE, f"rates swept, 448 px, registers inferred; {LISTS}"),
     *denoised((83.60, 83.64), (f"its own settings; {LISTS}",) * 2),
 )
+HUMMINGBIRD = "open-hummingbird-eval's README"
+KNN = released((74.9, 74.6, 71.7, 69.9), HUMMINGBIRD, f"approximate search, 2 augmented passes, 504 px; {LISTS}")
+COUNTS = {"train": 1_464, "test": 1_449}
 
 TRAINVAL_BOXES = voc_reader(NAME, ARCHIVES, Devkit.boxed, {"test": "trainval"}, variant="trainval")
 MASKS = voc_reader(NAME, ARCHIVES, Devkit.segmented, LEARNT, WITH_GROUND, variant="val")
@@ -49,7 +52,8 @@ BENCHMARK = Benchmark(
     layouts=(needs(TRAINVAL, "ImageSets/Main/trainval.txt", "Annotations", "JPEGImages"),),
     tasks=(
         Task("discovery", TRAINVAL_BOXES, "CorLoc", {"test": 11_540}, CORLOC),  # of trainval: nothing is learnt
-        Task("segmentation", MASKS, "mIoU", {"train": 1_464, "test": 1_449}, MIOU, needs=MASK_FILES),
+        Task("segmentation", MASKS, "mIoU", COUNTS, MIOU, needs=MASK_FILES),
+        Task("knn_segmentation", MASKS, "mIoU", COUNTS, KNN, needs=MASK_FILES),
         Task("detection", BOXES, "AP50", {"train": 5_717, "test": 5_823}),
     ),
     download=f"{TRAINVAL} of the VOC 2012 challenge",

@@ -430,14 +430,16 @@ def test_depth_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
         assert expected in message
 
 
-def test_masks_and_depth_beside_the_same_images_are_two_tasks(tmp_path: Path) -> None:
+def test_masks_and_depth_beside_the_same_images_are_tasks_of_their_own(tmp_path: Path) -> None:
     folder = own.write_depth(tmp_path, per_class=1)
     (folder / "masks").mkdir()
     for index in range(6):
         Image.fromarray(np.eye(56, 70, dtype=np.uint8) + index % 2).save(folder / "masks" / f"{index:03d}.png")
     benchmark = own_benchmark(folder, {"depth_unit": 0.001})
-    assert [(task.protocol, task.metric) for task in benchmark.tasks] == [("segmentation", "mIoU"), ("depth", "RMSE")]
-    segmented, depth = (task.read(folder, benchmark.option_values({})) for task in benchmark.tasks)
+    protocols = [("segmentation", "mIoU"), ("knn_segmentation", "mIoU"), ("depth", "RMSE")]
+    assert [(task.protocol, task.metric) for task in benchmark.tasks] == protocols
+    assert benchmark.task == "segmentation and depth"
+    segmented, _, depth = (task.read(folder, benchmark.option_values({})) for task in benchmark.tasks)
     assert names(segmented.splits["test"]) == names(depth.splits["test"])
 
 
@@ -448,7 +450,8 @@ def test_the_benchmark_is_named_by_the_data_and_keeps_the_options_that_were_give
     assert benchmark.splits == "6 / 6"
     values = benchmark.option_values({})
     assert (values["seed"], values["test_share"]) == (3, 0.5)
-    assert [task.protocol for task in benchmark.tasks] == ["logistic", "linear", "knn", "few_shot"]
+    assert [task.protocol for task in benchmark.tasks] == ["logistic", "linear", "knn", "few_shot", "attention"]
+    assert [task.asked for task in benchmark.tasks] == [False] * 4 + [True]
     assert {task.read for task in benchmark.tasks} == {benchmark.tasks[0].read}
     assert {task.protocol for task in benchmark.tasks} <= set(PROTOCOLS)
     assert benchmark.tasks[1].options["augment"] is False

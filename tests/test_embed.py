@@ -21,7 +21,7 @@ from small_runs import MEAN, STD, tiny_model, write_run
 
 import dinoreg.commands.embed as verb
 import dinoreg.export.feature_file as files
-from dinoreg.commands.embed import embed
+from dinoreg.commands.embed import embed_command
 from dinoreg.commands.main import main
 from dinoreg.commands.options import TOKENS, EmbedOptions
 from dinoreg.data.statistics import LOOKED_AT
@@ -77,19 +77,19 @@ def test_features_are_the_models_tokens_beside_their_names(
     token: str, suffix: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_CHUNK", 200)  # several row groups
-    out = embed(options(run, tmp_path / f"features{suffix}", token=token))
+    out = embed_command(options(run, tmp_path / f"features{suffix}", token=token))
     features, names = read_features(out)
     np.testing.assert_allclose(features, literal(token), atol=2e-5)
     assert features.dtype == np.float32
     assert names == [f"scenes:{index}" for index in range(COUNT)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"features{suffix}", "run"]
-    half = read_features(embed(options(run, tmp_path / f"half{suffix}", token=token, dtype="float16")))[0]
+    half = read_features(embed_command(options(run, tmp_path / f"half{suffix}", token=token, dtype="float16")))[0]
     assert half.dtype == np.float16
     assert (half == features.astype(np.float16)).all()
 
 
 def test_the_file_is_plain_safetensors_that_says_how_it_was_made(run: Path, tmp_path: Path) -> None:
-    out = embed(options(run, tmp_path / "f.safetensors", image_size=16, token="patches"))
+    out = embed_command(options(run, tmp_path / "f.safetensors", image_size=16, token="patches"))
     with safe_open(out, framework="numpy") as file:
         assert sorted(file.keys()) == ["features", "path_ends", "paths"]
         about = file.metadata()
@@ -107,7 +107,7 @@ def test_parquet_is_read_by_others(run: Path, tmp_path: Path, monkeypatch: pytes
     import pyarrow.parquet
 
     monkeypatch.setattr(files, "_CHUNK", 5 * 48)
-    out = embed(options(run, tmp_path / "f.parquet"))
+    out = embed_command(options(run, tmp_path / "f.parquet"))
     file = pyarrow.parquet.ParquetFile(out)
     assert file.num_row_groups == 3  # 5 + 5 + 1 rows
     assert file.schema_arrow.names == ["path", "features"]
@@ -127,10 +127,10 @@ def test_bad_images_are_left_out_counted_and_listed(
     (photos / "1.png").write_bytes(b"")
     (photos / "4.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
     out = tmp_path / f"f{suffix}"
-    embed(options(run, out, data=str(photos), batch_size=2))
+    embed_command(options(run, out, data=str(photos), batch_size=2))
     features, names = read_features(out)
     assert names == [str(photos / f"{number}.png") for number in (0, 2, 3, 5, 6)]
-    alone = read_features(embed(options(run, tmp_path / f"one{suffix}", data=str(photos / "5.png"))))[0]
+    alone = read_features(embed_command(options(run, tmp_path / f"one{suffix}", data=str(photos / "5.png"))))[0]
     np.testing.assert_allclose(features[3], alone[0], atol=1e-5)
     listed = [json.loads(line) for line in skipped_list(out).read_text().splitlines()]
     assert [(each["index"], each["name"]) for each in listed] == [(i, str(photos / f"{i}.png")) for i in (1, 4)]
@@ -138,7 +138,7 @@ def test_bad_images_are_left_out_counted_and_listed(
     assert f"5 images, 12 numbers each; 2 left out, listed in {out}.skipped.jsonl" in capsys.readouterr().err
     (photos / "1.png").unlink()
     (photos / "4.png").unlink()
-    embed(options(run, out, data=str(photos), overwrite=True))
+    embed_command(options(run, out, data=str(photos), overwrite=True))
     assert not skipped_list(out).exists()
 
 
@@ -149,7 +149,7 @@ def test_odd_names_come_back(suffix: str, run: Path, tmp_path: Path) -> None:
     names = ["line\nbreak.png", "uml\u00e4ut.png", os.fsdecode(b"\xff.png")]
     for name in names:
         Image.new("RGB", (20, 20)).save(photos / name, format="PNG")
-    found = read_features(embed(options(run, tmp_path / f"f{suffix}", data=str(photos))))[1]
+    found = read_features(embed_command(options(run, tmp_path / f"f{suffix}", data=str(photos))))[1]
     shown = {str(photos / name) for name in names}
     if suffix == ".parquet":  # text only: the odd byte is written out
         shown = {name.replace("\udcff", "\\xff") for name in shown}
@@ -185,19 +185,19 @@ def test_a_killed_embed_goes_on_and_equals_an_unbroken_one(
         Image.new("RGB", (40, 36), (20 * number, 9, 200)).save(photos / f"{number:02d}.png")
     for number in (2, 9):
         (photos / f"{number:02d}.png").write_bytes(b"torn")
-    whole = embed(options(run, tmp_path / f"whole{suffix}", data=str(photos)))
+    whole = embed_command(options(run, tmp_path / f"whole{suffix}", data=str(photos)))
     out = tmp_path / f"broken{suffix}"
     monkeypatch.setattr(files, "NOTE_SECONDS", note_seconds)
     with monkeypatch.context() as patch:
         stop_after(patch, 2, Stop())
         with pytest.raises(Stop):
-            embed(options(run, out, data=str(photos)))
+            embed_command(options(run, out, data=str(photos)))
     assert not out.exists()
     part = tmp_path / f"broken{suffix}.part"
     with open(part / "rows.bin", "ab") as rows:
         rows.write(b"half a row")  # of the batch that the kill met
     sizes = stop_after(monkeypatch, 9, Stop())
-    embed(options(run, out, data=str(photos)))
+    embed_command(options(run, out, data=str(photos)))
     assert sizes == ([2] if note_seconds == 0 else [3, 4, 2])
     assert out.read_bytes() == whole.read_bytes()
     assert skipped_list(out).read_bytes() == skipped_list(whole).read_bytes()
@@ -208,19 +208,19 @@ def test_control_c_says_how_to_go_on(run: Path, tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         stop_after(patch, 1, KeyboardInterrupt())
         with pytest.raises(Interrupted, match="interrupted after 4 of 11 images; the same command goes on"):
-            embed(options(run, tmp_path / "f.safetensors"))
+            embed_command(options(run, tmp_path / "f.safetensors"))
     sizes = stop_after(monkeypatch, 9, Stop())
-    embed(options(run, tmp_path / "f.safetensors"))
+    embed_command(options(run, tmp_path / "f.safetensors"))
     assert sizes == [4, 3]
 
 
 def test_a_finished_file_is_kept_unless_it_may_be_overwritten(run: Path, tmp_path: Path) -> None:
-    out = embed(options(run, tmp_path / "f.safetensors"))
+    out = embed_command(options(run, tmp_path / "f.safetensors"))
     before = out.read_bytes()
     with pytest.raises(UserError, match=r"is finished already; use overwrite=true"):
-        embed(options(run, out))
+        embed_command(options(run, out))
     assert out.read_bytes() == before
-    embed(options(run, out, token="mean", overwrite=True))
+    embed_command(options(run, out, token="mean", overwrite=True))
     np.testing.assert_allclose(read_features(out)[0], literal("mean"), atol=2e-5)
 
 
@@ -231,7 +231,7 @@ def test_an_unfinished_file_with_other_keys_is_not_mixed_up(
     with monkeypatch.context() as patch:
         stop_after(patch, 1, Stop())
         with pytest.raises(Stop):
-            embed(options(run, out))
+            embed_command(options(run, out))
     held = sorted((path.name, path.read_bytes()) for path in (tmp_path / "f.safetensors.part").iterdir())
     others = [
         ({"token": "mean"}, "token=cls, not mean"),
@@ -242,9 +242,9 @@ def test_an_unfinished_file_with_other_keys_is_not_mixed_up(
     ]
     for changes, words in others:
         with pytest.raises(UserError, match=words):
-            embed(options(run, out, **changes))
+            embed_command(options(run, out, **changes))
     assert sorted((path.name, path.read_bytes()) for path in (tmp_path / "f.safetensors.part").iterdir()) == held
-    embed(options(run, out, token="mean", overwrite=True))
+    embed_command(options(run, out, token="mean", overwrite=True))
     np.testing.assert_allclose(read_features(out)[0], literal("mean"), atol=2e-5)
 
 
@@ -254,9 +254,31 @@ def test_a_torn_note_begins_anew(note: str, run: Path, tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         stop_after(patch, 1, Stop())
         with pytest.raises(Stop):
-            embed(options(run, out))
+            embed_command(options(run, out))
     (tmp_path / "f.safetensors.part" / "note.json").write_text(note)
-    embed(options(run, out, overwrite=note.startswith('{"s')))
+    embed_command(options(run, out, overwrite=note.startswith('{"s')))
+    np.testing.assert_allclose(read_features(out)[0], literal("cls"), atol=2e-5)
+
+
+@pytest.mark.parametrize("damage", ["a bit", "a note that goes too far"])
+def test_rows_that_are_not_as_they_were_written_are_computed_anew(
+    damage: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, part = tmp_path / "f.safetensors", tmp_path / "f.safetensors.part"
+    with monkeypatch.context() as patch:
+        patch.setattr("dinoreg.export.feature_file.NOTE_SECONDS", 0.0)
+        stop_after(patch, 2, Stop())
+        with pytest.raises(Stop):
+            embed_command(options(run, out))
+    if damage == "a bit":
+        rows = bytearray((part / "rows.bin").read_bytes())
+        rows[-3] ^= 1
+        (part / "rows.bin").write_bytes(rows)
+    else:
+        note = json.loads((part / "note.json").read_text())
+        (part / "note.json").write_text(json.dumps({**note, "next": note["next"] + 1}))
+    embed_command(options(run, out))
+    assert "not as it was written" in capsys.readouterr().err
     np.testing.assert_allclose(read_features(out)[0], literal("cls"), atol=2e-5)
 
 
@@ -266,7 +288,7 @@ def test_somebody_elses_folder_is_not_deleted(run: Path, tmp_path: Path) -> None
     (other / "diary.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="is in the way"):
-            embed(options(run, tmp_path / "f.safetensors", overwrite=overwrite))
+            embed_command(options(run, tmp_path / "f.safetensors", overwrite=overwrite))
     assert (other / "diary.txt").read_text() == "mine"
 
 
@@ -289,7 +311,7 @@ def test_only_a_few_images_are_read_ahead(run: Path, tmp_path: Path, monkeypatch
         inner_append(self, rows)
 
     monkeypatch.setattr(files.RowFile, "append", append)
-    embed(options(run, tmp_path / "f.safetensors", data="scenes:count=100,size=32", workers=2, image_size=16))
+    embed_command(options(run, tmp_path / "f.safetensors", data="scenes:count=100,size=32", workers=2, image_size=16))
     assert len(seen) == 25
     assert all(ahead <= LOOKED_AT + 4 * (number + 1) + 4 * 2 for number, ahead in enumerate(seen))
 
@@ -300,9 +322,11 @@ def test_archives_are_embedded_without_unpacking(run: Path, tmp_path: Path, phot
     with tarfile.open(tmp_path / "tars" / "photos.tar", "w") as archive:
         for photo in photos:
             archive.add(photo, photo.name)
-    plain = read_features(embed(options(run, tmp_path / "a.safetensors", data=str(photo_folder / "a"))))[0]
+    plain = read_features(embed_command(options(run, tmp_path / "a.safetensors", data=str(photo_folder / "a"))))[0]
     for number, data in enumerate((tmp_path / "tars", tmp_path / "tars" / "photos.tar")):
-        features, names = read_features(embed(options(run, tmp_path / f"b{number}.safetensors", data=str(data))))
+        features, names = read_features(
+            embed_command(options(run, tmp_path / f"b{number}.safetensors", data=str(data)))
+        )
         assert (features == plain).all()
         assert names == [f"{tmp_path}/tars/photos.tar:{photo.name}" for photo in photos]
 
@@ -313,7 +337,7 @@ def test_archives_are_embedded_without_unpacking(run: Path, tmp_path: Path, phot
 def test_no_readable_image_is_a_failure_in_one_line(run: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"torn")
     with pytest.raises(UserError, match=r"the first: .*a\.png: not an image"):
-        embed(options(run, tmp_path / "f.safetensors", data=str(tmp_path / "a.png")))
+        embed_command(options(run, tmp_path / "f.safetensors", data=str(tmp_path / "a.png")))
     assert not list(tmp_path.glob("f.*"))
 
 
@@ -323,7 +347,7 @@ def test_a_feature_that_is_not_finite_names_its_image(tmp_path: Path) -> None:
         model.norm.weight.fill_(1e6)
     run = write_run(tmp_path / "run", model)
     with pytest.raises(RunError, match="scenes:0: its feature is not finite; dtype=float32 holds larger numbers"):
-        embed(options(run, tmp_path / "f.safetensors", dtype="float16"))
+        embed_command(options(run, tmp_path / "f.safetensors", dtype="float16"))
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,12 +359,12 @@ def test_a_full_disk_is_one_line_and_loses_nothing(run: Path, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(files.RowFile, "reached", full)
         with pytest.raises(RunError, match="No space left on device"):
-            embed(options(run, out))
+            embed_command(options(run, out))
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "replace", full)
         with pytest.raises(RunError, match="No space left on device"):
-            embed(options(run, out))
-    embed(options(run, out))
+            embed_command(options(run, out))
+    embed_command(options(run, out))
     assert len(read_features(out)[1]) == COUNT
 
 
@@ -350,15 +374,15 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=COUNT * 16 * 12 * 4 - 1))
     with pytest.raises(UserError, match="11 rows need"):
-        embed(options(run, tmp_path / "new" / "f.safetensors", token="patches"))
+        embed_command(options(run, tmp_path / "new" / "f.safetensors", token="patches"))
     assert not (tmp_path / "new").exists()
-    embed(options(run, tmp_path / "new" / "f.safetensors", token="patches", dtype="float16"))
+    embed_command(options(run, tmp_path / "new" / "f.safetensors", token="patches", dtype="float16"))
 
 
 def test_parquet_without_pyarrow_names_the_extra(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install 'dinoreg\[data\]'"):
-        embed(options(run, tmp_path / "f.parquet"))
+        embed_command(options(run, tmp_path / "f.parquet"))
     assert not (tmp_path / "f.parquet.part").exists()
 
 

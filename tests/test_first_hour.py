@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import configparser
 import os
+import select
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +18,13 @@ import pytest
 from PIL import Image
 
 import dinoreg
-from dinoreg.commands import guide
 from dinoreg.commands.completion import SHELLS, candidates, script_of
 from dinoreg.commands.main import main
 from dinoreg.commands.registry import VERBS
 from dinoreg.commands.spelling import canonical
+from dinoreg.runtime import guide
 from dinoreg.runtime.errors import UserError
+from dinoreg.scenes.render import render
 
 QUICK = [
     *(
@@ -213,6 +218,57 @@ def test_bash_completes_behind_an_equals_sign(here: Path) -> None:
     assert done.stdout == "sinkhorn\n", done.stderr
 
 
+TYPED = [
+    ("dinoreg pretr", "dinoreg pretrain"),
+    ("dinoreg pretrain small loss.centering=si", "dinoreg pretrain small loss.centering=sinkhorn"),
+    ("dinoreg pretrain small data=sca", "dinoreg pretrain small data=scans"),
+]
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_completes(here: Path) -> None:
+    script = [f"function dinoreg; {shlex.quote(sys.executable)} -m dinoreg $argv; end", script_of("fish")]
+    script += [f"complete -C {shlex.quote(typed)}" for typed, _ in TYPED]
+    environment = {**os.environ, "HOME": str(here)}
+    done = subprocess.run(["fish", "-c", "\n".join(script)], capture_output=True, text=True, env=environment)
+    found = [line.rstrip("/") for line in done.stdout.splitlines()]
+    assert found == [better.split()[-1] for _, better in TYPED], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes_what_is_typed_before_a_tab(here: Path) -> None:
+    import pty
+
+    (here / "completion.zsh").write_text(script_of("zsh"))
+    child, terminal = pty.fork()
+    if not child:
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb", "HOME": str(here)})
+    shown = ""
+
+    def wait_for(text: str) -> None:
+        nonlocal shown
+        end = time.monotonic() + 60
+        while text not in shown.replace("\a", "") and time.monotonic() < end:
+            if select.select([terminal], [], [], 0.1)[0]:
+                shown += os.read(terminal, 4096).decode(errors="replace")
+        assert text in shown.replace("\a", "")  # it rings where more may follow
+
+    try:
+        setup = ["autoload -Uz compinit; compinit -u -D", "source completion.zsh", "print re''ady"]
+        setup.insert(1, f'dinoreg() {{ {shlex.quote(sys.executable)} -m dinoreg "$@"; }}')
+        os.write(terminal, "".join(f"{line}\n" for line in setup).encode())
+        wait_for("\nready")
+        for typed, better in TYPED:
+            os.write(terminal, f"{typed}\t".encode())
+            wait_for(better)
+            os.write(terminal, b"\x15")  # clears the line
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(terminal)
+
+
 # A copy of smaller pictures
 
 
@@ -269,6 +325,31 @@ def test_a_copy_is_refused_where_it_would_spoil_something(pictures: Path, tmp_pa
     with pytest.raises(UserError, match="masks"):
         prepare(InspectOptions(str(pictures), prepare=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_from_a_clone_to_a_verdict_each_command_names_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for index in range(300):
+        scene = render(index, 40 + index % 30)
+        path = tmp_path / "my pictures" / f"class {scene.label % 3}" / f"IMG {index:04d}.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.image).save(path, "JPEG")
+    given = ["git clone", "pip install", "dinoreg doctor"]
+    shorter = {"pretrain": ["steps=3"], "verdict": ["repeats=1"]}
+    while not given[-1].startswith("dinoreg verdict"):
+        _, verb, *arguments = shlex.split(given[-1])
+        assert main([verb, *arguments, *shorter.get(verb, [])]) == 0
+        said = capsys.readouterr().err.splitlines()
+        (line,) = [line.removeprefix("next: ") for line in said if line.startswith("next: ")]
+        given.append(line.partition(" (")[0].replace("FOLDER", "'my pictures'"))
+    _, verb, *arguments = shlex.split(given[-1])
+    assert main([verb, *arguments, *shorter[verb]]) == 0
+    assert [words.split()[1] for words in given] == ["clone", "install", "doctor", "inspect", "pretrain", "verdict"]
+    assert "verdict: " in (printed := capsys.readouterr().out)
+    assert Path(printed.partition("page: ")[2].splitlines()[0]).is_file()
 
 
 def test_inspect_is_a_function_too(pictures: Path) -> None:

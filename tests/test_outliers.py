@@ -17,7 +17,6 @@ from dinoreg.models.vit import RegisterViT
 from dinoreg.registers.outliers import (
     border,
     find_outliers,
-    log_histogram,
     low_information,
     mean_cosine,
     neighbour_cosine,
@@ -26,6 +25,7 @@ from dinoreg.registers.outliers import (
     robust_limit,
 )
 from dinoreg.registers.token_probes import moments, probe_token, replaced, replacement
+from dinoreg.visualize.norms import log_histogram
 
 
 def lognormal(count: int, median: float, deviation: float, seed: int = 0) -> torch.Tensor:

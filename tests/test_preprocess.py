@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dinoreg
-from dinoreg.commands.embed import embed
+from dinoreg.commands.embed import embed_command
 from dinoreg.commands.options import EmbedOptions
 from dinoreg.data.center_crop import center_crop
 from dinoreg.data.open import open_source
@@ -211,7 +211,7 @@ def test_embed_and_evaluation_see_what_transform_gives(pictures: Path, tmp_path:
         transform = dinoreg.transform(run, size)
         images = torch.stack([transform(source.name(index)) for index in range(len(source))])
         out = tmp_path / f"{size}.safetensors"
-        embed(EmbedOptions(str(pictures), str(run), str(out), image_size=size, device="cpu", precision="fp32"))
+        embed_command(EmbedOptions(str(pictures), str(run), str(out), image_size=size, device="cpu", precision="fp32"))
         with torch.inference_mode():
             torch.testing.assert_close(load_file(out)["features"], model(images).cls, atol=1e-5, rtol=1e-5)
         own = Context(tmp_path, tmp_path, None, 0, size or 40, 4, 0, preprocessing=dinoreg.transform(run))

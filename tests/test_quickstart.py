@@ -113,7 +113,7 @@ def test_a_whole_quickstart_trains_probes_prints_and_writes_the_report(
     shown = capsys.readouterr().out
     page = (out / "report.html").read_text()
     for name, each in {"pretrained": record, **record["baselines"]}.items():
-        (line,) = [line for line in shown.splitlines() if name in line and line.startswith("│")]  # a row of the table
+        (line,) = [line for line in shown.splitlines() if line.strip().startswith(f"{name}:")]
         for number in (each["value"], each["low"], each["high"]):
             assert f"{100 * number:.1f}" in line
         assert f"{100 * each['value']:.1f}" in page

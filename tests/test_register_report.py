@@ -11,9 +11,10 @@ import pytest
 import torch
 from planted import BLOCK, UNIT, patchy_images, planted_vit, save, write_images
 
+import dinoreg
 from dinoreg.commands.main import main
 from dinoreg.commands.options import RegistersOptions
-from dinoreg.commands.registers import read_pictures, report_registers
+from dinoreg.commands.registers import read_pictures
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.evaluation.backbones.encoder import wrap
 from dinoreg.registers.measure import Pictures, measure
@@ -178,8 +179,7 @@ def test_models_of_one_name_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     files = [save(planted_vit(0, registers=r), tmp_path / f / "m.safetensors") for f, r in (("a", 1), ("b", 2))]
     folder = write_images(tmp_path / "images", 4)
-    request = RegistersOptions(tuple(map(str, files)), str(folder), str(tmp_path / "out"), size=64)
-    names = [each["name"] for each in records(report_registers(request))]
+    names = [each.record["name"] for each in dinoreg.registers(files, folder, out=tmp_path / "out", size=64).measured]
     assert names == ["m, 1 registers", "m, 2 registers"]
     rows = dict(comparison(records(tmp_path / "out" / "registers.html")))
     assert rows["registers"] == ["1", "2"]

@@ -16,7 +16,7 @@ from dinoreg.checkpoint.format import step_name
 from dinoreg.config.load import load_config
 from dinoreg.data.loader import BatchLoader, Views
 from dinoreg.data.source import ScenesSource
-from dinoreg.plan import plan
+from dinoreg.plan.run import plan
 from dinoreg.runtime.errors import UserError
 from dinoreg.train.loop import pretrain
 from dinoreg.train.prepare import prepare

@@ -18,7 +18,7 @@ from dinoreg.data.statistics import inspect_source, render_inspection
 def folder(tmp_path: Path) -> Path:
     root = tmp_path / "photos"
     root.mkdir()
-    sizes = [(40, 60), (50, 50), (90, 70)]
+    sizes = [(36, 60), (50, 50), (90, 70)]
     for index, (height, width) in enumerate(sizes):
         photograph(index, height, width).save(root / f"{index}.png")
     photograph(5, 64, 64).convert("L").save(root / "grey.jpg")
@@ -28,13 +28,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_formats_sizes_bad_files_and_duplicates_are_found(folder: Path) -> None:
-    found = inspect_source(folder, crop_size=50)
+    found = inspect_source(folder)
     assert (found["images"], found["looked_at"]) == (6, 6)
     assert found["formats"] == {"PNG": 4, "JPEG": 1}
     assert found["modes"] == {"RGB": 4, "L": 1}
-    assert found["shorter_side"] == {"p0": 40, "p5": 42, "p50": 50, "p95": 69, "p100": 70}
+    assert found["shorter_side"] == {"p0": 36, "p5": 39, "p50": 50, "p95": 69, "p100": 70}
     assert found["height"]["p100"] == 90
-    assert found["small"] == 1
+    assert (found["crop_size"], found["small"]) == (40, 1)  # those of the config `small`
     assert found["bad"] == {str(folder / "text.jpg"): "not an image in a known format"}
     assert found["duplicates"] == [[str(folder / "1.png"), str(folder / "copy of 1.png")]]
 
@@ -67,7 +67,7 @@ def test_the_text_names_every_finding(folder: Path) -> None:
         "augment.mean=[",
     ):
         assert part in text
-    assert "smaller than the 224-pixel crop: 5" in text
+    assert "smaller than the 40-pixel crop: 1" in text
 
 
 def test_a_folder_of_bad_files_alone_is_described_too(tmp_path: Path) -> None:

@@ -1,22 +1,17 @@
 """What is said of a run's steps: which one weights are of, and how good the probe inside the run found them."""
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoreg.checkpoint.run_folder import by_step, step_in
-from dinoreg.runtime.json_files import is_number, number, read_json, read_json_lines, read_text
+from dinoreg.checkpoint.run_folder import by_step
+from dinoreg.runtime.json_files import is_number, number, pointed_step, read_json, read_json_lines
+from dinoreg.runtime.templates import with_interval
 
 PROBED = "probe.json"  # on which images the probe inside the run compares its steps
 ACCURACIES = ("knn_top1", "general_knn_top1")
 DENSE = ("dense_miou", "dse")  # of patches: with masks, and without
-
-
-def pointed_step(run: Path, pointer: str) -> int | None:
-    """The step that `last` or `best` of a run folder points to; None without one."""
-    return step_in(read_text(run / "checkpoints" / pointer)[:100].strip())
 
 
 def role_of(run: Path, step: int, total: int | None = None) -> str:
@@ -99,17 +94,6 @@ def against_start(line: Mapping[str, Any]) -> str:
     return "{} than the start{}: {:+.1f} points [{:.1f}, {:.1f}]".format(verdict, so_far, *points)
 
 
-def next_steps(run: str | Path, labelled: Any = None) -> str:
-    """The commands that a trained run is measured and passed on with.
-
-    labelled  the run's probe.data
-    """
-    own = isinstance(labelled, str) and labelled.partition(":")[0] != "scenes"
-    weights, data = f"weights={shlex.quote(str(run))}", shlex.quote(str(labelled)) if own else "LABELLED"
-    verbs = f"verdict {data} {weights}", f"registers {weights} images={data}", f"export {weights} format=timm out=DIR"
-    return f"next: {'; '.join(f'dinoreg {verb}' for verb in verbs)}"
-
-
 @dataclass(frozen=True)
 class Watched:
     """The labelled images that the probe inside a run looks at, see `PROBED`.
@@ -137,6 +121,4 @@ def watched_in(run: Path, step: int) -> Watched | None:
 
 def _interval(line: Mapping[str, Any], key: str) -> str:
     """ "18.0 % [12.9, 23.7]" of an accuracy in a line of probe.jsonl, without the interval where there is none."""
-    value, low, high = (line.get(f"{key}{end}") for end in ("", "_low", "_high"))
-    interval = f" [{100 * number(low):.1f}, {100 * number(high):.1f}]" if is_number(low) and is_number(high) else ""
-    return f"{100 * number(value):.1f} %{interval}"
+    return with_interval(*(number(line.get(f"{key}{end}")) for end in ("", "_low", "_high")))

@@ -1,4 +1,4 @@
-"""`dinoreg embed`: the features of a folder, list or archive of images in one file, with their paths.
+"""`dinoreg embed` and `dinoreg.embed`: the features of a folder, list or archive of images, with their paths.
 
 One batch is in memory at a time, and a killed embed resumes where it stopped (`feature_file.py`). Unreadable images are
 left out, counted and listed beside the output.
@@ -6,34 +6,100 @@ left out, counted and listed beside the output.
 
 import contextlib
 import math
+import os
 import signal
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dinoreg.commands.options import EmbedOptions
+from dinoreg.config.option import read
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.center_crop import to_encoder
 from dinoreg.data.decode import BadImage
+from dinoreg.data.open import read_labelled
 from dinoreg.data.preprocess import Preprocessing
 from dinoreg.data.source import Source
 from dinoreg.data.statistics import survey
 from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.backbones.open import open_encoder
-from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, skipped_list
-from dinoreg.runtime.device import pick_device, pick_precision
-from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.evaluation.backbones.open import open_model
+from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, read_rows, skipped_list
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, reworded
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.progress import show_progress
 from dinoreg.visualize.subject import multiples, open_images
 
 
-def embed(options: EmbedOptions) -> Path:
-    """Write the features of all images to options.out and return its path.
+@dataclass(frozen=True, repr=False)
+class Features:
+    """What `dinoreg.embed` found, a row an image that could be read, in the order of the source.
+
+    features     (n, D) for token "cls" or "mean", (n, 2D) for "cls+mean", (n, N, D) for "patches"
+    paths        of the images, n of them
+    labels       (n,) int64 numbers of `class_names`, -1 for none; None where the source is no labelled folder or table
+    skipped      {path: reason} of the images that could not be read
+    """
+
+    features: np.ndarray
+    paths: list[str]
+    labels: np.ndarray | None
+    class_names: list[str]
+    skipped: dict[str, str]
+
+    def __repr__(self) -> str:
+        shape, classes = " x ".join(map(str, self.features.shape)), len(self.class_names)
+        return f"<features {shape} of images; {classes} classes, {len(self.skipped):,} skipped>"
+
+
+def embed(data: str | Path | Sequence[str], weights: Any, out: str | Path | None = None, **options: Any) -> Features:
+    """The features of a folder, list or archive of images; the same as `dinoreg embed data=… weights=… key=value …`.
+
+    data     a folder, an image, a list of paths, tars, scenes, or several of these
+    weights  a run folder, a weight file or random:NAME, or a model of ours, timm or transformers
+    out      also write them to this .safetensors or .parquet file, with which a stopped call goes on
+    options  the command line's keys: token="cls+mean", dtype="float16", image_size=…, batch_size=…, columns=…
+    returns  the arrays `.features` and `.labels`, and `.paths`, `.class_names`, `.skipped`
+    raises   UserError (a ValueError) for wrong options or data and an `out` that exists, before anything is computed;
+             RunError when no image can be read or a feature is not finite
+    """
+    model = None if isinstance(weights, (str, Path)) else weights
+    with tempfile.TemporaryDirectory() as folder:
+        named = {"data": data, "weights": weights if model is None else type(model).__name__}
+        given, _ = read(EmbedOptions, {**named, "out": out or f"{folder}/features.safetensors", **options})
+        rows = _write(given, model)
+        features, paths = read_rows(rows.out)
+        return Features(features, paths, *_labels(given, paths), dict(rows.skipped.values()))
+
+
+def _labels(options: EmbedOptions, paths: Sequence[str]) -> tuple[np.ndarray | None, list[str]]:
+    """(labels of the images (n,), names of the classes) of a labelled folder or table with one class a picture."""
+    with contextlib.suppress(UserError):  # it holds no classes, or is something else
+        found = read_labelled(str(options.data), columns=options.columns)
+        if found.labels.ndim == 1:
+            known = {os.path.join(found.root, path): label for path, label in zip(found.paths, found.labels)}
+            return np.array([known.get(path, -1) for path in paths], np.int64), found.class_names
+    return None, []
+
+
+def embed_command(options: EmbedOptions) -> Path:
+    """Run `dinoreg embed`: write the features of all images to options.out and return its path; raises as `embed`."""
+    rows = _write(options)
+    left_out = f"; {len(rows.skipped):,} left out, listed in {skipped_list(rows.out)}" if rows.skipped else ""
+    counts = f"{rows.count:,} images, {' x '.join(map(str, rows.shape))} numbers each{left_out}"
+    print_status(f"embed by {rows.settings['weights']}: {counts}")
+    return rows.out
+
+
+def _write(options: EmbedOptions, model: Any = None) -> RowFile:
+    """Write the features of all images to options.out; `model` stands for options.weights, which is then its name.
 
     raises  UserError, before anything is written, for wrong options or data and for an output that exists
             RunError when no image can be read, a feature is not finite or the disk is full
@@ -44,8 +110,7 @@ def embed(options: EmbedOptions) -> Path:
     if out.suffix == ".parquet":
         import_pyarrow(out)
     source = open_images(options.data, "data", options.columns)
-    device = pick_device(options.device)
-    encoder = open_encoder(options.weights, device, pick_precision(options.precision, device)).encoder
+    encoder = open_model(options.weights if model is None else model, options.device, options.precision).encoder
     preprocessing = encoder.preprocessing.at(options.image_size)
     given, size = ValueRange.of(options.range), preprocessing.size
     source.value_range = given or preprocessing.value_range
@@ -67,7 +132,7 @@ def embed(options: EmbedOptions) -> Path:
         "batch_size": options.batch_size,
     }
     shape = row_shape(options.token, encoder, size)
-    try:
+    with reworded(f"out={out}: cannot be written", OSError, into=RunError):
         rows = RowFile(out, settings, shape, options.dtype, len(source), restart=options.overwrite)
         with contextlib.closing(rows):
             try:
@@ -81,12 +146,7 @@ def embed(options: EmbedOptions) -> Path:
             raise RunError(f"data: none of the {len(source):,} images could be read; the first: {name}: {reason}")
         names = (source.name(index) for index in range(len(source)) if index not in rows.skipped)
         rows.finish(names, {**settings, "patch_size": encoder.patch_size, "skipped": len(rows.skipped)})
-    except OSError as error:
-        raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
-    left_out = f"; {len(rows.skipped):,} left out, listed in {skipped_list(out)}" if rows.skipped else ""
-    counts = f"{rows.count:,} images, {' x '.join(map(str, shape))} numbers each{left_out}"
-    print_status(f"embed by {encoder.name}: {counts}")
-    return out
+    return rows
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

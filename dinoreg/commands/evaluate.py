@@ -11,8 +11,8 @@ from rich.console import Console
 
 from dinoreg.checkpoint.steps import role_of
 from dinoreg.commands.report import report_run
-from dinoreg.evaluation.backbones.encoder import Encoder, wrap
-from dinoreg.evaluation.backbones.open import open_encoder
+from dinoreg.evaluation.backbones.encoder import Encoder
+from dinoreg.evaluation.backbones.open import open_model
 from dinoreg.evaluation.benchmark import shadowed
 from dinoreg.evaluation.comparison import between
 from dinoreg.evaluation.options import EvalOptions
@@ -22,7 +22,7 @@ from dinoreg.jobs.records import read_records as read_jobs
 from dinoreg.jobs.status import examine
 from dinoreg.reports.evaluation_report import console_table, read_records, write_evaluation
 from dinoreg.reports.verdict import paired_rows
-from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
+from dinoreg.runtime.device import keep_freed_memory
 from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.printable import print_status
@@ -159,12 +159,7 @@ def _look(encoder: Encoder, plans: Sequence[Planned], request: Request, problems
 def _open(model: Any, options: EvalOptions) -> tuple[Any, Path, Path | None]:
     """(encoder, folder of results, run folder or None)."""
     keep_freed_memory()
-    device = pick_device(options.device)
-    dtype = pick_precision(options.precision, device)
-    if isinstance(model, (str, Path)):
-        encoder, run, step = open_encoder(str(model), device, dtype)
-    else:
-        encoder, run, step = wrap(model, device=device, dtype=dtype), None, 0
+    encoder, run, step = open_model(model, options.device, options.precision)
     check_size(encoder, options)
     out = Path(options.out) if options.out else run or Path("runs") / "eval" / folder_name(encoder)
     return encoder, out / "eval" / f"{step:07d}", run

@@ -5,8 +5,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from dinoreg.commands.arguments import Verb, is_key_value
-from dinoreg.commands.guide import said_of
 from dinoreg.config.option import describe
+from dinoreg.runtime.guide import said_of
 
 _GAP = 26  # columns of "  key=value" beside its meaning; a longer one has a line of its own
 

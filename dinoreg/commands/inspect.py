@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from dinoreg.checkpoint.atomic import replacing, write_atomic
-from dinoreg.commands.guide import Verbatim, say_next
 from dinoreg.commands.options import InspectOptions
 from dinoreg.data.open import open_source, read_labelled
 from dinoreg.data.source import Source
-from dinoreg.data.statistics import FEW_IMAGES, inspect_source, render_inspection
+from dinoreg.data.statistics import FEW_IMAGES, config_for, inspect_source, render_inspection
 from dinoreg.data.value_range import BadImage
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.guide import Verbatim, next_lines
 from dinoreg.runtime.json_files import read_json
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import listed, print_status
 from dinoreg.runtime.progress import show_progress
 
 SETTINGS = "prepared.json"  # in a prepared folder: what it was made of, and how
-SMALL, SMALL_BATCH = 50_000, 64  # images up to which configs/small.yaml is meant, and its batch
+SMALL_BATCH = 64  # of configs/small.yaml
 
 
 def inspect(data: str | os.PathLike[str] | Sequence[str], **options: Any) -> dict[str, Any]:
@@ -69,7 +69,8 @@ def _say_next(data: str | list[str], images: int, side: int | None = None) -> No
         more.append(f"batch_size={batch_for(images)}")
     case = "large" if side and is_folder else "few" if images < FEW_IMAGES else ""
     values = {"data": data, "stem": name, "folder": f"{name}-{side}", "more": Verbatim(" ".join(more))}
-    say_next("inspected", {**values, "config": "small" if images < SMALL else "vits14_reg4"}, case)
+    for line in next_lines("inspected", {**values, "config": config_for(images)}, case):
+        print_status(line)
 
 
 def prepare(options: InspectOptions) -> Path:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dinoreg.config.option import REQUIRED, Options, check, dotted, option, output, read
-from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
+from dinoreg.config.option import REQUIRED, Options, check, dotted, nearest, option, output, read
+from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE
 from dinoreg.config.view_settings import MAX_SIDE
 from dinoreg.evaluation.options import SharedOptions
+from dinoreg.runtime.errors import UserError
 
 TOKENS = ("cls", "mean", "cls+mean", "patches")
 Kinds = dict[str, type[Options]]  # of one verb, by the word behind it
@@ -60,14 +61,10 @@ class InspectOptions(Options, verb="inspect"):
     columns: str = option("", COLUMNS)
     root: str | None = option(None, "folder that the paths of a list may not leave; none: the list's own folder")
     in_channels: int = option(3, "image channels of the model that is to see them", low=1, high=65536)
-    range: list[float] | None = option(None, "LOW,HIGH as in data.range; none: each file's type says it")
+    range: list[float] | None = option(None, "LOW,HIGH as in data.range; none: each file's type says it", **VALUE_RANGE)
     prepare: str | None = option(None, "folder for a copy of smaller pictures; goes on where it was stopped")
     side: int = option(512, "of the copy's pictures at most, their short one", unit="pixel", low=16, high=MAX_SIDE)
     longest: bool = option(False, "side= is of the long side")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.range is None or is_value_range(self.range), "range", self.range, VALUE_RANGE)
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class EmbedOptions(Options, verb="embed"):
     weights: str = option(REQUIRED, "as weights= of eval: a run folder, a weight file, random:NAME")
     out: str = output(REQUIRED, "the file to write, .safetensors or .parquet")
     columns: str = option("", COLUMNS)
-    range: list[float] | None = option(None, "LOW,HIGH, as data.range; none: what the weights say")
+    range: list[float] | None = option(None, "LOW,HIGH, as data.range; none: what the weights say", **VALUE_RANGE)
     token: str = option("cls", "mean: of the patches; cls+mean: one behind the other", choices=TOKENS)
     image_size: int | None = option(None, "of the crop; none: the weights'", unit="pixel", low=1, high=MAX_SIDE)
     batch_size: int = option(32, "images at a time", low=1, high=1_000_000)
@@ -115,10 +112,6 @@ class EmbedOptions(Options, verb="embed"):
     precision: str = option("auto", "of the computation; auto: bf16 where the hardware has it", choices=PRECISIONS)
     workers: int | None = option(None, "decoding threads; none: a core each, at most 16", low=0, high=1024)
     overwrite: bool = option(False, "replace a finished file, drop an unfinished one that was begun with other keys")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.range is None or is_value_range(self.range), "range", self.range, VALUE_RANGE)
 
 
 @dataclass(frozen=True)
@@ -190,6 +183,12 @@ class CropsOptions(Options, verb="view crops"):
 
 
 VIEWS: Kinds = {"attention": AttentionOptions, "pca": PcaOptions, "norms": NormsOptions, "crops": CropsOptions}
+
+
+def check_view(kind: str) -> None:
+    """UserError for what is none of VIEWS."""
+    if kind not in VIEWS:
+        raise UserError(f"view: {kind}: unknown view{nearest(kind, VIEWS)}; expected {', '.join(VIEWS)}")
 
 
 @dataclass(frozen=True)

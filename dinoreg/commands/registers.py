@@ -1,39 +1,87 @@
-"""`dinoreg registers`: artifact tokens of backbones, the effect of registers, and the information in each token.
+"""`dinoreg registers` and `dinoreg.registers`: artifact tokens, the effect of registers, the information in each token.
 
 A backbone without registers in which outliers are found is measured a second time with a test-time register.
 """
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from dinoreg.commands.options import RegistersOptions
+from dinoreg.config.option import read
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.center_crop import to_encoder
-from dinoreg.data.decode import BadImage, decode
+from dinoreg.data.decode import decode
 from dinoreg.data.display import channels_shown
 from dinoreg.data.open import is_scenes, read_labelled
 from dinoreg.data.preprocess import Preprocessing, to_unit
 from dinoreg.data.source import ScenesSource, Source
 from dinoreg.evaluation.backbones.encoder import NativeEncoder
+from dinoreg.evaluation.backbones.open import Opened
 from dinoreg.registers.measure import SHOWN, Measured, Pictures, fit, measure
 from dinoreg.registers.page import VIEW, write_registers
 from dinoreg.registers.verdict import console_table, judge
-from dinoreg.runtime.errors import RunError, UserError, one_line
+from dinoreg.reports.html import WithPage
+from dinoreg.reports.verdict import Verdict
+from dinoreg.runtime.errors import RunError, UserError
 from dinoreg.runtime.printable import print_status, printable
 from dinoreg.scenes.render import CLASS_NAMES, render
 from dinoreg.visualize.gallery import to_pixels
-from dinoreg.visualize.subject import Subject, evenly_spaced, open_images, open_subject, picture_size, safe_name
+from dinoreg.visualize.subject import crops_of, open_images, open_subject, picture_size, safe_name
 
 FIRST_SCENE = 30_000_000  # far beyond those that a run trains on or a probe is tested on
 
 
-def report_registers(options: RegistersOptions) -> Path:
-    """Measure every model, print the table and the verdicts, write the report; returns the path of the page.
+@dataclass(frozen=True, repr=False)
+class RegisterReport(WithPage):
+    """What `dinoreg.registers` found, and its `page`.
+
+    measured  of each model, and of each with a test-time register: the figures `.record`, and the arrays behind them
+    """
+
+    measured: tuple[Measured, ...]
+
+    @property
+    def verdicts(self) -> dict[str, Verdict]:
+        """{model: its figures in words}"""
+        return {each.record["name"]: judge(each.record) for each in self.measured}
+
+    def __repr__(self) -> str:
+        said = "; ".join(f"{name}: {words.headline}" for name, words in self.verdicts.items())
+        return f"<registers on {self.measured[0].record['images']:,} images: {said}>"
+
+
+def registers(weights: str | Path | Sequence[str], images: str | Path, **options: Any) -> RegisterReport:
+    """What registers do in one model or several; the same as `dinoreg registers weights=… images=… key=value …`.
+
+    weights  run folders, weight files or random:NAME, in a list or with commas between
+    images   a folder (one with a subfolder a class adds probes), a list of paths, or scenes
+    options  the command line's keys: out="registers", num_images=300, size=…, labels=False, test_time=False
+    returns  `.measured`, `.verdicts` and the `.page`
+    raises   UserError (a ValueError) for weights, images or sizes that do not fit, before anything is written; RunError
+             where fewer than two images can be read or a norm is not finite
+    """
+    models = str(weights) if isinstance(weights, (str, Path)) else tuple(map(str, weights))
+    return _report(read(RegistersOptions, {"weights": models, "images": images, **options})[0])
+
+
+def registers_command(options: RegistersOptions) -> None:
+    """Run `dinoreg registers`: print the table, the verdicts and the page's path."""
+    found = _report(options)
+    Console().print(console_table([each.record for each in found.measured]))
+    for name, words in found.verdicts.items():
+        print(f"{printable(name)}: {' '.join((words.headline, *words.sentences))}")
+    print(f"report: {found.page}")
+
+
+def _report(options: RegistersOptions) -> RegisterReport:
+    """Measure every model and write the report.
 
     raises UserError, before anything is written, for weights, images or sizes that do not fit; RunError where fewer
     than two images can be read or a norm is not finite
@@ -58,13 +106,7 @@ def report_registers(options: RegistersOptions) -> Path:
     channels = shown.shape[1]
     pixels = to_pixels(shown, (0.0,) * channels, (1.0,) * channels)
     page = write_registers(measured, pixels, out, skipped, channels_shown(channels))
-    records = [each.record for each in measured]
-    Console().print(console_table(records))
-    for record in records:
-        words = judge(record)
-        print(f"{printable(record['name'])}: {' '.join((words.headline, *words.sentences))}")
-    print(f"report: {page}")
-    return page
+    return RegisterReport(page, tuple(measured))
 
 
 def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tuple[Pictures, list[tuple[str, str]]]:
@@ -85,18 +127,12 @@ def read_pictures(options: RegistersOptions, preprocessing: Preprocessing) -> tu
             found = read_labelled(options.images)
             source, labels, names = found.source(), found.labels, found.class_names
     source.value_range = preprocessing.value_range
-    order = evenly_spaced(len(source), options.num_images)
-    images, readable, skipped = [], [], []
-    for index in order:
-        try:
-            images.append(preprocessing.crop(source.decode(index, len(preprocessing.mean))))
-            readable.append(index)
-        except (BadImage, OSError) as error:
-            skipped.append((source.name(index), one_line(error)))
-    if len(images) < 2:
-        raise RunError(f"images={options.images}: {len(images)} of {len(order)} could be read, expected at least 2")
-    chosen = None if labels is None else torch.from_numpy(labels[readable]).long()
-    return Pictures(to_encoder(images), chosen, len(names), None, options.images), skipped
+    crops, skipped = crops_of(source, preprocessing, options.num_images)
+    if len(crops) < 2:
+        tried = len(crops) + len(skipped)
+        raise RunError(f"images={options.images}: {len(crops)} of {tried} could be read, expected at least 2")
+    chosen = None if labels is None else torch.from_numpy(labels[[*crops]]).long()
+    return Pictures(to_encoder(list(crops.values())), chosen, len(names), None, options.images), skipped
 
 
 def _scenes(options: RegistersOptions, size: int, channels: int) -> Pictures:
@@ -111,7 +147,7 @@ def _scenes(options: RegistersOptions, size: int, channels: int) -> Pictures:
     return Pictures(images, labels, len(CLASS_NAMES), [np.asarray(scene.boxes) for scene in scenes], name)
 
 
-def _common_size(subjects: Sequence[Subject], size: int | None) -> int:
+def _common_size(subjects: Sequence[Opened], size: int | None) -> int:
     if size is None:
         size = min(picture_size(subjects[0].model))
         size -= size % subjects[0].model.patch_size
@@ -126,7 +162,7 @@ def _common_size(subjects: Sequence[Subject], size: int | None) -> int:
     return size
 
 
-def _encoders(subjects: Sequence[Subject]) -> list[NativeEncoder]:
+def _encoders(subjects: Sequence[Opened]) -> list[NativeEncoder]:
     """Encoders with distinct names: of models that share one, the number of registers is added, then a number."""
     names: list[str] = []
     for subject in subjects:
@@ -134,8 +170,7 @@ def _encoders(subjects: Sequence[Subject]) -> list[NativeEncoder]:
         if sum(other.name == name for other in subjects) > 1:
             name = f"{name}, {subject.model.num_registers} registers"
         names.append(f"{name} ({names.count(name) + 1})" if name in names else name)
-    encoders = (subject.encoder for subject in subjects)
-    return [NativeEncoder(each.module, name, each.preprocessing, each.device) for each, name in zip(encoders, names)]
+    return [NativeEncoder(s.model, n, s.encoder.preprocessing, s.encoder.device) for s, n in zip(subjects, names)]
 
 
 def _measure(encoder: NativeEncoder, pictures: Pictures, seed: int) -> Measured:

@@ -11,16 +11,16 @@ from dinoreg.commands.arguments import Verb, config_and_options, read_options, s
 from dinoreg.commands.completion import SHELLS, script_of
 from dinoreg.commands.early import check_early, given_by
 from dinoreg.commands.failures import running
-from dinoreg.commands.guide import Verbatim, next_commands, say_next
 from dinoreg.config.load import Config, load_config, require_complete, shipped_configs
-from dinoreg.config.option import nearest, split_texts
+from dinoreg.config.option import split_texts
 from dinoreg.config.plan_options import PlanOptions
 from dinoreg.evaluation.options import EvalOptions
 from dinoreg.jobs.job_type import find_job, job_files
 from dinoreg.jobs.options import LaunchOptions
 from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.guide import Verbatim, next_commands, next_lines
 from dinoreg.runtime.json_files import read_json
-from dinoreg.runtime.printable import printable
+from dinoreg.runtime.printable import print_status, printable
 
 
 def _function(module: str, name: str, result: str = "") -> Callable[..., None]:
@@ -133,12 +133,10 @@ def _export(options: keys.ExportOptions) -> None:
 
 def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     """(kind of view, arguments of `dinoreg.visualize.KIND.view_KIND`)"""
-    expected = f"expected {', '.join(keys.VIEWS)}"
     if not arguments or "=" in arguments[0]:
-        raise UserError(f"view: missing what to view; {expected}")
+        raise UserError(f"view: missing what to view; expected {', '.join(keys.VIEWS)}")
     kind, *rest = arguments
-    if kind not in keys.VIEWS:
-        raise UserError(f"view: {kind}: unknown view{nearest(kind, keys.VIEWS)}; {expected}")
+    keys.check_view(kind)
     if kind != "crops":
         return kind, vars(read_options(keys.VIEWS[kind], rest)[1])
     config, overrides, options = config_and_options("view crops", keys.VIEWS[kind], rest)
@@ -146,16 +144,17 @@ def _read_view(arguments: list[str]) -> tuple[str, dict[str, Any]]:
     return kind, {"config": config, "overrides": overrides, **vars(options)}
 
 
-def _view(kind: str, values: dict[str, Any]) -> None:
-    _function(f"visualize.{kind}", f"view_{kind}", "view")(**values)
-
-
-_plan = _function("commands.plan", "plan_command")
-
-
 def _read_plan(arguments: list[str]) -> tuple[Config, PlanOptions]:
     config, overrides, options = config_and_options("plan", PlanOptions, arguments)
     return load_config(config, overrides), options
+
+
+def _plan(config: Config, options: PlanOptions) -> None:
+    from dinoreg.plan.run import plan
+
+    plan(config, **vars(options)).show()
+    if options.out is not None:
+        print(f"plan: {options.out}")
 
 
 def _jobs() -> list[str]:
@@ -195,9 +194,18 @@ _VERBS = (
     Verb("eval", EvalOptions, _eval, _read_eval, flags=("--list",), words=1),
     Verb("report", keys.ReportOptions, _report, _read_report),
     Verb("runs", keys.RunsOptions, _function("reports.run_list", "print_runs"), _read_runs),
-    Verb("embed", keys.EmbedOptions, _function("commands.embed", "embed", "features"), path="data"),
-    Verb("view", keys.NoOptions, _view, _read_view, kinds=_VIEWS, also=Config, words=1, path="images"),
-    Verb("registers", keys.RegistersOptions, _function("commands.registers", "report_registers"), path="images"),
+    Verb("embed", keys.EmbedOptions, _function("commands.embed", "embed_command", "features"), path="data"),
+    Verb(
+        "view",
+        keys.NoOptions,
+        _function("commands.view", "draw", "view"),
+        _read_view,
+        kinds=_VIEWS,
+        also=Config,
+        words=1,
+        path="images",
+    ),
+    Verb("registers", keys.RegistersOptions, _function("commands.registers", "registers_command"), path="images"),
     Verb("export", keys.ExportOptions, _export, path="weights"),
     Verb("launch", LaunchOptions, _function("commands.launch", "launch_command"), tuple, _ACTIONS, _jobs, also=Config),
     Verb("doctor", keys.DoctorOptions, _function("commands.doctor", "doctor"), _read_doctor),
@@ -214,28 +222,26 @@ def run_verb(verb: str, arguments: list[str], **hooks: Any) -> None:
     parsed = VERBS[verb].parse(arguments)
     check_early(parsed)
     VERBS[verb].run(*parsed, **hooks)
-    say_next(verb, *_done(verb, arguments, parsed))
+    for line in next_lines(verb, *_done(verb, arguments, parsed)):
+        print_status(line)
 
 
 def _done(verb: str, arguments: list[str], parsed: tuple[Any, ...]) -> tuple[dict[str, Any], str]:
     """(values, case) of the line on what to do next, see `say_next`."""
     values = {key: value for each in parsed for key, value in given_by(each).items()}
-    first, case = (arguments or [""])[0].partition("=")[0], ""
+    first = parsed[0] if isinstance(parsed[0], str) else (arguments or [""])[0].partition("=")[0]
+    case = str(values.get("format", first))
     if verb == "eval":
         from dinoreg.evaluation.request import is_own
 
-        case = "listed" if "--list" in arguments else "own" if is_own(first) else ""
-    elif verb == "view" and first == "crops":
-        case, values["source"] = first, dict(pair.partition("=")[::2] for pair in arguments).get("data")
-    elif verb == "export" and values["format"] == "onnx":
-        case = "onnx"
+        case = "own" if is_own(first) else "listed" if not first else ""
+    elif case == "crops":
+        values["source"] = dict(pair.partition("=")[::2] for pair in arguments).get("data")
     elif verb == "doctor" and first:
         case = "finished" if read_json(Path(first) / "status.json").get("phase") == "finished" else "unfinished"
     elif verb == "plan":
         rest = split_texts(PlanOptions, arguments[1:])[1] + ([] if values.get("data.source") else ["data=FOLDER"])
         values |= {"rest": Verbatim(shlex.join(rest)), "stem": Path(first).stem}
-    elif verb == "runs":
-        (first,) = parsed
     elif verb == "registers":
         values["weights"] = parsed[0].models[0]
     return {**values, "first": first}, case

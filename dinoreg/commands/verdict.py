@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic, write_picture
 from dinoreg.commands.evaluate import folder_name
 from dinoreg.commands.options import VerdictOptions, read_verdict
 from dinoreg.evaluation.backbones.encoder import Encoder
-from dinoreg.evaluation.backbones.open import Opened, open_encoder
+from dinoreg.evaluation.backbones.open import Opened, open_model
 from dinoreg.evaluation.benchmark import PROTOCOLS
 from dinoreg.evaluation.comparison import compare
 from dinoreg.evaluation.custom.datasets import own_benchmark
@@ -31,8 +31,9 @@ from dinoreg.evaluation.request import Request
 from dinoreg.evaluation.result import Result, Row, headlines, plain, unpacked
 from dinoreg.evaluation.runner import baselines_of, look, measure, preflight
 from dinoreg.plan.encoder_cost import encoder_cost
+from dinoreg.reports.html import WithPage
 from dinoreg.reports.labelled_verdict import KINDS, Advice, advise, in_short, write_page
-from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
+from dinoreg.runtime.device import keep_freed_memory
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.printable import print_status, printable
 from dinoreg.runtime.templates import score
@@ -42,17 +43,15 @@ SIDE, SHOWN = 128, 12  # pixels of a picture that changed sides, and how many of
 
 
 @dataclass(frozen=True, repr=False)
-class LabelledVerdict:
-    """What `dinoreg.verdict` found.
+class LabelledVerdict(WithPage):
+    """What `dinoreg.verdict` found, and its `page`.
 
     advice  the choice and its reason
     record  all figures, as in `verdict.json`
-    page    path of `verdict.html`
     """
 
     advice: Advice
     record: dict[str, Any]
-    page: Path
 
     def __repr__(self) -> str:
         data, roles = self.record["data"], self.record["contenders"]
@@ -108,7 +107,7 @@ def _judge(labelled: str | Path, options: VerdictOptions, own: Mapping[str, Any]
     advice = advise(record)
     record["advice"] = advice._asdict()
     write_atomic(out / "verdict.json", json.dumps(plain(record), indent=1) + "\n")
-    return LabelledVerdict(advice, record, write_page(record, out))
+    return LabelledVerdict(write_page(record, out), advice, record)
 
 
 def _request(options: VerdictOptions, own: Encoder, data: Data, features: Path) -> Request:
@@ -128,20 +127,19 @@ def _open(options: VerdictOptions) -> tuple[dict[str, Encoder], Opened]:
     The start sees pictures as the own model does, since training began like that; the public one as it states itself.
     """
     keep_freed_memory()
-    device = pick_device(options.device)
-    dtype = pick_precision(options.precision, device)
-    mine = open_encoder(options.weights, device, dtype)
+    machine = options.device, options.precision
+    mine = open_model(options.weights, *machine)
     encoders = {"own": mine.encoder}
     kept = None if mine.run is None else mine.run / "init.safetensors"
     if init := options.init or (kept and kept.is_file() and str(kept)):
-        start = open_encoder(init, device, dtype).encoder
+        start = open_model(init, *machine).encoder
         for key in ("patch_size", "in_channels"):
             if (given := getattr(start, key)) != (expected := getattr(mine.encoder, key)):
                 raise UserError(f"init={init}: its {key} is {given}, expected {expected}, as weights= began with it")
         start.preprocessing = mine.encoder.preprocessing
         encoders["start"] = start
     if options.public is not None:
-        encoders["public"] = open_encoder(options.public, device, dtype).encoder
+        encoders["public"] = open_model(options.public, *machine).encoder
     return encoders | {role: make() for role, make in baselines_of(mine.encoder, options.seed).items()}, mine
 
 
@@ -194,7 +192,7 @@ def _changed(results: Mapping[str, Result], other: str, data: Data, out: Path) -
         picked = np.unique(np.linspace(0, len(places) - 1, min(SHOWN, len(places))).astype(int))
         for number, place in enumerate(places[picked].tolist()):
             file = f"changed/{kind}_{number:02d}.png"
-            framed(shown(read_picture(test.source, place)), SIDE, 3, edge).save(out / file)
+            write_picture(out / file, framed(shown(read_picture(test.source, place)), SIDE, 3, edge))
             classes = {"is": names[test.labels[place]], "wrong": names[wrong[place]]}
             found[kind].append({"file": file, "image": test.source.name(place), **classes})
     return found

@@ -22,7 +22,7 @@ _PROJECTS = {
     "VISSL": ("config.TRAINER.*", "config.DATA.*", "config.MODEL.*", "config.OPTIMIZER.*", "config.LOSS.*"),
 }
 _INSTEAD = "begin with one of dinoreg's (vits14_reg4, vitl16_short_reg4_in1k, …) and give its keys"
-_LACKING = {"dinov3": ", whose rotary positions, Gram anchoring and distillation dinoreg does not have"}
+_LACKING = {"dinov3": "; its backbones are names that end with _rope, its schedules are not read"}
 _SHOWN = 3
 
 

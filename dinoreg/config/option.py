@@ -17,7 +17,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
@@ -56,6 +56,7 @@ class Declaration:
     ascending      a pair [low, high] must be in order
     empty          whether a list may have no elements; `option` sets False where the default is a tuple
     pattern        a regular expression that the full text must match, ignoring case
+    fits           what an accepted value, as a whole, makes true, in `expected` words; none fits always
     written        a path that is written to: one that shells and disks of all kinds take
     expected       the accepted values in words, where the other properties do not say it
     shapes_result  whether a run's weights, or an evaluation's numbers, depend on it; None: as declared for its section
@@ -71,6 +72,7 @@ class Declaration:
     ascending: bool = False
     empty: bool = False
     pattern: str = ""
+    fits: Callable[[Any], bool] | None = None
     written: bool = False
     expected: str = ""
     shapes_result: bool | None = None
@@ -94,7 +96,7 @@ class Declaration:
     def accepted(self, value: Any = None) -> str:
         """The range or the choices in words, "" without any; for a list or tuple `value`, those of its elements."""
         words = self.expected or _listed(self.choices) or self._range()
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, (list, tuple)) and self.fits is None:
             start = "[low, high]" if self.ascending else "" if value or self.empty else "one or more"
             return ", ".join(filter(None, (start, words and f"each {words}")))
         return words
@@ -116,7 +118,7 @@ class Declaration:
         """UserError, naming key, value and accepted values, unless `value` is allowed; `or_none` adds none to these."""
         if type(value) is int and abs(value) > LARGEST and self.high is None:
             check(False, key, value, f"at most {LARGEST:g} in size")
-        if not self.allows(value):
+        if not self.allows(value) or (self.fits is not None and value is not None and not self.fits(value)):
             close = nearest(str(value), self.choices) if self.choices else ""
             check(False, key, value, f"{self.accepted(value)}{', or none' if or_none else ''}{close}")
 

@@ -55,16 +55,12 @@ class AugmentSettings(Options, section="augment"):
     blur_global2: float = fraction(0.1, "the same of the second global crop")
     blur_local: float = fraction(0.5, "the same of a local crop")
     blur_sigma: tuple[float, float] = option((0.1, 2.0), "in pixels", above=0, ascending=True, high=1_000)
-    blur_kernel: int = option(9, "taps of the blur kernel, odd", low=1, high=1_001)
+    blur_kernel: int = option(9, "taps of the blur", low=1, high=1_001, fits=lambda n: n % 2, expected="odd, to 1001")
     reference_blur: bool = option(False, "blur with 1 - p, as the reference implementation runs (0.0, 0.9, 0.5)")
     solarize_global2: float = fraction(0.2, "probability of inverting the bright pixels of the second global crop")
     solarize_threshold: int = option(128, "grey level from which a pixel counts as bright", low=0, high=255)
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "per channel, of pixels in 0..1; one value serves all")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "as mean", above=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.blur_kernel % 2 == 1, "augment.blur_kernel", self.blur_kernel, "an odd number of taps")
 
 
 @dataclass(frozen=True)

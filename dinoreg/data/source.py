@@ -42,11 +42,13 @@ class Source(ABC):
     as_trained   whether evaluations see the pixels that training would, as they do of one's own data; the images of
                  published benchmarks they see as the published numbers did
     in_channels  of the encoder that an evaluation reads the images for
+    whole        whether a benchmark's images are seen whole: as published they are crops already
     """
 
     value_range: ValueRange | None = None
     as_trained = False
     in_channels = 3
+    whole = False
 
     @property
     def passed_over(self) -> dict[str, int]:

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinoreg.config.load import Config
+from dinoreg.config.load import Config, load_config
 from dinoreg.config.view_settings import AugmentSettings
 from dinoreg.data.decode import EncodedImage, alone_if_large
 from dinoreg.data.open import open_source
 from dinoreg.data.source import Source
 from dinoreg.data.value_range import BadImage, RawPixels, ValueRange, is_scaled, limits, missing_values
+from dinoreg.models.registry import parse_name
 from dinoreg.runtime.digest import content_digest
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.parallel import parallel
@@ -108,10 +109,14 @@ def with_statistics(config: Config, source: Source, before: Config | None = None
     return replace(config, augment=replace(given, **values)), [line]
 
 
+def config_for(images: int) -> str:
+    """The shipped config that so many images are meant for."""
+    return "small" if images < 50_000 else "vits14_reg4"
+
+
 def inspect_source(
     spec: str | os.PathLike[str] | Sequence[str],
     sample: int = 1000,
-    crop_size: int = 224,
     in_channels: int = 3,
     value_range: Sequence[float] | None = None,
     root: str | os.PathLike[str] | None = None,
@@ -120,16 +125,15 @@ def inspect_source(
     """Decode evenly spaced images of a source in full and describe them.
 
     sample       images decoded, at most; 0 decodes all
-    crop_size    pixels; images with a shorter side below it are counted as small
     in_channels  channels of the model that is to see them
     value_range  LOW,HIGH as in `data.range`; without it pixels are scaled by their types
     root, columns  of a list or table, as for `open_source`
     returns    a dict of plain values: images, looked_at, formats, modes, percentiles of height, width and
-               shorter_side, small, large (of more than LARGE pixels), bad (name -> reason), duplicates (lists of
-               names with equal contents),
-               mean, std (per channel, of pixels in 0..1, every image weighing the same; None without images), types
-               (of pixels -> images), values (least, 0.1 %, 99.9 %, greatest) and used (the share of their type's
-               range) of images of more than eight bits or None, range (a suggestion for `data.range`, or None),
+               shorter_side, small (those with one below crop_size, which with patch_size is of the config for so many
+               images), large (of more than LARGE pixels), bad (name -> reason), duplicates (lists of names with equal
+               contents), mean, std (per channel, of pixels in 0..1, every image weighing the same; None without
+               images), types (of pixels -> images), values (least, 0.1 %, 99.9 %, greatest) and used (the share of
+               their type's range) of images of more than eight bits or None, range (a suggestion for `data.range`),
                levels (different values, and how many of the 256 of bytes are left of them by the range, or None),
                bits (that the brightest values take -> images, where they are of different ranges), passed_over (files
                that are no images, by ending), pages (how many in a file -> images, where more than one), misfits
@@ -137,7 +141,7 @@ def inspect_source(
     raises     UserError as `open_source` does
     """
     source = open_source(spec, root=root, value_range=value_range, columns=columns)
-    images = _describe_some(source, sample, in_channels, "inspect")
+    config, images = load_config(config_for(len(source))), _describe_some(source, sample, in_channels, "inspect")
     good = [image for image in images if "bad" not in image]
     height, width = (np.array([image[side] for image in good], dtype=np.int64) for side in ("height", "width"))
     shorter = np.minimum(height, width)
@@ -156,8 +160,9 @@ def inspect_source(
         "height": _percentiles(height),
         "width": _percentiles(width),
         "shorter_side": _percentiles(shorter),
-        "crop_size": crop_size,
-        "small": int((shorter < crop_size).sum()),
+        "crop_size": config.crops.global_size,
+        "patch_size": parse_name(config.model.name)["patch_size"],
+        "small": int((shorter < config.crops.global_size).sum()),
         "large": int((height * width > LARGE).sum()),
         "bad": {image["name"]: image["bad"] for image in images if "bad" in image},
         **_values(images),

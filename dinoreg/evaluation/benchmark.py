@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 PROTOCOLS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "linear": ("dinoreg.evaluation.protocols.linear", "linear grid"),
+        "attention": ("dinoreg.evaluation.protocols.attention", "attention probe"),
         "knn": ("dinoreg.evaluation.protocols.knn", "weighted k-NN"),
         "logistic": ("dinoreg.evaluation.protocols.logistic", "logistic regression"),
         "multilabel": ("dinoreg.evaluation.protocols.multilabel", "multi-label logistic regression"),
         "segmentation": ("dinoreg.evaluation.protocols.segmentation", "linear segmentation"),
+        "knn_segmentation": ("dinoreg.evaluation.protocols.knn_segmentation", "k-NN segmentation"),
         "depth": ("dinoreg.evaluation.protocols.depth", "linear depth"),
         "discovery": ("dinoreg.evaluation.protocols.discovery", "object discovery (LOST)"),
         "detection": ("dinoreg.evaluation.protocols.detection", "linear patch detection"),
+        "retrieval": ("dinoreg.evaluation.protocols.retrieval", "instance retrieval"),
         "flow": ("dinoreg.evaluation.protocols.flow", "optical flow"),
         "few_shot": ("dinoreg.evaluation.protocols.few_shot", "few-shot and label efficiency"),
     }
@@ -73,6 +76,7 @@ class Published:
     source: str
     differs: str = ""
     variant: str = ""  # of the protocol's rows, where several variants are published: "k = 20", "lin.4"
+    metric: str = ""  # other than the task's
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Task:
     counts    images of each split in the official data; differing counts warn, or fail with strict=true
     options   protocol options that this dataset sets for itself, without the section: {"augment": False}
     needs     paths besides those of the dataset's layout; without them this task is left out, saying so
+    asked     measured only where `protocols=` names it
     """
 
     protocol: str
@@ -95,6 +100,7 @@ class Task:
     published: tuple[Published, ...] = ()
     options: Options = field(default_factory=dict)
     needs: tuple[Need, ...] = ()
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Benchmark:
     classes   their number, or None for tasks without classes
     folders   names that its folder may have below `root`; `root` itself is tried last
     layouts   each a set of paths that together make the dataset readable; messages name the most complete one
-    download  where the files come from, in words
+    download  where the files come from, in words: by default the archives of the first layout
     options   choices of how it is read, set as NAME.KEY=VALUE: {KEY: option(default, help, …)}
     splits    in words, for the list: by default the counts of the first task, "3,680 / 3,669"
     place     path of data of one's own
@@ -118,8 +124,8 @@ class Benchmark:
     folders: tuple[str, ...]
     layouts: tuple[tuple[Need, ...], ...]
     tasks: tuple[Task, ...]
-    download: str
     licence: str
+    download: str = ""
     task: str = "classification"
     splits: str = ""
     options: Mapping[str, Field] = field(default_factory=dict)
@@ -130,6 +136,8 @@ class Benchmark:
     def __post_init__(self) -> None:
         if self.tasks and not self.splits:
             object.__setattr__(self, "splits", counts_in_words(self.tasks[0].counts))
+        if self.layouts and not self.download:
+            object.__setattr__(self, "download", " and ".join({need.archive: None for need in self.layouts[0]}))
 
     def find(self, root: str | Path, layouts: tuple[tuple[Need, ...], ...] | None = None) -> Path:
         """The dataset's folder below `root`, in which one of the layouts, by default its own, is complete.
@@ -195,9 +203,15 @@ def linear_tasks(
     counts: Mapping[str, int] = MappingProxyType({}),
     linear: tuple[Published, ...] = (),
     knn: tuple[Published, ...] = (),
+    attention: tuple[Published, ...] = (),
 ) -> tuple[Task, ...]:
-    """DINOv2's grid of linear heads (App. B.3) and weighted k-NN, over one reader, each with its published figures."""
-    return (Task("linear", read, "top-1", counts, linear), Task("knn", read, "top-1", counts, knn))
+    """DINOv2's grid of linear heads (App. B.3), weighted k-NN and, where it is asked for, the attention probe, over one
+    reader, each with its published figures."""
+    return (
+        Task("linear", read, "top-1", counts, linear),
+        Task("knn", read, "top-1", counts, knn),
+        Task("attention", read, "top-1", counts, attention, asked=True),
+    )
 
 
 def counts_in_words(counts: Mapping[str, int]) -> str:

@@ -55,7 +55,7 @@ class Context:
         """
         size = self.image_size
         if self.preprocessing is None or not source.as_trained:
-            return CentreCrop(round(size * published), size)
+            return CentreCrop(size if source.whole else round(size * published), size)
         stated = self.preprocessing.at(size)
         return CentreCrop(stated.short_side, size, stated.interpolation)
 

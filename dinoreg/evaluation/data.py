@@ -78,7 +78,15 @@ class Labelled(_ImageLabels):
     """Images with one class each.
 
     labels  (n,) int64 in [0, num_classes); UserError for any other, for other than one an image, and for none
+    among   (m,) the classes that answers of the linear grid and of k-NN are chosen from, ascending; None: all
     """
+
+    among: np.ndarray | None = None
+
+    @property
+    def answers(self) -> np.ndarray:
+        """(m,) the classes that an answer is chosen from."""
+        return np.arange(self.num_classes) if self.among is None else self.among
 
     def __post_init__(self) -> None:
         self._take_labels(np.int64)
@@ -151,6 +159,19 @@ class Boxed(Split):
     crowd: Sequence[np.ndarray]
     area: Sequence[np.ndarray] | None = None
     HELD = ("boxes", "labels", "difficult", "crowd")
+
+
+@dataclass(frozen=True)
+class Searched(Split):
+    """Images of a database, or queries that search it.
+
+    relevance  (queries, images of the database) int8: 1 easy, 2 hard to find, 0 another, -1 counted neither way; of the
+               database (0, 0)
+    """
+
+    source: Source
+    relevance: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), dtype=np.int8))
+    HELD = ("relevance",)
 
 
 @dataclass(frozen=True)

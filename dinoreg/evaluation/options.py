@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from dinoreg.config.option import Options, check, fraction, option, output, section
-from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE, is_value_range
+from dinoreg.config.schema import DEVICE, MAX_SEED, PRECISIONS, VALUE_RANGE
 from dinoreg.config.view_settings import MAX_SIDE
 
 pixels = partial(option, unit="pixel", low=1, high=MAX_SIDE)
@@ -55,35 +55,65 @@ LINEAR_LRS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 
 
 
 @dataclass(frozen=True)
-class LinearOptions(Options, section="linear"):
+class _GridOptions(Options):
+    """Classifiers of several rates, trained at once on frozen features."""
+
+    epochs: int = option(10, "of `epoch_steps` steps", low=1, high=1_000_000)
+    epoch_steps: int | None = option(1250, "none: one pass over the training images", low=1)
+    batch_size: int = option(1024, "images a step", low=1, high=1_000_000)
+    choose_on: str = option("test", "the best head; train: on a held-out tenth", choices=("test", "train"))
+    augment: bool = option(True, "random resized crops and flips; false: heads on the features of centre crops")
+
+
+@dataclass(frozen=True)
+class LinearOptions(_GridOptions, section="linear"):
     """A grid of linear classifiers on frozen features, trained at once (DINOv2, arXiv 2304.07193, App. B.3)."""
 
     lrs: tuple[float, ...] = option(LINEAR_LRS, "per 256 images", above=0)
     blocks: tuple[int, ...] = option((1, 4), "last blocks whose class tokens are concatenated", low=1)
     avgpool: tuple[int, ...] = option((0, 1), "1: the mean patch token is appended", low=0, high=1)
-    epochs: int = option(10, "of `epoch_steps` steps", low=1, high=1_000_000)
-    epoch_steps: int | None = option(1250, "none: one pass over the training images", low=1)
-    batch_size: int = option(1024, "images a step", low=1, high=1_000_000)
-    choose_on: str = option("test", "the best head; train: on a held-out tenth", choices=("test", "train"))
-    augment: bool = option(True, "random resized crops and flips; false: heads on the cached centre-crop features")
 
 
 @dataclass(frozen=True)
-class SegmentationOptions(Options, section="segmentation"):
-    """A linear segmentation head on frozen patch tokens (DINOv2, arXiv 2304.07193, §7.4)."""
+class AttentionOptions(_GridOptions, section="attention"):
+    """Attention probes on frozen tokens: one learnt query gathers what a linear classifier sees."""
+
+    choose_on: str = option("train", "the best rate: on a held-out tenth; test", choices=("test", "train"))
+    lrs: tuple[float, ...] = option((1e-4, 3e-4, 1e-3, 3e-3), "AdamW", above=0)
+    weight_decay: float = option(0.01, "of AdamW", low=0)
+
+
+@dataclass(frozen=True)
+class _WindowOptions(Options):
+    """A sliding window over test images."""
 
     size: int = pixels(512, "of the short side, of training crops and of the sliding window")
     stride: int | None = pixels(None, "between windows; none: two thirds of their size")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limit = f"at most {self._section}size={self.size} pixels, so that windows leave no gap"
+        check((self.stride or 1) <= self.size, f"{self._section}stride", self.stride, limit)
+
+
+@dataclass(frozen=True)
+class SegmentationOptions(_WindowOptions, section="segmentation"):
+    """A linear segmentation head on frozen patch tokens (DINOv2, arXiv 2304.07193, §7.4)."""
+
     steps: int = option(40_000, "of training", low=1)
     warmup_steps: int = option(1500, "linear warm-up", low=0)
     batch_size: int = option(16, "crops a step", low=1, high=1_000_000)
     lrs: tuple[float, ...] = option((1e-3,), "AdamW; several are trained at once and all reported", above=0)
     weight_decays: tuple[float, ...] = option((1e-4,), "each is combined with every rate", low=0)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        limit = f"at most segmentation.size={self.size} pixels, so that windows leave no gap"
-        check((self.stride or 1) <= self.size, "segmentation.stride", self.stride, limit)
+
+@dataclass(frozen=True)
+class KnnSegmentationOptions(_WindowOptions, section="knn_segmentation"):
+    """Segmentation by the nearest patches of training images (Hummingbird, arXiv 2306.01667), without training."""
+
+    k: int = option(30, "neighbours", low=1, high=1_000_000)
+    temperature: float = option(0.02, "of the softmax of their cosines", above=0)
+    memory: int = option(1_024_000, "patches remembered at most, as many of every image", low=1, high=100_000_000)
 
 
 @dataclass(frozen=True)
@@ -141,6 +171,13 @@ class DetectionOptions(Options, section="detection"):
 
 
 @dataclass(frozen=True)
+class RetrievalOptions(Options, section="retrieval"):
+    """Instance retrieval by cosines of frozen features (Radenovic et al., arXiv 1803.11285; DINOv2, section 7.3)."""
+
+    size: int = pixels(448, "of the long side, of queries as of the others")
+
+
+@dataclass(frozen=True)
 class FlowOptions(Options, section="flow"):
     """Optical flow by matching frozen patch tokens, as they are and projected; a protocol of this project."""
 
@@ -172,7 +209,9 @@ class SharedOptions(Options):
 
     weights: str | None = side_option(None, "a run, RUN/best, file, transformers folder, random:NAME, timm:NAME[:FILE]")
     columns: str = option("", "of a table of your own: what they are called, as path:FILE,label:BREED,split:SET")
-    range: list[float] | None = option(None, "LOW,HIGH of your own pictures, as data.range; none: what the weights say")
+    range: list[float] | None = option(
+        None, "of own pictures, as data.range; none: what the weights say", **VALUE_RANGE
+    )
     out: str | None = output(
         None, "where results go; none: the run's own folder, or runs/eval/WEIGHTS", shapes_result=False
     )
@@ -183,10 +222,6 @@ class SharedOptions(Options):
     batch_size: int = side_option(64, "images the backbone sees at once", low=1, high=1_000_000)
     workers: int | None = side_option(None, "decoding threads; none: one for every core but one", low=0, high=1024)
     overwrite: bool = side_option(False, "measure again what has a result already")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.range is None or is_value_range(self.range), "range", self.range, VALUE_RANGE)
 
 
 @dataclass(frozen=True)
@@ -204,10 +239,13 @@ class EvalOptions(SharedOptions):
     knn: KnnOptions = section(KnnOptions)
     logistic: LogisticOptions = section(LogisticOptions)
     linear: LinearOptions = section(LinearOptions)
+    attention: AttentionOptions = section(AttentionOptions)
     multilabel: MultilabelOptions = section(MultilabelOptions)
     segmentation: SegmentationOptions = section(SegmentationOptions)
+    knn_segmentation: KnnSegmentationOptions = section(KnnSegmentationOptions)
     depth: DepthOptions = section(DepthOptions)
     discovery: DiscoveryOptions = section(DiscoveryOptions)
     detection: DetectionOptions = section(DetectionOptions)
+    retrieval: RetrievalOptions = section(RetrievalOptions)
     flow: FlowOptions = section(FlowOptions)
     few_shot: FewShotOptions = section(FewShotOptions)

@@ -104,7 +104,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """One dataset, measured: the rows of the model and of each baseline, with what identifies the measurement.
 
@@ -119,6 +119,10 @@ class Result:
     rows: tuple[Row, ...]
     baselines: dict[str, tuple[Row, ...]]
     facts: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        row = self.headline
+        return f"<{row.metric} on {self.dataset}: {row.value:.4g} [{row.low:.4g}, {row.high:.4g}]>"
 
     @property
     def headline(self) -> Row:

@@ -80,7 +80,7 @@ def _plan(benchmark: Benchmark, request: Request, wanted: Sequence[str] | None) 
     tasks, warnings = [], []
     seen: dict[Callable, Data] = {}
     for task in benchmark.tasks:
-        if wanted and task.protocol not in wanted:
+        if task.protocol not in wanted if wanted else task.asked:
             continue
         absent = next((need for need in task.needs if not need.met(folder)), None)
         if absent is not None:
@@ -170,7 +170,7 @@ def read_result(path: Path) -> Result | None:
     """The result in a file; None without a file, or where it is torn or of another kind."""
     try:
         return Result.from_dict(read_json(path))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -227,7 +227,8 @@ class _Evaluation:
             "image_size": self.image_size,
             "seed": options.seed,
             "published": [
-                {"metric": task.metric, "protocol": PROTOCOLS[task.protocol][1], **dataclasses.asdict(number)}
+                dataclasses.asdict(number)
+                | {"metric": number.metric or task.metric, "protocol": PROTOCOLS[task.protocol][1]}
                 for task, _ in self.plan.tasks
                 for number in task.published
             ],
@@ -305,9 +306,10 @@ def _effective(request: Request, task: Task, data: Data, side: int) -> EvalOptio
 
     side  of the encoder's square crops in pixels
     """
-    set_by_data = {**task.options, **data.options(side)}
-    own = {key: value for key, value in set_by_data.items() if f"{task.protocol}.{key}" not in request.explicit}
-    section = dataclasses.replace(getattr(request.options, task.protocol), **own)
+    set_by_data, section = {**task.options, **data.options(side)}, getattr(request.options, task.protocol)
+    free = {key for key in vars(section) if f"{task.protocol}.{key}" not in request.explicit}
+    own = {key: value for key, value in set_by_data.items() if key in free}  # what data say may concern other protocols
+    section = dataclasses.replace(section, **own)
     return dataclasses.replace(request.options, **{task.protocol: section})
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinoreg.models.attention import Shapes, attend_groups, compute_dtype, without_autocast
+from dinoreg.models.rope import turn_groups
 from dinoreg.models.stochastic_depth import Kept, add_samples, draw_kept, gather_rows, gather_samples, kept_shapes
 from dinoreg.runtime.errors import UserError
 
@@ -61,8 +62,7 @@ class PatchEmbed(nn.Module):
         rows, columns = height // size, width // size
         patches = images.reshape(batch, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
         patches = patches.to(compute_dtype(weight), memory_format=torch.contiguous_format)  # one copy for both
-        patches = patches.reshape(batch, rows * columns, channels * size * size)
-        return F.linear(patches, weight.flatten(1), self.proj.bias)
+        return F.linear(patches.reshape(batch, rows * columns, -1), weight.flatten(1), self.proj.bias)
 
 
 class Mlp(nn.Module):
@@ -130,28 +130,50 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class KeylessLinear(nn.Linear):
+    """A projection to queries, keys and values whose keys have no bias: their third of it is there without effect.
+
+    Softmax takes no notice of a bias of all keys; of one that positions turn, it does.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> (..., 3 D')."""
+        q, k, v = self.bias.chunk(3)
+        return F.linear(x, self.weight, torch.cat([q, torch.zeros_like(k), v]))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention of packed groups.
 
     head_dim  width of one head; None: dim / heads. head_dim * heads may differ from dim
     dropout   probability in [0, 1], on the output
+    key_bias  whether keys have a bias
     """
 
-    def __init__(self, dim: int, heads: int, head_dim: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, heads: int, head_dim: int | None = None, dropout: float = 0.0, key_bias: bool = True
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim or dim // heads
-        self.qkv = nn.Linear(dim, 3 * heads * self.head_dim)
+        self.qkv = (nn.Linear if key_bias else KeylessLinear)(dim, 3 * heads * self.head_dim)
         self.proj = nn.Linear(heads * self.head_dim, dim)
         self.dropout = dropout
 
-    def project(self, x: Tensor) -> Tensor:
-        """x (..., D) -> queries, keys and values, in this order, as one tensor (..., 3, heads, head_dim)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+    def project(self, x: Tensor, shapes: Shapes = (), tables: Sequence[Tensor] | None = None) -> Tensor:
+        """x (..., D) -> queries, keys and values, in this order, as one tensor (..., 3, heads, head_dim).
 
-    def forward(self, x: Tensor, shapes: Shapes, backends: Sequence[str]) -> Tensor:
-        """x (S, D) -> (S, D); `shapes` and `backends` are those of `attend_groups`."""
-        return _dropout(self.proj(attend_groups(self.project(x), shapes, backends)), self.dropout, self.training)
+        shapes, tables  of a packed x (S, D): turned by rotary positions, see `turn_groups`; None: not
+        """
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim))
+        return qkv if tables is None else turn_groups(qkv, shapes, tables)
+
+    def forward(
+        self, x: Tensor, shapes: Shapes, backends: Sequence[str], tables: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """x (S, D) -> (S, D); `shapes` and `backends` are those of `attend_groups`, `tables` of `project`."""
+        mixed = attend_groups(self.project(x, shapes, tables), shapes, backends)
+        return _dropout(self.proj(mixed), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -163,6 +185,7 @@ class Block(nn.Module):
     drop_path   probability in [0, 1) of dropping an image's branch while training (stochastic depth, arXiv 1603.09382)
     head_dim    width of one attention head; None: dim / heads
     dropout     probability in [0, 1], inside attention and FFN
+    key_bias    whether keys have a bias
     """
 
     def __init__(
@@ -175,11 +198,12 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         head_dim: int | None = None,
         dropout: float = 0.0,
+        key_bias: bool = True,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, heads, head_dim, dropout)
+        self.attn = Attention(dim, heads, head_dim, dropout, key_bias)
         self.ls1 = LayerScale(dim, layerscale) if layerscale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = FFN_KINDS[ffn](dim, 4 * dim if hidden_dim is None else hidden_dim, dropout)
@@ -198,6 +222,7 @@ class Block(nn.Module):
         rows: Tensor | None = None,
         kept: Sequence[Kept] | None = None,
         owned: bool = False,
+        tables: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """x (S, D) -> (S, D), or (n, D) with `rows`.
 
@@ -208,6 +233,7 @@ class Block(nn.Module):
         rows     (n,) numbers of the tokens to return, all different; the FFN is computed for them only. None: all
         kept     for the two branches, from `draw_kept`; None: drawn here
         owned    x may be written to, and so may the gradient that comes back: nobody else reads them
+        tables   of rotary positions, one a group; None: there are none
         """
         rate = 0.0
         if kept is None and self.training:  # else the rate is not read: a compiler would make a graph for each
@@ -219,10 +245,10 @@ class Block(nn.Module):
             dtype = torch.bfloat16 if self.norm1.weight.dtype == torch.bfloat16 else None  # of the norms' input
             if kept is not None:
                 part, x = gather_samples(x, shapes, kept[0], owned, dtype)
-                y = self.attn(_norm(self.norm1, part), kept_shapes(shapes, kept[0].images), backends)
+                y = self.attn(_norm(self.norm1, part), kept_shapes(shapes, kept[0].images), backends, tables)
                 x = add_samples(x, y, gamma1, shapes, kept[0])
             else:
-                y = self.attn(_norm(self.norm1, x), shapes, backends)
+                y = self.attn(_norm(self.norm1, x), shapes, backends, tables)
                 x = _add(x, y, gamma1, _sample_factors(shapes, rate, x))
             if rows is not None:
                 # They are few: skipping the work of the dropped images would save nothing.
@@ -237,13 +263,13 @@ class Block(nn.Module):
             return _add(x, y, gamma2, _sample_factors(shapes, rate, x))
 
 
-def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """The norm of x, in bfloat16 where `low_precision` made its parameters so: no float32 copy is written."""
     if norm.weight.dtype != torch.bfloat16:
         out: Tensor = norm(x)
         return out
     with without_autocast(x):
-        return F.layer_norm(x.bfloat16(), x.shape[-1:], norm.weight, norm.bias, NORM_EPS)  # type: ignore[arg-type]
+        return F.layer_norm(x.bfloat16(), x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 @contextmanager

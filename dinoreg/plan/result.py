@@ -1,21 +1,32 @@
-"""The result of planning a run, and its form as JSON."""
+"""The result of planning a run: as JSON, and in words on one screen of a terminal or in a notebook."""
 
+import io
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.filesize import decimal
+
+from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.plan import devices
 from dinoreg.plan.advice import Remedy
 from dinoreg.plan.devices import gib
 from dinoreg.plan.job import Job
 from dinoreg.plan.memory import Memory, Operations
+from dinoreg.plan.recorder import PARTS
 from dinoreg.plan.speed import Speed
 from dinoreg.plan.traffic import Collective, Step, step_of
 from dinoreg.runtime.durations import about
 from dinoreg.runtime.errors import reworded
+from dinoreg.runtime.templates import render
+from dinoreg.train.class_probe import BATCH_SIZE as PROBE_BATCH
 from dinoreg.train.outlook import FEW_BATCHES, Outlook, rounded
 
 MEMORY_FIGURES = ("available", "needed", "allocated", "context", "fragments", "peak")
+ALLOWANCES = ("CONTEXT_GIB", "NCCL_GIB", "FREE_SHARE", "LINK_SHARE")
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ class Checkpoint:
     copy: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The predicted cost of a run.
 
@@ -121,6 +132,15 @@ class Plan:
     advice: tuple[Remedy, ...]
     notes: tuple[str, ...]
     stages: tuple[Stage, ...]
+
+    def __repr__(self) -> str:
+        first = "".join(f" {remedy}" for remedy in self.advice[:1])
+        return f"<plan of {self.job.config.model.name}: {self.verdict}{first}>"
+
+    def _repr_html_(self) -> str:
+        quiet: dict[str, Any] = {"file": io.StringIO(), "force_jupyter": False}  # where it would display each line
+        self.show(console := Console(record=True, width=110, soft_wrap=True, highlight=False, **quiet))
+        return console.export_html(code_format="<pre>{code}</pre>", inline_styles=True)
 
     @property
     def fits(self) -> bool:
@@ -197,5 +217,77 @@ class Plan:
         """Write `as_dict` to a JSON file and return its path; UserError where it cannot be written."""
         path = Path(path)
         with reworded(f"out={path}: cannot be written", OSError):
-            path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+            write_atomic(path, json.dumps(self.as_dict(), indent=1) + "\n")
         return path
+
+    def show(self, console: Console | None = None) -> None:
+        """Print a plan to the console: memory, speed, traffic, time, notes, and changes with which it fits."""
+        console = console or Console(soft_wrap=True, highlight=False)
+        headline, *sections = re.split(r"\n{2,}", self._text())
+        console.print(headline, style="bold")
+        for section in sections:
+            title, *lines = section.splitlines()
+            rows = [[cell.strip() for cell in line.split("|")] for line in lines]
+            names, figures = (max(len(row[column]) for row in rows) for column in (0, 1))
+            console.print(f"\n[bold]{title}[/bold]")
+            for name, figure, words in rows:
+                style = "bold" if name in ("needed", "in all") else ""
+                console.print(f"  {name:<{names}}  {figure:>{figures}}  {words}".rstrip(), style=style, markup=False)
+        if self.notes:
+            console.print()
+        for note in self.notes:
+            console.print(f"  {note}", style="yellow", markup=False)
+        console.print()
+        style = "bold red" if not self.fits else "yellow" if self.outlook.doubts() else "green"
+        console.print(self.verdict, style=style, markup=False, soft_wrap=not console.is_terminal)
+        for remedy in self.advice:
+            text = f"  {remedy}   {gib(remedy.memory.needed)}, {_slower(remedy.slower)}"
+            if "batch_size" in remedy.overrides:
+                text += f", a global batch of {remedy.overrides['batch_size'] * self.job.world_size}"
+            console.print(text, markup=False)
+
+    def _text(self) -> str:
+        """The headline and the sections, with a blank line between."""
+        held = self.memory.moments[self.memory.peak]
+        most_gradients = max(parts.get("gradients", 0) for parts in self.memory.moments.values())
+        kinds = {name: getattr(self.operations, name) for name in ("student", "teacher", "heads", "again", "tutor")}
+        tutor = self.job.sizes.tutor
+        text = render(
+            "plan/templates/plan.txt.j2",
+            plan=self,
+            shares=[f"{name} {count / 1e9:.4g}" for name, count in kinds.items() if count],
+            tutor_parameters=sum(p.numel() for p in tutor.network.parameters()) if tutor else 0,
+            prototypes=self.job.sizes.prototypes.values(),
+            held={
+                part: held.get(part, 0) for part in PARTS if part in held or (part == "gradients" and most_gradients)
+            },
+            most_gradients=most_gradients,
+            PROBE_BATCH=PROBE_BATCH,
+            size=decimal,
+            **{name: getattr(devices, name) for name in ALLOWANCES},
+            **{each.__name__: each for each in (gib, about, moment, number, millions, rounded)},
+        )
+        return text.strip()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def moment(seconds: float) -> str:
+    """A short duration in s or ms: 1.23 s, 45.6 ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def number(value: float) -> str:
+    """A number with thousands separators, or with three digits below 100: 12,345 or 1.23."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def millions(count: int) -> str:
+    """A count in millions or thousands: 1.2 M, 34.5 k."""
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
+
+
+def _slower(share: float) -> str:
+    return f"{abs(share):.0%} {'slower' if share >= 0 else 'quicker'}" if abs(share) >= 0.005 else "as quick"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dinoreg.config.load import BUDGETS, Config, load_config
+from dinoreg.config.option import keys_of, read
 from dinoreg.config.plan_options import PlanOptions
 from dinoreg.data.loader import Views, num_workers, seconds_per_image
 from dinoreg.data.open import open_source
@@ -40,15 +41,20 @@ KOLEO_SHARE = 0.05
 
 
 def plan(config: Config | str | Path, **keys: Any) -> Plan:
-    """Predict the cost of a run of `config`.
+    """Predict the cost of a run; the same as `dinoreg plan CONFIG key=value …`.
 
-    config  a Config, or a name or path for `load_config`
-    keys    those of `PlanOptions`, such as nodes=4. Without nodes, gpus, gpu and memory the plan is for one process on
-            this machine, otherwise by default for 1 machine with 8 devices
-    raises  UserError, in one line, for invalid keys, for a job that cannot run, and for one that no change makes fit
+    config   a name in `configs/`, a YAML file or a run folder; or a Config, which has its keys already
+    keys     the command line's: data="photos/", batch_size=32, nodes=2, gpus=8, out="plan.json",
+             **{"parallel.strategy": "fsdp"}. Without nodes, gpus, gpu and memory the plan is for one process on this
+             machine, otherwise by default for 1 machine with 8 devices
+    returns  the figures; `.verdict` is a sentence, `.fits`, `.advice` and `.as_dict()` the rest
+    raises   UserError (a ValueError), in one line, for invalid keys, for a job that cannot run, for one that no change
+             makes fit, and where `out` cannot be written
     """
-    options, notes = PlanOptions(**keys), []
-    config = config if isinstance(config, Config) else load_config(config)
+    notes: list[str] = []
+    own = {key: keys.pop(key) for key in [*keys] if isinstance(config, Config) or key in keys_of(PlanOptions)}
+    options, _ = read(PlanOptions, own)
+    config = config if isinstance(config, Config) else load_config(config, keys)
     nodes, gpus, device, here = _machines(config, options)
     if options.probe and not here:
         raise UserError(f"probe=true: there is no {device.name} here to measure on; leave probe= out")
@@ -71,7 +77,7 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
     operations, speed, loading = _means(stages, next(stage.speed for stage in stages if stage.job is job))
     notes += _remarks(job, operations, speed, here)
     step = step_of(job, None if speed is None else config.batch_size / speed.images_per_second)
-    return Plan(
+    found = Plan(
         job=job,
         memory=needed,
         operations=operations,
@@ -85,6 +91,9 @@ def plan(config: Config | str | Path, **keys: Any) -> Plan:
         notes=tuple(dict.fromkeys(notes)),
         stages=stages,
     )
+    if options.out is not None:
+        found.write(options.out)
+    return found
 
 
 def _in_stages(job: Job, num_steps: int) -> list[tuple[Job, int]]:

@@ -24,9 +24,9 @@ from dinoreg.registers.test_time import Fitted, fit_test_time_register
 from dinoreg.registers.token_probes import CONTROLS, TEST_SHARE, Probed, moments, probe_token, replaced, replacement
 from dinoreg.runtime.errors import RunError
 from dinoreg.runtime.progress import show_progress
+from dinoreg.visualize.norms import histogram, joined, token_norms
 
 BATCH_BYTES = 1 << 28  # of the tokens after every block that are held at a time
-BINS = 80  # of the histograms of norms
 SHOWN = 6  # images whose maps are drawn
 ATTENDED = 16  # images over which attention is averaged
 CONTROL_PROBES = {"cls": "CLS", "patch": "mean patch"}  # {name in the record: token whose probe is scored again}
@@ -79,7 +79,7 @@ def measure(
 
     seed      of probes, picked patches and noise
     progress  called with the name of each part as it begins
-    raises    RunError where a norm is not finite, UserError where the images do not fit the encoder
+    raises    RunError where norms are not finite or all zero, UserError where the images do not fit the encoder
     """
     started = time.monotonic()
     inspection = _Inspection(encoder, pictures, seed, progress)
@@ -107,7 +107,7 @@ def measure(
             "images_with": int(outliers.any(dim=1).sum()),
         },
         "layers": [_layer(block, *pair) for block, pair in enumerate(zip(norms, special))],
-        "histogram": _histogram(norms),
+        "histogram": histogram(norms),
         "where": {"onset": onset, **_where(outliers, cosine, inspection.grid)},
         "attention": attended,
         **inspection.token_content(present, onset),
@@ -158,12 +158,6 @@ def _layer(block: int, patches: Tensor, special: Tensor) -> dict[str, Any]:
     return row | {"limit": limit.value, "share": share, "cls": cls, "registers": registers}
 
 
-def _histogram(norms: Tensor) -> dict[str, Any]:
-    low, high = float(norms.min().clamp(min=1e-6)), float(norms.max())
-    edges = torch.logspace(np.log10(low * 0.98), np.log10(high * 1.02), BINS + 1)
-    return {"edges": edges.tolist(), "shares": measures.log_histogram(norms, edges).tolist()}
-
-
 def _where(outliers: Tensor, cosine: Tensor, grid: tuple[int, int]) -> dict[str, Any]:
     low, edge = measures.low_information(cosine).double(), measures.border(grid).double()
     some = bool(outliers.any())
@@ -198,16 +192,13 @@ class _Inspection:
         self.progress("norms")
         norms, cosines = [], []
         for rows in self.batches("norms"):
-            batch = self.images[rows]
-            layers = self.encoder.layers(batch, range(self.encoder.depth), norm=False)
-            sequences = (torch.cat([each.cls[:, None], each.registers, each.patches], 1) for each in layers)
-            norms.append(torch.stack([sequence.norm(dim=-1) for sequence in sequences]).cpu())
-            embedded = self.encoder.module.patch_embed(self.encoder.prepare(batch))
-            cosines.append(measures.neighbour_cosine(embedded, self.grid).cpu())
-        special, patches = torch.cat(norms, dim=1).tensor_split([self.first], dim=2)
-        if not torch.isfinite(patches).all():
-            raise RunError(f"{self.encoder.name}: the norm of a patch is not finite")
-        return patches, special, torch.cat(cosines)
+            batch = self.encoder.prepare(self.images[rows])
+            norms.append(token_norms(self.encoder.module, batch))
+            cosines.append(measures.neighbour_cosine(self.encoder.module.patch_embed(batch), self.grid).cpu())
+        cls, registers, patches = joined(norms)
+        if not torch.isfinite(patches).all() or not patches[-1].any():
+            raise RunError(f"{self.encoder.name}: the norms of its patches are not finite, or all zero")
+        return patches, torch.cat([cls[..., None], registers], dim=2), torch.cat(cosines)
 
     def attention(self, outliers: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Maps (k, 1 + R, h, w) of the first images, and how the class token shares its attention out in the last

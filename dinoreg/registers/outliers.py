@@ -172,16 +172,3 @@ def mean_cosine(tokens: Tensor) -> float:
     count = unit.shape[1]
     pairs = (unit.sum(dim=1).square().sum(dim=-1) - count) / (count * (count - 1))  # (B,)
     return float(pairs.mean())
-
-
-def log_histogram(norms: Tensor, edges: Tensor) -> Tensor:
-    """Shares of the norms of every layer in bins; norms beyond the edges count in the first and the last bin.
-
-    norms    (L, ...)
-    edges    (k + 1,) ascending
-    returns  (L, k) float64, rows sum to one
-    """
-    bins = len(edges) - 1
-    places = (torch.bucketize(norms.flatten(1), edges) - 1).clamp(0, bins - 1)
-    counts = torch.stack([torch.bincount(row, minlength=bins) for row in places])
-    return counts.double() / counts.sum(dim=1, keepdim=True)

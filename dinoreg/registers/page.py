@@ -11,21 +11,20 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image
 
 from dinoreg.registers.measure import Measured
 from dinoreg.registers.verdict import comparison, judge, or_dash
 from dinoreg.reports.html import Scale
-from dinoreg.reports.plots import COLOURS, DOTTED, SETTINGS, percent_tick, set_log_ticks, set_style
+from dinoreg.reports.plots import COLOURS, DOTTED, SETTINGS, percent_tick, set_log_ticks
 from dinoreg.runtime.templates import percent, score
 from dinoreg.visualize.attention import token_names
-from dinoreg.visualize.gallery import INK, Gallery, colour_map, figure_image, map_row, sheet
+from dinoreg.visualize.gallery import INK, Gallery, colour_map, figure_image, map_row, sheet, tile
+from dinoreg.visualize.norms import draw_blocks, set_grid
 
 VIEW = "registers"
-GRID = "#80869040"  # a faint INK
 TILE = 104  # pixels, height of a map
 # Columns of tables: {key of a row: how its value is written}.
 Columns = dict[str, Callable[[Any], str]]
@@ -54,7 +53,7 @@ def write_registers(
     names = [record["name"] for record in records]
     gallery = Gallery(VIEW, out, {"measured": [[each["identity"], each["source"]] for each in records]})
     with_outliers = [record for record in records if record["outliers"]["patches"]]
-    positions = position_figure(with_outliers) if with_outliers else None
+    positions = position_sheet(with_outliers) if with_outliers else None
     return gallery.write_page(
         "Register report",
         {"models": records},
@@ -109,25 +108,12 @@ def norm_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
             left=0.065, right=0.985, wspace=0.16, hspace=0.55, bottom=0.4 / height, top=1 - 0.25 / height
         )
         for (left, right), record in zip(figure.subplots(len(records), 2, squeeze=False), records):
-            _draw_blocks(left, record)
+            layers = record["layers"]
+            special = [layer["cls"] for layer in layers], zip(*(layer["registers"] for layer in layers))
+            draw_blocks(left, record["histogram"], *special)
             _draw_last(right, record)
             left.set_title(record["name"][:60], loc="left", color=INK, fontsize=8.5)
         return figure_image(figure)
-
-
-def _draw_blocks(axes: Axes, record: dict[str, Any]) -> None:
-    edges, shares = np.array(record["histogram"]["edges"]), np.array(record["histogram"]["shares"])
-    blocks = np.arange(len(shares) + 1) - 0.5
-    axes.pcolormesh(blocks, edges, np.where(shares > 0, shares, np.nan).T, cmap="Blues", norm=LogNorm(1e-5, 0.5))
-    centres = np.arange(len(shares))
-    axes.plot(centres, [layer["cls"] for layer in record["layers"]], color=COLOURS[1], linestyle="--", linewidth=1.2)
-    for norms in zip(*(layer["registers"] for layer in record["layers"])):
-        axes.plot(centres, norms, color=COLOURS[2], linewidth=0.8, marker="o", markersize=1.6)
-    axes.set_yscale("log")
-    set_log_ticks(axes.yaxis, 8)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    axes.set_xlabel("block", color=INK)
-    _set_grid(axes)
 
 
 def _draw_last(axes: Axes, record: dict[str, Any]) -> None:
@@ -146,33 +132,17 @@ def _draw_last(axes: Axes, record: dict[str, Any]) -> None:
     axes.yaxis.set_major_formatter(percent_tick)
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("norm of a patch, last block", color=INK)
-    _set_grid(axes)
+    set_grid(axes)
 
 
-def _set_grid(axes: Axes) -> None:
-    set_style(axes, INK, GRID, spines=("left", "right", "bottom", "top"))
-    axes.grid(color=GRID, linewidth=0.6)
-
-
-def position_figure(records: Sequence[dict[str, Any]]) -> Image.Image:
-    """Maps of the share of images that have an outlier at each position, one a model.
+def position_sheet(records: Sequence[dict[str, Any]]) -> Image.Image:
+    """Maps of the share of images that have an outlier at each position, one a model, black where none has.
 
     records  of `Measured`
     """
-    columns = min(len(records), 4)
-    rows = -(-len(records) // columns)
-    with rc_context(SETTINGS | {"font.size": 8}):
-        figure = Figure(figsize=(2.5 * columns, 2.3 * rows), dpi=110, layout="constrained")
-        for number, record in enumerate(records):
-            axes = figure.add_subplot(rows, columns, number + 1)
-            places = np.array(record["where"]["positions"])
-            drawn = axes.imshow(places, cmap="magma", vmin=0, vmax=max(float(places.max()), 1e-6))
-            bar = figure.colorbar(drawn, ax=axes, shrink=0.8, format=FuncFormatter(percent_tick))
-            bar.ax.tick_params(colors=INK, length=0)
-            bar.outline.set_visible(False)  # type: ignore[operator]
-            axes.set_title(record["name"][:32], color=INK, fontsize=8)
-            axes.set_axis_off()
-        return figure_image(figure)
+    places = [np.array(record["where"]["positions"]) for record in records]
+    names = [f"{record['name'][:20]}: up to {percent(each.max())}" for record, each in zip(records, places)]
+    return sheet([[tile(colour_map(each), 2 * TILE, smooth=False) for each in places]], names)
 
 
 def map_sheet(measured: Measured, images: np.ndarray) -> Image.Image:

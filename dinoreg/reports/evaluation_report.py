@@ -239,7 +239,8 @@ def _published(record: Record, row: dict[str, Any]) -> str:
     numbers = [
         f"{each['value']:g} {each.get('model', '')}"
         for each in record.published
-        if each.get("protocol") == row.get("protocol") and (each.get("variant") or "") in str(row.get("variant") or "")
+        if all(each.get(key) == row.get(key) for key in ("protocol", "metric"))
+        and (each.get("variant") or "") in str(row.get("variant") or "")
     ]
     return "; ".join(numbers[:3]) or DASH
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dinoreg.checkpoint.run_folder import Probe, Run
-from dinoreg.checkpoint.steps import against_start, next_steps, probe_in_words
+from dinoreg.checkpoint.steps import against_start, probe_in_words
+from dinoreg.runtime.guide import after_training, next_commands
 from dinoreg.runtime.json_files import flatten, is_number, number
 from dinoreg.runtime.templates import score
 
@@ -46,7 +47,9 @@ def verdict(run: Run) -> Verdict:
         others = [each for each in judged if each is not first]
         sentences = [*first.sentences, *(f"{each.headline} {' '.join(each.sentences)}" for each in others)]
         return Verdict(first.tone, first.headline, (*sentences, health(run)))
-    commands = next_steps(run.folder, flatten(run.config).get("probe.data"))
+    config = flatten(run.config)
+    values = after_training(run.folder, config.get("probe.data"), config.get("data.source", config.get("data")))
+    commands = f"Next: {'; '.join(next_commands('trained', values))}"
     if probed := [line for line in run.probe if is_number(line.get("knn_top1"))]:
         return judge_inside(probed[-1], commands, health(run))
     if run.metrics:

@@ -6,7 +6,7 @@ updates and pixels are measured where metrics are written. A diagnosis is a name
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,14 @@ LOW_RANK = 1.5
 FEW_PROTOTYPES = 0.02
 DATA_BOUND = 0.3
 SAME_PIXELS = 1e-3
+SHARP = 0.05  # share of ln K below which a target is one prototype alone; healthy runs stay above 0.29
+TEACHER_STEPS = 0.01  # of a run: a teacher that averages over more than a hundred runs is what it was
+SMALLEST_MOVE = 1e-6  # of the weights, below which float32 may round it away
+# Crops that were normalised as they should be have means near 0 and a spread near 1.
+MEAN_OFF, STD_OFF = 3.0, (0.05, 5.0)
+DARK, BRIGHT, AT_LIMITS = 0.1, 0.9, 0.95  # of the range of values: brightest, darkest, share at black or white
+MASKED = (0.02, 0.8)  # share of patches of a masked crop; DINOv2 hides 0.1 to 0.5
+IN_ORDER, COPIES = 0.5, 0.3  # shares of images
 LINES_IN_A_ROW = 3
 
 
@@ -43,18 +51,22 @@ class Diagnosis:
     remedy: str
 
 
-def read_signals(metrics: Mapping[str, Any], num_prototypes: int) -> dict[str, Any]:
+def read_signals(metrics: Mapping[str, Any], num_prototypes: int, num_steps: float = math.inf) -> dict[str, Any]:
     """One line of metrics with the values that rules derive from it; a missing value is NaN, which no rule applies to.
 
     num_prototypes  K of the DINO head
-    returns         adds "entropy" and "marginal", shares (0 to 1) of ln K, and "waiting", the share of the step time
-                    spent waiting for data; "lr" is that of the backbone
+    num_steps       of the run
+    returns         adds "entropy" and "marginal", shares (0 to 1) of ln K, "waiting", the share of the step time
+                    spent waiting for data, "left", the share of the run that is to come, and "teacher_expected", what
+                    the momentum says of "teacher_moved"; "lr" is that of the backbone
     """
     signals = defaultdict(lambda: math.nan, metrics)
     largest_entropy = math.log(max(num_prototypes, 2))
     signals["entropy"] = signals["teacher_entropy"] / largest_entropy  # 1: a uniform guess
     signals["marginal"] = signals["target_marginal_entropy"] / largest_entropy  # 0: one prototype for all
     signals["waiting"] = signals["data_time"] / max(signals["step_time"], 1e-9)
+    signals["num_steps"], signals["left"] = num_steps, 1 - signals["step"] / num_steps
+    signals["teacher_expected"] = (1 - signals["mom"]) * signals["teacher_distance"]
     if "backbone_lr" in metrics:
         signals["lr"] = metrics["backbone_lr"]  # of the weights whose updates are measured
     return signals
@@ -91,6 +103,49 @@ RULES = (
         "Look at the images with `dinoreg inspect data=…`: their pixels are all the same.",
     ),
     Rule(
+        "normalisation",
+        lambda x: (
+            x["pixel_std"] >= SAME_PIXELS
+            and (abs(x["pixel_mean"]) > MEAN_OFF or not STD_OFF[0] <= x["pixel_std"] <= STD_OFF[1])
+        ),
+        "normalised crops have a mean of {pixel_mean:.2g} and a spread of {pixel_std:.2g} (healthy: near 0 and 1)",
+        "Set augment.mean and augment.std to what `dinoreg inspect data=…` measures, on a range of 0 to 1.",
+    ),
+    Rule(
+        "value-range",
+        lambda x: (
+            x["pixel_std"] >= SAME_PIXELS
+            and (x["pixel_high"] < DARK or x["pixel_low"] > BRIGHT or x["pixel_limits"] > AT_LIMITS)
+        ),
+        "of the range from black 0 to white 1 crops use {pixel_low:.2g} to {pixel_high:.2g}, {pixel_limits:.0%} at its "
+        "ends",
+        "Set data.range=LOW,HIGH to the values that are black and white; `dinoreg inspect data=…` says which occur.",
+    ),
+    Rule(
+        "duplicated-images",
+        lambda x: x["copies"] > COPIES,
+        "{copies:.0%} of the first images are files that came before under another name",
+        "Remove copies, which are learnt as often as they are there: `dinoreg inspect data=…` lists them.",
+    ),
+    Rule(
+        "data-in-order",
+        lambda x: x["in_order"] > IN_ORDER,
+        "{in_order:.0%} of the images come in the order of the data",
+        "Shuffle: with images of one kind in a batch the losses tell kinds apart by the batch.",
+    ),
+    Rule(
+        "stale-data",
+        lambda x: x["pixel_std"] >= SAME_PIXELS and x["stale_steps"] > 0,
+        "process {stale_rank} got the pixels of the step before once more in {stale_steps:.0f} step(s)",
+        "Start the run anew with resume=true; if it comes back, look at the disk and the memory of that machine.",
+    ),
+    Rule(
+        "mask-ratio",
+        lambda x: x["ibot_loss"] == x["ibot_loss"] and not MASKED[0] <= x["masked"] <= MASKED[1],
+        "{masked:.0%} of the patches of a masked crop are hidden (DINOv2: 10 % to 50 %)",
+        "Set mask.ratio=0.1,0.5 and mask.probability=0.5.",
+    ),
+    Rule(
         "learning-rate-too-high",
         lambda x: x["update_ratio"] > UPDATE_TOO_LARGE,
         "a step moves the weights by {update_ratio:.1%} of their norm (healthy: 0.01 % to 1 %)",
@@ -101,6 +156,21 @@ RULES = (
         lambda x: x["lr"] > 0 and x["update_ratio"] == 0.0,
         "the learning rate is {lr:.2g}, yet no weight moves",
         "Check that the learning rate is not zero and that parameters require gradients.",
+    ),
+    Rule(
+        "frozen-part",
+        lambda x: x["lr"] > 0 and isinstance(x["frozen_parts"], str),
+        "no weight of {frozen_parts} has moved since the start, while others do",
+        "Check that these parameters require gradients and that what they compute reaches the losses.",
+    ),
+    Rule(
+        "teacher-stands-still",
+        lambda x: (
+            x["teacher_moved"] < 0.1 * x["teacher_expected"] > SMALLEST_MOVE
+            or (x["update_ratio"] > 0 and x["left"] > 0.5 and (1 - x["mom"]) * x["num_steps"] < TEACHER_STEPS)
+        ),
+        "a step moves the teacher by {teacher_moved:.2g} of its weights, at a momentum of {mom:.6g}",
+        "Lower schedule.momentum: 0.99 to 0.996 at the start suits most runs.",
     ),
     Rule(
         "teacher-follows-student",
@@ -114,6 +184,12 @@ RULES = (
         "the teacher's targets have {entropy:.1%} of the entropy of a uniform guess at step {step}",
         "Lower schedule.teacher_temp, raise the learning rate, use fewer head.prototypes, or loss.centering=sinkhorn.",
         late=True,
+    ),
+    Rule(
+        "one-hot-targets",
+        lambda x: x["entropy"] < SHARP,
+        "the teacher's targets have {entropy:.1%} of the entropy of a uniform guess: each is one prototype",
+        "Raise schedule.teacher_temp: 0.04 to 0.07 suits most runs.",
     ),
     Rule(
         "single-prototype",
@@ -160,7 +236,7 @@ REMEDIES = {rule.name: rule.remedy for rule in RULES} | {
     "forgetting": "Lower adapt.lr, raise loss.anchor_weight, train on general images too (data=[DOMAIN,GENERAL] with "
     "data.weights), or use a checkpoint from before the fall.",
     "dense-decay": "For dense tasks use `best` by its patches (probe.metric=dense_miou or dse) or a shorter run; lower "
-    "the learning rate, or with init= raise loss.anchor_weight.",
+    "the learning rate, hold patches with loss.gram_weight=1, or with init= raise loss.anchor_weight.",
 }
 
 
@@ -170,10 +246,11 @@ class Health:
     num_prototypes  K of the DINO head
     grace           the first step at which rules marked `late` apply, and dense scores without masks
     ranks           the processes that train together
+    num_steps       of the run
     """
 
-    def __init__(self, num_prototypes: int, grace: int, ranks: Ranks = ALONE) -> None:
-        self.num_prototypes = num_prototypes
+    def __init__(self, num_prototypes: int, grace: int, ranks: Ranks = ALONE, num_steps: float = math.inf) -> None:
+        self.num_prototypes, self.num_steps = num_prototypes, num_steps
         self.grace = grace
         self.ranks = ranks
         self.features: deque[Tensor] = deque()
@@ -240,7 +317,7 @@ class Health:
 
         A rule not marked `at_once` has to apply to `LINES_IN_A_ROW` lines in a row.
         """
-        signals = read_signals(metrics, self.num_prototypes)
+        signals = read_signals(metrics, self.num_prototypes, self.num_steps)
         late = signals["step"] >= self.grace
         suspected = [rule for rule in RULES if (late or not rule.late) and rule.applies(signals)]
         self._in_a_row = {rule.name: self._in_a_row.get(rule.name, 0) + 1 for rule in suspected}
@@ -285,15 +362,40 @@ def _spread(features: Tensor) -> Tensor:
     return unit.std(dim=0, correction=0).mean() * unit.shape[-1] ** 0.5
 
 
+def parts_of(
+    student: nn.ModuleDict, teacher: nn.ModuleDict, frozen: Collection[str] = ()
+) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """{part of the networks: (its weights in the student, in the teacher)}: every block, the heads, and the rest.
+
+    frozen  names of modules to leave out: "backbone", "ibot_head". The mask token is left out, too: it learns only
+            where patches are hidden
+    """
+    parts: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    averages = dict(teacher.named_parameters())
+    for name, weight in student.named_parameters():
+        module, *inside = name.split(".")
+        if module in frozen or inside[0] == "mask_token":
+            continue
+        part = ".".join(inside[: 1 + (inside[0] == "blocks")]) if module == "backbone" else module
+        for side, tensor in zip(parts.setdefault(part, ([], [])), (weight, averages[name])):
+            side.append(local(tensor).detach())
+    return parts
+
+
 class WeightWatch:
     """Update-to-weight ratio and student-teacher distance, measured on up to 4 weight matrices around one step.
 
     Call `before`, take the step, call `after`; all processes call together.
+
+    frozen  names of modules that do not learn in this run, or whose loss has no weight
     """
 
-    def __init__(self, student: nn.ModuleDict, teacher: nn.ModuleDict, ranks: Ranks) -> None:
+    def __init__(
+        self, student: nn.ModuleDict, teacher: nn.ModuleDict, ranks: Ranks, frozen: Collection[str] = ()
+    ) -> None:
         self.ranks = ranks
         self.student, backbone = student["backbone"], teacher["backbone"]
+        self.parts = parts_of(student, teacher, frozen)
         matrices = [name for name, p in backbone.named_parameters() if p.ndim == 2 and "blocks" in name]
         names = [name for name in matrices if self.student.get_parameter(name).requires_grad]
         self.names = names[:: max(1, len(names) // 4)][:4]
@@ -306,20 +408,36 @@ class WeightWatch:
     @torch.no_grad()
     def before(self) -> None:
         """Copy the weights as they are before a step."""
-        self._before = [weight.clone() for weight in self._current()]
+        self._before = [weight.clone() for weight in (*self._current(), *self.teacher)]
 
     @torch.no_grad()
-    def after(self) -> dict[str, float]:
-        """{"update_ratio", "teacher_distance"}: L2 norms of student - student at `before`, and of student - teacher.
+    def after(self) -> dict[str, Any]:
+        """L2 norms relative to that of the student's weights at `before`, and the parts that never moved.
 
-        Both are relative to the norm of the weights at `before`. Waits for the device.
+        returns  update_ratio, of what the step changed; teacher_distance, of student - teacher; teacher_moved, of what
+                 the step changed in the teacher; and where some parts of the networks, but not all, are as they were
+                 at the start, their names as frozen_parts. Waits for the device
         """
         before, self._before = self._before, []
-        current = self._current()
-        norm = self._norm(before)
-        moved = self._norm([now - then for now, then in zip(current, before)])
-        apart = self._norm([now - average for now, average in zip(current, self.teacher)])
-        return {"update_ratio": float(moved / norm), "teacher_distance": float(apart / norm)}
+        current, count = self._current(), len(self.names)
+        differences = {
+            "update_ratio": [now - then for now, then in zip(current, before[:count])],
+            "teacher_distance": [now - average for now, average in zip(current, self.teacher)],
+            "teacher_moved": [now - then for now, then in zip(self.teacher, before[count:])],
+        }
+        norm = self._norm(before[:count])
+        measured: dict[str, Any] = {name: float(self._norm(each) / norm) for name, each in differences.items()}
+        still = self._still_parts()
+        return measured | ({"frozen_parts": ", ".join(still)} if 0 < len(still) < len(self.parts) else {})
+
+    def _still_parts(self) -> list[str]:
+        """The parts in which the teacher still equals the student, as both did at the start."""
+        apart = [
+            torch.stack(torch._foreach_norm(torch._foreach_sub(student, teacher))).max()
+            for student, teacher in self.parts.values()
+        ]
+        most = self.ranks.all_reduce_max(torch.stack(apart)).tolist()
+        return [name for name, distance in zip(self.parts, most) if distance == 0]
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:
         """The L2 norm over all processes. Every replica of a tensor counts, which cancels in ratios of such norms."""

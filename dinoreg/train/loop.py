@@ -11,7 +11,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,16 +20,19 @@ from typing import Any
 import torch
 
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.steps import next_steps, which_steps
+from dinoreg.checkpoint.steps import which_steps
 from dinoreg.config.load import Config
 from dinoreg.data.loader import Batch, BatchLoader
 from dinoreg.distributed.process_group import Ranks, session
 from dinoreg.models.attention import describe_backend
 from dinoreg.runtime.environment import environment
 from dinoreg.runtime.errors import Interrupted, RunError
+from dinoreg.runtime.guide import after_training, next_lines
 from dinoreg.runtime.json_files import flatten, read_json
+from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.regular_files import being_read
 from dinoreg.train.class_probe import write_probed
+from dinoreg.train.data_watch import DataWatch
 from dinoreg.train.health import Health, WeightWatch
 from dinoreg.train.logger import RunLog, SilentLog
 from dinoreg.train.metrics import Monitor
@@ -40,7 +43,7 @@ from dinoreg.train.prepare import Setup, check_shared, claim_folder, prepare
 from dinoreg.train.resume import Checkpoints, find_checkpoint, restore
 from dinoreg.train.state import TrainState
 from dinoreg.train.step import train_step
-from dinoreg.train.trackers import open_trackers
+from dinoreg.train.trackers import Remote, begin_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +66,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         check_shared(out, ranks)
         newest, messages = find_checkpoint(out, ranks) if config.resume else (None, [])
         with ranks.collective_errors():
-            if ranks.is_main:
-                claim_folder(config, out, setup.init, setup.teacher.backbone)
-                if setup.probe is not None:
-                    write_probed(out, setup.probe, config)
+            trackers = claim(setup, newest is not None) if ranks.is_main else {}
         state = setup.new_state()
         writer = setup.open_writer()
         if newest is not None:
@@ -75,7 +75,7 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
         if config.resume and state.step == 0:
             messages.append(f"nothing to resume in {out}: starting at step 0")
         with ranks.collective_errors():
-            log = open_log(config, out, state.step, setup.num_steps, ranks)
+            log = open_log(setup, state.step, trackers)
         with log:
             monitor = build_monitor(setup, state, log)
             probes = None
@@ -104,30 +104,43 @@ def pretrain(config: Config, on_checkpoint: Callable[[int, Path], None] | None =
                 raise diagnosis from error
             log.say(f"finished: {state.step} steps, {state.step * setup.global_batch_size} images -> {out}")
             log.say(which_steps(out))
-            log.say(next_steps(out, config.probe.data))
+            for line in next_lines("trained", after_training(out, config.probe.data, config.data.source)):
+                log.say(line)
     return out
 
 
-def open_log(config: Config, out: Path, step: int, num_steps: int, ranks: Ranks) -> SilentLog:
+def claim(setup: Setup, resumes: bool) -> dict[str, Remote]:
+    """Begin the trackers of a run, which are returned, and then its folder; UserError where either cannot be."""
+    config, out = setup.config, setup.out
+    trackers = begin_trackers(out, resumes, config.log.to, flatten(asdict(config)))
+    claim_folder(config, out, setup.init, setup.teacher.backbone)
+    if setup.probe is not None:
+        write_probed(out, setup.probe, config)
+    return trackers
+
+
+def open_log(setup: Setup, step: int, trackers: Mapping[str, Remote]) -> SilentLog:
     """The log of a run: files and console on rank 0, a silent one on the others.
 
-    step       that the run starts or resumes at
-    num_steps  of the run, to its end
-    raises     UserError for a tracker that cannot be begun
+    step      that the run starts or resumes at
+    trackers  that `claim` has begun
+    raises    UserError for a log that is a link
     """
-    if not ranks.is_main:
+    if not setup.ranks.is_main:
         return SilentLog()
-    trackers = open_trackers(out, step, config.log.to, config.log.tensorboard, flatten(asdict(config)))
-    return RunLog(out, step=step, num_steps=num_steps, trackers=trackers)
+    opened = open_trackers(setup.out, step, trackers, setup.config.log.tensorboard)
+    return RunLog(setup.out, step=step, num_steps=setup.num_steps, trackers=opened)
 
 
 def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
     """The monitor of a run; slow signals are judged after a fifth of its horizon, at least 100 steps."""
-    health = Health(setup.config.head.prototypes, grace=max(100, setup.schedules.horizon // 5), ranks=setup.ranks)
+    horizon = setup.schedules.horizon
+    health = Health(setup.config.head.prototypes, max(100, horizon // 5), setup.ranks, num_steps=horizon)
     return Monitor(
         log,
         health,
-        WeightWatch(state.student, state.teacher, setup.ranks),
+        WeightWatch(state.student, state.teacher, setup.ranks, frozen=unlearning(setup.config)),
+        DataWatch(setup.config.augment.mean, setup.config.augment.std, setup.ranks),
         setup.source,
         setup.ranks,
         batch_size=setup.config.batch_size,
@@ -135,6 +148,17 @@ def build_monitor(setup: Setup, state: TrainState, log: SilentLog) -> Monitor:
         pretrained=setup.init is not None,
         loss=setup.config.loss,
     )
+
+
+def unlearning(config: Config) -> list[str]:
+    """The modules of the networks that do not learn as a whole in a run of this config, see `WeightWatch`."""
+    loss = config.loss
+    still = {
+        "backbone": config.adapt.blocks is not None,
+        "dino_head": loss.dino_weight == 0 and (config.head.separate or loss.ibot_weight == 0),
+        "ibot_head": loss.ibot_weight == 0,
+    }
+    return [name for name, applies in still.items() if applies]
 
 
 def train(
@@ -225,7 +249,11 @@ class Patience:
         self.said = self.said if seconds > self.said else 0.0
         if seconds > max(10.0, 3 * self.said):
             self.said = seconds
-            self.log.say(f"data: a batch is waited for since {seconds:.0f} s{which}", logging.WARNING)
+            line = f"data: a batch is waited for since {seconds:.0f} s{which}"
+            if self.ranks.is_main:
+                self.log.say(line, logging.WARNING)
+            else:
+                print_status(line)
 
     def for_others(self) -> None:
         """While other processes, perhaps, wait for their data: have them hear of a signal that only this one got."""

@@ -14,6 +14,7 @@ from dinoreg.data.loader import Batch
 from dinoreg.data.source import Source
 from dinoreg.distributed.process_group import Ranks
 from dinoreg.runtime.device import peak_memory
+from dinoreg.train.data_watch import DataWatch
 from dinoreg.train.health import Diagnosis, Health, WeightWatch
 from dinoreg.train.logger import SilentLog
 from dinoreg.train.schedules import Now
@@ -29,6 +30,7 @@ LOSS_NAMES = {
     "koleo_loss": "koleo",
     "diet_loss": "diet",
     "anchor_loss": "anchor",
+    "gram_loss": "gram",
     "distill_cls_loss": "distill_cls",
     "distill_patch_loss": "distill_patch",
 }
@@ -48,6 +50,7 @@ class Monitor:
     log: SilentLog
     health: Health
     weights: WeightWatch
+    data: DataWatch
     source: Source
     ranks: Ranks
     batch_size: int
@@ -72,6 +75,7 @@ class Monitor:
     def observe(self, batch: Batch, result: StepResult) -> None:
         """Add the signals of one step; does not wait for the device."""
         self.health.observe(result)
+        self.data.observe(batch)
         self._data_time += batch.data_time
         self._steps.append((batch.sample_ids, result.accepted))
 
@@ -85,7 +89,7 @@ class Monitor:
                           as `peak_memory` measures it, losses by `logged_losses`, and the metrics of `Health.summarise`
         """
         metrics = self._of_step(state, batch, result, now)
-        metrics |= self.weights.after() | self.health.summarise()
+        metrics |= self.weights.after() | self.health.summarise() | self.data.summarise(batch)
         num_steps, elapsed = len(self._steps), time.perf_counter() - self._since
         metrics |= {"step_time": elapsed / num_steps, "data_time": self._data_time / num_steps}
         metrics["images_per_second"] = self.global_batch_size * num_steps / elapsed

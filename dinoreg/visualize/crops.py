@@ -1,12 +1,14 @@
 """What the networks see: the augmented crops of a training batch, and the patches hidden from the student."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from dinoreg.checkpoint.run_folder import newest_teacher, teacher_step
 from dinoreg.config.load import Config, find_config, load_config
 from dinoreg.data.display import channels_shown
 from dinoreg.data.loader import Batch, BatchLoader, Views
@@ -14,7 +16,7 @@ from dinoreg.data.source import Source
 from dinoreg.data.statistics import with_statistics
 from dinoreg.models.registry import parse_name
 from dinoreg.visualize.gallery import GREY, Gallery, sheet, tile, to_pixels
-from dinoreg.visualize.subject import config_source, newest_step, safe_name
+from dinoreg.visualize.subject import config_source, safe_name
 
 TILE = 112  # pixels, the height of a global crop
 
@@ -66,15 +68,15 @@ def crop_sheet(
 # dinoreg view crops
 
 
-def view_crops(config: str, overrides: Sequence[str], *, out: str | None, num: int) -> Path:
+def view_crops(config: str, overrides: Sequence[str] | Mapping[str, Any], *, out: str | None, num: int) -> Path:
     """Draw the first training batch that a config makes of its data; returns the page's path.
 
     config     a name in `configs/`, a YAML file or a run folder
-    overrides  key=value of the config, as `pretrain` takes them
+    overrides  keys of the config, as `load_config` takes them
     num        images that are shown
     raises     UserError, before anything is written, for what is unknown, missing or does not fit
     """
-    settings = load_config(config, list(overrides))
+    settings = load_config(config, overrides)
     source = config_source(settings.data, "data: missing; name a folder of images (data=photos/), a list, or scenes")
     settings, _ = with_statistics(settings, source)
     patch = int(parse_name(settings.model.name)["patch_size"])
@@ -118,7 +120,8 @@ def default_folder(config: str) -> Path:
     """`RUN/view/<newest step>/` for a run folder, else `view/<name>/`."""
     path = find_config(config)
     if path.name == "config.yaml" and Path(config).is_dir():
-        return Path(config) / "view" / f"{newest_step(Path(config)):07d}"
+        run = Path(config)
+        return run / "view" / f"{teacher_step(newest_teacher(run) or run) or 0:07d}"
     return Path("view") / safe_name(path.stem)
 
 

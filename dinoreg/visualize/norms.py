@@ -4,7 +4,7 @@ An artifact is a patch token whose norm is many times that of the others. The fi
 are those of the residual stream after each block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
 from dinoreg.models.vit import RegisterViT
 from dinoreg.reports import html
-from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, set_style, short
+from dinoreg.reports.plots import COLOURS, SETTINGS, Chart, Line, set_log_ticks, set_style
 from dinoreg.visualize.gallery import INK, ModelGallery, colour_map, figure_image, map_row, sheet
 
 TILE = 92  # pixels, the height of a map
 _BLOCKS_A_SHEET = 12
-_BINS = 60
+GRID = "#80869040"  # a faint INK
+BINS = 80  # of the histograms
 
 
 class TokenNorms(NamedTuple):
@@ -38,13 +39,14 @@ class TokenNorms(NamedTuple):
 
 @torch.no_grad()
 def token_norms(model: RegisterViT, images: Tensor) -> TokenNorms:
-    """The norms of all tokens of images (B, C, H, W), normalised: float32 on the CPU. One image runs at a time."""
-    norms: list[list[Tensor]] = [[], [], []]
-    for image in images:
-        layers = model.intermediate_tokens(image[None], range(model.depth), norm=False)
-        for kind, parts in enumerate(zip(*layers)):
-            norms[kind].append(torch.stack([part.float().norm(dim=-1).cpu() for part in parts]))
-    return TokenNorms(*(torch.cat(each, dim=1) for each in norms))
+    """The norms of all tokens of images (B, C, H, W), normalised: float32 on the CPU."""
+    layers = model.intermediate_tokens(images, range(model.depth), norm=False)
+    return TokenNorms(*(torch.stack([part.float().norm(dim=-1).cpu() for part in parts]) for parts in zip(*layers)))
+
+
+def joined(parts: Iterable[TokenNorms]) -> TokenNorms:
+    """The norms of several batches as those of one."""
+    return TokenNorms(*(torch.cat(each, dim=1) for each in zip(*parts)))
 
 
 def view_norms(**request: Any) -> Path:
@@ -54,12 +56,12 @@ def view_norms(**request: Any) -> Path:
     raises   UserError, before anything is written, for a size, image or model that does not exist or fit
     """
     gallery = ModelGallery("norms", **request)
-    norms = token_norms(gallery.model, gallery.pictures.images)
+    norms = joined(token_norms(gallery.model, image[None]) for image in gallery.pictures.images)
     maps = [
         gallery.picture(f"maps{ending}", drawn, f"norms of patch tokens{ending}")
         for ending, drawn in _map_sheets(gallery.pixels, norms, gallery.grid)
     ]
-    histograms = gallery.picture("histograms", histogram_sheet(norms), "histograms of norms, one for each block")
+    histograms = gallery.picture("histograms", _histogram_sheet(norms), "histograms of norms, one for each block")
     rows = summary(norms)
     charts = html.charts([norm_chart(rows)])
     return gallery.finish("Token norms", {"blocks": rows}, charts=charts, histograms=histograms, maps=maps, rows=rows)
@@ -103,36 +105,55 @@ def _map_sheets(pixels: np.ndarray, norms: TokenNorms, grid: tuple[int, int]) ->
         yield ending, sheet(rows, ["image", *(f"block {block}" for block in blocks)])
 
 
-def histogram_sheet(norms: TokenNorms) -> Image.Image:
-    """A histogram of patch norms for each block, with CLS and registers as lines, on a transparent background."""
-    depth = len(norms.patches)
-    columns = min(4, depth)
-    rows = -(-depth // columns)
-    width, height = 2.5 * columns, 1.55 * rows + 0.35  # inches
-    with rc_context(SETTINGS | {"font.size": 7}):
-        figure = Figure(figsize=(width, height), dpi=120)
-        # Fixed margins: fitting them to the labels would take longer than drawing.
-        figure.subplots_adjust(left=0.4 / width, right=1 - 0.1 / width, bottom=0.25 / height, top=1 - 0.5 / height)
-        figure.subplots_adjust(wspace=0.18, hspace=0.32)
-        for block in range(depth):
-            _draw_histogram(figure.add_subplot(rows, columns, block + 1), norms, block)
-        kinds = ["patches", "CLS", "registers"] if norms.registers.shape[2] else ["patches", "CLS"]
-        handles = [Patch(color=colour) for colour, _ in zip(COLOURS, kinds)]
-        figure.legend(handles, kinds, loc="upper left", ncols=3, frameon=False, labelcolor=INK)
-        return figure_image(figure)
+def log_histogram(norms: Tensor, edges: Tensor) -> Tensor:
+    """Shares of the norms of every layer in bins; norms beyond the edges count in the first and the last bin.
+
+    norms    (L, ...)
+    edges    (k + 1,) ascending
+    returns  (L, k) float64, rows sum to one
+    """
+    bins = len(edges) - 1
+    places = (torch.bucketize(norms.flatten(1), edges) - 1).clamp(0, bins - 1)
+    counts = torch.stack([torch.bincount(row, minlength=bins) for row in places])
+    return counts.double() / counts.sum(dim=1, keepdim=True)
 
 
-def _draw_histogram(axes: Axes, norms: TokenNorms, block: int) -> None:
-    counts, edges = np.histogram(norms.patches[block].numpy(), bins=_BINS)
-    # As steps: a bar for each bin would take most of the time. Half a patch is the floor of the log scale.
-    axes.stairs(np.maximum(counts, 0.5), edges, baseline=0.5, fill=True, color=COLOURS[0])
+def histogram(norms: Tensor) -> dict[str, list[Any]]:
+    """The shares of norms (L, ...) in bins of equal ratio, for each block, and the edges of the bins."""
+    low, high = (max(float(each), 1e-6) for each in norms.aminmax())
+    edges = torch.logspace(np.log10(low * 0.98), np.log10(high * 1.02), BINS + 1)
+    return {"edges": edges.tolist(), "shares": log_histogram(norms, edges).tolist()}
+
+
+def draw_blocks(
+    axes: Axes, found: Mapping[str, Any], cls: Sequence[float], registers: Iterable[Sequence[float]]
+) -> None:
+    """Draw the histogram of patches after every block, a column each, with the class token and each register as lines.
+
+    found  as `histogram` gives it
+    """
+    edges, shares = np.array(found["edges"]), np.array(found["shares"])
+    blocks = np.arange(len(shares) + 1) - 0.5
+    axes.pcolormesh(blocks, edges, np.where(shares > 0, shares, np.nan).T, cmap="Blues", norm=LogNorm(1e-5, 0.5))
+    axes.plot(blocks[1:] - 0.5, cls, color=COLOURS[1], linestyle="--", linewidth=1.2)
+    for norms in registers:
+        axes.plot(blocks[1:] - 0.5, norms, color=COLOURS[2], linewidth=0.8, marker="o", markersize=1.6)
     axes.set_yscale("log")
-    for value in norms.cls[block].tolist():
-        axes.axvline(value, color=COLOURS[1], linewidth=0.9)
-    for value in norms.registers[block].flatten().tolist():
-        axes.axvline(value, color=COLOURS[2], linewidth=0.9, alpha=0.6)
-    axes.set_title(f"block {block}", color=INK, fontsize=8, pad=2)
-    axes.set_xlim(left=0)
-    axes.yaxis.set_major_formatter(short)
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    set_style(axes, INK, INK, tick_length=2)
+    set_log_ticks(axes.yaxis, 8)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.set_xlabel("block", color=INK)
+    set_grid(axes)
+
+
+def set_grid(axes: Axes) -> None:
+    """A frame and a faint grid, for light and dark pages."""
+    set_style(axes, INK, GRID, spines=("left", "right", "bottom", "top"))
+    axes.grid(color=GRID, linewidth=0.6)
+
+
+def _histogram_sheet(norms: TokenNorms) -> Image.Image:
+    with rc_context(SETTINGS | {"font.size": 8}):
+        figure = Figure(figsize=(8.4, 3), dpi=110, layout="constrained")
+        cls, registers = norms.cls.median(dim=1).values, norms.registers.median(dim=1).values.T
+        draw_blocks(figure.add_subplot(), histogram(norms.patches), cls.tolist(), registers.tolist())
+        return figure_image(figure)

@@ -20,7 +20,7 @@ from dinoreg.models.registry import HEAD_DIM, _check_options, build
 from dinoreg.models.vit import TOKEN_STD, RegisterViT, resample_positions
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
-from dinoreg.weights.architecture import describe_resampling, hidden_dim_of
+from dinoreg.weights.architecture import describe_positions, hidden_dim_of
 from dinoreg.weights.names import random_name
 from dinoreg.weights.resolve import SOURCES, Weights, find_weights, read_weights
 
@@ -115,7 +115,9 @@ def load_reported(
 def load(
     source: str | Path, device: str | torch.device = "cpu", adapt_channels: str | None = None, **overrides: Any
 ) -> RegisterViT:
-    """A model in evaluation mode, with float32 weights from a file, or random ones for `random:NAME`.
+    """A model to compute features with, with float32 weights from a file, or random ones for `random:NAME`.
+
+    It is in evaluation mode, and no gradients are kept: to train it, call `model.train().requires_grad_(True)`.
 
     source          a run folder (its last state), checkpoint or teacher file; a file or folder of Meta, timm or
                     transformers; or `random:NAME`. A path that exists takes precedence
@@ -131,10 +133,10 @@ def load(
     """
     name = random_name(source)
     if name is None or find_weights(source) is not None:
-        return load_reported(source, device, adapt_channels, **overrides).model
+        return load_reported(source, device, adapt_channels, **overrides).model.requires_grad_(False)
     if adapt_channels is not None:
         raise UserError(f"adapt_channels={adapt_channels!r} is for weights, and {str(source)!r} is none")
-    return build(name, **overrides).to(device).eval()
+    return build(name, **overrides).to(device).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ making them fit
@@ -153,7 +155,8 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         return {**architecture, "layerscale": bool(architecture["layerscale"]), "ffn width": width}
 
     a, b = comparable(theirs), comparable(ours)
-    for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width"):
+    of_positions = ("positions", "rope_base", "key_bias", "norm_eps")  # as the model's name has them
+    for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width", *of_positions):
         if a[key] != b[key]:
             raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}")
     if a["num_registers"] not in (0, b["num_registers"]):
@@ -183,7 +186,7 @@ def fit(
     reshaped: tuple[str, ...] = ()
     adapted: tuple[str, ...] = ()
     old, new = (theirs["image_size"][0] // model.patch_size, theirs["image_size"][1] // model.patch_size), model.grid
-    if old != new:
+    if old != new and "pos_embed" in state:
         resampling = theirs["antialias"], theirs["position_offset"]
         state["pos_embed"] = resample_pos_embed(state["pos_embed"], old, new, *resampling)
         reshaped = (f"pos_embed: {old[0]}x{old[1]} -> {new[0]}x{new[1]}",)
@@ -199,8 +202,8 @@ def fit(
     grafts = model.num_registers if not theirs["num_registers"] else 0
     fresh = _check_keys(state, model, path, {"mask_token", "register_tokens"} if grafts else {"mask_token"})
     source = SOURCES[weights.source]
-    was, now = (describe_resampling(a["antialias"], a["position_offset"]) for a in (theirs, ours))
-    reason = f"as {source} does" if was == now else f"as the model says; {source}: {was}"
+    was, now = describe_positions(theirs), describe_positions(ours)
+    reason = f"as {source} does" if was == now else f"as the model says; {source}: {was.removeprefix('resampled ')}"
     return state, LoadReport(
         path=path,
         loaded=tuple(key for key, value in weights.backbone.items() if state[key] is value),
@@ -210,7 +213,7 @@ def fit(
         grafted=(f"register_tokens: {grafts} fresh registers",) if grafts else (),
         fresh=fresh,
         source=source,
-        positions=f"positions are resampled {now}, {reason}",
+        positions=f"positions are {now}, {reason}",
         where=weights.where,
         others=weights.others,
         pixels=describe_preprocessing(weights.preprocessing),

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def dumps(value: Any) -> bytes:
-    """Protocol 2: dictionaries, lists, `str` (as Python 2's bytes), whole numbers and uint8 arrays."""
+    """Protocol 2: dictionaries, lists, `str` (as Python 2's bytes), numbers, and arrays of bytes or int64."""
     return b"\x80\x02" + b"".join(_Writer().parts(value)) + b"."
 
 
@@ -52,19 +52,21 @@ class _Writer:
             return self.array(value)
         if isinstance(value, int):
             return [number(value)]
+        if isinstance(value, float):
+            return [b"G" + struct.pack(">d", value)]
         raw = value.encode("latin1") if isinstance(value, str) else value
         head = b"U" + bytes([len(raw)]) if len(raw) < 256 else b"T" + struct.pack("<i", len(raw))
         return [head, raw, self.put()]
 
     def array(self, value: np.ndarray) -> list[bytes]:
-        assert value.dtype == np.uint8
-        assert value.ndim == 2
+        code, order = {"uint8": ("u1", "|"), "int64": ("i8", "<")}[str(value.dtype)]
+        sizes = [*map(number, value.shape), b"\x86" if value.ndim == 2 else b"\x85"]
         return [
             b"cnumpy.core.multiarray\n_reconstruct\n", self.put(), b"cnumpy\nndarray\n", self.put(),
             b"K\x00\x85", self.put(), *self.parts("b"), b"\x87", self.put(), b"R", self.put(),
-            b"(K\x01", number(value.shape[0]), number(value.shape[1]), b"\x86", self.put(),
-            b"cnumpy\ndtype\n", self.put(), *self.parts("u1"), b"K\x00K\x01\x87", self.put(), b"R", self.put(),
-            b"(K\x03", *self.parts("|"), b"NNN", number(-1), number(-1), b"K\x00t", self.put(), b"b",
+            b"(K\x01", *sizes, self.put(),
+            b"cnumpy\ndtype\n", self.put(), *self.parts(code), b"K\x00K\x01\x87", self.put(), b"R", self.put(),
+            b"(K\x03", *self.parts(order), b"NNN", number(-1), number(-1), b"K\x00t", self.put(), b"b",
             b"\x89", *self.parts(value.tobytes()), b"t", self.put(), b"b",
         ]  # fmt: skip
 

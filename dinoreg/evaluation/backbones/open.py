@@ -7,7 +7,7 @@ timm's own model run, say so: `timm:NAME` or `timm:NAME:FILE`.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from dinoreg.data.preprocess import Preprocessing
 from dinoreg.evaluation.backbones.encoder import RANDOM_WEIGHTS, Encoder, NativeEncoder, seeded, wrap
 from dinoreg.models.vit import RegisterViT, patch_grid
 from dinoreg.runtime.dependencies import install
+from dinoreg.runtime.device import pick_device, pick_precision
 from dinoreg.runtime.errors import UserError, reworded
 from dinoreg.weights.backbone_in_file import find_backbone
 from dinoreg.weights.files import read_file
@@ -40,6 +41,29 @@ class Opened(NamedTuple):
     encoder: Encoder
     run: Path | None = None
     step: int = 0
+
+    @property
+    def name(self) -> str:
+        """The encoder's."""
+        return self.encoder.name
+
+    @property
+    def model(self) -> RegisterViT:
+        """The network of an encoder that is one of ours, as those of `open_native` are."""
+        assert isinstance(self.encoder, NativeEncoder)
+        return self.encoder.module
+
+
+def open_model(model: Any, device: str, precision: str) -> Opened:
+    """The encoder of a model of ours, timm or transformers, or of what `weights=` takes, for the options of a verb.
+
+    raises  UserError as `open_encoder`, `pick_device` and `pick_precision`
+    """
+    place = pick_device(device)
+    dtype = pick_precision(precision, place)
+    if isinstance(model, (str, Path)):
+        return open_encoder(str(model), place, dtype)
+    return Opened(wrap(model, device=place, dtype=dtype))
 
 
 def open_encoder(weights: str, device: torch.device | str, dtype: torch.dtype) -> Opened:

@@ -48,7 +48,10 @@ OPTIONS = {
 }
 BLANK = Benchmark(NAME, "", None, (), (), tasks=(), download="", licence="your own", options=OPTIONS, aliases=(NAME,))
 EPOCH_STEPS = (100, 1250)  # fewest, shared by all folds, and most steps in each of the linear protocol's ten epochs
-PAIRS = {"masks": ("segmentation", "mIoU", segmented), "depth": ("depth", "RMSE", depths)}
+PAIRS = {
+    "masks": (("segmentation", "knn_segmentation"), "mIoU", segmented),
+    "depth": (("depth",), "RMSE", depths),
+}
 
 
 def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> Benchmark:
@@ -85,11 +88,12 @@ def own_benchmark(path: Path, options: Mapping[str, Any], columns: str = "") -> 
 def _of_pairs(blank: Benchmark, path: Path, kinds: list[str], values: Mapping[str, Any]) -> Benchmark:
     tasks = []
     for kind in kinds:
-        protocol, metric, read = PAIRS[kind]
+        protocols, metric, read = PAIRS[kind]
         pairs, variant, warnings = find_pairs(path, kind, values["test_share"], values["seed"])
-        tasks.append(Task(protocol, _reader(read, path, pairs, variant, values, warnings), metric))
+        reader = _reader(read, path, pairs, variant, values, warnings)
+        tasks += [Task(protocol, reader, metric) for protocol in protocols]
     splits = counts_in_words({split: len(images) for split, (images, _) in pairs.items()})
-    return replace(blank, task=" and ".join(task.protocol for task in tasks), splits=splits, tasks=tuple(tasks))
+    return replace(blank, task=" and ".join(PAIRS[kind][0][0] for kind in kinds), splits=splits, tasks=tuple(tasks))
 
 
 def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
@@ -101,9 +105,10 @@ def _of_labels(blank: Benchmark, data: Data) -> Benchmark:
     else:
         # Few images need few steps; the head is chosen on held-out training images: the reported ones stay unseen.
         steps = int(np.clip(-(-len(train) // 1024), max(EPOCH_STEPS[0] // folds, 5), EPOCH_STEPS[1]))
-        options = {"linear": {"augment": False, "choose_on": "train", "epoch_steps": steps}}
-        protocols = ("logistic", "linear", "knn", "few_shot")
-        kind, tasks = "classification", [Task(each, read, "top-1", options=options.get(each, {})) for each in protocols]
+        options = {"augment": False, "choose_on": "train", "epoch_steps": steps}
+        kind, tasks = "classification", [Task(each, read, "top-1") for each in ("logistic", "knn", "few_shot")]
+        tasks.insert(1, Task("linear", read, "top-1", options=options))
+        tasks.append(Task("attention", read, "top-1", options=options, asked=True))
     counts = counts_in_words({name: len(part) for name, part in data.splits.items()})
     splits = counts if folds == 1 else f"{counts} in {folds} folds"
     return replace(blank, task=kind, classes=train.num_classes, splits=splits, tasks=tuple(tasks))

@@ -51,7 +51,29 @@ def accuracy_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, 
     """Top-1 and mean per class accuracy, in [0, 1], of predicted classes (n,); the task's metric comes first."""
     other = next(metric for metric in METRICS if metric != measured.task.metric)
     first = accuracy_row(measured, test, predicted, measured.task.metric, tables=True, **fields)
-    return [first, accuracy_row(measured, test, predicted, other, **fields)]
+    return [
+        first,
+        accuracy_row(measured, test, predicted, other, **fields),
+        *corruption_rows(measured, test, predicted, **fields),
+    ]
+
+
+def corruption_rows(measured: Measurement, test: Labelled, predicted: np.ndarray, **fields: Any) -> list[Row]:
+    """The mean corruption error of predicted classes (n,) where the test images are corrupted; else no row.
+
+    The errors of each corruption, over those of a reference network, are averaged over the corruptions: 1 is as bad as
+    the reference (Hendrycks and Dietterich, arXiv 1903.12261, section 4.1). Fields are those of Row.
+    """
+    if (reference := measured.data.extra.get("reference_errors")) is None:
+        return []
+    corruption, wrong = measured.data.extra["corruption"], predicted != test.labels
+    images = np.bincount(corruption, minlength=len(reference))
+    errors = np.bincount(corruption, weights=wrong, minlength=len(reference)) / images
+    values, n = np.array(list(reference.values())), len(test)
+    cost = wrong * (n / (len(values) * images * values))[corruption]  # its mean is the mean corruption error
+    details = {"errors": dict(zip(reference, errors.tolist()))}
+    shared = {"metric": "mCE", "higher_is_better": False, "n_test": n, "details": details, **fields}
+    return [measured.row(float(cost.mean()), bootstrap_interval(cost, seed=measured.context.seed), **shared)]
 
 
 def accuracy_row(
@@ -70,14 +92,15 @@ def accuracy_row(
         details |= class_tables(draws[0], test.labels, measured.data.names(test.num_classes))
     if tables and test.source.as_trained:
         details["answers"] = packed(draws[0], "<i4")
-    shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / test.num_classes}
+    shared: dict[str, Any] = {"metric": metric, "n_test": len(test), "chance": 1.0 / len(test.answers)}
     shared |= {"details": details, **fields}
     clusters, learnt = measured.clusters(test), measured.data.splits.get("train", test)
 
     def row(said: np.ndarray, value: float) -> Row:
         return measured.row(value, draws_interval(said, test.labels, metric, seed=seed, clusters=clusters), **shared)
 
-    constant = np.full(len(test), np.bincount(learnt.labels).argmax())
+    counts = np.bincount(learnt.labels, minlength=test.num_classes)[test.answers]
+    constant = np.full(len(test), test.answers[counts.argmax()])
     return with_majority(row(draws, values[metric]), row(constant[None], METRICS[metric](constant, test.labels)))
 
 

@@ -1,5 +1,7 @@
 """Weighted k-NN on frozen class tokens, for every k of the options: DINO's and DINOv2's protocol, without training."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from dinoreg.evaluation.protocols.classification import (
     RED,
     accuracy_row,
     class_tokens,
+    corruption_rows,
     equal_features,
     framed,
     labelled_folds,
@@ -34,6 +37,9 @@ def evaluate(measured: Measurement) -> list[Row]:
     chosen, encoder, context = measured.options.knn, measured.encoder, measured.context
     test, folds = labelled_folds(measured)
     predicted = {k: np.empty(len(test), dtype=np.int64) for k in sorted(chosen.k, key=lambda each: (each != 20, each))}
+    if test.among is not None:  # only images of the classes that an answer is chosen from vote
+        learnt = (np.flatnonzero(np.isin(fold.train.labels, test.among)) for fold in folds)
+        folds = [replace(fold, train=fold.train.chosen(rows)) for fold, rows in zip(folds, learnt)]
     for number, fold in enumerate(folds):
         bank = class_tokens(measured, fold.train.source, "train", resize=RESIZE)
         queries = class_tokens(measured, fold.test.source, "test", resize=RESIZE)
@@ -52,6 +58,7 @@ def evaluate(measured: Measurement) -> list[Row]:
         settings = {"k": k, "temperature": chosen.temperature, "image_size": context.image_size}
         fields = {"variant": f"k = {k}", "n_train": n_train, "settings": settings, "warnings": warnings}
         rows.append(accuracy_row(measured, test, classes, measured.task.metric, tables=not rows, **fields))
+        rows += corruption_rows(measured, test, classes, **fields)
     return rows
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,6 @@ def evaluate(measured: Measurement) -> list[Row]:
     train, test, val = measured.splits(Segmented, MISSING)
     probe = LinearProbe(measured.encoder, measured.options.segmentation, measured.context)
     heads, losses = probe.train(train)
-    names = class_keys(measured.data.class_names, test.num_classes)
 
     def scores(counts: Mapping[str, Confusion]) -> dict[str, float]:
         """By which the best head is chosen; one that diverged is only if all did."""
@@ -66,36 +66,44 @@ def evaluate(measured: Measurement) -> list[Row]:
     counts = probe.count(heads, test, "test")
     best, chosen_on = choose_best(scores(counts), tried)
     probe.draw(heads[best], test)
-    seed = measured.context.seed
-    # Always the most frequent class: of the true classes alone, so the same for every head.
-    most_frequent, constant = counts[best].constant()
-    everywhere = bootstrap_statistic(len(test), lambda weights: counts[best].constant(weights)[1], seed=seed)
 
     def row(key: str, variant: str = "", chosen_on: str = "", note: str = "") -> Row:
-        found = measured.row(
-            counts[key].miou(),
-            bootstrap_statistic(len(test), counts[key].miou, seed=seed),
+        return miou_row(
+            measured,
+            counts[key],
+            {"train_loss": losses[key]},
             variant=variant,
             chosen_on=chosen_on,
             n_train=len(train),
-            n_test=len(test),
             settings=probe.described(key),
-            details={
-                "pixel_accuracy": counts[key].pixel_accuracy(),
-                "mean_accuracy": counts[key].mean_accuracy(),
-                "most_frequent_class": names[most_frequent],
-                "most_frequent_class_miou": constant,
-                "train_loss": losses[key],
-                "iou": dict(zip(names, counts[key].iou().tolist())),
-            },
             note=note if math.isfinite(losses[key]) else "its training diverged",
         )
-        return with_majority(found, measured.row(constant, everywhere, n_test=len(test)))
 
     if len(heads) == 1:
         return [row(best)]
     others = [row(key, key, note="the best of these" if key == best else "") for key in heads]
     return [row(best, f"best of {len(heads)}", chosen_on), *others]
+
+
+def miou_row(measured: Measurement, counts: Confusion, details: Mapping[str, Any], **fields: Any) -> Row:
+    """mIoU in [0, 1] beside that of always predicting the most frequent class, which is of the true classes alone.
+
+    details, fields  of Row
+    """
+    names, seed = class_keys(measured.data.class_names, counts.num_classes), measured.context.seed
+    most_frequent, constant = counts.constant()
+    everywhere = bootstrap_statistic(counts.num_images, lambda weights: counts.constant(weights)[1], seed=seed)
+    found = {
+        "pixel_accuracy": counts.pixel_accuracy(),
+        "mean_accuracy": counts.mean_accuracy(),
+        "most_frequent_class": names[most_frequent],
+        "most_frequent_class_miou": constant,
+        "iou": dict(zip(names, counts.iou().tolist())),
+        **details,
+    }
+    interval = bootstrap_statistic(counts.num_images, counts.miou, seed=seed)
+    row = measured.row(counts.miou(), interval, n_test=counts.num_images, details=found, **fields)
+    return with_majority(row, measured.row(constant, everywhere, n_test=counts.num_images))
 
 
 def class_keys(names: Sequence[str], num_classes: int) -> list[str]:
@@ -111,16 +119,86 @@ def warmup(settings: SegmentationOptions) -> int:
     return min(settings.warmup_steps, settings.steps // 10)
 
 
-class LinearProbe:
+class Segmenter:
+    """Pictures of any size through one encoder over sliding windows: what heads say of their pixels.
+
+    name    of the protocol
+    size    of the short side and of the windows, in pixels
+    stride  between windows, in pixels; None: two thirds of their size
+    """
+
+    def __init__(self, encoder: Encoder, context: Context, name: str, size: int, stride: int | None) -> None:
+        self.encoder, self.context, self.name, self.size = encoder, context, name, size
+        self.stride = stride or max(2 * size // 3, 1)
+        # As many crops as take the backbone about the memory of `batch_size` images at 224 pixels.
+        self.batch_size = max(int(context.batch_size * min((PUBLISHED_SIZE / size) ** 2, 1.0)), 1)
+
+    def count(self, heads: Mapping[str, nn.Module], split: Segmented, name: str) -> dict[str, Confusion]:
+        """Every head's counts of pixels over a split; an interrupted pass over as many images resumes.
+
+        name    of the split
+        raises  UserError for images and masks that do not fit, RunError where a token is not finite
+        """
+
+        def compute(index: int, loaded: tuple[np.ndarray, np.ndarray]) -> Tensor:
+            """(m, 5): number of the head, and what `count_pixels` gives of its prediction; one tensor is soon saved."""
+            predicted = self._predict(heads, *loaded, split.source.name(index))
+            counts = [count_pixels(loaded[1], each, split.num_classes) for each in predicted]
+            return torch.from_numpy(np.concatenate([np.insert(each, 0, head, 1) for head, each in enumerate(counts)]))
+
+        key, what = (list(heads), len(split)), f"{self.name}, {name} ({self.encoder.name})"
+        load = partial(self.load, split)
+        images = resumable_map(self.context, f"{self.name}_{name}", key, len(split), compute, what, load)
+        tables = [each.numpy() for each in images]
+        return {
+            key: Confusion(split.num_classes, [each[each[:, 0] == head, 1:] for each in tables])
+            for head, key in enumerate(heads)
+        }
+
+    def draw(self, head: nn.Module, split: Segmented) -> None:
+        """Save examples: image, prediction by one head and truth."""
+        for number, index in enumerate(self.context.example_indices(len(split))):
+            pixels, mask = self.load(split, index)
+            (predicted,) = self._predict({"": head}, pixels, mask, split.source.name(index))
+            maps = (as_rgb(pixels), predicted.astype(np.uint8), mask)
+            image, prediction, truth = (panel(each, *mask.shape) for each in maps)
+            self.context.save_example(triptych(image, prediction, truth, split.num_classes), self.name, number)
+
+    def load(self, split: Segmented, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """An image scaled for the sliding window, (h, w, C), and its mask at its own size, (H, W) uint8."""
+        image, mask = read_pair(split, index)
+        height, width = fit_size(*size_of(image), self.size, LONGEST * self.size)
+        return to_array(resized(image, height, width, "bilinear")), mask
+
+    @torch.no_grad()
+    def _predict(
+        self, heads: Mapping[str, nn.Module], pixels: np.ndarray, mask: np.ndarray, name: str
+    ) -> list[np.ndarray]:
+        """Every head's classes (H, W) int64 of one image, over sliding windows."""
+        windows, tokens = self.tokens(pixels, name)
+        return [windows.argmax(head(tokens), *mask.shape) for head in heads.values()]
+
+    def tokens(self, pixels: np.ndarray, name: str) -> tuple[Windows, Tensor]:
+        """The windows over an image (h, w, C), and their patch tokens (windows, D, rows, columns).
+
+        name    of the image
+        raises  RunError where a token is not finite
+        """
+        windows = Windows(pixels.shape[0], pixels.shape[1], self.size, self.stride, self.encoder.patch_size)
+        tokens = patch_grid(self.encoder, windows.cut(stack_images([pixels])[0]), self.batch_size)
+        require_finite(tokens[None], [name], self.encoder)
+        return windows, tokens
+
+
+class LinearProbe(Segmenter):
     """Linear heads on one encoder, one for every pair of rate and weight decay: training, counts and examples."""
 
     def __init__(self, encoder: Encoder, settings: SegmentationOptions, context: Context) -> None:
-        self.encoder, self.settings, self.context = encoder, settings, context
+        super().__init__(encoder, context, "segmentation", settings.size, settings.stride)
+        self.settings = settings
         self.combinations = {
             f"lr {lr}, wd {decay}": (lr, decay) for lr in settings.lrs for decay in settings.weight_decays
         }
-        # As many crops as take the backbone about the memory of `batch_size` images at 224 pixels.
-        self.batch_size = max(int(context.batch_size * min((PUBLISHED_SIZE / settings.size) ** 2, 1.0)), 1)
 
     def train(self, split: Segmented) -> tuple[dict[str, nn.Module], dict[str, float]]:
         """The trained heads {key: head} and their last losses, NaN for one that diverged.
@@ -159,37 +237,6 @@ class LinearProbe:
             ended = train_heads(heads, optimizers, losses, steps, factor, context, "segmentation", shorter=SHORTER)
         return heads, ended
 
-    def count(self, heads: Mapping[str, nn.Module], split: Segmented, name: str) -> dict[str, Confusion]:
-        """Every head's counts of pixels over a split; an interrupted pass over as many images resumes.
-
-        name    of the split
-        raises  as `train`, but for diverging
-        """
-
-        def compute(index: int, loaded: tuple[np.ndarray, np.ndarray]) -> Tensor:
-            """(m, 5): number of the head, and what `count_pixels` gives of its prediction; one tensor is soon saved."""
-            predicted = self._predict(heads, *loaded, split.source.name(index))
-            counts = [count_pixels(loaded[1], each, split.num_classes) for each in predicted]
-            return torch.from_numpy(np.concatenate([np.insert(each, 0, head, 1) for head, each in enumerate(counts)]))
-
-        key, what = (list(heads), len(split)), f"segmentation, {name} ({self.encoder.name})"
-        load = partial(self._load, split)
-        images = resumable_map(self.context, f"segmentation_{name}", key, len(split), compute, what, load)
-        tables = [each.numpy() for each in images]
-        return {
-            key: Confusion(split.num_classes, [each[each[:, 0] == head, 1:] for each in tables])
-            for head, key in enumerate(heads)
-        }
-
-    def draw(self, head: nn.Module, split: Segmented) -> None:
-        """Save examples: image, prediction by one head and truth."""
-        for number, index in enumerate(self.context.example_indices(len(split))):
-            pixels, mask = self._load(split, index)
-            (predicted,) = self._predict({"": head}, pixels, mask, split.source.name(index))
-            maps = (as_rgb(pixels), predicted.astype(np.uint8), mask)
-            image, prediction, truth = (panel(each, *mask.shape) for each in maps)
-            self.context.save_example(triptych(image, prediction, truth, split.num_classes), "segmentation", number)
-
     def described(self, key: str) -> dict[str, object]:
         """The settings of one head, for its row."""
         settings, (lr, decay) = self.settings, self.combinations[key]
@@ -207,21 +254,3 @@ class LinearProbe:
             "augmentation": f"scale, crop, horizontal flip, {distortion(self.encoder.in_channels)}",
             "test": f"short side {settings.size}, sliding window, one scale, no flip",
         }
-
-    def _load(self, split: Segmented, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """An image scaled for the sliding window, (h, w, C), and its mask at its own size, (H, W) uint8."""
-        image, mask = read_pair(split, index)
-        height, width = fit_size(*size_of(image), self.settings.size, LONGEST * self.settings.size)
-        return to_array(resized(image, height, width, "bilinear")), mask
-
-    @torch.no_grad()
-    def _predict(
-        self, heads: Mapping[str, nn.Module], pixels: np.ndarray, mask: np.ndarray, name: str
-    ) -> list[np.ndarray]:
-        """Every head's classes (H, W) int64 of one image, over sliding windows."""
-        size = self.settings.size
-        stride = self.settings.stride or max(2 * size // 3, 1)
-        windows = Windows(pixels.shape[0], pixels.shape[1], size, stride, self.encoder.patch_size)
-        tokens = patch_grid(self.encoder, windows.cut(stack_images([pixels])[0]), self.batch_size)
-        require_finite(tokens[None], [name], self.encoder)
-        return [windows.argmax(head(tokens), *mask.shape) for head in heads.values()]

@@ -80,8 +80,9 @@ def _batches(paths: Sequence[Path], labels_key: str, num_classes: int, dataset: 
     parts, labels = [], []
     for path in paths:
         data, numbers = _values(path, ("data", labels_key), dataset, archive)
-        if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3 * SIDE * SIDE:
-            form = data.shape if isinstance(data, np.ndarray) else type(data).__name__
+        array = isinstance(data, np.ndarray)
+        if not array or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * SIDE * SIDE:
+            form = f"{data.shape} of {data.dtype}" if array else type(data).__name__
             raise UserError(f"{dataset}: {path}: data is {form}, expected (n, {3 * SIDE * SIDE}) bytes")
         whole = isinstance(numbers, list) and all(type(label) is int for label in numbers)
         if not whole or len(numbers) != len(data):

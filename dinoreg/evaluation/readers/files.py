@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
+from dinoreg.data.decode import pillow_rgb
 from dinoreg.data.folder_index import PathBlock
-from dinoreg.data.source import PathSource
+from dinoreg.data.source import ChosenSource, PathSource, Source
 from dinoreg.evaluation.data import DepthMaps, Labelled, Segmented
 from dinoreg.evaluation.readers.dataset_folder import unpacked
 from dinoreg.evaluation.readers.pixel_maps import read_mask
@@ -118,6 +120,27 @@ def present(source: PathSource, dataset: str, archive: str, sample: int = 16) ->
         if not os.path.exists(source.name(index)):
             raise missing(Path(source.name(index)), dataset, archive)
     return source
+
+
+class CroppedSource(ChosenSource):
+    """Image files of another source, decoded to RGB and cropped.
+
+    crop  (index, image) -> its part; BadImage where there is none
+    said  which part, in words: fingerprints depend on them
+    """
+
+    def __init__(self, source: Source, crop: Callable[[int, Image.Image], Image.Image], said: str) -> None:
+        super().__init__(source, np.arange(len(source)))
+        self.crop, self.said = crop, said
+
+    def read(self, index: int) -> np.ndarray:
+        """(h, w, 3) uint8; BadImage for what cannot be decoded or has no such part."""
+        data = self.source.read(index)
+        assert isinstance(data, bytes)
+        return np.asarray(self.crop(index, pillow_rgb(data)))
+
+    def _with_indices(self, text: str) -> str:
+        return super()._with_indices(f"{text} {self.said}")
 
 
 def labelled(
