@@ -31,7 +31,7 @@ from dinoreg.data.value_range import ValueRange
 from dinoreg.evaluation.backbones.encoder import Encoder
 from dinoreg.evaluation.backbones.open import open_model
 from dinoreg.export.feature_file import SUFFIXES, RowFile, import_pyarrow, read_rows, skipped_list
-from dinoreg.runtime.errors import Interrupted, RunError, UserError
+from dinoreg.runtime.errors import Interrupted, RunError, UserError, reworded
 from dinoreg.runtime.parallel import parallel
 from dinoreg.runtime.printable import print_status
 from dinoreg.runtime.progress import show_progress
@@ -132,7 +132,7 @@ def _write(options: EmbedOptions, model: Any = None) -> RowFile:
         "batch_size": options.batch_size,
     }
     shape = row_shape(options.token, encoder, size)
-    try:
+    with reworded(f"out={out}: cannot be written", OSError, into=RunError):
         rows = RowFile(out, settings, shape, options.dtype, len(source), restart=options.overwrite)
         with contextlib.closing(rows):
             try:
@@ -146,8 +146,6 @@ def _write(options: EmbedOptions, model: Any = None) -> RowFile:
             raise RunError(f"data: none of the {len(source):,} images could be read; the first: {name}: {reason}")
         names = (source.name(index) for index in range(len(source)) if index not in rows.skipped)
         rows.finish(names, {**settings, "patch_size": encoder.patch_size, "skipped": len(rows.skipped)})
-    except OSError as error:
-        raise RunError(f"out={out}: cannot be written ({error.strerror or error})") from None
     return rows
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic, write_picture
 from dinoreg.commands.evaluate import folder_name
 from dinoreg.commands.options import VerdictOptions, read_verdict
 from dinoreg.evaluation.backbones.encoder import Encoder
@@ -192,7 +192,7 @@ def _changed(results: Mapping[str, Result], other: str, data: Data, out: Path) -
         picked = np.unique(np.linspace(0, len(places) - 1, min(SHOWN, len(places))).astype(int))
         for number, place in enumerate(places[picked].tolist()):
             file = f"changed/{kind}_{number:02d}.png"
-            framed(shown(read_picture(test.source, place)), SIDE, 3, edge).save(out / file)
+            write_picture(out / file, framed(shown(read_picture(test.source, place)), SIDE, 3, edge))
             classes = {"is": names[test.labels[place]], "wrong": names[wrong[place]]}
             found[kind].append({"file": file, "image": test.source.name(place), **classes})
     return found

@@ -170,7 +170,7 @@ def read_result(path: Path) -> Result | None:
     """The result in a file; None without a file, or where it is torn or of another kind."""
     try:
         return Result.from_dict(read_json(path))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

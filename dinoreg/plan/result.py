@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.filesize import decimal
 
+from dinoreg.checkpoint.atomic import write_atomic
 from dinoreg.plan import devices
 from dinoreg.plan.advice import Remedy
 from dinoreg.plan.devices import gib
@@ -216,7 +217,7 @@ class Plan:
         """Write `as_dict` to a JSON file and return its path; UserError where it cannot be written."""
         path = Path(path)
         with reworded(f"out={path}: cannot be written", OSError):
-            path.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
+            write_atomic(path, json.dumps(self.as_dict(), indent=1) + "\n")
         return path
 
     def show(self, console: Console | None = None) -> None:

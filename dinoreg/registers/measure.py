@@ -79,7 +79,7 @@ def measure(
 
     seed      of probes, picked patches and noise
     progress  called with the name of each part as it begins
-    raises    RunError where a norm is not finite, UserError where the images do not fit the encoder
+    raises    RunError where norms are not finite or all zero, UserError where the images do not fit the encoder
     """
     started = time.monotonic()
     inspection = _Inspection(encoder, pictures, seed, progress)
@@ -196,8 +196,8 @@ class _Inspection:
             norms.append(token_norms(self.encoder.module, batch))
             cosines.append(measures.neighbour_cosine(self.encoder.module.patch_embed(batch), self.grid).cpu())
         cls, registers, patches = joined(norms)
-        if not torch.isfinite(patches).all():
-            raise RunError(f"{self.encoder.name}: the norm of a patch is not finite")
+        if not torch.isfinite(patches).all() or not patches[-1].any():
+            raise RunError(f"{self.encoder.name}: the norms of its patches are not finite, or all zero")
         return patches, torch.cat([cls[..., None], registers], dim=2), torch.cat(cosines)
 
     def attention(self, outliers: Tensor) -> tuple[Tensor, dict[str, Any]]:

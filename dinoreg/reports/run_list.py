@@ -11,10 +11,10 @@ from rich.table import Table
 
 from dinoreg.checkpoint.run_folder import Run
 from dinoreg.checkpoint.run_state import SPOKEN, RunState, state_of
-from dinoreg.checkpoint.steps import PROBED, pointed_step
+from dinoreg.checkpoint.steps import PROBED
 from dinoreg.reports.verdict import DASH
 from dinoreg.runtime.errors import UserError
-from dinoreg.runtime.json_files import is_number, number, read_json
+from dinoreg.runtime.json_files import is_number, number, pointed_step, read_json
 from dinoreg.runtime.printable import in_markup
 from dinoreg.runtime.templates import score, with_interval
 

@@ -1,8 +1,8 @@
 """Jinja templates, in the folder `templates/` beside the code that renders them.
 
 In `*.html.j2` every value is escaped for HTML and no line breaks between a number and its unit, in `*.md.j2` it is
-escaped for Markdown; `| safe` marks trusted text. In `*.txt.j2` what a terminal would obey is written as escapes. A
-variable without a value is an error.
+escaped for Markdown; `| safe` marks trusted text. In all what a terminal would obey is written as escapes. A variable
+without a value is an error.
 """
 
 import math
@@ -37,7 +37,7 @@ def escape_markdown(value: object) -> str:
 
 def _keep_units(value: object) -> object:
     """A text with no line break between a number and its unit; markup, which has been through this, as it is."""
-    return _UNIT.sub("\u00a0", value) if type(value) is str else value
+    return _UNIT.sub("\u00a0", printable(value, keep="\n\t")) if type(value) is str else value
 
 
 def _escape_text(value: object) -> object:

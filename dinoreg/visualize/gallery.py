@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dinoreg.checkpoint.atomic import write_atomic
+from dinoreg.checkpoint.atomic import write_atomic, write_picture
 from dinoreg.config.overwrite import check_folder
 from dinoreg.data.display import as_rgb, channels_shown
 from dinoreg.reports import html
@@ -147,7 +147,7 @@ class Gallery:
         with self._writing():
             if not self.saved:
                 self._remove_last()
-            image.save(path)
+            write_picture(path, image)
         self.saved.append(path.name)
         return html.picture(path, description, note)
 

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from dinoreg.checkpoint.atomic import write_picture
 from dinoreg.checkpoint.run_folder import newest_teacher
 from dinoreg.config.load import load_config
 from dinoreg.visualize.attention import attention_sheet
@@ -42,7 +43,7 @@ def _draw(run: Path) -> None:
     folder = view_folder(subject)
     folder.mkdir(parents=True, exist_ok=True)
     pixels = to_pixels(images, mean, std)
-    pca_sheet(model, images, pixels).save(folder / "pca.png")
-    attention_sheet(model, images[:6], pixels[:6]).save(folder / "attention.png")
+    write_picture(folder / "pca.png", pca_sheet(model, images, pixels))
+    write_picture(folder / "attention.png", attention_sheet(model, images[:6], pixels[:6]))
     batch, _ = first_batch(config, run_source(subject), model.patch_size, min(6, config.batch_size))
-    crop_sheet(batch, mean, std, model.patch_size).save(folder / "crops.png")
+    write_picture(folder / "crops.png", crop_sheet(batch, mean, std, model.patch_size))
