@@ -24,7 +24,7 @@ def rotary(**options: Any) -> RegisterViT:
     torch.manual_seed(2)
     arguments: dict[str, Any] = {
         "image_size": (24, 32), "patch_size": 8, "dim": 48, "depth": 2, "heads": 3, "layerscale": 1.0, "init_std": 0.3,
-        "positions": "rope", "key_bias": False, "norm_eps": 1e-5,
+        "rope_base": 100.0, "key_bias": False, "norm_eps": 1e-5,
     }  # fmt: skip
     model = RegisterViT(**(arguments | options))
     with torch.no_grad():
@@ -182,7 +182,6 @@ def test_names_of_dinov3_mean_its_models() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"positions": "sine"}, "positions='sine' is not known"),
         ({"dim": 18}, "dim=18 does not divide into heads=3 of whole fours"),
         ({"rope_jitter": 0.5}, "rope_jitter=0.5 is out of range"),
         ({"rope_base": math.inf}, "rope_base=inf is out of range"),

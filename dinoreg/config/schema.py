@@ -46,7 +46,7 @@ class ModelConfig(Options, section="model"):
     antialias: bool = option(True, "position grid resampled with antialiasing")
     position_offset: float = option(0.0, "0: resample by size; 0.1: the reference's scale-factor form")
     init_std: float = option(0.02, "standard deviation of the linear layers at the start", low=0, high=10)
-    rope_base: float = option(100.0, "largest period of rotary positions", low=1, high=1e6)
+    rope_base: float | None = option(None, "rotary positions of this base; none: by the name", above=1, high=1e6)
     rope_shift: float | None = option(None, "training: moves places by up to this, an image being 2 wide", low=0)
     rope_jitter: float | None = option(None, "training: stretches each axis by 1/x to x; none: not", low=1, high=100)
     rope_rescale: float | None = option(2.0, "training: both axes by one factor, 1/x to x; none: not", low=1, high=100)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dinoreg.models.rope import BASE
 from dinoreg.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 PATCH_SIZES = (8, 14, 16)
 # What DINOv3's models have in common, besides four registers and 16-pixel patches.
-DINOV3: dict[str, Any] = {"positions": "rope", "key_bias": False, "norm_eps": 1e-5}
+DINOV3: dict[str, Any] = {"rope_base": BASE, "key_bias": False, "norm_eps": 1e-5}
 
 # Ours, then those under which models are published. An empty group: there are four registers, or positions are rotary.
 _NAMES = (

@@ -220,9 +220,9 @@ def split(state: Mapping[str, Tensor], parts: Mapping[str, tuple[str, ...]]) -> 
     """The reverse of `joined`, as views."""
     out: State = {}
     for key, value in state.items():
-        fused = next((each for each in parts if each in key), "")
-        names = [key.replace(fused, part) for part in parts[fused]] if fused else [key]
-        out |= dict(zip(names, value.chunk(len(names)) if fused else [value], strict=True))
+        fused = next((each for each in parts if each in key), None)
+        names = [key] if fused is None else [key.replace(fused, part) for part in parts[fused]]
+        out |= zip(names, value.chunk(len(names)), strict=True)
     return out
 
 

@@ -31,7 +31,6 @@ class Kind(NamedTuple):
     gate       the config's name for whether the FFN is gated
     acts       activation of a plain FFN and of a gated one; None: SiLU, whatever the config says
     fixed      what RegisterViT has no argument for: as the encoder has it, which is transformers' default
-    others     arguments of RegisterViT that the config does not say
     """
 
     name: str
@@ -39,7 +38,6 @@ class Kind(NamedTuple):
     gate: str
     acts: tuple[str, str | None]
     fixed: dict[str, Any]
-    others: dict[str, Any]
 
 
 def _arguments(dim: int, heads: int, patch_size: int, norm_eps: float) -> dict[str, tuple[str, Any]]:
@@ -63,17 +61,16 @@ _ROPE = {
 }
 _BIASES = {"proj_bias": True, "mlp_bias": True}
 KINDS = {
-    "dinov2": Kind("Dinov2Model", _arguments(768, 12, 14, NORM_EPS) | _RATIO, *_SWIGLU, {"num_registers": 0}),
+    "dinov2": Kind("Dinov2Model", _arguments(768, 12, 14, NORM_EPS) | _RATIO, *_SWIGLU),
     "dinov2_with_registers": Kind(
         "Dinov2WithRegistersModel",
         _arguments(768, 12, 16, NORM_EPS) | _RATIO | {"num_registers": (_REGISTERS, 4)},
         *_SWIGLU,
-        {},
     ),
     "dinov3_vit": Kind(
         "DINOv3ViTModel",
         _arguments(384, 6, 16, DINOV3["norm_eps"]) | _ROPE,
-        *("use_gated_mlp", ("gelu", "silu"), _BIASES, {"positions": "rope"}),
+        *("use_gated_mlp", ("gelu", "silu"), _BIASES),
     ),
 }
 _TIMM_DINOV3 = re.compile(r"vit_\w+_patch\d+_dinov3(?:_qkvb)?(?:\.\w+)?")
@@ -211,7 +208,8 @@ def _transformers(config: Mapping[str, Any], path: Path) -> Stated:
         close = is_number(found) and is_number(expected) and math.isclose(found, expected, rel_tol=1e-6)
         if not close and found != expected:
             raise NotHeld(f"weights {path}: {key}={found!r}, the encoder has {expected!r}")
-    values |= {"patch_size": _one_side(values["patch_size"]), "ffn": "swiglu" if gated else "mlp", **kind.others}
+    values |= {"patch_size": _one_side(values["patch_size"]), "ffn": "swiglu" if gated else "mlp"}
+    values.setdefault("num_registers", 0)
     names = {ours: theirs for ours, (theirs, _) in kind.arguments.items()}
     values |= resampling("transformers", int("num_registers" in names))
     return Stated(values, path.name, names | {"ffn": kind.gate, "num_registers": _REGISTERS})
@@ -233,7 +231,7 @@ def _timm(config: Mapping[str, Any], path: Path) -> Stated:
         raise NotHeld(f"weights {path}: model_args has {unknown[0][:40]!r}, which the encoder does not know")
     values = {ours: _one_side(arguments[theirs]) for ours, theirs in names.items() if theirs in arguments}
     if dinov3:
-        values |= {"positions": "rope"}
+        values.setdefault("rope_base", BASE)
     else:
         values.setdefault("num_registers", int(found[1]) if (found := re.search(r"_reg(\d+)_", name)) else 0)
     size = _pretrained(config).get("input_size")
