@@ -204,3 +204,36 @@ def test_a_resumed_run_with_rotary_positions_repeats_the_unbroken_one_bit_for_bi
     plain = tiny_config(tmp_path / "plain", steps=1, **RUN | {"model__rope_jitter": None, "model__rope_shift": None})
     loop.pretrain(plain)
     assert loss_trace(tmp_path / "plain")[0] != loss_trace(tmp_path / "whole")[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_activations_have_the_distortion_of_the_pass_that_was_made(dtype: torch.dtype) -> None:
+    images = [torch.randn(2, 3, 24, 32), torch.randn(3, 3, 16, 16)]
+    gradients = []
+    for checkpointing in (False, True):
+        model = rotary(rope_jitter=1.5, rope_shift=0.3, checkpointing=checkpointing, drop_path=0.3).train()
+        torch.manual_seed(4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            tokens = model(images, None, [torch.arange(5), torch.arange(3)])
+        sum(each.cls.float().sum() + each.patches.float().pow(2).sum() for each in tokens).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
+def test_a_run_of_before_there_were_rotary_positions_is_resumed_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = loop.pretrain(tiny_config(tmp_path / "run", steps=1))
+    path = out / "config.yaml"
+    lines = path.read_text().replace("  ffn_ratio: null\n", "  ffn_ratio: 4.0\n").splitlines()
+    path.write_text("\n".join(line for line in lines if not line.startswith("  rope_")) + "\n")
+    assert "ffn_ratio: 4.0" in path.read_text()
+    capsys.readouterr()
+    loop.pretrain(tiny_config(out, steps=2, resume=True))
+    assert "ffn_ratio" not in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"model\.ffn_ratio=2\.0"):
+        loop.pretrain(tiny_config(out, steps=3, resume=True, model__ffn_ratio=2.0))
+    with pytest.raises(UserError, match=r"model\.name=vitt8_reg4_rope"):
+        loop.pretrain(tiny_config(out, steps=3, resume=True, model__name="vitt8_reg4_rope"))
