@@ -191,7 +191,7 @@ def test_features_and_raw_keys_are_the_same_whichever_library_computes_them(tmp_
         ({"layer_norm_eps": "1e-5x"}, "layer_norm_eps='1e-5x', expected"),
         ({"layer_norm_eps": -1.0}, r"layer_norm_eps=-1\.0, expected"),
         ({"key_bias": 1}, "key_bias=1, expected"),
-        ({"rope_theta": -1.0}, r"rope_theta=-1\.0, expected a number above 1"),
+        ({"rope_theta": -1.0}, r"rope_theta=-1\.0, expected a positive number"),
         ({"image_size": [64, 0]}, "image_size"),
     ],
 )

@@ -201,7 +201,7 @@ def test_a_resumed_run_with_rotary_positions_repeats_the_unbroken_one_bit_for_bi
         loop.pretrain(tiny_config(tmp_path / "parts", checkpoint__every=3, **RUN))
     loop.pretrain(tiny_config(tmp_path / "parts", checkpoint__every=3, resume=True, **RUN))
     assert loss_trace(tmp_path / "parts") == loss_trace(tmp_path / "whole")
-    plain = tiny_config(tmp_path / "plain", steps=1, **RUN | {"model__rope_jitter": None, "model__rope_shift": None})
+    plain = tiny_config(tmp_path / "plain", steps=1, **RUN | {"model__rope_jitter": 1.0, "model__rope_shift": 0.0})
     loop.pretrain(plain)
     assert loss_trace(tmp_path / "plain")[0] != loss_trace(tmp_path / "whole")[0]
 

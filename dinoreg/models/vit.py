@@ -60,19 +60,15 @@ class Tokens(NamedTuple):
         return f"Tokens({', '.join(shapes)})"
 
 
+# Packed tokens (S, D) before the first block, the groups' shapes, and what rotary positions turn them by.
+_Begun = tuple[Tensor, Shapes, list[Tensor] | None]
+
+
 class ChosenTokens(NamedTuple):
     """The class tokens and the selected patch tokens of a crop group, after the final norm."""
 
     cls: Tensor  # (B, D)
     patches: Tensor  # (m, D), in the order of the indices that selected them
-
-
-class _Begun(NamedTuple):
-    """Groups of images before the first block."""
-
-    x: Tensor  # (S, D), packed
-    shapes: Shapes
-    tables: list[Tensor] | None  # `RegisterViT.rope_tables`
 
 
 def as_pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -183,9 +179,9 @@ class RegisterViT(nn.Module):
         position_offset: float = 0.0,
         init_std: float = 0.02,
         rope_base: float | None = None,
-        rope_shift: float | None = None,
-        rope_jitter: float | None = None,
-        rope_rescale: float | None = 2.0,
+        rope_shift: float = 0.0,
+        rope_jitter: float = 1.0,
+        rope_rescale: float = 2.0,
         key_bias: bool = True,
         norm_eps: float = NORM_EPS,
         attention: str = "auto",
@@ -288,7 +284,7 @@ class RegisterViT(nn.Module):
 
     def _begin(self, images: Sequence[Tensor], masks: Sequence[Tensor | None] = (None,)) -> _Begun:
         groups = [self.embed(group, hidden) for group, hidden in zip(images, masks, strict=True)]
-        return _Begun(*_pack(groups), self.rope_tables(images))
+        return *_pack(groups), self.rope_tables(images)
 
     # ---------------------------------------------------------------- forward
 
@@ -317,7 +313,7 @@ class RegisterViT(nn.Module):
         if not images or len(masks) != len(images):
             raise UserError(f"{len(images)} groups of images came with {len(masks)} masks")
         begun = self._begin(images, masks)
-        shapes = begun.shapes
+        shapes = begun[1]
         rows = None if patches is None else _rows(shapes, patches, 1 + self.num_registers)
         x = self.norm(self._run(begun, self.depth, packed, rows=rows))
         if patches is None:
@@ -359,7 +355,7 @@ class RegisterViT(nn.Module):
         returns (B, T, D)
         """
         begun = self._begin([images])
-        return _unpack(self._run(begun, self.depth), begun.shapes)[0]
+        return _unpack(self._run(begun, self.depth), begun[1])[0]
 
     def get_intermediate_layers(
         self,
@@ -398,13 +394,13 @@ class RegisterViT(nn.Module):
         norm    apply the final norm to every block's output
         returns one Tokens per block
         """
-        begun = self._begin([images])
+        x, shapes, tables = self._begin([images])
         outputs: list[Tokens] = []
         start = 0
         for index in blocks:
-            x = self._run(begun, index + 1, start=start)
-            begun, start = begun._replace(x=x), index + 1
-            outputs += self._split(self.norm(x) if norm else x, begun.shapes)
+            x = self._run((x, shapes, tables), index + 1, start=start)
+            start = index + 1
+            outputs += self._split(self.norm(x) if norm else x, shapes)
         return outputs
 
     def qkv(self, images: Tensor, layer: int = -1, turned: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -416,12 +412,11 @@ class RegisterViT(nn.Module):
         raises UserError for a block that the model does not have
         """
         index = self._layer(layer)
-        begun = self._begin([images])
-        shapes, tables = begun.shapes, begun.tables if turned else None
-        x = self._run(begun, index)
+        x, shapes, tables = self._begin([images])
+        x = self._run((x, shapes, tables), index)
         block = self.blocks[index]
         assert isinstance(block, Block)
-        qkv = block.attn.project(block.norm1(x), shapes, tables)
+        qkv = block.attn.project(block.norm1(x), shapes, tables if turned else None)
         q, k, v = qkv.unflatten(0, shapes[0]).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 

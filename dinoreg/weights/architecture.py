@@ -88,11 +88,11 @@ def _arithmetic(rope: bool, stated: Stated, path: str | Path) -> dict[str, Any]:
     """The stated "key_bias", "norm_eps" and, where `rope`, "rope_base"; else those of DINOv3's models, or DINOv2's."""
     found: dict[str, Any] = dict(DINOV3) if rope else {"key_bias": True, "norm_eps": NORM_EPS}
     found |= {key: value for key, value in stated.values.items() if key in found}
-    expected = {"key_bias": "true or false", "norm_eps": "a positive number", "rope_base": "a number above 1"}
     for key, value in found.items():
-        least = 1 if key == "rope_base" else 0
-        if not (isinstance(value, bool) if key == "key_bias" else is_number(value) and value > least):
-            raise UserError(f"weights {path}: {stated.says(key)}, expected {expected[key]}")
+        flag = key == "key_bias"
+        if not (isinstance(value, bool) if flag else is_number(value) and value > 0):
+            expected = "true or false" if flag else "a positive number"
+            raise UserError(f"weights {path}: {stated.says(key)}, expected {expected}")
     return found
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinoreg.models.rope import BASE
 from dinoreg.runtime.errors import UserError
-from dinoreg.weights.convert import TRANSFORMERS, State, flipped, from_meta, joined, renamed, split, unique, with_scales
+from dinoreg.weights.convert import TRANSFORMERS, State, flipped, from_meta, joined, renamed, split, unique
 
 _PERIODS = "rope_embed.periods"
 _GATES = (".mlp.w1.", ".mlp.fc1_g.", ".mlp.gate_proj.")  # of a gated FFN
@@ -81,8 +81,10 @@ def from_dinov3(state: Mapping[str, Tensor], library: str) -> State:
             del out[key]
         elif key == "mask_token":
             out[key] = value.flatten(0, -2)  # transformers' has three dimensions
-        elif key == _PERIODS:
-            _check(value)
+        elif key == _PERIODS and not torch.allclose(  # the published ones are rounded to bfloat16
+            value.float(), BASE ** (torch.arange(len(value)) / len(value)), rtol=1e-2
+        ):
+            raise UserError(f"{_PERIODS!r} are not those of DINOv3, {BASE:g} ** (i / {len(value)})")
         elif key.endswith(".bias_mask"):
             bias = key.removesuffix("_mask")
             out[bias] = torch.where(value.bool(), out[bias], 0)  # what is masked may be anything
@@ -93,14 +95,14 @@ def from_dinov3(state: Mapping[str, Tensor], library: str) -> State:
 
 
 def to_dinov3(state: Mapping[str, Tensor], library: str, key_bias: bool = False) -> State:
-    """A library's names on disk from ours with a mask token. There always is LayerScale, see `with_scales`.
+    """A library's names on disk from ours with a mask token. There always is LayerScale, see `split`.
 
     library   "timm", whose models have no mask token, or "transformers"
     key_bias  whether keys have biases
     """
     names = _LIBRARIES[library]
     pairs = [(".mlp.w3.", ".mlp.fc2."), *names.pairs]
-    out = {renamed(key, pairs): value for key, value in split(with_scales(state), names.parts).items()}
+    out = {renamed(key, pairs): value for key, value in split(state, names.parts).items()}
     if library == "timm":
         del out["mask_token"]
     else:
@@ -108,9 +110,3 @@ def to_dinov3(state: Mapping[str, Tensor], library: str, key_bias: bool = False)
         out["embeddings.mask_token"] = mask_token.unsqueeze(0)
         out.setdefault("embeddings.register_tokens", mask_token.new_zeros(1, 0, mask_token.shape[-1]))
     return {key: value for key, value in out.items() if key_bias or not key.endswith(names.biases[1])}
-
-
-def _check(periods: Tensor) -> None:
-    expected = BASE ** (torch.arange(len(periods)) / len(periods))
-    if not torch.allclose(periods.float(), expected, rtol=1e-2):  # the published ones are rounded to bfloat16
-        raise UserError(f"{_PERIODS!r} are not those of DINOv3, {BASE:g} ** (i / {len(periods)})")
