@@ -24,6 +24,7 @@ from dinoreg.commands.registry import VERBS
 from dinoreg.commands.spelling import canonical
 from dinoreg.runtime import guide
 from dinoreg.runtime.errors import UserError
+from dinoreg.scenes.render import render
 
 QUICK = [
     *(
@@ -324,6 +325,31 @@ def test_a_copy_is_refused_where_it_would_spoil_something(pictures: Path, tmp_pa
     with pytest.raises(UserError, match="masks"):
         prepare(InspectOptions(str(pictures), prepare=str(tmp_path / "new")))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_from_a_clone_to_a_verdict_each_command_names_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for index in range(300):
+        scene = render(index, 40 + index % 30)
+        path = tmp_path / "my pictures" / f"class {scene.label % 3}" / f"IMG {index:04d}.JPG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene.image).save(path, "JPEG")
+    given = ["git clone", "pip install", "dinoreg doctor"]
+    shorter = {"pretrain": ["steps=3"], "verdict": ["repeats=1"]}
+    while not given[-1].startswith("dinoreg verdict"):
+        _, verb, *arguments = shlex.split(given[-1])
+        assert main([verb, *arguments, *shorter.get(verb, [])]) == 0
+        said = capsys.readouterr().err.splitlines()
+        (line,) = [line.removeprefix("next: ") for line in said if line.startswith("next: ")]
+        given.append(line.partition(" (")[0].replace("FOLDER", "'my pictures'"))
+    _, verb, *arguments = shlex.split(given[-1])
+    assert main([verb, *arguments, *shorter[verb]]) == 0
+    assert [words.split()[1] for words in given] == ["clone", "install", "doctor", "inspect", "pretrain", "verdict"]
+    assert "verdict: " in (printed := capsys.readouterr().out)
+    assert Path(printed.partition("page: ")[2].splitlines()[0]).is_file()
 
 
 def test_inspect_is_a_function_too(pictures: Path) -> None:

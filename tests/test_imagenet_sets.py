@@ -43,7 +43,7 @@ def measured(name: str, data: Data, where: Path, protocol: str = "knn") -> Measu
 def test_declared_facts_are_those_of_the_papers(name: str) -> None:
     classes, images, published = FACTS[name]
     benchmark = find_benchmark(name)
-    grid, neighbours = benchmark.tasks
+    grid, neighbours = (task for task in benchmark.tasks if not task.asked)
     assert (grid.protocol, neighbours.protocol, grid.metric) == ("linear", "knn", "top-1")
     assert (benchmark.classes, grid.counts) == (classes, {"train": 1_281_167, "test": images})
     assert [each.value for each in grid.published] == published

@@ -5,6 +5,7 @@ differs), the default.
 """
 
 import dataclasses
+import io
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from dinoreg.config.foreign import refuse_foreign
 from dinoreg.config.option import build, dotted, keys_of, nearest, typed
 from dinoreg.config.schema import BUDGETS, Config
 from dinoreg.runtime.errors import UserError, one_line
+from dinoreg.runtime.regular_files import read_regular
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     from omegaconf import DictConfig, OmegaConf  # here, so that help does not wait for it
 
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(io.StringIO(read_regular(path, 1 << 20).decode("utf-8-sig")))
         plain: Any = OmegaConf.to_container(loaded, resolve=False)
     except Exception as error:  # a YAML error has no common base with those of OmegaConf
         raise UserError(f"config {path}: not valid YAML ({one_line(error, 200)})") from None

@@ -17,6 +17,7 @@ from PIL import Image
 from dinoreg.checkpoint.run_folder import Probe
 from dinoreg.reports.plots import Chart, darkened, draw_chart
 from dinoreg.runtime.json_files import is_number, number
+from dinoreg.runtime.regular_files import read_regular
 from dinoreg.runtime.templates import render
 
 
@@ -30,8 +31,9 @@ class Picture:
     note: str = ""
 
 
+@dataclass(frozen=True, repr=False)
 class WithPage:
-    """A result that has a page, by which it is shown in a notebook."""
+    """A result that has a page, the path of an HTML file by which it is shown in a notebook."""
 
     page: Path
 
@@ -91,13 +93,14 @@ def charts(items: Iterable[Chart]) -> list[tuple[Chart, str, str]]:
 def picture(path: Path, description: str, note: str = "") -> Picture | None:
     """A picture file, as WebP where that is smaller; None when it cannot be read."""
     try:
-        with Image.open(path) as image:
+        original = read_regular(path)
+        with Image.open(io.BytesIO(original)) as image:
             image.load()
             buffer = io.BytesIO()
             image.save(buffer, format="WEBP", quality=88, method=4)
-    except (OSError, ValueError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    original, smaller = path.read_bytes(), buffer.getvalue()
+    smaller = buffer.getvalue()
     source = _data("image/webp", smaller) if len(smaller) < len(original) else _data("image/png", original)
     return Picture(source, image.width, description, note)
 

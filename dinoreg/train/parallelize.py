@@ -62,7 +62,7 @@ def parallelize(
     """Distribute the networks, all on `device`, over the processes; returns the student's modules as a step calls them.
 
     loss    its weights say which heads get gradients, which DDP has to know
-    anchor  the frozen backbone of the anchor loss, if any
+    anchor  the frozen backbone that a loss holds to, if any
     mesh    of the processes, for FSDP2; None: `device_mesh` of all of them
     raises  UserError where the processes do not divide into groups of `parallel.shard`
 

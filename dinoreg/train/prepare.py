@@ -1,5 +1,6 @@
 """From a config to everything a run needs. Every check that can be made before a file is written is made here."""
 
+import copy
 import secrets
 import time
 from contextlib import suppress
@@ -11,7 +12,6 @@ import torch
 
 from dinoreg.checkpoint.async_writer import Writer
 from dinoreg.checkpoint.atomic import write_atomic
-from dinoreg.checkpoint.steps import pointed_step
 from dinoreg.config.load import BUDGETS, Config, load_config, to_yaml
 from dinoreg.config.option import check
 from dinoreg.config.overwrite import check_out, delete_run, refuse_live
@@ -28,7 +28,8 @@ from dinoreg.distributed.process_group import ALONE, Ranks
 from dinoreg.models.attention import resolve_backend
 from dinoreg.models.vit import ARCHITECTURE, RegisterViT
 from dinoreg.runtime.device import keep_freed_memory, pick_device, pick_precision
-from dinoreg.runtime.errors import UserError
+from dinoreg.runtime.errors import UserError, reworded
+from dinoreg.runtime.json_files import pointed_step
 from dinoreg.train.class_probe import Probe, build_general, build_probe, class_tokens_of_all
 from dinoreg.train.dense_probe import DenseProbe, build_dense
 from dinoreg.train.init_weights import InitialWeights, copy_init, load_init
@@ -110,6 +111,8 @@ class Setup:
     def new_state(self) -> TrainState:
         """The training state at step 0, on `device` and distributed over `ranks`; see `build_state`."""
         anchor = self.init.anchor if self.init else None
+        if self.config.loss.gram_weight > 0:
+            anchor = copy.deepcopy(self.teacher.backbone)
         seen, where = None, (self.device, self.dtype)
         if self.config.loss.diet_weight > 0:
             backbone = self.teacher.backbone.to(self.device)
@@ -125,7 +128,8 @@ class Setup:
         config = self.config
         crops, _ = self.stage_of(state.step)
         _, patch_size = as_cut(self.tutor, crops, self.student.backbone.patch_size)
-        views = Views(crops, config.augment, config.mask, patch_size, config.model.in_channels)
+        looks = crops, config.augment, config.mask
+        views = Views(*looks, patch_size, config.model.in_channels, config.loss.anchor_size)
         loader = BatchLoader(
             self.source,
             views,
@@ -286,11 +290,9 @@ def check_shared(out: Path, ranks: Ranks) -> None:
     try:
         with ranks.collective_errors():
             if ranks.is_main:
-                try:
+                with reworded(f"out={out}: cannot be written", OSError):
                     out.mkdir(parents=True, exist_ok=True)
                     path.touch()
-                except OSError as error:
-                    raise UserError(f"out={out}: cannot be written ({error.strerror})") from None
         with ranks.collective_errors():
             deadline = time.monotonic() + SHARED_SECONDS
             while not path.exists():
@@ -361,12 +363,10 @@ def claim_folder(config: Config, out: Path, init: InitialWeights | None, backbon
     backbone  with the weights of `init`
     raises    UserError when the folder cannot be written, or has files that `overwrite=true` must not delete
     """
-    try:
+    with reworded(f"out={out}: cannot be written", OSError):
         if config.overwrite:
             delete_run(out, config.takeover)
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "config.yaml", to_yaml(config))
         if init is not None:
             copy_init(config, out, init, backbone)
-    except OSError as error:
-        raise UserError(f"out={out}: cannot be written ({error.strerror})") from None

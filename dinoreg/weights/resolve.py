@@ -17,7 +17,7 @@ from torch import Tensor
 from dinoreg.models.rope import BASE
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError, readable, reworded
-from dinoreg.runtime.json_files import as_sides, read_text
+from dinoreg.runtime.json_files import STEP_NAME, as_sides, read_pointer
 from dinoreg.runtime.json_files import read_json as read_lenient
 from dinoreg.weights.architecture import Stated, infer_architecture
 from dinoreg.weights.backbone_in_file import find_backbone
@@ -43,7 +43,6 @@ SOURCES = {"dinoreg": "dinoreg", "meta": "Meta", "timm": "timm", "transformers":
 _HEAD_KEY = re.compile(
     r"(dino_head|ibot_head|distill_head|head|classifier|local_cls_norm|rope_embed)\.|.*\.attn\.qkv\.bias_mask$"
 )
-_STEP_NAME = re.compile(r"step_\d+")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def find_weights(source: str | Path) -> Path | None:
     if path.name in POINTERS and not (is_file or is_folder):
         path = _pointer(path)
         is_file = path.is_file()
-    checkpoint = (is_file and path.name in POINTERS) or (is_folder and _STEP_NAME.fullmatch(path.name))
+    checkpoint = (is_file and path.name in POINTERS) or (is_folder and STEP_NAME.fullmatch(path.name))
     if checkpoint and path.parent.name == "checkpoints":  # every checkpoint is written together with a teacher file
         run = path.parent.parent
         if (teacher := _teacher_of(run, path.name)) is None:
@@ -117,7 +116,7 @@ def find_weights(source: str | Path) -> Path | None:
             if (path / name).is_file():
                 return path / name
         raise UserError(f"weights {path}: a folder of {library} without weights; expected one of {', '.join(FILES)}")
-    steps = [p for p in path.glob("teacher/step_*.safetensors") if _STEP_NAME.fullmatch(p.stem)]
+    steps = [p for p in path.glob("teacher/step_*.safetensors") if STEP_NAME.fullmatch(p.stem)]
     newest = max(steps, key=lambda p: int(p.stem.removeprefix("step_")), default=None)
     return _teacher_of(path, "last") or newest or _only_file(path)
 
@@ -135,10 +134,9 @@ def _pointer(path: Path) -> Path:
 
 def _teacher_of(run: Path, checkpoint: str) -> Path | None:
     """The teacher file of a run's checkpoint, by the checkpoint's own name or that of a pointer to it."""
-    pointer = run / "checkpoints" / checkpoint
-    step = read_text(pointer)[:100].strip() if checkpoint in POINTERS else checkpoint
+    step = read_pointer(run / "checkpoints", checkpoint) if checkpoint in POINTERS else checkpoint
     teacher = run / "teacher" / f"{step}.safetensors"
-    return teacher if _STEP_NAME.fullmatch(step) and teacher.is_file() else None
+    return teacher if STEP_NAME.fullmatch(step or "") and teacher.is_file() else None
 
 
 def _only_file(folder: Path) -> Path:
