@@ -121,7 +121,7 @@ def test_keys_without_a_bias_have_none_and_its_place_gets_no_gradient() -> None:
     weights, biases = attention.qkv.weight.chunk(3), attention.qkv.bias.chunk(3)
     torch.testing.assert_close(k.flatten(1), x @ weights[1].T, rtol=0, atol=1e-5)
     torch.testing.assert_close(q.flatten(1), x @ weights[0].T + biases[0], rtol=0, atol=1e-5)
-    model.train()(torch.randn(1, 3, 16, 16)).cls.sum().backward()
+    (model.train()(torch.randn(1, 3, 16, 16)).cls @ torch.randn(48)).sum().backward()
     gradient = attention.qkv.bias.grad.chunk(3)
     assert not gradient[1].any()
     assert gradient[0].any()
@@ -215,7 +215,7 @@ def test_recomputed_activations_have_the_distortion_of_the_pass_that_was_made(dt
         torch.manual_seed(4)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             tokens = model(images, None, [torch.arange(5), torch.arange(3)])
-        sum(each.cls.float().sum() + each.patches.float().pow(2).sum() for each in tokens).backward()
+        sum(each.cls.float()[:, ::2].sum() + each.patches.float()[:, 1::3].sum() for each in tokens).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert (one is None) == (other is None)

@@ -161,11 +161,12 @@ class Attention(nn.Module):
 
         shapes, tables  of a packed x (S, D): turned by rotary positions, see `turn_groups`; None: not
         """
-        bias: Tensor = self.qkv.bias
-        if not self.key_bias:
-            q, k, v = bias.chunk(3)
-            bias = torch.cat([q, torch.zeros_like(k), v])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.heads, self.head_dim))
+        if self.key_bias:
+            qkv = self.qkv(x)
+        else:
+            q, k, v = self.qkv.bias.chunk(3)
+            qkv = F.linear(x, self.qkv.weight, torch.cat([q, torch.zeros_like(k), v]))
+        qkv = qkv.unflatten(-1, (3, self.heads, self.head_dim))
         return qkv if tables is None else turn_groups(qkv, shapes, tables)
 
     def forward(

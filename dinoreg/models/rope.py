@@ -99,7 +99,7 @@ def turn(tokens: Tensor, table: Tensor) -> Tensor:
     """
     cos, sin = table
     other = tokens.roll(tokens.shape[-1] // 2, dims=-1)  # the other channel of each pair
-    return (tokens * cos + other * sin).to(tokens.dtype)
+    return torch.addcmul(tokens * cos, other, sin).to(tokens.dtype)
 
 
 def turn_groups(qkv: Tensor, shapes: Shapes, tables: Sequence[Tensor]) -> Tensor:
