@@ -17,11 +17,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from dinoreg.models.registry import BASE
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.packed_attention import Shapes
 
 Grid = tuple[int, int]  # rows, columns
-BASE = 100.0  # of every published model
 
 
 @dataclass(frozen=True)

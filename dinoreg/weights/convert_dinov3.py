@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dinoreg.models.rope import BASE
+from dinoreg.models.registry import BASE
 from dinoreg.runtime.errors import UserError
 from dinoreg.weights.convert import TRANSFORMERS, State, flipped, from_meta, joined, renamed, split, unique
 

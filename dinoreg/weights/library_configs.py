@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinoreg.models.layers import NORM_EPS
-from dinoreg.models.registry import DINOV3, resampling
-from dinoreg.models.rope import BASE
+from dinoreg.models.registry import BASE, DINOV3, resampling
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.json_files import as_sides, is_number
 from dinoreg.weights.architecture import Stated

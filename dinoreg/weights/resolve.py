@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dinoreg.models.rope import BASE
+from dinoreg.models.registry import BASE
 from dinoreg.runtime.digest import digest
 from dinoreg.runtime.errors import UserError, readable, reworded
 from dinoreg.runtime.json_files import STEP_NAME, as_sides, read_pointer
