@@ -307,6 +307,8 @@ class RegisterViT(nn.Module):
             if patches is not None or not (mask is None or isinstance(mask, Tensor)):
                 raise UserError("images are one tensor, so mask must be one tensor or None, and patches None")
             images, mask = [images], [mask]
+        elif not isinstance(images, Sequence):
+            raise UserError(f"{type(images).__name__}: expected a tensor, as dinoreg.transform(model)(picture)[None]")
         masks = [None] * len(images) if mask is None else list(mask)
         if not images or len(masks) != len(images):
             raise UserError(f"{len(images)} groups of images came with {len(masks)} masks")
