@@ -130,8 +130,8 @@ def test_keys_without_a_bias_have_none_and_its_place_gets_no_gradient() -> None:
 
 def test_a_training_pass_distorts_places_by_the_seed_and_within_the_bounds_and_evaluation_does_not() -> None:
     x, place = torch.zeros(1), (5, 3)
-    rope = Rope(shift=0.2, jitter=1.5, rescale=2.0)
-    plain = Rope().tables([place], 0, 16, x, training=False)[0]
+    rope = Rope(100.0, shift=0.2, jitter=1.5, rescale=2.0)
+    plain = Rope(100.0).tables([place], 0, 16, x, training=False)[0]
     assert torch.equal(rope.tables([place], 0, 16, x, training=False)[0], plain)
 
     def places(table: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ def test_names_of_dinov3_mean_its_models() -> None:
         for name in ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus"):
             model = build(f"{name}_reg4_rope")
             millions[name] = round(sum(p.numel() for p in model.parameters()) / 1e6)
-            assert (model.rope, model.key_bias, model.norm_eps) == (Rope(rescale=2.0), False, 1e-5)
+            assert (model.rope, model.key_bias, model.norm_eps) == (Rope(100.0, rescale=2.0), False, 1e-5)
     # arXiv 2508.10104, table 3: 21, 29, 86, 300 and 840 million
     assert millions == {"vits16": 22, "vits16plus": 29, "vitb16": 86, "vitl16": 303, "vith16plus": 841}
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dinoreg.models.registry import BASE
 from dinoreg.runtime.errors import UserError
 from dinoreg.runtime.packed_attention import Shapes
 
@@ -35,7 +34,7 @@ class Rope:
     raises   UserError for a value out of its range
     """
 
-    base: float = BASE
+    base: float
     shift: float = 0.0
     jitter: float = 1.0
     rescale: float = 1.0
