@@ -66,6 +66,17 @@ def test_a_picture_has_the_class_of_its_folder_and_what_is_learnt_is_imagenets(n
     assert len(read(name, tmp_path, imagenet=str(elsewhere)).splits["train"]) == 24
 
 
+@pytest.mark.parametrize("name", ["imagenet_c", "imagenet_sketch"])
+def test_archives_that_were_unpacked_beside_other_data_are_read_without_it(name: str, tmp_path: Path) -> None:
+    folder = write(name, tmp_path)
+    expected = [label for _, label in pairs(read(name, tmp_path), "test")]
+    for path in folder.iterdir():
+        path.rename(tmp_path / path.name)
+    folder.rmdir()
+    save(pattern(0, 0), tmp_path / "holidays" / "1.jpg")
+    assert [label for _, label in pairs(read(name, tmp_path), "test")] == expected
+
+
 def test_folders_of_v2_are_ranks_though_ten_sorts_before_two(tmp_path: Path) -> None:
     for label in range(12):
         for part in ("imagenet1k/train", "imagenet1k/val"):

@@ -30,12 +30,10 @@ from dinoreg.models.layers import (
     NORM_EPS,
     Block,
     PatchEmbed,
-    Rows,
-    draw_orders,
-    first_of,
     init_linear_layers,
 )
 from dinoreg.models.rope import BASE, Rope
+from dinoreg.models.stochastic_depth import draw_kept
 from dinoreg.runtime.errors import UserError
 
 POSITIONS = ("learned", "rope")
@@ -309,6 +307,8 @@ class RegisterViT(nn.Module):
             if patches is not None or not (mask is None or isinstance(mask, Tensor)):
                 raise UserError("images are one tensor, so mask must be one tensor or None, and patches None")
             images, mask = [images], [mask]
+        elif not isinstance(images, Sequence):
+            raise UserError(f"{type(images).__name__}: expected a tensor, as dinoreg.transform(model)(picture)[None]")
         masks = [None] * len(images) if mask is None else list(mask)
         if not images or len(masks) != len(images):
             raise UserError(f"{len(images)} groups of images came with {len(masks)} masks")
@@ -327,21 +327,22 @@ class RegisterViT(nn.Module):
         first = 1 + self.num_registers
         return [Tokens(group[:, 0], group[:, 1:first], group[:, first:]) for group in _unpack(x, shapes)]
 
-    def _run(self, begun: _Begun, stop: int, packed: bool = False, start: int = 0, rows: Rows | None = None) -> Tensor:
+    def _run(
+        self, begun: _Begun, stop: int, packed: bool = False, start: int = 0, rows: Tensor | None = None
+    ) -> Tensor:
         """Blocks start .. stop - 1 over packed tokens (S, D); of the last one only `rows`."""
         x, shapes, tables = begun
         dtype = compute_dtype(x)
         backends = tuple(resolve_backend(self.attention_backend, x.device, tokens, dtype) for _, tokens in shapes)
         again = self.checkpointing and self.training and torch.is_grad_enabled()
-        orders = None
-        if packed and self.training and any(block.drop_path for block in self.blocks):
-            orders = list(zip(*draw_orders(shapes, 2 * self.depth, x.device)))  # of all blocks at once
+        rates: list[Any] = [block.drop_path for block in self.blocks for _ in range(2) if packed and self.training]
+        drawn = iter(
+            draw_kept(shapes, list(filter(None, rates)), x.device) if any(rates) else ()
+        )  # of all blocks at once
         for index, block in enumerate(self.blocks[start:stop], start):
             selected = rows if index == stop - 1 else None
             assert isinstance(block, Block)
-            kept = None
-            if orders is not None and block.drop_path:
-                kept = [first_of(order, block.drop_path) for order in orders[2 * index : 2 * index + 2]]
+            kept = [next(drawn), next(drawn)] if rates and block.drop_path else None
             arguments = (x, shapes, backends, packed, selected, kept, packed and not again, tables)
             x = checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
         return x
@@ -454,18 +455,19 @@ def _pack(groups: Sequence[Tensor]) -> tuple[Tensor, Shapes]:
     return (torch.cat(flat) if len(flat) > 1 else flat[0]), shapes
 
 
-def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Rows:
-    """Of each group the class tokens, then the selected patches; `first` tokens come before an image's patches."""
-    tokens, images = [], []
-    token, image = 0, 0  # of all groups before
+def _rows(shapes: Shapes, patches: Sequence[Tensor], first: int) -> Tensor:
+    """The numbers, among all tokens, of each group's class tokens, then of its selected patches (n,).
+
+    first  tokens come before an image's patches
+    """
+    rows, start = [], 0
     for (count, length), chosen in zip(shapes, patches, strict=True):
-        num_patches = length - first
-        everyone = torch.arange(count, device=chosen.device)
-        owner = torch.div(chosen, num_patches, rounding_mode="floor")
-        tokens += [token + everyone * length, token + owner * length + first + chosen % num_patches]
-        images += [image + everyone, image + owner]
-        token, image = token + count * length, image + count
-    return Rows(torch.cat(tokens), torch.cat(images))
+        rows.append(torch.arange(start, start + count * length, length, device=chosen.device))
+        rows.append(
+            chosen + (chosen // (length - first) + 1) * first + start
+        )  # after those of its image and all before
+        start += count * length
+    return torch.cat(rows)
 
 
 def _unpack(x: Tensor, shapes: Shapes) -> list[Tensor]:

@@ -319,14 +319,13 @@ def every(period: int, step: int) -> bool:
 def log_run_header(setup: Setup, state: TrainState, messages: list[str], log: SilentLog) -> None:
     """Log model, device, data, messages and config, and write environment.json into the run folder."""
     config, path = setup.config, setup.out / "environment.json"
-    now = environment()
+    backbone, now = state.student.backbone, environment()
     notes = [*setup.notes, *(changed_code(path, now) if state.step > 0 else []), *messages]
-    write_atomic(path, json.dumps(now, indent=1) + "\n")
-    backbone = state.student.backbone
     parameters = sum(p.numel() for p in backbone.parameters())
     num_tokens = 1 + backbone.num_registers + math.prod(backbone.grid)
     precision = "tf32" if config.precision == "tf32" else str(setup.dtype)[6:]
     attention = describe_backend(config.model.attention, setup.device, num_tokens, setup.dtype)
+    write_atomic(path, json.dumps(now | {"attention": attention}, indent=1) + "\n")
     log.say(
         f"{config.model.name}: {parameters / 1e6:.2f} M parameters, {setup.device} {precision}, "
         f"attention {attention}, {len(setup.source):,} images, {setup.num_steps:,} steps of {setup.global_batch_size} "

@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinoreg.config.schema import LossConfig, ParallelConfig
 from dinoreg.distributed.process_group import Ranks
-from dinoreg.models.layers import Rows
 from dinoreg.models.vit import RegisterViT
 from dinoreg.runtime.device import DTYPES
 from dinoreg.runtime.errors import RunError, UserError
@@ -142,10 +141,10 @@ def _compiled(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     compiled = torch.compile(forward)
 
     def of_step(
-        x: Tensor, shapes: Shapes, backends: Sequence[str], packed: bool, rows: Rows | None, *more: Any
+        x: Tensor, shapes: Shapes, backends: Sequence[str], packed: bool, rows: Tensor | None, *more: Any
     ) -> Tensor:
-        for indices in rows or ():  # how many there are changes from step to step
-            torch._dynamo.maybe_mark_dynamic(indices, 0)
+        if rows is not None:  # how many there are changes from step to step
+            torch._dynamo.maybe_mark_dynamic(rows, 0)
         return (compiled if packed else forward)(x, shapes, backends, packed, rows, *more)
 
     return of_step

@@ -28,7 +28,7 @@ from dinoreg.losses.koleo import koleo_loss
 from dinoreg.runtime.device import autocast
 from dinoreg.train.distill import distill_backward
 from dinoreg.train.optimizer import clip_gradients, set_rates, update_teacher
-from dinoreg.train.parallelize import Modules, local, reshard, without_reduction
+from dinoreg.train.parallelize import Modules, reshard, without_reduction
 from dinoreg.train.schedules import Now
 from dinoreg.train.state import TrainState
 
@@ -409,13 +409,11 @@ def train_step(
     """
     if now.renew and loss.gram_weight > 0:
         state.renew_anchor()
-    targets = None
-    if state.tutor is None and loss.distils:
-        ranks = state.ranks
-        targets = teacher_targets(state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, ranks)
     state.optimizer.zero_grad(set_to_none=True)
     step_seed, frozen = seed * 2**32 + state.step, now.backbone == 0.0
     if state.tutor is None:
+        seen = (state.teacher, batch, state.centers, now.teacher_temp, loss, dtype, accumulate, state.ranks)
+        targets = teacher_targets(*seen) if loss.distils else None
         losses = backward(state, batch, targets, loss, dtype, accumulate, step_seed, frozen, now.gram)
     else:
         seeds = [micro_batch_seed(step_seed, index, state.ranks.rank) for index in range(accumulate)]
@@ -424,9 +422,7 @@ def train_step(
         targets = Targets(none, none, features, centers)
     for networks in (state.student, state.teacher):
         reshard(networks)
-    if dtype == torch.float16:
-        _unscale(state)
-    norms = clip_gradients(state.student, clip_grad)
+    norms = clip_gradients(state.student, clip_grad, state.optimizer, state.loss_scale)
     finite = torch.stack([losses["total"].float(), *norms.values()]).isfinite().all()
     # One flag of all processes, on which skipping, saving and rolling back depend: they must not decide differently.
     accepted = 1.0 - state.ranks.all_reduce_max((~finite).float())
@@ -444,11 +440,6 @@ def train_step(
     state.step += 1
     state.position = batch.position
     return StepResult(losses, norms, accepted, targets)
-
-
-def _unscale(state: TrainState) -> None:
-    gradients = [local(p.grad) for p in state.student.parameters() if p.grad is not None]
-    torch._foreach_mul_(gradients, (1.0 / state.loss_scale))
 
 
 def _move_loss_scale(state: TrainState, accepted: Tensor) -> None:

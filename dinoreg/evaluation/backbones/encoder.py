@@ -105,6 +105,8 @@ class Encoder(ABC):
                 f"{self.name}: images of {images.shape[2]}x{images.shape[3]} pixels, "
                 f"expected multiples of the patch size {self.patch_size}"
             )
+        if self.device.type == "cuda" and images.device.type == "cpu":
+            images = images.pin_memory()  # from other memory the copy would wait for the device
         return self.preprocessing.normalise(images.to(self.device, non_blocking=True))
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
