@@ -23,7 +23,8 @@ from tests.miniatures.pictures import pattern, save
 from tests.reading import pairs, read, write
 
 OPTIONS = EvalOptions(
-    knn=KnnOptions(k=(3,)), linear=LinearOptions(lrs=(0.01, 0.1), epochs=1, epoch_steps=8, batch_size=16, augment=False)
+    knn=KnnOptions(k=(3,)),
+    linear=LinearOptions(lrs=(0.01, 0.1), blocks=(1,), epochs=1, epoch_steps=4, batch_size=16, augment=False),
 )
 FACTS = {  # set: (classes, images, published figures)
     "imagenet_v2": (1000, 10_000, [70.9, 75.1, 78.0, 78.4, 71.0, 75.6, 78.5, 78.8]),

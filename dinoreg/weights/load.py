@@ -180,7 +180,7 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
         return {**architecture, "layerscale": bool(architecture["layerscale"]), "ffn width": width}
 
     a, b = comparable(theirs), comparable(ours)
-    of_positions = ("positions", "rope_base", "key_bias", "norm_eps")  # as the model's name has them
+    of_positions = ("rope_base", "key_bias", "norm_eps")  # as the model's name has them
     for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width", *of_positions):
         if a[key] != b[key]:
             raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}")
