@@ -102,6 +102,7 @@ def test_parts_that_never_moved_are_named_and_not_all_of_them() -> None:
         student["backbone"]["blocks"][2].weight[0, 0] += 1.0
     assert after() == "blocks.0, blocks.1"
     assert after(frozen=["backbone"]) is None
+    assert after(frozen=["backbone", "head"]) is None  # as in a first phase of going on, where nothing learns yet
 
 
 def test_files_have_one_checksum_where_they_are_equal_and_another_where_a_byte_differs() -> None:

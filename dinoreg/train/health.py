@@ -436,7 +436,7 @@ class WeightWatch:
             torch.stack(torch._foreach_norm(torch._foreach_sub(student, teacher))).max()
             for student, teacher in self.parts.values()
         ]
-        most = self.ranks.all_reduce_max(torch.stack(apart)).tolist()
+        most = self.ranks.all_reduce_max(torch.stack(apart)).tolist() if apart else []  # none: all of it is left alone
         return [name for name, distance in zip(self.parts, most) if distance == 0]
 
     def _norm(self, tensors: list[Tensor]) -> Tensor:
