@@ -75,7 +75,7 @@ class PlainViT(nn.Module):
         self.rope_base, self.head_dim = rope_base, dim // heads
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         shape = 1, 1 + grid[0] * grid[1], dim
-        self.pos_embed = None if rope_base else nn.Parameter(torch.zeros(shape))
+        self.pos_embed: Any = None if rope_base else nn.Parameter(torch.zeros(shape))
         self.register_tokens = nn.Parameter(torch.zeros(1, num_registers, dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, dim))
         self.patch_embed = nn.Sequential(
@@ -89,7 +89,6 @@ class PlainViT(nn.Module):
 
     def resampled_positions(self, rows: int, columns: int) -> Tensor:
         """Positions of the patches of a rows x columns grid, (1, rows * columns, D), of the parameters' dtype."""
-        assert self.pos_embed is not None
         positions = self.pos_embed[:, 1:]
         if (rows, columns) == self.grid:
             return positions

@@ -5,7 +5,7 @@ Ours are again Meta's names of DINOv2. Rotary positions have no tensors. Keys ha
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,30 +18,19 @@ _PERIODS = "rope_embed.periods"
 _GATES = (".mlp.w1.", ".mlp.fc1_g.", ".mlp.gate_proj.")  # of a gated FFN
 
 
-class _Names(NamedTuple):
-    """A library's names.
-
-    pairs   our and their names, as for `renamed`; a gated FFN's last layer is fc2 as a plain one's
-    parts   of one tensor of ours several of theirs, as for `joined`
-    biases  of queries, keys and values, where they are by themselves
-    """
-
-    pairs: tuple[tuple[str, str], ...] = ()
-    parts: Mapping[str, tuple[str, ...]] = {}
-    biases: tuple[str, ...] = ()
-
-
 _QKV = tuple(f".attention.{name}_proj." for name in "qkv")
 _BIASES = tuple(f".attn.{name}_bias" for name in "qkv")
-_LIBRARIES = {
-    "dinoreg": _Names(),
-    "meta": _Names((("register_tokens", "storage_tokens"),), {".mlp.w12.": (".mlp.w1.", ".mlp.w2.")}),
-    "timm": _Names(
+# Of each library: our and its names, as for `renamed` (a gated FFN's last layer is fc2 as a plain one's); of one tensor
+# of ours several of its, as for `joined`; biases of queries, keys and values, where they are by themselves.
+_LIBRARIES: dict[str, tuple[tuple[tuple[str, str], ...], dict[str, tuple[str, ...]], tuple[str, ...]]] = {
+    "dinoreg": ((), {}, ()),
+    "meta": ((("register_tokens", "storage_tokens"),), {".mlp.w12.": (".mlp.w1.", ".mlp.w2.")}, ()),
+    "timm": (
         (("register_tokens", "reg_token"), (".ls1.gamma", ".gamma_1"), (".ls2.gamma", ".gamma_2")),
         {".attn.qkv.bias": _BIASES, ".mlp.w12.": (".mlp.fc1_g.", ".mlp.fc1_x.")},
         _BIASES,
     ),
-    "transformers": _Names(
+    "transformers": (
         (
             *TRANSFORMERS,
             ("patch_embed.proj.", "embeddings.patch_embeddings."),
@@ -71,9 +60,9 @@ def from_dinov3(state: Mapping[str, Tensor], library: str) -> State:
 
     Of Meta's, the norm of local crops, the periods of positions and the biases' masks are passed on.
     """
-    names = _LIBRARIES[library]
+    theirs, parts, biases = _LIBRARIES[library]
     gated = any(gate in key for key in state for gate in _GATES)
-    pairs = flipped(names.pairs) + ([(".mlp.fc2.", ".mlp.w3.")] if gated else [])
+    pairs = flipped(theirs) + ([(".mlp.fc2.", ".mlp.w3.")] if gated else [])
     plain = ((re.sub(r"^model\.(?=layer\.)", "", key), value) for key, value in from_meta(state).items())
     out = unique((renamed(key, pairs), value) for key, value in plain)
     for key, value in list(out.items()):
@@ -89,9 +78,9 @@ def from_dinov3(state: Mapping[str, Tensor], library: str) -> State:
             bias = key.removesuffix("_mask")
             out[bias] = torch.where(value.bool(), out[bias], 0)  # what is masked may be anything
         elif key.endswith((".attn.qkv.weight", f"{_QKV[0]}weight")):
-            for bias in names.biases:
+            for bias in biases:
                 out.setdefault(key.partition(".att")[0] + bias, value.new_zeros(value.shape[1]))
-    return joined(out, {whole: parts for whole, parts in names.parts.items() if gated or whole != ".mlp.w12."})
+    return joined(out, {whole: some for whole, some in parts.items() if gated or whole != ".mlp.w12."})
 
 
 def to_dinov3(state: Mapping[str, Tensor], library: str, key_bias: bool = False) -> State:
@@ -100,13 +89,13 @@ def to_dinov3(state: Mapping[str, Tensor], library: str, key_bias: bool = False)
     library   "timm", whose models have no mask token, or "transformers"
     key_bias  whether keys have biases
     """
-    names = _LIBRARIES[library]
-    pairs = [(".mlp.w3.", ".mlp.fc2."), *names.pairs]
-    out = {renamed(key, pairs): value for key, value in split(state, names.parts).items()}
+    theirs, parts, biases = _LIBRARIES[library]
+    pairs = [(".mlp.w3.", ".mlp.fc2."), *theirs]
+    out = {renamed(key, pairs): value for key, value in split(state, parts).items()}
     if library == "timm":
         del out["mask_token"]
     else:
         mask_token = out["embeddings.mask_token"]
         out["embeddings.mask_token"] = mask_token.unsqueeze(0)
         out.setdefault("embeddings.register_tokens", mask_token.new_zeros(1, 0, mask_token.shape[-1]))
-    return {key: value for key, value in out.items() if key_bias or not key.endswith(names.biases[1])}
+    return {key: value for key, value in out.items() if key_bias or not key.endswith(biases[1])}

@@ -183,7 +183,8 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, w
     of_positions = ("rope_base", "key_bias", "norm_eps")  # as the model's name has them
     for key in ("dim", "depth", "patch_size", "ffn", "heads", "layerscale", "ffn width", *of_positions):
         if a[key] != b[key]:
-            raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}")
+            hint = "; names of models that end with _rope have rotary positions" if key == "rope_base" else ""
+            raise UserError(f"weights {path}: {key} is {a[key]}, {whose} {b[key]}{hint}")
     if a["num_registers"] not in (0, b["num_registers"]):
         raise UserError(
             f"weights {path}: num_registers is {a['num_registers']}, {whose} {b['num_registers']}; "
